@@ -1,0 +1,358 @@
+"""From embeddings to loss and gradient: what lies between the user's tensors and the two sweeps. All of it is O(n·D).
+
+When the loss is a scalar, both sweeps run in the forward and the backward only scales; with ``reduction="none"`` the
+second sweep waits for the incoming row gradient. Derivation: docs/design.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import ops
+from .objectives import ClosedForm, Objective, Rows
+from .objectives import kind as lookup
+
+
+@dataclass(frozen=True)
+class Call:
+    """Everything about a loss but its tensors, already validated."""
+
+    objective: Objective
+    similarity: str
+    negatives: str
+    symmetric: bool
+    reduction: str
+    backend: str
+    tau: float | None = None  # the temperature where its value is known on the host
+
+    @property
+    def c(self) -> float:
+        """d² = c − t."""
+        return 0.0 if self.similarity == "euclidean" else 1.0
+
+    def anchors(self, n_pairs: int) -> int:
+        """Anchors of the sweeps: symmetric cross_view has those of both towers."""
+        both = self.negatives == "two_view" or (self.negatives == "cross_view" and self.symmetric)
+        return 2 * n_pairs if both else n_pairs
+
+    def reduce(self, row_losses: Tensor) -> Tensor:
+        """(anchors,) → () or one value per anchor; symmetric cross_view averages the two directions."""
+        if self.negatives == "cross_view" and self.symmetric:
+            row_losses = row_losses.view(2, -1).mean(0)
+        if self.reduction == "none":
+            return row_losses
+        return row_losses.mean() if self.reduction == "mean" else row_losses.sum()
+
+    def row_weights(self, grad: Tensor, n_pairs: int) -> Tensor:
+        """(anchors,) derivative of the reduced loss in each row loss, times the incoming gradient."""
+        half = self.negatives == "cross_view" and self.symmetric
+        if self.reduction == "none":
+            return (grad / 2).repeat(2) if half else grad
+        anchors = self.anchors(n_pairs)
+        weight = grad / anchors if self.reduction == "mean" else grad / 2 if half else grad
+        return weight.expand(anchors)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays, everything else is accumulated in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Features:
+    """The stacked views as the sweeps see them, with the rows' normalisation.
+
+    Attributes:
+        f: (2N, D) rows for the matrix products. Half-precision cosine rows stay raw, for rounding a normalised row would
+            cost 1.7e-3 … 4e-2 of the gradient; ``scale`` then normalises the similarities.
+        scale: (2N,) or None; bias: (2N,) or None, so that t_ij = scale_i·scale_j·⟨f_i, f_j⟩ + bias_i + bias_j.
+        inv_norm: (2N,) 1/‖z‖ for cosine, 0 for an all-zero row; None otherwise.
+    """
+
+    def __init__(self, f: Tensor, scale: Tensor | None, bias: Tensor | None, inv_norm: Tensor | None) -> None:
+        self.f, self.scale, self.bias, self.inv_norm = f, scale, bias, inv_norm
+
+    @classmethod
+    def make(cls, z1: Tensor, z2: Tensor, similarity: str) -> Features:
+        z = torch.cat([z1, z2])
+        accumulate = accumulation_dtype(z.dtype)
+        if similarity == "dot":
+            return cls(z, None, None, None)
+        wide = z.to(accumulate)
+        if similarity == "euclidean":
+            # t does not change under a common shift, but its float32 error does: 0.37 → 3e-6 at an offset of 100.
+            centered = wide - wide.mean(0)
+            return cls(centered, None, centered.square().sum(1) / -2, None)
+        largest = wide.abs().amax(1)  # squares of the rows themselves could leave the range of the dtype
+        tiny = torch.finfo(accumulate).tiny
+        safe = largest.clamp(min=tiny)
+        norm = torch.linalg.vector_norm(wide / safe.unsqueeze(1), dim=1) * safe
+        inv_norm = torch.where(largest >= tiny, 1 / norm.clamp(min=tiny), 0.0)
+        if z.dtype == accumulate:
+            return cls(z * inv_norm.unsqueeze(1), None, None, inv_norm)
+        return cls(z, inv_norm, None, inv_norm)
+
+    def rows(self) -> Tensor:
+        """(2N, D) rows in the accumulation dtype, normalised for cosine."""
+        rows = self.f.to(accumulation_dtype(self.f.dtype))
+        return rows if self.scale is None else rows * self.scale.unsqueeze(1)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.f, self.scale, self.bias, self.inv_norm
+
+    def first(self, n: int) -> Features:
+        """Those of the first n rows."""
+        return Features(*(None if x is None else x[:n] for x in self.tensors()))
+
+
+def positives(rows: Tensor, similarity: str) -> Tensor:
+    """(N,) t⁺ of the positive pairs from the stacked views (2N, D)."""
+    a, b = rows.chunk(2)
+    return (a - b).square().sum(1) / -2 if similarity == "euclidean" else (a * b).sum(1)
+
+
+class Layout(NamedTuple):
+    """Which rows meet which, in the operators' terms (docs/design.md)."""
+
+    rows: int  # of the stacked views, that the sweeps see
+    split: int
+    partner: int
+    anchors: int
+    n_neg: int
+
+    @classmethod
+    def make(cls, call: Call, n: int) -> Layout:
+        if call.negatives == "two_view":
+            return cls(2 * n, 0, n, 2 * n, 2 * n - 2)
+        if call.negatives == "one_view":
+            return cls(n, 0, 0, n, n - 1)
+        return cls(2 * n, n, n, call.anchors(n), n - 1)
+
+
+class Sweeps:
+    """One batch bound to its operators: the `Pairs` that an objective solves on, and the gradient sweep."""
+
+    def __init__(self, features: Features, pos: Tensor, tau: Tensor, call: Call) -> None:
+        self.layout = Layout.make(call, pos.shape[0])
+        self.features = features.first(self.layout.rows)
+        self.pos = pos.repeat(self.layout.anchors // pos.shape[0])
+        self.n_neg, self.tau, self.c = self.layout.n_neg, tau, call.c
+        self._kind, self._backend = call.objective.kind, call.backend
+        self._kind_tau = call.objective.kind_tau(tau)
+        self._params = call.objective.params(self.c)
+        self._span = _span(call)
+
+    def sums(
+        self,
+        terms: tuple[str, ...],
+        *,
+        shift: Tensor | None = None,
+        offset: Tensor | None = None,
+        center: Tensor | None = None,
+    ) -> Tensor:
+        f, layout = self.features, self.layout
+        return ops.row_sums(
+            f.f, f.scale, f.bias, shift, offset, center, self._kind_tau, self._kind, self._params, terms,
+            layout.split, layout.partner, layout.anchors, self._span, self._backend,
+        )  # fmt: skip
+
+    def grad(
+        self, rows: Rows, c: Tensor, weight: str, terms: tuple[str, ...], center: Tensor | None, lo: int, hi: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One `pair_grad` sweep for rows [lo, hi), with row weights c (anchors,)."""
+        f, layout = self.features, self.layout
+        return ops.pair_grad(
+            f.f, f.scale, f.bias, rows.gain * c, rows.shift, rows.offset, center, self._kind_tau, self._kind,
+            self._params, weight, terms, layout.split, layout.partner, lo, hi, self._span, self._backend,
+        )  # fmt: skip
+
+    def mean_negative(self) -> Tensor:
+        return mean_negative(self.features.rows(), self.features.bias, self.layout)
+
+
+def _span(call: Call) -> tuple[float, ...]:
+    """Range of log f over all t in [−1, 1], where rows are normalised and τ is known on the host; else empty."""
+    if call.similarity != "cosine" or call.tau is None or not lookup(call.objective.kind).log:
+        return ()
+    ends = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    tau = call.objective.kind_tau(torch.tensor(call.tau, dtype=torch.float64))
+    low, high = lookup(call.objective.kind).f(ends, tau, call.objective.params(call.c)).tolist()
+    return low, high
+
+
+def mean_negative(rows: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
+    """(anchors,) mean of t_ij over the negatives, in O(n·D); differentiable."""
+
+    def totals(a: Tensor, b: Tensor, bias_a: Tensor | None, bias_b: Tensor | None) -> Tensor:
+        total = a @ b.sum(0)
+        return total if bias_a is None or bias_b is None else total + b.shape[0] * bias_a + bias_b.sum()
+
+    def own(a: Tensor, b: Tensor, bias_a: Tensor | None, bias_b: Tensor | None) -> Tensor:
+        t = (a * b).sum(1)
+        return t if bias_a is None or bias_b is None else t + bias_a + bias_b
+
+    if layout.split:
+        a, b = rows.tensor_split([layout.split])
+        bias_a, bias_b = (None, None) if bias is None else bias.tensor_split([layout.split])
+        sums = [totals(a, b, bias_a, bias_b), totals(b, a, bias_b, bias_a)]
+        excluded = own(a, b, bias_a, bias_b)
+        return torch.cat([s - excluded for s in sums[: layout.anchors // layout.split]]) / layout.n_neg
+    sums = totals(rows, rows, bias, bias) - own(rows, rows, bias, bias)
+    if layout.partner:
+        sums = sums - own(rows, rows.roll(layout.partner, 0), bias, None if bias is None else bias.roll(layout.partner))
+    return sums / layout.n_neg
+
+
+def closed_form(z1: Tensor, z2: Tensor, call: Call) -> Tensor:
+    """Loss of a constant-α objective by autograd through O(n·D) sums."""
+    assert isinstance(call.objective, ClosedForm)
+    features = Features.make(z1, z2, call.similarity)
+    layout = Layout.make(call, z1.shape[0])
+    pos = positives(features.rows(), call.similarity)
+    used = features.first(layout.rows)
+    mean_gap = mean_negative(used.rows(), used.bias, layout) - pos.repeat(layout.anchors // pos.shape[0])
+    return call.reduce(call.objective.weight(layout.n_neg) * mean_gap)
+
+
+class AlphaCLFunction(torch.autograd.Function):
+    """loss(z1, z2, τ) through the sweeps; first derivatives only (a second backward raises)."""
+
+    @staticmethod
+    def forward(ctx, z1: Tensor, z2: Tensor, tau: Tensor, call: Call) -> Tensor:
+        ctx.call, ctx.dtypes = call, (z1.dtype, z2.dtype, tau.dtype)
+        accumulate = accumulation_dtype(z1.dtype)
+        need = ctx.needs_input_grad[:3]
+        with torch.autocast(z1.device.type, enabled=False):
+            tau = tau.to(accumulate)
+            features = Features.make(z1, z2, call.similarity)
+            problem = _Problem(features, tau, call)
+            if not any(need):
+                return call.reduce(problem.solve(value=True).loss)
+            if call.reduction == "none":
+                rows = problem.solve(value=True)
+                ctx.save_for_backward(*features.tensors(), tau, *_row_tensors(rows))
+                return call.reduce(rows.loss)
+            one = tau.new_ones(())
+            loss, *grads = problem.loss_and_gradient(one, need)
+            ctx.save_for_backward(*grads)
+            return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        call: Call = ctx.call
+        with torch.autocast(grad.device.type, enabled=False):
+            if call.reduction == "none":
+                f, scale, bias, inv_norm, tau, *rows = ctx.saved_tensors
+                problem = _Problem(Features(f, scale, bias, inv_norm), tau, call)
+                grads = problem.gradient(_rows_from(rows), grad, ctx.needs_input_grad[:3])
+                grads = [None if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)]
+            else:
+                # float32 until it is scaled: a half-precision gradient of 1e-8 would vanish before GradScaler sees it
+                grads = [
+                    None if g is None else (g * grad).to(d) for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+                ]
+        return *grads, None
+
+
+_ROW_FIELDS = ("gain", "shift", "offset", "center", "mass", "loss")
+
+
+def _row_tensors(rows: Rows) -> tuple[Tensor | None, ...]:
+    return tuple(getattr(rows, name) for name in _ROW_FIELDS)
+
+
+def _rows_from(tensors: list[Tensor | None]) -> Rows:
+    return Rows(**dict(zip(_ROW_FIELDS, tensors, strict=True)))  # type: ignore[arg-type]
+
+
+class _Problem:
+    """A batch, an objective and a temperature: solves the rows, then the gradient for given row weights."""
+
+    def __init__(self, features: Features, tau: Tensor, call: Call) -> None:
+        self.features, self.tau, self.call = features, tau, call
+        self.rows = features.rows()
+        self.n_pairs = self.rows.shape[0] // 2
+        self.sweeps = Sweeps(features, positives(self.rows, call.similarity), tau, call)
+
+    def solve(self, value: bool) -> Rows:
+        return self.call.objective.solve(self.sweeps, value)
+
+    def loss_and_gradient(self, grad: Tensor, need: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
+        """Scalar loss, dz1, dz2, dτ (None where not needed)."""
+        objective = self.call.objective
+        if objective.one_sweep:
+            return self._gradient(objective.start(self.sweeps), grad, need, finish=True)
+        by_euler = objective.bilinear and objective.detach_alpha and need[0] and need[1]
+        return self._gradient(objective.solve(self.sweeps, value=not by_euler), grad, need)
+
+    def gradient(self, rows: Rows, grad: Tensor, need: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
+        """dz1, dz2, dτ for an incoming gradient."""
+        return self._gradient(rows, grad, need)[1:]
+
+    def _gradient(
+        self, rows: Rows, grad: Tensor, need: tuple[bool, bool, bool], finish: bool = False
+    ) -> tuple[Tensor | None, ...]:
+        call, objective, n = self.call, self.call.objective, self.n_pairs
+        need_1, need_2, need_tau = need
+        c = call.row_weights(grad.to(self.tau.dtype), n)
+        euler_tau = need_tau and objective.tau_gradient == "euler"
+        euler_value = rows.loss is None and not finish
+        everything = euler_tau or euler_value
+        lo = 0 if need_1 or everything else n
+        hi = 2 * n if need_2 or everything else n
+        if call.negatives == "one_view":  # z2 meets the pairs only through the positives
+            lo, hi = min(lo, n), n
+        terms: tuple[str, ...] = objective.terms if finish else ()
+        weight, center = ("df" if objective.derivative else "f"), rows.center
+        if rows.center is not None:
+            weight = "f+df"
+        elif finish:
+            center = self.sweeps.pos
+        sum_tau = need_tau and objective.tau_gradient == "sum"
+        if sum_tau:
+            terms = (*terms, "dtau")
+        df, weight_sums, sums = self.sweeps.grad(rows, c, weight, terms, center, lo, hi)
+        if finish:
+            rows = objective.finish(self.sweeps, rows, sums)
+        d = self.rows.new_zeros(2, n, self.rows.shape[1]).view(2 * n, -1) if hi - lo < 2 * n else df
+        if d is not df:
+            d[lo:hi] = df
+        f1, f2 = self.rows.chunk(2)
+        d1, d2 = d.chunk(2)
+        q = c * rows.mass
+        q = (q[:n] + q[n:] if q.shape[0] > n else q).unsqueeze(1)  # (N, 1): both anchors of a positive pair
+        if call.similarity == "euclidean":
+            used = slice(lo, hi)
+            d[used] -= weight_sums[used].unsqueeze(1) * self.rows[used]
+            apart = q * (f1 - f2)
+            d1 += apart
+            d2 -= apart
+        else:
+            d1.addcmul_(q, f2, value=-1)
+            d2.addcmul_(q, f1, value=-1)
+        dtau = loss = None
+        if everything:
+            twice_energy = (self.rows * d).sum()  # Σ⟨F, dF⟩: t is bilinear, so it is twice the loss of constant α
+        if euler_tau:
+            dtau = twice_energy / (-2 * self.tau)
+            if objective.tau_in_front:
+                dtau = dtau + (c * rows.loss).sum() / self.tau
+        elif sum_tau:
+            dtau = (c * rows.gain * sums[-1]).sum()
+        if call.reduction != "none":
+            loss = twice_energy / 2 if euler_value else call.reduce(rows.loss)
+        dz = self._through_normalization(d)
+        return loss, (dz[:n] if need_1 else None), (dz[n:] if need_2 else None), dtau
+
+    def _through_normalization(self, d: Tensor) -> Tensor:
+        """dz = (dF − F⟨F, dF⟩)/‖z‖ for cosine."""
+        inv_norm = self.features.inv_norm
+        if inv_norm is None:
+            return d
+        along = (self.rows * d).sum(1, keepdim=True)
+        return torch.addcmul(d, self.rows, along, value=-1).mul_(inv_norm.unsqueeze(1))

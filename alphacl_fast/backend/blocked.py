@@ -1,0 +1,328 @@
+"""The two sweeps as a loop over tiles of vendor matrix products: any device, any pair kind, O(n·(D + tile)) memory.
+
+A tile (I, J) of similarities t is computed once per sweep. In a triangle sweep (``split == 0``) it serves the anchors
+of I by reduction over its columns and those of J by reduction over its rows; so it does in a rectangle sweep
+(rows [0, split) against [split, n)) when the second block's rows are anchors too. Arguments: docs/design.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..objectives import PairKind
+from ..objectives import kind as lookup
+
+#: Largest |log f − middle| for which exp needs no running maximum: e^±64 (e^±600) times any n stays normal.
+_UNSHIFTED_RANGE = {torch.float32: 64.0, torch.float64: 600.0}
+
+
+def unsupported(device: torch.device, dtype: torch.dtype, precision: str | None) -> str | None:
+    """Why this backend cannot serve a call, or None."""
+    if precision not in (None, torch_precision()):
+        return f"follows torch.get_float32_matmul_precision() ({torch_precision()}), not precision={precision!r}"
+    return None
+
+
+def torch_precision() -> str:
+    """Name of the precision at which torch multiplies float32 matrices now."""
+    return {"highest": "ieee", "high": "tf32", "medium": "bf16"}[torch.get_float32_matmul_precision()]
+
+
+def tile_size(n: int, device: torch.device) -> int:
+    """Rows of a tile. On a CPU a float32 tile and its companion stay in the second-level cache; a GPU wants work."""
+    if device.type == "cpu":
+        return min(n, 512)
+    return min(n, 4096)
+
+
+class _Side:
+    """Row scalars of a tile's anchors, as columns (rows of I) or as a row (rows of J), and the reduction over the rest."""
+
+    def __init__(self, start: int, stop: int, dim: int, **scalars: Tensor | None) -> None:
+        self.slice, self.dim = slice(start, stop), dim
+        shape = (-1, 1) if dim == 1 else (1, -1)
+        for name, vector in scalars.items():
+            setattr(self, name, None if vector is None else vector[start:stop].view(shape))
+
+
+class _Tile:
+    """Similarities t of one tile (I, J), with the pair kind's functions for one side at a time."""
+
+    def __init__(self, t: Tensor, excluded: list[int], kind: PairKind, tau: Tensor, params: tuple[float, ...]) -> None:
+        self.t, self.excluded, self.kind, self.tau, self.params = t, excluded, kind, tau, params
+        self._log_f: Tensor | None = None
+
+    def mask(self, x: Tensor, value: float = 0.0) -> Tensor:
+        """Writes ``value`` where a pair is the anchor itself or its positive; in place."""
+        for diagonal in self.excluded:
+            x.diagonal(diagonal).fill_(value)
+        return x
+
+    def set_log_f(self, log_f: Tensor) -> None:
+        self._log_f = self.mask(log_f, -torch.inf)
+
+    def log_f(self) -> Tensor:
+        """log f of a log kind, −inf at excluded pairs."""
+        if self._log_f is None:
+            self.set_log_f(self.kind.f(self.t, self.tau, self.params))
+        return self._log_f
+
+    def pieces(self, side: _Side, names: set[str]) -> dict[str, Tensor]:
+        """The named ones of f, df, dtau for one side's row scalars, 0 at excluded pairs."""
+        kind, tau, params = self.kind, self.tau, self.params
+        derivatives = {"df": kind.df, "dtau": kind.dtau}
+        if kind.log:
+            f = (self.log_f() - side.shift).exp_()
+            return {name: f if name == "f" else f * derivatives[name](self.t, tau, params) for name in names}
+        x = self.t if side.shift is None else self.t - side.shift
+        if side.offset is not None:
+            x = x + side.offset
+        functions = {"f": kind.f, **derivatives}
+        return {name: self.mask(_owned(functions[name](x, tau, params), x)) for name in names}
+
+
+def _owned(y: Tensor, x: Tensor) -> Tensor:
+    """y as a tensor that may be written to: a user's function may return its argument or an expanded constant."""
+    return y.clone() if y.data_ptr() == x.data_ptr() or 0 in y.stride() or y.requires_grad else y
+
+
+def _tiles(n: int, split: int, block: int) -> Iterator[tuple[int, int, int, int]]:
+    for i0 in range(0, split or n, block):
+        i1 = min(i0 + block, split or n)
+        for j0 in range(split or i0, n, block):
+            yield i0, i1, j0, min(j0 + block, n)
+
+
+def _excluded(i0: int, i1: int, j0: int, j1: int, split: int, partner: int) -> list[int]:
+    """Diagonals of the tile that hold excluded pairs: j = i (triangle) and j = i ± partner."""
+    offsets = ([] if split else [0]) + ([partner, -partner] if partner else [])
+    return [d - (j0 - i0) for d in offsets if -(i1 - i0) < d - (j0 - i0) < j1 - j0]
+
+
+def _rows(f: Tensor, scale: Tensor | None, accumulate: torch.dtype) -> Tensor:
+    rows = f.to(accumulate)
+    return rows if scale is None else rows * scale.unsqueeze(1)
+
+
+class _Similarities:
+    """Computes t of any tile into one reused buffer; ``multiplier`` scales it at no cost."""
+
+    def __init__(self, rows: Tensor, bias: Tensor | None, block: int, multiplier: Tensor | None = None) -> None:
+        self.rows, self.bias = rows, bias
+        self.left = rows if multiplier is None else rows * multiplier
+        if bias is not None and multiplier is not None:
+            self.bias = bias * multiplier
+        self.buffer = rows.new_empty(block * block)
+
+    def __call__(self, i0: int, i1: int, j0: int, j1: int) -> Tensor:
+        t = self.buffer[: (i1 - i0) * (j1 - j0)].view(i1 - i0, j1 - j0)
+        torch.mm(self.left[i0:i1], self.rows[j0:j1].t(), out=t)
+        if self.bias is not None:
+            t.add_(self.bias[i0:i1, None]).add_(self.bias[None, j0:j1])
+        return t
+
+
+def _middle(kind: PairKind, span: tuple[float, ...], dtype: torch.dtype) -> float | None:
+    """Middle of log f's range where exp(log f − middle) needs no running maximum, else None."""
+    if not kind.log or not span or (span[1] - span[0]) / 2 > _UNSHIFTED_RANGE[dtype]:
+        return None
+    return (span[0] + span[1]) / 2
+
+
+def row_sums(
+    f: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    offset: Tensor | None,
+    center: Tensor | None,
+    tau: Tensor,
+    kind_name: str,
+    params: tuple[float, ...],
+    terms: tuple[str, ...],
+    split: int,
+    partner: int,
+    anchors: int,
+    span: tuple[float, ...],
+) -> Tensor:
+    """``out[k, i] = Σ_{j∈Neg(i)} term_k``; for a log kind without shift log Σf and the f-weighted mean of t − center."""
+    kind = lookup(kind_name)
+    rows = _rows(f, scale, tau.dtype)
+    n = rows.shape[0]
+    block = tile_size(n, rows.device)
+    out = rows.new_zeros(len(terms), anchors)
+    if terms == ("max",):
+        out.fill_(-torch.inf)
+    elif kind.log and shift is None:
+        return _log_sums(rows, bias, center, tau, kind, params, terms, split, partner, anchors, span, block)
+    similarities = _Similarities(rows, bias, block)
+    for i0, i1, j0, j1 in _tiles(n, split, block):
+        tile = _Tile(
+            similarities(i0, i1, j0, j1), _excluded(i0, i1, j0, j1, split, partner), kind, tau, params
+        )  # t: (i1 − i0, j1 − j0)
+        for side in _sides(i0, i1, j0, j1, split, anchors, shift=shift, offset=offset, center=center):
+            if terms == ("max",):
+                best = out[0, side.slice]
+                torch.maximum(best, tile.mask(tile.t, -torch.inf).amax(side.dim), out=best)
+            else:
+                _add_terms(out, tile, side, terms, tile.pieces(side, {_PIECE[term] for term in terms}))
+    return out
+
+
+def _sides(i0: int, i1: int, j0: int, j1: int, split: int, anchors: int, **scalars: Tensor | None) -> list[_Side]:
+    """The anchors that a tile serves: rows I always; rows J unless the tile is diagonal or they are no anchors."""
+    sides = [_Side(i0, i1, 1, **scalars)]
+    if (j0 > i0 if not split else anchors > split):
+        sides.append(_Side(j0, j1, 0, **scalars))
+    return sides
+
+
+_PIECE = {"f": "f", "df": "df", "ft": "f", "dft": "df", "dtau": "dtau"}
+
+
+def _add_terms(out: Tensor, tile: _Tile, side: _Side, terms: tuple[str, ...], pieces: dict[str, Tensor]) -> None:
+    """Adds Σ f, Σ f′, Σ f·(t − center), Σ f′·(t − center), Σ ∂f/∂τ·(t − center) over one side of a tile."""
+    gap = None
+    for k, term in enumerate(terms):
+        value = pieces[_PIECE[term]]
+        if term in ("ft", "dft", "dtau"):
+            gap = _gap(tile.t, side) if gap is None else gap
+            value = value * gap
+        out[k, side.slice] += value.sum(side.dim)
+
+
+def _gap(t: Tensor, side: _Side) -> Tensor:
+    return t if side.center is None else t - side.center
+
+
+def _log_sums(
+    rows: Tensor,
+    bias: Tensor | None,
+    center: Tensor | None,
+    tau: Tensor,
+    kind: PairKind,
+    params: tuple[float, ...],
+    terms: tuple[str, ...],
+    split: int,
+    partner: int,
+    anchors: int,
+    span: tuple[float, ...],
+    block: int,
+) -> Tensor:
+    """log Σ_j f and, where asked for, Σ_j f·(t − center)/Σ_j f."""
+    middle = _middle(kind, span, rows.dtype)
+    fold = kind.linear_in_t and terms == ("f",)  # log f = t/τ − c/τ: the product yields t/τ, the constant comes last
+    similarities = _Similarities(rows, bias, block, 1 / tau if fold else None)
+    fold_constant = params[0] / tau if fold else 0.0
+    total = rows.new_zeros(len(terms), anchors)
+    best = rows.new_full((anchors,), -torch.inf if middle is None else 0.0)
+    for i0, i1, j0, j1 in _tiles(rows.shape[0], split, block):
+        t = similarities(i0, i1, j0, j1)
+        tile = _Tile(t, _excluded(i0, i1, j0, j1, split, partner), kind, tau, params)
+        if fold:
+            tile.set_log_f(t)
+        log_f = tile.log_f()
+        if middle is not None:
+            e = (log_f.sub_(middle) if middle and not fold else log_f).exp_()
+        for side in _sides(i0, i1, j0, j1, split, anchors, center=center):
+            if middle is None:
+                old = best[side.slice].clone()
+                new = torch.maximum(old, log_f.amax(side.dim))
+                base = torch.where(new > -torch.inf, new, 0.0)  # every pair so far excluded
+                total[:, side.slice] *= (old - base).exp()
+                best[side.slice] = new
+                e = (log_f - base.view((-1, 1) if side.dim == 1 else (1, -1))).exp_()
+            total[0, side.slice] += e.sum(side.dim)
+            if len(terms) == 2:
+                total[1, side.slice] += (e * _gap(t, side)).sum(side.dim)
+    offset = best if middle is None else (0.0 if fold else middle)
+    out = total[0].log().add_(offset - fold_constant).unsqueeze(0)
+    return out if len(terms) == 1 else torch.cat([out, total[1:] / total[:1]])
+
+
+def pair_grad(
+    f: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    gain: Tensor,
+    shift: Tensor | None,
+    offset: Tensor | None,
+    center: Tensor | None,
+    tau: Tensor,
+    kind_name: str,
+    params: tuple[float, ...],
+    weight: str,
+    terms: tuple[str, ...],
+    split: int,
+    partner: int,
+    lo: int,
+    hi: int,
+    span: tuple[float, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``df_i = Σ_j (g_ij + g_ji) F_j`` for rows [lo, hi); row sums of g_ij + g_ji (with a bias); sums of ``terms``."""
+    kind = lookup(kind_name)
+    rows = _rows(f, scale, tau.dtype)
+    n, anchors = rows.shape[0], gain.shape[0]
+    block = tile_size(n, rows.device)
+    df = rows.new_zeros(hi - lo, rows.shape[1])
+    weight_sums = rows.new_zeros(n if bias is not None else 0)
+    sums = rows.new_zeros(len(terms), anchors if terms else 0)
+    plain = kind.log and weight == "f" and not terms  # g = gain_i·exp(log f − shift_i): t itself is not needed
+    middle = _middle(kind, span, rows.dtype) if plain else None
+    fold = plain and kind.linear_in_t
+    if fold:  # log f = t/τ − c/τ: the product yields t/τ, the constant moves into the row scalars
+        shift = shift + params[0] / tau
+        middle = None if middle is None else 0.0
+    if middle is not None:
+        gain = gain * (middle - shift).exp()
+    similarities = _Similarities(rows, bias, block, 1 / tau if fold else None)
+    scratch = rows.new_empty(block * block)
+    for i0, i1, j0, j1 in _tiles(n, split, block):
+        t = similarities(i0, i1, j0, j1)
+        tile = _Tile(t, _excluded(i0, i1, j0, j1, split, partner), kind, tau, params)
+        if fold:
+            tile.set_log_f(t)
+        sides = _sides(i0, i1, j0, j1, split, anchors, gain=gain, shift=shift, offset=offset, center=center)
+        if middle is not None:
+            log_f = tile.log_f()
+            g = (log_f if middle == 0.0 else log_f.sub_(middle)).exp_()
+            if len(sides) == 2:
+                both = torch.add(sides[0].gain, sides[1].gain, out=scratch[: t.numel()].view(t.shape))
+                g.mul_(both)
+            else:
+                g.mul_(sides[0].gain)
+        else:
+            g = _weights(tile, sides[0], weight, terms, sums)
+            for side in sides[1:]:
+                g += _weights(tile, side, weight, terms, sums)
+        diagonal = not split and i0 == j0  # both g_ij and g_ji lie inside the tile
+        if diagonal:
+            g = g + g.t()
+        if bias is not None:
+            weight_sums[i0:i1] += g.sum(1)
+            if not diagonal:
+                weight_sums[j0:j1] += g.sum(0)
+        _add_product(df, g, rows[j0:j1], i0, i1, lo, hi)
+        if not diagonal:
+            _add_product(df, g.t(), rows[i0:i1], j0, j1, lo, hi)
+    return df, weight_sums, sums
+
+
+def _weights(tile: _Tile, side: _Side, weight: str, terms: tuple[str, ...], sums: Tensor) -> Tensor:
+    """g of one side of a tile; adds the sums of ``terms`` on the way."""
+    pieces = tile.pieces(side, {*weight.split("+")} | {_PIECE[term] for term in terms})
+    if terms:
+        _add_terms(sums, tile, side, terms, pieces)
+    if weight == "f+df":
+        return (pieces["f"] + pieces["df"] * _gap(tile.t, side)) * side.gain
+    return pieces[weight] * side.gain
+
+
+def _add_product(df: Tensor, g: Tensor, rows: Tensor, r0: int, r1: int, lo: int, hi: int) -> None:
+    """df[r0:r1] += g @ rows, for the part of [r0, r1) inside [lo, hi)."""
+    a, b = max(r0, lo), min(r1, hi)
+    if a < b:
+        df[a - lo : b - lo].addmm_(g[a - r0 : b - r0], rows)

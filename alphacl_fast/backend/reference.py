@@ -1,0 +1,108 @@
+"""The oracle: the family in dense PyTorch, gradient by autograd, O(n²) memory, any float dtype.
+
+It shares the pointwise formulas φ, ψ, w, h of `alphacl_fast.objectives` with the other backends and nothing else: no
+sweeps, no derivatives, no log-domain row scalars, no closed forms. Min players are solved by bisection.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..objectives import ClosedForm, MinPlayer, Objective, PairWeight
+from ..objectives import kind as lookup
+
+
+def normalized(z: Tensor) -> Tensor:
+    """Rows of unit length; an all-zero row stays zero with zero gradient."""
+    norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    zero = norm == 0
+    return torch.where(zero, torch.zeros_like(z), z / norm.masked_fill(zero, 1.0)) if bool(zero.any()) else z / norm
+
+
+def similarities(a: Tensor, b: Tensor, similarity: str) -> Tensor:
+    """(rows of a, rows of b) of t: inner products, or minus half the squared distances."""
+    if similarity != "euclidean":
+        return a @ b.t()
+    mean = a.mean(0)
+    a, b = a - mean, b - mean
+    return a @ b.t() - a.square().sum(1, keepdim=True) / 2 - b.square().sum(1) / 2
+
+
+def negatives_and_positives(
+    z1: Tensor, z2: Tensor, similarity: str, negatives: str, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """(anchors, |Neg|) t of the negatives and (anchors,) t of the positive; symmetric cross_view has 2N anchors."""
+    n = z1.shape[0]
+    if similarity == "cosine":
+        z1, z2 = normalized(z1), normalized(z2)
+    others = ~torch.eye(n, dtype=torch.bool, device=z1.device)
+    cross = similarities(z1, z2, similarity)
+    pos = cross.diagonal()
+    if negatives == "two_view":
+        both = torch.cat([z1, z2])
+        mask = others.repeat(2, 2)  # neither oneself nor the partner
+        return similarities(both, both, similarity)[mask].view(2 * n, 2 * n - 2), torch.cat([pos, pos])
+    if negatives == "one_view":
+        return similarities(z1, z1, similarity)[others].view(n, n - 1), pos
+    forward = cross[others].view(n, n - 1)
+    if not symmetric:
+        return forward, pos
+    return torch.cat([forward, cross.t()[others].view(n, n - 1)]), torch.cat([pos, pos])
+
+
+def alpha(objective: PairWeight | MinPlayer, t: Tensor, tau: Tensor, c: float) -> Tensor:
+    """(anchors, |Neg|) pairwise importances of negatives' similarities t, differentiable."""
+    kind, params = lookup(objective.kind), objective.params(c)
+    if isinstance(objective, MinPlayer):
+        return _min_player(objective, t - t.max(1, keepdim=True).values, tau)
+    n_neg = t.shape[1]
+    if not kind.log:
+        w = kind.f(t, tau, params)
+        total = w.sum(1, keepdim=True) + objective.alpha_eps * n_neg
+        return w / total.masked_fill(total == 0, 1.0) if objective.normalized else w
+    log_w = kind.f(t, tau, params)
+    if not objective.normalized:
+        return log_w.exp()
+    if objective.alpha_eps:
+        extra = torch.full_like(log_w[:, :1], objective.alpha_eps * n_neg).log()
+        return torch.cat([log_w, extra], 1).softmax(1)[:, :-1]
+    return log_w.softmax(1)
+
+
+def _min_player(objective: MinPlayer, x: Tensor, tau: Tensor) -> Tensor:
+    """h(y + x) with Σ_j h = 1; y by bisection, then one Newton step, which carries the exact derivative of y."""
+    kind, params = lookup(objective.kind), objective.params(0.0)
+    with torch.no_grad():
+        low = objective.inverse(1 / x.shape[1], tau).expand(x.shape[0], 1).clone()
+        high = objective.inverse(1.0, tau).expand(x.shape[0], 1).clone()
+        for _ in range(200 if x.dtype == torch.float64 else 60):
+            y = (low + high) / 2
+            large = kind.f(y + x, tau, params).sum(1, keepdim=True) > 1
+            low, high = torch.where(large, low, y), torch.where(large, y, high)
+        slope = kind.df(y + x, tau, params).sum(1, keepdim=True)
+    residual = kind.f(y + x, tau, params).sum(1, keepdim=True) - 1
+    y = y - torch.where(slope > 0, residual / slope.masked_fill(slope == 0, 1.0), 0.0)
+    return kind.f(y + x, tau, params)
+
+
+def row_losses(
+    z1: Tensor, z2: Tensor, tau: Tensor, objective: Objective, similarity: str, negatives: str, symmetric: bool
+) -> Tensor:
+    """(anchors,) losses L_i; symmetric cross_view gives the 2N anchors of both towers.
+
+    Args:
+        z1, z2: (N, D) embeddings, same float dtype.
+        tau: () temperature, same dtype.
+    """
+    c = 0.0 if similarity == "euclidean" else 1.0
+    t, pos = negatives_and_positives(z1, z2, similarity, negatives, symmetric)
+    gap = t - pos[:, None]
+    if isinstance(objective, ClosedForm):
+        return gap.sum(1) if objective.name == "triplet_contrastive" else gap.mean(1)
+    if isinstance(objective, (PairWeight, MinPlayer)):
+        a = alpha(objective, t, tau, c)
+        return ((a.detach() if objective.detach_alpha else a) * gap).sum(1)
+    kind = lookup(objective.kind)
+    psi = kind.f(gap, objective.kind_tau(tau), objective.params(c))
+    return objective.phi(psi.logsumexp(1) + objective.margin if kind.log else psi.sum(1), tau)

@@ -1,0 +1,161 @@
+"""The ``alphacl`` command: train, eval, info. Problems are one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import os
+import platform
+import sys
+from pathlib import Path
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, as everywhere in this command."""
+
+    def error(self, message):
+        _fail(message)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command with ``arguments`` (default: the process's own) and return its exit code.
+
+    0: done; 2: a problem, named in one line on stderr; 130 or 143: stopped by SIGINT or SIGTERM.
+    """
+    parser = _Parser(prog="alphacl", description="Contrastive learning with pair-weighted losses.")
+    parser.add_argument("command", choices=("train", "eval", "info"),
+                        help="train an encoder, judge a run, or show versions and backends; COMMAND --help tells more")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parsed = parser.parse_args(arguments)
+    try:
+        return {"train": _train, "eval": _eval, "info": _info}[parsed.command](parsed.arguments)
+    except KeyboardInterrupt:
+        print("alphacl: interrupted", file=sys.stderr)
+        return 130
+
+
+def _fail(message: str):
+    print(f"alphacl: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _import_train():
+    try:
+        from alphacl_fast import train
+    except (ImportError, RuntimeError) as error:  # torchvision built for another torch raises RuntimeError
+        _fail(" ".join(str(error).split()))
+    return train
+
+
+def _train(arguments: list[str]) -> int:
+    module = _import_train()
+    parser = _Parser(prog="alphacl train", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                     description="Train an encoder. Defaults depend on the data set and the encoder.")
+    parser.add_argument("--out", metavar="RUN", help="run folder, new or empty (default: runs/DATASET-OBJECTIVE-SEED)")
+    parser.add_argument("--resume", metavar="RUN", nargs="?", const=None,
+                        help="go on with the run in this folder; without a folder: with the run in --out if there is one")
+    _add_flags(parser, module.Config)
+    given = vars(parser.parse_args(arguments))
+    out, resume = given.pop("out", None), "resume" in given
+    folder = given.pop("resume", None)
+    if folder and out and Path(folder) != Path(out):
+        _fail(f"--resume {folder} and --out {out} name different folders")
+    try:
+        given["option"] = dict(given["option"]) if "option" in given else {}
+        if not given["option"]:
+            del given["option"]
+        out = folder or out
+        if resume and out and (folder or (Path(out) / "config.json").exists()):
+            config = dataclasses.replace(module.Config.read(Path(out) / "config.json"), **given)
+        else:
+            config, resume = module.Config.create(**given), False
+            out = out or f"runs/{config.dataset}-{config.objective}-{config.seed}"
+        outcome = module.train(config, out, resume=resume)
+    except module.RunError as error:
+        _fail(str(error))
+    if outcome.signal:
+        print(f"alphacl: stopped after {outcome.epochs} of {config.epochs} epochs, state saved; "
+              f"go on with: alphacl train --resume {outcome.out}", file=sys.stderr)
+        return 128 + outcome.signal
+    done = "was already finished" if outcome.already else "finished"
+    print(f"{outcome.out} {done}: {outcome.epochs} epochs; judge it with: alphacl eval {outcome.out}")
+    return 0
+
+
+def _add_flags(parser: argparse.ArgumentParser, config) -> None:
+    for field in dataclasses.fields(config):
+        name = "--" + field.name.replace("_", "-")
+        text = field.metadata["help"]
+        if field.name == "option":
+            parser.add_argument(name, metavar="KEY=VALUE", action="append", type=_key_value, help=text)
+        elif isinstance(field.default, bool):
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            parser.add_argument(name, type=type(field.default), choices=field.metadata["choices"], help=text)
+
+
+def _key_value(text: str):
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"expected key=value, got {text!r}")
+    try:
+        return key, ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def _eval(arguments: list[str]) -> int:
+    module = _import_train()
+    parser = _Parser(prog="alphacl eval", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                     description="Judge a run: kNN and linear probe of raw pixels, untrained and trained encoder.")
+    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("--few-label", type=int, help="labels per class of the few-label columns (default: 5)")
+    parser.add_argument("--draws", type=int, help="random label choices they are averaged over (default: 10)")
+    parser.add_argument("--data-root", help="folder of the data set (default: that of the run)")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: that of the run)")
+    parser.add_argument("--workers", type=int, help="loader processes (default: that of the run)")
+    given = vars(parser.parse_args(arguments))
+    try:
+        result = module.evaluate(**given)
+    except module.RunError as error:
+        _fail(str(error))
+    from alphacl_fast.train.report import table
+
+    print(f"{result['dataset']}, {result['objective']}, {result['epochs']} of {result['of_epochs']} epochs, "
+          f"{result['train_images']} training and {result['test_images']} test images; accuracy in %\n")
+    print(table(result))
+    print(f"\nwritten: {Path(given['run']) / 'eval.json'}, {Path(given['run']) / 'embedding.png'}")
+    return 0
+
+
+def _info(arguments: list[str]) -> int:
+    _Parser(prog="alphacl info", description="Show versions, backends and the device.").parse_args(arguments)
+    import torch
+
+    import alphacl_fast
+
+    rows = [("alphacl_fast", alphacl_fast.__version__), ("python", platform.python_version()), ("torch", torch.__version__)]
+    rows += [(name, _version(name)) for name in ("triton", "torchvision", "scikit-learn")]
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    rows += [("cpu", f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, "
+                     f"{torch.get_num_threads()} threads"), ("cuda device", cuda)]
+    rows += [(f"backend {name}", "usable" if reason is None else f"not usable: {' '.join(reason.split())}")
+             for name, reason in alphacl_fast.backends().items()]
+    rows.append(("objectives", ", ".join(alphacl_fast.objectives.names())))
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name:{width}}  {value}" for name, value in rows))
+    return 0
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""`alpha_cl_loss`: the loss as a function, and the checks of everything a user can pass."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .autograd import AlphaCLFunction, Call, accumulation_dtype, closed_form
+from .backend import reference
+from .objectives import ClosedForm, Objective, make
+
+SIMILARITIES = ("cosine", "dot", "euclidean")
+NEGATIVES = ("two_view", "one_view", "cross_view")
+REDUCTIONS = ("mean", "sum", "none")
+PRECISIONS = (None, "ieee", "tf32", "bf16x3")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def alpha_cl_loss(
+    z1: Tensor,
+    z2: Tensor,
+    objective: str | Objective = "infonce",
+    *,
+    temperature: float | Tensor = 0.5,
+    similarity: str = "cosine",
+    negatives: str = "two_view",
+    symmetric: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+    precision: str | None = None,
+    process_group: Any = None,
+    **options: Any,
+) -> Tensor:
+    """Contrastive loss of a batch of positive pairs; gradients flow to z1, z2 and a tensor temperature.
+
+    Args:
+        z1, z2: (N, D) embeddings of the two views, N ≥ 2, one dtype of float32, float64, bfloat16, float16, one device;
+            row i of each is a positive pair. Any strides.
+        objective: a name of `alphacl_fast.objectives.names` or an `Objective`.
+        temperature: τ > 0; a float, or a tensor of one element, differentiable where the objective allows it. A tensor
+            on an accelerator is not read on the host, so its value is not checked.
+        similarity: "cosine" (rows are normalised here; an all-zero row has gradient 0), "dot" (rows as given) or
+            "euclidean" (t = −½‖·‖²).
+        negatives: "two_view" (2N anchors, all other rows but the positive), "one_view" (anchors and negatives are the
+            rows of z1) or "cross_view" (anchors z1 against z2; with ``symmetric`` both directions, averaged).
+        symmetric: only "cross_view" looks at it.
+        reduction: "mean" or "sum" over anchors, or "none": (2N,) for two_view, else (N,).
+        backend: "auto", "blocked" or "reference" (dense, the oracle).
+        precision: of float32 matrix products: None follows `torch.get_float32_matmul_precision`; "ieee", "tf32" or
+            "bf16x3" demand one, and a backend that does not have it refuses.
+        process_group: must be None; global batches over several processes are not supported yet.
+        **options: of the objective, by its own names.
+
+    Returns:
+        () or, with "none", one loss per anchor; float32, or float64 for float64 input.
+
+    Raises:
+        TypeError, ValueError: a bad argument; the message names it, what was expected and what was received.
+        NotImplementedError: ``process_group`` is not None.
+
+    Source: arXiv:2201.12680; the objectives' docstrings name equation and origin.
+    """
+    call = make_call(
+        objective, options, similarity=similarity, negatives=negatives, symmetric=symmetric, reduction=reduction,
+        backend=backend, precision=precision, process_group=process_group,
+    )  # fmt: skip
+    check_temperature(temperature, call.objective)
+    return evaluate(z1, z2, temperature, call, precision)[0]
+
+
+def make_call(
+    objective: str | Objective,
+    options: dict[str, Any],
+    *,
+    similarity: str,
+    negatives: str,
+    symmetric: bool,
+    reduction: str,
+    backend: str,
+    precision: str | None,
+    process_group: Any,
+) -> Call:
+    """Checks every argument but the tensors."""
+    _one_of("similarity", similarity, SIMILARITIES)
+    _one_of("negatives", negatives, NEGATIVES)
+    _one_of("reduction", reduction, REDUCTIONS)
+    _one_of("backend", backend, ops.BACKEND_NAMES)
+    _one_of("precision", precision, PRECISIONS)
+    if not isinstance(symmetric, bool):
+        raise TypeError(f"symmetric must be True or False, got {symmetric!r}")
+    if process_group is not None:
+        raise NotImplementedError("process_group must be None: losses over several processes are not supported yet")
+    return Call(make(objective, options), similarity, negatives, symmetric, reduction, backend)
+
+
+def check_temperature(temperature: float | Tensor, objective: Objective) -> None:
+    """Raises on a τ that is no positive finite number, or that requires a gradient where there is none."""
+    if isinstance(temperature, Tensor):
+        if temperature.numel() != 1:
+            raise ValueError(f"temperature must have one element, got shape {tuple(temperature.shape)}")
+        if not temperature.is_floating_point():
+            raise TypeError(f"temperature must be a floating-point tensor, got {temperature.dtype}")
+        if temperature.requires_grad and objective.tau_gradient is None:
+            why = (
+                "a detached α does not pass a gradient to it (detach_alpha=False does)"
+                if objective.uses_temperature
+                else "it has none"
+            )
+            raise ValueError(f"temperature must not require grad with {objective}: {why}")
+        if temperature.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        value = temperature.detach().item()
+    elif isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature must be a float or a tensor, got {type(temperature).__name__}")
+    else:
+        value = temperature
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"temperature must be finite and > 0, got {value}")
+
+
+def evaluate(
+    z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, precision: str | None
+) -> tuple[Tensor, str, str]:
+    """The loss, the backend that computed it and why; everything but the embeddings has been checked."""
+    check_embeddings(z1, z2)
+    backend, why = ops.choose(call.backend, z1.device, z1.dtype, precision)
+    accumulate = accumulation_dtype(z1.dtype)
+    host_tau: float | None = None
+    if isinstance(temperature, Tensor):
+        if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
+            host_tau = temperature.detach().item()
+        tau = temperature.reshape(()).to(z1.device)
+    else:
+        host_tau = float(temperature)
+        tau = torch.full((), host_tau, dtype=accumulate, device=z1.device)
+    call = replace(call, backend=backend, tau=host_tau)
+    with torch.autocast(z1.device.type, enabled=False):
+        if backend == "reference":
+            z1, z2, tau = z1.to(accumulate), z2.to(accumulate), tau.to(accumulate)
+            losses = reference.row_losses(
+                z1, z2, tau, call.objective, call.similarity, call.negatives, call.symmetric
+            )
+            return call.reduce(losses), backend, why
+        if isinstance(call.objective, ClosedForm):
+            return closed_form(z1, z2, call), backend, why
+        return AlphaCLFunction.apply(z1, z2, tau, call), backend, why
+
+
+def check_embeddings(z1: Tensor, z2: Tensor) -> None:
+    """Raises unless z1 and z2 are (N, D) float tensors of one shape, dtype and device with N ≥ 2."""
+    for name, z in (("z1", z1), ("z2", z2)):
+        if not isinstance(z, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(z).__name__}")
+        if hasattr(z, "device_mesh"):
+            raise TypeError(f"{name} must be a plain tensor, got a DTensor (pass z.to_local() or z.full_tensor())")
+        if z.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense (strided) tensor, got {z.layout}")
+        if z.dtype not in DTYPES:
+            expected = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+            raise TypeError(f"{name} must have one of the dtypes {expected}, got {str(z.dtype).removeprefix('torch.')}")
+        if z.dim() != 2:
+            raise ValueError(f"{name} must have shape (N, D), got {tuple(z.shape)}")
+    if z2.shape != z1.shape:
+        raise ValueError(f"z2 must have the shape of z1 {tuple(z1.shape)}, got {tuple(z2.shape)}")
+    if z2.dtype != z1.dtype:
+        raise TypeError(f"z2 must have the dtype of z1 ({z1.dtype}), got {z2.dtype}")
+    if z2.device != z1.device:
+        raise ValueError(f"z2 must be on the device of z1 ({z1.device}), got {z2.device}")
+    if z1.shape[0] < 2:
+        raise ValueError(f"z1 must have at least 2 rows (one pair has no negatives), got shape {tuple(z1.shape)}")
+    if z1.shape[1] < 1:
+        raise ValueError(f"z1 must have at least 1 column, got shape {tuple(z1.shape)}")
+
+
+def _one_of(name: str, value: Any, valid: tuple[Any, ...]) -> None:
+    if value not in valid:
+        raise ValueError(f"{name} must be one of {', '.join(repr(v) for v in valid)}, got {value!r}")

@@ -1,0 +1,106 @@
+"""`FusedAlphaCLLoss`: the drop-in module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional, ops
+from .objectives import Objective
+
+
+class FusedAlphaCLLoss(nn.Module):
+    """Contrastive loss of the α-CL family, without ever storing the N×N matrix. Called as ``loss(z1, z2)``.
+
+    Args:
+        objective: name (see `alphacl_fast.objectives.names`) or an `Objective`.
+        temperature: τ as a float, a tensor or an ``nn.Parameter``. A parameter is learnt with its exact gradient (where
+            the objective has one); a tensor becomes a buffer.
+        temperature_range: (low, high) to which a learnable temperature is clamped in place before each use, as CLIP does
+            with its scale; None leaves it alone.
+        similarity, negatives, symmetric, reduction, backend, precision, process_group, **options: as of
+            `alphacl_fast.functional.alpha_cl_loss`.
+
+    Shape: z1, z2 (N, D), float32, float64, bfloat16 or float16; output () or, with ``reduction="none"``, one value per
+    anchor, in float32 (float64 for float64 input).
+
+    Raises:
+        TypeError, ValueError: here for options, in the call for embeddings; name, expected and received are in the message.
+        NotImplementedError: ``process_group`` is not None.
+
+    Source: Y. Tian, "Understanding Deep Contrastive Learning via Coordinate-wise Optimization", arXiv:2201.12680.
+    """
+
+    def __init__(
+        self,
+        objective: str | Objective = "infonce",
+        *,
+        temperature: float | Tensor = 0.5,
+        similarity: str = "cosine",
+        negatives: str = "two_view",
+        symmetric: bool = True,
+        reduction: str = "mean",
+        backend: str = "auto",
+        precision: str | None = None,
+        process_group: Any = None,
+        temperature_range: tuple[float, float] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self._call = functional.make_call(
+            objective, options, similarity=similarity, negatives=negatives, symmetric=symmetric, reduction=reduction,
+            backend=backend, precision=precision, process_group=process_group,
+        )  # fmt: skip
+        functional.check_temperature(temperature, self._call.objective)
+        self.precision = precision
+        self.temperature_range = _checked_range(temperature_range)
+        if isinstance(temperature, Tensor) and not isinstance(temperature, nn.Parameter) and temperature.is_leaf:
+            self.register_buffer("temperature", temperature)
+        else:
+            self.temperature = temperature
+        self._served: tuple[str, str] | None = None
+
+    @property
+    def objective(self) -> Objective:
+        """The objective in force."""
+        return self._call.objective
+
+    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
+        """(N, D), (N, D) → () or (anchors,). Raises TypeError or ValueError on bad embeddings."""
+        temperature = self.temperature
+        if isinstance(temperature, Tensor):
+            if self.temperature_range is not None:
+                temperature.data.clamp_(*self.temperature_range)
+            functional.check_temperature(temperature, self.objective)
+        loss, *self._served = functional.evaluate(z1, z2, temperature, self._call, self.precision)
+        return loss
+
+    def extra_repr(self) -> str:
+        """Everything that was chosen, and the backend with the reason."""
+        call = self._call
+        tau = self.temperature
+        shown = f"{tau.item():.6g} (tensor)" if isinstance(tau, Tensor) and tau.device.type == "cpu" else tau
+        parts = [str(call.objective), f"temperature={shown}", f"similarity={call.similarity!r}"]
+        parts += [f"negatives={call.negatives!r}"]
+        if call.negatives == "cross_view":
+            parts += [f"symmetric={call.symmetric}"]
+        parts += [f"reduction={call.reduction!r}"]
+        if self.precision is not None:
+            parts += [f"precision={self.precision!r}"]
+        name, why = self._served or ops.choose(call.backend, torch.device("cpu"), torch.float32, self.precision)
+        when = "last call" if self._served else "on a CPU"
+        return ", ".join(parts) + f", backend={call.backend!r} ({when}: {name}, {why})"
+
+
+def _checked_range(value: Any) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    try:
+        low, high = (float(v) for v in value)
+    except (TypeError, ValueError):
+        raise TypeError(f"temperature_range must be None or two numbers (low, high), got {value!r}") from None
+    if not 0 < low <= high:
+        raise ValueError(f"temperature_range must satisfy 0 < low ≤ high, got {value!r}")
+    return low, high

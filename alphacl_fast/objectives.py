@@ -1,0 +1,869 @@
+"""The α-CL family: the one place where its formulas live.
+
+A loss is ``L = reduce_i L_i`` over anchors i. With ``t_ij`` the similarity of a pair, ``t⁺_i`` that of the positive pair
+and ``d²_ij = c − t_ij`` (c = 1 for cosine and dot, 0 for euclidean, where t = −½‖·‖²), ``Δ_ij = t_ij − t⁺_i`` and
+
+* `PairLoss`    L_i = φ(Σ_j ψ(Δ_ij))                                       [arXiv:2201.12680, eq. 1 and Table 1]
+* `PairWeight`  L_i = Σ_j α_ij Δ_ij,  α_ij = w(d²_ij)/Z_i or w(d²_ij)      [ibid., pair-weighted CL]
+* `MinPlayer`   L_i = Σ_j α_ij Δ_ij,  α_i = argmin_{α≥0, Σα=1} Σ_j α_j d²_ij − R(α), so α_ij = h(μ_i − d²_ij)
+* `ClosedForm`  constant α: sums over pairs collapse to O(n·D)
+
+Every member is served by two sweeps over the pairs, `row_sums` and `pair_grad` (docs/design.md). A sweep knows a pair
+function only as a `PairKind`; what comes between the sweeps is O(n) and is written in the ``solve`` methods below.
+
+A `PairKind` maps a tensor x elementwise, given the temperature τ (0-dim tensor) and static ``params``:
+
+* linear kinds: ``f(x)``, ``df = ∂f/∂x``, ``dtau = ∂f/∂τ`` with ``x = (t − shift_i) + offset_i``;
+* log kinds: the same three of ``log f`` with x = t. They are summed in the log domain, because exp(Δ/τ) overflows
+  float64 at τ = 1e-3 and a normalised weight underflows to 0/0 at τ = 5e-3.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "ClosedForm",
+    "MinPlayer",
+    "Objective",
+    "PairKind",
+    "PairLoss",
+    "PairWeight",
+    "make",
+    "names",
+]
+
+
+# --- pair kinds -----------------------------------------------------------------------------------------------------
+
+
+class PairKind(NamedTuple):
+    """A pointwise function of a pair and its derivatives; ``f(x, tau, params)`` etc. map a tensor to one of its shape.
+
+    For ``log`` kinds the three functions are those of log f. ``linear_in_t`` marks log f(t) = (t − c)/τ, whose scale a
+    backend may fold into the matrix product.
+    """
+
+    f: Callable[[Tensor, Tensor, tuple[float, ...]], Tensor]
+    df: Callable[[Tensor, Tensor, tuple[float, ...]], Tensor]
+    dtau: Callable[[Tensor, Tensor, tuple[float, ...]], Tensor] | None
+    log: bool
+    linear_in_t: bool = False
+
+
+def _power(d: Tensor, q: float) -> Tensor:
+    """max(d, 0)^q, with derivative 0 at d ≤ 0 for every q (autograd would give inf or NaN there for q < 1)."""
+    if q == 1.0:
+        return torch.relu(d)
+    if q == 2.0:
+        return torch.relu(d).square()
+    if q > 1.0:
+        return torch.relu(d).pow(q)
+    return torch.where(d > 0, d.clamp(min=torch.finfo(d.dtype).tiny).pow(q), 0.0)
+
+
+def _dpower(d: Tensor, q: float) -> Tensor:
+    """Derivative of `_power`: q·d^{q−1} for d > 0, else 0."""
+    if q == 1.0:
+        return (d > 0).to(d.dtype)
+    if q == 2.0:
+        return 2 * torch.relu(d)
+    return torch.where(d > 0, q * d.clamp(min=torch.finfo(d.dtype).tiny).pow(q - 1), 0.0)
+
+
+def _exp_kind() -> PairKind:  # f = exp((t − c)/τ), params (c,)
+    return PairKind(
+        f=lambda t, tau, p: (t - p[0]) / tau,
+        df=lambda t, tau, p: torch.ones_like(t) / tau,
+        dtau=lambda t, tau, p: (p[0] - t) / tau.square(),
+        log=True,
+        linear_in_t=True,
+    )
+
+
+def _power_kind() -> PairKind:  # f = exp(−max(d², 0)^q/τ), d² = c − t, params (c, q)
+    return PairKind(
+        f=lambda t, tau, p: _power(p[0] - t, p[1]) / -tau,
+        df=lambda t, tau, p: _dpower(p[0] - t, p[1]) / tau,
+        dtau=lambda t, tau, p: _power(p[0] - t, p[1]) / tau.square(),
+        log=True,
+    )
+
+
+def _inverse_kind() -> PairKind:  # f = (max(d², 0)^q + τ)^{−k}, d² = c − t, params (c, q, k)
+    return PairKind(
+        f=lambda t, tau, p: (_power(p[0] - t, p[1]) + tau).log() * -p[2],
+        df=lambda t, tau, p: _dpower(p[0] - t, p[1]) / (_power(p[0] - t, p[1]) + tau) * p[2],
+        dtau=lambda t, tau, p: -p[2] / (_power(p[0] - t, p[1]) + tau),
+        log=True,
+    )
+
+
+def _hinge_kind() -> PairKind:  # f = max(x + m, 0), params (m,); the kink has derivative 0, as relu
+    return PairKind(
+        f=lambda x, tau, p: torch.relu(x + p[0]),
+        df=lambda x, tau, p: (x + p[0] > 0).to(x.dtype),
+        dtau=None,
+        log=False,
+    )
+
+
+def _sigmoid_kind() -> PairKind:  # f = sigmoid(s·x), params (s,)
+    def df(x: Tensor, tau: Tensor, p: tuple[float, ...]) -> Tensor:
+        y = torch.sigmoid(p[0] * x)
+        return p[0] * y * (1 - y)
+
+    return PairKind(f=lambda x, tau, p: torch.sigmoid(p[0] * x), df=df, dtau=None, log=False)
+
+
+def _square_kind() -> PairKind:  # h = max(x, 0)/τ
+    return PairKind(
+        f=lambda x, tau, p: torch.relu(x) / tau,
+        df=lambda x, tau, p: (x > 0).to(x.dtype) / tau,
+        dtau=lambda x, tau, p: torch.relu(x) / -tau.square(),
+        log=False,
+    )
+
+
+def _gamma_kind() -> PairKind:  # h = (τ/(−x))^{1/γ} for x < 0, params (γ,)
+    def h(x: Tensor, tau: Tensor, p: tuple[float, ...]) -> Tensor:
+        return (tau / -x).pow(1 / p[0])
+
+    return PairKind(
+        f=h,
+        df=lambda x, tau, p: h(x, tau, p) / (-p[0] * x),
+        dtau=lambda x, tau, p: h(x, tau, p) / (p[0] * tau),
+        log=False,
+    )
+
+
+KINDS: dict[str, PairKind] = {
+    "exp": _exp_kind(),
+    "power": _power_kind(),
+    "inverse": _inverse_kind(),
+    "hinge": _hinge_kind(),
+    "sigmoid": _sigmoid_kind(),
+    "square": _square_kind(),
+    "gamma": _gamma_kind(),
+}
+_CUSTOM: weakref.WeakValueDictionary[str, _CustomFunction] = weakref.WeakValueDictionary()
+_CUSTOM_IDS = itertools.count()
+
+
+def kind(name: str) -> PairKind:
+    """The pair kind registered under ``name`` (a key of `KINDS`, or the key of a user's function)."""
+    if name in KINDS:
+        return KINDS[name]
+    return _CUSTOM[name].kind
+
+
+class _CustomFunction:
+    """A user's pointwise function as a linear pair kind; its derivative by automatic differentiation.
+
+    ``of_distance`` functions are applied to d² = params[0] − x. The object registers itself under `key`, which is what
+    crosses the operator schema; the objective that owns it keeps it alive.
+    """
+
+    def __init__(self, fn: Callable[[Tensor], Tensor], name: str, of_distance: bool = False) -> None:
+        if not callable(fn):
+            raise TypeError(f"{name} must be a function of one tensor, got {type(fn).__name__}")
+        self.fn, self.name, self.of_distance = fn, name, of_distance
+        self.key = f"custom:{next(_CUSTOM_IDS)}"
+        _CUSTOM[self.key] = self
+        sign = -1.0 if of_distance else 1.0
+        self.kind = PairKind(
+            f=lambda x, tau, p: self(p[0] - x if of_distance else x),
+            df=lambda x, tau, p: self.derivative(p[0] - x if of_distance else x) * sign,
+            dtau=None,
+            log=False,
+        )
+        probe = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64).view(2, 3)
+        self(probe)
+        self.derivative(probe)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.fn(x)
+        if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype:
+            got = f"{tuple(y.shape)} {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(f"{self.name} must map a tensor elementwise to {tuple(x.shape)} {x.dtype}, got {got}")
+        if y.requires_grad and not x.requires_grad:
+            raise ValueError(
+                f"{self.name} must be a function of its argument alone, got one that closes over a tensor which "
+                "requires grad (that tensor would silently receive no gradient)"
+            )
+        return y
+
+    def derivative(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = self(x)
+            if not y.requires_grad:
+                return torch.zeros_like(x)
+            (dy,) = torch.autograd.grad(y.sum(), x, allow_unused=True, materialize_grads=True)
+        return dy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _CustomFunction, (self.fn, self.name, self.of_distance)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _CustomFunction:
+        return self
+
+
+# --- what an objective sees of a batch, and what it says of its rows -----------------------------------------------
+
+
+class Pairs(Protocol):
+    """A batch as the objectives see it. Vectors have one entry per anchor, in the accumulation dtype."""
+
+    pos: Tensor  # (anchors,) t⁺_i
+    tau: Tensor  # () temperature
+    n_neg: int  # |Neg(i)|, the same for every anchor
+    c: float  # d² = c − t
+
+    def sums(
+        self,
+        terms: tuple[str, ...],
+        *,
+        shift: Tensor | None = None,
+        offset: Tensor | None = None,
+        center: Tensor | None = None,
+    ) -> Tensor:
+        """One `row_sums` sweep: (len(terms), anchors)."""
+        ...
+
+    def mean_negative(self) -> Tensor:
+        """(anchors,) mean of t_ij over the negatives, in O(n·D)."""
+        ...
+
+
+@dataclass
+class Rows:
+    """Row scalars: what `pair_grad` needs, before the incoming row weight c_i multiplies ``gain`` and ``mass``.
+
+    g_ij = c_i·gain_i·(df | f | f + df·(t_ij − center_i)),  q_i = c_i·mass_i = −∂L/∂t⁺_i.
+    """
+
+    gain: Tensor
+    shift: Tensor | None = None
+    offset: Tensor | None = None
+    center: Tensor | None = None
+    mass: Tensor | None = None  # Σ_j α_ij
+    loss: Tensor | None = None  # L_i
+
+
+class Objective:
+    """Base of the family; use the named functions of this module or `make`.
+
+    Attributes:
+        name, options: as the user gave them, for ``repr`` and checkpoints.
+        uses_temperature: whether τ enters the loss value.
+        tau_gradient: ``"euler"`` (the loss depends on t/τ alone), ``"sum"`` (a sum over pairs) or None (no gradient).
+        one_sweep: gain, shift, offset and center need no sum over pairs, so `pair_grad` alone serves loss and gradient.
+        derivative: `pair_grad` weighs pairs by df instead of f.
+        bilinear: with constant α the loss is Σ c_i α_ij Δ_ij, so its value is ½Σ⟨F, dF⟩.
+    """
+
+    name: str
+    options: dict[str, Any]
+    kind: str = ""
+    uses_temperature = False
+    tau_gradient: str | None = None
+    tau_in_front = False
+    one_sweep = False
+    derivative = False
+    bilinear = False
+    terms: tuple[str, ...] = ()
+
+    def params(self, c: float) -> tuple[float, ...]:
+        """Static parameters of the pair kind, given d² = c − t."""
+        return ()
+
+    def kind_tau(self, tau: Tensor) -> Tensor:
+        """The temperature that the pair kind sees."""
+        return tau
+
+    def solve(self, p: Pairs, value: bool) -> Rows:
+        """All sweeps but `pair_grad`. ``value=False`` lets a `bilinear` objective leave ``loss`` to Euler's identity."""
+        rows = self.start(p)
+        return self.finish(p, rows, p.sums(self.terms, shift=rows.shift, center=p.pos))
+
+    def start(self, p: Pairs) -> Rows:
+        """Row scalars of a `one_sweep` objective."""
+        raise NotImplementedError
+
+    def finish(self, p: Pairs, rows: Rows, sums: Tensor) -> Rows:
+        """Adds ``mass`` and ``loss`` from the sums over `terms`, taken with center t⁺."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(f'{k}={_show(v)}' for k, v in self.options.items())})"
+
+
+def _show(value: Any) -> str:
+    return getattr(value, "__name__", repr(value)) if callable(value) else repr(value)
+
+
+# --- (a) φ/ψ losses ---------------------------------------------------------------------------------------------------
+
+
+class PairLoss(Objective):
+    """``L_i = φ(Σ_j ψ(Δ_ij))`` from plain Python functions of a tensor; derivatives by automatic differentiation.
+
+    Args:
+        phi: elementwise function of ξ, (n,) → (n,); None is the identity, which saves one of the two sweeps.
+        psi: elementwise function of Δ, (r, c) → (r, c), any shape.
+
+    Raises:
+        TypeError, ValueError: not callable, not elementwise, or closing over a tensor that requires grad.
+
+    Source: arXiv:2201.12680, eq. 1; α_ij = φ′(ξ_i)·ψ′(Δ_ij) is its Theorem 1.
+    """
+
+    derivative = True
+
+    def __init__(self, phi: Callable[[Tensor], Tensor] | None, psi: Callable[[Tensor], Tensor]) -> None:
+        self.name, self.options = "PairLoss", {"phi": phi, "psi": psi}
+        self._phi = None if phi is None else _CustomFunction(phi, "phi")
+        self._psi = _CustomFunction(psi, "psi")
+        self.kind = self._psi.key
+        self.one_sweep = phi is None
+        self.terms = ("f", "df")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PairLoss:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PairLoss, (self.options["phi"], self.options["psi"])
+
+    def phi(self, xi: Tensor, tau: Tensor) -> Tensor:
+        return xi if self._phi is None else self._phi(xi)
+
+    def dphi(self, xi: Tensor, tau: Tensor) -> Tensor:
+        return torch.ones_like(xi) if self._phi is None else self._phi.derivative(xi)
+
+    def start(self, p: Pairs) -> Rows:
+        return Rows(gain=torch.ones_like(p.pos), shift=p.pos)
+
+    def finish(self, p: Pairs, rows: Rows, sums: Tensor) -> Rows:
+        xi, dxi = sums
+        dphi = self.dphi(xi, p.tau)
+        return replace(rows, gain=dphi, mass=dphi * dxi, loss=self.phi(xi, p.tau))
+
+
+class _LinearPairLoss(PairLoss):
+    """Built-in ψ that is summed as it is, with φ = identity."""
+
+    one_sweep = True
+    terms = ("f", "df")
+    _phi = None
+
+    def __init__(self, name: str, options: dict[str, Any], kind: str, parameter: float) -> None:
+        self.name, self.options, self.kind, self._parameter = name, options, kind, parameter
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return make, (self.name, self.options)
+
+    def params(self, c: float) -> tuple[float, ...]:
+        return (self._parameter,)
+
+
+def _log1p_exp(x: Tensor) -> Tensor:
+    """log(1 + e^x); torch's softplus turns linear at x = 20, an error of 2e-9."""
+    return torch.logaddexp(x, torch.zeros_like(x))
+
+
+@dataclass(frozen=True)
+class _Outer:
+    """φ of an exponential kind as a function of ℓ = log ξ, and its derivative in ℓ."""
+
+    phi: Callable[[Tensor], Tensor]
+    dphi: Callable[[Tensor], Tensor]
+
+
+_OUTER_LOG = _Outer(lambda ell: ell, torch.ones_like)  # φ = log x
+_OUTER_LOG1P = _Outer(_log1p_exp, torch.sigmoid)  # φ = log(1 + x)
+_OUTER_LOG_SQUARED = _Outer(lambda ell: torch.relu(ell).square(), lambda ell: 2 * torch.relu(ell))  # φ = max(log x, 0)²
+
+
+def _outer_log_plus(epsilon: float) -> _Outer:  # φ = log(ε + x)
+    if epsilon == 0.0:
+        return _OUTER_LOG
+    if epsilon == 1.0:
+        return _OUTER_LOG1P
+    shift = math.log(epsilon)
+    return _Outer(
+        lambda ell: torch.logaddexp(ell, torch.full_like(ell, shift)), lambda ell: torch.sigmoid(ell - shift)
+    )
+
+
+class _ExpPairLoss(Objective):
+    """Built-in ψ = exp(Δ/τ + margin) (or τ := 1), through ℓ = log ξ: right down to losses of 1e-30."""
+
+    kind = "exp"
+
+    def __init__(
+        self,
+        name: str,
+        options: dict[str, Any],
+        outer: Callable[..., _Outer],
+        *,
+        margin: float = 0.0,
+        uses_temperature: bool = False,
+        tau_in_front: bool = False,
+    ) -> None:
+        self.name, self.options = name, options
+        self._outer, self.margin = outer, margin
+        self.uses_temperature, self.tau_in_front = uses_temperature, tau_in_front
+        self.tau_gradient = "euler" if uses_temperature else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return make, (self.name, self.options)
+
+    def params(self, c: float) -> tuple[float, ...]:
+        return (0.0,)
+
+    def kind_tau(self, tau: Tensor) -> Tensor:
+        return tau if self.uses_temperature else torch.ones_like(tau)
+
+    def log_xi(self, log_sum: Tensor, pos: Tensor, tau: Tensor) -> Tensor:
+        """ℓ_i = log Σ_j exp((t_ij − t⁺_i)/τ + margin) from log Σ_j exp(t_ij/τ)."""
+        return log_sum - pos / self.kind_tau(tau) + self.margin
+
+    def phi(self, ell: Tensor, tau: Tensor) -> Tensor:
+        loss = self._outer.phi(ell)
+        return loss * tau if self.tau_in_front else loss
+
+    def dphi(self, ell: Tensor, tau: Tensor) -> Tensor:
+        slope = self._outer.dphi(ell)
+        return slope * tau if self.tau_in_front else slope
+
+    def solve(self, p: Pairs, value: bool) -> Rows:
+        (log_sum,) = p.sums(("f",))
+        ell = self.log_xi(log_sum, p.pos, p.tau)
+        gain = self.dphi(ell, p.tau) / self.kind_tau(p.tau)
+        return Rows(gain=gain, shift=log_sum, mass=gain, loss=self.phi(ell, p.tau))
+
+
+# --- (b) α given directly ---------------------------------------------------------------------------------------------
+
+
+class PairWeight(Objective):
+    """``L_i = Σ_j α_ij Δ_ij`` with α_ij = w(d²_ij)/Z_i from a plain Python function of a tensor.
+
+    Args:
+        weight: elementwise, non-negative function of d², (r, c) → (r, c), any shape.
+        normalized: Z_i = Σ_j w + alpha_eps·|Neg|; otherwise Z_i = 1. A row whose weights are all 0 has α = 0.
+        alpha_eps: ≥ 0; only with ``normalized``.
+        detach_alpha: treat α as a constant in the gradient (the paper's setting); otherwise back-propagate through it.
+
+    Raises:
+        TypeError, ValueError: not callable, not elementwise, or closing over a tensor that requires grad.
+
+    Source: arXiv:2201.12680, pair-weighted CL (α-CL-direct).
+    """
+
+    bilinear = True
+    _custom: _CustomFunction | None = None
+
+    def __init__(
+        self,
+        weight: Callable[[Tensor], Tensor],
+        *,
+        normalized: bool = True,
+        alpha_eps: float = 0.0,
+        detach_alpha: bool = True,
+    ) -> None:
+        self._custom = _CustomFunction(weight, "weight", of_distance=True)
+        self.kind = self._custom.key
+        self._configure(
+            "PairWeight",
+            {"weight": weight, "normalized": normalized, "alpha_eps": alpha_eps, "detach_alpha": detach_alpha},
+        )
+
+    def _configure(self, name: str, options: dict[str, Any]) -> None:
+        self.name, self.options = name, options
+        self.normalized = _flag(name, "normalized", options.get("normalized", True))
+        self.alpha_eps = _number(name, "alpha_eps", options["alpha_eps"], minimum=0.0)
+        self.detach_alpha = _flag(name, "detach_alpha", options["detach_alpha"])
+        if self.alpha_eps and not self.normalized:
+            raise ValueError(f"{name}: alpha_eps must be 0 with normalized=False, got {self.alpha_eps}")
+        self.one_sweep = not self.normalized
+        self.terms = ("f", "ft")
+        if self.uses_temperature and not self.detach_alpha:
+            self.tau_gradient = "sum"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PairWeight:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_pair_weight, (self.options,)
+
+    def params(self, c: float) -> tuple[float, ...]:
+        return (c,)
+
+    def solve(self, p: Pairs, value: bool) -> Rows:
+        if not self.normalized:
+            return super().solve(p, value)
+        need_loss = value or not self.detach_alpha
+        sums = p.sums(self.terms if need_loss else ("f",), center=p.pos)
+        if kind(self.kind).log:
+            log_z = sums[0]
+            if self.alpha_eps:
+                log_z = torch.logaddexp(log_z, torch.full_like(log_z, math.log(self.alpha_eps * p.n_neg)))
+            mass = (sums[0] - log_z).exp()
+            rows = Rows(gain=torch.ones_like(mass), shift=log_z, mass=mass)
+            loss = mass * sums[1] if need_loss else None
+        else:
+            z = sums[0] + self.alpha_eps * p.n_neg
+            inv_z = torch.where(z > 0, 1 / torch.where(z > 0, z, 1.0), 0.0)
+            rows = Rows(gain=inv_z, mass=sums[0] * inv_z)
+            loss = sums[1] * inv_z if need_loss else None
+        return replace(rows, loss=loss, center=None if self.detach_alpha else p.pos + loss)
+
+    def start(self, p: Pairs) -> Rows:
+        return Rows(
+            gain=torch.ones_like(p.pos),
+            shift=torch.zeros_like(p.pos) if kind(self.kind).log else None,
+            center=None if self.detach_alpha else p.pos,
+        )
+
+    def finish(self, p: Pairs, rows: Rows, sums: Tensor) -> Rows:
+        return replace(rows, mass=sums[0], loss=sums[1])
+
+
+def _rebuild_pair_weight(options: dict[str, Any]) -> PairWeight:
+    return PairWeight(**options)
+
+
+class _NamedPairWeight(PairWeight):
+    uses_temperature = True
+
+    def __init__(self, name: str, options: dict[str, Any], kind: str, *parameters: float) -> None:
+        self.kind, self._parameters = kind, parameters
+        self._configure(name, options)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return make, (self.name, self.options)
+
+    def params(self, c: float) -> tuple[float, ...]:
+        return (c, *self._parameters)
+
+
+# --- (c) α as the exact min player ------------------------------------------------------------------------------------
+
+
+class MinPlayer(Objective):
+    """``L_i = Σ_j α_ij Δ_ij`` with the exact min player of a separable concave regulariser R = Σ_j r(α_ij).
+
+    α_i = argmin_{α≥0, Σα=1} Σ_j α_j d²_ij − Σ_j r(α_j) has α_ij = h(μ_i − d²_ij): h(x) solves r′(α) = −x (clipped to
+    α ≥ 0), and the scalar μ_i follows from Σ_j α_ij = 1. One safeguarded Newton solver, whose sums Σh and Σh′ are
+    fused sweeps, serves every h.
+
+    Args:
+        h: non-decreasing elementwise function of x = μ − d², (r, c) → (r, c), that is 0 or positive and passes both
+            1/|Neg| and 1 somewhere. Values may be inf or NaN above the interval where it is defined.
+        detach_alpha: treat α as a constant in the gradient; otherwise differentiate through the exact minimum.
+
+    Raises:
+        TypeError, ValueError: not callable, not elementwise, or h does not pass 1/|Neg| and 1.
+
+    Source: arXiv:2201.12680, eq. 5 (the min player); α_square is sparsemax (Martins and Astudillo 2016).
+    """
+
+    bilinear = True
+    newton_power = -1.0  # Newton on (Σh)^(−power) − 1, which is nearly linear in μ for h = (·)^(−1/power)
+    max_sweeps = 60
+
+    def __init__(self, h: Callable[[Tensor], Tensor], *, detach_alpha: bool = True) -> None:
+        self._custom = _CustomFunction(h, "h")
+        self.kind = self._custom.key
+        self._configure("MinPlayer", {"h": h, "detach_alpha": detach_alpha})
+        self._numeric_inverse(1.0)
+
+    def _configure(self, name: str, options: dict[str, Any]) -> None:
+        self.name, self.options = name, options
+        self.detach_alpha = _flag(name, "detach_alpha", options.get("detach_alpha", True))
+        if self.uses_temperature and not self.detach_alpha:
+            self.tau_gradient = "sum"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MinPlayer:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_min_player, (self.options,)
+
+    def inverse(self, alpha: float, tau: Tensor) -> Tensor:
+        """x with h(x) = alpha."""
+        return torch.full_like(tau, self._numeric_inverse(alpha))
+
+    def first_guess(self, p: Pairs, t_max: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Start of the Newton iteration for y_i = μ_i − min_j d²_ij, inside [low, high]."""
+        return high
+
+    def _numeric_inverse(self, alpha: float) -> float:
+        magnitudes = torch.logspace(-30, 30, 1201, dtype=torch.float64)
+        grid = torch.cat([-magnitudes.flip(0), magnitudes.new_zeros(1), magnitudes])
+        above = ~(self._custom(grid) < alpha)  # NaN or inf: beyond the interval where h is defined
+        if above.all() or not above.any():
+            raise ValueError(f"h must pass {alpha:.6g} somewhere, got {'larger' if above.all() else 'smaller'} values only")
+        first = int(above.to(torch.uint8).argmax())
+        low, high = grid[first - 1 : first].clone(), grid[first : first + 1].clone()
+        for _ in range(200):
+            middle = (low + high) / 2
+            up = ~(self._custom(middle) < alpha)
+            low, high = torch.where(up, low, middle), torch.where(up, middle, high)
+        return float(low)
+
+    def solve(self, p: Pairs, value: bool) -> Rows:
+        # y = μ − d²_min and x_ij = (t_ij − t_max) + y: differences keep float32 row sums right to 1e-7 at τ = 1e-3,
+        # where μ − d² itself would lose three digits.
+        (t_max,) = p.sums(("max",))
+        low = self.inverse(1 / p.n_neg, p.tau).expand_as(t_max).clone()
+        high = self.inverse(1.0, p.tau).expand_as(t_max).clone()
+        y = torch.minimum(torch.maximum(self.first_guess(p, t_max, low, high), low), high)
+        eps = torch.finfo(y.dtype).eps
+        mass = torch.ones_like(y)
+        for _ in range(self.max_sweeps):
+            mass, slope = p.sums(("f", "df"), shift=t_max, offset=y)
+            below = mass < 1
+            low, high = torch.where(below, y, low), torch.where(below, high, y)
+            step = (mass - mass.pow(1 + self.newton_power)) / (self.newton_power * slope)
+            new = y + step
+            new = torch.where((new >= low) & (new <= high), new, (low + high) / 2)
+            done = ((mass - 1).abs() <= 8 * eps) | ((new - y).abs() <= eps * y.abs())
+            if bool(done.all()):  # reads a flag on the host once per sweep
+                break
+            y = torch.where(done, y, new)
+        rows = Rows(gain=torch.ones_like(y), shift=t_max, offset=y, mass=mass)
+        if not self.detach_alpha:
+            rows.loss, dh, dh_gap = p.sums(("ft", "df", "dft"), shift=t_max, offset=y, center=p.pos)
+            rows.center = p.pos + torch.where(dh > 0, dh_gap / torch.where(dh > 0, dh, 1.0), 0.0)
+        elif value:
+            (rows.loss,) = p.sums(("ft",), shift=t_max, offset=y, center=p.pos)
+        return rows
+
+
+def _rebuild_min_player(options: dict[str, Any]) -> MinPlayer:
+    return MinPlayer(**options)
+
+
+class _AlphaSquare(MinPlayer):
+    kind, uses_temperature = "square", True
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._configure("alpha_square", options)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return make, (self.name, self.options)
+
+    def inverse(self, alpha: float, tau: Tensor) -> Tensor:
+        return alpha * tau
+
+
+class _AlphaGamma(MinPlayer):
+    kind, uses_temperature = "gamma", True
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._configure("alpha_gamma", options)
+        self.newton_power = _number("alpha_gamma", "gamma", options["gamma"], above=1.0)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return make, (self.name, self.options)
+
+    def params(self, c: float) -> tuple[float, ...]:
+        return (self.newton_power,)
+
+    def inverse(self, alpha: float, tau: Tensor) -> Tensor:
+        return -tau * alpha**-self.newton_power
+
+    def first_guess(self, p: Pairs, t_max: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        # h is convex in d², so by Jensen the root lies below that of a row with all distances at their mean.
+        return low + (t_max - p.mean_negative())
+
+
+# --- constant α -------------------------------------------------------------------------------------------------------
+
+
+class ClosedForm(Objective):
+    """α_ij = const: ``L_i = weight·(mean_j t_ij − t⁺_i)``, no pairwise work at all."""
+
+    def __init__(self, name: str, per_negative: bool) -> None:
+        self.name, self.options, self._per_negative = name, {}, per_negative
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return make, (self.name, self.options)
+
+    def weight(self, n_neg: int) -> float:
+        """Σ_j α_ij."""
+        return float(n_neg) if self._per_negative else 1.0
+
+
+# --- the named members ------------------------------------------------------------------------------------------------
+
+
+def _number(
+    owner: str, name: str, value: Any, *, minimum: float | None = None, above: float | None = None
+) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{owner}: {name} must be a number, got {type(value).__name__}")
+    bound = f" ≥ {minimum:g}" if minimum is not None else f" > {above:g}" if above is not None else ""
+    if not math.isfinite(value) or (minimum is not None and value < minimum) or (above is not None and value <= above):
+        raise ValueError(f"{owner}: {name} must be a finite number{bound}, got {value}")
+    return float(value)
+
+
+def _flag(owner: str, name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{owner}: {name} must be True or False, got {value!r}")
+    return value
+
+
+def infonce(epsilon: float = 1.0, temperature_scaled: bool = False) -> Objective:
+    """φ = log(ε + x), ψ = exp(x/τ): NT-Xent / SimCLR with ε = 1, decoupled contrastive learning with ε = 0.
+
+    ``temperature_scaled`` puts τ in front (the paper's form). arXiv:2201.12680 Table 1; arXiv:2002.05709; arXiv:2110.06848.
+    """
+    epsilon = _number("infonce", "epsilon", epsilon, minimum=0.0)
+    scaled = _flag("infonce", "temperature_scaled", temperature_scaled)
+    options = {"epsilon": epsilon, "temperature_scaled": scaled}
+    return _ExpPairLoss("infonce", options, _outer_log_plus(epsilon), uses_temperature=True, tau_in_front=scaled)
+
+
+def mine() -> Objective:
+    """φ = log x, ψ = exp(x); no temperature. arXiv:2201.12680 Table 1; arXiv:1801.04062."""
+    return _ExpPairLoss("mine", {}, _OUTER_LOG)
+
+
+def triplet(margin: float = 1.0) -> Objective:
+    """φ = x, ψ = max(x + margin, 0), on ½-squared distances; no temperature. arXiv:2201.12680 Table 1; arXiv:1503.03832."""
+    margin = _number("triplet", "margin", margin)
+    return _LinearPairLoss("triplet", {"margin": margin}, "hinge", margin)
+
+
+def soft_triplet(margin: float = 1.0) -> Objective:
+    """φ = τ·log(1 + x), ψ = exp(x/τ + margin). arXiv:2201.12680 Table 1."""
+    margin = _number("soft_triplet", "margin", margin)
+    return _ExpPairLoss(
+        "soft_triplet", {"margin": margin}, _OUTER_LOG1P, margin=margin, uses_temperature=True, tau_in_front=True
+    )
+
+
+def n_plus_1_tuplet() -> Objective:
+    """φ = log(1 + x), ψ = exp(x); no temperature. arXiv:2201.12680 Table 1; Sohn, NeurIPS 2016."""
+    return _ExpPairLoss("n_plus_1_tuplet", {}, _OUTER_LOG1P)
+
+
+def lifted_structured(margin: float = 1.0) -> Objective:
+    """φ = max(log x, 0)², ψ = exp(x + margin); no temperature. arXiv:2201.12680 Table 1; arXiv:1511.06452."""
+    margin = _number("lifted_structured", "margin", margin)
+    return _ExpPairLoss("lifted_structured", {"margin": margin}, _OUTER_LOG_SQUARED, margin=margin)
+
+
+def modified_triplet(scale: float = 1.0) -> Objective:
+    """φ = x, ψ = sigmoid(scale·x); no temperature. arXiv:2201.12680 Table 1."""
+    scale = _number("modified_triplet", "scale", scale, above=0.0)
+    return _LinearPairLoss("modified_triplet", {"scale": scale}, "sigmoid", scale)
+
+
+def triplet_contrastive() -> Objective:
+    """φ = x, ψ = x: L_i = Σ_j Δ_ij in O(n·D); no temperature. arXiv:2201.12680 Table 1."""
+    return ClosedForm("triplet_contrastive", per_negative=True)
+
+
+def uniform() -> Objective:
+    """α_ij = 1/|Neg| (the paper's quadratic loss): L = mean(negative t) − mean(positive t), in O(n·D)."""
+    return ClosedForm("uniform", per_negative=False)
+
+
+def alpha_direct(
+    exponent: float = 4, normalized: bool = True, alpha_eps: float = 0.0, detach_alpha: bool = True
+) -> Objective:
+    """α_ij ∝ exp(−(d²_ij)^{exponent/2}/τ), d² clamped at 0 unless exponent = 2. arXiv:2201.12680, α-CL-direct."""
+    exponent = _number("alpha_direct", "exponent", exponent, above=0.0)
+    options = {
+        "exponent": exponent, "normalized": normalized, "alpha_eps": alpha_eps, "detach_alpha": detach_alpha,
+    }  # fmt: skip
+    if exponent == 2.0:
+        return _NamedPairWeight("alpha_direct", options, "exp")
+    return _NamedPairWeight("alpha_direct", options, "power", exponent / 2)
+
+
+def alpha_entropy(alpha_eps: float = 0.0, detach_alpha: bool = True) -> Objective:
+    """Min player of R = −τ·Σα log α, a softmax: α_ij ∝ exp(−d²_ij/τ); gradient = τ·(that of InfoNCE with ε = 0)."""
+    return _NamedPairWeight("alpha_entropy", {"alpha_eps": alpha_eps, "detach_alpha": detach_alpha}, "exp")
+
+
+def alpha_inverse(
+    exponent: float = 2, order: float = 1, normalized: bool = True, alpha_eps: float = 0.0, detach_alpha: bool = True
+) -> Objective:
+    """α_ij ∝ (max(d²_ij, 0)^{exponent/2} + τ)^{−order}: the published experiments' form of r_γ."""
+    exponent = _number("alpha_inverse", "exponent", exponent, above=0.0)
+    order = _number("alpha_inverse", "order", order, above=0.0)
+    options = {
+        "exponent": exponent, "order": order, "normalized": normalized, "alpha_eps": alpha_eps,
+        "detach_alpha": detach_alpha,
+    }  # fmt: skip
+    return _NamedPairWeight("alpha_inverse", options, "inverse", exponent / 2, order)
+
+
+def alpha_square(detach_alpha: bool = True) -> Objective:
+    """Exact min player of R = −(τ/2)·Σα²: α_ij = max(μ_i − d²_ij, 0)/τ (sparsemax). arXiv:2201.12680 r_s; arXiv:1602.02068."""
+    return _AlphaSquare({"detach_alpha": detach_alpha})
+
+
+def alpha_gamma(gamma: float = 2.0, detach_alpha: bool = True) -> Objective:
+    """Exact min player of R = τ/(1−γ)·Σα^{1−γ}, γ > 1: α_ij = (τ/(d²_ij − μ_i))^{1/γ}. arXiv:2201.12680 r_γ.
+
+    α is all but uniform unless τ ≲ |Neg|^{−γ}: with γ = 2 and 1,000 negatives that is τ ≲ 1e-6.
+    """
+    gamma = _number("alpha_gamma", "gamma", gamma, above=1.0)
+    return _AlphaGamma({"gamma": gamma, "detach_alpha": detach_alpha})
+
+
+_FACTORIES: dict[str, Callable[..., Objective]] = {
+    f.__name__: f
+    for f in (
+        infonce, mine, triplet, soft_triplet, n_plus_1_tuplet, lifted_structured, modified_triplet,
+        triplet_contrastive, alpha_direct, alpha_entropy, alpha_inverse, uniform, alpha_square, alpha_gamma,
+    )
+}  # fmt: skip
+__all__ += list(_FACTORIES)
+
+
+def names() -> tuple[str, ...]:
+    """Names of all built-in objectives."""
+    return tuple(_FACTORIES)
+
+
+def make(objective: str | Objective, options: Mapping[str, Any] | None = None) -> Objective:
+    """An objective from its name and options; an `Objective` passes through.
+
+    Raises:
+        TypeError: ``objective`` is neither a name nor an `Objective`, or options come with an object.
+        ValueError: unknown name, or an option that this objective does not have.
+    """
+    options = dict(options or {})
+    if isinstance(objective, Objective):
+        if options:
+            raise TypeError(f"options must be given to the objective object itself, got {', '.join(options)} beside it")
+        return objective
+    if not isinstance(objective, str):
+        raise TypeError(f"objective must be a name or an Objective, got {type(objective).__name__}")
+    if objective not in _FACTORIES:
+        raise ValueError(f"objective must be one of {', '.join(names())}, got {objective!r}")
+    factory = _FACTORIES[objective]
+    known = inspect.signature(factory).parameters
+    foreign = [name for name in options if name not in known]
+    if foreign:
+        expected = f"one of {', '.join(known)}" if known else "none (it has no options)"
+        raise ValueError(f"options of {objective} must be {expected}, got {', '.join(foreign)}")
+    return factory(**options)

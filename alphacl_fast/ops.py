@@ -1,0 +1,101 @@
+"""The two operators `row_sums` and `pair_grad`, and the choice of the backend that serves them.
+
+The schema is the contract of every backend; docs/design.md says what each argument means.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .backend import blocked
+
+#: Sweep backends in the order in which "auto" tries them.
+SWEEP_BACKENDS: dict[str, ModuleType] = {"blocked": blocked}
+#: Every name that ``backend=`` accepts.
+BACKEND_NAMES = ("auto", "reference", *SWEEP_BACKENDS)
+
+_LIBRARY = torch.library.Library("alphacl_fast", "DEF")
+_LIBRARY.define(
+    "row_sums(Tensor f, Tensor? scale, Tensor? bias, Tensor? shift, Tensor? offset, Tensor? center, Tensor tau, "
+    "str kind, float[] params, str[] terms, int split, int partner, int anchors, float[] span, str backend) -> Tensor"
+)
+_LIBRARY.define(
+    "pair_grad(Tensor f, Tensor? scale, Tensor? bias, Tensor gain, Tensor? shift, Tensor? offset, Tensor? center, "
+    "Tensor tau, str kind, float[] params, str weight, str[] terms, int split, int partner, int lo, int hi, "
+    "float[] span, str backend) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _row_sums(f, scale, bias, shift, offset, center, tau, kind, params, terms, split, partner, anchors, span, backend):
+    return SWEEP_BACKENDS[backend].row_sums(
+        f, scale, bias, shift, offset, center, tau, kind, tuple(params), tuple(terms), split, partner, anchors,
+        tuple(span),
+    )  # fmt: skip
+
+
+def _pair_grad(
+    f, scale, bias, gain, shift, offset, center, tau, kind, params, weight, terms, split, partner, lo, hi, span, backend
+):
+    return SWEEP_BACKENDS[backend].pair_grad(
+        f, scale, bias, gain, shift, offset, center, tau, kind, tuple(params), weight, tuple(terms), split, partner, lo,
+        hi, tuple(span),
+    )  # fmt: skip
+
+
+def _row_sums_fake(
+    f, scale, bias, shift, offset, center, tau, kind, params, terms, split, partner, anchors, span, backend
+):
+    return tau.new_empty((len(terms), anchors))
+
+
+def _pair_grad_fake(
+    f, scale, bias, gain, shift, offset, center, tau, kind, params, weight, terms, split, partner, lo, hi, span, backend
+):
+    return (
+        tau.new_empty((hi - lo, f.shape[1])),
+        tau.new_empty((f.shape[0] if bias is not None else 0,)),
+        tau.new_empty((len(terms), gain.shape[0] if terms else 0)),
+    )
+
+
+_LIBRARY.impl("row_sums", _row_sums, "CompositeExplicitAutograd")
+_LIBRARY.impl("pair_grad", _pair_grad, "CompositeExplicitAutograd")
+torch.library.register_fake("alphacl_fast::row_sums", _row_sums_fake, lib=_LIBRARY)
+torch.library.register_fake("alphacl_fast::pair_grad", _pair_grad_fake, lib=_LIBRARY)
+
+row_sums = torch.ops.alphacl_fast.row_sums.default
+pair_grad = torch.ops.alphacl_fast.pair_grad.default
+
+
+def choose(backend: str, device: torch.device, dtype: torch.dtype, precision: str | None) -> tuple[str, str]:
+    """The backend for a call and why it was chosen.
+
+    Raises:
+        ValueError: no backend (or not the one asked for) can serve the call; the message says why.
+    """
+    if backend == "reference":
+        reason = blocked.unsupported(device, dtype, precision)  # the oracle multiplies through torch as well
+        if reason:
+            raise ValueError(f"backend 'reference' cannot serve this call: {reason}")
+        return "reference", "as asked"
+    if backend != "auto":
+        reason = SWEEP_BACKENDS[backend].unsupported(device, dtype, precision)
+        if reason:
+            raise ValueError(f"backend {backend!r} cannot serve this call: {reason}")
+        return backend, "as asked"
+    reasons = []
+    for name, module in SWEEP_BACKENDS.items():
+        reason = module.unsupported(device, dtype, precision)
+        if reason is None:
+            skipped = f"; skipped {'; '.join(reasons)}" if reasons else ""
+            return name, f"first that serves {str(dtype).removeprefix('torch.')} on {device.type}{skipped}"
+        reasons.append(f"{name}: {reason}")
+    raise ValueError(f"no backend can serve this call: {'; '.join(reasons)}")
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend of this installation: None where it can be used here, else the reason why not."""
+    return {"reference": None, **{name: None for name in SWEEP_BACKENDS}}
