@@ -3,12 +3,21 @@
 import pathlib as _pathlib
 
 from . import functional, objectives
+from ._version import __version__
 from .loss import FusedAlphaCLLoss
 from .objectives import MinPlayer, PairLoss, PairWeight
 from .ops import backends
 
-__version__ = "0.1.0"
-__all__ = ["FusedAlphaCLLoss", "MinPlayer", "PairLoss", "PairWeight", "backends", "functional", "objectives"]
+__all__ = [
+    "FusedAlphaCLLoss",
+    "MinPlayer",
+    "PairLoss",
+    "PairWeight",
+    "__version__",
+    "backends",
+    "functional",
+    "objectives",
+]
 
 # `kernels/` stands at the top of the source tree and is installed as alphacl_fast.kernels. In a source checkout or an
 # editable install the folder is not beside this file, so the package's search path is extended by the root.

@@ -1,0 +1,27 @@
+# make demo | make test | make bench | make lint      Everything lives in .venv beside this file; PYTHON chooses the base.
+PYTHON ?= python3
+BIN := .venv/bin/python
+STAMP := .venv/.installed
+
+.PHONY: demo test bench lint clean
+
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: Python 3.10 or newer is needed (set PYTHON=...)"; exit 1; }
+	"$(PYTHON)" -m venv .venv
+	"$(BIN)" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,test]"
+	touch "$(STAMP)"
+
+demo: $(STAMP)
+	"$(BIN)" -m alphacl_fast.cli demo
+
+test: $(STAMP)
+	"$(BIN)" -m pytest
+
+bench: $(STAMP)
+	"$(BIN)" -m benchmarks.loss
+
+lint: $(STAMP)
+	"$(BIN)" -m ruff check .
+
+clean:
+	rm -rf .venv build dist *.egg-info

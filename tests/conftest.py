@@ -1,0 +1,24 @@
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned():
+    """Uninitialised memory is NaN, so an output element that nobody wrote fails the test."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 5 rows, so that small batches have full, partial and diagonal tiles."""
+    from alphacl_fast.backend import blocked
+
+    monkeypatch.setattr(blocked, "tile_size", lambda n, device: min(n, 5))

@@ -1,0 +1,107 @@
+"""Every member of the family that the tests loop over, and helpers to evaluate one."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from alphacl_fast import MinPlayer, PairLoss, PairWeight, objectives
+from alphacl_fast.functional import NEGATIVES, SIMILARITIES, alpha_cl_loss
+
+
+def log1p_and_square(xi):
+    return torch.log1p(xi) + xi.square() / 100
+
+
+def exp_plus_sigmoid(gap):
+    return gap.exp() + gap.sigmoid()
+
+
+def smooth_hinge(gap):
+    return torch.nn.functional.softplus(3 * gap)
+
+
+def gaussian_weight(d):
+    return torch.exp(-d.square())
+
+
+def student_weight(d):
+    return 1 / (1 + d.square())
+
+
+def quadratic_h(x):
+    return torch.relu(x + 0.2).square()
+
+
+BUILT_IN = [(name, {}) for name in objectives.names()] + [
+    ("infonce", {"epsilon": 0.0, "temperature_scaled": True}),
+    ("infonce", {"epsilon": 0.3}),
+    ("triplet", {"margin": 0.1}),
+    ("soft_triplet", {"margin": -0.5}),
+    ("lifted_structured", {"margin": -0.2}),
+    ("modified_triplet", {"scale": 5.0}),
+    ("alpha_direct", {"normalized": False}),
+    ("alpha_direct", {"detach_alpha": False}),
+    ("alpha_direct", {"detach_alpha": False, "normalized": False}),
+    ("alpha_direct", {"exponent": 2, "alpha_eps": 0.1}),
+    ("alpha_direct", {"exponent": 2, "alpha_eps": 0.1, "detach_alpha": False}),
+    ("alpha_direct", {"exponent": 1.5, "alpha_eps": 0.1, "detach_alpha": False}),
+    ("alpha_direct", {"exponent": 3}),
+    ("alpha_entropy", {"detach_alpha": False}),
+    ("alpha_entropy", {"alpha_eps": 0.2}),
+    ("alpha_inverse", {"detach_alpha": False, "order": 2, "exponent": 3}),
+    ("alpha_inverse", {"normalized": False, "alpha_eps": 0.0}),
+    ("alpha_inverse", {"exponent": 1, "alpha_eps": 0.5}),
+    ("alpha_square", {"detach_alpha": False}),
+    ("alpha_gamma", {"detach_alpha": False, "gamma": 1.5}),
+]
+CUSTOM = [
+    (PairLoss(log1p_and_square, exp_plus_sigmoid), {}),
+    (PairLoss(phi=None, psi=smooth_hinge), {}),
+    (PairWeight(gaussian_weight), {}),
+    (PairWeight(student_weight, detach_alpha=False, alpha_eps=0.1), {}),
+    (PairWeight(gaussian_weight, detach_alpha=False, normalized=False), {}),
+    (MinPlayer(quadratic_h), {}),
+    (MinPlayer(quadratic_h, detach_alpha=False), {}),
+]
+MEMBERS = BUILT_IN + CUSTOM
+MODES = [(negatives, True) for negatives in NEGATIVES] + [("cross_view", False)]
+
+
+def member_id(member) -> str:
+    objective, options = member
+    return str(objectives.make(objective, options)).replace(" ", "")
+
+
+def every_setting():
+    """All (negatives, symmetric, similarity)."""
+    return [(n, s, sim) for (n, s), sim in itertools.product(MODES, SIMILARITIES)]
+
+
+def pair(n, d, dtype=torch.float64, noise=0.5, seed=0):
+    """Two correlated views (n, d)."""
+    generator = torch.Generator().manual_seed(seed)
+    z1 = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    z2 = z1 + noise * torch.randn(n, d, generator=generator, dtype=torch.float64)
+    return z1.to(dtype), z2.to(dtype)
+
+
+def loss_and_grads(z1, z2, objective, options=None, *, tau=0.3, learn_tau=None, weights=None, **kwargs):
+    """[loss, dz1, dz2(, dτ)] for a fixed random row weighting of the output."""
+    objective = objectives.make(objective, options)
+    z1, z2 = z1.detach().clone().requires_grad_(), z2.detach().clone().requires_grad_()
+    learn_tau = objective.tau_gradient is not None if learn_tau is None else learn_tau
+    wide = torch.float64 if z1.dtype == torch.float64 else torch.float32
+    temperature = torch.tensor(tau, dtype=wide, requires_grad=learn_tau)
+    loss = alpha_cl_loss(z1, z2, objective, temperature=temperature if learn_tau else tau, **kwargs)
+    if weights is None:
+        weights = torch.linspace(-0.5, 1.5, loss.numel(), dtype=loss.dtype).view(loss.shape)
+    inputs = [z1, z2] + ([temperature] if learn_tau else [])
+    return [loss.detach(), *torch.autograd.grad((loss * weights).sum(), inputs)]
+
+
+def relative_error(value, truth, floor=1e-3):
+    """‖value − truth‖/‖truth‖; below ``floor`` (against values of order 1) the error counts as absolute."""
+    truth = truth.to(torch.float64)
+    return float((value.to(torch.float64) - truth).norm() / truth.norm().clamp(min=floor))

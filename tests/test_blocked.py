@@ -1,0 +1,161 @@
+"""The sweep backends against the oracle, from one table: every objective × mode × similarity × reduction."""
+
+import pytest
+import torch
+from family import MEMBERS, every_setting, loss_and_grads, member_id, pair, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alphacl_fast import objectives, ops
+from alphacl_fast.backend import blocked
+from alphacl_fast.functional import NEGATIVES, REDUCTIONS, SIMILARITIES, alpha_cl_loss
+
+BACKENDS = [name for name, reason in ops.backends().items() if name != "reference" and reason is None]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("member", MEMBERS, ids=member_id)
+@pytest.mark.parametrize(("negatives", "symmetric", "similarity"), every_setting())
+def test_equals_reference(backend, member, negatives, symmetric, similarity, small_tiles, poisoned):
+    z1, z2 = pair(9, 6)
+    for reduction in REDUCTIONS:
+        setting = {
+            "negatives": negatives, "symmetric": symmetric, "similarity": similarity, "reduction": reduction,
+        }  # fmt: skip
+        truth = loss_and_grads(z1, z2, *member, backend="reference", **setting)
+        ours = loss_and_grads(z1, z2, *member, backend=backend, **setting)
+        for name, a, b in zip(("loss", "dz1", "dz2", "dtau"), ours, truth, strict=False):
+            assert relative_error(a, b) < 1e-10, (name, reduction)
+        with torch.no_grad():
+            value = alpha_cl_loss(z1, z2, objectives.make(*member), temperature=0.3, backend=backend, **setting)
+        assert relative_error(value, truth[0]) < 1e-10
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("member", MEMBERS, ids=member_id)
+@pytest.mark.parametrize(("negatives", "symmetric", "similarity"), every_setting())
+def test_one_sided_gradient(backend, member, negatives, symmetric, similarity, small_tiles, poisoned):
+    z1, z2 = pair(7, 4)
+    for reduction in ("mean", "none"):
+        grads = []
+        for name in ("reference", backend):
+            for side in (0, 1):
+                views = [z1.clone(), z2.clone()]
+                views[side].requires_grad_()
+                loss = alpha_cl_loss(
+                    *views, objectives.make(*member), temperature=0.3, negatives=negatives, symmetric=symmetric,
+                    similarity=similarity, reduction=reduction, backend=name,
+                )  # fmt: skip
+                grads += [loss.detach(), *torch.autograd.grad(loss.sum(), views[side])]
+        half = len(grads) // 2
+        for truth, ours in zip(grads[:half], grads[half:], strict=True):
+            assert relative_error(ours, truth) < 1e-10
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(2, 23), d=st.integers(1, 9), tile=st.integers(1, 12), index=st.integers(0, len(MEMBERS) - 1),
+    negatives=st.sampled_from(NEGATIVES), similarity=st.sampled_from(SIMILARITIES),
+    reduction=st.sampled_from(REDUCTIONS), tau=st.floats(0.02, 5.0), symmetric=st.booleans(),
+)  # fmt: skip
+def test_any_shape(backend, n, d, tile, index, negatives, similarity, reduction, tau, symmetric):
+    original = blocked.tile_size
+    blocked.tile_size = lambda rows, device: min(rows, tile)
+    try:
+        z1, z2 = pair(n, d, seed=n * 31 + d)
+        setting = {
+            "negatives": negatives, "similarity": similarity, "reduction": reduction, "tau": tau,
+            "symmetric": symmetric,
+        }  # fmt: skip
+        truth = loss_and_grads(z1, z2, *MEMBERS[index], backend="reference", **setting)
+        ours = loss_and_grads(z1, z2, *MEMBERS[index], backend=backend, **setting)
+    finally:
+        blocked.tile_size = original
+    for a, b in zip(ours, truth, strict=True):
+        assert relative_error(a, b, floor=max(1e-3, float(b.abs().max()) * 1e-3)) < 1e-8
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("member", MEMBERS, ids=member_id)
+def test_derivatives_of_the_formulas(backend, member):
+    """df and dtau of every pair kind, and φ′, are the derivatives of f and φ."""
+    objective = objectives.make(*member)
+    if isinstance(objective, objectives.ClosedForm):
+        return
+    kind, params = objectives.kind(objective.kind), objective.params(1.0)
+    x = torch.linspace(-1.9, -0.05, 40, dtype=torch.float64).requires_grad_()
+    tau = torch.tensor(0.37, dtype=torch.float64, requires_grad=True)
+    (dx,) = torch.autograd.grad(kind.f(x, tau, params).sum(), x)
+    torch.testing.assert_close(kind.df(x.detach(), tau.detach(), params), dx, rtol=1e-12, atol=1e-14)
+    if kind.dtau is not None:
+        for value in x.detach():
+            (dtau,) = torch.autograd.grad(kind.f(value, tau, params), tau)
+            torch.testing.assert_close(kind.dtau(value, tau.detach(), params), dtau, rtol=1e-12, atol=1e-14)
+    if hasattr(objective, "dphi"):
+        xi = torch.linspace(-3, 40, 50, dtype=torch.float64)
+        if not kind.log:
+            xi = xi.abs() + 0.1
+        xi.requires_grad_()
+        (dphi,) = torch.autograd.grad(objective.phi(xi, tau.detach()).sum(), xi)
+        torch.testing.assert_close(objective.dphi(xi.detach(), tau.detach()), dphi, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_batch_order_does_not_matter(backend, symmetric, small_tiles):
+    z1, z2 = pair(14, 5)
+    order = torch.randperm(14)
+    for negatives in NEGATIVES:
+        a = loss_and_grads(z1, z2, "alpha_direct", backend=backend, negatives=negatives, symmetric=symmetric)
+        b = loss_and_grads(
+            z1[order], z2[order], "alpha_direct", backend=backend, negatives=negatives, symmetric=symmetric
+        )
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x[order] if x.dim() else x, y, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bitwise_repeatable(backend):
+    z1, z2 = pair(1200, 16, torch.float32)
+    for member in MEMBERS:
+        first, second = (loss_and_grads(z1, z2, *member, backend=backend, learn_tau=False) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), member_id(member)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["uniform", "triplet_contrastive"])
+def test_closed_forms_do_no_pairwise_work(backend, name, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a sweep ran")
+
+    monkeypatch.setattr(blocked, "row_sums", refuse)
+    monkeypatch.setattr(blocked, "pair_grad", refuse)
+    z1, z2 = pair(200_000, 4, torch.float32)  # (2·200,000)² would be 640 GB
+    loss = loss_and_grads(z1, z2, name, backend=backend)
+    assert all(torch.isfinite(x).all() for x in loss)
+
+
+SWEEPS = {  # objective: (row_sums, pair_grad) calls of loss + gradient
+    "triplet": (0, 1), "modified_triplet": (0, 1), "infonce": (1, 1), "soft_triplet": (1, 1), "alpha_direct": (1, 1),
+    "alpha_entropy": (1, 1), "alpha_inverse": (1, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_number_of_sweeps(name, monkeypatch):
+    calls = {"row_sums": 0, "pair_grad": 0}
+    for op in calls:
+        original = getattr(blocked, op)
+
+        def counted(*args, op=op, original=original):
+            calls[op] += 1
+            return original(*args)
+
+        monkeypatch.setattr(blocked, op, counted)
+    z1, z2 = pair(20, 4)
+    loss_and_grads(z1, z2, name, backend="blocked", learn_tau=False)
+    assert (calls["row_sums"], calls["pair_grad"]) == SWEEPS[name]
+    with torch.no_grad():
+        alpha_cl_loss(z1, z2, name, backend="blocked")
+    assert (calls["row_sums"], calls["pair_grad"]) == (SWEEPS[name][0] + 1, 1)
