@@ -6,7 +6,7 @@ second sweep waits for the incoming row gradient. Derivation: docs/design.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -231,9 +231,9 @@ class AlphaCLFunction(torch.autograd.Function):
             features = Features.make(z1, z2, call.similarity)
             problem = _Problem(features, tau, call)
             if not any(need):
-                return call.reduce(problem.solve(value=True).loss)
+                return call.reduce(problem.solve(value=True, learn_tau=False).loss)
             if call.reduction == "none":
-                rows = problem.solve(value=True)
+                rows = problem.solve(value=True, learn_tau=need[2])
                 ctx.save_for_backward(*features.tensors(), tau, *_row_tensors(rows))
                 return call.reduce(rows.loss)
             one = tau.new_ones(())
@@ -259,7 +259,7 @@ class AlphaCLFunction(torch.autograd.Function):
         return *grads, None
 
 
-_ROW_FIELDS = ("gain", "shift", "offset", "center", "mass", "loss")
+_ROW_FIELDS = tuple(field.name for field in fields(Rows))
 
 
 def _row_tensors(rows: Rows) -> tuple[Tensor | None, ...]:
@@ -279,8 +279,8 @@ class _Problem:
         self.n_pairs = self.rows.shape[0] // 2
         self.sweeps = Sweeps(features, positives(self.rows, call.similarity), tau, call)
 
-    def solve(self, value: bool) -> Rows:
-        return self.call.objective.solve(self.sweeps, value)
+    def solve(self, value: bool, learn_tau: bool) -> Rows:
+        return self.call.objective.solve(self.sweeps, value, learn_tau and self.call.objective.tau_gradient == "rows")
 
     def loss_and_gradient(self, grad: Tensor, need: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
         """Scalar loss, dz1, dz2, dτ (None where not needed)."""
@@ -288,7 +288,7 @@ class _Problem:
         if objective.one_sweep:
             return self._gradient(objective.start(self.sweeps), grad, need, finish=True)
         by_euler = objective.bilinear and objective.detach_alpha and need[0] and need[1]
-        return self._gradient(objective.solve(self.sweeps, value=not by_euler), grad, need)
+        return self._gradient(self.solve(value=not by_euler, learn_tau=need[2]), grad, need)
 
     def gradient(self, rows: Rows, grad: Tensor, need: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
         """dz1, dz2, dτ for an incoming gradient."""
@@ -300,11 +300,8 @@ class _Problem:
         call, objective, n = self.call, self.call.objective, self.n_pairs
         need_1, need_2, need_tau = need
         c = call.row_weights(grad.to(self.tau.dtype), n)
-        euler_tau = need_tau and objective.tau_gradient == "euler"
-        euler_value = rows.loss is None and not finish
-        everything = euler_tau or euler_value
-        lo = 0 if need_1 or everything else n
-        hi = 2 * n if need_2 or everything else n
+        lo = 0 if need_1 else n
+        hi = 2 * n if need_2 else n
         if call.negatives == "one_view":  # z2 meets the pairs only through the positives
             lo, hi = min(lo, n), n
         terms: tuple[str, ...] = objective.terms if finish else ()
@@ -313,8 +310,7 @@ class _Problem:
             weight = "f+df"
         elif finish:
             center = self.sweeps.pos
-        sum_tau = need_tau and objective.tau_gradient == "sum"
-        if sum_tau:
+        if need_tau and objective.tau_gradient == "pairs":
             terms = (*terms, "dtau")
         df, weight_sums, sums = self.sweeps.grad(rows, c, weight, terms, center, lo, hi)
         if finish:
@@ -335,17 +331,12 @@ class _Problem:
         else:
             d1.addcmul_(q, f2, value=-1)
             d2.addcmul_(q, f1, value=-1)
-        dtau = loss = None
-        if everything:
-            twice_energy = (self.rows * d).sum()  # Σ⟨F, dF⟩: t is bilinear, so it is twice the loss of constant α
-        if euler_tau:
-            dtau = twice_energy / (-2 * self.tau)
-            if objective.tau_in_front:
-                dtau = dtau + (c * rows.loss).sum() / self.tau
-        elif sum_tau:
-            dtau = (c * rows.gain * sums[-1]).sum()
+        loss = dtau = None
+        if need_tau:
+            dtau = (c * (rows.gain * sums[-1] if objective.tau_gradient == "pairs" else rows.dtau)).sum()
         if call.reduction != "none":
-            loss = twice_energy / 2 if euler_value else call.reduce(rows.loss)
+            # t is bilinear in the rows, so Σ⟨F, dF⟩ is twice the loss of a constant α (both gradients are there then)
+            loss = (self.rows * d).sum() / 2 if rows.loss is None else call.reduce(rows.loss)
         dz = self._through_normalization(d)
         return loss, (dz[:n] if need_1 else None), (dz[n:] if need_2 else None), dtau
 

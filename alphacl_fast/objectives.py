@@ -49,8 +49,8 @@ __all__ = [
 class PairKind(NamedTuple):
     """A pointwise function of a pair and its derivatives; ``f(x, tau, params)`` etc. map a tensor to one of its shape.
 
-    For ``log`` kinds the three functions are those of log f. ``linear_in_t`` marks log f(t) = (t − c)/τ, whose scale a
-    backend may fold into the matrix product.
+    For ``log`` kinds the three functions are those of log f. ``linear_in_t`` marks log f(t) = t/τ, whose scale a backend
+    may fold into the matrix product.
     """
 
     f: Callable[[Tensor, Tensor, tuple[float, ...]], Tensor]
@@ -80,13 +80,22 @@ def _dpower(d: Tensor, q: float) -> Tensor:
     return torch.where(d > 0, q * d.clamp(min=torch.finfo(d.dtype).tiny).pow(q - 1), 0.0)
 
 
-def _exp_kind() -> PairKind:  # f = exp((t − c)/τ), params (c,)
+def _exp_kind() -> PairKind:  # f = exp(t/τ), of the exponential ψ: the rest of exp(Δ/τ + margin) is constant in a row
+    return PairKind(
+        f=lambda t, tau, p: t / tau,
+        df=lambda t, tau, p: torch.ones_like(t) / tau,
+        dtau=lambda t, tau, p: t / -tau.square(),
+        log=True,
+        linear_in_t=True,
+    )
+
+
+def _gibbs_kind() -> PairKind:  # f = exp(−d²/τ), d² = c − t of either sign, params (c,)
     return PairKind(
         f=lambda t, tau, p: (t - p[0]) / tau,
         df=lambda t, tau, p: torch.ones_like(t) / tau,
         dtau=lambda t, tau, p: (p[0] - t) / tau.square(),
         log=True,
-        linear_in_t=True,
     )
 
 
@@ -148,6 +157,7 @@ def _gamma_kind() -> PairKind:  # h = (τ/(−x))^{1/γ} for x < 0, params (γ,)
 
 KINDS: dict[str, PairKind] = {
     "exp": _exp_kind(),
+    "gibbs": _gibbs_kind(),
     "power": _power_kind(),
     "inverse": _inverse_kind(),
     "hinge": _hinge_kind(),
@@ -258,6 +268,7 @@ class Rows:
     center: Tensor | None = None
     mass: Tensor | None = None  # Σ_j α_ij
     loss: Tensor | None = None  # L_i
+    dtau: Tensor | None = None  # ∂L_i/∂τ
 
 
 class Objective:
@@ -266,7 +277,8 @@ class Objective:
     Attributes:
         name, options: as the user gave them, for ``repr`` and checkpoints.
         uses_temperature: whether τ enters the loss value.
-        tau_gradient: ``"euler"`` (the loss depends on t/τ alone), ``"sum"`` (a sum over pairs) or None (no gradient).
+        tau_gradient: where ∂L_i/∂τ comes from: ``"rows"`` (`solve`), ``"pairs"`` (the term "dtau" of `pair_grad`) or None
+            (there is no gradient).
         one_sweep: gain, shift, offset and center need no sum over pairs, so `pair_grad` alone serves loss and gradient.
         derivative: `pair_grad` weighs pairs by df instead of f.
         bilinear: with constant α the loss is Σ c_i α_ij Δ_ij, so its value is ½Σ⟨F, dF⟩.
@@ -291,7 +303,7 @@ class Objective:
         """The temperature that the pair kind sees."""
         return tau
 
-    def solve(self, p: Pairs, value: bool) -> Rows:
+    def solve(self, p: Pairs, value: bool, learn_tau: bool) -> Rows:
         """All sweeps but `pair_grad`. ``value=False`` lets a `bilinear` objective leave ``loss`` to Euler's identity."""
         rows = self.start(p)
         return self.finish(p, rows, p.sums(self.terms, shift=rows.shift, center=p.pos))
@@ -423,20 +435,13 @@ class _ExpPairLoss(Objective):
         self.name, self.options = name, options
         self._outer, self.margin = outer, margin
         self.uses_temperature, self.tau_in_front = uses_temperature, tau_in_front
-        self.tau_gradient = "euler" if uses_temperature else None
+        self.tau_gradient = "rows" if uses_temperature else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return make, (self.name, self.options)
 
-    def params(self, c: float) -> tuple[float, ...]:
-        return (0.0,)
-
     def kind_tau(self, tau: Tensor) -> Tensor:
         return tau if self.uses_temperature else torch.ones_like(tau)
-
-    def log_xi(self, log_sum: Tensor, pos: Tensor, tau: Tensor) -> Tensor:
-        """ℓ_i = log Σ_j exp((t_ij − t⁺_i)/τ + margin) from log Σ_j exp(t_ij/τ)."""
-        return log_sum - pos / self.kind_tau(tau) + self.margin
 
     def phi(self, ell: Tensor, tau: Tensor) -> Tensor:
         loss = self._outer.phi(ell)
@@ -446,11 +451,17 @@ class _ExpPairLoss(Objective):
         slope = self._outer.dphi(ell)
         return slope * tau if self.tau_in_front else slope
 
-    def solve(self, p: Pairs, value: bool) -> Rows:
-        (log_sum,) = p.sums(("f",))
-        ell = self.log_xi(log_sum, p.pos, p.tau)
-        gain = self.dphi(ell, p.tau) / self.kind_tau(p.tau)
-        return Rows(gain=gain, shift=log_sum, mass=gain, loss=self.phi(ell, p.tau))
+    def solve(self, p: Pairs, value: bool, learn_tau: bool) -> Rows:
+        tau = self.kind_tau(p.tau)
+        base, total, *gap_sum = p.sums(("base", "f", "ft") if learn_tau else ("base", "f"), center=p.pos)
+        ell = (base - p.pos / tau) + total.log() + self.margin  # ℓ_i = log Σ_j exp(Δ_ij/τ + margin)
+        mass = self.dphi(ell, p.tau) / tau
+        rows = Rows(gain=mass / total, shift=base, mass=mass, loss=self.phi(ell, p.tau))
+        if gap_sum:  # ∂ℓ/∂τ = −Σ_j softmax_ij Δ_ij/τ². −½Σ⟨F, dF⟩/τ would do too, but cancels where rows are long
+            rows.dtau = rows.gain * gap_sum[0] / -tau
+            if self.tau_in_front:
+                rows.dtau = rows.dtau + rows.loss / tau
+        return rows
 
 
 # --- (b) α given directly ---------------------------------------------------------------------------------------------
@@ -499,7 +510,7 @@ class PairWeight(Objective):
         self.one_sweep = not self.normalized
         self.terms = ("f", "ft")
         if self.uses_temperature and not self.detach_alpha:
-            self.tau_gradient = "sum"
+            self.tau_gradient = "pairs"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PairWeight:
         return self
@@ -510,24 +521,22 @@ class PairWeight(Objective):
     def params(self, c: float) -> tuple[float, ...]:
         return (c,)
 
-    def solve(self, p: Pairs, value: bool) -> Rows:
+    def solve(self, p: Pairs, value: bool, learn_tau: bool) -> Rows:
         if not self.normalized:
-            return super().solve(p, value)
-        need_loss = value or not self.detach_alpha
-        sums = p.sums(self.terms if need_loss else ("f",), center=p.pos)
+            return super().solve(p, value, learn_tau)
+        terms = ("f", "ft") if value or not self.detach_alpha else ("f",)
+        extra = p.pos.new_full((), self.alpha_eps * p.n_neg)
         if kind(self.kind).log:
-            log_z = sums[0]
-            if self.alpha_eps:
-                log_z = torch.logaddexp(log_z, torch.full_like(log_z, math.log(self.alpha_eps * p.n_neg)))
-            mass = (sums[0] - log_z).exp()
-            rows = Rows(gain=torch.ones_like(mass), shift=log_z, mass=mass)
-            loss = mass * sums[1] if need_loss else None
+            base, total, *gap_sum = p.sums(("base", *terms), center=p.pos)
+            z = total + extra * (-base).exp() if self.alpha_eps else total
         else:
-            z = sums[0] + self.alpha_eps * p.n_neg
-            inv_z = torch.where(z > 0, 1 / torch.where(z > 0, z, 1.0), 0.0)
-            rows = Rows(gain=inv_z, mass=sums[0] * inv_z)
-            loss = sums[1] * inv_z if need_loss else None
-        return replace(rows, loss=loss, center=None if self.detach_alpha else p.pos + loss)
+            base = None
+            total, *gap_sum = p.sums(terms, center=p.pos)
+            z = total + extra
+        inv_z = torch.where(z > 0, 1 / torch.where(z > 0, z, 1.0), 0.0)
+        loss = gap_sum[0] * inv_z if gap_sum else None
+        center = None if self.detach_alpha else p.pos + loss
+        return Rows(gain=inv_z, shift=base, center=center, mass=total * inv_z, loss=loss)
 
     def start(self, p: Pairs) -> Rows:
         return Rows(
@@ -593,7 +602,7 @@ class MinPlayer(Objective):
         self.name, self.options = name, options
         self.detach_alpha = _flag(name, "detach_alpha", options.get("detach_alpha", True))
         if self.uses_temperature and not self.detach_alpha:
-            self.tau_gradient = "sum"
+            self.tau_gradient = "pairs"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MinPlayer:
         return self
@@ -623,7 +632,7 @@ class MinPlayer(Objective):
             low, high = torch.where(up, low, middle), torch.where(up, middle, high)
         return float(low)
 
-    def solve(self, p: Pairs, value: bool) -> Rows:
+    def solve(self, p: Pairs, value: bool, learn_tau: bool) -> Rows:
         # y = μ − d²_min and x_ij = (t_ij − t_max) + y: differences keep float32 row sums right to 1e-7 at τ = 1e-3,
         # where μ − d² itself would lose three digits.
         (t_max,) = p.sums(("max",))
@@ -793,13 +802,13 @@ def alpha_direct(
         "exponent": exponent, "normalized": normalized, "alpha_eps": alpha_eps, "detach_alpha": detach_alpha,
     }  # fmt: skip
     if exponent == 2.0:
-        return _NamedPairWeight("alpha_direct", options, "exp")
+        return _NamedPairWeight("alpha_direct", options, "gibbs")
     return _NamedPairWeight("alpha_direct", options, "power", exponent / 2)
 
 
 def alpha_entropy(alpha_eps: float = 0.0, detach_alpha: bool = True) -> Objective:
     """Min player of R = −τ·Σα log α, a softmax: α_ij ∝ exp(−d²_ij/τ); gradient = τ·(that of InfoNCE with ε = 0)."""
-    return _NamedPairWeight("alpha_entropy", {"alpha_eps": alpha_eps, "detach_alpha": detach_alpha}, "exp")
+    return _NamedPairWeight("alpha_entropy", {"alpha_eps": alpha_eps, "detach_alpha": detach_alpha}, "gibbs")
 
 
 def alpha_inverse(

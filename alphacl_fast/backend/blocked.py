@@ -49,11 +49,22 @@ class _Side:
 
 
 class _Tile:
-    """Similarities t of one tile (I, J), with the pair kind's functions for one side at a time."""
+    """Similarities t of one tile (I, J), with the pair kind's functions for one side at a time.
 
-    def __init__(self, t: Tensor, excluded: list[int], kind: PairKind, tau: Tensor, params: tuple[float, ...]) -> None:
-        self.t, self.excluded, self.kind, self.tau, self.params = t, excluded, kind, tau, params
+    A kind that is linear in t gets t/τ from the matrix product: one pass over the tile less, and every sweep rounds
+    log f in the same way. t itself is then made only where a caller needs it.
+    """
+
+    def __init__(
+        self, product: Tensor, excluded: list[int], kind: PairKind, tau: Tensor, params: tuple[float, ...], need_t: bool
+    ) -> None:
+        self.excluded, self.kind, self.tau, self.params = excluded, kind, tau, params
         self._log_f: Tensor | None = None
+        if kind.linear_in_t:
+            self.t = product * tau if need_t else product
+            self._log_f = self.mask(product, -torch.inf)
+        else:
+            self.t = product
 
     def mask(self, x: Tensor, value: float = 0.0) -> Tensor:
         """Writes ``value`` where a pair is the anchor itself or its positive; in place."""
@@ -61,13 +72,10 @@ class _Tile:
             x.diagonal(diagonal).fill_(value)
         return x
 
-    def set_log_f(self, log_f: Tensor) -> None:
-        self._log_f = self.mask(log_f, -torch.inf)
-
     def log_f(self) -> Tensor:
         """log f of a log kind, −inf at excluded pairs."""
         if self._log_f is None:
-            self.set_log_f(self.kind.f(self.t, self.tau, self.params))
+            self._log_f = self.mask(self.kind.f(self.t, self.tau, self.params), -torch.inf)
         return self._log_f
 
     def pieces(self, side: _Side, names: set[str]) -> dict[str, Tensor]:
@@ -107,19 +115,17 @@ def _rows(f: Tensor, scale: Tensor | None, accumulate: torch.dtype) -> Tensor:
     return rows if scale is None else rows * scale.unsqueeze(1)
 
 
-class _Similarities:
-    """Computes t of any tile into one reused buffer; ``multiplier`` scales it at no cost."""
+class _Products:
+    """Computes t (or t/τ, see `_Tile`) of any tile into one reused buffer."""
 
-    def __init__(self, rows: Tensor, bias: Tensor | None, block: int, multiplier: Tensor | None = None) -> None:
-        self.rows, self.bias = rows, bias
-        self.left = rows if multiplier is None else rows * multiplier
-        if bias is not None and multiplier is not None:
-            self.bias = bias * multiplier
+    def __init__(self, rows: Tensor, bias: Tensor | None, block: int, kind: PairKind, tau: Tensor) -> None:
+        self.right = rows
+        self.left, self.bias = (rows / tau, None if bias is None else bias / tau) if kind.linear_in_t else (rows, bias)
         self.buffer = rows.new_empty(block * block)
 
     def __call__(self, i0: int, i1: int, j0: int, j1: int) -> Tensor:
         t = self.buffer[: (i1 - i0) * (j1 - j0)].view(i1 - i0, j1 - j0)
-        torch.mm(self.left[i0:i1], self.rows[j0:j1].t(), out=t)
+        torch.mm(self.left[i0:i1], self.right[j0:j1].t(), out=t)
         if self.bias is not None:
             t.add_(self.bias[i0:i1, None]).add_(self.bias[None, j0:j1])
         return t
@@ -148,7 +154,7 @@ def row_sums(
     anchors: int,
     span: tuple[float, ...],
 ) -> Tensor:
-    """``out[k, i] = Σ_{j∈Neg(i)} term_k``; for a log kind without shift log Σf and the f-weighted mean of t − center."""
+    """``out[k, i] = Σ_{j∈Neg(i)} term_k``; with "base" first, relative to exp(base_i) (log kinds)."""
     kind = lookup(kind_name)
     rows = _rows(f, scale, tau.dtype)
     n = rows.shape[0]
@@ -156,13 +162,12 @@ def row_sums(
     out = rows.new_zeros(len(terms), anchors)
     if terms == ("max",):
         out.fill_(-torch.inf)
-    elif kind.log and shift is None:
+    elif terms[0] == "base":
         return _log_sums(rows, bias, center, tau, kind, params, terms, split, partner, anchors, span, block)
-    similarities = _Similarities(rows, bias, block)
+    products = _Products(rows, bias, block, kind, tau)
     for i0, i1, j0, j1 in _tiles(n, split, block):
-        tile = _Tile(
-            similarities(i0, i1, j0, j1), _excluded(i0, i1, j0, j1, split, partner), kind, tau, params
-        )  # t: (i1 − i0, j1 − j0)
+        excluded = _excluded(i0, i1, j0, j1, split, partner)
+        tile = _Tile(products(i0, i1, j0, j1), excluded, kind, tau, params, need_t=True)  # (i1 − i0, j1 − j0)
         for side in _sides(i0, i1, j0, j1, split, anchors, shift=shift, offset=offset, center=center):
             if terms == ("max",):
                 best = out[0, side.slice]
@@ -212,35 +217,30 @@ def _log_sums(
     span: tuple[float, ...],
     block: int,
 ) -> Tensor:
-    """log Σ_j f and, where asked for, Σ_j f·(t − center)/Σ_j f."""
+    """base_i, Σ_j exp(log f − base_i) and, where asked for, Σ_j exp(log f − base_i)·(t − center)."""
+    with_gap = len(terms) == 3
     middle = _middle(kind, span, rows.dtype)
-    fold = kind.linear_in_t and terms == ("f",)  # log f = t/τ − c/τ: the product yields t/τ, the constant comes last
-    similarities = _Similarities(rows, bias, block, 1 / tau if fold else None)
-    fold_constant = params[0] / tau if fold else 0.0
-    total = rows.new_zeros(len(terms), anchors)
-    best = rows.new_full((anchors,), -torch.inf if middle is None else 0.0)
+    products = _Products(rows, bias, block, kind, tau)
+    sums = rows.new_zeros(1 + with_gap, anchors)
+    base = rows.new_full((anchors,), -torch.inf if middle is None else middle)
     for i0, i1, j0, j1 in _tiles(rows.shape[0], split, block):
-        t = similarities(i0, i1, j0, j1)
-        tile = _Tile(t, _excluded(i0, i1, j0, j1, split, partner), kind, tau, params)
-        if fold:
-            tile.set_log_f(t)
+        excluded = _excluded(i0, i1, j0, j1, split, partner)
+        tile = _Tile(products(i0, i1, j0, j1), excluded, kind, tau, params, need_t=with_gap)
         log_f = tile.log_f()
         if middle is not None:
-            e = (log_f.sub_(middle) if middle and not fold else log_f).exp_()
+            e = (log_f.sub_(middle) if middle else log_f).exp_()
         for side in _sides(i0, i1, j0, j1, split, anchors, center=center):
             if middle is None:
-                old = best[side.slice].clone()
+                old = base[side.slice].clone()
                 new = torch.maximum(old, log_f.amax(side.dim))
-                base = torch.where(new > -torch.inf, new, 0.0)  # every pair so far excluded
-                total[:, side.slice] *= (old - base).exp()
-                best[side.slice] = new
-                e = (log_f - base.view((-1, 1) if side.dim == 1 else (1, -1))).exp_()
-            total[0, side.slice] += e.sum(side.dim)
-            if len(terms) == 2:
-                total[1, side.slice] += (e * _gap(t, side)).sum(side.dim)
-    offset = best if middle is None else (0.0 if fold else middle)
-    out = total[0].log().add_(offset - fold_constant).unsqueeze(0)
-    return out if len(terms) == 1 else torch.cat([out, total[1:] / total[:1]])
+                finite = torch.where(new > -torch.inf, new, 0.0)  # −inf: every pair so far was excluded
+                sums[:, side.slice] *= (old - finite).exp()
+                base[side.slice] = new
+                e = (log_f - finite.view((-1, 1) if side.dim == 1 else (1, -1))).exp_()
+            sums[0, side.slice] += e.sum(side.dim)
+            if with_gap:
+                sums[1, side.slice] += (e * _gap(tile.t, side)).sum(side.dim)
+    return torch.cat([base.unsqueeze(0), sums])
 
 
 def pair_grad(
@@ -272,25 +272,19 @@ def pair_grad(
     sums = rows.new_zeros(len(terms), anchors if terms else 0)
     plain = kind.log and weight == "f" and not terms  # g = gain_i·exp(log f − shift_i): t itself is not needed
     middle = _middle(kind, span, rows.dtype) if plain else None
-    fold = plain and kind.linear_in_t
-    if fold:  # log f = t/τ − c/τ: the product yields t/τ, the constant moves into the row scalars
-        shift = shift + params[0] / tau
-        middle = None if middle is None else 0.0
     if middle is not None:
         gain = gain * (middle - shift).exp()
-    similarities = _Similarities(rows, bias, block, 1 / tau if fold else None)
+    products = _Products(rows, bias, block, kind, tau)
     scratch = rows.new_empty(block * block)
     for i0, i1, j0, j1 in _tiles(n, split, block):
-        t = similarities(i0, i1, j0, j1)
-        tile = _Tile(t, _excluded(i0, i1, j0, j1, split, partner), kind, tau, params)
-        if fold:
-            tile.set_log_f(t)
+        excluded = _excluded(i0, i1, j0, j1, split, partner)
+        tile = _Tile(products(i0, i1, j0, j1), excluded, kind, tau, params, need_t=not plain)
         sides = _sides(i0, i1, j0, j1, split, anchors, gain=gain, shift=shift, offset=offset, center=center)
         if middle is not None:
             log_f = tile.log_f()
-            g = (log_f if middle == 0.0 else log_f.sub_(middle)).exp_()
+            g = (log_f.sub_(middle) if middle else log_f).exp_()
             if len(sides) == 2:
-                both = torch.add(sides[0].gain, sides[1].gain, out=scratch[: t.numel()].view(t.shape))
+                both = torch.add(sides[0].gain, sides[1].gain, out=scratch[: g.numel()].view(g.shape))
                 g.mul_(both)
             else:
                 g.mul_(sides[0].gain)

@@ -1,0 +1,187 @@
+"""Rounding, extreme temperatures, degenerate rows: against the float64 oracle on the same (rounded) inputs."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from family import BUILT_IN, MEMBERS, MODES, loss_and_grads, member_id, pair, relative_error
+
+from alphacl_fast import objectives
+from alphacl_fast.functional import NEGATIVES, SIMILARITIES, alpha_cl_loss
+
+NORMALIZED = ["infonce", "alpha_direct", "alpha_entropy", "alpha_inverse", "alpha_square", "alpha_gamma", "soft_triplet"]
+
+
+def assert_as_good_as_eager(member, batches, factor=2.0, **setting):
+    """Over some float32 batches our error is at most ``factor`` × eager's (the dense loss, same dtype), in the mean.
+
+    One batch would compare two random numbers; the band of one rounding is what a result that is exact to the last
+    place may still differ by.
+    """
+    errors = {}
+    for z1, z2 in batches:
+        truth = loss_and_grads(z1.double(), z2.double(), *member, backend="reference", **setting)
+        eager = loss_and_grads(z1, z2, *member, backend="reference", **setting)
+        ours = loss_and_grads(z1, z2, *member, backend="blocked", **setting)
+        for name, o, e, t in zip(("loss", "dz1", "dz2", "dtau"), ours, eager, truth, strict=False):
+            assert torch.isfinite(o).all(), name
+            errors.setdefault(name, []).append((relative_error(o, t), relative_error(e, t)))
+    for name, pairs in errors.items():
+        ours, eager = torch.tensor(pairs, dtype=torch.float64).square().mean(0).sqrt().tolist()
+        assert ours <= factor * eager + 4 * torch.finfo(torch.float32).eps, (name, setting, ours, eager)
+
+
+@pytest.mark.parametrize("member", MEMBERS, ids=member_id)
+@pytest.mark.parametrize(("negatives", "symmetric"), MODES)
+def test_float32_as_good_as_eager(member, negatives, symmetric, small_tiles, poisoned):
+    # The hinge and the power weights have kinks at which float32 and float64 may differ; random data stays away.
+    batches = [pair(40, 12, torch.float32, seed=seed) for seed in range(6)]
+    for similarity in SIMILARITIES:
+        assert_as_good_as_eager(member, batches, negatives=negatives, symmetric=symmetric, similarity=similarity)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NORMALIZED)
+@pytest.mark.parametrize("tau", [0.5, 0.05, 0.02])
+def test_half_precision_inputs(dtype, name, tau, small_tiles):
+    """float32 loss, gradient of the input's dtype right to that dtype's rounding: normalised rows are never rounded."""
+    z1, z2 = pair(40, 32, dtype)
+    truth = loss_and_grads(z1.double(), z2.double(), name, tau=tau, backend="reference")
+    ours = loss_and_grads(z1, z2, name, tau=tau, backend="blocked")
+    assert ours[0].dtype == torch.float32
+    assert ours[1].dtype == dtype
+    assert relative_error(ours[0], truth[0]) < 1e-5
+    for o, t in zip(ours[1:3], truth[1:3], strict=True):
+        assert relative_error(o, t, floor=1e-12) < 0.6 * torch.finfo(dtype).eps + 1e-4 / tau * 1e-2
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.05, 0.03, 0.02])
+def test_converged_regime(tau):
+    """Positives all but coincide, negatives are orthogonal: the loss goes from 1e-2 to 1e-19.
+
+    `softmax − onehot` cancels here (cross-entropy is off by 5 % at τ = 0.05 and by all of it at τ = 0.03).
+    """
+    q, _ = torch.linalg.qr(torch.randn(140, 140, dtype=torch.float64))
+    z1 = q[:128].float()
+    z2 = (q[:128] + 0.01 * torch.randn(128, 140, dtype=torch.float64)).float()
+    truth = loss_and_grads(z1.double(), z2.double(), "infonce", tau=tau, backend="reference")
+    ours = loss_and_grads(z1, z2, "infonce", tau=tau, backend="blocked")
+    assert abs(float(truth[0])) < 0.02
+    for o, t in zip(ours, truth, strict=True):
+        assert relative_error(o, t, floor=0.0) < 1e-5
+    if tau == 0.03:
+        f = F.normalize(torch.cat([z1, z2]), dim=1)
+        logits = (f @ f.t() / tau).fill_diagonal_(-math.inf)
+        cross_entropy = F.cross_entropy(logits, torch.arange(256).roll(128))
+        assert relative_error(-0.5 * cross_entropy, truth[0], floor=0.0) > 0.5  # so the bar above means something
+
+
+@pytest.mark.parametrize("tau", [1e-3, 5e-3, 0.02, 0.1, 1.0, 5.0])
+@pytest.mark.parametrize("member", BUILT_IN, ids=member_id)
+def test_temperatures(member, tau, small_tiles):
+    objective = objectives.make(*member)
+    z1, z2 = pair(30, 8, torch.float64)
+    truth = loss_and_grads(z1, z2, *member, tau=tau, backend="reference")
+    ours = loss_and_grads(z1, z2, *member, tau=tau, backend="blocked")
+    for o, t in zip(ours, truth, strict=True):
+        assert relative_error(o, t, floor=max(1e-3, float(t.abs().max()) * 1e-3)) < 1e-8
+    single = loss_and_grads(z1.float(), z2.float(), *member, tau=tau, backend="blocked")
+    assert all(torch.isfinite(x).all() for x in single)
+    if objective.name == "infonce":
+        truth = loss_and_grads(z1.float().double(), z2.float().double(), *member, tau=tau, backend="reference")
+        for o, t in zip(single, truth, strict=True):
+            assert relative_error(o, t) < 2e-6 + 2e-7 / tau  # α itself is only that good in float32
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e6, 1e30])
+def test_cosine_ignores_the_scale_of_rows(scale):
+    z1, z2 = pair(20, 6, torch.float32)
+    base = alpha_cl_loss(z1, z2, "infonce")
+    scaled = loss_and_grads(z1 * scale, z2 * scale, "infonce")
+    assert torch.allclose(-0.5 * base, -0.5 * scaled[0] / -0.5, rtol=1e-5) or abs(base - scaled[0]) < 1e-5
+    assert all(torch.isfinite(x).all() for x in scaled)
+    unscaled = loss_and_grads(z1, z2, "infonce")
+    assert relative_error(scaled[1].double() * scale, unscaled[1]) < 1e-5
+
+
+def degenerate_batches():
+    z = torch.randn(12, 6)
+    duplicated = z[:3].repeat(4, 1)
+    return {
+        "all rows equal": (torch.ones(12, 6), torch.ones(12, 6)),
+        "duplicated": (duplicated, duplicated.clone()),
+        "antipodal positives": (z, -z),
+        "zero rows": (torch.cat([z[:6], torch.zeros(6, 6)]), torch.cat([torch.zeros(3, 6), z[3:]])),
+        "all zero": (torch.zeros(12, 6), torch.zeros(12, 6)),
+        "huge": (z * 1e18, z * 1e18 + 1e18),
+        "tiny": (z * 1e-38, z * 1e-38),
+        "denormal": (z * 1e-42, z * 1e-42),
+    }
+
+
+@pytest.mark.parametrize("case", degenerate_batches())
+@pytest.mark.parametrize("member", BUILT_IN, ids=member_id)
+@pytest.mark.parametrize("tau", [1e-3, 0.5])
+def test_degenerate_rows_stay_finite(case, member, tau, small_tiles):
+    z1, z2 = degenerate_batches()[case]
+    for negatives in NEGATIVES:
+        out = loss_and_grads(z1, z2, *member, tau=tau, negatives=negatives, backend="blocked")
+        for name, x in zip(("loss", "dz1", "dz2", "dtau"), out, strict=False):
+            assert torch.isfinite(x).all(), (name, negatives, x)
+
+
+@pytest.mark.parametrize("similarity", ["dot", "euclidean"])
+@pytest.mark.parametrize("member", BUILT_IN, ids=member_id)
+def test_degenerate_rows_unnormalized(similarity, member, small_tiles):
+    for case, (z1, z2) in degenerate_batches().items():
+        if case == "huge":  # t ~ 1e36: exp(t − 1) of an unnormalised weight is infinite by definition
+            continue
+        out = loss_and_grads(z1, z2, *member, tau=0.05, similarity=similarity, backend="blocked")
+        overflow = member[1].get("normalized") is False and similarity == "dot"
+        assert overflow or all(torch.isfinite(x).all() for x in out), case
+
+
+def test_zero_row_has_zero_gradient():
+    z1, z2 = pair(8, 4)
+    z1[3] = 0
+    for backend in ("reference", "blocked"):
+        _, d1, d2, *_ = loss_and_grads(z1, z2, "infonce", backend=backend)
+        assert (d1[3] == 0).all()
+        assert (d1[2] != 0).all()
+        assert torch.isfinite(d2).all()
+
+
+def test_euclidean_far_from_the_origin():
+    z1, z2 = pair(40, 16)
+    z1, z2 = (z1 + 100).float(), (z2 + 100).float()
+    truth = loss_and_grads(z1.double(), z2.double(), "infonce", similarity="euclidean", backend="reference")
+    ours = loss_and_grads(z1, z2, "infonce", similarity="euclidean", backend="blocked")
+    for o, t in zip(ours, truth, strict=True):
+        assert relative_error(o, t) < 1e-4  # a plain Gram matrix of the rows as given: 0.3
+
+
+@pytest.mark.parametrize("name", ["alpha_square", "alpha_gamma"])
+@pytest.mark.parametrize("tau", [1e-3, 0.05, 1.0])
+def test_float32_min_players_sum_to_one(name, tau, monkeypatch):
+    from alphacl_fast.autograd import Sweeps
+
+    masses = []
+    original = objectives.MinPlayer.solve
+
+    def spy(self, p, value, learn_tau):
+        rows = original(self, p, value, learn_tau)
+        masses.append(p.sums(("f",), shift=rows.shift, offset=rows.offset)[0])
+        assert isinstance(p, Sweeps)
+        return rows
+
+    monkeypatch.setattr(objectives.MinPlayer, "solve", spy)
+    z1, z2 = pair(500, 32, torch.float32)
+    loss_and_grads(z1, z2, name, tau=tau, backend="blocked")
+    assert float((masses[0] - 1).abs().max()) < 2e-6
+
+
+@pytest.mark.parametrize("name", ["infonce", "alpha_direct", "alpha_square", "triplet", "mine"])
+def test_float32_at_real_size(name):
+    """More tiles than one, at sizes where float32 sums could drift."""
+    assert_as_good_as_eager((name, {}), [pair(1500, 24, torch.float32, seed=seed) for seed in range(3)])
