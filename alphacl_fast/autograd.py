@@ -77,8 +77,7 @@ class Features:
         self.f, self.scale, self.bias, self.inv_norm = f, scale, bias, inv_norm
 
     @classmethod
-    def make(cls, z1: Tensor, z2: Tensor, similarity: str) -> Features:
-        z = torch.cat([z1, z2])
+    def make(cls, z: Tensor, similarity: str) -> Features:
         accumulate = accumulation_dtype(z.dtype)
         if similarity == "dot":
             return cls(z, None, None, None)
@@ -152,22 +151,24 @@ class Sweeps:
         *,
         shift: Tensor | None = None,
         offset: Tensor | None = None,
-        center: Tensor | None = None,
     ) -> Tensor:
         f, layout = self.features, self.layout
         return ops.row_sums(
-            f.f, f.scale, f.bias, shift, offset, center, self._kind_tau, self._kind, self._params, terms,
+            f.f, f.scale, f.bias, self.pos, shift, offset, self._kind_tau, self._kind, self._params, terms,
             layout.split, layout.partner, layout.anchors, self._span, self._backend,
         )  # fmt: skip
 
     def grad(
-        self, rows: Rows, c: Tensor, weight: str, terms: tuple[str, ...], center: Tensor | None, lo: int, hi: int
+        self, rows: Rows, c: Tensor, weight: str, terms: tuple[str, ...], lo: int, hi: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One `pair_grad` sweep for rows [lo, hi), with row weights c (anchors,)."""
+        if lo == hi and not terms:
+            nothing = self.pos.new_empty(0)
+            return nothing, nothing, nothing
         f, layout = self.features, self.layout
         return ops.pair_grad(
-            f.f, f.scale, f.bias, rows.gain * c, rows.shift, rows.offset, center, self._kind_tau, self._kind,
-            self._params, weight, terms, layout.split, layout.partner, lo, hi, self._span, self._backend,
+            f.f, f.scale, f.bias, self.pos, rows.gain * c, rows.shift, rows.offset, rows.level, self._kind_tau,
+            self._kind, self._params, weight, terms, layout.split, layout.partner, lo, hi, self._span, self._backend,
         )  # fmt: skip
 
     def mean_negative(self) -> Tensor:
@@ -207,15 +208,41 @@ def mean_negative(rows: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
     return sums / layout.n_neg
 
 
+def through_normalization(d: Tensor, rows: Tensor, inv_norm: Tensor) -> Tensor:
+    """dz = (dF − F⟨F, dF⟩)/‖z‖."""
+    along = (rows * d).sum(1, keepdim=True)
+    return torch.addcmul(d, rows, along, value=-1).mul_(inv_norm.unsqueeze(1))
+
+
+class UnitRows(torch.autograd.Function):
+    """(n, D) → rows of unit length in the accumulation dtype; finite gradients for zero and for tiny rows."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor) -> Tensor:
+        features = Features.make(z, "cosine")
+        rows = features.rows()
+        ctx.save_for_backward(rows, features.inv_norm)
+        ctx.dtype = z.dtype
+        return rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return through_normalization(grad, *ctx.saved_tensors).to(ctx.dtype)
+
+
 def closed_form(z1: Tensor, z2: Tensor, call: Call) -> Tensor:
     """Loss of a constant-α objective by autograd through O(n·D) sums."""
     assert isinstance(call.objective, ClosedForm)
-    features = Features.make(z1, z2, call.similarity)
+    z = torch.cat([z1, z2])
+    rows, bias = UnitRows.apply(z) if call.similarity == "cosine" else z.to(accumulation_dtype(z.dtype)), None
+    if call.similarity == "euclidean":
+        rows = rows - rows.mean(0)
+        bias = rows.square().sum(1) / -2
     layout = Layout.make(call, z1.shape[0])
-    pos = positives(features.rows(), call.similarity)
-    used = features.first(layout.rows)
-    mean_gap = mean_negative(used.rows(), used.bias, layout) - pos.repeat(layout.anchors // pos.shape[0])
-    return call.reduce(call.objective.weight(layout.n_neg) * mean_gap)
+    pos = positives(rows, call.similarity)
+    mean = mean_negative(rows[: layout.rows], None if bias is None else bias[: layout.rows], layout)
+    return call.reduce(call.objective.weight(layout.n_neg) * (mean - pos.repeat(layout.anchors // pos.shape[0])))
 
 
 class AlphaCLFunction(torch.autograd.Function):
@@ -228,7 +255,7 @@ class AlphaCLFunction(torch.autograd.Function):
         need = ctx.needs_input_grad[:3]
         with torch.autocast(z1.device.type, enabled=False):
             tau = tau.to(accumulate)
-            features = Features.make(z1, z2, call.similarity)
+            features = Features.make(torch.cat([z1, z2]), call.similarity)
             problem = _Problem(features, tau, call)
             if not any(need):
                 return call.reduce(problem.solve(value=True, learn_tau=False).loss)
@@ -305,19 +332,16 @@ class _Problem:
         if call.negatives == "one_view":  # z2 meets the pairs only through the positives
             lo, hi = min(lo, n), n
         terms: tuple[str, ...] = objective.terms if finish else ()
-        weight, center = ("df" if objective.derivative else "f"), rows.center
-        if rows.center is not None:
-            weight = "f+df"
-        elif finish:
-            center = self.sweeps.pos
+        weight = "df" if objective.derivative else "f" if rows.level is None else "f+df"
         if need_tau and objective.tau_gradient == "pairs":
             terms = (*terms, "dtau")
-        df, weight_sums, sums = self.sweeps.grad(rows, c, weight, terms, center, lo, hi)
+        df, weight_sums, sums = self.sweeps.grad(rows, c, weight, terms, lo, hi)
         if finish:
             rows = objective.finish(self.sweeps, rows, sums)
-        d = self.rows.new_zeros(2, n, self.rows.shape[1]).view(2 * n, -1) if hi - lo < 2 * n else df
-        if d is not df:
-            d[lo:hi] = df
+        d = df
+        if hi - lo < 2 * n:  # rows outside [lo, hi) receive only what comes through their positive
+            d = torch.zeros_like(self.rows)
+            d[lo:hi] = df.view(-1, d.shape[1])
         f1, f2 = self.rows.chunk(2)
         d1, d2 = d.chunk(2)
         q = c * rows.mass
@@ -337,13 +361,6 @@ class _Problem:
         if call.reduction != "none":
             # t is bilinear in the rows, so Σ⟨F, dF⟩ is twice the loss of a constant α (both gradients are there then)
             loss = (self.rows * d).sum() / 2 if rows.loss is None else call.reduce(rows.loss)
-        dz = self._through_normalization(d)
-        return loss, (dz[:n] if need_1 else None), (dz[n:] if need_2 else None), dtau
-
-    def _through_normalization(self, d: Tensor) -> Tensor:
-        """dz = (dF − F⟨F, dF⟩)/‖z‖ for cosine."""
         inv_norm = self.features.inv_norm
-        if inv_norm is None:
-            return d
-        along = (self.rows * d).sum(1, keepdim=True)
-        return torch.addcmul(d, self.rows, along, value=-1).mul_(inv_norm.unsqueeze(1))
+        dz = d if inv_norm is None else through_normalization(d, self.rows, inv_norm)
+        return loss, (dz[:n] if need_1 else None), (dz[n:] if need_2 else None), dtau

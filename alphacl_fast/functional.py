@@ -148,6 +148,8 @@ def evaluate(
             return call.reduce(losses), backend, why
         if isinstance(call.objective, ClosedForm):
             return closed_form(z1, z2, call), backend, why
+        if not torch.is_grad_enabled():  # apply() would still report inputs that require grad, and both sweeps would run
+            z1, z2, tau = z1.detach(), z2.detach(), tau.detach()
         return AlphaCLFunction.apply(z1, z2, tau, call), backend, why
 
 

@@ -245,9 +245,8 @@ class Pairs(Protocol):
         *,
         shift: Tensor | None = None,
         offset: Tensor | None = None,
-        center: Tensor | None = None,
     ) -> Tensor:
-        """One `row_sums` sweep: (len(terms), anchors)."""
+        """One `row_sums` sweep: (len(terms), anchors); moments are taken of Δ."""
         ...
 
     def mean_negative(self) -> Tensor:
@@ -259,13 +258,13 @@ class Pairs(Protocol):
 class Rows:
     """Row scalars: what `pair_grad` needs, before the incoming row weight c_i multiplies ``gain`` and ``mass``.
 
-    g_ij = c_i·gain_i·(df | f | f + df·(t_ij − center_i)),  q_i = c_i·mass_i = −∂L/∂t⁺_i.
+    g_ij = c_i·gain_i·(df | f | f + df·(Δ_ij − level_i)),  q_i = c_i·mass_i = −∂L/∂t⁺_i.
     """
 
     gain: Tensor
     shift: Tensor | None = None
     offset: Tensor | None = None
-    center: Tensor | None = None
+    level: Tensor | None = None
     mass: Tensor | None = None  # Σ_j α_ij
     loss: Tensor | None = None  # L_i
     dtau: Tensor | None = None  # ∂L_i/∂τ
@@ -279,7 +278,7 @@ class Objective:
         uses_temperature: whether τ enters the loss value.
         tau_gradient: where ∂L_i/∂τ comes from: ``"rows"`` (`solve`), ``"pairs"`` (the term "dtau" of `pair_grad`) or None
             (there is no gradient).
-        one_sweep: gain, shift, offset and center need no sum over pairs, so `pair_grad` alone serves loss and gradient.
+        one_sweep: gain, shift, offset and level need no sum over pairs, so `pair_grad` alone serves loss and gradient.
         derivative: `pair_grad` weighs pairs by df instead of f.
         bilinear: with constant α the loss is Σ c_i α_ij Δ_ij, so its value is ½Σ⟨F, dF⟩.
     """
@@ -306,14 +305,14 @@ class Objective:
     def solve(self, p: Pairs, value: bool, learn_tau: bool) -> Rows:
         """All sweeps but `pair_grad`. ``value=False`` lets a `bilinear` objective leave ``loss`` to Euler's identity."""
         rows = self.start(p)
-        return self.finish(p, rows, p.sums(self.terms, shift=rows.shift, center=p.pos))
+        return self.finish(p, rows, p.sums(self.terms, shift=rows.shift))
 
     def start(self, p: Pairs) -> Rows:
         """Row scalars of a `one_sweep` objective."""
         raise NotImplementedError
 
     def finish(self, p: Pairs, rows: Rows, sums: Tensor) -> Rows:
-        """Adds ``mass`` and ``loss`` from the sums over `terms`, taken with center t⁺."""
+        """Adds ``mass`` and ``loss`` from the sums over `terms`."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -453,7 +452,7 @@ class _ExpPairLoss(Objective):
 
     def solve(self, p: Pairs, value: bool, learn_tau: bool) -> Rows:
         tau = self.kind_tau(p.tau)
-        base, total, *gap_sum = p.sums(("base", "f", "ft") if learn_tau else ("base", "f"), center=p.pos)
+        base, total, *gap_sum = p.sums(("base", "f", "ft") if learn_tau else ("base", "f"))
         ell = (base - p.pos / tau) + total.log() + self.margin  # ℓ_i = log Σ_j exp(Δ_ij/τ + margin)
         mass = self.dphi(ell, p.tau) / tau
         rows = Rows(gain=mass / total, shift=base, mass=mass, loss=self.phi(ell, p.tau))
@@ -527,26 +526,33 @@ class PairWeight(Objective):
         terms = ("f", "ft") if value or not self.detach_alpha else ("f",)
         extra = p.pos.new_full((), self.alpha_eps * p.n_neg)
         if kind(self.kind).log:
-            base, total, *gap_sum = p.sums(("base", *terms), center=p.pos)
+            base, total, *gap_sum = p.sums(("base", *terms))
             z = total + extra * (-base).exp() if self.alpha_eps else total
         else:
             base = None
-            total, *gap_sum = p.sums(terms, center=p.pos)
+            total, *gap_sum = p.sums(terms)
             z = total + extra
-        inv_z = torch.where(z > 0, 1 / torch.where(z > 0, z, 1.0), 0.0)
+        inv_z = _safe_inverse(z)
         loss = gap_sum[0] * inv_z if gap_sum else None
-        center = None if self.detach_alpha else p.pos + loss
-        return Rows(gain=inv_z, shift=base, center=center, mass=total * inv_z, loss=loss)
+        return Rows(
+            gain=inv_z, shift=base, level=None if self.detach_alpha else loss, mass=total * inv_z, loss=loss
+        )
 
     def start(self, p: Pairs) -> Rows:
         return Rows(
             gain=torch.ones_like(p.pos),
             shift=torch.zeros_like(p.pos) if kind(self.kind).log else None,
-            center=None if self.detach_alpha else p.pos,
+            level=None if self.detach_alpha else torch.zeros_like(p.pos),
         )
 
     def finish(self, p: Pairs, rows: Rows, sums: Tensor) -> Rows:
         return replace(rows, mass=sums[0], loss=sums[1])
+
+
+def _safe_inverse(x: Tensor) -> Tensor:
+    """1/x, and 0 where x is 0 (or so small that 1/x overflows)."""
+    usable = x >= torch.finfo(x.dtype).tiny
+    return torch.where(usable, 1 / torch.where(usable, x, 1.0), 0.0)
 
 
 def _rebuild_pair_weight(options: dict[str, Any]) -> PairWeight:
@@ -654,10 +660,10 @@ class MinPlayer(Objective):
             y = torch.where(done, y, new)
         rows = Rows(gain=torch.ones_like(y), shift=t_max, offset=y, mass=mass)
         if not self.detach_alpha:
-            rows.loss, dh, dh_gap = p.sums(("ft", "df", "dft"), shift=t_max, offset=y, center=p.pos)
-            rows.center = p.pos + torch.where(dh > 0, dh_gap / torch.where(dh > 0, dh, 1.0), 0.0)
+            rows.loss, dh, dh_gap = p.sums(("ft", "df", "dft"), shift=t_max, offset=y)
+            rows.level = dh_gap * _safe_inverse(dh)
         elif value:
-            (rows.loss,) = p.sums(("ft",), shift=t_max, offset=y, center=p.pos)
+            (rows.loss,) = p.sums(("ft",), shift=t_max, offset=y)
         return rows
 
 

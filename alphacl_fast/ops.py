@@ -8,7 +8,6 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
 from .backend import blocked
 
@@ -19,40 +18,40 @@ BACKEND_NAMES = ("auto", "reference", *SWEEP_BACKENDS)
 
 _LIBRARY = torch.library.Library("alphacl_fast", "DEF")
 _LIBRARY.define(
-    "row_sums(Tensor f, Tensor? scale, Tensor? bias, Tensor? shift, Tensor? offset, Tensor? center, Tensor tau, "
+    "row_sums(Tensor f, Tensor? scale, Tensor? bias, Tensor pos, Tensor? shift, Tensor? offset, Tensor tau, "
     "str kind, float[] params, str[] terms, int split, int partner, int anchors, float[] span, str backend) -> Tensor"
 )
 _LIBRARY.define(
-    "pair_grad(Tensor f, Tensor? scale, Tensor? bias, Tensor gain, Tensor? shift, Tensor? offset, Tensor? center, "
-    "Tensor tau, str kind, float[] params, str weight, str[] terms, int split, int partner, int lo, int hi, "
+    "pair_grad(Tensor f, Tensor? scale, Tensor? bias, Tensor pos, Tensor gain, Tensor? shift, Tensor? offset, "
+    "Tensor? level, Tensor tau, str kind, float[] params, str weight, str[] terms, int split, int partner, int lo, int hi, "
     "float[] span, str backend) -> (Tensor, Tensor, Tensor)"
 )
 
 
-def _row_sums(f, scale, bias, shift, offset, center, tau, kind, params, terms, split, partner, anchors, span, backend):
+def _row_sums(f, scale, bias, pos, shift, offset, tau, kind, params, terms, split, partner, anchors, span, backend):
     return SWEEP_BACKENDS[backend].row_sums(
-        f, scale, bias, shift, offset, center, tau, kind, tuple(params), tuple(terms), split, partner, anchors,
+        f, scale, bias, pos, shift, offset, tau, kind, tuple(params), tuple(terms), split, partner, anchors,
         tuple(span),
     )  # fmt: skip
 
 
 def _pair_grad(
-    f, scale, bias, gain, shift, offset, center, tau, kind, params, weight, terms, split, partner, lo, hi, span, backend
+    f, scale, bias, pos, gain, shift, offset, level, tau, kind, params, weight, terms, split, partner, lo, hi, span, backend
 ):
     return SWEEP_BACKENDS[backend].pair_grad(
-        f, scale, bias, gain, shift, offset, center, tau, kind, tuple(params), weight, tuple(terms), split, partner, lo,
+        f, scale, bias, pos, gain, shift, offset, level, tau, kind, tuple(params), weight, tuple(terms), split, partner, lo,
         hi, tuple(span),
     )  # fmt: skip
 
 
 def _row_sums_fake(
-    f, scale, bias, shift, offset, center, tau, kind, params, terms, split, partner, anchors, span, backend
+    f, scale, bias, pos, shift, offset, tau, kind, params, terms, split, partner, anchors, span, backend
 ):
     return tau.new_empty((len(terms), anchors))
 
 
 def _pair_grad_fake(
-    f, scale, bias, gain, shift, offset, center, tau, kind, params, weight, terms, split, partner, lo, hi, span, backend
+    f, scale, bias, pos, gain, shift, offset, level, tau, kind, params, weight, terms, split, partner, lo, hi, span, backend
 ):
     return (
         tau.new_empty((hi - lo, f.shape[1])),

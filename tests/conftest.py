@@ -1,6 +1,9 @@
 import pytest
 import torch
 
+# Small tensors run fastest on one thread, and a barrier per operation would make a busy machine's run take hours.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seed():
@@ -22,3 +25,11 @@ def small_tiles(monkeypatch):
     from alphacl_fast.backend import blocked
 
     monkeypatch.setattr(blocked, "tile_size", lambda n, device: min(n, 5))
+
+
+@pytest.fixture
+def medium_tiles(monkeypatch):
+    """Tiles of 16 rows: a few tiles, for tests that measure rounding."""
+    from alphacl_fast.backend import blocked
+
+    monkeypatch.setattr(blocked, "tile_size", lambda n, device: min(n, 16))

@@ -142,9 +142,9 @@ def row_sums(
     f: Tensor,
     scale: Tensor | None,
     bias: Tensor | None,
+    pos: Tensor,
     shift: Tensor | None,
     offset: Tensor | None,
-    center: Tensor | None,
     tau: Tensor,
     kind_name: str,
     params: tuple[float, ...],
@@ -163,12 +163,12 @@ def row_sums(
     if terms == ("max",):
         out.fill_(-torch.inf)
     elif terms[0] == "base":
-        return _log_sums(rows, bias, center, tau, kind, params, terms, split, partner, anchors, span, block)
+        return _log_sums(rows, bias, pos, tau, kind, params, terms, split, partner, anchors, span, block)
     products = _Products(rows, bias, block, kind, tau)
     for i0, i1, j0, j1 in _tiles(n, split, block):
         excluded = _excluded(i0, i1, j0, j1, split, partner)
         tile = _Tile(products(i0, i1, j0, j1), excluded, kind, tau, params, need_t=True)  # (i1 − i0, j1 − j0)
-        for side in _sides(i0, i1, j0, j1, split, anchors, shift=shift, offset=offset, center=center):
+        for side in _sides(i0, i1, j0, j1, split, anchors, pos=pos, shift=shift, offset=offset):
             if terms == ("max",):
                 best = out[0, side.slice]
                 torch.maximum(best, tile.mask(tile.t, -torch.inf).amax(side.dim), out=best)
@@ -189,24 +189,20 @@ _PIECE = {"f": "f", "df": "df", "ft": "f", "dft": "df", "dtau": "dtau"}
 
 
 def _add_terms(out: Tensor, tile: _Tile, side: _Side, terms: tuple[str, ...], pieces: dict[str, Tensor]) -> None:
-    """Adds Σ f, Σ f′, Σ f·(t − center), Σ f′·(t − center), Σ ∂f/∂τ·(t − center) over one side of a tile."""
-    gap = None
+    """Adds Σ f, Σ f′, Σ f·Δ, Σ f′·Δ, Σ ∂f/∂τ·(Δ − level) over one side of a tile."""
     for k, term in enumerate(terms):
         value = pieces[_PIECE[term]]
-        if term in ("ft", "dft", "dtau"):
-            gap = _gap(tile.t, side) if gap is None else gap
-            value = value * gap
+        if term in ("ft", "dft"):
+            value = value * (tile.t - side.pos)
+        elif term == "dtau":
+            value = value * (tile.t - side.pos).sub_(side.level)
         out[k, side.slice] += value.sum(side.dim)
-
-
-def _gap(t: Tensor, side: _Side) -> Tensor:
-    return t if side.center is None else t - side.center
 
 
 def _log_sums(
     rows: Tensor,
     bias: Tensor | None,
-    center: Tensor | None,
+    pos: Tensor,
     tau: Tensor,
     kind: PairKind,
     params: tuple[float, ...],
@@ -217,7 +213,7 @@ def _log_sums(
     span: tuple[float, ...],
     block: int,
 ) -> Tensor:
-    """base_i, Σ_j exp(log f − base_i) and, where asked for, Σ_j exp(log f − base_i)·(t − center)."""
+    """base_i, Σ_j exp(log f − base_i) and, where asked for, Σ_j exp(log f − base_i)·Δ."""
     with_gap = len(terms) == 3
     middle = _middle(kind, span, rows.dtype)
     products = _Products(rows, bias, block, kind, tau)
@@ -229,7 +225,7 @@ def _log_sums(
         log_f = tile.log_f()
         if middle is not None:
             e = (log_f.sub_(middle) if middle else log_f).exp_()
-        for side in _sides(i0, i1, j0, j1, split, anchors, center=center):
+        for side in _sides(i0, i1, j0, j1, split, anchors, pos=pos):
             if middle is None:
                 old = base[side.slice].clone()
                 new = torch.maximum(old, log_f.amax(side.dim))
@@ -239,7 +235,7 @@ def _log_sums(
                 e = (log_f - finite.view((-1, 1) if side.dim == 1 else (1, -1))).exp_()
             sums[0, side.slice] += e.sum(side.dim)
             if with_gap:
-                sums[1, side.slice] += (e * _gap(tile.t, side)).sum(side.dim)
+                sums[1, side.slice] += (e * (tile.t - side.pos)).sum(side.dim)
     return torch.cat([base.unsqueeze(0), sums])
 
 
@@ -247,10 +243,11 @@ def pair_grad(
     f: Tensor,
     scale: Tensor | None,
     bias: Tensor | None,
+    pos: Tensor,
     gain: Tensor,
     shift: Tensor | None,
     offset: Tensor | None,
-    center: Tensor | None,
+    level: Tensor | None,
     tau: Tensor,
     kind_name: str,
     params: tuple[float, ...],
@@ -279,7 +276,7 @@ def pair_grad(
     for i0, i1, j0, j1 in _tiles(n, split, block):
         excluded = _excluded(i0, i1, j0, j1, split, partner)
         tile = _Tile(products(i0, i1, j0, j1), excluded, kind, tau, params, need_t=not plain)
-        sides = _sides(i0, i1, j0, j1, split, anchors, gain=gain, shift=shift, offset=offset, center=center)
+        sides = _sides(i0, i1, j0, j1, split, anchors, pos=pos, gain=gain, shift=shift, offset=offset, level=level)
         if middle is not None:
             log_f = tile.log_f()
             g = (log_f.sub_(middle) if middle else log_f).exp_()
@@ -311,7 +308,7 @@ def _weights(tile: _Tile, side: _Side, weight: str, terms: tuple[str, ...], sums
     if terms:
         _add_terms(sums, tile, side, terms, pieces)
     if weight == "f+df":
-        return (pieces["f"] + pieces["df"] * _gap(tile.t, side)) * side.gain
+        return (pieces["f"] + pieces["df"] * (tile.t - side.pos).sub_(side.level)) * side.gain
     return pieces[weight] * side.gain
 
 

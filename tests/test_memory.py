@@ -1,0 +1,78 @@
+"""O(n·D) memory: what autograd keeps, the largest tensor that is ever made, and the process's peak."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from family import MEMBERS, member_id, pair
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from alphacl_fast import FusedAlphaCLLoss, objectives
+from alphacl_fast.backend import blocked
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest storage that any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("member", MEMBERS, ids=member_id)
+def test_saved_bytes_and_largest_tensor(member, reduction, monkeypatch):
+    n, d, tile = 512, 8, 64
+    monkeypatch.setattr(blocked, "tile_size", lambda rows, device: tile)
+    z1, z2 = (z.requires_grad_() for z in pair(n, d, torch.float32))
+    saved = {}
+
+    def keep(x):
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), Largest() as largest:
+        loss = FusedAlphaCLLoss(objectives.make(*member), reduction=reduction)(z1, z2)
+        loss.sum().backward()
+    rows_bytes = 2 * n * d * 4
+    assert sum(saved.values()) <= 8 * rows_bytes  # the closed forms keep a few (2N, D) intermediates
+    assert largest.bytes <= max(tile * tile * 4, 2 * rows_bytes)
+    assert largest.bytes < (2 * n) ** 2 * 4 / 16
+
+
+def test_scalar_loss_saves_only_the_gradients():
+    z1, z2 = (z.requires_grad_() for z in pair(300, 8, torch.float32))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.nbytes) or x, lambda x: x):
+        FusedAlphaCLLoss("alpha_direct")(z1, z2)
+    assert sum(saved) == 2 * 300 * 8 * 4
+
+
+PEAK = """
+import resource, torch
+from alphacl_fast import FusedAlphaCLLoss
+z = [torch.randn({n}, 16).requires_grad_() for _ in range(2)]
+loss = FusedAlphaCLLoss({name!r})
+loss(z[0][:64], z[1][:64]).backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+loss(*z).backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts KiB on Linux only")
+@pytest.mark.parametrize("name", ["infonce", "alpha_direct"])
+def test_peak_of_the_process(name):
+    n = 12_288  # one (2N, 2N) float32 matrix: 2.4 GB
+    out = subprocess.run(
+        [sys.executable, "-c", PEAK.format(n=n, name=name)], check=True, capture_output=True, text=True, timeout=300
+    )
+    assert float(out.stdout) < 100

@@ -1,0 +1,87 @@
+"""What gets installed, and that importing it needs torch alone."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    out = tmp_path_factory.mktemp("dist")
+    source = tmp_path_factory.mktemp("a folder with spaces") / "src"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(source)], check=True)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), str(source)]
+    subprocess.run(command, check=True, capture_output=True)
+    (file,) = out.glob("*.whl")
+    return file
+
+
+def test_wheel_has_one_top_level_name(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    top = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert top == {"alphacl_fast"}
+    assert "alphacl_fast/kernels/README.md" in names
+    assert "alphacl_fast/backend/blocked.py" in names
+    assert "alphacl_fast/train/loop.py" in names
+    assert "alphacl_fast/py.typed" in names
+    assert wheel.name.endswith("py3-none-any.whl")
+
+
+def test_wheel_works_unpacked(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = (
+        "import alphacl_fast, alphacl_fast.kernels, torch; print(alphacl_fast.__file__); "
+        "print(list(alphacl_fast.kernels.__path__)[0]); print(alphacl_fast.FusedAlphaCLLoss()(torch.eye(3), torch.eye(3)))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path), "PATH": ""}, check=True,
+        capture_output=True, text=True,
+    ).stdout.splitlines()  # fmt: skip
+    assert Path(out[0]).parent == tmp_path / "alphacl_fast"
+    assert Path(out[1]) == tmp_path / "alphacl_fast" / "kernels"
+
+
+def test_import_needs_torch_alone():
+    """No triton, no torchvision, no numpy, no sklearn; no device is touched and no compiler looked for."""
+    code = """
+import sys
+for name in ("triton", "torchvision", "sklearn", "matplotlib", "tqdm", "PIL"):
+    sys.modules[name] = None
+import torch
+torch.cuda.is_available = torch.cuda.device_count = None
+import alphacl_fast
+print(alphacl_fast.FusedAlphaCLLoss("alpha_square")(torch.eye(4), torch.eye(4)).item())
+"""
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert abs(float(out.stdout) + 1) < 1e-6
+
+
+def test_imports_go_one_way():
+    """loss → functional → autograd → ops → backend; objectives at the bottom; train and benchmarks from public names."""
+    import ast
+
+    allowed = {
+        "objectives": set(),
+        "backend.blocked": {"objectives"},
+        "backend.reference": {"objectives"},
+        "ops": {"backend"},
+        "autograd": {"ops", "objectives"},
+        "functional": {"ops", "autograd", "backend", "objectives"},
+        "loss": {"functional", "ops", "objectives"},
+    }
+    for module, expected in allowed.items():
+        tree = ast.parse((ROOT / "alphacl_fast" / (module.replace(".", "/") + ".py")).read_text())
+        imported = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                imported |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+        assert imported <= expected, module
+    for file in (ROOT / "alphacl_fast" / "train").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("alphacl_fast"):
+                assert node.module in ("alphacl_fast",) or node.module.startswith("alphacl_fast.train"), file
