@@ -12,7 +12,8 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	touch "$(STAMP)"
 
 demo: $(STAMP)
-	"$(BIN)" -m alphacl_fast.cli demo
+	"$(BIN)" -m alphacl_fast.cli train --dataset digits --objective alpha_direct --out runs/demo --resume
+	"$(BIN)" -m alphacl_fast.cli eval runs/demo
 
 test: $(STAMP)
 	"$(BIN)" -m pytest

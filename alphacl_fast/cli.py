@@ -54,7 +54,7 @@ def _train(arguments: list[str]) -> int:
                      description="Train an encoder. Defaults depend on the data set and the encoder.")
     parser.add_argument("--out", metavar="RUN", help="run folder, new or empty (default: runs/DATASET-OBJECTIVE-SEED)")
     parser.add_argument("--resume", metavar="RUN", nargs="?", const=None,
-                        help="go on with the run in this folder; without a folder: with the run in --out if there is one")
+                        help="go on with this run; without a name: with the run in --out, if there is one")
     _add_flags(parser, module.Config)
     given = vars(parser.parse_args(arguments))
     out, resume = given.pop("out", None), "resume" in given
@@ -62,9 +62,8 @@ def _train(arguments: list[str]) -> int:
     if folder and out and Path(folder) != Path(out):
         _fail(f"--resume {folder} and --out {out} name different folders")
     try:
-        given["option"] = dict(given["option"]) if "option" in given else {}
-        if not given["option"]:
-            del given["option"]
+        if "option" in given:
+            given["option"] = dict(given["option"])
         out = folder or out
         if resume and out and (folder or (Path(out) / "config.json").exists()):
             config = dataclasses.replace(module.Config.read(Path(out) / "config.json"), **given)
@@ -135,8 +134,8 @@ def _info(arguments: list[str]) -> int:
 
     import alphacl_fast
 
-    rows = [("alphacl_fast", alphacl_fast.__version__), ("python", platform.python_version()), ("torch", torch.__version__)]
-    rows += [(name, _version(name)) for name in ("triton", "torchvision", "scikit-learn")]
+    rows = [("alphacl_fast", alphacl_fast.__version__), ("python", platform.python_version())]
+    rows += [(name, _version(name)) for name in ("torch", "triton", "torchvision", "scikit-learn")]
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     rows += [("cpu", f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, "
                      f"{torch.get_num_threads()} threads"), ("cuda device", cuda)]

@@ -1,0 +1,22 @@
+"""A lean SimCLR-style loop around :class:`alphacl_fast.FusedAlphaCLLoss`.
+
+    from alphacl_fast.train import Config, evaluate, train
+    train(Config.create(dataset="digits", objective="alpha_direct"), "runs/digits")
+    evaluate("runs/digits")
+
+Modules import one way: config; data, augment, models, device, checkpoint; report; evaluate; loop.
+"""
+
+from importlib.util import find_spec
+
+_EXTRA = {"torchvision": "torchvision", "sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm",
+          "PIL": "pillow"}
+_missing = [package for module, package in _EXTRA.items() if find_spec(module) is None]
+if _missing:
+    raise ImportError(f"alphacl_fast.train needs {', '.join(_missing)}: pip install 'alphacl-fast[train]'")
+
+from .config import Config, RunError  # noqa: E402
+from .evaluate import evaluate  # noqa: E402
+from .loop import Outcome, train  # noqa: E402
+
+__all__ = ["Config", "Outcome", "RunError", "evaluate", "train"]

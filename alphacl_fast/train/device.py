@@ -1,0 +1,42 @@
+"""Where a run computes and how repeatably."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+
+import torch
+
+from .config import Config, RunError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called ``name``; "auto" is CUDA where there is one. Raises RunError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RunError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+@contextmanager
+def settings(config: Config):
+    """The threads of ``config`` and, if it wants them, order-fixed algorithms inside; as before afterwards."""
+    threads = torch.get_num_threads()
+    before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
+              torch.utils.deterministic.fill_uninitialized_memory)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)  # a layer without such an algorithm warns
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it guards against bugs, not against disorder
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = before[2]

@@ -1,0 +1,280 @@
+"""The training loop. One step is: two views, one forward pass, the loss, one optimizer step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from alphacl_fast import FusedAlphaCLLoss
+
+from . import checkpoint, report
+from .augment import augmentation
+from .config import Config, RunError
+from .data import Data, load, training_batches
+from .device import pick_device, settings
+from .evaluate import knn_of, picture
+from .models import Net, build
+
+WARMUP_STEPS = 3  # steps of this process left out of images/s: first allocations, worker start, compilation
+
+
+@dataclasses.dataclass
+class Outcome:
+    """How :func:`train` ended: ``epochs`` finished, the ``signal`` that stopped it, or ``already`` finished before."""
+
+    out: Path
+    epochs: int
+    signal: int | None = None
+    already: bool = False
+
+
+def train(config: Config, out: str | Path, *, resume: bool = False) -> Outcome:
+    """Run ``config`` in the folder ``out``, or go on with the run there (``resume=True``).
+
+    SIGINT and SIGTERM end it after the current step with a checkpoint. A run that was stopped, or killed, and resumed
+    ends with the weights of an uninterrupted one (bit for bit on a CPU with the same number of threads). Raises
+    RunError, without touching a file that exists, when ``out`` holds something else, or data set, device or settings
+    are unusable; and when the loss becomes infinite or NaN, keeping the last good checkpoint.
+    """
+    out = Path(out)
+    state = _saved_state(config, out) if resume else _check_empty(out)
+    config.check()
+    if state and state["epoch"] == config.epochs and (out / "embedding.png").exists():
+        return Outcome(out, config.epochs, already=True)
+    device = pick_device(config.device)
+    data = load(config)
+    with settings(config):
+        run = _Run(config, out, device, data)
+        if not (out / checkpoint.CONFIG).exists():
+            checkpoint.begin(out, config, device)
+        run.restore(state)
+        with _stop_signals() as caught:
+            stopped_by = run.epochs(caught)
+        if stopped_by is None:
+            report.curves(out / checkpoint.METRICS, out / "curves.png", f"{config.objective} on {config.dataset}")
+            picture(run.net.encoder, data, config, device, out / "embedding.png")
+    return Outcome(out, run.epoch, signal=stopped_by)
+
+
+def learning_rate(config: Config, step: int, per_epoch: int) -> float:
+    """Learning rate of ``step``, counted from 0: linear warm-up, then half a cosine down to 0."""
+    warmup, total = config.warmup_epochs * per_epoch, config.epochs * per_epoch
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+class _Run:
+    """The moving parts of a run and where it stands: ``step`` steps done, ``epoch`` epochs evaluated and logged."""
+
+    def __init__(self, config: Config, out: Path, device: torch.device, data: Data):
+        self.config, self.out, self.device, self.data = config, out, device, data
+        random.seed(config.seed)
+        np.random.seed(config.seed % 2**32)
+        torch.manual_seed(config.seed)
+        self.net: Net = build(config).to(device)
+        self.forward = torch.compile(self.net) if config.compile else self.net
+        self.loss = _build_loss(config, device)
+        groups = [{"params": [*self.net.parameters()], "weight_decay": config.weight_decay},
+                  {"params": [*self.loss.parameters()], "weight_decay": 0.0}]
+        if config.optimizer == "adam":
+            self.optimizer = torch.optim.Adam(groups, lr=config.lr)
+        else:
+            self.optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
+        self.per_epoch = len(data.views) // config.batch_size
+        self.epoch = self.step = self.saved_step = 0
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # of this epoch; read at sync points only
+        self.metrics, self.metrics_length = checkpoint.Metrics(out), 0
+
+    def restore(self, state: dict | None) -> None:
+        """Take over a checkpoint, or start with the first one."""
+        images = len(self.data.views)
+        if state and state["images"] != images:
+            raise RunError(f"{self.out} was started with {state['images']} training images, the data set has {images}")
+        self.metrics_length = state["metrics"] if state else 0
+        self.metrics.cut(self.metrics_length)
+        if state is None:
+            return self.save()
+        self.net.load_state_dict(state["model"])
+        self.loss.load_state_dict(state["loss"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch, self.step, self.saved_step = state["epoch"], state["step"], state["step"]
+        self.loss_sum.copy_(state["loss_sum"])
+        checkpoint.restore_rng(state)
+
+    def save(self) -> None:
+        """Write the checkpoint, unless the loss or a weight has stopped being finite (RunError)."""
+        self.check_finite()
+        if not all(torch.isfinite(p).all() for p in self.net.parameters()):
+            self.fail("a weight became infinite or NaN")
+        checkpoint.save(self.out, {
+            "config": dataclasses.asdict(self.config), "model": self.net.state_dict(), "loss": self.loss.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "epoch": self.epoch, "step": self.step,
+            "loss_sum": self.loss_sum, "images": len(self.data.views), "metrics": self.metrics_length})
+        self.saved_step = self.step
+
+    def check_finite(self) -> float:
+        """The epoch's summed loss (synchronises). Raises RunError if it is not finite."""
+        total = self.loss_sum.item()
+        if not math.isfinite(total):
+            self.fail(f"the loss became {'NaN' if math.isnan(total) else 'infinite'}")
+        return total
+
+    def fail(self, what: str):
+        raise RunError(f"{what} in epoch {self.epoch + 1}, by step {self.step}; the last good checkpoint, step "
+                       f"{self.saved_step}, is kept in {self.out}; a lower --lr or a higher --temperature may help")
+
+    def epochs(self, caught: list[int]) -> int | None:
+        """Train until the last epoch is closed (None) or a signal is in ``caught``: then save and return its number."""
+        config, total = self.config, self.config.epochs * self.per_epoch
+        pin = self.device.type == "cuda"
+        batches = training_batches(self.data.views, augmentation(config.dataset, config.image_size), config, self.step,
+                                   total, pin)
+        done, bar = 0, tqdm(total=total, initial=self.step, unit="step", disable=None, dynamic_ncols=True)
+        try:
+            while self.epoch < config.epochs:
+                seconds, loss_seconds, counted = 0.0, 0.0, 0
+                self.net.train()
+                before = time.perf_counter()
+                while self.step < (self.epoch + 1) * self.per_epoch and not caught:
+                    value, lr, in_loss = self.one_step(*next(batches))
+                    done, last_of_epoch = done + 1, self.step == (self.epoch + 1) * self.per_epoch
+                    bar.update()
+                    if self.step % config.log_every == 0 or last_of_epoch:
+                        self.check_finite()
+                        bar.set_postfix(epoch=self.epoch + 1, loss=f"{value.item():.4f}", refresh=False)
+                    if self.step % config.log_every == 0:
+                        self.log(kind="step", epoch=self.epoch + 1, step=self.step, loss=value.item(), lr=lr)
+                    now = time.perf_counter()
+                    if done > WARMUP_STEPS:
+                        seconds, loss_seconds, counted = seconds + now - before, loss_seconds + in_loss, counted + 1
+                    before = now
+                    if config.save_every and self.step % config.save_every == 0 and not last_of_epoch:
+                        self.save()
+                        before = time.perf_counter()
+                if caught:
+                    self.save()
+                    return caught[0]
+                self.close_epoch(seconds, loss_seconds, counted, bar)
+        finally:
+            bar.close()
+        return None
+
+    def log(self, **row) -> None:
+        self.metrics_length = self.metrics.write(**row)
+
+    def one_step(self, x1, x2) -> tuple[torch.Tensor, float, float]:
+        """One optimizer step on the views uint8 (n, C, H, W): (loss, learning rate, host seconds in the loss)."""
+        lr = learning_rate(self.config, self.step, self.per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        views = torch.cat([x1.to(self.device, non_blocking=True), x2.to(self.device, non_blocking=True)])
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"):
+            z1, z2 = self.forward(views).chunk(2)
+        start = time.perf_counter()
+        value = self.loss(z1, z2)
+        in_loss = time.perf_counter() - start
+        self.optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        self.optimizer.step()
+        self.loss_sum += value.detach()
+        self.step += 1
+        return value.detach(), lr, in_loss
+
+    def close_epoch(self, seconds: float, loss_seconds: float, counted: int, bar) -> None:
+        """Evaluate if it is time, write the epoch's line, save."""
+        config, number = self.config, self.epoch + 1
+        row = {"loss": self.check_finite() / self.per_epoch, "lr": learning_rate(config, self.step - 1, self.per_epoch),
+               "images_per_s": None, "step_ms": None}
+        if counted:
+            row.update(images_per_s=counted * config.batch_size / seconds, step_ms=1000 * seconds / counted)
+            if self.device.type == "cpu":  # elsewhere the host's clock sees the launch only
+                row["loss_ms"] = 1000 * loss_seconds / counted
+        if config.learn_temperature:
+            row["temperature"] = next(self.loss.parameters()).item()
+        text = f"epoch {number}/{config.epochs}  loss {row['loss']:.4f}"
+        evaluated = config.eval_every and (number % config.eval_every == 0 or number == config.epochs)
+        if evaluated:
+            self.save()  # a second Ctrl-C during the evaluation then loses nothing
+            row["knn"] = knn_of(self.net.encoder, self.data, config, self.device)
+            text += f"  kNN {100 * row['knn']:.1f} %"
+        self.log(kind="epoch", epoch=number, step=self.step, **row)
+        self.epoch = number
+        self.loss_sum.zero_()
+        self.save()
+        if evaluated or number == config.epochs:
+            speed = f"  {row['images_per_s']:.0f} images/s" if counted else ""
+            bar.write(text + speed)
+
+
+def _build_loss(config: Config, device: torch.device) -> nn.Module:
+    """The loss of ``config``, tried once on random embeddings: a bad setting shows before anything is written."""
+    temperature, limits = config.temperature, {}
+    if config.learn_temperature:
+        temperature = nn.Parameter(torch.tensor(config.temperature, device=device))
+        limits = {"temperature_range": (0.01, 100.0)}
+    dtype = torch.bfloat16 if config.amp == "bf16" else torch.float32
+    generator = torch.Generator().manual_seed(0)
+    try:
+        loss = FusedAlphaCLLoss(config.objective, temperature=temperature, negatives=config.negatives,
+                                backend=config.backend, **limits, **config.option).to(device)
+        z1, z2 = torch.randn(2, config.batch_size, 128, generator=generator).to(device, dtype).requires_grad_().unbind()
+        loss(z1, z2).backward()
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise RunError(f"the loss cannot be used: {' '.join(str(error).split())}") from error
+    loss.zero_grad(set_to_none=True)
+    return loss
+
+
+def _check_empty(out: Path) -> None:
+    """Raise RunError unless ``out`` is absent or an empty folder."""
+    try:
+        if not out.exists():
+            return
+        if out.is_dir() and not any(out.iterdir()):
+            return
+    except OSError as error:
+        raise RunError(f"cannot use the run folder {out}: {error.strerror}") from error
+    hint = f"go on with it by --resume {out}, or choose" if (out / checkpoint.CONFIG).exists() else "choose"
+    raise RunError(f"{out} exists and is not an empty folder: {hint} another --out; nothing was changed")
+
+
+def _saved_state(config: Config, out: Path) -> dict | None:
+    """The checkpoint of the run in ``out``, None before its first one. Raises RunError if its config is another."""
+    differing = Config.read(out / checkpoint.CONFIG).differences(dataclasses.asdict(config))
+    if differing:
+        raise RunError(f"{out} was started with other settings: {'; '.join(differing)}; nothing was changed")
+    return checkpoint.read(out, config)
+
+
+@contextmanager
+def _stop_signals():
+    """Collect SIGINT and SIGTERM in the yielded list; the second of a kind acts as it did before."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number, _frame):
+        caught.append(number)
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,151 @@
+"""The ``alphacl`` command: flags, exit codes, and one line on stderr for every problem."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import alphacl_fast
+from alphacl_fast.cli import main
+
+pytest.importorskip("torchvision")
+pytest.importorskip("sklearn")
+
+TINY = ["--width", "4", "--batch-size", "64", "--subset", "128", "--epochs", "2", "--workers", "0"]
+
+
+def fails(capsys, *arguments):
+    """The one line that ``alphacl arguments`` leaves on stderr, without its prefix."""
+    with pytest.raises(SystemExit) as caught:
+        main(list(arguments))
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("alphacl: error: ")
+    assert err.endswith("\n")
+    assert err.count("\n") == 1
+    return err.removeprefix("alphacl: error: ").rstrip()
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_train_resume_eval(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["train", "--objective", "alpha_direct", "--option", "exponent=2", "--option", "normalized=false", *TINY]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "epoch 2/2  loss " in out
+    assert "runs/digits-alpha_direct-0 finished: 2 epochs" in out
+    run = tmp_path / "runs" / "digits-alpha_direct-0"
+    config = json.loads((run / "config.json").read_text())["config"]
+    assert config["option"] == {"exponent": 2, "normalized": False}
+    assert (config["width"], config["encoder"], config["lr"]) == (4, "small", 0.003)
+    before = contents(tmp_path)
+    assert fails(capsys, *command).endswith("choose another --out; nothing was changed")
+    for again in (["train", "--resume", str(run)], [*command, "--out", str(run), "--resume"]):
+        assert main(again) == 0
+        assert "was already finished: 2 epochs" in capsys.readouterr().out
+    message = fails(capsys, "train", "--resume", str(run), "--temperature", "0.1", "--epochs", "9")
+    assert "--temperature: 0.5 in the run, 0.1 given; --epochs: 2 in the run, 9 given" in message
+    assert contents(tmp_path) == before
+    assert main(["eval", str(run), "--few-label", "2", "--draws", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "kNN, 2/class" in out
+    assert [out.count(name) for name in ("raw pixels", "untrained encoder", "trained encoder")] == [1, 1, 2]
+    result = json.loads((run / "eval.json").read_text())
+    assert len(result["rows"]["raw pixels"]["probe_few"]["draws"]) == 3
+
+
+def test_resume_without_a_name_starts_where_nothing_is(tmp_path, capsys):
+    command = ["train", "--out", str(tmp_path / "run"), "--resume", "--eval-every", "0", *TINY]
+    assert main(command) == 0
+    assert main(command) == 0
+    assert "already finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["trane"], "argument command: invalid choice: 'trane'"),
+    (["train", "--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
+    (["train", "--epochs", "0"], "--epochs must be at least 1, got 0"),
+    (["train", "--sheep", "3"], "unrecognized arguments: --sheep 3"),
+    (["train", "--option", "exponent"], "argument --option: expected key=value, got 'exponent'"),
+    (["train", "--objective", "alpha"], "the loss cannot be used: objective must be one of infonce, "),
+    (["train", "--option", "exponents=3"], "the loss cannot be used: options of infonce must be one of epsilon, "),
+    (["train", "--backend", "abacus"], "the loss cannot be used: backend must be one of"),
+    (["train", "--device", "abacus"], "--device abacus cannot be used: "),
+    (["train", "--dataset", "cifar10", "--data-root", "nowhere"], "cannot open cifar10 in nowhere (--download fetches"),
+    (["train", "--dataset", "imagefolder", "--data-root", "nowhere"], "--data-root nowhere must hold the folders"),
+    (["train", "--subset", "5000"], "--subset must not exceed the 1297 training images, got 5000"),
+    (["train", "--resume", "nowhere"], "nowhere is not a run: it has no config.json"),
+    (["train", "--resume", "here", "--out", "there"], "--resume here and --out there name different folders"),
+    (["eval"], "the following arguments are required: RUN"),
+    (["eval", "nowhere"], "nowhere is not a run: it has no config.json"),
+])  # fmt: skip
+def test_problems_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert fails(capsys, *arguments).startswith(message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert "is not an empty folder: choose another --out" in fails(capsys, "train", "--out", str(tmp_path))
+    assert "is not an empty folder: choose another --out" in fails(capsys, "train", "--out", str(tmp_path), "--resume")
+    assert contents(tmp_path) == {(tmp_path / "thesis.txt").relative_to(tmp_path): b"years of work"}
+
+
+def test_help_lists_the_flags(capsys):
+    for arguments, words in ((["--help"], ("train", "eval", "info")),
+                             (["train", "--help"], ("--objective", "--no-deterministic", "--resume", "--amp"))):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 0
+        out = capsys.readouterr().out
+        assert all(word in out for word in words)
+
+
+def test_info_lists_backends_with_reasons(monkeypatch, capsys):
+    monkeypatch.setattr(alphacl_fast, "backends", lambda: {"reference": None, "abacus": "beads\nmissing"})
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out.replace("backend ", "backend-")
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert lines["torch"].startswith(torch.__version__.split("+")[0])
+    assert lines["alphacl_fast"] == alphacl_fast.__version__
+    assert lines["backend-reference"] == "usable"
+    assert lines["backend-abacus"] == "not usable: beads missing"
+    assert "alpha_direct" in lines["objectives"]
+
+
+def test_info_needs_torch_alone():
+    code = ("import sys\n"
+            "for name in ('torchvision', 'sklearn', 'matplotlib', 'tqdm', 'PIL'): sys.modules[name] = None\n"
+            "from alphacl_fast.cli import main\nsys.exit(main(['info']))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "backend reference" in done.stdout
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith("alphacl_fast.train")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(alphacl_fast, "train", raising=False)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec",
+                        lambda name: None if name in ("sklearn", "PIL") else find_spec(name))
+    message = fails(capsys, "train")
+    assert message == "alphacl_fast.train needs scikit-learn, pillow: pip install 'alphacl-fast[train]'"
+
+
+def test_the_documented_example_runs(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    (example,) = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    assert float(capsys.readouterr().out.split()[-1]) > 0.9

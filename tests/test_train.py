@@ -1,0 +1,518 @@
+"""The training package in one process: settings, data, models, evaluation, what a run writes and refuses."""
+
+import dataclasses
+import json
+import math
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("torchvision")
+pytest.importorskip("sklearn")
+
+import torchvision
+
+from alphacl_fast.train import Config, RunError, augment, checkpoint, data, evaluate, loop, models, report, train
+from alphacl_fast.train.evaluate import converged_probe, few_label_draws, knn_accuracy, linear_probe, standardise
+
+TINY = {"dataset": "digits", "width": 4, "batch_size": 64, "subset": 256, "epochs": 2, "workers": 0, "log_every": 1}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tiny operations on two busy cores mostly wait for the other thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tiny(**given):
+    return Config.create(**{**TINY, **given})
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of two epochs; copy it before changing anything."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    train(tiny(objective="alpha_direct", eval_every=1), out)
+    return out
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """An image folder of two classes, 12 training and 4 test images each."""
+    for part, count in (("train", 12), ("test", 4)):
+        for label, name in enumerate(("cat", "dog")):
+            folder = tmp_path / "images" / part / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                Image.new("RGB", (10, 12), (255 * label, 9 * index, 0)).save(folder / f"{index}.jpg")
+    return tmp_path / "images"
+
+
+# Settings
+
+
+def test_defaults_depend_on_data_set_and_encoder():
+    assert (Config.create().encoder, Config.create().epochs, Config.create().threads) == ("small", 60, 1)
+    cifar = Config.create(dataset="cifar10")
+    assert (cifar.encoder, cifar.lr, cifar.batch_size, cifar.epochs) == ("resnet18", 0.01, 128, 500)
+    wide = Config.create(dataset="cifar10", encoder="resnet50", epochs=5)
+    assert (wide.lr, wide.batch_size, wide.warmup_epochs, wide.eval_every) == (0.001, 256, 0, 1)
+    assert Config.create(dataset="cifar10", lr=0.5).lr == 0.5
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"epochs": 0}, "--epochs must be at least 1, got 0"),
+    ({"batch_size": 1}, "--batch-size must be at least 2, got 1"),
+    ({"lr": float("nan")}, "--lr must be positive and finite, got nan"),
+    ({"temperature": -1.0}, "--temperature must be positive and finite, got -1.0"),
+    ({"lr": "fast"}, "--lr must be float, got 'fast'"),
+    ({"dataset": "mnist"}, "--dataset must be one of digits, cifar10, cifar100, stl10, imagefolder, fake, got 'mnist'"),
+    ({"warmup_epochs": 9, "epochs": 3}, "--warmup-epochs must not exceed --epochs 3, got 9"),
+    ({"encoder": "resnet18"}, "--encoder must be small for the digits, got resnet18"),
+    ({"colour": 1}, "unknown setting 'colour'"),
+])  # fmt: skip
+def test_bad_settings_are_named(given, message):
+    with pytest.raises(RunError, match="^" + message.replace(".", r"\.")):
+        Config.create(**given)
+
+
+def test_a_config_survives_its_file(tmp_path):
+    config = tiny(option={"exponent": 2.0}, objective="alpha_direct")
+    checkpoint.begin(tmp_path / "run", config, torch.device("cpu"))
+    assert Config.read(tmp_path / "run" / "config.json") == config
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert {"alphacl_fast", "commit", "torch", "torchvision", "python", "device", "threads"} <= {*saved["environment"]}
+    with pytest.raises(RunError, match=r"unknown \['colour'\]"):
+        Config.from_dict({**dataclasses.asdict(config), "colour": 1}, tmp_path)
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine():
+    config = tiny(epochs=10, warmup_epochs=2, lr=0.1)
+    rates = [loop.learning_rate(config, step, 5) for step in range(50)]
+    assert rates[:10] == pytest.approx([0.01 * (step + 1) for step in range(10)])
+    assert rates[10:] == pytest.approx([0.05 * (1 + math.cos(math.pi * step / 40)) for step in range(40)])
+    assert loop.learning_rate(tiny(epochs=1, warmup_epochs=1, lr=0.1), 4, 5) == pytest.approx(0.1)
+
+
+# Data
+
+
+def test_order_covers_every_epoch_and_does_not_depend_on_the_start():
+    whole = list(data._Steps(size=50, batch_size=8, seed=3, start=0, stop=18))
+    assert [[epoch for epoch, _ in batch] for batch in whole] == [[step // 6] * 8 for step in range(18)]
+    for epoch in range(3):
+        indices = [index for batch in whole[6 * epoch : 6 * epoch + 6] for _, index in batch]
+        assert len(set(indices)) == 48
+        assert set(indices) <= set(range(50))
+    assert whole[:6] != [[(0, index) for _, index in batch] for batch in whole[6:12]]
+    for start in (0, 1, 6, 11):
+        assert list(data._Steps(50, 8, 3, start, 18)) == whole[start:]
+    assert list(data._Steps(50, 8, 4, 0, 18)) != whole
+
+
+def test_batches_do_not_depend_on_workers_or_the_global_generator():
+    images, view = data.load(tiny()).views, augment.augmentation("digits", 8)
+
+    def batches(start, **given):
+        return list(data.training_batches(images, view, tiny(**given), start, 6, pin=False))
+
+    before = torch.get_rng_state()
+    alone = batches(0)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(7)
+    for other in (batches(0, workers=2), batches(0)):
+        assert torch.equal(torch.stack([*map(torch.stack, other)]), torch.stack([*map(torch.stack, alone)]))
+    assert torch.equal(torch.stack(alone[4]), torch.stack(batches(4)[0]))
+    x1, x2 = alone[0]
+    assert x1.dtype == torch.uint8
+    assert x1.shape == (64, 1, 8, 8)
+    assert (x1 != x2).flatten(1).any(1).all()
+    assert not torch.equal(x1, batches(0, seed=1)[0][0])
+
+
+def test_a_view_differs_between_epochs_and_images():
+    images = data._TwoViews([(Image.new("L", (8, 8), 200), 0)] * 2, augment.augmentation("digits", 8), seed=0)
+    assert torch.equal(images[0, 1][0], images[0, 1][0])
+    assert not torch.equal(images[0, 1][0], images[1, 1][0])
+    assert not torch.equal(images[0, 1][0], images[0, 0][0])
+
+
+def test_subset_is_balanced_and_deterministic():
+    labels = torch.tensor(data.load(tiny(subset=250)).train.dataset.targets)
+    chosen = data.load(tiny(subset=250)).train.indices
+    assert labels[chosen].bincount().tolist() == [25] * 10
+    assert chosen == data.load(tiny(subset=250, seed=5)).train.indices
+    with pytest.raises(RunError, match="--subset must not exceed the 1297 training images, got 1298"):
+        data.load(tiny(subset=1298))
+    with pytest.raises(RunError, match="--batch-size must not exceed the 60 training images, got 64"):
+        data.load(tiny(subset=60))
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_colour_augmentations(size):
+    image = Image.effect_noise((40, 40), 80).convert("RGB")
+    view = augment.augmentation("imagefolder", size)(image)
+    assert view.shape == (3, size, size)
+    assert view.dtype == torch.uint8
+    names = [type(step).__name__ for step in augment.augmentation("stl10", size).transforms]
+    assert ("GaussianBlur" in names) == (size == 96)
+
+
+def test_fake_and_missing_data(tmp_path):
+    fake = data.load(Config.create(dataset="fake", subset=100, batch_size=32))
+    assert len(fake.views) == 100
+    assert len(fake.test) == 256
+    for name in ("cifar10", "cifar100", "stl10"):
+        with pytest.raises(RunError, match=rf"cannot open {name} in .* \(--download fetches it\)"):
+            data.load(Config.create(dataset=name, data_root=str(tmp_path)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_torchvision_data_sets(tmp_path, monkeypatch):
+    """Files in the layout of the real ones, a few images each, with the checksums waved through."""
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
+    monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda _: True)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8)
+    for name, key, batches in (("cifar-10-batches-py", "labels", [f"data_batch_{i}" for i in range(1, 6)]),
+                               ("cifar-100-python", "fine_labels", ["train"])):
+        (tmp_path / name).mkdir()
+        for batch in (*batches, "test_batch", "test"):
+            (tmp_path / name / batch).write_bytes(pickle.dumps({"data": pixels, key: [0, 1, 2, 3]}))
+        for meta, names in (("batches.meta", "label_names"), ("meta", "fine_label_names")):
+            (tmp_path / name / meta).write_bytes(pickle.dumps({names: list("abcd")}))
+    stl = tmp_path / "stl10_binary"
+    stl.mkdir()
+    for part in ("train", "unlabeled", "test"):
+        np.zeros((6, 3, 96, 96), np.uint8).tofile(stl / f"{part}_X.bin")
+        np.array([1, 2, 3] * 2, np.uint8).tofile(stl / f"{part}_y.bin")
+    (stl / "class_names.txt").write_text("a\nb\nc\n")
+    for name, views, labelled, side in (("cifar10", 20, 20, 32), ("cifar100", 4, 4, 32), ("stl10", 12, 6, 96)):
+        found = data.load(Config.create(dataset=name, data_root=str(tmp_path), batch_size=2))
+        assert (len(found.views), len(found.train)) == (views, labelled)
+        assert found.views[0][0].size == (side, side)
+        part = data.load(Config.create(dataset=name, data_root=str(tmp_path), batch_size=2, subset=3))
+        assert (len(part.views), len(part.train)) == (3, 6 if name == "stl10" else 3)
+        assert {label for _, label in (found.train[i] for i in range(len(found.train)))} <= set(range(4))
+
+
+def test_imagefolder(folders):
+    config = Config.create(dataset="imagefolder", data_root=str(folders), batch_size=8, image_size=16)
+    found = data.load(config)
+    assert (len(found.views), len(found.test), found.classes) == (24, 8, ["cat", "dog"])
+    (x, labels), = data.plain_batches(found.test, augment.plain(16), workers=0, pin=False)
+    assert x.shape == (8, 3, 16, 16)
+    assert labels.tolist() == [0] * 4 + [1] * 4
+    (folders / "test").rename(folders / "val")
+    assert len(data.load(config).test) == 8
+    (folders / "val" / "dog").rename(folders / "val" / "wolf")
+    with pytest.raises(RunError, match="must hold the same classes, but differ in dog, wolf"):
+        data.load(config)
+    shutil.rmtree(folders / "val")
+    with pytest.raises(RunError, match=r"must hold the folders train and test \(or val\)"):
+        data.load(config)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_named(folders, workers):
+    config = Config.create(dataset="imagefolder", data_root=str(folders), batch_size=8, image_size=16, workers=workers)
+    broken = folders / "train" / "cat" / "3.jpg"
+    broken.write_bytes(broken.read_bytes()[:300])
+    found = data.load(config)
+    with pytest.raises(RunError) as caught:
+        list(data.training_batches(found.views, augment.augmentation("imagefolder", 16), config, 0, 3, pin=False))
+    assert str(caught.value).startswith(f"cannot read image {broken} (")
+    assert "\n" not in str(caught.value)
+
+
+# Models
+
+
+@pytest.mark.parametrize(("encoder", "size", "width", "features"), [
+    ("resnet18", 32, 8, 64), ("resnet18", 96, 8, 64), ("resnet50", 32, 4, 128), ("small", 32, 4, 128),
+])  # fmt: skip
+def test_encoder_shapes(encoder, size, width, features):
+    config = Config.create(dataset="fake", encoder=encoder, image_size=size, width=width)
+    before = torch.get_rng_state()
+    net, again = models.build(config), models.build(config)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
+    images = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8)
+    assert net.encoder(images).shape == (3, features)
+    assert net(images).shape == (3, 128)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_resnet_is_torchvisions(name):
+    torch.manual_seed(0)
+    theirs = getattr(torchvision.models, name)().eval()
+    theirs.fc = torch.nn.Identity()
+    ours = models.build(Config.create(dataset="stl10", encoder=name)).encoder.eval()
+    weights = zip(ours.body.state_dict(), theirs.state_dict().values(), strict=True)
+    ours.body.load_state_dict(dict(weights))
+    images = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in data.STATISTICS["stl10"])
+    torch.testing.assert_close(ours(images), theirs((images / 255 - mean) / std), rtol=1e-4, atol=1e-4)
+
+
+# Evaluation
+
+
+def test_knn_is_the_weighted_vote(monkeypatch):
+    bank, queries = torch.randn(300, 6), torch.randn(40, 6)
+    bank_labels, labels = torch.randint(0, 4, (300,)), torch.randint(0, 4, (40,))
+    correct = 0
+    for query, label in zip(queries, labels, strict=True):
+        similarity = torch.cosine_similarity(query, bank)
+        votes = [0.0] * 4
+        for neighbour in similarity.argsort(descending=True)[:7].tolist():
+            votes[bank_labels[neighbour]] += math.exp(similarity[neighbour].item() / 0.1)
+        correct += votes.index(max(votes)) == label
+    assert knn_accuracy(bank, bank_labels, queries, labels, classes=4, k=7) == correct / 40
+    assert knn_accuracy(bank, bank_labels, bank, bank_labels, classes=4, k=1) == 1
+
+
+def test_knn_never_holds_all_similarities(monkeypatch):
+    largest = 0
+    topk = torch.Tensor.topk
+
+    def watched(self, k):
+        nonlocal largest
+        largest = max(largest, self.numel())
+        return topk(self, k)
+
+    monkeypatch.setattr(torch.Tensor, "topk", watched)
+    bank, queries = torch.randn(20_000, 2), torch.randn(2_000, 2)
+    labels = (bank[:, 0] > 0).long()
+    assert knn_accuracy(bank, labels, queries, (queries[:, 0] > 0).long(), classes=2) > 0.95
+    assert 0 < largest <= 2**24 < 20_000 * 2_000
+
+
+def test_probes_separate_and_report_last_and_best():
+    labels = torch.arange(600) % 4
+    features = torch.nn.functional.one_hot(labels, 8).float() * 5 + torch.randn(600, 8)
+    parts = features[:300], labels[:300], features[300:], labels[300:]
+    assert linear_probe(*parts, classes=4)[1] > 0.99
+    assert converged_probe(*parts) > 0.99
+    parts = torch.randn(300, 8), labels[:300], torch.randn(300, 8), labels[300:]
+    last, best = linear_probe(*parts, classes=4)
+    assert last <= best < 0.5
+    assert converged_probe(*parts) < 0.5
+
+
+def test_standardise_uses_the_training_rows_and_drops_constants():
+    train_rows, test_rows = torch.randn(50, 3) * 7 + 2, torch.randn(9, 3)
+    train_rows[:, 1] = 4
+    scaled, other = standardise(train_rows, test_rows)
+    torch.testing.assert_close(scaled.std(0), torch.tensor([1.0, 0, 1]))
+    torch.testing.assert_close(other[:, 2], (test_rows[:, 2] - train_rows[:, 2].mean()) / train_rows[:, 2].std())
+    assert other[:, 1].tolist() == [0] * 9
+
+
+def test_few_label_draws():
+    labels = torch.arange(60) % 3
+    draws = few_label_draws(labels, 5, 4)
+    assert [labels[rows].bincount().tolist() for rows in draws] == [[5, 5, 5]] * 4
+    assert len({tuple(rows.tolist()) for rows in draws}) == 4
+    assert all(torch.equal(a, b) for a, b in zip(draws, few_label_draws(labels, 5, 4), strict=True))
+    with pytest.raises(RunError, match="--few-label must not exceed the 20 images of the smallest class, got 21"):
+        few_label_draws(labels, 21, 1)
+
+
+def test_training_beats_the_untrained_encoder_with_few_labels(tmp_path):
+    config = Config.create(objective="alpha_direct", epochs=6, eval_every=0, width=8, workers=0)
+    outcome = train(config, tmp_path / "run")
+    assert (outcome.epochs, outcome.signal, outcome.already) == (6, None, False)
+    result = evaluate(tmp_path / "run", draws=5)
+    assert json.loads((tmp_path / "run" / "eval.json").read_text()) == result
+    raw, untrained, trained = result["rows"].values()
+    assert trained["knn_few"]["mean"] > untrained["knn_few"]["mean"] + 0.03
+    assert trained["probe_few"]["mean"] > untrained["probe_few"]["mean"] + 0.03
+    assert trained["knn"] > 0.9
+    assert raw["knn"] > 0.95
+    assert all(row["probe"] <= row["probe_best"] for row in result["rows"].values())
+    lines = report.table(result).splitlines()
+    assert [line.split("  ")[0] for line in lines[1:]] == ["raw pixels", "untrained encoder", "trained encoder"]
+    assert len({len(line) for line in lines}) == 1
+
+
+# Runs
+
+
+def test_what_a_run_leaves(finished):
+    names = {"config.json", "checkpoint.pt", "metrics.jsonl", "curves.png", "embedding.png"}
+    assert {path.name for path in finished.iterdir()} == names
+    steps = [row for row in rows(finished) if row["kind"] == "step"]
+    epochs = [row for row in rows(finished) if row["kind"] == "epoch"]
+    assert [row["step"] for row in steps] == list(range(1, 9))
+    assert [(row["epoch"], row["step"]) for row in epochs] == [(1, 4), (2, 8)]
+    for row in epochs:
+        mean = sum(step["loss"] for step in steps if step["epoch"] == row["epoch"]) / 4
+        assert row["loss"] == pytest.approx(mean)
+        assert 0 <= row["knn"] <= 1
+        assert row["images_per_s"] == pytest.approx(64_000 / row["step_ms"])
+        assert 0 < row["loss_ms"] < row["step_ms"]
+    for name in ("curves.png", "embedding.png"):
+        assert Image.open(finished / name).size[0] > 600
+
+
+def test_same_seed_same_run_and_bf16_and_sgd_differ(finished, tmp_path):
+    def weights(out):
+        return torch.load(out / "checkpoint.pt", weights_only=True)["model"]
+
+    first = weights(finished)
+    for index, (given, equal) in enumerate([({}, True), ({"seed": 1}, False), ({"amp": "bf16"}, False),
+                                            ({"optimizer": "sgd"}, False), ({"objective": "infonce"}, False)]):
+        out = tmp_path / str(index)
+        train(tiny(**{"objective": "alpha_direct", "eval_every": 1, **given}), out)
+        same = [torch.equal(first[name], value) for name, value in weights(out).items()]
+        assert all(same) == equal, given
+
+
+def test_learnt_temperature_moves_and_is_restored(tmp_path):
+    config = tiny(learn_temperature=True, optimizer="sgd", lr=0.5)
+    train(config, tmp_path / "run")
+    learnt = [row["temperature"] for row in rows(tmp_path / "run") if row["kind"] == "epoch"]
+    assert len({0.5, *learnt}) == 3
+    state = checkpoint.read(tmp_path / "run", config)
+    assert state["loss"]["temperature"].item() == learnt[-1]
+    with pytest.raises(RunError, match="the loss cannot be used: temperature"):
+        train(tiny(objective="alpha_direct", learn_temperature=True), tmp_path / "other")
+
+
+def test_a_loss_that_stops_being_finite_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    class Breaks(loop.FusedAlphaCLLoss):
+        calls = 0
+
+        def forward(self, z1, z2):
+            self.calls += 1
+            return super().forward(z1, z2) * (float("nan") if self.calls == 8 else 1)  # the first call is the trial
+
+    monkeypatch.setattr(loop, "FusedAlphaCLLoss", Breaks)
+    config = tiny(save_every=3)
+    with pytest.raises(RunError, match="NaN in epoch 2, by step 7; the last good checkpoint, step 6, is kept"):
+        train(config, tmp_path / "run")
+    state = checkpoint.read(tmp_path / "run", config)
+    assert state["step"] == 6
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
+    monkeypatch.undo()
+    assert train(config, tmp_path / "run", resume=True).epochs == 2
+
+
+def test_a_broken_weight_is_not_saved(tmp_path, monkeypatch):
+    class Breaks(loop.FusedAlphaCLLoss):
+        calls = 0
+
+        def forward(self, z1, z2):
+            self.calls += 1
+            value = super().forward(z1, z2)
+            if self.calls == 5:  # the fourth step, last of its epoch: a finite loss with an infinite gradient
+                value = value + (z1 - z1.detach()).sum() * float("inf")
+                value = torch.where(torch.isfinite(value), value, value.detach().nan_to_num())
+            return value
+
+    monkeypatch.setattr(loop, "FusedAlphaCLLoss", Breaks)
+    with pytest.raises(RunError, match="became"):
+        train(tiny(), tmp_path / "run")
+    state = checkpoint.read(tmp_path / "run", tiny())
+    assert state["step"] == 0
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+def test_other_settings_are_refused_and_named(finished):
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    config = tiny(objective="infonce", eval_every=1, lr=0.1)
+    with pytest.raises(RunError) as caught:
+        train(config, finished, resume=True)
+    assert "--objective: 'alpha_direct' in the run, 'infonce' given" in str(caught.value)
+    assert "--lr: 0.003 in the run, 0.1 given" in str(caught.value)
+    with pytest.raises(RunError, match="not an empty folder: go on with it by --resume"):
+        train(config, finished)
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+    elsewhere = tiny(objective="alpha_direct", eval_every=1, workers=1, data_root="moved")
+    assert train(elsewhere, finished, resume=True).already
+
+
+def test_damaged_and_foreign_checkpoints(finished, tmp_path):
+    config = tiny(objective="alpha_direct", eval_every=1)
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "checkpoint.pt").write_bytes((finished / "checkpoint.pt").read_bytes()[:5000])
+    for use in (lambda: train(config, run, resume=True), lambda: evaluate(run)):
+        with pytest.raises(RunError, match=r"cannot read .*checkpoint\.pt"):
+            use()
+    shutil.rmtree(run)
+    checkpoint.begin(run, tiny(width=5, objective="alpha_direct", eval_every=1), torch.device("cpu"))
+    shutil.copy(finished / "checkpoint.pt", run)
+    with pytest.raises(RunError, match="is the checkpoint of another config: --width: 4 in the run, 5 given"):
+        evaluate(run)
+    os.remove(run / "checkpoint.pt")
+    with pytest.raises(RunError, match="has no checkpoint yet"):
+        evaluate(run)
+    with pytest.raises(RunError, match=r"is not a run: it has no config\.json"):
+        evaluate(tmp_path / "nothing")
+
+
+def test_a_data_set_that_changed_is_refused(folders, tmp_path):
+    config = Config.create(dataset="imagefolder", data_root=str(folders), encoder="small", image_size=8, width=4,
+                           batch_size=8, epochs=1, workers=0)
+    assert train(config, tmp_path / "run").epochs == 1
+    (tmp_path / "run" / "embedding.png").unlink()
+    (folders / "train" / "cat" / "3.jpg").unlink()
+    with pytest.raises(RunError, match="was started with 24 training images, the data set has 23"):
+        train(config, tmp_path / "run", resume=True)
+
+
+def test_a_failed_write_leaves_the_checkpoint(finished, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+
+    def full(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RunError, match=r"cannot write .*No space left on device; the checkpoint before it stands"):
+        checkpoint.save(run, {})
+    assert (run / "checkpoint.pt").read_bytes() == (finished / "checkpoint.pt").read_bytes()
+
+
+def test_metrics_are_cut_to_the_checkpoint(tmp_path):
+    metrics = checkpoint.Metrics(tmp_path)
+    length = metrics.write(step=1)
+    metrics.write(step=2)
+    metrics.cut(length)
+    metrics.write(step=3)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 3]
+    with pytest.raises(RunError, match=r"is shorter than the checkpoint says \(24 of 25 bytes\)"):
+        metrics.cut(25)
+
+
+def test_an_unusable_folder_or_data_set_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(RunError, match="not an empty folder"):
+        train(tiny(), tmp_path / "file")
+    with pytest.raises(RunError, match=r"cannot .*Not a directory"):
+        train(tiny(), tmp_path / "file" / "run")
+    with pytest.raises(RunError, match="cannot open cifar10"):
+        train(Config.create(dataset="cifar10", data_root=str(tmp_path)), tmp_path / "run")
+    with pytest.raises(RunError, match="the loss cannot be used: objective must be one of"):
+        train(tiny(objective="infonse"), tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_settings_of_the_process_are_restored(tmp_path):
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    train(tiny(epochs=1, subset=64, eval_every=0, threads=before[0] + 1), tmp_path / "run")
+    assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before

@@ -1,0 +1,150 @@
+"""A run stopped by a signal or killed outright, then resumed, ends as if nothing had happened: weights and metrics."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+pytest.importorskip("sklearn")
+
+from alphacl_fast.cli import main
+from alphacl_fast.train import Config, RunError, evaluate, loop, train
+
+SETTINGS = {"dataset": "digits", "objective": "alpha_direct", "width": 4, "subset": 640, "batch_size": 32, "epochs": 4,
+            "log_every": 1, "save_every": 7, "eval_every": 2}  # fmt: skip
+STEPS = 80
+
+
+def final(out):
+    """Weights, and metrics without what a clock measured."""
+    clock = ("images_per_s", "step_ms", "loss_ms")
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    return state, [{key: value for key, value in line.items() if key not in clock} for line in lines]
+
+
+def assert_same_end(out, reference):
+    (state, lines), (expected, expected_lines) = final(out), reference
+    assert lines == expected_lines
+    for part in ("model", "loss"):
+        for name, value in expected[part].items():
+            assert torch.equal(state[part][name], value), name
+    for number, moments in expected["optimizer"]["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(state["optimizer"]["state"][number][name], value), (number, name)
+    assert (out / "curves.png").exists()
+    assert (out / "embedding.png").exists()
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    train(Config.create(**SETTINGS, workers=0), out)
+    state, lines = final(out)
+    assert state["step"] == STEPS
+    assert len(lines) == STEPS + 4
+    return state, lines
+
+
+def start(out, workers):
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in {**SETTINGS, "workers": workers}.items()]
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "alphacl_fast.cli", "train", f"--out={out}", *flags]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                            start_new_session=True)
+
+
+def wait_for_step(process, out, step):
+    """Return once metrics.jsonl tells of ``step``."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_bytes().count(b'"step", ') >= step:
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.001)
+    raise TimeoutError(f"no step {step} in 120 s")
+
+
+@pytest.mark.parametrize(("number", "workers", "code"), [
+    (signal.SIGINT, 2, 130), (signal.SIGTERM, 0, 143), (signal.SIGKILL, 2, -9), (signal.SIGKILL, 0, -9),
+])  # fmt: skip
+def test_interrupted_and_resumed(tmp_path, capsys, reference, number, workers, code):
+    out, step = tmp_path / "run", random.SystemRandom().randint(1, 60)
+    process = start(out, workers)
+    try:
+        wait_for_step(process, out, step)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does: the loader's processes get it too
+        else:
+            process.send_signal(number)
+        message = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == code, message
+    stopped = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
+    assert stopped < STEPS
+    if number == signal.SIGKILL:
+        assert stopped <= len(final(out)[1])
+    else:
+        assert stopped >= step
+        assert message.startswith("alphacl: stopped after ")
+        assert message.endswith(f"go on with: alphacl train --resume {out}\n")
+        assert message.count("\n") == 1
+    # Go on with the other number of loader processes, which must not matter.
+    assert main(["train", "--resume", str(out), "--workers", str(2 - workers)]) == 0
+    assert "finished: 4 epochs" in capsys.readouterr().out
+    assert_same_end(out, reference)
+
+
+@pytest.mark.parametrize("when", ["at the end of an epoch", "in the evaluation", "before the first checkpoint"])
+def test_awkward_moments(tmp_path, monkeypatch, reference, when):
+    config, out = Config.create(**SETTINGS, workers=0), tmp_path / "run"
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_):
+        raise Killed
+
+    if when == "at the end of an epoch":
+        one_step = loop._Run.one_step
+
+        def stop(self, *views):
+            result = one_step(self, *views)
+            if self.step == 40:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return result
+
+        monkeypatch.setattr(loop._Run, "one_step", stop)
+        outcome = train(config, out)
+        assert (outcome.epochs, outcome.signal) == (1, signal.SIGTERM)
+    else:
+        owner, name = (loop, "knn_of") if when == "in the evaluation" else (loop._Run, "save")
+        monkeypatch.setattr(owner, name, die)
+        with pytest.raises(Killed):
+            train(config, out)
+        if when == "before the first checkpoint":
+            assert not (out / "checkpoint.pt").exists()
+            with pytest.raises(RunError, match="has no checkpoint yet"):
+                evaluate(out)
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert train(config, out, resume=True).epochs == 4
+    assert_same_end(out, reference)
+
+
+def test_the_second_signal_acts_at_once():
+    with loop._stop_signals() as caught:
+        signal.raise_signal(signal.SIGINT)
+        assert caught == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
