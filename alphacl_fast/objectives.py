@@ -3,7 +3,7 @@
 A loss is ``L = reduce_i L_i`` over anchors i. With ``t_ij`` the similarity of a pair, ``t⁺_i`` that of the positive pair
 and ``d²_ij = c − t_ij`` (c = 1 for cosine and dot, 0 for euclidean, where t = −½‖·‖²), ``Δ_ij = t_ij − t⁺_i`` and
 
-* `PairLoss`    L_i = φ(Σ_j ψ(Δ_ij))                                       [arXiv:2201.12680, eq. 1 and Table 1]
+* `PairLoss`    L_i = φ(Σ_j ψ(Δ_ij))                                       [arXiv:2201.12680, the φ/ψ family]
 * `PairWeight`  L_i = Σ_j α_ij Δ_ij,  α_ij = w(d²_ij)/Z_i or w(d²_ij)      [ibid., pair-weighted CL]
 * `MinPlayer`   L_i = Σ_j α_ij Δ_ij,  α_i = argmin_{α≥0, Σα=1} Σ_j α_j d²_ij − R(α), so α_ij = h(μ_i − d²_ij)
 * `ClosedForm`  constant α: sums over pairs collapse to O(n·D)
@@ -336,7 +336,7 @@ class PairLoss(Objective):
     Raises:
         TypeError, ValueError: not callable, not elementwise, or closing over a tensor that requires grad.
 
-    Source: arXiv:2201.12680, eq. 1; α_ij = φ′(ξ_i)·ψ′(Δ_ij) is its Theorem 1.
+    Source: arXiv:2201.12680; α_ij = φ′(ξ_i)·ψ′(Δ_ij) is its Theorem 1.
     """
 
     derivative = True
@@ -591,7 +591,7 @@ class MinPlayer(Objective):
     Raises:
         TypeError, ValueError: not callable, not elementwise, or h does not pass 1/|Neg| and 1.
 
-    Source: arXiv:2201.12680, eq. 5 (the min player); α_square is sparsemax (Martins and Astudillo 2016).
+    Source: arXiv:2201.12680, the min player; α_square is sparsemax (Martins and Astudillo 2016).
     """
 
     bilinear = True
@@ -745,7 +745,7 @@ def _flag(owner: str, name: str, value: Any) -> bool:
 def infonce(epsilon: float = 1.0, temperature_scaled: bool = False) -> Objective:
     """φ = log(ε + x), ψ = exp(x/τ): NT-Xent / SimCLR with ε = 1, decoupled contrastive learning with ε = 0.
 
-    ``temperature_scaled`` puts τ in front (the paper's form). arXiv:2201.12680 Table 1; arXiv:2002.05709; arXiv:2110.06848.
+    ``temperature_scaled`` puts τ in front (the paper's form). arXiv:2201.12680 (φ/ψ family); arXiv:2002.05709; arXiv:2110.06848.
     """
     epsilon = _number("infonce", "epsilon", epsilon, minimum=0.0)
     scaled = _flag("infonce", "temperature_scaled", temperature_scaled)
@@ -754,18 +754,18 @@ def infonce(epsilon: float = 1.0, temperature_scaled: bool = False) -> Objective
 
 
 def mine() -> Objective:
-    """φ = log x, ψ = exp(x); no temperature. arXiv:2201.12680 Table 1; arXiv:1801.04062."""
+    """φ = log x, ψ = exp(x); no temperature. arXiv:2201.12680 (φ/ψ family); arXiv:1801.04062."""
     return _ExpPairLoss("mine", {}, _OUTER_LOG)
 
 
 def triplet(margin: float = 1.0) -> Objective:
-    """φ = x, ψ = max(x + margin, 0), on ½-squared distances; no temperature. arXiv:2201.12680 Table 1; arXiv:1503.03832."""
+    """φ = x, ψ = max(x + margin, 0), on ½-squared distances; no temperature. arXiv:2201.12680 (φ/ψ family); arXiv:1503.03832."""
     margin = _number("triplet", "margin", margin)
     return _LinearPairLoss("triplet", {"margin": margin}, "hinge", margin)
 
 
 def soft_triplet(margin: float = 1.0) -> Objective:
-    """φ = τ·log(1 + x), ψ = exp(x/τ + margin). arXiv:2201.12680 Table 1."""
+    """φ = τ·log(1 + x), ψ = exp(x/τ + margin). arXiv:2201.12680 (φ/ψ family)."""
     margin = _number("soft_triplet", "margin", margin)
     return _ExpPairLoss(
         "soft_triplet", {"margin": margin}, _OUTER_LOG1P, margin=margin, uses_temperature=True, tau_in_front=True
@@ -773,24 +773,24 @@ def soft_triplet(margin: float = 1.0) -> Objective:
 
 
 def n_plus_1_tuplet() -> Objective:
-    """φ = log(1 + x), ψ = exp(x); no temperature. arXiv:2201.12680 Table 1; Sohn, NeurIPS 2016."""
+    """φ = log(1 + x), ψ = exp(x); no temperature. arXiv:2201.12680 (φ/ψ family); Sohn, NeurIPS 2016."""
     return _ExpPairLoss("n_plus_1_tuplet", {}, _OUTER_LOG1P)
 
 
 def lifted_structured(margin: float = 1.0) -> Objective:
-    """φ = max(log x, 0)², ψ = exp(x + margin); no temperature. arXiv:2201.12680 Table 1; arXiv:1511.06452."""
+    """φ = max(log x, 0)², ψ = exp(x + margin); no temperature. arXiv:2201.12680 (φ/ψ family); arXiv:1511.06452."""
     margin = _number("lifted_structured", "margin", margin)
     return _ExpPairLoss("lifted_structured", {"margin": margin}, _OUTER_LOG_SQUARED, margin=margin)
 
 
 def modified_triplet(scale: float = 1.0) -> Objective:
-    """φ = x, ψ = sigmoid(scale·x); no temperature. arXiv:2201.12680 Table 1."""
+    """φ = x, ψ = sigmoid(scale·x); no temperature. arXiv:2201.12680 (φ/ψ family)."""
     scale = _number("modified_triplet", "scale", scale, above=0.0)
     return _LinearPairLoss("modified_triplet", {"scale": scale}, "sigmoid", scale)
 
 
 def triplet_contrastive() -> Objective:
-    """φ = x, ψ = x: L_i = Σ_j Δ_ij in O(n·D); no temperature. arXiv:2201.12680 Table 1."""
+    """φ = x, ψ = x: L_i = Σ_j Δ_ij in O(n·D); no temperature. arXiv:2201.12680 (φ/ψ family)."""
     return ClosedForm("triplet_contrastive", per_negative=True)
 
 
