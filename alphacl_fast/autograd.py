@@ -174,6 +174,9 @@ class Sweeps:
     def mean_negative(self) -> Tensor:
         return mean_negative(self.features.rows(), self.features.bias, self.layout)
 
+    def mean_square_negative(self) -> Tensor:
+        return mean_negative(self.features.rows(), self.features.bias, self.layout, power=2)
+
 
 def _span(call: Call) -> tuple[float, ...]:
     """Range of log f over all t in [−1, 1], where rows are normalised and τ is known on the host; else empty."""
@@ -185,26 +188,26 @@ def _span(call: Call) -> tuple[float, ...]:
     return low, high
 
 
-def mean_negative(rows: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
-    """(anchors,) mean of t_ij over the negatives, in O(n·D); differentiable."""
+def mean_negative(rows: Tensor, bias: Tensor | None, layout: Layout, power: int = 1) -> Tensor:
+    """(anchors,) mean of t_ij, in O(n·D), or of t_ij², in O(n·D²), over the negatives; differentiable."""
+    left, right = rows, rows
+    if bias is not None:  # t_ij = ⟨[F_i, b_i, 1], [F_j, 1, b_j]⟩
+        b, one = bias.unsqueeze(1), torch.ones_like(bias).unsqueeze(1)
+        left, right = torch.cat([rows, b, one], 1), torch.cat([rows, one, b], 1)
 
-    def totals(a: Tensor, b: Tensor, bias_a: Tensor | None, bias_b: Tensor | None) -> Tensor:
-        total = a @ b.sum(0)
-        return total if bias_a is None or bias_b is None else total + b.shape[0] * bias_a + bias_b.sum()
+    def total(a: Tensor, b: Tensor) -> Tensor:  # Σ_j over all rows of b
+        return a @ b.sum(0) if power == 1 else ((a @ (b.t() @ b)) * a).sum(1)
 
-    def own(a: Tensor, b: Tensor, bias_a: Tensor | None, bias_b: Tensor | None) -> Tensor:
-        t = (a * b).sum(1)
-        return t if bias_a is None or bias_b is None else t + bias_a + bias_b
+    def own(a: Tensor, b: Tensor) -> Tensor:  # one excluded pair of each row
+        return (a * b).sum(1).pow(power)
 
     if layout.split:
-        a, b = rows.tensor_split([layout.split])
-        bias_a, bias_b = (None, None) if bias is None else bias.tensor_split([layout.split])
-        sums = [totals(a, b, bias_a, bias_b), totals(b, a, bias_b, bias_a)]
-        excluded = own(a, b, bias_a, bias_b)
-        return torch.cat([s - excluded for s in sums[: layout.anchors // layout.split]]) / layout.n_neg
-    sums = totals(rows, rows, bias, bias) - own(rows, rows, bias, bias)
+        (left_a, left_b), (right_a, right_b) = left.split(layout.split), right.split(layout.split)
+        sums = [total(left_a, right_b) - own(left_a, right_b), total(left_b, right_a) - own(left_b, right_a)]
+        return torch.cat(sums[: layout.anchors // layout.split]) / layout.n_neg
+    sums = total(left, right) - own(left, right)
     if layout.partner:
-        sums = sums - own(rows, rows.roll(layout.partner, 0), bias, None if bias is None else bias.roll(layout.partner))
+        sums = sums - own(left, right.roll(layout.partner, 0))
     return sums / layout.n_neg
 
 

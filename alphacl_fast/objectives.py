@@ -253,6 +253,10 @@ class Pairs(Protocol):
         """(anchors,) mean of t_ij over the negatives, in O(n·D)."""
         ...
 
+    def mean_square_negative(self) -> Tensor:
+        """(anchors,) mean of t_ij² over the negatives, in O(n·D²)."""
+        ...
+
 
 @dataclass
 class Rows:
@@ -596,6 +600,7 @@ class MinPlayer(Objective):
 
     bilinear = True
     newton_power = -1.0  # Newton on (Σh)^(−power) − 1, which is nearly linear in μ for h = (·)^(−1/power)
+    far_power = -0.5  # where Σh is small: on Σh itself, which is convex, a step from there overshoots a hundredfold
     max_sweeps = 60
 
     def __init__(self, h: Callable[[Tensor], Tensor], *, detach_alpha: bool = True) -> None:
@@ -651,8 +656,8 @@ class MinPlayer(Objective):
             mass, slope = p.sums(("f", "df"), shift=t_max, offset=y)
             below = mass < 1
             low, high = torch.where(below, y, low), torch.where(below, high, y)
-            step = (mass - mass.pow(1 + self.newton_power)) / (self.newton_power * slope)
-            new = y + step
+            power = torch.where(mass < 0.5, self.far_power, self.newton_power)
+            new = y + (mass - mass.pow(1 + power)) / (power * slope)
             new = torch.where((new >= low) & (new <= high), new, (low + high) / 2)
             done = ((mass - 1).abs() <= 8 * eps) | ((new - y).abs() <= eps * y.abs())
             if bool(done.all()):  # reads a flag on the host once per sweep
@@ -683,13 +688,28 @@ class _AlphaSquare(MinPlayer):
     def inverse(self, alpha: float, tau: Tensor) -> Tensor:
         return alpha * tau
 
+    def first_guess(self, p: Pairs, t_max: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        # The root for normally distributed similarities: with y = t_max − mean + σz, Σ_j max(x_ij, 0) = |Neg|·σ·G(z),
+        # G(z) = φ(z) + zΦ(z), convex and ≥ z; so Newton from z = r descends to G(z) = r = τ/(|Neg|·σ).
+        mean = p.mean_negative()
+        tiny = torch.finfo(mean.dtype).tiny
+        sigma = (p.mean_square_negative() - mean.square()).clamp(min=tiny).sqrt()
+        target = p.tau / (p.n_neg * sigma)
+        z = target
+        for _ in range(8):
+            density = torch.exp(z.square() / -2) / math.sqrt(2 * math.pi)
+            below = torch.special.ndtr(z)
+            z = z - (density + z * below - target) / below.clamp(min=tiny)
+        few = p.n_neg * below < 8  # the largest of few are no normal tail; from above Newton descends monotonically
+        return torch.where(few, high, t_max - mean + sigma * z)
+
 
 class _AlphaGamma(MinPlayer):
     kind, uses_temperature = "gamma", True
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._configure("alpha_gamma", options)
-        self.newton_power = _number("alpha_gamma", "gamma", options["gamma"], above=1.0)
+        self.newton_power = self.far_power = _number("alpha_gamma", "gamma", options["gamma"], above=1.0)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return make, (self.name, self.options)
