@@ -87,12 +87,13 @@ class Features:
             centered = wide - wide.mean(0)
             return cls(centered, None, centered.square().sum(1) / -2, None)
         largest = wide.abs().amax(1)  # squares of the rows themselves could leave the range of the dtype
-        tiny = torch.finfo(accumulate).tiny
-        safe = largest.clamp(min=tiny)
-        norm = torch.linalg.vector_norm(wide / safe.unsqueeze(1), dim=1) * safe
-        inv_norm = torch.where(largest >= tiny, 1 / norm.clamp(min=tiny), 0.0)
+        zero = largest == 0
+        safe = torch.where(zero, 1.0, largest)
+        scaled = wide / safe.unsqueeze(1)
+        norm = torch.where(zero, 1.0, torch.linalg.vector_norm(scaled, dim=1))
+        inv_norm = torch.where(zero, 0.0, ((1 / norm) / safe).clamp(max=torch.finfo(accumulate).max))
         if z.dtype == accumulate:
-            return cls(z * inv_norm.unsqueeze(1), None, None, inv_norm)
+            return cls(scaled / norm.unsqueeze(1), None, None, inv_norm)
         return cls(z, inv_norm, None, inv_norm)
 
     def rows(self) -> Tensor:
@@ -151,11 +152,13 @@ class Sweeps:
         *,
         shift: Tensor | None = None,
         offset: Tensor | None = None,
+        center: Tensor | None = None,
     ) -> Tensor:
         f, layout = self.features, self.layout
+        center = self.pos if center is None else center
         return ops.row_sums(
-            f.f, f.scale, f.bias, self.pos, shift, offset, self._kind_tau, self._kind, self._params, terms,
-            layout.split, layout.partner, layout.anchors, self._span, self._backend,
+            f.f, f.scale, f.bias, center, shift, offset, self._kind_tau, self._kind, self._params, terms, layout.split,
+            layout.partner, layout.anchors, self._span, self._backend,
         )  # fmt: skip
 
     def grad(
@@ -166,8 +169,9 @@ class Sweeps:
             nothing = self.pos.new_empty(0)
             return nothing, nothing, nothing
         f, layout = self.features, self.layout
+        center = self.pos if rows.center is None else rows.center
         return ops.pair_grad(
-            f.f, f.scale, f.bias, self.pos, rows.gain * c, rows.shift, rows.offset, rows.level, self._kind_tau,
+            f.f, f.scale, f.bias, center, rows.gain * c, rows.shift, rows.offset, rows.level, self._kind_tau,
             self._kind, self._params, weight, terms, layout.split, layout.partner, lo, hi, self._span, self._backend,
         )  # fmt: skip
 
@@ -226,7 +230,7 @@ class UnitRows(torch.autograd.Function):
         rows = features.rows()
         ctx.save_for_backward(rows, features.inv_norm)
         ctx.dtype = z.dtype
-        return rows
+        return rows.clone()  # torch.compile loses the gradient of an output that is also saved
 
     @staticmethod
     @once_differentiable
@@ -261,9 +265,9 @@ class AlphaCLFunction(torch.autograd.Function):
             features = Features.make(torch.cat([z1, z2]), call.similarity)
             problem = _Problem(features, tau, call)
             if not any(need):
-                return call.reduce(problem.solve(value=True, learn_tau=False).loss)
+                return call.reduce(problem.solve(learn_tau=False).loss)
             if call.reduction == "none":
-                rows = problem.solve(value=True, learn_tau=need[2])
+                rows = problem.solve(learn_tau=need[2])
                 ctx.save_for_backward(*features.tensors(), tau, *_row_tensors(rows))
                 return call.reduce(rows.loss)
             one = tau.new_ones(())
@@ -289,7 +293,7 @@ class AlphaCLFunction(torch.autograd.Function):
         return *grads, None
 
 
-_ROW_FIELDS = tuple(field.name for field in fields(Rows))
+_ROW_FIELDS = tuple(field.name for field in fields(Rows) if field.name != "loss")  # the backward has no use for it
 
 
 def _row_tensors(rows: Rows) -> tuple[Tensor | None, ...]:
@@ -309,16 +313,15 @@ class _Problem:
         self.n_pairs = self.rows.shape[0] // 2
         self.sweeps = Sweeps(features, positives(self.rows, call.similarity), tau, call)
 
-    def solve(self, value: bool, learn_tau: bool) -> Rows:
-        return self.call.objective.solve(self.sweeps, value, learn_tau and self.call.objective.tau_gradient == "rows")
+    def solve(self, learn_tau: bool) -> Rows:
+        return self.call.objective.solve(self.sweeps, learn_tau and self.call.objective.tau_gradient == "rows")
 
     def loss_and_gradient(self, grad: Tensor, need: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
         """Scalar loss, dz1, dz2, dτ (None where not needed)."""
         objective = self.call.objective
         if objective.one_sweep:
             return self._gradient(objective.start(self.sweeps), grad, need, finish=True)
-        by_euler = objective.bilinear and objective.detach_alpha and need[0] and need[1]
-        return self._gradient(self.solve(value=not by_euler, learn_tau=need[2]), grad, need)
+        return self._gradient(self.solve(learn_tau=need[2]), grad, need)
 
     def gradient(self, rows: Rows, grad: Tensor, need: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
         """dz1, dz2, dτ for an incoming gradient."""
@@ -361,9 +364,8 @@ class _Problem:
         loss = dtau = None
         if need_tau:
             dtau = (c * (rows.gain * sums[-1] if objective.tau_gradient == "pairs" else rows.dtau)).sum()
-        if call.reduction != "none":
-            # t is bilinear in the rows, so Σ⟨F, dF⟩ is twice the loss of a constant α (both gradients are there then)
-            loss = (self.rows * d).sum() / 2 if rows.loss is None else call.reduce(rows.loss)
+        if rows.loss is not None:
+            loss = call.reduce(rows.loss)
         inv_norm = self.features.inv_norm
         dz = d if inv_norm is None else through_normalization(d, self.rows, inv_norm)
         return loss, (dz[:n] if need_1 else None), (dz[n:] if need_2 else None), dtau

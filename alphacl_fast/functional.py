@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -115,12 +116,14 @@ def check_temperature(temperature: float | Tensor, objective: Objective) -> None
         if temperature.device.type != "cpu" or torch.compiler.is_compiling():
             return
         value = temperature.detach().item()
-    elif isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+    elif isinstance(temperature, bool) or not isinstance(temperature, Real):
         raise TypeError(f"temperature must be a float or a tensor, got {type(temperature).__name__}")
     else:
         value = temperature
-    if not (math.isfinite(value) and value > 0):
+    if not value > 0 or value == math.inf:
         raise ValueError(f"temperature must be finite and > 0, got {value}")
+    if not 1e-15 <= value <= 1e15:  # float32 must hold τ² and 1/τ²
+        raise ValueError(f"temperature must be between 1e-15 and 1e15, got {value}")
 
 
 def evaluate(
@@ -128,6 +131,7 @@ def evaluate(
 ) -> tuple[Tensor, str, str]:
     """The loss, the backend that computed it and why; everything but the embeddings has been checked."""
     check_embeddings(z1, z2)
+    call.objective.check()
     backend, why = ops.choose(call.backend, z1.device, z1.dtype, precision)
     accumulate = accumulation_dtype(z1.dtype)
     host_tau: float | None = None

@@ -54,10 +54,14 @@ class FusedAlphaCLLoss(nn.Module):
             backend=backend, precision=precision, process_group=process_group,
         )  # fmt: skip
         functional.check_temperature(temperature, self._call.objective)
+        if isinstance(temperature, Tensor) and not temperature.is_leaf:
+            raise ValueError("temperature must be a leaf tensor or an nn.Parameter, got the result of an operation")
+        if temperature_range is not None and not isinstance(temperature, Tensor):
+            raise ValueError(f"temperature_range must be None with a fixed temperature, got {temperature_range!r}")
         self.precision = precision
         self.temperature_range = _checked_range(temperature_range)
-        if isinstance(temperature, Tensor) and not isinstance(temperature, nn.Parameter) and temperature.is_leaf:
-            self.register_buffer("temperature", temperature)
+        if isinstance(temperature, Tensor) and not isinstance(temperature, nn.Parameter) and not temperature.requires_grad:
+            self.register_buffer("temperature", temperature.clone())
         else:
             self.temperature = temperature
         self._served: tuple[str, str] | None = None
@@ -70,10 +74,9 @@ class FusedAlphaCLLoss(nn.Module):
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
         """(N, D), (N, D) → () or (anchors,). Raises TypeError or ValueError on bad embeddings."""
         temperature = self.temperature
-        if isinstance(temperature, Tensor):
-            if self.temperature_range is not None:
-                temperature.data.clamp_(*self.temperature_range)
-            functional.check_temperature(temperature, self.objective)
+        if isinstance(temperature, Tensor) and self.temperature_range is not None:
+            temperature.data.clamp_(*self.temperature_range)
+        functional.check_temperature(temperature, self.objective)
         loss, *self._served = functional.evaluate(z1, z2, temperature, self._call, self.precision)
         return loss
 
@@ -89,9 +92,15 @@ class FusedAlphaCLLoss(nn.Module):
         parts += [f"reduction={call.reduction!r}"]
         if self.precision is not None:
             parts += [f"precision={self.precision!r}"]
-        name, why = self._served or ops.choose(call.backend, torch.device("cpu"), torch.float32, self.precision)
-        when = "last call" if self._served else "on a CPU"
-        return ", ".join(parts) + f", backend={call.backend!r} ({when}: {name}, {why})"
+        if self._served:
+            chosen = "last call: " + ", ".join(self._served)
+        else:
+            try:
+                name, why = ops.choose(call.backend, torch.device("cpu"), torch.float32, self.precision)
+                chosen = f"on a CPU: {name}, {why}"
+            except ValueError as error:
+                chosen = str(error)
+        return ", ".join(parts) + f", backend={call.backend!r} ({chosen})"
 
 
 def _checked_range(value: Any) -> tuple[float, float] | None:

@@ -26,6 +26,7 @@ import math
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -196,9 +197,20 @@ class _CustomFunction:
             dtau=None,
             log=False,
         )
+        self.check()
+
+    def check(self) -> None:
+        """Raises ValueError unless the function is elementwise, differentiable and closes over no parameter."""
         probe = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64).view(2, 3)
-        self(probe)
-        self.derivative(probe)
+        try:
+            with torch.enable_grad():
+                whole = self(probe.clone())
+            parts = [torch.cat([self(part.clone()) for part in probe.split(1, dim)], dim) for dim in (0, 1)]
+            self.derivative(probe)
+        except RuntimeError as error:
+            raise ValueError(f"{self.name} must be a differentiable function of a tensor on any device: {error}") from error
+        if not all(torch.allclose(whole, p, rtol=1e-9, atol=1e-12, equal_nan=True) for p in parts):
+            raise ValueError(f"{self.name} must be elementwise, got one whose values depend on the other elements")
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self.fn(x)
@@ -245,8 +257,9 @@ class Pairs(Protocol):
         *,
         shift: Tensor | None = None,
         offset: Tensor | None = None,
+        center: Tensor | None = None,
     ) -> Tensor:
-        """One `row_sums` sweep: (len(terms), anchors); moments are taken of Δ."""
+        """One `row_sums` sweep: (len(terms), anchors); moments are taken of t − center, by default of Δ."""
         ...
 
     def mean_negative(self) -> Tensor:
@@ -262,13 +275,14 @@ class Pairs(Protocol):
 class Rows:
     """Row scalars: what `pair_grad` needs, before the incoming row weight c_i multiplies ``gain`` and ``mass``.
 
-    g_ij = c_i·gain_i·(df | f | f + df·(Δ_ij − level_i)),  q_i = c_i·mass_i = −∂L/∂t⁺_i.
+    g_ij = c_i·gain_i·(df | f | f + df·(t_ij − center_i − level_i)),  q_i = c_i·mass_i = −∂L/∂t⁺_i.
     """
 
     gain: Tensor
     shift: Tensor | None = None
     offset: Tensor | None = None
     level: Tensor | None = None
+    center: Tensor | None = None  # of the moments; None is t⁺
     mass: Tensor | None = None  # Σ_j α_ij
     loss: Tensor | None = None  # L_i
     dtau: Tensor | None = None  # ∂L_i/∂τ
@@ -284,7 +298,6 @@ class Objective:
             (there is no gradient).
         one_sweep: gain, shift, offset and level need no sum over pairs, so `pair_grad` alone serves loss and gradient.
         derivative: `pair_grad` weighs pairs by df instead of f.
-        bilinear: with constant α the loss is Σ c_i α_ij Δ_ij, so its value is ½Σ⟨F, dF⟩.
     """
 
     name: str
@@ -295,7 +308,6 @@ class Objective:
     tau_in_front = False
     one_sweep = False
     derivative = False
-    bilinear = False
     terms: tuple[str, ...] = ()
 
     def params(self, c: float) -> tuple[float, ...]:
@@ -306,8 +318,11 @@ class Objective:
         """The temperature that the pair kind sees."""
         return tau
 
-    def solve(self, p: Pairs, value: bool, learn_tau: bool) -> Rows:
-        """All sweeps but `pair_grad`. ``value=False`` lets a `bilinear` objective leave ``loss`` to Euler's identity."""
+    def check(self) -> None:
+        """Raises ValueError on what only a call can show; constructors check the rest."""
+
+    def solve(self, p: Pairs, learn_tau: bool) -> Rows:
+        """All sweeps but `pair_grad`."""
         rows = self.start(p)
         return self.finish(p, rows, p.sums(self.terms, shift=rows.shift))
 
@@ -353,6 +368,11 @@ class PairLoss(Objective):
         self.one_sweep = phi is None
         self.terms = ("f", "df")
 
+    def check(self) -> None:
+        self._psi.check()
+        if self._phi is not None:
+            self._phi.check()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> PairLoss:
         return self
 
@@ -381,6 +401,9 @@ class _LinearPairLoss(PairLoss):
     terms = ("f", "df")
     _phi = None
 
+    def check(self) -> None:
+        pass
+
     def __init__(self, name: str, options: dict[str, Any], kind: str, parameter: float) -> None:
         self.name, self.options, self.kind, self._parameter = name, options, kind, parameter
 
@@ -391,33 +414,35 @@ class _LinearPairLoss(PairLoss):
         return (self._parameter,)
 
 
-def _log1p_exp(x: Tensor) -> Tensor:
-    """log(1 + e^x); torch's softplus turns linear at x = 20, an error of 2e-9."""
-    return torch.logaddexp(x, torch.zeros_like(x))
-
-
 @dataclass(frozen=True)
 class _Outer:
-    """φ of an exponential kind as a function of ℓ = log ξ, and its derivative in ℓ."""
+    """φ of an exponential kind as a function of ℓ = log ξ, its derivative in ℓ, and φ − φ′·ℓ without cancellation."""
 
     phi: Callable[[Tensor], Tensor]
     dphi: Callable[[Tensor], Tensor]
-
-
-_OUTER_LOG = _Outer(lambda ell: ell, torch.ones_like)  # φ = log x
-_OUTER_LOG1P = _Outer(_log1p_exp, torch.sigmoid)  # φ = log(1 + x)
-_OUTER_LOG_SQUARED = _Outer(lambda ell: torch.relu(ell).square(), lambda ell: 2 * torch.relu(ell))  # φ = max(log x, 0)²
+    legendre: Callable[[Tensor], Tensor]
 
 
 def _outer_log_plus(epsilon: float) -> _Outer:  # φ = log(ε + x)
     if epsilon == 0.0:
-        return _OUTER_LOG
-    if epsilon == 1.0:
-        return _OUTER_LOG1P
+        return _Outer(lambda ell: ell, torch.ones_like, torch.zeros_like)
     shift = math.log(epsilon)
+
+    def legendre(ell: Tensor) -> Tensor:
+        u = (ell - shift).abs()
+        return torch.log1p((-u).exp()) + u * torch.sigmoid(-u) + shift * torch.sigmoid(shift - ell)
+
+    # torch's softplus would turn linear at 20, an error of 2e-9
     return _Outer(
-        lambda ell: torch.logaddexp(ell, torch.full_like(ell, shift)), lambda ell: torch.sigmoid(ell - shift)
+        lambda ell: torch.logaddexp(ell, torch.full_like(ell, shift)), lambda ell: torch.sigmoid(ell - shift), legendre
     )
+
+
+_OUTER_LOG = _outer_log_plus(0.0)
+_OUTER_LOG1P = _outer_log_plus(1.0)
+_OUTER_LOG_SQUARED = _Outer(  # φ = max(log x, 0)²
+    lambda ell: torch.relu(ell).square(), lambda ell: 2 * torch.relu(ell), lambda ell: -torch.relu(ell).square()
+)
 
 
 class _ExpPairLoss(Objective):
@@ -454,16 +479,22 @@ class _ExpPairLoss(Objective):
         slope = self._outer.dphi(ell)
         return slope * tau if self.tau_in_front else slope
 
-    def solve(self, p: Pairs, value: bool, learn_tau: bool) -> Rows:
+    def solve(self, p: Pairs, learn_tau: bool) -> Rows:
         tau = self.kind_tau(p.tau)
-        base, total, *gap_sum = p.sums(("base", "f", "ft") if learn_tau else ("base", "f"))
+        slope_from_gap = learn_tau and not self.tau_in_front
+        base, total, *gap_sum = p.sums(("base", "f", "ft") if slope_from_gap else ("base", "f"))
         ell = (base - p.pos / tau) + total.log() + self.margin  # ℓ_i = log Σ_j exp(Δ_ij/τ + margin)
         mass = self.dphi(ell, p.tau) / tau
         rows = Rows(gain=mass / total, shift=base, mass=mass, loss=self.phi(ell, p.tau))
-        if gap_sum:  # ∂ℓ/∂τ = −Σ_j softmax_ij Δ_ij/τ². −½Σ⟨F, dF⟩/τ would do too, but cancels where rows are long
+        if slope_from_gap:
+            # ∂ℓ/∂τ = −Σ_j p_ij Δ_ij/τ², p = softmax. −½Σ⟨F, dF⟩/τ would do too, but cancels where rows are long.
             rows.dtau = rows.gain * gap_sum[0] / -tau
-            if self.tau_in_front:
-                rows.dtau = rows.dtau + rows.loss / tau
+        elif learn_tau:
+            # ∂(τφ(ℓ))/∂τ = φ − φ′·ΣpΔ/τ, two large numbers where |t| ≫ τ. With ΣpΔ/τ = ℓ − margin − log Σ + Σp·log(f/e^base)
+            # it is (φ − φ′ℓ) + φ′·(margin + log Σ − Σp·log(f/e^base)), none of which is. Costs one more sweep.
+            (moment,) = p.sums(("ft",), shift=base, center=base * tau)
+            spread = self.margin + total.log() - moment / (total * tau)
+            rows.dtau = self._outer.legendre(ell) + self._outer.dphi(ell) * spread
         return rows
 
 
@@ -485,7 +516,6 @@ class PairWeight(Objective):
     Source: arXiv:2201.12680, pair-weighted CL (α-CL-direct).
     """
 
-    bilinear = True
     _custom: _CustomFunction | None = None
 
     def __init__(
@@ -515,6 +545,10 @@ class PairWeight(Objective):
         if self.uses_temperature and not self.detach_alpha:
             self.tau_gradient = "pairs"
 
+    def check(self) -> None:
+        if self._custom is not None:
+            self._custom.check()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> PairWeight:
         return self
 
@@ -524,20 +558,19 @@ class PairWeight(Objective):
     def params(self, c: float) -> tuple[float, ...]:
         return (c,)
 
-    def solve(self, p: Pairs, value: bool, learn_tau: bool) -> Rows:
+    def solve(self, p: Pairs, learn_tau: bool) -> Rows:
         if not self.normalized:
-            return super().solve(p, value, learn_tau)
-        terms = ("f", "ft") if value or not self.detach_alpha else ("f",)
+            return super().solve(p, learn_tau)
         extra = p.pos.new_full((), self.alpha_eps * p.n_neg)
         if kind(self.kind).log:
-            base, total, *gap_sum = p.sums(("base", *terms))
+            base, total, gap_sum = p.sums(("base", *self.terms))
             z = total + extra * (-base).exp() if self.alpha_eps else total
         else:
             base = None
-            total, *gap_sum = p.sums(terms)
+            total, gap_sum = p.sums(self.terms)
             z = total + extra
         inv_z = _safe_inverse(z)
-        loss = gap_sum[0] * inv_z if gap_sum else None
+        loss = gap_sum * inv_z
         return Rows(
             gain=inv_z, shift=base, level=None if self.detach_alpha else loss, mass=total * inv_z, loss=loss
         )
@@ -598,7 +631,7 @@ class MinPlayer(Objective):
     Source: arXiv:2201.12680, the min player; α_square is sparsemax (Martins and Astudillo 2016).
     """
 
-    bilinear = True
+    _custom: _CustomFunction | None = None
     newton_power = -1.0  # Newton on (Σh)^(−power) − 1, which is nearly linear in μ for h = (·)^(−1/power)
     far_power = -0.5  # where Σh is small: on Σh itself, which is convex, a step from there overshoots a hundredfold
     max_sweeps = 60
@@ -614,6 +647,10 @@ class MinPlayer(Objective):
         self.detach_alpha = _flag(name, "detach_alpha", options.get("detach_alpha", True))
         if self.uses_temperature and not self.detach_alpha:
             self.tau_gradient = "pairs"
+
+    def check(self) -> None:
+        if self._custom is not None:
+            self._custom.check()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MinPlayer:
         return self
@@ -643,17 +680,18 @@ class MinPlayer(Objective):
             low, high = torch.where(up, low, middle), torch.where(up, middle, high)
         return float(low)
 
-    def solve(self, p: Pairs, value: bool, learn_tau: bool) -> Rows:
+    def solve(self, p: Pairs, learn_tau: bool) -> Rows:
         # y = μ − d²_min and x_ij = (t_ij − t_max) + y: differences keep float32 row sums right to 1e-7 at τ = 1e-3,
         # where μ − d² itself would lose three digits.
         (t_max,) = p.sums(("max",))
         low = self.inverse(1 / p.n_neg, p.tau).expand_as(t_max).clone()
         high = self.inverse(1.0, p.tau).expand_as(t_max).clone()
-        y = torch.minimum(torch.maximum(self.first_guess(p, t_max, low, high), low), high)
+        guess = self.first_guess(p, t_max, low, high)
+        y = torch.minimum(torch.maximum(torch.where(guess.isfinite(), guess, high), low), high)
         eps = torch.finfo(y.dtype).eps
-        mass = torch.ones_like(y)
+        terms = ("f", "df", "ft") if self.detach_alpha else ("f", "df", "ft", "dft")
         for _ in range(self.max_sweeps):
-            mass, slope = p.sums(("f", "df"), shift=t_max, offset=y)
+            mass, slope, moment, *slope_moment = p.sums(terms, shift=t_max, offset=y, center=t_max)
             below = mass < 1
             low, high = torch.where(below, y, low), torch.where(below, high, y)
             power = torch.where(mass < 0.5, self.far_power, self.newton_power)
@@ -663,13 +701,11 @@ class MinPlayer(Objective):
             if bool(done.all()):  # reads a flag on the host once per sweep
                 break
             y = torch.where(done, y, new)
-        rows = Rows(gain=torch.ones_like(y), shift=t_max, offset=y, mass=mass)
-        if not self.detach_alpha:
-            rows.loss, dh, dh_gap = p.sums(("ft", "df", "dft"), shift=t_max, offset=y)
-            rows.level = dh_gap * _safe_inverse(dh)
-        elif value:
-            (rows.loss,) = p.sums(("ft",), shift=t_max, offset=y)
-        return rows
+        # Σ_j α_ij Δ_ij from the moment about t_max: Δ itself, times h′ = O(1/τ), would leave eps·|Δ|/τ of noise in g.
+        return Rows(
+            gain=torch.ones_like(y), shift=t_max, offset=y, center=t_max, mass=mass, loss=moment + mass * (t_max - p.pos),
+            level=None if self.detach_alpha else slope_moment[0] * _safe_inverse(slope),
+        )  # fmt: skip
 
 
 def _rebuild_min_player(options: dict[str, Any]) -> MinPlayer:
@@ -718,7 +754,13 @@ class _AlphaGamma(MinPlayer):
         return (self.newton_power,)
 
     def inverse(self, alpha: float, tau: Tensor) -> Tensor:
-        return -tau * alpha**-self.newton_power
+        exponent, limit = -self.newton_power * math.log(alpha), math.log(torch.finfo(tau.dtype).max) / 2
+        if exponent > limit:  # (1/α)^γ; half the range is left for τ and for sums of what is subtracted from it
+            raise ValueError(
+                f"alpha_gamma: gamma must be at most {limit / -math.log(alpha):.3g} with {1 / alpha:.0f} negatives in "
+                f"{str(tau.dtype).removeprefix('torch.')} (|Neg|^gamma leaves its range), got {self.newton_power:g}"
+            )
+        return -tau * math.exp(exponent)
 
     def first_guess(self, p: Pairs, t_max: Tensor, low: Tensor, high: Tensor) -> Tensor:
         # h is convex in d², so by Jensen the root lies below that of a row with all distances at their mean.
@@ -748,7 +790,7 @@ class ClosedForm(Objective):
 def _number(
     owner: str, name: str, value: Any, *, minimum: float | None = None, above: float | None = None
 ) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{owner}: {name} must be a number, got {type(value).__name__}")
     bound = f" ≥ {minimum:g}" if minimum is not None else f" > {above:g}" if above is not None else ""
     if not math.isfinite(value) or (minimum is not None and value < minimum) or (above is not None and value <= above):
@@ -765,7 +807,7 @@ def _flag(owner: str, name: str, value: Any) -> bool:
 def infonce(epsilon: float = 1.0, temperature_scaled: bool = False) -> Objective:
     """φ = log(ε + x), ψ = exp(x/τ): NT-Xent / SimCLR with ε = 1, decoupled contrastive learning with ε = 0.
 
-    ``temperature_scaled`` puts τ in front (the paper's form). arXiv:2201.12680 (φ/ψ family); arXiv:2002.05709; arXiv:2110.06848.
+    ``temperature_scaled`` puts τ in front (the paper's form). arXiv:2201.12680; arXiv:2002.05709; arXiv:2110.06848.
     """
     epsilon = _number("infonce", "epsilon", epsilon, minimum=0.0)
     scaled = _flag("infonce", "temperature_scaled", temperature_scaled)
@@ -779,7 +821,7 @@ def mine() -> Objective:
 
 
 def triplet(margin: float = 1.0) -> Objective:
-    """φ = x, ψ = max(x + margin, 0), on ½-squared distances; no temperature. arXiv:2201.12680 (φ/ψ family); arXiv:1503.03832."""
+    """φ = x, ψ = max(x + margin, 0), on ½-squared distances; no temperature. arXiv:2201.12680; arXiv:1503.03832."""
     margin = _number("triplet", "margin", margin)
     return _LinearPairLoss("triplet", {"margin": margin}, "hinge", margin)
 

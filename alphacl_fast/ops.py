@@ -18,40 +18,40 @@ BACKEND_NAMES = ("auto", "reference", *SWEEP_BACKENDS)
 
 _LIBRARY = torch.library.Library("alphacl_fast", "DEF")
 _LIBRARY.define(
-    "row_sums(Tensor f, Tensor? scale, Tensor? bias, Tensor pos, Tensor? shift, Tensor? offset, Tensor tau, "
+    "row_sums(Tensor f, Tensor? scale, Tensor? bias, Tensor center, Tensor? shift, Tensor? offset, Tensor tau, "
     "str kind, float[] params, str[] terms, int split, int partner, int anchors, float[] span, str backend) -> Tensor"
 )
 _LIBRARY.define(
-    "pair_grad(Tensor f, Tensor? scale, Tensor? bias, Tensor pos, Tensor gain, Tensor? shift, Tensor? offset, "
+    "pair_grad(Tensor f, Tensor? scale, Tensor? bias, Tensor center, Tensor gain, Tensor? shift, Tensor? offset, "
     "Tensor? level, Tensor tau, str kind, float[] params, str weight, str[] terms, int split, int partner, int lo, int hi, "
     "float[] span, str backend) -> (Tensor, Tensor, Tensor)"
 )
 
 
-def _row_sums(f, scale, bias, pos, shift, offset, tau, kind, params, terms, split, partner, anchors, span, backend):
+def _row_sums(f, scale, bias, center, shift, offset, tau, kind, params, terms, split, partner, anchors, span, backend):
     return SWEEP_BACKENDS[backend].row_sums(
-        f, scale, bias, pos, shift, offset, tau, kind, tuple(params), tuple(terms), split, partner, anchors,
+        f, scale, bias, center, shift, offset, tau, kind, tuple(params), tuple(terms), split, partner, anchors,
         tuple(span),
     )  # fmt: skip
 
 
 def _pair_grad(
-    f, scale, bias, pos, gain, shift, offset, level, tau, kind, params, weight, terms, split, partner, lo, hi, span, backend
+    f, scale, bias, center, gain, shift, offset, level, tau, kind, params, weight, terms, split, partner, lo, hi, span, backend
 ):
     return SWEEP_BACKENDS[backend].pair_grad(
-        f, scale, bias, pos, gain, shift, offset, level, tau, kind, tuple(params), weight, tuple(terms), split, partner, lo,
+        f, scale, bias, center, gain, shift, offset, level, tau, kind, tuple(params), weight, tuple(terms), split, partner, lo,
         hi, tuple(span),
     )  # fmt: skip
 
 
 def _row_sums_fake(
-    f, scale, bias, pos, shift, offset, tau, kind, params, terms, split, partner, anchors, span, backend
+    f, scale, bias, center, shift, offset, tau, kind, params, terms, split, partner, anchors, span, backend
 ):
     return tau.new_empty((len(terms), anchors))
 
 
 def _pair_grad_fake(
-    f, scale, bias, pos, gain, shift, offset, level, tau, kind, params, weight, terms, split, partner, lo, hi, span, backend
+    f, scale, bias, center, gain, shift, offset, level, tau, kind, params, weight, terms, split, partner, lo, hi, span, backend
 ):
     return (
         tau.new_empty((hi - lo, f.shape[1])),
@@ -97,4 +97,5 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, precision: st
 
 def backends() -> dict[str, str | None]:
     """Every backend of this installation: None where it can be used here, else the reason why not."""
-    return {"reference": None, **{name: None for name in SWEEP_BACKENDS}}
+    here = (torch.device("cpu"), torch.float32, None)
+    return {"reference": None, **{name: module.unsupported(*here) for name, module in SWEEP_BACKENDS.items()}}

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ def test_shapes(reduction, negatives, anchors):
             assert loss.shape == ((anchors,) if reduction == "none" else ())
 
 
+TAU = torch.tensor(0.5)
 BAD_ARGUMENTS = [
     ({"objective": "infonse"}, ValueError, "objective must be one of infonce, .*got 'infonse'"),
     ({"objective": 3}, TypeError, "objective must be a name or an Objective, got int"),
@@ -46,6 +49,8 @@ BAD_ARGUMENTS = [
     ({"temperature": float("nan")}, ValueError, "temperature must be finite and > 0, got nan"),
     ({"temperature": float("inf")}, ValueError, "temperature must be finite and > 0, got inf"),
     ({"temperature": torch.tensor(float("nan"))}, ValueError, "temperature must be finite and > 0, got nan"),
+    ({"temperature": 1e-46}, ValueError, "temperature must be between 1e-15 and 1e15, got 1e-46"),
+    ({"temperature": 10**400}, ValueError, "temperature must be between 1e-15 and 1e15"),
     ({"temperature": "0.5"}, TypeError, "temperature must be a float or a tensor, got str"),
     ({"temperature": torch.ones(2)}, ValueError, r"temperature must have one element, got shape \(2,\)"),
     ({"temperature": torch.tensor(1)}, TypeError, "temperature must be a floating-point tensor, got torch.int64"),
@@ -56,8 +61,9 @@ BAD_ARGUMENTS = [
     ({"precision": "fp8"}, ValueError, "precision must be one of None, .*got 'fp8'"),
     ({"symmetric": 1}, TypeError, "symmetric must be True or False, got 1"),
     ({"process_group": object()}, NotImplementedError, "process_group must be None"),
-    ({"temperature_range": (1.0, 0.5)}, ValueError, "temperature_range must satisfy 0 < low ≤ high"),
-    ({"temperature_range": 1.0}, TypeError, "temperature_range must be None or two numbers"),
+    ({"temperature": TAU, "temperature_range": (1.0, 0.5)}, ValueError, "temperature_range must satisfy 0 < low ≤ high"),
+    ({"temperature": TAU, "temperature_range": 1.0}, TypeError, "temperature_range must be None or two numbers"),
+    ({"temperature_range": (0.1, 1.0)}, ValueError, "temperature_range must be None with a fixed temperature"),
 ]  # fmt: skip
 
 
@@ -103,6 +109,9 @@ def test_bad_embeddings(embeddings, error, message):
         (lambda: PairLoss(lambda x: 1.0, torch.exp), "phi must map a tensor elementwise.*got float"),
         (lambda: PairWeight(lambda d: d > 0), "weight must map a tensor elementwise.*got .*torch.bool"),
         (lambda: PairWeight(lambda d: d * PARAMETER), "closes over a tensor"),
+        (lambda: PairLoss(None, lambda x: x - x.mean()), "psi must be elementwise"),
+        (lambda: PairLoss(torch.log, lambda x: x.softmax(-1)), "psi must be elementwise"),
+        (lambda: PairLoss(None, lambda x: x.relu_()), "psi must be a differentiable function"),
         (lambda: MinPlayer(lambda x: torch.sigmoid(x) / 2), "h must pass 1 somewhere, got smaller values only"),
     ],
 )
@@ -152,7 +161,63 @@ def test_tensor_temperature_is_a_buffer():
     torch.testing.assert_close(loss(z1, z2), alpha_cl_loss(z1, z2, temperature=0.4), rtol=1e-6, atol=0)
 
 
+def test_parameter_that_becomes_trainable_later():
+    """A closed-over parameter gets no gradient; that must not go unnoticed when it is unfrozen after construction."""
+    scale = torch.ones((), requires_grad=False)
+    loss = FusedAlphaCLLoss(PairLoss(None, lambda x: (scale * x).exp()))
+    loss(*pair(4, 3))
+    scale.requires_grad_()
+    with pytest.raises(ValueError, match="closes over a tensor"):
+        loss(*pair(4, 3))
+
+
+def test_temperature_must_be_a_leaf():
+    parameter = torch.zeros((), requires_grad=True)
+    with pytest.raises(ValueError, match="temperature must be a leaf"):
+        FusedAlphaCLLoss(temperature=parameter.exp())
+    z1, z2 = pair(6, 3)
+    (grad,) = torch.autograd.grad(alpha_cl_loss(z1, z2, temperature=parameter.exp()), parameter)
+    assert grad.abs() > 0
+
+
+def test_temperature_set_later_is_checked():
+    loss = FusedAlphaCLLoss()
+    loss.temperature = 0.0
+    with pytest.raises(ValueError, match="temperature must be finite and > 0"):
+        loss(*pair(4, 3))
+
+
+def test_gamma_that_leaves_the_range_of_the_dtype():
+    z1, z2 = pair(100, 8, torch.float32)
+    with pytest.raises(ValueError, match=r"gamma must be at most 8.39 with 198 negatives in float32.*got 17"):
+        alpha_cl_loss(z1, z2, "alpha_gamma", gamma=17.0)
+    assert torch.isfinite(alpha_cl_loss(z1.double(), z2.double(), "alpha_gamma", gamma=17.0))
+
+
+@pytest.mark.parametrize("name", ["uniform", "triplet_contrastive", "infonce", "alpha_direct", "triplet"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_torch_compile_gives_the_same_numbers(name, reduction):
+    loss = FusedAlphaCLLoss(name, reduction=reduction)
+    z1, z2 = (z.requires_grad_() for z in pair(12, 5))
+    results = []
+    for function in (loss, torch.compile(loss, backend="eager")):
+        value = function(z1, z2)
+        results.append([value.detach(), *torch.autograd.grad(value.square().sum(), [z1, z2])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_new_precision_settings():
+    code = (
+        "import torch; from alphacl_fast import FusedAlphaCLLoss as L; torch.backends.cuda.matmul.fp32_precision = 'tf32'; "
+        "z = torch.eye(4); print(L()(z, z).item(), L(precision='ieee')(z, z).item())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert out[0] == out[1]
+
+
 def test_repr_names_backend_and_reason():
+    assert "no backend can serve this call" in repr(FusedAlphaCLLoss(precision="tf32"))
     loss = FusedAlphaCLLoss("alpha_direct", negatives="cross_view")
     assert "on a CPU: blocked" in repr(loss)
     loss(*pair(4, 3, torch.bfloat16))

@@ -50,7 +50,7 @@ def test_import_needs_torch_alone():
     """No triton, no torchvision, no numpy, no sklearn; no device is touched and no compiler looked for."""
     code = """
 import sys
-for name in ("triton", "torchvision", "sklearn", "matplotlib", "tqdm", "PIL"):
+for name in ("triton", "numpy", "torchvision", "sklearn", "matplotlib", "tqdm", "PIL"):
     sys.modules[name] = None
 import torch
 torch.cuda.is_available = torch.cuda.device_count = None

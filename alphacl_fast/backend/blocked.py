@@ -21,14 +21,22 @@ _UNSHIFTED_RANGE = {torch.float32: 64.0, torch.float64: 600.0}
 
 def unsupported(device: torch.device, dtype: torch.dtype, precision: str | None) -> str | None:
     """Why this backend cannot serve a call, or None."""
-    if precision not in (None, torch_precision()):
-        return f"follows torch.get_float32_matmul_precision() ({torch_precision()}), not precision={precision!r}"
-    return None
+    if precision is None or (dtype == torch.float64 and precision == "ieee"):
+        return None
+    now = "ieee" if dtype == torch.float64 else float32_precision(device)
+    return None if precision == now else f"multiplies as torch is set to ({now} on {device.type}), not precision={precision!r}"
 
 
-def torch_precision() -> str:
-    """Name of the precision at which torch multiplies float32 matrices now."""
-    return {"highest": "ieee", "high": "tf32", "medium": "bf16"}[torch.get_float32_matmul_precision()]
+def float32_precision(device: torch.device) -> str:
+    """The precision at which torch multiplies float32 matrices on a device now: ieee, tf32 or bf16."""
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    setting = getattr(getattr(backend, "matmul", None), "fp32_precision", None)  # torch >= 2.9
+    if setting in (None, "none"):
+        try:
+            setting = {"highest": "ieee", "high": "tf32", "medium": "bf16"}[torch.get_float32_matmul_precision()]
+        except RuntimeError:  # the old setting cannot be read once the new one has been used; unset means ieee
+            setting = "ieee"
+    return "ieee" if setting == "tf32" and device.type == "cpu" else setting
 
 
 def tile_size(n: int, device: torch.device) -> int:
@@ -142,7 +150,7 @@ def row_sums(
     f: Tensor,
     scale: Tensor | None,
     bias: Tensor | None,
-    pos: Tensor,
+    center: Tensor,
     shift: Tensor | None,
     offset: Tensor | None,
     tau: Tensor,
@@ -163,12 +171,12 @@ def row_sums(
     if terms == ("max",):
         out.fill_(-torch.inf)
     elif terms[0] == "base":
-        return _log_sums(rows, bias, pos, tau, kind, params, terms, split, partner, anchors, span, block)
+        return _log_sums(rows, bias, center, tau, kind, params, terms, split, partner, anchors, span, block)
     products = _Products(rows, bias, block, kind, tau)
     for i0, i1, j0, j1 in _tiles(n, split, block):
         excluded = _excluded(i0, i1, j0, j1, split, partner)
         tile = _Tile(products(i0, i1, j0, j1), excluded, kind, tau, params, need_t=True)  # (i1 − i0, j1 − j0)
-        for side in _sides(i0, i1, j0, j1, split, anchors, pos=pos, shift=shift, offset=offset):
+        for side in _sides(i0, i1, j0, j1, split, anchors, center=center, shift=shift, offset=offset):
             if terms == ("max",):
                 best = out[0, side.slice]
                 torch.maximum(best, tile.mask(tile.t, -torch.inf).amax(side.dim), out=best)
@@ -189,20 +197,20 @@ _PIECE = {"f": "f", "df": "df", "ft": "f", "dft": "df", "dtau": "dtau"}
 
 
 def _add_terms(out: Tensor, tile: _Tile, side: _Side, terms: tuple[str, ...], pieces: dict[str, Tensor]) -> None:
-    """Adds Σ f, Σ f′, Σ f·Δ, Σ f′·Δ, Σ ∂f/∂τ·(Δ − level) over one side of a tile."""
+    """Adds Σ f, Σ f′, Σ f·(t − center), Σ f′·(t − center), Σ ∂f/∂τ·(t − center − level) over one side of a tile."""
     for k, term in enumerate(terms):
         value = pieces[_PIECE[term]]
         if term in ("ft", "dft"):
-            value = value * (tile.t - side.pos)
+            value = value * (tile.t - side.center)
         elif term == "dtau":
-            value = value * (tile.t - side.pos).sub_(side.level)
+            value = value * (tile.t - side.center).sub_(side.level)
         out[k, side.slice] += value.sum(side.dim)
 
 
 def _log_sums(
     rows: Tensor,
     bias: Tensor | None,
-    pos: Tensor,
+    center: Tensor,
     tau: Tensor,
     kind: PairKind,
     params: tuple[float, ...],
@@ -213,7 +221,7 @@ def _log_sums(
     span: tuple[float, ...],
     block: int,
 ) -> Tensor:
-    """base_i, Σ_j exp(log f − base_i) and, where asked for, Σ_j exp(log f − base_i)·Δ."""
+    """base_i, Σ_j exp(log f − base_i) and, where asked for, Σ_j exp(log f − base_i)·(t − center)."""
     with_gap = len(terms) == 3
     middle = _middle(kind, span, rows.dtype)
     products = _Products(rows, bias, block, kind, tau)
@@ -225,7 +233,7 @@ def _log_sums(
         log_f = tile.log_f()
         if middle is not None:
             e = (log_f.sub_(middle) if middle else log_f).exp_()
-        for side in _sides(i0, i1, j0, j1, split, anchors, pos=pos):
+        for side in _sides(i0, i1, j0, j1, split, anchors, center=center):
             if middle is None:
                 old = base[side.slice].clone()
                 new = torch.maximum(old, log_f.amax(side.dim))
@@ -235,7 +243,7 @@ def _log_sums(
                 e = (log_f - finite.view((-1, 1) if side.dim == 1 else (1, -1))).exp_()
             sums[0, side.slice] += e.sum(side.dim)
             if with_gap:
-                sums[1, side.slice] += (e * (tile.t - side.pos)).sum(side.dim)
+                sums[1, side.slice] += (e * (tile.t - side.center)).sum(side.dim)
     return torch.cat([base.unsqueeze(0), sums])
 
 
@@ -243,7 +251,7 @@ def pair_grad(
     f: Tensor,
     scale: Tensor | None,
     bias: Tensor | None,
-    pos: Tensor,
+    center: Tensor,
     gain: Tensor,
     shift: Tensor | None,
     offset: Tensor | None,
@@ -276,7 +284,7 @@ def pair_grad(
     for i0, i1, j0, j1 in _tiles(n, split, block):
         excluded = _excluded(i0, i1, j0, j1, split, partner)
         tile = _Tile(products(i0, i1, j0, j1), excluded, kind, tau, params, need_t=not plain)
-        sides = _sides(i0, i1, j0, j1, split, anchors, pos=pos, gain=gain, shift=shift, offset=offset, level=level)
+        sides = _sides(i0, i1, j0, j1, split, anchors, center=center, gain=gain, shift=shift, offset=offset, level=level)
         if middle is not None:
             log_f = tile.log_f()
             g = (log_f.sub_(middle) if middle else log_f).exp_()
@@ -308,7 +316,7 @@ def _weights(tile: _Tile, side: _Side, weight: str, terms: tuple[str, ...], sums
     if terms:
         _add_terms(sums, tile, side, terms, pieces)
     if weight == "f+df":
-        return (pieces["f"] + pieces["df"] * (tile.t - side.pos).sub_(side.level)) * side.gain
+        return (pieces["f"] + pieces["df"] * (tile.t - side.center).sub_(side.level)) * side.gain
     return pieces[weight] * side.gain
 
 

@@ -11,17 +11,27 @@ from matplotlib.figure import Figure
 
 
 def curves(metrics: Path, path: Path, title: str) -> None:
-    """Draw loss, learning rate and, where measured, kNN accuracy over the epochs of ``metrics`` (a metrics.jsonl)."""
+    """Draw loss, learning rate and, where measured, kNN accuracy over the epochs of ``metrics`` (a metrics.jsonl).
+
+    The mean loss of an epoch stands at its middle, over the paler loss of single steps.
+    """
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    rows = [row for row in rows if row["kind"] == "epoch"]
-    panels = [("loss", "loss", 1), ("knn", "kNN accuracy, test images (%)", 100), ("lr", "learning rate", 1)]
-    panels = [panel for panel in panels if any(row.get(panel[0]) is not None for row in rows)]
+    epochs = [row for row in rows if row["kind"] == "epoch"]
+    per_epoch = epochs[-1]["step"] / epochs[-1]["epoch"]
+
+    def points(rows, key, scale=1, shift=0):
+        return [(row["step"] / per_epoch + shift, scale * row[key]) for row in rows if row.get(key) is not None]
+
+    panels = [("loss", points(epochs, "loss", shift=-0.5)), ("kNN accuracy, test images (%)", points(epochs, "knn", 100)),
+              ("learning rate", points(rows, "lr"))]
+    panels = [panel for panel in panels if panel[1]]
     figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
-    for axis, (key, label, scale), color in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels,
-                                                matplotlib.color_sequences["tab10"], strict=False):
-        points = [(row["epoch"], scale * row[key]) for row in rows if row.get(key) is not None]
-        axis.plot(*zip(*points, strict=True), marker="o" if len(points) <= 20 else None, markersize=3.5, color=color)
-        axis.set(xlabel="epoch", title=label)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    axes[0].plot(*zip(*points([row for row in rows if row["kind"] == "step"], "loss"), strict=True),
+                 color="tab:blue", alpha=0.25, linewidth=1)
+    for axis, (label, values), color in zip(axes, panels, ("tab:blue", "tab:orange", "tab:green"), strict=False):
+        axis.plot(*zip(*values, strict=True), marker="o" if len(values) <= 20 else None, markersize=3.5, color=color)
+        axis.set(xlabel="epoch", title=label, xlim=(0, 1.02 * epochs[-1]["epoch"]))
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
