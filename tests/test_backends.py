@@ -159,3 +159,50 @@ def test_number_of_sweeps(name, monkeypatch):
     with torch.no_grad():
         alpha_cl_loss(z1, z2, name, backend="blocked")
     assert (calls["row_sums"], calls["pair_grad"]) == (SWEEPS[name][0] + 1, 1)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 9])
+@pytest.mark.parametrize("inference", [False, True])
+def test_workers_share_the_tiles(threads, inference, small_tiles, poisoned):
+    """Several workers, each with its own accumulators: same numbers, same bits every time, settings restored."""
+    z1, z2 = pair(31, 6, torch.float64)
+    before = torch.get_num_threads()
+    for member in MEMBERS:
+        for setting in ({"similarity": "cosine"}, {"similarity": "euclidean", "negatives": "cross_view"}):
+            if inference:
+                with torch.inference_mode():
+                    one = [alpha_cl_loss(z1, z2, objectives.make(*member), **setting)]
+            else:
+                one = loss_and_grads(z1, z2, *member, backend="blocked", **setting)
+            torch.set_num_threads(threads)
+            try:
+                if inference:
+                    with torch.inference_mode():
+                        first, second = ([alpha_cl_loss(z1, z2, objectives.make(*member), **setting)] for _ in range(2))
+                else:
+                    first, second = (loss_and_grads(z1, z2, *member, backend="blocked", **setting) for _ in range(2))
+                assert torch.get_num_threads() == threads
+            finally:
+                torch.set_num_threads(before)
+            for a, b, c in zip(one, first, second, strict=True):
+                assert torch.equal(b, c)
+                assert relative_error(b, a) < 1e-11
+
+
+def test_error_in_a_worker_reaches_the_caller(small_tiles):
+    calls = []
+
+    def psi(x):
+        calls.append(len(x))
+        if len(x) == 5:
+            raise RuntimeError("no such tile")
+        return x.exp()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RuntimeError, match="no such tile"):
+            alpha_cl_loss(*pair(31, 6), objectives.PairLoss(None, psi))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

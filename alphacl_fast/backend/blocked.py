@@ -3,11 +3,17 @@
 A tile (I, J) of similarities t is computed once per sweep. In a triangle sweep (``split == 0``) it serves the anchors
 of I by reduction over its columns and those of J by reduction over its rows; so it does in a rectangle sweep
 (rows [0, split) against [split, n)) when the second block's rows are anchors too. Arguments: docs/design.md.
+
+On a CPU a few workers take the tiles in turn, each with one thread (or its share of them) and accumulators of its own: a
+tile stays in one core's cache, and nobody waits at a barrier per operation, which on a busy machine costs a factor of
+five. Tiles are dealt out by number and results merged in order, so a fixed thread count gives the same bits every time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +43,33 @@ def float32_precision(device: torch.device) -> str:
         except RuntimeError:  # the old setting cannot be read once the new one has been used; unset means ieee
             setting = "ieee"
     return "ieee" if setting == "tf32" and device.type == "cpu" else setting
+
+
+#: Most workers of a sweep on a CPU. Each has a gradient accumulator of n·D; with more cores a worker gets more threads.
+MAX_WORKERS = 4
+
+Result = TypeVar("Result")
+Tiles = list[tuple[int, int, int, int]]
+
+
+def _share(tiles: Tiles, device: torch.device, work: Callable[[Tiles], Result]) -> list[Result]:
+    """``work`` on all tiles: in this thread, or on a CPU dealt out to workers; results in the workers' order."""
+    threads = torch.get_num_threads()
+    workers = min(threads, MAX_WORKERS, len(tiles) // 4) if device.type == "cpu" else 1
+    if workers < 2:
+        return [work(tiles)]
+    inference = torch.is_inference_mode_enabled()
+
+    def run(worker: int) -> Result:
+        torch.set_num_threads(threads // workers)  # of this thread
+        with torch.inference_mode(inference), torch.no_grad():
+            return work(tiles[worker::workers])
+
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            return list(pool.map(run, range(workers)))
+    finally:
+        torch.set_num_threads(threads)  # what threads that start later will take over
 
 
 def tile_size(n: int, device: torch.device) -> int:
@@ -167,21 +200,27 @@ def row_sums(
     rows = _rows(f, scale, tau.dtype)
     n = rows.shape[0]
     block = tile_size(n, rows.device)
-    out = rows.new_zeros(len(terms), anchors)
-    if terms == ("max",):
-        out.fill_(-torch.inf)
-    elif terms[0] == "base":
+    if terms[0] == "base":
         return _log_sums(rows, bias, center, tau, kind, params, terms, split, partner, anchors, span, block)
-    products = _Products(rows, bias, block, kind, tau)
-    for i0, i1, j0, j1 in _tiles(n, split, block):
-        excluded = _excluded(i0, i1, j0, j1, split, partner)
-        tile = _Tile(products(i0, i1, j0, j1), excluded, kind, tau, params, need_t=True)  # (i1 − i0, j1 − j0)
-        for side in _sides(i0, i1, j0, j1, split, anchors, center=center, shift=shift, offset=offset):
-            if terms == ("max",):
-                best = out[0, side.slice]
-                torch.maximum(best, tile.mask(tile.t, -torch.inf).amax(side.dim), out=best)
-            else:
-                _add_terms(out, tile, side, terms, tile.pieces(side, {_PIECE[term] for term in terms}))
+    maximum = terms == ("max",)
+
+    def work(tiles: Tiles) -> Tensor:
+        products = _Products(rows, bias, block, kind, tau)
+        out = rows.new_full((len(terms), anchors), -torch.inf if maximum else 0.0)
+        for i0, i1, j0, j1 in tiles:
+            excluded = _excluded(i0, i1, j0, j1, split, partner)
+            tile = _Tile(products(i0, i1, j0, j1), excluded, kind, tau, params, need_t=True)  # (i1 − i0, j1 − j0)
+            for side in _sides(i0, i1, j0, j1, split, anchors, center=center, shift=shift, offset=offset):
+                if maximum:
+                    best = out[0, side.slice]
+                    torch.maximum(best, tile.mask(tile.t, -torch.inf).amax(side.dim), out=best)
+                else:
+                    _add_terms(out, tile, side, terms, tile.pieces(side, {_PIECE[term] for term in terms}))
+        return out
+
+    out, *others = _share(list(_tiles(n, split, block)), rows.device, work)
+    for other in others:
+        out = torch.maximum(out, other) if maximum else out.add_(other)
     return out
 
 
@@ -224,27 +263,45 @@ def _log_sums(
     """base_i, Σ_j exp(log f − base_i) and, where asked for, Σ_j exp(log f − base_i)·(t − center)."""
     with_gap = len(terms) == 3
     middle = _middle(kind, span, rows.dtype)
-    products = _Products(rows, bias, block, kind, tau)
-    sums = rows.new_zeros(1 + with_gap, anchors)
-    base = rows.new_full((anchors,), -torch.inf if middle is None else middle)
-    for i0, i1, j0, j1 in _tiles(rows.shape[0], split, block):
-        excluded = _excluded(i0, i1, j0, j1, split, partner)
-        tile = _Tile(products(i0, i1, j0, j1), excluded, kind, tau, params, need_t=with_gap)
-        log_f = tile.log_f()
-        if middle is not None:
-            e = (log_f.sub_(middle) if middle else log_f).exp_()
-        for side in _sides(i0, i1, j0, j1, split, anchors, center=center):
-            if middle is None:
-                old = base[side.slice].clone()
-                new = torch.maximum(old, log_f.amax(side.dim))
-                finite = torch.where(new > -torch.inf, new, 0.0)  # −inf: every pair so far was excluded
-                sums[:, side.slice] *= (old - finite).exp()
-                base[side.slice] = new
-                e = (log_f - finite.view((-1, 1) if side.dim == 1 else (1, -1))).exp_()
-            sums[0, side.slice] += e.sum(side.dim)
-            if with_gap:
-                sums[1, side.slice] += (e * (tile.t - side.center)).sum(side.dim)
+
+    def work(tiles: Tiles) -> tuple[Tensor, Tensor]:
+        products = _Products(rows, bias, block, kind, tau)
+        sums = rows.new_zeros(1 + with_gap, anchors)
+        base = rows.new_full((anchors,), -torch.inf if middle is None else middle)
+        for i0, i1, j0, j1 in tiles:
+            excluded = _excluded(i0, i1, j0, j1, split, partner)
+            tile = _Tile(products(i0, i1, j0, j1), excluded, kind, tau, params, need_t=with_gap)
+            log_f = tile.log_f()
+            if middle is not None:
+                e = (log_f.sub_(middle) if middle else log_f).exp_()
+            for side in _sides(i0, i1, j0, j1, split, anchors, center=center):
+                if middle is None:
+                    new = torch.maximum(base[side.slice], log_f.amax(side.dim))
+                    _rebase(base[side.slice], sums[:, side.slice], new)
+                    e = (log_f - _finite(new).view((-1, 1) if side.dim == 1 else (1, -1))).exp_()
+                sums[0, side.slice] += e.sum(side.dim)
+                if with_gap:
+                    sums[1, side.slice] += (e * (tile.t - side.center)).sum(side.dim)
+        return base, sums
+
+    (base, sums), *others = _share(list(_tiles(rows.shape[0], split, block)), rows.device, work)
+    for other_base, other_sums in others:
+        new = torch.maximum(base, other_base)
+        _rebase(base, sums, new)
+        _rebase(other_base, other_sums, new)
+        sums += other_sums
     return torch.cat([base.unsqueeze(0), sums])
+
+
+def _finite(base: Tensor) -> Tensor:
+    """0 for −inf: so far every pair of the row was excluded."""
+    return torch.where(base > -torch.inf, base, 0.0)
+
+
+def _rebase(base: Tensor, sums: Tensor, new: Tensor) -> None:
+    """Makes sums relative to exp(base) relative to exp(new); in place."""
+    sums *= (base - _finite(new)).exp()
+    base.copy_(new)
 
 
 def pair_grad(
@@ -272,42 +329,52 @@ def pair_grad(
     rows = _rows(f, scale, tau.dtype)
     n, anchors = rows.shape[0], gain.shape[0]
     block = tile_size(n, rows.device)
-    df = rows.new_zeros(hi - lo, rows.shape[1])
-    weight_sums = rows.new_zeros(n if bias is not None else 0)
-    sums = rows.new_zeros(len(terms), anchors if terms else 0)
     plain = kind.log and weight == "f" and not terms  # g = gain_i·exp(log f − shift_i): t itself is not needed
     middle = _middle(kind, span, rows.dtype) if plain else None
     if middle is not None:
         gain = gain * (middle - shift).exp()
-    products = _Products(rows, bias, block, kind, tau)
-    scratch = rows.new_empty(block * block)
-    for i0, i1, j0, j1 in _tiles(n, split, block):
-        excluded = _excluded(i0, i1, j0, j1, split, partner)
-        tile = _Tile(products(i0, i1, j0, j1), excluded, kind, tau, params, need_t=not plain)
-        sides = _sides(i0, i1, j0, j1, split, anchors, center=center, gain=gain, shift=shift, offset=offset, level=level)
-        if middle is not None:
-            log_f = tile.log_f()
-            g = (log_f.sub_(middle) if middle else log_f).exp_()
-            if len(sides) == 2:
-                both = torch.add(sides[0].gain, sides[1].gain, out=scratch[: g.numel()].view(g.shape))
-                g.mul_(both)
+
+    def work(tiles: Tiles) -> tuple[Tensor, Tensor, Tensor]:
+        df = rows.new_zeros(hi - lo, rows.shape[1])
+        weight_sums = rows.new_zeros(n if bias is not None else 0)
+        sums = rows.new_zeros(len(terms), anchors if terms else 0)
+        products = _Products(rows, bias, block, kind, tau)
+        scratch = rows.new_empty(block * block)
+        for i0, i1, j0, j1 in tiles:
+            excluded = _excluded(i0, i1, j0, j1, split, partner)
+            tile = _Tile(products(i0, i1, j0, j1), excluded, kind, tau, params, need_t=not plain)
+            sides = _sides(
+                i0, i1, j0, j1, split, anchors, center=center, gain=gain, shift=shift, offset=offset, level=level
+            )
+            if middle is not None:
+                log_f = tile.log_f()
+                g = (log_f.sub_(middle) if middle else log_f).exp_()
+                if len(sides) == 2:
+                    both = torch.add(sides[0].gain, sides[1].gain, out=scratch[: g.numel()].view(g.shape))
+                    g.mul_(both)
+                else:
+                    g.mul_(sides[0].gain)
             else:
-                g.mul_(sides[0].gain)
-        else:
-            g = _weights(tile, sides[0], weight, terms, sums)
-            for side in sides[1:]:
-                g += _weights(tile, side, weight, terms, sums)
-        diagonal = not split and i0 == j0  # both g_ij and g_ji lie inside the tile
-        if diagonal:
-            g = g + g.t()
-        if bias is not None:
-            weight_sums[i0:i1] += g.sum(1)
+                g = _weights(tile, sides[0], weight, terms, sums)
+                for side in sides[1:]:
+                    g += _weights(tile, side, weight, terms, sums)
+            diagonal = not split and i0 == j0  # both g_ij and g_ji lie inside the tile
+            if diagonal:
+                g = g + g.t()
+            if bias is not None:
+                weight_sums[i0:i1] += g.sum(1)
+                if not diagonal:
+                    weight_sums[j0:j1] += g.sum(0)
+            _add_product(df, g, rows[j0:j1], i0, i1, lo, hi)
             if not diagonal:
-                weight_sums[j0:j1] += g.sum(0)
-        _add_product(df, g, rows[j0:j1], i0, i1, lo, hi)
-        if not diagonal:
-            _add_product(df, g.t(), rows[i0:i1], j0, j1, lo, hi)
-    return df, weight_sums, sums
+                _add_product(df, g.t(), rows[i0:i1], j0, j1, lo, hi)
+        return df, weight_sums, sums
+
+    total, *others = _share(list(_tiles(n, split, block)), rows.device, work)
+    for other in others:
+        for mine, theirs in zip(total, other, strict=True):
+            mine += theirs
+    return total
 
 
 def _weights(tile: _Tile, side: _Side, weight: str, terms: tuple[str, ...], sums: Tensor) -> Tensor:
