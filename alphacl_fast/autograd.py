@@ -140,10 +140,10 @@ class Sweeps:
         self.layout = Layout.make(call, pos.shape[0])
         self.features = features.first(self.layout.rows)
         self.pos = pos.repeat(self.layout.anchors // pos.shape[0])
-        self.n_neg, self.tau, self.c = self.layout.n_neg, tau, call.c
+        self.n_neg, self.tau = self.layout.n_neg, tau
         self._kind, self._backend = call.objective.kind, call.backend
         self._kind_tau = call.objective.kind_tau(tau)
-        self._params = call.objective.params(self.c)
+        self._params = call.objective.params(call.c)
         self._span = _span(call)
 
     def sums(

@@ -249,7 +249,6 @@ class Pairs(Protocol):
     pos: Tensor  # (anchors,) t⁺_i
     tau: Tensor  # () temperature
     n_neg: int  # |Neg(i)|, the same for every anchor
-    c: float  # d² = c − t
 
     def sums(
         self,

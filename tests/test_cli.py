@@ -13,9 +13,6 @@ import torch
 import alphacl_fast
 from alphacl_fast.cli import main
 
-pytest.importorskip("torchvision")
-pytest.importorskip("sklearn")
-
 TINY = ["--width", "4", "--batch-size", "64", "--subset", "128", "--epochs", "2", "--workers", "0"]
 
 

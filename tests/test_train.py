@@ -10,12 +10,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
-pytest.importorskip("torchvision")
-pytest.importorskip("sklearn")
-
 import torchvision
+from PIL import Image
 
 from alphacl_fast.train import Config, RunError, augment, checkpoint, data, evaluate, loop, models, report, train
 from alphacl_fast.train.evaluate import converged_probe, few_label_draws, knn_accuracy, linear_probe, standardise

@@ -11,9 +11,6 @@ import time
 import pytest
 import torch
 
-pytest.importorskip("torchvision")
-pytest.importorskip("sklearn")
-
 from alphacl_fast.cli import main
 from alphacl_fast.train import Config, RunError, evaluate, loop, train
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -49,21 +50,22 @@ def float32_precision(device: torch.device) -> str:
 MAX_WORKERS = 4
 
 Result = TypeVar("Result")
-Tiles = list[tuple[int, int, int, int]]
+Tiles = Iterator[tuple[int, int, int, int]]
 
 
-def _share(tiles: Tiles, device: torch.device, work: Callable[[Tiles], Result]) -> list[Result]:
+def _share(n: int, split: int, block: int, device: torch.device, work: Callable[[Tiles], Result]) -> list[Result]:
     """``work`` on all tiles: in this thread, or on a CPU dealt out to workers; results in the workers' order."""
     threads = torch.get_num_threads()
-    workers = min(threads, MAX_WORKERS, len(tiles) // 4) if device.type == "cpu" else 1
+    enough = sum(1 for _ in islice(_tiles(n, split, block), 4 * MAX_WORKERS)) // 4
+    workers = min(threads, enough) if device.type == "cpu" else 1
     if workers < 2:
-        return [work(tiles)]
+        return [work(_tiles(n, split, block))]
     inference = torch.is_inference_mode_enabled()
 
     def run(worker: int) -> Result:
         torch.set_num_threads(threads // workers)  # of this thread
         with torch.inference_mode(inference), torch.no_grad():
-            return work(tiles[worker::workers])
+            return work(islice(_tiles(n, split, block), worker, None, workers))
 
     try:
         with ThreadPoolExecutor(workers) as pool:
@@ -138,7 +140,7 @@ def _owned(y: Tensor, x: Tensor) -> Tensor:
     return y.clone() if y.data_ptr() == x.data_ptr() or 0 in y.stride() or y.requires_grad else y
 
 
-def _tiles(n: int, split: int, block: int) -> Iterator[tuple[int, int, int, int]]:
+def _tiles(n: int, split: int, block: int) -> Tiles:
     for i0 in range(0, split or n, block):
         i1 = min(i0 + block, split or n)
         for j0 in range(split or i0, n, block):
@@ -218,7 +220,7 @@ def row_sums(
                     _add_terms(out, tile, side, terms, tile.pieces(side, {_PIECE[term] for term in terms}))
         return out
 
-    out, *others = _share(list(_tiles(n, split, block)), rows.device, work)
+    out, *others = _share(n, split, block, rows.device, work)
     for other in others:
         out = torch.maximum(out, other) if maximum else out.add_(other)
     return out
@@ -284,7 +286,7 @@ def _log_sums(
                     sums[1, side.slice] += (e * (tile.t - side.center)).sum(side.dim)
         return base, sums
 
-    (base, sums), *others = _share(list(_tiles(rows.shape[0], split, block)), rows.device, work)
+    (base, sums), *others = _share(rows.shape[0], split, block, rows.device, work)
     for other_base, other_sums in others:
         new = torch.maximum(base, other_base)
         _rebase(base, sums, new)
@@ -370,7 +372,7 @@ def pair_grad(
                 _add_product(df, g.t(), rows[i0:i1], j0, j1, lo, hi)
         return df, weight_sums, sums
 
-    total, *others = _share(list(_tiles(n, split, block)), rows.device, work)
+    total, *others = _share(n, split, block, rows.device, work)
     for other in others:
         for mine, theirs in zip(total, other, strict=True):
             mine += theirs
