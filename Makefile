@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 
 .PHONY: demo test bench lint clean
 
-$(STAMP): pyproject.toml setup.py constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*.*)
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: Python 3.10 or newer is needed (set PYTHON=...)"; exit 1; }
 	"$(PYTHON)" -m venv .venv
 	"$(BIN)" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,test]"

@@ -132,7 +132,7 @@ def evaluate(
     """The loss, the backend that computed it and why; everything but the embeddings has been checked."""
     check_embeddings(z1, z2)
     call.objective.check()
-    backend, why = ops.choose(call.backend, z1.device, z1.dtype, precision)
+    backend, why = ops.choose(call.backend, z1.device, z1.dtype, precision, call.objective.kind)
     accumulate = accumulation_dtype(z1.dtype)
     host_tau: float | None = None
     if isinstance(temperature, Tensor):

@@ -96,7 +96,7 @@ class FusedAlphaCLLoss(nn.Module):
             chosen = "last call: " + ", ".join(self._served)
         else:
             try:
-                name, why = ops.choose(call.backend, torch.device("cpu"), torch.float32, self.precision)
+                name, why = ops.choose(call.backend, torch.device("cpu"), torch.float32, self.precision, call.objective.kind)
                 chosen = f"on a CPU: {name}, {why}"
             except ValueError as error:
                 chosen = str(error)

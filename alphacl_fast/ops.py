@@ -9,10 +9,10 @@ from types import ModuleType
 
 import torch
 
-from .backend import blocked
+from .backend import blocked, cpu
 
 #: Sweep backends in the order in which "auto" tries them.
-SWEEP_BACKENDS: dict[str, ModuleType] = {"blocked": blocked}
+SWEEP_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "blocked": blocked}
 #: Every name that ``backend=`` accepts.
 BACKEND_NAMES = ("auto", "reference", *SWEEP_BACKENDS)
 
@@ -69,25 +69,27 @@ row_sums = torch.ops.alphacl_fast.row_sums.default
 pair_grad = torch.ops.alphacl_fast.pair_grad.default
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype, precision: str | None) -> tuple[str, str]:
-    """The backend for a call and why it was chosen.
+def choose(
+    backend: str, device: torch.device, dtype: torch.dtype, precision: str | None, kind: str = ""
+) -> tuple[str, str]:
+    """The backend for a call with a pair kind ("": no pairwise work), and why it was chosen.
 
     Raises:
         ValueError: no backend (or not the one asked for) can serve the call; the message says why.
     """
     if backend == "reference":
-        reason = blocked.unsupported(device, dtype, precision)  # the oracle multiplies through torch as well
+        reason = blocked.unsupported(device, dtype, precision, kind)  # the oracle multiplies through torch as well
         if reason:
             raise ValueError(f"backend 'reference' cannot serve this call: {reason}")
         return "reference", "as asked"
     if backend != "auto":
-        reason = SWEEP_BACKENDS[backend].unsupported(device, dtype, precision)
+        reason = SWEEP_BACKENDS[backend].unsupported(device, dtype, precision, kind)
         if reason:
             raise ValueError(f"backend {backend!r} cannot serve this call: {reason}")
         return backend, "as asked"
     reasons = []
     for name, module in SWEEP_BACKENDS.items():
-        reason = module.unsupported(device, dtype, precision)
+        reason = module.unsupported(device, dtype, precision, kind)
         if reason is None:
             skipped = f"; skipped {'; '.join(reasons)}" if reasons else ""
             return name, f"first that serves {str(dtype).removeprefix('torch.')} on {device.type}{skipped}"
@@ -97,5 +99,5 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, precision: st
 
 def backends() -> dict[str, str | None]:
     """Every backend of this installation: None where it can be used here, else the reason why not."""
-    here = (torch.device("cpu"), torch.float32, None)
+    here = (torch.device("cpu"), torch.float32, None, "")
     return {"reference": None, **{name: module.unsupported(*here) for name, module in SWEEP_BACKENDS.items()}}

@@ -19,17 +19,21 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
+def set_tiles(monkeypatch, rows):
+    """Tiles of so many rows in every backend."""
+    from alphacl_fast.backend import blocked, cpu
+
+    monkeypatch.setattr(blocked, "tile_size", lambda n, device: min(n, rows))
+    monkeypatch.setattr(cpu, "block_rows", lambda n, multiple, largest: min(n, rows))
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 5 rows, so that small batches have full, partial and diagonal tiles."""
-    from alphacl_fast.backend import blocked
-
-    monkeypatch.setattr(blocked, "tile_size", lambda n, device: min(n, 5))
+    set_tiles(monkeypatch, 5)
 
 
 @pytest.fixture
 def medium_tiles(monkeypatch):
     """Tiles of 16 rows: a few tiles, for tests that measure rounding."""
-    from alphacl_fast.backend import blocked
-
-    monkeypatch.setattr(blocked, "tile_size", lambda n, device: min(n, 16))
+    set_tiles(monkeypatch, 16)

@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from alphacl_fast import MinPlayer, PairLoss, PairWeight, objectives
+from alphacl_fast import MinPlayer, PairLoss, PairWeight, objectives, ops
 from alphacl_fast.functional import NEGATIVES, SIMILARITIES, alpha_cl_loss
 
 
@@ -72,6 +72,24 @@ MODES = [(negatives, True) for negatives in NEGATIVES] + [("cross_view", False)]
 def member_id(member) -> str:
     objective, options = member
     return str(objectives.make(objective, options)).replace(" ", "")
+
+
+#: Sweep backends that can be used here.
+BACKENDS = [name for name, reason in ops.backends().items() if name != "reference" and reason is None]
+
+
+def served_by(backend, members=MEMBERS):
+    """The members that a backend serves; every one has the built-in members, not every one a user's functions."""
+    unsupported = ops.SWEEP_BACKENDS[backend].unsupported
+    built_in = [member for member in members if member in BUILT_IN]
+    custom = [member for member in members if member not in BUILT_IN]
+    here = (torch.device("cpu"), torch.float64, None)
+    return built_in + [member for member in custom if unsupported(*here, objectives.make(*member).kind) is None]
+
+
+#: (backend, member) wherever the backend serves the member.
+SERVED = [(backend, member) for backend in BACKENDS for member in served_by(backend)]
+SERVED_IDS = [f"{backend}-{member_id(member)}" for backend, member in SERVED]
 
 
 def every_setting():

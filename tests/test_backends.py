@@ -2,7 +2,19 @@
 
 import pytest
 import torch
-from family import MEMBERS, every_setting, loss_and_grads, member_id, pair, relative_error
+from conftest import set_tiles
+from family import (
+    BACKENDS,
+    MEMBERS,
+    SERVED,
+    SERVED_IDS,
+    every_setting,
+    loss_and_grads,
+    member_id,
+    pair,
+    relative_error,
+    served_by,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,11 +22,9 @@ from alphacl_fast import objectives, ops
 from alphacl_fast.backend import blocked
 from alphacl_fast.functional import NEGATIVES, REDUCTIONS, SIMILARITIES, alpha_cl_loss
 
-BACKENDS = [name for name, reason in ops.backends().items() if name != "reference" and reason is None]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("member", MEMBERS, ids=member_id)
+@pytest.mark.parametrize(("backend", "member"), SERVED, ids=SERVED_IDS)
 @pytest.mark.parametrize(("negatives", "symmetric", "similarity"), every_setting())
 def test_equals_reference(backend, member, negatives, symmetric, similarity, small_tiles, poisoned):
     z1, z2 = pair(9, 6)
@@ -31,8 +41,7 @@ def test_equals_reference(backend, member, negatives, symmetric, similarity, sma
         assert relative_error(value, truth[0]) < 1e-10
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("member", MEMBERS, ids=member_id)
+@pytest.mark.parametrize(("backend", "member"), SERVED, ids=SERVED_IDS)
 @pytest.mark.parametrize(("negatives", "symmetric", "similarity"), every_setting())
 def test_one_sided_gradient(backend, member, negatives, symmetric, similarity, small_tiles, poisoned):
     z1, z2 = pair(7, 4)
@@ -55,30 +64,28 @@ def test_one_sided_gradient(backend, member, negatives, symmetric, similarity, s
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=60, deadline=None)
 @given(
-    n=st.integers(2, 23), d=st.integers(1, 9), tile=st.integers(1, 12), index=st.integers(0, len(MEMBERS) - 1),
+    n=st.integers(2, 23), d=st.integers(1, 9), tile=st.integers(1, 12), index=st.integers(0, 1000),
     negatives=st.sampled_from(NEGATIVES), similarity=st.sampled_from(SIMILARITIES),
     reduction=st.sampled_from(REDUCTIONS), tau=st.floats(0.02, 5.0), symmetric=st.booleans(),
 )  # fmt: skip
 def test_any_shape(backend, n, d, tile, index, negatives, similarity, reduction, tau, symmetric):
-    original = blocked.tile_size
-    blocked.tile_size = lambda rows, device: min(rows, tile)
-    try:
+    members = served_by(backend)
+    member = members[index % len(members)]
+    with pytest.MonkeyPatch.context() as patch:
+        set_tiles(patch, tile)
         z1, z2 = pair(n, d, seed=n * 31 + d)
         setting = {
             "negatives": negatives, "similarity": similarity, "reduction": reduction, "tau": tau,
             "symmetric": symmetric,
         }  # fmt: skip
-        truth = loss_and_grads(z1, z2, *MEMBERS[index], backend="reference", **setting)
-        ours = loss_and_grads(z1, z2, *MEMBERS[index], backend=backend, **setting)
-    finally:
-        blocked.tile_size = original
+        truth = loss_and_grads(z1, z2, *member, backend="reference", **setting)
+        ours = loss_and_grads(z1, z2, *member, backend=backend, **setting)
     for a, b in zip(ours, truth, strict=True):
         assert relative_error(a, b, floor=max(1e-3, float(b.abs().max()) * 1e-3)) < 1e-8
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("member", MEMBERS, ids=member_id)
-def test_derivatives_of_the_formulas(backend, member):
+def test_derivatives_of_the_formulas(member):
     """df and dtau of every pair kind, and φ′, are the derivatives of f and φ."""
     objective = objectives.make(*member)
     if isinstance(objective, objectives.ClosedForm):
@@ -118,7 +125,7 @@ def test_batch_order_does_not_matter(backend, symmetric, small_tiles):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bitwise_repeatable(backend):
     z1, z2 = pair(1200, 16, torch.float32)
-    for member in MEMBERS:
+    for member in served_by(backend):
         first, second = (loss_and_grads(z1, z2, *member, backend=backend, learn_tau=False) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), member_id(member)
 
@@ -129,8 +136,9 @@ def test_closed_forms_do_no_pairwise_work(backend, name, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a sweep ran")
 
-    monkeypatch.setattr(blocked, "row_sums", refuse)
-    monkeypatch.setattr(blocked, "pair_grad", refuse)
+    for module in ops.SWEEP_BACKENDS.values():
+        monkeypatch.setattr(module, "row_sums", refuse)
+        monkeypatch.setattr(module, "pair_grad", refuse)
     z1, z2 = pair(200_000, 4, torch.float32)  # (2·200,000)² would be 640 GB
     loss = loss_and_grads(z1, z2, name, backend=backend)
     assert all(torch.isfinite(x).all() for x in loss)
@@ -171,14 +179,14 @@ def test_workers_share_the_tiles(threads, inference, small_tiles, poisoned):
         for setting in ({"similarity": "cosine"}, {"similarity": "euclidean", "negatives": "cross_view"}):
             if inference:
                 with torch.inference_mode():
-                    one = [alpha_cl_loss(z1, z2, objectives.make(*member), **setting)]
+                    one = [alpha_cl_loss(z1, z2, objectives.make(*member), backend="blocked", **setting)]
             else:
                 one = loss_and_grads(z1, z2, *member, backend="blocked", **setting)
             torch.set_num_threads(threads)
             try:
                 if inference:
                     with torch.inference_mode():
-                        first, second = ([alpha_cl_loss(z1, z2, objectives.make(*member), **setting)] for _ in range(2))
+                        first, second = ([alpha_cl_loss(z1, z2, objectives.make(*member), backend="blocked", **setting)] for _ in range(2))
                 else:
                     first, second = (loss_and_grads(z1, z2, *member, backend="blocked", **setting) for _ in range(2))
                 assert torch.get_num_threads() == threads

@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from family import BUILT_IN, MEMBERS, MODES, loss_and_grads, member_id, pair, relative_error
+from family import (
+    BACKENDS,
+    BUILT_IN,
+    MODES,
+    SERVED,
+    SERVED_IDS,
+    loss_and_grads,
+    member_id,
+    pair,
+    relative_error,
+)
 
 from alphacl_fast import objectives
 from alphacl_fast.functional import NEGATIVES, SIMILARITIES
@@ -13,7 +23,7 @@ from alphacl_fast.functional import NEGATIVES, SIMILARITIES
 NORMALIZED = ["infonce", "alpha_direct", "alpha_entropy", "alpha_inverse", "alpha_square", "alpha_gamma", "soft_triplet"]
 
 
-def assert_as_good_as_eager(member, batches, factor=2.0, **setting):
+def assert_as_good_as_eager(backend, member, batches, factor=2.0, **setting):
     """Over some float32 batches our RMS error is at most ``factor`` × eager's (the dense loss, same dtype) + one rounding.
 
     One batch would compare two random numbers. Row losses and gradients are vectors; dτ is a single number per batch, whose
@@ -22,8 +32,8 @@ def assert_as_good_as_eager(member, batches, factor=2.0, **setting):
     errors = {}
     for z1, z2 in batches:
         truth, eager, ours = (
-            loss_and_grads(*views, *member, backend=backend, reduction="none", **setting)
-            for views, backend in (((z1.double(), z2.double()), "reference"), ((z1, z2), "reference"), ((z1, z2), "blocked"))
+            loss_and_grads(*views, *member, backend=name, reduction="none", **setting)
+            for views, name in (((z1.double(), z2.double()), "reference"), ((z1, z2), "reference"), ((z1, z2), backend))
         )
         for name, o, e, t in zip(("loss", "dz1", "dz2", "dtau"), ours, eager, truth, strict=False):
             assert torch.isfinite(o).all(), name
@@ -36,9 +46,9 @@ def assert_as_good_as_eager(member, batches, factor=2.0, **setting):
         assert ours <= bound, (name, setting, ours, eager)
 
 
-@pytest.mark.parametrize("member", MEMBERS, ids=member_id)
+@pytest.mark.parametrize(("backend", "member"), SERVED, ids=SERVED_IDS)
 @pytest.mark.parametrize(("negatives", "symmetric"), MODES)
-def test_float32_as_good_as_eager(member, negatives, symmetric, medium_tiles, poisoned):
+def test_float32_as_good_as_eager(backend, member, negatives, symmetric, medium_tiles, poisoned):
     # The hinge and the power weights have kinks at which float32 and float64 may differ; random data stays away.
     batches = [pair(20, 12, torch.float32, seed=seed) for seed in range(12)]
     power_below_one = member[1].get("exponent", 4) < 2
@@ -47,17 +57,18 @@ def test_float32_as_good_as_eager(member, negatives, symmetric, medium_tiles, po
             continue  # d² = 1 − t goes through 0, where the slope of (d²)^0.75 has no bound: one pair's rounding decides
         # Rows of length about 1: with long ones a single pair carries each row's weight, and its rounding is pure luck.
         views = batches if similarity == "cosine" else [(z1 / 3, z2 / 3) for z1, z2 in batches]
-        assert_as_good_as_eager(member, views, negatives=negatives, symmetric=symmetric, similarity=similarity)
+        assert_as_good_as_eager(backend, member, views, negatives=negatives, symmetric=symmetric, similarity=similarity)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", NORMALIZED)
 @pytest.mark.parametrize("tau", [0.5, 0.05, 0.02])
-def test_half_precision_inputs(dtype, name, tau, medium_tiles):
+def test_half_precision_inputs(backend, dtype, name, tau, medium_tiles):
     """float32 loss, gradient of the input's dtype right to that dtype's rounding: normalised rows are never rounded."""
     z1, z2 = pair(40, 32, dtype)
     truth = loss_and_grads(z1.double(), z2.double(), name, tau=tau, backend="reference")
-    ours = loss_and_grads(z1, z2, name, tau=tau, backend="blocked")
+    ours = loss_and_grads(z1, z2, name, tau=tau, backend=backend)
     assert ours[0].dtype == torch.float32
     assert ours[1].dtype == dtype
     assert relative_error(ours[0], truth[0]) < 1e-5
@@ -69,8 +80,9 @@ def test_half_precision_inputs(dtype, name, tau, medium_tiles):
         assert (o.double() - t)[~representable].abs().max() <= tiny if (~representable).any() else True
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tau", [0.1, 0.05, 0.03, 0.02])
-def test_converged_regime(tau):
+def test_converged_regime(backend, tau):
     """Positives all but coincide, negatives are orthogonal: the loss goes from 1e-2 to 1e-19.
 
     `softmax − onehot` cancels here (cross-entropy is off by 5 % at τ = 0.05 and by all of it at τ = 0.03).
@@ -79,7 +91,7 @@ def test_converged_regime(tau):
     z1 = q[:128].float()
     z2 = (q[:128] + 0.01 * torch.randn(128, 140, dtype=torch.float64)).float()
     truth = loss_and_grads(z1.double(), z2.double(), "infonce", tau=tau, backend="reference")
-    ours = loss_and_grads(z1, z2, "infonce", tau=tau, backend="blocked")
+    ours = loss_and_grads(z1, z2, "infonce", tau=tau, backend=backend)
     assert abs(float(truth[0])) < 0.02
     for o, t in zip(ours, truth, strict=True):
         assert relative_error(o, t, floor=0.0) < 1e-5
@@ -92,16 +104,17 @@ def test_converged_regime(tau):
         assert relative_error(-0.5 * grad, truth[1], floor=0.0) > (0.01 if tau == 0.05 else 0.3)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tau", [1e-3, 5e-3, 0.02, 0.1, 1.0, 5.0])
 @pytest.mark.parametrize("member", BUILT_IN, ids=member_id)
-def test_temperatures(member, tau, small_tiles):
+def test_temperatures(backend, member, tau, small_tiles):
     objective = objectives.make(*member)
     z1, z2 = pair(30, 8, torch.float64)
     truth = loss_and_grads(z1, z2, *member, tau=tau, backend="reference")
-    ours = loss_and_grads(z1, z2, *member, tau=tau, backend="blocked")
+    ours = loss_and_grads(z1, z2, *member, tau=tau, backend=backend)
     for o, t in zip(ours, truth, strict=True):
         assert relative_error(o, t, floor=max(1e-3, float(t.abs().max()) * 1e-3)) < 1e-8
-    single = loss_and_grads(z1.float(), z2.float(), *member, tau=tau, backend="blocked")
+    single = loss_and_grads(z1.float(), z2.float(), *member, tau=tau, backend=backend)
     assert all(torch.isfinite(x).all() for x in single)
     if objective.name == "infonce":
         truth = loss_and_grads(z1.float().double(), z2.float().double(), *member, tau=tau, backend="reference")
@@ -109,17 +122,19 @@ def test_temperatures(member, tau, small_tiles):
             assert relative_error(o, t) < 2e-6 + 2e-7 / tau  # α itself is only that good in float32
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e6, 1e30])
-def test_cosine_ignores_the_scale_of_rows(scale):
+def test_cosine_ignores_the_scale_of_rows(backend, scale):
     z1, z2 = pair(20, 6, torch.float32)
     for name in ("infonce", "uniform"):
-        base = loss_and_grads(z1, z2, name)
-        scaled = loss_and_grads(z1 * scale, z2 * scale, name)
+        base = loss_and_grads(z1, z2, name, backend=backend)
+        scaled = loss_and_grads(z1 * scale, z2 * scale, name, backend=backend)
         assert relative_error(scaled[0], base[0]) < 1e-5
         for s, b in zip(scaled[1:3], base[1:3], strict=True):
             assert relative_error(s.double() * scale, b) < 1e-5
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tau", [1e-3, 0.05])
 @pytest.mark.parametrize("scale", [1.0, 10.0])
 @pytest.mark.parametrize(
@@ -129,16 +144,17 @@ def test_cosine_ignores_the_scale_of_rows(scale):
         ("soft_triplet", {}), ("infonce", {"epsilon": 0.0, "temperature_scaled": True}),
     ],
 )  # fmt: skip
-def test_small_temperatures_and_long_rows_in_float32(name, options, tau, scale):
+def test_small_temperatures_and_long_rows_in_float32(backend, name, options, tau, scale):
     """Where |t|/τ is large, terms of size |t|/τ must not be subtracted from each other."""
     batches = [(z1 * scale, z2 * scale) for z1, z2 in (pair(30, 16, torch.float32, seed=seed) for seed in range(8))]
     for similarity in SIMILARITIES:
-        assert_as_good_as_eager((name, options), batches, factor=3.0, tau=tau, similarity=similarity)
+        assert_as_good_as_eager(backend, (name, options), batches, factor=3.0, tau=tau, similarity=similarity)
 
 
-def test_min_player_of_enormous_similarities():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_min_player_of_enormous_similarities(backend):
     z1, z2 = pair(8, 4, torch.float32)
-    out = loss_and_grads(z1 * 1e10, z2 * 1e10, "alpha_square", similarity="dot", backend="blocked")
+    out = loss_and_grads(z1 * 1e10, z2 * 1e10, "alpha_square", similarity="dot", backend=backend)
     truth = loss_and_grads(z1.double() * 1e10, z2.double() * 1e10, "alpha_square", similarity="dot", backend="reference")
     for o, t in zip(out, truth, strict=True):
         assert relative_error(o, t) < 1e-5
@@ -160,24 +176,26 @@ def degenerate_batches():
     }
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", degenerate_batches())
 @pytest.mark.parametrize("member", BUILT_IN, ids=member_id)
 @pytest.mark.parametrize("tau", [1e-3, 0.5])
-def test_degenerate_rows_stay_finite(case, member, tau, small_tiles):
+def test_degenerate_rows_stay_finite(backend, case, member, tau, small_tiles):
     z1, z2 = degenerate_batches()[case]
     for negatives in NEGATIVES:
-        out = loss_and_grads(z1, z2, *member, tau=tau, negatives=negatives, backend="blocked")
+        out = loss_and_grads(z1, z2, *member, tau=tau, negatives=negatives, backend=backend)
         for name, x in zip(("loss", "dz1", "dz2", "dtau"), out, strict=False):
             assert torch.isfinite(x).all(), (name, negatives, x)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("similarity", ["dot", "euclidean"])
 @pytest.mark.parametrize("member", BUILT_IN, ids=member_id)
-def test_degenerate_rows_unnormalized(similarity, member, small_tiles):
+def test_degenerate_rows_unnormalized(backend, similarity, member, small_tiles):
     for case, (z1, z2) in degenerate_batches().items():
         if case in ("huge", "largest"):  # t ~ 1e36: exp(t − 1) of an unnormalised weight is infinite by definition
             continue
-        out = loss_and_grads(z1, z2, *member, tau=0.05, similarity=similarity, backend="blocked")
+        out = loss_and_grads(z1, z2, *member, tau=0.05, similarity=similarity, backend=backend)
         overflow = member[1].get("normalized") is False and similarity == "dot"
         assert overflow or all(torch.isfinite(x).all() for x in out), case
 
@@ -185,25 +203,27 @@ def test_degenerate_rows_unnormalized(similarity, member, small_tiles):
 def test_zero_row_has_zero_gradient():
     z1, z2 = pair(8, 4)
     z1[3] = 0
-    for backend in ("reference", "blocked"):
+    for backend in ("reference", *BACKENDS):
         _, d1, d2, *_ = loss_and_grads(z1, z2, "infonce", backend=backend)
         assert (d1[3] == 0).all()
         assert (d1[2] != 0).all()
         assert torch.isfinite(d2).all()
 
 
-def test_euclidean_far_from_the_origin():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_euclidean_far_from_the_origin(backend):
     z1, z2 = pair(40, 16)
     z1, z2 = (z1 + 100).float(), (z2 + 100).float()
     truth = loss_and_grads(z1.double(), z2.double(), "infonce", similarity="euclidean", backend="reference")
-    ours = loss_and_grads(z1, z2, "infonce", similarity="euclidean", backend="blocked")
+    ours = loss_and_grads(z1, z2, "infonce", similarity="euclidean", backend=backend)
     for o, t in zip(ours, truth, strict=True):
         assert relative_error(o, t) < 1e-4  # a plain Gram matrix of the rows as given: 0.3
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["alpha_square", "alpha_gamma"])
 @pytest.mark.parametrize("tau", [1e-3, 0.05, 1.0])
-def test_float32_min_players_sum_to_one(name, tau, monkeypatch):
+def test_float32_min_players_sum_to_one(backend, name, tau, monkeypatch):
     from alphacl_fast.autograd import Sweeps
 
     masses = []
@@ -217,11 +237,12 @@ def test_float32_min_players_sum_to_one(name, tau, monkeypatch):
 
     monkeypatch.setattr(objectives.MinPlayer, "solve", spy)
     z1, z2 = pair(500, 32, torch.float32)
-    loss_and_grads(z1, z2, name, tau=tau, backend="blocked")
+    loss_and_grads(z1, z2, name, tau=tau, backend=backend)
     assert float((masses[0] - 1).abs().max()) < 2e-6
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["infonce", "alpha_direct", "alpha_square", "modified_triplet", "mine"])
-def test_float32_at_real_size(name):
+def test_float32_at_real_size(backend, name):
     """More tiles than one, at sizes where float32 sums could drift. (Of 9 million hinges some flip in the last digit.)"""
-    assert_as_good_as_eager((name, {}), [pair(700, 24, torch.float32, seed=seed) for seed in range(3)])
+    assert_as_good_as_eager(backend, (name, {}), [pair(700, 24, torch.float32, seed=seed) for seed in range(3)])

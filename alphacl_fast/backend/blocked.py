@@ -21,12 +21,9 @@ from torch import Tensor
 
 from ..objectives import PairKind
 from ..objectives import kind as lookup
+from .ranges import middle as middle_of
 
-#: Largest |log f − middle| for which exp needs no running maximum: e^±64 (e^±600) times any n stays normal.
-_UNSHIFTED_RANGE = {torch.float32: 64.0, torch.float64: 600.0}
-
-
-def unsupported(device: torch.device, dtype: torch.dtype, precision: str | None) -> str | None:
+def unsupported(device: torch.device, dtype: torch.dtype, precision: str | None, kind: str) -> str | None:
     """Why this backend cannot serve a call, or None."""
     if precision is None or (dtype == torch.float64 and precision == "ieee"):
         return None
@@ -174,13 +171,6 @@ class _Products:
         return t
 
 
-def _middle(kind: PairKind, span: tuple[float, ...], dtype: torch.dtype) -> float | None:
-    """Middle of log f's range where exp(log f − middle) needs no running maximum, else None."""
-    if not kind.log or not span or (span[1] - span[0]) / 2 > _UNSHIFTED_RANGE[dtype]:
-        return None
-    return (span[0] + span[1]) / 2
-
-
 def row_sums(
     f: Tensor,
     scale: Tensor | None,
@@ -264,7 +254,7 @@ def _log_sums(
 ) -> Tensor:
     """base_i, Σ_j exp(log f − base_i) and, where asked for, Σ_j exp(log f − base_i)·(t − center)."""
     with_gap = len(terms) == 3
-    middle = _middle(kind, span, rows.dtype)
+    middle = middle_of(kind, span, rows.dtype)
 
     def work(tiles: Tiles) -> tuple[Tensor, Tensor]:
         products = _Products(rows, bias, block, kind, tau)
@@ -332,7 +322,7 @@ def pair_grad(
     n, anchors = rows.shape[0], gain.shape[0]
     block = tile_size(n, rows.device)
     plain = kind.log and weight == "f" and not terms  # g = gain_i·exp(log f − shift_i): t itself is not needed
-    middle = _middle(kind, span, rows.dtype) if plain else None
+    middle = middle_of(kind, span, rows.dtype) if plain else None
     if middle is not None:
         gain = gain * (middle - shift).exp()
 

@@ -1,0 +1,270 @@
+"""The two sweeps in C++ (csrc/cpu): every built-in pair kind, float32, float64, bfloat16 and float16, on any CPU.
+
+The library has a plain C interface and knows neither torch nor Python, so one binary serves every version of both; it is
+loaded at the first call. Threads are torch's own OpenMP threads, as many as `torch.get_num_threads`. Results do not depend
+on their number, nor on which thread took which tile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..objectives import KINDS
+from .ranges import middle as middle_of
+
+#: Instruction sets in the order of preference; the environment variable ALPHACL_CPU_ISA names the highest to use.
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
+#: Where `setup.py` puts the library, or the reason why there is none.
+LIBRARY = Path(__file__).parent.parent / "_cpu.abi3.so"
+FAILURE = LIBRARY.with_name("_cpu_not_built.txt")
+
+_ABI = 1
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_KINDS = {name: code for code, name in enumerate(("exp", "gibbs", "power", "inverse", "hinge", "sigmoid", "square", "gamma"))}
+_TERMS = ("f", "df", "ft", "dft", "dtau")
+_WEIGHTS = {"f": 0, "df": 1, "f+df": 2}
+_LOG_SUMS_FIXED, _LOG_SUMS_RUNNING, _PLAIN_SUMS, _MAXIMUM, _GRAD_FIXED, _GRAD = range(6)
+_OK, _NO_MEMORY = 0, 1
+
+
+class _Sweep(ctypes.Structure):
+    """`struct Sweep` of csrc/cpu/sweep.h."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in (
+            "f", "scale", "bias", "center", "gain", "shift", "offset", "level", "out", "df", "weight_sums", "sums",
+        )]
+        + [(name, ctypes.c_void_p) for name in ("release_lock", "take_lock", "check_signals")]
+        + [(name, ctypes.c_int64) for name in ("n", "dim", "row_stride", "split", "partner", "anchors", "lo", "hi", "block")]
+        + [("tau", ctypes.c_double), ("middle", ctypes.c_double), ("params", ctypes.c_double * 3)]
+        + [(name, ctypes.c_int32) for name in ("dtype", "kind", "form", "weight", "threads", "instruction_set")]
+        + [("rows_of_terms", ctypes.c_int32 * 5)]
+    )  # fmt: skip
+
+
+#: A sweep runs without the interpreter's lock and asks for signals with it.
+_HOOKS = {
+    name: ctypes.cast(getattr(ctypes.pythonapi, function), ctypes.c_void_p).value
+    for name, function in (
+        ("release_lock", "PyEval_SaveThread"), ("take_lock", "PyEval_RestoreThread"), ("check_signals", "PyErr_CheckSignals"),
+    )
+}  # fmt: skip
+
+
+@functools.cache
+def _library() -> ctypes.PyDLL:
+    """The compiled library. Raises OSError with the reason where there is none."""
+    if not LIBRARY.exists():
+        reason = FAILURE.read_text().strip() if FAILURE.exists() else "no library beside the package"
+        raise OSError(f"{reason}; reinstall with a C++ compiler (GCC or clang)")
+    library = ctypes.PyDLL(str(LIBRARY))  # the lock stays with us, and an exception that a signal raised comes through
+    if library.alphacl_cpu_abi() != _ABI:
+        raise OSError(f"{LIBRARY.name} does not fit this version of the package; reinstall")
+    library.alphacl_cpu_build.restype = library.alphacl_cpu_sources.restype = ctypes.c_char_p
+    library.alphacl_cpu_engine.restype = ctypes.c_char_p
+    library.alphacl_cpu_sweep.argtypes = [ctypes.POINTER(_Sweep)]
+    library.alphacl_cpu_function.argtypes = [ctypes.c_int32] * 3 + [ctypes.c_void_p] * 2 + [ctypes.c_int64]
+    return library
+
+
+def build() -> str:
+    """Compiler, flags and instruction sets of the library."""
+    return _library().alphacl_cpu_build().decode()
+
+
+@functools.cache
+def load_error() -> str | None:
+    """Why the compiled library cannot be used, or None."""
+    try:
+        _library()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def instruction_sets() -> dict[str, bool]:
+    """Instruction sets the library was compiled for, and whether this CPU has them."""
+    mask = _library().alphacl_cpu_instruction_sets()
+    return {name: bool(mask >> (16 + k) & 1) for k, name in enumerate(INSTRUCTION_SETS) if mask >> k & 1}
+
+
+_forced: str | None = None
+
+
+@contextlib.contextmanager
+def forced_instruction_set(name: str) -> Iterator[None]:
+    """Within the context no instruction beyond the named set is used (as ALPHACL_CPU_ISA does for a process).
+
+    Raises ValueError for an unknown set, or one this CPU or this build does not have.
+    """
+    global _forced
+    before, _forced = _forced, _checked(name, "instruction set")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _checked(name: str, what: str) -> str:
+    usable = [other for other, here in instruction_sets().items() if here]
+    if name not in usable:
+        raise ValueError(f"{what} must be one of {usable} on this machine, got {name!r}")
+    return name
+
+
+@functools.cache
+def _default_instruction_set(requested: str | None) -> str:
+    if requested:
+        return _checked(requested, "ALPHACL_CPU_ISA")
+    return [name for name, here in instruction_sets().items() if here and name != "amx_emulated"][-1]
+
+
+def instruction_set() -> str:
+    """The highest instruction set in use."""
+    return _forced or _default_instruction_set(os.environ.get("ALPHACL_CPU_ISA"))
+
+
+def engine(dtype: torch.dtype) -> str:
+    """The instruction set whose kernels serve inputs of a dtype."""
+    return _engine(INSTRUCTION_SETS.index(instruction_set()), _DTYPES[dtype])[0]
+
+
+@functools.cache
+def _engine(isa: int, dtype: int) -> tuple[str, int, int]:
+    multiple, largest = ctypes.c_int32(), ctypes.c_int32()
+    name = _library().alphacl_cpu_engine(isa, dtype, ctypes.byref(multiple), ctypes.byref(largest))
+    return name.decode(), multiple.value, largest.value
+
+
+def unsupported(device: torch.device, dtype: torch.dtype, precision: str | None, kind: str) -> str | None:
+    """Why this backend cannot serve a call, or None."""
+    if device.type != "cpu":
+        return f"runs on cpu, not {device.type}"
+    if load_error():
+        return f"not compiled: {load_error()}"
+    if kind and kind not in KINDS:
+        return "compiled for the built-in pair functions, not for a user's own"
+    if precision not in (None, "ieee"):
+        return f"multiplies float32 as IEEE says, not precision={precision!r}"
+    return None
+
+
+def block_rows(n: int, multiple: int, largest: int) -> int:
+    """Rows of a block: large ones reuse the caches best, but there must be enough tiles for the threads.
+
+    A function of n alone: the order of all additions, and with it every bit of the result, follows from the blocks.
+    """
+    return max(multiple, min(largest, n // 16 // multiple * multiple))
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _run(
+    f: Tensor,
+    vectors: dict[str, Tensor | None],
+    outputs: dict[str, Tensor],
+    tau: Tensor,
+    kind: str,
+    params: tuple[float, ...],
+    terms: tuple[str, ...],
+    first_term: int,
+    **fields: int | float,
+) -> None:
+    isa, dtype = INSTRUCTION_SETS.index(instruction_set()), _DTYPES[f.dtype]
+    _, multiple, largest = _engine(isa, dtype)
+    if f.stride(1) != 1 and f.shape[1] > 1:
+        f = f.contiguous()
+    contiguous = {name: None if x is None else x.contiguous() for name, x in vectors.items()}
+    rows_of_terms = [terms.index(term) + first_term if term in terms else -1 for term in _TERMS]
+    sweep = _Sweep(
+        f=f.data_ptr(), n=f.shape[0], dim=f.shape[1], row_stride=f.stride(0), dtype=dtype, instruction_set=isa,
+        block=block_rows(f.shape[0], multiple, largest), threads=torch.get_num_threads(), tau=float(tau), kind=_KINDS[kind],
+        params=(*params, 0.0, 0.0, 0.0)[:3], rows_of_terms=tuple(rows_of_terms), **_HOOKS,
+        **{name: _pointer(x) for name, x in {**contiguous, **outputs}.items()}, **fields,
+    )  # fmt: skip
+    status = _library().alphacl_cpu_sweep(ctypes.byref(sweep))
+    if status == _NO_MEMORY:
+        raise MemoryError(f"not enough memory for the work space of {f.shape[0]} rows of {f.shape[1]} features")
+    if status != _OK:
+        raise RuntimeError(f"the CPU kernels cannot serve {f.dtype} with {instruction_set()}")
+
+
+def row_sums(
+    f: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    center: Tensor,
+    shift: Tensor | None,
+    offset: Tensor | None,
+    tau: Tensor,
+    kind_name: str,
+    params: tuple[float, ...],
+    terms: tuple[str, ...],
+    split: int,
+    partner: int,
+    anchors: int,
+    span: tuple[float, ...],
+) -> Tensor:
+    """``out[k, i] = Σ_{j∈Neg(i)} term_k``; with "base" first, relative to exp(base_i) (log kinds)."""
+    out = tau.new_empty((len(terms), anchors))
+    middle = None
+    if terms == ("max",):
+        form = _MAXIMUM
+    elif terms[0] == "base":
+        middle = middle_of(KINDS[kind_name], span, tau.dtype)
+        form = _LOG_SUMS_RUNNING if middle is None else _LOG_SUMS_FIXED
+    else:
+        form = _PLAIN_SUMS
+    based = terms[0] == "base"
+    _run(
+        f, {"scale": scale, "bias": bias, "center": center, "shift": shift, "offset": offset}, {"out": out}, tau, kind_name,
+        params, terms[1:] if based else terms, int(based), form=form, middle=middle or 0.0, split=split, partner=partner,
+        anchors=anchors,
+    )  # fmt: skip
+    return out
+
+
+def pair_grad(
+    f: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    center: Tensor,
+    gain: Tensor,
+    shift: Tensor | None,
+    offset: Tensor | None,
+    level: Tensor | None,
+    tau: Tensor,
+    kind_name: str,
+    params: tuple[float, ...],
+    weight: str,
+    terms: tuple[str, ...],
+    split: int,
+    partner: int,
+    lo: int,
+    hi: int,
+    span: tuple[float, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``df_i = Σ_j (g_ij + g_ji) F_j`` for rows [lo, hi); row sums of g_ij + g_ji (with a bias); sums of ``terms``."""
+    n, anchors = f.shape[0], gain.shape[0]
+    df = tau.new_empty((hi - lo, f.shape[1]))
+    weight_sums = tau.new_empty(n if bias is not None else 0)
+    sums = tau.new_empty((len(terms), anchors if terms else 0))
+    plain = weight == "f" and not terms and shift is not None
+    middle = middle_of(KINDS[kind_name], span, tau.dtype) if plain else None
+    _run(
+        f, {"scale": scale, "bias": bias, "center": center, "gain": gain, "shift": shift, "offset": offset, "level": level},
+        {"df": df, "weight_sums": weight_sums, "sums": sums}, tau, kind_name, params, terms, 0, weight=_WEIGHTS[weight],
+        form=_GRAD if middle is None else _GRAD_FIXED, middle=middle or 0.0, split=split, partner=partner, anchors=anchors,
+        lo=lo, hi=hi,
+    )  # fmt: skip
+    return df, weight_sums, sums

@@ -1,0 +1,420 @@
+// The two sweeps: which blocks meet when, memory, threads, choice of the instruction set. Plain C interface (backend/cpu.py
+// loads it with ctypes), no header of torch or Python: one binary for every version of both.
+//
+// Order. With m blocks (one more, of no rows, to make m odd) round r pairs the blocks i + j ≡ r (mod m): every block is in
+// exactly one tile of a round, the one with 2i ≡ r in its own diagonal tile, and after m rounds every pair has met once. A
+// tile adds to the sums and the gradient of its two blocks, so tiles of a round are independent and each block's
+// additions happen in the order of the rounds: no locks, no copies per thread, and the same bits whatever the number of
+// threads. There is no barrier either: tiles are dealt out in order, and each waits only until its two blocks have
+// finished the round before.
+
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include "sweep.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+int alphacl_engines_portable(Engine*);
+#if defined(ALPHACL_WITH_AVX2)
+int alphacl_engines_avx2(Engine*);
+#endif
+#if defined(ALPHACL_WITH_AVX512)
+int alphacl_engines_avx512(Engine*);
+#endif
+#if defined(ALPHACL_WITH_AVX512_BF16)
+int alphacl_engines_avx512_bf16(Engine*);
+#endif
+#if defined(ALPHACL_WITH_AMX)
+int alphacl_engines_amx(Engine*);
+int alphacl_engines_amx_emulated(Engine*);
+#endif
+
+namespace {
+
+// --- instruction sets -----------------------------------------------------------------------------------------------
+
+bool amx_usable() {
+#if defined(ALPHACL_WITH_AMX) && defined(__linux__)
+  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // arch_prctl: ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+  return false;
+#endif
+}
+
+struct Features {
+  bool avx2 = false, avx512 = false, avx512_bf16 = false, amx = false;
+  Features() {
+#if defined(__x86_64__)
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE) || !(c & bit_FMA) || !(c & bit_F16C)) return;
+    uint32_t low, high;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    if ((low & 0x06) != 0x06 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+    const unsigned b7 = b, d7 = d;
+    avx2 = b7 >> 5 & 1;
+    avx512 = avx2 && (low & 0xe6) == 0xe6 && (b7 >> 16 & 1) && (b7 >> 17 & 1) && (b7 >> 30 & 1) && (b7 >> 31 & 1);  // F DQ BW VL
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return;
+    avx512_bf16 = avx512 && (a >> 5 & 1);
+    amx = avx512_bf16 && (d7 >> 22 & 1) && (d7 >> 24 & 1) && (low >> 17 & 3) == 3 && amx_usable();
+#endif
+  }
+};
+
+enum InstructionSet : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AMX = 4, AMX_EMULATED = 5, SET_COUNT = 6 };
+
+struct EngineSet {  // of one instruction set, by operand dtype; absent: compiled without it
+  const Engine *float32 = nullptr, *float64 = nullptr, *bfloat16 = nullptr;
+};
+
+const EngineSet* engine_sets() {
+  static Engine engines[SET_COUNT * 4];
+  static EngineSet sets[SET_COUNT];
+  static const bool filled = [] {
+    int count = 0;
+    auto take = [&](InstructionSet set, int (*fill)(Engine*)) {
+      const int added = fill(engines + count);
+      for (int e = count; e < count + added; e++) {
+        EngineSet& entry = sets[set];
+        (engines[e].operands == FLOAT32 ? entry.float32 : engines[e].operands == FLOAT64 ? entry.float64 : entry.bfloat16) =
+            engines + e;
+      }
+      count += added;
+    };
+    take(PORTABLE, alphacl_engines_portable);
+#if defined(ALPHACL_WITH_AVX2)
+    take(AVX2, alphacl_engines_avx2);
+#endif
+#if defined(ALPHACL_WITH_AVX512)
+    take(AVX512, alphacl_engines_avx512);
+#endif
+#if defined(ALPHACL_WITH_AVX512_BF16)
+    take(AVX512_BF16, alphacl_engines_avx512_bf16);
+#endif
+#if defined(ALPHACL_WITH_AMX)
+    take(AMX, alphacl_engines_amx);
+    take(AMX_EMULATED, alphacl_engines_amx_emulated);
+#endif
+    return true;
+  }();
+  (void)filled;
+  return sets;
+}
+
+bool runs_here(int32_t set) {
+  static const Features cpu;
+  switch (set) {
+    case PORTABLE: return true;
+    case AVX2: return cpu.avx2;
+    case AVX512: return cpu.avx512;
+    case AVX512_BF16: return cpu.avx512_bf16;
+    case AMX: return cpu.amx;
+    case AMX_EMULATED: return cpu.avx512_bf16;
+    default: return false;
+  }
+}
+
+bool compiled(int32_t set) {
+  const EngineSet& s = engine_sets()[set];
+  return s.float32 || s.float64 || s.bfloat16;
+}
+
+// The engine for a dtype when instruction sets up to `set` may be used: half precision without products of its own is
+// multiplied as float32.
+const Engine* choose(int32_t set, int32_t dtype) {
+  const EngineSet* sets = engine_sets();
+  if (set < 0 || set >= SET_COUNT || !runs_here(set)) return nullptr;
+  auto usable = [&](int32_t other) { return runs_here(other) && (other != AMX_EMULATED || set == AMX_EMULATED); };
+  if (dtype == BFLOAT16)
+    for (int32_t other = set; other >= 0; other--)
+      if (usable(other) && sets[other].bfloat16 && !(set == AMX_EMULATED && other == AMX)) return sets[other].bfloat16;
+  for (int32_t other = set; other >= 0; other--) {
+    const Engine* engine = dtype == FLOAT64 ? sets[other].float64 : sets[other].float32;
+    if (usable(other) && engine) return engine;
+  }
+  return nullptr;
+}
+
+// --- memory ---------------------------------------------------------------------------------------------------------
+
+class Memory {  // one allocation, handed out in pieces; big ones in huge pages, whose faults cost 500 times less
+ public:
+  explicit Memory(int64_t bytes) {
+    constexpr int64_t HUGE_PAGE = 2 << 20;
+    const bool big = bytes >= 4 * HUGE_PAGE;
+    const int64_t alignment = big ? HUGE_PAGE : 4096;
+    const int64_t size = (bytes + alignment - 1) / alignment * alignment;
+    start_ = static_cast<char*>(aligned_alloc(alignment, size));
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    if (big && start_) madvise(start_, size, MADV_HUGEPAGE);
+#endif
+  }
+  ~Memory() { std::free(start_); }
+  Memory(const Memory&) = delete;
+  explicit operator bool() const { return start_; }
+  template <class T = char> T* take(int64_t bytes) {
+    T* p = reinterpret_cast<T*>(start_ + used_);
+    used_ += size(bytes);
+    return p;
+  }
+  static int64_t size(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+ private:
+  char* start_;
+  int64_t used_ = 0;
+};
+
+// --- order of the tiles -----------------------------------------------------------------------------------------------
+
+struct Order {
+  int64_t left, right;  // blocks; a triangle has left == right
+  bool triangle;
+  int64_t m, per_round;
+  Order(int64_t left_, int64_t right_, bool triangle_) : left(left_), right(right_), triangle(triangle_) {
+    m = triangle ? left | 1 : left > right ? left : right;
+    per_round = triangle ? (m + 1) / 2 : m;
+  }
+  int64_t tiles() const { return m * per_round; }
+  // Tile number → round and blocks; a block number beyond the real ones is the empty block.
+  void at(int64_t number, int64_t& round, int64_t& i, int64_t& j) const {
+    round = number / per_round;
+    int64_t k = number % per_round;
+    if (triangle) {
+      // i + j ≡ round: the two blocks around half = round/2 (mod m), at distance k on either side
+      const int64_t half = round % 2 == 0 ? round / 2 : (round + m) / 2 % m;
+      // The far pairs of one round hold the near blocks of the next: going to and fro keeps a round between the two.
+      if (round % 2) k = per_round - 1 - k;
+      i = (half - k + m) % m, j = (half + k) % m;
+      if (i > j) std::swap(i, j);
+    } else {
+      i = k, j = (k + round) % m;
+    }
+  }
+};
+
+// --- a sweep ----------------------------------------------------------------------------------------------------------
+
+template <class T> int run(const Sweep& s, const Engine& engine, void*& lock) {
+  const bool gradient = s.form == GRAD_FIXED || s.form == GRAD;
+  const int64_t block = s.block < engine.largest_block ? s.block : int64_t(engine.largest_block);
+  const int64_t stride = engine.stride(block);
+  const int64_t left_rows = s.split ? s.split : s.n;
+  const int64_t left = (left_rows + block - 1) / block;
+  const int64_t right = s.split ? (s.n - s.split + block - 1) / block : 0;
+  const int64_t count = left + right, rows = count * stride;
+  const bool raw = engine.operands == BFLOAT16;  // scale is applied to the similarities, not to the rows
+
+  const int64_t packed_bytes = Memory::size(engine.packed_bytes(s.dim, stride, gradient));
+  const int64_t df_bytes = gradient ? Memory::size(engine.df_bytes(s.dim, stride)) : 0;
+  const int64_t vector_bytes = Memory::size(rows * int64_t(sizeof(T))), sum_bytes = Memory::size(rows * 8);
+  const int threads = s.threads > 1 ? s.threads : 1;
+  const int64_t scratch_bytes = Memory::size(engine.scratch_bytes(s.dim, stride));
+  const bool wants_df = gradient && s.hi > s.lo;
+  Memory memory(count * (packed_bytes + df_bytes) + 9 * vector_bytes + (TERM_COUNT + 3) * sum_bytes +
+                threads * scratch_bytes + Memory::size(count * int64_t(sizeof(std::atomic<int64_t>))));
+  if (!memory) return NO_MEMORY;
+
+  RowVectors v{};
+  v.padded = rows, v.stride = stride;
+  std::vector<Block> blocks(count);
+  for (int64_t b = 0; b < count; b++) {
+    Block& x = blocks[b];
+    x.first = b < left ? b * block : s.split + (b - left) * block;
+    const int64_t end = b < left ? left_rows : s.n;
+    x.rows = end - x.first < block ? end - x.first : block;
+    x.packed = b * stride;
+    x.left = memory.take(packed_bytes);
+    x.anchor = x.first < s.anchors;
+    x.wanted = wants_df && x.first < s.hi && x.first + x.rows > s.lo;
+    x.df = df_bytes ? memory.take(df_bytes) : nullptr;
+    if (!x.wanted) x.df = nullptr;
+  }
+  T* gain = nullptr;
+  {  // padded copies of the row vectors; a missing one is zero, all of those one and the same
+    T* zeros = memory.take<T>(vector_bytes);
+    std::memset(zeros, 0, vector_bytes);
+    auto spread = [&](const void* from, int64_t length) -> T* {
+      if (!from) return zeros;
+      T* to = memory.take<T>(vector_bytes);
+      std::memset(to, 0, vector_bytes);
+      for (const Block& b : blocks) {
+        const int64_t n = b.first + b.rows <= length ? b.rows : length > b.first ? length - b.first : 0;
+        std::memcpy(to + b.packed, static_cast<const T*>(from) + b.first, n * sizeof(T));
+      }
+      return to;
+    };
+    v.center = spread(s.center, s.anchors);
+    v.gain = gain = spread(s.gain, s.anchors);
+    v.shift = spread(s.shift, s.anchors);
+    v.offset = spread(s.offset, s.anchors);
+    v.level = spread(s.level, s.anchors);
+    v.scale = raw && s.scale ? spread(s.scale, s.n) : nullptr;
+    v.bias = s.bias ? spread(s.bias, s.n) : nullptr;
+    if (s.form == GRAD_FIXED) {
+      const T* shift = static_cast<const T*>(v.shift);
+      for (int64_t r = 0; r < rows; r++)
+        if (gain[r] != 0) gain[r] *= std::exp(T(s.middle) - shift[r]);
+    }
+    if (s.form == LOG_SUMS_RUNNING || s.form == MAXIMUM) {
+      T* base = memory.take<T>(vector_bytes);
+      for (int64_t r = 0; r < rows; r++) base[r] = -HUGE_VAL;
+      v.base = base;
+    }
+  }
+  v.sums = memory.take<double>(TERM_COUNT * sum_bytes);
+  v.total = memory.take<double>(2 * sum_bytes);
+  v.weight_sums = s.bias && gradient ? memory.take<double>(sum_bytes) : nullptr;
+  std::memset(v.sums, 0, TERM_COUNT * sum_bytes);
+  std::memset(v.total, 0, 2 * sum_bytes);
+  if (v.weight_sums) std::memset(v.weight_sums, 0, sum_bytes);
+  char* scratch = memory.take(threads * scratch_bytes);
+  auto* done = memory.take<std::atomic<int64_t>>(count * sizeof(std::atomic<int64_t>));
+  for (int64_t b = 0; b < count; b++) new (done + b) std::atomic<int64_t>(-1);
+
+  const Order order(left, s.split ? right : left, !s.split);
+  std::atomic<int64_t> next_block{0}, next_tile{0}, next_unpack{0};
+  std::atomic<int> status{OK};
+  const auto main_thread = std::this_thread::get_id();
+
+  auto work = [&](int thread) {
+    void* mine = scratch + thread * scratch_bytes;
+    auto wait_for = [&](int64_t b, int64_t round) {  // until the block has been packed and is through with rounds < round
+      for (int spins = 0; done[b].load(std::memory_order_acquire) < round; spins++) {
+        if (status.load(std::memory_order_relaxed) != OK) return;
+        if (spins > 1000) std::this_thread::yield();
+      }
+    };
+    for (int64_t b; (b = next_block.fetch_add(1)) < count;) {
+      engine.pack(s, blocks[b], stride, gradient, mine);
+      done[b].store(0, std::memory_order_release);
+    }
+    auto asked = std::chrono::steady_clock::now();
+    for (int64_t number; status.load(std::memory_order_relaxed) == OK && (number = next_tile.fetch_add(1)) < order.tiles();) {
+      int64_t round, i, j;
+      order.at(number, round, i, j);
+      const bool has_i = i < order.left, has_j = j < order.right;
+      const int64_t bi = i, bj = order.triangle ? j : left + j;
+      if (has_i) wait_for(bi, round);
+      if (has_j && bj != bi) wait_for(bj, round);
+      if (status.load(std::memory_order_relaxed) != OK) break;
+      if (has_i && has_j) engine.tile(s, v, blocks[bi], blocks[bj], mine);
+      if (has_i) done[bi].store(round + 1, std::memory_order_release);
+      if (has_j && bj != bi) done[bj].store(round + 1, std::memory_order_release);
+      if (s.check_signals && std::this_thread::get_id() == main_thread) {
+        const auto now = std::chrono::steady_clock::now();
+        if (now - asked > std::chrono::milliseconds(200)) {
+          asked = now;
+          s.take_lock(lock);
+          if (s.check_signals()) status.store(INTERRUPTED);
+          lock = s.release_lock();
+        }
+      }
+    }
+    if (wants_df)
+      for (int64_t b; status.load() == OK && (b = next_unpack.fetch_add(1)) < count;) {
+        if (!blocks[b].wanted) continue;
+        wait_for(b, order.m);
+        engine.unpack(s, v, blocks[b]);
+      }
+  };
+
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  work(omp_get_thread_num());
+#else
+  std::vector<std::thread> others;
+  for (int t = 1; t < threads; t++) others.emplace_back(work, t);
+  work(0);
+  for (auto& t : others) t.join();
+#endif
+  if (status.load() != OK) return status.load();
+
+  auto gather = [&](const auto* from, void* to, int64_t length) {
+    for (const Block& b : blocks)
+      for (int64_t r = 0; r < b.rows && b.first + r < length; r++) static_cast<T*>(to)[b.first + r] = T(from[b.packed + r]);
+  };
+  if (s.form == MAXIMUM) {
+    gather(static_cast<const T*>(v.base), s.out, s.anchors);
+  } else if (s.form == LOG_SUMS_RUNNING || s.form == LOG_SUMS_FIXED) {
+    T* out = static_cast<T*>(s.out);
+    const bool running = s.form == LOG_SUMS_RUNNING;
+    if (running) gather(static_cast<const T*>(v.base), out, s.anchors);
+    else for (int64_t r = 0; r < s.anchors; r++) out[r] = T(s.middle);
+    const double* sums = running ? static_cast<const double*>(v.total) : v.sums;
+    for (int k : {int(F), int(FT)})
+      if (s.rows_of_terms[k] >= 0)
+        gather(sums + (running ? k == FT : k) * rows, out + s.rows_of_terms[k] * s.anchors, s.anchors);
+  } else {
+    for (int k = 0; k < TERM_COUNT; k++)
+      if (s.rows_of_terms[k] >= 0)
+        gather(v.sums + k * rows, static_cast<T*>(gradient ? s.sums : s.out) + s.rows_of_terms[k] * s.anchors, s.anchors);
+  }
+  if (v.weight_sums) gather(v.weight_sums, s.weight_sums, s.n);
+  return OK;
+}
+
+}  // namespace
+
+#define ALPHACL_EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+ALPHACL_EXPORT int32_t alphacl_cpu_abi() { return 1; }
+
+ALPHACL_EXPORT const char* alphacl_cpu_build() { return ALPHACL_BUILD; }
+ALPHACL_EXPORT const char* alphacl_cpu_sources() { return ALPHACL_SOURCES; }
+
+// Bit k is set if instruction set k is compiled in (bits 0…) and runs here (bits 16…).
+ALPHACL_EXPORT int32_t alphacl_cpu_instruction_sets() {
+  int32_t mask = 0;
+  for (int32_t set = 0; set < SET_COUNT; set++) mask |= compiled(set) << set | (compiled(set) && runs_here(set)) << (16 + set);
+  return mask;
+}
+
+// Rows that make a block fastest: multiples of *multiple up to *largest; what multiplies this dtype here.
+ALPHACL_EXPORT const char* alphacl_cpu_engine(int32_t set, int32_t dtype, int32_t* multiple, int32_t* largest) {
+  const Engine* engine = choose(set, dtype);
+  if (!engine) return nullptr;
+  *multiple = engine->row_multiple, *largest = engine->largest_block;
+  return engine->instruction_set;
+}
+
+ALPHACL_EXPORT int32_t alphacl_cpu_sweep(const Sweep* s) {
+  const Engine* engine = choose(s->instruction_set, s->dtype);
+  if (!engine) return UNSUPPORTED;
+  void* lock = s->release_lock ? s->release_lock() : nullptr;
+  int status = NO_MEMORY;
+  try {
+    status = engine->accumulate == FLOAT64 ? run<double>(*s, *engine, lock) : run<float>(*s, *engine, lock);
+  } catch (const std::bad_alloc&) {
+  }
+  if (s->take_lock) s->take_lock(lock);
+  return status;
+}
+
+// exp (which = 0) or log (1) of n numbers, 64-byte aligned, n a multiple of 16.
+ALPHACL_EXPORT int32_t alphacl_cpu_function(int32_t set, int32_t dtype, int32_t which, const void* x, void* y, int64_t n) {
+  const Engine* engine = choose(set, dtype);
+  if (!engine) return UNSUPPORTED;
+  (which ? engine->logarithm : engine->exponential)(x, y, n);
+  return OK;
+}
+
+}  // extern "C"

@@ -1,0 +1,77 @@
+// What the host, the driver and the kernels of one instruction set say to each other. C++ checks only what protects
+// memory: arguments have been validated in Python.
+#pragma once
+
+#include <cstdint>
+
+enum Dtype : int32_t { FLOAT32 = 0, FLOAT64 = 1, BFLOAT16 = 2, FLOAT16 = 3 };
+enum KindCode : int32_t { EXP = 0, GIBBS = 1, POWER = 2, INVERSE = 3, HINGE = 4, SIGMOID = 5, SQUARE = 6, GAMMA = 7 };
+enum Piece : int32_t { F = 0, DF = 1, FT = 2, DFT = 3, DTAU = 4, TERM_COUNT = 5 };
+enum WeightCode : int32_t { WEIGHT_F = 0, WEIGHT_DF = 1, WEIGHT_F_DF = 2 };
+enum Form : int32_t {
+  LOG_SUMS_FIXED = 0,    // base_i is the constant `middle`: one exponential serves both anchors of a pair
+  LOG_SUMS_RUNNING = 1,  // base_i follows the row's largest t
+  PLAIN_SUMS = 2,
+  MAXIMUM = 3,
+  GRAD_FIXED = 4,  // g = gain_i·exp(log f − middle), gain rescaled by exp(middle − shift_i)
+  GRAD = 5,
+};
+enum Status : int32_t { OK = 0, NO_MEMORY = 1, INTERRUPTED = 2, UNSUPPORTED = 3 };
+
+// One call of `row_sums` or `pair_grad` (docs/design.md). Row vectors are of the accumulation dtype, double for float64
+// and float otherwise; a null pointer stands for zeros (scale: ones). Mirrored field by field in backend/cpu.py.
+struct Sweep {
+  const void* f;      // (n, dim) rows, row_stride elements apart
+  const void* scale;  // (n)
+  const void* bias;   // (n)
+  const void *center, *gain, *shift, *offset, *level;  // (anchors)
+  void* out;          // row_sums: (terms, anchors)
+  void* df;           // (hi − lo, dim)
+  void* weight_sums;  // (n), with a bias
+  void* sums;         // pair_grad: (terms, anchors)
+  // Python's PyEval_SaveThread, PyEval_RestoreThread and PyErr_CheckSignals, or null: a sweep runs without the interpreter's
+  // lock, and the calling thread asks now and then whether a signal (Ctrl-C) has raised an exception, which ends it.
+  void* (*release_lock)();
+  void (*take_lock)(void*);
+  int (*check_signals)();
+  int64_t n, dim, row_stride, split, partner, anchors, lo, hi, block;
+  double tau, middle;
+  double params[3];
+  int32_t dtype, kind, form, weight, threads, instruction_set;
+  int32_t rows_of_terms[TERM_COUNT];  // row of out (sums) that a term goes to, −1 where it is not wanted
+};
+
+// A block of consecutive rows, packed for one engine. Index r of a row vector is row `first + r`.
+struct Block {
+  int64_t first, rows, packed;  // global number of its first row, rows, offset into all padded row vectors
+  void* left;                   // operands of the matrix products: the engine's own layout
+  void* df;                     // accumulator of the gradient, the engine's own layout
+  bool anchor, wanted;          // its rows are anchors; the gradient of some of its rows is wanted
+};
+
+// Row vectors, padded block by block to `stride` rows, zero beyond the rows there are.
+struct RowVectors {
+  const void *center, *gain, *shift, *offset, *level, *scale, *bias;
+  double* sums;         // [TERM_COUNT][padded], accumulated in double
+  void *base, *total;   // LOG_SUMS_RUNNING: base and [2][padded] sums relative to it
+  double* weight_sums;  // [padded]
+  int64_t padded, stride;
+};
+
+// Kernels of one instruction set and one kind of operands.
+struct Engine {
+  const char* instruction_set;
+  int32_t operands;  // dtype of the rows it multiplies: FLOAT32, FLOAT64 or BFLOAT16
+  int32_t accumulate;  // FLOAT32 or FLOAT64
+  int32_t row_multiple;  // best block sizes are multiples of this …
+  int32_t largest_block;  // … up to this
+  int64_t (*packed_bytes)(int64_t dim, int64_t stride, bool gradient);
+  int64_t (*df_bytes)(int64_t dim, int64_t stride);
+  int64_t (*scratch_bytes)(int64_t dim, int64_t stride);
+  int64_t (*stride)(int64_t block);  // rows of a block, padded
+  void (*pack)(const Sweep&, const Block&, int64_t stride, bool gradient, void* scratch);
+  void (*tile)(const Sweep&, const RowVectors&, const Block& i, const Block& j, void* scratch);
+  void (*unpack)(const Sweep&, const RowVectors&, const Block&);
+  void (*exponential)(const void* x, void* y, int64_t n);  // for tests: the vector functions on their own
+  void (*logarithm)(const void* x, void* y, int64_t n);
+};
