@@ -20,7 +20,15 @@ COMMON = ["-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 FAILURE = "_cpu_not_built.txt"
-INSTRUCTION_SETS = {"portable": [], "avx2": AVX2, "avx512": AVX512}
+BF16 = [*AVX512, "-mavx512bf16"]
+INSTRUCTION_SETS = {
+    "portable": [],
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512_bf16": [*BF16, "-DALPHACL_USE_DOT"],
+    "amx": [*BF16, "-mamx-tile", "-mamx-bf16", "-DALPHACL_USE_AMX"],
+    "amx_emulated": [*BF16, "-DALPHACL_USE_AMX", "-DALPHACL_AMX_EMULATED"],  # for tests
+}
 
 
 class BuildKernels(build_ext):

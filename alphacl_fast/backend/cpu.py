@@ -165,6 +165,16 @@ def block_rows(n: int, multiple: int, largest: int) -> int:
     return max(multiple, min(largest, n // 16 // multiple * multiple))
 
 
+#: Multiply-adds that are worth waking a thread for: some 30 µs of one core's work.
+WORK_PER_THREAD = 4_000_000
+
+
+def _threads(n: int, dim: int, split: int, gradient: bool) -> int:
+    pairs = split * (n - split) if split else n * n // 2
+    work = pairs * dim * (3 if gradient else 1)
+    return max(1, min(torch.get_num_threads(), work // WORK_PER_THREAD))
+
+
 def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
@@ -188,7 +198,7 @@ def _run(
     rows_of_terms = [terms.index(term) + first_term if term in terms else -1 for term in _TERMS]
     sweep = _Sweep(
         f=f.data_ptr(), n=f.shape[0], dim=f.shape[1], row_stride=f.stride(0), dtype=dtype, instruction_set=isa,
-        block=block_rows(f.shape[0], multiple, largest), threads=torch.get_num_threads(), tau=float(tau), kind=_KINDS[kind],
+        block=block_rows(f.shape[0], multiple, largest), threads=_threads(*f.shape, fields["split"], "gain" in vectors), tau=float(tau), kind=_KINDS[kind],
         params=(*params, 0.0, 0.0, 0.0)[:3], rows_of_terms=tuple(rows_of_terms), **_HOOKS,
         **{name: _pointer(x) for name, x in {**contiguous, **outputs}.items()}, **fields,
     )  # fmt: skip

@@ -13,8 +13,10 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "sweep.h"
@@ -43,6 +45,8 @@ int alphacl_engines_avx512_bf16(Engine*);
 #endif
 #if defined(ALPHACL_WITH_AMX)
 int alphacl_engines_amx(Engine*);
+#endif
+#if defined(ALPHACL_WITH_AMX_EMULATED)
 int alphacl_engines_amx_emulated(Engine*);
 #endif
 
@@ -110,6 +114,8 @@ const EngineSet* engine_sets() {
 #endif
 #if defined(ALPHACL_WITH_AMX)
     take(AMX, alphacl_engines_amx);
+#endif
+#if defined(ALPHACL_WITH_AMX_EMULATED)
     take(AMX_EMULATED, alphacl_engines_amx_emulated);
 #endif
     return true;
@@ -154,19 +160,32 @@ const Engine* choose(int32_t set, int32_t dtype) {
 
 // --- memory ---------------------------------------------------------------------------------------------------------
 
-class Memory {  // one allocation, handed out in pieces; big ones in huge pages, whose faults cost 500 times less
+// One allocation, handed out in pieces; big ones in huge pages. The last one is kept for the next call unless it is large:
+// its pages' faults would cost small batches half their time.
+class Memory {
  public:
   explicit Memory(int64_t bytes) {
+    {
+      const std::lock_guard<std::mutex> hold(mutex_);
+      if (kept_size_ >= bytes) std::swap(start_, kept_), std::swap(size_, kept_size_);
+    }
+    if (start_) return;
     constexpr int64_t HUGE_PAGE = 2 << 20;
-    const bool big = bytes >= 4 * HUGE_PAGE;
+    const bool big = bytes >= 2 * HUGE_PAGE;
     const int64_t alignment = big ? HUGE_PAGE : 4096;
-    const int64_t size = (bytes + alignment - 1) / alignment * alignment;
-    start_ = static_cast<char*>(aligned_alloc(alignment, size));
+    size_ = (bytes + alignment - 1) / alignment * alignment;
+    start_ = static_cast<char*>(aligned_alloc(alignment, size_));
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    if (big && start_) madvise(start_, size, MADV_HUGEPAGE);
+    if (big && start_) madvise(start_, size_, MADV_HUGEPAGE);
 #endif
   }
-  ~Memory() { std::free(start_); }
+  ~Memory() {
+    if (size_ <= LARGEST_KEPT) {
+      const std::lock_guard<std::mutex> hold(mutex_);
+      if (size_ > kept_size_) std::swap(start_, kept_), std::swap(size_, kept_size_);
+    }
+    std::free(start_);
+  }
   Memory(const Memory&) = delete;
   explicit operator bool() const { return start_; }
   template <class T = char> T* take(int64_t bytes) {
@@ -177,9 +196,16 @@ class Memory {  // one allocation, handed out in pieces; big ones in huge pages,
   static int64_t size(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
  private:
-  char* start_;
-  int64_t used_ = 0;
+  static constexpr int64_t LARGEST_KEPT = 64 << 20;
+  static std::mutex mutex_;
+  static char* kept_;
+  static int64_t kept_size_;
+  char* start_ = nullptr;
+  int64_t size_ = 0, used_ = 0;
 };
+std::mutex Memory::mutex_;
+char* Memory::kept_ = nullptr;
+int64_t Memory::kept_size_ = 0;
 
 // --- order of the tiles -----------------------------------------------------------------------------------------------
 
@@ -214,7 +240,7 @@ struct Order {
 template <class T> int run(const Sweep& s, const Engine& engine, void*& lock) {
   const bool gradient = s.form == GRAD_FIXED || s.form == GRAD;
   const int64_t block = s.block < engine.largest_block ? s.block : int64_t(engine.largest_block);
-  const int64_t stride = engine.stride(block);
+  const int64_t stride = (block + engine.row_multiple - 1) / engine.row_multiple * engine.row_multiple;
   const int64_t left_rows = s.split ? s.split : s.n;
   const int64_t left = (left_rows + block - 1) / block;
   const int64_t right = s.split ? (s.n - s.split + block - 1) / block : 0;
@@ -232,14 +258,14 @@ template <class T> int run(const Sweep& s, const Engine& engine, void*& lock) {
   if (!memory) return NO_MEMORY;
 
   RowVectors v{};
-  v.padded = rows, v.stride = stride;
+  v.padded = rows;
   std::vector<Block> blocks(count);
   for (int64_t b = 0; b < count; b++) {
     Block& x = blocks[b];
     x.first = b < left ? b * block : s.split + (b - left) * block;
     const int64_t end = b < left ? left_rows : s.n;
     x.rows = end - x.first < block ? end - x.first : block;
-    x.packed = b * stride;
+    x.stride = stride, x.packed = b * stride;
     x.left = memory.take(packed_bytes);
     x.anchor = x.first < s.anchors;
     x.wanted = wants_df && x.first < s.hi && x.first + x.rows > s.lo;
@@ -265,7 +291,12 @@ template <class T> int run(const Sweep& s, const Engine& engine, void*& lock) {
     v.shift = spread(s.shift, s.anchors);
     v.offset = spread(s.offset, s.anchors);
     v.level = spread(s.level, s.anchors);
-    v.scale = raw && s.scale ? spread(s.scale, s.n) : nullptr;
+    if (raw && s.scale) {  // rows are packed with the power of two of their scale
+      T* scale = spread(s.scale, s.n);
+      int exponent;
+      for (int64_t r = 0; r < rows; r++) scale[r] = std::frexp(scale[r], &exponent);
+      v.scale = scale;
+    }
     v.bias = s.bias ? spread(s.bias, s.n) : nullptr;
     if (s.form == GRAD_FIXED) {
       const T* shift = static_cast<const T*>(v.shift);
@@ -302,7 +333,7 @@ template <class T> int run(const Sweep& s, const Engine& engine, void*& lock) {
       }
     };
     for (int64_t b; (b = next_block.fetch_add(1)) < count;) {
-      engine.pack(s, blocks[b], stride, gradient, mine);
+      engine.pack(s, blocks[b], gradient, mine);
       done[b].store(0, std::memory_order_release);
     }
     auto asked = std::chrono::steady_clock::now();
@@ -331,7 +362,7 @@ template <class T> int run(const Sweep& s, const Engine& engine, void*& lock) {
       for (int64_t b; status.load() == OK && (b = next_unpack.fetch_add(1)) < count;) {
         if (!blocks[b].wanted) continue;
         wait_for(b, order.m);
-        engine.unpack(s, v, blocks[b]);
+        engine.unpack(s, blocks[b]);
       }
   };
 

@@ -3,18 +3,23 @@
 // A tile (I, J) goes through: similarities of PANEL_ROWS rows → their pair kind, sums and weights while they are in the
 // first-level cache → after the last panel the two products with F, from the weights in the second-level cache.
 
+#if defined(ALPHACL_USE_AMX)
+#include "amx.h"
+#elif defined(ALPHACL_USE_DOT)
+#include "dot.h"
+#else
 #include "native.h"
-#include "tile.h"
+#endif
 
 namespace {
 
 template <class T> struct Scratch {  // of one thread
   T *tile, *col_sums, *row_max, *col_max, *row_base, *col_base;
   void* rest;
-  static int64_t bytes() { return ((MAX_BLOCK + PANEL_ROWS) * LD + (TERM_COUNT + 4) * MAX_BLOCK) * int64_t(sizeof(T)); }
+  static int64_t bytes() { return ((MAX_BLOCK + 32) * LD + (TERM_COUNT + 4) * MAX_BLOCK) * int64_t(sizeof(T)); }
   explicit Scratch(void* p) {
     tile = static_cast<T*>(p);
-    col_sums = tile + (MAX_BLOCK + PANEL_ROWS) * LD;
+    col_sums = tile + (MAX_BLOCK + 32) * LD;
     row_max = col_sums + TERM_COUNT * MAX_BLOCK;
     col_max = row_max + MAX_BLOCK;
     row_base = col_max + MAX_BLOCK;
@@ -32,8 +37,8 @@ template <class T> SideScalars<T> later(const SideScalars<T>& s, int64_t r) {
 }
 
 // t = scale_i·scale_j·s + (bias_i + bias_j) on one panel; t_ij and t_ji must be the same number
-template <class T> void scale_and_shift(const RowVectors& v, const Block& i, const Block& j, int64_t r0, T* s) {
-  const T* scale = static_cast<const T*>(v.scale);
+template <class T> void scale_and_shift(const RowVectors& v, bool scales, const Block& i, const Block& j, int64_t r0, T* s) {
+  const T* scale = scales ? static_cast<const T*>(v.scale) : nullptr;
   const T* bias = static_cast<const T*>(v.bias);
   for (int64_t r = 0; r < PANEL_ROWS; r++)
     for (int64_t c = 0; c < j.rows; c += LANES<T>) {
@@ -124,9 +129,9 @@ void tile(const Sweep& s, const RowVectors& v, const Block& i, const Block& j, v
     for (int64_t c = 0; c < MAX_BLOCK; c++) scratch.col_max[c] = T(-__builtin_inf());
   for (int64_t r0 = 0; r0 < i.rows; r0 += PANEL_ROWS) {
     position(r0);
-    p.s = scratch.tile + (keep_tile ? r0 * LD : 0);
-    Products::similarities(s, i, j, r0, p.s);
-    if (v.bias || v.scale) scale_and_shift<T>(v, i, j, r0, p.s);
+    p.s = scratch.tile + (keep_tile ? r0 : r0 % Products::SIMILARITY_ROWS) * LD;
+    Products::similarities(s, v, i, j, r0, p.s);
+    if (v.bias || (v.scale && !Products::SCALES)) scale_and_shift<T>(v, !Products::SCALES, i, j, r0, p.s);
     if (s.form == LOG_SUMS_RUNNING) {
       Maximum<T>::run(p);
       continue;
@@ -158,7 +163,7 @@ void tile(const Sweep& s, const RowVectors& v, const Block& i, const Block& j, v
     for (int k = 0; k < TERM_COUNT; k++)
       if (wanted[k] >= 0)
         for (int64_t c = 0; c < j.rows; c++) sums_of(k)[j.packed + c] += double(p.col_sums[k][c]);
-  if (gradient) Products::products(s, scratch.tile, scratch.rest, i, j, diagonal, v.stride);
+  if (gradient) Products::products(s, scratch.tile, scratch.rest, i, j, diagonal);
 }
 
 template <class T> void exponential(const void* x, void* y, int64_t n) {
@@ -167,16 +172,13 @@ template <class T> void exponential(const void* x, void* y, int64_t n) {
 template <class T> void logarithm(const void* x, void* y, int64_t n) {
   for (int64_t c = 0; c < n; c += LANES<T>) store(static_cast<T*>(y) + c, vlog<T>(load(static_cast<const T*>(x) + c)));
 }
-int64_t stride_of(int64_t block) { return padded(block, ROW_MULTIPLE); }
-
 template <class Products> Engine engine(const char* name, int32_t operands) {
   using T = typename Products::T;
-  return {name, operands, sizeof(T) == 4 ? FLOAT32 : FLOAT64, ROW_MULTIPLE, MAX_BLOCK,
+  return {name, operands, sizeof(T) == 4 ? FLOAT32 : FLOAT64, Products::MULTIPLE, Products::LARGEST,
           Products::packed_bytes, Products::df_bytes,
           [](int64_t dim, int64_t stride) { return padded(Scratch<T>::bytes() + Products::scratch_bytes(dim, stride), 4096); },
-          stride_of,
-          [](const Sweep& s, const Block& b, int64_t stride, bool gradient, void* memory) {
-            Products::pack(s, b, stride, gradient, Scratch<T>(memory).rest);
+          [](const Sweep& s, const Block& b, bool gradient, void* memory) {
+            Products::pack(s, b, gradient, Scratch<T>(memory).rest);
           },
           tile<Products>, Products::unpack, exponential<T>, logarithm<T>};
 }
@@ -190,8 +192,16 @@ template <class Products> Engine engine(const char* name, int32_t operands) {
 
 // Fills `engines` and returns how many there are.
 int ALPHACL_JOIN(alphacl_engines_, ALPHACL_ISA)(Engine* engines) {
-  int count = 0;
-  engines[count++] = engine<NativeProducts<float>>(ALPHACL_TEXT(ALPHACL_ISA), FLOAT32);
-  engines[count++] = engine<NativeProducts<double>>(ALPHACL_TEXT(ALPHACL_ISA), FLOAT64);
-  return count;
+  const char* name = ALPHACL_TEXT(ALPHACL_ISA);
+#if defined(ALPHACL_USE_AMX)
+  engines[0] = engine<AmxProducts>(name, BFLOAT16);
+  return 1;
+#elif defined(ALPHACL_USE_DOT)
+  engines[0] = engine<DotProducts>(name, BFLOAT16);
+  return 1;
+#else
+  engines[0] = engine<NativeProducts<float>>(name, FLOAT32);
+  engines[1] = engine<NativeProducts<double>>(name, FLOAT64);
+  return 2;
+#endif
 }

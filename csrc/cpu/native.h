@@ -19,6 +19,9 @@ __attribute__((noinline)) void multiply(const T* __restrict a, const T* __restri
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 3
     for (int v = 0; v < V; v++) acc[r][v] = Vec<T>{};
+  if (Add)  // the accumulator comes from far away and is needed only at the end
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < V; v++) __builtin_prefetch(c + r * ldc + v * L, 1);
   for (int64_t k = 0; k < steps; k++) {
     Vec<T> bv[V];
 #pragma GCC unroll 3
@@ -56,7 +59,8 @@ template <class Scalar> struct NativeProducts {
   static constexpr int REGISTER_ROWS = WIDE % 4 == 0 ? 4 : 2;
 #endif
   static_assert(WIDE % REGISTER_ROWS == 0 && ROW_MULTIPLE % WIDE == 0 && PANEL_ROWS % REGISTER_ROWS == 0);
-  static constexpr bool WEIGHTS_IN_PLACE = true;
+  static constexpr bool WEIGHTS_IN_PLACE = true, SCALES = true;  // weights stay in the tile; scales are applied
+  static constexpr int64_t SIMILARITY_ROWS = PANEL_ROWS, MULTIPLE = ROW_MULTIPLE, LARGEST = MAX_BLOCK;
 
   static int64_t left_size(int64_t dim, int64_t stride) { return stride * dim; }
   static int64_t packed_bytes(int64_t dim, int64_t stride, bool gradient) {
@@ -66,7 +70,8 @@ template <class Scalar> struct NativeProducts {
   static int64_t df_bytes(int64_t dim, int64_t stride) { return stride * FeaturePanels<T>(dim).padded_dim() * sizeof(T); }
   static int64_t scratch_bytes(int64_t dim, int64_t) { return L * FeaturePanels<T>(dim).padded_dim() * sizeof(T); }
 
-  static void pack(const Sweep& s, const Block& block, int64_t stride, bool gradient, void* scratch) {
+  static void pack(const Sweep& s, const Block& block, bool gradient, void* scratch) {
+    const int64_t stride = block.stride;
     const FeaturePanels<T> panels(s.dim);
     const int64_t wide_dim = panels.padded_dim();
     T* rows = static_cast<T*>(scratch);  // (L, wide_dim)
@@ -103,7 +108,7 @@ template <class Scalar> struct NativeProducts {
   }
 
   // s (PANEL_ROWS, LD) = F_I[r0 …]·F_Jᵀ
-  static ALPHACL_INLINE void similarities(const Sweep& s, const Block& i, const Block& j, int64_t r0, T* out) {
+  static ALPHACL_INLINE void similarities(const Sweep& s, const RowVectors&, const Block& i, const Block& j, int64_t r0, T* out) {
     const T* left = static_cast<const T*>(i.left);
     const T* right = static_cast<const T*>(j.left);
     for (int64_t c = 0; c < j.rows; c += WIDE)
@@ -114,7 +119,8 @@ template <class Scalar> struct NativeProducts {
 
   // dF (of `rows` rows) += W·F, W of row r and step k at w[r·A_ROW + k·A_STEP]
   template <int64_t A_ROW, int64_t A_STEP>
-  static void add_product(const Sweep& s, const T* w, int64_t rows, const Block& other, const Block& mine, int64_t stride) {
+  static void add_product(const Sweep& s, const T* w, int64_t rows, const Block& other, const Block& mine) {
+    const int64_t stride = mine.stride;
     const FeaturePanels<T> panels(s.dim);
     const T* right = static_cast<const T*>(other.left) + left_size(s.dim, stride);
     T* df = static_cast<T*>(mine.df);
@@ -132,12 +138,12 @@ template <class Scalar> struct NativeProducts {
     }
   }
 
-  static void products(const Sweep& s, T* tile, void*, const Block& i, const Block& j, bool diagonal, int64_t stride) {
-    if (i.wanted) add_product<LD, 1>(s, tile, i.rows, j, i, stride);
-    if (j.wanted && !diagonal) add_product<1, LD>(s, tile, j.rows, i, j, stride);
+  static void products(const Sweep& s, T* tile, void*, const Block& i, const Block& j, bool diagonal) {
+    if (i.wanted) add_product<LD, 1>(s, tile, i.rows, j, i);
+    if (j.wanted && !diagonal) add_product<1, LD>(s, tile, j.rows, i, j);
   }
 
-  static void unpack(const Sweep& s, const RowVectors& v, const Block& block) {
+  static void unpack(const Sweep& s, const Block& block) {
     const FeaturePanels<T> panels(s.dim);
     const T* df = static_cast<const T*>(block.df);
     for (int64_t r = 0; r < block.rows; r++) {
@@ -147,7 +153,7 @@ template <class Scalar> struct NativeProducts {
       for (int64_t p = 0; p < panels.count; p++) {
         const int64_t from = panels.first(p) * L, width = panels.width(p) * L;
         const int64_t used = s.dim - from < width ? s.dim - from : width;
-        std::memcpy(out + from, df + from * v.stride + r * width, used * sizeof(T));
+        std::memcpy(out + from, df + from * block.stride + r * width, used * sizeof(T));
       }
     }
   }

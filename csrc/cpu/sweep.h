@@ -43,19 +43,19 @@ struct Sweep {
 
 // A block of consecutive rows, packed for one engine. Index r of a row vector is row `first + r`.
 struct Block {
-  int64_t first, rows, packed;  // global number of its first row, rows, offset into all padded row vectors
+  int64_t first, rows, stride, packed;  // global number of its first row, rows, padded rows, offset into the row vectors
   void* left;                   // operands of the matrix products: the engine's own layout
   void* df;                     // accumulator of the gradient, the engine's own layout
   bool anchor, wanted;          // its rows are anchors; the gradient of some of its rows is wanted
 };
 
-// Row vectors, padded block by block to `stride` rows, zero beyond the rows there are.
+// Row vectors, padded block by block, zero beyond the rows there are.
 struct RowVectors {
   const void *center, *gain, *shift, *offset, *level, *scale, *bias;
   double* sums;         // [TERM_COUNT][padded], accumulated in double
   void *base, *total;   // LOG_SUMS_RUNNING: base and [2][padded] sums relative to it
   double* weight_sums;  // [padded]
-  int64_t padded, stride;
+  int64_t padded;
 };
 
 // Kernels of one instruction set and one kind of operands.
@@ -63,15 +63,14 @@ struct Engine {
   const char* instruction_set;
   int32_t operands;  // dtype of the rows it multiplies: FLOAT32, FLOAT64 or BFLOAT16
   int32_t accumulate;  // FLOAT32 or FLOAT64
-  int32_t row_multiple;  // best block sizes are multiples of this …
-  int32_t largest_block;  // … up to this
+  int32_t row_multiple;  // blocks are padded to multiples of this …
+  int32_t largest_block;  // … and have at most so many rows
   int64_t (*packed_bytes)(int64_t dim, int64_t stride, bool gradient);
   int64_t (*df_bytes)(int64_t dim, int64_t stride);
   int64_t (*scratch_bytes)(int64_t dim, int64_t stride);
-  int64_t (*stride)(int64_t block);  // rows of a block, padded
-  void (*pack)(const Sweep&, const Block&, int64_t stride, bool gradient, void* scratch);
+  void (*pack)(const Sweep&, const Block&, bool gradient, void* scratch);
   void (*tile)(const Sweep&, const RowVectors&, const Block& i, const Block& j, void* scratch);
-  void (*unpack)(const Sweep&, const RowVectors&, const Block&);
+  void (*unpack)(const Sweep&, const Block&);
   void (*exponential)(const void* x, void* y, int64_t n);  // for tests: the vector functions on their own
   void (*logarithm)(const void* x, void* y, int64_t n);
 };

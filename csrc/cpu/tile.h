@@ -76,7 +76,7 @@ template <class T, class K, bool Gap> struct FixedSums {
     if (Gap) col_ft = load(p.col_sums[FT] + c), col_center = load(p.col.center + c);
   }
   template <bool Masked> ALPHACL_INLINE void pair(int r, int64_t, Vec<T> t, Mask<T> keep) {
-    Vec<T> e = vexp<T>(K::f(t, p.numbers) - p.numbers.middle);
+    Vec<T> e = vexp_bounded<T>(K::f(t, p.numbers) - p.numbers.middle);
     if (Masked) e = keep ? e : Vec<T>{};
     f[r] += e;
     col_f += e;
@@ -226,7 +226,7 @@ template <class T, class K> struct FixedGradient {
   ALPHACL_INLINE void begin(int64_t c) { col_gain = load(p.col.gain + c); }
   ALPHACL_INLINE void end(int64_t) {}
   template <bool Masked> ALPHACL_INLINE void pair(int r, int64_t c, Vec<T> t, Mask<T> keep) {
-    Vec<T> g = vexp<T>(K::f(t, p.numbers) - p.numbers.middle) * (col_gain + p.row.gain[r]);
+    Vec<T> g = vexp_bounded<T>(K::f(t, p.numbers) - p.numbers.middle) * (col_gain + p.row.gain[r]);
     if (Masked) g = keep ? g : Vec<T>{};
     store(p.s + r * LD + c, g);
   }

@@ -159,6 +159,17 @@ template <class T> ALPHACL_INLINE Vec<T> vexp(Vec<T> x) {
   return x != x ? x : y;
 }
 
+// exp where |x| < 87 (float) or 700 (double), or NaN: 2^k as a number of its own, no ends to look after.
+template <class T> ALPHACL_INLINE Vec<T> vexp_bounded(Vec<T> x) {
+  using C = ExpConstants<T>;
+  constexpr T biased = C::magic + T((1 << (sizeof(T) == 4 ? 7 : 10)) - 1);
+  const Vec<T> shifted = x * C::log2e + biased;
+  const Vec<T> k = shifted - biased;
+  Vec<T> r = x - k * C::ln2_high;
+  r = r - k * C::ln2_low;
+  return exp_polynomial(r) * from_bits<T>(bits<T>(shifted) << C::mantissa);
+}
+
 // log of a positive normal number (0 → −inf, inf → inf, NaN and negative → NaN): x = 2^k·m, m in [√½, √2),
 // log m = 2·atanh(s), s = (m − 1)/(m + 1). The doubles' series is also what float's powers go through.
 ALPHACL_INLINE Vec<double> log_series(Vec<double> s2) {
