@@ -141,6 +141,12 @@ def _info(arguments: list[str]) -> int:
                      f"{torch.get_num_threads()} threads"), ("cuda device", cuda)]
     rows += [(f"backend {name}", "usable" if reason is None else f"not usable: {' '.join(reason.split())}")
              for name, reason in alphacl_fast.backends().items()]
+    from alphacl_fast.backend import cpu
+
+    if cpu.load_error() is None:
+        served = ", ".join(f"{name} by {cpu.engine(getattr(torch, name))}" for name in ("float32", "float64", "bfloat16", "float16"))
+        sets = ", ".join(name if here else f"({name})" for name, here in cpu.instruction_sets().items())
+        rows += [("cpu kernels", cpu.build()), ("cpu kernels use", f"{served}; compiled: {sets}")]
     rows.append(("objectives", ", ".join(alphacl_fast.objectives.names())))
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:{width}}  {value}" for name, value in rows))

@@ -4,7 +4,8 @@
 
 On a CPU only ratios are kept: every time is divided by that of a 4096³ product of the same dtype in the same run. Work is
 counted as 4n²D floating-point operations (two_view; 8N²D for cross_view), whatever a contestant does. A contestant whose
-gradient is wrong is not timed.
+gradient is wrong is not timed. A contestant is a backend, ``eager`` or a rival of `benchmarks.contestants`, with an objective
+of its own after a slash if need be: ``--contestants cpu,cpu/alpha_direct,cpu/triplet``. Absent rivals are skipped by name.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ import torch
 from torch import Tensor
 
 import alphacl_fast
+from alphacl_fast.backend import cpu
 from alphacl_fast.functional import alpha_cl_loss
 
-from .contestants import Loss, make
+from .contestants import Loss, make, missing
 
 GEMM = 4096
 
@@ -47,7 +49,13 @@ def gradient(loss: Loss, z1: Tensor, z2: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss(z1, z2), [z1, z2])
 
 
-def verify(loss: Loss, args: argparse.Namespace, device: torch.device) -> float:
+def split(contestant: str, objective: str) -> tuple[str, str]:
+    """Name and objective of a contestant."""
+    name, _, own = contestant.partition("/")
+    return name, own or objective
+
+
+def verify(loss: Loss, objective: str, args: argparse.Namespace, device: torch.device) -> float:
     """Relative gradient error at a small size against the float64 oracle on the same inputs.
 
     Raises:
@@ -59,7 +67,7 @@ def verify(loss: Loss, args: argparse.Namespace, device: torch.device) -> float:
     wide = [z.detach().double().requires_grad_() for z in (z1, z2)]
     truth = torch.autograd.grad(
         alpha_cl_loss(
-            *wide, args.objective, temperature=args.tau, negatives=args.negatives, backend="reference"
+            *wide, objective, temperature=args.tau, negatives=args.negatives, backend="reference"
         ),
         wide,
     )  # fmt: skip
@@ -81,6 +89,11 @@ def provenance(device: torch.device) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def kernels(contestant: str, dtype: torch.dtype) -> str | None:
+    """Instruction set of the compiled CPU backend."""
+    return cpu.engine(dtype) if split(contestant, "")[0] == "cpu" else None
+
+
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """All rows of one setting."""
     device = torch.device(args.device)
@@ -88,8 +101,14 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     pairs = args.n // 2
     z1, z2 = (torch.randn(pairs, args.dim, device=device).to(args.torch_dtype).requires_grad_() for _ in range(2))
-    losses = {name: make(name, args.objective, args.negatives, args.tau) for name in args.contestants}
-    errors = {name: verify(loss, args, device) for name, loss in losses.items()}
+    losses = {}
+    for contestant in args.contestants:
+        name, objective = split(contestant, args.objective)
+        if missing(name):
+            print(f"{name} skipped: {missing(name)}", file=sys.stderr)
+            continue
+        losses[contestant] = make(name, objective, args.negatives, args.tau)
+    errors = {name: verify(loss, split(name, args.objective)[1], args, device) for name, loss in losses.items()}
     a = torch.randn(GEMM, GEMM, device=device).to(args.torch_dtype)
     times: dict[str, list[float]] = {name: [] for name in ("gemm", *losses)}
     for repeat in range(args.repeats + 1):
@@ -105,7 +124,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name in losses:
         low, median, high = (float(torch.tensor(times[name]).quantile(q)) for q in (0.2, 0.5, 0.8))
         row = {
-            "benchmark": "loss+gradient", "contestant": name, "objective": args.objective, "negatives": args.negatives,
+            "benchmark": "loss+gradient", "contestant": split(name, "")[0], "objective": split(name, args.objective)[1],
+            "negatives": args.negatives, "kernels": kernels(name, args.torch_dtype),
             "n": args.n, "dim": args.dim, "dtype": args.dtype, "repeats": args.repeats, "gradient_error": errors[name],
             "median_in_gemms": median / gemm, "p20_in_gemms": low / gemm, "p80_in_gemms": high / gemm,
             "fraction_of_gemm_rate": work / median / (2 * GEMM**3 / gemm),
@@ -124,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--objective", default="infonce", choices=alphacl_fast.objectives.names())
     parser.add_argument("--negatives", default="two_view", choices=("two_view", "one_view", "cross_view"))
     parser.add_argument("--tau", type=float, default=0.5)
-    parser.add_argument("--contestants", default="eager,blocked", type=lambda text: text.split(","))
+    parser.add_argument("--contestants", default="eager,blocked,cpu", type=lambda text: text.split(","))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

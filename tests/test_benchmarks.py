@@ -15,7 +15,7 @@ def test_rows(tmp_path, negatives, monkeypatch, capsys):
     arguments = ["--n", "64", "--dim", "8", "--repeats", "2", "--device", "cpu", "--out", str(out)]
     assert loss.main([*arguments, "--negatives", negatives]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["contestant"] for row in rows] == ["eager", "blocked"]
+    assert [row["contestant"] for row in rows] == ["eager", "blocked", "cpu"]
     for row in rows:
         assert row["fraction_of_gemm_rate"] > 0
         assert row["median_ms"] is None  # absolute times only from a GPU

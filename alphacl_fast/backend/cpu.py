@@ -26,7 +26,6 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_emu
 LIBRARY = Path(__file__).parent.parent / "_cpu.abi3.so"
 FAILURE = LIBRARY.with_name("_cpu_not_built.txt")
 
-_ABI = 1
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _KINDS = {name: code for code, name in enumerate(("exp", "gibbs", "power", "inverse", "hinge", "sigmoid", "square", "gamma"))}
 _TERMS = ("f", "df", "ft", "dft", "dtau")
@@ -65,8 +64,8 @@ def _library() -> ctypes.PyDLL:
     if not LIBRARY.exists():
         reason = FAILURE.read_text().strip() if FAILURE.exists() else "no library beside the package"
         raise OSError(f"{reason}; reinstall with a C++ compiler (GCC or clang)")
-    library = ctypes.PyDLL(str(LIBRARY))  # the lock stays with us, and an exception that a signal raised comes through
-    if library.alphacl_cpu_abi() != _ABI:
+    library = ctypes.PyDLL(str(LIBRARY))  # not CDLL: an exception that a signal raised comes through
+    if library.alphacl_cpu_sweep_size() != ctypes.sizeof(_Sweep):
         raise OSError(f"{LIBRARY.name} does not fit this version of the package; reinstall")
     library.alphacl_cpu_build.restype = library.alphacl_cpu_sources.restype = ctypes.c_char_p
     library.alphacl_cpu_engine.restype = ctypes.c_char_p
@@ -198,7 +197,8 @@ def _run(
     rows_of_terms = [terms.index(term) + first_term if term in terms else -1 for term in _TERMS]
     sweep = _Sweep(
         f=f.data_ptr(), n=f.shape[0], dim=f.shape[1], row_stride=f.stride(0), dtype=dtype, instruction_set=isa,
-        block=block_rows(f.shape[0], multiple, largest), threads=_threads(*f.shape, fields["split"], "gain" in vectors), tau=float(tau), kind=_KINDS[kind],
+        block=block_rows(f.shape[0], multiple, largest),
+        threads=_threads(*f.shape, int(fields["split"]), "gain" in vectors), tau=float(tau), kind=_KINDS[kind],
         params=(*params, 0.0, 0.0, 0.0)[:3], rows_of_terms=tuple(rows_of_terms), **_HOOKS,
         **{name: _pointer(x) for name, x in {**contiguous, **outputs}.items()}, **fields,
     )  # fmt: skip

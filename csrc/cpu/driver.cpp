@@ -407,7 +407,7 @@ template <class T> int run(const Sweep& s, const Engine& engine, void*& lock) {
 
 extern "C" {
 
-ALPHACL_EXPORT int32_t alphacl_cpu_abi() { return 1; }
+ALPHACL_EXPORT int32_t alphacl_cpu_sweep_size() { return sizeof(Sweep); }
 
 ALPHACL_EXPORT const char* alphacl_cpu_build() { return ALPHACL_BUILD; }
 ALPHACL_EXPORT const char* alphacl_cpu_sources() { return ALPHACL_SOURCES; }

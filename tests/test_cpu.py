@@ -1,0 +1,278 @@
+"""The compiled CPU backend: every instruction set this machine has, threads, signals, and what happens without it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from family import BUILT_IN, MODES, loss_and_grads, member_id, pair, relative_error
+
+from alphacl_fast import FusedAlphaCLLoss, PairLoss, objectives, ops
+from alphacl_fast.backend import cpu
+
+ROOT = Path(__file__).parent.parent
+if cpu.load_error():
+    pytest.skip(f"no compiled CPU backend: {cpu.load_error()}", allow_module_level=True)
+SETS = [name for name, here in cpu.instruction_sets().items() if here]
+HALF = (torch.bfloat16, torch.float16)
+
+
+def set_blocks(monkeypatch, rows):
+    monkeypatch.setattr(cpu, "block_rows", lambda n, multiple, largest: rows)
+
+
+@pytest.mark.parametrize("rows", [7, 48])
+@pytest.mark.parametrize("member", BUILT_IN, ids=member_id)
+@pytest.mark.parametrize("name", SETS)
+def test_every_instruction_set(name, member, rows, monkeypatch, poisoned):
+    set_blocks(monkeypatch, rows)
+    z1, z2 = pair(11 if rows == 7 else 59, 9)
+    for negatives, symmetric in MODES:
+        for similarity in ("cosine", "euclidean"):
+            setting = {"negatives": negatives, "symmetric": symmetric, "similarity": similarity}
+            truth = loss_and_grads(z1, z2, *member, backend="reference", **setting)
+            with cpu.forced_instruction_set(name):
+                ours = loss_and_grads(z1, z2, *member, backend="cpu", **setting)
+            for o, t in zip(ours, truth, strict=True):
+                assert relative_error(o, t) < 1e-10, setting
+
+
+@pytest.mark.parametrize(("pairs", "dim", "rows"), [(13, 6, 5), (59, 33, 48), (130, 40, 31), (150, 70, 96), (210, 128, 240)])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("name", SETS)
+def test_half_precision_on_every_instruction_set(name, dtype, pairs, dim, rows, monkeypatch, poisoned):
+    """Against float64 on the same rows: the gradient is as exact as its dtype, whatever multiplies it."""
+    set_blocks(monkeypatch, rows)
+    members = BUILT_IN if pairs == 13 else [("infonce", {}), ("alpha_square", {}), ("alpha_direct", {"detach_alpha": False})]
+    for member in members:
+        if member == ("triplet", {"margin": 0.1}):
+            continue  # with 26 rows a whole row's hinges can be inactive
+        for negatives, symmetric in MODES:
+            for similarity in ("cosine", "dot"):
+                z1, z2 = pair(pairs, dim, dtype)
+                if similarity == "dot":
+                    z1, z2 = z1 / 4, z2 / 4
+                setting = {"negatives": negatives, "symmetric": symmetric, "similarity": similarity, "reduction": "none"}
+                truth = loss_and_grads(z1.double(), z2.double(), *member, backend="reference", **setting)
+                with cpu.forced_instruction_set(name):
+                    ours = loss_and_grads(z1, z2, *member, backend="cpu", **setting)
+                assert ours[0].dtype == torch.float32
+                for what, o, t, bound in zip(("loss", "dz1", "dz2"), ours, truth, (3e-5, 4e-3, 4e-3), strict=False):
+                    error = float((o.double() - t).norm() / t.norm().clamp(min=1e-12))
+                    assert error < bound, (member, setting, what)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e18, 1e30])
+@pytest.mark.parametrize("name", SETS)
+def test_bfloat16_ignores_the_scale_of_rows(name, scale):
+    z1, z2 = pair(40, 32, torch.bfloat16)
+    scale = 2.0 ** round(torch.tensor(scale).log2().item())
+    with cpu.forced_instruction_set(name):
+        base = loss_and_grads(z1, z2, "infonce", backend="cpu")
+        scaled = loss_and_grads(z1 * scale, z2 * scale, "infonce", backend="cpu")
+    assert relative_error(scaled[0], base[0]) < 1e-6
+    for s, b in zip(scaled[1:3], base[1:3], strict=True):
+        assert relative_error(s.double() * scale, b.double(), floor=1e-4) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("member", BUILT_IN, ids=member_id)
+def test_same_bits_for_any_number_of_threads(member, dtype, monkeypatch):
+    z1, z2 = pair(333, 24, dtype)
+    results = []
+    for threads in (1, 2, 2, 3, 8):  # of the sweeps; PyTorch's own sums between them may depend on its setting
+        monkeypatch.setattr(cpu, "_threads", lambda *args, threads=threads: threads)
+        for negatives in ("two_view", "cross_view"):
+            results.append(loss_and_grads(z1, z2, *member, backend="cpu", negatives=negatives))
+    for k, other in enumerate(results):
+        assert all(torch.equal(a, b) for a, b in zip(results[k % 2], other, strict=True))
+
+
+def test_more_threads_than_blocks_and_small_batches(monkeypatch):
+    monkeypatch.setattr(cpu, "_threads", lambda *args: 16)
+    for pairs in (2, 3, 5, 25):
+        z1, z2 = pair(pairs, 3)
+        truth = loss_and_grads(z1, z2, "infonce", backend="reference")
+        for o, t in zip(loss_and_grads(z1, z2, "infonce", backend="cpu"), truth, strict=True):
+            assert relative_error(o, t) < 1e-10
+
+
+def test_threads_follow_the_work():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        assert cpu._threads(64, 32, 0, False) == 1
+        assert cpu._threads(4096, 128, 0, False) == 4
+        assert cpu._threads(4096, 128, 2048, True) == 4
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 15, 16, 17, 47, 49, 1000, 4096])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", SETS)
+def test_any_number_of_features(name, dtype, dim):
+    z1, z2 = pair(26, dim, dtype)
+    with cpu.forced_instruction_set(name):
+        ours = loss_and_grads(z1, z2, "infonce", backend="cpu", similarity="cosine")
+    truth = loss_and_grads(z1.double(), z2.double(), "infonce", backend="reference", similarity="cosine")
+    for o, t in zip(ours[:3], truth[:3], strict=True):
+        error = float((o.double() - t).norm() / t.norm().clamp(min=1e-9))
+        assert error < {torch.float32: 1e-5, torch.float64: 1e-12}.get(dtype, 5e-3) or dim == 1  # D = 1: the gradient is 0
+
+
+def test_strided_expanded_and_transposed_inputs():
+    base = torch.randn(6, 40, dtype=torch.float64)
+    for z in (base.t(), torch.randn(40, 12, dtype=torch.float64)[:, ::2], torch.randn(1, 6, dtype=torch.float64).expand(40, 6)):
+        truth = loss_and_grads(z.contiguous(), z.flip(0).contiguous(), "infonce", similarity="dot", backend="reference")
+        ours = loss_and_grads(z, z.flip(0), "infonce", similarity="dot", backend="cpu")
+        for o, t in zip(ours, truth, strict=True):
+            assert relative_error(o, t) < 1e-10
+
+
+def test_a_nan_is_not_lost():
+    for name in SETS:
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            for similarity in ("cosine", "dot"):
+                z1, z2 = pair(60, 20, dtype)
+                z1[7, 3] = torch.nan
+                with cpu.forced_instruction_set(name):
+                    loss, d1, *_ = loss_and_grads(z1, z2, "infonce", similarity=similarity, backend="cpu")
+                assert loss.isnan(), (name, dtype, similarity)
+                assert d1[0].isnan().any(), (name, dtype, similarity)
+
+
+def test_every_kind_has_its_twin():
+    assert set(cpu._KINDS) == set(objectives.KINDS)
+
+
+def test_compiled_from_these_sources():
+    """A library of other sources would be tested in vain: `make` or `pip install -e .` compiles again."""
+    code = (ROOT / "setup.py").read_text()
+    scope = {"__file__": str(ROOT / "setup.py")}
+    before = os.getcwd()
+    os.chdir(ROOT)
+    try:
+        exec(code[: code.index("\nsetup(")], scope)
+        assert cpu._library().alphacl_cpu_sources().decode() == scope["fingerprint"]()
+    finally:
+        os.chdir(before)
+
+
+def test_wrong_instruction_set_is_refused():
+    with pytest.raises(ValueError, match=r"instruction set must be one of \['portable'.*got 'sse9'"), \
+            cpu.forced_instruction_set("sse9"):
+        pass  # fmt: skip
+    code = "import torch, alphacl_fast; alphacl_fast.functional.alpha_cl_loss(torch.eye(3), torch.eye(3), backend='cpu')"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "ALPHACL_CPU_ISA": "sse9"}, capture_output=True, text=True, cwd=ROOT
+    )
+    assert "ALPHACL_CPU_ISA must be one of" in run.stderr
+
+
+def test_instruction_set_from_the_environment():
+    code = "from alphacl_fast.backend import cpu; import torch; print(cpu.instruction_set(), cpu.engine(torch.bfloat16))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "ALPHACL_CPU_ISA": "portable"}, capture_output=True, text=True,
+        cwd=ROOT, check=True,
+    )  # fmt: skip
+    assert run.stdout.split() == ["portable", "portable"]
+
+
+def test_what_it_refuses():
+    z1, z2 = pair(4, 3, torch.float32)
+    with pytest.raises(ValueError, match="backend 'cpu' cannot serve this call: compiled for the built-in pair functions"):
+        FusedAlphaCLLoss(PairLoss(None, torch.exp), backend="cpu")(z1, z2)
+    with pytest.raises(ValueError, match="precision='tf32'"):
+        FusedAlphaCLLoss(backend="cpu", precision="tf32")(z1, z2)
+    assert "runs on cpu, not cuda" in ops.SWEEP_BACKENDS["cpu"].unsupported(torch.device("cuda"), torch.float32, None, "")
+    loss = FusedAlphaCLLoss(PairLoss(None, torch.exp))
+    loss(z1, z2)
+    assert "blocked, first that serves float32 on cpu; skipped cpu: compiled for the built-in" in repr(loss)
+
+
+def test_without_the_library(monkeypatch, tmp_path):
+    """Imports, says why, and `auto` goes on with the next backend."""
+    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "_cpu.abi3.so")
+    monkeypatch.setattr(cpu, "FAILURE", tmp_path / "_cpu_not_built.txt")
+    cpu.FAILURE.write_text("c++: command not found\n")
+    caches = (cpu._library, cpu.load_error)
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        assert "c++: command not found; reinstall with a C++ compiler" in ops.backends()["cpu"]
+        z1, z2 = pair(4, 3, torch.float32)
+        loss = FusedAlphaCLLoss()
+        loss(z1, z2)
+        assert "last call: blocked" in repr(loss)
+        with pytest.raises(ValueError, match="not compiled: c.*command not found"):
+            FusedAlphaCLLoss(backend="cpu")(z1, z2)
+        cpu.LIBRARY.write_text("no library")
+        for cache in caches:
+            cache.cache_clear()
+        assert "not compiled" in ops.backends()["cpu"]
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGINT")
+def test_ctrl_c_ends_a_sweep():
+    code = """
+import torch
+from alphacl_fast.functional import alpha_cl_loss
+z = torch.randn(200_000, 64)
+print("started", flush=True)
+try:
+    alpha_cl_loss(z, z + 0.1, backend="cpu")
+except KeyboardInterrupt:
+    print("stopped", flush=True)
+print(float(alpha_cl_loss(torch.eye(3), torch.eye(3), backend="cpu")) > 0)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout.readline() == "started\n"
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    sent = time.monotonic()
+    out, _ = process.communicate(timeout=60)
+    assert out.splitlines() == ["stopped", "True"]
+    assert time.monotonic() - sent < 10
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_several_python_threads_at_once():
+    from concurrent.futures import ThreadPoolExecutor
+
+    z1, z2 = pair(150, 16)
+    truth = loss_and_grads(z1, z2, "alpha_direct", backend="reference")
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(loss_and_grads, z1, z2, "alpha_direct", backend="cpu") for _ in range(12)]
+        for future in futures:
+            for o, t in zip(future.result(), truth, strict=True):
+                assert relative_error(o, t) < 1e-10
+
+
+def test_work_space_at_a_large_batch():
+    """n = 65,536, D = 128 (one eager n × n matrix: 17 GB): less than 200 MB beyond inputs, outputs and normalised rows."""
+    code = """
+import resource, torch
+from alphacl_fast.backend import cpu
+from alphacl_fast.ops import pair_grad, row_sums
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+n, d = 65_536, 128
+f = torch.nn.functional.normalize(torch.randn(n, d))
+center, gain, tau = torch.zeros(n), torch.ones(n), torch.tensor(0.2)
+small = torch.eye(8)
+row_sums(small, None, None, center[:8], None, None, tau, "exp", (), ("base", "f"), 0, 4, 8, (-5.0, 5.0), "cpu")
+before = peak()
+base, total = row_sums(f, None, None, center, None, None, tau, "exp", (), ("base", "f"), 0, n // 2, n, (-5.0, 5.0), "cpu")
+df, *_ = pair_grad(f, None, None, center, gain, base, None, None, tau, "exp", (), "f", (), 0, n // 2, 0, n, (-5.0, 5.0), "cpu")
+print(peak() - before, float(total.min()) > 0, bool(df.isfinite().all()))
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout.split()
+    assert float(out[0]) < 200
+    assert out[1:] == ["True", "True"]
