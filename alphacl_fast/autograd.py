@@ -262,13 +262,12 @@ class AlphaCLFunction(torch.autograd.Function):
         need = ctx.needs_input_grad[:3]
         with torch.autocast(z1.device.type, enabled=False):
             tau = tau.to(accumulate)
-            features = Features.make(torch.cat([z1, z2]), call.similarity)
-            problem = _Problem(features, tau, call)
+            problem = _Problem.of_views(z1, z2, tau, call)
             if not any(need):
                 return call.reduce(problem.solve(learn_tau=False).loss)
             if call.reduction == "none":
                 rows = problem.solve(learn_tau=need[2])
-                ctx.save_for_backward(*features.tensors(), tau, *_row_tensors(rows))
+                ctx.save_for_backward(*problem.features.tensors(), problem.pos, tau, *_row_tensors(rows))
                 return call.reduce(rows.loss)
             one = tau.new_ones(())
             loss, *grads = problem.loss_and_gradient(one, need)
@@ -281,8 +280,8 @@ class AlphaCLFunction(torch.autograd.Function):
         call: Call = ctx.call
         with torch.autocast(grad.device.type, enabled=False):
             if call.reduction == "none":
-                f, scale, bias, inv_norm, tau, *rows = ctx.saved_tensors
-                problem = _Problem(Features(f, scale, bias, inv_norm), tau, call)
+                f, scale, bias, inv_norm, pos, tau, *rows = ctx.saved_tensors
+                problem = _Problem(Features(f, scale, bias, inv_norm), pos, tau, call)
                 grads = problem.gradient(_rows_from(rows), grad, ctx.needs_input_grad[:3])
                 grads = [None if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)]
             else:
@@ -307,11 +306,19 @@ def _rows_from(tensors: list[Tensor | None]) -> Rows:
 class _Problem:
     """A batch, an objective and a temperature: solves the rows, then the gradient for given row weights."""
 
-    def __init__(self, features: Features, tau: Tensor, call: Call) -> None:
-        self.features, self.tau, self.call = features, tau, call
-        self.rows = features.rows()
-        self.n_pairs = self.rows.shape[0] // 2
-        self.sweeps = Sweeps(features, positives(self.rows, call.similarity), tau, call)
+    def __init__(self, features: Features, pos: Tensor, tau: Tensor, call: Call) -> None:
+        self.features, self.pos, self.tau, self.call = features, pos, tau, call
+        self.n_pairs = pos.shape[0]
+        self.sweeps = Sweeps(features, pos, tau, call)
+
+    @classmethod
+    def of_views(cls, z1: Tensor, z2: Tensor, tau: Tensor, call: Call) -> _Problem:
+        if call.similarity == "cosine" and ops.has_row_steps(call.backend):
+            f, inv_norm, pos = ops.unit_rows(z1.detach(), z2.detach(), call.backend)
+            scale = None if z1.dtype == pos.dtype else inv_norm
+            return cls(Features(f, scale, None, inv_norm), pos, tau, call)
+        features = Features.make(torch.cat([z1, z2]), call.similarity)
+        return cls(features, positives(features.rows(), call.similarity), tau, call)
 
     def solve(self, learn_tau: bool) -> Rows:
         return self.call.objective.solve(self.sweeps, learn_tau and self.call.objective.tau_gradient == "rows")
@@ -346,26 +353,32 @@ class _Problem:
             rows = objective.finish(self.sweeps, rows, sums)
         d = df
         if hi - lo < 2 * n:  # rows outside [lo, hi) receive only what comes through their positive
-            d = torch.zeros_like(self.rows)
+            d = self.tau.new_zeros(2 * n, self.features.f.shape[1])
             d[lo:hi] = df.view(-1, d.shape[1])
-        f1, f2 = self.rows.chunk(2)
-        d1, d2 = d.chunk(2)
         q = c * rows.mass
-        q = (q[:n] + q[n:] if q.shape[0] > n else q).unsqueeze(1)  # (N, 1): both anchors of a positive pair
-        if call.similarity == "euclidean":
-            used = slice(lo, hi)
-            d[used] -= weight_sums[used].unsqueeze(1) * self.rows[used]
-            apart = q * (f1 - f2)
-            d1 += apart
-            d2 -= apart
-        else:
-            d1.addcmul_(q, f2, value=-1)
-            d2.addcmul_(q, f1, value=-1)
+        q = q[:n] + q[n:] if q.shape[0] > n else q  # (N,): both anchors of a positive pair
+        dz = self._through_rows(d, q, weight_sums, slice(lo, hi))
         loss = dtau = None
         if need_tau:
             dtau = (c * (rows.gain * sums[-1] if objective.tau_gradient == "pairs" else rows.dtau)).sum()
         if rows.loss is not None:
             loss = call.reduce(rows.loss)
-        inv_norm = self.features.inv_norm
-        dz = d if inv_norm is None else through_normalization(d, self.rows, inv_norm)
         return loss, (dz[:n] if need_1 else None), (dz[n:] if need_2 else None), dtau
+
+    def _through_rows(self, d: Tensor, q: Tensor, weight_sums: Tensor, used: slice) -> Tensor:
+        """Adds what comes through the positives and the rows' own making to d; may write to it."""
+        features, similarity = self.features, self.call.similarity
+        if similarity == "cosine" and ops.has_row_steps(self.call.backend):
+            ops.finish_rows(d, features.f, features.inv_norm, q, self.call.backend)
+            return d
+        rows = features.rows()
+        (f1, f2), (d1, d2), q = rows.chunk(2), d.chunk(2), q.unsqueeze(1)
+        if similarity == "euclidean":
+            d[used] -= weight_sums[used].unsqueeze(1) * rows[used]
+            apart = q * (f1 - f2)
+            d1 += apart
+            d2 -= apart
+            return d
+        d1.addcmul_(q, f2, value=-1)
+        d2.addcmul_(q, f1, value=-1)
+        return d if similarity == "dot" else through_normalization(d, rows, features.inv_norm)

@@ -1,4 +1,4 @@
-"""The two operators `row_sums` and `pair_grad`, and the choice of the backend that serves them.
+"""The two operators `row_sums` and `pair_grad`, the O(n·D) steps around them, and the choice of the backend that serves them.
 
 The schema is the contract of every backend; docs/design.md says what each argument means.
 """
@@ -26,6 +26,9 @@ _LIBRARY.define(
     "Tensor? level, Tensor tau, str kind, float[] params, str weight, str[] terms, int split, int partner, int lo, int hi, "
     "float[] span, str backend) -> (Tensor, Tensor, Tensor)"
 )
+# Only of backends that have them: normalisation before the sweeps and its derivative after them in one pass each.
+_LIBRARY.define("unit_rows(Tensor z1, Tensor z2, str backend) -> (Tensor, Tensor, Tensor)")
+_LIBRARY.define("finish_rows(Tensor(a!) d, Tensor f, Tensor inv_norm, Tensor q, str backend) -> ()")
 
 
 def _row_sums(f, scale, bias, center, shift, offset, tau, kind, params, terms, split, partner, anchors, span, backend):
@@ -60,6 +63,24 @@ def _pair_grad_fake(
     )
 
 
+def _unit_rows(z1, z2, backend):
+    return SWEEP_BACKENDS[backend].unit_rows(z1, z2)
+
+
+def _unit_rows_fake(z1, z2, backend):
+    n, dim = z1.shape
+    wide = torch.float64 if z1.dtype == torch.float64 else torch.float32
+    return z1.new_empty((2 * n, dim)), z1.new_empty((2 * n,), dtype=wide), z1.new_empty((n,), dtype=wide)
+
+
+def _finish_rows(d, f, inv_norm, q, backend):
+    SWEEP_BACKENDS[backend].finish_rows(d, f, inv_norm, q)
+
+
+_LIBRARY.impl("unit_rows", _unit_rows, "CompositeExplicitAutograd")
+_LIBRARY.impl("finish_rows", _finish_rows, "CompositeExplicitAutograd")
+torch.library.register_fake("alphacl_fast::unit_rows", _unit_rows_fake, lib=_LIBRARY)
+torch.library.register_fake("alphacl_fast::finish_rows", lambda d, f, inv_norm, q, backend: None, lib=_LIBRARY)
 _LIBRARY.impl("row_sums", _row_sums, "CompositeExplicitAutograd")
 _LIBRARY.impl("pair_grad", _pair_grad, "CompositeExplicitAutograd")
 torch.library.register_fake("alphacl_fast::row_sums", _row_sums_fake, lib=_LIBRARY)
@@ -67,6 +88,13 @@ torch.library.register_fake("alphacl_fast::pair_grad", _pair_grad_fake, lib=_LIB
 
 row_sums = torch.ops.alphacl_fast.row_sums.default
 pair_grad = torch.ops.alphacl_fast.pair_grad.default
+unit_rows = torch.ops.alphacl_fast.unit_rows.default
+finish_rows = torch.ops.alphacl_fast.finish_rows.default
+
+
+def has_row_steps(backend: str) -> bool:
+    """Whether a backend has `unit_rows` and `finish_rows`."""
+    return hasattr(SWEEP_BACKENDS[backend], "unit_rows")
 
 
 def choose(

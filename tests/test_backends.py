@@ -23,7 +23,6 @@ from alphacl_fast.backend import blocked
 from alphacl_fast.functional import NEGATIVES, REDUCTIONS, SIMILARITIES, alpha_cl_loss
 
 
-
 @pytest.mark.parametrize(("backend", "member"), SERVED, ids=SERVED_IDS)
 @pytest.mark.parametrize(("negatives", "symmetric", "similarity"), every_setting())
 def test_equals_reference(backend, member, negatives, symmetric, similarity, small_tiles, poisoned):
@@ -177,18 +176,17 @@ def test_workers_share_the_tiles(threads, inference, small_tiles, poisoned):
     before = torch.get_num_threads()
     for member in MEMBERS:
         for setting in ({"similarity": "cosine"}, {"similarity": "euclidean", "negatives": "cross_view"}):
-            if inference:
+
+            def run(member=member, setting=setting):
+                if not inference:
+                    return loss_and_grads(z1, z2, *member, backend="blocked", **setting)
                 with torch.inference_mode():
-                    one = [alpha_cl_loss(z1, z2, objectives.make(*member), backend="blocked", **setting)]
-            else:
-                one = loss_and_grads(z1, z2, *member, backend="blocked", **setting)
+                    return [alpha_cl_loss(z1, z2, objectives.make(*member), backend="blocked", **setting)]
+
+            one = run()
             torch.set_num_threads(threads)
             try:
-                if inference:
-                    with torch.inference_mode():
-                        first, second = ([alpha_cl_loss(z1, z2, objectives.make(*member), backend="blocked", **setting)] for _ in range(2))
-                else:
-                    first, second = (loss_and_grads(z1, z2, *member, backend="blocked", **setting) for _ in range(2))
+                first, second = run(), run()
                 assert torch.get_num_threads() == threads
             finally:
                 torch.set_num_threads(before)

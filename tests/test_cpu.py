@@ -127,7 +127,8 @@ def test_any_number_of_features(name, dtype, dim):
 
 def test_strided_expanded_and_transposed_inputs():
     base = torch.randn(6, 40, dtype=torch.float64)
-    for z in (base.t(), torch.randn(40, 12, dtype=torch.float64)[:, ::2], torch.randn(1, 6, dtype=torch.float64).expand(40, 6)):
+    strided, row = torch.randn(40, 12, dtype=torch.float64)[:, ::2], torch.randn(1, 6, dtype=torch.float64)
+    for z in (base.t(), strided, row.expand(40, 6)):
         truth = loss_and_grads(z.contiguous(), z.flip(0).contiguous(), "infonce", similarity="dot", backend="reference")
         ours = loss_and_grads(z, z.flip(0), "infonce", similarity="dot", backend="cpu")
         for o, t in zip(ours, truth, strict=True):
@@ -200,24 +201,18 @@ def test_without_the_library(monkeypatch, tmp_path):
     monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "_cpu.abi3.so")
     monkeypatch.setattr(cpu, "FAILURE", tmp_path / "_cpu_not_built.txt")
     cpu.FAILURE.write_text("c++: command not found\n")
-    caches = (cpu._library, cpu.load_error)
-    for cache in caches:
-        cache.cache_clear()
-    try:
-        assert "c++: command not found; reinstall with a C++ compiler" in ops.backends()["cpu"]
-        z1, z2 = pair(4, 3, torch.float32)
-        loss = FusedAlphaCLLoss()
-        loss(z1, z2)
-        assert "last call: blocked" in repr(loss)
-        with pytest.raises(ValueError, match="not compiled: c.*command not found"):
-            FusedAlphaCLLoss(backend="cpu")(z1, z2)
-        cpu.LIBRARY.write_text("no library")
-        for cache in caches:
-            cache.cache_clear()
-        assert "not compiled" in ops.backends()["cpu"]
-    finally:
-        for cache in caches:
-            cache.cache_clear()
+    library, error = cpu._load()
+    monkeypatch.setattr(cpu, "_LIBRARY", library)
+    monkeypatch.setattr(cpu, "_LOAD_ERROR", error)
+    assert "c++: command not found; reinstall with a C++ compiler" in ops.backends()["cpu"]
+    z1, z2 = pair(4, 3, torch.float32)
+    loss = FusedAlphaCLLoss()
+    loss(z1, z2)
+    assert "last call: blocked" in repr(loss)
+    with pytest.raises(ValueError, match=r"not compiled: c.*command not found"):
+        FusedAlphaCLLoss(backend="cpu")(z1, z2)
+    cpu.LIBRARY.write_text("no library")
+    assert cpu._load()[0] is None
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGINT")

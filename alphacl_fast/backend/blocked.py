@@ -23,6 +23,7 @@ from ..objectives import PairKind
 from ..objectives import kind as lookup
 from .ranges import middle as middle_of
 
+
 def unsupported(device: torch.device, dtype: torch.dtype, precision: str | None, kind: str) -> str | None:
     """Why this backend cannot serve a call, or None."""
     if precision is None or (dtype == torch.float64 and precision == "ieee"):

@@ -1,7 +1,7 @@
 """The two sweeps in C++ (csrc/cpu): every built-in pair kind, float32, float64, bfloat16 and float16, on any CPU.
 
 The library has a plain C interface and knows neither torch nor Python, so one binary serves every version of both; it is
-loaded at the first call. Threads are torch's own OpenMP threads, as many as `torch.get_num_threads`. Results do not depend
+loaded with this module. Threads are torch's own OpenMP threads, as many as `torch.get_num_threads`. Results do not depend
 on their number, nor on which thread took which tile.
 """
 
@@ -49,6 +49,16 @@ class _Sweep(ctypes.Structure):
     )  # fmt: skip
 
 
+class _PairRows(ctypes.Structure):
+    """`struct PairRows` of csrc/cpu/sweep.h."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("z1", "z2", "f", "inv_norm", "pos", "d", "q")]
+        + [(name, ctypes.c_int64) for name in ("n_pairs", "dim", "stride1", "stride2")]
+        + [(name, ctypes.c_int32) for name in ("dtype", "threads", "instruction_set")]
+    )
+
+
 #: A sweep runs without the interpreter's lock and asks for signals with it.
 _HOOKS = {
     name: ctypes.cast(getattr(ctypes.pythonapi, function), ctypes.c_void_p).value
@@ -58,35 +68,41 @@ _HOOKS = {
 }  # fmt: skip
 
 
-@functools.cache
-def _library() -> ctypes.PyDLL:
-    """The compiled library. Raises OSError with the reason where there is none."""
-    if not LIBRARY.exists():
-        reason = FAILURE.read_text().strip() if FAILURE.exists() else "no library beside the package"
-        raise OSError(f"{reason}; reinstall with a C++ compiler (GCC or clang)")
-    library = ctypes.PyDLL(str(LIBRARY))  # not CDLL: an exception that a signal raised comes through
-    if library.alphacl_cpu_sweep_size() != ctypes.sizeof(_Sweep):
-        raise OSError(f"{LIBRARY.name} does not fit this version of the package; reinstall")
+def _load() -> tuple[ctypes.PyDLL | None, str | None]:
+    """The compiled library, or why there is none."""
+    try:
+        if not LIBRARY.exists():
+            raise OSError(FAILURE.read_text().strip() if FAILURE.exists() else "no library beside the package")
+        library = ctypes.PyDLL(str(LIBRARY))  # not CDLL: an exception that a signal raised comes through
+        if library.alphacl_cpu_sweep_size() != ctypes.sizeof(_Sweep):
+            raise OSError(f"{LIBRARY.name} does not fit this version of the package")
+    except (OSError, AttributeError) as error:
+        return None, f"{error}; reinstall with a C++ compiler (GCC or clang)"
     library.alphacl_cpu_build.restype = library.alphacl_cpu_sources.restype = ctypes.c_char_p
     library.alphacl_cpu_engine.restype = ctypes.c_char_p
     library.alphacl_cpu_sweep.argtypes = [ctypes.POINTER(_Sweep)]
+    library.alphacl_cpu_normalize.argtypes = library.alphacl_cpu_finish.argtypes = [ctypes.POINTER(_PairRows)]
     library.alphacl_cpu_function.argtypes = [ctypes.c_int32] * 3 + [ctypes.c_void_p] * 2 + [ctypes.c_int64]
-    return library
+    return library, None
+
+
+_LIBRARY, _LOAD_ERROR = _load()
+
+
+def _library() -> ctypes.PyDLL:
+    if _LIBRARY is None:
+        raise OSError(_LOAD_ERROR)
+    return _LIBRARY
+
+
+def load_error() -> str | None:
+    """Why the compiled library cannot be used, or None."""
+    return _LOAD_ERROR
 
 
 def build() -> str:
     """Compiler, flags and instruction sets of the library."""
     return _library().alphacl_cpu_build().decode()
-
-
-@functools.cache
-def load_error() -> str | None:
-    """Why the compiled library cannot be used, or None."""
-    try:
-        _library()
-    except OSError as error:
-        return str(error)
-    return None
 
 
 def instruction_sets() -> dict[str, bool]:
@@ -147,8 +163,8 @@ def unsupported(device: torch.device, dtype: torch.dtype, precision: str | None,
     """Why this backend cannot serve a call, or None."""
     if device.type != "cpu":
         return f"runs on cpu, not {device.type}"
-    if load_error():
-        return f"not compiled: {load_error()}"
+    if _LOAD_ERROR is not None:
+        return f"not compiled: {_LOAD_ERROR}"
     if kind and kind not in KINDS:
         return "compiled for the built-in pair functions, not for a user's own"
     if precision not in (None, "ieee"):
@@ -278,3 +294,37 @@ def pair_grad(
         lo=lo, hi=hi,
     )  # fmt: skip
     return df, weight_sums, sums
+
+
+#: Rows times features that are worth a second thread.
+_ELEMENTS_PER_THREAD = 32_768
+
+
+def _run_rows(function: str, dtype: torch.dtype, n_pairs: int, dim: int, stride: tuple[int, int], **tensors: Tensor) -> None:
+    threads = max(1, min(torch.get_num_threads(), n_pairs * dim // _ELEMENTS_PER_THREAD))
+    rows = _PairRows(
+        n_pairs=n_pairs, dim=dim, stride1=stride[0], stride2=stride[1], dtype=_DTYPES[dtype], threads=threads,
+        instruction_set=INSTRUCTION_SETS.index(instruction_set()), **{name: x.data_ptr() for name, x in tensors.items()},
+    )  # fmt: skip
+    if getattr(_library(), function)(ctypes.byref(rows)) != _OK:
+        raise MemoryError(f"not enough memory for {n_pairs} pairs of {dim} features")
+
+
+def unit_rows(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Stacked rows (2N, D) as `autograd.Features` wants them for cosine, 1/‖z‖ (2N,) and t⁺ (N,), in one pass."""
+    z1, z2 = (z if z.stride(1) == 1 else z.contiguous() for z in (z1, z2))
+    n, dim = z1.shape
+    wide = torch.float64 if z1.dtype == torch.float64 else torch.float32
+    f = z1.new_empty((2 * n, dim))
+    inv_norm, pos = z1.new_empty(2 * n, dtype=wide), z1.new_empty(n, dtype=wide)
+    _run_rows(
+        "alphacl_cpu_normalize", z1.dtype, n, dim, (z1.stride(0), z2.stride(0)), z1=z1, z2=z2, f=f, inv_norm=inv_norm,
+        pos=pos,
+    )  # fmt: skip
+    return f, inv_norm, pos
+
+
+def finish_rows(d: Tensor, f: Tensor, inv_norm: Tensor, q: Tensor) -> None:
+    """d (2N, D) ← the gradient in z, from Σ_j (g_ij + g_ji) F_j and the pairs' q (N,); in place."""
+    q = q.contiguous()
+    _run_rows("alphacl_cpu_finish", f.dtype, q.shape[0], f.shape[1], (0, 0), f=f, inv_norm=inv_norm, d=d, q=q)

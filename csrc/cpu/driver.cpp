@@ -235,6 +235,19 @@ struct Order {
   }
 };
 
+// work(0) … work(threads − 1), each in a thread; fewer may come, and work(0) is in the calling one.
+template <class Work> void in_parallel(int threads, Work&& work) {
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  work(omp_get_thread_num());
+#else
+  std::vector<std::thread> others;
+  for (int t = 1; t < threads; t++) others.emplace_back(work, t);
+  work(0);
+  for (auto& t : others) t.join();
+#endif
+}
+
 // --- a sweep ----------------------------------------------------------------------------------------------------------
 
 template <class T> int run(const Sweep& s, const Engine& engine, void*& lock) {
@@ -366,15 +379,7 @@ template <class T> int run(const Sweep& s, const Engine& engine, void*& lock) {
       }
   };
 
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  work(omp_get_thread_num());
-#else
-  std::vector<std::thread> others;
-  for (int t = 1; t < threads; t++) others.emplace_back(work, t);
-  work(0);
-  for (auto& t : others) t.join();
-#endif
+  in_parallel(threads, work);
   if (status.load() != OK) return status.load();
 
   auto gather = [&](const auto* from, void* to, int64_t length) {
@@ -399,6 +404,29 @@ template <class T> int run(const Sweep& s, const Engine& engine, void*& lock) {
   }
   if (v.weight_sums) gather(v.weight_sums, s.weight_sums, s.n);
   return OK;
+}
+
+// Pairs of rows in chunks; a row is done by itself, so the number of threads changes nothing.
+template <class T> int run_rows(const PairRows& p, void (*pairs)(const PairRows&, int64_t, int64_t, void*)) {
+  constexpr int64_t CHUNK = 64;
+  const int threads = p.threads > 1 ? p.threads : 1;
+  const int64_t scratch_bytes = Memory::size(2 * (p.dim + 64) * int64_t(sizeof(T)));
+  Memory memory(threads * scratch_bytes);
+  if (!memory) return NO_MEMORY;
+  char* scratch = memory.take(threads * scratch_bytes);
+  std::atomic<int64_t> next{0};
+  in_parallel(threads, [&](int thread) {
+    for (int64_t i; (i = next.fetch_add(CHUNK)) < p.n_pairs;)
+      pairs(p, i, i + CHUNK < p.n_pairs ? i + CHUNK : p.n_pairs, scratch + thread * scratch_bytes);
+  });
+  return OK;
+}
+
+int run_rows(const PairRows* p, bool finish) {
+  const Engine* engine = choose(p->instruction_set, p->dtype == FLOAT64 ? FLOAT64 : FLOAT32);
+  if (!engine) return UNSUPPORTED;
+  const auto pairs = finish ? engine->finish : engine->normalize;
+  return p->dtype == FLOAT64 ? run_rows<double>(*p, pairs) : run_rows<float>(*p, pairs);
 }
 
 }  // namespace
@@ -439,6 +467,10 @@ ALPHACL_EXPORT int32_t alphacl_cpu_sweep(const Sweep* s) {
   if (s->take_lock) s->take_lock(lock);
   return status;
 }
+
+// Cosine similarity: unit rows, their inverse norms and the positives' similarities; the gradient's last step.
+ALPHACL_EXPORT int32_t alphacl_cpu_normalize(const PairRows* p) { return run_rows(p, false); }
+ALPHACL_EXPORT int32_t alphacl_cpu_finish(const PairRows* p) { return run_rows(p, true); }
 
 // exp (which = 0) or log (1) of n numbers, 64-byte aligned, n a multiple of 16.
 ALPHACL_EXPORT int32_t alphacl_cpu_function(int32_t set, int32_t dtype, int32_t which, const void* x, void* y, int64_t n) {

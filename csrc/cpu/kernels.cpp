@@ -180,7 +180,7 @@ template <class Products> Engine engine(const char* name, int32_t operands) {
           [](const Sweep& s, const Block& b, bool gradient, void* memory) {
             Products::pack(s, b, gradient, Scratch<T>(memory).rest);
           },
-          tile<Products>, Products::unpack, exponential<T>, logarithm<T>};
+          tile<Products>, Products::unpack, normalize_pairs<T>, finish_pairs<T>, exponential<T>, logarithm<T>};
 }
 
 }  // namespace

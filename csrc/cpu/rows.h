@@ -6,6 +6,8 @@
 
 namespace {
 
+template <class T> ALPHACL_INLINE int64_t padded_dim(int64_t dim) { return (dim + LANES<T> - 1) / LANES<T> * LANES<T>; }
+
 ALPHACL_INLINE float from_bits32(uint32_t u) {
   float x;
   std::memcpy(&x, &u, 4);
@@ -23,22 +25,96 @@ ALPHACL_INLINE float from_float16(uint16_t h) {  // the product also makes numbe
   return from_bits32(to_bits32(magnitude) | special | uint32_t(h & 0x8000) << 16);
 }
 
-// y[0 … dim) = row r of f, times its scale
-template <class T> void read_row(const Sweep& s, int64_t r, T* y) {
-  const int64_t at = r * s.row_stride, dim = s.dim;
-  const T scale = s.scale ? static_cast<const T*>(s.scale)[r] : T(1);
-  if (s.dtype == BFLOAT16) {
-    const auto* x = static_cast<const uint16_t*>(s.f) + at;
+// y[0 … dim) = x, in the accumulation dtype and times a scale
+template <class T> void widen(const void* from, int32_t dtype, int64_t at, int64_t dim, T scale, T* y) {
+  if (dtype == BFLOAT16) {
+    const auto* x = static_cast<const uint16_t*>(from) + at;
     for (int64_t k = 0; k < dim; k++) y[k] = T(from_bfloat16(x[k])) * scale;
-  } else if (s.dtype == FLOAT16) {
-    const auto* x = static_cast<const uint16_t*>(s.f) + at;
+  } else if (dtype == FLOAT16) {
+    const auto* x = static_cast<const uint16_t*>(from) + at;
     for (int64_t k = 0; k < dim; k++) y[k] = T(from_float16(x[k])) * scale;
   } else {
-    const auto* x = static_cast<const T*>(s.f) + at;
-    if (s.scale)
-      for (int64_t k = 0; k < dim; k++) y[k] = x[k] * scale;
-    else
+    const auto* x = static_cast<const T*>(from) + at;
+    if (scale == 1)
       std::memcpy(y, x, dim * sizeof(T));
+    else
+      for (int64_t k = 0; k < dim; k++) y[k] = x[k] * scale;
+  }
+}
+
+// Row r of the stacked rows, times its scale.
+template <class T> void read_row(const Sweep& s, int64_t r, T* y) {
+  widen<T>(s.f, s.dtype, r * s.row_stride, s.dim, s.scale ? static_cast<const T*>(s.scale)[r] : T(1), y);
+}
+
+// --- before and after the sweeps ------------------------------------------------------------------------------------
+
+template <class T> T dot(const T* a, const T* b, int64_t dim) {
+  constexpr int L = LANES<T>;
+  Vec<T> sums[4] = {};
+  int64_t k = 0;
+  for (; k + 4 * L <= dim; k += 4 * L)
+    for (int v = 0; v < 4; v++) sums[v] += load_unaligned(a + k + v * L) * load_unaligned(b + k + v * L);
+  for (; k + L <= dim; k += L) sums[0] += load_unaligned(a + k) * load_unaligned(b + k);
+  T rest = 0;
+  for (; k < dim; k++) rest += a[k] * b[k];
+  return sum_of<T>((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
+}
+
+// Makes y a unit row and returns 1/‖y‖; an all-zero row stays and returns 0. Squares of the row itself could leave the
+// range of the dtype, hence the division by its largest element.
+template <class T> T normalize_row(T* y, int64_t dim) {
+  T largest = 0;
+  for (int64_t k = 0; k < dim; k++) {
+    const T size = y[k] < 0 ? -y[k] : y[k];
+    largest = size > largest || size != size ? size : largest;
+  }
+  if (largest == 0) return 0;
+  for (int64_t k = 0; k < dim; k++) y[k] /= largest;
+  const T norm = sizeof(T) == 4 ? T(__builtin_sqrtf(float(dot(y, y, dim)))) : T(__builtin_sqrt(double(dot(y, y, dim))));
+  for (int64_t k = 0; k < dim; k++) y[k] /= norm;
+  const T inverse = 1 / norm / largest, most = T(sizeof(T) == 4 ? 3.4028234e38 : 1.7976931348623157e308);
+  return inverse > most ? most : inverse;
+}
+
+template <class T> void normalize_pairs(const PairRows& p, int64_t begin, int64_t end, void* scratch) {
+  T* rows[2] = {static_cast<T*>(scratch), static_cast<T*>(scratch) + padded_dim<T>(p.dim)};
+  const bool half = p.dtype == BFLOAT16 || p.dtype == FLOAT16;
+  for (int64_t i = begin; i < end; i++) {
+    for (int view = 0; view < 2; view++) {
+      const int64_t at = i * (view ? p.stride2 : p.stride1), row = i + view * p.n_pairs;
+      const void* z = view ? p.z2 : p.z1;
+      widen<T>(z, p.dtype, at, p.dim, T(1), rows[view]);
+      static_cast<T*>(p.inv_norm)[row] = normalize_row(rows[view], p.dim);
+      if (half)
+        std::memcpy(static_cast<uint16_t*>(p.f) + row * p.dim, static_cast<const uint16_t*>(z) + at, p.dim * 2);
+      else
+        std::memcpy(static_cast<T*>(p.f) + row * p.dim, rows[view], p.dim * sizeof(T));
+    }
+    static_cast<T*>(p.pos)[i] = dot(rows[0], rows[1], p.dim);
+  }
+}
+
+// d ← (g − F⟨F, g⟩)/‖z‖ with g = d − q·F of the partner
+template <class T> void finish_pairs(const PairRows& p, int64_t begin, int64_t end, void* scratch) {
+  const bool half = p.dtype == BFLOAT16 || p.dtype == FLOAT16;
+  for (int64_t i = begin; i < end; i++) {
+    const T* rows[2];
+    for (int view = 0; view < 2; view++) {
+      const int64_t row = i + view * p.n_pairs;
+      T* unit = static_cast<T*>(scratch) + view * padded_dim<T>(p.dim);
+      if (half) widen<T>(p.f, p.dtype, row * p.dim, p.dim, static_cast<const T*>(p.inv_norm)[row], unit);
+      rows[view] = half ? unit : static_cast<const T*>(p.f) + row * p.dim;
+    }
+    const T q = static_cast<const T*>(p.q)[i];
+    for (int view = 0; view < 2; view++) {
+      const int64_t row = i + view * p.n_pairs;
+      T* d = static_cast<T*>(p.d) + row * p.dim;
+      const T *mine = rows[view], *partner = rows[1 - view];
+      for (int64_t k = 0; k < p.dim; k++) d[k] -= q * partner[k];
+      const T along = dot(mine, d, p.dim), inverse = static_cast<const T*>(p.inv_norm)[row];
+      for (int64_t k = 0; k < p.dim; k++) d[k] = (d[k] - mine[k] * along) * inverse;
+    }
   }
 }
 

@@ -41,6 +41,19 @@ struct Sweep {
   int32_t rows_of_terms[TERM_COUNT];  // row of out (sums) that a term goes to, −1 where it is not wanted
 };
 
+// What lies before and after the sweeps for cosine similarity, one pass over the rows each. Rows i and n_pairs + i of f, d,
+// inv_norm are a positive pair. Mirrored in backend/cpu.py.
+struct PairRows {
+  const void *z1, *z2;  // (n_pairs, dim) inputs, stride1 and stride2 elements apart
+  void* f;              // (2·n_pairs, dim): unit rows of the accumulation dtype, or for half precision the inputs as they came
+  void* inv_norm;       // (2·n_pairs) 1/‖z‖, 0 for an all-zero row
+  void* pos;            // (n_pairs) similarity of each positive pair
+  void* d;              // (2·n_pairs, dim) in: Σ_j (g_ij + g_ji) F_j; out: the gradient in z
+  const void* q;        // (n_pairs) what the positive pair weighs, both anchors together
+  int64_t n_pairs, dim, stride1, stride2;
+  int32_t dtype, threads, instruction_set;
+};
+
 // A block of consecutive rows, packed for one engine. Index r of a row vector is row `first + r`.
 struct Block {
   int64_t first, rows, stride, packed;  // global number of its first row, rows, padded rows, offset into the row vectors
@@ -71,6 +84,8 @@ struct Engine {
   void (*pack)(const Sweep&, const Block&, bool gradient, void* scratch);
   void (*tile)(const Sweep&, const RowVectors&, const Block& i, const Block& j, void* scratch);
   void (*unpack)(const Sweep&, const Block&);
+  void (*normalize)(const PairRows&, int64_t begin, int64_t end, void* scratch);  // two rows of scratch
+  void (*finish)(const PairRows&, int64_t begin, int64_t end, void* scratch);
   void (*exponential)(const void* x, void* y, int64_t n);  // for tests: the vector functions on their own
   void (*logarithm)(const void* x, void* y, int64_t n);
 };
