@@ -355,12 +355,13 @@ template <class T> int run(const Sweep& s, const Engine& engine, void*& lock) {
       order.at(number, round, i, j);
       const bool has_i = i < order.left, has_j = j < order.right;
       const int64_t bi = i, bj = order.triangle ? j : left + j;
+      const bool other = has_j && !(order.triangle && i == j);
       if (has_i) wait_for(bi, round);
-      if (has_j && bj != bi) wait_for(bj, round);
+      if (other) wait_for(bj, round);
       if (status.load(std::memory_order_relaxed) != OK) break;
       if (has_i && has_j) engine.tile(s, v, blocks[bi], blocks[bj], mine);
       if (has_i) done[bi].store(round + 1, std::memory_order_release);
-      if (has_j && bj != bi) done[bj].store(round + 1, std::memory_order_release);
+      if (other) done[bj].store(round + 1, std::memory_order_release);
       if (s.check_signals && std::this_thread::get_id() == main_thread) {
         const auto now = std::chrono::steady_clock::now();
         if (now - asked > std::chrono::milliseconds(200)) {
