@@ -49,7 +49,8 @@ class BuildKernels(build_ext):
         except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
             if wanted == "1":
                 raise RuntimeError(f"the CPU kernels could not be built: {getattr(error, 'stderr', None) or error}") from error
-            reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
+            lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or [type(error).__name__]
+            reason = next((line for line in lines if "error" in line), lines[0])
             print(f"alphacl_fast: no compiled CPU kernels: {reason}", file=sys.stderr)
             for folder in folders:
                 (folder / output.name).unlink(missing_ok=True)
@@ -62,12 +63,13 @@ def build_library(output: Path) -> str:
     flags = [*COMMON, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     with tempfile.TemporaryDirectory() as folder:
         # Without linking OpenMP's library: the symbols are those of the one that torch has loaded.
-        threads = "-fopenmp" if sys.platform == "linux" and accepts(compiler, ["-fopenmp"], folder) else "-pthread"
+        threads = "-fopenmp" if gnu_openmp(compiler, folder) else "-pthread"
         sets = {name: extra for name, extra in INSTRUCTION_SETS.items() if accepts(compiler, extra, folder)}
         summary = f"{run([*compiler, '--version']).splitlines()[0]}; {' '.join([*flags, threads])}; {', '.join(sets)}"
         jobs = [(f"kernels_{name}", "kernels.cpp", [*extra, f"-DALPHACL_ISA={name}"]) for name, extra in sets.items()]
         known = [f"-DALPHACL_WITH_{name.upper()}" for name in sets if name != "portable"]
-        known += [f'-DALPHACL_BUILD="{summary}"', f'-DALPHACL_SOURCES="{fingerprint()}"']
+        quoted = summary.replace("\\", "\\\\").replace('"', '\\"')
+        known += [f'-DALPHACL_BUILD="{quoted}"', f'-DALPHACL_SOURCES="{fingerprint()}"']
         jobs += [("driver", "driver.cpp", [threads, *known])]
 
         def compile_one(job: tuple[str, str, list[str]]) -> None:
@@ -98,8 +100,17 @@ def accepts(compiler: list[str], flags: list[str], folder: str) -> bool:
     """Whether the compiler builds for the flags (another architecture's instruction sets it does not)."""
     source = Path(folder) / "empty.cpp"
     source.write_text("int main() { return 0; }\n")
-    command = [*compiler, *flags, "-c", str(source), "-o", str(Path(folder) / "empty.o")]
+    command = [*compiler, *flags, "-Werror", "-c", str(source), "-o", str(Path(folder) / "empty.o")]
     return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def gnu_openmp(compiler: list[str], folder: str) -> bool:
+    """Whether -fopenmp makes calls to the OpenMP library that torch's Linux builds have loaded, GNU's."""
+    source, result = Path(folder) / "openmp.cpp", Path(folder) / "openmp.o"
+    source.write_text("#include <omp.h>\nvoid f(int* x) {\n#pragma omp parallel\n  x[omp_get_thread_num()] = 1;\n}\n")
+    command = [*compiler, "-fopenmp", "-c", str(source), "-o", str(result)]
+    return sys.platform == "linux" and subprocess.run(command, capture_output=True).returncode == 0 \
+        and b"GOMP_parallel" in result.read_bytes()  # fmt: skip
 
 
 setup(

@@ -1,6 +1,7 @@
 """The compiled CPU backend: every instruction set this machine has, threads, signals, and what happens without it."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -271,3 +272,92 @@ print(peak() - before, float(total.min()) > 0, bool(df.isfinite().all()))
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout.split()
     assert float(out[0]) < 200
     assert out[1:] == ["True", "True"]
+
+
+@pytest.mark.parametrize("split", [1, 3, 20, 39, 58])
+@pytest.mark.parametrize("backend", ["cpu", "blocked"])
+def test_rectangles_of_unequal_sides(backend, split, small_tiles, monkeypatch):
+    """Rows [0, split) against the rest, as a rank of a distributed batch has them: against dense sums."""
+    monkeypatch.setattr(cpu, "_threads", lambda *args: 3)
+    n, tau = 60, torch.tensor(0.4, dtype=torch.float64)
+    f = torch.nn.functional.normalize(torch.randn(n, 7, dtype=torch.float64))
+    t = f[:split] @ f[split:].t()
+    center = torch.zeros(n, dtype=torch.float64)
+    layout = (split, 0)
+    base, total = ops.row_sums(
+        f, None, None, center, None, None, tau, "exp", (), ("base", "f"), *layout, n, (-2.5, 2.5), backend
+    )
+    lse = torch.cat([(t / tau).logsumexp(1), (t / tau).logsumexp(0)])
+    torch.testing.assert_close(base + total.log(), lse, rtol=1e-12, atol=1e-12)
+    gain = torch.rand(n, dtype=torch.float64)
+    df, *_ = ops.pair_grad(
+        f, None, None, center, gain, lse, None, None, tau, "exp", (), "f", (), *layout, 0, n, (-2.5, 2.5), backend
+    )
+    g = (gain[:split] / lse[:split].exp()).unsqueeze(1) * (t / tau).exp() + (t / tau).exp() * (gain / lse.exp())[split:]
+    torch.testing.assert_close(df, torch.cat([g @ f[split:], g.t() @ f[:split]]), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "blocked"])
+def test_infinite_similarity_of_an_excluded_pair(backend):
+    z1, z2 = pair(20, 6, torch.float32)
+    z1[3], z2[3] = 0.0, 0.1
+    z1[3, 0] = 3e19  # only its product with itself leaves float32 …
+    z1[:3, 0] = z1[4:, 0] = z2[:, 0] = 0.0  # … and no other row meets it
+    for name in ("alpha_square", "alpha_direct", "triplet"):
+        truth = loss_and_grads(z1.double(), z2.double(), name, similarity="dot", backend="reference")
+        ours = loss_and_grads(z1, z2, name, similarity="dot", backend=backend)
+        assert torch.isfinite(ours[0])
+        assert relative_error(ours[0], truth[0]) < 1e-5, name
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("dim", [1024, 4096])
+def test_nearly_equal_rows_of_many_features(name, dim):
+    """Rounding along a long sum goes the same way for all of them and must not add up."""
+    row = torch.randn(1, dim, dtype=torch.float64)
+    z1, z2 = ((row + 1e-3 * torch.randn(40, dim, dtype=torch.float64)).float() for _ in range(2))
+    truth = loss_and_grads(z1.double(), z2.double(), "alpha_direct", tau=0.07, backend="reference", reduction="none")
+    with cpu.forced_instruction_set(name):
+        ours = loss_and_grads(z1, z2, "alpha_direct", tau=0.07, backend="cpu", reduction="none")
+    eager = loss_and_grads(z1, z2, "alpha_direct", tau=0.07, backend="reference", reduction="none")
+    error, bound = (float((x[0].double() - truth[0]).square().mean().sqrt()) for x in (ours, eager))
+    assert error < 2 * bound + 2.4e-7, (error, bound)
+
+
+def test_equal_weights_are_not_rounded():
+    """A hinge weighs all active pairs alike; 1/2N as a bfloat16 would be off by the same 0.2 % everywhere."""
+    row = torch.randn(1, 32)
+    z1, z2 = ((row + 0.05 * torch.randn(60, 32)).bfloat16() for _ in range(2))
+    truth = loss_and_grads(z1.double(), z2.double(), "triplet", similarity="dot", backend="reference")
+    for name in SETS:
+        with cpu.forced_instruction_set(name):
+            ours = loss_and_grads(z1, z2, "triplet", similarity="dot", backend="cpu")
+        for o, t in zip(ours[1:3], truth[1:3], strict=True):
+            assert float((o.double() - t).norm() / t.norm()) < 4e-3, name
+
+
+def test_half_precision_subnormals_survive_flushing():
+    z1, z2 = (z * 2.0**-23 for z in pair(20, 8, torch.float16))
+    base = loss_and_grads(z1, z2, "infonce", backend="cpu")
+    torch.set_flush_denormal(True)
+    try:
+        for name in SETS:
+            with cpu.forced_instruction_set(name):
+                assert relative_error(loss_and_grads(z1, z2, "infonce", backend="cpu")[0], base[0]) < 1e-6
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="needs valgrind, whose processor has AVX2 but no AVX-512")
+def test_no_illegal_instruction_on_an_older_processor():
+    code = f"""
+import ctypes
+ctypes.CDLL("libgomp.so.1", ctypes.RTLD_GLOBAL)  # torch's place is taken: torch itself would run for minutes here
+library = ctypes.CDLL({str(cpu.LIBRARY)!r})
+mask = library.alphacl_cpu_instruction_sets()
+a, b = ctypes.c_int32(), ctypes.c_int32()
+library.alphacl_cpu_engine.restype = ctypes.c_char_p
+print(mask >> 16, library.alphacl_cpu_engine(1, 0, ctypes.byref(a), ctypes.byref(b)))
+"""
+    run = subprocess.run(["valgrind", "-q", sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.split() == ["3", "b'avx2'"], run.stderr[-500:]

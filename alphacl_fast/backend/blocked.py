@@ -101,6 +101,7 @@ class _Tile:
     ) -> None:
         self.excluded, self.kind, self.tau, self.params = excluded, kind, tau, params
         self._log_f: Tensor | None = None
+        self.mask(product)  # the similarity of an excluded pair may be infinite, and 0·inf is not 0
         if kind.linear_in_t:
             self.t = product * tau if need_t else product
             self._log_f = self.mask(product, -torch.inf)

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,21 +69,28 @@ _HOOKS = {
 }  # fmt: skip
 
 
+def _hooks() -> dict[str, int | None]:
+    if threading.current_thread() is threading.main_thread():
+        return _HOOKS
+    return {**_HOOKS, "check_signals": None}  # signals are the main thread's
+
+
 def _load() -> tuple[ctypes.PyDLL | None, str | None]:
     """The compiled library, or why there is none."""
     try:
         if not LIBRARY.exists():
             raise OSError(FAILURE.read_text().strip() if FAILURE.exists() else "no library beside the package")
         library = ctypes.PyDLL(str(LIBRARY))  # not CDLL: an exception that a signal raised comes through
-        if library.alphacl_cpu_sweep_size() != ctypes.sizeof(_Sweep):
+        sizes = library.alphacl_cpu_sweep_size(), library.alphacl_cpu_rows_size()
+        if sizes != (ctypes.sizeof(_Sweep), ctypes.sizeof(_PairRows)):
             raise OSError(f"{LIBRARY.name} does not fit this version of the package")
+        library.alphacl_cpu_build.restype = library.alphacl_cpu_sources.restype = ctypes.c_char_p
+        library.alphacl_cpu_engine.restype = ctypes.c_char_p
+        library.alphacl_cpu_sweep.argtypes = [ctypes.POINTER(_Sweep)]
+        library.alphacl_cpu_normalize.argtypes = library.alphacl_cpu_finish.argtypes = [ctypes.POINTER(_PairRows)]
+        library.alphacl_cpu_function.argtypes = [ctypes.c_int32] * 3 + [ctypes.c_void_p] * 2 + [ctypes.c_int64]
     except (OSError, AttributeError) as error:
         return None, f"{error}; reinstall with a C++ compiler (GCC or clang)"
-    library.alphacl_cpu_build.restype = library.alphacl_cpu_sources.restype = ctypes.c_char_p
-    library.alphacl_cpu_engine.restype = ctypes.c_char_p
-    library.alphacl_cpu_sweep.argtypes = [ctypes.POINTER(_Sweep)]
-    library.alphacl_cpu_normalize.argtypes = library.alphacl_cpu_finish.argtypes = [ctypes.POINTER(_PairRows)]
-    library.alphacl_cpu_function.argtypes = [ctypes.c_int32] * 3 + [ctypes.c_void_p] * 2 + [ctypes.c_int64]
     return library, None
 
 
@@ -215,7 +223,7 @@ def _run(
         f=f.data_ptr(), n=f.shape[0], dim=f.shape[1], row_stride=f.stride(0), dtype=dtype, instruction_set=isa,
         block=block_rows(f.shape[0], multiple, largest),
         threads=_threads(*f.shape, int(fields["split"]), "gain" in vectors), tau=float(tau), kind=_KINDS[kind],
-        params=(*params, 0.0, 0.0, 0.0)[:3], rows_of_terms=tuple(rows_of_terms), **_HOOKS,
+        params=(*params, 0.0, 0.0, 0.0)[:3], rows_of_terms=tuple(rows_of_terms), **_hooks(),
         **{name: _pointer(x) for name, x in {**contiguous, **outputs}.items()}, **fields,
     )  # fmt: skip
     status = _library().alphacl_cpu_sweep(ctypes.byref(sweep))

@@ -56,6 +56,7 @@ struct UsingTiles {
   UsingTiles() {
     const TileConfiguration mine;
     _tile_storeconfig(before);
+    __asm__ volatile("" : : "r"(&mine) : "memory");  // GCC's intrinsics do not say what memory they read
     _tile_loadconfig(&mine);
   }
   ~UsingTiles() {
@@ -214,7 +215,9 @@ struct AmxProducts {
     if (j.wanted && !diagonal) add_product(s, transposed(scratch), i, j);
   }
 
-  static void unpack(const Sweep& s, const Block& block) { NativeProducts<float>::unpack(s, block); }
+  static void unpack(const Sweep& s, const Block& block, double scale) {
+    NativeProducts<float>::unpack(s, block, scale);
+  }
 };
 
 }  // namespace

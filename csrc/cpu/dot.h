@@ -5,7 +5,7 @@
 
 namespace {
 
-// C (R × V vectors) = Σ_k a_k ⊗ b_k over pairs, plus C (Add) or times the scales of rows and columns, if there are any;
+// C (R × V vectors) = [C +] Σ_k a_k ⊗ b_k over pairs, the whole times the scales of rows and columns if there are any;
 // a of row r and pair k is at a[r·A_ROW + k·A_STEP].
 template <int R, int V, int64_t A_ROW, int64_t A_STEP, bool Add>
 __attribute__((noinline)) void multiply_pairs(const uint32_t* __restrict a, const uint32_t* __restrict b, int64_t ldb,
@@ -31,7 +31,13 @@ __attribute__((noinline)) void multiply_pairs(const uint32_t* __restrict a, cons
     }
     a += A_STEP, b += ldb;
   }
-  if (!Add && row_scale) {
+  if (Add) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 3
+      for (int v = 0; v < V; v++) acc[r][v] += _mm512_load_ps(c + r * ldc + v * PAIR_LANES);
+  }
+  if (row_scale) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 3
@@ -41,10 +47,7 @@ __attribute__((noinline)) void multiply_pairs(const uint32_t* __restrict a, cons
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 3
-    for (int v = 0; v < V; v++) {
-      float* out = c + r * ldc + v * PAIR_LANES;
-      _mm512_store_ps(out, Add ? _mm512_add_ps(acc[r][v], _mm512_load_ps(out)) : acc[r][v]);
-    }
+    for (int v = 0; v < V; v++) _mm512_store_ps(c + r * ldc + v * PAIR_LANES, acc[r][v]);
 }
 
 struct DotProducts {
@@ -80,9 +83,18 @@ struct DotProducts {
     const auto* right = static_cast<const uint32_t*>(j.left);
     const auto* scale = static_cast<const float*>(v.scale);
     const float *rows = scale ? scale + i.packed + r0 : nullptr, *cols = scale ? scale + j.packed : nullptr;
-    for (int64_t c = 0; c < j.rows; c += WIDE_PAIRS)
-      multiply_pairs<REGISTER_ROWS, 3, 1, WIDE_PAIRS, false>(left, right + c * steps, WIDE_PAIRS, used, out + c, LD, rows,
-                                                             cols ? cols + c : nullptr);
+    for (int64_t c = 0; c < j.rows; c += WIDE_PAIRS) {
+      const uint32_t* b = right + c * steps;
+      const float* col_scale = cols ? cols + c : nullptr;
+      const int64_t first = used < CHAIN ? used : CHAIN;
+      multiply_pairs<REGISTER_ROWS, 3, 1, WIDE_PAIRS, false>(left, b, WIDE_PAIRS, first, out + c, LD,
+                                                             first < used ? nullptr : rows, col_scale);
+      for (int64_t k = CHAIN; k < used; k += CHAIN) {
+        const int64_t last = used - k < CHAIN ? used - k : CHAIN;
+        multiply_pairs<REGISTER_ROWS, 3, 1, WIDE_PAIRS, true>(left + k * WIDE_PAIRS, b + k * WIDE_PAIRS, WIDE_PAIRS, last,
+                                                              out + c, LD, k + last < used ? nullptr : rows, col_scale);
+      }
+    }
   }
 
   static uint16_t* across(void* scratch) { return static_cast<uint16_t*>(scratch); }
@@ -118,7 +130,9 @@ struct DotProducts {
     if (j.wanted && !diagonal) add_product<1, LD>(s, down(scratch), j.rows, i, j);
   }
 
-  static void unpack(const Sweep& s, const Block& block) { NativeProducts<float>::unpack(s, block); }
+  static void unpack(const Sweep& s, const Block& block, double scale) {
+    NativeProducts<float>::unpack(s, block, scale);
+  }
 };
 
 }  // namespace

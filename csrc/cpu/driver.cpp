@@ -13,8 +13,10 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <mutex>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -54,6 +56,7 @@ namespace {
 
 // --- instruction sets -----------------------------------------------------------------------------------------------
 
+// Engines are asked for only where their instructions exist: even the functions that list them are compiled with those.
 bool amx_usable() {
 #if defined(ALPHACL_WITH_AMX) && defined(__linux__)
   constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // arch_prctl: ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -84,7 +87,20 @@ struct Features {
 
 enum InstructionSet : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AMX = 4, AMX_EMULATED = 5, SET_COUNT = 6 };
 
-struct EngineSet {  // of one instruction set, by operand dtype; absent: compiled without it
+bool runs_here(int32_t set) {
+  static const Features cpu;
+  switch (set) {
+    case PORTABLE: return true;
+    case AVX2: return cpu.avx2;
+    case AVX512: return cpu.avx512;
+    case AVX512_BF16: return cpu.avx512_bf16;
+    case AMX: return cpu.amx;
+    case AMX_EMULATED: return cpu.avx512_bf16;
+    default: return false;
+  }
+}
+
+struct EngineSet {  // of one instruction set, by operand dtype; absent where it is not compiled or does not run
   const Engine *float32 = nullptr, *float64 = nullptr, *bfloat16 = nullptr;
 };
 
@@ -94,6 +110,7 @@ const EngineSet* engine_sets() {
   static const bool filled = [] {
     int count = 0;
     auto take = [&](InstructionSet set, int (*fill)(Engine*)) {
+      if (!runs_here(set)) return;
       const int added = fill(engines + count);
       for (int e = count; e < count + added; e++) {
         EngineSet& entry = sets[set];
@@ -124,22 +141,36 @@ const EngineSet* engine_sets() {
   return sets;
 }
 
-bool runs_here(int32_t set) {
-  static const Features cpu;
-  switch (set) {
-    case PORTABLE: return true;
-    case AVX2: return cpu.avx2;
-    case AVX512: return cpu.avx512;
-    case AVX512_BF16: return cpu.avx512_bf16;
-    case AMX: return cpu.amx;
-    case AMX_EMULATED: return cpu.avx512_bf16;
-    default: return false;
-  }
-}
-
 bool compiled(int32_t set) {
-  const EngineSet& s = engine_sets()[set];
-  return s.float32 || s.float64 || s.bfloat16;
+  constexpr bool with[SET_COUNT] = {
+      true,
+#if defined(ALPHACL_WITH_AVX2)
+      true,
+#else
+      false,
+#endif
+#if defined(ALPHACL_WITH_AVX512)
+      true,
+#else
+      false,
+#endif
+#if defined(ALPHACL_WITH_AVX512_BF16)
+      true,
+#else
+      false,
+#endif
+#if defined(ALPHACL_WITH_AMX)
+      true,
+#else
+      false,
+#endif
+#if defined(ALPHACL_WITH_AMX_EMULATED)
+      true,
+#else
+      false,
+#endif
+  };
+  return with[set];
 }
 
 // The engine for a dtype when instruction sets up to `set` may be used: half precision without products of its own is
@@ -242,7 +273,11 @@ template <class Work> void in_parallel(int threads, Work&& work) {
   work(omp_get_thread_num());
 #else
   std::vector<std::thread> others;
-  for (int t = 1; t < threads; t++) others.emplace_back(work, t);
+  others.reserve(threads);
+  try {
+    for (int t = 1; t < threads; t++) others.emplace_back(work, t);
+  } catch (const std::system_error&) {  // those that there are will do
+  }
   work(0);
   for (auto& t : others) t.join();
 #endif
@@ -286,6 +321,7 @@ template <class T> int run(const Sweep& s, const Engine& engine, void*& lock) {
     if (!x.wanted) x.df = nullptr;
   }
   T* gain = nullptr;
+  double df_scale = 1;
   {  // padded copies of the row vectors; a missing one is zero, all of those one and the same
     T* zeros = memory.take<T>(vector_bytes);
     std::memset(zeros, 0, vector_bytes);
@@ -315,6 +351,14 @@ template <class T> int run(const Sweep& s, const Engine& engine, void*& lock) {
       const T* shift = static_cast<const T*>(v.shift);
       for (int64_t r = 0; r < rows; r++)
         if (gain[r] != 0) gain[r] *= std::exp(T(s.middle) - shift[r]);
+    }
+    if (raw && gradient) {  // equal weights, as those of a hinge, become powers of two: rounding them would not average out
+      T largest = 0;
+      for (int64_t r = 0; r < rows; r++) largest = std::fabs(gain[r]) > largest ? std::fabs(gain[r]) : largest;
+      if (largest > std::numeric_limits<T>::min() && largest < std::numeric_limits<T>::max()) {
+        for (int64_t r = 0; r < rows; r++) gain[r] /= largest;
+        df_scale = largest;
+      }
     }
     if (s.form == LOG_SUMS_RUNNING || s.form == MAXIMUM) {
       T* base = memory.take<T>(vector_bytes);
@@ -376,7 +420,7 @@ template <class T> int run(const Sweep& s, const Engine& engine, void*& lock) {
       for (int64_t b; status.load() == OK && (b = next_unpack.fetch_add(1)) < count;) {
         if (!blocks[b].wanted) continue;
         wait_for(b, order.m);
-        engine.unpack(s, blocks[b]);
+        engine.unpack(s, blocks[b], df_scale);
       }
   };
 
@@ -436,7 +480,9 @@ int run_rows(const PairRows* p, bool finish) {
 
 extern "C" {
 
+// Sizes of the structs that Python mirrors.
 ALPHACL_EXPORT int32_t alphacl_cpu_sweep_size() { return sizeof(Sweep); }
+ALPHACL_EXPORT int32_t alphacl_cpu_rows_size() { return sizeof(PairRows); }
 
 ALPHACL_EXPORT const char* alphacl_cpu_build() { return ALPHACL_BUILD; }
 ALPHACL_EXPORT const char* alphacl_cpu_sources() { return ALPHACL_SOURCES; }

@@ -154,7 +154,8 @@ void tile(const Sweep& s, const RowVectors& v, const Block& i, const Block& j, v
   if (s.form == MAXIMUM) {
     T* best = static_cast<T*>(v.base);
     auto merge = [best](const T* found, int64_t at, int64_t n) {
-      for (int64_t r = 0; r < n; r++) best[at + r] = found[r] > best[at + r] ? found[r] : best[at + r];
+      for (int64_t r = 0; r < n; r++)
+        if (found[r] > best[at + r] || found[r] != found[r]) best[at + r] = found[r];
     };
     merge(scratch.row_max, i.packed, i.rows);
     if (p.two_sided) merge(scratch.col_max, j.packed, j.rows);

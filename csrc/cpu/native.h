@@ -40,6 +40,10 @@ __attribute__((noinline)) void multiply(const T* __restrict a, const T* __restri
     for (int v = 0; v < V; v++) store(c + r * ldc + v * L, Add ? acc[r][v] + load(c + r * ldc + v * L) : acc[r][v]);
 }
 
+// Terms of a similarity that are added in a row. One long chain rounds in the same direction for rows that are nearly equal:
+// at D = 4096 it would be off by 3e-6, ten times as much as a vendor's product.
+constexpr int64_t CHAIN = 128;
+
 // The columns of F in panels of one to three vectors, as even as they come.
 template <class T> struct FeaturePanels {
   int64_t vectors, count;
@@ -112,9 +116,14 @@ template <class Scalar> struct NativeProducts {
     const T* left = static_cast<const T*>(i.left);
     const T* right = static_cast<const T*>(j.left);
     for (int64_t c = 0; c < j.rows; c += WIDE)
-      for (int64_t r = r0; r < r0 + PANEL_ROWS; r += REGISTER_ROWS)
-        multiply<T, REGISTER_ROWS, 3, 1, WIDE, false>(
-            left + r / WIDE * WIDE * s.dim + r % WIDE, right + c * s.dim, WIDE, s.dim, out + (r - r0) * LD + c, LD);
+      for (int64_t r = r0; r < r0 + PANEL_ROWS; r += REGISTER_ROWS) {
+        const T *a = left + r / WIDE * WIDE * s.dim + r % WIDE, *b = right + c * s.dim;
+        T* t = out + (r - r0) * LD + c;
+        multiply<T, REGISTER_ROWS, 3, 1, WIDE, false>(a, b, WIDE, s.dim < CHAIN ? s.dim : CHAIN, t, LD);
+        for (int64_t k = CHAIN; k < s.dim; k += CHAIN)
+          multiply<T, REGISTER_ROWS, 3, 1, WIDE, true>(
+              a + k * WIDE, b + k * WIDE, WIDE, s.dim - k < CHAIN ? s.dim - k : CHAIN, t, LD);
+      }
   }
 
   // dF (of `rows` rows) += W·F, W of row r and step k at w[r·A_ROW + k·A_STEP]
@@ -143,17 +152,19 @@ template <class Scalar> struct NativeProducts {
     if (j.wanted && !diagonal) add_product<1, LD>(s, tile, j.rows, i, j);
   }
 
-  static void unpack(const Sweep& s, const Block& block) {
+  static void unpack(const Sweep& s, const Block& block, double scale) {
     const FeaturePanels<T> panels(s.dim);
     const T* df = static_cast<const T*>(block.df);
     for (int64_t r = 0; r < block.rows; r++) {
       const int64_t row = block.first + r;
       if (row < s.lo || row >= s.hi) continue;
       T* out = static_cast<T*>(s.df) + (row - s.lo) * s.dim;
+      const T factor = T(scale);
       for (int64_t p = 0; p < panels.count; p++) {
         const int64_t from = panels.first(p) * L, width = panels.width(p) * L;
         const int64_t used = s.dim - from < width ? s.dim - from : width;
-        std::memcpy(out + from, df + from * block.stride + r * width, used * sizeof(T));
+        const T* in = df + from * block.stride + r * width;
+        for (int64_t k = 0; k < used; k++) out[from + k] = in[k] * factor;
       }
     }
   }

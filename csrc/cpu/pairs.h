@@ -14,7 +14,7 @@ template <class T> struct Numbers {  // one call's constants
 
 template <class T> constexpr T SMALLEST_NORMAL = T(sizeof(T) == 4 ? 1.17549435e-38 : 2.2250738585072014e-308);
 
-// max(d, 0)^q and its derivative, 0 at d <= 0 for every q. Q is q where it is known when compiling, else 0.
+// max(d, 0)^q and its derivative, 0 at d <= 0 for every q, NaN at NaN. Q is q where it is known when compiling, else 0.
 template <class T, int Q> ALPHACL_INLINE Vec<T> power(Vec<T> d, T q) {
   if (Q == 1 || q == 1) return relu<T>(d);
   if (Q == 2 || q == 2) {
@@ -26,17 +26,17 @@ template <class T, int Q> ALPHACL_INLINE Vec<T> power(Vec<T> d, T q) {
   if (q == T(0.5)) y = vsqrt<T>(positive);
   else if (q == T(1.5)) y = positive * vsqrt<T>(positive);
   else y = vpow(positive, double(q));
-  return d > 0 ? y : Vec<T>{};
+  return d > 0 ? y : relu<T>(d);
 }
 template <class T, int Q> ALPHACL_INLINE Vec<T> power_slope(Vec<T> d, T q) {
-  if (Q == 1 || q == 1) return d > 0 ? broadcast<T>(1) : Vec<T>{};
+  if (Q == 1 || q == 1) return d > 0 ? broadcast<T>(1) : relu<T>(d);
   if (Q == 2 || q == 2) return 2 * relu<T>(d);
   const Vec<T> positive = vmax<T>(d, broadcast<T>(SMALLEST_NORMAL<T>));
   Vec<T> y;
   if (q == T(0.5)) y = T(0.5) / vsqrt<T>(positive);
   else if (q == T(1.5)) y = T(1.5) * vsqrt<T>(positive);
   else y = q * vpow(positive, double(q) - 1);
-  return d > 0 ? y : Vec<T>{};
+  return d > 0 ? y : relu<T>(d);
 }
 
 template <class T> struct Exp {  // t/τ

@@ -19,8 +19,9 @@ ALPHACL_INLINE uint32_t to_bits32(float x) {
   return u;
 }
 ALPHACL_INLINE float from_bfloat16(uint16_t h) { return from_bits32(uint32_t(h) << 16); }
-ALPHACL_INLINE float from_float16(uint16_t h) {  // the product also makes numbers of float16's subnormals
-  const float magnitude = from_bits32(uint32_t(h & 0x7fff) << 13) * 0x1p112f;
+ALPHACL_INLINE float from_float16(uint16_t h) {  // subnormals through an integer: a thread may flush those of float
+  const float magnitude =
+      h & 0x7c00 ? from_bits32(uint32_t(h & 0x7fff) << 13) * 0x1p112f : float(int32_t(h & 0x3ff)) * 0x1p-24f;
   const uint32_t special = (h & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
   return from_bits32(to_bits32(magnitude) | special | uint32_t(h & 0x8000) << 16);
 }

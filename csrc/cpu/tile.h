@@ -55,7 +55,8 @@ template <class T, class Op> ALPHACL_INLINE void for_pairs(const Panel<T>& p, Op
         Mask<T> keep = lanes < I(p.cols - c);
         if (r >= p.rows) keep = Mask<T>{};
         for (int d = 0; d < p.excluded; d++) keep &= lanes != I(r + p.diagonals[d] - c);
-        op.template pair<true>(r, c, load(p.s + r * LD + c), keep);
+        const Vec<T> t = load(p.s + r * LD + c);
+        op.template pair<true>(r, c, keep ? t : Vec<T>{}, keep);  // an excluded similarity may be infinite, and 0·inf is not 0
       }
     }
     op.end(c);
@@ -132,8 +133,8 @@ template <class T> struct Maximum {
   ALPHACL_INLINE void end(int64_t c) { store(p.col_max + c, col_best); }
   template <bool Masked> ALPHACL_INLINE void pair(int r, int64_t, Vec<T> t, Mask<T> keep) {
     if (Masked) t = keep ? t : broadcast<T>(-__builtin_inf());
-    best[r] = vmax<T>(t, best[r]);
-    col_best = vmax<T>(t, col_best);
+    best[r] = largest<T>(t, best[r]);
+    col_best = largest<T>(t, col_best);
   }
   static __attribute__((noinline)) void run(const Panel<T>& p) {
     Maximum op{p, {}, {}};

@@ -28,17 +28,20 @@ template <> struct VectorOf<float> {
   typedef float V __attribute__((vector_size(ALPHACL_VECTOR_BYTES), may_alias));
   typedef float Unaligned __attribute__((vector_size(ALPHACL_VECTOR_BYTES), aligned(4), may_alias));
   typedef int32_t M __attribute__((vector_size(ALPHACL_VECTOR_BYTES), may_alias));
+  typedef uint32_t U __attribute__((vector_size(ALPHACL_VECTOR_BYTES), may_alias));
   typedef int32_t Int;
 };
 template <> struct VectorOf<double> {
   typedef double V __attribute__((vector_size(ALPHACL_VECTOR_BYTES), may_alias));
   typedef double Unaligned __attribute__((vector_size(ALPHACL_VECTOR_BYTES), aligned(8), may_alias));
   typedef int64_t M __attribute__((vector_size(ALPHACL_VECTOR_BYTES), may_alias));
+  typedef uint64_t U __attribute__((vector_size(ALPHACL_VECTOR_BYTES), may_alias));
   typedef int64_t Int;
 };
 
 template <class T> using Vec = typename VectorOf<T>::V;
 template <class T> using Mask = typename VectorOf<T>::M;  // -1 where true, 0 where false
+template <class T> using Word = typename VectorOf<T>::U;  // whose overflow is defined
 template <class T> constexpr int LANES = ALPHACL_VECTOR_BYTES / sizeof(T);
 
 template <class T> ALPHACL_INLINE Vec<T> load(const T* p) { return *reinterpret_cast<const Vec<T>*>(p); }
@@ -60,9 +63,8 @@ template <class T> ALPHACL_INLINE Vec<T> from_bits(Mask<T> m) {
 }
 
 template <class T> ALPHACL_INLINE Vec<T> vmax(Vec<T> a, Vec<T> b) { return a > b ? a : b; }
-template <class T> ALPHACL_INLINE Vec<T> vmin(Vec<T> a, Vec<T> b) { return a < b ? a : b; }
+template <class T> ALPHACL_INLINE Vec<T> largest(Vec<T> a, Vec<T> b) { return (a > b) | (a != a) ? a : b; }  // NaN wins
 template <class T> ALPHACL_INLINE Vec<T> relu(Vec<T> a) { return a < 0 ? Vec<T>{} : a; }  // keeps NaN
-template <class T> ALPHACL_INLINE Vec<T> vabs(Vec<T> a) { return a < 0 ? -a : a; }
 
 // x itself, as a rounded number: keeps the compiler from fusing the product it came from into a later sum. Where sweeps must
 // agree to the last bit on a quantity, it goes through here.
@@ -97,7 +99,7 @@ template <class T> ALPHACL_INLINE T sum_of(Vec<T> v) {
 }
 template <class T> ALPHACL_INLINE T max_of(Vec<T> v) {
   T best = v[0];
-  for (int i = 1; i < LANES<T>; i++) best = v[i] > best ? v[i] : best;
+  for (int i = 1; i < LANES<T>; i++) best = v[i] > best || v[i] != v[i] ? v[i] : best;
   return best;
 }
 
@@ -152,8 +154,7 @@ template <class T> ALPHACL_INLINE Vec<T> vexp(Vec<T> x) {
   const Vec<T> k = shifted - C::magic;
   Vec<T> r = x - k * C::ln2_high;
   r = r - k * C::ln2_low;
-  const Mask<T> scaled = bits<T>(exp_polynomial(r)) + (bits<T>(shifted) << C::mantissa);
-  Vec<T> y = from_bits<T>(scaled);
+  Vec<T> y = from_bits<T>((Mask<T>)((Word<T>)bits<T>(exp_polynomial(r)) + ((Word<T>)bits<T>(shifted) << C::mantissa)));
   y = x < C::lowest ? Vec<T>{} : y;
   y = x > C::highest ? broadcast<T>(__builtin_inf()) : y;
   return x != x ? x : y;
@@ -167,7 +168,7 @@ template <class T> ALPHACL_INLINE Vec<T> vexp_bounded(Vec<T> x) {
   const Vec<T> k = shifted - biased;
   Vec<T> r = x - k * C::ln2_high;
   r = r - k * C::ln2_low;
-  return exp_polynomial(r) * from_bits<T>(bits<T>(shifted) << C::mantissa);
+  return exp_polynomial(r) * from_bits<T>((Mask<T>)((Word<T>)bits<T>(shifted) << C::mantissa));
 }
 
 // log of a positive normal number (0 → −inf, inf → inf, NaN and negative → NaN): x = 2^k·m, m in [√½, √2),
@@ -193,8 +194,8 @@ template <class T> ALPHACL_INLINE Vec<T> vlog(Vec<T> x) {
   using I = typename VectorOf<T>::Int;
   const I root_half = I(sizeof(T) == 4 ? 0x3f3504f3 : 0x3fe6a09e667f3bcd);
   const Mask<T> ix = bits<T>(x);
-  const Mask<T> k = (ix - root_half) >> C::mantissa;  // arithmetic: floor
-  const Vec<T> m = from_bits<T>(ix - (k << C::mantissa));
+  const Mask<T> k = (Mask<T>)((Word<T>)ix - (Word<T>)(Mask<T>{} + root_half)) >> C::mantissa;  // arithmetic: floor
+  const Vec<T> m = from_bits<T>((Mask<T>)((Word<T>)ix - ((Word<T>)k << C::mantissa)));
   const Vec<T> f = m - 1, s = f / (m + 1), half = f * f * T(0.5);
   const Vec<T> kf = __builtin_convertvector(k, Vec<T>);
   Vec<T> y = f - (half - s * (half + log_series(s * s)));
