@@ -1,9 +1,9 @@
-# make demo | make test | make bench | make lint      Everything lives in .venv beside this file; PYTHON chooses the base.
+# make demo | make test | make bench | make lint | make sanitize      Everything lives in .venv beside this file; PYTHON chooses the base.
 PYTHON ?= python3
 BIN := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint sanitize clean
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*.*)
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: Python 3.10 or newer is needed (set PYTHON=...)"; exit 1; }
@@ -23,6 +23,10 @@ bench: $(STAMP)
 
 lint: $(STAMP)
 	"$(BIN)" -m ruff check .
+
+sanitize: $(STAMP)
+	"$(BIN)" tests/cpp/run.py
+	"$(BIN)" tests/cpp/run.py --thread
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,137 @@
+"""Compiles csrc/cpu and test_kernels.cpp with sanitizers and runs the test.
+
+    python tests/cpp/run.py                       AddressSanitizer and UndefinedBehaviorSanitizer, all cases
+    python tests/cpp/run.py --thread              ThreadSanitizer, fewer cases
+    python tests/cpp/run.py --sanitize none       neither: for a debugger, or for timing
+
+CXX is the compiler, as for setup.py, whose instruction sets and flags these are. Objects are kept in build/test_kernels and
+compiled again when a source or a flag has changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+OBJECTS = ROOT / "build" / "test_kernels"
+TEST = Path("tests") / "cpp" / "test_kernels.cpp"
+SANITIZERS = {"address": "address,undefined", "thread": "thread", "none": ""}
+#: A sweep that asks for too much memory is one of the tests; threads outnumber cores, so they had better not spin.
+ENVIRONMENT = {
+    "ASAN_OPTIONS": "allocator_may_return_null=1:detect_stack_use_after_return=0",
+    "TSAN_OPTIONS": "allocator_may_return_null=1:halt_on_error=1",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "OMP_WAIT_POLICY": "passive",
+}
+
+
+def build_settings() -> dict[str, Any]:
+    """The constants and functions of setup.py, without what needs setuptools: importing it would build the package."""
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    wanted = (ast.Import, ast.ImportFrom, ast.Assign, ast.FunctionDef)
+    tree.body = [
+        node
+        for node in tree.body
+        if isinstance(node, wanted) and not (isinstance(node, ast.ImportFrom) and str(node.module).startswith("setuptools"))
+    ]
+    scope: dict[str, Any] = {}
+    exec(compile(tree, "setup.py", "exec"), scope)
+    return scope
+
+
+def build(sanitize: str) -> Path:
+    """Compiles what has changed, links, and returns the program."""
+    setup = build_settings()
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    # Variables' places at every instruction would take a fifth of the time; a report needs lines.
+    flags = [flag for flag in setup["COMMON"] if flag != "-O3"] + ["-O1", "-g", "-fno-var-tracking", "-Wall", "-Wextra"]
+    flags = [flag for flag in flags if setup["accepts"](compiler, [flag], OBJECTS)]
+    if SANITIZERS[sanitize]:
+        flags += [f"-fsanitize={SANITIZERS[sanitize]}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+        if not setup["accepts"](compiler, flags, OBJECTS):
+            sys.exit(f"{shlex.join(compiler)} does not compile with {shlex.join(flags)}")
+    # ThreadSanitizer does not know how OpenMP's threads wait for each other; without OpenMP the driver starts its own.
+    openmp = sanitize != "thread" and sys.platform == "linux" and setup["accepts"](compiler, ["-fopenmp"], OBJECTS)
+    threads = ["-fopenmp"] if openmp else ["-pthread"]
+    # Lets the test fill the driver's work space with NaN.
+    wrap = ["-Wl,--wrap=aligned_alloc", "-Wl,--wrap=free"] if sys.platform == "linux" else []
+
+    sets = {name: extra for name, extra in setup["INSTRUCTION_SETS"].items() if setup["accepts"](compiler, extra, OBJECTS)}
+    missing = [name for name in setup["INSTRUCTION_SETS"] if name not in sets]
+    if missing:
+        print(f"not compiled, the compiler does not know them: {', '.join(missing)}")
+    sources = setup["SOURCES"]
+    jobs = {name: [*extra, f"-DALPHACL_ISA={name}", str(sources / "kernels.cpp")] for name, extra in sets.items()}
+    known = [f"-DALPHACL_WITH_{name.upper()}" for name in sets if name != "portable"]
+    known += ['-DALPHACL_BUILD="test"', '-DALPHACL_SOURCES="test"']
+    jobs["driver"] = [*threads, *known, str(sources / "driver.cpp")]
+    jobs["test_kernels"] = [*threads, *(["-DALPHACL_WRAPPED"] if wrap else []), str(TEST)]
+    version = setup["run"]([*compiler, "--version"])
+    headers = b"".join(file.read_bytes() for file in sorted((ROOT / sources).glob("*.h")))
+
+    def compile_one(name: str) -> Path:
+        command = [*compiler, *flags, *jobs[name], "-c"]
+        text = "\0".join([version, *command]).encode() + headers + (ROOT / jobs[name][-1]).read_bytes()
+        target = OBJECTS / f"{sanitize}_{name}_{hashlib.sha256(text).hexdigest()[:16]}.o"
+        if not target.exists():
+            for old in OBJECTS.glob(f"{sanitize}_{name}_" + "?" * 16 + ".o"):
+                old.unlink()
+            partial = target.with_suffix(".partial")
+            done = subprocess.run([*command, "-o", str(partial)], cwd=ROOT, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{shlex.join(command)}\n{done.stderr}")
+            print(done.stderr, end="", file=sys.stderr)
+            partial.replace(target)
+        return target
+
+    order = sorted(jobs, key=lambda name: name not in ("portable", "avx2", "avx512"))  # the longest first
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            objects = list(pool.map(compile_one, order))
+        except RuntimeError as error:
+            pool.shutdown(cancel_futures=True)
+            sys.exit(f"does not compile: {error}")
+    program = OBJECTS / f"test_kernels_{sanitize}"
+    command = [*compiler, *flags, *threads, "-pthread", *wrap, *map(str, objects), "-o", str(program)]
+    linked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if linked.returncode:
+        sys.exit(f"does not link: {shlex.join(command)}\n{linked.stderr}")
+    return program
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sanitize", choices=SANITIZERS, default="address")
+    parser.add_argument("--thread", action="store_const", const="thread", dest="sanitize", help="short for --sanitize thread")
+    parser.add_argument("--short", action="store_true", help="fewer cases; always so with ThreadSanitizer")
+    parser.add_argument("--seed", type=int, default=1, help="of the random sample")
+    options = parser.parse_args()
+    os.chdir(ROOT)  # setup.py's paths are relative to it
+
+    start = time.monotonic()
+    program = build(options.sanitize)
+    built = time.monotonic()
+    print(f"compiled in {built - start:.0f} s", flush=True)
+    command = [str(program), "--seed", str(options.seed)]
+    if options.short or options.sanitize == "thread":
+        command.append("--short")
+    environment = {**ENVIRONMENT, **os.environ}
+    code = subprocess.run(command, env=environment).returncode
+    print(f"ran for {time.monotonic() - built:.0f} s")
+    if code:
+        sys.exit(f"{shlex.join(command)} failed: " + (f"signal {-code}" if code < 0 else f"exit status {code}"))
+
+
+if __name__ == "__main__":
+    main()
