@@ -34,10 +34,14 @@ INSTRUCTION_SETS = {
 class BuildKernels(build_ext):
     """Compiles csrc/cpu once per instruction set and links one library without any header of torch or Python."""
 
+    def run(self) -> None:
+        self.in_source = bool(self.inplace)  # setuptools clears it while it builds
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        beside_sources = [Path("alphacl_fast")] if self.inplace or getattr(self, "editable_mode", False) else []
+        beside_sources = [Path("alphacl_fast")] if self.in_source else []
         folders = [output.parent, *beside_sources]
         for folder in folders:
             (folder / FAILURE).unlink(missing_ok=True)
