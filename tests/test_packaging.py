@@ -1,5 +1,6 @@
 """What gets installed, and that importing it needs torch alone."""
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -87,3 +88,18 @@ def test_imports_go_one_way():
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("alphacl_fast"):
                 assert node.module in ("alphacl_fast",) or node.module.startswith("alphacl_fast.train"), file
+
+
+def test_without_a_compiler_one_line_says_so(tmp_path):
+    """It installs, keeps the reason for `alphacl info`, and fails only where the kernels were demanded."""
+    source = tmp_path / "src"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(source)], check=True)
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    environment = {**os.environ, "CXX": "no-such-compiler"}
+    run = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=True)
+    (line,) = [line for line in run.stderr.splitlines() if line.startswith("alphacl_fast:")]
+    assert "no compiled CPU kernels" in line
+    assert "no-such-compiler" in (source / "alphacl_fast" / "_cpu_not_built.txt").read_text()
+    demanded = subprocess.run(command, cwd=source, env={**environment, "ALPHACL_CPU": "1"}, capture_output=True, text=True)
+    assert demanded.returncode != 0
+    assert "the CPU kernels could not be built" in demanded.stderr
