@@ -33,6 +33,7 @@
 
 extern "C" {
 int32_t alphacl_cpu_sweep_size();
+int32_t alphacl_cpu_rows_size();
 const char* alphacl_cpu_build();
 const char* alphacl_cpu_sources();
 int32_t alphacl_cpu_instruction_sets();
@@ -917,6 +918,8 @@ void test_corners(Random& random, bool thorough) {
       {9, 17, {0, 0, 9}, {1, 2, 3, 8, 9}},  {10, 32, {0, 5, 10}, {1, 4, 5, 7}}, {40, 48, {1, 0, 1}, {5, 8, 48}},
       {40, 31, {39, 0, 40}, {5, 40, 1000}}, {48, 49, {0, 24, 48}, {24, 48}},    {49, 64, {0, 0, 49}, {16, 48, 49}},
       {96, 15, {48, 48, 96}, {48, 16}},     {97, 47, {96, 0, 97}, {48, 96}},
+      // Similarities of many features are summed in parts.
+      {9, 128, {0, 0, 9}, {4, 48}},         {10, 257, {0, 5, 10}, {4, 48}},     {50, 300, {25, 25, 50}, {16, 48}},
   };
   for (const auto& corner : corners)
     for (int dtype : {FLOAT32, FLOAT64, BFLOAT16, FLOAT16})
@@ -1185,6 +1188,7 @@ void test_refusals() {
   s.n = s.anchors = int64_t(1) << 40;
   if (alphacl_cpu_sweep(&s) != NO_MEMORY) fail("2^40 rows: status %d", alphacl_cpu_sweep(&s));
   if (alphacl_cpu_sweep_size() != int32_t(sizeof(Sweep))) fail("size of Sweep: %d", alphacl_cpu_sweep_size());
+  if (alphacl_cpu_rows_size() != int32_t(sizeof(PairRows))) fail("size of PairRows: %d", alphacl_cpu_rows_size());
   if (!*alphacl_cpu_build() || !*alphacl_cpu_sources()) fail("the library does not say what it was built from");
 }
 
