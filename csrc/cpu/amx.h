@@ -44,7 +44,9 @@ inline void emulated_product(int c, int a, int b) {
 #define TILE_LOAD(t, p, stride) emulated_load(t, p, stride)
 #define TILE_STORE(t, p, stride) emulated_store(t, p, stride)
 #define TILE_PRODUCT(c, a, b) emulated_product(c, a, b)
-struct UsingTiles {};
+struct UsingTiles {
+  UsingTiles() {}
+};
 #else
 #define TILE_ZERO(t) _tile_zero(t)
 #define TILE_LOAD(t, p, stride) _tile_loadd(t, p, stride)
