@@ -29,6 +29,7 @@ class Call:
     reduction: str
     backend: str
     tau: float | None = None  # the temperature where its value is known on the host
+    precision: str = ""  # of float32 products; "" follows torch
 
     @property
     def c(self) -> float:
@@ -141,7 +142,7 @@ class Sweeps:
         self.features = features.first(self.layout.rows)
         self.pos = pos.repeat(self.layout.anchors // pos.shape[0])
         self.n_neg, self.tau = self.layout.n_neg, tau
-        self._kind, self._backend = call.objective.kind, call.backend
+        self._kind, self._backend, self._precision = call.objective.kind, call.backend, call.precision
         self._kind_tau = call.objective.kind_tau(tau)
         self._params = call.objective.params(call.c)
         self._span = _span(call)
@@ -158,7 +159,7 @@ class Sweeps:
         center = self.pos if center is None else center
         return ops.row_sums(
             f.f, f.scale, f.bias, center, shift, offset, self._kind_tau, self._kind, self._params, terms, layout.split,
-            layout.partner, layout.anchors, self._span, self._backend,
+            layout.partner, layout.anchors, self._span, self._precision, self._backend,
         )  # fmt: skip
 
     def grad(
@@ -172,7 +173,8 @@ class Sweeps:
         center = self.pos if rows.center is None else rows.center
         return ops.pair_grad(
             f.f, f.scale, f.bias, center, rows.gain * c, rows.shift, rows.offset, rows.level, self._kind_tau,
-            self._kind, self._params, weight, terms, layout.split, layout.partner, lo, hi, self._span, self._backend,
+            self._kind, self._params, weight, terms, layout.split, layout.partner, lo, hi, self._span,
+            self._precision, self._backend,
         )  # fmt: skip
 
     def mean_negative(self) -> Tensor:

@@ -142,7 +142,7 @@ def evaluate(
     else:
         host_tau = float(temperature)
         tau = torch.full((), host_tau, dtype=accumulate, device=z1.device)
-    call = replace(call, backend=backend, tau=host_tau)
+    call = replace(call, backend=backend, tau=host_tau, precision=precision or "")
     with torch.autocast(z1.device.type, enabled=False):
         if backend == "reference":
             z1, z2, tau = z1.to(accumulate), z2.to(accumulate), tau.to(accumulate)

@@ -9,52 +9,52 @@ from types import ModuleType
 
 import torch
 
-from .backend import blocked, cpu
+from .backend import blocked, cpu, triton
 
 #: Sweep backends in the order in which "auto" tries them.
-SWEEP_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "blocked": blocked}
+SWEEP_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "blocked": blocked}
 #: Every name that ``backend=`` accepts.
 BACKEND_NAMES = ("auto", "reference", *SWEEP_BACKENDS)
 
 _LIBRARY = torch.library.Library("alphacl_fast", "DEF")
 _LIBRARY.define(
     "row_sums(Tensor f, Tensor? scale, Tensor? bias, Tensor center, Tensor? shift, Tensor? offset, Tensor tau, "
-    "str kind, float[] params, str[] terms, int split, int partner, int anchors, float[] span, str backend) -> Tensor"
+    "str kind, float[] params, str[] terms, int split, int partner, int anchors, float[] span, str precision, str backend) -> Tensor"
 )
 _LIBRARY.define(
     "pair_grad(Tensor f, Tensor? scale, Tensor? bias, Tensor center, Tensor gain, Tensor? shift, Tensor? offset, "
     "Tensor? level, Tensor tau, str kind, float[] params, str weight, str[] terms, int split, int partner, int lo, int hi, "
-    "float[] span, str backend) -> (Tensor, Tensor, Tensor)"
+    "float[] span, str precision, str backend) -> (Tensor, Tensor, Tensor)"
 )
 # Only of backends that have them: normalisation before the sweeps and its derivative after them in one pass each.
 _LIBRARY.define("unit_rows(Tensor z1, Tensor z2, str backend) -> (Tensor, Tensor, Tensor)")
 _LIBRARY.define("finish_rows(Tensor(a!) d, Tensor f, Tensor inv_norm, Tensor q, str backend) -> ()")
 
 
-def _row_sums(f, scale, bias, center, shift, offset, tau, kind, params, terms, split, partner, anchors, span, backend):
+def _row_sums(f, scale, bias, center, shift, offset, tau, kind, params, terms, split, partner, anchors, span, precision, backend):
     return SWEEP_BACKENDS[backend].row_sums(
         f, scale, bias, center, shift, offset, tau, kind, tuple(params), tuple(terms), split, partner, anchors,
-        tuple(span),
+        tuple(span), precision,
     )  # fmt: skip
 
 
 def _pair_grad(
-    f, scale, bias, center, gain, shift, offset, level, tau, kind, params, weight, terms, split, partner, lo, hi, span, backend
+    f, scale, bias, center, gain, shift, offset, level, tau, kind, params, weight, terms, split, partner, lo, hi, span, precision, backend
 ):
     return SWEEP_BACKENDS[backend].pair_grad(
         f, scale, bias, center, gain, shift, offset, level, tau, kind, tuple(params), weight, tuple(terms), split, partner, lo,
-        hi, tuple(span),
+        hi, tuple(span), precision,
     )  # fmt: skip
 
 
 def _row_sums_fake(
-    f, scale, bias, center, shift, offset, tau, kind, params, terms, split, partner, anchors, span, backend
+    f, scale, bias, center, shift, offset, tau, kind, params, terms, split, partner, anchors, span, precision, backend
 ):
     return tau.new_empty((len(terms), anchors))
 
 
 def _pair_grad_fake(
-    f, scale, bias, center, gain, shift, offset, level, tau, kind, params, weight, terms, split, partner, lo, hi, span, backend
+    f, scale, bias, center, gain, shift, offset, level, tau, kind, params, weight, terms, split, partner, lo, hi, span, precision, backend
 ):
     return (
         tau.new_empty((hi - lo, f.shape[1])),

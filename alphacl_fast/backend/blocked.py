@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..objectives import PairKind
 from ..objectives import kind as lookup
+from .precision import float32_precision
 from .ranges import middle as middle_of
 
 
@@ -30,18 +31,6 @@ def unsupported(device: torch.device, dtype: torch.dtype, precision: str | None,
         return None
     now = "ieee" if dtype == torch.float64 else float32_precision(device)
     return None if precision == now else f"multiplies as torch is set to ({now} on {device.type}), not precision={precision!r}"
-
-
-def float32_precision(device: torch.device) -> str:
-    """The precision at which torch multiplies float32 matrices on a device now: ieee, tf32 or bf16."""
-    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-    setting = getattr(getattr(backend, "matmul", None), "fp32_precision", None)  # torch >= 2.9
-    if setting in (None, "none"):
-        try:
-            setting = {"highest": "ieee", "high": "tf32", "medium": "bf16"}[torch.get_float32_matmul_precision()]
-        except RuntimeError:  # the old setting cannot be read once the new one has been used; unset means ieee
-            setting = "ieee"
-    return "ieee" if setting == "tf32" and device.type == "cpu" else setting
 
 
 #: Most workers of a sweep on a CPU. Each has a gradient accumulator of n·D; with more cores a worker gets more threads.
@@ -188,6 +177,7 @@ def row_sums(
     partner: int,
     anchors: int,
     span: tuple[float, ...],
+    precision: str = "",
 ) -> Tensor:
     """``out[k, i] = Σ_{j∈Neg(i)} term_k``; with "base" first, relative to exp(base_i) (log kinds)."""
     kind = lookup(kind_name)
@@ -317,6 +307,7 @@ def pair_grad(
     lo: int,
     hi: int,
     span: tuple[float, ...],
+    precision: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``df_i = Σ_j (g_ij + g_ji) F_j`` for rows [lo, hi); row sums of g_ij + g_ji (with a bias); sums of ``terms``."""
     kind = lookup(kind_name)

@@ -248,6 +248,7 @@ def row_sums(
     partner: int,
     anchors: int,
     span: tuple[float, ...],
+    precision: str = "",
 ) -> Tensor:
     """``out[k, i] = Σ_{j∈Neg(i)} term_k``; with "base" first, relative to exp(base_i) (log kinds)."""
     out = tau.new_empty((len(terms), anchors))
@@ -287,6 +288,7 @@ def pair_grad(
     lo: int,
     hi: int,
     span: tuple[float, ...],
+    precision: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``df_i = Σ_j (g_ij + g_ji) F_j`` for rows [lo, hi); row sums of g_ij + g_ji (with a bias); sums of ``terms``."""
     n, anchors = f.shape[0], gain.shape[0]

@@ -1,0 +1,426 @@
+"""The two sweeps as Triton kernels (kernels/sweeps.py): every pair kind, a user's own included, on GPUs from sm_80 on.
+
+This file chooses forms and tiles, allocates outputs, launches, and reduces what programs wrote in parts. Triton is imported
+with the first call. With TRITON_INTERPRET=1 the same kernels run on CPU tensors, slowly: that is how they are tested.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..objectives import kind as lookup
+from .precision import float32_precision
+from .ranges import middle as middle_of
+
+#: Bytes of scratch that a sweep allocates at most for partial sums, and for weights of rows too wide for registers.
+SCRATCH = 256 << 20
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def _kernels() -> SimpleNamespace:
+    """Triton and the kernel modules."""
+    import triton.language as tl
+
+    from alphacl_fast.kernels import config, rows, sweeps, trace
+
+    return SimpleNamespace(tl=tl, config=config, rows=rows, sweeps=sweeps, trace=trace)
+
+
+@functools.cache
+def _missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        _kernels()
+    except Exception as error:  # any failure of an optional dependency's import is a reason not to use it, and is told
+        return f"triton cannot be imported: {error}"
+    return None
+
+
+def unsupported(device: torch.device, dtype: torch.dtype, precision: str | None, kind: str) -> str | None:
+    """Why this backend cannot serve a call, or None."""
+    if device.type == "cpu":
+        if not interpreted():
+            return "runs on GPUs, not cpu (except in the interpreter, TRITON_INTERPRET=1)"
+    elif device.type != "cuda":
+        return f"runs on GPUs, not {device.type}"
+    elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"needs compute capability 8.0, not {'.'.join(map(str, torch.cuda.get_device_capability(device)))}"
+    return _missing() or (_kernels().trace.problem(kind, (1.0,)) if kind.startswith("custom") else None)
+
+
+# --- what a call comes to ---------------------------------------------------------------------------------------------
+
+
+class _Arithmetic(NamedTuple):
+    mode: str  # of the tuned tables
+    similarities: str  # input_precision of the first product
+    weights: torch.dtype  # to which weights are rounded for the second
+    products: str  # its input_precision
+
+
+def _arithmetic(dtype: torch.dtype, precision: str, device: torch.device) -> _Arithmetic:
+    if dtype == torch.bfloat16:
+        return _Arithmetic("bf16", "ieee", torch.bfloat16, "ieee")
+    if dtype == torch.float16:  # weights may leave its range, so the second product is TF32, in which float16 rows are exact
+        return _Arithmetic("fp16", "ieee", torch.float32, "tf32")
+    if dtype == torch.float64:
+        return _Arithmetic("fp64", "ieee", torch.float64, "ieee")
+    precision = precision or {"bf16": "tf32"}.get(float32_precision(device), float32_precision(device))
+    return _Arithmetic("fp32" if precision == "ieee" else precision, precision, torch.float32, precision)
+
+
+class _Group(NamedTuple):
+    """Rows that one launch serves against the columns they meet."""
+
+    row_start: int
+    n_rows: int
+    col_start: int
+    n_cols: int
+    row_shift: int
+    col_shift: int
+    exclude: bool
+    triangle: bool
+    rows_anchor: bool
+    cols_anchor: bool
+
+
+def _groups(n: int, split: int, partner: int, anchors: int) -> list[_Group]:
+    """All rows: of a triangle one group, of a rectangle one per side."""
+    if split:
+        if partner not in (0, split):
+            raise ValueError(f"partner must be 0 or split ({split}) in a rectangle, got {partner}")
+        symmetric = anchors > split
+        return [
+            _Group(0, split, split, n - split, 0, 0, partner > 0, False, True, symmetric),
+            _Group(split, n - split, 0, split, 0, 0, partner > 0, False, symmetric, True),
+        ]
+    if partner not in (0, n // 2) or (partner and n % 2):
+        raise ValueError(f"partner must be 0 or half of the rows ({n}), got {partner}")
+    paired = int(partner > 0)
+    return [_Group(0, n, 0, n, paired, paired, True, True, True, True)]
+
+
+def _view(n: int, half: int, start: int) -> _Group:
+    """The rows of one view of two_view against all rows."""
+    return _Group(start, half, 0, n, 0, 1, True, False, True, True)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Programs that a GPU runs side by side, about; in the interpreter a ring is cut in two, to have it tested."""
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 6
+
+
+def parts_of(blocks: int, tiles: int, device: torch.device) -> int:
+    """Programs that share a ring: enough to fill the device, a function of the sizes and the device alone."""
+    return max(1, min(_processors(device) // blocks, tiles // 2))
+
+
+def tile(sweep: str, mode: str, dim: int, rows: int, device: torch.device):
+    """`kernels.config.Tile` of a call."""
+    return _kernels().config.choose(sweep, mode, dim, rows, device)
+
+
+class _Problem:
+    """One call's tensors and the static choices that both sweeps share."""
+
+    def __init__(self, f: Tensor, tau: Tensor, kind_name: str, params: tuple[float, ...], precision: str, sweep: str, **v):
+        if f.shape[0] >= 2**31 - 2**16:
+            raise ValueError(f"the triton backend takes at most {2**31 - 2**16} rows, got {f.shape[0]}")
+        self.f = f if f.stride(1) == 1 or f.shape[1] == 1 else f.contiguous()
+        self.tau, self.kind, self.params = tau, lookup(kind_name), params
+        self.n, self.dim = f.shape
+        self.arithmetic = _arithmetic(f.dtype, precision, f.device)
+        self.tile = tile(sweep, self.arithmetic.mode, self.dim, self.n, f.device)
+        absent = dict.fromkeys(_kernels().sweeps.Vectors._fields)
+        self.vectors = _kernels().sweeps.Vectors(
+            **{**absent, **{name: None if x is None else x.contiguous() for name, x in v.items()}}
+        )
+        self.traced = _kernels().trace.pair_functions(kind_name, params)
+
+    def static(self, group: _Group, form: str, terms: tuple[str, ...], both: bool, weight: str = "", grad: str = "none"):
+        """`kernels.sweeps.Static` of a launch; the derivatives that nobody asks for are left out."""
+        tl = _kernels().tl
+        names = {*terms, *weight.split("+")}
+        precise = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16}
+        needs_f = self.kind.log or not names.isdisjoint(("f", "ft"))
+        return _kernels().sweeps.Static(
+            F=self.traced.f if needs_f and form != "max" else None,
+            DF=self.traced.df if form == "plain" and not names.isdisjoint(("df", "dft")) else None,
+            DTAU=self.traced.dtau if "dtau" in names else None,
+            LOG=self.kind.log and form != "max", FORM=form, TERMS=terms, D=self.dim, BLOCK_M=self.tile.rows, BLOCK_N=self.tile.cols,
+            BLOCK_D=self.tile.features, ACC=precise[self.tau.dtype], PRECISION=self.arithmetic.similarities,
+            UPCAST=interpreted() and self.f.dtype == torch.bfloat16, EXCLUDE=group.exclude, TRIANGLE=group.triangle, BOTH=both,
+            ROW_SHIFT=group.row_shift, COL_SHIFT=group.col_shift, ROWS_ANCHOR=group.rows_anchor,
+            COLS_ANCHOR=group.cols_anchor, WEIGHT=weight, GRAD=grad, W_TYPE=precise[self.arithmetic.weights],
+            W_PRECISION=self.arithmetic.products,
+        )  # fmt: skip
+
+    def blocks(self, group: _Group) -> tuple[int, int]:
+        """Row blocks and column tiles."""
+        return -(-group.n_rows // self.tile.rows), -(-group.n_cols // self.tile.cols)
+
+    def parts(self, groups: list[_Group]) -> int:
+        """Parts of a ring, the same for all groups of a call, so that they share one buffer."""
+        return min(parts_of(*self.blocks(group), self.f.device) for group in groups)
+
+    def launch(self, kernel, grid: tuple[int, int], *arguments) -> None:
+        options = {} if self.tile.max_registers is None else {"maxnreg": self.tile.max_registers}
+        with torch.cuda.device(self.f.device) if self.f.is_cuda else contextlib.nullcontext():
+            kernel[grid](*arguments, num_warps=self.tile.warps, num_stages=self.tile.stages, **options)
+
+
+# --- sweep 1 ----------------------------------------------------------------------------------------------------------
+
+
+def row_sums(
+    f: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    center: Tensor,
+    shift: Tensor | None,
+    offset: Tensor | None,
+    tau: Tensor,
+    kind_name: str,
+    params: tuple[float, ...],
+    terms: tuple[str, ...],
+    split: int,
+    partner: int,
+    anchors: int,
+    span: tuple[float, ...],
+    precision: str,
+) -> Tensor:
+    """``out[k, i] = Σ_{j∈Neg(i)} term_k``; with "base" first, relative to exp(base_i) (log kinds)."""
+    p = _Problem(
+        f, tau, kind_name, params, precision, "row_sums", scale=scale, bias=bias, center=center, shift=shift, offset=offset
+    )
+    groups = [g for g in _groups(p.n, split, partner, anchors) if g.rows_anchor]
+    middle = middle_of(p.kind, span, tau.dtype) if terms[0] == "base" else None
+    form = "max" if terms == ("max",) else "plain" if terms[0] != "base" else "running" if middle is None else "fixed"
+    sums = tuple(term for term in terms if term not in ("base", "max"))
+    out = tau.new_empty(len(terms), anchors)
+    wanted = out
+    if form == "fixed":
+        middle = _float32(middle)
+        out[0].fill_(middle)
+        wanted = out[1:]
+    both = p.tile.both_sides and (not split or (anchors > split and p.n == 2 * split))
+    if both:
+        _both_sides(p, groups[0], form, sums, middle or 0.0, wanted)
+        return out
+    parts = p.parts(groups)
+    slots = wanted.unsqueeze(0) if parts == 1 else tau.new_empty(parts, *wanted.shape)
+    for group in groups:
+        blocks, tiles = p.blocks(group)
+        p.launch(
+            _kernels().sweeps.row_sums, (blocks, parts), p.f, p.vectors, tau, slots, p.f.stride(0), group.n_rows, group.n_cols,
+            group.row_start, group.col_start, partner, anchors, 0, tiles, 0, middle or 0.0, p.static(group, form, sums, False),
+        )  # fmt: skip
+    if parts > 1:
+        wanted.copy_(_combined(slots, form))
+    return out
+
+
+def _both_sides(p: _Problem, group: _Group, form: str, sums: tuple[str, ...], middle: float, out: Tensor) -> None:
+    """Fills out (K, anchors), reading every similarity once. Ring distances go in runs whose slots fit into the scratch."""
+    blocks, tiles = p.blocks(group)
+    distances = tiles // 2 + 1 if group.triangle else tiles
+    parts = parts_of(blocks, distances, p.f.device)
+    run = min(distances, max(1, SCRATCH // (out.numel() * out.element_size()) - parts))
+    slots = out.new_empty(parts + run, *out.shape)
+    static = p.static(group, form, sums, True)
+    for begin in range(0, distances, run):
+        end = min(begin + run, distances)
+        if group.triangle and begin == 0:
+            _clear(slots[parts], form)  # distance 0 is oneself,
+        if group.triangle and end == distances and tiles % 2 == 0:
+            _clear(slots[parts + end - 1 - begin], form)  # and half way round an even ring only half of the blocks are met
+        p.launch(
+            _kernels().sweeps.row_sums, (blocks, parts), p.f, p.vectors, p.tau, slots, p.f.stride(0), group.n_rows, group.n_cols,
+            group.row_start, group.col_start, p.n // 2, out.shape[1], begin, end, parts - begin, middle, static,
+        )  # fmt: skip
+        used = slots[: parts + end - begin]
+        if group.triangle:
+            new = _combined(used, form)
+        else:  # the first side's sums are those of rows, the second's those of columns
+            n = group.n_rows
+            new = torch.cat([_combined(used[:parts, :, :n], form), _combined(used[parts:, :, n:], form)], 1)
+        out.copy_(new if begin == 0 else _combined(torch.stack([out, new]), form))
+
+
+def _clear(slot: Tensor, form: str) -> None:
+    """The sums of no pairs; in place."""
+    slot.zero_()
+    if form in ("running", "max"):
+        slot[0].fill_(-torch.inf)
+
+
+def _combined(slots: Tensor, form: str) -> Tensor:
+    """(slots, K, anchors) → (K, anchors): sums of parts, in their order."""
+    if form == "max":
+        return slots.amax(0)
+    if form != "running":
+        return slots.sum(0)
+    base = slots[:, 0].amax(0)
+    factor = (slots[:, 0] - torch.where(base > -torch.inf, base, 0.0)).exp_()
+    return torch.cat([base.unsqueeze(0), (slots[:, 1:] * factor.unsqueeze(1)).sum(0)])
+
+
+def _float32(x: float) -> float:
+    """What a kernel receives as a float argument."""
+    return torch.tensor(x, dtype=torch.float32).item()
+
+
+# --- sweep 2 ----------------------------------------------------------------------------------------------------------
+
+
+def pair_grad(
+    f: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    center: Tensor,
+    gain: Tensor,
+    shift: Tensor | None,
+    offset: Tensor | None,
+    level: Tensor | None,
+    tau: Tensor,
+    kind_name: str,
+    params: tuple[float, ...],
+    weight: str,
+    terms: tuple[str, ...],
+    split: int,
+    partner: int,
+    lo: int,
+    hi: int,
+    span: tuple[float, ...],
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``df_i = Σ_j (g_ij + g_ji) F_j`` for rows [lo, hi); row sums of g_ij + g_ji (with a bias); sums of ``terms``."""
+    kind = lookup(kind_name)
+    plain = kind.log and weight == "f" and not terms and shift is not None
+    middle = middle_of(kind, span, tau.dtype) if plain else None
+    if middle is not None:
+        middle = _float32(middle)
+        gain = (middle - shift).exp_().mul_(gain)
+        shift = None
+    p = _Problem(
+        f, tau, kind_name, params, precision, "pair_grad", scale=scale, bias=bias, center=center, gain=gain, shift=shift,
+        offset=offset, level=level,
+    )  # fmt: skip
+    anchors = gain.shape[0]
+    form = "plain" if middle is None else "fixed"
+    exact = p.arithmetic.weights in (torch.float32, torch.float64) and p.arithmetic.products == "ieee"
+    unit = None if exact else gain.abs().amax()
+    everything = (lo, hi) == (0, p.n)
+    groups = _groups(p.n, split, partner, anchors)
+    both = (
+        p.tile.both_sides and everything and p.dim <= p.tile.features and (not split or p.n == 2 * split)
+        and not torch.are_deterministic_algorithms_enabled()
+    )  # fmt: skip
+    if both:
+        df, w_sums, sums = (
+            tau.new_zeros(1, p.n, p.dim), tau.new_zeros(1, p.n if bias is not None else 0), tau.new_zeros(1, len(terms), anchors)
+        )  # fmt: skip
+        jobs, parts = [(groups[0], True)], 1
+    else:
+        jobs = _jobs(groups, p.n, lo, hi, bool(terms))
+        parts = p.parts([group for group, _ in jobs]) if jobs else 1
+        df = tau.new_empty(parts if p.dim <= p.tile.features else 1, hi - lo, p.dim)
+        w_sums = (tau.new_empty if everything else tau.new_zeros)(parts, p.n if bias is not None else 0)
+        sums = tau.new_empty(parts, len(terms), anchors)
+    for group, wants in jobs:
+        outputs = _kernels().sweeps.Outputs(
+            df=df if wants and p.dim <= p.tile.features else None, w_sums=w_sums if bias is not None else None,
+            sums=sums if terms and group.rows_anchor else None, w=None,
+        )  # fmt: skip
+        grad = "none" if not wants else "product" if p.dim <= p.tile.features else "weights"
+        own_terms = terms if group.rows_anchor else ()
+        static = p.static(group, form, own_terms, both, weight, grad)
+        blocks, _ = p.blocks(group)
+        for first, count in _row_runs(p, group, blocks) if grad == "weights" else [(0, blocks)]:
+            if grad == "weights":
+                rows = min(count * p.tile.rows, group.n_rows - first * p.tile.rows)
+                outputs = outputs._replace(w=p.f.new_empty(rows, group.n_cols, dtype=p.arithmetic.weights))
+            p.launch(
+                _kernels().sweeps.pair_grad, (count, parts), p.f, p.vectors, tau, unit, outputs, p.f.stride(0), group.n_rows,
+                group.n_cols, group.row_start, group.col_start, p.n // 2, anchors, p.n, hi - lo, lo, first, middle or 0.0, static,
+            )  # fmt: skip
+            if grad == "weights":
+                _vendor_product(p, group, outputs.w, first * p.tile.rows, df[0], lo)
+    if unit is not None and p.dim > p.tile.features:
+        df *= torch.where(unit > 0, unit, 1.0)
+    return tuple(x[0] if x.shape[0] == 1 else x.sum(0) for x in (df, w_sums, sums))
+
+
+def _jobs(groups: list[_Group], n: int, lo: int, hi: int, terms: bool) -> list[tuple[_Group, bool]]:
+    """Groups with whether their gradient is wanted; those that are launched for nothing left out.
+
+    Raises ValueError for a range [lo, hi) that is not made of whole views.
+    """
+    if groups[0].row_shift and (lo, hi) != (0, n):  # two_view, not all rows: each view is a group of its own
+        groups = [_view(n, n // 2, 0), _view(n, n // 2, n // 2)]
+    jobs = []
+    for group in groups:
+        begin, end = group.row_start, group.row_start + group.n_rows
+        wants = lo <= begin and end <= hi and lo < hi
+        if not wants and max(lo, begin) < min(hi, end):
+            raise ValueError(f"[lo, hi) must hold whole views, rows {begin} to {end}, got {lo} to {hi}")
+        if wants or (terms and group.rows_anchor):
+            jobs.append((group, wants))
+    return jobs
+
+
+def _row_runs(p: _Problem, group: _Group, blocks: int) -> Iterator[tuple[int, int]]:
+    """(first row block, number of them) so that their weights fit into the scratch."""
+    bytes_of_block = p.tile.rows * group.n_cols * p.arithmetic.weights.itemsize
+    run = max(1, SCRATCH // bytes_of_block)
+    for first in range(0, blocks, run):
+        yield first, min(run, blocks - first)
+
+
+def _vendor_product(p: _Problem, group: _Group, w: Tensor, first: int, df: Tensor, lo: int) -> None:
+    """df ← W·F for the logical rows from ``first`` on; W's columns are in logical order."""
+    half = p.n // 2
+    f = p.f[group.col_start : group.col_start + group.n_cols]
+    if group.col_shift:
+        f = p.f.view(2, half, p.dim).transpose(0, 1).reshape(p.n, p.dim)
+    if w.dtype in _HALF and w.is_cuda:
+        product = torch.mm(w, f, out_dtype=torch.float32)
+    else:
+        with _matmul_precision(p.arithmetic.products):
+            product = w.to(df.dtype) @ f.to(df.dtype)
+    if group.row_shift:
+        rows = w.shape[0] // 2
+        df.view(2, half, p.dim)[:, first // 2 : first // 2 + rows] = product.view(rows, 2, p.dim).transpose(0, 1)
+    else:
+        begin = group.row_start + first - lo
+        df[begin : begin + w.shape[0]] = product
+
+
+@contextlib.contextmanager
+def _matmul_precision(precision: str) -> Iterator[None]:
+    """torch's own float32 products at the sweep's precision (three-pass bfloat16 as IEEE)."""
+    matmul = torch.backends.cuda.matmul
+    name, wanted = ("fp32_precision", precision) if hasattr(matmul, "fp32_precision") else ("allow_tf32", precision == "tf32")
+    before = getattr(matmul, name)
+    setattr(matmul, name, "ieee" if wanted == "bf16x3" else wanted)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)

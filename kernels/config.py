@@ -1,0 +1,104 @@
+"""How a sweep is tiled: tuned tables by device, conservative defaults otherwise.
+
+A table is `tuned/<device>.json`, written by ``python -m alphacl_fast.kernels.tune``: a list of entries
+``{"sweep", "mode", "dim", "rows", "tile": {…}}``. A call takes, among the entries of its sweep, its arithmetic and its power of two
+of features, the one nearest in log(rows). The environment variable ALPHACL_TUNED names a table to use instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+#: Arithmetic of a sweep: the input's dtype, and for float32 the precision of its products.
+MODES = ("bf16", "fp16", "tf32", "bf16x3", "fp32", "fp64")
+FOLDER = Path(__file__).parent / "tuned"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Shape of a program's tile and the compiler's options.
+
+    Attributes:
+        rows, cols: BLOCK_M, BLOCK_N. features: BLOCK_D; a row of more features is multiplied in chunks of so many, and its
+            gradient by a vendor product. warps, stages: as Triton means them. both_sides: the form that reads each
+            similarity once (docs/design.md); it needs rows = cols. max_registers: per thread, None leaves it to the compiler.
+        engine: "triton", or "gluon" for the overlapped Hopper kernels where they serve the call.
+    """
+
+    rows: int
+    cols: int
+    features: int
+    warps: int
+    stages: int
+    both_sides: bool = False
+    max_registers: int | None = None
+    engine: str = "triton"
+
+    def __post_init__(self) -> None:
+        if self.both_sides and self.rows != self.cols:
+            raise ValueError(f"cols must equal rows ({self.rows}) in the both-sides form, got {self.cols}")
+
+
+def power_of_two(x: int, least: int = 16) -> int:
+    """The smallest power of two that is at least x and ``least``."""
+    return max(least, 1 << (x - 1).bit_length())
+
+
+def default(sweep: str, mode: str, dim: int) -> Tile:
+    """A tile that compiles without spills on sm_80, sm_90 and sm_100 (tests/test_triton_compile.py asserts it)."""
+    features = power_of_two(dim)
+    if mode == "fp64":
+        return Tile(32, 32, min(features, 32) if sweep == "row_sums" or features > 64 else features, 4, 1)
+    if mode == "fp32":
+        if sweep == "row_sums":
+            return Tile(64, 64, min(features, 32), 8, 2)
+        return Tile(32, 32, features if features <= 128 else 32, 4, 1)
+    if sweep == "row_sums":
+        return Tile(128, 128, min(features, 64 if mode == "bf16" else 32), 8, 3)
+    if mode == "bf16":
+        if features <= 128:
+            return Tile(64, 64, features, 4, 2)
+        return Tile(64, 64, features, 8, 2) if features <= 256 else Tile(64, 64, 64, 8, 3)
+    return Tile(64, 32, features, 8, 1) if features <= 128 else Tile(64, 64, 32, 8, 2)
+
+
+def choose(sweep: str, mode: str, dim: int, rows: int, device: torch.device) -> Tile:
+    """The tile of a call: of the tuned entries for its rows of features the nearest in log(rows), or the default."""
+    tuned = (
+        e for e in table(device_name(device))
+        if (e["sweep"], e["mode"], power_of_two(e["dim"])) == (sweep, mode, power_of_two(dim))
+    )  # fmt: skip
+    nearest = min(tuned, key=lambda e: abs(math.log2(e["rows"] / rows)), default=None)
+    return default(sweep, mode, dim) if nearest is None else Tile(**nearest["tile"])
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """File name of a device's table."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_").lower()
+
+
+@functools.cache
+def table(device: str) -> tuple[dict, ...]:
+    """The tuned entries of a device, none where it has no table."""
+    override = os.environ.get("ALPHACL_TUNED")
+    path = Path(override) if override else FOLDER / f"{device}.json"
+    if not path.exists():
+        if override:
+            raise FileNotFoundError(f"ALPHACL_TUNED must name a table of tiles, got {override}")
+        return ()
+    return tuple(json.loads(path.read_text()))
+
+
+def entry(sweep: str, mode: str, dim: int, rows: int, tile: Tile) -> dict:
+    """A line of a table."""
+    return {"sweep": sweep, "mode": mode, "dim": dim, "rows": rows, "tile": asdict(tile)}

@@ -1,0 +1,592 @@
+"""The two Triton kernels: `row_sums` and `pair_grad` of docs/design.md, for any pair kind, mode and device.
+
+A program owns BLOCK_M rows "i" and walks the ring of column tiles, BLOCK_N rows "j" each, beginning at its diagonal:
+
+* **Logical rows.** In two_view the rows are numbered so that the two of a pair are neighbours, physical row
+  ``(r % 2)·half + r // 2``. Pairs that do not count (oneself, one's positive) then lie in the first tiles of every ring. Only
+  these and a ragged last tile are masked; the main loop carries no mask.
+* **Row-block form**: the program sees every column tile and writes each of its results once; the order of all additions is
+  fixed. Where there are too few row blocks several programs share a ring, and their parts are summed afterwards.
+* **Both-sides form** (BOTH): block I takes the ring distances 0 … tiles/2 only and serves the rows of block J as well.
+  `row_sums` writes J's sums to slots of their own (fixed order); `pair_grad` adds to J's gradient atomically.
+
+An absent row scalar is an empty tuple, a present one a tuple of one vector, for Triton functions cannot return None.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Vectors(NamedTuple):
+    """Pointers to one value per row, in the accumulation dtype, or None."""
+
+    scale: Any
+    bias: Any
+    center: Any
+    gain: Any
+    shift: Any
+    offset: Any
+    level: Any
+
+
+class Side(NamedTuple):
+    """The rows of one side of a tile: logical and physical numbers, whether they exist, and their scalars."""
+
+    r: Any
+    row: Any
+    keep: Any
+    scale: Any
+    bias: Any
+    center: Any
+    gain: Any
+    shift: Any
+    offset: Any
+    level: Any
+
+
+class Static(NamedTuple):
+    """What a kernel is compiled for. F, DF, DTAU are Triton functions (x, τ) of a pair kind, or None where not needed."""
+
+    F: Any
+    DF: Any
+    DTAU: Any
+    LOG: bool  # F is log f, and DF, DTAU its derivatives
+    FORM: str  # "fixed": exp(log f − middle); "running": relative to the row's maximum; "plain"; "max" (of t)
+    TERMS: tuple[str, ...]  # "f", "df", "ft", "dft", "dtau"
+    D: int
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_D: int
+    ACC: Any  # float32 or float64
+    PRECISION: str  # of the product of similarities
+    UPCAST: bool  # multiply as float32 (the interpreter multiplies bfloat16 wrongly)
+    EXCLUDE: bool  # pairs with the same logical number, after the shifts, do not count
+    TRIANGLE: bool  # both sides are the same rows
+    BOTH: bool
+    ROW_SHIFT: int  # 1 where a side's rows are numbered pair by pair
+    COL_SHIFT: int
+    ROWS_ANCHOR: bool = True
+    COLS_ANCHOR: bool = True
+    WEIGHT: str = "f"  # "f", "df" or "f+df"
+    GRAD: str = "product"  # "product"; "weights": W itself, for a vendor product; "none": sums only
+    W_TYPE: Any = None  # to which weights are rounded for the second product
+    W_PRECISION: str = "ieee"
+
+    @property
+    def cache_key(self) -> str:
+        """Names the functions by their source, where str() would say only what they are called."""
+        return "-".join(x.cache_key if hasattr(x, "cache_key") else str(x) for x in self)
+
+
+# --- rows and tiles ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load(ptr, row, keep, MASKED: tl.constexpr):
+    if ptr is None:
+        return ()
+    elif MASKED:
+        return (tl.load(ptr + row, mask=keep, other=0.0),)
+    else:
+        return (tl.load(ptr + row),)
+
+
+@triton.jit
+def _side(v, r, n, start, half, SHIFT: tl.constexpr, ANCHOR: tl.constexpr, MASKED: tl.constexpr):
+    """The logical rows r of a side with n rows that begins at physical row ``start``."""
+    keep = r < n
+    row = start + r
+    if SHIFT == 1:
+        row = start + (r & 1) * half + (r >> 1)
+    scale, bias = _load(v.scale, row, keep, MASKED), _load(v.bias, row, keep, MASKED)
+    if ANCHOR:
+        return Side(
+            r, row, keep, scale, bias, _load(v.center, row, keep, MASKED), _load(v.gain, row, keep, MASKED),
+            _load(v.shift, row, keep, MASKED), _load(v.offset, row, keep, MASKED), _load(v.level, row, keep, MASKED),
+        )  # fmt: skip
+    else:
+        return Side(r, row, keep, scale, bias, (), (), (), (), ())
+
+
+@triton.jit
+def _features(f_ptr, stride, side, d, S: tl.constexpr, MASKED: tl.constexpr):
+    """(rows, BLOCK_D) features from d on, 0 outside. 64-bit offsets: n·D passes 2³¹ at n = 4 M, D = 512."""
+    offs_d = d + tl.arange(0, S.BLOCK_D)
+    ptrs = f_ptr + side.row.to(tl.int64)[:, None] * stride + offs_d[None, :]
+    RAGGED: tl.constexpr = S.D % S.BLOCK_D != 0
+    if MASKED and RAGGED:
+        return tl.load(ptrs, mask=side.keep[:, None] & (offs_d < S.D)[None, :], other=0.0)
+    elif MASKED:
+        return tl.load(ptrs, mask=side.keep[:, None], other=0.0)
+    elif RAGGED:
+        return tl.load(ptrs, mask=(offs_d < S.D)[None, :], other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def _scaled(t, i, j):
+    """t_ij from ⟨f_i, f_j⟩. Row scalars meet first: t_ij and t_ji must agree to the last bit."""
+    if len(i.scale):
+        t = t * (i.scale[0][:, None] * j.scale[0][None, :])
+    if len(i.bias):
+        t = t + (i.bias[0][:, None] + j.bias[0][None, :])
+    return t
+
+
+@triton.jit
+def _similarities(f_ptr, stride, f_i, i, j, S: tl.constexpr, MASKED: tl.constexpr):
+    """t (BLOCK_M, BLOCK_N), and f_j (BLOCK_N, BLOCK_D) where a row fits into one chunk of features."""
+    t = tl.zeros((i.r.shape[0], j.r.shape[0]), S.ACC)
+    if len(f_i):
+        f_j = _features(f_ptr, stride, j, 0, S, MASKED)
+        t = _dot(f_i[0], tl.trans(f_j), t, S.PRECISION, S.UPCAST)
+        return _scaled(t, i, j), (f_j,)
+    else:
+        for d in range(0, S.D, S.BLOCK_D):
+            a, b = _features(f_ptr, stride, i, d, S, True), _features(f_ptr, stride, j, d, S, MASKED)
+            t = _dot(a, tl.trans(b), t, S.PRECISION, S.UPCAST)
+        return _scaled(t, i, j), ()
+
+
+@triton.jit
+def _keep(i, j, S: tl.constexpr):
+    """(BLOCK_M, BLOCK_N) pairs that count."""
+    keep = i.keep[:, None] & j.keep[None, :]
+    if S.EXCLUDE:
+        keep = keep & ((i.r >> S.ROW_SHIFT)[:, None] != (j.r >> S.COL_SHIFT)[None, :])
+    return keep
+
+
+@triton.jit
+def _ring(block_i, n_rows, n_cols, begin, end, S: tl.constexpr):
+    """This program's part of the positions [begin, end) of block I's ring.
+
+    Returns the number of column tiles and the one at position 0, where the part begins, how many positions from there on are
+    masked, the one masked position beyond them (or -1), and how many are not masked.
+    """
+    tiles = tl.cdiv(n_cols, S.BLOCK_N)
+    if S.TRIANGLE and S.BOTH:  # half way round an even ring both ends meet: the first half of the blocks serves that tile
+        end = tl.where((tiles % 2 == 0) & (block_i >= tiles // 2), tl.minimum(end, tiles // 2), end)
+    each = tl.cdiv(end - begin, tl.num_programs(1))
+    begin = tl.minimum(begin + tl.program_id(1) * each, end)
+    end = tl.minimum(begin + each, end)
+
+    first_col = ((block_i * S.BLOCK_M) >> S.ROW_SHIFT) << S.COL_SHIFT
+    first = first_col // S.BLOCK_N
+    special = 0
+    if S.EXCLUDE:
+        last_col = first_col + ((S.BLOCK_M >> S.ROW_SHIFT) << S.COL_SHIFT) - 1
+        special = last_col // S.BLOCK_N - first + 1
+    first = first % tiles
+    if S.BOTH:  # rows that do not exist, in a ragged block I, must not count for J
+        special = tl.where((block_i + 1) * S.BLOCK_M > n_rows, end, special)
+    masked = tl.maximum(tl.minimum(end, special) - begin, 0)
+    ragged = tl.where(n_cols % S.BLOCK_N != 0, (2 * tiles - 1 - first) % tiles, -1)
+    ragged = tl.where((ragged >= begin + masked) & (ragged < end), ragged, -1)
+    plain = end - begin - masked - tl.where(ragged >= 0, 1, 0)
+    return tiles, first, begin, masked, ragged, plain
+
+
+# --- pieces and sums of a tile ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _minus(t, v, axis: tl.constexpr):
+    """t less a scalar of each row (axis 1) or of each column (axis 0)."""
+    if len(v):
+        return t - tl.expand_dims(v[0], axis)
+    else:
+        return t
+
+
+@triton.jit
+def _exp_fixed(log_f, middle):
+    """exp(log f − middle) by one multiply-add and the hardware's exp2."""
+    if log_f.dtype == tl.float64:
+        return tl.exp(log_f - middle)
+    else:
+        return tl.exp2(log_f * 1.4426950408889634 - middle * 1.4426950408889634)
+
+
+@triton.jit
+def _counted(x, keep):
+    """0 where a pair does not count."""
+    if len(keep):
+        return tl.where(keep[0], x, 0.0)
+    else:
+        return x
+
+
+@triton.jit
+def _pieces(t, log_f, keep, side, tau, axis: tl.constexpr, S: tl.constexpr):
+    """f, df and ∂f/∂τ with one side's row scalars, each in a tuple that is empty where the sweep does not need it."""
+    f, df, dtau = (), (), ()
+    if S.LOG:
+        f = (_counted(tl.exp(_minus(log_f[0], side.shift, axis)), keep),)
+        if S.DF is not None:
+            df = (f[0] * S.DF(t, tau),)
+        if S.DTAU is not None:
+            dtau = (f[0] * S.DTAU(t, tau),)
+    else:
+        x = _minus(t, side.shift, axis)
+        if len(side.offset):
+            x = x + tl.expand_dims(side.offset[0], axis)
+        if S.F is not None:
+            f = (_counted(S.F(x, tau), keep),)
+        if S.DF is not None:
+            df = (_counted(S.DF(x, tau), keep),)
+        if S.DTAU is not None:
+            dtau = (_counted(S.DTAU(x, tau), keep),)
+    return f, df, dtau
+
+
+@triton.jit
+def _term(NAME: tl.constexpr, t, f, df, dtau, side, axis: tl.constexpr):
+    """Σ f, Σ f′, Σ f·(t − center), Σ f′·(t − center) or Σ ∂f/∂τ·(t − center − level) of one tile."""
+    if NAME == "f":
+        return tl.sum(f[0], axis)
+    elif NAME == "df":
+        return tl.sum(df[0], axis)
+    elif NAME == "ft":
+        return tl.sum(f[0] * _minus(t, side.center, axis), axis)
+    elif NAME == "dft":
+        return tl.sum(df[0] * _minus(t, side.center, axis), axis)
+    else:
+        return tl.sum(dtau[0] * _minus(_minus(t, side.center, axis), side.level, axis), axis)
+
+
+@triton.jit
+def _terms(t, f, df, dtau, side, axis: tl.constexpr, S: tl.constexpr):
+    sums = ()
+    for k in tl.static_range(len(S.TERMS)):
+        sums = sums + (_term(S.TERMS[k], t, f, df, dtau, side, axis),)
+    return sums
+
+
+@triton.jit
+def _zeros(size: tl.constexpr, COUNT: tl.constexpr, dtype: tl.constexpr):
+    vectors = ()
+    for _ in tl.static_range(COUNT):
+        vectors = vectors + (tl.zeros((size,), dtype),)
+    return vectors
+
+
+@triton.jit
+def _add(totals, losses, sums):
+    """Compensated totals + sums: a row's terms arrive over thousands of tiles. Infinite totals stay what they are."""
+    new_totals, new_losses = (), ()
+    for k in tl.static_range(len(sums)):
+        y = sums[k] - losses[k]
+        new = totals[k] + y
+        lost = (new - totals[k]) - y
+        new_totals = new_totals + (new,)
+        new_losses = new_losses + (tl.where(tl.abs(new) < float("inf"), lost, 0.0),)
+    return new_totals, new_losses
+
+
+@triton.jit
+def _times(vectors, factor):
+    scaled = ()
+    for k in tl.static_range(len(vectors)):
+        scaled = scaled + (vectors[k] * factor,)
+    return scaled
+
+
+@triton.jit
+def _store_sums(out_ptr, slot, anchors, side, keep, base, sums):
+    """One slot of ``out`` (slots, [base,] terms, anchors)."""
+    ptrs = out_ptr + slot.to(tl.int64) * (len(base) + len(sums)) * anchors + side.row
+    if len(base):
+        tl.store(ptrs, base[0], mask=keep)
+    for k in tl.static_range(len(sums)):
+        tl.store(ptrs + (k + len(base)) * anchors.to(tl.int64), sums[k], mask=keep)
+
+
+# --- sweep 1 ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _side_sums(t, log_f, e, keep, side, tau, axis: tl.constexpr, S: tl.constexpr):
+    """One side's base (running and max forms) and sums of a tile."""
+    if S.FORM == "max":
+        if len(keep):
+            t = tl.where(keep[0], t, float("-inf"))
+        return (tl.max(t, axis),), ()
+    elif S.FORM == "fixed":
+        return (), _terms(t, e, (), (), side, axis, S)
+    elif S.FORM == "running":
+        base = tl.max(log_f[0], axis)
+        finite = tl.where(base > float("-inf"), base, 0.0)  # no pair of the row counts in this tile
+        return (base,), _terms(t, (tl.exp(_minus(log_f[0], (finite,), axis)),), (), (), side, axis, S)
+    else:
+        f, df, dtau = _pieces(t, log_f, keep, side, tau, axis, S)
+        return (), _terms(t, f, df, dtau, side, axis, S)
+
+
+@triton.jit
+def _merge(base, totals, losses, tile_base, sums, S: tl.constexpr):
+    """Adds a tile's sums, in the running form each relative to its own base."""
+    if S.FORM == "max":
+        return (tl.maximum(base[0], tile_base[0]),), totals, losses
+    elif S.FORM == "running":
+        new = tl.maximum(base[0], tile_base[0])
+        finite = tl.where(new > float("-inf"), new, 0.0)
+        old = tl.exp(base[0] - finite)
+        totals, losses = _add(_times(totals, old), _times(losses, old), _times(sums, tl.exp(tile_base[0] - finite)))
+        return (new,), totals, losses
+    else:
+        totals, losses = _add(totals, losses, sums)
+        return (), totals, losses
+
+
+@triton.jit
+def _sum_tile(
+    base, totals, losses, tile_j, slot, i, f_i, f_ptr, stride, v, tau, middle, out_ptr, anchors, n_cols, col_start, half,
+    S: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile to the sums of rows I; in the both-sides form writes those of rows J to ``slot`` (nowhere if negative)."""
+    j = _side(v, tile_j * S.BLOCK_N + tl.arange(0, S.BLOCK_N), n_cols, col_start, half, S.COL_SHIFT, S.BOTH, MASKED)
+    t, _ = _similarities(f_ptr, stride, f_i, i, j, S, MASKED)
+    keep, log_f, e = (), (), ()
+    if MASKED:
+        keep = (_keep(i, j, S),)
+        t = _counted(t, keep)  # an excluded pair's similarity may be infinite, and 0·inf is not 0
+    if S.LOG and S.FORM != "max":
+        log_f = (S.F(t, tau),)
+        if MASKED:
+            log_f = (tl.where(keep[0], log_f[0], float("-inf")),)
+        if S.FORM == "fixed":
+            e = (_exp_fixed(log_f[0], middle),)
+    tile_base, sums = _side_sums(t, log_f, e, keep, i, tau, 1, S)
+    base, totals, losses = _merge(base, totals, losses, tile_base, sums, S)
+    if S.BOTH:
+        tile_base, sums = _side_sums(t, log_f, e, keep, j, tau, 0, S)
+        _store_sums(out_ptr, slot, anchors, j, j.keep & (slot >= 0), tile_base, sums)
+    return base, totals, losses
+
+
+@triton.jit(
+    do_not_specialize=["n_rows", "n_cols", "row_start", "col_start", "half", "anchors", "begin", "end", "col_slot", "middle"]
+)
+def row_sums(
+    f_ptr, v, tau_ptr, out_ptr, stride, n_rows, n_cols, row_start, col_start, half, anchors, begin, end, col_slot, middle,
+    S: tl.constexpr,
+):  # fmt: skip
+    """Sums of S.TERMS over the ring positions [begin, end) of every row. Grid (row blocks, parts of a ring).
+
+    Args:
+        f_ptr: (rows, D) features with row stride ``stride``, unit column stride. v: `Vectors`, (rows,) or (anchors,) ACC each.
+        tau_ptr: () ACC. n_rows, n_cols: rows of the two sides, which begin at the physical rows row_start, col_start.
+        out_ptr: (slots, [base,] terms, anchors) ACC: a part's rows in slot ``part``, and in the both-sides form what the tiles at
+            ring distance t add to their columns' rows in slot ``col_slot + t`` (distance 0 of a triangle adds nothing).
+        middle: of the "fixed" form; float.
+    """
+    block_i = tl.program_id(0)
+    i = _side(
+        v, block_i * S.BLOCK_M + tl.arange(0, S.BLOCK_M), n_rows, row_start, half, S.ROW_SHIFT, True, True
+    )
+    tau = tl.load(tau_ptr)
+    f_i = ()
+    if S.D <= S.BLOCK_D:
+        f_i = (_features(f_ptr, stride, i, 0, S, True),)
+    base = ()
+    if S.FORM == "running" or S.FORM == "max":
+        base = (tl.full((i.r.shape[0],), float("-inf"), S.ACC),)
+    totals, losses = _zeros(i.r.shape[0], len(S.TERMS), S.ACC), _zeros(i.r.shape[0], len(S.TERMS), S.ACC)
+    tiles, first, begin, masked, ragged, plain = _ring(block_i, n_rows, n_cols, begin, end, S)
+    for k in tl.range(0, masked + tl.where(ragged >= 0, 1, 0), num_stages=1):
+        at = tl.where(k < masked, begin + k, ragged)
+        slot = col_slot + at
+        if S.TRIANGLE:
+            slot = tl.where(at == 0, -1, slot)
+        base, totals, losses = _sum_tile(
+            base, totals, losses, (first + at) % tiles, slot, i, f_i, f_ptr, stride, v, tau, middle, out_ptr, anchors, n_cols,
+            col_start, half, S, True,
+        )  # fmt: skip
+    for k in range(begin + masked, begin + masked + plain):
+        at = k + tl.where((ragged >= 0) & (k >= ragged), 1, 0)
+        base, totals, losses = _sum_tile(
+            base, totals, losses, (first + at) % tiles, col_slot + at, i, f_i, f_ptr, stride, v, tau, middle, out_ptr, anchors,
+            n_cols, col_start, half, S, False,
+        )  # fmt: skip
+    _store_sums(out_ptr, tl.program_id(1), anchors, i, i.keep, base, totals)
+
+
+# --- sweep 2 ----------------------------------------------------------------------------------------------------------
+
+
+class Outputs(NamedTuple):
+    """Where `pair_grad` writes; None where it does not."""
+
+    df: Any
+    w_sums: Any
+    sums: Any
+    w: Any
+
+
+@triton.jit
+def _side_weights(t, log_f, keep, side, unit, tau, axis: tl.constexpr, S: tl.constexpr):
+    """g of one side's anchors with their pieces."""
+    f, df, dtau = _pieces(t, log_f, keep, side, tau, axis, S)
+    if S.WEIGHT == "f":
+        g = f[0]
+    elif S.WEIGHT == "df":
+        g = df[0]
+    else:
+        g = f[0] + df[0] * _minus(_minus(t, side.center, axis), side.level, axis)
+    return g * tl.expand_dims(side.gain[0] / unit, axis), f, df, dtau
+
+
+@triton.jit
+def _add_atomically(ptrs, keep, sums, stride):
+    for k in tl.static_range(len(sums)):
+        tl.atomic_add(ptrs + k * stride.to(tl.int64), sums[k], mask=keep, sem="relaxed")
+
+
+@triton.jit
+def _row_ptrs(ptr, row, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    return ptr + row.to(tl.int64)[:, None] * D + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def _grad_tile(
+    acc, w_total, w_lost, totals, losses, tile_j, serves_j, i, f_i, f_ptr, stride, v, tau, unit, middle, out, anchors, n_cols,
+    col_start, half, first_row, S: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Adds W·F_J of one tile to the gradient of rows I, or writes W; in the both-sides form also Wᵀ·F_I to that of rows J."""
+    j = _side(
+        v, tile_j * S.BLOCK_N + tl.arange(0, S.BLOCK_N), n_cols, col_start, half, S.COL_SHIFT, S.COLS_ANCHOR, MASKED
+    )
+    t, f_j = _similarities(f_ptr, stride, f_i, i, j, S, MASKED)
+    keep, log_f = (), ()
+    if MASKED:
+        keep = (_keep(i, j, S),)
+        t = _counted(t, keep)
+    if S.LOG:
+        log_f = (S.F(t, tau),)
+    if S.FORM == "fixed":  # one exponential serves both anchors of a pair
+        if S.ROWS_ANCHOR and S.COLS_ANCHOR:
+            gain = (i.gain[0] / unit)[:, None] + (j.gain[0] / unit)[None, :]
+        elif S.ROWS_ANCHOR:
+            gain = (i.gain[0] / unit)[:, None]
+        else:
+            gain = (j.gain[0] / unit)[None, :]
+        w = _counted(_exp_fixed(log_f[0], middle) * gain, keep)
+    else:
+        w = tl.zeros(t.shape, S.ACC)
+        if S.ROWS_ANCHOR:
+            g, f, df, dtau = _side_weights(t, log_f, keep, i, unit, tau, 1, S)
+            totals, losses = _add(totals, losses, _terms(t, f, df, dtau, i, 1, S))
+            w += g
+        if S.COLS_ANCHOR:
+            g, f, df, dtau = _side_weights(t, log_f, keep, j, unit, tau, 0, S)
+            if S.BOTH and len(S.TERMS):
+                _add_atomically(out.sums + j.row, j.keep & serves_j, _terms(t, f, df, dtau, j, 0, S), anchors)
+            w += g
+    if len(w_total):
+        w_total, w_lost = _add(w_total, w_lost, (tl.sum(w, 1),))
+        if S.BOTH:
+            tl.atomic_add(out.w_sums + j.row, tl.sum(w, 0) * unit, mask=j.keep & serves_j, sem="relaxed")
+    if S.GRAD != "none":
+        # A row's scale is applied before W is rounded, so that normalised rows never are.
+        w_j = w
+        if len(j.scale):
+            w_j = w * j.scale[0][None, :]
+        if S.GRAD == "weights":
+            ptrs = out.w + (i.r - first_row).to(tl.int64)[:, None] * n_cols + j.r[None, :]
+            tl.store(ptrs, w_j.to(S.W_TYPE), mask=i.keep[:, None] & j.keep[None, :])
+        else:
+            acc = (_dot(w_j.to(S.W_TYPE), f_j[0].to(S.W_TYPE), acc[0], S.W_PRECISION, S.UPCAST),)
+            if S.BOTH:
+                w_i = w
+                if len(i.scale):
+                    w_i = w * i.scale[0][:, None]
+                acc_j = tl.zeros((j.r.shape[0], S.BLOCK_D), S.ACC)
+                acc_j = _dot(tl.trans(w_i.to(S.W_TYPE)), f_i[0].to(S.W_TYPE), acc_j, S.W_PRECISION, S.UPCAST) * unit
+                mask = (j.keep & serves_j)[:, None] & (tl.arange(0, S.BLOCK_D) < S.D)[None, :]
+                tl.atomic_add(_row_ptrs(out.df, j.row, S.D, S.BLOCK_D), acc_j, mask=mask, sem="relaxed")
+    return acc, w_total, w_lost, totals, losses
+
+
+@triton.jit(
+    do_not_specialize=["n_rows", "n_cols", "row_start", "col_start", "half", "anchors", "n", "n_out", "lo", "first_block", "middle"]
+)
+def pair_grad(
+    f_ptr, v, tau_ptr, unit_ptr, out, stride, n_rows, n_cols, row_start, col_start, half, anchors, n, n_out, lo,
+    first_block, middle, S: tl.constexpr,
+):  # fmt: skip
+    """df_i = Σ_j (g_ij + g_ji) F_j of every row, with the sums of S.TERMS over its pairs. Grid (row blocks, parts of a ring).
+
+    Args: as of `row_sums`, and
+        unit_ptr: () ACC or None: weights are divided by it before they are rounded, gradients multiplied by it.
+        out: `Outputs`, ACC but for w: df (parts, n_out, D), for the physical rows from ``lo`` on; w_sums (parts, n): sums of
+            g_ij + g_ji; sums (parts, terms, anchors); w (rows of this launch, n_cols) W_TYPE in logical order. The both-sides form
+            has one part, for a gradient of all rows, and adds atomically to outputs that begin as zeros.
+        first_block: row block of the first program.
+        middle: of the "fixed" form, in which v.gain already holds gain·exp(middle − shift).
+    """
+    block_i = tl.program_id(0) + first_block
+    i = _side(
+        v, block_i * S.BLOCK_M + tl.arange(0, S.BLOCK_M), n_rows, row_start, half, S.ROW_SHIFT, S.ROWS_ANCHOR, True
+    )
+    tau = tl.load(tau_ptr)
+    unit = 1.0
+    if unit_ptr is not None:
+        unit = tl.load(unit_ptr)
+        unit = tl.where(unit > 0, unit, 1.0)
+    f_i, acc = (), ()
+    if S.D <= S.BLOCK_D:
+        f_i = (_features(f_ptr, stride, i, 0, S, True),)
+    if S.GRAD == "product":
+        acc = (tl.zeros((i.r.shape[0], S.BLOCK_D), S.ACC),)
+    HAS_W_SUMS: tl.constexpr = 0 if out.w_sums is None else 1
+    w_total, w_lost = _zeros(i.r.shape[0], HAS_W_SUMS, S.ACC), _zeros(i.r.shape[0], HAS_W_SUMS, S.ACC)
+    totals, losses = _zeros(i.r.shape[0], len(S.TERMS), S.ACC), _zeros(i.r.shape[0], len(S.TERMS), S.ACC)
+    end = tl.cdiv(n_cols, S.BLOCK_N)
+    if S.TRIANGLE and S.BOTH:
+        end = end // 2 + 1
+    tiles, first, begin, masked, ragged, plain = _ring(block_i, n_rows, n_cols, 0, end, S)
+    first_row = first_block * S.BLOCK_M
+    for k in tl.range(0, masked + tl.where(ragged >= 0, 1, 0), num_stages=1):
+        at = tl.where(k < masked, begin + k, ragged)
+        serves_j = at >= 0
+        if S.TRIANGLE:
+            serves_j = at > 0
+        acc, w_total, w_lost, totals, losses = _grad_tile(
+            acc, w_total, w_lost, totals, losses, (first + at) % tiles, serves_j, i, f_i, f_ptr, stride, v, tau, unit, middle, out,
+            anchors, n_cols, col_start, half, first_row, S, True,
+        )  # fmt: skip
+    for k in range(begin + masked, begin + masked + plain):
+        at = k + tl.where((ragged >= 0) & (k >= ragged), 1, 0)
+        acc, w_total, w_lost, totals, losses = _grad_tile(
+            acc, w_total, w_lost, totals, losses, (first + at) % tiles, at >= 0, i, f_i, f_ptr, stride, v, tau, unit, middle, out,
+            anchors, n_cols, col_start, half, first_row, S, False,
+        )  # fmt: skip
+    part = tl.program_id(1)
+    if S.GRAD == "product":
+        mask = i.keep[:, None] & (tl.arange(0, S.BLOCK_D) < S.D)[None, :]
+        ptrs = _row_ptrs(out.df + part.to(tl.int64) * n_out * S.D, i.row - lo, S.D, S.BLOCK_D)
+        if S.BOTH:
+            tl.atomic_add(ptrs, acc[0] * unit, mask=mask, sem="relaxed")
+        else:
+            tl.store(ptrs, acc[0] * unit, mask=mask)
+    if S.BOTH:
+        if len(w_total):
+            tl.atomic_add(out.w_sums + i.row, w_total[0] * unit, mask=i.keep, sem="relaxed")
+        if len(S.TERMS):
+            _add_atomically(out.sums + i.row, i.keep, totals, anchors)
+    else:
+        if len(w_total):
+            _store_sums(out.w_sums, part, n, i, i.keep, (), _times(w_total, unit))
+        if len(S.TERMS):
+            _store_sums(out.sums, part, anchors, i, i.keep, (), totals)
