@@ -127,8 +127,10 @@ def _features(f_ptr, stride, side, d, S: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    if UPCAST:
+def _dot(a, b, acc, S: tl.constexpr, SECOND: tl.constexpr):
+    """acc + a @ b, of the first product or of the second."""
+    PRECISION: tl.constexpr = S.W_PRECISION if SECOND else S.PRECISION
+    if S.UPCAST:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
@@ -146,15 +148,17 @@ def _scaled(t, i, j):
 @triton.jit
 def _similarities(f_ptr, stride, f_i, i, j, S: tl.constexpr, MASKED: tl.constexpr):
     """t (BLOCK_M, BLOCK_N), and f_j (BLOCK_N, BLOCK_D) where a row fits into one chunk of features."""
-    t = tl.zeros((i.r.shape[0], j.r.shape[0]), S.ACC)
+    M: tl.constexpr = S.BLOCK_M
+    N: tl.constexpr = S.BLOCK_N
+    t = tl.zeros((M, N), S.ACC)
     if len(f_i):
         f_j = _features(f_ptr, stride, j, 0, S, MASKED)
-        t = _dot(f_i[0], tl.trans(f_j), t, S.PRECISION, S.UPCAST)
+        t = _dot(f_i[0], tl.trans(f_j), t, S, False)
         return _scaled(t, i, j), (f_j,)
     else:
         for d in range(0, S.D, S.BLOCK_D):
             a, b = _features(f_ptr, stride, i, d, S, True), _features(f_ptr, stride, j, d, S, MASKED)
-            t = _dot(a, tl.trans(b), t, S.PRECISION, S.UPCAST)
+            t = _dot(a, tl.trans(b), t, S, False)
         return _scaled(t, i, j), ()
 
 
@@ -251,8 +255,9 @@ def _pieces(t, log_f, keep, side, tau, axis: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def _term(NAME: tl.constexpr, t, f, df, dtau, side, axis: tl.constexpr):
+def _term(K: tl.constexpr, t, f, df, dtau, side, axis: tl.constexpr, S: tl.constexpr):
     """Σ f, Σ f′, Σ f·(t − center), Σ f′·(t − center) or Σ ∂f/∂τ·(t − center − level) of one tile."""
+    NAME: tl.constexpr = S.TERMS[K]
     if NAME == "f":
         return tl.sum(f[0], axis)
     elif NAME == "df":
@@ -269,15 +274,15 @@ def _term(NAME: tl.constexpr, t, f, df, dtau, side, axis: tl.constexpr):
 def _terms(t, f, df, dtau, side, axis: tl.constexpr, S: tl.constexpr):
     sums = ()
     for k in tl.static_range(len(S.TERMS)):
-        sums = sums + (_term(S.TERMS[k], t, f, df, dtau, side, axis),)
+        sums = sums + (_term(k, t, f, df, dtau, side, axis, S),)
     return sums
 
 
 @triton.jit
-def _zeros(size: tl.constexpr, COUNT: tl.constexpr, dtype: tl.constexpr):
+def _zeros(SIZE: tl.constexpr, COUNT: tl.constexpr, S: tl.constexpr):
     vectors = ()
     for _ in tl.static_range(COUNT):
-        vectors = vectors + (tl.zeros((size,), dtype),)
+        vectors = vectors + (tl.zeros((SIZE,), S.ACC),)
     return vectors
 
 
@@ -391,6 +396,7 @@ def row_sums(
             ring distance t add to their columns' rows in slot ``col_slot + t`` (distance 0 of a triangle adds nothing).
         middle: of the "fixed" form; float.
     """
+    M: tl.constexpr = S.BLOCK_M
     block_i = tl.program_id(0)
     i = _side(
         v, block_i * S.BLOCK_M + tl.arange(0, S.BLOCK_M), n_rows, row_start, half, S.ROW_SHIFT, True, True
@@ -401,8 +407,8 @@ def row_sums(
         f_i = (_features(f_ptr, stride, i, 0, S, True),)
     base = ()
     if S.FORM == "running" or S.FORM == "max":
-        base = (tl.full((i.r.shape[0],), float("-inf"), S.ACC),)
-    totals, losses = _zeros(i.r.shape[0], len(S.TERMS), S.ACC), _zeros(i.r.shape[0], len(S.TERMS), S.ACC)
+        base = (tl.full((M,), float("-inf"), S.ACC),)
+    totals, losses = _zeros(M, len(S.TERMS), S), _zeros(M, len(S.TERMS), S)
     tiles, first, begin, masked, ragged, plain = _ring(block_i, n_rows, n_cols, begin, end, S)
     for k in tl.range(0, masked + tl.where(ragged >= 0, 1, 0), num_stages=1):
         at = tl.where(k < masked, begin + k, ragged)
@@ -506,13 +512,15 @@ def _grad_tile(
             ptrs = out.w + (i.r - first_row).to(tl.int64)[:, None] * n_cols + j.r[None, :]
             tl.store(ptrs, w_j.to(S.W_TYPE), mask=i.keep[:, None] & j.keep[None, :])
         else:
-            acc = (_dot(w_j.to(S.W_TYPE), f_j[0].to(S.W_TYPE), acc[0], S.W_PRECISION, S.UPCAST),)
+            acc = (_dot(w_j.to(S.W_TYPE), f_j[0].to(S.W_TYPE), acc[0], S, True),)
             if S.BOTH:
                 w_i = w
                 if len(i.scale):
                     w_i = w * i.scale[0][:, None]
-                acc_j = tl.zeros((j.r.shape[0], S.BLOCK_D), S.ACC)
-                acc_j = _dot(tl.trans(w_i.to(S.W_TYPE)), f_i[0].to(S.W_TYPE), acc_j, S.W_PRECISION, S.UPCAST) * unit
+                N: tl.constexpr = S.BLOCK_N
+                K: tl.constexpr = S.BLOCK_D
+                acc_j = tl.zeros((N, K), S.ACC)
+                acc_j = _dot(tl.trans(w_i.to(S.W_TYPE)), f_i[0].to(S.W_TYPE), acc_j, S, True) * unit
                 mask = (j.keep & serves_j)[:, None] & (tl.arange(0, S.BLOCK_D) < S.D)[None, :]
                 tl.atomic_add(_row_ptrs(out.df, j.row, S.D, S.BLOCK_D), acc_j, mask=mask, sem="relaxed")
     return acc, w_total, w_lost, totals, losses
@@ -535,6 +543,8 @@ def pair_grad(
         first_block: row block of the first program.
         middle: of the "fixed" form, in which v.gain already holds gain·exp(middle − shift).
     """
+    M: tl.constexpr = S.BLOCK_M
+    K: tl.constexpr = S.BLOCK_D
     block_i = tl.program_id(0) + first_block
     i = _side(
         v, block_i * S.BLOCK_M + tl.arange(0, S.BLOCK_M), n_rows, row_start, half, S.ROW_SHIFT, S.ROWS_ANCHOR, True
@@ -548,10 +558,10 @@ def pair_grad(
     if S.D <= S.BLOCK_D:
         f_i = (_features(f_ptr, stride, i, 0, S, True),)
     if S.GRAD == "product":
-        acc = (tl.zeros((i.r.shape[0], S.BLOCK_D), S.ACC),)
+        acc = (tl.zeros((M, K), S.ACC),)
     HAS_W_SUMS: tl.constexpr = 0 if out.w_sums is None else 1
-    w_total, w_lost = _zeros(i.r.shape[0], HAS_W_SUMS, S.ACC), _zeros(i.r.shape[0], HAS_W_SUMS, S.ACC)
-    totals, losses = _zeros(i.r.shape[0], len(S.TERMS), S.ACC), _zeros(i.r.shape[0], len(S.TERMS), S.ACC)
+    w_total, w_lost = _zeros(M, HAS_W_SUMS, S), _zeros(M, HAS_W_SUMS, S)
+    totals, losses = _zeros(M, len(S.TERMS), S), _zeros(M, len(S.TERMS), S)
     end = tl.cdiv(n_cols, S.BLOCK_N)
     if S.TRIANGLE and S.BOTH:
         end = end // 2 + 1

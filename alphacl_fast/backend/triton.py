@@ -424,3 +424,16 @@ def _matmul_precision(precision: str) -> Iterator[None]:
         yield
     finally:
         setattr(matmul, name, before)
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def unit_rows(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Stacked rows (2N, D) as `autograd.Features` wants them for cosine, 1/‖z‖ (2N,) and t⁺ (N,), in one launch."""
+    return _kernels().rows.unit_rows(z1, z2)
+
+
+def finish_rows(d: Tensor, f: Tensor, inv_norm: Tensor, q: Tensor) -> None:
+    """d (2N, D) ← the gradient in z, from Σ_j (g_ij + g_ji) F_j and the pairs' q (N,); in place, in one launch."""
+    _kernels().rows.finish_rows(d, f, inv_norm, q)
