@@ -1,9 +1,11 @@
 # make demo | make test | make bench | make lint | make sanitize      Everything lives in .venv beside this file; PYTHON chooses the base.
+# make gpu OUT=dir      Checks and times on a GPU, with PYTHON as it is: nothing is installed, and .venv is not used.
 PYTHON ?= python3
 BIN := .venv/bin/python
 STAMP := .venv/.installed
+OUT ?= benchmarks/results/gpu
 
-.PHONY: demo test bench lint sanitize clean
+.PHONY: demo test bench gpu lint sanitize clean
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*.*)
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: Python 3.10 or newer is needed (set PYTHON=...)"; exit 1; }
@@ -20,6 +22,9 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	"$(BIN)" -m benchmarks.loss
+
+gpu:
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$(PYTHON)" -m benchmarks.gpu --out "$(OUT)"
 
 lint: $(STAMP)
 	"$(BIN)" -m ruff check .

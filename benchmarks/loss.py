@@ -6,17 +6,21 @@ On a CPU only ratios are kept: every time is divided by that of a 4096³ product
 counted as 4n²D floating-point operations (two_view; 8N²D for cross_view), whatever a contestant does. A contestant whose
 gradient is wrong is not timed. A contestant is a backend, ``eager`` or a rival of `benchmarks.contestants`, with an objective
 of its own after a slash if need be: ``--contestants cpu,cpu/alpha_direct,cpu/triplet``. Absent rivals are skipped by name.
+`benchmarks.gpu` measures on GPUs with the functions of this file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ import torch
 from torch import Tensor
 
 import alphacl_fast
+from alphacl_fast import ops
 from alphacl_fast.backend import cpu
 from alphacl_fast.functional import alpha_cl_loss
 
@@ -32,108 +37,194 @@ from .contestants import Loss, make, missing
 GEMM = 4096
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What every contestant of a table computes. ``dtype`` "tf32" is float32 rows, multiplied as torch is set to."""
+
+    n: int  # rows, 2N
+    dim: int = 128
+    dtype: str = "float32"
+    objective: str = "infonce"
+    negatives: str = "two_view"
+    tau: float = 0.5
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return torch.float32 if self.dtype == "tf32" else getattr(torch, self.dtype)
+
+    @property
+    def work(self) -> float:
+        """Floating-point operations of loss and gradient."""
+        return (2 if self.negatives == "cross_view" else 4) * self.n**2 * self.dim
+
+    @property
+    def gate(self) -> float:
+        """Largest relative gradient error that the dtype can explain; rows rounded after normalisation included."""
+        return {"tf32": 2**-7, "bfloat16": 2**-5, "float16": 2**-8}.get(self.dtype, 64 * torch.finfo(self.torch_dtype).eps)
+
+    def views(self, device: torch.device, pairs: int | None = None) -> tuple[Tensor, Tensor]:
+        """Two (N, D) views that require grad."""
+        z1, z2 = structured_rows(2, self.n // 2 if pairs is None else pairs, self.dim, device, torch.float32)
+        return z1.to(self.torch_dtype).requires_grad_(), z2.to(self.torch_dtype).requires_grad_()
+
+
+def structured_rows(
+    views: int, rows: int, dim: int, device: torch.device, dtype: torch.dtype, generator: torch.Generator | None = None
+) -> list[Tensor]:
+    """``views`` random (rows, dim) tensors that share a mean and a few directions, spread over all features.
+
+    Of rows without structure the negatives' part of a gradient is a few per cent, so that no check in bfloat16 would see it.
+    """
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    mean, directions = normal(1, dim), normal(6, dim) / 6**0.5
+    return [0.5 * mean + 0.7 * normal(rows, 6) @ directions + 0.5 * normal(rows, dim) for _ in range(views)]
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def seconds(run, device: torch.device) -> float:
+def seconds(run: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
+    """Time of one of ``calls`` calls in a row, on a GPU by events."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        return (time.perf_counter() - start) / calls
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     synchronize(device)
-    start = time.perf_counter()
-    run()
+    begin.record()
+    for _ in range(calls):
+        run()
+    end.record()
     synchronize(device)
-    return time.perf_counter() - start
+    return begin.elapsed_time(end) / 1e3 / calls
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int, calls: Mapping[str, int] | None = None,
+    seldom: tuple[str, ...] = (),
+) -> dict[str, list[float]]:  # fmt: skip
+    """``repeats`` times of each run (a fifth of that for those in ``seldom``), taken in turn, after a round to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            if name in seldom and repeat % max(1, repeats // 5):
+                continue
+            took = seconds(run, device, (calls or {}).get(name, 1))
+            if repeat:
+                times[name].append(took)
+    return times
 
 
 def gradient(loss: Loss, z1: Tensor, z2: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss(z1, z2), [z1, z2])
 
 
-def split(contestant: str, objective: str) -> tuple[str, str]:
-    """Name and objective of a contestant."""
-    name, _, own = contestant.partition("/")
-    return name, own or objective
+def scaled_gradient(loss: Loss, z1: Tensor, z2: Tensor) -> tuple[Tensor, ...]:
+    """That of N times the loss, which float16 can hold."""
+    value = loss(z1, z2)
+    return torch.autograd.grad(value, [z1, z2], torch.full_like(value, z1.shape[0]))
 
 
-def verify(loss: Loss, objective: str, args: argparse.Namespace, device: torch.device) -> float:
+def oracle(setting: Setting, z1: Tensor, z2: Tensor, backend: str = "reference") -> tuple[Tensor, ...]:
+    """`scaled_gradient` in float64."""
+    wide = [z.detach().double().requires_grad_() for z in (z1, z2)]
+    fixed = {"temperature": setting.tau, "negatives": setting.negatives, "backend": backend}
+    return scaled_gradient(lambda a, b: alpha_cl_loss(a, b, setting.objective, **fixed), *wide)
+
+
+def relative_error(ours: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
+    return max(float((o.double() - t).norm() / t.norm()) for o, t in zip(ours, truth, strict=True))
+
+
+def verify(loss: Loss, setting: Setting, device: torch.device) -> float:
     """Relative gradient error at a small size against the float64 oracle on the same inputs.
 
     Raises:
         SystemExit: larger than the dtype can explain.
     """
-    pairs = min(args.n // 2, 512)
-    z1, z2 = (torch.randn(pairs, args.dim, device=device).to(args.torch_dtype).requires_grad_() for _ in range(2))
-    ours = gradient(loss, z1, z2)
-    wide = [z.detach().double().requires_grad_() for z in (z1, z2)]
-    truth = torch.autograd.grad(
-        alpha_cl_loss(
-            *wide, objective, temperature=args.tau, negatives=args.negatives, backend="reference"
-        ),
-        wide,
-    )  # fmt: skip
-    error = max(float((o.double() - t).norm() / t.norm()) for o, t in zip(ours, truth, strict=True))
-    bound = 64 * torch.finfo(args.torch_dtype).eps
-    if not error <= bound:
-        raise SystemExit(f"benchmarks.loss: gradient error {error:.2e} exceeds {bound:.2e}: not timed")
+    views = setting.views(device, min(setting.n // 2, 512))
+    error = relative_error(scaled_gradient(loss, *views), oracle(setting, *views))
+    if not error <= setting.gate:
+        raise SystemExit(f"benchmarks.loss: gradient error {error:.2e} exceeds {setting.gate:.2e}: not timed")
     return error
+
+
+def commit() -> str | None:
+    """The checkout's commit, or what ALPHACL_COMMIT says where there is no git."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        found = ""
+    return os.environ.get("ALPHACL_COMMIT") or found or None
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """Where the rows come from: device, versions, commit."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "device": name, "capability": torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else None,
         "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
-        "alphacl_fast": alphacl_fast.__version__, "commit": commit or None,
+        "alphacl_fast": alphacl_fast.__version__, "commit": commit(),
     }  # fmt: skip
 
 
-def kernels(contestant: str, dtype: torch.dtype) -> str | None:
-    """Instruction set of the compiled CPU backend."""
-    return cpu.engine(dtype) if split(contestant, "")[0] == "cpu" else None
+def kernels(contestant: str, setting: Setting, device: torch.device) -> Any:
+    """What serves a contestant: the CPU backend's instruction set, or what ``configuration`` of another backend says."""
+    if contestant == "cpu":
+        return cpu.engine(setting.torch_dtype)
+    describe = getattr(ops.SWEEP_BACKENDS.get(contestant), "configuration", None)
+    return describe(setting.torch_dtype, setting.dim, setting.n, device) if describe else None
 
 
-def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All rows of one setting."""
-    device = torch.device(args.device)
-    args.torch_dtype = getattr(torch, args.dtype)
+def result(
+    setting: Setting, contestant: str, times: Mapping[str, list[float]], key: str, device: torch.device, gemm_side: int
+) -> dict[str, Any]:
+    """The row of one contestant, whose times stand under ``key`` beside those of "gemm"."""
+    low, median, high = (float(torch.tensor(times[key]).quantile(q)) for q in (0.2, 0.5, 0.8))
+    gemm = statistics.median(times["gemm"])
+    milliseconds = 1e3 if device.type == "cuda" else None  # absolute times only of a machine that runs nothing else
+    return {
+        "benchmark": "loss+gradient", "contestant": contestant, "objective": setting.objective,
+        "negatives": setting.negatives, "kernels": kernels(contestant, setting, device), "n": setting.n,
+        "dim": setting.dim, "dtype": setting.dtype, "repeats": len(times[key]),
+        "median_in_gemms": median / gemm, "p20_in_gemms": low / gemm, "p80_in_gemms": high / gemm,
+        "fraction_of_gemm_rate": setting.work / median / (2 * gemm_side**3 / gemm),
+        **{f"{name}_ms": milliseconds and value * milliseconds for name, value in
+           (("median", median), ("p20", low), ("p80", high), ("gemm", gemm))},
+    }  # fmt: skip
+
+
+def run(setting: Setting, contestants: list[str], repeats: int, device: torch.device) -> list[dict[str, Any]]:
+    """All rows of one setting; a contestant may name an objective of its own after a slash."""
     torch.manual_seed(0)
-    pairs = args.n // 2
-    z1, z2 = (torch.randn(pairs, args.dim, device=device).to(args.torch_dtype).requires_grad_() for _ in range(2))
-    losses = {}
-    for contestant in args.contestants:
-        name, objective = split(contestant, args.objective)
+    views = setting.views(device)
+    settings, losses = {}, {}
+    for contestant in contestants:
+        name, _, own = contestant.partition("/")
         if missing(name):
             print(f"{name} skipped: {missing(name)}", file=sys.stderr)
             continue
-        losses[contestant] = make(name, objective, args.negatives, args.tau)
-    errors = {name: verify(loss, split(name, args.objective)[1], args, device) for name, loss in losses.items()}
-    a = torch.randn(GEMM, GEMM, device=device).to(args.torch_dtype)
-    times: dict[str, list[float]] = {name: [] for name in ("gemm", *losses)}
-    for repeat in range(args.repeats + 1):
-        order = [("gemm", lambda: a @ a)] if repeat % max(1, args.repeats // 5) == 0 else []
-        order += [(name, lambda loss=loss: gradient(loss, z1, z2)) for name, loss in losses.items()]
-        for name, call in order:
-            took = seconds(call, device)
-            if repeat:  # the first round warms up
-                times[name].append(took)
-    gemm = statistics.median(times["gemm"])
-    work = (4 * args.n**2 if args.negatives != "cross_view" else 8 * pairs**2) * args.dim
-    rows = []
-    for name in losses:
-        low, median, high = (float(torch.tensor(times[name]).quantile(q)) for q in (0.2, 0.5, 0.8))
-        row = {
-            "benchmark": "loss+gradient", "contestant": split(name, "")[0], "objective": split(name, args.objective)[1],
-            "negatives": args.negatives, "kernels": kernels(name, args.torch_dtype),
-            "n": args.n, "dim": args.dim, "dtype": args.dtype, "repeats": args.repeats, "gradient_error": errors[name],
-            "median_in_gemms": median / gemm, "p20_in_gemms": low / gemm, "p80_in_gemms": high / gemm,
-            "fraction_of_gemm_rate": work / median / (2 * GEMM**3 / gemm),
-            "speedup_over_eager": statistics.median(times["eager"]) / median if "eager" in times else None,
-            "median_ms": median * 1e3 if device.type == "cuda" else None, **provenance(device),
-        }  # fmt: skip
-        rows.append(row)
-    return rows
+        settings[contestant] = replace(setting, objective=own or setting.objective)
+        losses[contestant] = make(name, settings[contestant].objective, setting.negatives, setting.tau)
+    errors = {key: verify(loss, settings[key], device) for key, loss in losses.items()}
+    a = torch.randn(GEMM, GEMM, device=device).to(setting.torch_dtype)
+    runs = {"gemm": lambda: a @ a, **{key: lambda loss=loss: gradient(loss, *views) for key, loss in losses.items()}}
+    times = interleaved(runs, device, repeats, seldom=("gemm",))
+    eager = statistics.median(times["eager"]) if "eager" in times else None
+    return [
+        {
+            **result(settings[key], key.partition("/")[0], times, key, device, GEMM), "gradient_error": errors[key],
+            "speedup_over_eager": eager and eager / statistics.median(times[key]), **provenance(device),
+        }
+        for key in losses
+    ]  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -154,8 +245,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--n must be even and at least 4, got {args.n}")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    setting = Setting(args.n, args.dim, args.dtype, args.objective, args.negatives, args.tau)
     try:
-        rows = run(args)
+        rows = run(setting, args.contestants, args.repeats, torch.device(args.device))
     except ValueError as error:
         parser.error(str(error))
     for row in rows:

@@ -7,11 +7,13 @@ of features, the one nearest in log(rows). The environment variable ALPHACL_TUNE
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -62,7 +64,9 @@ def default(sweep: str, mode: str, dim: int) -> Tile:
             return Tile(64, 64, min(features, 32), 8, 2)
         return Tile(32, 32, features if features <= 128 else 32, 4, 1)
     if sweep == "row_sums":
-        return Tile(128, 128, min(features, 64 if mode == "bf16" else 32), 8, 3)
+        if mode == "bf16":
+            return Tile(64, 128, features, 4, 2) if features <= 128 else Tile(128, 128, 64, 8, 3)
+        return Tile(64, 64, min(features, 32), 8, 3)
     if mode == "bf16":
         if features <= 128:
             return Tile(64, 64, features, 4, 2)
@@ -72,12 +76,29 @@ def default(sweep: str, mode: str, dim: int) -> Tile:
 
 def choose(sweep: str, mode: str, dim: int, rows: int, device: torch.device) -> Tile:
     """The tile of a call: of the tuned entries for its rows of features the nearest in log(rows), or the default."""
+    if sweep in _forced:
+        return _forced[sweep]
     tuned = (
         e for e in table(device_name(device))
         if (e["sweep"], e["mode"], power_of_two(e["dim"])) == (sweep, mode, power_of_two(dim))
     )  # fmt: skip
     nearest = min(tuned, key=lambda e: abs(math.log2(e["rows"] / rows)), default=None)
     return default(sweep, mode, dim) if nearest is None else Tile(**nearest["tile"])
+
+
+_forced: dict[str, Tile] = {}
+
+
+@contextlib.contextmanager
+def forced(**tiles: Tile) -> Iterator[None]:
+    """Within the context, sweeps named by keyword (row_sums, pair_grad) use these tiles."""
+    before = dict(_forced)
+    _forced.update(tiles)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
 
 
 @functools.cache

@@ -2,9 +2,9 @@
 
 A program owns BLOCK_M rows "i" and walks the ring of column tiles, BLOCK_N rows "j" each, beginning at its diagonal:
 
-* **Logical rows.** In two_view the rows are numbered so that the two of a pair are neighbours, physical row
-  ``(r % 2)·half + r // 2``. Pairs that do not count (oneself, one's positive) then lie in the first tiles of every ring. Only
-  these and a ragged last tile are masked; the main loop carries no mask.
+* **Paired blocks.** In two_view a block of B rows holds B/2 rows of the first view and then their partners in the second.
+  Pairs that do not count (oneself, one's positive) thus lie in the first tiles of every ring. Only these and a ragged last
+  tile are masked; the main loop carries no mask.
 * **Row-block form**: the program sees every column tile and writes each of its results once; the order of all additions is
   fixed. Where there are too few row blocks several programs share a ring, and their parts are summed afterwards.
 * **Both-sides form** (BOTH): block I takes the ring distances 0 … tiles/2 only and serves the rows of block J as well.
@@ -32,10 +32,14 @@ class Vectors(NamedTuple):
 
 
 class Side(NamedTuple):
-    """The rows of one side of a tile: logical and physical numbers, whether they exist, and their scalars."""
+    """The rows of one side of a tile.
 
-    r: Any
-    row: Any
+    ``row = base + local`` are rows of f; ``pair`` says which rows of the other side do not count; ``keep`` which rows exist.
+    """
+
+    base: Any
+    local: Any
+    pair: Any
     keep: Any
     scale: Any
     bias: Any
@@ -62,11 +66,11 @@ class Static(NamedTuple):
     ACC: Any  # float32 or float64
     PRECISION: str  # of the product of similarities
     UPCAST: bool  # multiply as float32 (the interpreter multiplies bfloat16 wrongly)
-    EXCLUDE: bool  # pairs with the same logical number, after the shifts, do not count
+    EXCLUDE: bool  # rows of the same pair do not count
     TRIANGLE: bool  # both sides are the same rows
     BOTH: bool
-    ROW_SHIFT: int  # 1 where a side's rows are numbered pair by pair
-    COL_SHIFT: int
+    ROWS_PAIRED: bool  # a block holds rows of both views
+    COLS_PAIRED: bool
     ROWS_ANCHOR: bool = True
     COLS_ANCHOR: bool = True
     WEIGHT: str = "f"  # "f", "df" or "f+df"
@@ -84,37 +88,42 @@ class Static(NamedTuple):
 
 
 @triton.jit
-def _load(ptr, row, keep, MASKED: tl.constexpr):
+def _load(ptr, side, MASKED: tl.constexpr):
     if ptr is None:
         return ()
     elif MASKED:
-        return (tl.load(ptr + row, mask=keep, other=0.0),)
+        return (tl.load(ptr + side.base + side.local, mask=side.keep, other=0.0),)
     else:
-        return (tl.load(ptr + row),)
+        return (tl.load(ptr + side.base + side.local),)
 
 
 @triton.jit
-def _side(v, r, n, start, half, SHIFT: tl.constexpr, ANCHOR: tl.constexpr, MASKED: tl.constexpr):
-    """The logical rows r of a side with n rows that begins at physical row ``start``."""
-    keep = r < n
-    row = start + r
-    if SHIFT == 1:
-        row = start + (r & 1) * half + (r >> 1)
-    scale, bias = _load(v.scale, row, keep, MASKED), _load(v.bias, row, keep, MASKED)
+def _side(v, block, n, start, half, SIZE: tl.constexpr, PAIRED: tl.constexpr, ANCHOR: tl.constexpr, MASKED: tl.constexpr):
+    """Block number ``block`` of a side with n rows that begins at row ``start``; partners are ``half`` rows apart."""
+    offs = tl.arange(0, SIZE)
+    if PAIRED:
+        base = start + block * (SIZE // 2)
+        local = offs % (SIZE // 2) + offs // (SIZE // 2) * half
+        pair = block * (SIZE // 2) + offs % (SIZE // 2)
+        side = Side(base, local, pair, pair < half, (), (), (), (), (), (), ())
+    else:
+        side = Side(start + block * SIZE, offs, block * SIZE + offs, block * SIZE + offs < n, (), (), (), (), (), (), ())
+    scale, bias = _load(v.scale, side, MASKED), _load(v.bias, side, MASKED)
     if ANCHOR:
         return Side(
-            r, row, keep, scale, bias, _load(v.center, row, keep, MASKED), _load(v.gain, row, keep, MASKED),
-            _load(v.shift, row, keep, MASKED), _load(v.offset, row, keep, MASKED), _load(v.level, row, keep, MASKED),
+            side.base, side.local, side.pair, side.keep, scale, bias, _load(v.center, side, MASKED),
+            _load(v.gain, side, MASKED), _load(v.shift, side, MASKED), _load(v.offset, side, MASKED),
+            _load(v.level, side, MASKED),
         )  # fmt: skip
     else:
-        return Side(r, row, keep, scale, bias, (), (), (), (), ())
+        return Side(side.base, side.local, side.pair, side.keep, scale, bias, (), (), (), (), ())
 
 
 @triton.jit
 def _features(f_ptr, stride, side, d, S: tl.constexpr, MASKED: tl.constexpr):
     """(rows, BLOCK_D) features from d on, 0 outside. 64-bit offsets: n·D passes 2³¹ at n = 4 M, D = 512."""
     offs_d = d + tl.arange(0, S.BLOCK_D)
-    ptrs = f_ptr + side.row.to(tl.int64)[:, None] * stride + offs_d[None, :]
+    ptrs = f_ptr + side.base.to(tl.int64) * stride + (side.local.to(tl.int64)[:, None] * stride + offs_d[None, :])
     RAGGED: tl.constexpr = S.D % S.BLOCK_D != 0
     if MASKED and RAGGED:
         return tl.load(ptrs, mask=side.keep[:, None] & (offs_d < S.D)[None, :], other=0.0)
@@ -167,7 +176,7 @@ def _keep(i, j, S: tl.constexpr):
     """(BLOCK_M, BLOCK_N) pairs that count."""
     keep = i.keep[:, None] & j.keep[None, :]
     if S.EXCLUDE:
-        keep = keep & ((i.r >> S.ROW_SHIFT)[:, None] != (j.r >> S.COL_SHIFT)[None, :])
+        keep = keep & (i.pair[:, None] != j.pair[None, :])
     return keep
 
 
@@ -185,12 +194,12 @@ def _ring(block_i, n_rows, n_cols, begin, end, S: tl.constexpr):
     begin = tl.minimum(begin + tl.program_id(1) * each, end)
     end = tl.minimum(begin + each, end)
 
-    first_col = ((block_i * S.BLOCK_M) >> S.ROW_SHIFT) << S.COL_SHIFT
-    first = first_col // S.BLOCK_N
+    ROW_PAIRS: tl.constexpr = S.BLOCK_M // 2 if S.ROWS_PAIRED else S.BLOCK_M
+    COL_PAIRS: tl.constexpr = S.BLOCK_N // 2 if S.COLS_PAIRED else S.BLOCK_N
+    first = block_i * ROW_PAIRS // COL_PAIRS
     special = 0
     if S.EXCLUDE:
-        last_col = first_col + ((S.BLOCK_M >> S.ROW_SHIFT) << S.COL_SHIFT) - 1
-        special = last_col // S.BLOCK_N - first + 1
+        special = (block_i * ROW_PAIRS + ROW_PAIRS - 1) // COL_PAIRS - first + 1
     first = first % tiles
     if S.BOTH:  # rows that do not exist, in a ragged block I, must not count for J
         special = tl.where((block_i + 1) * S.BLOCK_M > n_rows, end, special)
@@ -310,7 +319,7 @@ def _times(vectors, factor):
 @triton.jit
 def _store_sums(out_ptr, slot, anchors, side, keep, base, sums):
     """One slot of ``out`` (slots, [base,] terms, anchors)."""
-    ptrs = out_ptr + slot.to(tl.int64) * (len(base) + len(sums)) * anchors + side.row
+    ptrs = out_ptr + slot.to(tl.int64) * (len(base) + len(sums)) * anchors + (side.base + side.local)
     if len(base):
         tl.store(ptrs, base[0], mask=keep)
     for k in tl.static_range(len(sums)):
@@ -360,7 +369,7 @@ def _sum_tile(
     S: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile to the sums of rows I; in the both-sides form writes those of rows J to ``slot`` (nowhere if negative)."""
-    j = _side(v, tile_j * S.BLOCK_N + tl.arange(0, S.BLOCK_N), n_cols, col_start, half, S.COL_SHIFT, S.BOTH, MASKED)
+    j = _side(v, tile_j, n_cols, col_start, half, S.BLOCK_N, S.COLS_PAIRED, S.BOTH, MASKED)
     t, _ = _similarities(f_ptr, stride, f_i, i, j, S, MASKED)
     keep, log_f, e = (), (), ()
     if MASKED:
@@ -398,9 +407,7 @@ def row_sums(
     """
     M: tl.constexpr = S.BLOCK_M
     block_i = tl.program_id(0)
-    i = _side(
-        v, block_i * S.BLOCK_M + tl.arange(0, S.BLOCK_M), n_rows, row_start, half, S.ROW_SHIFT, True, True
-    )
+    i = _side(v, block_i, n_rows, row_start, half, S.BLOCK_M, S.ROWS_PAIRED, True, True)
     tau = tl.load(tau_ptr)
     f_i = ()
     if S.D <= S.BLOCK_D:
@@ -441,7 +448,7 @@ class Outputs(NamedTuple):
 
 
 @triton.jit
-def _side_weights(t, log_f, keep, side, unit, tau, axis: tl.constexpr, S: tl.constexpr):
+def _side_weights(t, log_f, keep, side, inv_unit, tau, axis: tl.constexpr, S: tl.constexpr):
     """g of one side's anchors with their pieces."""
     f, df, dtau = _pieces(t, log_f, keep, side, tau, axis, S)
     if S.WEIGHT == "f":
@@ -450,7 +457,7 @@ def _side_weights(t, log_f, keep, side, unit, tau, axis: tl.constexpr, S: tl.con
         g = df[0]
     else:
         g = f[0] + df[0] * _minus(_minus(t, side.center, axis), side.level, axis)
-    return g * tl.expand_dims(side.gain[0] / unit, axis), f, df, dtau
+    return g * tl.expand_dims(side.gain[0] * inv_unit, axis), f, df, dtau
 
 
 @triton.jit
@@ -466,13 +473,11 @@ def _row_ptrs(ptr, row, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _grad_tile(
-    acc, w_total, w_lost, totals, losses, tile_j, serves_j, i, f_i, f_ptr, stride, v, tau, unit, middle, out, anchors, n_cols,
-    col_start, half, first_row, S: tl.constexpr, MASKED: tl.constexpr,
+    acc, w_total, w_lost, totals, losses, tile_j, serves_j, i, f_i, f_ptr, stride, v, tau, unit, inv_unit, middle, out, anchors, n_cols,
+    col_start, half, S: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds W·F_J of one tile to the gradient of rows I, or writes W; in the both-sides form also Wᵀ·F_I to that of rows J."""
-    j = _side(
-        v, tile_j * S.BLOCK_N + tl.arange(0, S.BLOCK_N), n_cols, col_start, half, S.COL_SHIFT, S.COLS_ANCHOR, MASKED
-    )
+    j = _side(v, tile_j, n_cols, col_start, half, S.BLOCK_N, S.COLS_PAIRED, S.COLS_ANCHOR, MASKED)
     t, f_j = _similarities(f_ptr, stride, f_i, i, j, S, MASKED)
     keep, log_f = (), ()
     if MASKED:
@@ -482,34 +487,35 @@ def _grad_tile(
         log_f = (S.F(t, tau),)
     if S.FORM == "fixed":  # one exponential serves both anchors of a pair
         if S.ROWS_ANCHOR and S.COLS_ANCHOR:
-            gain = (i.gain[0] / unit)[:, None] + (j.gain[0] / unit)[None, :]
+            gain = (i.gain[0] * inv_unit)[:, None] + (j.gain[0] * inv_unit)[None, :]
         elif S.ROWS_ANCHOR:
-            gain = (i.gain[0] / unit)[:, None]
+            gain = (i.gain[0] * inv_unit)[:, None]
         else:
-            gain = (j.gain[0] / unit)[None, :]
+            gain = (j.gain[0] * inv_unit)[None, :]
         w = _counted(_exp_fixed(log_f[0], middle) * gain, keep)
     else:
         w = tl.zeros(t.shape, S.ACC)
         if S.ROWS_ANCHOR:
-            g, f, df, dtau = _side_weights(t, log_f, keep, i, unit, tau, 1, S)
+            g, f, df, dtau = _side_weights(t, log_f, keep, i, inv_unit, tau, 1, S)
             totals, losses = _add(totals, losses, _terms(t, f, df, dtau, i, 1, S))
             w += g
         if S.COLS_ANCHOR:
-            g, f, df, dtau = _side_weights(t, log_f, keep, j, unit, tau, 0, S)
+            g, f, df, dtau = _side_weights(t, log_f, keep, j, inv_unit, tau, 0, S)
             if S.BOTH and len(S.TERMS):
-                _add_atomically(out.sums + j.row, j.keep & serves_j, _terms(t, f, df, dtau, j, 0, S), anchors)
+                _add_atomically(out.sums + (j.base + j.local), j.keep & serves_j, _terms(t, f, df, dtau, j, 0, S), anchors)
             w += g
     if len(w_total):
         w_total, w_lost = _add(w_total, w_lost, (tl.sum(w, 1),))
         if S.BOTH:
-            tl.atomic_add(out.w_sums + j.row, tl.sum(w, 0) * unit, mask=j.keep & serves_j, sem="relaxed")
+            tl.atomic_add(out.w_sums + (j.base + j.local), tl.sum(w, 0) * unit, mask=j.keep & serves_j, sem="relaxed")
     if S.GRAD != "none":
         # A row's scale is applied before W is rounded, so that normalised rows never are.
         w_j = w
         if len(j.scale):
             w_j = w * j.scale[0][None, :]
         if S.GRAD == "weights":
-            ptrs = out.w + (i.r - first_row).to(tl.int64)[:, None] * n_cols + j.r[None, :]
+            row_w = tl.program_id(0) * S.BLOCK_M + tl.arange(0, S.BLOCK_M)
+            ptrs = out.w + row_w.to(tl.int64)[:, None] * n_cols + (j.base - col_start + j.local)[None, :]
             tl.store(ptrs, w_j.to(S.W_TYPE), mask=i.keep[:, None] & j.keep[None, :])
         else:
             acc = (_dot(w_j.to(S.W_TYPE), f_j[0].to(S.W_TYPE), acc[0], S, True),)
@@ -522,7 +528,7 @@ def _grad_tile(
                 acc_j = tl.zeros((N, K), S.ACC)
                 acc_j = _dot(tl.trans(w_i.to(S.W_TYPE)), f_i[0].to(S.W_TYPE), acc_j, S, True) * unit
                 mask = (j.keep & serves_j)[:, None] & (tl.arange(0, S.BLOCK_D) < S.D)[None, :]
-                tl.atomic_add(_row_ptrs(out.df, j.row, S.D, S.BLOCK_D), acc_j, mask=mask, sem="relaxed")
+                tl.atomic_add(_row_ptrs(out.df, j.base + j.local, S.D, S.BLOCK_D), acc_j, mask=mask, sem="relaxed")
     return acc, w_total, w_lost, totals, losses
 
 
@@ -538,7 +544,7 @@ def pair_grad(
     Args: as of `row_sums`, and
         unit_ptr: () ACC or None: weights are divided by it before they are rounded, gradients multiplied by it.
         out: `Outputs`, ACC but for w: df (parts, n_out, D), for the physical rows from ``lo`` on; w_sums (parts, n): sums of
-            g_ij + g_ji; sums (parts, terms, anchors); w (rows of this launch, n_cols) W_TYPE in logical order. The both-sides form
+            g_ij + g_ji; sums (parts, terms, anchors); w (programs·BLOCK_M, n_cols) W_TYPE, a block's rows in its own order. The both-sides form
             has one part, for a gradient of all rows, and adds atomically to outputs that begin as zeros.
         first_block: row block of the first program.
         middle: of the "fixed" form, in which v.gain already holds gain·exp(middle − shift).
@@ -546,14 +552,13 @@ def pair_grad(
     M: tl.constexpr = S.BLOCK_M
     K: tl.constexpr = S.BLOCK_D
     block_i = tl.program_id(0) + first_block
-    i = _side(
-        v, block_i * S.BLOCK_M + tl.arange(0, S.BLOCK_M), n_rows, row_start, half, S.ROW_SHIFT, S.ROWS_ANCHOR, True
-    )
+    i = _side(v, block_i, n_rows, row_start, half, S.BLOCK_M, S.ROWS_PAIRED, S.ROWS_ANCHOR, True)
     tau = tl.load(tau_ptr)
-    unit = 1.0
+    unit, inv_unit = 1.0, 1.0
     if unit_ptr is not None:
         unit = tl.load(unit_ptr)
         unit = tl.where(unit > 0, unit, 1.0)
+        inv_unit = 1.0 / unit
     f_i, acc = (), ()
     if S.D <= S.BLOCK_D:
         f_i = (_features(f_ptr, stride, i, 0, S, True),)
@@ -566,35 +571,34 @@ def pair_grad(
     if S.TRIANGLE and S.BOTH:
         end = end // 2 + 1
     tiles, first, begin, masked, ragged, plain = _ring(block_i, n_rows, n_cols, 0, end, S)
-    first_row = first_block * S.BLOCK_M
     for k in tl.range(0, masked + tl.where(ragged >= 0, 1, 0), num_stages=1):
         at = tl.where(k < masked, begin + k, ragged)
         serves_j = at >= 0
         if S.TRIANGLE:
             serves_j = at > 0
         acc, w_total, w_lost, totals, losses = _grad_tile(
-            acc, w_total, w_lost, totals, losses, (first + at) % tiles, serves_j, i, f_i, f_ptr, stride, v, tau, unit, middle, out,
-            anchors, n_cols, col_start, half, first_row, S, True,
+            acc, w_total, w_lost, totals, losses, (first + at) % tiles, serves_j, i, f_i, f_ptr, stride, v, tau, unit, inv_unit, middle,
+            out, anchors, n_cols, col_start, half, S, True,
         )  # fmt: skip
     for k in range(begin + masked, begin + masked + plain):
         at = k + tl.where((ragged >= 0) & (k >= ragged), 1, 0)
         acc, w_total, w_lost, totals, losses = _grad_tile(
-            acc, w_total, w_lost, totals, losses, (first + at) % tiles, at >= 0, i, f_i, f_ptr, stride, v, tau, unit, middle, out,
-            anchors, n_cols, col_start, half, first_row, S, False,
+            acc, w_total, w_lost, totals, losses, (first + at) % tiles, at >= 0, i, f_i, f_ptr, stride, v, tau, unit, inv_unit, middle,
+            out, anchors, n_cols, col_start, half, S, False,
         )  # fmt: skip
     part = tl.program_id(1)
     if S.GRAD == "product":
         mask = i.keep[:, None] & (tl.arange(0, S.BLOCK_D) < S.D)[None, :]
-        ptrs = _row_ptrs(out.df + part.to(tl.int64) * n_out * S.D, i.row - lo, S.D, S.BLOCK_D)
+        ptrs = _row_ptrs(out.df + part.to(tl.int64) * n_out * S.D, i.base + i.local - lo, S.D, S.BLOCK_D)
         if S.BOTH:
             tl.atomic_add(ptrs, acc[0] * unit, mask=mask, sem="relaxed")
         else:
             tl.store(ptrs, acc[0] * unit, mask=mask)
     if S.BOTH:
         if len(w_total):
-            tl.atomic_add(out.w_sums + i.row, w_total[0] * unit, mask=i.keep, sem="relaxed")
+            tl.atomic_add(out.w_sums + (i.base + i.local), w_total[0] * unit, mask=i.keep, sem="relaxed")
         if len(S.TERMS):
-            _add_atomically(out.sums + i.row, i.keep, totals, anchors)
+            _add_atomically(out.sums + (i.base + i.local), i.keep, totals, anchors)
     else:
         if len(w_total):
             _store_sums(out.w_sums, part, n, i, i.keep, (), _times(w_total, unit))

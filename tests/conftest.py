@@ -1,3 +1,8 @@
+import inspect
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels run on the CPU
+
 import pytest
 import torch
 
@@ -20,11 +25,30 @@ def poisoned():
 
 
 def set_tiles(monkeypatch, rows):
-    """Tiles of so many rows in every backend."""
-    from alphacl_fast.backend import blocked, cpu
+    """Tiles of so many rows in every backend (of the interpreter, which is slow, two by two tiles, the last ones ragged)."""
+    from alphacl_fast.backend import blocked, cpu, triton
 
     monkeypatch.setattr(blocked, "tile_size", lambda n, device: min(n, rows))
     monkeypatch.setattr(cpu, "block_rows", lambda n, multiple, largest: min(n, rows))
+    monkeypatch.setattr(triton, "tile", lambda sweep, mode, dim, n, device: square_tile(max(8, power_of_two(n) // 2), dim))
+
+
+def power_of_two(x):
+    return 1 << (x - 1).bit_length()
+
+
+def square_tile(rows, dim, both_sides=False):
+    from alphacl_fast.kernels.config import Tile
+
+    return Tile(rows, rows, power_of_two(dim), warps=4, stages=1, both_sides=both_sides)
+
+
+@pytest.fixture(autouse=True)
+def _large_interpreted_tiles(monkeypatch):
+    """The interpreter's time goes by the number of tiles."""
+    from alphacl_fast.backend import triton
+
+    monkeypatch.setattr(triton, "tile", lambda sweep, mode, dim, n, device: square_tile(min(512, power_of_two(n)), dim))
 
 
 @pytest.fixture
@@ -37,3 +61,32 @@ def small_tiles(monkeypatch):
 def medium_tiles(monkeypatch):
     """Tiles of 16 rows: a few tiles, for tests that measure rounding."""
     set_tiles(monkeypatch, 16)
+
+
+def _patch_once_a_launch():
+    """Triton's interpreter patches its language again for each device function called; once a launch will do (4 × faster)."""
+    try:
+        import triton.language as tl
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    patched, modules_of = set(), {}
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+
+    def patch_missing(fn):
+        modules = modules_of.get(id(fn.__globals__))
+        if modules is None:
+            found = (x for x in fn.__globals__.values() if inspect.ismodule(x) and x in (tl, tl.core))
+            modules = modules_of[id(fn.__globals__)] = {id(x) for x in found}
+        if not modules <= patched:
+            patched.update(modules)
+            return patch(fn)
+
+    def launch_unpatched(self, *args, **kwargs):
+        patched.clear()
+        return launch(self, *args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_missing, launch_unpatched
+
+
+_patch_once_a_launch()

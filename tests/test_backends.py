@@ -6,6 +6,7 @@ from conftest import set_tiles
 from family import (
     BACKENDS,
     MEMBERS,
+    REPRESENTATIVE,
     SERVED,
     SERVED_IDS,
     every_setting,
@@ -13,6 +14,7 @@ from family import (
     member_id,
     pair,
     relative_error,
+    sampled,
     served_by,
 )
 from hypothesis import given, settings
@@ -27,7 +29,11 @@ from alphacl_fast.functional import NEGATIVES, REDUCTIONS, SIMILARITIES, alpha_c
 @pytest.mark.parametrize(("negatives", "symmetric", "similarity"), every_setting())
 def test_equals_reference(backend, member, negatives, symmetric, similarity, small_tiles, poisoned):
     z1, z2 = pair(9, 6)
-    for reduction in REDUCTIONS:
+    reductions = REDUCTIONS
+    if backend == "triton":  # one of them, each in turn: the interpreter is slow
+        turn = MEMBERS.index(member) + every_setting().index((negatives, symmetric, similarity))
+        reductions = REDUCTIONS[turn % 3 :][:1]
+    for reduction in reductions:
         setting = {
             "negatives": negatives, "symmetric": symmetric, "similarity": similarity, "reduction": reduction,
         }  # fmt: skip
@@ -40,7 +46,7 @@ def test_equals_reference(backend, member, negatives, symmetric, similarity, sma
         assert relative_error(value, truth[0]) < 1e-10
 
 
-@pytest.mark.parametrize(("backend", "member"), SERVED, ids=SERVED_IDS)
+@pytest.mark.parametrize(("backend", "member"), **sampled())
 @pytest.mark.parametrize(("negatives", "symmetric", "similarity"), every_setting())
 def test_one_sided_gradient(backend, member, negatives, symmetric, similarity, small_tiles, poisoned):
     z1, z2 = pair(7, 4)
@@ -124,7 +130,7 @@ def test_batch_order_does_not_matter(backend, symmetric, small_tiles):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bitwise_repeatable(backend):
     z1, z2 = pair(1200, 16, torch.float32)
-    for member in served_by(backend):
+    for member in served_by(backend) if backend != "triton" else REPRESENTATIVE:
         first, second = (loss_and_grads(z1, z2, *member, backend=backend, learn_tau=False) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), member_id(member)
 

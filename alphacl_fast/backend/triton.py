@@ -42,6 +42,14 @@ def _kernels() -> SimpleNamespace:
 
 
 @functools.cache
+def _hopper():
+    """The Gluon kernels; older versions of Triton have no Gluon."""
+    from alphacl_fast.kernels import hopper
+
+    return hopper
+
+
+@functools.cache
 def _missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -92,8 +100,8 @@ class _Group(NamedTuple):
     n_rows: int
     col_start: int
     n_cols: int
-    row_shift: int
-    col_shift: int
+    rows_paired: bool  # a block of rows holds rows of both views (kernels/sweeps.py)
+    cols_paired: bool
     exclude: bool
     triangle: bool
     rows_anchor: bool
@@ -107,18 +115,17 @@ def _groups(n: int, split: int, partner: int, anchors: int) -> list[_Group]:
             raise ValueError(f"partner must be 0 or split ({split}) in a rectangle, got {partner}")
         symmetric = anchors > split
         return [
-            _Group(0, split, split, n - split, 0, 0, partner > 0, False, True, symmetric),
-            _Group(split, n - split, 0, split, 0, 0, partner > 0, False, symmetric, True),
+            _Group(0, split, split, n - split, False, False, partner > 0, False, True, symmetric),
+            _Group(split, n - split, 0, split, False, False, partner > 0, False, symmetric, True),
         ]
     if partner not in (0, n // 2) or (partner and n % 2):
         raise ValueError(f"partner must be 0 or half of the rows ({n}), got {partner}")
-    paired = int(partner > 0)
-    return [_Group(0, n, 0, n, paired, paired, True, True, True, True)]
+    return [_Group(0, n, 0, n, partner > 0, partner > 0, True, True, True, True)]
 
 
 def _view(n: int, half: int, start: int) -> _Group:
     """The rows of one view of two_view against all rows."""
-    return _Group(start, half, 0, n, 0, 1, True, False, True, True)
+    return _Group(start, half, 0, n, False, True, True, False, True, True)
 
 
 @functools.cache
@@ -144,7 +151,7 @@ class _Problem:
         if f.shape[0] >= 2**31 - 2**16:
             raise ValueError(f"the triton backend takes at most {2**31 - 2**16} rows, got {f.shape[0]}")
         self.f = f if f.stride(1) == 1 or f.shape[1] == 1 else f.contiguous()
-        self.tau, self.kind, self.params = tau, lookup(kind_name), params
+        self.tau, self.kind, self.sweep = tau, lookup(kind_name), sweep
         self.n, self.dim = f.shape
         self.arithmetic = _arithmetic(f.dtype, precision, f.device)
         self.tile = tile(sweep, self.arithmetic.mode, self.dim, self.n, f.device)
@@ -153,6 +160,18 @@ class _Problem:
             **{**absent, **{name: None if x is None else x.contiguous() for name, x in v.items()}}
         )
         self.traced = _kernels().trace.pair_functions(kind_name, params)
+
+    def overlapped(self, groups: list[_Group], form: str) -> bool:
+        """Whether the Gluon kernels are wanted and serve this call; where they do not, the default tile takes their place."""
+        if self.tile.engine != "gluon":
+            return False
+        serves = (
+            form == "fixed" and self.f.dtype == torch.bfloat16 and self.vectors.scale is not None
+            and self.dim in _hopper().GRAD_TILES and all(g.n_rows == g.n_cols for g in groups)
+        )  # fmt: skip
+        if not serves:
+            self.tile = _kernels().config.default(self.sweep, self.arithmetic.mode, self.dim)
+        return serves
 
     def static(self, group: _Group, form: str, terms: tuple[str, ...], both: bool, weight: str = "", grad: str = "none"):
         """`kernels.sweeps.Static` of a launch; the derivatives that nobody asks for are left out."""
@@ -167,7 +186,7 @@ class _Problem:
             LOG=self.kind.log and form != "max", FORM=form, TERMS=terms, D=self.dim, BLOCK_M=self.tile.rows, BLOCK_N=self.tile.cols,
             BLOCK_D=self.tile.features, ACC=precise[self.tau.dtype], PRECISION=self.arithmetic.similarities,
             UPCAST=interpreted() and self.f.dtype == torch.bfloat16, EXCLUDE=group.exclude, TRIANGLE=group.triangle, BOTH=both,
-            ROW_SHIFT=group.row_shift, COL_SHIFT=group.col_shift, ROWS_ANCHOR=group.rows_anchor,
+            ROWS_PAIRED=group.rows_paired, COLS_PAIRED=group.cols_paired, ROWS_ANCHOR=group.rows_anchor,
             COLS_ANCHOR=group.cols_anchor, WEIGHT=weight, GRAD=grad, W_TYPE=precise[self.arithmetic.weights],
             W_PRECISION=self.arithmetic.products,
         )  # fmt: skip
@@ -180,9 +199,15 @@ class _Problem:
         """Parts of a ring, the same for all groups of a call, so that they share one buffer."""
         return min(parts_of(*self.blocks(group), self.f.device) for group in groups)
 
+    def gluon_parts(self, group: _Group) -> int:
+        return min(parts_of(*self.blocks(group), self.f.device), _hopper().most_splits(group.n_rows, self.tile))
+
+    def device(self):
+        return torch.cuda.device(self.f.device) if self.f.is_cuda else contextlib.nullcontext()
+
     def launch(self, kernel, grid: tuple[int, int], *arguments) -> None:
         options = {} if self.tile.max_registers is None else {"maxnreg": self.tile.max_registers}
-        with torch.cuda.device(self.f.device) if self.f.is_cuda else contextlib.nullcontext():
+        with self.device():
             kernel[grid](*arguments, num_warps=self.tile.warps, num_stages=self.tile.stages, **options)
 
 
@@ -220,8 +245,10 @@ def row_sums(
         middle = _float32(middle)
         out[0].fill_(middle)
         wanted = out[1:]
-    both = p.tile.both_sides and (not split or (anchors > split and p.n == 2 * split))
-    if both:
+    if p.overlapped(groups, form):
+        _overlapped_sums(p, groups, middle, wanted)
+        return out
+    if p.tile.both_sides and (not split or (anchors > split and p.n == 2 * split)):
         _both_sides(p, groups[0], form, sums, middle or 0.0, wanted)
         return out
     parts = p.parts(groups)
@@ -235,6 +262,34 @@ def row_sums(
     if parts > 1:
         wanted.copy_(_combined(slots, form))
     return out
+
+
+def _in_order(x: Tensor, group: _Group, half: int, columns: bool = False) -> Tensor:
+    """Rows (or columns) of a group as the Gluon kernels want them: of two views, partners are neighbours."""
+    if group.rows_paired:
+        return x.view(2, half, *x.shape[1:]).transpose(0, 1).reshape(x.shape)
+    start = group.col_start if columns else group.row_start
+    return x[start : start + group.n_rows].contiguous()
+
+
+def _as_given(x: Tensor, group: _Group, half: int) -> Tensor:
+    """The inverse of `_in_order`, of rows."""
+    return x.view(half, 2, *x.shape[1:]).transpose(0, 1).reshape(x.shape) if group.rows_paired else x
+
+
+def _overlapped_sums(p: _Problem, groups: list[_Group], middle: float, out: Tensor) -> None:
+    """`row_sums` of the fixed form, (terms, anchors), by the Gluon kernels."""
+    half = p.n // 2
+    for group in groups:
+        rows, scale = _in_order(p.f, group, half), _in_order(p.vectors.scale, group, half)
+        cols, col_scale = (rows, scale) if group.triangle else (_in_order(x, group, half, True) for x in (p.f, p.vectors.scale))
+        center = _in_order(p.vectors.center, group, half) if len(out) > 1 else None
+        with p.device():
+            sums = _hopper().row_sums(
+                rows, cols, scale, col_scale, center, p.tau, middle, p.traced.f, int(group.rows_paired),
+                p.gluon_parts(group), p.tile, p.kind.linear_in_t,
+            )  # fmt: skip
+        out[:, group.row_start : group.row_start + group.n_rows] = _as_given(sums.sum(0).t(), group, half).t()
 
 
 def _both_sides(p: _Problem, group: _Group, form: str, sums: tuple[str, ...], middle: float, out: Tensor) -> None:
@@ -325,10 +380,13 @@ def pair_grad(
     )  # fmt: skip
     anchors = gain.shape[0]
     form = "plain" if middle is None else "fixed"
-    exact = p.arithmetic.weights in (torch.float32, torch.float64) and p.arithmetic.products == "ieee"
-    unit = None if exact else gain.abs().amax()
     everything = (lo, hi) == (0, p.n)
     groups = _groups(p.n, split, partner, anchors)
+    if everything and p.overlapped(groups, form):
+        df = _overlapped_grad(p, groups, gain, middle)
+        return df, df.new_empty(0), df.new_empty(0, 0)
+    exact = p.arithmetic.weights in (torch.float32, torch.float64) and p.arithmetic.products == "ieee"
+    unit = None if exact else gain.abs().amax()
     both = (
         p.tile.both_sides and everything and p.dim <= p.tile.features and (not split or p.n == 2 * split)
         and not torch.are_deterministic_algorithms_enabled()
@@ -355,17 +413,36 @@ def pair_grad(
         blocks, _ = p.blocks(group)
         for first, count in _row_runs(p, group, blocks) if grad == "weights" else [(0, blocks)]:
             if grad == "weights":
-                rows = min(count * p.tile.rows, group.n_rows - first * p.tile.rows)
-                outputs = outputs._replace(w=p.f.new_empty(rows, group.n_cols, dtype=p.arithmetic.weights))
+                outputs = outputs._replace(w=p.f.new_empty(count * p.tile.rows, group.n_cols, dtype=p.arithmetic.weights))
             p.launch(
                 _kernels().sweeps.pair_grad, (count, parts), p.f, p.vectors, tau, unit, outputs, p.f.stride(0), group.n_rows,
                 group.n_cols, group.row_start, group.col_start, p.n // 2, anchors, p.n, hi - lo, lo, first, middle or 0.0, static,
             )  # fmt: skip
             if grad == "weights":
-                _vendor_product(p, group, outputs.w, first * p.tile.rows, df[0], lo)
+                _vendor_product(p, group, outputs.w, first, df[0], lo)
     if unit is not None and p.dim > p.tile.features:
         df *= torch.where(unit > 0, unit, 1.0)
     return tuple(x[0] if x.shape[0] == 1 else x.sum(0) for x in (df, w_sums, sums))
+
+
+def _overlapped_grad(p: _Problem, groups: list[_Group], r: Tensor, middle: float) -> Tensor:
+    """dF (n, D) of the fixed form by the Gluon kernels; r (anchors,) = gain·exp(middle − shift)."""
+    half, df = p.n // 2, p.tau.new_empty(p.n, p.dim)
+    unit = r.abs().amax()
+    unit = torch.where(unit > 0, unit, 1.0)
+    r = torch.nn.functional.pad(r / unit, (0, p.n - len(r)))  # rows that are no anchors weigh nothing
+    for group in groups:
+        rows, *sides = (_in_order(x, group, half) for x in (p.f, p.vectors.scale, r))
+        cols, *others = (
+            (rows, *sides) if group.triangle else (_in_order(x, group, half, True) for x in (p.f, p.vectors.scale, r))
+        )
+        with p.device():
+            parts = _hopper().pair_grad(
+                rows, cols, sides[0], others[0], sides[1], others[1], p.tau, middle, p.traced.f, int(group.rows_paired),
+                p.gluon_parts(group), p.tile, p.kind.linear_in_t,
+            )  # fmt: skip
+        df[group.row_start : group.row_start + group.n_rows] = _as_given(parts.sum(0), group, half)
+    return df.mul_(unit)
 
 
 def _jobs(groups: list[_Group], n: int, lo: int, hi: int, terms: bool) -> list[tuple[_Group, bool]]:
@@ -373,7 +450,7 @@ def _jobs(groups: list[_Group], n: int, lo: int, hi: int, terms: bool) -> list[t
 
     Raises ValueError for a range [lo, hi) that is not made of whole views.
     """
-    if groups[0].row_shift and (lo, hi) != (0, n):  # two_view, not all rows: each view is a group of its own
+    if groups[0].rows_paired and (lo, hi) != (0, n):  # two_view, not all rows: each view is a group of its own
         groups = [_view(n, n // 2, 0), _view(n, n // 2, n // 2)]
     jobs = []
     for group in groups:
@@ -395,22 +472,21 @@ def _row_runs(p: _Problem, group: _Group, blocks: int) -> Iterator[tuple[int, in
 
 
 def _vendor_product(p: _Problem, group: _Group, w: Tensor, first: int, df: Tensor, lo: int) -> None:
-    """df ← W·F for the logical rows from ``first`` on; W's columns are in logical order."""
-    half = p.n // 2
-    f = p.f[group.col_start : group.col_start + group.n_cols]
-    if group.col_shift:
-        f = p.f.view(2, half, p.dim).transpose(0, 1).reshape(p.n, p.dim)
+    """df ← W·F for the row blocks from ``first`` on. W's rows that do not exist hold anything, and so do the product's."""
+    f, size, half = p.f[group.col_start : group.col_start + group.n_cols], p.tile.rows, p.n // 2
     if w.dtype in _HALF and w.is_cuda:
         product = torch.mm(w, f, out_dtype=torch.float32)
     else:
         with _matmul_precision(p.arithmetic.products):
             product = w.to(df.dtype) @ f.to(df.dtype)
-    if group.row_shift:
-        rows = w.shape[0] // 2
-        df.view(2, half, p.dim)[:, first // 2 : first // 2 + rows] = product.view(rows, 2, p.dim).transpose(0, 1)
+    if group.rows_paired:  # a block's first half are rows of one view, its second half their partners
+        first_pair = first * size // 2
+        out = df.view(2, half, p.dim)[:, first_pair : first_pair + len(w) // 2]
+        out.copy_(product.view(-1, 2, size // 2, p.dim).transpose(0, 1).flatten(1, 2)[:, : out.shape[1]])
     else:
-        begin = group.row_start + first - lo
-        df[begin : begin + w.shape[0]] = product
+        begin = group.row_start + first * size - lo
+        rows = min(len(w), group.n_rows - first * size)
+        df[begin : begin + rows] = product[:rows]
 
 
 @contextlib.contextmanager

@@ -1,0 +1,210 @@
+"""The Triton kernels, interpreted: forms, tiles, parts of a ring, wide rows, dtypes; what all backends share is in test_backends."""
+
+import copy
+
+import pytest
+import torch
+from conftest import square_tile
+from family import MODES, SIMILARITIES, gaussian_weight, loss_and_grads, member_id, pair, relative_error
+
+from alphacl_fast import FusedAlphaCLLoss, PairLoss, PairWeight, ops
+from alphacl_fast.backend import triton
+from alphacl_fast.functional import alpha_cl_loss
+from alphacl_fast.kernels.config import Tile
+
+FORMS = [  # one objective for each form of a sweep
+    ("infonce", {}),  # fixed base; τ learnable or small: running maximum
+    ("alpha_direct", {"detach_alpha": False}),  # f and df, and sums for τ in the second sweep
+    ("triplet", {}),  # one sweep with sums
+    ("alpha_square", {"detach_alpha": False}),  # maximum, offsets, four sums
+]
+
+
+def set_tile(monkeypatch, *shape, both_sides=False, processors=6):
+    rows, cols, features = shape
+    shape = Tile(rows, cols, features, warps=4, stages=1, both_sides=both_sides)
+    monkeypatch.setattr(triton, "tile", lambda sweep, mode, dim, n, device: shape)
+    monkeypatch.setattr(triton, "_processors", lambda device: processors)
+
+
+def assert_equal(z1, z2, member, bound=1e-10, **setting):
+    truth = loss_and_grads(z1.double(), z2.double(), *member, backend="reference", **setting)
+    ours = loss_and_grads(z1, z2, *member, backend="triton", **setting)
+    for name, a, b in zip(("loss", "dz1", "dz2", "dtau"), ours, truth, strict=False):
+        assert relative_error(a, b) < bound, (name, relative_error(a, b))
+
+
+@pytest.fixture(params=["row-block", "both-sides"])
+def form(request):
+    """Poisoned memory in the order-fixed form; the other one adds atomically, which deterministic mode rules out."""
+    torch.use_deterministic_algorithms(request.param == "row-block")
+    yield request.param
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("member", FORMS, ids=member_id)
+@pytest.mark.parametrize(("negatives", "symmetric"), MODES)
+@pytest.mark.parametrize("n", [7, 8])  # 4 tiles or 3 of one_view: even and odd rings, with a ragged and a full last tile
+def test_forms(form, member, negatives, symmetric, n, monkeypatch):
+    set_tile(monkeypatch, 4, 4, 8, both_sides=form == "both-sides")
+    z1, z2 = pair(n, 6)
+    for tau in (0.3, 1e-3):
+        assert_equal(z1, z2, member, negatives=negatives, symmetric=symmetric, tau=tau, bound=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(8, 4), (4, 8), (2, 16), (16, 2)])
+@pytest.mark.parametrize(("negatives", "symmetric"), MODES)
+def test_unequal_tiles(shape, negatives, symmetric, monkeypatch, poisoned):
+    set_tile(monkeypatch, *shape, 8)
+    assert_equal(*pair(11, 7), ("infonce", {}), negatives=negatives, symmetric=symmetric)
+
+
+@pytest.mark.parametrize("member", FORMS, ids=member_id)
+@pytest.mark.parametrize("similarity", ["cosine", "euclidean"])
+def test_programs_share_a_ring(member, similarity, monkeypatch, poisoned):
+    set_tile(monkeypatch, 4, 4, 8, processors=20)
+    assert triton.parts_of(6, 6, torch.device("cpu")) == 3
+    for negatives, symmetric in MODES:
+        assert_equal(*pair(11, 6), member, negatives=negatives, symmetric=symmetric, similarity=similarity)
+
+
+@pytest.mark.parametrize("member", FORMS, ids=member_id)
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_wide_rows(member, similarity, monkeypatch, poisoned):
+    """More features than a tile holds: similarities in chunks, weights written for a vendor product, in runs of row blocks."""
+    set_tile(monkeypatch, 4, 4, 4, processors=9)
+    monkeypatch.setattr(triton, "SCRATCH", 2 * 4 * 18 * 8)  # two row blocks
+    for negatives, symmetric in MODES:
+        assert_equal(*pair(9, 11), member, negatives=negatives, symmetric=symmetric, similarity=similarity)
+
+
+@pytest.mark.parametrize("tau", [0.3, 1e-3])
+def test_both_sides_in_runs(tau, monkeypatch):
+    """Ring distances in runs, so that the slots of a large n fit into the scratch."""
+    set_tile(monkeypatch, 2, 2, 8, both_sides=True)
+    monkeypatch.setattr(triton, "SCRATCH", 3 * 18 * 8)
+    for negatives, symmetric in MODES:
+        assert_equal(*pair(9, 6), ("infonce", {}), negatives=negatives, symmetric=symmetric, tau=tau, learn_tau=False, bound=1e-9)
+
+
+def test_one_view_alone(monkeypatch, poisoned):
+    """Only rows whose gradient is wanted are launched, and sums of one sweep come from all anchors."""
+    set_tile(monkeypatch, 4, 4, 8)
+    launched = []
+    launch = triton._Problem.launch
+
+    def spy(self, kernel, grid, *arguments):
+        launched.append((grid[0], arguments[-1].GRAD))
+        launch(self, kernel, grid, *arguments)
+
+    monkeypatch.setattr(triton._Problem, "launch", spy)
+    z1, z2 = pair(8, 6)
+    alpha_cl_loss(z1.requires_grad_(), z2, "infonce", temperature=0.3, backend="triton")
+    assert launched[1:] == [(2, "product")]
+    launched.clear()
+    alpha_cl_loss(z1, z2, "triplet", backend="triton")
+    assert launched == [(2, "product"), (2, "none")]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 3e-6), (torch.bfloat16, 6e-3), (torch.float16, 1e-3)])
+@pytest.mark.parametrize("features", [16, 8])
+@pytest.mark.parametrize("both_sides", [False, True])
+def test_dtypes(dtype, bound, features, both_sides, monkeypatch):
+    set_tile(monkeypatch, 16, 16, features, both_sides=both_sides)
+    z1, z2 = pair(20, 16, dtype)
+    for member in (("infonce", {}), ("alpha_direct", {"detach_alpha": False})):
+        assert_equal(z1, z2, member, bound=bound)
+
+
+def test_equal_weights_stay_equal_in_bfloat16(monkeypatch):
+    """Weights are divided by the largest gain before they are rounded: of a constant weight nothing is lost."""
+    set_tile(monkeypatch, 16, 16, 16)
+    f = torch.nn.functional.normalize(torch.randn(40, 16, dtype=torch.float64), dim=1).bfloat16()
+    from alphacl_fast.objectives import PairWeight
+
+    constant = PairWeight(lambda d: torch.ones_like(d) / 3, normalized=False)
+    ours = loss_and_grads(f[:20], f[20:], constant, similarity="dot", backend="triton")
+    truth = loss_and_grads(f[:20].double(), f[20:].double(), constant, similarity="dot", backend="reference")
+    for a, b in zip(ours, truth, strict=True):
+        assert relative_error(a, b) < 4e-3  # the gradient's own dtype
+
+
+def test_custom_functions_are_compiled_or_refused():
+    z1, z2 = pair(8, 6)
+    assert_equal(z1, z2, (PairWeight(gaussian_weight), {}))
+    sorting = PairLoss(None, lambda gap: gap * torch.linalg.vector_norm(gap.reshape(-1, 1), dim=1).view(gap.shape))
+    with pytest.raises(ValueError, match=r"backend 'triton' cannot serve this call: psi .*linalg_vector_norm"):
+        alpha_cl_loss(z1, z2, sorting, backend="triton")
+    assert torch.isfinite(alpha_cl_loss(z1, z2, sorting))  # another backend serves it
+
+
+def test_a_changed_constant_is_seen():
+    class Slope:
+        value = 1.0
+
+    slope = Slope()
+    loss = FusedAlphaCLLoss(PairLoss(None, lambda gap: torch.exp(slope.value * gap)), backend="triton")
+    z1, z2 = pair(8, 6)
+    first = loss(z1, z2)
+    slope.value = 2.0
+    assert_equal(z1, z2, (loss.objective, {}))
+    assert abs(float(loss(z1, z2) - first)) > 1e-3
+    assert float(copy.deepcopy(loss)(z1, z2)) == float(loss(z1, z2))
+
+
+def test_infinite_similarity_of_an_excluded_pair(monkeypatch):
+    set_tile(monkeypatch, 8, 8, 8)
+    z1, z2 = (z * 1e25 for z in pair(12, 6, torch.float32))
+    z1[5] = 0
+    z1[5, 0] = 3e38  # ⟨z, z⟩ overflows, its products with the others do not matter here
+    z1[:5, 0] = z1[6:, 0] = z2[:, 0] = 0
+    out = loss_and_grads(z1, z2, "triplet", similarity="dot", backend="triton")
+    truth = loss_and_grads(z1.double(), z2.double(), "triplet", similarity="dot", backend="reference")
+    assert relative_error(out[1], truth[1]) < 1e-5
+
+
+def test_refusals(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "runs on GPUs, not cpu" in triton.unsupported(cpu, torch.float32, None, "exp")
+    assert "runs on GPUs, not mps" in triton.unsupported(torch.device("mps"), torch.float32, None, "exp")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "needs compute capability 8.0, not 7.5" in triton.unsupported(torch.device("cuda"), torch.float32, None, "exp")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert triton.unsupported(torch.device("cuda"), torch.float32, "bf16x3", "exp") is None
+    monkeypatch.setattr(triton, "_missing", lambda: "triton is not installed")
+    name, why = ops.choose("auto", torch.device("cuda"), torch.float32, None, "exp")
+    assert (name, "triton: triton is not installed" in why) == ("blocked", True)
+    with pytest.raises(ValueError, match="backend 'triton' cannot serve this call: triton is not installed"):
+        ops.choose("triton", torch.device("cuda"), torch.float32, None, "exp")
+
+
+def test_precision_crosses_the_operators(monkeypatch):
+    seen = []
+    original = triton._arithmetic
+
+    def spy(dtype, precision, device):
+        seen.append(original(dtype, precision, device))
+        return seen[-1]
+
+    monkeypatch.setattr(triton, "_arithmetic", spy)
+    z1, z2 = pair(8, 6, torch.float32)
+    for precision in ("ieee", "tf32", "bf16x3", None):
+        alpha_cl_loss(z1.requires_grad_(), z2, backend="triton", precision=precision)
+    assert [a.similarities for a in seen[::2]] == ["ieee", "tf32", "bf16x3", "ieee"]
+    assert seen[::2] == seen[1::2]
+
+
+def test_ranges_and_partners_are_checked():
+    with pytest.raises(ValueError, match="partner must be 0 or half of the rows"):
+        triton._groups(8, 0, 3, 8)
+    with pytest.raises(ValueError, match="partner must be 0 or split"):
+        triton._groups(8, 4, 3, 8)
+    with pytest.raises(ValueError, match="must hold whole views, rows 0 to 4, got 1 to 8"):
+        triton._jobs(triton._groups(8, 0, 4, 8), 8, 1, 8, False)
+    with pytest.raises(ValueError, match="cols must equal rows"):
+        Tile(64, 32, 64, 4, 2, both_sides=True)
+
+
+def test_square_tile_is_what_the_fixtures_mean():
+    assert square_tile(8, 6) == Tile(8, 8, 8, 4, 1)
