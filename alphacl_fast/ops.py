@@ -19,7 +19,8 @@ BACKEND_NAMES = ("auto", "reference", *SWEEP_BACKENDS)
 _LIBRARY = torch.library.Library("alphacl_fast", "DEF")
 _LIBRARY.define(
     "row_sums(Tensor f, Tensor? scale, Tensor? bias, Tensor center, Tensor? shift, Tensor? offset, Tensor tau, "
-    "str kind, float[] params, str[] terms, int split, int partner, int anchors, float[] span, str precision, str backend) -> Tensor"
+    "str kind, float[] params, str[] terms, int split, int partner, int anchors, float[] span, "
+    "str precision, str backend) -> Tensor"
 )
 _LIBRARY.define(
     "pair_grad(Tensor f, Tensor? scale, Tensor? bias, Tensor center, Tensor gain, Tensor? shift, Tensor? offset, "
@@ -31,7 +32,9 @@ _LIBRARY.define("unit_rows(Tensor z1, Tensor z2, str backend) -> (Tensor, Tensor
 _LIBRARY.define("finish_rows(Tensor(a!) d, Tensor f, Tensor inv_norm, Tensor q, str backend) -> ()")
 
 
-def _row_sums(f, scale, bias, center, shift, offset, tau, kind, params, terms, split, partner, anchors, span, precision, backend):
+def _row_sums(
+    f, scale, bias, center, shift, offset, tau, kind, params, terms, split, partner, anchors, span, precision, backend
+):
     return SWEEP_BACKENDS[backend].row_sums(
         f, scale, bias, center, shift, offset, tau, kind, tuple(params), tuple(terms), split, partner, anchors,
         tuple(span), precision,
@@ -39,7 +42,8 @@ def _row_sums(f, scale, bias, center, shift, offset, tau, kind, params, terms, s
 
 
 def _pair_grad(
-    f, scale, bias, center, gain, shift, offset, level, tau, kind, params, weight, terms, split, partner, lo, hi, span, precision, backend
+    f, scale, bias, center, gain, shift, offset, level, tau, kind, params, weight, terms, split, partner, lo, hi, span,
+    precision, backend,
 ):
     return SWEEP_BACKENDS[backend].pair_grad(
         f, scale, bias, center, gain, shift, offset, level, tau, kind, tuple(params), weight, tuple(terms), split, partner, lo,
@@ -54,7 +58,8 @@ def _row_sums_fake(
 
 
 def _pair_grad_fake(
-    f, scale, bias, center, gain, shift, offset, level, tau, kind, params, weight, terms, split, partner, lo, hi, span, precision, backend
+    f, scale, bias, center, gain, shift, offset, level, tau, kind, params, weight, terms, split, partner, lo, hi, span,
+    precision, backend,
 ):
     return (
         tau.new_empty((hi - lo, f.shape[1])),

@@ -1,8 +1,8 @@
 """How a sweep is tiled: tuned tables by device, conservative defaults otherwise.
 
 A table is `tuned/<device>.json`, written by ``python -m alphacl_fast.kernels.tune``: a list of entries
-``{"sweep", "mode", "dim", "rows", "tile": {…}}``. A call takes, among the entries of its sweep, its arithmetic and its power of two
-of features, the one nearest in log(rows). The environment variable ALPHACL_TUNED names a table to use instead.
+``{"sweep", "mode", "dim", "rows", "tile": {…}}``. A call takes, among the entries of its sweep, its arithmetic and its power
+of two of features, the one nearest in log(rows). The environment variable ALPHACL_TUNED names a table to use instead.
 """
 
 from __future__ import annotations
@@ -55,23 +55,27 @@ def power_of_two(x: int, least: int = 16) -> int:
 
 
 def default(sweep: str, mode: str, dim: int) -> Tile:
-    """A tile that compiles without spills on sm_80, sm_90 and sm_100 (tests/test_triton_compile.py asserts it)."""
-    features = power_of_two(dim)
+    """A tile that compiles without spills for sm_80, sm_90 and sm_100 (``python -m benchmarks.resources --check``).
+
+    ``sweep``: row_sums or pair_grad for one exponential a pair, row_sums_plain or pair_grad_plain for all else, which takes
+    more registers (several pieces of a pair, each with its own row scalars).
+    """
+    features, plain = power_of_two(dim), sweep.endswith("_plain")
     if mode == "fp64":
-        return Tile(32, 32, min(features, 32) if sweep == "row_sums" or features > 64 else features, 4, 1)
-    if mode == "fp32":
-        if sweep == "row_sums":
-            return Tile(64, 64, min(features, 32), 8, 2)
-        return Tile(32, 32, features if features <= 128 else 32, 4, 1)
-    if sweep == "row_sums":
-        if mode == "bf16":
-            return Tile(64, 128, features, 4, 2) if features <= 128 else Tile(128, 128, 64, 8, 3)
-        return Tile(64, 64, min(features, 32), 8, 3)
+        return Tile(32, 32, min(features, 32), 4, 1)
+    if sweep.startswith("row_sums"):
+        if mode != "bf16":
+            return Tile(64, 64, min(features, 32), 8, 3)
+        if features > 128:
+            return Tile(64, 128, 64, 4, 3)
+        return Tile(64, 64, features, 8, 2) if plain else Tile(64, 128, features, 4, 2)
     if mode == "bf16":
-        if features <= 128:
-            return Tile(64, 64, features, 4, 2)
-        return Tile(64, 64, features, 8, 2) if features <= 256 else Tile(64, 64, 64, 8, 3)
-    return Tile(64, 32, features, 8, 1) if features <= 128 else Tile(64, 64, 32, 8, 2)
+        if features > 256 or (plain and features > 128):
+            return Tile(64, 64, 64, 8, 3)
+        return Tile(64, 64, features, 8, 1 if plain else 2) if plain or features > 128 else Tile(64, 64, features, 4, 2)
+    if features > (64 if mode in ("fp32", "bf16x3") or plain else 128):
+        return Tile(64, 64, 32, 8, 2)
+    return Tile(32, 32, features, 4, 1) if mode == "fp32" else Tile(64, 32, features, 8, 1)
 
 
 def choose(sweep: str, mode: str, dim: int, rows: int, device: torch.device) -> Tile:

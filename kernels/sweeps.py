@@ -4,7 +4,7 @@ A program owns BLOCK_M rows "i" and walks the ring of column tiles, BLOCK_N rows
 
 * **Paired blocks.** In two_view a block of B rows holds B/2 rows of the first view and then their partners in the second.
   Pairs that do not count (oneself, one's positive) thus lie in the first tiles of every ring. Only these and a ragged last
-  tile are masked; the main loop carries no mask.
+  tile are masked, behind a branch that all threads take together. Beyond the last row the last one is read again.
 * **Row-block form**: the program sees every column tile and writes each of its results once; the order of all additions is
   fixed. Where there are too few row blocks several programs share a ring, and their parts are summed afterwards.
 * **Both-sides form** (BOTH): block I takes the ring distances 0 … tiles/2 only and serves the rows of block J as well.
@@ -88,48 +88,55 @@ class Static(NamedTuple):
 
 
 @triton.jit
-def _load(ptr, side, MASKED: tl.constexpr):
+def _load(ptr, side):
     if ptr is None:
         return ()
-    elif MASKED:
-        return (tl.load(ptr + side.base + side.local, mask=side.keep, other=0.0),)
     else:
         return (tl.load(ptr + side.base + side.local),)
 
 
 @triton.jit
-def _side(v, block, n, start, half, SIZE: tl.constexpr, PAIRED: tl.constexpr, ANCHOR: tl.constexpr, MASKED: tl.constexpr):
-    """Block number ``block`` of a side with n rows that begins at row ``start``; partners are ``half`` rows apart."""
-    offs = tl.arange(0, SIZE)
-    if PAIRED:
-        base = start + block * (SIZE // 2)
-        local = offs % (SIZE // 2) + offs // (SIZE // 2) * half
-        pair = block * (SIZE // 2) + offs % (SIZE // 2)
-        side = Side(base, local, pair, pair < half, (), (), (), (), (), (), ())
-    else:
-        side = Side(start + block * SIZE, offs, block * SIZE + offs, block * SIZE + offs < n, (), (), (), (), (), (), ())
-    scale, bias = _load(v.scale, side, MASKED), _load(v.bias, side, MASKED)
-    if ANCHOR:
-        return Side(
-            side.base, side.local, side.pair, side.keep, scale, bias, _load(v.center, side, MASKED),
-            _load(v.gain, side, MASKED), _load(v.shift, side, MASKED), _load(v.offset, side, MASKED),
-            _load(v.level, side, MASKED),
-        )  # fmt: skip
-    else:
-        return Side(side.base, side.local, side.pair, side.keep, scale, bias, (), (), (), (), ())
+def _load_two(a_ptr, b_ptr, side):
+    """Two row scalars in one load, which the compiler then spreads over the threads through shared memory."""
+    ptrs = tl.where((tl.arange(0, 2) == 0)[None, :], a_ptr + side.base, b_ptr + side.base) + side.local[:, None]
+    a, b = tl.split(tl.load(ptrs))
+    return (a,), (b,)
 
 
 @triton.jit
-def _features(f_ptr, stride, side, d, S: tl.constexpr, MASKED: tl.constexpr):
-    """(rows, BLOCK_D) features from d on, 0 outside. 64-bit offsets: n·D passes 2³¹ at n = 4 M, D = 512."""
+def _side(v, block, n, start, half, SIZE: tl.constexpr, PAIRED: tl.constexpr, ANCHOR: tl.constexpr):
+    """Block number ``block`` of a side with n rows that begins at row ``start``; partners are ``half`` rows apart."""
+    offs = tl.arange(0, SIZE)
+    if PAIRED:
+        base, inside = block * (SIZE // 2), offs % (SIZE // 2)
+        local = tl.minimum(inside, half - 1 - base) + offs // (SIZE // 2) * half
+        side = Side(start + base, local, base + inside, base + inside < half, (), (), (), (), (), (), ())
+    else:
+        base = block * SIZE
+        local = tl.minimum(offs, n - 1 - base)
+        side = Side(start + base, local, base + offs, base + offs < n, (), (), (), (), (), (), ())
+    scale, gain = (), ()
+    if ANCHOR and v.scale is not None and v.gain is not None:
+        scale, gain = _load_two(v.scale, v.gain, side)
+    else:
+        scale = _load(v.scale, side)
+        if ANCHOR:
+            gain = _load(v.gain, side)
+    if ANCHOR:
+        return Side(
+            side.base, side.local, side.pair, side.keep, scale, _load(v.bias, side), _load(v.center, side), gain,
+            _load(v.shift, side), _load(v.offset, side), _load(v.level, side),
+        )  # fmt: skip
+    else:
+        return Side(side.base, side.local, side.pair, side.keep, scale, _load(v.bias, side), (), (), (), (), ())
+
+
+@triton.jit
+def _features(f_ptr, stride, side, d, S: tl.constexpr):
+    """(rows, BLOCK_D) features from d on, 0 beyond D. 64-bit offsets: n·D passes 2³¹ at n = 4 M, D = 512."""
     offs_d = d + tl.arange(0, S.BLOCK_D)
     ptrs = f_ptr + side.base.to(tl.int64) * stride + (side.local.to(tl.int64)[:, None] * stride + offs_d[None, :])
-    RAGGED: tl.constexpr = S.D % S.BLOCK_D != 0
-    if MASKED and RAGGED:
-        return tl.load(ptrs, mask=side.keep[:, None] & (offs_d < S.D)[None, :], other=0.0)
-    elif MASKED:
-        return tl.load(ptrs, mask=side.keep[:, None], other=0.0)
-    elif RAGGED:
+    if S.D % S.BLOCK_D != 0:
         return tl.load(ptrs, mask=(offs_d < S.D)[None, :], other=0.0)
     else:
         return tl.load(ptrs)
@@ -155,59 +162,60 @@ def _scaled(t, i, j):
 
 
 @triton.jit
-def _similarities(f_ptr, stride, f_i, i, j, S: tl.constexpr, MASKED: tl.constexpr):
+def _similarities(f_ptr, stride, f_i, i, j, S: tl.constexpr):
     """t (BLOCK_M, BLOCK_N), and f_j (BLOCK_N, BLOCK_D) where a row fits into one chunk of features."""
     M: tl.constexpr = S.BLOCK_M
     N: tl.constexpr = S.BLOCK_N
     t = tl.zeros((M, N), S.ACC)
     if len(f_i):
-        f_j = _features(f_ptr, stride, j, 0, S, MASKED)
+        f_j = _features(f_ptr, stride, j, 0, S)
         t = _dot(f_i[0], tl.trans(f_j), t, S, False)
         return _scaled(t, i, j), (f_j,)
     else:
         for d in range(0, S.D, S.BLOCK_D):
-            a, b = _features(f_ptr, stride, i, d, S, True), _features(f_ptr, stride, j, d, S, MASKED)
+            a, b = _features(f_ptr, stride, i, d, S), _features(f_ptr, stride, j, d, S)
             t = _dot(a, tl.trans(b), t, S, False)
         return _scaled(t, i, j), ()
 
 
 @triton.jit
-def _keep(i, j, S: tl.constexpr):
-    """(BLOCK_M, BLOCK_N) pairs that count."""
-    keep = i.keep[:, None] & j.keep[None, :]
-    if S.EXCLUDE:
-        keep = keep & (i.pair[:, None] != j.pair[None, :])
-    return keep
-
-
-@triton.jit
-def _ring(block_i, n_rows, n_cols, begin, end, S: tl.constexpr):
-    """This program's part of the positions [begin, end) of block I's ring.
-
-    Returns the number of column tiles and the one at position 0, where the part begins, how many positions from there on are
-    masked, the one masked position beyond them (or -1), and how many are not masked.
-    """
+def _ring(block_i, n_cols, begin, end, S: tl.constexpr):
+    """The number of column tiles, the one at position 0 of block I's ring, and this program's part of [begin, end)."""
     tiles = tl.cdiv(n_cols, S.BLOCK_N)
+    ROW_PAIRS: tl.constexpr = S.BLOCK_M // 2 if S.ROWS_PAIRED else S.BLOCK_M
+    COL_PAIRS: tl.constexpr = S.BLOCK_N // 2 if S.COLS_PAIRED else S.BLOCK_N
+    first = block_i * ROW_PAIRS // COL_PAIRS % tiles
     if S.TRIANGLE and S.BOTH:  # half way round an even ring both ends meet: the first half of the blocks serves that tile
         end = tl.where((tiles % 2 == 0) & (block_i >= tiles // 2), tl.minimum(end, tiles // 2), end)
     each = tl.cdiv(end - begin, tl.num_programs(1))
     begin = tl.minimum(begin + tl.program_id(1) * each, end)
-    end = tl.minimum(begin + each, end)
+    return tiles, first, begin, tl.minimum(begin + each, end)
 
-    ROW_PAIRS: tl.constexpr = S.BLOCK_M // 2 if S.ROWS_PAIRED else S.BLOCK_M
-    COL_PAIRS: tl.constexpr = S.BLOCK_N // 2 if S.COLS_PAIRED else S.BLOCK_N
-    first = block_i * ROW_PAIRS // COL_PAIRS
-    special = 0
+
+@triton.jit
+def _at(at, first, tiles, block_i, n_rows, n_cols, S: tl.constexpr):
+    """The column tile at a position of the ring, and whether some of its pairs do not count."""
+    tile = (first + at) % tiles
+    masked = (n_cols % S.BLOCK_N != 0) & (tile == tiles - 1)
     if S.EXCLUDE:
-        special = (block_i * ROW_PAIRS + ROW_PAIRS - 1) // COL_PAIRS - first + 1
-    first = first % tiles
+        ROW_PAIRS: tl.constexpr = S.BLOCK_M // 2 if S.ROWS_PAIRED else S.BLOCK_M
+        COL_PAIRS: tl.constexpr = S.BLOCK_N // 2 if S.COLS_PAIRED else S.BLOCK_N
+        own = block_i * ROW_PAIRS // COL_PAIRS
+        masked = masked | (at <= (block_i * ROW_PAIRS + ROW_PAIRS - 1) // COL_PAIRS - own)
     if S.BOTH:  # rows that do not exist, in a ragged block I, must not count for J
-        special = tl.where((block_i + 1) * S.BLOCK_M > n_rows, end, special)
-    masked = tl.maximum(tl.minimum(end, special) - begin, 0)
-    ragged = tl.where(n_cols % S.BLOCK_N != 0, (2 * tiles - 1 - first) % tiles, -1)
-    ragged = tl.where((ragged >= begin + masked) & (ragged < end), ragged, -1)
-    plain = end - begin - masked - tl.where(ragged >= 0, 1, 0)
-    return tiles, first, begin, masked, ragged, plain
+        masked = masked | ((block_i + 1) * S.BLOCK_M > n_rows)
+    return tile, masked
+
+
+@triton.jit
+def _counted(x, other, i, j, masked, S: tl.constexpr):
+    """``other`` where a pair does not count."""
+    if masked:
+        keep = i.keep[:, None] & j.keep[None, :]
+        if S.EXCLUDE:
+            keep = keep & (i.pair[:, None] != j.pair[None, :])
+        x = tl.where(keep, x, other)
+    return x
 
 
 # --- pieces and sums of a tile ----------------------------------------------------------------------------------------
@@ -232,20 +240,11 @@ def _exp_fixed(log_f, middle):
 
 
 @triton.jit
-def _counted(x, keep):
-    """0 where a pair does not count."""
-    if len(keep):
-        return tl.where(keep[0], x, 0.0)
-    else:
-        return x
-
-
-@triton.jit
-def _pieces(t, log_f, keep, side, tau, axis: tl.constexpr, S: tl.constexpr):
+def _pieces(t, log_f, i, j, masked, side, tau, axis: tl.constexpr, S: tl.constexpr):
     """f, df and ∂f/∂τ with one side's row scalars, each in a tuple that is empty where the sweep does not need it."""
     f, df, dtau = (), (), ()
     if S.LOG:
-        f = (_counted(tl.exp(_minus(log_f[0], side.shift, axis)), keep),)
+        f = (tl.exp(_minus(log_f[0], side.shift, axis)),)
         if S.DF is not None:
             df = (f[0] * S.DF(t, tau),)
         if S.DTAU is not None:
@@ -255,11 +254,11 @@ def _pieces(t, log_f, keep, side, tau, axis: tl.constexpr, S: tl.constexpr):
         if len(side.offset):
             x = x + tl.expand_dims(side.offset[0], axis)
         if S.F is not None:
-            f = (_counted(S.F(x, tau), keep),)
+            f = (_counted(S.F(x, tau), 0.0, i, j, masked, S),)
         if S.DF is not None:
-            df = (_counted(S.DF(x, tau), keep),)
+            df = (_counted(S.DF(x, tau), 0.0, i, j, masked, S),)
         if S.DTAU is not None:
-            dtau = (_counted(S.DTAU(x, tau), keep),)
+            dtau = (_counted(S.DTAU(x, tau), 0.0, i, j, masked, S),)
     return f, df, dtau
 
 
@@ -330,12 +329,10 @@ def _store_sums(out_ptr, slot, anchors, side, keep, base, sums):
 
 
 @triton.jit
-def _side_sums(t, log_f, e, keep, side, tau, axis: tl.constexpr, S: tl.constexpr):
+def _side_sums(t, log_f, e, i, j, masked, side, tau, axis: tl.constexpr, S: tl.constexpr):
     """One side's base (running and max forms) and sums of a tile."""
     if S.FORM == "max":
-        if len(keep):
-            t = tl.where(keep[0], t, float("-inf"))
-        return (tl.max(t, axis),), ()
+        return (tl.max(_counted(t, float("-inf"), i, j, masked, S), axis),), ()
     elif S.FORM == "fixed":
         return (), _terms(t, e, (), (), side, axis, S)
     elif S.FORM == "running":
@@ -343,7 +340,7 @@ def _side_sums(t, log_f, e, keep, side, tau, axis: tl.constexpr, S: tl.constexpr
         finite = tl.where(base > float("-inf"), base, 0.0)  # no pair of the row counts in this tile
         return (base,), _terms(t, (tl.exp(_minus(log_f[0], (finite,), axis)),), (), (), side, axis, S)
     else:
-        f, df, dtau = _pieces(t, log_f, keep, side, tau, axis, S)
+        f, df, dtau = _pieces(t, log_f, i, j, masked, side, tau, axis, S)
         return (), _terms(t, f, df, dtau, side, axis, S)
 
 
@@ -363,32 +360,6 @@ def _merge(base, totals, losses, tile_base, sums, S: tl.constexpr):
         return (), totals, losses
 
 
-@triton.jit
-def _sum_tile(
-    base, totals, losses, tile_j, slot, i, f_i, f_ptr, stride, v, tau, middle, out_ptr, anchors, n_cols, col_start, half,
-    S: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Adds a tile to the sums of rows I; in the both-sides form writes those of rows J to ``slot`` (nowhere if negative)."""
-    j = _side(v, tile_j, n_cols, col_start, half, S.BLOCK_N, S.COLS_PAIRED, S.BOTH, MASKED)
-    t, _ = _similarities(f_ptr, stride, f_i, i, j, S, MASKED)
-    keep, log_f, e = (), (), ()
-    if MASKED:
-        keep = (_keep(i, j, S),)
-        t = _counted(t, keep)  # an excluded pair's similarity may be infinite, and 0·inf is not 0
-    if S.LOG and S.FORM != "max":
-        log_f = (S.F(t, tau),)
-        if MASKED:
-            log_f = (tl.where(keep[0], log_f[0], float("-inf")),)
-        if S.FORM == "fixed":
-            e = (_exp_fixed(log_f[0], middle),)
-    tile_base, sums = _side_sums(t, log_f, e, keep, i, tau, 1, S)
-    base, totals, losses = _merge(base, totals, losses, tile_base, sums, S)
-    if S.BOTH:
-        tile_base, sums = _side_sums(t, log_f, e, keep, j, tau, 0, S)
-        _store_sums(out_ptr, slot, anchors, j, j.keep & (slot >= 0), tile_base, sums)
-    return base, totals, losses
-
-
 @triton.jit(
     do_not_specialize=["n_rows", "n_cols", "row_start", "col_start", "half", "anchors", "begin", "end", "col_slot", "middle"]
 )
@@ -401,37 +372,39 @@ def row_sums(
     Args:
         f_ptr: (rows, D) features with row stride ``stride``, unit column stride. v: `Vectors`, (rows,) or (anchors,) ACC each.
         tau_ptr: () ACC. n_rows, n_cols: rows of the two sides, which begin at the physical rows row_start, col_start.
-        out_ptr: (slots, [base,] terms, anchors) ACC: a part's rows in slot ``part``, and in the both-sides form what the tiles at
-            ring distance t add to their columns' rows in slot ``col_slot + t`` (distance 0 of a triangle adds nothing).
+        out_ptr: (slots, [base,] terms, anchors) ACC: a part's rows in slot ``part``, and in the both-sides form what the tiles
+            at ring distance t add to their columns' rows in slot ``col_slot + t`` (distance 0 of a triangle adds nothing).
         middle: of the "fixed" form; float.
     """
     M: tl.constexpr = S.BLOCK_M
     block_i = tl.program_id(0)
-    i = _side(v, block_i, n_rows, row_start, half, S.BLOCK_M, S.ROWS_PAIRED, True, True)
+    i = _side(v, block_i, n_rows, row_start, half, S.BLOCK_M, S.ROWS_PAIRED, True)
     tau = tl.load(tau_ptr)
-    f_i = ()
+    f_i, base = (), ()
     if S.D <= S.BLOCK_D:
-        f_i = (_features(f_ptr, stride, i, 0, S, True),)
-    base = ()
+        f_i = (_features(f_ptr, stride, i, 0, S),)
     if S.FORM == "running" or S.FORM == "max":
         base = (tl.full((M,), float("-inf"), S.ACC),)
     totals, losses = _zeros(M, len(S.TERMS), S), _zeros(M, len(S.TERMS), S)
-    tiles, first, begin, masked, ragged, plain = _ring(block_i, n_rows, n_cols, begin, end, S)
-    for k in tl.range(0, masked + tl.where(ragged >= 0, 1, 0), num_stages=1):
-        at = tl.where(k < masked, begin + k, ragged)
-        slot = col_slot + at
-        if S.TRIANGLE:
-            slot = tl.where(at == 0, -1, slot)
-        base, totals, losses = _sum_tile(
-            base, totals, losses, (first + at) % tiles, slot, i, f_i, f_ptr, stride, v, tau, middle, out_ptr, anchors, n_cols,
-            col_start, half, S, True,
-        )  # fmt: skip
-    for k in range(begin + masked, begin + masked + plain):
-        at = k + tl.where((ragged >= 0) & (k >= ragged), 1, 0)
-        base, totals, losses = _sum_tile(
-            base, totals, losses, (first + at) % tiles, col_slot + at, i, f_i, f_ptr, stride, v, tau, middle, out_ptr, anchors,
-            n_cols, col_start, half, S, False,
-        )  # fmt: skip
+    tiles, first, begin, end = _ring(block_i, n_cols, begin, end, S)
+    for at in range(begin, end):
+        tile, masked = _at(at, first, tiles, block_i, n_rows, n_cols, S)
+        j = _side(v, tile, n_cols, col_start, half, S.BLOCK_N, S.COLS_PAIRED, S.BOTH)
+        t, _ = _similarities(f_ptr, stride, f_i, i, j, S)
+        t = _counted(t, 0.0, i, j, masked, S)  # an excluded pair's similarity may be infinite, and 0·inf is not 0
+        log_f, e = (), ()
+        if S.LOG:
+            log_f = (_counted(S.F(t, tau), float("-inf"), i, j, masked, S),)
+            if S.FORM == "fixed":
+                e = (_exp_fixed(log_f[0], middle),)
+        tile_base, sums = _side_sums(t, log_f, e, i, j, masked, i, tau, 1, S)
+        base, totals, losses = _merge(base, totals, losses, tile_base, sums, S)
+        if S.BOTH:
+            keep = j.keep
+            if S.TRIANGLE:
+                keep = keep & (at > 0)
+            tile_base, sums = _side_sums(t, log_f, e, i, j, masked, j, tau, 0, S)
+            _store_sums(out_ptr, col_slot + at, anchors, j, keep, tile_base, sums)
     _store_sums(out_ptr, tl.program_id(1), anchors, i, i.keep, base, totals)
 
 
@@ -448,9 +421,9 @@ class Outputs(NamedTuple):
 
 
 @triton.jit
-def _side_weights(t, log_f, keep, side, inv_unit, tau, axis: tl.constexpr, S: tl.constexpr):
+def _side_weights(t, log_f, i, j, masked, side, inv_unit, tau, axis: tl.constexpr, S: tl.constexpr):
     """g of one side's anchors with their pieces."""
-    f, df, dtau = _pieces(t, log_f, keep, side, tau, axis, S)
+    f, df, dtau = _pieces(t, log_f, i, j, masked, side, tau, axis, S)
     if S.WEIGHT == "f":
         g = f[0]
     elif S.WEIGHT == "df":
@@ -461,9 +434,30 @@ def _side_weights(t, log_f, keep, side, inv_unit, tau, axis: tl.constexpr, S: tl
 
 
 @triton.jit
+def _fixed_weights(log_f, i, j, inv_unit, middle, S: tl.constexpr):
+    """g_ij + g_ji of the fixed form: one exponential serves both anchors of a pair."""
+    e = _exp_fixed(log_f, middle)
+    if S.ROWS_ANCHOR and S.COLS_ANCHOR:
+        return e * ((i.gain[0] * inv_unit)[:, None] + (j.gain[0] * inv_unit)[None, :])
+    elif S.ROWS_ANCHOR:
+        return e * (i.gain[0] * inv_unit)[:, None]
+    else:
+        return e * (j.gain[0] * inv_unit)[None, :]
+
+
+@triton.jit
 def _add_atomically(ptrs, keep, sums, stride):
     for k in tl.static_range(len(sums)):
         tl.atomic_add(ptrs + k * stride.to(tl.int64), sums[k], mask=keep, sem="relaxed")
+
+
+@triton.jit
+def _rescaled(w, side, axis: tl.constexpr):
+    """W times the scales of the rows it will multiply, before it is rounded, so that normalised rows never are."""
+    if len(side.scale):
+        return w * tl.expand_dims(side.scale[0], axis)
+    else:
+        return w
 
 
 @triton.jit
@@ -471,70 +465,11 @@ def _row_ptrs(ptr, row, D: tl.constexpr, BLOCK_D: tl.constexpr):
     return ptr + row.to(tl.int64)[:, None] * D + tl.arange(0, BLOCK_D)[None, :]
 
 
-@triton.jit
-def _grad_tile(
-    acc, w_total, w_lost, totals, losses, tile_j, serves_j, i, f_i, f_ptr, stride, v, tau, unit, inv_unit, middle, out, anchors, n_cols,
-    col_start, half, S: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Adds W·F_J of one tile to the gradient of rows I, or writes W; in the both-sides form also Wᵀ·F_I to that of rows J."""
-    j = _side(v, tile_j, n_cols, col_start, half, S.BLOCK_N, S.COLS_PAIRED, S.COLS_ANCHOR, MASKED)
-    t, f_j = _similarities(f_ptr, stride, f_i, i, j, S, MASKED)
-    keep, log_f = (), ()
-    if MASKED:
-        keep = (_keep(i, j, S),)
-        t = _counted(t, keep)
-    if S.LOG:
-        log_f = (S.F(t, tau),)
-    if S.FORM == "fixed":  # one exponential serves both anchors of a pair
-        if S.ROWS_ANCHOR and S.COLS_ANCHOR:
-            gain = (i.gain[0] * inv_unit)[:, None] + (j.gain[0] * inv_unit)[None, :]
-        elif S.ROWS_ANCHOR:
-            gain = (i.gain[0] * inv_unit)[:, None]
-        else:
-            gain = (j.gain[0] * inv_unit)[None, :]
-        w = _counted(_exp_fixed(log_f[0], middle) * gain, keep)
-    else:
-        w = tl.zeros(t.shape, S.ACC)
-        if S.ROWS_ANCHOR:
-            g, f, df, dtau = _side_weights(t, log_f, keep, i, inv_unit, tau, 1, S)
-            totals, losses = _add(totals, losses, _terms(t, f, df, dtau, i, 1, S))
-            w += g
-        if S.COLS_ANCHOR:
-            g, f, df, dtau = _side_weights(t, log_f, keep, j, inv_unit, tau, 0, S)
-            if S.BOTH and len(S.TERMS):
-                _add_atomically(out.sums + (j.base + j.local), j.keep & serves_j, _terms(t, f, df, dtau, j, 0, S), anchors)
-            w += g
-    if len(w_total):
-        w_total, w_lost = _add(w_total, w_lost, (tl.sum(w, 1),))
-        if S.BOTH:
-            tl.atomic_add(out.w_sums + (j.base + j.local), tl.sum(w, 0) * unit, mask=j.keep & serves_j, sem="relaxed")
-    if S.GRAD != "none":
-        # A row's scale is applied before W is rounded, so that normalised rows never are.
-        w_j = w
-        if len(j.scale):
-            w_j = w * j.scale[0][None, :]
-        if S.GRAD == "weights":
-            row_w = tl.program_id(0) * S.BLOCK_M + tl.arange(0, S.BLOCK_M)
-            ptrs = out.w + row_w.to(tl.int64)[:, None] * n_cols + (j.base - col_start + j.local)[None, :]
-            tl.store(ptrs, w_j.to(S.W_TYPE), mask=i.keep[:, None] & j.keep[None, :])
-        else:
-            acc = (_dot(w_j.to(S.W_TYPE), f_j[0].to(S.W_TYPE), acc[0], S, True),)
-            if S.BOTH:
-                w_i = w
-                if len(i.scale):
-                    w_i = w * i.scale[0][:, None]
-                N: tl.constexpr = S.BLOCK_N
-                K: tl.constexpr = S.BLOCK_D
-                acc_j = tl.zeros((N, K), S.ACC)
-                acc_j = _dot(tl.trans(w_i.to(S.W_TYPE)), f_i[0].to(S.W_TYPE), acc_j, S, True) * unit
-                mask = (j.keep & serves_j)[:, None] & (tl.arange(0, S.BLOCK_D) < S.D)[None, :]
-                tl.atomic_add(_row_ptrs(out.df, j.base + j.local, S.D, S.BLOCK_D), acc_j, mask=mask, sem="relaxed")
-    return acc, w_total, w_lost, totals, losses
-
-
 @triton.jit(
-    do_not_specialize=["n_rows", "n_cols", "row_start", "col_start", "half", "anchors", "n", "n_out", "lo", "first_block", "middle"]
-)
+    do_not_specialize=[
+        "n_rows", "n_cols", "row_start", "col_start", "half", "anchors", "n", "n_out", "lo", "first_block", "middle",
+    ]
+)  # fmt: skip
 def pair_grad(
     f_ptr, v, tau_ptr, unit_ptr, out, stride, n_rows, n_cols, row_start, col_start, half, anchors, n, n_out, lo,
     first_block, middle, S: tl.constexpr,
@@ -544,15 +479,16 @@ def pair_grad(
     Args: as of `row_sums`, and
         unit_ptr: () ACC or None: weights are divided by it before they are rounded, gradients multiplied by it.
         out: `Outputs`, ACC but for w: df (parts, n_out, D), for the physical rows from ``lo`` on; w_sums (parts, n): sums of
-            g_ij + g_ji; sums (parts, terms, anchors); w (programs·BLOCK_M, n_cols) W_TYPE, a block's rows in its own order. The both-sides form
-            has one part, for a gradient of all rows, and adds atomically to outputs that begin as zeros.
+            g_ij + g_ji; sums (parts, terms, anchors); w (programs·BLOCK_M, n_cols) W_TYPE, a block's rows in its own order.
+            The both-sides form has one part, for a gradient of all rows, and adds atomically to outputs that begin as zeros.
         first_block: row block of the first program.
         middle: of the "fixed" form, in which v.gain already holds gain·exp(middle − shift).
     """
     M: tl.constexpr = S.BLOCK_M
+    N: tl.constexpr = S.BLOCK_N
     K: tl.constexpr = S.BLOCK_D
     block_i = tl.program_id(0) + first_block
-    i = _side(v, block_i, n_rows, row_start, half, S.BLOCK_M, S.ROWS_PAIRED, S.ROWS_ANCHOR, True)
+    i = _side(v, block_i, n_rows, row_start, half, S.BLOCK_M, S.ROWS_PAIRED, S.ROWS_ANCHOR)
     tau = tl.load(tau_ptr)
     unit, inv_unit = 1.0, 1.0
     if unit_ptr is not None:
@@ -561,7 +497,7 @@ def pair_grad(
         inv_unit = 1.0 / unit
     f_i, acc = (), ()
     if S.D <= S.BLOCK_D:
-        f_i = (_features(f_ptr, stride, i, 0, S, True),)
+        f_i = (_features(f_ptr, stride, i, 0, S),)
     if S.GRAD == "product":
         acc = (tl.zeros((M, K), S.ACC),)
     HAS_W_SUMS: tl.constexpr = 0 if out.w_sums is None else 1
@@ -570,22 +506,46 @@ def pair_grad(
     end = tl.cdiv(n_cols, S.BLOCK_N)
     if S.TRIANGLE and S.BOTH:
         end = end // 2 + 1
-    tiles, first, begin, masked, ragged, plain = _ring(block_i, n_rows, n_cols, 0, end, S)
-    for k in tl.range(0, masked + tl.where(ragged >= 0, 1, 0), num_stages=1):
-        at = tl.where(k < masked, begin + k, ragged)
-        serves_j = at >= 0
+    tiles, first, begin, end = _ring(block_i, n_cols, 0, end, S)
+    for at in range(begin, end):
+        tile, masked = _at(at, first, tiles, block_i, n_rows, n_cols, S)
+        j = _side(v, tile, n_cols, col_start, half, S.BLOCK_N, S.COLS_PAIRED, S.COLS_ANCHOR)
+        t, f_j = _similarities(f_ptr, stride, f_i, i, j, S)
+        t = _counted(t, 0.0, i, j, masked, S)
+        serves_j = j.keep
         if S.TRIANGLE:
-            serves_j = at > 0
-        acc, w_total, w_lost, totals, losses = _grad_tile(
-            acc, w_total, w_lost, totals, losses, (first + at) % tiles, serves_j, i, f_i, f_ptr, stride, v, tau, unit, inv_unit, middle,
-            out, anchors, n_cols, col_start, half, S, True,
-        )  # fmt: skip
-    for k in range(begin + masked, begin + masked + plain):
-        at = k + tl.where((ragged >= 0) & (k >= ragged), 1, 0)
-        acc, w_total, w_lost, totals, losses = _grad_tile(
-            acc, w_total, w_lost, totals, losses, (first + at) % tiles, at >= 0, i, f_i, f_ptr, stride, v, tau, unit, inv_unit, middle,
-            out, anchors, n_cols, col_start, half, S, False,
-        )  # fmt: skip
+            serves_j = serves_j & (at > 0)
+        log_f = ()
+        if S.LOG:
+            log_f = (_counted(S.F(t, tau), float("-inf"), i, j, masked, S),)
+        if S.FORM == "fixed":
+            w = _fixed_weights(log_f[0], i, j, inv_unit, middle, S)
+        else:
+            w = tl.zeros((M, N), S.ACC)
+            if S.ROWS_ANCHOR:
+                g, f, df, dtau = _side_weights(t, log_f, i, j, masked, i, inv_unit, tau, 1, S)
+                totals, losses = _add(totals, losses, _terms(t, f, df, dtau, i, 1, S))
+                w += g
+            if S.COLS_ANCHOR:
+                g, f, df, dtau = _side_weights(t, log_f, i, j, masked, j, inv_unit, tau, 0, S)
+                if S.BOTH and len(S.TERMS):
+                    _add_atomically(out.sums + (j.base + j.local), serves_j, _terms(t, f, df, dtau, j, 0, S), anchors)
+                w += g
+        if len(w_total):
+            w_total, w_lost = _add(w_total, w_lost, (tl.sum(w, 1),))
+            if S.BOTH:
+                _add_atomically(out.w_sums + (j.base + j.local), serves_j, (tl.sum(w, 0) * unit,), anchors)
+        if S.GRAD == "weights":
+            w_ptrs = tl.program_id(0) * S.BLOCK_M + tl.arange(0, S.BLOCK_M)
+            w_ptrs = out.w + w_ptrs.to(tl.int64)[:, None] * n_cols + (j.base - col_start + j.local)[None, :]
+            tl.store(w_ptrs, _rescaled(w, j, 0).to(S.W_TYPE), mask=i.keep[:, None] & j.keep[None, :])
+        elif S.GRAD == "product":
+            acc = (_dot(_rescaled(w, j, 0).to(S.W_TYPE), f_j[0].to(S.W_TYPE), acc[0], S, True),)
+            if S.BOTH:
+                acc_j = tl.zeros((N, K), S.ACC)
+                acc_j = _dot(tl.trans(_rescaled(w, i, 1).to(S.W_TYPE)), f_i[0].to(S.W_TYPE), acc_j, S, True) * unit
+                mask = serves_j[:, None] & (tl.arange(0, S.BLOCK_D) < S.D)[None, :]
+                tl.atomic_add(_row_ptrs(out.df, j.base + j.local, S.D, S.BLOCK_D), acc_j, mask=mask, sem="relaxed")
     part = tl.program_id(1)
     if S.GRAD == "product":
         mask = i.keep[:, None] & (tl.arange(0, S.BLOCK_D) < S.D)[None, :]
@@ -596,7 +556,7 @@ def pair_grad(
             tl.store(ptrs, acc[0] * unit, mask=mask)
     if S.BOTH:
         if len(w_total):
-            tl.atomic_add(out.w_sums + (i.base + i.local), w_total[0] * unit, mask=i.keep, sem="relaxed")
+            _add_atomically(out.w_sums + (i.base + i.local), i.keep, _times(w_total, unit), anchors)
         if len(S.TERMS):
             _add_atomically(out.sums + (i.base + i.local), i.keep, totals, anchors)
     else:

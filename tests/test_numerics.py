@@ -10,7 +10,6 @@ from family import (
     BUILT_IN,
     MODES,
     loss_and_grads,
-    member_id,
     pair,
     relative_error,
     sampled,

@@ -1,16 +1,16 @@
-"""The Triton kernels, interpreted: forms, tiles, parts of a ring, wide rows, dtypes; what all backends share is in test_backends."""
+"""The Triton kernels, interpreted: forms, tiles, parts of a ring, wide rows, dtypes (test_backends has the rest)."""
 
 import copy
 
 import pytest
 import torch
+from alphacl_fast.kernels.config import Tile
 from conftest import square_tile
-from family import MODES, SIMILARITIES, gaussian_weight, loss_and_grads, member_id, pair, relative_error
+from family import MODES, gaussian_weight, loss_and_grads, member_id, pair, relative_error
 
 from alphacl_fast import FusedAlphaCLLoss, PairLoss, PairWeight, ops
 from alphacl_fast.backend import triton
 from alphacl_fast.functional import alpha_cl_loss
-from alphacl_fast.kernels.config import Tile
 
 FORMS = [  # one objective for each form of a sweep
     ("infonce", {}),  # fixed base; τ learnable or small: running maximum
@@ -47,9 +47,9 @@ def form(request):
 @pytest.mark.parametrize("n", [7, 8])  # 4 tiles or 3 of one_view: even and odd rings, with a ragged and a full last tile
 def test_forms(form, member, negatives, symmetric, n, monkeypatch):
     set_tile(monkeypatch, 4, 4, 8, both_sides=form == "both-sides")
-    z1, z2 = pair(n, 6)
-    for tau in (0.3, 1e-3):
-        assert_equal(z1, z2, member, negatives=negatives, symmetric=symmetric, tau=tau, bound=1e-9)
+    taus = (0.5, 1e-3) if member[0] == "infonce" else (0.5,)  # fixed and running bases
+    for tau in taus:
+        assert_equal(*pair(n, 6), member, negatives=negatives, symmetric=symmetric, tau=tau, bound=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(8, 4), (4, 8), (2, 16), (16, 2)])
@@ -60,22 +60,27 @@ def test_unequal_tiles(shape, negatives, symmetric, monkeypatch, poisoned):
 
 
 @pytest.mark.parametrize("member", FORMS, ids=member_id)
-@pytest.mark.parametrize("similarity", ["cosine", "euclidean"])
-def test_programs_share_a_ring(member, similarity, monkeypatch, poisoned):
-    set_tile(monkeypatch, 4, 4, 8, processors=20)
-    assert triton.parts_of(6, 6, torch.device("cpu")) == 3
-    for negatives, symmetric in MODES:
-        assert_equal(*pair(11, 6), member, negatives=negatives, symmetric=symmetric, similarity=similarity)
+@pytest.mark.parametrize(("negatives", "similarity"), [("two_view", "euclidean"), ("cross_view", "cosine")])
+def test_programs_share_a_ring(member, negatives, similarity, monkeypatch, poisoned):
+    set_tile(monkeypatch, 4, 4, 8, processors=10)
+    assert triton.parts_of(4, 4, torch.device("cpu")) == 2
+    assert_equal(*pair(7, 6), member, negatives=negatives, similarity=similarity, tau=0.5)
 
 
 @pytest.mark.parametrize("member", FORMS, ids=member_id)
-@pytest.mark.parametrize("similarity", SIMILARITIES)
-def test_wide_rows(member, similarity, monkeypatch, poisoned):
+@pytest.mark.parametrize(
+    ("negatives", "symmetric", "similarity"),
+    [
+        ("two_view", True, "cosine"), ("one_view", True, "dot"), ("cross_view", True, "euclidean"),
+        ("cross_view", False, "cosine"),
+    ],
+)  # fmt: skip
+def test_wide_rows(member, negatives, symmetric, similarity, monkeypatch, poisoned):
     """More features than a tile holds: similarities in chunks, weights written for a vendor product, in runs of row blocks."""
-    set_tile(monkeypatch, 4, 4, 4, processors=9)
-    monkeypatch.setattr(triton, "SCRATCH", 2 * 4 * 18 * 8)  # two row blocks
-    for negatives, symmetric in MODES:
-        assert_equal(*pair(9, 11), member, negatives=negatives, symmetric=symmetric, similarity=similarity)
+    set_tile(monkeypatch, 4, 4, 4, processors=7)
+    monkeypatch.setattr(triton, "SCRATCH", 2 * 4 * 14 * 8)  # two row blocks
+    setting = {"negatives": negatives, "symmetric": symmetric, "similarity": similarity, "tau": 0.5}
+    assert_equal(*pair(7, 7), member, **setting)
 
 
 @pytest.mark.parametrize("tau", [0.3, 1e-3])
@@ -84,7 +89,8 @@ def test_both_sides_in_runs(tau, monkeypatch):
     set_tile(monkeypatch, 2, 2, 8, both_sides=True)
     monkeypatch.setattr(triton, "SCRATCH", 3 * 18 * 8)
     for negatives, symmetric in MODES:
-        assert_equal(*pair(9, 6), ("infonce", {}), negatives=negatives, symmetric=symmetric, tau=tau, learn_tau=False, bound=1e-9)
+        setting = {"negatives": negatives, "symmetric": symmetric, "tau": tau, "learn_tau": False}
+        assert_equal(*pair(9, 6), ("infonce", {}), bound=1e-9, **setting)
 
 
 def test_one_view_alone(monkeypatch, poisoned):
@@ -120,8 +126,6 @@ def test_equal_weights_stay_equal_in_bfloat16(monkeypatch):
     """Weights are divided by the largest gain before they are rounded: of a constant weight nothing is lost."""
     set_tile(monkeypatch, 16, 16, 16)
     f = torch.nn.functional.normalize(torch.randn(40, 16, dtype=torch.float64), dim=1).bfloat16()
-    from alphacl_fast.objectives import PairWeight
-
     constant = PairWeight(lambda d: torch.ones_like(d) / 3, normalized=False)
     ours = loss_and_grads(f[:20], f[20:], constant, similarity="dot", backend="triton")
     truth = loss_and_grads(f[:20].double(), f[20:].double(), constant, similarity="dot", backend="reference")
@@ -132,10 +136,10 @@ def test_equal_weights_stay_equal_in_bfloat16(monkeypatch):
 def test_custom_functions_are_compiled_or_refused():
     z1, z2 = pair(8, 6)
     assert_equal(z1, z2, (PairWeight(gaussian_weight), {}))
-    sorting = PairLoss(None, lambda gap: gap * torch.linalg.vector_norm(gap.reshape(-1, 1), dim=1).view(gap.shape))
-    with pytest.raises(ValueError, match=r"backend 'triton' cannot serve this call: psi .*linalg_vector_norm"):
-        alpha_cl_loss(z1, z2, sorting, backend="triton")
-    assert torch.isfinite(alpha_cl_loss(z1, z2, sorting))  # another backend serves it
+    flipping = PairLoss(None, lambda gap: gap.flip(0).exp().flip(0))
+    with pytest.raises(ValueError, match=r"backend 'triton' cannot serve this call: psi .*flip"):
+        alpha_cl_loss(z1, z2, flipping, backend="triton")
+    assert torch.isfinite(alpha_cl_loss(z1, z2, flipping))  # another backend serves it
 
 
 def test_a_changed_constant_is_seen():
@@ -208,3 +212,55 @@ def test_ranges_and_partners_are_checked():
 
 def test_square_tile_is_what_the_fixtures_mean():
     assert square_tile(8, 6) == Tile(8, 8, 8, 4, 1)
+
+
+class _Hopper:
+    """The Gluon kernels' launchers by their definition; tests/test_hopper.py holds the kernels against the same formulas."""
+
+    GRAD_TILES = (16,)
+    calls = 0
+
+    @staticmethod
+    def most_splits(n, tile):
+        return 2
+
+    @classmethod
+    def _pairs(cls, rows, cols, scale_rows, scale_cols, tau, middle, shift):
+        cls.calls += 1
+        assert rows.is_contiguous()
+        assert cols.is_contiguous()
+        t = (rows.float() @ cols.float().t()) * scale_rows[:, None] * scale_cols
+        number = torch.arange(len(t)) >> shift
+        return t, torch.where(number[:, None] == number, 0.0, (t / tau - middle).exp())
+
+    @classmethod
+    def row_sums(cls, rows, cols, scale_rows, scale_cols, center, tau, middle, log_f, shift, splits, tile, linear):
+        t, e = cls._pairs(rows, cols, scale_rows, scale_cols, tau, middle, shift)
+        sums = [e.sum(1)] + ([] if center is None else [(e * (t - center[:, None])).sum(1)])
+        return torch.stack(sums).expand(splits, -1, -1) / splits
+
+    @classmethod
+    def pair_grad(
+        cls, rows, cols, scale_rows, scale_cols, r_rows, r_cols, tau, middle, log_f, shift, splits, tile, linear
+    ):
+        assert linear
+        _, e = cls._pairs(rows, cols, scale_rows, scale_cols, tau, middle, shift)
+        df = (e * (r_rows[:, None] + r_cols) * scale_cols) @ cols.float()
+        return df.expand(splits, -1, -1) / splits
+
+
+@pytest.mark.parametrize(("negatives", "symmetric"), MODES)
+def test_gluon_kernels_take_their_part(negatives, symmetric, monkeypatch):
+    """Where a tile asks for them and they serve the call; rows go in and come back in the right order."""
+    monkeypatch.setattr(triton, "_hopper", lambda: _Hopper)
+    monkeypatch.setattr(triton, "tile", lambda *call: Tile(16, 16, 16, 4, 4, engine="gluon"))
+    monkeypatch.setattr(_Hopper, "calls", 0)
+    z1, z2 = pair(20, 16, torch.bfloat16)
+    setting = {"negatives": negatives, "symmetric": symmetric}
+    assert_equal(z1, z2, ("infonce", {}), bound=6e-3, **setting, learn_tau=False)
+    assert _Hopper.calls == {("cross_view", True): 4, ("cross_view", False): 3}.get((negatives, symmetric), 2)
+    _Hopper.calls = 0
+    for member in (("alpha_direct", {"exponent": 3}), ("triplet", {}), ("infonce", {"epsilon": 0.5})):
+        learn_tau = member[0] == "infonce"  # a running maximum
+        assert_equal(z1[:9], z2[:9], member, bound=6e-3, learn_tau=learn_tau, **setting)
+    assert _Hopper.calls == 0

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Iterator
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -152,6 +153,7 @@ class _Problem:
             raise ValueError(f"the triton backend takes at most {2**31 - 2**16} rows, got {f.shape[0]}")
         self.f = f if f.stride(1) == 1 or f.shape[1] == 1 else f.contiguous()
         self.tau, self.kind, self.sweep = tau, lookup(kind_name), sweep
+        self.kind_name, self.params = kind_name, params
         self.n, self.dim = f.shape
         self.arithmetic = _arithmetic(f.dtype, precision, f.device)
         self.tile = tile(sweep, self.arithmetic.mode, self.dim, self.n, f.device)
@@ -166,7 +168,7 @@ class _Problem:
         if self.tile.engine != "gluon":
             return False
         serves = (
-            form == "fixed" and self.f.dtype == torch.bfloat16 and self.vectors.scale is not None
+            form == "fixed" and self.f.dtype == torch.bfloat16 and self.vectors.scale is not None and self.cheap()
             and self.dim in _hopper().GRAD_TILES and all(g.n_rows == g.n_cols for g in groups)
         )  # fmt: skip
         if not serves:
@@ -175,7 +177,9 @@ class _Problem:
 
     def static(self, group: _Group, form: str, terms: tuple[str, ...], both: bool, weight: str = "", grad: str = "none"):
         """`kernels.sweeps.Static` of a launch; the derivatives that nobody asks for are left out."""
-        tl = _kernels().tl
+        tl, arithmetic = _kernels().tl, self.arithmetic
+        if interpreted():  # which multiplies all but bfloat16 as it should, and knows no shorter float32
+            arithmetic = arithmetic._replace(similarities="ieee", products="ieee")
         names = {*terms, *weight.split("+")}
         precise = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16}
         needs_f = self.kind.log or not names.isdisjoint(("f", "ft"))
@@ -183,12 +187,12 @@ class _Problem:
             F=self.traced.f if needs_f and form != "max" else None,
             DF=self.traced.df if form == "plain" and not names.isdisjoint(("df", "dft")) else None,
             DTAU=self.traced.dtau if "dtau" in names else None,
-            LOG=self.kind.log and form != "max", FORM=form, TERMS=terms, D=self.dim, BLOCK_M=self.tile.rows, BLOCK_N=self.tile.cols,
-            BLOCK_D=self.tile.features, ACC=precise[self.tau.dtype], PRECISION=self.arithmetic.similarities,
+            LOG=self.kind.log and form != "max", FORM=form, TERMS=terms, D=self.dim, BLOCK_M=self.tile.rows,
+            BLOCK_N=self.tile.cols, BLOCK_D=self.tile.features, ACC=precise[self.tau.dtype], PRECISION=arithmetic.similarities,
             UPCAST=interpreted() and self.f.dtype == torch.bfloat16, EXCLUDE=group.exclude, TRIANGLE=group.triangle, BOTH=both,
             ROWS_PAIRED=group.rows_paired, COLS_PAIRED=group.cols_paired, ROWS_ANCHOR=group.rows_anchor,
-            COLS_ANCHOR=group.cols_anchor, WEIGHT=weight, GRAD=grad, W_TYPE=precise[self.arithmetic.weights],
-            W_PRECISION=self.arithmetic.products,
+            COLS_ANCHOR=group.cols_anchor, WEIGHT=weight, GRAD=grad, W_TYPE=precise[arithmetic.weights],
+            W_PRECISION=arithmetic.products,
         )  # fmt: skip
 
     def blocks(self, group: _Group) -> tuple[int, int]:
@@ -198,6 +202,10 @@ class _Problem:
     def parts(self, groups: list[_Group]) -> int:
         """Parts of a ring, the same for all groups of a call, so that they share one buffer."""
         return min(parts_of(*self.blocks(group), self.f.device) for group in groups)
+
+    def cheap(self) -> bool:
+        """Whether log f takes a few multiplications; a logarithm or a power in software would spill beside the products."""
+        return self.kind_name in ("exp", "gibbs") or (self.kind_name == "power" and self.params[1] in (1.0, 2.0))
 
     def gluon_parts(self, group: _Group) -> int:
         return min(parts_of(*self.blocks(group), self.f.device), _hopper().most_splits(group.n_rows, self.tile))
@@ -209,6 +217,12 @@ class _Problem:
         options = {} if self.tile.max_registers is None else {"maxnreg": self.tile.max_registers}
         with self.device():
             kernel[grid](*arguments, num_warps=self.tile.warps, num_stages=self.tile.stages, **options)
+
+
+def configuration(dtype: torch.dtype, dim: int, rows: int, device: torch.device) -> dict[str, dict]:
+    """The tiles of both sweeps for a size, for records of measurements."""
+    mode = _arithmetic(dtype, "", device).mode
+    return {sweep: asdict(tile(sweep, mode, dim, rows, device)) for sweep in ("row_sums", "pair_grad")}
 
 
 # --- sweep 1 ----------------------------------------------------------------------------------------------------------
@@ -232,13 +246,14 @@ def row_sums(
     precision: str,
 ) -> Tensor:
     """``out[k, i] = Σ_{j∈Neg(i)} term_k``; with "base" first, relative to exp(base_i) (log kinds)."""
-    p = _Problem(
-        f, tau, kind_name, params, precision, "row_sums", scale=scale, bias=bias, center=center, shift=shift, offset=offset
-    )
-    groups = [g for g in _groups(p.n, split, partner, anchors) if g.rows_anchor]
-    middle = middle_of(p.kind, span, tau.dtype) if terms[0] == "base" else None
+    middle = middle_of(lookup(kind_name), span, tau.dtype) if terms[0] == "base" else None
     form = "max" if terms == ("max",) else "plain" if terms[0] != "base" else "running" if middle is None else "fixed"
     sums = tuple(term for term in terms if term not in ("base", "max"))
+    p = _Problem(
+        f, tau, kind_name, params, precision, "row_sums_plain" if form == "plain" else "row_sums", scale=scale, bias=bias,
+        center=center, shift=shift, offset=offset,
+    )  # fmt: skip
+    groups = [g for g in _groups(p.n, split, partner, anchors) if g.rows_anchor]
     out = tau.new_empty(len(terms), anchors)
     wanted = out
     if form == "fixed":
@@ -282,7 +297,9 @@ def _overlapped_sums(p: _Problem, groups: list[_Group], middle: float, out: Tens
     half = p.n // 2
     for group in groups:
         rows, scale = _in_order(p.f, group, half), _in_order(p.vectors.scale, group, half)
-        cols, col_scale = (rows, scale) if group.triangle else (_in_order(x, group, half, True) for x in (p.f, p.vectors.scale))
+        cols, col_scale = rows, scale
+        if not group.triangle:
+            cols, col_scale = (_in_order(x, group, half, columns=True) for x in (p.f, p.vectors.scale))
         center = _in_order(p.vectors.center, group, half) if len(out) > 1 else None
         with p.device():
             sums = _hopper().row_sums(
@@ -307,8 +324,8 @@ def _both_sides(p: _Problem, group: _Group, form: str, sums: tuple[str, ...], mi
         if group.triangle and end == distances and tiles % 2 == 0:
             _clear(slots[parts + end - 1 - begin], form)  # and half way round an even ring only half of the blocks are met
         p.launch(
-            _kernels().sweeps.row_sums, (blocks, parts), p.f, p.vectors, p.tau, slots, p.f.stride(0), group.n_rows, group.n_cols,
-            group.row_start, group.col_start, p.n // 2, out.shape[1], begin, end, parts - begin, middle, static,
+            _kernels().sweeps.row_sums, (blocks, parts), p.f, p.vectors, p.tau, slots, p.f.stride(0), group.n_rows,
+            group.n_cols, group.row_start, group.col_start, p.n // 2, out.shape[1], begin, end, parts - begin, middle, static,
         )  # fmt: skip
         used = slots[: parts + end - begin]
         if group.triangle:
@@ -374,12 +391,12 @@ def pair_grad(
         middle = _float32(middle)
         gain = (middle - shift).exp_().mul_(gain)
         shift = None
+    form = "plain" if middle is None else "fixed"
     p = _Problem(
-        f, tau, kind_name, params, precision, "pair_grad", scale=scale, bias=bias, center=center, gain=gain, shift=shift,
-        offset=offset, level=level,
+        f, tau, kind_name, params, precision, "pair_grad_plain" if form == "plain" else "pair_grad", scale=scale, bias=bias,
+        center=center, gain=gain, shift=shift, offset=offset, level=level,
     )  # fmt: skip
     anchors = gain.shape[0]
-    form = "plain" if middle is None else "fixed"
     everything = (lo, hi) == (0, p.n)
     groups = _groups(p.n, split, partner, anchors)
     if everything and p.overlapped(groups, form):
@@ -392,9 +409,8 @@ def pair_grad(
         and not torch.are_deterministic_algorithms_enabled()
     )  # fmt: skip
     if both:
-        df, w_sums, sums = (
-            tau.new_zeros(1, p.n, p.dim), tau.new_zeros(1, p.n if bias is not None else 0), tau.new_zeros(1, len(terms), anchors)
-        )  # fmt: skip
+        shapes = (p.n, p.dim), (p.n if bias is not None else 0,), (len(terms), anchors)
+        df, w_sums, sums = (tau.new_zeros(1, *shape) for shape in shapes)
         jobs, parts = [(groups[0], True)], 1
     else:
         jobs = _jobs(groups, p.n, lo, hi, bool(terms))
@@ -415,8 +431,9 @@ def pair_grad(
             if grad == "weights":
                 outputs = outputs._replace(w=p.f.new_empty(count * p.tile.rows, group.n_cols, dtype=p.arithmetic.weights))
             p.launch(
-                _kernels().sweeps.pair_grad, (count, parts), p.f, p.vectors, tau, unit, outputs, p.f.stride(0), group.n_rows,
-                group.n_cols, group.row_start, group.col_start, p.n // 2, anchors, p.n, hi - lo, lo, first, middle or 0.0, static,
+                _kernels().sweeps.pair_grad, (count, parts), p.f, p.vectors, tau, unit, outputs, p.f.stride(0),
+                group.n_rows, group.n_cols, group.row_start, group.col_start, p.n // 2, anchors, p.n, hi - lo, lo, first,
+                middle or 0.0, static,
             )  # fmt: skip
             if grad == "weights":
                 _vendor_product(p, group, outputs.w, first, df[0], lo)
@@ -432,13 +449,12 @@ def _overlapped_grad(p: _Problem, groups: list[_Group], r: Tensor, middle: float
     unit = torch.where(unit > 0, unit, 1.0)
     r = torch.nn.functional.pad(r / unit, (0, p.n - len(r)))  # rows that are no anchors weigh nothing
     for group in groups:
-        rows, *sides = (_in_order(x, group, half) for x in (p.f, p.vectors.scale, r))
-        cols, *others = (
-            (rows, *sides) if group.triangle else (_in_order(x, group, half, True) for x in (p.f, p.vectors.scale, r))
-        )
+        rows, scale, row_r = cols, col_scale, col_r = [_in_order(x, group, half) for x in (p.f, p.vectors.scale, r)]
+        if not group.triangle:
+            cols, col_scale, col_r = (_in_order(x, group, half, columns=True) for x in (p.f, p.vectors.scale, r))
         with p.device():
             parts = _hopper().pair_grad(
-                rows, cols, sides[0], others[0], sides[1], others[1], p.tau, middle, p.traced.f, int(group.rows_paired),
+                rows, cols, scale, col_scale, row_r, col_r, p.tau, middle, p.traced.f, int(group.rows_paired),
                 p.gluon_parts(group), p.tile, p.kind.linear_in_t,
             )  # fmt: skip
         df[group.row_start : group.row_start + group.n_rows] = _as_given(parts.sum(0), group, half)
