@@ -4,7 +4,8 @@ A program owns BLOCK_M rows "i" and walks the ring of column tiles, BLOCK_N rows
 
 * **Paired blocks.** In two_view a block of B rows holds B/2 rows of the first view and then their partners in the second.
   Pairs that do not count (oneself, one's positive) thus lie in the first tiles of every ring. Only these and a ragged last
-  tile are masked, behind a branch that all threads take together. Beyond the last row the last one is read again.
+  tile are masked, in a loop of their own; beyond the last row the last one is read again. (A branch in one loop would not do:
+  the compiler turns it into selections, which every pair then pays for.)
 * **Row-block form**: the program sees every column tile and writes each of its results once; the order of all additions is
   fixed. Where there are too few row blocks several programs share a ring, and their parts are summed afterwards.
 * **Both-sides form** (BOTH): block I takes the ring distances 0 … tiles/2 only and serves the rows of block J as well.
@@ -50,6 +51,23 @@ class Side(NamedTuple):
     level: Any
 
 
+class Common(NamedTuple):
+    """What every tile of a program needs."""
+
+    f_ptr: Any
+    stride: Any
+    v: Any  # Vectors
+    tau: Any
+    middle: Any
+    unit: Any
+    inv_unit: Any
+    out: Any
+    anchors: Any
+    n_cols: Any
+    col_start: Any
+    half: Any
+
+
 class Static(NamedTuple):
     """What a kernel is compiled for. F, DF, DTAU are Triton functions (x, τ) of a pair kind, or None where not needed."""
 
@@ -88,19 +106,27 @@ class Static(NamedTuple):
 
 
 @triton.jit
-def _load(ptr, side):
-    if ptr is None:
-        return ()
+def _load(a_ptr, b_ptr, side):
+    """Two row scalars, either of which may be absent, in one load.
+
+    A vector by itself would be loaded by every thread that needs it, 4 bytes at a time; of a (rows, 2) tile each thread loads
+    one element and shared memory spreads them.
+    """
+    if a_ptr is None and b_ptr is None:
+        return (), ()
+    elif a_ptr is None:
+        return (), (_split(b_ptr, b_ptr, side)[1],)
+    elif b_ptr is None:
+        return (_split(a_ptr, a_ptr, side)[0],), ()
     else:
-        return (tl.load(ptr + side.base + side.local),)
+        a, b = _split(a_ptr, b_ptr, side)
+        return (a,), (b,)
 
 
 @triton.jit
-def _load_two(a_ptr, b_ptr, side):
-    """Two row scalars in one load, which the compiler then spreads over the threads through shared memory."""
-    ptrs = tl.where((tl.arange(0, 2) == 0)[None, :], a_ptr + side.base, b_ptr + side.base) + side.local[:, None]
-    a, b = tl.split(tl.load(ptrs))
-    return (a,), (b,)
+def _split(a_ptr, b_ptr, side):
+    first = (tl.arange(0, 2) == 0)[None, :]
+    return tl.split(tl.load(tl.where(first, a_ptr + side.base, b_ptr + side.base) + side.local[:, None]))
 
 
 @triton.jit
@@ -115,20 +141,15 @@ def _side(v, block, n, start, half, SIZE: tl.constexpr, PAIRED: tl.constexpr, AN
         base = block * SIZE
         local = tl.minimum(offs, n - 1 - base)
         side = Side(start + base, local, base + offs, base + offs < n, (), (), (), (), (), (), ())
-    scale, gain = (), ()
-    if ANCHOR and v.scale is not None and v.gain is not None:
-        scale, gain = _load_two(v.scale, v.gain, side)
-    else:
-        scale = _load(v.scale, side)
-        if ANCHOR:
-            gain = _load(v.gain, side)
     if ANCHOR:
-        return Side(
-            side.base, side.local, side.pair, side.keep, scale, _load(v.bias, side), _load(v.center, side), gain,
-            _load(v.shift, side), _load(v.offset, side), _load(v.level, side),
-        )  # fmt: skip
+        scale, gain = _load(v.scale, v.gain, side)
+        center, shift = _load(v.center, v.shift, side)
+        offset, level = _load(v.offset, v.level, side)
+        bias, _ = _load(v.bias, None, side)
+        return Side(side.base, side.local, side.pair, side.keep, scale, bias, center, gain, shift, offset, level)
     else:
-        return Side(side.base, side.local, side.pair, side.keep, scale, _load(v.bias, side), (), (), (), (), ())
+        scale, bias = _load(v.scale, v.bias, side)
+        return Side(side.base, side.local, side.pair, side.keep, scale, bias, (), (), (), (), ())
 
 
 @triton.jit
@@ -179,38 +200,39 @@ def _similarities(f_ptr, stride, f_i, i, j, S: tl.constexpr):
 
 
 @triton.jit
-def _ring(block_i, n_cols, begin, end, S: tl.constexpr):
-    """The number of column tiles, the one at position 0 of block I's ring, and this program's part of [begin, end)."""
+def _ring(block_i, n_rows, n_cols, begin, end, S: tl.constexpr):
+    """This program's part of the positions [begin, end) of block I's ring.
+
+    Returns the number of column tiles and the one at position 0, where the part begins, how many positions from there on are
+    masked, the one masked position beyond them (or -1), and how many are not masked.
+    """
     tiles = tl.cdiv(n_cols, S.BLOCK_N)
-    ROW_PAIRS: tl.constexpr = S.BLOCK_M // 2 if S.ROWS_PAIRED else S.BLOCK_M
-    COL_PAIRS: tl.constexpr = S.BLOCK_N // 2 if S.COLS_PAIRED else S.BLOCK_N
-    first = block_i * ROW_PAIRS // COL_PAIRS % tiles
     if S.TRIANGLE and S.BOTH:  # half way round an even ring both ends meet: the first half of the blocks serves that tile
         end = tl.where((tiles % 2 == 0) & (block_i >= tiles // 2), tl.minimum(end, tiles // 2), end)
     each = tl.cdiv(end - begin, tl.num_programs(1))
     begin = tl.minimum(begin + tl.program_id(1) * each, end)
-    return tiles, first, begin, tl.minimum(begin + each, end)
+    end = tl.minimum(begin + each, end)
 
-
-@triton.jit
-def _at(at, first, tiles, block_i, n_rows, n_cols, S: tl.constexpr):
-    """The column tile at a position of the ring, and whether some of its pairs do not count."""
-    tile = (first + at) % tiles
-    masked = (n_cols % S.BLOCK_N != 0) & (tile == tiles - 1)
+    ROW_PAIRS: tl.constexpr = S.BLOCK_M // 2 if S.ROWS_PAIRED else S.BLOCK_M
+    COL_PAIRS: tl.constexpr = S.BLOCK_N // 2 if S.COLS_PAIRED else S.BLOCK_N
+    first = block_i * ROW_PAIRS // COL_PAIRS
+    special = 0
     if S.EXCLUDE:
-        ROW_PAIRS: tl.constexpr = S.BLOCK_M // 2 if S.ROWS_PAIRED else S.BLOCK_M
-        COL_PAIRS: tl.constexpr = S.BLOCK_N // 2 if S.COLS_PAIRED else S.BLOCK_N
-        own = block_i * ROW_PAIRS // COL_PAIRS
-        masked = masked | (at <= (block_i * ROW_PAIRS + ROW_PAIRS - 1) // COL_PAIRS - own)
+        special = (block_i * ROW_PAIRS + ROW_PAIRS - 1) // COL_PAIRS - first + 1
+    first = first % tiles
     if S.BOTH:  # rows that do not exist, in a ragged block I, must not count for J
-        masked = masked | ((block_i + 1) * S.BLOCK_M > n_rows)
-    return tile, masked
+        special = tl.where((block_i + 1) * S.BLOCK_M > n_rows, end, special)
+    masked = tl.maximum(tl.minimum(end, special) - begin, 0)
+    ragged = tl.where(n_cols % S.BLOCK_N != 0, (2 * tiles - 1 - first) % tiles, -1)
+    ragged = tl.where((ragged >= begin + masked) & (ragged < end), ragged, -1)
+    plain = end - begin - masked - tl.where(ragged >= 0, 1, 0)
+    return tiles, first, begin, masked, ragged, plain
 
 
 @triton.jit
-def _counted(x, other, i, j, masked, S: tl.constexpr):
+def _counted(x, other, i, j, S: tl.constexpr, MASKED: tl.constexpr):
     """``other`` where a pair does not count."""
-    if masked:
+    if MASKED:
         keep = i.keep[:, None] & j.keep[None, :]
         if S.EXCLUDE:
             keep = keep & (i.pair[:, None] != j.pair[None, :])
@@ -240,7 +262,7 @@ def _exp_fixed(log_f, middle):
 
 
 @triton.jit
-def _pieces(t, log_f, i, j, masked, side, tau, axis: tl.constexpr, S: tl.constexpr):
+def _pieces(t, log_f, i, j, side, tau, axis: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr):
     """f, df and ∂f/∂τ with one side's row scalars, each in a tuple that is empty where the sweep does not need it."""
     f, df, dtau = (), (), ()
     if S.LOG:
@@ -254,11 +276,11 @@ def _pieces(t, log_f, i, j, masked, side, tau, axis: tl.constexpr, S: tl.constex
         if len(side.offset):
             x = x + tl.expand_dims(side.offset[0], axis)
         if S.F is not None:
-            f = (_counted(S.F(x, tau), 0.0, i, j, masked, S),)
+            f = (_counted(S.F(x, tau), 0.0, i, j, S, MASKED),)
         if S.DF is not None:
-            df = (_counted(S.DF(x, tau), 0.0, i, j, masked, S),)
+            df = (_counted(S.DF(x, tau), 0.0, i, j, S, MASKED),)
         if S.DTAU is not None:
-            dtau = (_counted(S.DTAU(x, tau), 0.0, i, j, masked, S),)
+            dtau = (_counted(S.DTAU(x, tau), 0.0, i, j, S, MASKED),)
     return f, df, dtau
 
 
@@ -329,10 +351,10 @@ def _store_sums(out_ptr, slot, anchors, side, keep, base, sums):
 
 
 @triton.jit
-def _side_sums(t, log_f, e, i, j, masked, side, tau, axis: tl.constexpr, S: tl.constexpr):
+def _side_sums(t, log_f, e, i, j, side, tau, axis: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr):
     """One side's base (running and max forms) and sums of a tile."""
     if S.FORM == "max":
-        return (tl.max(_counted(t, float("-inf"), i, j, masked, S), axis),), ()
+        return (tl.max(_counted(t, float("-inf"), i, j, S, MASKED), axis),), ()
     elif S.FORM == "fixed":
         return (), _terms(t, e, (), (), side, axis, S)
     elif S.FORM == "running":
@@ -340,7 +362,7 @@ def _side_sums(t, log_f, e, i, j, masked, side, tau, axis: tl.constexpr, S: tl.c
         finite = tl.where(base > float("-inf"), base, 0.0)  # no pair of the row counts in this tile
         return (base,), _terms(t, (tl.exp(_minus(log_f[0], (finite,), axis)),), (), (), side, axis, S)
     else:
-        f, df, dtau = _pieces(t, log_f, i, j, masked, side, tau, axis, S)
+        f, df, dtau = _pieces(t, log_f, i, j, side, tau, axis, S, MASKED)
         return (), _terms(t, f, df, dtau, side, axis, S)
 
 
@@ -358,6 +380,28 @@ def _merge(base, totals, losses, tile_base, sums, S: tl.constexpr):
     else:
         totals, losses = _add(totals, losses, sums)
         return (), totals, losses
+
+
+@triton.jit
+def _sum_tile(base, totals, losses, tile, at, col_slot, i, f_i, c, S: tl.constexpr, MASKED: tl.constexpr):
+    """Adds a tile to the sums of rows I; in the both-sides form writes those of rows J to their slot."""
+    j = _side(c.v, tile, c.n_cols, c.col_start, c.half, S.BLOCK_N, S.COLS_PAIRED, S.BOTH)
+    t, _ = _similarities(c.f_ptr, c.stride, f_i, i, j, S)
+    t = _counted(t, 0.0, i, j, S, MASKED)  # an excluded pair's similarity may be infinite, and 0·inf is not 0
+    log_f, e = (), ()
+    if S.LOG:
+        log_f = (_counted(S.F(t, c.tau), float("-inf"), i, j, S, MASKED),)
+        if S.FORM == "fixed":
+            e = (_exp_fixed(log_f[0], c.middle),)
+    tile_base, sums = _side_sums(t, log_f, e, i, j, i, c.tau, 1, S, MASKED)
+    base, totals, losses = _merge(base, totals, losses, tile_base, sums, S)
+    if S.BOTH:
+        keep = j.keep
+        if S.TRIANGLE:
+            keep = keep & (at > 0)
+        tile_base, sums = _side_sums(t, log_f, e, i, j, j, c.tau, 0, S, MASKED)
+        _store_sums(c.out, col_slot + at, c.anchors, j, keep, tile_base, sums)
+    return base, totals, losses
 
 
 @triton.jit(
@@ -386,25 +430,14 @@ def row_sums(
     if S.FORM == "running" or S.FORM == "max":
         base = (tl.full((M,), float("-inf"), S.ACC),)
     totals, losses = _zeros(M, len(S.TERMS), S), _zeros(M, len(S.TERMS), S)
-    tiles, first, begin, end = _ring(block_i, n_cols, begin, end, S)
-    for at in range(begin, end):
-        tile, masked = _at(at, first, tiles, block_i, n_rows, n_cols, S)
-        j = _side(v, tile, n_cols, col_start, half, S.BLOCK_N, S.COLS_PAIRED, S.BOTH)
-        t, _ = _similarities(f_ptr, stride, f_i, i, j, S)
-        t = _counted(t, 0.0, i, j, masked, S)  # an excluded pair's similarity may be infinite, and 0·inf is not 0
-        log_f, e = (), ()
-        if S.LOG:
-            log_f = (_counted(S.F(t, tau), float("-inf"), i, j, masked, S),)
-            if S.FORM == "fixed":
-                e = (_exp_fixed(log_f[0], middle),)
-        tile_base, sums = _side_sums(t, log_f, e, i, j, masked, i, tau, 1, S)
-        base, totals, losses = _merge(base, totals, losses, tile_base, sums, S)
-        if S.BOTH:
-            keep = j.keep
-            if S.TRIANGLE:
-                keep = keep & (at > 0)
-            tile_base, sums = _side_sums(t, log_f, e, i, j, masked, j, tau, 0, S)
-            _store_sums(out_ptr, col_slot + at, anchors, j, keep, tile_base, sums)
+    c = Common(f_ptr, stride, v, tau, middle, (), (), out_ptr, anchors, n_cols, col_start, half)
+    tiles, first, begin, masked, ragged, plain = _ring(block_i, n_rows, n_cols, begin, end, S)
+    for k in range(0, masked + tl.where(ragged >= 0, 1, 0)):
+        at = tl.where(k < masked, begin + k, ragged)
+        base, totals, losses = _sum_tile(base, totals, losses, (first + at) % tiles, at, col_slot, i, f_i, c, S, True)
+    for k in range(begin + masked, begin + masked + plain):
+        at = k + tl.where((ragged >= 0) & (k >= ragged), 1, 0)
+        base, totals, losses = _sum_tile(base, totals, losses, (first + at) % tiles, at, col_slot, i, f_i, c, S, False)
     _store_sums(out_ptr, tl.program_id(1), anchors, i, i.keep, base, totals)
 
 
@@ -421,28 +454,28 @@ class Outputs(NamedTuple):
 
 
 @triton.jit
-def _side_weights(t, log_f, i, j, masked, side, inv_unit, tau, axis: tl.constexpr, S: tl.constexpr):
+def _side_weights(t, log_f, i, j, side, c, axis: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr):
     """g of one side's anchors with their pieces."""
-    f, df, dtau = _pieces(t, log_f, i, j, masked, side, tau, axis, S)
+    f, df, dtau = _pieces(t, log_f, i, j, side, c.tau, axis, S, MASKED)
     if S.WEIGHT == "f":
         g = f[0]
     elif S.WEIGHT == "df":
         g = df[0]
     else:
         g = f[0] + df[0] * _minus(_minus(t, side.center, axis), side.level, axis)
-    return g * tl.expand_dims(side.gain[0] * inv_unit, axis), f, df, dtau
+    return g * tl.expand_dims(side.gain[0] * c.inv_unit, axis), f, df, dtau
 
 
 @triton.jit
-def _fixed_weights(log_f, i, j, inv_unit, middle, S: tl.constexpr):
+def _fixed_weights(log_f, i, j, c, S: tl.constexpr):
     """g_ij + g_ji of the fixed form: one exponential serves both anchors of a pair."""
-    e = _exp_fixed(log_f, middle)
+    e = _exp_fixed(log_f, c.middle)
     if S.ROWS_ANCHOR and S.COLS_ANCHOR:
-        return e * ((i.gain[0] * inv_unit)[:, None] + (j.gain[0] * inv_unit)[None, :])
+        return e * ((i.gain[0] * c.inv_unit)[:, None] + (j.gain[0] * c.inv_unit)[None, :])
     elif S.ROWS_ANCHOR:
-        return e * (i.gain[0] * inv_unit)[:, None]
+        return e * (i.gain[0] * c.inv_unit)[:, None]
     else:
-        return e * (j.gain[0] * inv_unit)[None, :]
+        return e * (j.gain[0] * c.inv_unit)[None, :]
 
 
 @triton.jit
@@ -465,6 +498,53 @@ def _row_ptrs(ptr, row, D: tl.constexpr, BLOCK_D: tl.constexpr):
     return ptr + row.to(tl.int64)[:, None] * D + tl.arange(0, BLOCK_D)[None, :]
 
 
+@triton.jit
+def _grad_tile(
+    acc, w_total, w_lost, totals, losses, tile, at, i, f_i, c, S: tl.constexpr, MASKED: tl.constexpr
+):
+    """Adds W·F_J of one tile to the gradient of rows I, or writes W; in the both-sides form also Wᵀ·F_I to that of rows J."""
+    N: tl.constexpr = S.BLOCK_N
+    K: tl.constexpr = S.BLOCK_D
+    j = _side(c.v, tile, c.n_cols, c.col_start, c.half, S.BLOCK_N, S.COLS_PAIRED, S.COLS_ANCHOR)
+    t, f_j = _similarities(c.f_ptr, c.stride, f_i, i, j, S)
+    t = _counted(t, 0.0, i, j, S, MASKED)
+    row_j, serves_j = j.base + j.local, j.keep
+    if S.TRIANGLE:
+        serves_j = serves_j & (at > 0)
+    log_f = ()
+    if S.LOG:
+        log_f = (_counted(S.F(t, c.tau), float("-inf"), i, j, S, MASKED),)
+    if S.FORM == "fixed":
+        w = _fixed_weights(log_f[0], i, j, c, S)
+    else:
+        w = tl.zeros(t.shape, S.ACC)
+        if S.ROWS_ANCHOR:
+            g, f, df, dtau = _side_weights(t, log_f, i, j, i, c, 1, S, MASKED)
+            totals, losses = _add(totals, losses, _terms(t, f, df, dtau, i, 1, S))
+            w += g
+        if S.COLS_ANCHOR:
+            g, f, df, dtau = _side_weights(t, log_f, i, j, j, c, 0, S, MASKED)
+            if S.BOTH and len(S.TERMS):
+                _add_atomically(c.out.sums + row_j, serves_j, _terms(t, f, df, dtau, j, 0, S), c.anchors)
+            w += g
+    if len(w_total):
+        w_total, w_lost = _add(w_total, w_lost, (tl.sum(w, 1),))
+        if S.BOTH:
+            _add_atomically(c.out.w_sums + row_j, serves_j, (tl.sum(w, 0) * c.unit,), c.anchors)
+    if S.GRAD == "weights":
+        w_ptrs = tl.program_id(0) * S.BLOCK_M + tl.arange(0, S.BLOCK_M)
+        w_ptrs = c.out.w + w_ptrs.to(tl.int64)[:, None] * c.n_cols + (row_j - c.col_start)[None, :]
+        tl.store(w_ptrs, _rescaled(w, j, 0).to(S.W_TYPE), mask=i.keep[:, None] & j.keep[None, :])
+    elif S.GRAD == "product":
+        acc = (_dot(_rescaled(w, j, 0).to(S.W_TYPE), f_j[0].to(S.W_TYPE), acc[0], S, True),)
+        if S.BOTH:
+            acc_j = tl.zeros((N, K), S.ACC)
+            acc_j = _dot(tl.trans(_rescaled(w, i, 1).to(S.W_TYPE)), f_i[0].to(S.W_TYPE), acc_j, S, True) * c.unit
+            mask = serves_j[:, None] & (tl.arange(0, S.BLOCK_D) < S.D)[None, :]
+            tl.atomic_add(_row_ptrs(c.out.df, row_j, S.D, S.BLOCK_D), acc_j, mask=mask, sem="relaxed")
+    return acc, w_total, w_lost, totals, losses
+
+
 @triton.jit(
     do_not_specialize=[
         "n_rows", "n_cols", "row_start", "col_start", "half", "anchors", "n", "n_out", "lo", "first_block", "middle",
@@ -485,7 +565,6 @@ def pair_grad(
         middle: of the "fixed" form, in which v.gain already holds gain·exp(middle − shift).
     """
     M: tl.constexpr = S.BLOCK_M
-    N: tl.constexpr = S.BLOCK_N
     K: tl.constexpr = S.BLOCK_D
     block_i = tl.program_id(0) + first_block
     i = _side(v, block_i, n_rows, row_start, half, S.BLOCK_M, S.ROWS_PAIRED, S.ROWS_ANCHOR)
@@ -506,46 +585,18 @@ def pair_grad(
     end = tl.cdiv(n_cols, S.BLOCK_N)
     if S.TRIANGLE and S.BOTH:
         end = end // 2 + 1
-    tiles, first, begin, end = _ring(block_i, n_cols, 0, end, S)
-    for at in range(begin, end):
-        tile, masked = _at(at, first, tiles, block_i, n_rows, n_cols, S)
-        j = _side(v, tile, n_cols, col_start, half, S.BLOCK_N, S.COLS_PAIRED, S.COLS_ANCHOR)
-        t, f_j = _similarities(f_ptr, stride, f_i, i, j, S)
-        t = _counted(t, 0.0, i, j, masked, S)
-        serves_j = j.keep
-        if S.TRIANGLE:
-            serves_j = serves_j & (at > 0)
-        log_f = ()
-        if S.LOG:
-            log_f = (_counted(S.F(t, tau), float("-inf"), i, j, masked, S),)
-        if S.FORM == "fixed":
-            w = _fixed_weights(log_f[0], i, j, inv_unit, middle, S)
-        else:
-            w = tl.zeros((M, N), S.ACC)
-            if S.ROWS_ANCHOR:
-                g, f, df, dtau = _side_weights(t, log_f, i, j, masked, i, inv_unit, tau, 1, S)
-                totals, losses = _add(totals, losses, _terms(t, f, df, dtau, i, 1, S))
-                w += g
-            if S.COLS_ANCHOR:
-                g, f, df, dtau = _side_weights(t, log_f, i, j, masked, j, inv_unit, tau, 0, S)
-                if S.BOTH and len(S.TERMS):
-                    _add_atomically(out.sums + (j.base + j.local), serves_j, _terms(t, f, df, dtau, j, 0, S), anchors)
-                w += g
-        if len(w_total):
-            w_total, w_lost = _add(w_total, w_lost, (tl.sum(w, 1),))
-            if S.BOTH:
-                _add_atomically(out.w_sums + (j.base + j.local), serves_j, (tl.sum(w, 0) * unit,), anchors)
-        if S.GRAD == "weights":
-            w_ptrs = tl.program_id(0) * S.BLOCK_M + tl.arange(0, S.BLOCK_M)
-            w_ptrs = out.w + w_ptrs.to(tl.int64)[:, None] * n_cols + (j.base - col_start + j.local)[None, :]
-            tl.store(w_ptrs, _rescaled(w, j, 0).to(S.W_TYPE), mask=i.keep[:, None] & j.keep[None, :])
-        elif S.GRAD == "product":
-            acc = (_dot(_rescaled(w, j, 0).to(S.W_TYPE), f_j[0].to(S.W_TYPE), acc[0], S, True),)
-            if S.BOTH:
-                acc_j = tl.zeros((N, K), S.ACC)
-                acc_j = _dot(tl.trans(_rescaled(w, i, 1).to(S.W_TYPE)), f_i[0].to(S.W_TYPE), acc_j, S, True) * unit
-                mask = serves_j[:, None] & (tl.arange(0, S.BLOCK_D) < S.D)[None, :]
-                tl.atomic_add(_row_ptrs(out.df, j.base + j.local, S.D, S.BLOCK_D), acc_j, mask=mask, sem="relaxed")
+    c = Common(f_ptr, stride, v, tau, middle, unit, inv_unit, out, anchors, n_cols, col_start, half)
+    tiles, first, begin, masked, ragged, plain = _ring(block_i, n_rows, n_cols, 0, end, S)
+    for k in range(0, masked + tl.where(ragged >= 0, 1, 0)):
+        at = tl.where(k < masked, begin + k, ragged)
+        acc, w_total, w_lost, totals, losses = _grad_tile(
+            acc, w_total, w_lost, totals, losses, (first + at) % tiles, at, i, f_i, c, S, True
+        )
+    for k in range(begin + masked, begin + masked + plain):
+        at = k + tl.where((ragged >= 0) & (k >= ragged), 1, 0)
+        acc, w_total, w_lost, totals, losses = _grad_tile(
+            acc, w_total, w_lost, totals, losses, (first + at) % tiles, at, i, f_i, c, S, False
+        )
     part = tl.program_id(1)
     if S.GRAD == "product":
         mask = i.keep[:, None] & (tl.arange(0, S.BLOCK_D) < S.D)[None, :]

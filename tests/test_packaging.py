@@ -27,6 +27,7 @@ def test_wheel_has_one_top_level_name(wheel):
     top = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert top == {"alphacl_fast"}
     assert "alphacl_fast/kernels/README.md" in names
+    assert "alphacl_fast/kernels/sweeps.py" in names
     assert "alphacl_fast/backend/blocked.py" in names
     assert "alphacl_fast/train/loop.py" in names
     assert "alphacl_fast/py.typed" in names
@@ -69,7 +70,9 @@ def test_imports_go_one_way():
     allowed = {
         "objectives": set(),
         "backend.ranges": {"objectives"},
-        "backend.blocked": {"objectives", "ranges"},
+        "backend.precision": set(),
+        "backend.blocked": {"objectives", "ranges", "precision"},
+        "backend.triton": {"objectives", "ranges", "precision"},
         "backend.cpu": {"objectives", "ranges"},
         "backend.reference": {"objectives"},
         "ops": {"backend"},
