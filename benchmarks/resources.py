@@ -168,7 +168,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         "# What the compiler makes of the kernels",
         "",
         f"Compiled ahead of time by triton {triton.__version__}; nothing here was run or timed on a GPU. Registers are",
-        "those of a thread, spilled and shared are bytes, the last three columns count machine instructions in the whole kernel.",
+        "those of a thread, spilled and shared are bytes, the last three "
+        "columns count machine instructions in the whole kernel.",
         "",
         "Written by:",
         "",

@@ -297,7 +297,9 @@ def test_nothing_is_compiled_again_for_another_batch_size(monkeypatch):
 class _Operations(TorchDispatchMode):
     """Counts operations that are a launch on a GPU."""
 
-    VIEWS = ("view", "detach", "split", "select", "slice", "expand", "unsqueeze", "t", "transpose", "alias", "empty", "new_empty")
+    VIEWS = (
+        "view", "detach", "split", "select", "slice", "expand", "unsqueeze", "t", "transpose", "alias", "empty", "new_empty",
+    )  # fmt: skip
 
     def __init__(self):
         super().__init__()
