@@ -51,9 +51,10 @@ def alpha_cl_loss(
             rows of z1) or "cross_view" (anchors z1 against z2; with ``symmetric`` both directions, averaged).
         symmetric: only "cross_view" looks at it.
         reduction: "mean" or "sum" over anchors, or "none": (2N,) for two_view, else (N,).
-        backend: "auto", "cpu" (compiled), "blocked" (PyTorch operations, any device) or "reference" (dense, the oracle).
+        backend: "auto", "cpu" (compiled), "triton" (GPUs), "blocked" (PyTorch operations, any device) or "reference" (dense,
+            the oracle).
         precision: of float32 matrix products: None follows `torch.get_float32_matmul_precision`; "ieee", "tf32" or
-            "bf16x3" demand one, and a backend that does not have it refuses.
+            "bf16x3" (three products of bfloat16 halves) demand one, and a backend that does not have it refuses.
         process_group: must be None; global batches over several processes are not supported yet.
         **options: of the objective, by its own names.
 

@@ -123,6 +123,8 @@ def choose(
     reasons = []
     for name, module in SWEEP_BACKENDS.items():
         reason = module.unsupported(device, dtype, precision, kind)
+        if reason is None and name == "triton" and device.type == "cpu":
+            reason = "only interpreted here, which is slow: to be asked for by name"
         if reason is None:
             skipped = f"; skipped {'; '.join(reasons)}" if reasons else ""
             return name, f"first that serves {str(dtype).removeprefix('torch.')} on {device.type}{skipped}"

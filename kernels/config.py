@@ -75,7 +75,7 @@ def default(sweep: str, mode: str, dim: int) -> Tile:
         return Tile(64, 64, features, 8 if plain or features > 128 else 4, 2)
     if features > (64 if mode in ("fp32", "bf16x3") or plain else 128):
         return Tile(64, 32, 32, 8, 2)
-    return Tile(32, 32, features, 4, 1) if mode == "fp32" else Tile(64, 32, features, 8, 1)
+    return Tile(32, 32, features, 4, 1) if mode == "fp32" else Tile(64, 32, features, 8, 2)
 
 
 def choose(sweep: str, mode: str, dim: int, rows: int, device: torch.device) -> Tile:

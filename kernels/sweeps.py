@@ -253,6 +253,15 @@ def _minus(t, v, axis: tl.constexpr):
 
 
 @triton.jit
+def _exp(x):
+    """exp x by the hardware's exp2; below 1e-38 it is 0, where tl.exp spends three more instructions."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
 def _exp_fixed(log_f, middle):
     """exp(log f − middle) by one multiply-add and the hardware's exp2."""
     if log_f.dtype == tl.float64:
@@ -266,7 +275,7 @@ def _pieces(t, log_f, i, j, side, tau, axis: tl.constexpr, S: tl.constexpr, MASK
     """f, df and ∂f/∂τ with one side's row scalars, each in a tuple that is empty where the sweep does not need it."""
     f, df, dtau = (), (), ()
     if S.LOG:
-        f = (tl.exp(_minus(log_f[0], side.shift, axis)),)
+        f = (_exp(_minus(log_f[0], side.shift, axis)),)
         if S.DF is not None:
             df = (f[0] * S.DF(t, tau),)
         if S.DTAU is not None:
@@ -360,7 +369,7 @@ def _side_sums(t, log_f, e, i, j, side, tau, axis: tl.constexpr, S: tl.constexpr
     elif S.FORM == "running":
         base = tl.max(log_f[0], axis)
         finite = tl.where(base > float("-inf"), base, 0.0)  # no pair of the row counts in this tile
-        return (base,), _terms(t, (tl.exp(_minus(log_f[0], (finite,), axis)),), (), (), side, axis, S)
+        return (base,), _terms(t, (_exp(_minus(log_f[0], (finite,), axis)),), (), (), side, axis, S)
     else:
         f, df, dtau = _pieces(t, log_f, i, j, side, tau, axis, S, MASKED)
         return (), _terms(t, f, df, dtau, side, axis, S)
@@ -405,7 +414,8 @@ def _sum_tile(base, totals, losses, tile, at, col_slot, i, f_i, c, S: tl.constex
 
 
 @triton.jit(
-    do_not_specialize=["n_rows", "n_cols", "row_start", "col_start", "half", "anchors", "begin", "end", "col_slot", "middle"]
+    do_not_specialize=["n_rows", "n_cols", "row_start", "col_start", "half", "anchors", "begin", "end", "col_slot", "middle"],
+    do_not_specialize_on_alignment=["out_ptr"],
 )
 def row_sums(
     f_ptr, v, tau_ptr, out_ptr, stride, n_rows, n_cols, row_start, col_start, half, anchors, begin, end, col_slot, middle,
@@ -486,11 +496,26 @@ def _add_atomically(ptrs, keep, sums, stride):
 
 @triton.jit
 def _rescaled(w, side, axis: tl.constexpr):
-    """W times the scales of the rows it will multiply, before it is rounded, so that normalised rows never are."""
+    """W times the scales of a side's rows."""
     if len(side.scale):
         return w * tl.expand_dims(side.scale[0], axis)
     else:
         return w
+
+
+@triton.jit
+def rounded_to_tf32(x):
+    """float32 with 10 bits of mantissa. The hardware would cut the others off, which makes every weight too small."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _factor(w, side, axis: tl.constexpr, S: tl.constexpr):
+    """W as a factor of the product with a side's rows: times their scales, then rounded, so that normalised rows never are."""
+    w = _rescaled(w, side, axis).to(S.W_TYPE)
+    if S.W_PRECISION == "tf32":
+        w = rounded_to_tf32(w)
+    return w
 
 
 @triton.jit
@@ -534,12 +559,12 @@ def _grad_tile(
     if S.GRAD == "weights":
         w_ptrs = tl.program_id(0) * S.BLOCK_M + tl.arange(0, S.BLOCK_M)
         w_ptrs = c.out.w + w_ptrs.to(tl.int64)[:, None] * c.n_cols + (row_j - c.col_start)[None, :]
-        tl.store(w_ptrs, _rescaled(w, j, 0).to(S.W_TYPE), mask=i.keep[:, None] & j.keep[None, :])
+        tl.store(w_ptrs, _factor(w, j, 0, S), mask=i.keep[:, None] & j.keep[None, :])
     elif S.GRAD == "product":
-        acc = (_dot(_rescaled(w, j, 0).to(S.W_TYPE), f_j[0].to(S.W_TYPE), acc[0], S, True),)
+        acc = (_dot(_factor(w, j, 0, S), f_j[0].to(S.W_TYPE), acc[0], S, True),)
         if S.BOTH:
             acc_j = tl.zeros((N, K), S.ACC)
-            acc_j = _dot(tl.trans(_rescaled(w, i, 1).to(S.W_TYPE)), f_i[0].to(S.W_TYPE), acc_j, S, True) * c.unit
+            acc_j = _dot(tl.trans(_factor(w, i, 1, S)), f_i[0].to(S.W_TYPE), acc_j, S, True) * c.unit
             mask = serves_j[:, None] & (tl.arange(0, S.BLOCK_D) < S.D)[None, :]
             tl.atomic_add(_row_ptrs(c.out.df, row_j, S.D, S.BLOCK_D), acc_j, mask=mask, sem="relaxed")
     return acc, w_total, w_lost, totals, losses

@@ -48,7 +48,7 @@ def assert_as_good_as_eager(backend, member, batches, factor=2.0, **setting):
 @pytest.mark.parametrize(("negatives", "symmetric"), MODES)
 def test_float32_as_good_as_eager(backend, member, negatives, symmetric, medium_tiles, poisoned):
     # The hinge and the power weights have kinks at which float32 and float64 may differ; random data stays away.
-    batches = [pair(20, 12, torch.float32, seed=seed) for seed in range(12)]
+    batches = [pair(20, 12, torch.float32, seed=seed) for seed in range(3 if backend == "triton" else 12)]
     power_below_one = member[1].get("exponent", 4) < 2
     for similarity in SIMILARITIES:
         if similarity == "dot" and power_below_one:
@@ -131,19 +131,25 @@ def test_cosine_ignores_the_scale_of_rows(backend, scale):
             assert relative_error(s.double() * scale, b) < 1e-5
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("tau", [1e-3, 0.05])
-@pytest.mark.parametrize("scale", [1.0, 10.0])
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
+LARGE_LOGITS = [
+    (backend, *member, tau, scale)
+    for backend in BACKENDS
+    for member in (
         ("alpha_square", {"detach_alpha": False}), ("alpha_gamma", {"detach_alpha": False}), ("alpha_entropy", {}),
         ("soft_triplet", {}), ("infonce", {"epsilon": 0.0, "temperature_scaled": True}),
-    ],
-)  # fmt: skip
+    )
+    for tau in (1e-3, 0.05)
+    for scale in (1.0, 10.0)
+    # a min player's sweeps are many, and the interpreter is slow
+    if backend != "triton" or not member[0].startswith(("alpha_s", "alpha_g")) or (tau, scale) == (1e-3, 1.0)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("backend", "name", "options", "tau", "scale"), LARGE_LOGITS)
 def test_small_temperatures_and_long_rows_in_float32(backend, name, options, tau, scale):
     """Where |t|/τ is large, terms of size |t|/τ must not be subtracted from each other."""
-    batches = [(z1 * scale, z2 * scale) for z1, z2 in (pair(30, 16, torch.float32, seed=seed) for seed in range(8))]
+    seeds = range(2 if backend == "triton" else 8)
+    batches = [(z1 * scale, z2 * scale) for z1, z2 in (pair(30, 16, torch.float32, seed=seed) for seed in seeds)]
     for similarity in SIMILARITIES:
         assert_as_good_as_eager(backend, (name, options), batches, factor=3.0, tau=tau, similarity=similarity)
 
@@ -241,3 +247,14 @@ def test_float32_min_players_sum_to_one(backend, name, tau, monkeypatch):
 def test_float32_at_real_size(backend, name):
     """More tiles than one, at sizes where float32 sums could drift. (Of 9 million hinges some flip in the last digit.)"""
     assert_as_good_as_eager(backend, (name, {}), [pair(700, 24, torch.float32, seed=seed) for seed in range(3)])
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("name", ["uniform", "triplet_contrastive"])
+def test_closed_forms_do_not_round_in_one_direction(name, similarity):
+    """Sums over n equal numbers: one after the other they lose 1e-5 of the gradient at this size."""
+    z1, z2 = pair(1283, 16, torch.float32)
+    truth = loss_and_grads(z1.double(), z2.double(), name, similarity=similarity)
+    ours = loss_and_grads(z1, z2, name, similarity=similarity)
+    for o, t in zip(ours[1:], truth[1:], strict=True):
+        assert relative_error(o, t, floor=0.0) < 1e-6

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton.language as tl
 from alphacl_fast.kernels.config import Tile
+from alphacl_fast.kernels.sweeps import rounded_to_tf32
 from conftest import square_tile
 from family import MODES, gaussian_weight, loss_and_grads, member_id, pair, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton import jit
 
 from alphacl_fast import FusedAlphaCLLoss, PairLoss, PairWeight, ops
 from alphacl_fast.backend import triton
@@ -181,6 +184,8 @@ def test_refusals(monkeypatch):
     assert "needs compute capability 8.0, not 7.5" in triton.unsupported(torch.device("cuda"), torch.float32, None, "exp")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert triton.unsupported(torch.device("cuda"), torch.float32, "bf16x3", "exp") is None
+    monkeypatch.setattr("triton.__version__", "3.5.1")
+    assert triton._missing.__wrapped__() == "needs triton 3.6, found 3.5.1"
     monkeypatch.setattr(triton, "_missing", lambda: "triton is not installed")
     name, why = ops.choose("auto", torch.device("cuda"), torch.float32, None, "exp")
     assert (name, "triton: triton is not installed" in why) == ("blocked", True)
@@ -217,6 +222,21 @@ def test_ranges_and_partners_are_checked():
 
 def test_square_tile_is_what_the_fixtures_mean():
     assert square_tile(8, 6) == Tile(8, 8, 8, 4, 1)
+
+
+@jit
+def _round_to_tf32(x_ptr, out_ptr):
+    offs = tl.arange(0, 8)
+    tl.store(out_ptr + offs, rounded_to_tf32(tl.load(x_ptr + offs)))
+
+
+def test_weights_are_rounded_to_tf32():
+    x = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-11, 1 + 2**-12, -1 - 3 * 2**-12, 3e38, torch.inf, -0.0])
+    out = torch.empty(8)
+    _round_to_tf32[(1,)](x, out)
+    expected = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-10, 1.0, -1 - 2**-10, 3e38, torch.inf, -0.0])
+    assert torch.equal(out[[0, 1, 2, 3, 4, 6, 7]], expected[[0, 1, 2, 3, 4, 6, 7]])
+    assert abs(float(out[5]) / 3e38 - 1) <= 2**-11
 
 
 class _Hopper:

@@ -21,3 +21,44 @@ def test_kernels_compile_cleanly(tmp_path):
     recorded = (ROOT / "docs/kernels.md").read_text()
     if f"triton {triton.__version__};" in recorded:  # the table is that of one version of the compiler
         assert page.read_text() == recorded, "write docs/kernels.md again (its first lines say how)"
+
+
+BIND = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Hopper:  # what a launch asks of a device before it runs a kernel
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+driver.set_active(Hopper())
+from alphacl_fast.backend import triton as backend
+from alphacl_fast.functional import alpha_cl_loss
+
+def launch(self, kernel, grid, *arguments):
+    kernel.warmup(*arguments, grid=grid, num_warps=self.tile.warps, num_stages=self.tile.stages)
+    compiled[kernel.__name__] = len(kernel.device_caches[0][0])
+
+backend.unsupported, backend._processors = lambda *call: None, lambda device: 264
+backend._Problem.launch = launch
+del backend.unit_rows, backend.finish_rows
+compiled = {}
+for n in (512, 500, 333, 17):
+    z1, z2 = (torch.randn(n, 64).bfloat16().requires_grad_() for _ in range(2))
+    alpha_cl_loss(z1, z2, backend="triton")
+assert compiled == {"row_sums": 1, "pair_grad": 1}, compiled
+"""
+
+
+def test_launches_bind_and_compile_once_for_all_batch_sizes():
+    """Through Triton's own launcher, up to the point where a GPU would be needed."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", BIND], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr

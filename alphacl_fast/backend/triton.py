@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -22,6 +23,8 @@ from ..objectives import kind as lookup
 from .precision import float32_precision
 from .ranges import middle as middle_of
 
+#: The first version of Triton whose functions take and return named tuples as the kernels do.
+OLDEST = (3, 6)
 #: Bytes of scratch that a sweep allocates at most for partial sums, and for weights of rows too wide for registers.
 SCRATCH = 256 << 20
 _HALF = (torch.bfloat16, torch.float16)
@@ -55,6 +58,10 @@ def _missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     try:
+        import triton
+
+        if tuple(int(x) for x in re.findall(r"\d+", triton.__version__)[:2]) < OLDEST:
+            return f"needs triton {'.'.join(map(str, OLDEST))}, found {triton.__version__}"
         _kernels()
     except Exception as error:  # any failure of an optional dependency's import is a reason not to use it, and is told
         return f"triton cannot be imported: {error}"
