@@ -75,6 +75,7 @@ class Static(NamedTuple):
     DF: Any
     DTAU: Any
     LOG: bool  # F is log f, and DF, DTAU its derivatives
+    LINEAR: bool  # log f = t/τ
     FORM: str  # "fixed": exp(log f − middle); "running": relative to the row's maximum; "plain"; "max" (of t)
     TERMS: tuple[str, ...]  # "f", "df", "ft", "dft", "dtau"
     D: int
@@ -240,6 +241,16 @@ def _counted(x, other, i, j, S: tl.constexpr, MASKED: tl.constexpr):
     return x
 
 
+@triton.jit
+def _log_f(t, i, j, c, S: tl.constexpr, MASKED: tl.constexpr):
+    """log f, −inf where a pair does not count, and the t that moments take: of the exp kind τ·log f, for where |t|/τ is large
+    the two must have been rounded together."""
+    log_f = S.F(t, c.tau)
+    if S.LINEAR:
+        t = _counted(log_f * c.tau, 0.0, i, j, S, MASKED)
+    return (_counted(log_f, float("-inf"), i, j, S, MASKED),), t
+
+
 # --- pieces and sums of a tile ----------------------------------------------------------------------------------------
 
 
@@ -399,7 +410,7 @@ def _sum_tile(base, totals, losses, tile, at, col_slot, i, f_i, c, S: tl.constex
     t = _counted(t, 0.0, i, j, S, MASKED)  # an excluded pair's similarity may be infinite, and 0·inf is not 0
     log_f, e = (), ()
     if S.LOG:
-        log_f = (_counted(S.F(t, c.tau), float("-inf"), i, j, S, MASKED),)
+        log_f, t = _log_f(t, i, j, c, S, MASKED)
         if S.FORM == "fixed":
             e = (_exp_fixed(log_f[0], c.middle),)
     tile_base, sums = _side_sums(t, log_f, e, i, j, i, c.tau, 1, S, MASKED)
@@ -538,7 +549,7 @@ def _grad_tile(
         serves_j = serves_j & (at > 0)
     log_f = ()
     if S.LOG:
-        log_f = (_counted(S.F(t, c.tau), float("-inf"), i, j, S, MASKED),)
+        log_f, t = _log_f(t, i, j, c, S, MASKED)
     if S.FORM == "fixed":
         w = _fixed_weights(log_f[0], i, j, c, S)
     else:

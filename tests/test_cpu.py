@@ -266,8 +266,8 @@ small = torch.eye(8)
 row_sums(small, None, None, center[:8], None, None, tau, "exp", (), ("base", "f"), 0, 4, 8, (-5.0, 5.0), "", "cpu")
 before = peak()
 base, total = row_sums(f, None, None, center, None, None, tau, "exp", (), ("base", "f"), 0, n // 2, n, (-5.0, 5.0), "", "cpu")
-half = n // 2
-df, *_ = pair_grad(f, None, None, center, gain, base, None, None, tau, "exp", (), "f", (), 0, half, 0, n, (-5.0, 5.0), "", "cpu")
+half, span = n // 2, (-5.0, 5.0)
+df, *_ = pair_grad(f, None, None, center, gain, base, None, None, tau, "exp", (), "f", (), 0, half, 0, n, span, "", "cpu")
 print(peak() - before, float(total.min()) > 0, bool(df.isfinite().all()))
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout.split()

@@ -148,8 +148,7 @@ LARGE_LOGITS = [
 @pytest.mark.parametrize(("backend", "name", "options", "tau", "scale"), LARGE_LOGITS)
 def test_small_temperatures_and_long_rows_in_float32(backend, name, options, tau, scale):
     """Where |t|/τ is large, terms of size |t|/τ must not be subtracted from each other."""
-    seeds = range(2 if backend == "triton" else 8)
-    batches = [(z1 * scale, z2 * scale) for z1, z2 in (pair(30, 16, torch.float32, seed=seed) for seed in seeds)]
+    batches = [(z1 * scale, z2 * scale) for z1, z2 in (pair(30, 16, torch.float32, seed=seed) for seed in range(8))]
     for similarity in SIMILARITIES:
         assert_as_good_as_eager(backend, (name, options), batches, factor=3.0, tau=tau, similarity=similarity)
 
