@@ -342,9 +342,9 @@ def test_operators_pass_opcheck():
     f = torch.nn.functional.normalize(torch.randn(8, 4), dim=1)
     pos, tau = torch.rand(8), torch.tensor(0.5)
     torch.library.opcheck(
-        ops.row_sums, (f, None, None, pos, None, None, tau, "exp", [], ["base", "f", "ft"], 0, 4, 8, [], "blocked")
+        ops.row_sums, (f, None, None, pos, None, None, tau, "exp", [], ["base", "f", "ft"], 0, 4, 8, [], "", "blocked")
     )
     torch.library.opcheck(
         ops.pair_grad,
-        (f, None, None, pos, pos, pos, None, None, tau, "exp", [], "f", ["f"], 0, 4, 0, 8, [-2.0, 2.0], "blocked"),
+        (f, None, None, pos, pos, pos, None, None, tau, "exp", [], "f", ["f"], 0, 4, 0, 8, [-2.0, 2.0], "", "blocked"),
     )
