@@ -67,7 +67,7 @@ def medium_tiles(monkeypatch):
 
 
 def _patch_once_a_launch():
-    """Triton's interpreter patches its language again for each device function called; once a launch will do (4 × faster)."""
+    """Triton's interpreter patches its language again for each device function called; once a launch will do."""
     try:
         import triton.language as tl
         from triton.runtime import interpreter
