@@ -18,7 +18,7 @@ demo: $(STAMP)
 	"$(BIN)" -m alphacl_fast.cli eval runs/demo
 
 test: $(STAMP)
-	"$(BIN)" -m pytest
+	"$(BIN)" -m pytest -n auto --dist loadgroup
 
 bench: $(STAMP)
 	"$(BIN)" -m benchmarks.loss

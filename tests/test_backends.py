@@ -180,7 +180,7 @@ def test_workers_share_the_tiles(threads, inference, small_tiles, poisoned):
     """Several workers, each with its own accumulators: same numbers, same bits every time, settings restored."""
     z1, z2 = pair(31, 6, torch.float64)
     before = torch.get_num_threads()
-    for member in MEMBERS:
+    for member in [*REPRESENTATIVE, ("alpha_square", {}), MEMBERS[-1]]:
         for setting in ({"similarity": "cosine"}, {"similarity": "euclidean", "negatives": "cross_view"}):
 
             def run(member=member, setting=setting):

@@ -23,8 +23,8 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def start(tmp_path, monkeypatch):
     """Runs the script in this process, on the CPU backends, with a few cases; returns its exit status and its rows."""
-    monkeypatch.delitem(ops.SWEEP_BACKENDS, "triton", raising=False)
-    monkeypatch.delitem(ops.SWEEP_BACKENDS, "cuda", raising=False)
+    here = {name: module for name, module in ops.SWEEP_BACKENDS.items() if name in ("cpu", "blocked")}
+    monkeypatch.setattr(ops, "SWEEP_BACKENDS", here)
     monkeypatch.setattr(torch, "compile", lambda function=None, **options: function)
     some = [case for k, case in enumerate(gpu_tasks.cases(["cpu", "blocked"], (16, 24), (20, 33))) if k % 97 == 0 or k < 4]
     monkeypatch.setattr(gpu, "cases", lambda *args: iter(some[:30]))

@@ -26,6 +26,7 @@ from alphacl_fast.kernels.resources import Resources, compile_for, limits  # noq
 if __name__ != "__main__":
     from gluon_emulator import Emulated, EmulationError
 
+pytestmark = pytest.mark.xdist_group("hopper")  # one worker makes what its tests share
 ROOT = Path(__file__).parent.parent
 SOURCE = (ROOT / "kernels" / "hopper.py").read_text()
 TAU, MIDDLE = 0.4, 0.3

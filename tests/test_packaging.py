@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("packaging")  # one worker makes what its tests share
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -111,6 +111,9 @@ GLUON = """
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+pytestmark = pytest.mark.xdist_group("resources")  # one worker makes what its tests share
+
+
 @gluon.jit
 def copy(x_ptr, y_ptr, BLOCK: gl.constexpr):
     layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])

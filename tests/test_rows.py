@@ -18,7 +18,10 @@ from alphacl_fast.kernels import rows
 
 from alphacl_fast.autograd import Features, positives, through_normalization
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of inf and NaN in the interpreter
+pytestmark = [
+    pytest.mark.xdist_group("rows"),  # one worker makes what its tests share
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of inf and NaN in the interpreter
+]
 
 ROOT = Path(__file__).parent.parent
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

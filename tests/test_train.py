@@ -16,6 +16,8 @@ from PIL import Image
 from alphacl_fast.train import Config, RunError, augment, checkpoint, data, evaluate, loop, models, report, train
 from alphacl_fast.train.evaluate import converged_probe, few_label_draws, knn_accuracy, linear_probe, standardise
 
+pytestmark = pytest.mark.xdist_group("train")  # one worker makes what its tests share
+
 TINY = {"dataset": "digits", "width": 4, "batch_size": 64, "subset": 256, "epochs": 2, "workers": 0, "log_every": 1}
 
 

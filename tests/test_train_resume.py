@@ -14,6 +14,8 @@ import torch
 from alphacl_fast.cli import main
 from alphacl_fast.train import Config, RunError, evaluate, loop, train
 
+pytestmark = pytest.mark.xdist_group("train_resume")  # one worker makes what its tests share
+
 SETTINGS = {"dataset": "digits", "objective": "alpha_direct", "width": 4, "subset": 640, "batch_size": 32, "epochs": 4,
             "log_every": 1, "save_every": 7, "eval_every": 2}  # fmt: skip
 STEPS = 80
