@@ -1,0 +1,46 @@
+// What kernel bodies may use of a GPU: nothing else of CUDA appears in them, so that a compiler for the host can build the
+// very same bodies. device_gpu.h implements it by PTX, device_host.h by fibres or threads (ALPHACL_EMULATED).
+//
+//   thread(), block_x(), block_y()        position; lanes are threads modulo 32
+//   shared()                              the block's dynamic shared memory, aligned to 1024 bytes
+//   sync()                                barrier of all threads of the block
+//   sync_warp()                           barrier of a warp, after which its writes to shared memory are seen by its lanes
+//   shuffle_xor(x, mask)                  the value of lane ^ mask; all 32 lanes take part
+//   copy16(to, from, bytes)               asynchronous copy of 16 bytes, 16-byte aligned, from global to shared memory; beyond
+//                                         the first `bytes` (0 … 16) nothing is read and zeros are written
+//   copy_commit(), copy_wait<N>()         closes a group of a thread's copies; waits until all but the last N groups are done
+//   load_matrices(r, row)                 ldmatrix.x4: lane 8m + k gives the address (16-byte aligned) of row k of the 8 × 8
+//                                         matrix m of 16-bit elements; r[m] holds elements 2·(lane % 4) and the next of row
+//                                         lane / 4 of matrix m
+//   load_matrices_transposed(r, row)      the same with each matrix transposed (.trans)
+//   mma_bf16, mma_f16 (c, a, b)           m16n8k16, row · col, float accumulators; fragments as the PTX manual defines them
+//   mma_tf32(c, a, b)                     m16n8k8; operands are float bit patterns, of which the low 13 bits are not read
+//   pack_bf16(low, high), pack_f16        two floats rounded to nearest even, the first in the low half
+//   exp2_approx, log2_approx              one instruction each, denormal results are 0
+//   add_global(p, x), add_global4(p, x…)  relaxed float32 reduction into global memory, of 4 neighbours 16-byte aligned
+//   from_f16(bits), from_bits, to_bits    a float16's value; a float's bit pattern and back
+//
+// A kernel is a struct K with `Args`, `THREADS`, `BLOCKS` (at least so many resident on a multiprocessor) and a static
+// `body(const Args&)`; launch<K>(grid_x, grid_y, shared_bytes, args, stream) starts it and returns null or what went wrong.
+//
+// Only for sm_90a (hopper.h):
+//   barrier_init(b, arrivals), barrier_publish()       mbarrier in shared memory; the fence after all inits, before sync()
+//   barrier_arrive(b), barrier_expect(b, bytes)        one arrival; one arrival that announces bytes of tensor copies
+//   barrier_wait(b, parity)                            until the phase of that parity (0 first) is complete
+//   tensor_copy(to, map, x, y, b)                      one box of a two-dimensional tensor map (element offset x in the row,
+//                                                      row y) to shared memory, 128-byte swizzle, zeros outside; counts on b
+//   matrix_descriptor(start, leading, stride)          wgmma operand in shared memory, 128-byte swizzle; bytes
+//   product_ss<N, TRANS_B>(c, a, b, add)               wgmma m64nNk16 bf16, A and B by descriptors; c[N/2]; add = 0 overwrites c
+//   product_rs<N, TRANS_B>(c, a, b, add)               A from registers (uint32_t[4])
+//   product_begin(), product_commit(), product_wait<N>()   wgmma.fence, commit_group, wait_group
+//   registers_more<N>(), registers_less<N>()           setmaxnreg of a warpgroup
+//   sync_some(id, threads)                             named barrier 1 … 15
+#pragma once
+
+#include <cstdint>
+
+#ifdef ALPHACL_EMULATED
+#include "device_host.h"
+#else
+#include "device_gpu.h"
+#endif
