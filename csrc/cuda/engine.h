@@ -1,0 +1,231 @@
+// Matrix products of a tile of 64 × 64 pairs by four warps, for every dtype of the rows.
+//
+// An engine multiplies K features at a time. Warp w holds rows 16w … 16w + 15 of a tile, as m16n8 fragments: element
+// x[m][e] of lane 4g + t is row 16w + g + 8(e / 2), column 8m + 2t + e % 2.
+//
+//   similarities(s, a, b)    s += A·Bᵀ for tiles a, b of rows in shared memory
+//   gradient(acc, w, b)      acc += W·B; w is already scaled and is rounded here, as the engine needs it
+//
+// Rows lie PITCH bytes apart, which spreads the rows that one instruction reads over all banks.
+#pragma once
+
+#include "device.h"
+
+namespace alphacl {
+
+constexpr int SIDE = 64, WARPS = 4, THREADS = 32 * WARPS;
+
+struct Lane {
+  int warp, g, t, row;  // row: of the tile, of elements 0 and 1; elements 2 and 3 are 8 rows below
+  DEVICE Lane() {
+    const int lane = device::thread() % 32;
+    warp = device::thread() / 32, g = lane / 4, t = lane % 4, row = 16 * warp + g;
+  }
+};
+
+// float32 rounded to TF32, which the hardware would cut off: every product would be too small.
+DEVICE uint32_t rounded_to_tf32(float x) { return (device::to_bits(x) + 0x1000u) & 0xffffe000u; }
+
+DEVICE uint32_t word(const unsigned char* p) { return *reinterpret_cast<const uint32_t*>(p); }
+
+// bfloat16 and float16 rows. Weights of float16 rows may leave float16's range, so their product with the rows is TF32, in
+// which float16 is exact.
+template <int FEATURES, bool BF16> struct Half {
+  using T = float;
+  using Element = uint16_t;
+  static constexpr int K = FEATURES, PITCH = 2 * K + 16;
+  static constexpr bool TENSOR_CORES = true, BOTH_SIDES = BF16;
+
+  static DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    if constexpr (BF16) device::mma_bf16(c, a, b0, b1);
+    else device::mma_f16(c, a, b0, b1);
+  }
+
+  static DEVICE void similarities(float (&s)[8][4], const unsigned char* a, const unsigned char* b) {
+    const int lane = device::thread() % 32, m = lane / 8, r = lane % 8;
+    a += (16 * (device::thread() / 32) + m % 2 * 8 + r) * PITCH + m / 2 * 16;
+    b += (m / 2 * 8 + r) * PITCH + m % 2 * 16;
+#pragma unroll
+    for (int k = 0; k < K; k += 16) {
+      uint32_t x[4], y[4];
+      device::load_matrices(x, a + 2 * k);
+#pragma unroll
+      for (int n = 0; n < 8; n += 2) {
+        device::load_matrices(y, b + 8 * n * PITCH + 2 * k);
+        multiply(s[n], x, y[0], y[1]);
+        multiply(s[n + 1], x, y[2], y[3]);
+      }
+    }
+  }
+
+  static DEVICE void gradient(float (&acc)[K / 8][4], const float (&w)[8][4], const unsigned char* b) {
+    if constexpr (BF16) {
+      const int lane = device::thread() % 32, m = lane / 8, r = lane % 8;
+      b += (m % 2 * 8 + r) * PITCH + m / 2 * 16;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {  // two neighbouring fragments of W are one operand of 16 columns
+        const uint32_t x[4] = {device::pack_bf16(w[2 * j][0], w[2 * j][1]), device::pack_bf16(w[2 * j][2], w[2 * j][3]),
+                               device::pack_bf16(w[2 * j + 1][0], w[2 * j + 1][1]),
+                               device::pack_bf16(w[2 * j + 1][2], w[2 * j + 1][3])};
+#pragma unroll
+        for (int d = 0; d < K / 8; d += 2) {
+          uint32_t y[4];
+          device::load_matrices_transposed(y, b + 16 * j * PITCH + 16 * d);
+          device::mma_bf16(acc[d], x, y[0], y[1]);
+          device::mma_bf16(acc[d + 1], x, y[2], y[3]);
+        }
+      }
+    } else {
+      const Lane lane;
+      b += 2 * lane.t * PITCH + 2 * lane.g;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {  // the order of a product's 8 terms is free: term t is column 2t, term t + 4 column 2t + 1
+        const uint32_t x[4] = {rounded_to_tf32(w[j][0]), rounded_to_tf32(w[j][2]), rounded_to_tf32(w[j][1]),
+                               rounded_to_tf32(w[j][3])};
+#pragma unroll
+        for (int d = 0; d < K / 8; ++d) {
+          const unsigned char* y = b + 8 * j * PITCH + 16 * d;
+          const float y0 = device::from_f16(*reinterpret_cast<const uint16_t*>(y));
+          const float y1 = device::from_f16(*reinterpret_cast<const uint16_t*>(y + PITCH));
+          device::mma_tf32(acc[d], x, device::to_bits(y0), device::to_bits(y1));
+        }
+      }
+    }
+  }
+
+  // One chunk of 64 features of Wᵀ·A: c is rows 16·warp … of the columns' side; w (64, 64) in shared memory, W_PITCH apart.
+  static constexpr int W_PITCH = 2 * SIDE + 16;
+  static DEVICE void other_side(float (&c)[8][4], const unsigned char* w, const unsigned char* a, int feature) {
+    const int lane = device::thread() % 32, m = lane / 8, r = lane % 8;
+    w += (m / 2 * 8 + r) * W_PITCH + (16 * (device::thread() / 32) + m % 2 * 8) * 2;
+    a += (m % 2 * 8 + r) * PITCH + m / 2 * 16 + 2 * feature;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t x[4], y[4];
+      device::load_matrices_transposed(x, w + 16 * i * W_PITCH);
+#pragma unroll
+      for (int d = 0; d < 8; d += 2) {
+        device::load_matrices_transposed(y, a + 16 * i * PITCH + 16 * d);
+        device::mma_bf16(c[d], x, y[0], y[1]);
+        device::mma_bf16(c[d + 1], x, y[2], y[3]);
+      }
+    }
+  }
+};
+
+// float32 rows multiplied as TF32. The order of a product's 8 terms is free: term t is feature 2t, term t + 4 feature 2t + 1.
+template <int FEATURES> struct Tf32 {
+  using T = float;
+  using Element = float;
+  static constexpr int K = FEATURES, PITCH = 4 * K + 32;
+  static constexpr bool TENSOR_CORES = true, BOTH_SIDES = false;
+
+  static DEVICE uint32_t at(const unsigned char* p) { return rounded_to_tf32(*reinterpret_cast<const float*>(p)); }
+
+  static DEVICE void similarities(float (&s)[8][4], const unsigned char* a, const unsigned char* b) {
+    const Lane lane;
+    a += lane.row * PITCH + 8 * lane.t;
+    b += lane.g * PITCH + 8 * lane.t;
+#pragma unroll
+    for (int k = 0; k < K; k += 8) {
+      const unsigned char* x = a + 4 * k;
+      const uint32_t operand[4] = {at(x), at(x + 8 * PITCH), at(x + 4), at(x + 8 * PITCH + 4)};
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const unsigned char* y = b + 8 * n * PITCH + 4 * k;
+        device::mma_tf32(s[n], operand, at(y), at(y + 4));
+      }
+    }
+  }
+
+  static DEVICE void gradient(float (&acc)[K / 8][4], const float (&w)[8][4], const unsigned char* b) {
+    const Lane lane;
+    b += 2 * lane.t * PITCH + 4 * lane.g;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const uint32_t x[4] = {rounded_to_tf32(w[j][0]), rounded_to_tf32(w[j][2]), rounded_to_tf32(w[j][1]),
+                             rounded_to_tf32(w[j][3])};
+#pragma unroll
+      for (int d = 0; d < K / 8; ++d) {
+        const unsigned char* y = b + 8 * j * PITCH + 32 * d;
+        device::mma_tf32(acc[d], x, at(y), at(y + PITCH));
+      }
+    }
+  }
+};
+
+// float and double rows by multiply-adds. W comes from shared memory (`Scratch`), for a lane needs those of its whole row.
+template <class Number, int FEATURES> struct Simt {
+  using T = Number;
+  using Element = Number;
+  static constexpr int K = FEATURES, PITCH = K * int(sizeof(T)) + 16, VECTOR = 16 / int(sizeof(T));
+  static constexpr bool TENSOR_CORES = false, BOTH_SIDES = false;
+  struct alignas(16) Vector {
+    T x[VECTOR];
+  };
+  static DEVICE Vector vector(const unsigned char* p) { return *reinterpret_cast<const Vector*>(p); }
+
+  // Sums over a chunk of features begin at 0: one long chain would round in one direction where rows are nearly equal.
+  static DEVICE void similarities(T (&s)[8][4], const unsigned char* a, const unsigned char* b) {
+    const Lane lane;
+    a += lane.row * PITCH;
+    b += 2 * lane.t * PITCH;
+    T chunk[8][4] = {};
+#pragma unroll 1
+    for (int k = 0; k < K; k += VECTOR) {
+      const Vector x0 = vector(a + k * sizeof(T)), x1 = vector(a + 8 * PITCH + k * sizeof(T));
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const Vector y0 = vector(b + 8 * n * PITCH + k * sizeof(T)), y1 = vector(b + (8 * n + 1) * PITCH + k * sizeof(T));
+#pragma unroll
+        for (int v = 0; v < VECTOR; ++v) {
+          chunk[n][0] += x0.x[v] * y0.x[v], chunk[n][1] += x0.x[v] * y1.x[v];
+          chunk[n][2] += x1.x[v] * y0.x[v], chunk[n][3] += x1.x[v] * y1.x[v];
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < 8; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[n][e] += chunk[n][e];
+  }
+
+  static DEVICE void gradient(T (&acc)[K / 8][4], const T* scratch, const unsigned char* b) {
+    const Lane lane;
+    b += 2 * lane.t * sizeof(T);
+    scratch += 32 * lane.warp + 4 * lane.g;
+#pragma unroll 1
+    for (int j = 0; j < SIDE; ++j) {
+      const T* own = scratch + (j / 8 * 4 + j % 2) * THREADS + j % 8 / 2;
+      const T w0 = own[0], w1 = own[2 * THREADS];
+#pragma unroll
+      for (int d = 0; d < K / 8; ++d) {
+        const T* y = reinterpret_cast<const T*>(b + j * PITCH + 8 * d * sizeof(T));
+        acc[d][0] += w0 * y[0], acc[d][1] += w0 * y[1];
+        acc[d][2] += w1 * y[0], acc[d][3] += w1 * y[1];
+      }
+    }
+  }
+};
+
+// A tile's elements in shared memory, so that code which is too long to be unrolled can walk over them: element x[m][e] of a
+// thread is at (4m + e)·THREADS + thread, whose bank is the thread's own.
+template <class T> struct Scratch {
+  T* x;
+  static constexpr int BYTES = SIDE * SIDE * sizeof(T);
+  DEVICE T& at(int m, int e) const { return x[(4 * m + e) * THREADS + device::thread()]; }
+  DEVICE void put(const T (&s)[8][4]) const {
+#pragma unroll
+    for (int m = 0; m < 8; ++m)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) at(m, e) = s[m][e];
+  }
+  DEVICE void get(T (&s)[8][4]) const {
+#pragma unroll
+    for (int m = 0; m < 8; ++m)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[m][e] = at(m, e);
+  }
+};
+
+}  // namespace alphacl

@@ -1,0 +1,239 @@
+// How a block walks over the tiles of its rows: which tiles, how they come into shared memory, their similarities.
+#pragma once
+
+#include "engine.h"
+#include "pairs.h"
+#include "problem.h"
+
+namespace alphacl {
+
+constexpr int STAGES = 2;  // tiles in shared memory: one being multiplied, one on its way
+
+DEVICE bool has(const Sweep& a, int32_t flag) { return (a.flags & flag) != 0; }
+
+// Where a row of a block is: of two views a block holds 32 pairs, first the rows of one view, then their partners.
+struct Place {
+  int64_t row;   // physical; of a row that does not exist some other's
+  int64_t pair;  // rows of the two sides with the same number are the same pair
+  bool keep;     // the row exists
+  DEVICE Place(int64_t block, int i, int64_t n, int64_t start, int64_t half, bool paired) {
+    pair = paired ? block * (SIDE / 2) + i % (SIDE / 2) : block * SIDE + i;
+    const int64_t last = (paired ? half : n) - 1;
+    keep = pair <= last;
+    row = start + (keep ? pair : last) + (paired && i >= SIDE / 2 ? half : 0);
+  }
+};
+DEVICE Place row_place(const Sweep& a, int64_t block, int i) {
+  return Place(block, i, a.n_rows, a.row_start, a.half, has(a, ROWS_PAIRED));
+}
+DEVICE Place column_place(const Sweep& a, int64_t tile, int j) {
+  return Place(tile, j, a.n_cols, a.col_start, a.half, has(a, COLS_PAIRED));
+}
+
+// The positions [begin, end) of a part of a block's ring of column tiles; position 0 is the tile that begins with the block's
+// first pair. The first `special` positions hold pairs that do not count.
+struct Ring {
+  int64_t tiles, first;
+  int begin, end, special;
+  bool ragged;  // the last tile holds columns that do not exist
+  DEVICE Ring(const Sweep& a, int64_t block, int part) {
+    const int row_pairs = has(a, ROWS_PAIRED) ? SIDE / 2 : SIDE, col_pairs = has(a, COLS_PAIRED) ? SIDE / 2 : SIDE;
+    tiles = (a.n_cols + SIDE - 1) / SIDE;
+    first = block * row_pairs / col_pairs;
+    special = has(a, EXCLUDE) ? int((block * row_pairs + row_pairs - 1) / col_pairs - first) + 1 : 0;
+    first %= tiles;
+    begin = a.begin, end = a.end;
+    // Half way round an even ring both ends meet: the first half of the blocks serves that tile.
+    if (has(a, TRIANGLE) && has(a, BOTH) && tiles % 2 == 0 && block >= tiles / 2 && end > tiles / 2) end = int(tiles / 2);
+    if (has(a, BOTH) && (block + 1) * SIDE > a.n_rows) special = end;  // rows that do not exist must not count for columns
+    const int each = (end - begin + a.parts - 1) / a.parts;
+    begin = begin + part * each < end ? begin + part * each : end;
+    end = begin + each < end ? begin + each : end;
+    ragged = a.n_cols % SIDE != 0;
+  }
+  DEVICE int64_t tile(int at) const { return (first + at) % tiles; }
+  DEVICE bool masked(int at) const { return at < special || (ragged && tile(at) == tiles - 1); }
+};
+
+// Row scalars of one side in shared memory: vector v of row i at v·SIDE + i.
+enum Scalar : int { SCALE = 0, BIAS = 1, CENTER = 2, GAIN = 3, SHIFT = 4, OFFSET = 5, LEVEL = 6, ALL_SCALARS = 7 };
+
+template <class T, int COUNT> struct Scalars {
+  T x[COUNT];
+};
+// Fast kernels need the scale and one vector more, the others all.
+template <class T, int COUNT> DEVICE Scalars<T, COUNT> scalars(const Sweep& a, int64_t row, bool anchor, T no_shift, T inv_unit) {
+  const auto get = [row](const void* v, T absent) { return v ? static_cast<const T*>(v)[row] : absent; };
+  const auto of_anchor = [&](const void* v, T absent) { return anchor ? get(v, absent) : absent; };
+  Scalars<T, COUNT> s;
+  s.x[SCALE] = get(a.scale, 1);
+  if constexpr (COUNT == 2) {
+    s.x[1] = a.gain ? of_anchor(a.gain, 0) * inv_unit : of_anchor(a.center, 0);
+  } else {
+    s.x[BIAS] = get(a.bias, 0);
+    s.x[CENTER] = of_anchor(a.center, 0);
+    s.x[GAIN] = of_anchor(a.gain, 0) * inv_unit;
+    s.x[SHIFT] = of_anchor(a.shift, no_shift);
+    s.x[OFFSET] = of_anchor(a.offset, 0);
+    s.x[LEVEL] = of_anchor(a.level, 0);
+  }
+  return s;
+}
+
+// A block's shared memory. E is the engine; with CHUNKS, rows are longer than E::K features and tiles of both sides pass by.
+template <class E, bool CHUNKS, int SCALARS> struct Memory {
+  using T = typename E::T;
+  static constexpr int TILE = SIDE * E::PITCH, VECTORS = SCALARS * SIDE * int(sizeof(T));
+  static constexpr int STAGE = (CHUNKS ? 2 : 1) * TILE;
+  static constexpr int ROW_VECTORS = STAGES * STAGE + (CHUNKS ? 0 : TILE), COL_VECTORS = ROW_VECTORS + VECTORS;
+  static constexpr int REST = COL_VECTORS + STAGES * VECTORS;
+  static DEVICE unsigned char* rows(int stage) { return device::shared() + (CHUNKS ? stage * STAGE + TILE : STAGES * STAGE); }
+  static DEVICE unsigned char* cols(int stage) { return device::shared() + stage * STAGE; }
+  static DEVICE T* row_scalars() { return reinterpret_cast<T*>(device::shared() + ROW_VECTORS); }
+  static DEVICE T* col_scalars(int stage) { return reinterpret_cast<T*>(device::shared() + COL_VECTORS + stage * VECTORS); }
+  static DEVICE unsigned char* rest() { return device::shared() + REST; }
+};
+
+// Starts the copies of features [from, from + K) of a block's 64 rows.
+template <class E, class Where> DEVICE void fetch(const Sweep& a, unsigned char* to, int from, Where&& place) {
+  using Element = typename E::Element;
+  constexpr int PER = 16 / int(sizeof(Element)), CHUNKS = E::K / PER, STEP = THREADS / CHUNKS;
+  static_assert(THREADS % CHUNKS == 0 && SIDE % STEP == 0);
+  const int chunk = device::thread() % CHUNKS, feature = from + chunk * PER, left = a.dim - feature;
+  const auto* f = static_cast<const Element*>(a.f);
+#pragma unroll 1
+  for (int i = device::thread() / CHUNKS; i < SIDE; i += STEP) {
+    const Element* source = f + place(i).row * a.stride + feature;
+    unsigned char* target = to + i * E::PITCH + 16 * chunk;
+    if (has(a, ALIGNED)) {
+      device::copy16(target, left > 0 ? source : f, left >= PER ? 16 : left > 0 ? left * int(sizeof(Element)) : 0);
+    } else {
+      for (int e = 0; e < PER; ++e) reinterpret_cast<Element*>(target)[e] = e < left ? source[e] : Element(0);
+    }
+  }
+}
+
+// One tile, when its similarities are there.
+template <class T> struct TileAt {
+  int64_t tile;
+  int at;
+  bool masked;  // some of its pairs do not count
+  const T* cols;  // the columns' scalars
+  const unsigned char* features;  // of its columns, where whole rows fit
+};
+
+// Calls use(s, tile) for every tile of this block's part of the ring, s the products ⟨f_i, f_j⟩. Between two calls all threads
+// pass a barrier.
+template <class E, bool CHUNKS, int SCALARS, class Use>
+DEVICE void walk(const Sweep& a, const Ring& ring, int64_t block, typename E::T no_shift, typename E::T inv_unit, Use&& use) {
+  using T = typename E::T;
+  using M = Memory<E, CHUNKS, SCALARS>;
+  const int thread = device::thread(), chunks = CHUNKS ? (a.dim + E::K - 1) / E::K : 1;
+  const int steps = (ring.end - ring.begin) * chunks;
+  const auto tile_of = [&](int step) { return ring.tile(ring.begin + step / chunks); };
+
+  const auto start = [&](int step) {
+    const int stage = step % STAGES, from = step % chunks * E::K;
+    const int64_t tile = tile_of(step);
+    fetch<E>(a, M::cols(stage), from, [&](int j) { return column_place(a, tile, j); });
+    if (CHUNKS || step == 0) fetch<E>(a, M::rows(stage), from, [&](int i) { return row_place(a, block, i); });
+  };
+  const auto column_scalars = [&](int step) {
+    return scalars<T, SCALARS>(a, column_place(a, tile_of(step), thread).row, has(a, COLS_ANCHOR), no_shift, inv_unit);
+  };
+  const auto put = [&](T* to, const Scalars<T, SCALARS>& s) {
+#pragma unroll
+    for (int v = 0; v < SCALARS; ++v) to[v * SIDE + thread] = s.x[v];
+  };
+
+  if (thread < SIDE)
+    put(M::row_scalars(), scalars<T, SCALARS>(a, row_place(a, block, thread).row, has(a, ROWS_ANCHOR), no_shift, inv_unit));
+  for (int step = 0; step < STAGES - 1; ++step) {
+    if (step < steps) {
+      start(step);
+      if (thread < SIDE && step % chunks == 0) put(M::col_scalars(step / chunks % STAGES), column_scalars(step));
+    }
+    device::copy_commit();
+  }
+  T s[8][4];
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    device::copy_wait<STAGES - 2>();
+    device::sync();
+    const int next = step + STAGES - 1;
+    const bool more = next < steps, scalars_too = more && thread < SIDE && next % chunks == 0;
+    Scalars<T, SCALARS> ahead;
+    if (more) start(next);
+    device::copy_commit();
+    if (scalars_too) ahead = column_scalars(next);
+    if (step % chunks == 0) {
+#pragma unroll
+      for (int m = 0; m < 8; ++m)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[m][e] = 0;
+    }
+    E::similarities(s, M::rows(step % STAGES), M::cols(step % STAGES));
+    if (step % chunks == chunks - 1) {
+      const int at = ring.begin + step / chunks;
+      use(s, TileAt<T>{ring.tile(at), at, ring.masked(at), M::col_scalars(step / chunks % STAGES), M::cols(step % STAGES)});
+    }
+    if (scalars_too) put(M::col_scalars(next / chunks % STAGES), ahead);
+  }
+  device::copy_wait<0>();
+  device::sync();  // the row scalars are there even where there is no tile
+}
+
+// Which of a thread's 32 pairs count: bit 4m + e.
+DEVICE uint32_t counted(const Sweep& a, int64_t block, int64_t tile) {
+  const Lane lane;
+  uint32_t keep = 0;
+#pragma unroll 1
+  for (int r = 0; r < 2; ++r) {
+    const Place i = row_place(a, block, lane.row + 8 * r);
+#pragma unroll 1
+    for (int m = 0; m < 8; ++m)
+#pragma unroll 1
+      for (int p = 0; p < 2; ++p) {
+        const Place j = column_place(a, tile, 8 * m + 2 * lane.t + p);
+        if (i.keep && j.keep && !(has(a, EXCLUDE) && i.pair == j.pair)) keep |= 1u << (4 * m + 2 * r + p);
+      }
+  }
+  return keep;
+}
+
+// A sum over a row arrives in thousands of parts: compensated. An infinite total stays what it is.
+template <class T> DEVICE void add(T& total, T& lost, T x) {
+  const T y = x - lost, sum = total + y, rest = (sum - total) - y;
+  total = sum;
+  lost = sum - sum == 0 ? rest : T(0);
+}
+// Over the four lanes that share a row.
+template <class T> DEVICE T row_sum(T x) {
+  x += device::shuffle_xor(x, 1);
+  return x + device::shuffle_xor(x, 2);
+}
+template <class T> DEVICE T row_max(T x) {
+  x = larger(x, device::shuffle_xor(x, 1));
+  return larger(x, device::shuffle_xor(x, 2));
+}
+// Over the eight lanes that share a column.
+template <class T> DEVICE T column_sum(T x) {
+  x += device::shuffle_xor(x, 4);
+  x += device::shuffle_xor(x, 8);
+  return x + device::shuffle_xor(x, 16);
+}
+// Of 16 columns at once, each lane keeping two of them: x[2m + p] of column 8m + 2t + p in, of columns 8g + 2t + p out.
+template <class T> DEVICE void column_sums(T (&x)[16]) {
+  const int g = device::thread() % 32 / 4;
+#pragma unroll
+  for (int half = 8, lanes = 16; half >= 2; half /= 2, lanes /= 2) {
+    const bool upper = (g & lanes / 4) != 0;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const T mine = upper ? x[i + half] : x[i], other = upper ? x[i] : x[i + half];
+      x[i] = mine + device::shuffle_xor(other, lanes);
+    }
+  }
+}
+
+}  // namespace alphacl
