@@ -1,0 +1,400 @@
+// The GPU as csrc/cuda/device_host.h emulates it: that primitives do what device.h and the PTX manual say, that misuse is
+// noticed, and that the order of threads is what device::schedule() says. `--race` runs a kernel that lacks a barrier and
+// returns 0, for ThreadSanitizer to object; `--time` says what a block costs.
+
+#include <chrono>
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cuda/device.h"
+
+namespace {
+
+constexpr int SEEDS[] = {0, 1, 2, 3, 12345};
+int failures = 0;
+
+__attribute__((format(printf, 1, 2))) void fail(const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  std::vprintf(format, arguments);
+  std::putchar('\n');
+  va_end(arguments);
+  failures++;
+}
+
+#define CHECK(condition) \
+  if (!(condition)) fail("%s:%d: not true: %s", __FILE__, __LINE__, #condition)
+
+std::mt19937 generator(1);
+
+float uniform() { return std::uniform_real_distribution<float>(-1.0f, 1.0f)(generator); }
+
+// A kernel out of a body, for tests of a few lines.
+template <int THREADS_, class Body> struct Kernel {
+  using Args = Body;
+  static constexpr int THREADS = THREADS_, BLOCKS = 1;
+  static DEVICE void body(const Args& args) { args(); }
+};
+
+template <int THREADS, class Body> std::string launch(int grid_x, int grid_y, size_t shared_bytes, const Body& body) {
+  const char* error = device::launch<Kernel<THREADS, Body>>(grid_x, grid_y, shared_bytes, body, nullptr);
+  return error ? error : "";
+}
+
+template <int THREADS, class Body> void expect_error(const char* wanted, size_t shared_bytes, const Body& body) {
+  for (const int seed : SEEDS) {
+    device::schedule(seed);
+    const std::string error = launch<THREADS>(1, 1, shared_bytes, body);
+    if (error.find(wanted) == std::string::npos) fail("'%s' instead of '%s', seed %d", error.c_str(), wanted, seed);
+  }
+  const std::string after = launch<THREADS>(1, 1, 0, [] { device::sync(); });  // a launch that failed leaves nothing behind
+  if (!after.empty()) fail("after '%s': %s", wanted, after.c_str());
+}
+
+// --- numbers -----------------------------------------------------------------------------------------------------------
+
+double value_f16(uint32_t bits) {  // by its definition
+  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  const double sign = bits & 0x8000 ? -1 : 1;
+  if (exponent == 31) return mantissa ? NAN : sign * INFINITY;
+  return sign * (exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24));
+}
+
+double value_bf16(uint32_t bits) { return device::from_bits(bits << 16); }
+
+// Of all values that may be the result: the nearest, of two the even one.
+template <class Value> uint32_t nearest(float x, uint32_t infinity, Value value) {
+  uint32_t low = 0, high = infinity;  // finite values and infinity ascend with their bits
+  const double wanted = std::fabs(x);
+  while (high - low > 1) {
+    const uint32_t middle = (low + high) / 2;
+    (value(middle) <= wanted ? low : high) = middle;
+  }
+  const double beyond = high == infinity ? 2 * value(low) - value(low - 1) : value(high);  // as if exponents went on
+  const double below = wanted - value(low), above = beyond - wanted;
+  const bool up = std::isinf(wanted) || above < below || (above == below && low % 2);
+  return (up ? high : low) | (std::signbit(x) ? 0x8000 : 0);
+}
+
+void test_numbers() {
+  for (uint32_t bits = 0; bits < 0x10000; bits++) {
+    const double wanted = value_f16(bits);
+    const float is = device::from_f16(uint16_t(bits));
+    CHECK(std::isnan(wanted) ? std::isnan(is) : wanted == is && std::signbit(wanted) == std::signbit(is));
+    if (!std::isnan(wanted)) CHECK(device::pack_f16(is, -is) == (bits | (bits ^ 0x8000) << 16));
+  }
+  std::vector<float> samples = {0.0f, 65504.0f, 65519.996f, 65520.0f, 65536.0f, 0x1p-24f, 0x1p-25f, 0x1.000002p-25f, 0x1p-149f,
+                                0x1.ffep-15f, 0x1.fffp-15f, 0x1.ffdp-15f, 3.3895314e38f, 3.3961775e38f, INFINITY};
+  for (int k = 0; k < 200000; k++) samples.push_back(device::from_bits(generator()));
+  for (int k = 0; k < 200000; k++) samples.push_back(std::ldexp(uniform(), int(generator() % 50) - 30));
+  for (uint32_t bits = 0; bits < 0x7c00; bits++)  // halfway
+    samples.push_back(float((value_f16(bits) + (bits == 0x7bff ? 65536 : value_f16(bits + 1))) / 2));
+  for (const float x : samples) {
+    const uint32_t f16 = device::pack_f16(x, -x), bf16 = device::pack_bf16(-x, x);
+    if (std::isnan(x)) {
+      CHECK(f16 == 0x7fff7fffu && bf16 == 0x7fff7fffu);
+      continue;
+    }
+    const uint32_t want_f16 = nearest(x, 0x7c00, value_f16), want_bf16 = nearest(x, 0x7f80, value_bf16);
+    if ((f16 & 0xffff) != want_f16 || f16 >> 16 != (want_f16 ^ 0x8000)) fail("pack_f16(%a) is %x, not %x", x, f16, want_f16);
+    if (bf16 >> 16 != want_bf16 || (bf16 & 0xffff) != (want_bf16 ^ 0x8000)) fail("pack_bf16(%a) is %x", x, bf16);
+  }
+  CHECK(device::exp2_approx(-126.0f) == 0x1p-126f && device::exp2_approx(-126.5f) == 0.0f);
+  CHECK(device::exp2_approx(3.0f) == 8.0f && device::exp2_approx(-INFINITY) == 0.0f && std::isnan(device::exp2_approx(NAN)));
+  CHECK(device::log2_approx(8.0f) == 3.0f && device::log2_approx(0.0f) == -INFINITY);
+}
+
+// --- threads -----------------------------------------------------------------------------------------------------------
+
+void test_order() {
+  std::set<std::vector<int>> orders;
+  for (const int seed : SEEDS) {
+    device::schedule(seed);
+    std::vector<int> order;
+    std::vector<float> places(64 * 6, 0.0f), sum(1, 0.0f);
+    CHECK(launch<64>(3, 2, 0, [&] {
+            device::add_global(&sum[0], 1.0f);
+            const float now = device::from_bits(__atomic_load_n(reinterpret_cast<uint32_t*>(&sum[0]), __ATOMIC_RELAXED));
+            places[size_t(64 * (3 * device::block_y() + device::block_x()) + device::thread())] = now;
+          }).empty());
+    for (const float x : places) order.push_back(int(x));
+    CHECK(std::set<int>(order.begin(), order.end()).size() == order.size() && sum[0] == float(order.size()));
+    for (size_t k = 0; k < order.size(); k++) {
+      if (seed == 0) CHECK(order[k] == int(k) + 1);
+      if (seed == 1) CHECK(order[k] == int(order.size() - k));
+    }
+    orders.insert(order);
+  }
+  CHECK(orders.size() == std::size(SEEDS));
+}
+
+void test_meeting() {
+  std::vector<uint32_t> expected;
+  for (const int seed : SEEDS) {
+    device::schedule(seed);
+    std::vector<uint32_t> out(4 * 128, 0);
+    const std::string error = launch<128>(4, 1, 128 * 4 + 16, [&] {
+      auto* const memory = reinterpret_cast<uint32_t*>(device::shared());
+      const int t = device::thread();
+      CHECK(uintptr_t(memory) % 1024 == 0 && memory[t] == 0xffffffffu && memory[131] == 0xffffffffu);
+      memory[t] = uint32_t(t + 1000 * device::block_x());
+      for (int round = 0; round < 5; round++) {
+        device::sync();
+        const uint32_t far = memory[(t + 32) % 128];
+        device::sync();
+        memory[t] = far * 3 + device::shuffle_xor(far, 1 << round);
+        device::sync_warp();
+        const uint32_t near = memory[t ^ 5];
+        device::sync_warp();
+        memory[t] = near;
+      }
+      if (t < 64) {
+        device::sync_some(3, 64);
+        memory[t] += memory[63 - t] * 0;
+      } else {
+        device::sync_some(1, 64);
+      }
+      double wide = device::shuffle_xor(double(memory[t]), 0);
+      out[size_t(128 * device::block_x() + t)] = uint32_t(wide);
+    });
+    if (!error.empty()) fail("%s", error.c_str());
+    if (seed == 0) expected = out;
+    CHECK(out == expected);
+  }
+  CHECK(expected[0] != expected[128] && expected[0] != 0);
+}
+
+std::vector<int> without_barrier(int seed) {
+  device::schedule(seed);
+  std::vector<int> out(64);
+  launch<64>(1, 1, 64 * 4, [&] {
+    auto* const memory = reinterpret_cast<int*>(device::shared());
+    const int t = device::thread();
+    memory[t] = t;
+    device::shuffle_xor(t, 1);  // orders no memory
+    out[size_t(t)] = memory[63 - t];
+  });
+  return out;
+}
+
+void test_errors() {
+  using namespace device;
+  expect_error<64>("lanes of warp 1 meet at different operations: ", 0, [] {
+    if (thread() == 40) sync_warp();
+    else shuffle_xor(1, 1);
+  });
+  expect_error<128>("deadlock: threads 0-31 have returned; threads 32-127 wait in sync; barrier 0 has 96 of 128", 0, [] {
+    if (thread() >= 32) sync();
+  });
+  expect_error<64>("threads 0-31 wait in sync; threads 32-63 wait in sync_some; barrier 0 has 32 of 64; barrier 2 has 32 of 64", 0,
+                   [] { thread() < 32 ? sync() : sync_some(2, 64); });
+  expect_error<32>("threads 0-15 have returned; threads 16-31 wait in shuffle_xor", 0, [] {
+    if (thread() >= 16) shuffle_xor(1.0f, 1);
+  });
+  expect_error<64>("threads", 0, [] {
+    if (thread() != 63) sync_some(2, thread() < 62 ? 64 : 32);
+    else sync_some(3, 32);
+  });
+  expect_error<32>("sync_some with barrier 16", 0, [] { sync_some(16, 32); });
+  expect_error<32>("sync_some of 16 threads", 0, [] { sync_some(1, 16); });
+  expect_error<32>("more than 232448 bytes", 232449, [] {});
+  alignas(16) static float source[8] = {};
+  expect_error<32>("copy16 with an address that", 64, [] { copy16(shared() + 8, source, 16); });
+  expect_error<32>("copy16 with an address that", 64, [] { copy16(shared(), source + 1, 16); });
+  expect_error<32>("copy16 of 17 bytes", 64, [] { copy16(shared(), source, 17); });
+  expect_error<32>("copy16 to outside of shared memory", 72, [] { copy16(shared() + 64, source, 16); });
+  expect_error<32>("copy16 to outside of shared memory", 72, [] { copy16(source, source, 16); });
+  expect_error<32>("copy16 that nobody waited for", 64, [] { copy16(shared(), source, 16), copy_wait<0>(); });
+  expect_error<32>("copy16 that nobody waited for", 64, [] { copy16(shared(), source, 16), copy_commit(), copy_wait<1>(); });
+  expect_error<32>("load_matrices from an address", 64, [] {
+    uint32_t r[4];
+    load_matrices(r, shared() + 8);
+  });
+  expect_error<32>("add_global4 to an address", 0, [] { add_global4(source + 1, 0, 0, 0, 0); });
+  const std::string none = launch<32>(0, 1, 0, [] {});
+  CHECK(none == "a grid without blocks");
+}
+
+// --- copies ------------------------------------------------------------------------------------------------------------
+
+void test_copies() {
+  for (const int seed : SEEDS) {
+    device::schedule(seed);
+    alignas(16) uint32_t from[64 * 4];
+    for (uint32_t k = 0; k < 256; k++) from[k] = k + 1;
+    const std::string error = launch<64>(1, 1, 64 * 32, [&] {
+      const int t = device::thread(), bytes = t % 17;
+      auto* const mine = reinterpret_cast<uint32_t*>(device::shared() + 32 * t);
+      device::copy16(mine, bytes ? from + 4 * t : reinterpret_cast<const uint32_t*>(3), bytes);
+      device::copy_commit();
+      device::copy16(mine + 4, from + 4 * t, 16);
+      device::copy_commit();
+      CHECK(mine[0] == 0xffffffffu && mine[4] == 0xffffffffu);
+      device::copy_wait<2>();
+      CHECK(mine[0] == 0xffffffffu && mine[4] == 0xffffffffu);
+      device::copy_wait<1>();
+      CHECK(mine[4] == 0xffffffffu);
+      uint32_t wanted[4] = {};
+      std::memcpy(wanted, from + 4 * t, size_t(bytes));
+      CHECK(!std::memcmp(mine, wanted, 16));
+      device::copy_wait<0>();
+      device::sync();
+      CHECK(mine[4 + t % 4] == uint32_t(4 * t + t % 4 + 1));
+      const int next = (t + 1) % 64;
+      CHECK(reinterpret_cast<uint32_t*>(device::shared() + 32 * next)[7] == uint32_t(4 * next + 4));
+      device::copy_commit();  // a group of nothing
+    });
+    if (!error.empty()) fail("%s", error.c_str());
+  }
+}
+
+void test_adding() {
+  for (const int seed : SEEDS) {
+    device::schedule(seed);
+    alignas(16) float sums[8] = {};
+    const std::string error = launch<96>(5, 3, 0, [&] {
+      const float t = float(device::thread());
+      device::add_global(&sums[0], t);
+      device::add_global4(&sums[4], 1.0f, t, float(device::block_x()), -2.0f);
+    });
+    CHECK(error.empty() && sums[0] == 15 * 96 * 95 / 2 && sums[1] == 0 && sums[4] == 15 * 96);
+    CHECK(sums[5] == sums[0] && sums[6] == 96 * 3 * 10 && sums[7] == -2 * 15 * 96);
+  }
+}
+
+// --- matrices ----------------------------------------------------------------------------------------------------------
+
+void test_loading() {
+  for (const int seed : SEEDS) {
+    device::schedule(seed);
+    const std::string error = launch<64>(1, 1, 2 * 32 * 16, [] {
+      const int t = device::thread(), lane = t % 32;
+      auto* const rows = reinterpret_cast<uint16_t*>(device::shared() + t / 32 * 512);
+      // Row k of matrix m stands at place 8k + m, to be told from the order of lanes.
+      const auto place = [](int m, int k) { return (4 * k + m) * 8; };
+      for (int j = 0; j < 8; j++) rows[place(lane / 8, lane % 8) + j] = uint16_t(100 * (lane / 8) + 10 * (lane % 8) + j);
+      device::sync_warp();
+      uint32_t r[4], transposed[4];
+      device::load_matrices(r, rows + place(lane / 8, lane % 8));
+      device::load_matrices_transposed(transposed, rows + place(lane / 8, lane % 8));
+      for (int m = 0; m < 4; m++) {
+        const int i = lane / 4, j = lane % 4 * 2;
+        CHECK((r[m] & 0xffff) == uint32_t(100 * m + 10 * i + j) && r[m] >> 16 == uint32_t(100 * m + 10 * i + j + 1));
+        CHECK((transposed[m] & 0xffff) == uint32_t(100 * m + 10 * j + i));
+        CHECK(transposed[m] >> 16 == uint32_t(100 * m + 10 * (j + 1) + i));
+      }
+    });
+    if (!error.empty()) fail("%s", error.c_str());
+  }
+}
+
+// Fragments by the PTX manual's tables: row and column of element i of a lane's a, b and c.
+struct Place {
+  int row, column;
+};
+Place a16(int lane, int i) { return {lane / 4 + (i % 4 < 2 ? 0 : 8), lane % 4 * 2 + i % 2 + (i < 4 ? 0 : 8)}; }
+Place b16(int lane, int i) { return {lane % 4 * 2 + i % 2 + (i < 2 ? 0 : 8), lane / 4}; }
+Place a8(int lane, int i) { return {lane / 4 + (i % 2 ? 8 : 0), lane % 4 + (i < 2 ? 0 : 4)}; }
+Place b8(int lane, int i) { return {lane % 4 + (i ? 4 : 0), lane / 4}; }
+Place c(int lane, int i) { return {lane / 4 + (i < 2 ? 0 : 8), lane % 4 * 2 + i % 2}; }
+
+enum Format { BF16, F16, TF32 };
+
+void test_products(Format format) {
+  const int K = format == TF32 ? 8 : 16;
+  float left[16][16], right[16][8], sum[16][8], before[16][8];
+  const auto round = [&](float x) {
+    if (format == BF16) return float(value_bf16(device::pack_bf16(x, 0)));
+    if (format == F16) return float(value_f16(device::pack_f16(x, 0)));
+    return device::from_bits(device::to_bits(x) & ~0x1fffu);
+  };
+  for (auto& row : left)
+    for (float& x : row) x = uniform();
+  for (auto& row : right)
+    for (float& x : row) x = uniform();
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < 8; j++) {
+      sum[i][j] = before[i][j] = uniform();
+      double total = before[i][j];
+      for (int k = 0; k < K; k++) total += double(round(left[i][k])) * double(round(right[k][j]));
+      sum[i][j] = float(total);
+    }
+  for (const int seed : SEEDS) {
+    device::schedule(seed);
+    const std::string error = launch<64>(1, 1, 0, [&] {
+      const int lane = device::thread() % 32;
+      uint32_t a[4], b[2];
+      float d[4];
+      for (int i = 0; i < 4; i++) {
+        d[i] = before[c(lane, i).row][c(lane, i).column];
+        const auto l = [&](Place p) { return left[p.row][p.column]; };
+        const auto r = [&](Place p) { return right[p.row][p.column]; };
+        if (format == TF32) {
+          a[i] = device::to_bits(l(a8(lane, i)));
+          if (i < 2) b[i] = device::to_bits(r(b8(lane, i)));
+        } else {
+          const auto pack = format == BF16 ? device::pack_bf16 : device::pack_f16;
+          a[i] = pack(l(a16(lane, 2 * i)), l(a16(lane, 2 * i + 1)));
+          if (i < 2) b[i] = pack(r(b16(lane, 2 * i)), r(b16(lane, 2 * i + 1)));
+        }
+      }
+      if (format == BF16) device::mma_bf16(d, a, b[0], b[1]);
+      if (format == F16) device::mma_f16(d, a, b[0], b[1]);
+      if (format == TF32) device::mma_tf32(d, a, b[0], b[1]);
+      for (int i = 0; i < 4; i++) CHECK(d[i] == sum[c(lane, i).row][c(lane, i).column]);
+    });
+    if (!error.empty()) fail("%s", error.c_str());
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------------------
+
+void time_block() {
+  device::schedule(0);
+  const int blocks = 200;
+  const auto start = std::chrono::steady_clock::now();
+  const std::string error = launch<128>(blocks, 1, 1024, [] {
+    float c[4] = {};
+    const uint32_t a[4] = {1, 2, 3, 4};
+    for (int k = 0; k < 64; k++) {
+      device::mma_bf16(c, a, 5, 6);
+      if (k < 10) device::sync();
+    }
+  });
+  const std::chrono::duration<double, std::micro> taken = std::chrono::steady_clock::now() - start;
+  std::printf("%.0f us for a block of 128 threads with 64 mma a warp and 10 sync%s\n", taken.count() / blocks, error.c_str());
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const std::string mode = count > 1 ? arguments[1] : "";
+  if (mode == "--race") {
+    without_barrier(2);
+    return 0;
+  }
+  if (mode == "--time") {
+    time_block();
+    return 0;
+  }
+  test_numbers();
+  test_order();
+  test_meeting();
+  test_errors();
+  test_copies();
+  test_adding();
+  test_loading();
+  for (const Format format : {BF16, F16, TF32}) test_products(format);
+#ifndef __SANITIZE_THREAD__
+  CHECK(without_barrier(0) != without_barrier(1));
+#endif
+  std::printf(failures ? "%d failures\n" : "all as it should be\n", failures);
+  return failures != 0;
+}
