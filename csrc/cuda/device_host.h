@@ -496,7 +496,7 @@ template <class T, class Execute> void together(const char* operation, T* operan
   Quiet quiet;
   Thread& me = *self;
   Warp& warp = engine->warps[me.warp];
-  if (warp.arrived && std::strcmp(warp.operation, operation))
+  if (warp.arrived && warp.operation != operation && std::strcmp(warp.operation, operation))
     fail("lanes of warp %d meet at different operations: %s and %s", me.warp, warp.operation, operation);
   warp.operation = operation;
   warp.operands[me.lane] = operands;
@@ -688,8 +688,7 @@ template <int K, class Unpack> void multiply(const char* name, float* c, const u
   Fragments mine{c, a, {b[0], b[1]}};
   together(name, &mine, [&](Fragments** lanes) {
     constexpr int EACH = K / 8;  // elements in a register
-    double sum[16][8];
-    float left[16][K], right[K][8];
+    double sum[16][8], left[16][K], right[K][8];
     for (int lane = 0; lane < 32; lane++) {
       const Fragments& f = *lanes[lane];
       const int i = lane / 4, j = lane % 4;
@@ -702,9 +701,12 @@ template <int K, class Unpack> void multiply(const char* name, float* c, const u
           right[k][i] = unpack(f.b[h], e);
         }
     }
-    for (int k = 0; k < K; k++)
-      for (int i = 0; i < 16; i++)
-        for (int j = 0; j < 8; j++) sum[i][j] += double(left[i][k]) * double(right[k][j]);
+    for (int i = 0; i < 16; i++) {
+      double row[8] = {};  // in registers
+      for (int k = 0; k < K; k++)
+        for (int j = 0; j < 8; j++) row[j] += left[i][k] * right[k][j];
+      for (int j = 0; j < 8; j++) sum[i][j] += row[j];
+    }
     for (int lane = 0; lane < 32; lane++)
       for (int m = 0; m < 2; m++)
         for (int n = 0; n < 2; n++) lanes[lane]->c[2 * m + n] = float(sum[lane / 4 + 8 * m][lane % 4 * 2 + n]);

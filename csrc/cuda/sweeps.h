@@ -488,7 +488,8 @@ template <class E, bool CHUNKS> struct PairGrad {
   static constexpr bool OTHER = E::BOTH_SIDES && !CHUNKS;  // the both-sides form is there
   static constexpr int THREADS = alphacl::THREADS, BLOCKS = 1;
   static constexpr int OTHER_AT = M::REST + Scratch<T>::BYTES;
-  static constexpr int SHARED = OTHER_AT + (OTHER ? SIDE * (2 * SIDE + 16) : 0);
+  static constexpr int TOTALS_AT = OTHER_AT + (OTHER ? SIDE * (2 * SIDE + 16) : 0);
+  static constexpr int SHARED = TOTALS_AT + 4 * (TERM_COUNT + 1) * THREADS * int(sizeof(T));
 
   static DEVICE void body(const Sweep& a) {
     const Lane lane;
@@ -499,7 +500,11 @@ template <class E, bool CHUNKS> struct PairGrad {
     const bool both = OTHER && has(a, BOTH), need_dtau = wants(a, TERM_DTAU);
     const bool need_df = a.weight != WEIGHT_F || wants(a, TERM_DF) || wants(a, TERM_DFT);
     T acc[CHUNKS ? 1 : E::K / 8][4] = {};
-    T total[2][TERM_COUNT] = {}, lost[2][TERM_COUNT] = {}, w_total[2] = {}, w_lost[2] = {};
+    // Totals live in shared memory, a thread's own words: beside the gradient there are no registers for them.
+    auto* totals = reinterpret_cast<T*>(device::shared() + TOTALS_AT) + device::thread();
+    const auto total = [&](int r, int k) -> T& { return totals[(r * (TERM_COUNT + 1) + k) * THREADS]; };
+    const auto lost = [&](int r, int k) -> T& { return totals[((2 + r) * (TERM_COUNT + 1) + k) * THREADS]; };
+    for (int k = 0; k < 4 * (TERM_COUNT + 1); ++k) totals[k * THREADS] = 0;
 
     const auto weigh = [&](const Pieces<T>& y, T t, const Side<T>& side) {
       const T g = a.weight == WEIGHT_F ? y.f : a.weight == WEIGHT_DF ? y.df : y.f + y.df * ((t - side.center) - side.level);
@@ -557,9 +562,9 @@ template <class E, bool CHUNKS> struct PairGrad {
       }
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        add(w_total[r], w_lost[r], w_sums[r]);
+        add(total(r, TERM_COUNT), lost(r, TERM_COUNT), w_sums[r]);
 #pragma unroll
-        for (int k = 0; k < TERM_COUNT; ++k) add(total[r][k], lost[r][k], sums[r][k]);
+        for (int k = 0; k < TERM_COUNT; ++k) add(total(r, k), lost(r, k), sums[r][k]);
       }
     };
 
@@ -591,11 +596,11 @@ template <class E, bool CHUNKS> struct PairGrad {
     for (int r = 0; r < 2; ++r) {
       const Place place = row_place(a, block, lane.row + 8 * r);
       const bool writes = place.keep && lane.t == 0;
-      const T w = row_sum(w_total[r]) * unit;
+      const T w = row_sum(total(r, TERM_COUNT)) * unit;
       if (writes && a.w_sums) put_or_add(both, static_cast<T*>(a.w_sums) + device::block_y() * a.n + place.row, w);
 #pragma unroll
       for (int k = 0; k < TERM_COUNT; ++k) {
-        const T sum = row_sum(total[r][k]);
+        const T sum = row_sum(total(r, k));
         if (!writes || a.row_of_term[k] < 0 || !has(a, ROWS_ANCHOR)) continue;
         put_or_add(both, slot<T>(a, a.sums, device::block_y(), 0) + a.row_of_term[k] * a.anchors + place.row, sum);
       }

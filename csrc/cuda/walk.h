@@ -222,18 +222,16 @@ template <class T> DEVICE T column_sum(T x) {
   x += device::shuffle_xor(x, 8);
   return x + device::shuffle_xor(x, 16);
 }
-// Of 16 columns at once, each lane keeping two of them: x[2m + p] of column 8m + 2t + p in, of columns 8g + 2t + p out.
-template <class T> DEVICE void column_sums(T (&x)[16]) {
-  const int g = device::thread() % 32 / 4;
+// Of 16 columns at once, each lane keeping two of them: x[2m + p] of column 8m + 2t + p in, of columns 8g + 2t + p out. HALF
+// values are sent to the lane that keeps them in each of three exchanges.
+template <int HALF = 8, class T> DEVICE void column_sums(T (&x)[16]) {
+  const bool upper = (device::thread() % 32 & 2 * HALF) != 0;
 #pragma unroll
-  for (int half = 8, lanes = 16; half >= 2; half /= 2, lanes /= 2) {
-    const bool upper = (g & lanes / 4) != 0;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const T mine = upper ? x[i + half] : x[i], other = upper ? x[i] : x[i + half];
-      x[i] = mine + device::shuffle_xor(other, lanes);
-    }
+  for (int i = 0; i < HALF; ++i) {
+    const T mine = upper ? x[i + HALF] : x[i], other = upper ? x[i] : x[i + HALF];
+    x[i] = mine + device::shuffle_xor(other, 2 * HALF);
   }
+  if constexpr (HALF > 2) column_sums<HALF / 2>(x);
 }
 
 }  // namespace alphacl

@@ -362,9 +362,9 @@ void time_block() {
   const auto start = std::chrono::steady_clock::now();
   const std::string error = launch<128>(blocks, 1, 1024, [] {
     float c[4] = {};
-    const uint32_t a[4] = {1, 2, 3, 4};
+    const uint32_t one = device::pack_bf16(1.0f, 1.0f), a[4] = {one, one, one, one};
     for (int k = 0; k < 64; k++) {
-      device::mma_bf16(c, a, 5, 6);
+      device::mma_bf16(c, a, one, one);
       if (k < 10) device::sync();
     }
   });
