@@ -41,9 +41,9 @@ DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
 }
 
 #define ALPHACL_MMA(NAME, SHAPE)                                                                                              \
-  DEVICE void NAME(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {                                          \
-    asm("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                           \
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));      \
+  DEVICE void NAME(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {                                         \
+    asm("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                          \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));     \
   }
 ALPHACL_MMA(mma_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 ALPHACL_MMA(mma_f16, "m16n8k16.row.col.f32.f16.f16.f32")
@@ -75,10 +75,13 @@ DEVICE float log2_approx(float x) {
   return y;
 }
 
-DEVICE void add_global(float* p, float x) { asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(p), "f"(x) : "memory"); }
+DEVICE void add_global(float* p, float x) {
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(p), "f"(x) : "memory");
+}
 DEVICE void add_global4(float* p, float x, float y, float z, float w) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
+               ::"l"(p), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
 #else
   add_global(p, x), add_global(p + 1, y), add_global(p + 2, z), add_global(p + 3, w);
 #endif
@@ -91,7 +94,9 @@ using TensorMap = CUtensorMap;
 DEVICE void barrier_init(uint64_t* b, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(b)), "r"(arrivals) : "memory");
 }
-DEVICE void barrier_publish() { asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;" ::: "memory"); }
+DEVICE void barrier_publish() {
+  asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;" ::: "memory");
+}
 DEVICE void barrier_arrive(uint64_t* b) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(b)) : "memory");
 }
@@ -101,17 +106,81 @@ DEVICE void barrier_expect(uint64_t* b, int bytes) {
 DEVICE void barrier_wait(uint64_t* b, int parity) {
   asm volatile(
       "{\n.reg .pred done;\nwaiting:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra waiting;\n}" ::"r"(address(b)), "r"(parity) : "memory");
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra waiting;\n}"
+      ::"r"(address(b)), "r"(parity) : "memory");
 }
 DEVICE void tensor_copy(void* to, const TensorMap* map, int x, int y, uint64_t* b) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
                    address(to)), "l"(map), "r"(x), "r"(y), "r"(address(b)) : "memory");
 }
+
+// How operands lie in shared memory: device_host_hopper.h.
+DEVICE uint64_t matrix_descriptor(const void* start, int leading, int stride) {
+  const auto field = [](uint32_t bytes) { return uint64_t(bytes >> 4 & 0x3fff); };
+  return field(address(start)) | field(leading) << 16 | field(stride) << 32 | uint64_t(1) << 62;
+}
+
+DEVICE void product_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N> DEVICE void product_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+template <int N> DEVICE void registers_more() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N> DEVICE void registers_less() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
+
+template <int N, int TRANS_B> struct Product;  // N = 64, 128, 256; the assembler wants every accumulator by name
+
+#define ALPHACL_TEN(T) "%" #T "0, %" #T "1, %" #T "2, %" #T "3, %" #T "4, %" #T "5, %" #T "6, %" #T "7, %" #T "8, %" #T "9"
+#define ALPHACL_8(C, I)                                                                                                       \
+  "+f"(C[I]), "+f"(C[I + 1]), "+f"(C[I + 2]), "+f"(C[I + 3]), "+f"(C[I + 4]), "+f"(C[I + 5]), "+f"(C[I + 6]), "+f"(C[I + 7])
+#define ALPHACL_32(C, I) ALPHACL_8(C, I), ALPHACL_8(C, I + 8), ALPHACL_8(C, I + 16), ALPHACL_8(C, I + 24)
+#define ALPHACL_64(C, I) ALPHACL_32(C, I), ALPHACL_32(C, I + 32)
+#define ALPHACL_128(C, I) ALPHACL_64(C, I), ALPHACL_64(C, I + 64)
+#define ALPHACL_30_NAMES ALPHACL_TEN() ", " ALPHACL_TEN(1) ", " ALPHACL_TEN(2) ", "
+#define ALPHACL_60_NAMES ALPHACL_30_NAMES ALPHACL_TEN(3) ", " ALPHACL_TEN(4) ", " ALPHACL_TEN(5) ", "
+#define ALPHACL_120_NAMES                                                                                                     \
+  ALPHACL_60_NAMES ALPHACL_TEN(6) ", " ALPHACL_TEN(7) ", " ALPHACL_TEN(8) ", " ALPHACL_TEN(9) ", " ALPHACL_TEN(10) ", "       \
+  ALPHACL_TEN(11) ", "
+// Pn are the names of the operands after the accumulators.
+#define ALPHACL_PRODUCT(N, NAMES, C, P0, P1, P2, P3, P4, P5, P6)                                                              \
+  template <int TRANS_B> struct Product<N, TRANS_B> {                                                                         \
+    static DEVICE void ss(float (&c)[N / 2], uint64_t a, uint64_t b, int add) {                                               \
+      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " P2 ", 0;\n"                                                        \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" NAMES "}, " P0 ", " P1                        \
+                   ", add, 1, 1, 0, " P3 ";\n}" : C : "l"(a), "l"(b), "r"(add), "n"(TRANS_B));                                \
+    }                                                                                                                         \
+    static DEVICE void rs(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b, int add) {                                   \
+      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " P5 ", 0;\n"                                                        \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" NAMES "}, {" P0 ", " P1 ", " P2 ", " P3 "}, " \
+                   P4 ", add, 1, 1, " P6 ";\n}"                                                                               \
+                   : C : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TRANS_B));                         \
+    }                                                                                                                         \
+  };
+ALPHACL_PRODUCT(64, ALPHACL_30_NAMES "%30, %31", ALPHACL_32(c, 0), "%32", "%33", "%34", "%35", "%36", "%37", "%38")
+ALPHACL_PRODUCT(128, ALPHACL_60_NAMES "%60, %61, %62, %63", ALPHACL_64(c, 0), "%64", "%65", "%66", "%67", "%68", "%69", "%70")
+ALPHACL_PRODUCT(256, ALPHACL_120_NAMES "%120, %121, %122, %123, %124, %125, %126, %127",
+                ALPHACL_128(c, 0), "%128", "%129", "%130", "%131", "%132", "%133", "%134")
+#undef ALPHACL_PRODUCT
+#undef ALPHACL_120_NAMES
+#undef ALPHACL_60_NAMES
+#undef ALPHACL_30_NAMES
+#undef ALPHACL_128
+#undef ALPHACL_64
+#undef ALPHACL_32
+#undef ALPHACL_8
+#undef ALPHACL_TEN
+
+template <int N, int TRANS_B> DEVICE void product_ss(float (&c)[N / 2], uint64_t a, uint64_t b, int add) {
+  Product<N, TRANS_B>::ss(c, a, b, add);
+}
+template <int N, int TRANS_B> DEVICE void product_rs(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b, int add) {
+  Product<N, TRANS_B>::rs(c, a, b, add);
+}
+
 DEVICE void sync_some(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // --- launch ------------------------------------------------------------------------------------------------------------
 
-template <class K> __global__ void __launch_bounds__(K::THREADS, K::BLOCKS) entry(const __grid_constant__ typename K::Args args) {
+template <class K>
+__global__ void __launch_bounds__(K::THREADS, K::BLOCKS) entry(const __grid_constant__ typename K::Args args) {
   K::body(args);
 }
 

@@ -1,11 +1,13 @@
-"""Compiles csrc/cpu and test_kernels.cpp with sanitizers and runs the test.
+"""Compiles the tests of C++ code with sanitizers and runs them.
 
     python tests/cpp/run.py                       AddressSanitizer and UndefinedBehaviorSanitizer, all cases
     python tests/cpp/run.py --thread              ThreadSanitizer, fewer cases
     python tests/cpp/run.py --sanitize none       neither: for a debugger, or for timing
+    python tests/cpp/run.py --only test_device    one of them
 
-CXX is the compiler, as for setup.py, whose instruction sets and flags these are. Objects are kept in build/test_kernels and
-compiled again when a source or a flag has changed.
+test_kernels is csrc/cpu, test_device the emulated GPU of csrc/cuda (whose races must be reported, too). CXX is the compiler,
+as for setup.py, whose instruction sets and flags these are. Objects are kept in build/test_kernels and compiled again when a
+source or a flag has changed.
 """
 
 from __future__ import annotations
@@ -18,13 +20,16 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 OBJECTS = ROOT / "build" / "test_kernels"
-TEST = Path("tests") / "cpp" / "test_kernels.cpp"
+TESTS = Path("tests") / "cpp"
+CUDA = Path("csrc") / "cuda"
+PROGRAMS = ("test_kernels", "test_device")
 SANITIZERS = {"address": "address,undefined", "thread": "thread", "none": ""}
 #: A sweep that asks for too much memory is one of the tests; threads outnumber cores, so they had better not spin.
 ENVIRONMENT = {
@@ -49,8 +54,8 @@ def build_settings() -> dict[str, Any]:
     return scope
 
 
-def build(sanitize: str) -> Path:
-    """Compiles what has changed, links, and returns the program."""
+def build(sanitize: str, programs: Sequence[str]) -> dict[str, Path]:
+    """Compiles what has changed, links, and returns the programs."""
     setup = build_settings()
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     OBJECTS.mkdir(parents=True, exist_ok=True)
@@ -73,13 +78,18 @@ def build(sanitize: str) -> Path:
     if missing:
         print(f"not compiled, the compiler does not know them: {', '.join(missing)}")
     sources = setup["SOURCES"]
-    jobs = {name: [*extra, f"-DALPHACL_ISA={name}", str(sources / "kernels.cpp")] for name, extra in sets.items()}
+    jobs: dict[str, list[str]] = {}
+    for name, extra in sets.items():
+        jobs[name] = [*extra, f"-DALPHACL_ISA={name}", str(sources / "kernels.cpp")]
     known = [f"-DALPHACL_WITH_{name.upper()}" for name in sets if name != "portable"]
     known += ['-DALPHACL_BUILD="test"', '-DALPHACL_SOURCES="test"']
     jobs["driver"] = [*threads, *known, str(sources / "driver.cpp")]
-    jobs["test_kernels"] = [*threads, *(["-DALPHACL_WRAPPED"] if wrap else []), str(TEST)]
+    jobs["test_kernels"] = [*threads, *(["-DALPHACL_WRAPPED"] if wrap else []), str(TESTS / "test_kernels.cpp")]
+    parts = {"test_kernels": list(jobs), "test_device": ["test_device"]}
+    # Its time goes into compilation.
+    jobs["test_device"] = ["-O0", "-g1", "-DALPHACL_EMULATED", str(TESTS / "test_device.cpp")]
     version = setup["run"]([*compiler, "--version"])
-    headers = b"".join(file.read_bytes() for file in sorted((ROOT / sources).glob("*.h")))
+    headers = b"".join(file.read_bytes() for folder in (sources, CUDA) for file in sorted((ROOT / folder).glob("*.h")))
 
     def compile_one(name: str) -> Path:
         command = [*compiler, *flags, *jobs[name], "-c"]
@@ -96,19 +106,40 @@ def build(sanitize: str) -> Path:
             partial.replace(target)
         return target
 
-    order = sorted(jobs, key=lambda name: name not in ("portable", "avx2", "avx512"))  # the longest first
+    wanted = [name for program in programs for name in parts[program]]
+    order = sorted(wanted, key=lambda name: name not in ("portable", "avx2", "avx512"))  # the longest first
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
-            objects = list(pool.map(compile_one, order))
+            objects = dict(zip(order, pool.map(compile_one, order), strict=True))
         except RuntimeError as error:
             pool.shutdown(cancel_futures=True)
             sys.exit(f"does not compile: {error}")
-    program = OBJECTS / f"test_kernels_{sanitize}"
-    command = [*compiler, *flags, *threads, "-pthread", *wrap, *map(str, objects), "-o", str(program)]
-    linked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if linked.returncode:
-        sys.exit(f"does not link: {shlex.join(command)}\n{linked.stderr}")
-    return program
+    linked = {}
+    for program in programs:
+        linked[program] = OBJECTS / f"{program}_{sanitize}"
+        own = wrap if program == "test_kernels" else []
+        files = [str(objects[name]) for name in parts[program]]
+        command = [*compiler, *flags, *threads, "-pthread", *own, *files, "-o", str(linked[program])]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"does not link: {shlex.join(command)}\n{done.stderr}")
+    return linked
+
+
+def run(command: list[str]) -> None:
+    start = time.monotonic()
+    code = subprocess.run(command, env={**ENVIRONMENT, **os.environ}).returncode
+    print(f"{Path(command[0]).name} ran for {time.monotonic() - start:.0f} s", flush=True)
+    if code:
+        sys.exit(f"{shlex.join(command)} failed: " + (f"signal {-code}" if code < 0 else f"exit status {code}"))
+
+
+def run_races(program: str) -> None:
+    """Each must be reported: otherwise the absence of reports says nothing about kernels."""
+    for name in subprocess.run([program, "--races"], check=True, capture_output=True, text=True).stdout.split():
+        done = subprocess.run([program, "--race", name], env={**ENVIRONMENT, **os.environ}, capture_output=True, text=True)
+        if done.returncode == 0 or "data race" not in done.stderr:
+            sys.exit(f"ThreadSanitizer overlooks the race {name}\n{done.stdout}{done.stderr}")
 
 
 def main() -> None:
@@ -116,22 +147,21 @@ def main() -> None:
     parser.add_argument("--sanitize", choices=SANITIZERS, default="address")
     parser.add_argument("--thread", action="store_const", const="thread", dest="sanitize", help="short for --sanitize thread")
     parser.add_argument("--short", action="store_true", help="fewer cases; always so with ThreadSanitizer")
+    parser.add_argument("--only", choices=PROGRAMS, help="one of the tests")
     parser.add_argument("--seed", type=int, default=1, help="of the random sample")
     options = parser.parse_args()
     os.chdir(ROOT)  # setup.py's paths are relative to it
 
     start = time.monotonic()
-    program = build(options.sanitize)
-    built = time.monotonic()
-    print(f"compiled in {built - start:.0f} s", flush=True)
-    command = [str(program), "--seed", str(options.seed)]
-    if options.short or options.sanitize == "thread":
-        command.append("--short")
-    environment = {**ENVIRONMENT, **os.environ}
-    code = subprocess.run(command, env=environment).returncode
-    print(f"ran for {time.monotonic() - built:.0f} s")
-    if code:
-        sys.exit(f"{shlex.join(command)} failed: " + (f"signal {-code}" if code < 0 else f"exit status {code}"))
+    programs = build(options.sanitize, [options.only] if options.only else PROGRAMS)
+    print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
+    if "test_device" in programs:
+        run([str(programs["test_device"])])
+        if options.sanitize == "thread":
+            run_races(str(programs["test_device"]))
+    if "test_kernels" in programs:
+        short = ["--short"] if options.short or options.sanitize == "thread" else []
+        run([str(programs["test_kernels"]), "--seed", str(options.seed), *short])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 // The GPU as csrc/cuda/device_host.h emulates it: that primitives do what device.h and the PTX manual say, that misuse is
-// noticed, and that the order of threads is what device::schedule() says. `--race` runs a kernel that lacks a barrier and
-// returns 0, for ThreadSanitizer to object; `--time` says what a block costs.
+// noticed, and that the order of threads is what device::schedule() says.
+//
+//   test_device                all of that
+//   test_device --race NAME    a kernel with a race, for ThreadSanitizer to object to; `--races` lists the names
+//   test_device --time         what a block costs
 
 #include <chrono>
 #include <cmath>
@@ -193,7 +196,7 @@ void test_errors() {
   expect_error<128>("deadlock: threads 0-31 have returned; threads 32-127 wait in sync; barrier 0 has 96 of 128", 0, [] {
     if (thread() >= 32) sync();
   });
-  expect_error<64>("threads 0-31 wait in sync; threads 32-63 wait in sync_some; barrier 0 has 32 of 64; barrier 2 has 32 of 64", 0,
+  expect_error<64>("threads 0-31 wait in sync; threads 32-63 wait in sync_some; barrier 0 has 32 of 64; barrier 2 has 32", 0,
                    [] { thread() < 32 ? sync() : sync_some(2, 64); });
   expect_error<32>("threads 0-15 have returned; threads 16-31 wait in shuffle_xor", 0, [] {
     if (thread() >= 16) shuffle_xor(1.0f, 1);
@@ -354,6 +357,283 @@ void test_products(Format format) {
   }
 }
 
+// --- mbarriers and tensor copies ---------------------------------------------------------------------------------------
+
+constexpr int STAGE = 8 * 128;  // bytes of a box of 8 rows of 64 elements
+
+// A warp copies the boxes of a column of `image` one after the other into two stages, a warpgroup reads them.
+struct Ring {
+  int pitch, boxes;
+  std::vector<uint16_t> image;
+  device::TensorMap map;
+  Ring(int columns, int rows) : pitch(columns / 8 * 8 + 8), boxes(rows / 8 + 1), image(size_t(pitch * rows)) {
+    for (size_t k = 0; k < image.size(); k++) image[k] = uint16_t(k + 1);
+    map = {image.data(), 2, columns, rows, 2 * pitch, 8};
+  }
+  bool skip_full = false, skip_empty = false;  // to leave out a wait
+
+  void run(int x, std::vector<uint16_t>& out) const {
+    using namespace device;
+    auto* const full = reinterpret_cast<uint64_t*>(shared() + 2 * STAGE);
+    uint64_t* const empty = full + 2;
+    if (thread() == 0) {
+      for (int k = 0; k < 2; k++) barrier_init(full + k, 1), barrier_init(empty + k, 128);
+      barrier_publish();
+    }
+    sync();
+    for (int k = 0; k < boxes; k++) {
+      const int stage = k % 2, round = k / 2;
+      if (thread() == 128) {
+        if (!skip_empty) barrier_wait(empty + stage, (round & 1) ^ 1);
+        barrier_expect(full + stage, STAGE);
+        tensor_copy(shared() + stage * STAGE, &map, x, 8 * k, full + stage);
+      } else if (thread() < 128) {
+        if (!skip_full) barrier_wait(full + stage, round & 1);
+        for (int e = 4 * thread(); e < 4 * thread() + 4; e++) {
+          const int row = e / 64, column = e % 64;
+          uint16_t is;
+          std::memcpy(&is, shared() + stage * STAGE + row * 128 + (column / 8 ^ row) * 16 + column % 8 * 2, 2);
+          out[size_t(512 * k + e)] = is;
+        }
+        barrier_arrive(empty + stage);
+      }
+    }
+    if (skip_full && thread() == 128) {
+      for (int stage = 0; stage < 2; stage++) barrier_wait(full + stage, ((boxes - 1 - stage) / 2) & 1);
+    }
+  }
+};
+
+void test_ring() {
+  const Ring ring(100, 37);
+  for (const int seed : SEEDS) {
+    for (const int x : {-8, 0, 64}) {
+      device::schedule(seed);
+      std::vector<uint16_t> out(size_t(512 * ring.boxes), 0xffff);
+      const std::string error = launch<160>(1, 1, 2 * STAGE + 32, [&] { ring.run(x, out); });
+      if (!error.empty()) fail("%s", error.c_str());
+      for (int row = 0; row < 8 * ring.boxes; row++)
+        for (int column = x; column < x + 64; column++) {
+          const bool inside = row < 37 && column >= 0 && column < 100;
+          CHECK(out[size_t(64 * row + column - x)] == (inside ? ring.image[size_t(ring.pitch * row + column)] : 0));
+        }
+    }
+  }
+}
+
+// --- products of a warpgroup -------------------------------------------------------------------------------------------
+
+// Operands of 64 values of k as device_host_hopper.h says they lie: the 16-byte piece at row (K-major) or k (MN-major)
+// modulo 8, exclusive-or, of its line.
+void place_k_major(unsigned char* to, int i, int k, uint16_t bits) {
+  std::memcpy(to + i * 128 + (k / 8 ^ i % 8) * 16 + k % 8 * 2, &bits, 2);
+}
+void place_mn_major(unsigned char* to, int leading, int k, int j, uint16_t bits) {
+  std::memcpy(to + j / 64 * leading + k * 128 + (j % 64 / 8 ^ k % 8) * 16 + j % 8 * 2, &bits, 2);
+}
+
+enum Hurry { NO, C_TOO_EARLY, OPERAND_TOO_EARLY, A_TOO_EARLY };
+
+// 64 × N from k = 64, by two warpgroups of which the second has twice the A; what a hurried one gets is garbage.
+template <int N, int TRANS_B> void test_product(bool registers, Hurry hurry) {
+  constexpr int A = 64 * 128, B = N * 128;
+  std::vector<float> left(64 * 64), right(64 * N), before(64 * N), wanted(2 * 64 * N);
+  const auto round = [](float x) { return float(value_bf16(device::pack_bf16(x, 0) & 0xffff)); };
+  for (auto* values : {&left, &right, &before})
+    for (float& x : *values) x = round(uniform());
+  for (int i = 0; i < 64; i++)
+    for (int j = 0; j < N; j++)
+      for (int group = 0; group < 2; group++) {
+        float total = before[size_t(i * N + j)];
+        for (int step = 0; step < 4; step++) {
+          double sum = double(total);
+          for (int k = 16 * step; k < 16 * step + 16; k++)
+            sum += (1 + group) * double(left[size_t(i * 64 + k)]) * double(right[size_t(k * N + j)]);
+          total = float(sum);
+        }
+        wanted[size_t((group * 64 + i) * N + j)] = total;
+      }
+  for (const int seed : SEEDS) {
+    device::schedule(seed);
+    std::vector<float> out(2 * 64 * N, 0.0f);
+    const std::string error = launch<256>(1, 1, 2 * A + B, [&] {
+      using namespace device;
+      const int t = thread(), lane = t % 32, group = t / 128, warp = t / 32 % 4;
+      unsigned char* const a = shared() + group * A;
+      unsigned char* const b = shared() + 2 * A;
+      const auto bits = [](float x) { return uint16_t(pack_bf16(x, 0)); };
+      for (int e = t % 128; e < 64 * 64; e += 128)
+        place_k_major(a, e / 64, e % 64, bits(float(1 + group) * left[size_t(e)]));
+      for (int e = t; e < 64 * N; e += 256) {
+        if (TRANS_B) place_mn_major(b, 64 * 128, e / N, e % N, bits(right[size_t(e)]));
+        else place_k_major(b, e % N, e / N, bits(right[size_t(e)]));
+      }
+      sync();
+      float c[N / 2];
+      const auto place = [&](int e) {
+        return size_t((16 * warp + lane / 4 + e / 2 % 2 * 8) * N + e / 4 * 8 + lane % 4 * 2 + e % 2);
+      };
+      for (int e = 0; e < N / 2; e++) c[e] = before[place(e)];
+      uint32_t x[4][4];
+      for (int step = 0; step < 4; step++)
+        for (int i = 0; i < 4; i++) {
+          const auto l = [&](int e) {
+            const Place p = a16(lane, e);
+            return float(1 + group) * left[size_t((16 * warp + p.row) * 64 + 16 * step + p.column)];
+          };
+          x[step][i] = pack_bf16(l(2 * i), l(2 * i + 1));
+        }
+      product_begin();
+      for (int step = 0; step < 4; step++) {
+        const uint64_t operand = TRANS_B ? matrix_descriptor(b + step * 2048, 64 * 128, 1024)
+                                         : matrix_descriptor(b + step * 32, 0, 1024);
+        if (registers) product_rs<N, TRANS_B>(c, x[step], operand, 1);
+        else product_ss<N, TRANS_B>(c, matrix_descriptor(a + step * 32, 0, 1024), operand, 1);
+      }
+      product_commit();
+      float sum = 0;
+      if (hurry == C_TOO_EARLY) sum = c[0];
+      if (hurry == A_TOO_EARLY) x[3][0] = 0x7fc07fc0;
+      if (hurry == OPERAND_TOO_EARLY && t == 0) place_k_major(a, 0, 0, 0x7fc0);
+      product_wait<0>();
+      if (hurry == C_TOO_EARLY) c[0] = sum;
+      for (int e = 0; e < N / 2; e++) out[size_t(64 * N * group) + place(e)] = c[e];
+    });
+    if (!error.empty()) fail("%s", error.c_str());
+    const bool right_result = out == wanted, noticed = seed > 1 || !right_result;
+    if (hurry ? !noticed : !right_result) fail("product of %d columns, %d %d %d, seed %d", N, TRANS_B, registers, hurry, seed);
+  }
+}
+
+void test_groups() {  // two under way, the first waited for; add = 0 overwrites
+  device::schedule(0);
+  const std::string error = launch<128>(1, 1, 2 * 64 * 128, [] {
+    using namespace device;
+    for (int e = thread(); e < 64 * 64; e += 128)
+      for (int operand = 0; operand < 2; operand++)
+        place_k_major(shared() + operand * 64 * 128, e / 64, e % 64, uint16_t(pack_bf16(1, 0)));
+    sync();
+    const uint64_t a = matrix_descriptor(shared(), 0, 1024), b = matrix_descriptor(shared() + 64 * 128, 0, 1024);
+    float first[32] = {}, second[32] = {};
+    product_begin();
+    product_ss<64, 0>(first, a, b, 0);
+    product_ss<64, 0>(first, a, b, 1);
+    product_commit();
+    product_ss<64, 0>(second, a, b, 0);
+    product_commit();
+    CHECK(std::isnan(first[0]) && std::isnan(second[31]));
+    product_wait<1>();
+    CHECK(first[0] == 32 && first[31] == 32 && std::isnan(second[0]));
+    product_wait<0>();
+    CHECK(second[0] == 16 && second[31] == 16);
+    registers_more<240>();
+    registers_less<24>();
+  });
+  if (!error.empty()) fail("%s", error.c_str());
+}
+
+void test_hopper_errors() {
+  using namespace device;
+  static const auto barrier = [] { return reinterpret_cast<uint64_t*>(shared() + 8192); };
+  static const auto initialised = [](int arrivals) {
+    if (thread() == 0) barrier_init(barrier(), arrivals), barrier_publish();
+    sync();
+  };
+  alignas(16) static uint16_t image[64 * 8] = {};
+  static const TensorMap map = {image, 2, 64, 8, 128, 8};
+  expect_error<32>("deadlock: threads 0-31 wait in barrier_wait", 8200, [] { initialised(1), barrier_wait(barrier(), 0); });
+  expect_error<32>("barrier_wait at what is no mbarrier", 8200, [] { barrier_wait(barrier(), 0); });
+  expect_error<32>("barrier_init outside of shared memory", 8199, [] { initialised(1); });
+  expect_error<32>("barrier_init twice", 8200, [] { initialised(1), initialised(1); });
+  expect_error<32>("more arrivals than barrier_init() announced", 8200, [] {
+    initialised(1);
+    if (thread() == 0) barrier_expect(barrier(), 16), barrier_arrive(barrier());
+  });
+  expect_error<32>("tensor_copy before barrier_publish", 8200, [] {
+    if (thread() == 0) barrier_init(barrier(), 1), tensor_copy(shared(), &map, 0, 0, barrier());
+  });
+  expect_error<32>("no multiple of 1024", 8200, [] {
+    initialised(1);
+    tensor_copy(shared() + 128, &map, 0, 0, barrier());
+  });
+  expect_error<32>("tensor_copy to outside of shared memory", 8200, [] {
+    initialised(1);
+    tensor_copy(shared() + 8192, &map, 0, 0, barrier());
+  });
+  schedule(0);
+  Ring ring(64, 80);
+  ring.skip_empty = true;
+  std::vector<uint16_t> out(size_t(512 * ring.boxes));
+  const std::string early = launch<160>(1, 1, 2 * STAGE + 32, [&] { ring.run(0, out); });
+  if (early.find("barrier_expect: more arrivals") == std::string::npos) fail("'%s'", early.c_str());
+  const std::string late = launch<32>(1, 1, 8200, [] {
+    initialised(1);
+    if (thread() == 0) barrier_expect(barrier(), STAGE), tensor_copy(shared(), &map, 0, 0, barrier());
+  });
+  if (late.find("tensor copies that nobody waited for") == std::string::npos) fail("'%s'", late.c_str());
+  static const auto product = [](int bytes) {
+    float c[32] = {};
+    const uint64_t a = matrix_descriptor(shared() + bytes, 0, 1024);
+    product_ss<64, 0>(c, a, a, 0);
+    product_commit();
+    product_wait<0>();
+  };
+  expect_error<128>("a product without product_begin()", 8192, [] { product(0); });
+  expect_error<64>("a product of a warpgroup in a block of 64 threads", 8192, [] { product(0); });
+  expect_error<128>("operand reaches out of shared memory", 8192, [] { product_begin(), product(1024); });
+  expect_error<128>("threads of a warpgroup issue different products", 16384, [] {
+    product_begin();
+    product(thread() == 77 ? 1024 : 0);
+  });
+  expect_error<128>("products that not all warps of a warpgroup issue", 8192, [] {
+    product_begin();
+    if (thread() < 64) product(0);
+  });
+  expect_error<128>("products that nobody waited for", 8192, [] {
+    float c[32];
+    product_begin();
+    product_ss<64, 0>(c, matrix_descriptor(shared(), 0, 1024), matrix_descriptor(shared(), 0, 1024), 0);
+  });
+}
+
+// --- races ---------------------------------------------------------------------------------------------------------------
+
+struct Race {
+  const char* name;
+  void (*run)();
+};
+const Race RACES[] = {
+    {"sync", [] { without_barrier(2); }},
+    {"sync_warp", [] {
+       launch<32>(1, 1, 32 * 4, [] {
+         auto* const memory = reinterpret_cast<int*>(device::shared());
+         memory[device::thread()] = memory[device::shuffle_xor(device::thread(), 1)];
+       });
+     }},
+    {"copy", [] {  // each thread has waited for its own
+       alignas(16) static float from[4] = {};
+       launch<64>(1, 1, 64 * 16, [] {
+         device::copy16(device::shared() + 16 * device::thread(), from, 16);
+         device::copy_commit();
+         device::copy_wait<0>();
+         device::load_matrices(*new uint32_t[1][4], device::shared() + 16 * (63 - device::thread()));
+       });
+     }},
+    {"blocks", [] {
+       float out = 0;
+       launch<32>(2, 1, 0, [&] {
+         if (device::thread() == 9 * device::block_x()) out += 1;
+       });
+     }},
+    {"full", [] {
+       Ring ring(64, 80);
+       ring.skip_full = true;
+       std::vector<uint16_t> out(size_t(512 * ring.boxes));
+       launch<160>(1, 1, 2 * STAGE + 32, [&] { ring.run(0, out); });
+     }},
+    {"operand", [] { test_product<64, 0>(false, OPERAND_TOO_EARLY); }},
+};
+
 // ------------------------------------------------------------------------------------------------------------------------
 
 void time_block() {
@@ -376,10 +656,12 @@ void time_block() {
 
 int main(int count, char** arguments) {
   const std::string mode = count > 1 ? arguments[1] : "";
-  if (mode == "--race") {
-    without_barrier(2);
-    return 0;
-  }
+  if (mode == "--races")
+    for (const Race& race : RACES) std::puts(race.name);
+  if (mode == "--race")
+    for (const Race& race : RACES)
+      if (count > 2 && !std::strcmp(race.name, arguments[2])) race.run();
+  if (mode == "--races" || mode == "--race") return 0;
   if (mode == "--time") {
     time_block();
     return 0;
@@ -392,7 +674,17 @@ int main(int count, char** arguments) {
   test_adding();
   test_loading();
   for (const Format format : {BF16, F16, TF32}) test_products(format);
-#ifndef __SANITIZE_THREAD__
+  test_ring();
+  for (const bool registers : {false, true}) {
+    test_product<64, 0>(registers, NO), test_product<64, 1>(registers, NO), test_product<128, 0>(registers, NO);
+    test_product<128, 1>(registers, NO), test_product<256, 0>(registers, NO), test_product<256, 1>(registers, NO);
+    test_product<64, 0>(registers, C_TOO_EARLY);
+  }
+  test_product<64, 0>(true, A_TOO_EARLY);
+  test_groups();
+  test_hopper_errors();
+#ifndef __SANITIZE_THREAD__  // which says so
+  test_product<64, 0>(false, OPERAND_TOO_EARLY);
   CHECK(without_barrier(0) != without_barrier(1));
 #endif
   std::printf(failures ? "%d failures\n" : "all as it should be\n", failures);
