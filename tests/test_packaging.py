@@ -19,7 +19,8 @@ def wheel(tmp_path_factory):
     source = tmp_path_factory.mktemp("a folder with spaces") / "src"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(source)], check=True)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), str(source)]
-    subprocess.run(command, check=True, capture_output=True)
+    kept = {**os.environ, "ALPHACL_CUDA_CACHE": str(ROOT / "build" / "cuda")}  # its CUDA kernels are the working tree's
+    subprocess.run(command, check=True, capture_output=True, env=kept)
     (file,) = out.glob("*.whl")
     return file
 
@@ -100,10 +101,11 @@ def test_without_a_compiler_one_line_says_so(tmp_path):
     source = tmp_path / "src"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(source)], check=True)
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    environment = {**os.environ, "CXX": "no-such-compiler"}
+    environment = {**os.environ, "CXX": "no-such-compiler", "ALPHACL_CUDA": "0"}
     run = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=True)
-    (line,) = [line for line in run.stderr.splitlines() if line.startswith("alphacl_fast:")]
+    line, cuda = [line for line in run.stderr.splitlines() if line.startswith("alphacl_fast:")]
     assert "no compiled CPU kernels" in line
+    assert cuda == "alphacl_fast: no compiled CUDA kernels: left out (ALPHACL_CUDA=0)"
     assert "no-such-compiler" in (source / "alphacl_fast" / "_cpu_not_built.txt").read_text()
     demanded = subprocess.run(command, cwd=source, env={**environment, "ALPHACL_CPU": "1"}, capture_output=True, text=True)
     assert demanded.returncode != 0

@@ -1,0 +1,269 @@
+"""Compiles this folder: for GPUs with nvcc, and for the host with a C++ compiler (ALPHACL_EMULATED), to test the same sources.
+
+    python setup.py build_cuda               alphacl_fast/_cuda.abi3.so
+    python setup.py build_cuda --emulated    build/cuda/emulated-….so, whose path is printed
+
+Objects are kept in build/cuda (or ALPHACL_CUDA_CACHE) and compiled again when a source, a flag or a compiler has changed. What
+ptxas says of an object's kernels lies beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = Path("csrc") / "cuda"  # relative to ROOT: objects are the same wherever the tree is
+DTYPES = ("BFLOAT16", "FLOAT16", "FLOAT64", "FLOAT32", "TFLOAT32")  # the longest to compile first
+#: Machine code for all of Ampere and Ada, and for Hopper; later GPUs compile the first one's PTX when the library is loaded.
+ARCHITECTURES = "8.0+PTX;9.0a"
+COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden"]
+OLDEST_TORCH = (2, 10)
+#: Of each object so many versions are kept.
+KEPT = 4
+
+
+class Object(NamedTuple):
+    name: str
+    command: tuple[str, ...]  # without -o
+    source: str
+
+
+def library(output: Path) -> str:
+    """Builds the library for GPUs; returns compiler, flags and architectures, which the library can tell as well.
+
+    Raises RuntimeError with a reason of one line where it cannot be built, CalledProcessError where a compiler fails.
+    """
+    compiler = nvcc()
+    headers, libraries = torch_folders(cuda=True)
+    output = output.absolute()
+    jobs, summary = kernel_jobs(compiler)
+    jobs += host_jobs([*COMMON, "-O2", "-DUSE_CUDA"], summary, headers)
+    # Of the static runtime nothing is exported, and torch's own copy of it is not taken in its place.
+    closed = ["-Wl,-Bsymbolic", "-Wl,--exclude-libs,ALL"]
+    link = [*compiler, "-shared", "--cudart=static", *(f"-Xcompiler={flag}" for flag in closed), f"-L{libraries}"]
+    with locked():
+        assemble(jobs, [*link, "-ltorch_cuda", "-ltorch_cpu"], output)
+    return summary
+
+
+def emulated() -> Path:
+    """The library for CPU tensors, built if need be."""
+    headers, libraries = torch_folders(cuda=False)
+    flags = [*COMMON, "-O2", "-ffp-contract=off", "-DALPHACL_EMULATED", "-DALPHACL_NAMESPACE=alphacl_fast_cuda_emulated"]
+    jobs = [
+        Object(f"emulated_{dtype}", (*host_compiler(), *flags, f"-DALPHACL_DTYPE={dtype}", "-x", "c++"), "kernels.cu")
+        for dtype in DTYPES
+    ]
+    jobs += host_jobs(flags, f"{version(host_compiler())}; {shlex.join(flags)}", headers, "emulated_")
+    link = [*host_compiler(), "-shared", "-pthread", "-Wl,-Bsymbolic", f"-L{libraries}", "-ltorch_cpu"]
+    text = "\0".join([*map(key, jobs), *link])
+    output = cache() / f"emulated-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
+    with locked():
+        if not output.exists():
+            assemble(jobs, link, output)
+            forget(cache().glob("emulated-*.so"))
+    return output
+
+
+def kernel_jobs(compiler: list[str]) -> tuple[list[Object], str]:
+    """The kernels of each dtype for GPUs, and how they are compiled, in words."""
+    listed = architectures()
+    host = [f"-Xcompiler={flag}" for flag in COMMON[1:]]
+    flags = [COMMON[0], "-O3", *host, *(flag for arch in listed for flag in gencode(arch)), "-Xptxas=-v"]
+    summary = f"{version(compiler)}; {shlex.join(flags)}"
+    return [Object(d, (*compiler, *flags, f"-DALPHACL_DTYPE={d}"), "kernels.cu") for d in DTYPES], summary
+
+
+def host_jobs(flags: list[str], summary: str, headers: Path, prefix: str = "") -> list[Object]:
+    """The rest: what torch and others call. Of torch's headers only those of the stable ABI are used."""
+    text = summary.replace("\\", "\\\\").replace('"', '\\"')
+    known = [f'-DALPHACL_BUILD="{text}"', f'-DALPHACL_SOURCES="{fingerprint()}"']
+    stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-isystem{headers}"]
+    return [
+        Object(f"{prefix}driver", (*host_compiler(), *flags), "driver.cpp"),
+        Object(f"{prefix}binding", (*host_compiler(), *flags, *known, *stable), "binding.cpp"),
+    ]
+
+
+def logs() -> dict[str, Path]:
+    """What ptxas said, by dtype, when the kernels were compiled from these sources; RuntimeError if they were not."""
+    found = {job.name: target(job).with_suffix(".log") for job in kernel_jobs(nvcc())[0]}
+    missing = [name for name, file in found.items() if not file.exists()]
+    if missing:
+        raise RuntimeError(f"not compiled from these sources: {', '.join(missing)} (python setup.py build_cuda)")
+    return found
+
+
+def objects() -> dict[str, Path]:
+    """The compiled kernels by dtype; they exist if `logs` do."""
+    return {name: file.with_suffix(".o") for name, file in logs().items()}
+
+
+def fingerprint() -> str:
+    """Of the sources, so that a library compiled from others can be told apart."""
+    digest = hashlib.sha256()
+    for file in sorted(f for f in (ROOT / SOURCES).iterdir() if f.suffix in (".h", ".cpp", ".cu")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+# --- what there is ----------------------------------------------------------------------------------------------------
+
+
+def nvcc() -> list[str]:
+    """CUDA_HOME's nvcc, else the one on the PATH: it finds its own headers and libraries, a wrapper's too."""
+    if sys.platform != "linux":
+        raise RuntimeError(f"the CUDA kernels are built on Linux only, this is {sys.platform}")
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if not found:
+        raise RuntimeError(f"no nvcc in CUDA_HOME ({home})" if home else "no nvcc on the PATH")
+    return [found]
+
+
+def host_compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "c++"))
+
+
+def version(compiler: list[str]) -> str:
+    """One line; RuntimeError if it does not start."""
+    return version_of(shlex.join(compiler))
+
+
+@functools.cache
+def version_of(compiler: str) -> str:
+    try:
+        lines = run([*shlex.split(compiler), "--version"]).splitlines()
+    except OSError as error:
+        raise RuntimeError(str(error)) from error
+    return next((line for line in lines if "release" in line), lines[0])
+
+
+def architectures() -> list[str]:
+    """Of TORCH_CUDA_ARCH_LIST those from 8.0 on, which is what the kernels need; `ARCHITECTURES` where it is not set."""
+    text = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+    listed = re.split(r"[;,\s]+", text.strip())
+    for item in listed:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", item):
+            raise RuntimeError(f"TORCH_CUDA_ARCH_LIST must list capabilities such as 8.0, 9.0a or 8.0+PTX, got {item!r}")
+    new_enough = [item for item in listed if int(item.split(".")[0]) >= 8]
+    if not new_enough:
+        raise RuntimeError(f"TORCH_CUDA_ARCH_LIST must list a capability from 8.0 on, got {text!r}")
+    return new_enough
+
+
+def gencode(architecture: str) -> list[str]:
+    """nvcc's flags for machine code, and with +PTX for later GPUs."""
+    number, _, ptx = architecture.partition("+")
+    number = number.replace(".", "")
+    kinds = f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}"
+    return ["-gencode", f"arch=compute_{number},code={kinds}"]
+
+
+def torch_folders(cuda: bool) -> tuple[Path, Path]:
+    """Torch's headers and libraries, found without importing it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError("torch is needed to build (pip install --no-build-isolation)")
+    folder = Path(spec.submodule_search_locations[0])
+    about = runpy.run_path(str(folder / "version.py"))
+    if tuple(int(x) for x in about["__version__"].split(".")[:2]) < OLDEST_TORCH:
+        raise RuntimeError(f"torch {'.'.join(map(str, OLDEST_TORCH))} is needed to build, found {about['__version__']}")
+    if cuda and not about.get("cuda"):
+        raise RuntimeError(f"torch {about['__version__']} is built without CUDA")
+    return folder / "include", folder / "lib"
+
+
+# --- objects ----------------------------------------------------------------------------------------------------------
+
+
+def cache() -> Path:
+    folder = Path(os.environ.get("ALPHACL_CUDA_CACHE") or ROOT / "build" / "cuda").absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def locked() -> Iterator[None]:
+    """One build at a time, for tests run in parallel; the second finds everything compiled."""
+    import fcntl
+
+    with open(cache() / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def assemble(jobs: list[Object], link: list[str], output: Path) -> None:
+    """Compiles what has changed, and links."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = list(pool.map(compiled_object, jobs))
+    partial = output.with_name(f"{output.name}.{os.getpid()}.partial")
+    run([*link[:1], *map(str, compiled), *link[1:], "-o", str(partial)])
+    partial.replace(output)
+
+
+def compiled_object(job: Object) -> Path:
+    result = target(job)
+    if result.exists():
+        result.touch()  # the versions used last are kept
+        return result
+    partial = result.with_suffix(f".{os.getpid()}.partial.o")
+    done = subprocess.run(
+        [*job.command, "-c", str(SOURCES / job.source), "-o", str(partial)], cwd=ROOT, capture_output=True, text=True
+    )
+    if done.returncode:
+        partial.unlink(missing_ok=True)
+        raise subprocess.CalledProcessError(done.returncode, shlex.join(job.command), done.stdout, done.stderr)
+    result.with_suffix(".log").write_text(done.stdout + done.stderr)
+    partial.replace(result)
+    forget(cache().glob(f"{job.name}-*.o"), lambda old: old.with_suffix(".log").unlink(missing_ok=True))
+    return result
+
+
+def target(job: Object) -> Path:
+    return cache() / f"{job.name}-{key(job)}.o"
+
+
+def key(job: Object) -> str:
+    """Of everything an object is made from."""
+    digest = hashlib.sha256("\0".join([version(list(job.command[:1])), *job.command, job.source]).encode())
+    for file in closure(ROOT / SOURCES / job.source):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def closure(source: Path) -> list[Path]:
+    """A source and those of this folder that it includes, directly or not."""
+    found, waiting = [], [source]
+    while waiting:
+        file = waiting.pop()
+        if file in found or not file.exists():
+            continue
+        found.append(file)
+        waiting += [file.with_name(name) for name in re.findall(r'^\s*#\s*include "([^"]+)"', file.read_text(), re.MULTILINE)]
+    return sorted(found)
+
+
+def forget(files: Iterator[Path], also: Callable[[Path], None] = lambda old: None) -> None:
+    """Deletes all but the versions used last."""
+    for old in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)[KEPT:]:
+        old.unlink(missing_ok=True)
+        also(old)
+
+
+def run(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
