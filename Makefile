@@ -7,10 +7,11 @@ OUT ?= benchmarks/results/gpu
 
 .PHONY: demo test bench gpu lint sanitize clean
 
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*.*)
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*.* csrc/cuda/*.*)
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: Python 3.10 or newer is needed (set PYTHON=...)"; exit 1; }
 	"$(PYTHON)" -m venv .venv
-	"$(BIN)" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,test]"
+	ALPHACL_CUDA=0 "$(BIN)" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,test]"
+	"$(BIN)" setup.py --quiet build_cuda # needs torch, which pip's isolated build does not have
 	touch "$(STAMP)"
 
 demo: $(STAMP)

@@ -241,17 +241,17 @@ def target(job: Object) -> Path:
 def key(job: Object) -> str:
     """Of everything an object is made from."""
     digest = hashlib.sha256("\0".join([version(list(job.command[:1])), *job.command, job.source]).encode())
-    for file in closure(ROOT / SOURCES / job.source):
+    for file in closure(ROOT / SOURCES / job.source, "device_gpu" if "-DALPHACL_EMULATED" in job.command else "device_host"):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def closure(source: Path) -> list[Path]:
-    """A source and those of this folder that it includes, directly or not."""
+def closure(source: Path, but: str) -> list[Path]:
+    """A source and those of this folder that it includes, directly or not, but for what belongs to the other build."""
     found, waiting = [], [source]
     while waiting:
         file = waiting.pop()
-        if file in found or not file.exists():
+        if file in found or file.name.startswith(but) or not file.exists():
             continue
         found.append(file)
         waiting += [file.with_name(name) for name in re.findall(r'^\s*#\s*include "([^"]+)"', file.read_text(), re.MULTILINE)]
