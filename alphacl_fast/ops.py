@@ -9,10 +9,10 @@ from types import ModuleType
 
 import torch
 
-from .backend import blocked, cpu, triton
+from .backend import blocked, cpu, cuda, triton
 
 #: Sweep backends in the order in which "auto" tries them.
-SWEEP_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "blocked": blocked}
+SWEEP_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "cuda": cuda, "blocked": blocked}
 #: Every name that ``backend=`` accepts.
 BACKEND_NAMES = ("auto", "reference", *SWEEP_BACKENDS)
 
@@ -123,7 +123,7 @@ def choose(
     reasons = []
     for name, module in SWEEP_BACKENDS.items():
         reason = module.unsupported(device, dtype, precision, kind)
-        if reason is None and name == "triton" and device.type == "cpu":
+        if reason is None and name in ("triton", "cuda") and device.type == "cpu":
             reason = "only interpreted here, which is slow: to be asked for by name"
         if reason is None:
             skipped = f"; skipped {'; '.join(reasons)}" if reasons else ""

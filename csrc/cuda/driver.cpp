@@ -39,3 +39,9 @@ ALPHACL_EXPORT const char* alphacl_cuda_rows(int32_t finish, const PairRows* a, 
 }
 
 ALPHACL_EXPORT int32_t alphacl_cuda_largest_features(int32_t dtype) { return alphacl::largest_features(Dtype(dtype)); }
+
+#ifdef ALPHACL_EMULATED
+#include "device.h"
+
+ALPHACL_EXPORT void alphacl_cuda_schedule(int32_t seed) { device::schedule(seed); }
+#endif

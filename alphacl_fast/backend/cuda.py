@@ -1,0 +1,364 @@
+"""The two sweeps in CUDA C++ (csrc/cuda): every built-in pair kind, on GPUs from sm_80 on, without Triton.
+
+The library's operators are reached through libtorch's stable ABI, so one binary serves every torch from 2.10 on. The same
+kernel sources, compiled for the host, run on CPU tensors where ALPHACL_CUDA_EMULATED names such a library: that is how they
+are tested. This file chooses forms, allocates outputs, and reduces what blocks wrote in parts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..objectives import KINDS
+from .groups import SCRATCH, Group, clear, combined, groups_of, jobs_of, matmul_precision, row_runs
+from .precision import float32_precision
+from .ranges import middle as middle_of
+
+#: Where `setup.py` puts the library, or the reason why there is none.
+LIBRARY = Path(__file__).parent.parent / "_cuda.abi3.so"
+FAILURE = LIBRARY.with_name("_cuda_not_built.txt")
+#: The first torch whose stable ABI has all that the library uses.
+OLDEST = (2, 10)
+#: Rows and columns of a tile.
+SIDE = 64
+#: The longest rows whose gradient the kernels accumulate in registers (launch.h); for longer ones they write the weights,
+#: which a vendor product multiplies with the rows: nothing is computed twice.
+LARGEST = {"bf16": 256, "fp16": 256, "tf32": 128, "fp32": 64, "fp64": 32}
+
+_MODES = ("bf16", "fp16", "tf32", "fp32", "fp64")  # as `Dtype` of problem.h
+_KINDS = {name: code for code, name in enumerate(("exp", "gibbs", "power", "inverse", "hinge", "sigmoid", "square", "gamma"))}
+_TERMS = ("f", "df", "ft", "dft", "dtau")
+_WEIGHTS = {"f": 0, "df": 1, "f+df": 2}
+_FORMS = {"fixed": 0, "running": 1, "plain": 2, "max": 3}
+_GRADS = {"none": 0, "product": 1, "weights": 2}
+_EXCLUDE, _TRIANGLE, _BOTH, _ROWS_PAIRED, _COLS_PAIRED, _ROWS_ANCHOR, _COLS_ANCHOR = (1 << k for k in range(7))
+
+
+# --- the library ------------------------------------------------------------------------------------------------------
+
+
+def emulated() -> bool:
+    """Whether the kernels run on the host."""
+    return bool(os.environ.get("ALPHACL_CUDA_EMULATED"))
+
+
+@functools.cache
+def _load(path: str, namespace: str) -> tuple[object | None, str | None]:
+    """The library's operators, or why there are none."""
+    version = tuple(int(x) for x in torch.__version__.split(".")[:2])
+    if version < OLDEST:
+        return None, f"needs torch {'.'.join(map(str, OLDEST))}, found {torch.__version__}"
+    if not Path(path).exists():
+        reason = FAILURE.read_text().strip() if FAILURE.exists() else "no library beside the package"
+        return None, f"not compiled: {reason}; reinstall with nvcc on the PATH"
+    try:
+        torch.ops.load_library(path)
+        operators = getattr(torch.ops, namespace)
+        operators.sweep.default, operators.rows.default  # noqa: B018 - AttributeError where the library is another's
+    except (OSError, RuntimeError, AttributeError) as error:
+        return None, f"cannot be loaded: {error}"
+    return operators, None
+
+
+def _library(device_type: str) -> tuple[object | None, str | None]:
+    if device_type == "cpu":
+        return _load(os.environ.get("ALPHACL_CUDA_EMULATED", ""), "alphacl_fast_cuda_emulated")
+    return _load(str(LIBRARY), "alphacl_fast_cuda")
+
+
+def unsupported(device: torch.device, dtype: torch.dtype, precision: str | None, kind: str) -> str | None:
+    """Why this backend cannot serve a call, or None."""
+    if device.type == "cpu":
+        if not emulated():
+            return "runs on GPUs, not cpu (except emulated, ALPHACL_CUDA_EMULATED)"
+    elif device.type != "cuda" or torch.version.hip is not None:
+        return f"runs on NVIDIA GPUs, not {'ROCm' if device.type == 'cuda' else device.type}"
+    elif torch.cuda.get_device_capability(device) < (8, 0):
+        return f"needs compute capability 8.0, not {'.'.join(map(str, torch.cuda.get_device_capability(device)))}"
+    _, reason = _library(device.type)
+    if reason:
+        return reason
+    if kind and kind not in KINDS:
+        return "compiled for the built-in pair functions, not for a user's own"
+    if precision == "bf16x3":
+        return "multiplies float32 as IEEE or as TF32, not precision='bf16x3'"
+    return None
+
+
+# --- what a call comes to ---------------------------------------------------------------------------------------------
+
+#: Whether a sweep takes the form that reads each similarity once, where it is there (bfloat16): for `row_sums` order-fixed,
+#: for `pair_grad` by atomic additions.
+_both_sides = {"row_sums": True, "pair_grad": False}
+
+
+@contextlib.contextmanager
+def both_sides(**sweeps: bool) -> Iterator[None]:
+    """Within the context, sweeps named by keyword (row_sums, pair_grad) take the both-sides form or the row-block form."""
+    before = dict(_both_sides)
+    _both_sides.update(sweeps)
+    try:
+        yield
+    finally:
+        _both_sides.update(before)
+
+
+def _mode(dtype: torch.dtype, precision: str, device: torch.device) -> str:
+    if dtype in (torch.bfloat16, torch.float16, torch.float64):
+        return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}[dtype]
+    precision = precision or float32_precision(device)
+    return "tf32" if precision in ("tf32", "bf16") else "fp32"
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Blocks that a GPU runs side by side, about; emulated, a ring is cut in two, to have it tested."""
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 6
+
+
+@functools.cache
+def _largest(mode: str, device: torch.device) -> int:
+    """`LARGEST`, where a block gets the shared memory for it: not on every GPU of the RTX series."""
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    if properties is not None and properties.shared_memory_per_block_optin < 160 << 10:
+        return min(LARGEST[mode], 64)
+    return LARGEST[mode]
+
+
+def _parts(blocks: int, tiles: int, device: torch.device) -> int:
+    """Blocks that share a ring: enough to fill the device, a function of the sizes and the device alone."""
+    return max(1, min(_processors(device) // blocks, tiles // 2))
+
+
+def _tiles(rows: int) -> int:
+    return -(-rows // SIDE)
+
+
+class _Problem:
+    """One call's tensors and what both sweeps tell the kernels."""
+
+    def __init__(self, f: Tensor, tau: Tensor, kind: str, params: tuple[float, ...], precision: str, form: str, **vectors):
+        if f.shape[0] >= 2**31 - 2**16:
+            raise ValueError(f"the cuda backend takes at most {2**31 - 2**16} rows, got {f.shape[0]}")
+        self.f = f if f.stride(1) == 1 or f.shape[1] == 1 else f.contiguous()
+        self.n, self.dim = f.shape
+        self.tau, self.kind, self.form = tau, _KINDS[kind], form
+        self.params = (*params, 0.0, 0.0, 0.0)[:3]
+        self.mode = _mode(f.dtype, precision, f.device)
+        self.vectors = [
+            None if vectors.get(name) is None else vectors[name].contiguous()
+            for name in ("scale", "bias", "center", "gain", "shift", "offset", "level")
+        ]
+        self.operators, _ = _library(f.device.type)
+
+    def launch(
+        self, group: Group, blocks: int, parts: int, anchors: int, terms: tuple[str, ...], *, middle: float = 0.0,
+        unit: Tensor | None = None, out: Tensor | None = None, df: Tensor | None = None, w_sums: Tensor | None = None,
+        sums: Tensor | None = None, w: Tensor | None = None, begin: int = 0, end: int = 0, col_slot: int = 0,
+        both: bool = False, gradient: bool = False, weight: str = "f", grad: str = "none", n_out: int = 0, lo: int = 0,
+        first_block: int = 0,
+    ) -> None:  # fmt: skip
+        flags = (
+            _EXCLUDE * group.exclude + _TRIANGLE * group.triangle + _BOTH * both + _ROWS_PAIRED * group.rows_paired
+            + _COLS_PAIRED * group.cols_paired + _ROWS_ANCHOR * group.rows_anchor + _COLS_ANCHOR * group.cols_anchor
+        )  # fmt: skip
+        rows_of_terms = [terms.index(term) if term in terms else -1 for term in _TERMS]
+        numbers = [
+            gradient, _MODES.index(self.mode), blocks, group.n_rows, group.n_cols, group.row_start, group.col_start,
+            self.n // 2, anchors, self.n, n_out, lo, first_block, begin, end, col_slot, parts, self.kind,
+            _FORMS[self.form], _WEIGHTS[weight], _GRADS[grad], flags, len(terms), *rows_of_terms,
+        ]  # fmt: skip
+        self.operators.sweep.default(
+            self.f, *self.vectors, self.tau, unit, out, df, w_sums, sums, w, [int(x) for x in numbers], [middle, *self.params]
+        )
+
+
+# --- sweep 1 ----------------------------------------------------------------------------------------------------------
+
+
+def row_sums(
+    f: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    center: Tensor,
+    shift: Tensor | None,
+    offset: Tensor | None,
+    tau: Tensor,
+    kind_name: str,
+    params: tuple[float, ...],
+    terms: tuple[str, ...],
+    split: int,
+    partner: int,
+    anchors: int,
+    span: tuple[float, ...],
+    precision: str,
+) -> Tensor:
+    """``out[k, i] = Σ_{j∈Neg(i)} term_k``; with "base" first, relative to exp(base_i) (log kinds)."""
+    middle = middle_of(KINDS[kind_name], span, tau.dtype) if terms[0] == "base" else None
+    form = "max" if terms == ("max",) else "plain" if terms[0] != "base" else "running" if middle is None else "fixed"
+    sums = tuple(term for term in terms if term not in ("base", "max"))
+    p = _Problem(
+        f, tau, kind_name, params, precision, form, scale=scale, bias=bias, center=center, shift=shift, offset=offset
+    )
+    groups = [g for g in groups_of(p.n, split, partner, anchors) if g.rows_anchor]
+    out = tau.new_empty(len(terms), anchors)
+    wanted = out
+    if form == "fixed":
+        out[0].fill_(middle)
+        wanted = out[1:]
+    served = _both_sides["row_sums"] and p.mode == "bf16" and form != "running"
+    if served and (not split or (anchors > split and p.n == 2 * split)):
+        _sums_of_both_sides(p, groups[0], sums, middle or 0.0, wanted)
+        return out
+    parts = min(_parts(_tiles(g.n_rows), _tiles(g.n_cols), f.device) for g in groups)
+    slots = wanted.unsqueeze(0) if parts == 1 else tau.new_empty(parts, *wanted.shape)
+    for group in groups:
+        p.launch(
+            group, _tiles(group.n_rows), parts, anchors, sums, middle=middle or 0.0, out=slots, end=_tiles(group.n_cols)
+        )
+    if parts > 1:
+        wanted.copy_(combined(slots, form))
+    return out
+
+
+def _sums_of_both_sides(p: _Problem, group: Group, sums: tuple[str, ...], middle: float, out: Tensor) -> None:
+    """Fills out (K, anchors), reading every similarity once. Ring distances go in runs whose slots fit into the scratch."""
+    blocks, tiles = _tiles(group.n_rows), _tiles(group.n_cols)
+    distances = tiles // 2 + 1 if group.triangle else tiles
+    parts = _parts(blocks, distances, p.f.device)
+    run = min(distances, max(1, SCRATCH // (out.numel() * out.element_size()) - parts))
+    slots = out.new_empty(parts + run, *out.shape)
+    for begin in range(0, distances, run):
+        end = min(begin + run, distances)
+        if group.triangle and begin == 0:
+            clear(slots[parts], p.form)  # distance 0 is oneself,
+        if group.triangle and end == distances and tiles % 2 == 0:
+            clear(slots[parts + end - 1 - begin], p.form)  # and half way round an even ring only half of the blocks are met
+        p.launch(
+            group, blocks, parts, out.shape[1], sums, middle=middle, out=slots, begin=begin, end=end, col_slot=parts - begin,
+            both=True,
+        )  # fmt: skip
+        used = slots[: parts + end - begin]
+        if group.triangle:
+            new = combined(used, p.form)
+        else:  # the first side's sums are those of rows, the second's those of columns
+            n = group.n_rows
+            new = torch.cat([combined(used[:parts, :, :n], p.form), combined(used[parts:, :, n:], p.form)], 1)
+        out.copy_(new if begin == 0 else combined(torch.stack([out, new]), p.form))
+
+
+# --- sweep 2 ----------------------------------------------------------------------------------------------------------
+
+
+def pair_grad(
+    f: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    center: Tensor,
+    gain: Tensor,
+    shift: Tensor | None,
+    offset: Tensor | None,
+    level: Tensor | None,
+    tau: Tensor,
+    kind_name: str,
+    params: tuple[float, ...],
+    weight: str,
+    terms: tuple[str, ...],
+    split: int,
+    partner: int,
+    lo: int,
+    hi: int,
+    span: tuple[float, ...],
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``df_i = Σ_j (g_ij + g_ji) F_j`` for rows [lo, hi); row sums of g_ij + g_ji (with a bias); sums of ``terms``."""
+    kind = KINDS[kind_name]
+    plain = kind.log and weight == "f" and not terms and shift is not None
+    middle = middle_of(kind, span, tau.dtype) if plain else None
+    if middle is not None:
+        gain, shift = (middle - shift).exp_().mul_(gain), None
+    p = _Problem(
+        f, tau, kind_name, params, precision, "plain" if middle is None else "fixed", scale=scale, bias=bias, center=center,
+        gain=gain, shift=shift, offset=offset, level=level,
+    )  # fmt: skip
+    anchors, everything = gain.shape[0], (lo, hi) == (0, p.n)
+    groups = groups_of(p.n, split, partner, anchors)
+    unit = None if p.mode in ("fp32", "fp64") else gain.abs().amax()  # weights that are rounded are divided by it first
+    whole = p.dim <= _largest(p.mode, f.device)
+    both = (
+        _both_sides["pair_grad"] and p.mode == "bf16" and whole and everything and (not split or p.n == 2 * split)
+        and not torch.are_deterministic_algorithms_enabled()
+    )  # fmt: skip
+    if both:
+        shapes = (p.n, p.dim), (p.n if bias is not None else 0,), (len(terms), anchors)
+        df, w_sums, sums = (tau.new_zeros(1, *shape) for shape in shapes)
+        jobs, parts = [(groups[0], True)], 1
+    else:
+        jobs = jobs_of(groups, p.n, lo, hi, bool(terms))
+        parts = min((_parts(_tiles(g.n_rows), _tiles(g.n_cols), f.device) for g, _ in jobs), default=1)
+        df = tau.new_empty(parts if whole else 1, hi - lo, p.dim)
+        w_sums = (tau.new_empty if everything else tau.new_zeros)(parts, p.n if bias is not None else 0)
+        sums = tau.new_empty(parts, len(terms), anchors)
+    for group, wants in jobs:
+        own_terms = terms if group.rows_anchor else ()
+        blocks, tiles = _tiles(group.n_rows), _tiles(group.n_cols)
+        common = {
+            "middle": middle or 0.0, "unit": unit, "w_sums": w_sums if bias is not None else None,
+            "sums": sums if own_terms else None, "gradient": True, "weight": weight, "n_out": hi - lo, "lo": lo, "both": both,
+            "end": tiles // 2 + 1 if group.triangle and both else tiles,
+        }  # fmt: skip
+        if not wants or whole:
+            grad = "product" if wants else "none"
+            p.launch(group, blocks, parts, anchors, own_terms, grad=grad, df=df if wants else None, **common)
+            continue
+        wide = {"bf16": torch.bfloat16, "fp64": torch.float64}.get(p.mode, torch.float32)
+        for first, count in row_runs(blocks, SIDE * group.n_cols * wide.itemsize):
+            w = f.new_empty(count * SIDE, group.n_cols, dtype=wide)
+            p.launch(group, count, parts, anchors, own_terms, grad="weights", w=w, first_block=first, **common)
+            _vendor_product(p, group, w, first, df[0], lo)
+    if unit is not None and not whole:
+        df *= torch.where(unit > 0, unit, 1.0)
+    return tuple(x[0] if x.shape[0] == 1 else x.sum(0) for x in (df, w_sums, sums))
+
+
+def _vendor_product(p: _Problem, group: Group, w: Tensor, first: int, df: Tensor, lo: int) -> None:
+    """df ← W·F for the row blocks from ``first`` on. W's rows that do not exist hold anything, and so do the product's."""
+    f, half = p.f[group.col_start : group.col_start + group.n_cols], p.n // 2
+    if w.dtype == torch.bfloat16 and w.is_cuda:
+        product = torch.mm(w, f, out_dtype=torch.float32)
+    else:
+        with matmul_precision("tf32" if p.mode in ("tf32", "fp16") else "ieee"):  # float16 rows are exact in TF32
+            product = w.to(df.dtype) @ f.to(df.dtype)
+    if group.rows_paired:  # a block's first half are rows of one view, its second half their partners
+        first_pair = first * SIDE // 2
+        out = df.view(2, half, p.dim)[:, first_pair : first_pair + len(w) // 2]
+        out.copy_(product.view(-1, 2, SIDE // 2, p.dim).transpose(0, 1).flatten(1, 2)[:, : out.shape[1]])
+    else:
+        begin = group.row_start + first * SIDE - lo
+        rows = min(len(w), group.n_rows - first * SIDE)
+        df[begin : begin + rows] = product[:rows]
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def unit_rows(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Stacked rows (2N, D) as `autograd.Features` wants them for cosine, 1/‖z‖ (2N,) and t⁺ (N,), in one launch."""
+    z1, z2 = (z if z.stride(1) == 1 else z.contiguous() for z in (z1, z2))
+    n, dim = z1.shape
+    wide = torch.float64 if z1.dtype == torch.float64 else torch.float32
+    f, inv_norm, pos = z1.new_empty(2 * n, dim), z1.new_empty(2 * n, dtype=wide), z1.new_empty(n, dtype=wide)
+    _library(z1.device.type)[0].rows.default(False, z1, z2, f, inv_norm, pos, None, None)
+    return f, inv_norm, pos
+
+
+def finish_rows(d: Tensor, f: Tensor, inv_norm: Tensor, q: Tensor) -> None:
+    """d (2N, D) ← the gradient in z, from Σ_j (g_ij + g_ji) F_j and the pairs' q (N,); in place, in one launch."""
+    _library(f.device.type)[0].rows.default(True, None, None, f, inv_norm, None, d, q.contiguous())

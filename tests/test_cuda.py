@@ -1,0 +1,225 @@
+"""The CUDA kernels (csrc/cuda), compiled for the host and run by the emulated device layer, against the oracle."""
+
+import ctypes
+import os
+
+import pytest
+import torch
+from family import BUILT_IN, MODES, loss_and_grads, member_id, pair, relative_error
+
+from alphacl_fast import objectives, ops
+from alphacl_fast.backend import blocked, cuda
+from alphacl_fast.functional import REDUCTIONS, SIMILARITIES, alpha_cl_loss
+
+pytestmark = pytest.mark.skipif(not cuda.emulated(), reason="no emulated library (tests/conftest.py says why)")
+
+#: 140 rows: three tiles, the last one ragged, and a ring in parts.
+PAIRS = 70
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
+
+
+def schedule(seed):
+    """The order in which the emulated layer runs the threads of a block: 0 ascending, 1 descending, else random."""
+    ctypes.CDLL(os.environ["ALPHACL_CUDA_EMULATED"]).alphacl_cuda_schedule(seed)
+
+
+def compared(z1, z2, member, backend="cuda", **setting):
+    """Relative errors of [loss, dz1, dz2(, dτ)] against float64 on the same inputs."""
+    truth = loss_and_grads(z1.double(), z2.double(), *member, backend="reference", **setting)
+    return [relative_error(a, b) for a, b in zip(loss_and_grads(z1, z2, *member, backend=backend, **setting), truth, strict=True)]
+
+
+@pytest.mark.parametrize("member", BUILT_IN, ids=member_id)
+@pytest.mark.parametrize(("negatives", "symmetric"), MODES)
+def test_float64(member, negatives, symmetric, poisoned):
+    turn = BUILT_IN.index(member) + MODES.index((negatives, symmetric))
+    for k, similarity in enumerate(SIMILARITIES):
+        dim = (20, 40)[(turn + k) % 2]  # gradients in registers, or weights for a vendor product
+        views = [z if similarity == "cosine" else z / dim**0.5 for z in pair(PAIRS, dim)]  # of long rows one pair is all
+        errors = compared(
+            *views, member, negatives=negatives, symmetric=symmetric, similarity=similarity,
+            reduction=REDUCTIONS[(turn + k) % 3],
+        )  # fmt: skip
+        assert max(errors) < 1e-10, (similarity, dim, errors)
+
+
+@pytest.mark.parametrize("mode", DTYPES)
+@pytest.mark.parametrize("member", BUILT_IN, ids=member_id)
+def test_other_dtypes(mode, member, poisoned):
+    """Every kind on tensor cores, in rows of every length that has a kernel of its own."""
+    turn = BUILT_IN.index(member)
+    for k, (negatives, symmetric) in enumerate(MODES):
+        dim = (40, 100, 200, 300)[(turn + k) % 4]
+        z1, z2 = pair(PAIRS, dim, DTYPES[mode])
+        if member[1].get("exponent", 4) < 2:
+            z1, z2 = pair(PAIRS, dim, DTYPES[mode], noise=2.0)  # away from d² = 0, where the slope of (d²)^0.75 has no bound
+        setting = {"negatives": negatives, "symmetric": symmetric, "reduction": "sum"}  # a mean's leaves float16's range
+        truth = loss_and_grads(z1.double(), z2.double(), *member, backend="reference", **setting)
+        if mode == "tf32":
+            setting["precision"] = "tf32"
+        ours = loss_and_grads(z1, z2, *member, backend="cuda", **setting)
+        # Inputs are exact in half precision, and sums are float32; gradients are of the input's dtype.
+        bound = 2e-3 if mode == "tf32" else 2e-5
+        assert relative_error(ours[0], truth[0], floor=0.1) < bound, (negatives, dim)
+        for o, t in zip(ours[1:3], truth[1:3], strict=True):
+            eps = {"bf16": 4e-3, "fp16": 1e-3, "tf32": 2e-3, "fp32": 2e-5}[mode]
+            if mode == "tf32" and objectives.make(*member).kind in ("hinge", "square"):
+                eps = 2e-2  # which side of the kink a pair is on
+            error = float((o.double() - t).norm() / t.norm().clamp(min=1e-5))
+            assert error < eps, (negatives, dim, error)
+
+
+@pytest.mark.parametrize("dim", [40, 200])
+@pytest.mark.parametrize("member", [m for m in BUILT_IN if objectives.make(*m).kind], ids=member_id)
+def test_forms_agree(member, dim):
+    """Row blocks and both sides, of either sweep, give the same but for rounding."""
+    for negatives, symmetric in MODES:
+        for similarity in ("cosine", "euclidean")[: 1 + (negatives == "two_view")]:
+            z1, z2 = pair(PAIRS, dim, torch.bfloat16)
+            setting = {"negatives": negatives, "symmetric": symmetric, "similarity": similarity, "backend": "cuda"}
+            with cuda.both_sides(row_sums=False, pair_grad=False):
+                row_block = loss_and_grads(z1, z2, *member, **setting)
+            with cuda.both_sides(row_sums=True, pair_grad=True):
+                both = loss_and_grads(z1, z2, *member, **setting)
+            for a, b in zip(both, row_block, strict=True):
+                assert relative_error(a, b) < (4e-3 if a.dtype == torch.bfloat16 else 1e-5), (negatives, similarity)
+
+
+@pytest.mark.parametrize("negatives", ["two_view", "one_view", "cross_view"])
+def test_slots_come_in_runs(negatives, monkeypatch):
+    """Partial sums, and weights of wide rows, that do not fit into the scratch at once."""
+    z1, z2 = pair(200, 300, torch.bfloat16)
+    whole = loss_and_grads(z1, z2, "infonce", backend="cuda", negatives=negatives)
+    monkeypatch.setattr(cuda, "SCRATCH", 1)
+    monkeypatch.setattr("alphacl_fast.backend.groups.SCRATCH", 1)
+    parts = loss_and_grads(z1, z2, "infonce", backend="cuda", negatives=negatives)
+    for a, b in zip(parts, whole, strict=True):
+        assert relative_error(a, b) < (4e-3 if a.dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("mode", ["bf16", "tf32", "fp64"])
+@pytest.mark.parametrize("member", [("infonce", {}), ("triplet", {}), ("alpha_square", {})], ids=member_id)
+def test_results_do_not_depend_on_the_order_of_threads(mode, member, poisoned):
+    """Bit for bit: what one thread leaves in shared memory another reads only behind a barrier."""
+    dtype = {"fp64": torch.float64, **DTYPES}[mode]
+    z1, z2 = pair(PAIRS, 24, dtype)
+    precision = {"precision": "tf32"} if mode == "tf32" else {}
+    results = []
+    try:
+        for seed in (0, 1, 7):
+            schedule(seed)
+            results.append(loss_and_grads(z1, z2, *member, backend="cuda", **precision))
+    finally:
+        schedule(0)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["odd row length", "odd offset", "columns of a wider matrix", "transposed", "expanded"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_rows_in_memory(layout, dtype):
+    """Rows that no 16-byte copy can read, and rows that are not next to each other."""
+
+    def laid_out(z):
+        if layout == "odd row length":
+            return torch.cat([z, z[:, :1]], 1)[:, :-1]
+        if layout == "odd offset":
+            return torch.cat([z.new_zeros(1), z.flatten()])[1:].view(z.shape)
+        if layout == "columns of a wider matrix":
+            return torch.cat([z, z], 1)[:, : z.shape[1]]
+        return z.t().contiguous().t() if layout == "transposed" else z[:1].expand(len(z), -1)
+
+    z1, z2 = (laid_out(z) for z in pair(20, 17, dtype))
+    for similarity in ("cosine", "dot"):
+        errors = compared(z1, z2, ("infonce", {}), similarity=similarity)
+        assert max(errors) < {torch.bfloat16: 4e-3, torch.float32: 1e-5, torch.float64: 1e-10}[dtype], similarity
+
+
+def test_one_sided_gradients(poisoned):
+    for negatives, symmetric in MODES:
+        for dtype, bound in ((torch.float64, 1e-10), (torch.bfloat16, 4e-3)):
+            views = pair(PAIRS, 24, dtype)
+            for side in (0, 1):
+                grads = []
+                for backend, wide in (("reference", True), ("cuda", False)):
+                    inputs = [z.double() if wide else z.clone() for z in views]
+                    inputs[side].requires_grad_()
+                    loss = alpha_cl_loss(
+                        *inputs, "alpha_direct", temperature=0.3, negatives=negatives, symmetric=symmetric, backend=backend
+                    )
+                    grads += torch.autograd.grad(loss, inputs[side])
+                assert float((grads[1].double() - grads[0]).norm() / grads[0].norm()) < bound
+
+
+def test_rows_steps():
+    """Normalisation and its derivative, of rows from 1e-38 to 3e38, an all-zero one among them."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        z1, z2 = pair(9, 37, dtype)
+        z1[3] = 0
+        if dtype != torch.float16:
+            z1[4] *= 1e37
+            z2[5] *= 1e-37
+        f, inv_norm, pos = cuda.unit_rows(z1, z2)
+        rows = torch.nn.functional.normalize(torch.cat([z1, z2]).double(), dim=1, eps=0)
+        rows = rows.nan_to_num(0.0)
+        ours = f.double() if f.dtype == inv_norm.dtype else f.double() * inv_norm.double().unsqueeze(1)
+        bound = 1e-13 if dtype == torch.float64 else 1e-6
+        assert relative_error(ours, rows) < bound
+        assert relative_error(pos, (rows[:9] * rows[9:]).sum(1)) < bound
+        assert inv_norm[3] == 0
+        assert torch.isfinite(inv_norm).all()
+        d, q = torch.randn(18, 37, dtype=inv_norm.dtype), torch.rand(9, dtype=inv_norm.dtype)
+        expected = d.double() - torch.cat([q, q]).double().unsqueeze(1) * rows.roll(9, 0)
+        expected = (expected - rows * (rows * expected).sum(1, keepdim=True)) * inv_norm.double().unsqueeze(1)
+        cuda.finish_rows(d, f, inv_norm, q)
+        for a, b in zip(d, expected, strict=True):
+            assert relative_error(a, b, floor=1e-30) < bound
+
+
+def test_sweeps_alone_agree_with_blocked():
+    """Terms and outputs that no objective asks for in this combination."""
+    f, n = torch.randn(150, 20, dtype=torch.float64) / 3, 150
+    tau = torch.tensor(0.4, dtype=torch.float64)
+    gain, shift, offset, level, center = torch.rand(5, n, dtype=torch.float64)
+    bias = -torch.rand(n, dtype=torch.float64)
+    scale = torch.rand(n, dtype=torch.float64) + 0.5
+    for split, partner, anchors in ((0, 75, n), (0, 0, n), (75, 75, n), (75, 0, 75), (60, 0, n)):
+        cut = slice(None, anchors)
+        for kind, params in (("square", ()), ("sigmoid", (2.0,)), ("gibbs", (1.0,)), ("hinge", (0.3,)), ("inverse", (4.0, 2.0, 1.0))):
+            terms = ("dtau", "dft", "f", "ft", "df")[kind in ("sigmoid", "hinge") :]
+            vectors = (center[cut], shift[cut], offset[cut])
+            arguments = (tau, kind, params, terms[-4:], split, partner, anchors, (), "")  # without a level there is no "dtau"
+            outs = [b.row_sums(f, scale, bias, *vectors, *arguments) for b in (blocked, cuda)]
+            assert relative_error(outs[1], outs[0]) < 1e-12, (kind, split)
+            arguments = (tau, kind, params, "f+df", terms, split, partner, 0, n, (), "")
+            vectors = (center[cut], gain[cut], shift[cut], offset[cut], level[cut])
+            outs = [b.pair_grad(f, scale, bias, *vectors, *arguments) for b in (blocked, cuda)]
+            for a, b in zip(outs[1], outs[0], strict=True):
+                assert relative_error(a, b) < 1e-12, (kind, split)
+
+
+def test_refusals(monkeypatch, tmp_path):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert "user's own" in cuda.unsupported(cpu, torch.float32, None, "custom:0")
+    assert "bf16x3" in cuda.unsupported(cpu, torch.float32, "bf16x3", "exp")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "needs compute capability 8.0, not 7.5" in cuda.unsupported(gpu, torch.float32, None, "exp")
+    monkeypatch.setenv("ALPHACL_CUDA_EMULATED", "")
+    assert "runs on GPUs, not cpu" in cuda.unsupported(cpu, torch.float32, None, "exp")
+    assert "not mps" in cuda.unsupported(torch.device("mps"), torch.float32, None, "exp")
+    load = cuda._load.__wrapped__
+    monkeypatch.setattr(cuda, "FAILURE", tmp_path / "reason.txt")
+    assert load("/nowhere/_cuda.abi3.so", "alphacl_fast_cuda")[1].startswith("not compiled: no library beside the package")
+    cuda.FAILURE.write_text("no nvcc")
+    assert load("/nowhere/_cuda.abi3.so", "alphacl_fast_cuda")[1] == "not compiled: no nvcc; reinstall with nvcc on the PATH"
+    (tmp_path / "no.so").write_text("nothing")
+    assert load(str(tmp_path / "no.so"), "alphacl_fast_cuda")[1].startswith("cannot be loaded: ")
+    monkeypatch.setattr(torch, "__version__", "2.9.1")
+    assert load("/nowhere/other.so", "alphacl_fast_cuda")[1] == "needs torch 2.10, found 2.9.1"
+    with pytest.raises(ValueError, match="backend 'cuda' cannot serve this call: runs on GPUs, not cpu"):
+        ops.choose("cuda", cpu, torch.float32, None, "exp")
+    with pytest.raises(ValueError, match="at most 2147418112 rows"):
+        cuda.row_sums(
+            torch.empty(1).expand(2**31, 1), None, None, torch.empty(1), None, None, torch.ones(()), "exp", (), ("base", "f"), 0,
+            0, 1, (), "",
+        )  # fmt: skip
