@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -28,6 +29,7 @@ from csrc.cuda import build
 
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)")
+_FUNCTION, _ARCHITECTURE = re.compile(r"\s*Function : (\w+)"), re.compile(r"arch = (\w+)")
 _TENSOR_CORES = re.compile(r"\b(Half|Tf32)<")
 #: Matrix instructions, asynchronous copies, loads of fragments, special functions, and under RED all atomic additions.
 _COUNTED = ("HMMA", "HGMMA", "LDGSTS", "UTMALDG", "LDSM", "MUFU", "RED")
@@ -87,18 +89,25 @@ def launches(names: list[str]) -> dict[str, tuple[int, int]]:
 
 
 def instructions(file: Path) -> dict[tuple[str, str], Counter[str]]:
-    """Machine instructions by name without modifiers, by kernel and architecture."""
-    text = subprocess.run([cuobjdump(), "-sass", str(file)], capture_output=True, text=True, check=True).stdout
-    counts: dict[tuple[str, str], Counter[str]] = {}
-    architecture, current = "", Counter()
-    for line in text.splitlines():
-        if found := re.match(r"\s*arch = (\w+)", line):
-            architecture = found[1]
-        elif found := re.match(r"\s*Function : (\w+)", line):
-            current = counts.setdefault((found[1], architecture), Counter())
-        elif found := _OPCODE.match(line):
-            current[found[1]] += 1
-    return counts
+    """Machine instructions by name without modifiers, by kernel and architecture; kept beside the object."""
+    kept = file.with_suffix(".json")
+    if not kept.exists():
+        counts: dict[str, Counter[str]] = {}
+        architecture, current = "", Counter()
+        command = [cuobjdump(), "-sass", str(file)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+            for line in run.stdout:  # sixty megabytes
+                if found := _OPCODE.match(line):
+                    current[found[1]] += 1
+                elif found := _FUNCTION.match(line):
+                    current = counts.setdefault(f"{found[1]} {architecture}", Counter())
+                elif found := _ARCHITECTURE.match(line):
+                    architecture = found[1]
+            said = run.stderr.read()
+        if run.returncode:
+            raise RuntimeError(f"cuobjdump failed: {said.strip()}")
+        kept.write_text(json.dumps(counts))
+    return {tuple(key.split()): Counter(found) for key, found in json.loads(kept.read_text()).items()}
 
 
 def cuobjdump() -> str:

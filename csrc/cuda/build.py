@@ -20,7 +20,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -53,9 +53,9 @@ def library(output: Path) -> str:
     jobs, summary = kernel_jobs(compiler)
     jobs += host_jobs([*COMMON, "-O2", "-DUSE_CUDA"], summary, headers)
     # Of the static runtime nothing is exported, and torch's own copy of it is not taken in its place.
-    closed = ["-Wl,-Bsymbolic", "-Wl,--exclude-libs,ALL"]
-    link = [*compiler, "-shared", "--cudart=static", *(f"-Xcompiler={flag}" for flag in closed), f"-L{libraries}"]
-    with locked():
+    closed = ["-Xlinker=-Bsymbolic", "-Xlinker=--exclude-libs=ALL"]
+    link = [*compiler, "-shared", "--cudart=static", *closed, f"-L{libraries}"]
+    with locked("library"):
         assemble(jobs, [*link, "-ltorch_cuda", "-ltorch_cpu"], output)
     return summary
 
@@ -72,7 +72,7 @@ def emulated() -> Path:
     link = [*host_compiler(), "-shared", "-pthread", "-Wl,-Bsymbolic", f"-L{libraries}", "-ltorch_cpu"]
     text = "\0".join([*map(key, jobs), *link])
     output = cache() / f"emulated-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
-    with locked():
+    with locked("emulated"):
         if not output.exists():
             assemble(jobs, link, output)
             forget(cache().glob("emulated-*.so"))
@@ -198,11 +198,11 @@ def cache() -> Path:
 
 
 @contextlib.contextmanager
-def locked() -> Iterator[None]:
-    """One build at a time, for tests run in parallel; the second finds everything compiled."""
+def locked(name: str) -> Iterator[None]:
+    """One build of a library at a time, for tests run in parallel; the second finds everything compiled."""
     import fcntl
 
-    with open(cache() / "lock", "w") as file:
+    with open(cache() / f"{name}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -230,7 +230,7 @@ def compiled_object(job: Object) -> Path:
         raise subprocess.CalledProcessError(done.returncode, shlex.join(job.command), done.stdout, done.stderr)
     result.with_suffix(".log").write_text(done.stdout + done.stderr)
     partial.replace(result)
-    forget(cache().glob(f"{job.name}-*.o"), lambda old: old.with_suffix(".log").unlink(missing_ok=True))
+    forget(cache().glob(f"{job.name}-*.o"))
     return result
 
 
@@ -258,11 +258,11 @@ def closure(source: Path, but: str) -> list[Path]:
     return sorted(found)
 
 
-def forget(files: Iterator[Path], also: Callable[[Path], None] = lambda old: None) -> None:
-    """Deletes all but the versions used last."""
+def forget(files: Iterator[Path]) -> None:
+    """Deletes all but the versions used last, with what lies beside them."""
     for old in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)[KEPT:]:
-        old.unlink(missing_ok=True)
-        also(old)
+        for suffix in (old.suffix, ".log", ".json"):
+            old.with_suffix(suffix).unlink(missing_ok=True)
 
 
 def run(command: list[str]) -> str:
