@@ -1,10 +1,26 @@
+import importlib.util
 import inspect
 import os
+import shlex
+import shutil
+from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels run on the CPU
 
 import pytest
 import torch
+
+
+def _emulated_cuda_kernels():
+    """csrc/cuda compiled for the host; "" without a compiler."""
+    spec = importlib.util.spec_from_file_location("cuda_build", Path(__file__).parent.parent / "csrc" / "cuda" / "build.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    return str(build.emulated()) if shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0]) else ""
+
+
+if "ALPHACL_CUDA_EMULATED" not in os.environ:
+    os.environ["ALPHACL_CUDA_EMULATED"] = _emulated_cuda_kernels()
 
 # Small tensors run fastest on one thread, and a barrier per operation would make a busy machine's run take hours.
 torch.set_num_threads(1)

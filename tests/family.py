@@ -90,16 +90,18 @@ def served_by(backend, members=MEMBERS):
 #: (backend, member) wherever the backend serves the member.
 SERVED = [(backend, member) for backend in BACKENDS for member in served_by(backend)]
 SERVED_IDS = [f"{backend}-{member_id(member)}" for backend, member in SERVED]
+#: Backends whose kernels are not run but interpreted or emulated, which is slow.
+SLOW = ("triton", "cuda")
 #: Of the members these, one for each form of a sweep, are enough where a test that all backends share would take the
 #: interpreter of the Triton kernels an hour.
 REPRESENTATIVE = [("infonce", {}), ("triplet", {}), ("alpha_direct", {"detach_alpha": False})]
 
 
 def sampled(members=MEMBERS):
-    """SERVED for some members, with fewer of them for the interpreter; as arguments of ``parametrize``."""
+    """SERVED for some members, with fewer of them for slow backends; as arguments of ``parametrize``."""
     served = [
         (backend, member) for backend, member in SERVED
-        if member in members and (backend != "triton" or member in REPRESENTATIVE)
+        if member in members and (backend not in SLOW or member in REPRESENTATIVE)
     ]  # fmt: skip
     return {"argvalues": served, "ids": [f"{backend}-{member_id(member)}" for backend, member in served]}
 

@@ -9,6 +9,7 @@ from family import (
     REPRESENTATIVE,
     SERVED,
     SERVED_IDS,
+    SLOW,
     every_setting,
     loss_and_grads,
     member_id,
@@ -30,7 +31,7 @@ from alphacl_fast.functional import NEGATIVES, REDUCTIONS, SIMILARITIES, alpha_c
 def test_equals_reference(backend, member, negatives, symmetric, similarity, small_tiles, poisoned):
     z1, z2 = pair(9, 6)
     reductions = REDUCTIONS
-    if backend == "triton":  # one of them, each in turn: the interpreter is slow
+    if backend in SLOW:  # one of them, each in turn: the interpreter is slow
         turn = MEMBERS.index(member) + every_setting().index((negatives, symmetric, similarity))
         reductions = REDUCTIONS[turn % 3 :][:1]
     for reduction in reductions:
@@ -130,7 +131,7 @@ def test_batch_order_does_not_matter(backend, symmetric, small_tiles):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bitwise_repeatable(backend):
     z1, z2 = pair(1200, 16, torch.float32)
-    for member in served_by(backend) if backend != "triton" else REPRESENTATIVE:
+    for member in served_by(backend) if backend not in SLOW else REPRESENTATIVE:
         first, second = (loss_and_grads(z1, z2, *member, backend=backend, learn_tau=False) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), member_id(member)
 

@@ -26,7 +26,8 @@ def schedule(seed):
 def compared(z1, z2, member, backend="cuda", **setting):
     """Relative errors of [loss, dz1, dz2(, dτ)] against float64 on the same inputs."""
     truth = loss_and_grads(z1.double(), z2.double(), *member, backend="reference", **setting)
-    return [relative_error(a, b) for a, b in zip(loss_and_grads(z1, z2, *member, backend=backend, **setting), truth, strict=True)]
+    ours = loss_and_grads(z1, z2, *member, backend=backend, **setting)
+    return [relative_error(a, b) for a, b in zip(ours, truth, strict=True)]
 
 
 @pytest.mark.parametrize("member", BUILT_IN, ids=member_id)
@@ -183,9 +184,10 @@ def test_sweeps_alone_agree_with_blocked():
     gain, shift, offset, level, center = torch.rand(5, n, dtype=torch.float64)
     bias = -torch.rand(n, dtype=torch.float64)
     scale = torch.rand(n, dtype=torch.float64) + 0.5
+    kinds = {"square": (), "sigmoid": (2.0,), "gibbs": (1.0,), "hinge": (0.3,), "inverse": (4.0, 2.0, 1.0)}
     for split, partner, anchors in ((0, 75, n), (0, 0, n), (75, 75, n), (75, 0, 75), (60, 0, n)):
         cut = slice(None, anchors)
-        for kind, params in (("square", ()), ("sigmoid", (2.0,)), ("gibbs", (1.0,)), ("hinge", (0.3,)), ("inverse", (4.0, 2.0, 1.0))):
+        for kind, params in kinds.items():
             terms = ("dtau", "dft", "f", "ft", "df")[kind in ("sigmoid", "hinge") :]
             vectors = (center[cut], shift[cut], offset[cut])
             arguments = (tau, kind, params, terms[-4:], split, partner, anchors, (), "")  # without a level there is no "dtau"
@@ -218,8 +220,6 @@ def test_refusals(monkeypatch, tmp_path):
     assert load("/nowhere/other.so", "alphacl_fast_cuda")[1] == "needs torch 2.10, found 2.9.1"
     with pytest.raises(ValueError, match="backend 'cuda' cannot serve this call: runs on GPUs, not cpu"):
         ops.choose("cuda", cpu, torch.float32, None, "exp")
+    rows, one = torch.empty(1).expand(2**31, 1), torch.ones(())
     with pytest.raises(ValueError, match="at most 2147418112 rows"):
-        cuda.row_sums(
-            torch.empty(1).expand(2**31, 1), None, None, torch.empty(1), None, None, torch.ones(()), "exp", (), ("base", "f"), 0,
-            0, 1, (), "",
-        )  # fmt: skip
+        cuda.row_sums(rows, None, None, one, None, None, one, "exp", (), ("base", "f"), 0, 0, 1, (), "")

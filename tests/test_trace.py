@@ -405,7 +405,10 @@ def test_repeat_is_cheap():
         assert min(times) < limit
 
 
-@pytest.mark.parametrize("mode", [torch.inference_mode(), torch.no_grad(), torch.device("meta")], ids=lambda mode: type(mode).__name__)
+MODES = {"inference": torch.inference_mode(), "no_grad": torch.no_grad(), "meta": torch.device("meta")}
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 def test_modes_around_the_call_do_not_matter(mode):
     loss = PairLoss(None, lambda x: torch.sinh(x) * torch.tensor(0.5))
     with mode:

@@ -195,8 +195,9 @@ void sweep(
   const Span columns = span_of(a, "column", a.col_start, a.n_cols, a.flags & COLS_PAIRED, rows, 0, MOST);
   const int64_t row_end = a.row_start + a.n_rows, column_end = a.col_start + a.n_cols;
   // Results for rows of f in [from, to), and for the columns too where a tile serves both sides.
-  const auto within = [&](const char* what, int64_t from, int64_t to) {
-    if (written.first < from || written.last > to || (both && (columns.first < from || columns.last > to)))
+  const auto within = [&](const char* what, int64_t from, int64_t to, bool of_rows = true, bool of_columns = true) {
+    if ((of_rows && (written.first < from || written.last > to)) ||
+        (of_columns && both && (columns.first < from || columns.last > to)))
       refuse("sweep: ", what, " hold results for rows ", from, " to ", to, " of f, but the launch has some for others");
   };
 
@@ -232,7 +233,7 @@ void sweep(
     if (wants_sums) {
       call.present("sums", sums);
       a.sums = call.output("sums", sums, call.wide, product({a.parts, a.terms, a.anchors}));
-      if (rows_anchor || both) within("sums", 0, a.anchors);
+      within("sums", 0, a.anchors, rows_anchor, cols_anchor);
     }
   }
   call.launch([&](void* stream) { return alphacl_cuda_sweep(gradient, dtype, &a, row_blocks, stream); });

@@ -553,7 +553,7 @@ template <class E, bool CHUNKS> struct PairGrad {
             if (a.w_sums && serves) device::add_global(static_cast<float*>(a.w_sums) + place.row, w_sum);
 #pragma unroll
             for (int k = 0; k < TERM_COUNT; ++k)
-              if (a.row_of_term[k] >= 0) {
+              if (a.row_of_term[k] >= 0 && has(a, COLS_ANCHOR)) {
                 const float sum = column_sum(column[k]);
                 if (serves) device::add_global(static_cast<float*>(a.sums) + a.row_of_term[k] * a.anchors + place.row, sum);
               }

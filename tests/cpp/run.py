@@ -5,9 +5,9 @@
     python tests/cpp/run.py --sanitize none       neither: for a debugger, or for timing
     python tests/cpp/run.py --only test_device    one of them
 
-test_kernels is csrc/cpu, test_device the emulated GPU of csrc/cuda (whose races must be reported, too). CXX is the compiler,
-as for setup.py, whose instruction sets and flags these are. Objects are kept in build/test_kernels and compiled again when a
-source or a flag has changed.
+test_kernels is csrc/cpu, test_device the emulated GPU of csrc/cuda (whose races must be reported, too), test_sweeps the CUDA
+kernels on it. CXX is the compiler, as for setup.py, whose instruction sets and flags these are. Objects are kept in
+build/test_kernels and compiled again when a source or a flag has changed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OBJECTS = ROOT / "build" / "test_kernels"
 TESTS = Path("tests") / "cpp"
 CUDA = Path("csrc") / "cuda"
-PROGRAMS = ("test_kernels", "test_device")
+PROGRAMS = ("test_kernels", "test_device", "test_sweeps")
 SANITIZERS = {"address": "address,undefined", "thread": "thread", "none": ""}
 #: A sweep that asks for too much memory is one of the tests; threads outnumber cores, so they had better not spin.
 ENVIRONMENT = {
@@ -85,15 +85,19 @@ def build(sanitize: str, programs: Sequence[str]) -> dict[str, Path]:
     known += ['-DALPHACL_BUILD="test"', '-DALPHACL_SOURCES="test"']
     jobs["driver"] = [*threads, *known, str(sources / "driver.cpp")]
     jobs["test_kernels"] = [*threads, *(["-DALPHACL_WRAPPED"] if wrap else []), str(TESTS / "test_kernels.cpp")]
-    parts = {"test_kernels": list(jobs), "test_device": ["test_device"]}
+    parts = {"test_kernels": list(jobs), "test_device": ["test_device"], "test_sweeps": ["test_sweeps"]}
     # AddressSanitizer's time goes into compilation, ThreadSanitizer's into running.
     quick = ["-O0", "-g1"] if sanitize == "address" else []
-    jobs["test_device"] = [*quick, "-DALPHACL_EMULATED", str(TESTS / "test_device.cpp")]
+    for name in ("test_device", "test_sweeps"):
+        jobs[name] = [*quick, "-DALPHACL_EMULATED", str(TESTS / f"{name}.cpp")]
+    for dtype in ("BFLOAT16", "TFLOAT32", "FLOAT64"):  # what the others are made of: every engine, in one dtype
+        parts["test_sweeps"].append(dtype)
+        jobs[dtype] = ["-DALPHACL_EMULATED", f"-DALPHACL_DTYPE={dtype}", "-g1", "-x", "c++", str(CUDA / "kernels.cu")]
     version = setup["run"]([*compiler, "--version"])
 
     def compile_one(name: str) -> Path:
         command = [*compiler, *flags, *jobs[name], "-c"]
-        folder = ROOT / (CUDA if name == "test_device" else sources)
+        folder = ROOT / (CUDA if "-DALPHACL_EMULATED" in command else sources)
         headers = b"".join(file.read_bytes() for file in sorted(folder.glob("*.h")))
         text = "\0".join([version, *command]).encode() + headers + (ROOT / jobs[name][-1]).read_bytes()
         target = OBJECTS / f"{sanitize}_{name}_{hashlib.sha256(text).hexdigest()[:16]}.o"
@@ -161,6 +165,8 @@ def main() -> None:
         run([str(programs["test_device"])])
         if options.sanitize == "thread":
             run_races(str(programs["test_device"]))
+    if "test_sweeps" in programs:
+        run([str(programs["test_sweeps"])])
     if "test_kernels" in programs:
         short = ["--short"] if options.short or options.sanitize == "thread" else []
         run([str(programs["test_kernels"]), "--seed", str(options.seed), *short])

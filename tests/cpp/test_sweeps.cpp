@@ -1,0 +1,240 @@
+// The CUDA kernels on the emulated GPU, against plain loops written from the definitions in docs/design.md. pytest compares far
+// more (tests/test_cuda.py); this program is for sanitizers: every tensor is an allocation of exactly its size, and with
+// ThreadSanitizer each thread of a block is one to it, so that a missing barrier is a reported race.
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cuda/device.h"
+#include "../../csrc/cuda/launch.h"
+
+using namespace alphacl;
+
+namespace alphacl {
+template <> const char* sweep<BFLOAT16>(bool, const Sweep&, int, void*);
+template <> const char* sweep<TFLOAT32>(bool, const Sweep&, int, void*);
+template <> const char* sweep<FLOAT64>(bool, const Sweep&, int, void*);
+template <> const char* rows<BFLOAT16>(bool, const PairRows&, void*);
+template <> const char* rows<FLOAT64>(bool, const PairRows&, void*);
+}  // namespace alphacl
+
+namespace {
+
+constexpr double NONE = std::numeric_limits<double>::quiet_NaN();
+int failures = 0;
+std::mt19937 generator(1);
+double uniform(double low, double high) { return std::uniform_real_distribution<double>(low, high)(generator); }
+
+double from_bfloat16(uint16_t bits) {
+  const uint32_t wide = uint32_t(bits) << 16;
+  float x;
+  std::memcpy(&x, &wide, 4);
+  return x;
+}
+
+// A batch of two views in the terms of the operators; T is the accumulation type.
+template <Dtype DTYPE> struct Batch {
+  using T = std::conditional_t<DTYPE == FLOAT64, double, float>;
+  using Element = std::conditional_t<DTYPE == BFLOAT16, uint16_t, T>;
+  int half, n, dim;
+  bool cross;
+  std::vector<Element> f;
+  std::vector<double> x;  // (n, dim) the features' values
+  std::vector<T> scale, center, gain, shift;
+  T tau = T(0.4), unit = 1;
+
+  Batch(int half, int dim, bool cross) : half(half), n(2 * half), dim(dim), cross(cross) {
+    for (int i = 0; i < n * dim; ++i) {
+      const float value = float(uniform(-1, 1)) / std::sqrt(float(dim));
+      if constexpr (DTYPE == BFLOAT16) {
+        f.push_back(uint16_t(device::pack_bf16(value, 0.0f)));
+        x.push_back(from_bfloat16(f.back()));
+      } else if constexpr (DTYPE == TFLOAT32) {
+        const float short_value = float(int(value * 1024)) / 1024;  // exact in TF32
+        f.push_back(short_value), x.push_back(short_value);
+      } else {
+        f.push_back(value), x.push_back(value);
+      }
+    }
+    for (int i = 0; i < n; ++i) {
+      scale.push_back(T(uniform(0.5, 1.5))), center.push_back(T(uniform(-1, 1)));
+      gain.push_back(T(uniform(0.1, 1))), shift.push_back(T(uniform(-1, 1)));
+    }
+  }
+
+  double similarity(int i, int j) const {
+    double t = 0;
+    for (int d = 0; d < dim; ++d) t += x[i * dim + d] * x[j * dim + d];
+    return t * (DTYPE == BFLOAT16 ? double(scale[i]) * double(scale[j]) : 1.0);
+  }
+  bool counts(int i, int j) const { return i % half != j % half && (!cross || (i < half) != (j < half)); }
+
+  Sweep arguments() const {
+    Sweep a{};
+    a.f = f.data(), a.stride = a.dim = dim, a.n = n, a.half = half, a.anchors = n, a.tau = &tau;
+    if (DTYPE == BFLOAT16) a.scale = scale.data();
+    a.center = center.data(), a.parts = 2, a.params[0] = 0.2, a.params[1] = 2, a.params[2] = 1;
+    for (int& row : a.row_of_term) row = -1;
+    const bool aligned = reinterpret_cast<uintptr_t>(a.f) % 16 == 0 && dim * sizeof(Element) % 16 == 0;
+    a.flags = EXCLUDE | ROWS_ANCHOR | COLS_ANCHOR | (aligned ? ALIGNED : 0);
+    return a;
+  }
+  // Calls use(arguments, row blocks) for each group of rows.
+  void each_group(Sweep a, const std::function<void(Sweep&, int)>& use) const {
+    for (int side = 0; side < (cross ? 2 : 1); ++side) {
+      a.n_rows = a.n_cols = cross ? half : n;
+      a.row_start = side * half, a.col_start = cross ? half - side * half : 0;
+      if (!cross) a.flags |= TRIANGLE | ROWS_PAIRED | COLS_PAIRED;
+      use(a, int((a.n_rows + 63) / 64));
+    }
+  }
+};
+
+void expect(const std::string& what, double got, double wanted, double bound) {
+  if (std::abs(got - wanted) <= bound * std::max(1.0, std::abs(wanted))) return;
+  if (++failures < 20) std::printf("%s: %.9g, expected %.9g\n", what.c_str(), got, wanted);
+}
+void fine(const std::string& what, const char* error) {
+  if (error && ++failures < 20) std::printf("%s: %s\n", what.c_str(), error);
+}
+
+double log_f(int kind, double t, double tau) { return kind == EXP ? t / tau : -std::log(std::pow(std::max(0.2 - t, 0.0), 2) + tau); }
+
+// Sums of f and f·(t − center) of log kinds, and of max(x + 0.2, 0) and its derivative.
+template <Dtype DTYPE> void sums(const Batch<DTYPE>& b, int kind, int form, bool both, double bound) {
+  using T = typename Batch<DTYPE>::T;
+  const std::string name = "row_sums dtype " + std::to_string(DTYPE) + " kind " + std::to_string(kind) + " form " +
+                           std::to_string(form) + (both ? " both" : "") + (b.cross ? " cross" : "");
+  const int bases = form == RUNNING || form == MAXIMUM, terms = form == MAXIMUM ? 0 : 2;
+  const int tiles = int(((b.cross ? b.half : b.n) + 63) / 64), slots = 2 + (both ? tiles : 0);
+  std::vector<T> out(size_t(slots) * (bases + terms) * b.n, T(NONE));
+  Sweep a = b.arguments();
+  a.out = out.data(), a.kind = kind, a.form = form, a.terms = terms, a.middle = 0.1;
+  if (form == PLAIN) a.shift = b.shift.data();
+  if (terms) a.row_of_term[TERM_F] = 1, a.row_of_term[TERM_FT] = 0;
+  int groups = 0;
+  b.each_group(a, [&](Sweep& s, int blocks) {
+    if (both && groups++) return;  // one launch serves both sides
+    s.end = both && !b.cross ? tiles / 2 + 1 : tiles, s.col_slot = 2;
+    if (both) s.flags |= BOTH;
+    fine(name, sweep<DTYPE>(false, s, blocks, nullptr));
+  });
+  const auto at = [&](int slot, int k, int i) { return double(out[(size_t(slot) * (bases + terms) + k) * b.n + i]); };
+  for (int i = 0; i < b.n; ++i) {
+    double f = 0, ft = 0, largest = -INFINITY;
+    for (int j = 0; j < b.n; ++j) {
+      if (!b.counts(i, j)) continue;
+      const double t = b.similarity(i, j);
+      const double value = kind == HINGE ? std::max(t - b.shift[i] + 0.2, 0.0) : std::exp(log_f(kind, t, b.tau) - (form == FIXED ? 0.1 : 0.0));
+      f += value, ft += value * (t - b.center[i]), largest = std::max(largest, t);
+    }
+    double got_f = 0, got_ft = 0, got_max = -INFINITY;
+    for (int slot = 0; slot < slots; ++slot) {
+      // Distance 0 of a triangle serves rows only, half way round an even ring only half of the blocks do.
+      const bool empty = both && (b.cross ? (slot < 2) != (i < b.half) : slot == 2 || (tiles % 2 == 0 && slot == slots - 1));
+      if (both && !b.cross && slot > 2 + tiles / 2) continue;
+      if (empty && (slot == 2 || b.cross)) continue;
+      const double factor = bases && terms ? std::exp(at(slot, 0, i)) : 1.0;
+      if (bases) got_max = std::max(got_max, at(slot, 0, i));
+      if (terms && factor > 0) got_ft += at(slot, bases, i) * factor, got_f += at(slot, bases + 1, i) * factor;
+    }
+    if (form == MAXIMUM) expect(name, got_max, largest, bound);
+    if (terms) expect(name, got_f, f, bound), expect(name, got_ft, ft, bound * std::max(1.0, f));
+  }
+}
+
+template <Dtype DTYPE> void gradients(const Batch<DTYPE>& b, int kind, int form, bool both, double bound) {
+  using T = typename Batch<DTYPE>::T;
+  const std::string name = "pair_grad dtype " + std::to_string(DTYPE) + " kind " + std::to_string(kind) + " form " +
+                           std::to_string(form) + (both ? " both" : "") + (b.cross ? " cross" : "");
+  const bool product = b.dim <= largest_features(DTYPE);
+  const int parts = both ? 1 : 2, terms = form == FIXED ? 0 : 1;
+  std::vector<T> df(product ? size_t(parts) * b.n * b.dim : 0, both ? T(0) : T(NONE));
+  std::vector<T> term_sums(size_t(parts) * terms * b.n, both ? T(0) : T(NONE));
+  std::vector<double> total(size_t(b.n) * b.dim, 0.0);
+  using W = std::conditional_t<DTYPE == BFLOAT16, uint16_t, T>;
+  Sweep a = b.arguments();
+  a.kind = kind, a.form = form, a.gain = b.gain.data(), a.unit = &b.unit, a.n_out = b.n, a.middle = 0.1, a.parts = parts;
+  a.df = df.data(), a.terms = terms, a.gradient = product ? PRODUCT : WEIGHTS, a.weight = WEIGHT_F;
+  if (terms) a.sums = term_sums.data(), a.row_of_term[TERM_F] = 0;
+  if (form == PLAIN) a.shift = b.shift.data();
+  int groups = 0;
+  b.each_group(a, [&](Sweep& s, int blocks) {
+    if (both && groups++) return;
+    const int tiles = int((s.n_cols + 63) / 64);
+    s.end = both && !b.cross ? tiles / 2 + 1 : tiles;
+    if (both) s.flags |= BOTH;
+    std::vector<W> w(product ? 0 : size_t(blocks) * 64 * s.n_cols);
+    s.w = w.data();
+    fine(name, sweep<DTYPE>(true, s, blocks, nullptr));
+    for (size_t k = 0; k < w.size(); ++k) {  // the vendor product's place
+      const int block = int(k / s.n_cols) / 64, l = int(k / s.n_cols) % 64, j = int(s.col_start) + int(k % s.n_cols);
+      const int pair = b.cross ? block * 64 + l : block * 32 + l % 32;
+      if (pair >= b.half) continue;
+      const int i = int(s.row_start) + pair + (!b.cross && l >= 32 ? b.half : 0);
+      const double value = DTYPE == BFLOAT16 ? from_bfloat16(uint16_t(w[k])) : double(w[k]);
+      for (int d = 0; d < b.dim; ++d) total[size_t(i) * b.dim + d] += value * b.x[j * b.dim + d];
+    }
+  });
+  for (size_t k = 0; k < total.size() && product; ++k)
+    for (int part = 0; part < parts; ++part) total[k] += double(df[part * total.size() + k]);
+  for (int i = 0; i < b.n; ++i) {
+    std::vector<double> row(b.dim, 0.0);
+    double sum = 0, size = 0;
+    for (int j = 0; j < b.n; ++j) {
+      if (!b.counts(i, j)) continue;
+      const double t = b.similarity(i, j);
+      const auto g = [&](int side) {
+        if (kind == HINGE) return std::max(t - b.shift[side] + 0.2, 0.0);
+        return std::exp(log_f(kind, t, b.tau) - (form == FIXED ? 0.1 : double(b.shift[side])));
+      };
+      const double w = g(i) * b.gain[i] + g(j) * b.gain[j];
+      sum += g(i), size += w;
+      for (int d = 0; d < b.dim; ++d) row[d] += w * b.x[j * b.dim + d] * (DTYPE == BFLOAT16 ? double(b.scale[j]) : 1.0);
+    }
+    for (int d = 0; d < b.dim; ++d) expect(name, total[size_t(i) * b.dim + d], row[d], bound * std::max(1.0, size));
+    double got = 0;
+    for (int part = 0; part < parts && terms; ++part) got += double(term_sums[size_t(part) * b.n + i]);
+    if (terms) expect(name, got, sum, std::min(bound, 1e-3));
+  }
+}
+
+template <Dtype DTYPE> void all(std::initializer_list<int> dims, double sum_bound, double gradient_bound) {
+  for (int dim : dims)
+    for (bool cross : {false, true}) {
+      const Batch<DTYPE> b(cross ? 70 : 67, dim, cross);
+      const bool product = dim <= largest_features(DTYPE);
+      for (bool both : {false, true}) {
+        if (both && DTYPE != BFLOAT16) continue;
+        sums(b, EXP, FIXED, both, sum_bound);
+        sums(b, INVERSE, FIXED, both, sum_bound);
+        sums(b, HINGE, PLAIN, both, sum_bound);
+        sums(b, EXP, MAXIMUM, both, sum_bound);
+        if (both && !product) continue;
+        gradients(b, EXP, FIXED, both, gradient_bound);
+        gradients(b, EXP, PLAIN, both, gradient_bound);
+        gradients(b, HINGE, PLAIN, both, gradient_bound);
+      }
+      sums(b, EXP, RUNNING, false, sum_bound);
+    }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const int seed = count > 1 ? std::atoi(arguments[1]) : 0;
+  device::schedule(seed);
+  all<BFLOAT16>({24, 300}, 1e-5, 4e-3);
+  all<TFLOAT32>({20, 140}, 1e-3, 2e-3);
+  all<FLOAT64>({20, 40}, 1e-12, 1e-12);
+  std::printf("%s\n", failures ? "FAILED" : "all good");
+  return failures ? 1 : 0;
+}
