@@ -35,6 +35,8 @@ def test_wheel_has_one_top_level_name(wheel):
     assert "alphacl_fast/train/loop.py" in names
     assert "alphacl_fast/py.typed" in names
     assert "-cp310-abi3-" in wheel.name
+    for backend in ("cpu", "cuda"):  # the library, or the reason
+        assert sum(f"alphacl_fast/_{backend}{end}" in names for end in (".abi3.so", "_not_built.txt")) == 1
 
 
 def test_wheel_works_unpacked(wheel, tmp_path):
