@@ -182,7 +182,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "spilled bytes are those of a thread, shared bytes those of a block; the last columns count machine instructions in",
         "the whole kernel (RED: all atomic additions). `Half<K, …>` multiplies bfloat16 (true) or float16 rows, `Tf32` and",
         "`Simt` float32 and float64, K features at a time; then comes whether rows are longer than that, and, in fast",
-        "kernels, whether a tile serves both its sides.",
+        "kernels, whether a tile serves both its sides. `hopper::` kernels are for sm_90a alone.",
         "",
         "Written by:",
         "",
