@@ -142,25 +142,18 @@ struct Numbers {
   int32_t small(const char* what, int64_t least = 0, int64_t most = INT32_MAX) { return int32_t(next(what, least, most)); }
 };
 
-// Rows [first, last) of f which one side of a launch can write results for.
-struct Span {
-  int64_t first, last;
-};
-
-// Checks that a side's rows exist, and returns those of its blocks [begin, end).
-Span span_of(const Sweep& a, const char* side, int64_t start, int64_t count, bool paired, int64_t rows, int64_t begin, int64_t end) {
-  if (paired && (a.half < 1 || a.half > MOST / 2 || count != 2 * a.half))
+// Checks that the rows of one side of a launch exist.
+void check_side(const Sweep& a, const char* side, int64_t start, int64_t count, bool paired, int64_t rows) {
+  if (paired && (a.half > MOST / 2 || count != 2 * a.half))
     refuse("sweep: paired ", side, "s must be 2·half in number, got ", count, " with half = ", a.half);
   if (count > rows || start > rows - count)
     refuse("sweep: ", side, "s must lie within the ", rows, " rows of f, got ", count, " from ", start);
-  const int64_t each = paired ? SIDE / 2 : SIDE, pairs = paired ? a.half : count;
-  const auto clipped = [&](int64_t block) { return block > pairs / each ? pairs : std::min(block * each, pairs); };
-  return {start + clipped(begin), start + clipped(end) + (paired ? a.half : 0)};
 }
 
 void sweep(
-    Tensor f, Maybe scale, Maybe bias, Maybe center, Maybe gain, Maybe shift, Maybe offset, Maybe level, Tensor tau, Maybe unit,
-    Maybe out, Maybe df, Maybe w_sums, Maybe sums, Maybe w, std::vector<int64_t> numbers, std::vector<double> constants) {
+    Tensor f, Maybe scale, Maybe bias, Maybe center, Maybe gain, Maybe shift, Maybe offset, Maybe level, Tensor tau,
+    Maybe unit, Maybe out, Maybe df, Maybe w_sums, Maybe sums, Maybe w, std::vector<int64_t> numbers,
+    std::vector<double> constants) {
   if (numbers.size() != 28) refuse("sweep: numbers must be 28, got ", numbers.size());
   if (constants.size() != 4) refuse("sweep: constants must be 4, got ", constants.size());
   const Call call("sweep", f);
@@ -189,15 +182,12 @@ void sweep(
   if (reinterpret_cast<uintptr_t>(a.f) % 16 == 0 && a.stride * itemsize % 16 == 0) a.flags |= ALIGNED;
 
   const bool both = a.flags & BOTH, rows_anchor = a.flags & ROWS_ANCHOR, cols_anchor = a.flags & COLS_ANCHOR;
-  const int64_t rows = f.size(0), first_block = gradient ? a.first_block : 0;
-  const Span written =
-      span_of(a, "row", a.row_start, a.n_rows, a.flags & ROWS_PAIRED, rows, first_block, first_block + row_blocks);
-  const Span columns = span_of(a, "column", a.col_start, a.n_cols, a.flags & COLS_PAIRED, rows, 0, MOST);
+  check_side(a, "row", a.row_start, a.n_rows, a.flags & ROWS_PAIRED, f.size(0));
+  check_side(a, "column", a.col_start, a.n_cols, a.flags & COLS_PAIRED, f.size(0));
   const int64_t row_end = a.row_start + a.n_rows, column_end = a.col_start + a.n_cols;
   // Results for rows of f in [from, to), and for the columns too where a tile serves both sides.
   const auto within = [&](const char* what, int64_t from, int64_t to, bool of_rows = true, bool of_columns = true) {
-    if ((of_rows && (written.first < from || written.last > to)) ||
-        (of_columns && both && (columns.first < from || columns.last > to)))
+    if ((of_rows && (a.row_start < from || row_end > to)) || (of_columns && both && (a.col_start < from || column_end > to)))
       refuse("sweep: ", what, " hold results for rows ", from, " to ", to, " of f, but the launch has some for others");
   };
 
@@ -278,16 +268,16 @@ void rows(bool finish, Maybe z1, Maybe z2, Tensor f, Tensor inv_norm, Maybe pos,
 }  // namespace
 
 STABLE_TORCH_LIBRARY(ALPHACL_NAMESPACE, m) {
-  // numbers: gradient, dtype, row_blocks, n_rows, n_cols, row_start, col_start, half, anchors, n, n_out, lo, first_block, begin,
-  // end, col_slot, parts, kind, form, weight, gradient mode, flags, terms, rows of the five terms (problem.h).
+  // numbers: gradient, dtype, row_blocks, n_rows, n_cols, row_start, col_start, half, anchors, n, n_out, lo, first_block,
+  // begin, end, col_slot, parts, kind, form, weight, gradient mode, flags, terms, rows of the five terms (problem.h).
   // constants: middle and the kind's three.
   m.def(
-      "sweep(Tensor f, Tensor? scale, Tensor? bias, Tensor? center, Tensor? gain, Tensor? shift, Tensor? offset, Tensor? level, "
-      "Tensor tau, Tensor? unit, Tensor(a!)? out, Tensor(b!)? df, Tensor(c!)? w_sums, Tensor(d!)? sums, Tensor(e!)? w, "
-      "int[] numbers, float[] constants) -> ()");
+      "sweep(Tensor f, Tensor? scale, Tensor? bias, Tensor? center, Tensor? gain, Tensor? shift, Tensor? offset, "
+      "Tensor? level, Tensor tau, Tensor? unit, Tensor(a!)? out, Tensor(b!)? df, Tensor(c!)? w_sums, Tensor(d!)? sums, "
+      "Tensor(e!)? w, int[] numbers, float[] constants) -> ()");
   m.def(
-      "rows(bool finish, Tensor? z1, Tensor? z2, Tensor(a!) f, Tensor(b!) inv_norm, Tensor(c!)? pos, Tensor(d!)? d, Tensor? q) "
-      "-> ()");
+      "rows(bool finish, Tensor? z1, Tensor? z2, Tensor(a!) f, Tensor(b!) inv_norm, Tensor(c!)? pos, Tensor(d!)? d, "
+      "Tensor? q) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ALPHACL_NAMESPACE, ALPHACL_DEVICE, m) {
