@@ -6,8 +6,9 @@ second sweep waits for the incoming row gradient. Derivation: docs/design.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class Call:
     backend: str
     tau: float | None = None  # the temperature where its value is known on the host
     precision: str = ""  # of float32 products; "" follows torch
+    group: Any = None  # of processes, each of which holds a part of the batch (`distributed.Group`)
 
     @property
     def c(self) -> float:
@@ -78,14 +80,15 @@ class Features:
         self.f, self.scale, self.bias, self.inv_norm = f, scale, bias, inv_norm
 
     @classmethod
-    def make(cls, z: Tensor, similarity: str) -> Features:
+    def make(cls, z: Tensor, similarity: str, center: Tensor | None = None) -> Features:
+        """Of the stacked views; ``center`` (D,) is subtracted from euclidean rows, by default their mean."""
         accumulate = accumulation_dtype(z.dtype)
         if similarity == "dot":
             return cls(z, None, None, None)
         wide = z.to(accumulate)
         if similarity == "euclidean":
             # t does not change under a common shift, but its float32 error does: 0.37 → 3e-6 at an offset of 100.
-            centered = wide - wide.mean(0)
+            centered = wide - (wide.mean(0) if center is None else center)
             return cls(centered, None, centered.square().sum(1) / -2, None)
         largest = wide.abs().amax(1)  # squares of the rows themselves could leave the range of the dtype
         zero = largest == 0
@@ -105,9 +108,9 @@ class Features:
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.f, self.scale, self.bias, self.inv_norm
 
-    def first(self, n: int) -> Features:
-        """Those of the first n rows."""
-        return Features(*(None if x is None else x[:n] for x in self.tensors()))
+    def part(self, rows: slice) -> Features:
+        """Those of some rows."""
+        return Features(*(None if x is None else x[rows] for x in self.tensors()))
 
 
 def positives(rows: Tensor, similarity: str) -> Tensor:
@@ -134,18 +137,45 @@ class Layout(NamedTuple):
         return cls(2 * n, n, n, call.anchors(n), n - 1)
 
 
+class Operators:
+    """`row_sums` and `pair_grad` with everything bound that is the same in all sweeps of a call."""
+
+    def __init__(self, tau: Tensor, call: Call) -> None:
+        self._kind, self._backend, self._precision = call.objective.kind, call.backend, call.precision
+        self._tau = call.objective.kind_tau(tau)
+        self._params = call.objective.params(call.c)
+        self._span = _span(call)
+
+    def row_sums(
+        self, f: Features, terms: tuple[str, ...], split: int, partner: int, center: Tensor, shift: Tensor | None,
+        offset: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """(len(terms), anchors) from row scalars (anchors,)."""
+        return ops.row_sums(
+            f.f, f.scale, f.bias, center, shift, offset, self._tau, self._kind, self._params, terms, split, partner,
+            center.shape[0], self._span, self._precision, self._backend,
+        )  # fmt: skip
+
+    def pair_grad(
+        self, f: Features, weight: str, terms: tuple[str, ...], split: int, partner: int, lo: int, hi: int, center: Tensor,
+        gain: Tensor, shift: Tensor | None, offset: Tensor | None, level: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """dF (hi − lo, D), row sums of the weights with a bias, (len(terms), anchors) from row scalars (anchors,)."""
+        return ops.pair_grad(
+            f.f, f.scale, f.bias, center, gain, shift, offset, level, self._tau, self._kind, self._params, weight, terms,
+            split, partner, lo, hi, self._span, self._precision, self._backend,
+        )  # fmt: skip
+
+
 class Sweeps:
     """One batch bound to its operators: the `Pairs` that an objective solves on, and the gradient sweep."""
 
     def __init__(self, features: Features, pos: Tensor, tau: Tensor, call: Call) -> None:
         self.layout = Layout.make(call, pos.shape[0])
-        self.features = features.first(self.layout.rows)
-        self.pos = pos.repeat(self.layout.anchors // pos.shape[0])
+        self.features = features.part(slice(self.layout.rows))
+        self.pos = torch.cat([pos, pos]) if self.layout.anchors > pos.shape[0] else pos
         self.n_neg, self.tau = self.layout.n_neg, tau
-        self._kind, self._backend, self._precision = call.objective.kind, call.backend, call.precision
-        self._kind_tau = call.objective.kind_tau(tau)
-        self._params = call.objective.params(call.c)
-        self._span = _span(call)
+        self.operators = Operators(tau, call)
 
     def sums(
         self,
@@ -155,12 +185,10 @@ class Sweeps:
         offset: Tensor | None = None,
         center: Tensor | None = None,
     ) -> Tensor:
-        f, layout = self.features, self.layout
         center = self.pos if center is None else center
-        return ops.row_sums(
-            f.f, f.scale, f.bias, center, shift, offset, self._kind_tau, self._kind, self._params, terms, layout.split,
-            layout.partner, layout.anchors, self._span, self._precision, self._backend,
-        )  # fmt: skip
+        return self.operators.row_sums(
+            self.features, terms, self.layout.split, self.layout.partner, center, shift, offset
+        )
 
     def grad(
         self, rows: Rows, c: Tensor, weight: str, terms: tuple[str, ...], lo: int, hi: int
@@ -169,12 +197,10 @@ class Sweeps:
         if lo == hi and not terms:
             nothing = self.pos.new_empty(0)
             return nothing, nothing, nothing
-        f, layout = self.features, self.layout
         center = self.pos if rows.center is None else rows.center
-        return ops.pair_grad(
-            f.f, f.scale, f.bias, center, rows.gain * c, rows.shift, rows.offset, rows.level, self._kind_tau,
-            self._kind, self._params, weight, terms, layout.split, layout.partner, lo, hi, self._span,
-            self._precision, self._backend,
+        return self.operators.pair_grad(
+            self.features, weight, terms, self.layout.split, self.layout.partner, lo, hi, center, rows.gain * c, rows.shift,
+            rows.offset, rows.level,
         )  # fmt: skip
 
     def mean_negative(self) -> Tensor:
@@ -182,6 +208,9 @@ class Sweeps:
 
     def mean_square_negative(self) -> Tensor:
         return mean_negative(self.features.rows(), self.features.bias, self.layout, power=2)
+
+    def all_done(self, done: Tensor) -> bool:
+        return bool(done.all())
 
 
 def _span(call: Call) -> tuple[float, ...]:
@@ -194,8 +223,17 @@ def _span(call: Call) -> tuple[float, ...]:
     return low, high
 
 
-def mean_negative(rows: Tensor, bias: Tensor | None, layout: Layout, power: int = 1) -> Tensor:
-    """(anchors,) mean of t_ij, in O(n·D), or of t_ij², in O(n·D²), over the negatives; differentiable."""
+def mean_negative(
+    rows: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    power: int = 1,
+    everywhere: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Tensor:
+    """(anchors,) mean of t_ij, in O(n·D), or of t_ij², in O(n·D²), over the negatives; differentiable.
+
+    ``everywhere`` adds up what other holders of rows have: negatives are all rows, ``rows`` those of this process.
+    """
     left, right = rows, rows
     if bias is not None:  # t_ij = ⟨[F_i, b_i, 1], [F_j, 1, b_j]⟩
         b, one = bias.unsqueeze(1), torch.ones_like(bias).unsqueeze(1)
@@ -203,7 +241,7 @@ def mean_negative(rows: Tensor, bias: Tensor | None, layout: Layout, power: int 
 
     def total(a: Tensor, b: Tensor) -> Tensor:  # Σ_j over all rows of b
         # not a @ Σb: its backward adds n equal numbers one after the other, which rounds in one direction (1e-5 at n = 2,566)
-        return (a * (b.sum(0) if power == 1 else a @ (b.t() @ b))).sum(1)
+        return (a * (everywhere(b.sum(0)) if power == 1 else a @ everywhere(b.t() @ b))).sum(1)
 
     def own(a: Tensor, b: Tensor) -> Tensor:  # one excluded pair of each row
         return (a * b).sum(1).pow(power)
@@ -241,18 +279,26 @@ class UnitRows(torch.autograd.Function):
         return through_normalization(grad, *ctx.saved_tensors).to(ctx.dtype)
 
 
-def closed_form(z1: Tensor, z2: Tensor, call: Call) -> Tensor:
-    """Loss of a constant-α objective by autograd through O(n·D) sums."""
+def closed_form(
+    z1: Tensor,
+    z2: Tensor,
+    call: Call,
+    layout: Layout,
+    center: Tensor | None = None,
+    everywhere: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Tensor:
+    """(anchors,) losses of a constant-α objective by autograd through O(n·D) sums; arguments as above."""
     assert isinstance(call.objective, ClosedForm)
     z = torch.cat([z1, z2])
     rows, bias = UnitRows.apply(z) if call.similarity == "cosine" else z.to(accumulation_dtype(z.dtype)), None
     if call.similarity == "euclidean":
-        rows = rows - rows.mean(0)
+        rows = rows - (rows.mean(0) if center is None else center)
         bias = rows.square().sum(1) / -2
-    layout = Layout.make(call, z1.shape[0])
     pos = positives(rows, call.similarity)
-    mean = mean_negative(rows[: layout.rows], None if bias is None else bias[: layout.rows], layout)
-    return call.reduce(call.objective.weight(layout.n_neg) * (mean - pos.repeat(layout.anchors // pos.shape[0])))
+    mean = mean_negative(
+        rows[: layout.rows], None if bias is None else bias[: layout.rows], layout, everywhere=everywhere
+    )
+    return call.objective.weight(layout.n_neg) * (mean - (torch.cat([pos, pos]) if layout.anchors > len(pos) else pos))
 
 
 class AlphaCLFunction(torch.autograd.Function):
@@ -265,12 +311,12 @@ class AlphaCLFunction(torch.autograd.Function):
         need = ctx.needs_input_grad[:3]
         with torch.autocast(z1.device.type, enabled=False):
             tau = tau.to(accumulate)
-            problem = _Problem.of_views(z1, z2, tau, call)
+            problem = Problem(*features_of_views(z1, z2, call), tau, call)
             if not any(need):
                 return call.reduce(problem.solve(learn_tau=False).loss)
             if call.reduction == "none":
                 rows = problem.solve(learn_tau=need[2])
-                ctx.save_for_backward(*problem.features.tensors(), problem.pos, tau, *_row_tensors(rows))
+                ctx.save_for_backward(*problem.features.tensors(), problem.pos, tau, *row_tensors(rows))
                 return call.reduce(rows.loss)
             one = tau.new_ones(())
             loss, *grads = problem.loss_and_gradient(one, need)
@@ -284,8 +330,8 @@ class AlphaCLFunction(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):
             if call.reduction == "none":
                 f, scale, bias, inv_norm, pos, tau, *rows = ctx.saved_tensors
-                problem = _Problem(Features(f, scale, bias, inv_norm), pos, tau, call)
-                grads = problem.gradient(_rows_from(rows), grad, ctx.needs_input_grad[:3])
+                problem = Problem(Features(f, scale, bias, inv_norm), pos, tau, call)
+                grads = problem.gradient(rows_from(rows), grad, ctx.needs_input_grad[:3])
                 grads = [None if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)]
             else:
                 # float32 until it is scaled: a half-precision gradient of 1e-8 would vanish before GradScaler sees it
@@ -298,30 +344,43 @@ class AlphaCLFunction(torch.autograd.Function):
 _ROW_FIELDS = tuple(field.name for field in fields(Rows) if field.name != "loss")  # the backward has no use for it
 
 
-def _row_tensors(rows: Rows) -> tuple[Tensor | None, ...]:
+def row_tensors(rows: Rows) -> tuple[Tensor | None, ...]:
     return tuple(getattr(rows, name) for name in _ROW_FIELDS)
 
 
-def _rows_from(tensors: list[Tensor | None]) -> Rows:
+def rows_from(tensors: list[Tensor | None]) -> Rows:
     return Rows(**dict(zip(_ROW_FIELDS, tensors, strict=True)))  # type: ignore[arg-type]
 
 
-class _Problem:
+def features_of_views(z1: Tensor, z2: Tensor, call: Call, center: Tensor | None = None) -> tuple[Features, Tensor]:
+    """Features of the stacked views and t⁺ (N,); ``center`` as of `Features.make`."""
+    if call.similarity == "cosine" and ops.has_row_steps(call.backend):
+        f, inv_norm, pos = ops.unit_rows(z1.detach(), z2.detach(), call.backend)
+        scale = None if z1.dtype == pos.dtype else inv_norm
+        return Features(f, scale, None, inv_norm), pos
+    features = Features.make(torch.cat([z1, z2]), call.similarity, center)
+    return features, positives(features.rows(), call.similarity)
+
+
+class Problem:
     """A batch, an objective and a temperature: solves the rows, then the gradient for given row weights."""
 
-    def __init__(self, features: Features, pos: Tensor, tau: Tensor, call: Call) -> None:
+    def __init__(self, features: Features, pos: Tensor, tau: Tensor, call: Call, sweeps: Sweeps | None = None) -> None:
         self.features, self.pos, self.tau, self.call = features, pos, tau, call
         self.n_pairs = pos.shape[0]
-        self.sweeps = Sweeps(features, pos, tau, call)
+        self.sweeps = sweeps or Sweeps(features, pos, tau, call)
 
-    @classmethod
-    def of_views(cls, z1: Tensor, z2: Tensor, tau: Tensor, call: Call) -> _Problem:
-        if call.similarity == "cosine" and ops.has_row_steps(call.backend):
-            f, inv_norm, pos = ops.unit_rows(z1.detach(), z2.detach(), call.backend)
-            scale = None if z1.dtype == pos.dtype else inv_norm
-            return cls(Features(f, scale, None, inv_norm), pos, tau, call)
-        features = Features.make(torch.cat([z1, z2]), call.similarity)
-        return cls(features, positives(features.rows(), call.similarity), tau, call)
+    def weights(self, grad: Tensor) -> Tensor:
+        """(anchors,) row weights c_i for an incoming gradient."""
+        return self.call.row_weights(grad.to(self.tau.dtype), self.n_pairs)
+
+    def reduce(self, row_losses: Tensor) -> Tensor:
+        """(anchors,) → what the caller receives."""
+        return self.call.reduce(row_losses)
+
+    def total(self, x: Tensor) -> Tensor:
+        """Σ over anchors of this process → over all anchors."""
+        return x
 
     def solve(self, learn_tau: bool) -> Rows:
         return self.call.objective.solve(self.sweeps, learn_tau and self.call.objective.tau_gradient == "rows")
@@ -342,7 +401,7 @@ class _Problem:
     ) -> tuple[Tensor | None, ...]:
         call, objective, n = self.call, self.call.objective, self.n_pairs
         need_1, need_2, need_tau = need
-        c = call.row_weights(grad.to(self.tau.dtype), n)
+        c = self.weights(grad)
         lo = 0 if need_1 else n
         hi = 2 * n if need_2 else n
         if call.negatives == "one_view":  # z2 meets the pairs only through the positives
@@ -363,9 +422,10 @@ class _Problem:
         dz = self._through_rows(d, q, weight_sums, slice(lo, hi))
         loss = dtau = None
         if need_tau:
-            dtau = (c * (rows.gain * sums[-1] if objective.tau_gradient == "pairs" else rows.dtau)).sum()
+            per_row = rows.gain * sums[-1] if objective.tau_gradient == "pairs" else rows.dtau
+            dtau = self.total((c * per_row).sum())
         if rows.loss is not None:
-            loss = call.reduce(rows.loss)
+            loss = self.reduce(rows.loss)
         return loss, (dz[:n] if need_1 else None), (dz[n:] if need_2 else None), dtau
 
     def _through_rows(self, d: Tensor, q: Tensor, weight_sums: Tensor, used: slice) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from .autograd import AlphaCLFunction, Call, accumulation_dtype, closed_form
+from . import distributed, ops
+from .autograd import AlphaCLFunction, Call, Layout, accumulation_dtype, closed_form
 from .backend import reference
 from .objectives import ClosedForm, Objective, make
 
@@ -35,6 +35,7 @@ def alpha_cl_loss(
     backend: str = "auto",
     precision: str | None = None,
     process_group: Any = None,
+    strategy: str = "auto",
     **options: Any,
 ) -> Tensor:
     """Contrastive loss of a batch of positive pairs; gradients flow to z1, z2 and a tensor temperature.
@@ -55,24 +56,45 @@ def alpha_cl_loss(
             the oracle).
         precision: of float32 matrix products: None follows `torch.get_float32_matmul_precision`; "ieee", "tf32" or
             "bf16x3" (three products of bfloat16 halves) demand one, and a backend that does not have it refuses.
-        process_group: must be None; global batches over several processes are not supported yet.
+        process_group: a `torch.distributed.ProcessGroup`, or "world", whose processes share one batch: each passes its own
+            pairs (any number, z1 and z2 in the same order) and receives the loss of all, or with "none" the values of its own
+            anchors. Every process must make the same call. The gradient is that of the sum of what all of them return, so
+            that it is the whole batch's after the averaging of DDP or FSDP; the temperature's is that average on every
+            process. The incoming gradient must be the same on every process (but with "none"). None: this process alone.
+        strategy: "gather" (all-gather and reduce-scatter; few messages), "ring" (messages beside the computation, memory for
+            some local blocks only) or "auto": gather while the whole batch takes at most 256 MiB. Only with a process group.
         **options: of the objective, by its own names.
 
     Returns:
         () or, with "none", one loss per anchor; float32, or float64 for float64 input.
 
     Raises:
-        TypeError, ValueError: a bad argument; the message names it, what was expected and what was received.
-        NotImplementedError: ``process_group`` is not None.
+        TypeError, ValueError: a bad argument; the message names it, what was expected and what was received. With a process
+            group every process raises, and the message names the ranks.
 
     Source: arXiv:2201.12680; the objectives' docstrings name equation and origin.
     """
-    call = make_call(
-        objective, options, similarity=similarity, negatives=negatives, symmetric=symmetric, reduction=reduction,
-        backend=backend, precision=precision, process_group=process_group,
-    )  # fmt: skip
-    check_temperature(temperature, call.objective)
+    group = make_group(process_group, strategy)
+    try:
+        call = make_call(
+            objective, options, similarity=similarity, negatives=negatives, symmetric=symmetric, reduction=reduction,
+            backend=backend, precision=precision, group=group,
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        if group is not None:
+            distributed.agree(group, None, None, None, None, error)  # raises
+        raise
     return evaluate(z1, z2, temperature, call, precision)[0]
+
+
+def make_group(process_group: Any, strategy: str) -> distributed.Group | None:
+    """Checks the two arguments that say with which processes to share a batch, and how."""
+    _one_of("strategy", strategy, distributed.STRATEGIES)
+    if process_group is None:
+        if strategy != "auto":
+            raise ValueError(f"strategy must be 'auto' without a process_group, got {strategy!r}")
+        return None
+    return distributed.Group(process_group, strategy)
 
 
 def make_call(
@@ -85,7 +107,7 @@ def make_call(
     reduction: str,
     backend: str,
     precision: str | None,
-    process_group: Any,
+    group: distributed.Group | None,
 ) -> Call:
     """Checks every argument but the tensors."""
     _one_of("similarity", similarity, SIMILARITIES)
@@ -95,9 +117,9 @@ def make_call(
     _one_of("precision", precision, PRECISIONS)
     if not isinstance(symmetric, bool):
         raise TypeError(f"symmetric must be True or False, got {symmetric!r}")
-    if process_group is not None:
-        raise NotImplementedError("process_group must be None: losses over several processes are not supported yet")
-    return Call(make(objective, options), similarity, negatives, symmetric, reduction, backend)
+    if group is not None and backend == "reference":
+        raise ValueError("backend must not be 'reference' with a process_group: the oracle is of one process")
+    return Call(make(objective, options), similarity, negatives, symmetric, reduction, backend, group=group)
 
 
 def check_temperature(temperature: float | Tensor, objective: Objective) -> None:
@@ -130,11 +152,47 @@ def check_temperature(temperature: float | Tensor, objective: Objective) -> None
 def evaluate(
     z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, precision: str | None
 ) -> tuple[Tensor, str, str]:
-    """The loss, the backend that computed it and why; everything but the embeddings has been checked."""
-    check_embeddings(z1, z2)
+    """The loss, the backend that computed it and why; checks everything but what `make_call` has checked."""
+    if call.group is not None:
+        return _evaluate_over_ranks(z1, z2, temperature, call, precision)
+    tau, call, why = _bind(z1, z2, temperature, call, precision)
+    backend = call.backend
+    with torch.autocast(z1.device.type, enabled=False):
+        if backend == "reference":
+            accumulate = accumulation_dtype(z1.dtype)
+            z1, z2, tau = z1.to(accumulate), z2.to(accumulate), tau.to(accumulate)
+            losses = reference.row_losses(
+                z1, z2, tau, call.objective, call.similarity, call.negatives, call.symmetric
+            )
+            return call.reduce(losses), backend, why
+        if isinstance(call.objective, ClosedForm):
+            return call.reduce(closed_form(z1, z2, call, Layout.make(call, z1.shape[0]))), backend, why
+        if not torch.is_grad_enabled():  # apply() would still report inputs that require grad, and both sweeps would run
+            z1, z2, tau = z1.detach(), z2.detach(), tau.detach()
+        return AlphaCLFunction.apply(z1, z2, tau, call), backend, why
+
+
+@torch.compiler.disable  # sizes and errors of the other processes are read on the host
+def _evaluate_over_ranks(
+    z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, precision: str | None
+) -> tuple[Tensor, str, str]:
+    tau, why, failure = None, "", None
+    try:
+        tau, call, why = _bind(z1, z2, temperature, call, precision)
+    except Exception as error:  # whatever it is, the other processes must learn of it: they wait for this one
+        failure = error
+    ranks = distributed.agree(call.group, z1, z2, tau, call, failure)
+    return distributed.global_loss(z1, z2, tau, call, ranks), call.backend, f"{why}; {ranks.strategy} over {ranks.world}"
+
+
+def _bind(
+    z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, precision: str | None
+) -> tuple[Tensor, Call, str]:
+    """τ as a tensor, the call with its backend, and why that one."""
+    check_temperature(temperature, call.objective)
+    check_embeddings(z1, z2, fewest=2 if call.group is None else 0)
     call.objective.check()
     backend, why = ops.choose(call.backend, z1.device, z1.dtype, precision, call.objective.kind)
-    accumulate = accumulation_dtype(z1.dtype)
     host_tau: float | None = None
     if isinstance(temperature, Tensor):
         if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -142,24 +200,12 @@ def evaluate(
         tau = temperature.reshape(()).to(z1.device)
     else:
         host_tau = float(temperature)
-        tau = torch.full((), host_tau, dtype=accumulate, device=z1.device)
-    call = replace(call, backend=backend, tau=host_tau, precision=precision or "")
-    with torch.autocast(z1.device.type, enabled=False):
-        if backend == "reference":
-            z1, z2, tau = z1.to(accumulate), z2.to(accumulate), tau.to(accumulate)
-            losses = reference.row_losses(
-                z1, z2, tau, call.objective, call.similarity, call.negatives, call.symmetric
-            )
-            return call.reduce(losses), backend, why
-        if isinstance(call.objective, ClosedForm):
-            return closed_form(z1, z2, call), backend, why
-        if not torch.is_grad_enabled():  # apply() would still report inputs that require grad, and both sweeps would run
-            z1, z2, tau = z1.detach(), z2.detach(), tau.detach()
-        return AlphaCLFunction.apply(z1, z2, tau, call), backend, why
+        tau = torch.full((), host_tau, dtype=accumulation_dtype(z1.dtype), device=z1.device)
+    return tau, replace(call, backend=backend, tau=host_tau, precision=precision or ""), why
 
 
-def check_embeddings(z1: Tensor, z2: Tensor) -> None:
-    """Raises unless z1 and z2 are (N, D) float tensors of one shape, dtype and device with N ≥ 2."""
+def check_embeddings(z1: Tensor, z2: Tensor, fewest: int = 2) -> None:
+    """Raises unless z1 and z2 are (N, D) float tensors of one shape, dtype and device with N ≥ ``fewest``."""
     for name, z in (("z1", z1), ("z2", z2)):
         if not isinstance(z, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(z).__name__}")
@@ -178,7 +224,7 @@ def check_embeddings(z1: Tensor, z2: Tensor) -> None:
         raise TypeError(f"z2 must have the dtype of z1 ({z1.dtype}), got {z2.dtype}")
     if z2.device != z1.device:
         raise ValueError(f"z2 must be on the device of z1 ({z1.device}), got {z2.device}")
-    if z1.shape[0] < 2:
+    if z1.shape[0] < fewest:
         raise ValueError(f"z1 must have at least 2 rows (one pair has no negatives), got shape {tuple(z1.shape)}")
     if z1.shape[1] < 1:
         raise ValueError(f"z1 must have at least 1 column, got shape {tuple(z1.shape)}")

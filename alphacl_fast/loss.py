@@ -20,15 +20,15 @@ class FusedAlphaCLLoss(nn.Module):
             the objective has one); a tensor becomes a buffer.
         temperature_range: (low, high) to which a learnable temperature is clamped in place before each use, as CLIP does
             with its scale; None leaves it alone.
-        similarity, negatives, symmetric, reduction, backend, precision, process_group, **options: as of
+        similarity, negatives, symmetric, reduction, backend, precision, process_group, strategy, **options: as of
             `alphacl_fast.functional.alpha_cl_loss`.
 
     Shape: z1, z2 (N, D), float32, float64, bfloat16 or float16; output () or, with ``reduction="none"``, one value per
     anchor, in float32 (float64 for float64 input).
 
     Raises:
-        TypeError, ValueError: here for options, in the call for embeddings; name, expected and received are in the message.
-        NotImplementedError: ``process_group`` is not None.
+        TypeError, ValueError: here for options, in the call for embeddings (with a process group: on every process); name,
+            expected and received are in the message.
 
     Source: Y. Tian, "Understanding Deep Contrastive Learning via Coordinate-wise Optimization", arXiv:2201.12680.
     """
@@ -45,13 +45,14 @@ class FusedAlphaCLLoss(nn.Module):
         backend: str = "auto",
         precision: str | None = None,
         process_group: Any = None,
+        strategy: str = "auto",
         temperature_range: tuple[float, float] | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
         self._call = functional.make_call(
             objective, options, similarity=similarity, negatives=negatives, symmetric=symmetric, reduction=reduction,
-            backend=backend, precision=precision, process_group=process_group,
+            backend=backend, precision=precision, group=functional.make_group(process_group, strategy),
         )  # fmt: skip
         functional.check_temperature(temperature, self._call.objective)
         if isinstance(temperature, Tensor) and not temperature.is_leaf:
@@ -76,7 +77,6 @@ class FusedAlphaCLLoss(nn.Module):
         temperature = self.temperature
         if isinstance(temperature, Tensor) and self.temperature_range is not None:
             temperature.data.clamp_(*self.temperature_range)
-        functional.check_temperature(temperature, self.objective)
         loss, *self._served = functional.evaluate(z1, z2, temperature, self._call, self.precision)
         return loss
 
@@ -90,6 +90,8 @@ class FusedAlphaCLLoss(nn.Module):
         if call.negatives == "cross_view":
             parts += [f"symmetric={call.symmetric}"]
         parts += [f"reduction={call.reduction!r}"]
+        if call.group is not None:
+            parts += [f"process_group={call.group!r}"]
         if self.precision is not None:
             parts += [f"precision={self.precision!r}"]
         if self._served:

@@ -269,6 +269,10 @@ class Pairs(Protocol):
         """(anchors,) mean of t_ij² over the negatives, in O(n·D²)."""
         ...
 
+    def all_done(self, done: Tensor) -> bool:
+        """Whether ``done`` (anchors,) holds for every anchor of the batch; decides for all processes that share one."""
+        ...
+
 
 @dataclass
 class Rows:
@@ -697,7 +701,7 @@ class MinPlayer(Objective):
             new = y + (mass - mass.pow(1 + power)) / (power * slope)
             new = torch.where((new >= low) & (new <= high), new, (low + high) / 2)
             done = ((mass - 1).abs() <= 8 * eps) | ((new - y).abs() <= eps * y.abs())
-            if bool(done.all()):  # reads a flag on the host once per sweep
+            if p.all_done(done):  # reads a flag on the host once per sweep
                 break
             y = torch.where(done, y, new)
         # Σ_j α_ij Δ_ij from the moment about t_max: Δ itself, times h′ = O(1/τ), would leave eps·|Δ|/τ of noise in g.

@@ -1,0 +1,749 @@
+"""One batch over many processes: every process passes its own pairs and gets the loss of all of them.
+
+What a process returns, summed over the processes, is what its gradient is of: `FusedAlphaCLLoss(process_group=…)` gives
+process r of P the derivative of Σ_r′ L_r′ in its own rows. With "mean" and "sum" every L_r′ is the loss of the whole batch, so
+the gradient is P times that of one process, and the average that DDP and FSDP take of the parameters' gradients is exact.
+
+**No pair twice.** A process holds one block of rows. Block b meets the blocks b + 1, …, b + ⌊P/2⌋ (mod P), at process b, and
+itself; with P even, the blocks that are P/2 apart meet half at one process and half at the other. A meeting of two blocks is
+a rectangle for the two operators, both sides of which are anchors, so one tile serves both processes.
+
+**Two strategies.** "gather": every process receives all rows at once (all-gather), and results go home by reduce-scatter;
+O(n·D) memory, few messages. "ring": a block travels from process to process against the order of the ranks, the next one
+arriving while one is at work, and its results travel behind it, last of all home; O(local·D) memory. Row scalars stay with
+their rows in both, so an objective solves its own anchors and sees only the `Pairs` protocol.
+
+``torchrun --nproc-per-node=4 -m alphacl_fast.verify`` checks a machine or a cluster.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .autograd import (
+    Call,
+    Features,
+    Layout,
+    Operators,
+    Problem,
+    Sweeps,
+    accumulation_dtype,
+    closed_form,
+    features_of_views,
+    mean_negative,
+    row_tensors,
+    rows_from,
+)
+from .objectives import ClosedForm, Rows
+
+STRATEGIES = ("auto", "gather", "ring")
+#: "auto" gathers while all rows of the batch and their gradient together take no more bytes than this.
+GATHER_BYTES = 256 * 2**20
+
+
+# --- the processes ----------------------------------------------------------------------------------------------------
+
+
+class Group:
+    """The processes that a loss was told to share its batch with: a ProcessGroup or "world", and the strategy."""
+
+    def __init__(self, process_group: Any, strategy: str) -> None:
+        if not dist.is_available():
+            raise ValueError("process_group must be None: this build of torch has no torch.distributed")
+        if process_group != "world" and not isinstance(process_group, dist.ProcessGroup):
+            raise TypeError(
+                f"process_group must be None, 'world' or a torch.distributed ProcessGroup, got {process_group!r}"
+            )
+        self.process_group, self.strategy = process_group, strategy
+
+    def __repr__(self) -> str:
+        name = "'world'" if self.process_group == "world" else f"<{dist.get_world_size(self.process_group)} processes>"
+        return f"{name}, strategy={self.strategy!r}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+        return self  # a copy of a loss shares its batch with the same processes
+
+    def handle(self) -> dist.ProcessGroup:
+        if not dist.is_initialized():
+            raise ValueError("process_group needs torch.distributed to be initialised, got a call before init_process_group")
+        handle = dist.group.WORLD if self.process_group == "world" else self.process_group
+        if dist.get_rank(handle) < 0:
+            raise ValueError(f"process_group must contain this process, got one without rank {dist.get_rank()} of the world")
+        return handle
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of one call, once they have agreed on it, and the messages between them.
+
+    Attributes:
+        sizes: pairs of each process, in the order of the ranks.
+        want: whether any process wants the gradient in z1, z2, τ. All work the same, so that none waits for another.
+    """
+
+    handle: dist.ProcessGroup
+    rank: int
+    world: int
+    sizes: tuple[int, ...]
+    want: tuple[bool, bool, bool]
+    strategy: str
+
+    @property
+    def total(self) -> int:
+        """Pairs of all processes."""
+        return sum(self.sizes)
+
+    def all_reduce(self, x: Tensor, op: Any = None) -> Tensor:
+        """Σ (or another reduction) over the processes, the same bits on all of them."""
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, op or dist.ReduceOp.SUM, group=self.handle)
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """(k,) → (P, k)."""
+        out = x.new_empty(self.world * x.numel())
+        dist.all_gather_into_tensor(out, x, group=self.handle)
+        return out.view(self.world, -1)
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """(P, k) → (k,), the sum of everyone's row for this process."""
+        out = x.new_empty(x.shape[1])
+        dist.reduce_scatter_tensor(out, x.view(-1), group=self.handle)
+        return out
+
+    def exchange(self, outgoing: Tensor, to: int, size: int, source: int, tag: int) -> Arrival:
+        """Begins to send a flat tensor to one process and to receive one of ``size`` elements from another."""
+        incoming = outgoing.new_empty(size)
+        operations = [
+            dist.P2POp(function, tensor, dist.get_global_rank(self.handle, peer % self.world), self.handle, tag)
+            for function, tensor, peer in ((dist.isend, outgoing, to), (dist.irecv, incoming, source))
+            if tensor.numel()
+        ]
+        works = dist.batch_isend_irecv(operations) if operations else []
+        return Arrival(incoming, outgoing, works)
+
+
+class Arrival:
+    """A message under way. It keeps what is sent alive until that is sent."""
+
+    def __init__(self, incoming: Tensor, outgoing: Tensor, works: list[Any]) -> None:
+        self._incoming, self._outgoing, self._works = incoming, outgoing, works
+
+    def wait(self) -> Tensor:
+        for work in self._works:
+            work.wait()
+        return self._incoming
+
+
+# --- agreeing on a call -----------------------------------------------------------------------------------------------
+
+_HEADER = struct.Struct("<5qd")  # error, pairs, features, dtype, wanted gradients; temperature (NaN: not known on the host)
+_STATEMENT_BYTES = 1024
+_ERRORS: tuple[type[Exception], ...] = (TypeError, ValueError, RuntimeError)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def agree(
+    group: Group, z1: Tensor, z2: Tensor, tau: Tensor | None, call: Call | None, failure: Exception | None
+) -> Ranks:
+    """One small all-gather, so that either all processes go on with the same call or all raise with the reason.
+
+    Args:
+        failure: what is wrong with this process's arguments; the other arguments may then be anything.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: on every process; names the processes whose arguments are bad, or differ.
+    """
+    if failure is not None and not dist.is_initialized():
+        raise failure
+    handle = group.handle()
+    rank, world = dist.get_rank(handle), dist.get_world_size(handle)
+    if failure is None:
+        fields, text = _statement(z1, z2, tau, call)
+    else:
+        code = next(k for k, kind in enumerate(_ERRORS) if isinstance(failure, kind) or kind is RuntimeError)
+        fields, text = (1 + code, 0, 0, 0, 0, 0.0), str(failure) or type(failure).__name__
+    message = _HEADER.pack(*fields) + text.encode()[: _STATEMENT_BYTES - _HEADER.size]
+    sent = torch.frombuffer(bytearray(message.ljust(_STATEMENT_BYTES, b"\0")), dtype=torch.uint8)
+    received = torch.empty(world * _STATEMENT_BYTES, dtype=torch.uint8)
+    if "cpu" in dist.get_backend_config(handle):
+        dist.all_gather_into_tensor(received, sent, group=handle)
+    else:  # such a group makes the host wait for the device here
+        on_device = received.cuda()
+        dist.all_gather_into_tensor(on_device, sent.cuda(), group=handle)
+        received = on_device.cpu()
+    statements = received.numpy().tobytes()
+    headers = [_HEADER.unpack_from(statements, r * _STATEMENT_BYTES) for r in range(world)]
+
+    def text_of(r: int) -> str:
+        raw = statements[r * _STATEMENT_BYTES + _HEADER.size : (r + 1) * _STATEMENT_BYTES]
+        return raw.rstrip(b"\0").decode(errors="ignore")
+
+    failed = [r for r, header in enumerate(headers) if header[0]]
+    if failed:
+        reasons = "; ".join(f"rank {r}: {text_of(r)}" for r in failed)
+        raise _ERRORS[headers[failed[0]][0] - 1](reasons) from failure
+    # Every process must see the same texts, so they are compared as bytes and shown only where they differ.
+    for r in range(1, world):
+        for what, here, there in (
+            ("number of features D", headers[0][2], headers[r][2]),
+            ("dtype", _DTYPES[headers[0][3]], _DTYPES[headers[r][3]]),
+            ("call", text_of(0), text_of(r)),
+        ):
+            if here != there:
+                raise ValueError(f"every rank must pass the same {what}, got {here} on rank 0 and {there} on rank {r}")
+        here, there = headers[0][5], headers[r][5]
+        if abs(here - there) > 1e-6 * abs(here):  # false for NaN
+            raise ValueError(f"every rank must pass the same temperature, got {here} on rank 0 and {there} on rank {r}")
+        if call.reduction == "none" and bool(headers[0][4]) != bool(headers[r][4]):
+            raise ValueError(
+                "with reduction='none' every rank must want a gradient or none (the backward is a common step), got "
+                f"{bool(headers[0][4])} on rank 0 and {bool(headers[r][4])} on rank {r}"
+            )
+    sizes = tuple(header[1] for header in headers)
+    if sum(sizes) < 2:
+        raise ValueError(f"all ranks together must have at least 2 pairs (one pair has no negatives), got {sizes}")
+    wanted = 0
+    for header in headers:
+        wanted |= header[4]
+    want = bool(wanted & 1), bool(wanted & 2), bool(wanted & 4)
+    return Ranks(handle, rank, world, sizes, want, _strategy(group.strategy, z1, call, sum(sizes)))
+
+
+def _statement(z1: Tensor, z2: Tensor, tau: Tensor, call: Call) -> tuple[tuple[Any, ...], str]:
+    """What a process says of its arguments."""
+    needs = [x.requires_grad and torch.is_grad_enabled() for x in (z1, z2, tau)]
+    temperature = float("nan") if call.tau is None else call.tau
+    text = (
+        f"{call.objective}, similarity={call.similarity!r}, negatives={call.negatives!r}, symmetric={call.symmetric}, "
+        f"reduction={call.reduction!r}, strategy={call.group.strategy!r}"
+    )
+    if len(text) > 800:
+        text = f"{text[:800]}… (crc {zlib.crc32(text.encode()):08x})"
+    bits = sum(need << k for k, need in enumerate(needs))
+    return (0, *z1.shape, _DTYPES.index(z1.dtype), bits, temperature), text
+
+
+def _strategy(asked: str, z: Tensor, call: Call, pairs: int) -> str:
+    if asked != "auto":
+        return asked
+    per_feature = z.dtype.itemsize + accumulation_dtype(z.dtype).itemsize
+    return "gather" if Layout.make(call, pairs).rows * z.shape[1] * per_feature <= GATHER_BYTES else "ring"
+
+
+# --- who computes which pairs -----------------------------------------------------------------------------------------
+
+
+def steps(world: int) -> range:
+    """Distances of the blocks that a process's own block meets there."""
+    return range(1, world // 2 + 1)
+
+
+def meetings(
+    rank: int, other: int, world: int, negatives: str, sizes: tuple[int, ...]
+) -> list[tuple[slice, slice, bool]]:
+    """Rectangles of block ``rank`` and block ``other`` that process ``rank`` computes.
+
+    Returns:
+        (own rows, other's rows, whether the own rows are the rectangle's left side).
+    """
+    shared = 2 * ((other - rank) % world) == world  # the other process holds both blocks too
+    n, m = sizes[rank], sizes[other]
+    if negatives == "cross_view":  # left is z1, right is z2
+        first = (slice(0, n), slice(m, 2 * m), True)
+        return [first] if shared else [first, (slice(n, 2 * n), slice(0, m), False)]
+    views = 2 if negatives == "two_view" else 1
+    n, m = views * n, views * m
+    if not shared:
+        return [(slice(0, n), slice(0, m), True)]
+    if rank < other:
+        return [(slice(0, n), slice(0, m // 2), True)]
+    return [(slice(n // 2, n), slice(0, m), True)]
+
+
+# --- blocks and their results -----------------------------------------------------------------------------------------
+
+
+class Block:
+    """Rows of one process with their row scalars, of which there are as many as anchors: the first rows, or all."""
+
+    def __init__(self, features: Features, scalars: tuple[Tensor | None, ...]) -> None:
+        self.features, self.scalars = features, scalars
+
+    @property
+    def rows(self) -> int:
+        return self.features.f.shape[0]
+
+    @property
+    def anchors(self) -> int:
+        return self.scalars[0].shape[0]
+
+    def part(self, rows: slice) -> Block:
+        return Block(self.features.part(rows), tuple(None if x is None else x[rows] for x in self.scalars))
+
+    @staticmethod
+    def join(blocks: list[Block]) -> Block:
+        """The blocks' rows below each other; anchors come first in what an operator is given."""
+
+        def stack(tensors: Iterable[Tensor | None]) -> Tensor | None:
+            tensors = list(tensors)
+            return None if tensors[0] is None else torch.cat(tensors)
+
+        columns = zip(*((b.features.f, b.features.scale, b.features.bias, *b.scalars) for b in blocks), strict=True)
+        f, scale, bias, *scalars = (stack(column) for column in columns)
+        return Block(Features(f, scale, bias, None), tuple(scalars))
+
+
+def pack(tensors: Iterable[Tensor | None]) -> Tensor:
+    """The bytes of some tensors as one message. Wide ones must come first, to be aligned when they are unpacked."""
+    return torch.cat([x.contiguous().view(-1).view(torch.uint8) for x in tensors if x is not None])
+
+
+def unpack(message: Tensor, like: list[tuple[Tensor | None, int]]) -> list[Tensor | None]:
+    """Views of a message as tensors, each like a given one but for its number of rows."""
+    tensors, start = [], 0
+    for x, rows in like:
+        if x is None:
+            tensors.append(None)
+            continue
+        stop = start + _bytes(x, rows)
+        tensors.append(message[start:stop].view(x.dtype).view(rows, *x.shape[1:]))
+        start = stop
+    return tensors
+
+
+def _bytes(x: Tensor | None, rows: int) -> int:
+    """Of a tensor like x with so many rows."""
+    return 0 if x is None else rows * math.prod(x.shape[1:]) * x.element_size()
+
+
+class Result:
+    """Sums and gradient rows of one block, as views of one flat tensor that can travel in one message.
+
+    Attributes:
+        sums: (terms, anchors); df: (rows, D) and weight_sums: (rows,), both with 0 rows where not wanted.
+    """
+
+    def __init__(self, flat: Tensor, terms: tuple[str, ...], anchors: int, rows: int, dim: int, weighted: bool) -> None:
+        self.flat, self.terms = flat, terms
+        sizes = (len(terms) * anchors, rows * dim, rows if weighted else 0)
+        sums, df, self.weight_sums = flat[: sum(sizes)].split(sizes)
+        self.sums, self.df = sums.view(len(terms), anchors), df.view(rows, dim)
+
+    def add_sums(self, sums: Tensor, anchors: slice) -> None:
+        """Merges sums over other negatives of some anchors."""
+        into = self.sums[:, anchors]
+        if self.terms[:1] == ("max",):
+            torch.maximum(into, sums, out=into)
+        elif self.terms[:1] == ("base",):
+            base = torch.maximum(into[0], sums[0])
+            rebase(into, base)
+            into[1:] += sums[1:] * (sums[0] - _finite(base)).exp()
+        else:
+            into += sums
+
+    def add(self, other: Result) -> None:
+        """Merges another result of the same rows."""
+        self.add_sums(other.sums, slice(None))
+        self.df += other.df
+        self.weight_sums += other.weight_sums
+
+
+def rebase(sums: Tensor, base: Tensor) -> None:
+    """Sums (base; terms relative to its exp) made relative to a larger base; in place."""
+    sums[1:] *= (sums[0] - _finite(base)).exp()
+    sums[0] = base
+
+
+def _finite(base: Tensor) -> Tensor:
+    """0 for −inf: so far every pair of the row was excluded."""
+    return torch.where(base > -torch.inf, base, 0.0)
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """One sweep over all pairs: `row_sums`, or `pair_grad` where there is a weight."""
+
+    operators: Operators
+    call: Call
+    terms: tuple[str, ...]
+    weight: str | None
+    want: tuple[bool, bool]  # the gradient in z1, z2
+    dim: int
+    euclidean: bool
+
+    def size(self, layout: Layout) -> int:
+        """Elements of a block's result."""
+        rows = self.gradient_rows(layout)
+        return len(self.terms) * layout.anchors + rows * self.dim + (rows if self.euclidean else 0)
+
+    def gradient_rows(self, layout: Layout) -> int:
+        return layout.rows if self.weight is not None and any(self.want) else 0
+
+    def result(self, layout: Layout, flat: Tensor) -> Result:
+        """A block's result that has arrived."""
+        return Result(flat, self.terms, layout.anchors, self.gradient_rows(layout), self.dim, self.euclidean)
+
+    def nothing(self, layout: Layout, zeros: Tensor) -> Result:
+        """A block's result before anything is added to it."""
+        result = self.result(layout, zeros)
+        if self.terms[:1] in (("max",), ("base",)):
+            result.sums[0].fill_(-torch.inf)
+        return result
+
+    def add(self, block: Block, split: int, partner: int, into: list[tuple[Result, slice, int]]) -> None:
+        """Runs the operator on a block's triangle or rectangle and adds what comes out to the results of its parts.
+
+        Args:
+            into: for the rows from first to last: a result, the rows of it that they are, and how many are anchors.
+        """
+        if self.weight is None:
+            sums = self.operators.row_sums(block.features, self.terms, split, partner, *block.scalars)
+            lo = hi = 0
+        else:
+            lo, hi = (0, block.rows) if any(self.want) else (0, 0)
+            if self.call.negatives == "cross_view":  # the product for a tower that needs no gradient is left out
+                lo, hi = (0 if self.want[0] else split), (block.rows if self.want[1] else split)
+            df, weight_sums, sums = self.operators.pair_grad(
+                block.features, self.weight, self.terms, split, partner, lo, hi, *block.scalars
+            )
+        row = anchor = 0
+        for result, rows, anchors in into:
+            count = rows.stop - rows.start
+            if anchors and self.terms:
+                result.add_sums(sums[:, anchor : anchor + anchors], slice(rows.start, rows.start + anchors))
+            first, last = max(row, lo), min(row + count, hi)
+            if first < last:
+                here = slice(rows.start + first - row, rows.start + last - row)
+                result.df[here] += df[first - lo : last - lo]
+                if self.euclidean:
+                    result.weight_sums[here] += weight_sums[first:last]
+            row, anchor = row + count, anchor + anchors
+
+
+class GlobalSweeps(Sweeps):
+    """The rows of this process among those of all: the same interface, its own anchors, everyone's negatives."""
+
+    def __init__(self, features: Features, pos: Tensor, tau: Tensor, call: Call, ranks: Ranks) -> None:
+        super().__init__(features, pos, tau, call)
+        self.n_neg = Layout.make(call, ranks.total).n_neg
+        self.layout = self.layout._replace(n_neg=self.n_neg)
+        self.call, self.ranks = call, ranks
+        self.layouts = [Layout.make(call, n) for n in ranks.sizes]
+        self._gathered: Tensor | None = None
+
+    def sums(
+        self,
+        terms: tuple[str, ...],
+        *,
+        shift: Tensor | None = None,
+        offset: Tensor | None = None,
+        center: Tensor | None = None,
+    ) -> Tensor:
+        center = self.pos if center is None else center
+        return self._everywhere(terms, None, (center, shift, offset)).sums
+
+    def grad(
+        self, rows: Rows, c: Tensor, weight: str, terms: tuple[str, ...], lo: int, hi: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if not any(self.ranks.want[:2]) and not terms:
+            nothing = self.pos.new_empty(0)
+            return nothing, nothing, nothing
+        center = self.pos if rows.center is None else rows.center
+        scalars = (center, (rows.gain * c).contiguous(), rows.shift, rows.offset, rows.level)
+        result = self._everywhere(terms, weight, scalars)
+        return result.df[lo:hi], result.weight_sums, result.sums
+
+    def mean_negative(self) -> Tensor:
+        f = self.features
+        return mean_negative(f.rows(), f.bias, self.layout, everywhere=self.ranks.all_reduce)
+
+    def mean_square_negative(self) -> Tensor:
+        f = self.features
+        return mean_negative(f.rows(), f.bias, self.layout, 2, self.ranks.all_reduce)
+
+    def all_done(self, done: Tensor) -> bool:
+        flag = done.all().to(self.tau.dtype)
+        return bool(self.ranks.all_reduce(flag, dist.ReduceOp.MIN))
+
+    def _everywhere(self, terms: tuple[str, ...], weight: str | None, scalars: tuple[Tensor | None, ...]) -> Result:
+        """One sweep over the pairs of all processes; what comes of it for the own rows."""
+        features = self.features
+        gradient = weight is not None
+        sweep = _Sweep(
+            self.operators, self.call, terms, weight, self.ranks.want[:2], features.f.shape[1] if gradient else 0,
+            gradient and features.bias is not None,
+        )  # fmt: skip
+        own = Block(features, scalars)
+        return self._ring(sweep, own) if self.ranks.strategy == "ring" else self._gather(sweep, own)
+
+    def _among_own(self, sweep: _Sweep, own: Block, result: Result) -> None:
+        if self.ranks.sizes[self.ranks.rank] > 1:  # one pair has no negatives in its own block
+            layout = self.layout
+            sweep.add(own, layout.split, layout.partner, [(result, slice(0, own.rows), own.anchors)])
+
+    def _meet(
+        self, sweep: _Sweep, own: Block, result: Result, others: dict[int, Block], results: dict[int, Result]
+    ) -> None:
+        """The own block against others that are here. Rectangles with the same rows on the own side become one."""
+        rank, world, sizes = self.ranks.rank, self.ranks.world, self.ranks.sizes
+        rectangles: dict[tuple[int, int, bool], list[tuple[int, slice]]] = defaultdict(list)
+        for other in others:
+            for mine, theirs, left in meetings(rank, other, world, self.call.negatives, sizes):
+                if mine.start < mine.stop and theirs.start < theirs.stop:
+                    rectangles[mine.start, mine.stop, left].append((other, theirs))
+        for (start, stop, left), guests in rectangles.items():
+            mine = own.part(slice(start, stop))
+            parts = [others[other].part(rows) for other, rows in guests]
+            into = [(results[other], rows, part.anchors) for (other, rows), part in zip(guests, parts, strict=True)]
+            split = mine.rows if left else sum(part.rows for part in parts)
+            here = (result, slice(start, stop), mine.anchors)
+            parts, into = ([mine, *parts], [here, *into]) if left else ([*parts, mine], [*into, here])
+            sweep.add(Block.join(parts), split, 0, into)
+
+    def _like(self, block: Block, rank: int) -> list[tuple[Tensor | None, int]]:
+        """The tensors of a message that holds a block, with the number of rows they have for a process."""
+        layout, f = self.layouts[rank], block.features
+        return [(x, layout.anchors) for x in block.scalars] + [(x, layout.rows) for x in (f.scale, f.bias, f.f)]
+
+    def _ring(self, sweep: _Sweep, own: Block) -> Result:
+        ranks, zeros = self.ranks, self.tau.new_zeros
+        rank, world = ranks.rank, ranks.world
+
+        def message_bytes(other: int) -> int:
+            return sum(_bytes(x, rows) for x, rows in self._like(own, other % world))
+
+        def size(other: int) -> int:
+            return sweep.size(self.layouts[other % world])
+
+        result, last = sweep.nothing(self.layout, zeros(size(rank))), world // 2
+        if last:
+            block = ranks.exchange(pack([x for x, _ in self._like(own, rank)]), rank - 1, message_bytes(rank + 1), rank + 1, 0)
+        self._among_own(sweep, own, result)
+        behind: Arrival | None = None  # results of the block at hand from the processes it has visited
+        for step in steps(world):
+            other = (rank + step) % world
+            message = block.wait()
+            if step < last:
+                block = ranks.exchange(message, rank - 1, message_bytes(other + 1), rank + 1, 0)
+            *scalars, scale, bias, f = unpack(message, self._like(own, other))
+            visitor = Block(Features(f, scale, bias, None), tuple(scalars))
+            theirs = sweep.nothing(self.layouts[other], zeros(size(other)))
+            self._meet(sweep, own, result, {other: visitor}, {other: theirs})
+            del message, visitor, scalars, scale, bias, f
+            if behind is not None:
+                theirs.add(sweep.result(self.layouts[other], behind.wait()))
+            if step < last:
+                behind = ranks.exchange(theirs.flat, rank - 1, size(other + 1), rank + 1, 1)
+            else:
+                home = ranks.exchange(theirs.flat, other, size(rank), rank - last, 1)
+        if last:
+            result.add(sweep.result(self.layout, home.wait()))
+        return result
+
+    def _gather(self, sweep: _Sweep, own: Block) -> Result:
+        ranks = self.ranks
+        if ranks.world == 1:
+            result = sweep.nothing(self.layout, self.tau.new_zeros(sweep.size(self.layout)))
+            self._among_own(sweep, own, result)
+            return result
+        f = own.features
+        features = [(f.scale, "rows"), (f.bias, "rows"), (f.f, "rows")]
+        scalars = [(x, "anchors") for x in own.scalars]
+        if self._gathered is None:  # rows once for all sweeps, row scalars for each
+            self._gathered = self._gather_blocks(features)
+        messages = self._gather_blocks(scalars)
+        others = {}
+        for step in steps(ranks.world):
+            other = (ranks.rank + step) % ranks.world
+            layout = self.layouts[other]
+            scale, bias, rows = unpack(self._gathered[other], [(x, layout.rows) for x, _ in features])
+            vectors = unpack(messages[other], [(x, layout.anchors) for x, _ in scalars])
+            others[other] = Block(Features(rows, scale, bias, None), tuple(vectors))
+        flat = self.tau.new_zeros(ranks.world, max(sweep.size(layout) for layout in self.layouts))
+        results = [sweep.nothing(layout, flat[r, : sweep.size(layout)]) for r, layout in enumerate(self.layouts)]
+        mine = results[ranks.rank]
+        self._among_own(sweep, own, mine)
+        self._meet(sweep, own, mine, others, dict(enumerate(results)))
+        if sweep.terms[:1] not in (("max",), ("base",)):
+            return sweep.result(self.layout, ranks.reduce_scatter(flat)[: sweep.size(self.layout)])
+        top = self.tau.new_full((ranks.world, max(layout.anchors for layout in self.layouts)), -torch.inf)
+        for row, result in zip(top, results, strict=True):
+            row[: result.sums.shape[1]] = result.sums[0]
+        top = ranks.all_reduce(top, dist.ReduceOp.MAX)
+        for row, result in zip(top, results, strict=True):
+            rebase(result.sums, row[: result.sums.shape[1]])
+            result.sums[0].zero_()
+        if len(sweep.terms) > 1:
+            mine.flat[:] = ranks.reduce_scatter(flat)[: mine.flat.numel()]
+        mine.sums[0] = top[ranks.rank, : mine.sums.shape[1]]
+        return mine
+
+    def _gather_blocks(self, tensors: list[tuple[Tensor | None, str]]) -> Tensor:
+        """(P, bytes): everyone's tensors, each message as long as the longest, and aligned."""
+        largest = max(
+            sum(_bytes(x, getattr(layout, count)) for x, count in tensors) for layout in self.layouts
+        )
+        message = torch.zeros(-(-largest // 16) * 16, dtype=torch.uint8, device=self.tau.device)
+        mine = pack([x for x, _ in tensors])
+        message[: mine.numel()] = mine
+        return self.ranks.all_gather(message)
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+class GlobalProblem(Problem):
+    """This process's rows of a batch that several share: solves them, then their gradient."""
+
+    def __init__(self, features: Features, pos: Tensor, tau: Tensor, call: Call, ranks: Ranks) -> None:
+        super().__init__(features, pos, tau, call, GlobalSweeps(features, pos, tau, call, ranks))
+        self.ranks = ranks
+
+    def weights(self, grad: Tensor) -> Tensor:
+        return global_weights(grad.to(self.tau.dtype), self.call, self.ranks)
+
+    def reduce(self, row_losses: Tensor) -> Tensor:
+        return global_reduce(row_losses, self.call, self.ranks)
+
+    def total(self, x: Tensor) -> Tensor:
+        # The average over the processes, of which each has its own copy of τ: their sum would count the batch P times.
+        return self.ranks.all_reduce(x) / self.ranks.world
+
+
+def global_weights(grad: Tensor, call: Call, ranks: Ranks) -> Tensor:
+    """(anchors,) of this process: derivative in its row losses of what all processes return, summed."""
+    if call.reduction == "none":
+        return call.row_weights(grad, ranks.sizes[ranks.rank])
+    weights = call.row_weights(grad * ranks.world, ranks.total)
+    return weights[: call.anchors(ranks.sizes[ranks.rank])]
+
+
+def global_reduce(row_losses: Tensor, call: Call, ranks: Ranks) -> Tensor:
+    """(anchors,) of this process → its own values with reduction "none", else the loss of the whole batch."""
+    if call.reduction == "none":
+        return call.reduce(row_losses)
+    total = ranks.all_reduce(replace(call, reduction="sum").reduce(row_losses))
+    if call.reduction == "sum":
+        return total
+    return total / (ranks.total * (2 if call.negatives == "two_view" else 1))
+
+
+class GlobalFunction(torch.autograd.Function):
+    """loss(z1, z2, τ) of all processes' pairs; first derivatives only. As `AlphaCLFunction`, with messages in between."""
+
+    @staticmethod
+    def forward(ctx, z1: Tensor, z2: Tensor, tau: Tensor, call: Call, ranks: Ranks) -> Tensor:
+        ctx.call, ctx.ranks, ctx.dtypes = call, ranks, (z1.dtype, z2.dtype, tau.dtype)
+        need, want = ctx.needs_input_grad[:3], ranks.want
+        tau = tau.to(accumulation_dtype(z1.dtype))
+        problem = GlobalProblem(*features_of_views(z1, z2, call, _center(z1, z2, call, ranks)), tau, call, ranks)
+        if not any(want):
+            return problem.reduce(problem.solve(learn_tau=False).loss)
+        if call.reduction == "none":
+            rows = problem.solve(learn_tau=want[2])
+            ctx.save_for_backward(*problem.features.tensors(), problem.pos, tau, *row_tensors(rows))
+            return problem.reduce(rows.loss)
+        loss, *grads = problem.loss_and_gradient(tau.new_ones(()), want)
+        ctx.save_for_backward(*(g if needed else None for g, needed in zip(grads, need, strict=True)))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad.device.type, enabled=False):
+            if ctx.call.reduction == "none":
+                f, scale, bias, inv_norm, pos, tau, *rows = ctx.saved_tensors
+                problem = GlobalProblem(Features(f, scale, bias, inv_norm), pos, tau, ctx.call, ctx.ranks)
+                grads = problem.gradient(rows_from(rows), grad, ctx.ranks.want)
+            else:
+                grads = [None if g is None else g * grad for g in ctx.saved_tensors]
+        needed = zip(grads, ctx.needs_input_grad, ctx.dtypes, strict=False)
+        return *(g.to(dtype) if need and g is not None else None for g, need, dtype in needed), None, None
+
+
+class GlobalClosedForm(torch.autograd.Function):
+    """Loss of a constant-α objective of all processes' pairs: one sum of rows goes around, and its gradient back."""
+
+    @staticmethod
+    def forward(ctx, z1: Tensor, z2: Tensor, call: Call, ranks: Ranks) -> Tensor:
+        ctx.call, ctx.ranks, ctx.dtype, ctx.need = call, ranks, z1.dtype, ctx.needs_input_grad[:2]
+        closed = _ClosedProblem(z1, z2, call, ranks)
+        if any(ranks.want) and call.reduction == "none":
+            ctx.save_for_backward(z1, z2)
+        elif any(ranks.want):
+            grads = closed.gradient(closed.losses.new_ones(()))
+            ctx.save_for_backward(*(g if need else None for g, need in zip(grads, ctx.need, strict=True)))
+        return global_reduce(closed.losses.detach(), call, ranks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad.device.type, enabled=False):
+            if ctx.call.reduction == "none":
+                grads = _ClosedProblem(*ctx.saved_tensors, ctx.call, ctx.ranks).gradient(grad)
+            else:
+                grads = [None if g is None else g * grad for g in ctx.saved_tensors]
+        grads = [g.to(ctx.dtype) if need else None for g, need in zip(grads, ctx.need, strict=True)]
+        return *grads, None, None
+
+
+class _ClosedProblem:
+    """Row losses of this process, and their gradient: autograd on either side of the sums over processes, which are leaves.
+
+    (A sum inside the graph would be a message that autograd sends when it likes, and with no rows at all it does not.)
+    """
+
+    def __init__(self, z1: Tensor, z2: Tensor, call: Call, ranks: Ranks) -> None:
+        self.call, self.ranks = call, ranks
+        self.own_sums: list[Tensor] = []
+        self.all_sums: list[Tensor] = []
+        layout = Layout.make(call, z1.shape[0])._replace(n_neg=Layout.make(call, ranks.total).n_neg)
+        center = _center(z1, z2, call, ranks)
+        wide = accumulation_dtype(z1.dtype)  # so that gradients stay float32 until they are scaled, as in `AlphaCLFunction`
+        with torch.enable_grad():
+            self.views = tuple(z.detach().to(wide).requires_grad_() for z in (z1, z2))
+            self.losses = closed_form(*self.views, call, layout, center, self._everywhere)
+
+    def _everywhere(self, x: Tensor) -> Tensor:
+        self.own_sums.append(x)
+        self.all_sums.append(self.ranks.all_reduce(x.detach()).requires_grad_())
+        return self.all_sums[-1]
+
+    def gradient(self, grad: Tensor) -> list[Tensor]:
+        """dz1, dz2 in the accumulation dtype for an incoming gradient."""
+        weights = global_weights(grad.to(self.losses.dtype), self.call, self.ranks)
+        options = {"allow_unused": True, "materialize_grads": True}  # one_view's negatives are z1 alone
+        direct = torch.autograd.grad(self.losses, (*self.views, *self.all_sums), weights, retain_graph=True, **options)
+        back = [self.ranks.all_reduce(g) for g in direct[2:]]
+        through_sums = torch.autograd.grad(self.own_sums, self.views, back, **options)
+        return [a + b for a, b in zip(direct[:2], through_sums, strict=True)]
+
+
+def _center(z1: Tensor, z2: Tensor, call: Call, ranks: Ranks) -> Tensor | None:
+    """The mean of all processes' rows, which euclidean rows are taken from."""
+    if call.similarity != "euclidean":
+        return None
+    wide = accumulation_dtype(z1.dtype)
+    return ranks.all_reduce(z1.detach().to(wide).sum(0) + z2.detach().to(wide).sum(0)) / (2 * ranks.total)
+
+
+def global_loss(z1: Tensor, z2: Tensor, tau: Tensor, call: Call, ranks: Ranks) -> Tensor:
+    """The loss of a call that all processes have agreed on."""
+    with torch.autocast(z1.device.type, enabled=False):
+        if not torch.is_grad_enabled():
+            z1, z2, tau = z1.detach(), z2.detach(), tau.detach()
+        if isinstance(call.objective, ClosedForm):
+            return GlobalClosedForm.apply(z1, z2, call, ranks)
+        return GlobalFunction.apply(z1, z2, tau, call, ranks)

@@ -1,0 +1,89 @@
+"""A few processes that stay up for a test module and run functions on gloo groups of them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import tempfile
+import time
+import traceback
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+#: Ranks of the world that form the group of each size. Within a sub-group no process has its rank of the world.
+GROUPS = {1: (2,), 2: (1, 3), 3: (1, 2, 3), 4: (0, 1, 2, 3)}
+TIMEOUT = 60  # seconds that any step may take, so that nothing can hang a run
+
+
+class Failed(Exception):
+    """A function raised in a process; the text is its traceback."""
+
+
+def _work(rank, store, pipe):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", rank=rank, world_size=4, timeout=timedelta(seconds=TIMEOUT), store=dist.FileStore(store, 4)
+    )
+    groups = {size: dist.new_group(members) if size < 4 else dist.group.WORLD for size, members in GROUPS.items()}
+    pipe.send((True, "ready"))
+    while True:
+        function, size, arguments = pipe.recv()
+        try:
+            answer = (True, function(groups[size], **arguments))
+        except Exception:
+            answer = (False, traceback.format_exc())
+        pipe.send(answer)
+
+
+class Ranks:
+    """Four processes. ``run(size, function, …)`` calls ``function(group, …)`` in those of a group, returns their results."""
+
+    def __enter__(self):
+        self._start()
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def _start(self):
+        context = multiprocessing.get_context("spawn")
+        store = os.path.join(tempfile.mkdtemp(), "store")
+        self.pipes, self.processes = [], []
+        for rank in range(4):
+            here, there = context.Pipe()
+            process = context.Process(target=_work, args=(rank, store, there), daemon=True)
+            process.start()
+            there.close()
+            self.pipes.append(here)
+            self.processes.append(process)
+        assert self._answers(self.pipes) == ["ready"] * 4
+
+    def run(self, size, function, **arguments):
+        members = [self.pipes[rank] for rank in GROUPS[size]]
+        for pipe in members:
+            pipe.send((function, size, arguments))
+        try:
+            return self._answers(members)
+        except BaseException:  # the others may be waiting for one that has failed
+            self.__exit__()
+            self._start()
+            raise
+
+    @staticmethod
+    def _answers(pipes):
+        answers, deadline = {}, time.monotonic() + TIMEOUT
+        while len(answers) < len(pipes):
+            waiting = [pipe for pipe in pipes if pipe not in answers]
+            ready = multiprocessing.connection.wait(waiting, timeout=deadline - time.monotonic())
+            if not ready:
+                raise TimeoutError(f"{len(waiting)} of {len(pipes)} processes did not answer within {TIMEOUT} s")
+            for pipe in ready:
+                good, answers[pipe] = pipe.recv()
+                if not good:
+                    raise Failed(answers[pipe])
+        return [answers[pipe] for pipe in pipes]
