@@ -127,14 +127,15 @@ class Layout(NamedTuple):
     partner: int
     anchors: int
     n_neg: int
+    rectangle: bool  # split says so too, but not of a process that has no rows
 
     @classmethod
     def make(cls, call: Call, n: int) -> Layout:
         if call.negatives == "two_view":
-            return cls(2 * n, 0, n, 2 * n, 2 * n - 2)
+            return cls(2 * n, 0, n, 2 * n, 2 * n - 2, False)
         if call.negatives == "one_view":
-            return cls(n, 0, 0, n, n - 1)
-        return cls(2 * n, n, n, call.anchors(n), n - 1)
+            return cls(n, 0, 0, n, n - 1, False)
+        return cls(2 * n, n, n, call.anchors(n), n - 1, True)
 
 
 class Operators:
@@ -246,10 +247,10 @@ def mean_negative(
     def own(a: Tensor, b: Tensor) -> Tensor:  # one excluded pair of each row
         return (a * b).sum(1).pow(power)
 
-    if layout.split:
-        (left_a, left_b), (right_a, right_b) = left.split(layout.split), right.split(layout.split)
+    if layout.rectangle:
+        (left_a, left_b), (right_a, right_b) = left.tensor_split(2), right.tensor_split(2)
         sums = [total(left_a, right_b) - own(left_a, right_b), total(left_b, right_a) - own(left_b, right_a)]
-        return torch.cat(sums[: layout.anchors // layout.split]) / layout.n_neg
+        return torch.cat(sums if layout.anchors > layout.split else sums[:1]) / layout.n_neg
     sums = total(left, right) - own(left, right)
     if layout.partner:
         sums = sums - own(left, right.roll(layout.partner, 0))
