@@ -7,6 +7,7 @@ from ._version import __version__
 from .loss import FusedAlphaCLLoss
 from .objectives import MinPlayer, PairLoss, PairWeight
 from .ops import backends
+from .verify import verify_distributed
 
 __all__ = [
     "FusedAlphaCLLoss",
@@ -17,6 +18,7 @@ __all__ = [
     "backends",
     "functional",
     "objectives",
+    "verify_distributed",
 ]
 
 # `kernels/` stands at the top of the source tree and is installed as alphacl_fast.kernels. In a source checkout or an

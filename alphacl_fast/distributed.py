@@ -135,15 +135,16 @@ class Ranks:
 
 
 class Arrival:
-    """A message under way. It keeps what is sent alive until that is sent."""
+    """A message under way. It keeps what is sent alive until that is sent, and nothing once it has been waited for."""
 
     def __init__(self, incoming: Tensor, outgoing: Tensor, works: list[Any]) -> None:
-        self._incoming, self._outgoing, self._works = incoming, outgoing, works
+        self._state = incoming, outgoing, works
 
     def wait(self) -> Tensor:
-        for work in self._works:
+        (incoming, _, works), self._state = self._state, None
+        for work in works:
             work.wait()
-        return self._incoming
+        return incoming
 
 
 # --- agreeing on a call -----------------------------------------------------------------------------------------------

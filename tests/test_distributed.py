@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from family import BUILT_IN, MEMBERS, MODES, every_setting, member_id, pair
-from ranks import GROUPS, Failed, Ranks
+from family import MEMBERS, MODES, every_setting, member_id, pair
+from ranks import Ranks
 
-from alphacl_fast import FusedAlphaCLLoss, distributed, objectives, ops
+from alphacl_fast import FusedAlphaCLLoss, distributed, objectives, ops, verify_distributed
 from alphacl_fast.functional import alpha_cl_loss
 
 SPLITS = {1: [(7,)], 2: [(5, 3), (6, 0)], 3: [(7, 1, 4)], 4: [(3, 1, 4, 2), (3, 3, 3, 3)]}
@@ -111,3 +111,275 @@ def test_every_objective_and_split(ranks, size, sizes, strategy):
         for k, member in enumerate(MEMBERS)
     ]
     check(ranks, size, cases, sizes, strategy)
+
+
+# Who computes what
+
+
+def count_pairs(group, sizes, strategy, negatives, symmetric):
+    """Pairs that this process hands to `row_sums` in one call, excluded ones not counted."""
+    original, pairs = ops.row_sums, []
+
+    def counting(f, *arguments):
+        split, partner = arguments[9:11]
+        rows = f.shape[0]
+        if split:
+            pairs.append(split * (rows - split) - (split if partner else 0))
+        else:
+            pairs.append(rows * (rows - 1) // 2 - (rows // 2 if partner else 0))
+        return original(f, *arguments)
+
+    ops.row_sums = counting
+    try:
+        with torch.no_grad():
+            alpha_cl_loss(
+                *pair(sizes[dist.get_rank(group)], 3), negatives=negatives, symmetric=symmetric, process_group=group,
+                strategy=strategy,
+            )  # fmt: skip
+    finally:
+        ops.row_sums = original
+    return sum(pairs)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("negatives", "symmetric"), MODES)
+def test_no_pair_is_computed_twice(ranks, strategy, negatives, symmetric):
+    for sizes in ((5, 3), (7, 1, 4), (3, 1, 4, 2), (8, 8, 8, 8)):
+        counts = ranks.run(
+            len(sizes), count_pairs, sizes=sizes, strategy=strategy, negatives=negatives, symmetric=symmetric
+        )
+        n = sum(sizes)
+        assert sum(counts) == {"two_view": n * (2 * n - 2), "one_view": n * (n - 1) // 2, "cross_view": n * (n - 1)}[negatives]
+        if sizes[0] == 8:
+            assert max(counts) <= 1.01 * min(counts)
+
+
+def test_the_shared_rectangle_is_cut_in_two():
+    """Each pair of two blocks that are half the ring apart lies in exactly one of the two processes' rectangles."""
+    for negatives, views in (("two_view", 2), ("one_view", 1)):
+        seen = torch.zeros(3 * views, 5 * views)
+        (mine, theirs, left), *more = distributed.meetings(0, 1, 2, negatives, (3, 5))
+        assert left
+        assert not more
+        seen[mine, theirs] += 1
+        ((mine, theirs, left),) = distributed.meetings(1, 0, 2, negatives, (3, 5))
+        assert left
+        seen[theirs, mine] += 1
+        assert seen.eq(1).all()
+
+
+def test_auto_gathers_small_batches_and_rings_large_ones(ranks, monkeypatch):
+    assert ranks.run(2, chosen_strategy, limit=2**28) == ["gather"] * 2
+    assert ranks.run(2, chosen_strategy, limit=1) == ["ring"] * 2
+
+
+def chosen_strategy(group, limit):
+    original, distributed.GATHER_BYTES = distributed.GATHER_BYTES, limit
+    try:
+        loss = FusedAlphaCLLoss(process_group=group)
+        loss(*pair(3, 4))
+        return repr(loss).split(" over ")[0].split("; ")[-1]
+    finally:
+        distributed.GATHER_BYTES = original
+
+
+# Bad input, and processes that want different things
+
+
+def outcome(group, changes):
+    """What a call raises in this process; ``changes`` maps a rank to its arguments."""
+    arguments = {"z": pair(4, 3), **changes.get(dist.get_rank(group), {}), "process_group": group}
+    try:
+        z1, z2 = arguments.pop("z")
+        if arguments.pop("grad", False):
+            z1 = z1.clone().requires_grad_()
+        return float(alpha_cl_loss(z1, z2, **arguments).detach().sum())
+    except Exception as error:
+        return type(error), str(error)
+
+
+A, B = pair(4, 3)
+BAD = [
+    ({1: {"z": (A, B[:3])}}, ValueError, r"^rank 1: z2 must have the shape of z1 \(4, 3\), got \(3, 3\)$"),
+    ({0: {"z": (A.int(), B)}, 2: {"temperature": -1.0}}, ValueError, r"^rank 0: z1 must .* rank 2: temperature must"),
+    ({1: {"z": (A[:, :2], B[:, :2])}}, ValueError, "same number of features D, got 3 on rank 0 and 2 on rank 1"),
+    ({2: {"z": (A.float(), B.float())}}, ValueError, "same dtype, got torch.float64 on rank 0 and torch.float32 on rank 2"),
+    ({1: {"objective": "mine"}}, ValueError, r"same call, got infonce\(.* on rank 0 and mine\(\).* on rank 1"),
+    ({1: {"objective": "none of these"}}, ValueError, "^rank 1: objective must be one of"),
+    ({1: {"similarity": "dot"}}, ValueError, "same call"),
+    ({1: {"strategy": "ring"}}, ValueError, "same call"),
+    ({2: {"temperature": 0.4}}, ValueError, "same temperature, got 0.5 on rank 0 and 0.4 on rank 2"),
+    ({r: {"z": (A[: r == 1], B[: r == 1])} for r in range(3)}, ValueError, r"at least 2 pairs .*got \(0, 1, 0\)"),
+    ({0: {"objective": objectives.PairLoss(None, torch.sin), "backend": "cpu"}}, ValueError, "^rank 0: backend 'cpu' cannot"),
+    ({r: {"reduction": "none", "grad": r == 1} for r in range(3)}, ValueError, "'none' every rank must want a gradient or"),
+]  # fmt: skip
+
+
+def test_bad_input_on_one_process_raises_on_every_one(ranks):
+    for changes, error, message in BAD:
+        if 0 in changes and "z" in changes[0] and changes[0]["z"][0].dtype == torch.int32:
+            error = TypeError
+        outcomes = ranks.run(3, outcome, changes=changes)
+        assert outcomes[0][0] is error, outcomes
+        assert outcomes == [outcomes[0]] * 3
+        with pytest.raises(error, match=message):
+            raise error(outcomes[0][1])
+    values = ranks.run(3, outcome, changes={})
+    assert values == [values[0]] * 3  # the processes are in step again
+
+
+def test_one_process_may_want_no_gradient(ranks):
+    values = ranks.run(3, outcome, changes={1: {"grad": True}})
+    assert values == [values[0]] * 3
+
+
+def test_verify_distributed(ranks):
+    first, *others = ranks.run(3, verified)
+    assert all(other == first for other in others)
+    assert {row["strategy"] for row in first} == {"gather", "ring"}
+    assert max(row["residual"] for row in first) < LIMIT
+
+
+def verified(group):
+    return verify_distributed(group, objectives=("infonce", "alpha_square", "uniform"), print=None)
+
+
+def test_verify_distributed_raises_on_a_wrong_result(ranks):
+    assert all("residual of" in text for text in ranks.run(2, wrong))
+
+
+def wrong(group):
+    original = distributed.global_weights
+    distributed.global_weights = lambda *arguments: original(*arguments) * 1.01
+    try:
+        with pytest.raises(RuntimeError) as raised:
+            verify_distributed(group, objectives=("infonce",), print=None)
+        return str(raised.value)
+    finally:
+        distributed.global_weights = original
+
+
+def test_a_call_before_init_process_group_says_so():
+    with pytest.raises(ValueError, match="before init_process_group"):
+        FusedAlphaCLLoss(process_group="world")(*pair(4, 3))
+
+
+# Training
+
+
+def encoder():
+    torch.manual_seed(1)
+    layers = torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4)
+    return torch.nn.Sequential(*layers).double()
+
+
+def trained(group, sizes, strategy, wrap, steps=3):
+    """Largest difference of parameters and losses from those of one process, after a few steps of SGD."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    rank = dist.get_rank(group)
+    first = sum(sizes[:rank])
+    mine = slice(first, first + sizes[rank])
+    x1, x2 = pair(sum(sizes), 6)
+    losses, models = {}, {}
+    for who, rows in (("one", slice(None)), ("all", mine)):
+        model, temperature = encoder(), torch.nn.Parameter(torch.tensor(0.4, dtype=torch.float64))
+        options = {"process_group": group, "strategy": strategy} if who == "all" else {}
+        loss = FusedAlphaCLLoss("infonce", temperature=temperature, temperature_range=(0.01, 1.0), **options)
+        forward = model
+        if who == "all" and wrap == "ddp":
+            forward = DistributedDataParallel(model, process_group=group)
+        if who == "all" and wrap == "fsdp":
+            forward = fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"))
+        optimizer = torch.optim.SGD([*forward.parameters(), temperature], lr=0.3, momentum=0.9)
+        losses[who] = []
+        for step in range(steps):
+            optimizer.zero_grad()
+            z1, z2 = forward(torch.cat([x1[rows], x2[rows]]) + step / 10).chunk(2)
+            value = loss(z1, z2)
+            value.backward()
+            optimizer.step()
+            losses[who].append(value.detach())
+        full = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in forward.parameters()]
+        models[who] = [*(p.detach() for p in full), temperature.detach(), torch.stack(losses[who])]
+    assert abs(losses["one"][0] - losses["one"][-1]) > 0.01
+    return max(residual(a, b) for a, b in zip(models["all"], models["one"], strict=True))
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_training_equals_one_process(ranks, strategy, wrap):
+    assert max(ranks.run(3, trained, sizes=(7, 1, 4), strategy=strategy, wrap=wrap)) < LIMIT
+
+
+def half_precision(group, strategy, dtype, negatives):
+    rank, size = dist.get_rank(group), 6
+    mine = slice(rank * size, (rank + 1) * size)
+    z1, z2 = pair(3 * size, 16, dtype)
+    results = []
+    for rows, options in ((slice(None), {}), (mine, {"process_group": group, "strategy": strategy})):
+        z = [x[rows].clone().requires_grad_() for x in (z1, z2)]
+        loss = alpha_cl_loss(*z, "alpha_direct", negatives=negatives, **options)
+        (loss * 3).backward()
+        results.append((loss.detach(), *(x.grad for x in z)))
+    (loss, *grads), (loss_here, *grads_here) = results
+    assert loss_here.dtype == torch.float32
+    assert all(g.dtype == dtype for g in grads_here)
+    worst = max(float((a.float() / 3 - b[mine].float()).norm() / b[mine].float().norm()) for a, b in zip(grads_here, grads, strict=True))
+    return abs(float(loss_here / loss) - 1), worst
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_other_dtypes(ranks, dtype):
+    limit = 2 * torch.finfo(dtype).eps
+    for strategy, negatives in itertools.product(STRATEGIES, ("two_view", "cross_view")):
+        for loss, grads in ranks.run(3, half_precision, strategy=strategy, dtype=dtype, negatives=negatives):
+            assert loss < 3e-6
+            assert grads < max(limit, 3e-6)
+
+
+def copied(group):
+    loss = FusedAlphaCLLoss(process_group=group)
+    again = copy.deepcopy(loss)
+    return float(loss(*pair(3, 4)) - again(*pair(3, 4)))
+
+
+def test_a_copied_loss_shares_the_group(ranks):
+    assert ranks.run(2, copied) == [0.0, 0.0]
+
+
+# Memory
+
+
+def peak(group, strategy, pairs, dim):
+    """Growth of this process's memory in a call, in bytes."""
+    import ctypes
+
+    ctypes.CDLL(None).mallopt(-3, 65536)  # what is freed goes back to the system at once, so that the peak is what is in use
+
+    def status(name):
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
+
+    generator = torch.Generator().manual_seed(dist.get_rank(group))
+    z1, z2 = (torch.randn(pairs, dim, generator=generator).requires_grad_() for _ in range(2))
+    loss = FusedAlphaCLLoss(process_group=group, strategy=strategy)
+    loss(z1[:8], z2[:8])
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak begins anew
+    before = status("VmRSS")
+    loss(z1, z2).backward()
+    return status("VmHWM") - before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_ring_needs_memory_for_a_few_local_blocks(ranks):
+    pairs, dim = 256, 4096
+    block = 2 * pairs * dim * 4
+    two, four = (max(ranks.run(size, peak, strategy="ring", pairs=pairs, dim=dim)) for size in (2, 4))
+    gathered = max(ranks.run(4, peak, strategy="gather", pairs=pairs, dim=dim))
+    print(f"local blocks: ring of 2 {two / block:.1f}, of 4 {four / block:.1f}, gathered from 4 {gathered / block:.1f}")
+    assert four < 20 * block  # however many processes there are: a ring of 4 passes blocks on, as every longer one does
+    assert four < two + 5 * block < gathered + 2 * block
