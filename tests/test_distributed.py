@@ -327,7 +327,8 @@ def half_precision(group, strategy, dtype, negatives):
     (loss, *grads), (loss_here, *grads_here) = results
     assert loss_here.dtype == torch.float32
     assert all(g.dtype == dtype for g in grads_here)
-    worst = max(float((a.float() / 3 - b[mine].float()).norm() / b[mine].float().norm()) for a, b in zip(grads_here, grads, strict=True))
+    pairs = [(a.float() / 3, b[mine].float()) for a, b in zip(grads_here, grads, strict=True)]
+    worst = max(float((a - b).norm() / b.norm()) for a, b in pairs)
     return abs(float(loss_here / loss) - 1), worst
 
 
