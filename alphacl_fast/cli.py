@@ -72,7 +72,11 @@ def _train(arguments: list[str]) -> int:
             out = out or f"runs/{config.dataset}-{config.objective}-{config.seed}"
         outcome = module.train(config, out, resume=resume)
     except module.RunError as error:
+        if error.shown:
+            return 2
         _fail(str(error))
+    if not outcome.leads:
+        return 128 + outcome.signal if outcome.signal else 0
     if outcome.signal:
         print(f"alphacl: stopped after {outcome.epochs} of {config.epochs} epochs, state saved; "
               f"go on with: alphacl train --resume {outcome.out}", file=sys.stderr)

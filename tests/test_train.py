@@ -15,6 +15,7 @@ from PIL import Image
 
 from alphacl_fast.train import Config, RunError, augment, checkpoint, data, evaluate, loop, models, report, train
 from alphacl_fast.train.evaluate import converged_probe, few_label_draws, knn_accuracy, linear_probe, standardise
+from alphacl_fast.train.world import World
 
 pytestmark = pytest.mark.xdist_group("train")  # one worker makes what its tests share
 
@@ -73,6 +74,8 @@ def test_defaults_depend_on_data_set_and_encoder():
 @pytest.mark.parametrize(("given", "message"), [
     ({"epochs": 0}, "--epochs must be at least 1, got 0"),
     ({"batch_size": 1}, "--batch-size must be at least 2, got 1"),
+    ({"micro_batch": -1}, "--micro-batch must be at least 0, got -1"),
+    ({"norm": "layer"}, "--norm must be one of batch, group, got 'layer'"),
     ({"lr": float("nan")}, "--lr must be positive and finite, got nan"),
     ({"temperature": -1.0}, "--temperature must be positive and finite, got -1.0"),
     ({"lr": "fast"}, "--lr must be float, got 'fast'"),
@@ -124,7 +127,7 @@ def test_batches_do_not_depend_on_workers_or_the_global_generator():
     images, view = data.load(tiny()).views, augment.augmentation("digits", 8)
 
     def batches(start, **given):
-        return list(data.training_batches(images, view, tiny(**given), start, 6, pin=False))
+        return [views for [views] in data.training_batches(images, view, tiny(**given), start, 6, pin=False)]
 
     before = torch.get_rng_state()
     alone = batches(0)
@@ -138,6 +141,20 @@ def test_batches_do_not_depend_on_workers_or_the_global_generator():
     assert x1.shape == (64, 1, 8, 8)
     assert (x1 != x2).flatten(1).any(1).all()
     assert not torch.equal(x1, batches(0, seed=1)[0][0])
+
+
+def test_shares_and_micro_batches_are_the_whole_batch():
+    images, view = data.load(tiny()).views, augment.augmentation("digits", 8)
+    [whole] = next(data.training_batches(images, view, tiny(), 0, 2, pin=False))
+    found = []
+    for rank in range(3):
+        share = World(rank, 3).share
+        steps = list(data.training_batches(images, view, tiny(micro_batch=8), 0, 2, pin=False, share=share))
+        assert [len(x1) for x1, _ in steps[0]] == [[8, 8, 5], [8, 8, 5], [8, 8, 6]][rank]
+        assert len(steps) == 2
+        found += steps[0]
+    for k in range(2):
+        assert torch.equal(torch.cat([views[k] for views in found]), whole[k])
 
 
 def test_a_view_differs_between_epochs_and_images():

@@ -4,7 +4,9 @@
     train(Config.create(dataset="digits", objective="alpha_direct"), "runs/digits")
     evaluate("runs/digits")
 
-Modules import one way: config; data, augment, models, device, checkpoint; report; evaluate; loop.
+``torchrun --nproc-per-node=N -m alphacl_fast.train …`` does the same in N processes that share every batch.
+
+Modules import one way: config; world, data, augment, models, gradient, device, checkpoint; report; evaluate; loop.
 """
 
 from importlib.util import find_spec

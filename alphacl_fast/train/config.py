@@ -9,7 +9,14 @@ from pathlib import Path
 
 
 class RunError(Exception):
-    """A problem the user can mend. Its text is one line, fit to be shown without a traceback."""
+    """A problem the user can mend. Its text is one line, fit to be shown without a traceback.
+
+    ``shown``: another process of the run shows it.
+    """
+
+    def __init__(self, text: str, shown: bool = False):
+        super().__init__(text)
+        self.shown = shown
 
 
 def _flag(default, text, choices=None):
@@ -46,6 +53,8 @@ class Config:
     image_size: int = _flag(32, "side of the square input; above 64 the stem and the augmentation are those of STL-10")
     encoder: str = _flag("resnet18", "network", tuple(ENCODERS))
     width: int = _flag(64, "channels of the encoder's first stage")
+    norm: str = _flag("batch", "normalisation layers; batch: over one process's micro-batch, group: within an image",
+                      ("batch", "group"))
     objective: str = _flag("infonce", "objective of FusedAlphaCLLoss")
     option: dict = dataclasses.field(default_factory=dict, metadata={"help": "option of the objective; repeatable"})
     temperature: float = _flag(0.5, "temperature of the loss")
@@ -53,8 +62,10 @@ class Config:
     negatives: str = _flag("two_view", "negatives of the loss")
     backend: str = _flag("auto", "backend of the loss")
     epochs: int = _flag(500, "passes over the training images")
-    batch_size: int = _flag(128, "images per step; each gives two views")
-    optimizer: str = _flag("adam", "optimizer; sgd has momentum 0.9", ("adam", "sgd"))
+    batch_size: int = _flag(128, "images per step, of all processes together; each gives two views")
+    micro_batch: int = _flag(0, "images per forward pass (0: all at once): memory is theirs, the gradient the whole batch's")
+    optimizer: str = _flag("adam", "optimizer; sgd and lars have momentum 0.9; lars and lamb are for large batches",
+                           ("adam", "sgd", "lars", "lamb"))
     lr: float = _flag(0.01, "peak learning rate")
     weight_decay: float = _flag(0.0, "weight decay")
     warmup_epochs: int = _flag(10, "epochs of linear warm-up before the cosine")
@@ -115,10 +126,10 @@ class Config:
                 continue
             if type(value) is not kind:
                 raise RunError(f"{flag(name)} must be {kind.__name__}, got {value!r}")
-        for name in ("dataset", "encoder", "optimizer", "amp"):
+        for name in ("dataset", "encoder", "norm", "optimizer", "amp"):
             _one_of(name, getattr(self, name), _choices(name))
         for name, least in (("epochs", 1), ("batch_size", 2), ("width", 1), ("image_size", 4), ("log_every", 1),
-                            ("subset", 0), ("warmup_epochs", 0), ("workers", -1), ("threads", 0),
+                            ("subset", 0), ("micro_batch", 0), ("warmup_epochs", 0), ("workers", -1), ("threads", 0),
                             ("eval_every", 0), ("save_every", 0),
                             ("seed", 0), ("weight_decay", 0)):
             if not getattr(self, name) >= least:

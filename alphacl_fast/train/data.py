@@ -6,10 +6,11 @@ So a run can stop after any step and go on later, with any number of loader proc
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import signal
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -206,13 +207,31 @@ class _Steps:
             yield [(epoch, index) for index in order[place * self.batch_size : (place + 1) * self.batch_size]]
 
 
-def training_batches(images: Dataset, augment, config: Config, start: int, stop: int, pin: bool) -> Iterator:
-    """Batches (x1, x2), uint8 (batch_size, C, H, W) each, of the steps ``start`` to ``stop``; last partial one dropped.
+class _Parts:
+    """Batch sampler: this process's share of every step's keys, in micro-batches."""
 
-    Raises RunError, naming the file, at the batch that holds an unreadable image.
+    def __init__(self, steps: _Steps, share: Callable[[list], list], size: int):
+        self.steps, self.share, self.size = steps, share, size
+
+    def __iter__(self):
+        for keys in self.steps:
+            keys = self.share(keys)
+            yield from (keys[k : k + self.size] for k in range(0, len(keys), self.size))
+
+
+def training_batches(images: Dataset, augment, config: Config, start: int, stop: int, pin: bool,
+                     share: Callable[[list], list] = lambda keys: keys) -> Iterator:
+    """Micro-batches [(x1, x2), …], uint8 (n, C, H, W) each, of every step from ``start`` to ``stop``.
+
+    An epoch's last partial batch is dropped. ``share`` picks a process's part of a step's images. Raises RunError, naming
+    the file, at the step that holds an unreadable image.
     """
     steps = _Steps(len(images), config.batch_size, config.seed, start, stop)
-    return _batches(_TwoViews(images, augment, config.seed), config.workers, pin, batch_sampler=steps)
+    mine = len(share(list(range(config.batch_size))))
+    size = config.micro_batch or mine
+    batches = _batches(_TwoViews(images, augment, config.seed), config.workers, pin, batch_sampler=_Parts(steps, share, size))
+    while parts := list(itertools.islice(batches, -(-mine // size))):
+        yield parts
 
 
 def plain_batches(images: Dataset, transform, workers: int, pin: bool, batch_size: int = 256) -> Iterator:

@@ -10,10 +10,19 @@ import torch
 from .config import Config, RunError
 
 
-def pick_device(name: str) -> torch.device:
-    """The device called ``name``; "auto" is CUDA where there is one. Raises RunError for one that is not there."""
+def pick_device(name: str, local_rank: int | None = None) -> torch.device:
+    """The device called ``name``; "auto" is CUDA where there is one. Raises RunError for one that is not there.
+
+    ``local_rank``: which of a machine's processes this is; each takes the CUDA device of its number.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if local_rank is not None and name.startswith("cuda"):
+        if ":" in name:
+            raise RunError(f"--device must not name one device for several processes, got {name}")
+        name = f"cuda:{local_rank}"
+        if local_rank < torch.cuda.device_count():
+            torch.cuda.set_device(local_rank)
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -1,4 +1,8 @@
-"""The training loop. One step is: two views, one forward pass, the loss, one optimizer step."""
+"""The training loop. One step is: two views, one forward pass, the loss, one optimizer step.
+
+With several processes (`world`) each has its share of the batch; the loss is that of the whole batch, and gradients are
+averaged in one all-reduce. The first process writes, evaluates and talks.
+"""
 
 from __future__ import annotations
 
@@ -18,25 +22,31 @@ from tqdm import tqdm
 
 from alphacl_fast import FusedAlphaCLLoss
 
-from . import checkpoint, report
+from . import checkpoint, gradient, report
 from .augment import augmentation
 from .config import Config, RunError
-from .data import Data, load, training_batches
+from .data import Data, load, mix, training_batches
 from .device import pick_device, settings
 from .evaluate import knn_of, picture
 from .models import Net, build
+from .world import World, joined, peers
 
+TRIAL_PAIRS = 1024  # most pairs of the batch on which the loss is tried before a run
 WARMUP_STEPS = 3  # steps of this process left out of images/s: first allocations, worker start, compilation
 
 
 @dataclasses.dataclass
 class Outcome:
-    """How :func:`train` ended: ``epochs`` finished, the ``signal`` that stopped it, or ``already`` finished before."""
+    """How :func:`train` ended: ``epochs`` finished, the ``signal`` that stopped it, or ``already`` finished before.
+
+    ``leads``: whether this is the run's first process, or the only one.
+    """
 
     out: Path
     epochs: int
     signal: int | None = None
     already: bool = False
+    leads: bool = True
 
 
 def train(config: Config, out: str | Path, *, resume: bool = False) -> Outcome:
@@ -45,26 +55,36 @@ def train(config: Config, out: str | Path, *, resume: bool = False) -> Outcome:
     SIGINT and SIGTERM end it after the current step with a checkpoint. A run that was stopped, or killed, and resumed
     ends with the weights of an uninterrupted one (bit for bit on a CPU with the same number of threads). Raises
     RunError, without touching a file that exists, when ``out`` holds something else, or data set, device or settings
-    are unusable; and when the loss becomes infinite or NaN, keeping the last good checkpoint.
+    are unusable; and when the loss becomes infinite or NaN, keeping the last good checkpoint. Under torchrun every process
+    calls it; a run may be resumed with another number of processes.
     """
-    out = Path(out)
-    state = _saved_state(config, out) if resume else _check_empty(out)
+    with joined() as world:
+        return _train(config, Path(out), resume, world)
+
+
+def _train(config: Config, out: Path, resume: bool, world: World) -> Outcome:
     config.check()
-    if state and state["epoch"] == config.epochs and (out / "embedding.png").exists():
-        return Outcome(out, config.epochs, already=True)
-    device = pick_device(config.device)
+    state, drawn = world.lead(lambda: (_saved_state(config, out) if resume else _check_empty(out),
+                                       (out / "embedding.png").exists()))
+    if state and state["epoch"] == config.epochs and drawn:
+        return Outcome(out, config.epochs, already=True, leads=world.leads)
+    if config.batch_size < world.size:
+        raise RunError(f"--batch-size must be at least the number of processes, {world.size}, got {config.batch_size}")
+    device = pick_device(config.device, world.local_rank if world.size > 1 else None)
+    if config.download:  # once, not in every process
+        world.lead(lambda: len(load(config).views))
     data = load(config)
     with settings(config):
-        run = _Run(config, out, device, data)
-        if not (out / checkpoint.CONFIG).exists():
+        run = _Run(config, out, device, data, world)
+        if world.leads and not (out / checkpoint.CONFIG).exists():
             checkpoint.begin(out, config, device)
         run.restore(state)
         with _stop_signals() as caught:
             stopped_by = run.epochs(caught)
-        if stopped_by is None:
+        if stopped_by is None and world.leads:
             report.curves(out / checkpoint.METRICS, out / "curves.png", f"{config.objective} on {config.dataset}")
             picture(run.net.encoder, data, config, device, out / "embedding.png")
-    return Outcome(out, run.epoch, signal=stopped_by)
+    return Outcome(out, run.epoch, signal=stopped_by, leads=world.leads)
 
 
 def learning_rate(config: Config, step: int, per_epoch: int) -> float:
@@ -78,20 +98,17 @@ def learning_rate(config: Config, step: int, per_epoch: int) -> float:
 class _Run:
     """The moving parts of a run and where it stands: ``step`` steps done, ``epoch`` epochs evaluated and logged."""
 
-    def __init__(self, config: Config, out: Path, device: torch.device, data: Data):
-        self.config, self.out, self.device, self.data = config, out, device, data
+    def __init__(self, config: Config, out: Path, device: torch.device, data: Data, world: World):
+        self.config, self.out, self.device, self.data, self.world = config, out, device, data, world
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
         self.net: Net = build(config).to(device)
         self.forward = torch.compile(self.net) if config.compile else self.net
-        self.loss = _build_loss(config, device)
+        self.loss = _build_loss(config, device, world)
         groups = [{"params": [*self.net.parameters()], "weight_decay": config.weight_decay},
                   {"params": [*self.loss.parameters()], "weight_decay": 0.0}]
-        if config.optimizer == "adam":
-            self.optimizer = torch.optim.Adam(groups, lr=config.lr)
-        else:
-            self.optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
+        self.optimizer = _build_optimizer(config, groups)
         self.per_epoch = len(data.views) // config.batch_size
         self.epoch = self.step = self.saved_step = 0
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # of this epoch; read at sync points only
@@ -103,8 +120,11 @@ class _Run:
         if state and state["images"] != images:
             raise RunError(f"{self.out} was started with {state['images']} training images, the data set has {images}")
         self.metrics_length = state["metrics"] if state else 0
-        self.metrics.cut(self.metrics_length)
+        if self.world.leads:
+            self.metrics.cut(self.metrics_length)
         if state is None:
+            self.own_noise()
+            self.world.first([*self.net.state_dict().values()])
             return self.save()
         self.net.load_state_dict(state["model"])
         self.loss.load_state_dict(state["loss"])
@@ -112,17 +132,25 @@ class _Run:
         self.epoch, self.step, self.saved_step = state["epoch"], state["step"], state["step"]
         self.loss_sum.copy_(state["loss_sum"])
         checkpoint.restore_rng(state)
+        self.own_noise()
+
+    def own_noise(self) -> None:
+        """Give each of several processes random numbers of its own, whichever number of them there was before."""
+        if self.world.size > 1:
+            torch.manual_seed(mix(self.config.seed, self.step, self.world.rank))
 
     def save(self) -> None:
         """Write the checkpoint, unless the loss or a weight has stopped being finite (RunError)."""
         self.check_finite()
         if not all(torch.isfinite(p).all() for p in self.net.parameters()):
             self.fail("a weight became infinite or NaN")
+        self.saved_step = self.step
+        if not self.world.leads:
+            return
         checkpoint.save(self.out, {
             "config": dataclasses.asdict(self.config), "model": self.net.state_dict(), "loss": self.loss.state_dict(),
             "optimizer": self.optimizer.state_dict(), "epoch": self.epoch, "step": self.step,
             "loss_sum": self.loss_sum, "images": len(self.data.views), "metrics": self.metrics_length})
-        self.saved_step = self.step
 
     def check_finite(self) -> float:
         """The epoch's summed loss (synchronises). Raises RunError if it is not finite."""
@@ -132,23 +160,25 @@ class _Run:
         return total
 
     def fail(self, what: str):
-        raise RunError(f"{what} in epoch {self.epoch + 1}, by step {self.step}; the last good checkpoint, step "
-                       f"{self.saved_step}, is kept in {self.out}; a lower --lr or a higher --temperature may help")
+        text = (f"{what} in epoch {self.epoch + 1}, by step {self.step}; the last good checkpoint, step "
+                f"{self.saved_step}, is kept in {self.out}; a lower --lr or a higher --temperature may help")
+        raise RunError(text, shown=not self.world.leads)
 
     def epochs(self, caught: list[int]) -> int | None:
         """Train until the last epoch is closed (None) or a signal is in ``caught``: then save and return its number."""
         config, total = self.config, self.config.epochs * self.per_epoch
         pin = self.device.type == "cuda"
         batches = training_batches(self.data.views, augmentation(config.dataset, config.image_size), config, self.step,
-                                   total, pin)
-        done, bar = 0, tqdm(total=total, initial=self.step, unit="step", disable=None, dynamic_ncols=True)
+                                   total, pin, self.world.share)
+        quiet = None if self.world.leads else True
+        done, bar = 0, tqdm(total=total, initial=self.step, unit="step", disable=quiet, dynamic_ncols=True)
         try:
             while self.epoch < config.epochs:
                 seconds, loss_seconds, counted = 0.0, 0.0, 0
                 self.net.train()
                 before = time.perf_counter()
-                while self.step < (self.epoch + 1) * self.per_epoch and not caught:
-                    value, lr, in_loss = self.one_step(*next(batches))
+                while self.step < (self.epoch + 1) * self.per_epoch and not (stop := self.world.agreed(sum(caught[:1]))):
+                    value, lr, in_loss = self.one_step(next(batches))
                     done, last_of_epoch = done + 1, self.step == (self.epoch + 1) * self.per_epoch
                     bar.update()
                     if self.step % config.log_every == 0 or last_of_epoch:
@@ -163,34 +193,40 @@ class _Run:
                     if config.save_every and self.step % config.save_every == 0 and not last_of_epoch:
                         self.save()
                         before = time.perf_counter()
-                if caught:
+                if stop:
                     self.save()
-                    return caught[0]
+                    return stop
                 self.close_epoch(seconds, loss_seconds, counted, bar)
         finally:
             bar.close()
         return None
 
     def log(self, **row) -> None:
-        self.metrics_length = self.metrics.write(**row)
+        if self.world.leads:
+            self.metrics_length = self.metrics.write(**row)
 
-    def one_step(self, x1, x2) -> tuple[torch.Tensor, float, float]:
-        """One optimizer step on the views uint8 (n, C, H, W): (loss, learning rate, host seconds in the loss)."""
+    def embed(self, views):
+        """uint8 (n, C, H, W) twice -> embeddings (n, 128) twice, in one forward pass."""
+        views = torch.cat([x.to(self.device, non_blocking=True) for x in views])
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"):
+            return self.forward(views).chunk(2)
+
+    def one_step(self, parts) -> tuple[torch.Tensor, float, float]:
+        """One optimizer step on micro-batches of views uint8 (n, C, H, W): (loss, learning rate, host seconds in the loss)."""
         lr = learning_rate(self.config, self.step, self.per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        views = torch.cat([x1.to(self.device, non_blocking=True), x2.to(self.device, non_blocking=True)])
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"):
-            z1, z2 = self.forward(views).chunk(2)
-        start = time.perf_counter()
-        value = self.loss(z1, z2)
-        in_loss = time.perf_counter() - start
         self.optimizer.zero_grad(set_to_none=True)
-        value.backward()
+        with peers():
+            if len(parts) == 1:
+                value, in_loss = gradient.whole(self.embed, self.loss, parts[0])
+            else:
+                value, in_loss = gradient.in_parts(self.net, self.embed, self.loss, parts, self.device)
+        self.world.average_gradients([p for group in self.optimizer.param_groups for p in group["params"]])
         self.optimizer.step()
-        self.loss_sum += value.detach()
+        self.loss_sum += value
         self.step += 1
-        return value.detach(), lr, in_loss
+        return value, lr, in_loss
 
     def close_epoch(self, seconds: float, loss_seconds: float, counted: int, bar) -> None:
         """Evaluate if it is time, write the epoch's line, save."""
@@ -207,18 +243,33 @@ class _Run:
         evaluated = config.eval_every and (number % config.eval_every == 0 or number == config.epochs)
         if evaluated:
             self.save()  # a second Ctrl-C during the evaluation then loses nothing
-            row["knn"] = knn_of(self.net.encoder, self.data, config, self.device)
-            text += f"  kNN {100 * row['knn']:.1f} %"
+            if self.world.leads:
+                row["knn"] = knn_of(self.net.encoder, self.data, config, self.device)
+                text += f"  kNN {100 * row['knn']:.1f} %"
         self.log(kind="epoch", epoch=number, step=self.step, **row)
         self.epoch = number
         self.loss_sum.zero_()
         self.save()
-        if evaluated or number == config.epochs:
+        if self.world.leads and (evaluated or number == config.epochs):
             speed = f"  {row['images_per_s']:.0f} images/s" if counted else ""
             bar.write(text + speed)
 
 
-def _build_loss(config: Config, device: torch.device) -> nn.Module:
+def _build_optimizer(config: Config, groups: list[dict]) -> torch.optim.Optimizer:
+    """The optimizer of ``config``; lars and lamb are those of the package pytorch_optimizer."""
+    if config.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=config.lr)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
+    try:
+        from pytorch_optimizer import LARS, Lamb
+    except ImportError as error:
+        raise RunError(f"--optimizer {config.optimizer} needs pytorch_optimizer ({error}): "
+                       "pip install 'alphacl-fast[large-batch]'") from error
+    return LARS(groups, lr=config.lr, momentum=0.9) if config.optimizer == "lars" else Lamb(groups, lr=config.lr)
+
+
+def _build_loss(config: Config, device: torch.device, world: World) -> nn.Module:
     """The loss of ``config``, tried once on random embeddings: a bad setting shows before anything is written."""
     temperature, limits = config.temperature, {}
     if config.learn_temperature:
@@ -228,8 +279,10 @@ def _build_loss(config: Config, device: torch.device) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     try:
         loss = FusedAlphaCLLoss(config.objective, temperature=temperature, negatives=config.negatives,
-                                backend=config.backend, **limits, **config.option).to(device)
-        z1, z2 = torch.randn(2, config.batch_size, 128, generator=generator).to(device, dtype).requires_grad_().unbind()
+                                backend=config.backend, process_group="world" if world.size > 1 else None, **limits,
+                                **config.option).to(device)
+        pairs = min(config.batch_size, TRIAL_PAIRS)
+        z1, z2 = torch.randn(2, pairs, 128, generator=generator).to(device, dtype).requires_grad_().unbind()
         loss(z1, z2).backward()
     except (ValueError, TypeError, RuntimeError) as error:
         raise RunError(f"the loss cannot be used: {' '.join(str(error).split())}") from error

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -27,10 +30,11 @@ class Encoder(nn.Module):
 class Net(nn.Module):
     """Encoder and projector: uint8 (n, C, H, W) -> embeddings (n, 128) for the loss."""
 
-    def __init__(self, encoder: Encoder, hidden: int = 512, out_dim: int = 128):
+    def __init__(self, encoder: Encoder, norm: str = "batch", hidden: int = 512, out_dim: int = 128):
         super().__init__()
         self.encoder = encoder
-        self.projector = nn.Sequential(nn.Linear(encoder.out_dim, hidden), nn.BatchNorm1d(hidden, affine=False),
+        middle = nn.BatchNorm1d(hidden, affine=False) if norm == "batch" else nn.LayerNorm(hidden, elementwise_affine=False)
+        self.projector = nn.Sequential(nn.Linear(encoder.out_dim, hidden), middle,
                                        nn.ReLU(inplace=True), nn.Linear(hidden, out_dim))
 
     def forward(self, images):
@@ -41,35 +45,43 @@ def build(config: Config) -> Net:
     """The network of ``config`` with the initial weights of its seed; the global generators are left as they were."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
-        channels = CHANNELS[config.dataset]
+        channels, norm = CHANNELS[config.dataset], {"batch": nn.BatchNorm2d, "group": _group_norm}[config.norm]
         if config.encoder == "small":
-            body, planes = _small(channels, config.width)
+            body, planes = _small(channels, config.width, norm)
             cells = 2  # where a stroke is tells digits apart
         else:
-            body, planes = _resnet(config.encoder, channels, config.width, small_images=config.image_size <= 64)
+            body, planes = _resnet(config.encoder, channels, config.width, norm,
+                                   small_images=config.image_size <= 64)
             cells = 1
-        net = Net(Encoder(body, planes, cells, *STATISTICS[config.dataset]))
+        net = Net(Encoder(body, planes, cells, *STATISTICS[config.dataset]), config.norm)
     return net.to(memory_format=torch.channels_last)
 
 
-def _small(channels: int, width: int) -> tuple[nn.Module, int]:
+def _group_norm(planes: int) -> nn.GroupNorm:
+    """Groups of about 16 channels (arXiv:1803.08494); an image's result does not depend on the others."""
+    return nn.GroupNorm(math.gcd(planes, max(1, planes // 16)), planes)
+
+
+def _small(channels: int, width: int, norm: Callable[[int], nn.Module]) -> tuple[nn.Module, int]:
     """Four 3x3 convolutions with two halvings: made for 8x8 digits."""
     layers = []
     for planes, stride in ((width, 1), (2 * width, 1), (4 * width, 2), (8 * width, 2)):
-        layers += [nn.Conv2d(channels, planes, 3, stride, padding=1, bias=False), nn.BatchNorm2d(planes), nn.ReLU(True)]
+        layers += [nn.Conv2d(channels, planes, 3, stride, padding=1, bias=False), norm(planes), nn.ReLU(True)]
         channels = planes
     body = nn.Sequential(*layers)
     _initialise(body)
     return body, channels
 
 
-def _resnet(name: str, channels: int, width: int, small_images: bool) -> tuple[nn.Module, int]:
+def _resnet(
+    name: str, channels: int, width: int, norm: Callable[[int], nn.Module], small_images: bool
+) -> tuple[nn.Module, int]:
     """ResNet-18 or -50 of any width from torchvision's blocks, with the CIFAR stem (3x3, no pool) or the usual one."""
     block, depths = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet50": (Bottleneck, (3, 4, 6, 3))}[name]
     if small_images:
-        stem = [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(True)]
+        stem = [nn.Conv2d(channels, width, 3, padding=1, bias=False), norm(width), nn.ReLU(True)]
     else:
-        stem = [nn.Conv2d(channels, width, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(width), nn.ReLU(True),
+        stem = [nn.Conv2d(channels, width, 7, stride=2, padding=3, bias=False), norm(width), nn.ReLU(True),
                 nn.MaxPool2d(3, stride=2, padding=1)]
     blocks, inside = [], width
     for stage, depth in enumerate(depths):
@@ -78,8 +90,8 @@ def _resnet(name: str, channels: int, width: int, small_images: bool) -> tuple[n
             stride = 2 if stage and index == 0 else 1
             outside, shortcut = planes * block.expansion, None
             if stride != 1 or inside != outside:
-                shortcut = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside))
-            blocks.append(block(inside, planes, stride, shortcut))
+                shortcut = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), norm(outside))
+            blocks.append(block(inside, planes, stride, shortcut, norm_layer=norm))
             inside = outside
     body = nn.Sequential(*stem, *blocks)
     _initialise(body)
