@@ -177,7 +177,8 @@ class _Run:
                 seconds, loss_seconds, counted = 0.0, 0.0, 0
                 self.net.train()
                 before = time.perf_counter()
-                while self.step < (self.epoch + 1) * self.per_epoch and not (stop := self.world.agreed(sum(caught[:1]))):
+                stop = self.world.agreed(sum(caught[:1]))
+                while self.step < (self.epoch + 1) * self.per_epoch and not stop:
                     value, lr, in_loss = self.one_step(next(batches))
                     done, last_of_epoch = done + 1, self.step == (self.epoch + 1) * self.per_epoch
                     bar.update()
@@ -193,6 +194,7 @@ class _Run:
                     if config.save_every and self.step % config.save_every == 0 and not last_of_epoch:
                         self.save()
                         before = time.perf_counter()
+                    stop = self.world.agreed(sum(caught[:1]))
                 if stop:
                     self.save()
                     return stop
