@@ -1,4 +1,4 @@
-"""The ``alphacl`` command: train, eval, info. Problems are one line on stderr and exit code 2."""
+"""The ``alphacl`` command: train, eval, plan, info. Problems are one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ def main(arguments: list[str] | None = None) -> int:
     0: done; 2: a problem, named in one line on stderr; 130 or 143: stopped by SIGINT or SIGTERM.
     """
     parser = _Parser(prog="alphacl", description="Contrastive learning with pair-weighted losses.")
-    parser.add_argument("command", choices=("train", "eval", "info"),
-                        help="train an encoder, judge a run, or show versions and backends; COMMAND --help tells more")
+    parser.add_argument("command", choices=("train", "eval", "plan", "info"),
+                        help="train an encoder, judge a run, predict what a loss over many devices costs, or show versions "
+                             "and backends; COMMAND --help tells more")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
     try:
-        return {"train": _train, "eval": _eval, "info": _info}[parsed.command](parsed.arguments)
+        return {"train": _train, "eval": _eval, "plan": _plan, "info": _info}[parsed.command](parsed.arguments)
     except KeyboardInterrupt:
         print("alphacl: interrupted", file=sys.stderr)
         return 130
@@ -130,6 +131,56 @@ def _eval(arguments: list[str]) -> int:
     print(table(result))
     print(f"\nwritten: {Path(given['run']) / 'eval.json'}, {Path(given['run']) / 'embedding.png'}")
     return 0
+
+
+def _plan(arguments: list[str]) -> int:
+    parser = _Parser(prog="alphacl plan", allow_abbrev=False,
+                     description="Predict memory, work, messages and time of one InfoNCE step (loss and gradient).")
+    parser.add_argument("--batch", type=_count, required=True, metavar="PAIRS", help="of all devices: 65536, 64K, 4M")
+    parser.add_argument("--dim", type=int, required=True, help="features")
+    parser.add_argument("--gpus", type=int, required=True, help="devices")
+    parser.add_argument("--rate", type=float, metavar="TFLOPS",
+                        help="of one device, counted as 8·DIM per pair of rows (default: measured on this machine, in 2 s)")
+    parser.add_argument("--bandwidth", type=float, default=50.0, metavar="GB/S",
+                        help="that leave a device while as many arrive (default: 50, a 400 Gb/s port)")
+    parser.add_argument("--latency", type=float, default=20.0, metavar="US", help="of a message (default: 20)")
+    parser.add_argument("--memory", type=float, metavar="GB", help="of a device that the loss may take")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32", "float64"), default="bfloat16")
+    parser.add_argument("--negatives", choices=("two_view", "one_view", "cross_view"), default="two_view")
+    given = parser.parse_args(arguments)
+    import torch
+
+    from alphacl_fast import plan
+    from alphacl_fast.distributed import auto_strategy
+
+    dtype, device = getattr(torch, given.dtype), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rate, origin = given.rate, "as given"
+    if rate is None:
+        rate, origin = plan.measured_rate(given.dim, dtype, device) / 1e12, f"measured here, on {device.type}"
+    try:
+        plans = plan.plan(given.batch, given.dim, given.gpus, rate=rate * 1e12, bandwidth=given.bandwidth * 1e9,
+                          latency=given.latency * 1e-6, dtype=dtype, negatives=given.negatives)
+    except ValueError as error:
+        _fail(str(error))
+    print(f"{given.batch:,} pairs of {given.dim} features, {given.dtype}, {given.negatives}, on {given.gpus:,} devices of "
+          f"{rate:.4g} TFLOP/s ({origin}), {given.bandwidth:g} GB/s, {given.latency:g} us\n")
+    print(f"{'per device':10} {'memory':>10} {'work':>14} {'messages':>10} {'step':>10} {'waiting':>8}")
+    for p in plans:
+        print(f"{p.strategy:10} {p.memory / 1e9:>7.2f} GB {p.flops / 1e12:>7.4g} TFLOP {p.sent / 1e9:>7.2f} GB "
+              f"{p.seconds:>8.3g} s {100 * p.exposed:>6.1f} %")
+    automatic = auto_strategy(given.batch * (1 if given.negatives == "one_view" else 2), given.dim, dtype)
+    memory = None if given.memory is None else given.memory * 1e9
+    print(f"\nfaster{' and within the memory' if memory else ''}: {plan.recommended(plans, memory)}; "
+          f"strategy=\"auto\" takes {automatic}")
+    return 0
+
+
+def _count(text: str) -> int:
+    digits, factor = (text[:-1], {"K": 1e3, "M": 1e6, "G": 1e9}[text[-1]]) if text[-1:] in "KMG" and text else (text, 1)
+    try:
+        return round(float(digits) * factor)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number such as 65536, 64K or 4M, got {text!r}") from None
 
 
 def _info(arguments: list[str]) -> int:

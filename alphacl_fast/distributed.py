@@ -150,7 +150,7 @@ class Arrival:
 # --- agreeing on a call -----------------------------------------------------------------------------------------------
 
 _HEADER = struct.Struct("<5qd")  # error, pairs, features, dtype, wanted gradients; temperature (NaN: not known on the host)
-_STATEMENT_BYTES = 1024
+STATEMENT_BYTES = 1024
 _ERRORS: tuple[type[Exception], ...] = (TypeError, ValueError, RuntimeError)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -175,9 +175,9 @@ def agree(
     else:
         code = next(k for k, kind in enumerate(_ERRORS) if isinstance(failure, kind) or kind is RuntimeError)
         fields, text = (1 + code, 0, 0, 0, 0, 0.0), str(failure) or type(failure).__name__
-    message = _HEADER.pack(*fields) + text.encode()[: _STATEMENT_BYTES - _HEADER.size]
-    sent = torch.frombuffer(bytearray(message.ljust(_STATEMENT_BYTES, b"\0")), dtype=torch.uint8)
-    received = torch.empty(world * _STATEMENT_BYTES, dtype=torch.uint8)
+    message = _HEADER.pack(*fields) + text.encode()[: STATEMENT_BYTES - _HEADER.size]
+    sent = torch.frombuffer(bytearray(message.ljust(STATEMENT_BYTES, b"\0")), dtype=torch.uint8)
+    received = torch.empty(world * STATEMENT_BYTES, dtype=torch.uint8)
     if "cpu" in dist.get_backend_config(handle):
         dist.all_gather_into_tensor(received, sent, group=handle)
     else:  # such a group makes the host wait for the device here
@@ -185,10 +185,10 @@ def agree(
         dist.all_gather_into_tensor(on_device, sent.cuda(), group=handle)
         received = on_device.cpu()
     statements = received.numpy().tobytes()
-    headers = [_HEADER.unpack_from(statements, r * _STATEMENT_BYTES) for r in range(world)]
+    headers = [_HEADER.unpack_from(statements, r * STATEMENT_BYTES) for r in range(world)]
 
     def text_of(r: int) -> str:
-        raw = statements[r * _STATEMENT_BYTES + _HEADER.size : (r + 1) * _STATEMENT_BYTES]
+        raw = statements[r * STATEMENT_BYTES + _HEADER.size : (r + 1) * STATEMENT_BYTES]
         return raw.rstrip(b"\0").decode(errors="ignore")
 
     failed = [r for r, header in enumerate(headers) if header[0]]
@@ -219,7 +219,10 @@ def agree(
     for header in headers:
         wanted |= header[4]
     want = bool(wanted & 1), bool(wanted & 2), bool(wanted & 4)
-    return Ranks(handle, rank, world, sizes, want, _strategy(group.strategy, z1, call, sum(sizes)))
+    strategy = group.strategy
+    if strategy == "auto":
+        strategy = auto_strategy(Layout.make(call, sum(sizes)).rows, z1.shape[1], z1.dtype)
+    return Ranks(handle, rank, world, sizes, want, strategy)
 
 
 def _statement(z1: Tensor, z2: Tensor, tau: Tensor, call: Call) -> tuple[tuple[Any, ...], str]:
@@ -236,11 +239,9 @@ def _statement(z1: Tensor, z2: Tensor, tau: Tensor, call: Call) -> tuple[tuple[A
     return (0, *z1.shape, _DTYPES.index(z1.dtype), bits, temperature), text
 
 
-def _strategy(asked: str, z: Tensor, call: Call, pairs: int) -> str:
-    if asked != "auto":
-        return asked
-    per_feature = z.dtype.itemsize + accumulation_dtype(z.dtype).itemsize
-    return "gather" if Layout.make(call, pairs).rows * z.shape[1] * per_feature <= GATHER_BYTES else "ring"
+def auto_strategy(rows: int, dim: int, dtype: torch.dtype) -> str:
+    """The strategy for so many rows of all processes together."""
+    return "gather" if rows * dim * (dtype.itemsize + accumulation_dtype(dtype).itemsize) <= GATHER_BYTES else "ring"
 
 
 # --- who computes which pairs -----------------------------------------------------------------------------------------

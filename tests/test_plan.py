@@ -1,0 +1,93 @@
+"""`alphacl plan`: messages byte for byte against real processes, sensible costs, the command."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import Ranks
+
+from alphacl_fast import plan
+from alphacl_fast.cli import main
+from alphacl_fast.functional import NEGATIVES
+from benchmarks import scaling
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with Ranks() as started:
+        yield started
+
+
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+@pytest.mark.parametrize("sizes", [(5,), (5, 3), (7, 1, 4), (3, 1, 4, 2), (4, 4, 4, 4)])
+def test_messages_byte_for_byte(ranks, sizes, strategy):
+    for negatives in NEGATIVES:
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            options = {"sizes": sizes, "dim": 5, "dtype": dtype, "strategy": strategy, "negatives": negatives}
+            for rank, sent in enumerate(ranks.run(len(sizes), scaling.recorded, **options)):
+                assert +sent == +plan.messages(strategy, rank, sizes, 5, dtype, negatives)
+
+
+def test_traffic_of_collectives():
+    sent = Counter(all_gather=10, reduce_scatter=40, all_reduce=8, isend=3)
+    assert plan.traffic(sent, 4) == 3 + 3 * 10 + 30 + 12
+    assert plan.traffic(sent, 1) == 3
+
+
+def test_costs_scale_as_they_must():
+    few, many = (plan.plan(4_000_000, 512, gpus, rate=3e14) for gpus in (64, 128))
+    for before, after in zip(few, many, strict=True):
+        assert after.flops == before.flops / 2
+        assert after.compute < after.seconds < before.seconds
+    assert few[0].flops == 4 * 8e6**2 * 512 / 64  # 4n²D of the whole batch
+    ring, ring_of_more = few[1], many[1]
+    assert ring_of_more.memory == ring.memory / 2  # local rows only
+    gathered, gathered_by_more = few[0], many[0]
+    assert gathered_by_more.memory > 0.95 * gathered.memory  # everyone's rows
+    assert ring.memory < gathered.memory / 10
+    slow = plan.plan(4_000_000, 512, 64, rate=3e14, bandwidth=1e9)
+    assert all(p.seconds > q.seconds for p, q in zip(slow, few, strict=True))
+    assert slow[1].seconds >= slow[1].sent / 1e9  # no faster than its messages
+    one = plan.plan(4096, 128, 1, rate=1e12)
+    assert all(p.seconds == p.compute for p in one)
+
+
+def test_recommendation():
+    plans = plan.plan(4_000_000, 512, 64, rate=3e14)
+    assert plan.recommended(plans, None) == min(plans, key=lambda p: p.seconds).strategy
+    assert plan.recommended(plans, 5e9) == "ring"
+    assert plan.recommended(plans, 1e6) == "neither fits"
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"batch": 3, "gpus": 4}, "batch must be at least 2 and the number of gpus, 4, got 3"),
+    ({"bandwidth": 0.0}, "bandwidth must be positive, got 0.0"),
+])  # fmt: skip
+def test_bad_numbers(given, message):
+    with pytest.raises(ValueError, match=message):
+        plan.plan(**{"batch": 100, "dim": 8, "gpus": 4, "rate": 1e12, **given})
+
+
+def test_command(capsys):
+    assert main(["plan", "--batch", "4M", "--dim", "512", "--gpus", "64", "--rate", "300", "--memory", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert "4,000,000 pairs of 512 features, bfloat16, two_view, on 64 devices of 300 TFLOP/s (as given), 50 GB/s" in printed
+    assert re.search(r"^gather +38\.02 GB +2048 TFLOP ", printed, re.M)
+    assert 'faster and within the memory: ring; strategy="auto" takes ring' in printed
+    assert main(["plan", "--batch", "4K", "--dim", "64", "--gpus", "2", "--dtype", "float32"]) == 0
+    assert "measured here" in capsys.readouterr().out
+    for arguments, message in ((["--batch", "many"], "such as 65536, 64K or 4M, got 'many'"),
+                               (["--batch", "2"], "batch must be at least 2 and the number of gpus, 4, got 2")):  # fmt: skip
+        with pytest.raises(SystemExit):
+            main(["plan", *arguments, "--dim", "8", "--gpus", "4", "--rate", "1"])
+        assert message in capsys.readouterr().err
+
+
+def test_tables_of_the_page_are_those_of_the_plan():
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    assert page.endswith(scaling.tables())
+    assert (ROOT / "docs" / "scaling.png").stat().st_size > 5000
