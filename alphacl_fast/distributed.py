@@ -19,6 +19,7 @@ their rows in both, so an objective solves its own anchors and sees only the `Pa
 from __future__ import annotations
 
 import math
+import re
 import struct
 import zlib
 from collections import defaultdict
@@ -68,7 +69,7 @@ class Group:
         self.process_group, self.strategy = process_group, strategy
 
     def __repr__(self) -> str:
-        name = "'world'" if self.process_group == "world" else f"<{dist.get_world_size(self.process_group)} processes>"
+        name = "'world'" if self.process_group == "world" else f"<{self.process_group.size()} processes>"
         return f"{name}, strategy={self.strategy!r}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
@@ -233,6 +234,7 @@ def _statement(z1: Tensor, z2: Tensor, tau: Tensor, call: Call) -> tuple[tuple[A
         f"{call.objective}, similarity={call.similarity!r}, negatives={call.negatives!r}, symmetric={call.symmetric}, "
         f"reduction={call.reduction!r}, strategy={call.group.strategy!r}"
     )
+    text = re.sub(r" at 0x[0-9a-f]+", "", text)  # of a user's callable without a name, elsewhere at another address
     if len(text) > 800:
         text = f"{text[:800]}… (crc {zlib.crc32(text.encode()):08x})"
     bits = sum(need << k for k, need in enumerate(needs))

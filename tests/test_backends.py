@@ -219,3 +219,49 @@ def test_error_in_a_worker_reaches_the_caller(small_tiles):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize(("left", "right"), [(7, 19), (19, 7), (1, 12), (12, 1)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rectangle_of_two_processes_rows(backend, left, right, both, small_tiles):
+    """Sides of different lengths, no excluded pairs: what losses over several processes consist of. Against dense sums."""
+    rows = pair(left + right, 6)[0] / 4
+    t = rows[:left] @ rows[left:].t()
+    anchors = left + right if both else left
+    center = torch.linspace(-0.2, 0.3, anchors, dtype=torch.float64)
+    gain = torch.linspace(0.5, 1.5, anchors, dtype=torch.float64)
+    tau = torch.tensor(0.3, dtype=torch.float64)
+
+    def sides(of):  # of (t, center, gain) as (anchor, other)
+        first = of(t, center[:left, None], gain[:left, None])
+        return [first, of(t.t(), center[left:, None], gain[left:, None])] if both else [first]
+
+    common = (left, 0)
+    base, total, moment = ops.row_sums(
+        rows, None, None, center, None, None, tau, "exp", (), ("base", "f", "ft"), *common, anchors, [], "", backend
+    )
+    log_sum = torch.cat([(x / tau).logsumexp(1) for x in sides(lambda t, c, g: t)])
+    torch.testing.assert_close(base + total.log(), log_sum, rtol=1e-12, atol=1e-12)
+    mean = torch.cat(sides(lambda t, c, g: ((t / tau).softmax(1) * (t - c)).sum(1)))
+    torch.testing.assert_close(moment / total, mean, rtol=1e-11, atol=1e-12)
+
+    shift = log_sum
+    weights = sides(lambda t, c, g: g * (t / tau).softmax(1))
+    g = weights[0] + weights[1].t() if both else weights[0]
+    expected = torch.cat([g @ rows[left:], g.t() @ rows[:left]])
+    df, _, _ = ops.pair_grad(
+        rows, None, None, center, gain, shift, None, None, tau, "exp", (), "f", (), *common, 0, left + right, [], "", backend
+    )
+    torch.testing.assert_close(df, expected, rtol=1e-11, atol=1e-12)
+
+    hinge = sides(lambda t, c, g: torch.relu(t - c + 0.1))
+    sums = ops.row_sums(
+        rows, None, None, center, center, None, tau, "hinge", (0.1,), ("f", "df"), *common, anchors, [], "", backend
+    )
+    torch.testing.assert_close(sums[0], torch.cat([x.sum(1) for x in hinge]), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sums[1], torch.cat([(x > 0).double().sum(1) for x in hinge]), rtol=0, atol=0)
+    (largest,) = ops.row_sums(
+        rows, None, None, center, None, None, tau, "hinge", (0.1,), ("max",), *common, anchors, [], "", backend
+    )
+    torch.testing.assert_close(largest, torch.cat([x.amax(1) for x in sides(lambda t, c, g: t)]), rtol=1e-13, atol=1e-14)

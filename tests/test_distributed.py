@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 import sys
 
 import pytest
@@ -12,6 +13,8 @@ from ranks import Ranks
 
 from alphacl_fast import FusedAlphaCLLoss, distributed, objectives, ops, verify_distributed
 from alphacl_fast.functional import alpha_cl_loss
+
+pytestmark = pytest.mark.xdist_group("ranks")  # one worker starts the processes
 
 SPLITS = {1: [(7,)], 2: [(5, 3), (6, 0)], 3: [(7, 1, 4)], 4: [(3, 1, 4, 2), (3, 3, 3, 3)]}
 STRATEGIES = ("gather", "ring")
@@ -339,6 +342,45 @@ def test_other_dtypes(ranks, dtype):
         for loss, grads in ranks.run(3, half_precision, strategy=strategy, dtype=dtype, negatives=negatives):
             assert loss < 3e-6
             assert grads < max(limit, 3e-6)
+
+
+def compiled(group):
+    loss = FusedAlphaCLLoss(process_group=group)
+    z = [x.requires_grad_() for x in pair(5, 4)]
+    results = []
+    for function in (loss, torch.compile(loss, backend="eager")):
+        value = function(*z)
+        results.append([value.detach(), *torch.autograd.grad(value, z)])
+    return max(residual(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_torch_compile_leaves_the_call_as_it_is(ranks):
+    assert ranks.run(1, compiled) == [0.0]
+
+
+class Scaled:
+    """A user's function without a name: its repr holds an address."""
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, gap):
+        return torch.exp(self.scale * gap)
+
+
+def nameless(group):
+    loss = FusedAlphaCLLoss(objectives.PairLoss(None, Scaled(0.5 + dist.get_rank(group) * 0)), process_group=group)
+    return float(loss(*pair(3, 4)))
+
+
+def test_users_callables_without_a_name(ranks):
+    first, second = ranks.run(2, nameless)
+    assert first == second
+
+
+def test_a_loss_of_the_world_can_be_pickled():
+    loss = pickle.loads(pickle.dumps(FusedAlphaCLLoss(process_group="world", strategy="ring")))
+    assert "process_group='world', strategy='ring'" in repr(loss)
 
 
 def copied(group):

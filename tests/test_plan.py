@@ -13,6 +13,8 @@ from alphacl_fast.cli import main
 from alphacl_fast.functional import NEGATIVES
 from benchmarks import scaling
 
+pytestmark = pytest.mark.xdist_group("ranks")  # one worker starts the processes
+
 ROOT = Path(__file__).parent.parent
 
 

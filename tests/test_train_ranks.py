@@ -13,6 +13,8 @@ import torch
 
 from alphacl_fast.train import Config, train
 
+pytestmark = pytest.mark.xdist_group("train_ranks")  # one worker makes what its tests share
+
 SETTINGS = {"dataset": "digits", "width": 4, "norm": "group", "optimizer": "sgd", "lr": 0.02, "subset": 320, "batch_size": 64,
             "micro_batch": 20, "epochs": 4, "log_every": 1, "save_every": 2, "eval_every": 4, "workers": 0,
             "learn_temperature": True}  # fmt: skip
