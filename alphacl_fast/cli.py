@@ -164,9 +164,9 @@ def _plan(arguments: list[str]) -> int:
         _fail(str(error))
     print(f"{given.batch:,} pairs of {given.dim} features, {given.dtype}, {given.negatives}, on {given.gpus:,} devices of "
           f"{rate:.4g} TFLOP/s ({origin}), {given.bandwidth:g} GB/s, {given.latency:g} us\n")
-    print(f"{'per device':10} {'memory':>10} {'work':>14} {'messages':>10} {'step':>10} {'waiting':>8}")
+    print(f"{'per device':10} {'memory':>10} {'work':>17} {'messages':>10} {'step':>10} {'waiting':>8}")
     for p in plans:
-        print(f"{p.strategy:10} {p.memory / 1e9:>7.2f} GB {p.flops / 1e12:>7.4g} TFLOP {p.sent / 1e9:>7.2f} GB "
+        print(f"{p.strategy:10} {p.memory / 1e9:>7.2f} GB {p.flops / 1e12:>10,.1f} TFLOP {p.sent / 1e9:>7.2f} GB "
               f"{p.seconds:>8.3g} s {100 * p.exposed:>6.1f} %")
     automatic = auto_strategy(given.batch * (1 if given.negatives == "one_view" else 2), given.dim, dtype)
     memory = None if given.memory is None else given.memory * 1e9

@@ -111,7 +111,7 @@ def tables() -> str:
     ]
     for batch, gpus in SCALES:
         for p in plan(batch, DIM, gpus, rate=RATE, bandwidth=BANDWIDTH):
-            cells = (f"{batch:,}", f"{gpus:,}", p.strategy, f"{p.memory / 1e9:,.2f}", f"{p.flops / 1e12:,.4g}",
+            cells = (f"{batch:,}", f"{gpus:,}", p.strategy, f"{p.memory / 1e9:,.2f}", f"{p.flops / 1e12:,.1f}",
                      f"{p.sent / 1e9:,.2f}", f"{p.seconds:,.3g}", f"{100 * p.exposed:.1f} %")  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
     lines += [

@@ -78,7 +78,7 @@ def test_command(capsys):
     assert main(["plan", "--batch", "4M", "--dim", "512", "--gpus", "64", "--rate", "300", "--memory", "5"]) == 0
     printed = capsys.readouterr().out
     assert "4,000,000 pairs of 512 features, bfloat16, two_view, on 64 devices of 300 TFLOP/s (as given), 50 GB/s" in printed
-    assert re.search(r"^gather +38\.02 GB +2048 TFLOP ", printed, re.M)
+    assert re.search(r"^gather +38\.02 GB +2,048\.0 TFLOP ", printed, re.M)
     assert 'faster and within the memory: ring; strategy="auto" takes ring' in printed
     assert main(["plan", "--batch", "4K", "--dim", "64", "--gpus", "2", "--dtype", "float32"]) == 0
     assert "measured here" in capsys.readouterr().out

@@ -51,6 +51,8 @@ class Config:
     download: bool = _flag(False, "fetch the data set if it is not there")
     subset: int = _flag(0, "train on a class-balanced subset of this many images (0: all)")
     image_size: int = _flag(32, "side of the square input; above 64 the stem and the augmentation are those of STL-10")
+    augment: str = _flag("workers", "who makes the views: loader workers, image by image, or the device, batched, from images "
+                         "it holds (colour images of one size, up to 64 pixels)", ("workers", "device"))
     encoder: str = _flag("resnet18", "network", tuple(ENCODERS))
     width: int = _flag(64, "channels of the encoder's first stage")
     norm: str = _flag("batch", "normalisation layers; batch: over one process's micro-batch, group: within an image",
@@ -126,7 +128,7 @@ class Config:
                 continue
             if type(value) is not kind:
                 raise RunError(f"{flag(name)} must be {kind.__name__}, got {value!r}")
-        for name in ("dataset", "encoder", "norm", "optimizer", "amp"):
+        for name in ("dataset", "augment", "encoder", "norm", "optimizer", "amp"):
             _one_of(name, getattr(self, name), _choices(name))
         for name, least in (("epochs", 1), ("batch_size", 2), ("width", 1), ("image_size", 4), ("log_every", 1),
                             ("subset", 0), ("micro_batch", 0), ("warmup_epochs", 0), ("workers", -1), ("threads", 0),
@@ -141,6 +143,9 @@ class Config:
             raise RunError(f"--seed must be below 2**63, got {self.seed}")
         if self.warmup_epochs > self.epochs:
             raise RunError(f"--warmup-epochs must not exceed --epochs {self.epochs}, got {self.warmup_epochs}")
+        if self.augment == "device" and (self.dataset == "digits" or self.image_size > 64):
+            raise RunError("--augment device is for colour images up to 64 pixels, got "
+                           f"{self.dataset} of {self.image_size}")
         if self.dataset == "digits" and self.encoder != "small":
             raise RunError(f"--encoder must be small for the digits, got {self.encoder}")
 

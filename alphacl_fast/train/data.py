@@ -207,6 +207,11 @@ class _Steps:
             yield [(epoch, index) for index in order[place * self.batch_size : (place + 1) * self.batch_size]]
 
 
+def steps_of(size: int, config: Config, start: int, stop: int) -> _Steps:
+    """Lists of (epoch, index): the images of the steps from ``start`` to ``stop`` of a run with so many images."""
+    return _Steps(size, config.batch_size, config.seed, start, stop)
+
+
 class _Parts:
     """Batch sampler: this process's share of every step's keys, in micro-batches."""
 
@@ -226,7 +231,7 @@ def training_batches(images: Dataset, augment, config: Config, start: int, stop:
     An epoch's last partial batch is dropped. ``share`` picks a process's part of a step's images. Raises RunError, naming
     the file, at the step that holds an unreadable image.
     """
-    steps = _Steps(len(images), config.batch_size, config.seed, start, stop)
+    steps = steps_of(len(images), config, start, stop)
     mine = len(share(list(range(config.batch_size))))
     size = config.micro_batch or mine
     batches = _batches(_TwoViews(images, augment, config.seed), config.workers, pin, batch_sampler=_Parts(steps, share, size))

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from alphacl_fast import FusedAlphaCLLoss
 
-from . import checkpoint, gradient, report
+from . import batched, checkpoint, gradient, report
 from .augment import augmentation
 from .config import Config, RunError
 from .data import Data, load, mix, training_batches
@@ -168,8 +168,12 @@ class _Run:
         """Train until the last epoch is closed (None) or a signal is in ``caught``: then save and return its number."""
         config, total = self.config, self.config.epochs * self.per_epoch
         pin = self.device.type == "cuda"
-        batches = training_batches(self.data.views, augmentation(config.dataset, config.image_size), config, self.step,
-                                   total, pin, self.world.share)
+        if config.augment == "device":
+            images = batched.images_on(self.device, self.data.views, config.image_size)
+            batches = batched.training_batches(images, config, self.step, total, self.world.share)
+        else:
+            batches = training_batches(self.data.views, augmentation(config.dataset, config.image_size), config, self.step,
+                                       total, pin, self.world.share)
         quiet = None if self.world.leads else True
         done, bar = 0, tqdm(total=total, initial=self.step, unit="step", disable=quiet, dynamic_ncols=True)
         try:
