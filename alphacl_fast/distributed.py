@@ -188,16 +188,19 @@ def agree(
     statements = received.numpy().tobytes()
     headers = [_HEADER.unpack_from(statements, r * STATEMENT_BYTES) for r in range(world)]
 
+    def raw(r: int) -> bytes:
+        return statements[r * STATEMENT_BYTES + _HEADER.size : (r + 1) * STATEMENT_BYTES]
+
     def text_of(r: int) -> str:
-        raw = statements[r * STATEMENT_BYTES + _HEADER.size : (r + 1) * STATEMENT_BYTES]
-        return raw.rstrip(b"\0").decode(errors="ignore")
+        return raw(r).rstrip(b"\0").decode(errors="ignore")
 
     failed = [r for r, header in enumerate(headers) if header[0]]
     if failed:
         reasons = "; ".join(f"rank {r}: {text_of(r)}" for r in failed)
         raise _ERRORS[headers[failed[0]][0] - 1](reasons) from failure
-    # Every process must see the same texts, so they are compared as bytes and shown only where they differ.
     for r in range(1, world):
+        if headers[r][2:] == headers[0][2:] and raw(r) == raw(0):
+            continue
         for what, here, there in (
             ("number of features D", headers[0][2], headers[r][2]),
             ("dtype", _DTYPES[headers[0][3]], _DTYPES[headers[r][3]]),
