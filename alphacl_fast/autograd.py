@@ -299,8 +299,9 @@ class AlphaCLFunction(torch.autograd.Function):
                 dz, dtau = ctx.saved_tensors
                 dz = None if dz is None else torch.mul(dz, grad, out=dz.new_empty(dz.shape, dtype=dz_dtype))
                 dtau = None if dtau is None else dtau * grad
+        dtau = None if dtau is None else dtau.to(tau_dtype)
         n = 0 if dz is None else dz.shape[0] // (need_1 + need_2)
-        return (dz[:n] if need_1 else None), (dz[-n:] if need_2 else None), (None if dtau is None else dtau.to(tau_dtype)), None
+        return (dz[:n] if need_1 else None), (dz[-n:] if need_2 else None), dtau, None
 
 
 _ROW_FIELDS = tuple(field.name for field in fields(Rows) if field.name != "loss")  # the backward has no use for it

@@ -688,7 +688,7 @@ def _newton(v: tuple[Tensor, ...], s: RowScalars, p: tuple[float, ...]) -> tuple
     eps = torch.finfo(y.dtype).eps
     below = mass < 1
     low, high = torch.where(below, y, low), torch.where(below, high, y)
-    power = torch.where(mass < 0.5, p[1], p[0])
+    power = torch.where(mass < 0.5, torch.full_like(mass, p[1]), p[0])
     new = y + (mass - mass.pow(1 + power)) / (power * slope)
     new = torch.where((new >= low) & (new <= high), new, (low + high) / 2)
     done = ((mass - 1).abs() <= 8 * eps) | ((new - y).abs() <= eps * y.abs())

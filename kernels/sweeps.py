@@ -439,6 +439,7 @@ def row_sums(
         tau_ptr: () ACC. n_rows, n_cols: rows of the two sides, which begin at the physical rows row_start, col_start.
         out_ptr: (slots, [base,] terms, anchors) ACC: a part's rows in slot ``part``, and in the both-sides form what the tiles
             at ring distance t add to their columns' rows in slot ``col_slot + t`` (distance 0 of a triangle adds nothing).
+            Slots of the fixed both-sides form have no base.
         middle: of the "fixed" form; float.
     """
     M: tl.constexpr = S.BLOCK_M
@@ -459,6 +460,8 @@ def row_sums(
     for k in range(begin + masked, begin + masked + plain):
         at = k + tl.where((ragged >= 0) & (k >= ragged), 1, 0)
         base, totals, losses = _sum_tile(base, totals, losses, (first + at) % tiles, at, col_slot, i, f_i, c, S, False)
+    if S.FORM == "fixed" and not S.BOTH:
+        base = (tl.zeros((M,), S.ACC) + middle,)
     _store_sums(out_ptr, tl.program_id(1), anchors, i, i.keep, base, totals)
 
 
@@ -497,6 +500,16 @@ def _fixed_weights(log_f, i, j, c, S: tl.constexpr):
         return e * (i.gain[0] * c.inv_unit)[:, None]
     else:
         return e * (j.gain[0] * c.inv_unit)[None, :]
+
+
+@triton.jit
+def _largest(ptr, count):
+    """The largest of ``count`` numbers that are not negative."""
+    largest = tl.zeros((128,), ptr.dtype.element_ty)
+    for first in range(0, count, 128):
+        offs = first + tl.arange(0, 128)
+        largest = tl.maximum(largest, tl.load(ptr + offs, mask=offs < count, other=0.0))
+    return tl.max(largest, 0)
 
 
 @triton.jit
@@ -583,17 +596,18 @@ def _grad_tile(
 
 @triton.jit(
     do_not_specialize=[
-        "n_rows", "n_cols", "row_start", "col_start", "half", "anchors", "n", "n_out", "lo", "first_block", "middle",
+        "n_rows", "n_cols", "row_start", "col_start", "half", "anchors", "n", "n_out", "lo", "first_block", "n_units",
+        "middle",
     ]
 )  # fmt: skip
 def pair_grad(
-    f_ptr, v, tau_ptr, unit_ptr, out, stride, n_rows, n_cols, row_start, col_start, half, anchors, n, n_out, lo,
-    first_block, middle, S: tl.constexpr,
+    f_ptr, v, tau_ptr, units_ptr, out, stride, n_rows, n_cols, row_start, col_start, half, anchors, n, n_out, lo,
+    first_block, n_units, middle, S: tl.constexpr,
 ):  # fmt: skip
     """df_i = Σ_j (g_ij + g_ji) F_j of every row, with the sums of S.TERMS over its pairs. Grid (row blocks, parts of a ring).
 
     Args: as of `row_sums`, and
-        unit_ptr: () ACC or None: weights are divided by it before they are rounded, gradients multiplied by it.
+        units_ptr: (n_units,) ACC or None: weights are divided by the largest before they are rounded, gradients multiplied.
         out: `Outputs`, ACC but for w: df (parts, n_out, D), for the physical rows from ``lo`` on; w_sums (parts, n): sums of
             g_ij + g_ji; sums (parts, terms, anchors); w (programs·BLOCK_M, n_cols) W_TYPE, a block's rows in its own order.
             The both-sides form has one part, for a gradient of all rows, and adds atomically to outputs that begin as zeros.
@@ -606,8 +620,8 @@ def pair_grad(
     i = _side(v, block_i, n_rows, row_start, half, S.BLOCK_M, S.ROWS_PAIRED, S.ROWS_ANCHOR)
     tau = tl.load(tau_ptr)
     unit, inv_unit = 1.0, 1.0
-    if unit_ptr is not None:
-        unit = tl.load(unit_ptr)
+    if units_ptr is not None:
+        unit = _largest(units_ptr, n_units)
         unit = tl.where(unit > 0, unit, 1.0)
         inv_unit = 1.0 / unit
     f_i, acc = (), ()

@@ -12,8 +12,9 @@ from alphacl_fast.kernels.config import Tile
 from alphacl_fast.kernels.sweeps import rounded_to_tf32
 from conftest import square_tile
 from family import MODES, gaussian_weight, loss_and_grads, member_id, pair, relative_error
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton import jit
+from triton.runtime.interpreter import GridExecutor
 
 from alphacl_fast import FusedAlphaCLLoss, PairLoss, PairWeight, ops
 from alphacl_fast.backend import triton
@@ -314,34 +315,77 @@ def test_nothing_is_compiled_again_for_another_batch_size(monkeypatch):
         assert all(f'"{name}"' in frozen for name in varying)
 
 
-class _Operations(TorchDispatchMode):
-    """Counts operations that are a launch on a GPU."""
+class _Launches(TorchDispatchMode):
+    """Names of what is a launch on a GPU: kernels, and PyTorch's operations inside and outside of the package's operators."""
 
-    VIEWS = (
+    NONE = (
         "view", "detach", "split", "select", "slice", "expand", "unsqueeze", "t", "transpose", "alias", "empty", "new_empty",
+        "unbind",
     )  # fmt: skip
 
-    def __init__(self):
+    def __init__(self, monkeypatch):
         super().__init__()
         self.names = []
+        launch = GridExecutor.__call__
+
+        def record(executor, *args, **kwargs):
+            self.names.append(executor.fn.__name__)
+            with _disable_current_modes():  # the interpreter's own
+                return launch(executor, *args, **kwargs)
+
+        monkeypatch.setattr(GridExecutor, "__call__", record)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        host = isinstance(out, torch.Tensor) and out.dtype == torch.float64  # the range of log f, on the CPU everywhere
-        if name not in self.VIEWS and not host:
+        if func.namespace == "alphacl_fast":
+            with self:
+                return getattr(ops, f"_{name}")(*args)
+        out = func(*args, **(kwargs or {}))
+        tensor = isinstance(out, torch.Tensor)
+        host = tensor and out.dtype == torch.float64  # the range of log f, on the CPU everywhere
+        if name not in self.NONE and not host and not (tensor and out.numel() == 0):
             self.names.append(name)
         return out
 
 
-def test_launches_of_a_step():
-    """Four kernels and the O(n) row step; a CUDA graph makes one launch of them. Nothing reads a number of the batch."""
-    loss = FusedAlphaCLLoss(backend="triton")
-    z1, z2 = (z.requires_grad_() for z in pair(16, 16, torch.float32))
-    loss(z1, z2).backward()
-    with _Operations() as operations:
+BEFORE_THE_GRADIENT = ["unit_rows_kernel", "row_sums", "combine_kernel", "row_step_kernel", "gains_kernel"]
+#: Launches of a step with its backward, where programs share a ring (as at n = 1,024) and where each has one of its own.
+LAUNCHES = [
+    ("infonce", {}, 12, 10),
+    ("infonce", {"temperature_scaled": True}, 12, 10),
+    ("infonce", {"negatives": "cross_view"}, 15, 13),
+    ("alpha_direct", {}, 12, 10),
+    ("alpha_inverse", {"detach_alpha": False, "alpha_eps": 0.1}, 11, 9),
+    ("triplet", {}, 11, 9),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "shared", "own"), LAUNCHES, ids=str)
+def test_launches_of_a_step(name, options, shared, own, monkeypatch):
+    """A CUDA graph makes one launch of them: nothing reads a number of the batch."""
+    loss = FusedAlphaCLLoss(name, backend="triton", **options)
+    for processors, most in ((8, shared), (1, own)):
+        set_tile(monkeypatch, 8, 2, 8, processors=processors)
+        z1, z2 = (z.requires_grad_() for z in pair(8, 8, torch.float32))
         loss(z1, z2).backward()
-    kernels = [name for name in operations.names if name in ("unit_rows", "row_sums", "pair_grad", "finish_rows")]
-    assert kernels == ["unit_rows", "row_sums", "pair_grad", "finish_rows"]
-    assert "_local_scalar_dense" not in operations.names
-    assert len(operations.names) <= 31, operations.names
+        z1.grad = z2.grad = None
+        with monkeypatch.context() as patch, _Launches(patch) as launches:
+            loss(z1, z2).backward()
+        if (name, options, processors) == ("infonce", {}, 8):
+            after = ["pair_grad", "sum", "finish_rows_kernel", "mean", "ones_like", "mul"]
+            assert launches.names == ["full", *BEFORE_THE_GRADIENT, *after]
+        assert "_local_scalar_dense" not in launches.names
+        assert len(launches.names) == most, launches.names
+
+
+def test_launches_of_a_min_player(monkeypatch):
+    """What is pointwise is one launch: of a step of its iteration four are left, the look at its end included."""
+    set_tile(monkeypatch, 32, 32, 16, processors=2)
+    names = {}
+    for most in (2, 3, 4):  # the first one compiles
+        monkeypatch.setattr("alphacl_fast.objectives.MinPlayer.max_sweeps", most)
+        z1, z2 = (z.requires_grad_() for z in pair(32, 16, torch.float32))
+        with monkeypatch.context() as patch, _Launches(patch) as launches:
+            FusedAlphaCLLoss("alpha_gamma", temperature=1e-4, backend="triton")(z1, z2).backward()
+        names[most] = launches.names
+    assert [len(names[4]) - len(names[3]), names[4].count("row_step_kernel")] == [4, 6]

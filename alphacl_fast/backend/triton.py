@@ -7,6 +7,7 @@ with the first call. With TRITON_INTERPRET=1 the same kernels run on CPU tensors
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import os
@@ -19,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..objectives import ROW_STEPS
 from ..objectives import kind as lookup
 from .precision import float32_precision
 from .ranges import middle as middle_of
@@ -263,27 +265,24 @@ def row_sums(
     )  # fmt: skip
     groups = [g for g in _groups(p.n, split, partner, anchors) if g.rows_anchor]
     out = tau.new_empty(len(terms), anchors)
-    wanted = out
-    if form == "fixed":
-        middle = _float32(middle)
-        out[0].fill_(middle)
-        wanted = out[1:]
+    middle = 0.0 if middle is None else _float32(middle)
     if p.overlapped(groups, form):
-        _overlapped_sums(p, groups, middle, wanted)
+        out[0].fill_(middle)
+        _overlapped_sums(p, groups, middle, out[1:])
         return out
     if p.tile.both_sides and (not split or (anchors > split and p.n == 2 * split)):
-        _both_sides(p, groups[0], form, sums, middle or 0.0, wanted)
+        _both_sides(p, groups[0], form, sums, middle, out)
         return out
     parts = p.parts(groups)
-    slots = wanted.unsqueeze(0) if parts == 1 else tau.new_empty(parts, *wanted.shape)
+    slots = out.unsqueeze(0) if parts == 1 else tau.new_empty(parts, *out.shape)
     for group in groups:
         blocks, tiles = p.blocks(group)
         p.launch(
             _kernels().sweeps.row_sums, (blocks, parts), p.f, p.vectors, tau, slots, p.f.stride(0), group.n_rows, group.n_cols,
-            group.row_start, group.col_start, partner, anchors, 0, tiles, 0, middle or 0.0, p.static(group, form, sums, False),
+            group.row_start, group.col_start, partner, anchors, 0, tiles, 0, middle, p.static(group, form, sums, False),
         )  # fmt: skip
     if parts > 1:
-        wanted.copy_(_combined(slots, form))
+        _kernels().rows.combine(slots[:, form == "fixed" :], out, form, middle)
     return out
 
 
@@ -321,27 +320,32 @@ def _both_sides(p: _Problem, group: _Group, form: str, sums: tuple[str, ...], mi
     """Fills out (K, anchors), reading every similarity once. Ring distances go in runs whose slots fit into the scratch."""
     blocks, tiles = p.blocks(group)
     distances = tiles // 2 + 1 if group.triangle else tiles
-    parts = parts_of(blocks, distances, p.f.device)
-    run = min(distances, max(1, SCRATCH // (out.numel() * out.element_size()) - parts))
-    slots = out.new_empty(parts + run, *out.shape)
+    parts, rows = parts_of(blocks, distances, p.f.device), out.shape[0] - (form == "fixed")
+    run = min(distances, max(1, SCRATCH // (rows * out.shape[1] * out.element_size()) - parts))
+    carried = int(run < distances)  # a slot for the sums of the runs before
+    slots = out.new_empty(parts + carried + run, rows, out.shape[1])
+    if carried:
+        _clear(slots[parts], form)
     static = p.static(group, form, sums, True)
     for begin in range(0, distances, run):
         end = min(begin + run, distances)
+        of_columns = parts + carried - begin
         if group.triangle and begin == 0:
-            _clear(slots[parts], form)  # distance 0 is oneself,
+            _clear(slots[of_columns], form)  # distance 0 is oneself,
         if group.triangle and end == distances and tiles % 2 == 0:
-            _clear(slots[parts + end - 1 - begin], form)  # and half way round an even ring only half of the blocks are met
+            _clear(slots[of_columns + end - 1], form)  # and half way round an even ring only half of the blocks are met
         p.launch(
             _kernels().sweeps.row_sums, (blocks, parts), p.f, p.vectors, p.tau, slots, p.f.stride(0), group.n_rows,
-            group.n_cols, group.row_start, group.col_start, p.n // 2, out.shape[1], begin, end, parts - begin, middle, static,
+            group.n_cols, group.row_start, group.col_start, p.n // 2, out.shape[1], begin, end, of_columns, middle, static,
         )  # fmt: skip
-        used = slots[: parts + end - begin]
+        used, n = slots[: of_columns + end], group.n_rows
         if group.triangle:
-            new = _combined(used, form)
+            _kernels().rows.combine(used, out, form, middle)
         else:  # the first side's sums are those of rows, the second's those of columns
-            n = group.n_rows
-            new = torch.cat([_combined(used[:parts, :, :n], form), _combined(used[parts:, :, n:], form)], 1)
-        out.copy_(new if begin == 0 else _combined(torch.stack([out, new]), form))
+            _kernels().rows.combine(used[: parts + carried, :, :n], out[:, :n], form, middle)
+            _kernels().rows.combine(used[parts:, :, n:], out[:, n:], form, middle)
+        if end < distances:
+            slots[parts].copy_(out[-rows:])
 
 
 def _clear(slot: Tensor, form: str) -> None:
@@ -351,20 +355,9 @@ def _clear(slot: Tensor, form: str) -> None:
         slot[0].fill_(-torch.inf)
 
 
-def _combined(slots: Tensor, form: str) -> Tensor:
-    """(slots, K, anchors) → (K, anchors): sums of parts, in their order."""
-    if form == "max":
-        return slots.amax(0)
-    if form != "running":
-        return slots.sum(0)
-    base = slots[:, 0].amax(0)
-    factor = (slots[:, 0] - torch.where(base > -torch.inf, base, 0.0)).exp_()
-    return torch.cat([base.unsqueeze(0), (slots[:, 1:] * factor.unsqueeze(1)).sum(0)])
-
-
 def _float32(x: float) -> float:
     """What a kernel receives as a float argument."""
-    return torch.tensor(x, dtype=torch.float32).item()
+    return ctypes.c_float(x).value
 
 
 # --- sweep 2 ----------------------------------------------------------------------------------------------------------
@@ -395,23 +388,26 @@ def pair_grad(
     kind = lookup(kind_name)
     plain = kind.log and weight == "f" and not terms and shift is not None
     middle = middle_of(kind, span, tau.dtype) if plain else None
-    if middle is not None:
-        middle = _float32(middle)
-        gain = (middle - shift).exp_().mul_(gain)
-        shift = None
-    form = "plain" if middle is None else "fixed"
+    form, middle = ("plain", 0.0) if middle is None else ("fixed", _float32(middle))
     p = _Problem(
         f, tau, kind_name, params, precision, "pair_grad_plain" if form == "plain" else "pair_grad", scale=scale, bias=bias,
         center=center, gain=gain, shift=shift, offset=offset, level=level,
     )  # fmt: skip
+    units = None
+    exact = p.arithmetic.weights in (torch.float32, torch.float64) and p.arithmetic.products == "ieee"
+    if form == "fixed":
+        gain, units = _kernels().rows.gains(p.vectors.gain, p.vectors.shift, middle)
+        p.vectors = p.vectors._replace(gain=gain, shift=None)
+    elif not exact:
+        _, units = _kernels().rows.gains(p.vectors.gain, None, 0.0)
+    if exact:
+        units = None
     anchors = gain.shape[0]
     everything = (lo, hi) == (0, p.n)
     groups = _groups(p.n, split, partner, anchors)
     if everything and p.overlapped(groups, form):
-        df = _overlapped_grad(p, groups, gain, middle)
+        df = _overlapped_grad(p, groups, gain, units.amax(), middle)
         return df, df.new_empty(0), df.new_empty(0, 0)
-    exact = p.arithmetic.weights in (torch.float32, torch.float64) and p.arithmetic.products == "ieee"
-    unit = None if exact else gain.abs().amax()
     both = (
         p.tile.both_sides and everything and p.dim <= p.tile.features and (not split or p.n == 2 * split)
         and not torch.are_deterministic_algorithms_enabled()
@@ -439,21 +435,21 @@ def pair_grad(
             if grad == "weights":
                 outputs = outputs._replace(w=p.f.new_empty(count * p.tile.rows, group.n_cols, dtype=p.arithmetic.weights))
             p.launch(
-                _kernels().sweeps.pair_grad, (count, parts), p.f, p.vectors, tau, unit, outputs, p.f.stride(0),
+                _kernels().sweeps.pair_grad, (count, parts), p.f, p.vectors, tau, units, outputs, p.f.stride(0),
                 group.n_rows, group.n_cols, group.row_start, group.col_start, p.n // 2, anchors, p.n, hi - lo, lo, first,
-                middle or 0.0, static,
+                0 if units is None else len(units), middle, static,
             )  # fmt: skip
             if grad == "weights":
                 _vendor_product(p, group, outputs.w, first, df[0], lo)
-    if unit is not None and p.dim > p.tile.features:
+    if units is not None and p.dim > p.tile.features:
+        unit = units.amax()
         df *= torch.where(unit > 0, unit, 1.0)
     return tuple(x[0] if x.shape[0] == 1 else x.sum(0) for x in (df, w_sums, sums))
 
 
-def _overlapped_grad(p: _Problem, groups: list[_Group], r: Tensor, middle: float) -> Tensor:
-    """dF (n, D) of the fixed form by the Gluon kernels; r (anchors,) = gain·exp(middle − shift)."""
+def _overlapped_grad(p: _Problem, groups: list[_Group], r: Tensor, unit: Tensor, middle: float) -> Tensor:
+    """dF (n, D) of the fixed form by the Gluon kernels; r (anchors,) = gain·exp(middle − shift), unit () the largest."""
     half, df = p.n // 2, p.tau.new_empty(p.n, p.dim)
-    unit = r.abs().amax()
     unit = torch.where(unit > 0, unit, 1.0)
     r = torch.nn.functional.pad(r / unit, (0, p.n - len(r)))  # rows that are no anchors weigh nothing
     for group in groups:
@@ -530,10 +526,18 @@ def _matmul_precision(precision: str) -> Iterator[None]:
 
 
 def unit_rows(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Stacked rows (2N, D) as `autograd.Features` wants them for cosine, 1/‖z‖ (2N,) and t⁺ (N,), in one launch."""
+    """Stacked rows (2N, D) as `autograd.Features` wants them for cosine, 1/‖z‖ and t⁺ (2N,) each, in one launch."""
     return _kernels().rows.unit_rows(z1, z2)
 
 
 def finish_rows(d: Tensor, f: Tensor, inv_norm: Tensor, q: Tensor) -> None:
-    """d (2N, D) ← the gradient in z, from Σ_j (g_ij + g_ji) F_j and the pairs' q (N,); in place, in one launch."""
+    """d (2N, D) ← the gradient in z, from Σ_j (g_ij + g_ji) F_j and the anchors' q, (N,) or (2N,); in place, in one launch."""
     _kernels().rows.finish_rows(d, f, inv_norm, q)
+
+
+def row_step(
+    vectors: tuple[Tensor, ...], tau: Tensor, n_neg: int, divisor: int, anchors: int, step: str, params: tuple[float, ...]
+) -> Tensor:
+    """The outputs (K, anchors) of `objectives.ROW_STEPS[step]`, in one launch."""
+    function = _kernels().trace.row_function(step, params, len(vectors))
+    return _kernels().rows.row_step(vectors, tau, n_neg, divisor, anchors, function, len(ROW_STEPS[step].outputs))
