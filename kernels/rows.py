@@ -271,12 +271,13 @@ def row_step(
 ) -> Tensor:
     """A traced row step of vectors (anchors,), or expanded to it, in the dtype of tau () → (outputs, anchors)."""
     vectors = tuple(v if v.stride(0) in (0, 1) else v.contiguous() for v in vectors)
+    strides = tuple(v.stride(0) for v in vectors)
     out = tau.new_empty(outputs, anchors)
     absent = (None,) * (MOST_VECTORS - len(vectors))
     with torch.cuda.device_of(tau):
         row_step_kernel[(triton.cdiv(anchors, BLOCK),)](
-            *vectors, *absent, tau, n_neg, divisor, out, anchors, FUNCTION=function, STRIDES=tuple(v.stride(0) for v in vectors),
-            OUTPUTS=outputs, BLOCK=BLOCK,
+            *vectors, *absent, tau, n_neg, divisor, out, anchors, FUNCTION=function, STRIDES=strides, OUTPUTS=outputs,
+            BLOCK=BLOCK,
         )  # fmt: skip
     return out
 

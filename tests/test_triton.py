@@ -29,9 +29,9 @@ FORMS = [  # one objective for each form of a sweep
 ]
 
 
-def set_tile(monkeypatch, *shape, both_sides=False, processors=6):
+def set_tile(monkeypatch, *shape, both_sides=False, persistent=0, processors=6):
     rows, cols, features = shape
-    shape = Tile(rows, cols, features, warps=4, stages=1, both_sides=both_sides)
+    shape = Tile(rows, cols, features, warps=4, stages=1, both_sides=both_sides, persistent=persistent)
     monkeypatch.setattr(triton, "tile", lambda sweep, mode, dim, n, device: shape)
     monkeypatch.setattr(triton, "_processors", lambda device: processors)
 
@@ -90,6 +90,46 @@ def test_wide_rows(member, negatives, symmetric, similarity, monkeypatch, poison
     monkeypatch.setattr(triton, "SCRATCH", 2 * 4 * 14 * 8)  # two row blocks
     setting = {"negatives": negatives, "symmetric": symmetric, "similarity": similarity, "tau": 0.5}
     assert_equal(*pair(7, 7), member, **setting)
+
+
+PERSISTENT = [
+    (member, 7, (4, 4, features), both, {}) for member in FORMS for features, both in ((8, False), (4, False), (8, True))
+]
+PERSISTENT += [
+    (FORMS[0], 7, (4, 4, 8), False, {"tau": 1e-3}), (FORMS[0], 13, (2, 4, 8), False, {"negatives": "one_view"}),
+    (FORMS[0], 13, (2, 4, 8), False, {"negatives": "cross_view", "similarity": "euclidean"}),
+    (FORMS[0], 13, (2, 2, 8), True, {"negatives": "cross_view"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("member", "n", "shape", "both_sides", "setting"), PERSISTENT)
+def test_persistent_grid(member, n, shape, both_sides, setting, monkeypatch, poisoned):
+    """Five programs share the row blocks and the parts of their rings: to the last bit what a program for each gives."""
+    grids = []
+    monkeypatch.setattr("alphacl_fast.objectives.MinPlayer.max_sweeps", 2)
+    for kernel in ("row_sums", "pair_grad"):
+        original = getattr(triton._kernels().sweeps, kernel)
+        monkeypatch.setattr(triton._kernels().sweeps, kernel, _Spy(original, grids))
+    results = []
+    for persistent in (0, 1):
+        grids.clear()
+        set_tile(monkeypatch, *shape, both_sides=both_sides, persistent=persistent, processors=10)
+        results.append(loss_and_grads(*pair(n, 6, torch.float32), *member, backend="triton", **{"tau": 0.5, **setting}))
+        items = [rows * parts for rows, parts in grids]
+        assert max(items) == 5 if persistent else max(items) > 5
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+class _Spy:
+    """A kernel that notes the grids of its launches."""
+
+    def __init__(self, kernel, grids):
+        self.kernel, self.grids = kernel, grids
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return self.kernel[grid]
 
 
 @pytest.mark.parametrize("tau", [0.3, 1e-3])

@@ -138,10 +138,14 @@ def _view(n: int, half: int, start: int) -> _Group:
     return _Group(start, half, 0, n, False, True, True, False, True, True)
 
 
+#: Programs that a multiprocessor runs side by side, about.
+PROCESSORS_PER_SM = 2
+
+
 @functools.cache
 def _processors(device: torch.device) -> int:
     """Programs that a GPU runs side by side, about; in the interpreter a ring is cut in two, to have it tested."""
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 6
+    return PROCESSORS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 6
 
 
 def parts_of(blocks: int, tiles: int, device: torch.device) -> int:
@@ -202,7 +206,7 @@ class _Problem:
             UPCAST=interpreted() and self.f.dtype == torch.bfloat16, EXCLUDE=group.exclude, TRIANGLE=group.triangle, BOTH=both,
             ROWS_PAIRED=group.rows_paired, COLS_PAIRED=group.cols_paired, ROWS_ANCHOR=group.rows_anchor,
             COLS_ANCHOR=group.cols_anchor, WEIGHT=weight, GRAD=grad, W_TYPE=precise[arithmetic.weights],
-            W_PRECISION=arithmetic.products,
+            W_PRECISION=arithmetic.products, PERSISTENT=self.tile.persistent > 0,
         )  # fmt: skip
 
     def blocks(self, group: _Group) -> tuple[int, int]:
@@ -224,6 +228,10 @@ class _Problem:
         return torch.cuda.device(self.f.device) if self.f.is_cuda else contextlib.nullcontext()
 
     def launch(self, kernel, grid: tuple[int, int], *arguments) -> None:
+        """A launch of a grid (row blocks, parts of a ring), or of as many programs as the tile wants to share its items."""
+        if self.tile.persistent:
+            resident = self.tile.persistent * _processors(self.f.device) // PROCESSORS_PER_SM
+            grid = (min(grid[0] * grid[1], resident), 1)
         options = {} if self.tile.max_registers is None else {"maxnreg": self.tile.max_registers}
         with self.device():
             kernel[grid](*arguments, num_warps=self.tile.warps, num_stages=self.tile.stages, **options)
@@ -279,7 +287,8 @@ def row_sums(
         blocks, tiles = p.blocks(group)
         p.launch(
             _kernels().sweeps.row_sums, (blocks, parts), p.f, p.vectors, tau, slots, p.f.stride(0), group.n_rows, group.n_cols,
-            group.row_start, group.col_start, partner, anchors, 0, tiles, 0, middle, p.static(group, form, sums, False),
+            group.row_start, group.col_start, partner, anchors, 0, tiles, 0, blocks, blocks * parts, middle,
+            p.static(group, form, sums, False),
         )  # fmt: skip
     if parts > 1:
         _kernels().rows.combine(slots[:, form == "fixed" :], out, form, middle)
@@ -336,7 +345,8 @@ def _both_sides(p: _Problem, group: _Group, form: str, sums: tuple[str, ...], mi
             _clear(slots[of_columns + end - 1], form)  # and half way round an even ring only half of the blocks are met
         p.launch(
             _kernels().sweeps.row_sums, (blocks, parts), p.f, p.vectors, p.tau, slots, p.f.stride(0), group.n_rows,
-            group.n_cols, group.row_start, group.col_start, p.n // 2, out.shape[1], begin, end, of_columns, middle, static,
+            group.n_cols, group.row_start, group.col_start, p.n // 2, out.shape[1], begin, end, of_columns, blocks,
+            blocks * parts, middle, static,
         )  # fmt: skip
         used, n = slots[: of_columns + end], group.n_rows
         if group.triangle:
@@ -437,7 +447,7 @@ def pair_grad(
             p.launch(
                 _kernels().sweeps.pair_grad, (count, parts), p.f, p.vectors, tau, units, outputs, p.f.stride(0),
                 group.n_rows, group.n_cols, group.row_start, group.col_start, p.n // 2, anchors, p.n, hi - lo, lo, first,
-                0 if units is None else len(units), middle, static,
+                0 if units is None else len(units), count, count * parts, middle, static,
             )  # fmt: skip
             if grad == "weights":
                 _vendor_product(p, group, outputs.w, first, df[0], lo)
