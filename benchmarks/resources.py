@@ -81,11 +81,12 @@ def configurations() -> list[Configuration]:
 
 def launches(c: Configuration) -> Iterator[tuple[Any, tuple, Any]]:
     """(kernel, arguments, tile) of every launch that a loss with its gradient makes."""
+    from alphacl_fast.kernels import config
     from alphacl_fast.kernels.config import Tile
 
     from alphacl_fast.backend import triton
 
-    chosen, recorded = triton.tile, []
+    recorded = []
     triton.unsupported = lambda *call: None
     triton._Problem.launch = lambda self, kernel, grid, *arguments: recorded.append((kernel, arguments, self.tile))
     triton._processors = lambda device: 264
@@ -93,11 +94,10 @@ def launches(c: Configuration) -> Iterator[tuple[Any, tuple, Any]]:
         if hasattr(triton, row_step):
             delattr(triton, row_step)
     rows = triton._kernels().rows
-    rows.combine, rows.gains = lambda *call: None, lambda gain, shift, middle: (gain, gain[:1])
+    rows.combine, rows.gains = lambda *call: None, lambda gain, shift, middle: (gain, gain[0])
+    triton.tile = lambda *call: replace(config.choose(*call), persistent=c.persistent)
     if c.both_sides:
         triton.tile = lambda *call: Tile(64, 64, c.dim, 4 if c.objective == "infonce" else 8, 2, both_sides=True)
-    if c.persistent:
-        triton.tile = lambda *call: replace(chosen(*call), persistent=c.persistent)
     z1, z2 = (torch.randn(512, c.dim, dtype=getattr(torch, c.dtype)).requires_grad_() for _ in range(2))
     tau = torch.tensor(0.5, dtype=torch.float64 if c.dtype == "float64" else torch.float32)
     objective = objectives.make(c.objective, dict(c.options))

@@ -360,21 +360,31 @@ def gains_kernel(
     largest_ptr,  # (programs,) out
     anchors,
     middle,
+    ROWS: tl.constexpr,  # of a program
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    keep = row < anchors
-    gain = tl.load(gain_ptr + row, mask=keep, other=0.0)
-    if shift_ptr is not None:
-        gain *= libdevice.exp(middle - tl.load(shift_ptr + row, mask=keep, other=0.0))
-        tl.store(out_ptr + row, gain, mask=keep)
-    tl.store(largest_ptr + tl.program_id(0), tl.max(tl.abs(gain), 0))
+    largest = tl.zeros((BLOCK,), gain_ptr.dtype.element_ty)
+    for first in range(0, ROWS, BLOCK):
+        row = tl.program_id(0) * ROWS + first + tl.arange(0, BLOCK)
+        keep = row < anchors
+        gain = tl.load(gain_ptr + row, mask=keep, other=0.0)
+        if shift_ptr is not None:
+            gain *= libdevice.exp(middle - tl.load(shift_ptr + row, mask=keep, other=0.0))
+            tl.store(out_ptr + row, gain, mask=keep)
+        largest = tl.maximum(largest, tl.abs(gain))
+    tl.store(largest_ptr + tl.program_id(0), tl.max(largest, 0))
+
+
+#: Anchors of a program of `gains`, which up to so many is one launch.
+ROWS_OF_GAINS, BLOCK_OF_GAINS = 4096, 1024
 
 
 def gains(gain: Tensor, shift: Tensor | None, middle: float) -> tuple[Tensor, Tensor]:
-    """gain·exp(middle − shift) (anchors,), or without a shift the gain itself, and its largest magnitudes (any number,)."""
-    blocks = triton.cdiv(gain.shape[0], BLOCK)
-    out, largest = gain if shift is None else gain.new_empty(gain.shape), gain.new_empty(blocks)
+    """gain·exp(middle − shift) (anchors,), or without a shift the gain itself, and its largest magnitude ()."""
+    programs = triton.cdiv(gain.shape[0], ROWS_OF_GAINS)
+    out, largest = gain if shift is None else gain.new_empty(gain.shape), gain.new_empty(programs)
     with torch.cuda.device_of(gain):
-        gains_kernel[(blocks,)](gain, shift, out, largest, gain.shape[0], middle, BLOCK=BLOCK)
-    return out, largest
+        gains_kernel[(programs,)](
+            gain, shift, out, largest, gain.shape[0], middle, ROWS=ROWS_OF_GAINS, BLOCK=BLOCK_OF_GAINS
+        )
+    return out, largest[0] if programs == 1 else largest.amax()

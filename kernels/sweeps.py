@@ -521,16 +521,6 @@ def _fixed_weights(log_f, i, j, c, S: tl.constexpr):
 
 
 @triton.jit
-def _largest(ptr, count):
-    """The largest of ``count`` numbers that are not negative."""
-    largest = tl.zeros((128,), ptr.dtype.element_ty)
-    for first in range(0, count, 128):
-        offs = first + tl.arange(0, 128)
-        largest = tl.maximum(largest, tl.load(ptr + offs, mask=offs < count, other=0.0))
-    return tl.max(largest, 0)
-
-
-@triton.jit
 def _add_atomically(ptrs, keep, sums, stride):
     for k in tl.static_range(len(sums)):
         tl.atomic_add(ptrs + k * stride.to(tl.int64), sums[k], mask=keep, sem="relaxed")
@@ -662,18 +652,18 @@ def _grad_rows(block_w, part, parts, first_block, n_rows, row_start, n, n_out, l
 
 @triton.jit(
     do_not_specialize=[
-        "n_rows", "n_cols", "row_start", "col_start", "half", "anchors", "n", "n_out", "lo", "first_block", "n_units",
-        "n_blocks", "n_items", "middle",
+        "n_rows", "n_cols", "row_start", "col_start", "half", "anchors", "n", "n_out", "lo", "first_block", "n_blocks",
+        "n_items", "middle",
     ]
 )  # fmt: skip
 def pair_grad(
-    f_ptr, v, tau_ptr, units_ptr, out, stride, n_rows, n_cols, row_start, col_start, half, anchors, n, n_out, lo,
-    first_block, n_units, n_blocks, n_items, middle, S: tl.constexpr,
+    f_ptr, v, tau_ptr, unit_ptr, out, stride, n_rows, n_cols, row_start, col_start, half, anchors, n, n_out, lo,
+    first_block, n_blocks, n_items, middle, S: tl.constexpr,
 ):  # fmt: skip
     """df_i = Σ_j (g_ij + g_ji) F_j of every row, with the sums of S.TERMS over its pairs. Grid as of `row_sums`.
 
     Args: as of `row_sums`, and
-        units_ptr: (n_units,) ACC or None: weights are divided by the largest before they are rounded, gradients multiplied.
+        unit_ptr: () ACC or None: weights are divided by it before they are rounded, gradients multiplied by it.
         out: `Outputs`, ACC but for w: df (parts, n_out, D), for the physical rows from ``lo`` on; w_sums (parts, n): sums of
             g_ij + g_ji; sums (parts, terms, anchors); w (programs·BLOCK_M, n_cols) W_TYPE, a block's rows in its own order.
             The both-sides form has one part, for a gradient of all rows, and adds atomically to outputs that begin as zeros.
@@ -682,8 +672,8 @@ def pair_grad(
     """
     tau = tl.load(tau_ptr)
     unit, inv_unit = 1.0, 1.0
-    if units_ptr is not None:
-        unit = _largest(units_ptr, n_units)
+    if unit_ptr is not None:
+        unit = tl.load(unit_ptr)
         unit = tl.where(unit > 0, unit, 1.0)
         inv_unit = 1.0 / unit
     c = Common(f_ptr, stride, v, tau, middle, unit, inv_unit, out, anchors, n_cols, col_start, half)

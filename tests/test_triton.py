@@ -418,9 +418,10 @@ def test_launches_of_a_step(name, options, shared, own, monkeypatch):
         assert len(launches.names) == most, launches.names
 
 
-def test_launches_of_a_min_player(monkeypatch):
-    """What is pointwise is one launch: of a step of its iteration four are left, the look at its end included."""
-    set_tile(monkeypatch, 32, 32, 16, processors=2)
+@pytest.mark.parametrize(("processors", "each"), [(2, 4), (4, 5)])
+def test_launches_of_a_min_player(processors, each, monkeypatch):
+    """What is pointwise is one launch: of a step of its iteration four or five are left, two of which look at its end."""
+    set_tile(monkeypatch, 32, 16, 16, processors=processors)
     names = {}
     for most in (2, 3, 4):  # the first one compiles
         monkeypatch.setattr("alphacl_fast.objectives.MinPlayer.max_sweeps", most)
@@ -428,4 +429,4 @@ def test_launches_of_a_min_player(monkeypatch):
         with monkeypatch.context() as patch, _Launches(patch) as launches:
             FusedAlphaCLLoss("alpha_gamma", temperature=1e-4, backend="triton")(z1, z2).backward()
         names[most] = launches.names
-    assert [len(names[4]) - len(names[3]), names[4].count("row_step_kernel")] == [4, 6]
+    assert [len(names[4]) - len(names[3]), names[4].count("row_step_kernel")] == [each, 6]

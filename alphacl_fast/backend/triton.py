@@ -403,20 +403,20 @@ def pair_grad(
         f, tau, kind_name, params, precision, "pair_grad_plain" if form == "plain" else "pair_grad", scale=scale, bias=bias,
         center=center, gain=gain, shift=shift, offset=offset, level=level,
     )  # fmt: skip
-    units = None
+    unit = None
     exact = p.arithmetic.weights in (torch.float32, torch.float64) and p.arithmetic.products == "ieee"
     if form == "fixed":
-        gain, units = _kernels().rows.gains(p.vectors.gain, p.vectors.shift, middle)
+        gain, unit = _kernels().rows.gains(p.vectors.gain, p.vectors.shift, middle)
         p.vectors = p.vectors._replace(gain=gain, shift=None)
     elif not exact:
-        _, units = _kernels().rows.gains(p.vectors.gain, None, 0.0)
+        _, unit = _kernels().rows.gains(p.vectors.gain, None, 0.0)
     if exact:
-        units = None
+        unit = None
     anchors = gain.shape[0]
     everything = (lo, hi) == (0, p.n)
     groups = _groups(p.n, split, partner, anchors)
     if everything and p.overlapped(groups, form):
-        df = _overlapped_grad(p, groups, gain, units.amax(), middle)
+        df = _overlapped_grad(p, groups, gain, unit, middle)
         return df, df.new_empty(0), df.new_empty(0, 0)
     both = (
         p.tile.both_sides and everything and p.dim <= p.tile.features and (not split or p.n == 2 * split)
@@ -445,14 +445,13 @@ def pair_grad(
             if grad == "weights":
                 outputs = outputs._replace(w=p.f.new_empty(count * p.tile.rows, group.n_cols, dtype=p.arithmetic.weights))
             p.launch(
-                _kernels().sweeps.pair_grad, (count, parts), p.f, p.vectors, tau, units, outputs, p.f.stride(0),
+                _kernels().sweeps.pair_grad, (count, parts), p.f, p.vectors, tau, unit, outputs, p.f.stride(0),
                 group.n_rows, group.n_cols, group.row_start, group.col_start, p.n // 2, anchors, p.n, hi - lo, lo, first,
-                0 if units is None else len(units), count, count * parts, middle, static,
+                count, count * parts, middle, static,
             )  # fmt: skip
             if grad == "weights":
                 _vendor_product(p, group, outputs.w, first, df[0], lo)
-    if units is not None and p.dim > p.tile.features:
-        unit = units.amax()
+    if unit is not None and p.dim > p.tile.features:
         df *= torch.where(unit > 0, unit, 1.0)
     return tuple(x[0] if x.shape[0] == 1 else x.sum(0) for x in (df, w_sums, sums))
 
