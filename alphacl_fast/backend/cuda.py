@@ -88,8 +88,8 @@ def unsupported(device: torch.device, dtype: torch.dtype, precision: str | None,
     _, reason = _library(device.type)
     if reason:
         return reason
-    if device.type == "cuda" and _shared_memory(device) < SHARED_MEMORY:
-        return f"needs {SHARED_MEMORY >> 10} KB of shared memory a block, as A100 and H100 have, not {_shared_memory(device) >> 10}"
+    if device.type == "cuda" and (there := _shared_memory(device)) < SHARED_MEMORY:
+        return f"needs {SHARED_MEMORY >> 10} KB of shared memory a block, as A100 and H100 have, not {there >> 10}"
     if kind and kind not in KINDS:
         return "compiled for the built-in pair functions, not for a user's own"
     if precision == "bf16x3":
