@@ -114,7 +114,10 @@ def both_sides(**sweeps: bool | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hopper(mode: int) -> Iterator[None]:
-    """Within the context, bfloat16 rows take the kernels of warpgroups (sm_90a) where they can, -1 or 1, or never, 0."""
+    """Whether bfloat16 rows take the kernels of warpgroups (sm_90a), within the context.
+
+    -1: where these serve a call; 0: never; 1: whatever the fast kernels serve by row blocks, which is refused if they cannot.
+    """
     libraries = [library for device in ("cuda", "cpu") if (library := _interface(device)) is not None]
     before = [library.alphacl_cuda_hopper(mode) for library in libraries]
     _has_hopper.cache_clear()

@@ -443,14 +443,18 @@ template <int K, bool AFFINE> struct PairGrad {
 
 // --- launches ----------------------------------------------------------------------------------------------------------
 
-// Starts a kernel for `rows` row blocks of 64, and returns null or what went wrong; nothing where it cannot serve the launch,
-// which must be one of all rows and all columns.
+// Starts a kernel for `rows` row blocks of 64, and returns null or what went wrong; nothing where another one is to serve the
+// launch. What these kernels serve is all rows against all columns.
 template <class Kernel> std::optional<const char*> start(const Sweep& a, int rows, void* stream) {
+  if (hopper_mode == 0 || (a.flags & BOTH)) return {};
   const int64_t most = INT32_MAX - 256;
   const bool all_columns = a.begin == 0 && a.end == (a.n_cols + SIDE - 1) / SIDE;
   const bool all = all_columns && a.first_block == 0 && rows == (a.n_rows + SIDE - 1) / SIDE;
   const bool fits = (a.flags & ALIGNED) && a.stride >= a.dim && a.row_start + a.n_rows < most && a.col_start + a.n_cols < most;
-  if (!hopper_mode || !all || !fits || (a.flags & BOTH) || !device::runs_hopper<Kernel>()) return {};
+  if (!all || !fits || !device::runs_hopper<Kernel>()) {
+    if (hopper_mode == 1) return "required of the kernels of hopper.h, which cannot serve this launch";
+    return {};
+  }
   Args args{a, {}, {}};
   const auto describe = [&](device::TensorMap(&maps)[2], int64_t first, int64_t n, bool paired) -> const char* {
     for (int second = 0; second < 2; ++second) {
