@@ -8,6 +8,7 @@ are tested. This file chooses forms, allocates outputs, and reduces what blocks 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ SHARED_MEMORY = 163 << 10
 
 _MODES = ("bf16", "fp16", "tf32", "fp32", "fp64")  # as `Dtype` of problem.h
 _KINDS = {name: code for code, name in enumerate(("exp", "gibbs", "power", "inverse", "hinge", "sigmoid", "square", "gamma"))}
+_AFFINE = (_KINDS["exp"], _KINDS["gibbs"])  # in t, their log f
 _TERMS = ("f", "df", "ft", "dft", "dtau")
 _WEIGHTS = {"f": 0, "df": 1, "f+df": 2}
 _FORMS = {"fixed": 0, "running": 1, "plain": 2, "max": 3}
@@ -100,12 +102,12 @@ def unsupported(device: torch.device, dtype: torch.dtype, precision: str | None,
 # --- what a call comes to ---------------------------------------------------------------------------------------------
 
 #: Whether a sweep takes the form that reads each similarity once, where it is there (bfloat16): for `row_sums` order-fixed,
-#: for `pair_grad` by atomic additions.
-_both_sides = {"row_sums": True, "pair_grad": False}
+#: for `pair_grad` by atomic additions. None: unless the device has kernels of warpgroups, which are of the row-block form.
+_both_sides: dict[str, bool | None] = {"row_sums": None, "pair_grad": False}
 
 
 @contextlib.contextmanager
-def both_sides(**sweeps: bool) -> Iterator[None]:
+def both_sides(**sweeps: bool | None) -> Iterator[None]:
     """Within the context, sweeps named by keyword (row_sums, pair_grad) take the both-sides form or the row-block form."""
     before = dict(_both_sides)
     _both_sides.update(sweeps)
@@ -113,6 +115,39 @@ def both_sides(**sweeps: bool) -> Iterator[None]:
         yield
     finally:
         _both_sides.update(before)
+
+
+@contextlib.contextmanager
+def hopper(mode: int) -> Iterator[None]:
+    """Whether bfloat16 rows take the kernels of warpgroups (sm_90a), within the context.
+
+    -1: where these serve a call; 0: never; 1: whatever the fast kernels serve by row blocks, which is refused if they cannot.
+    """
+    libraries = [library for device in ("cuda", "cpu") if (library := _interface(device)) is not None]
+    before = [library.alphacl_cuda_hopper(mode) for library in libraries]
+    _has_hopper.cache_clear()
+    try:
+        yield
+    finally:
+        for library, earlier in zip(libraries, before, strict=True):
+            library.alphacl_cuda_hopper(earlier)
+        _has_hopper.cache_clear()
+
+
+def _interface(device_type: str) -> ctypes.CDLL | None:
+    """The plain C interface of a library that is loaded; None of one built before there were such kernels."""
+    operators, _ = _library(device_type)
+    path = os.environ.get("ALPHACL_CUDA_EMULATED", "") if device_type == "cpu" else str(LIBRARY)
+    library = ctypes.CDLL(path) if operators is not None else None
+    return library if hasattr(library, "alphacl_cuda_hopper") else None
+
+
+@functools.cache
+def _has_hopper(device: torch.device) -> bool:
+    """Whether a device takes the kernels of warpgroups, where they serve a call."""
+    library = _interface(device.type)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        return library is not None and bool(library.alphacl_cuda_has_hopper())
 
 
 def _mode(dtype: torch.dtype, precision: str, device: torch.device) -> str:
@@ -139,6 +174,20 @@ def _parts(blocks: int, tiles: int, device: torch.device) -> int:
     return max(1, min(_processors(device) // blocks, tiles // 2))
 
 
+def _hopper_parts(rows: int, cols: int, device: torch.device) -> int:
+    """The same for kernels of warpgroups, whose blocks of 128 rows have a multiprocessor each.
+
+    The last wave of blocks leaves processors idle: the number of parts that takes the fewest tiles, a part costing about two.
+    """
+    blocks, tiles, processors = -(-rows // 128), -(-cols // 128), max(1, _processors(device) // 2)
+
+    def time(parts: int) -> int:
+        return -(-blocks * parts // processors) * (-(-tiles // parts) + 2)
+
+    most = max(processors // blocks, min(8, SCRATCH // (rows * 1024)))
+    return min(range(1, max(1, min(most, tiles)) + 1), key=time)
+
+
 def _tiles(rows: int) -> int:
     return -(-rows // SIDE)
 
@@ -159,6 +208,18 @@ class _Problem:
             for name in ("scale", "bias", "center", "gain", "shift", "offset", "level")
         ]
         self.operators, _ = _library(f.device.type)
+
+    def on_hopper(self, terms: tuple[str, ...] = ("f",)) -> bool:
+        """Whether a row-block launch of the fixed form goes to the kernels of warpgroups (hopper.h says which)."""
+        fast = self.kind in _AFFINE or (self.kind == _KINDS["power"] and self.params[1] == 2)
+        fixed = self.form == "fixed" and self.vectors[1] is None and "f" in terms and set(terms) <= {"f", "ft"}
+        aligned = self.f.data_ptr() % 16 == 0 and self.f.stride(0) % 8 == 0 and self.f.stride(0) >= self.dim
+        return self.mode == "bf16" and fast and fixed and aligned and self.dim <= 256 and _has_hopper(self.f.device)
+
+    def parts(self, groups: list[Group], hopper: bool) -> int:
+        """Blocks that share a ring, of row-block launches for these groups."""
+        of = _hopper_parts if hopper else lambda rows, cols, device: _parts(_tiles(rows), _tiles(cols), device)
+        return min((of(g.n_rows, g.n_cols, self.f.device) for g in groups), default=1)
 
     def launch(
         self, group: Group, blocks: int, parts: int, anchors: int, terms: tuple[str, ...], *, middle: float = 0.0,
@@ -206,25 +267,23 @@ def row_sums(
     middle = middle_of(KINDS[kind_name], span, tau.dtype) if terms[0] == "base" else None
     form = "max" if terms == ("max",) else "plain" if terms[0] != "base" else "running" if middle is None else "fixed"
     sums = tuple(term for term in terms if term not in ("base", "max"))
-    p = _Problem(
-        f, tau, kind_name, params, precision, form, scale=scale, bias=bias, center=center, shift=shift, offset=offset
-    )
+    p = _Problem(f, tau, kind_name, params, precision, form, scale=scale, bias=bias, center=center, shift=shift, offset=offset)
     groups = [g for g in groups_of(p.n, split, partner, anchors) if g.rows_anchor]
     out = tau.new_empty(len(terms), anchors)
     wanted = out
     if form == "fixed":
         out[0].fill_(middle)
         wanted = out[1:]
-    served = _both_sides["row_sums"] and p.mode == "bf16" and form != "running"
+    on_hopper = p.on_hopper(sums)
+    wanted_both = not on_hopper if _both_sides["row_sums"] is None else _both_sides["row_sums"]
+    served = wanted_both and p.mode == "bf16" and form != "running"
     if served and (not split or (anchors > split and p.n == 2 * split)):
         _sums_of_both_sides(p, groups[0], sums, middle or 0.0, wanted)
         return out
-    parts = min(_parts(_tiles(g.n_rows), _tiles(g.n_cols), f.device) for g in groups)
+    parts = p.parts(groups, on_hopper)
     slots = wanted.unsqueeze(0) if parts == 1 else tau.new_empty(parts, *wanted.shape)
     for group in groups:
-        p.launch(
-            group, _tiles(group.n_rows), parts, anchors, sums, middle=middle or 0.0, out=slots, end=_tiles(group.n_cols)
-        )
+        p.launch(group, _tiles(group.n_rows), parts, anchors, sums, middle=middle or 0.0, out=slots, end=_tiles(group.n_cols))
     if parts > 1:
         wanted.copy_(_combined(slots, form))
     return out
@@ -315,7 +374,7 @@ def pair_grad(
         jobs, parts = [(groups[0], True)], 1
     else:
         jobs = jobs_of(groups, p.n, lo, hi, bool(terms))
-        parts = min((_parts(_tiles(g.n_rows), _tiles(g.n_cols), f.device) for g, _ in jobs), default=1)
+        parts = p.parts([group for group, _ in jobs], plain and p.on_hopper())
         df = tau.new_empty(parts if whole else 1, hi - lo, p.dim)
         w_sums = (tau.new_empty if everything else tau.new_zeros)(parts, p.n if bias is not None else 0)
         sums = tau.new_empty(parts, len(terms), anchors)

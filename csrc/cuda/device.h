@@ -6,6 +6,7 @@
 //   sync()                                barrier of all threads of the block
 //   sync_warp()                           barrier of a warp, after which its writes to shared memory are seen by its lanes
 //   shuffle_xor(x, mask)                  the value of lane ^ mask; all 32 lanes take part
+//   uniform(x)                            x, which is the same in all lanes, and the compiler is to know it
 //   copy16(to, from, bytes)               asynchronous copy of 16 bytes, 16-byte aligned, from global to shared memory; beyond
 //                                         the first `bytes` (0 … 16) nothing is read and zeros are written
 //   copy_commit(), copy_wait<N>()         closes a group of a thread's copies; waits until all but the last N groups are done
@@ -35,6 +36,10 @@
 //   product_begin(), product_commit(), product_wait<N>()   wgmma.fence, commit_group, wait_group
 //   registers_more<N>(), registers_less<N>()           setmaxnreg of a warpgroup
 //   sync_some(id, threads)                             named barrier 1 … 15
+//
+// and for the host: tensor_map(map, base, columns, rows, pitch, box_rows) describes a tensor of bfloat16, `pitch` bytes from
+// row to row, for boxes of 64 columns × box_rows, and returns null or what went wrong. HOPPER says whether the code that is
+// being compiled may use all this, runs_hopper<K>() whether the current device would run a K that was compiled so.
 #pragma once
 
 #include <cstdint>

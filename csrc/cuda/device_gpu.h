@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 
 #define DEVICE __device__ __forceinline__
@@ -22,6 +23,7 @@ DEVICE unsigned char* shared() {
 DEVICE void sync() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
 template <class T> DEVICE T shuffle_xor(T x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+DEVICE int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 DEVICE uint32_t address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
@@ -88,6 +90,12 @@ DEVICE void add_global4(float* p, float x, float y, float z, float w) {
 }
 
 // --- sm_90a ------------------------------------------------------------------------------------------------------------
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool HOPPER = true;
+#else
+constexpr bool HOPPER = false;
+#endif
 
 using TensorMap = CUtensorMap;
 
@@ -193,6 +201,45 @@ const char* launch(int grid_x, int grid_y, size_t shared_bytes, const typename K
   entry<K><<<dim3(grid_x, grid_y), K::THREADS, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// By K's registers: compiled for another architecture than sm_90a its body is empty.
+template <class K> bool runs_hopper() {
+  static std::atomic<signed char> known[64];  // by device: 0 not asked yet, 1 or -1
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return false;
+  if (!known[device]) {
+    int major = 0, minor = 0;
+    cudaFuncAttributes kernel{};
+    const bool yes = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
+                     major == 9 && minor == 0 && cudaFuncGetAttributes(&kernel, entry<K>) == cudaSuccess &&
+                     kernel.numRegs > 64;
+    known[device] = yes ? 1 : -1;
+  }
+  return known[device] > 0;
+}
+
+inline const char* tensor_map(TensorMap& map, const void* base, int64_t columns, int64_t rows, int64_t pitch, int box_rows) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {  // asked of the runtime, so that nothing links to the driver
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result{};
+#if CUDART_VERSION >= 12050
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+#else
+    cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
+#endif
+    return result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(found) : nullptr;
+  }();
+  if (!encode) return "the driver has no cuTensorMapEncodeTiled";
+  const cuuint64_t sizes[2] = {cuuint64_t(columns), cuuint64_t(rows)}, pitches[1] = {cuuint64_t(pitch)};
+  const cuuint32_t box[2] = {64, cuuint32_t(box_rows)}, steps[2] = {1, 1};
+  const CUresult error = encode(
+      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(base), sizes, pitches, box, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return error == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refuses the rows";
 }
 
 }  // namespace device

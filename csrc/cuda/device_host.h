@@ -61,6 +61,14 @@ template <class T> DEVICE T shuffle_xor(T x, int mask) {
   return mine.result;
 }
 
+DEVICE int uniform(int x) {
+  emulation::together("uniform", &x, [](int** lanes) {
+    for (int lane = 1; lane < 32; lane++)
+      if (*lanes[lane] != *lanes[0]) emulation::fail("uniform() of what is not the same in all lanes");
+  });
+  return x;
+}
+
 // --- asynchronous copies -----------------------------------------------------------------------------------------------
 
 DEVICE void copy16(void* to, const void* from, int bytes) {

@@ -373,6 +373,14 @@ template <int N> DEVICE void product_wait() {
   acquire(&hopper().products[self->warp].token);  // who knows that the wait is over knows that operands have been read
 }
 
+constexpr bool HOPPER = true;
+template <class K> bool runs_hopper() { return true; }
+
+inline const char* tensor_map(TensorMap& map, const void* base, int64_t columns, int64_t rows, int64_t pitch, int box_rows) {
+  map = {base, 2, columns, rows, pitch, box_rows};
+  return nullptr;
+}
+
 template <int N> DEVICE void registers_more() { static_assert(N % 8 == 0 && N >= 24 && N <= 256, "setmaxnreg"); }
 template <int N> DEVICE void registers_less() { static_assert(N % 8 == 0 && N >= 24 && N <= 256, "setmaxnreg"); }
 

@@ -6,7 +6,8 @@
 namespace alphacl {
 #define ALPHACL_DECLARE(DTYPE)                                                   \
   template <> const char* sweep<DTYPE>(bool, const Sweep&, int, void*);          \
-  template <> const char* rows<DTYPE>(bool, const PairRows&, void*);
+  template <> const char* rows<DTYPE>(bool, const PairRows&, void*);             \
+  template <> bool has_hopper<DTYPE>();
 ALPHACL_DECLARE(BFLOAT16)
 ALPHACL_DECLARE(FLOAT16)
 ALPHACL_DECLARE(TFLOAT32)
@@ -39,6 +40,12 @@ ALPHACL_EXPORT const char* alphacl_cuda_rows(int32_t finish, const PairRows* a, 
 }
 
 ALPHACL_EXPORT int32_t alphacl_cuda_largest_features(int32_t dtype) { return alphacl::largest_features(Dtype(dtype)); }
+
+// Sets hopper_mode (launch.h) and returns the one before.
+ALPHACL_EXPORT int32_t alphacl_cuda_hopper(int32_t mode) { return alphacl::hopper_mode.exchange(mode); }
+
+// Whether launches on the current device go to the kernels of hopper.h, where they serve one.
+ALPHACL_EXPORT int32_t alphacl_cuda_has_hopper() { return alphacl::hopper_mode && alphacl::has_hopper<BFLOAT16>(); }
 
 #ifdef ALPHACL_EMULATED
 #include "device.h"

@@ -1,0 +1,485 @@
+// The fast kernels (sweeps.h) of bfloat16 rows for sm_90a, in the row-block form: products of whole warpgroups (wgmma), which
+// run while exponentials are computed.
+//
+// A block has 128 rows, 64 for each of two consumer warpgroups; a producer warpgroup copies the tiles of columns that they walk
+// over into a ring of stages. A stage is `full` when its copies and its columns' scalars have arrived, `empty` when both
+// consumers have read it. A consumer asks for the similarities S of the next tile before it takes the exponentials of this one.
+// Its weights W are the other product's operand from registers, by quarters: one is computed while those before are being
+// multiplied, and the last is while the next tile begins.
+//
+// ptxas decides whether products really overlap with anything: it must not find them "serialized" (`python -m
+// benchmarks.cuda_resources --check`). The places of the waits were chosen by that.
+#pragma once
+
+#include <optional>
+
+#include "launch.h"
+#include "sweeps.h"
+
+namespace alphacl::hopper {
+
+constexpr int GROUP = 128, CONSUMERS = 2, GROUP_ROWS = 64, BLOCK_ROWS = CONSUMERS * GROUP_ROWS;
+constexpr int THREADS = (CONSUMERS + 1) * GROUP;
+constexpr int LINE = 128;  // bytes of a row in shared memory: 64 features; a tile of more is several such boxes
+
+struct Args {
+  Sweep sweep;
+  device::TensorMap rows[2], cols[2];  // of a tile's first half and of its second
+};
+
+// Where the rows of a side's tiles are: of two views a tile of SIZE rows holds SIZE/2 pairs, first the rows of one view, then
+// their partners. Rows that do not exist are zeros in shared memory.
+template <int SIZE> struct Tiling {
+  int count, start, half, pairs;  // pair numbers in all, and in a tile
+  bool paired;
+  DEVICE Tiling(int64_t n, int64_t start, int64_t half, bool paired)
+      : count(int(paired ? half : n)), start(int(start)), half(int(half)), pairs(paired ? SIZE / 2 : SIZE), paired(paired) {}
+  DEVICE int pair(int tile, int i) const { return tile * pairs + (paired ? i % (SIZE / 2) : i); }
+  DEVICE int row(int tile, int i) const { return start + pair(tile, i) + (paired && i >= SIZE / 2 ? half : 0); }
+  DEVICE int y(int tile, int second) const { return tile * pairs + (paired ? 0 : second * (SIZE / 2)); }  // in its tensor map
+};
+DEVICE Tiling<BLOCK_ROWS> row_tiling(const Sweep& a) { return {a.n_rows, a.row_start, a.half, has(a, ROWS_PAIRED)}; }
+template <int N> DEVICE Tiling<N> column_tiling(const Sweep& a) {
+  return {a.n_cols, a.col_start, a.half, has(a, COLS_PAIRED)};
+}
+
+// A block's part of its ring of column tiles, as `alphacl::Ring`.
+template <int N> struct Ring {
+  int tiles, tile, at, end, special;  // now at position `at`, which is tile `tile`
+  bool ragged;
+  DEVICE explicit Ring(const Sweep& a) {
+    const int block = device::block_x(), rows = row_tiling(a).pairs, cols = column_tiling<N>(a).pairs;
+    tiles = int((a.n_cols + N - 1) / N);
+    const int first = block * rows / cols, each = (tiles + a.parts - 1) / a.parts;
+    special = has(a, EXCLUDE) ? (block * rows + rows - 1) / cols - first + 1 : 0;
+    ragged = a.n_cols % N != 0;
+    at = int(device::block_y()) * each < tiles ? int(device::block_y()) * each : tiles;
+    end = at + each < tiles ? at + each : tiles;
+    tile = int((int64_t(first) + at) % tiles);
+  }
+  DEVICE bool none() const { return at >= end; }
+  DEVICE bool last() const { return at == end - 1; }
+  DEVICE bool masked() const { return at < special || (ragged && tile == tiles - 1); }
+  DEVICE void next() {
+    ++at;
+    if (++tile == tiles) tile = 0;
+  }
+};
+
+// Which pairs of a tile count, of a consumer's thread, whose columns are 8m + 2t + p: by distances from its first column.
+template <int N> struct Mask {
+  int own[2], last, apart;  // apart: by how much the second half's columns are numbered too high
+  DEVICE Mask(const Sweep& a, int tile, int row) {
+    const Tiling<BLOCK_ROWS> rows = row_tiling(a);
+    const Tiling<N> cols = column_tiling<N>(a);
+    const int from = cols.pair(tile, 0) + 2 * (device::thread() % 4);
+    for (int r = 0; r < 2; ++r) own[r] = has(a, EXCLUDE) ? rows.pair(device::block_x(), row + 8 * r) - from : -1;
+    last = cols.count - 1 - from;
+    apart = cols.paired ? N / 2 : 0;
+  }
+  DEVICE bool counts(int r, int column) const {
+    const int shift = column >= N / 2 ? apart : 0;
+    return column != own[r] + shift && column <= last + shift;
+  }
+};
+
+// A place in the ring of stages, and one in that of scalars: a stage may be filled again while its scalars are still read.
+template <int STAGES> struct Place {
+  int stage = 0, phase = 0, slot = 0;
+  DEVICE void next() {
+    if (++stage == STAGES) stage = 0, phase ^= 1;
+    if (++slot == STAGES + 1) slot = 0;
+  }
+};
+
+struct alignas(16) Four {
+  float x[4];
+};
+struct alignas(8) Two {
+  float x[2];
+};
+
+// Shared memory. K features, N columns in a tile; Scalars are those of two neighbouring columns.
+template <int K, int N, int STAGES, class Scalars> struct Memory {
+  static constexpr int BOXES = K / 64, ROWS = BLOCK_ROWS * BOXES * LINE, STAGE = N * BOXES * LINE;
+  static constexpr int VECTORS = N / 2 * int(sizeof(Scalars));
+  static constexpr int VECTORS_AT = ROWS + STAGES * STAGE, BARRIERS_AT = VECTORS_AT + (STAGES + 1) * VECTORS;
+  static constexpr int BYTES = BARRIERS_AT + (1 + 2 * STAGES) * int(sizeof(uint64_t));
+  static DEVICE unsigned char* rows(int group) { return device::shared() + group * (GROUP_ROWS * BOXES * LINE); }
+  static DEVICE unsigned char* stage(int k) { return device::shared() + ROWS + k * STAGE; }
+  static DEVICE Scalars* scalars(int slot) {
+    return reinterpret_cast<Scalars*>(device::shared() + VECTORS_AT + slot * VECTORS);
+  }
+  static DEVICE uint64_t* rows_full() { return reinterpret_cast<uint64_t*>(device::shared() + BARRIERS_AT); }
+  static DEVICE uint64_t* full(int k) { return rows_full() + 1 + k; }
+  static DEVICE uint64_t* empty(int k) { return rows_full() + 1 + STAGES + k; }
+
+  static DEVICE void initialise() {
+    if (device::thread() == 0) {
+      device::barrier_init(rows_full(), 1);
+      for (int k = 0; k < STAGES; ++k) {
+        device::barrier_init(full(k), 1 + N / 32);
+        device::barrier_init(empty(k), CONSUMERS * 4);
+      }
+      device::barrier_publish();
+    }
+    device::sync();
+  }
+
+  // The producer warpgroup: a thread of the first N for each column, of which one starts the copies.
+  static DEVICE void produce(const Args& args, float inv_unit) {
+    const Sweep& a = args.sweep;
+    const int thread = device::thread() - CONSUMERS * GROUP;
+    const Tiling<N> cols = column_tiling<N>(a);
+    Ring<N> ring(a);
+    if (thread >= N || ring.none()) return;
+    if (thread == 0) {
+      const Tiling<BLOCK_ROWS> tiling = row_tiling(a);
+      constexpr int RUN = N / 2;  // rows of a box
+      device::barrier_expect(rows_full(), ROWS);
+      for (int group = 0; group < CONSUMERS; ++group)
+        for (int box = 0; box < BOXES; ++box)
+          for (int from = 0; from < GROUP_ROWS; from += RUN)
+            device::tensor_copy(rows(group) + (box * GROUP_ROWS + from) * LINE, &args.rows[group], 64 * box,
+                                tiling.y(device::block_x(), group) + from, rows_full());
+    }
+    const auto scalars_of = [&](int tile) {
+      const bool exists = cols.pair(tile, thread) < cols.count;
+      const int64_t row = exists ? cols.row(tile, thread) : cols.start;
+      return alphacl::scalars<float, 2>(a, row, has(a, COLS_ANCHOR), 0.0f, inv_unit);
+    };
+    Place<STAGES> place;
+    alphacl::Scalars<float, 2> ahead = scalars_of(ring.tile);
+#pragma unroll 1
+    while (!ring.none()) {
+      device::barrier_wait(empty(place.stage), place.phase ^ 1);  // of a fresh barrier the phase before its first is over
+      if (thread == 0) {
+        device::barrier_expect(full(place.stage), STAGE);
+        for (int second = 0; second < 2; ++second)
+          for (int box = 0; box < BOXES; ++box)
+            device::tensor_copy(stage(place.stage) + (box * N + second * (N / 2)) * LINE, &args.cols[second], 64 * box,
+                                cols.y(ring.tile, second), full(place.stage));
+      }
+      Scalars& to = scalars(place.slot)[thread / 2];
+      to.x[thread % 2] = ahead.x[SCALE];
+      if constexpr (sizeof(Scalars) == sizeof(Four)) to.x[2 + thread % 2] = ahead.x[1] * ahead.x[SCALE];
+      device::sync_warp();
+      if (thread % 32 == 0) device::barrier_arrive(full(place.stage));
+      ring.next();
+      place.next();
+      if (!ring.none()) ahead = scalars_of(ring.tile);
+    }
+  }
+
+  // A consumer has read a stage.
+  static DEVICE void release(int k) {
+    device::sync_warp();
+    if (device::thread() % 32 == 0) device::barrier_arrive(empty(k));
+  }
+
+  // Starts S (64, N) = a warpgroup's rows · a stage's columns.
+  static DEVICE void similarities(float (&s)[N / 2], int group, int k) {
+    // Told anew for every tile that all lanes agree, or eight descriptors of the rows would stay in registers.
+    const uint64_t a = device::matrix_descriptor(rows(device::uniform(group)), 0, 8 * LINE);
+    const uint64_t b = device::matrix_descriptor(stage(k), 0, 8 * LINE);
+    device::product_begin();
+#pragma unroll
+    for (int step = 0; step < K / 16; ++step) {  // a descriptor counts in 16 bytes
+      const int box = step / 4, within = step % 4 * 2;
+      device::product_ss<N, 0>(s, a + box * (GROUP_ROWS * LINE / 16) + within, b + box * (N * LINE / 16) + within, step > 0);
+    }
+    device::product_commit();
+  }
+};
+
+// exp(log f − middle) of t = u·scale_i, where u is the product of two rows times scale_j.
+template <bool AFFINE> struct Exponential {
+  float c, slope, constant;
+  DEVICE explicit Exponential(const Sweep& a) {
+    const FastExponential fast(a);
+    c = fast.c, slope = fast.slope, constant = AFFINE ? fast.constant - fast.c * fast.slope : fast.constant;
+  }
+  DEVICE float of_row(float scale) const { return AFFINE ? scale * slope : scale; }
+  DEVICE float operator()(float u, float row) const {
+    if constexpr (AFFINE) return device::exp2_approx(u * row + constant);
+    const float d = positive(c - u * row);
+    return device::exp2_approx(d * d * slope + constant);
+  }
+};
+
+// This thread's two rows of its block: rows `row` and `row` + 8.
+struct Row {
+  int row;
+  DEVICE Row() : row(device::thread() / 32 * 16 + device::thread() % 32 / 4) {}
+  DEVICE bool exists(const Sweep& a, int r) const {
+    const Tiling<BLOCK_ROWS> tiling = row_tiling(a);
+    return tiling.pair(device::block_x(), row + 8 * r) < tiling.count;
+  }
+  DEVICE int64_t number(const Sweep& a, int r) const { return row_tiling(a).row(device::block_x(), row + 8 * r); }
+  DEVICE alphacl::Scalars<float, 2> scalars(const Sweep& a, int r, float inv_unit) const {
+    const int64_t at = exists(a, r) ? number(a, r) : a.row_start;
+    return alphacl::scalars<float, 2>(a, at, has(a, ROWS_ANCHOR), 0.0f, inv_unit);
+  }
+};
+
+// --- sweep 1 -----------------------------------------------------------------------------------------------------------
+
+template <int K, bool AFFINE, bool MOMENT> struct RowSums {
+  using Args = hopper::Args;
+  static constexpr int N = 128, STAGES = K <= 128 ? 4 : 2;
+  using M = Memory<K, N, STAGES, Two>;
+  static constexpr int THREADS = hopper::THREADS, BLOCKS = 1, SHARED = M::BYTES;
+
+  static DEVICE void body(const Args& args) {
+    if constexpr (device::HOPPER) {
+      M::initialise();
+      if (device::thread() >= CONSUMERS * GROUP) {
+        device::registers_less<24>();
+        M::produce(args, 1.0f);
+      } else {
+        device::registers_more<240>();
+        consume(args.sweep);
+      }
+    }
+  }
+
+  static DEVICE void consume(const Sweep& a) {
+    const int group = device::thread() / GROUP;
+    const Row row;
+    const Exponential<AFFINE> exponential(a);
+    float scale[2], slope[2], center[2], total[2][2] = {}, lost[2][2] = {};  // Σf, Σf·(t − center)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const auto s = row.scalars(a, r, 1.0f);
+      scale[r] = s.x[SCALE], center[r] = s.x[1], slope[r] = exponential.of_row(s.x[SCALE]);
+    }
+    const auto tile_sums = [&](auto masked, const float(&s)[N / 2], const Two* cols, int tile) {
+      const Mask<N> mask(a, tile, row.row);
+      float sums[2][2] = {};
+#pragma unroll
+      for (int m = 0; m < N / 8; ++m) {
+        const Two scale_j = cols[4 * m + device::thread() % 4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int r = e / 2, p = e % 2;
+          const bool counts = !masked.value || mask.counts(r, 8 * m + p);
+          const float product = s[4 * m + e] * scale_j.x[p], u = counts ? product : 0.0f;
+          const float f = counts ? exponential(u, slope[r]) : 0.0f;
+          sums[r][0] += f;
+          if (MOMENT) sums[r][1] += f * (u * scale[r] - center[r]);
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        add(total[r][0], lost[r][0], sums[r][0]);
+        if (MOMENT) add(total[r][1], lost[r][1], sums[r][1]);
+      }
+    };
+
+    Ring<N> ring(a);
+    Place<STAGES> place;
+    // Takes the sums of the tile whose S is there, while the next one's is on its way; the last one's is asked for once more.
+    const auto step = [&](const float(&s)[N / 2], float(&next)[N / 2]) {
+      const bool last = ring.last(), masked = ring.masked();
+      const int tile = ring.tile;
+      const Two* cols = M::scalars(place.slot);
+      M::release(place.stage);
+      ring.next();
+      if (!last) place.next();
+      device::barrier_wait(M::full(place.stage), place.phase);
+      M::similarities(next, group, place.stage);
+      if (masked) tile_sums(True{}, s, cols, tile);
+      else tile_sums(False{}, s, cols, tile);
+      device::product_wait<0>();
+      return last;
+    };
+    if (!ring.none()) {
+      float even[N / 2], odd[N / 2];
+      device::barrier_wait(M::rows_full(), 0);
+      device::barrier_wait(M::full(0), 0);
+      M::similarities(even, group, 0);
+      device::product_wait<0>();
+#pragma unroll 1
+      while (!step(even, odd) && !step(odd, even)) {
+      }
+    }
+
+    float* out = slot<float>(a, a.out, device::block_y(), 0);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float f = row_sum(total[r][0]), ft = row_sum(total[r][1]);
+      if (row.exists(a, r) && device::thread() % 4 == 0) {
+        out[a.row_of_term[TERM_F] * a.anchors + row.number(a, r)] = f;
+        if (MOMENT) out[a.row_of_term[TERM_FT] * a.anchors + row.number(a, r)] = ft;
+      }
+    }
+  }
+
+  struct True {
+    static constexpr bool value = true;
+  };
+  struct False {
+    static constexpr bool value = false;
+  };
+};
+
+// --- sweep 2 -----------------------------------------------------------------------------------------------------------
+
+template <int K, bool AFFINE> struct PairGrad {
+  using Args = hopper::Args;
+  static constexpr int N = K <= 128 ? 128 : 64, STAGES = 4, PIECES = 4, STEPS = N / 16 / PIECES;
+  using M = Memory<K, N, STAGES, Four>;
+  static constexpr int THREADS = hopper::THREADS, BLOCKS = 1, SHARED = M::BYTES;
+
+  static DEVICE void body(const Args& args) {
+    if constexpr (device::HOPPER) {
+      M::initialise();
+      if (device::thread() >= CONSUMERS * GROUP) {
+        device::registers_less<24>();
+        M::produce(args, inverse_unit<float>(args.sweep));
+      } else {
+        device::registers_more<240>();
+        consume(args.sweep);
+      }
+    }
+  }
+
+  static DEVICE void consume(const Sweep& a) {
+    const int group = device::thread() / GROUP;
+    const Row row;
+    const Exponential<AFFINE> exponential(a);
+    float slope[2], gain[2], acc[K / 2] = {};
+    uint32_t w[PIECES][STEPS][4];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const auto s = row.scalars(a, r, inverse_unit<float>(a));
+      slope[r] = exponential.of_row(s.x[SCALE]), gain[r] = s.x[1];
+    }
+    // Weights times the columns' scales, as operand of 16 columns a step.
+    const auto weights = [&](auto masked, uint32_t(&to)[STEPS][4], int piece, const float(&s)[N / 2], const Four* cols,
+                             int tile) {
+      const Mask<N> mask(a, tile, row.row);
+#pragma unroll
+      for (int k = 0; k < 2 * STEPS; ++k) {
+        const int m = 2 * STEPS * piece + k;
+        const Four column = cols[4 * m + device::thread() % 4];
+        float x[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int r = e / 2, p = e % 2;
+          const float f = exponential(s[4 * m + e] * column.x[p], slope[r]), g = gain[r] * column.x[p] + column.x[2 + p];
+          x[e] = !masked.value || mask.counts(r, 8 * m + p) ? f * g : 0.0f;
+        }
+        to[k / 2][k % 2 * 2] = device::pack_bf16(x[0], x[1]), to[k / 2][k % 2 * 2 + 1] = device::pack_bf16(x[2], x[3]);
+      }
+    };
+    // Starts acc += W·F for the columns of a piece.
+    const auto multiply = [&](uint32_t(&x)[STEPS][4], int piece, int stage) {
+      const uint64_t b = device::matrix_descriptor(M::stage(stage), N * LINE, 8 * LINE) + piece * STEPS * (16 * LINE / 16);
+      device::product_begin();
+#pragma unroll
+      for (int k = 0; k < STEPS; ++k) device::product_rs<K, 1>(acc, x[k], b + k * (16 * LINE / 16), 1);
+      device::product_commit();
+    };
+
+    Ring<N> ring(a);
+    Place<STAGES> place;
+    int before = -1;  // stage of the tile whose W·F is under way
+    // Adds the tile whose S is there, while the next one's is on its way; the last one's is asked for once more.
+    const auto step = [&](const float(&s)[N / 2], float(&next)[N / 2]) {
+      const bool last = ring.last(), masked = ring.masked();
+      const int tile = ring.tile, stage = place.stage;
+      const Four* cols = M::scalars(place.slot);
+      ring.next();
+      if (!last) place.next();
+      device::barrier_wait(M::full(place.stage), place.phase);
+      M::similarities(next, group, place.stage);
+      device::product_wait<1>();  // the tile before has been multiplied
+      if (before >= 0) M::release(before);
+      before = stage;
+#pragma unroll
+      for (int piece = 0; piece < PIECES; ++piece) {
+        if (masked) weights(True{}, w[piece], piece, s, cols, tile);
+        else weights(False{}, w[piece], piece, s, cols, tile);
+        multiply(w[piece], piece, stage);
+      }
+      device::product_wait<1>();  // not for the last piece; there are no registers for more to be under way
+      return last;
+    };
+    if (!ring.none()) {
+      float even[N / 2], odd[N / 2];
+      device::barrier_wait(M::rows_full(), 0);
+      device::barrier_wait(M::full(0), 0);
+      M::similarities(even, group, 0);
+      device::product_wait<0>();
+#pragma unroll 1
+      while (!step(even, odd) && !step(odd, even)) {
+      }
+      device::product_wait<0>();
+    }
+
+    const float unit = unit_of<float>(a);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (!row.exists(a, r)) continue;
+      float* to = static_cast<float*>(a.df) + (device::block_y() * a.n_out + row.number(a, r) - a.lo) * a.dim;
+#pragma unroll
+      for (int d = 0; d < K / 8; ++d)
+#pragma unroll
+        for (int p = 0; p < 2; ++p) {
+          const int feature = 8 * d + 2 * (device::thread() % 4) + p;
+          if (feature < a.dim) to[feature] = acc[4 * d + 2 * r + p] * unit;
+        }
+    }
+  }
+
+  struct True {
+    static constexpr bool value = true;
+  };
+  struct False {
+    static constexpr bool value = false;
+  };
+};
+
+// --- launches ----------------------------------------------------------------------------------------------------------
+
+// Starts a kernel for `rows` row blocks of 64, and returns null or what went wrong; nothing where another one is to serve the
+// launch. What these kernels serve is all rows against all columns.
+template <class Kernel> std::optional<const char*> start(const Sweep& a, int rows, void* stream) {
+  if (hopper_mode == 0 || (a.flags & BOTH)) return {};
+  const int64_t most = INT32_MAX - 256;
+  const bool all_columns = a.begin == 0 && a.end == (a.n_cols + SIDE - 1) / SIDE;
+  const bool all = all_columns && a.first_block == 0 && rows == (a.n_rows + SIDE - 1) / SIDE;
+  const bool fits = (a.flags & ALIGNED) && a.stride >= a.dim && a.row_start + a.n_rows < most && a.col_start + a.n_cols < most;
+  if (!all || !fits || !device::runs_hopper<Kernel>()) {
+    if (hopper_mode == 1) return "required of the kernels of hopper.h, which cannot serve this launch";
+    return {};
+  }
+  Args args{a, {}, {}};
+  const auto describe = [&](device::TensorMap(&maps)[2], int64_t first, int64_t n, bool paired) -> const char* {
+    for (int second = 0; second < 2; ++second) {
+      const auto* from = static_cast<const uint16_t*>(a.f) + (first + (paired && second ? a.half : 0)) * a.stride;
+      const char* error = device::tensor_map(maps[second], from, a.dim, paired ? a.half : n, 2 * a.stride, Kernel::N / 2);
+      if (error) return error;
+    }
+    return nullptr;
+  };
+  if (const char* error = describe(args.rows, a.row_start, a.n_rows, a.flags & ROWS_PAIRED)) return error;
+  if (const char* error = describe(args.cols, a.col_start, a.n_cols, a.flags & COLS_PAIRED)) return error;
+  return device::launch<Kernel>(int((a.n_rows + BLOCK_ROWS - 1) / BLOCK_ROWS), a.parts, Kernel::SHARED, args, stream);
+}
+
+// Of a call that the fast kernels serve.
+template <int K> std::optional<const char*> row_sums(const Sweep& a, int rows, void* stream) {
+  const bool affine = a.kind != POWER, moment = a.row_of_term[TERM_FT] >= 0;
+  if (affine && moment) return start<RowSums<K, true, true>>(a, rows, stream);
+  if (affine) return start<RowSums<K, true, false>>(a, rows, stream);
+  if (moment) return start<RowSums<K, false, true>>(a, rows, stream);
+  return start<RowSums<K, false, false>>(a, rows, stream);
+}
+template <int K> std::optional<const char*> pair_grad(const Sweep& a, int rows, void* stream) {
+  if (a.kind != POWER) return start<PairGrad<K, true>>(a, rows, stream);
+  return start<PairGrad<K, false>>(a, rows, stream);
+}
+
+}  // namespace alphacl::hopper
