@@ -7,7 +7,7 @@ second sweep waits for the incoming row gradient. Derivation: docs/design.md.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
-from .objectives import ClosedForm, Objective, Rows
+from .objectives import ROW_STEPS, ClosedForm, Objective, Rows, RowScalars
 from .objectives import kind as lookup
 
 
@@ -51,14 +51,13 @@ class Call:
             return row_losses
         return row_losses.mean() if self.reduction == "mean" else row_losses.sum()
 
-    def row_weights(self, grad: Tensor, n_pairs: int) -> Tensor:
-        """(anchors,) derivative of the reduced loss in each row loss, times the incoming gradient."""
-        half = self.negatives == "cross_view" and self.symmetric
+    def divisor(self, n_pairs: int) -> int:
+        """Of the sum of all row losses: the reduced loss, where that is one number."""
         if self.reduction == "none":
-            return (grad / 2).repeat(2) if half else grad
-        anchors = self.anchors(n_pairs)
-        weight = grad / anchors if self.reduction == "mean" else grad / 2 if half else grad
-        return weight.expand(anchors)
+            return 1
+        if self.reduction == "mean":
+            return self.anchors(n_pairs)
+        return 2 if self.negatives == "cross_view" and self.symmetric else 1
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -114,9 +113,9 @@ class Features:
 
 
 def positives(rows: Tensor, similarity: str) -> Tensor:
-    """(N,) t⁺ of the positive pairs from the stacked views (2N, D)."""
+    """(2N,) t⁺ of every row of the stacked views (2N, D)."""
     a, b = rows.chunk(2)
-    return (a - b).square().sum(1) / -2 if similarity == "euclidean" else (a * b).sum(1)
+    return ((a - b).square().sum(1) / -2 if similarity == "euclidean" else (a * b).sum(1)).repeat(2)
 
 
 class Layout(NamedTuple):
@@ -142,8 +141,8 @@ class Operators:
     """`row_sums` and `pair_grad` with everything bound that is the same in all sweeps of a call."""
 
     def __init__(self, tau: Tensor, call: Call) -> None:
-        self._kind, self._backend, self._precision = call.objective.kind, call.backend, call.precision
-        self._tau = call.objective.kind_tau(tau)
+        self.backend, self.tau = call.backend, call.objective.kind_tau(tau)
+        self._kind, self._precision = call.objective.kind, call.precision
         self._params = call.objective.params(call.c)
         self._span = _span(call)
 
@@ -153,8 +152,8 @@ class Operators:
     ) -> Tensor:  # fmt: skip
         """(len(terms), anchors) from row scalars (anchors,)."""
         return ops.row_sums(
-            f.f, f.scale, f.bias, center, shift, offset, self._tau, self._kind, self._params, terms, split, partner,
-            center.shape[0], self._span, self._precision, self._backend,
+            f.f, f.scale, f.bias, center, shift, offset, self.tau, self._kind, self._params, terms, split, partner,
+            center.shape[0], self._span, self._precision, self.backend,
         )  # fmt: skip
 
     def pair_grad(
@@ -163,8 +162,8 @@ class Operators:
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """dF (hi − lo, D), row sums of the weights with a bias, (len(terms), anchors) from row scalars (anchors,)."""
         return ops.pair_grad(
-            f.f, f.scale, f.bias, center, gain, shift, offset, level, self._tau, self._kind, self._params, weight, terms,
-            split, partner, lo, hi, self._span, self._precision, self._backend,
+            f.f, f.scale, f.bias, center, gain, shift, offset, level, self.tau, self._kind, self._params, weight, terms,
+            split, partner, lo, hi, self._span, self._precision, self.backend,
         )  # fmt: skip
 
 
@@ -172,10 +171,10 @@ class Sweeps:
     """One batch bound to its operators: the `Pairs` that an objective solves on, and the gradient sweep."""
 
     def __init__(self, features: Features, pos: Tensor, tau: Tensor, call: Call) -> None:
-        self.layout = Layout.make(call, pos.shape[0])
+        self.layout = Layout.make(call, pos.shape[0] // 2)
         self.features = features.part(slice(self.layout.rows))
-        self.pos = torch.cat([pos, pos]) if self.layout.anchors > pos.shape[0] else pos
-        self.n_neg, self.tau = self.layout.n_neg, tau
+        self.pos = pos[: self.layout.anchors]
+        self.n_neg, self.tau, self.divisor = self.layout.n_neg, tau, call.divisor(pos.shape[0] // 2)
         self.operators = Operators(tau, call)
 
     def sums(
@@ -191,16 +190,24 @@ class Sweeps:
             self.features, terms, self.layout.split, self.layout.partner, center, shift, offset
         )
 
-    def grad(
-        self, rows: Rows, c: Tensor, weight: str, terms: tuple[str, ...], lo: int, hi: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One `pair_grad` sweep for rows [lo, hi), with row weights c (anchors,)."""
+    def step(self, name: str, *vectors: Tensor, params: tuple[float, ...] = ()) -> dict[str, Tensor]:
+        function, outputs = ROW_STEPS[name]
+        tau, backend = self.operators.tau, self.operators.backend
+        if ops.has_row_step(backend):
+            anchors, scalars = self.layout.anchors, (tau, self.n_neg, self.divisor)
+            values = ops.row_step(vectors, *scalars, anchors, name, params, backend).unbind(0)
+        else:
+            values = function(vectors, RowScalars(tau, self.n_neg, self.divisor), params)
+        return dict(zip(outputs, values, strict=True))
+
+    def grad(self, rows: Rows, weight: str, terms: tuple[str, ...], lo: int, hi: int) -> tuple[Tensor, Tensor, Tensor]:
+        """One `pair_grad` sweep for rows [lo, hi)."""
         if lo == hi and not terms:
             nothing = self.pos.new_empty(0)
             return nothing, nothing, nothing
         center = self.pos if rows.center is None else rows.center
         return self.operators.pair_grad(
-            self.features, weight, terms, self.layout.split, self.layout.partner, lo, hi, center, rows.gain * c, rows.shift,
+            self.features, weight, terms, self.layout.split, self.layout.partner, lo, hi, center, rows.gain, rows.shift,
             rows.offset, rows.level,
         )  # fmt: skip
 
@@ -299,7 +306,7 @@ def closed_form(
     mean = mean_negative(
         rows[: layout.rows], None if bias is None else bias[: layout.rows], layout, everywhere=everywhere
     )
-    return call.objective.weight(layout.n_neg) * (mean - (torch.cat([pos, pos]) if layout.anchors > len(pos) else pos))
+    return call.objective.weight(layout.n_neg) * (mean - pos[: layout.anchors])
 
 
 class AlphaCLFunction(torch.autograd.Function):
@@ -319,8 +326,7 @@ class AlphaCLFunction(torch.autograd.Function):
                 rows = problem.solve(learn_tau=need[2])
                 ctx.save_for_backward(*problem.features.tensors(), problem.pos, tau, *row_tensors(rows))
                 return call.reduce(rows.loss)
-            one = tau.new_ones(())
-            loss, *grads = problem.loss_and_gradient(one, need)
+            loss, *grads = problem.loss_and_gradient(need)
             ctx.save_for_backward(*grads)
             return loss
 
@@ -328,18 +334,22 @@ class AlphaCLFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
+        dz_dtype, _, tau_dtype = ctx.dtypes
+        need_1, need_2, _ = ctx.needs_input_grad[:3]
         with torch.autocast(grad.device.type, enabled=False):
             if call.reduction == "none":
                 f, scale, bias, inv_norm, pos, tau, *rows = ctx.saved_tensors
                 problem = Problem(Features(f, scale, bias, inv_norm), pos, tau, call)
-                grads = problem.gradient(rows_from(rows), grad, ctx.needs_input_grad[:3])
-                grads = [None if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)]
+                dz, dtau = problem.gradient(rows_from(rows), grad, ctx.needs_input_grad[:3])
+                dz = None if dz is None else dz.to(dz_dtype)
             else:
                 # float32 until it is scaled: a half-precision gradient of 1e-8 would vanish before GradScaler sees it
-                grads = [
-                    None if g is None else (g * grad).to(d) for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-                ]
-        return *grads, None
+                dz, dtau = ctx.saved_tensors
+                dz = None if dz is None else torch.mul(dz, grad, out=dz.new_empty(dz.shape, dtype=dz_dtype))
+                dtau = None if dtau is None else dtau * grad
+        dtau = None if dtau is None else dtau.to(tau_dtype)
+        n = 0 if dz is None else dz.shape[0] // (need_1 + need_2)
+        return (dz[:n] if need_1 else None), (dz[-n:] if need_2 else None), dtau, None
 
 
 _ROW_FIELDS = tuple(field.name for field in fields(Rows) if field.name != "loss")  # the backward has no use for it
@@ -354,8 +364,8 @@ def rows_from(tensors: list[Tensor | None]) -> Rows:
 
 
 def features_of_views(z1: Tensor, z2: Tensor, call: Call, center: Tensor | None = None) -> tuple[Features, Tensor]:
-    """Features of the stacked views and t⁺ (N,); ``center`` as of `Features.make`."""
-    if call.similarity == "cosine" and ops.has_row_steps(call.backend):
+    """Features of the stacked views and t⁺ (2N,); ``center`` as of `Features.make`."""
+    if call.similarity == "cosine" and ops.has_unit_rows(call.backend):
         f, inv_norm, pos = ops.unit_rows(z1.detach(), z2.detach(), call.backend)
         scale = None if z1.dtype == pos.dtype else inv_norm
         return Features(f, scale, None, inv_norm), pos
@@ -368,12 +378,8 @@ class Problem:
 
     def __init__(self, features: Features, pos: Tensor, tau: Tensor, call: Call, sweeps: Sweeps | None = None) -> None:
         self.features, self.pos, self.tau, self.call = features, pos, tau, call
-        self.n_pairs = pos.shape[0]
+        self.n_pairs = pos.shape[0] // 2
         self.sweeps = sweeps or Sweeps(features, pos, tau, call)
-
-    def weights(self, grad: Tensor) -> Tensor:
-        """(anchors,) row weights c_i for an incoming gradient."""
-        return self.call.row_weights(grad.to(self.tau.dtype), self.n_pairs)
 
     def reduce(self, row_losses: Tensor) -> Tensor:
         """(anchors,) → what the caller receives."""
@@ -386,23 +392,27 @@ class Problem:
     def solve(self, learn_tau: bool) -> Rows:
         return self.call.objective.solve(self.sweeps, learn_tau and self.call.objective.tau_gradient == "rows")
 
-    def loss_and_gradient(self, grad: Tensor, need: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
-        """Scalar loss, dz1, dz2, dτ (None where not needed)."""
+    def loss_and_gradient(self, need: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Scalar loss, (dz1, dz2) in one tensor, dτ (None where not needed)."""
         objective = self.call.objective
         if objective.one_sweep:
-            return self._gradient(objective.start(self.sweeps), grad, need, finish=True)
-        return self._gradient(self.solve(learn_tau=need[2]), grad, need)
+            rows, dz, dtau = self._gradient(objective.start(self.sweeps), need, finish=True)
+        else:
+            rows, dz, dtau = self._gradient(self.solve(learn_tau=need[2]), need)
+        return self.reduce(rows.loss), dz, dtau
 
-    def gradient(self, rows: Rows, grad: Tensor, need: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
-        """dz1, dz2, dτ for an incoming gradient."""
-        return self._gradient(rows, grad, need)[1:]
+    def gradient(self, rows: Rows, grad: Tensor, need: tuple[bool, bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+        """(dz1, dz2) in one tensor and dτ for an incoming gradient of every row's loss."""
+        half = self.call.negatives == "cross_view" and self.call.symmetric
+        c = (grad / 2).repeat(2) if half else grad.to(self.tau.dtype)
+        weighted = {name: x * c for name in ("gain", "mass", "dtau") if (x := getattr(rows, name)) is not None}
+        return self._gradient(replace(rows, **weighted), need)[1:]
 
     def _gradient(
-        self, rows: Rows, grad: Tensor, need: tuple[bool, bool, bool], finish: bool = False
-    ) -> tuple[Tensor | None, ...]:
+        self, rows: Rows, need: tuple[bool, bool, bool], finish: bool = False
+    ) -> tuple[Rows, Tensor | None, Tensor | None]:
         call, objective, n = self.call, self.call.objective, self.n_pairs
         need_1, need_2, need_tau = need
-        c = self.weights(grad)
         lo = 0 if need_1 else n
         hi = 2 * n if need_2 else n
         if call.negatives == "one_view":  # z2 meets the pairs only through the positives
@@ -411,32 +421,29 @@ class Problem:
         weight = "df" if objective.derivative else "f" if rows.level is None else "f+df"
         if need_tau and objective.tau_gradient == "pairs":
             terms = (*terms, "dtau")
-        df, weight_sums, sums = self.sweeps.grad(rows, c, weight, terms, lo, hi)
+        df, weight_sums, sums = self.sweeps.grad(rows, weight, terms, lo, hi)
         if finish:
             rows = objective.finish(self.sweeps, rows, sums)
-        d = df
-        if hi - lo < 2 * n:  # rows outside [lo, hi) receive only what comes through their positive
-            d = self.tau.new_zeros(2 * n, self.features.f.shape[1])
-            d[lo:hi] = df.view(-1, d.shape[1])
-        q = c * rows.mass
-        q = q[:n] + q[n:] if q.shape[0] > n else q  # (N,): both anchors of a positive pair
-        dz = self._through_rows(d, q, weight_sums, slice(lo, hi))
-        loss = dtau = None
+        dz = dtau = None
+        if need_1 or need_2:
+            d = df
+            if hi - lo < 2 * n:  # rows outside [lo, hi) receive only what comes through their positive
+                d = self.tau.new_zeros(2 * n, self.features.f.shape[1])
+                d[lo:hi] = df.view(-1, d.shape[1])
+            dz = self._through_rows(d, rows.mass, weight_sums, slice(lo, hi))[0 if need_1 else n : 2 * n if need_2 else n]
         if need_tau:
-            per_row = rows.gain * sums[-1] if objective.tau_gradient == "pairs" else rows.dtau
-            dtau = self.total((c * per_row).sum())
-        if rows.loss is not None:
-            loss = self.reduce(rows.loss)
-        return loss, (dz[:n] if need_1 else None), (dz[n:] if need_2 else None), dtau
+            dtau = self.total((rows.gain * sums[-1] if objective.tau_gradient == "pairs" else rows.dtau).sum())
+        return rows, dz, dtau
 
     def _through_rows(self, d: Tensor, q: Tensor, weight_sums: Tensor, used: slice) -> Tensor:
-        """Adds what comes through the positives and the rows' own making to d; may write to it."""
-        features, similarity = self.features, self.call.similarity
-        if similarity == "cosine" and ops.has_row_steps(self.call.backend):
+        """Adds what comes through the positives, q (anchors,), and the rows' own making to d; may write to it."""
+        features, similarity, n = self.features, self.call.similarity, self.n_pairs
+        if similarity == "cosine" and ops.has_unit_rows(self.call.backend):
             ops.finish_rows(d, features.f, features.inv_norm, q, self.call.backend)
             return d
+        q = q.unsqueeze(1) if q.shape[0] == n else (q[:n] + q[n:]).unsqueeze(1)  # both anchors of a positive pair
         rows = features.rows()
-        (f1, f2), (d1, d2), q = rows.chunk(2), d.chunk(2), q.unsqueeze(1)
+        (f1, f2), (d1, d2) = rows.chunk(2), d.chunk(2)
         if similarity == "euclidean":
             d[used] -= weight_sums[used].unsqueeze(1) * rows[used]
             apart = q * (f1 - f2)

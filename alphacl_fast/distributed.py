@@ -314,7 +314,10 @@ class Block:
 
 def pack(tensors: Iterable[Tensor | None]) -> Tensor:
     """The bytes of some tensors as one message. Wide ones must come first, to be aligned when they are unpacked."""
-    return torch.cat([x.contiguous().view(-1).view(torch.uint8) for x in tensors if x is not None])
+    whole = (x.contiguous() for x in tensors if x is not None)
+    # A single number that was expanded counts as contiguous, but cannot be seen as bytes.
+    dense = (x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format) for x in whole)
+    return torch.cat([x.view(-1).view(torch.uint8) for x in dense])
 
 
 def unpack(message: Tensor, like: list[tuple[Tensor | None, int]]) -> list[Tensor | None]:
@@ -444,7 +447,7 @@ class GlobalSweeps(Sweeps):
 
     def __init__(self, features: Features, pos: Tensor, tau: Tensor, call: Call, ranks: Ranks) -> None:
         super().__init__(features, pos, tau, call)
-        self.n_neg = Layout.make(call, ranks.total).n_neg
+        self.n_neg, self.divisor = Layout.make(call, ranks.total).n_neg, call.divisor(ranks.total)
         self.layout = self.layout._replace(n_neg=self.n_neg)
         self.call, self.ranks = call, ranks
         self.layouts = [Layout.make(call, n) for n in ranks.sizes]
@@ -462,13 +465,13 @@ class GlobalSweeps(Sweeps):
         return self._everywhere(terms, None, (center, shift, offset)).sums
 
     def grad(
-        self, rows: Rows, c: Tensor, weight: str, terms: tuple[str, ...], lo: int, hi: int
+        self, rows: Rows, weight: str, terms: tuple[str, ...], lo: int, hi: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         if not any(self.ranks.want[:2]) and not terms:
             nothing = self.pos.new_empty(0)
             return nothing, nothing, nothing
         center = self.pos if rows.center is None else rows.center
-        scalars = (center, (rows.gain * c).contiguous(), rows.shift, rows.offset, rows.level)
+        scalars = (center, rows.gain, rows.shift, rows.offset, rows.level)
         result = self._everywhere(terms, weight, scalars)
         return result.df[lo:hi], result.weight_sums, result.sums
 
@@ -618,23 +621,25 @@ class GlobalProblem(Problem):
         super().__init__(features, pos, tau, call, GlobalSweeps(features, pos, tau, call, ranks))
         self.ranks = ranks
 
-    def weights(self, grad: Tensor) -> Tensor:
-        return global_weights(grad.to(self.tau.dtype), self.call, self.ranks)
-
     def reduce(self, row_losses: Tensor) -> Tensor:
         return global_reduce(row_losses, self.call, self.ranks)
 
     def total(self, x: Tensor) -> Tensor:
-        # The average over the processes, of which each has its own copy of τ: their sum would count the batch P times.
-        return self.ranks.all_reduce(x) / self.ranks.world
+        # Of each process's own objective the average, for each has its own copy of τ; a shared loss is its own average.
+        total = self.ranks.all_reduce(x)
+        return total / self.ranks.world if self.call.reduction == "none" else total
+
+    def loss_and_gradient(self, need: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As of one process, but dz is that of the sum of what all processes return, P times the loss."""
+        loss, dz, dtau = super().loss_and_gradient(need)
+        return loss, None if dz is None else dz.mul_(self.ranks.world), dtau
 
 
 def global_weights(grad: Tensor, call: Call, ranks: Ranks) -> Tensor:
     """(anchors,) of this process: derivative in its row losses of what all processes return, summed."""
     if call.reduction == "none":
-        return call.row_weights(grad, ranks.sizes[ranks.rank])
-    weights = call.row_weights(grad * ranks.world, ranks.total)
-    return weights[: call.anchors(ranks.sizes[ranks.rank])]
+        return (grad / 2).repeat(2) if call.negatives == "cross_view" and call.symmetric else grad
+    return (grad * (ranks.world / call.divisor(ranks.total))).expand(call.anchors(ranks.sizes[ranks.rank]))
 
 
 def global_reduce(row_losses: Tensor, call: Call, ranks: Ranks) -> Tensor:
@@ -652,8 +657,8 @@ class GlobalFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z1: Tensor, z2: Tensor, tau: Tensor, call: Call, ranks: Ranks) -> Tensor:
-        ctx.call, ctx.ranks, ctx.dtypes = call, ranks, (z1.dtype, z2.dtype, tau.dtype)
-        need, want = ctx.needs_input_grad[:3], ranks.want
+        ctx.call, ctx.ranks, ctx.dtypes = call, ranks, (z1.dtype, tau.dtype)
+        want = ranks.want
         tau = tau.to(accumulation_dtype(z1.dtype))
         problem = GlobalProblem(*features_of_views(z1, z2, call, _center(z1, z2, call, ranks)), tau, call, ranks)
         if not any(want):
@@ -662,22 +667,29 @@ class GlobalFunction(torch.autograd.Function):
             rows = problem.solve(learn_tau=want[2])
             ctx.save_for_backward(*problem.features.tensors(), problem.pos, tau, *row_tensors(rows))
             return problem.reduce(rows.loss)
-        loss, *grads = problem.loss_and_gradient(tau.new_ones(()), want)
-        ctx.save_for_backward(*(g if needed else None for g, needed in zip(grads, need, strict=True)))
+        loss, dz, dtau = problem.loss_and_gradient(want)
+        ctx.save_for_backward(dz, dtau)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ranks, (dz_dtype, tau_dtype) = ctx.ranks, ctx.dtypes
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.call.reduction == "none":
                 f, scale, bias, inv_norm, pos, tau, *rows = ctx.saved_tensors
-                problem = GlobalProblem(Features(f, scale, bias, inv_norm), pos, tau, ctx.call, ctx.ranks)
-                grads = problem.gradient(rows_from(rows), grad, ctx.ranks.want)
+                problem = GlobalProblem(Features(f, scale, bias, inv_norm), pos, tau, ctx.call, ranks)
+                dz, dtau = problem.gradient(rows_from(rows), grad, ranks.want)
             else:
-                grads = [None if g is None else g * grad for g in ctx.saved_tensors]
-        needed = zip(grads, ctx.needs_input_grad, ctx.dtypes, strict=False)
-        return *(g.to(dtype) if need and g is not None else None for g, need, dtype in needed), None, None
+                dz, dtau = (None if g is None else g * grad for g in ctx.saved_tensors)
+        dz1 = dz2 = None
+        if dz is not None:  # of the views that any process wants, one below the other
+            n, both = ranks.sizes[ranks.rank], ranks.want[0] and ranks.want[1]
+            parts = dz.to(dz_dtype).split(n) if both and n else (dz.to(dz_dtype),) * 2
+            dz1, dz2 = parts[0], parts[-1]
+        need_1, need_2, need_tau = ctx.needs_input_grad[:3]
+        dtau = dtau.to(tau_dtype) if need_tau and dtau is not None else None
+        return (dz1 if need_1 else None), (dz2 if need_2 else None), dtau, None, None
 
 
 class GlobalClosedForm(torch.autograd.Function):

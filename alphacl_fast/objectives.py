@@ -9,13 +9,15 @@ and ``d²_ij = c − t_ij`` (c = 1 for cosine and dot, 0 for euclidean, where t 
 * `ClosedForm`  constant α: sums over pairs collapse to O(n·D)
 
 Every member is served by two sweeps over the pairs, `row_sums` and `pair_grad` (docs/design.md). A sweep knows a pair
-function only as a `PairKind`; what comes between the sweeps is O(n) and is written in the ``solve`` methods below.
+function only as a `PairKind`; what comes between the sweeps is O(n): the ``solve`` methods below, made of `RowStep`s.
 
 A `PairKind` maps a tensor x elementwise, given the temperature τ (0-dim tensor) and static ``params``:
 
 * linear kinds: ``f(x)``, ``df = ∂f/∂x``, ``dtau = ∂f/∂τ`` with ``x = (t − shift_i) + offset_i``;
 * log kinds: the same three of ``log f`` with x = t. They are summed in the log domain, because exp(Δ/τ) overflows
   float64 at τ = 1e-3 and a normalised weight underflows to 0/0 at τ = 5e-3.
+
+A `RowStep` is pointwise over the anchors in the same way, so that a backend may make one launch of it.
 """
 
 from __future__ import annotations
@@ -249,6 +251,7 @@ class Pairs(Protocol):
     pos: Tensor  # (anchors,) t⁺_i
     tau: Tensor  # () temperature
     n_neg: int  # |Neg(i)|, the same for every anchor
+    divisor: int  # of the sum of all L_i: the loss, where it is one number
 
     def sums(
         self,
@@ -259,6 +262,10 @@ class Pairs(Protocol):
         center: Tensor | None = None,
     ) -> Tensor:
         """One `row_sums` sweep: (len(terms), anchors); moments are taken of t − center, by default of Δ."""
+        ...
+
+    def step(self, name: str, *vectors: Tensor, params: tuple[float, ...] = ()) -> dict[str, Tensor]:
+        """The outputs (anchors,) of `ROW_STEPS[name]`; vectors are (anchors,), or expanded to it."""
         ...
 
     def mean_negative(self) -> Tensor:
@@ -276,9 +283,9 @@ class Pairs(Protocol):
 
 @dataclass
 class Rows:
-    """Row scalars: what `pair_grad` needs, before the incoming row weight c_i multiplies ``gain`` and ``mass``.
+    """Row scalars: what `pair_grad` needs. ``gain``, ``mass`` and ``dtau`` are divided by `Pairs.divisor`.
 
-    g_ij = c_i·gain_i·(df | f | f + df·(t_ij − center_i − level_i)),  q_i = c_i·mass_i = −∂L/∂t⁺_i.
+    g_ij = gain_i·(df | f | f + df·(t_ij − center_i − level_i)),  q_i = mass_i = −∂L/∂t⁺_i.
     """
 
     gain: Tensor
@@ -337,12 +344,35 @@ class Objective:
         """Adds ``mass`` and ``loss`` from the sums over `terms`."""
         raise NotImplementedError
 
+    def even(self, p: Pairs) -> Tensor:
+        """The gain of rows whose pairs weigh as the pair kind says."""
+        return torch.full_like(p.pos, 1 / p.divisor)
+
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(f'{k}={_show(v)}' for k, v in self.options.items())})"
 
 
 def _show(value: Any) -> str:
     return getattr(value, "__name__", repr(value)) if callable(value) else repr(value)
+
+
+class RowScalars(NamedTuple):
+    """Numbers that all rows share, of `Pairs`; a backend that compiles a row step gives 0-dim tensors for all of them."""
+
+    tau: Tensor  # as the pair kind sees it
+    n_neg: int | Tensor
+    divisor: int | Tensor
+
+
+class RowStep(NamedTuple):
+    """A pointwise function of row vectors, ``function(vectors, scalars, params)`` → one vector for each of ``outputs``."""
+
+    function: Callable[[tuple[Tensor, ...], RowScalars, tuple[float, ...]], tuple[Tensor, ...]]
+    outputs: tuple[str, ...]  # fields of `Rows`, or what the iteration of a min player goes by
+
+
+#: The row steps by the name under which they cross the operator schema; each stands beside the objective that it is of.
+ROW_STEPS: dict[str, RowStep] = {}
 
 
 # --- (a) φ/ψ losses ---------------------------------------------------------------------------------------------------
@@ -389,12 +419,12 @@ class PairLoss(Objective):
         return torch.ones_like(xi) if self._phi is None else self._phi.derivative(xi)
 
     def start(self, p: Pairs) -> Rows:
-        return Rows(gain=torch.ones_like(p.pos), shift=p.pos)
+        return Rows(gain=self.even(p), shift=p.pos)
 
     def finish(self, p: Pairs, rows: Rows, sums: Tensor) -> Rows:
         xi, dxi = sums
-        dphi = self.dphi(xi, p.tau)
-        return replace(rows, gain=dphi, mass=dphi * dxi, loss=self.phi(xi, p.tau))
+        gain = rows.gain if self._phi is None else self.dphi(xi, p.tau) / p.divisor
+        return replace(rows, gain=gain, mass=gain * dxi, loss=self.phi(xi, p.tau))
 
 
 class _LinearPairLoss(PairLoss):
@@ -441,11 +471,52 @@ def _outer_log_plus(epsilon: float) -> _Outer:  # φ = log(ε + x)
     )
 
 
-_OUTER_LOG = _outer_log_plus(0.0)
-_OUTER_LOG1P = _outer_log_plus(1.0)
-_OUTER_LOG_SQUARED = _Outer(  # φ = max(log x, 0)²
-    lambda ell: torch.relu(ell).square(), lambda ell: 2 * torch.relu(ell), lambda ell: -torch.relu(ell).square()
-)
+_OUTERS: dict[str, Callable[[float], _Outer]] = {
+    "log(ε + x)": _outer_log_plus,
+    "max(log x, 0)²": lambda epsilon: _Outer(
+        lambda ell: torch.relu(ell).square(), lambda ell: 2 * torch.relu(ell), lambda ell: -torch.relu(ell).square()
+    ),
+}
+
+
+def _phi(outer: str, ell: Tensor, tau: Tensor, params: tuple[float, ...]) -> Tensor:  # params (ε, margin, τ in front)
+    loss = _OUTERS[outer](params[0]).phi(ell)
+    return loss * tau if params[2] else loss
+
+
+def _dphi(outer: str, ell: Tensor, tau: Tensor, params: tuple[float, ...]) -> Tensor:
+    slope = _OUTERS[outer](params[0]).dphi(ell)
+    return slope * tau if params[2] else slope
+
+
+def _add_exp_steps(outer: str) -> None:
+    def ell_of(pos: Tensor, base: Tensor, total: Tensor, tau: Tensor, margin: float) -> Tensor:
+        ell = (base - pos / tau) + total.log()  # log Σ_j exp(Δ_ij/τ + margin)
+        return ell + margin if margin else ell
+
+    def rows(v: tuple[Tensor, ...], s: RowScalars, p: tuple[float, ...]) -> tuple[Tensor, ...]:
+        pos, base, total, *gap_sum = v
+        ell = ell_of(pos, base, total, s.tau, p[1])
+        mass = _dphi(outer, ell, s.tau, p) / s.tau / s.divisor
+        gain = mass / total
+        # ∂ℓ/∂τ = −Σ_j p_ij Δ_ij/τ², p = softmax. −½Σ⟨F, dF⟩/τ would do too, but cancels where rows are long.
+        return gain, mass, _phi(outer, ell, s.tau, p), *(gain * x / -s.tau for x in gap_sum)
+
+    def dtau_in_front(v: tuple[Tensor, ...], s: RowScalars, p: tuple[float, ...]) -> tuple[Tensor, ...]:
+        # ∂(τφ(ℓ))/∂τ = φ − φ′·ΣpΔ/τ, two large numbers where |t| ≫ τ. With ΣpΔ/τ = ℓ − margin − log Σ + Σp·log(f/e^base)
+        # it is (φ − φ′ℓ) + φ′·(margin + log Σ − Σp·log(f/e^base)), none of which is.
+        pos, base, total, moment = v
+        ell, phi = ell_of(pos, base, total, s.tau, p[1]), _OUTERS[outer](p[0])
+        spread = p[1] + total.log() - moment / (total * s.tau)
+        return ((phi.legendre(ell) + phi.dphi(ell) * spread) / s.divisor,)
+
+    ROW_STEPS[f"exp {outer}"] = RowStep(rows, ("gain", "mass", "loss"))
+    ROW_STEPS[f"exp {outer}, dτ"] = RowStep(rows, ("gain", "mass", "loss", "dtau"))
+    ROW_STEPS[f"exp {outer}, dτ in front"] = RowStep(dtau_in_front, ("dtau",))
+
+
+for _outer_name in _OUTERS:
+    _add_exp_steps(_outer_name)
 
 
 class _ExpPairLoss(Objective):
@@ -457,15 +528,16 @@ class _ExpPairLoss(Objective):
         self,
         name: str,
         options: dict[str, Any],
-        outer: Callable[..., _Outer],
+        outer: str = "log(ε + x)",
         *,
+        epsilon: float = 0.0,
         margin: float = 0.0,
         uses_temperature: bool = False,
         tau_in_front: bool = False,
     ) -> None:
         self.name, self.options = name, options
-        self._outer, self.margin = outer, margin
-        self.uses_temperature, self.tau_in_front = uses_temperature, tau_in_front
+        self._outer, self._row_params = outer, (epsilon, margin, float(tau_in_front))
+        self.margin, self.uses_temperature, self.tau_in_front = margin, uses_temperature, tau_in_front
         self.tau_gradient = "rows" if uses_temperature else None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -475,33 +547,46 @@ class _ExpPairLoss(Objective):
         return tau if self.uses_temperature else torch.ones_like(tau)
 
     def phi(self, ell: Tensor, tau: Tensor) -> Tensor:
-        loss = self._outer.phi(ell)
-        return loss * tau if self.tau_in_front else loss
+        return _phi(self._outer, ell, tau, self._row_params)
 
     def dphi(self, ell: Tensor, tau: Tensor) -> Tensor:
-        slope = self._outer.dphi(ell)
-        return slope * tau if self.tau_in_front else slope
+        return _dphi(self._outer, ell, tau, self._row_params)
 
     def solve(self, p: Pairs, learn_tau: bool) -> Rows:
-        tau = self.kind_tau(p.tau)
         slope_from_gap = learn_tau and not self.tau_in_front
         base, total, *gap_sum = p.sums(("base", "f", "ft") if slope_from_gap else ("base", "f"))
-        ell = (base - p.pos / tau) + total.log() + self.margin  # ℓ_i = log Σ_j exp(Δ_ij/τ + margin)
-        mass = self.dphi(ell, p.tau) / tau
-        rows = Rows(gain=mass / total, shift=base, mass=mass, loss=self.phi(ell, p.tau))
+        step = f"exp {self._outer}"
         if slope_from_gap:
-            # ∂ℓ/∂τ = −Σ_j p_ij Δ_ij/τ², p = softmax. −½Σ⟨F, dF⟩/τ would do too, but cancels where rows are long.
-            rows.dtau = rows.gain * gap_sum[0] / -tau
-        elif learn_tau:
-            # ∂(τφ(ℓ))/∂τ = φ − φ′·ΣpΔ/τ, two large numbers where |t| ≫ τ. With ΣpΔ/τ = ℓ − margin − log Σ + Σp·log(f/e^base)
-            # it is (φ − φ′ℓ) + φ′·(margin + log Σ − Σp·log(f/e^base)), none of which is. Costs one more sweep.
-            (moment,) = p.sums(("ft",), shift=base, center=base * tau)
-            spread = self.margin + total.log() - moment / (total * tau)
-            rows.dtau = self._outer.legendre(ell) + self._outer.dphi(ell) * spread
+            return Rows(shift=base, **p.step(f"{step}, dτ", p.pos, base, total, *gap_sum, params=self._row_params))
+        rows = Rows(shift=base, **p.step(step, p.pos, base, total, params=self._row_params))
+        if learn_tau:  # costs one more sweep
+            (moment,) = p.sums(("ft",), shift=base, center=base * p.tau)
+            (rows.dtau,) = p.step(f"{step}, dτ in front", p.pos, base, total, moment, params=self._row_params).values()
         return rows
 
 
 # --- (b) α given directly ---------------------------------------------------------------------------------------------
+
+
+def _weight_rows(v: tuple[Tensor, ...], s: RowScalars, p: tuple[float, ...]) -> tuple[Tensor, ...]:
+    *base, total, gap_sum = v  # params (alpha_eps,)
+    z = total
+    if p[0]:
+        extra = p[0] * s.n_neg
+        z = total + (extra * (-base[0]).exp() if base else extra)
+    inv_z = _safe_inverse(z)
+    gain, loss = inv_z / s.divisor, gap_sum * inv_z
+    return gain, total * gain, loss, loss
+
+
+def _safe_inverse(x: Tensor) -> Tensor:
+    """1/x, and 0 where x is 0 (or so small that 1/x overflows)."""
+    usable = x >= torch.finfo(x.dtype).tiny
+    return torch.where(usable, 1 / torch.where(usable, x, 1.0), 0.0)
+
+
+ROW_STEPS["weight"] = RowStep(lambda v, s, p: _weight_rows(v, s, p)[:3], ("gain", "mass", "loss"))
+ROW_STEPS["weight, through α"] = RowStep(_weight_rows, ("gain", "mass", "loss", "level"))
 
 
 class PairWeight(Objective):
@@ -564,35 +649,20 @@ class PairWeight(Objective):
     def solve(self, p: Pairs, learn_tau: bool) -> Rows:
         if not self.normalized:
             return super().solve(p, learn_tau)
-        extra = p.pos.new_full((), self.alpha_eps * p.n_neg)
-        if kind(self.kind).log:
-            base, total, gap_sum = p.sums(("base", *self.terms))
-            z = total + extra * (-base).exp() if self.alpha_eps else total
-        else:
-            base = None
-            total, gap_sum = p.sums(self.terms)
-            z = total + extra
-        inv_z = _safe_inverse(z)
-        loss = gap_sum * inv_z
-        return Rows(
-            gain=inv_z, shift=base, level=None if self.detach_alpha else loss, mass=total * inv_z, loss=loss
-        )
+        log = kind(self.kind).log
+        sums = p.sums(("base", *self.terms) if log else self.terms)
+        step = "weight" if self.detach_alpha else "weight, through α"
+        return Rows(shift=sums[0] if log else None, **p.step(step, *sums, params=(self.alpha_eps,)))
 
     def start(self, p: Pairs) -> Rows:
         return Rows(
-            gain=torch.ones_like(p.pos),
+            gain=self.even(p),
             shift=torch.zeros_like(p.pos) if kind(self.kind).log else None,
             level=None if self.detach_alpha else torch.zeros_like(p.pos),
         )
 
     def finish(self, p: Pairs, rows: Rows, sums: Tensor) -> Rows:
-        return replace(rows, mass=sums[0], loss=sums[1])
-
-
-def _safe_inverse(x: Tensor) -> Tensor:
-    """1/x, and 0 where x is 0 (or so small that 1/x overflows)."""
-    usable = x >= torch.finfo(x.dtype).tiny
-    return torch.where(usable, 1 / torch.where(usable, x, 1.0), 0.0)
+        return replace(rows, mass=sums[0] / p.divisor, loss=sums[1])
 
 
 def _rebuild_pair_weight(options: dict[str, Any]) -> PairWeight:
@@ -614,6 +684,61 @@ class _NamedPairWeight(PairWeight):
 
 
 # --- (c) α as the exact min player ------------------------------------------------------------------------------------
+
+
+def _newton(v: tuple[Tensor, ...], s: RowScalars, p: tuple[float, ...]) -> tuple[Tensor, ...]:
+    """One step for y with Σ_j h = 1, from Σh and Σh′ at y; the bracket [low, high] shrinks. params (power, far power)."""
+    mass, slope, y, low, high = v
+    eps = torch.finfo(y.dtype).eps
+    below = mass < 1
+    low, high = torch.where(below, y, low), torch.where(below, high, y)
+    power = torch.where(mass < 0.5, torch.full_like(mass, p[1]), p[0])
+    new = y + (mass - mass.pow(1 + power)) / (power * slope)
+    new = torch.where((new >= low) & (new <= high), new, (low + high) / 2)
+    done = ((mass - 1).abs() <= 8 * eps) | ((new - y).abs() <= eps * y.abs())
+    return low, high, torch.where(done, y, new), done
+
+
+def _min_player_rows(v: tuple[Tensor, ...], s: RowScalars, p: tuple[float, ...]) -> tuple[Tensor, ...]:
+    t_max, pos, mass, moment, *slopes = v
+    # Σ_j α_ij Δ_ij from the moment about t_max: Δ itself, times h′ = O(1/τ), would leave eps·|Δ|/τ of noise in g.
+    loss = moment + mass * (t_max - pos)
+    level = (slopes[1] * _safe_inverse(slopes[0]),) if slopes else ()
+    return torch.ones_like(mass) / s.divisor, mass / s.divisor, loss, *level
+
+
+def _inside(guess: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """A guess as the start of the Newton iteration."""
+    return torch.minimum(torch.maximum(torch.where(guess.isfinite(), guess, high), low), high)
+
+
+def _start_at_normal_tail(v: tuple[Tensor, ...], s: RowScalars, p: tuple[float, ...]) -> tuple[Tensor, ...]:
+    # The root for normally distributed similarities: with y = t_max − mean + σz, Σ_j max(x_ij, 0) = |Neg|·σ·G(z),
+    # G(z) = φ(z) + zΦ(z), convex and ≥ z; so Newton from z = r descends to G(z) = r = τ/(|Neg|·σ).
+    t_max, mean, mean_square, low, high = v
+    tiny = torch.finfo(mean.dtype).tiny
+    sigma = (mean_square - mean.square()).clamp(min=tiny).sqrt()
+    target = s.tau / (s.n_neg * sigma)
+    z = target
+    for _ in range(8):
+        density = torch.exp(z.square() / -2) / math.sqrt(2 * math.pi)
+        below = torch.special.ndtr(z)
+        z = z - (density + z * below - target) / below.clamp(min=tiny)
+    few = s.n_neg * below < 8  # the largest of few are no normal tail; from above Newton descends monotonically
+    return (_inside(torch.where(few, high, t_max - mean + sigma * z), low, high),)
+
+
+def _start_at_mean(v: tuple[Tensor, ...], s: RowScalars, p: tuple[float, ...]) -> tuple[Tensor, ...]:
+    # h is convex in d², so by Jensen the root lies below that of a row with all distances at their mean.
+    t_max, mean, low, high = v
+    return (_inside(low + (t_max - mean), low, high),)
+
+
+ROW_STEPS["newton"] = RowStep(_newton, ("low", "high", "y", "done"))
+ROW_STEPS["min player"] = RowStep(_min_player_rows, ("gain", "mass", "loss"))
+ROW_STEPS["min player, through α"] = RowStep(_min_player_rows, ("gain", "mass", "loss", "level"))
+ROW_STEPS["start at the normal tail"] = RowStep(_start_at_normal_tail, ("y",))
+ROW_STEPS["start at the mean"] = RowStep(_start_at_mean, ("y",))
 
 
 class MinPlayer(Objective):
@@ -665,9 +790,9 @@ class MinPlayer(Objective):
         """x with h(x) = alpha."""
         return torch.full_like(tau, self._numeric_inverse(alpha))
 
-    def first_guess(self, p: Pairs, t_max: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """Start of the Newton iteration for y_i = μ_i − min_j d²_ij, inside [low, high]."""
-        return high
+    def start_of_newton(self, p: Pairs, t_max: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """First y_i = μ_i − min_j d²_ij of the iteration, inside [low, high]; all (anchors,)."""
+        return high.clone()
 
     def _numeric_inverse(self, alpha: float) -> float:
         magnitudes = torch.logspace(-30, 30, 1201, dtype=torch.float64)
@@ -687,28 +812,22 @@ class MinPlayer(Objective):
         # y = μ − d²_min and x_ij = (t_ij − t_max) + y: differences keep float32 row sums right to 1e-7 at τ = 1e-3,
         # where μ − d² itself would lose three digits.
         (t_max,) = p.sums(("max",))
-        low = self.inverse(1 / p.n_neg, p.tau).expand_as(t_max).clone()
-        high = self.inverse(1.0, p.tau).expand_as(t_max).clone()
-        guess = self.first_guess(p, t_max, low, high)
-        y = torch.minimum(torch.maximum(torch.where(guess.isfinite(), guess, high), low), high)
-        eps = torch.finfo(y.dtype).eps
+        low, high = (self.inverse(alpha, p.tau).expand_as(t_max) for alpha in (1 / p.n_neg, 1.0))
+        y = self.start_of_newton(p, t_max, low, high)
         terms = ("f", "df", "ft") if self.detach_alpha else ("f", "df", "ft", "dft")
         for _ in range(self.max_sweeps):
             mass, slope, moment, *slope_moment = p.sums(terms, shift=t_max, offset=y, center=t_max)
-            below = mass < 1
-            low, high = torch.where(below, y, low), torch.where(below, high, y)
-            power = torch.where(mass < 0.5, self.far_power, self.newton_power)
-            new = y + (mass - mass.pow(1 + power)) / (power * slope)
-            new = torch.where((new >= low) & (new <= high), new, (low + high) / 2)
-            done = ((mass - 1).abs() <= 8 * eps) | ((new - y).abs() <= eps * y.abs())
+            low, high, new, done = p.step(
+                "newton", mass, slope, y, low, high, params=(self.newton_power, self.far_power)
+            ).values()
             if p.all_done(done):  # reads a flag on the host once per sweep
                 break
-            y = torch.where(done, y, new)
-        # Σ_j α_ij Δ_ij from the moment about t_max: Δ itself, times h′ = O(1/τ), would leave eps·|Δ|/τ of noise in g.
-        return Rows(
-            gain=torch.ones_like(y), shift=t_max, offset=y, center=t_max, mass=mass, loss=moment + mass * (t_max - p.pos),
-            level=None if self.detach_alpha else slope_moment[0] * _safe_inverse(slope),
-        )  # fmt: skip
+            y = new
+        if self.detach_alpha:
+            scalars = p.step("min player", t_max, p.pos, mass, moment)
+        else:
+            scalars = p.step("min player, through α", t_max, p.pos, mass, moment, slope, *slope_moment)
+        return Rows(shift=t_max, offset=y, center=t_max, **scalars)
 
 
 def _rebuild_min_player(options: dict[str, Any]) -> MinPlayer:
@@ -727,20 +846,9 @@ class _AlphaSquare(MinPlayer):
     def inverse(self, alpha: float, tau: Tensor) -> Tensor:
         return alpha * tau
 
-    def first_guess(self, p: Pairs, t_max: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        # The root for normally distributed similarities: with y = t_max − mean + σz, Σ_j max(x_ij, 0) = |Neg|·σ·G(z),
-        # G(z) = φ(z) + zΦ(z), convex and ≥ z; so Newton from z = r descends to G(z) = r = τ/(|Neg|·σ).
-        mean = p.mean_negative()
-        tiny = torch.finfo(mean.dtype).tiny
-        sigma = (p.mean_square_negative() - mean.square()).clamp(min=tiny).sqrt()
-        target = p.tau / (p.n_neg * sigma)
-        z = target
-        for _ in range(8):
-            density = torch.exp(z.square() / -2) / math.sqrt(2 * math.pi)
-            below = torch.special.ndtr(z)
-            z = z - (density + z * below - target) / below.clamp(min=tiny)
-        few = p.n_neg * below < 8  # the largest of few are no normal tail; from above Newton descends monotonically
-        return torch.where(few, high, t_max - mean + sigma * z)
+    def start_of_newton(self, p: Pairs, t_max: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        means = p.mean_negative(), p.mean_square_negative()
+        return p.step("start at the normal tail", t_max, *means, low, high)["y"]
 
 
 class _AlphaGamma(MinPlayer):
@@ -765,9 +873,8 @@ class _AlphaGamma(MinPlayer):
             )
         return -tau * math.exp(exponent)
 
-    def first_guess(self, p: Pairs, t_max: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        # h is convex in d², so by Jensen the root lies below that of a row with all distances at their mean.
-        return low + (t_max - p.mean_negative())
+    def start_of_newton(self, p: Pairs, t_max: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        return p.step("start at the mean", t_max, p.mean_negative(), low, high)["y"]
 
 
 # --- constant α -------------------------------------------------------------------------------------------------------
@@ -815,12 +922,12 @@ def infonce(epsilon: float = 1.0, temperature_scaled: bool = False) -> Objective
     epsilon = _number("infonce", "epsilon", epsilon, minimum=0.0)
     scaled = _flag("infonce", "temperature_scaled", temperature_scaled)
     options = {"epsilon": epsilon, "temperature_scaled": scaled}
-    return _ExpPairLoss("infonce", options, _outer_log_plus(epsilon), uses_temperature=True, tau_in_front=scaled)
+    return _ExpPairLoss("infonce", options, epsilon=epsilon, uses_temperature=True, tau_in_front=scaled)
 
 
 def mine() -> Objective:
     """φ = log x, ψ = exp(x); no temperature. arXiv:2201.12680 (φ/ψ family); arXiv:1801.04062."""
-    return _ExpPairLoss("mine", {}, _OUTER_LOG)
+    return _ExpPairLoss("mine", {})
 
 
 def triplet(margin: float = 1.0) -> Objective:
@@ -833,19 +940,19 @@ def soft_triplet(margin: float = 1.0) -> Objective:
     """φ = τ·log(1 + x), ψ = exp(x/τ + margin). arXiv:2201.12680 (φ/ψ family)."""
     margin = _number("soft_triplet", "margin", margin)
     return _ExpPairLoss(
-        "soft_triplet", {"margin": margin}, _OUTER_LOG1P, margin=margin, uses_temperature=True, tau_in_front=True
+        "soft_triplet", {"margin": margin}, epsilon=1.0, margin=margin, uses_temperature=True, tau_in_front=True
     )
 
 
 def n_plus_1_tuplet() -> Objective:
     """φ = log(1 + x), ψ = exp(x); no temperature. arXiv:2201.12680 (φ/ψ family); Sohn, NeurIPS 2016."""
-    return _ExpPairLoss("n_plus_1_tuplet", {}, _OUTER_LOG1P)
+    return _ExpPairLoss("n_plus_1_tuplet", {}, epsilon=1.0)
 
 
 def lifted_structured(margin: float = 1.0) -> Objective:
     """φ = max(log x, 0)², ψ = exp(x + margin); no temperature. arXiv:2201.12680 (φ/ψ family); arXiv:1511.06452."""
     margin = _number("lifted_structured", "margin", margin)
-    return _ExpPairLoss("lifted_structured", {"margin": margin}, _OUTER_LOG_SQUARED, margin=margin)
+    return _ExpPairLoss("lifted_structured", {"margin": margin}, "max(log x, 0)²", margin=margin)
 
 
 def modified_triplet(scale: float = 1.0) -> Objective:

@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 
 from .backend import blocked, cpu, cuda, triton
+from .objectives import ROW_STEPS
 
 #: Sweep backends in the order in which "auto" tries them.
 SWEEP_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "cuda": cuda, "blocked": blocked}
@@ -27,9 +28,14 @@ _LIBRARY.define(
     "Tensor? level, Tensor tau, str kind, float[] params, str weight, str[] terms, int split, int partner, int lo, int hi, "
     "float[] span, str precision, str backend) -> (Tensor, Tensor, Tensor)"
 )
-# Only of backends that have them: normalisation before the sweeps and its derivative after them in one pass each.
+# Only of backends that have them: normalisation before the sweeps and its derivative after them in one pass each,
 _LIBRARY.define("unit_rows(Tensor z1, Tensor z2, str backend) -> (Tensor, Tensor, Tensor)")
 _LIBRARY.define("finish_rows(Tensor(a!) d, Tensor f, Tensor inv_norm, Tensor q, str backend) -> ()")
+# and what is pointwise over the anchors between them.
+_LIBRARY.define(
+    "row_step(Tensor[] vectors, Tensor tau, int n_neg, int divisor, int anchors, str step, float[] params, str backend) "
+    "-> Tensor"
+)
 
 
 def _row_sums(
@@ -75,17 +81,27 @@ def _unit_rows(z1, z2, backend):
 def _unit_rows_fake(z1, z2, backend):
     n, dim = z1.shape
     wide = torch.float64 if z1.dtype == torch.float64 else torch.float32
-    return z1.new_empty((2 * n, dim)), z1.new_empty((2 * n,), dtype=wide), z1.new_empty((n,), dtype=wide)
+    return z1.new_empty((2 * n, dim)), *(z1.new_empty((2 * n,), dtype=wide) for _ in range(2))
 
 
 def _finish_rows(d, f, inv_norm, q, backend):
     SWEEP_BACKENDS[backend].finish_rows(d, f, inv_norm, q)
 
 
+def _row_step(vectors, tau, n_neg, divisor, anchors, step, params, backend):
+    return SWEEP_BACKENDS[backend].row_step(tuple(vectors), tau, n_neg, divisor, anchors, step, tuple(params))
+
+
+def _row_step_fake(vectors, tau, n_neg, divisor, anchors, step, params, backend):
+    return tau.new_empty((len(ROW_STEPS[step].outputs), anchors))
+
+
 _LIBRARY.impl("unit_rows", _unit_rows, "CompositeExplicitAutograd")
 _LIBRARY.impl("finish_rows", _finish_rows, "CompositeExplicitAutograd")
 torch.library.register_fake("alphacl_fast::unit_rows", _unit_rows_fake, lib=_LIBRARY)
 torch.library.register_fake("alphacl_fast::finish_rows", lambda d, f, inv_norm, q, backend: None, lib=_LIBRARY)
+_LIBRARY.impl("row_step", _row_step, "CompositeExplicitAutograd")
+torch.library.register_fake("alphacl_fast::row_step", _row_step_fake, lib=_LIBRARY)
 _LIBRARY.impl("row_sums", _row_sums, "CompositeExplicitAutograd")
 _LIBRARY.impl("pair_grad", _pair_grad, "CompositeExplicitAutograd")
 torch.library.register_fake("alphacl_fast::row_sums", _row_sums_fake, lib=_LIBRARY)
@@ -95,11 +111,17 @@ row_sums = torch.ops.alphacl_fast.row_sums.default
 pair_grad = torch.ops.alphacl_fast.pair_grad.default
 unit_rows = torch.ops.alphacl_fast.unit_rows.default
 finish_rows = torch.ops.alphacl_fast.finish_rows.default
+row_step = torch.ops.alphacl_fast.row_step.default
 
 
-def has_row_steps(backend: str) -> bool:
+def has_unit_rows(backend: str) -> bool:
     """Whether a backend has `unit_rows` and `finish_rows`."""
     return hasattr(SWEEP_BACKENDS[backend], "unit_rows")
+
+
+def has_row_step(backend: str) -> bool:
+    """Whether a backend has `row_step`."""
+    return hasattr(SWEEP_BACKENDS[backend], "row_step")
 
 
 def choose(

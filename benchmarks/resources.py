@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ class Configuration(NamedTuple):
     negatives: str = "two_view"
     learn_tau: bool = False
     both_sides: bool = False
+    persistent: int = 0
     capabilities: tuple[int, ...] = CAPABILITIES
 
 
@@ -69,11 +71,17 @@ def configurations() -> list[Configuration]:
         Configuration("infonce", (), both_sides=True, **hopper),
         Configuration("triplet", (), both_sides=True, **hopper),
     ]
-    return plain + kinds + forms
+    persistent = [
+        Configuration("infonce", (), persistent=2, **{**hopper, "dim": dim}) for dim in (128, 256, 512)
+    ] + [Configuration(name, options, persistent=1, **hopper) for name, options in (
+        ("alpha_direct", (("detach_alpha", False),)), ("triplet", ()),
+    )]  # fmt: skip
+    return plain + kinds + forms + persistent
 
 
 def launches(c: Configuration) -> Iterator[tuple[Any, tuple, Any]]:
     """(kernel, arguments, tile) of every launch that a loss with its gradient makes."""
+    from alphacl_fast.kernels import config
     from alphacl_fast.kernels.config import Tile
 
     from alphacl_fast.backend import triton
@@ -82,9 +90,12 @@ def launches(c: Configuration) -> Iterator[tuple[Any, tuple, Any]]:
     triton.unsupported = lambda *call: None
     triton._Problem.launch = lambda self, kernel, grid, *arguments: recorded.append((kernel, arguments, self.tile))
     triton._processors = lambda device: 264
-    for row_step in ("unit_rows", "finish_rows"):  # PyTorch operations do the same; tests/test_rows.py compiles these
+    for row_step in ("unit_rows", "finish_rows", "row_step"):  # PyTorch's operations do the same; tests/test_rows.py has these
         if hasattr(triton, row_step):
             delattr(triton, row_step)
+    rows = triton._kernels().rows
+    rows.combine, rows.gains = lambda *call: None, lambda gain, shift, middle: (gain, gain[0])
+    triton.tile = lambda *call: replace(config.choose(*call), persistent=c.persistent)
     if c.both_sides:
         triton.tile = lambda *call: Tile(64, 64, c.dim, 4 if c.objective == "infonce" else 8, 2, both_sides=True)
     z1, z2 = (torch.randn(512, c.dim, dtype=getattr(torch, c.dtype)).requires_grad_() for _ in range(2))
@@ -145,7 +156,10 @@ def _row(c: Configuration, kernel: str, static: Any, tile: Any, made: Any, resou
     return {
         "kernel": kernel, "architecture": f"sm_{made.capability}",
         "objective": f"{c.objective}({options})" if options else c.objective,
-        "form": ("both-sides " if static.BOTH else "") + static.FORM + (f", {static.GRAD}" if kernel == "pair_grad" else ""),
+        "form": (
+            "both-sides " * static.BOTH + "persistent " * static.PERSISTENT + static.FORM
+            + (f", {static.GRAD}" if kernel == "pair_grad" else "")
+        ),
         "dtype": c.dtype + (f" {c.precision}" if c.precision else ""), "D": c.dim,
         "tile": f"{tile.rows}×{tile.cols}×{tile.features}, {tile.warps} warps, {tile.stages} stages",
         "registers": made.registers, "spilled": made.spill_bytes, "shared": made.shared,

@@ -33,6 +33,7 @@ class Tile:
             gradient by a vendor product. warps, stages: as Triton means them. both_sides: the form that reads each
             similarity once (docs/design.md); it needs rows = cols. max_registers: per thread, None leaves it to the compiler.
         engine: "triton", or "gluon" for the overlapped Hopper kernels where they serve the call.
+        persistent: programs per multiprocessor that share all row blocks; 0 launches one for each.
     """
 
     rows: int
@@ -43,6 +44,7 @@ class Tile:
     both_sides: bool = False
     max_registers: int | None = None
     engine: str = "triton"
+    persistent: int = 0
 
     def __post_init__(self) -> None:
         if self.both_sides and self.rows != self.cols:
@@ -72,7 +74,9 @@ def default(sweep: str, mode: str, dim: int) -> Tile:
     if mode == "bf16":
         if features > 256 or (plain and features > 128):
             return Tile(64, 64, 64, 8, 3)
-        return Tile(64, 64, features, 8 if plain or features > 128 else 4, 2)
+        if features > 128:  # one program per SM whatever it takes; left to itself ptxas spills at 128 registers on sm_100
+            return Tile(64, 64, features, 8, 2, max_registers=232)
+        return Tile(64, 64, features, 8 if plain else 4, 2)
     if features > (64 if mode in ("fp32", "bf16x3") or plain else 128):
         return Tile(64, 32, 32, 8, 2)
     return Tile(32, 32, features, 4, 1) if mode == "fp32" else Tile(64, 32, features, 8, 2)

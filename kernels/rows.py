@@ -1,7 +1,8 @@
-"""Normalisation before the sweeps and its derivative after them, a launch each: `unit_rows`, `finish_rows` of docs/design.md.
+"""What is O(n·D) and O(n) around the sweeps, a launch each: `unit_rows`, `finish_rows`, `row_step` of docs/design.md, and
+what sweeps leave to be added up (`combine`) or want prepared (`gains`).
 
-A program owns PAIRS positive pairs, both rows of each, and walks their features in chunks of BLOCK_D. Up to MAX_BLOCK_D
-features there is one chunk: the loops fold away, and with them the second read of a row.
+A program of the first two owns PAIRS positive pairs, both rows of each, and walks their features in chunks of BLOCK_D. Up to
+MAX_BLOCK_D features there is one chunk: the loops fold away, and with them the second read of a row.
 
 Squares of a row could leave the range of its dtype, so it is first multiplied by the power of two that brings its largest
 element to [1, 2). That is exact, and so is taking it back, but where the result itself leaves the range.
@@ -9,10 +10,14 @@ element to [1, 2). That is exact, and so is taking it back, but where the result
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .trace import libdevice
 
 #: Features that a program holds at a time.
 MAX_BLOCK_D = 4096
@@ -80,7 +85,7 @@ def unit_rows_kernel(
     z2_ptr,  # (n_pairs, DIM) with row stride stride2
     f_ptr,  # (2·n_pairs, DIM) out: unit rows, or the rows as they are in half precision
     inv_norm_ptr,  # (2·n_pairs,) out, float32 or float64
-    pos_ptr,  # (n_pairs,) out, likewise
+    pos_ptr,  # (2·n_pairs,) out, likewise
     stride1,
     stride2,
     n_pairs,
@@ -113,15 +118,15 @@ def unit_rows_kernel(
     if RAW:
         pos = pos * inverse1 * inverse2
     tl.store(pos_ptr + pair, pos, mask=keep)
+    tl.store(pos_ptr + pair + n_pairs, pos, mask=keep)
     tl.store(inv_norm_ptr + pair, inv_norm1, mask=keep)
     tl.store(inv_norm_ptr + pair + n_pairs, inv_norm2, mask=keep)
 
 
 @triton.jit
 def _load_pair(
-    d_ptr, f_ptr, pair, n_pairs, inv_norm1, inv_norm2, q, keep, start,
-    DIM: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    d_ptr, f_ptr, pair, n_pairs, inv_norm1, inv_norm2, q, keep, start, DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """(PAIRS, BLOCK_D) of a chunk: both unit rows, both gradients with what comes through the positive."""
     WIDE: tl.constexpr = d_ptr.dtype.element_ty
     row1, row2 = pair * DIM, (pair + n_pairs) * DIM
@@ -132,22 +137,18 @@ def _load_pair(
         u2 *= inv_norm2[:, None]
     g1 = _load_chunk(d_ptr + row1, keep, start, DIM, BLOCK_D)
     g2 = _load_chunk(d_ptr + row2, keep, start, DIM, BLOCK_D)
-    for part in tl.static_range(1, PARTS):
-        part_ptr = d_ptr + n_pairs * (2 * part * DIM)
-        g1 += _load_chunk(part_ptr + row1, keep, start, DIM, BLOCK_D)
-        g2 += _load_chunk(part_ptr + row2, keep, start, DIM, BLOCK_D)
     return u1, u2, g1 - q[:, None] * u2, g2 - q[:, None] * u1
 
 
-@triton.jit(do_not_specialize=["n_pairs"])
+@triton.jit(do_not_specialize=["n_pairs"], do_not_specialize_on_alignment=["q_ptr"])
 def finish_rows_kernel(
-    d_ptr,  # (PARTS, 2·n_pairs, DIM) in; the first part is the output
+    d_ptr,  # (2·n_pairs, DIM) in and out
     f_ptr,  # (2·n_pairs, DIM)
     inv_norm_ptr,  # (2·n_pairs,)
-    q_ptr,  # (n_pairs,)
+    q_ptr,  # (n_pairs,), or (2·n_pairs,) where BOTH rows of a pair are anchors
     n_pairs,
+    BOTH: tl.constexpr,
     DIM: tl.constexpr,
-    PARTS: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -158,20 +159,18 @@ def finish_rows_kernel(
     inv_norm1 = tl.load(inv_norm_ptr + pair, mask=keep, other=0.0)
     inv_norm2 = tl.load(inv_norm_ptr + pair + n_pairs, mask=keep, other=0.0)
     q = tl.load(q_ptr + pair, mask=keep, other=0.0)
+    if BOTH:
+        q += tl.load(q_ptr + pair + n_pairs, mask=keep, other=0.0)
 
     along1 = tl.zeros((PAIRS, BLOCK_D), WIDE)
     along2 = tl.zeros((PAIRS, BLOCK_D), WIDE)
     for start in range(0, DIM, BLOCK_D):
-        u1, u2, g1, g2 = _load_pair(
-            d_ptr, f_ptr, pair, n_pairs, inv_norm1, inv_norm2, q, keep, start, DIM, PARTS, BLOCK_D
-        )
+        u1, u2, g1, g2 = _load_pair(d_ptr, f_ptr, pair, n_pairs, inv_norm1, inv_norm2, q, keep, start, DIM, BLOCK_D)
         along1 += u1 * g1
         along2 += u2 * g2
     sum1, sum2 = tl.sum(along1, 1)[:, None], tl.sum(along2, 1)[:, None]
     for start in range(0, DIM, BLOCK_D):
-        u1, u2, g1, g2 = _load_pair(
-            d_ptr, f_ptr, pair, n_pairs, inv_norm1, inv_norm2, q, keep, start, DIM, PARTS, BLOCK_D
-        )
+        u1, u2, g1, g2 = _load_pair(d_ptr, f_ptr, pair, n_pairs, inv_norm1, inv_norm2, q, keep, start, DIM, BLOCK_D)
         _store_chunk(d_ptr + pair * DIM, (g1 - u1 * sum1) * inv_norm1[:, None], keep, start, DIM, BLOCK_D)
         _store_chunk(d_ptr + (pair + n_pairs) * DIM, (g2 - u2 * sum2) * inv_norm2[:, None], keep, start, DIM, BLOCK_D)
 
@@ -189,14 +188,14 @@ def unit_rows(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z1, z2: (N, D) float32, float64, bfloat16 or float16, any strides.
 
     Returns:
-        f (2N, D) in the inputs' dtype: unit rows, but as given in half precision; inv_norm (2N,) and pos (N,) in float64 for
-        float64, else float32. An all-zero row has inv_norm 0; inf and NaN make NaN of a row.
+        f (2N, D) in the inputs' dtype: unit rows, but as given in half precision; inv_norm (2N,) and pos (2N,), the same for
+        both rows of a pair, in float64 for float64, else float32. An all-zero row has inv_norm 0; inf and NaN make a row NaN.
     """
     z1, z2 = (z if z.stride(1) == 1 else z.contiguous() for z in (z1, z2))
     n, dim = z1.shape
     wide = torch.float64 if z1.dtype == torch.float64 else torch.float32
     f = z1.new_empty((2 * n, dim))
-    inv_norm, pos = z1.new_empty(2 * n, dtype=wide), z1.new_empty(n, dtype=wide)
+    inv_norm, pos = z1.new_empty(2 * n, dtype=wide), z1.new_empty(2 * n, dtype=wide)
     config = tile(dim)
     with torch.cuda.device_of(z1):
         unit_rows_kernel[(triton.cdiv(n, config["PAIRS"]),)](
@@ -209,13 +208,183 @@ def finish_rows(d: Tensor, f: Tensor, inv_norm: Tensor, q: Tensor) -> None:
     """d ← (g − F⟨F, g⟩)/‖z‖ with g = d − q·F of the partner, in place and in one launch.
 
     Args:
-        d: (2N, D) Σ_j (g_ij + g_ji) F_j, contiguous, in the dtype of inv_norm; or (P, 2N, D), parts of it that are added in
-            their order, of which the first receives the result.
-        f: (2N, D) and inv_norm: (2N,) as `unit_rows` returns them; q: (N,) of the pairs.
+        d: (2N, D) Σ_j (g_ij + g_ji) F_j, contiguous, in the dtype of inv_norm.
+        f: (2N, D) and inv_norm: (2N,) as `unit_rows` returns them.
+        q: (N,) of the pairs or (2N,) of their rows, which are added.
     """
-    n, dim = q.shape[0], f.shape[1]
+    n, dim = f.shape[0] // 2, f.shape[1]
     config = tile(dim)
     with torch.cuda.device_of(d):
         finish_rows_kernel[(triton.cdiv(n, config["PAIRS"]),)](
-            d, f, inv_norm, q.contiguous(), n, DIM=dim, PARTS=d.shape[0] if d.dim() == 3 else 1, **config
+            d, f, inv_norm, q.contiguous(), n, BOTH=q.shape[0] > n, DIM=dim, **config
         )
+
+
+# --- vectors of the anchors -------------------------------------------------------------------------------------------
+
+#: Anchors of a program. There are few, and every launch has one wave of programs at sizes where launches count.
+BLOCK = 128
+#: Slots that a program reads at a time.
+BLOCK_SLOTS = 16
+
+
+#: Vectors that a row step takes at most.
+MOST_VECTORS = 6
+
+
+@triton.jit(
+    do_not_specialize=["n_neg", "divisor", "anchors"],
+    do_not_specialize_on_alignment=["v0_ptr", "v1_ptr", "v2_ptr", "v3_ptr", "v4_ptr", "v5_ptr", "out_ptr"],
+)
+def row_step_kernel(
+    v0_ptr,  # (anchors,) float32 or float64, all of one dtype; None from number len(STRIDES) on
+    v1_ptr,  # (a tuple's members would be looked at for their alignment, which goes by the number of anchors)
+    v2_ptr,
+    v3_ptr,
+    v4_ptr,
+    v5_ptr,
+    tau_ptr,  # ()
+    n_neg,
+    divisor,
+    out_ptr,  # (OUTPUTS, anchors) out
+    anchors,
+    FUNCTION: tl.constexpr,  # of `trace.row_function`
+    STRIDES: tl.constexpr,  # of the vectors: 0 for an expanded number
+    OUTPUTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    keep = row < anchors
+    ptrs, v = (v0_ptr, v1_ptr, v2_ptr, v3_ptr, v4_ptr, v5_ptr), ()
+    for k in tl.static_range(len(STRIDES)):
+        v = v + (tl.load(ptrs[k] + row * STRIDES[k], mask=keep, other=1.0),)
+    tau = tl.load(tau_ptr)
+    out = FUNCTION(v, (tau, n_neg.to(tau.dtype), divisor.to(tau.dtype)))
+    if OUTPUTS == 1:
+        out = (out,)
+    for k in tl.static_range(OUTPUTS):
+        tl.store(out_ptr + k * anchors.to(tl.int64) + row, out[k], mask=keep)
+
+
+def row_step(
+    vectors: tuple[Tensor, ...], tau: Tensor, n_neg: int, divisor: int, anchors: int, function: Any, outputs: int
+) -> Tensor:
+    """A traced row step of vectors (anchors,), or expanded to it, in the dtype of tau () → (outputs, anchors)."""
+    vectors = tuple(v if v.stride(0) in (0, 1) else v.contiguous() for v in vectors)
+    strides = tuple(v.stride(0) for v in vectors)
+    out = tau.new_empty(outputs, anchors)
+    absent = (None,) * (MOST_VECTORS - len(vectors))
+    with torch.cuda.device_of(tau):
+        row_step_kernel[(triton.cdiv(anchors, BLOCK),)](
+            *vectors, *absent, tau, n_neg, divisor, out, anchors, FUNCTION=function, STRIDES=strides, OUTPUTS=outputs,
+            BLOCK=BLOCK,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _slots(ptr, first, slots, slot_stride, row, keep, other, BLOCK_SLOTS: tl.constexpr):
+    """(BLOCK_SLOTS, BLOCK) of a row of slots, ``other`` where there is none."""
+    slot = first + tl.arange(0, BLOCK_SLOTS)
+    keep = (slot < slots)[:, None] & keep[None, :]
+    return tl.load(ptr + slot.to(tl.int64)[:, None] * slot_stride + row[None, :], mask=keep, other=other)
+
+
+@triton.jit(
+    do_not_specialize=["slots", "anchors", "slot_stride", "slot_row", "out_row", "middle"],
+    do_not_specialize_on_alignment=["slots_ptr", "out_ptr"],
+)
+def combine_kernel(
+    slots_ptr,  # (slots, [base,] SUMS, anchors), anchors next to each other; strides slot_stride, slot_row
+    out_ptr,  # ([base,] SUMS, anchors) out, with stride out_row
+    slots,
+    anchors,
+    slot_stride,
+    slot_row,
+    out_row,
+    middle,
+    FORM: tl.constexpr,  # as of the sweep; "fixed": the base is ``middle`` and slots have none
+    SUMS: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    ACC: tl.constexpr = out_ptr.dtype.element_ty
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    keep = row < anchors
+    out_row = out_row.to(tl.int64)
+    base = tl.full((BLOCK,), float("-inf"), ACC)
+    if FORM == "running" or FORM == "max":
+        for first in range(0, slots, BLOCK_SLOTS):
+            x = _slots(slots_ptr, first, slots, slot_stride, row, keep, float("-inf"), BLOCK_SLOTS)
+            base = tl.maximum(base, tl.max(x, 0))
+        tl.store(out_ptr + row, base, mask=keep)
+    if FORM == "fixed":
+        tl.store(out_ptr + row, tl.zeros((BLOCK,), ACC) + middle, mask=keep)
+    finite = tl.where(base > float("-inf"), base, 0.0)  # no pair of the row counts
+    IN: tl.constexpr = 1 if FORM == "running" else 0
+    OUT: tl.constexpr = 1 if FORM == "running" or FORM == "fixed" else 0
+    for k in tl.static_range(SUMS):
+        total, lost = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
+        for first in range(0, slots, BLOCK_SLOTS):
+            x = _slots(slots_ptr + (k + IN) * slot_row, first, slots, slot_stride, row, keep, 0.0, BLOCK_SLOTS)
+            if FORM == "running":
+                own = _slots(slots_ptr, first, slots, slot_stride, row, keep, float("-inf"), BLOCK_SLOTS)
+                x *= libdevice.exp(own - finite[None, :])
+            y = tl.sum(x, 0) - lost
+            new = total + y
+            lost = tl.where(tl.abs(new) < float("inf"), (new - total) - y, 0.0)
+            total = new
+        tl.store(out_ptr + (k + OUT) * out_row + row, total, mask=keep)
+
+
+def combine(slots: Tensor, out: Tensor, form: str, middle: float = 0.0) -> None:
+    """out ([base,] sums, anchors) ← the sums of parts, slots (slots, [base,] sums, anchors), in their order.
+
+    ``form`` as of the sweep: "max" has the maximum alone; "running" sums relative to exp(base), each slot to its own; "fixed"
+    a base of ``middle`` in out alone; "plain" none. Neither tensor need be contiguous but in its last dimension.
+    """
+    sums = {"max": 0, "running": slots.shape[1] - 1}.get(form, slots.shape[1])
+    anchors = out.shape[1]
+    with torch.cuda.device_of(out):
+        combine_kernel[(triton.cdiv(anchors, BLOCK),)](
+            slots, out, slots.shape[0], anchors, slots.stride(0), slots.stride(1), out.stride(0), middle, FORM=form, SUMS=sums,
+            BLOCK_SLOTS=BLOCK_SLOTS, BLOCK=BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["anchors", "middle"], do_not_specialize_on_alignment=["gain_ptr", "shift_ptr"])
+def gains_kernel(
+    gain_ptr,  # (anchors,)
+    shift_ptr,  # (anchors,) or None
+    out_ptr,  # (anchors,) out, with a shift
+    largest_ptr,  # (programs,) out
+    anchors,
+    middle,
+    ROWS: tl.constexpr,  # of a program
+    BLOCK: tl.constexpr,
+):
+    largest = tl.zeros((BLOCK,), gain_ptr.dtype.element_ty)
+    for first in range(0, ROWS, BLOCK):
+        row = tl.program_id(0) * ROWS + first + tl.arange(0, BLOCK)
+        keep = row < anchors
+        gain = tl.load(gain_ptr + row, mask=keep, other=0.0)
+        if shift_ptr is not None:
+            gain *= libdevice.exp(middle - tl.load(shift_ptr + row, mask=keep, other=0.0))
+            tl.store(out_ptr + row, gain, mask=keep)
+        largest = tl.maximum(largest, tl.abs(gain))
+    tl.store(largest_ptr + tl.program_id(0), tl.max(largest, 0))
+
+
+#: Anchors of a program of `gains`, which up to so many is one launch.
+ROWS_OF_GAINS, BLOCK_OF_GAINS = 4096, 1024
+
+
+def gains(gain: Tensor, shift: Tensor | None, middle: float) -> tuple[Tensor, Tensor]:
+    """gain·exp(middle − shift) (anchors,), or without a shift the gain itself, and its largest magnitude ()."""
+    programs = triton.cdiv(gain.shape[0], ROWS_OF_GAINS)
+    out, largest = gain if shift is None else gain.new_empty(gain.shape), gain.new_empty(programs)
+    with torch.cuda.device_of(gain):
+        gains_kernel[(programs,)](
+            gain, shift, out, largest, gain.shape[0], middle, ROWS=ROWS_OF_GAINS, BLOCK=BLOCK_OF_GAINS
+        )
+    return out, largest[0] if programs == 1 else largest.amax()

@@ -1,8 +1,8 @@
-"""Pair kinds as Triton device functions, from the formulas of `alphacl_fast.objectives`.
+"""Pair kinds and row steps as Triton device functions, from the formulas of `alphacl_fast.objectives`.
 
-The functions f, df and dtau of a kind are run once on a few numbers while every operation that reaches PyTorch's
-dispatcher is noted, derivatives by autograd included. What led from the argument to the result is written out as one
-straight line of Triton code. A user's function and a built-in one take the same road, so no formula is written twice.
+The functions f, df and dtau of a kind, or that of a row step, are run once on a few numbers while every operation that
+reaches PyTorch's dispatcher is noted, derivatives by autograd included. What led from the arguments to the result is written
+out as one straight line of Triton code. A user's function and a built-in one take the same road: no formula is written twice.
 
 * Operations are primitive (`_PRIMITIVES`), or they are decomposed, by `_DECOMPOSITIONS` or PyTorch's own table, or refused.
 * Constants are folded in float64; equal operations are computed once; what depends on τ alone comes first, as scalars.
@@ -34,7 +34,7 @@ from triton.language.extra import libdevice
 
 from .. import objectives
 
-__all__ = ["Traced", "UnsupportedFunction", "pair_functions", "problem"]
+__all__ = ["Traced", "UnsupportedFunction", "pair_functions", "problem", "row_function"]
 
 
 class Traced(NamedTuple):
@@ -309,18 +309,21 @@ class _Tracer(TorchDispatchMode):
         self.cells: dict[int, tuple[Tensor, list[Value]]] = {}  # by id; the tensor is kept lest its id be given again
         self.within: list[str] = []  # operations that are being decomposed
 
-    def trace(self, function: Callable[[Tensor, Tensor], Tensor]) -> Value:
+    def trace(self, function: Callable[..., tuple[Tensor, ...]], tiles: list[str], scalars: list[str]) -> list[Value]:
+        """What a function of tiles and scalars (0-dim tensors), all of this dtype, returns; they have these names."""
         with torch.inference_mode(False), torch.enable_grad():
-            x = torch.tensor([[-0.75, 0.25, 1.5], [0.5, -0.125, 0.875]], dtype=self.dtype, device="cpu")
-            tau = torch.tensor(0.5, dtype=self.dtype, device="cpu")
-            self.define(x, _Node("x", dtype="x", tile=True))
-            self.define(tau, _Node("tau", dtype="x"))
+            arguments = [
+                torch.tensor([[-0.75, 0.25, 1.5], [0.5, -0.125, 0.875]], dtype=self.dtype, device="cpu") for _ in tiles
+            ] + [torch.tensor(0.5, dtype=self.dtype, device="cpu") for _ in scalars]
+            for argument, name in zip(arguments, (*tiles, *scalars), strict=True):
+                self.define(argument, _Node(name, dtype="x", tile=name in tiles))
             with _on_cpu(), self:
-                y = function(x, tau)
-        value = self.value(y)
-        if isinstance(value, _Refused):
-            raise UnsupportedFunction(f"{self.label} uses {value.reason}")
-        return _real(value)
+                results = function(*arguments)
+        values = [self.value(y) for y in results]
+        for value in values:
+            if isinstance(value, _Refused):
+                raise UnsupportedFunction(f"{self.label} uses {value.reason}")
+        return [_real(value) for value in values]
 
     def value(self, a: Any) -> Any:
         """What stands for a tensor; other arguments of an operation as they are."""
@@ -505,11 +508,12 @@ def _operand(a: Any, names: dict[_Node, str], typed: bool) -> str:
     return f"tl.full((), {_literal(a)}, x.dtype)" if typed else _literal(a)
 
 
-def _body(value: Value) -> str:
-    """Triton code that returns ``value`` in the shape and dtype of x."""
-    if _number(value):
-        return f"    return tl.full(x.shape, {_literal(value)}, x.dtype)\n"
-    nodes, pending = set(), [value]
+def _body(values: list[Value], precise: bool = False) -> str:
+    """Triton code that returns the values in the shape and dtype of x, a tuple of them where they are several.
+
+    ``precise``: with correctly rounded quotients and an accurate exponential, where the time does not matter.
+    """
+    nodes, pending = set(), [value for value in values if isinstance(value, _Node)]
     while pending:
         node = pending.pop()
         if node not in nodes:
@@ -523,25 +527,35 @@ def _body(value: Value) -> str:
             continue
         # Triton makes a literal float32, unless it stands in arithmetic beside a tensor.
         alone = all(_number(a) or a.dtype == "bool" for a in node.args)
-        exact = node.code in _ARITHMETIC or all(_in_float32(a) for a in node.args if _number(a))
-        code = node.code.format(*(_operand(a, names, typed=alone or not exact) for a in node.args))
+        template = _PRECISE.get(node.code, node.code) if precise else node.code
+        exact = template in _ARITHMETIC or all(_in_float32(a) for a in node.args if _number(a))
+        code = template.format(*(_operand(a, names, typed=alone or not exact) for a in node.args))
         names[node] = known.setdefault(code, f"v{len(known)}")
+    results = []
+    for value in values:
+        if _number(value):
+            results.append(f"tl.full(x.shape, {_literal(value)}, x.dtype)")
+        else:
+            results.append(names[value] if value.tile else f"tl.full(x.shape, 0.0, x.dtype) + {names[value]}")
     lines = [f"{name} = {code}" for code, name in known.items()]
-    result = names[value] if value.tile else f"tl.full(x.shape, 0.0, x.dtype) + {names[value]}"
-    return "".join(f"    {line}\n" for line in [*lines, f"return {result}"])
+    return "".join(f"    {line}\n" for line in [*lines, f"return {', '.join(results)}"])
+
+
+_PRECISE = {"{} / {}": "quotient({}, {})", "tl.exp({})": "libdevice.exp({})"}
 
 
 @lru_cache(maxsize=512)
-def _device_function(piece: str, bodies: tuple[str, str]) -> Any:
-    """The Triton function with these bodies in float32 and float64."""
+def _device_function(piece: str, bodies: tuple[str, str], unpacking: str = "") -> Any:
+    """The Triton function with these bodies in float32 and float64, and a first line that names its arguments."""
     narrow, wide = bodies
     body = narrow
     if narrow != wide:
         wide, narrow = (text.replace("    ", "        ") for text in (wide, narrow))
         body = f"    if x.dtype == tl.float64:\n{wide}    else:\n{narrow}"
+    body = unpacking + body
     # Two functions of one name and two bodies would be taken for each other in a kernel that calls both.
-    name = f"pair_{piece}_{hashlib.sha256(body.encode()).hexdigest()[:8]}"
-    source, filename = f"def {name}(x, tau):\n{body}", f"<{__name__}.{name}>"
+    name = f"{piece}_{hashlib.sha256(body.encode()).hexdigest()[:8]}"
+    source, filename = f"def {name}({'v, s' if unpacking else 'x, tau'}):\n{body}", f"<{__name__}.{name}>"
     linecache.cache[filename] = len(source), None, source.splitlines(keepends=True), filename  # where Triton looks for it
     namespace: dict[str, Any] = {"__name__": __name__, "tl": tl, "libdevice": libdevice, "power": power, "quotient": quotient}
     exec(compile(source, filename, "exec"), namespace)
@@ -556,8 +570,10 @@ def _compiled(label: str, kind: objectives.PairKind, params: tuple[float, ...]) 
         function = getattr(kind, name)
         if function is None:
             return None
-        bodies = (_body(_Tracer(label, dtype).trace(lambda x, tau: function(x, tau, params))) for dtype in _DTYPES)
-        return _device_function(name, tuple(bodies))
+        bodies = (
+            _body(_Tracer(label, dtype).trace(lambda x, tau: (function(x, tau, params),), ["x"], ["tau"])) for dtype in _DTYPES
+        )
+        return _device_function(f"pair_{name}", tuple(bodies))
 
     return Traced(*map(piece, Traced._fields))
 
@@ -608,3 +624,24 @@ def problem(name: str, params: tuple[float, ...]) -> str | None:
     except UnsupportedFunction as error:
         return str(error)
     return None
+
+
+# --- row steps ------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=256)
+def row_function(step: str, params: tuple[float, ...], count: int) -> Any:
+    """The row step ``step`` of `objectives.ROW_STEPS` as a Triton function ``(v, s) → outputs``.
+
+    ``v`` is a tuple of ``count`` vectors, float32 or float64, all of one shape; ``s`` the three numbers of `RowScalars` in
+    their dtype; the result a tuple of vectors (one vector where there is one output).
+    """
+    function = objectives.ROW_STEPS[step].function
+    tiles, scalars = ["x", *(f"x{k}" for k in range(1, count))], [f"s{k}" for k in range(len(objectives.RowScalars._fields))]
+
+    def call(*arguments: Tensor) -> tuple[Tensor, ...]:
+        return function(arguments[:count], objectives.RowScalars(*arguments[count:]), params)
+
+    bodies = (_body(_Tracer(f"the row step {step!r}", dtype).trace(call, tiles, scalars), precise=True) for dtype in _DTYPES)
+    lines = [f"{name} = v[{k}]" for k, name in enumerate(tiles)] + [f"{name} = s[{k}]" for k, name in enumerate(scalars)]
+    return _device_function("rows", tuple(bodies), "".join(f"    {line}\n" for line in lines))

@@ -8,7 +8,7 @@ import torch
 from family import BUILT_IN, MODES, loss_and_grads, member_id, pair, relative_error
 
 from alphacl_fast import objectives, ops
-from alphacl_fast.backend import blocked, cuda
+from alphacl_fast.backend import blocked, cuda, groups
 from alphacl_fast.functional import REDUCTIONS, SIMILARITIES, alpha_cl_loss
 
 pytestmark = pytest.mark.skipif(not cuda.emulated(), reason="no emulated library (tests/conftest.py says why)")
@@ -91,8 +91,7 @@ def test_slots_come_in_runs(negatives, monkeypatch):
     """Partial sums, and weights of wide rows, that do not fit into the scratch at once."""
     z1, z2 = pair(200, 300, torch.bfloat16)
     whole = loss_and_grads(z1, z2, "infonce", backend="cuda", negatives=negatives)
-    monkeypatch.setattr(cuda, "SCRATCH", 1)
-    monkeypatch.setattr("alphacl_fast.backend.groups.SCRATCH", 1)
+    monkeypatch.setattr(groups, "SCRATCH", 1)
     parts = loss_and_grads(z1, z2, "infonce", backend="cuda", negatives=negatives)
     for a, b in zip(parts, whole, strict=True):
         assert relative_error(a, b) < (4e-3 if a.dtype == torch.bfloat16 else 1e-6)
@@ -166,13 +165,17 @@ def test_rows_steps():
         ours = f.double() if f.dtype == inv_norm.dtype else f.double() * inv_norm.double().unsqueeze(1)
         bound = 1e-13 if dtype == torch.float64 else 1e-6
         assert relative_error(ours, rows) < bound
-        assert relative_error(pos, (rows[:9] * rows[9:]).sum(1)) < bound
+        assert relative_error(pos, (rows[:9] * rows[9:]).sum(1).repeat(2)) < bound
         assert inv_norm[3] == 0
         assert torch.isfinite(inv_norm).all()
         d, q = torch.randn(18, 37, dtype=inv_norm.dtype), torch.rand(9, dtype=inv_norm.dtype)
         expected = d.double() - torch.cat([q, q]).double().unsqueeze(1) * rows.roll(9, 0)
         expected = (expected - rows * (rows * expected).sum(1, keepdim=True)) * inv_norm.double().unsqueeze(1)
+        both_anchors = torch.cat([q / 4, q - q / 4])
+        other = d.clone()
+        cuda.finish_rows(other, f, inv_norm, both_anchors)
         cuda.finish_rows(d, f, inv_norm, q)
+        assert relative_error(other, d) < bound
         for a, b in zip(d, expected, strict=True):
             assert relative_error(a, b, floor=1e-30) < bound
 
@@ -206,6 +209,11 @@ def test_refusals(monkeypatch, tmp_path):
     assert "bf16x3" in cuda.unsupported(cpu, torch.float32, "bf16x3", "exp")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "needs compute capability 8.0, not 7.5" in cuda.unsupported(gpu, torch.float32, None, "exp")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(cuda, "_load", lambda path, namespace: (None, None))
+    monkeypatch.setattr(cuda, "_shared_memory", lambda device: 99 << 10)
+    assert "needs 163 KB of shared memory a block" in cuda.unsupported(gpu, torch.float32, None, "exp")
+    monkeypatch.undo()
     monkeypatch.setenv("ALPHACL_CUDA_EMULATED", "")
     assert "runs on GPUs, not cpu" in cuda.unsupported(cpu, torch.float32, None, "exp")
     assert "not mps" in cuda.unsupported(torch.device("mps"), torch.float32, None, "exp")

@@ -351,3 +351,17 @@ def test_operators_pass_opcheck():
         ops.pair_grad,
         (f, None, None, pos, pos, pos, None, None, tau, "exp", [], "f", ["f"], 0, 4, 0, 8, [-2.0, 2.0], "", "blocked"),
     )
+
+
+def test_row_operators_pass_opcheck():
+    """Those of backends that have them."""
+    z1, z2 = (torch.randn(4, 3) for _ in range(2))
+    backend = "triton" if ops.backends()["triton"] is None else "cpu"
+    torch.library.opcheck(ops.unit_rows, (z1, z2, backend))
+    f, inv_norm, pos = ops.unit_rows(z1, z2, backend)
+    torch.library.opcheck(ops.finish_rows, (torch.randn(8, 3), f, inv_norm, torch.rand(8), backend))
+    if ops.has_row_step(backend):
+        vectors, tau = [pos, torch.zeros(8), torch.rand(8) + 1], torch.tensor(0.5)
+        arguments = vectors, tau, 6, 8, 8, "exp log(ε + x)", [1.0, 0.0, 0.0], backend
+        assert ops.row_step(*arguments).shape == (3, 8)
+        torch.library.opcheck(ops.row_step, arguments)

@@ -14,8 +14,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from alphacl_fast.kernels import rows
+from alphacl_fast.kernels import rows, trace
 
+from alphacl_fast import objectives
 from alphacl_fast.autograd import Features, positives, through_normalization
 
 pytestmark = [
@@ -99,16 +100,14 @@ def test_finish_rows(dtype, dim, poisoned, chunk):
         assert_close(d, want, eager, EPS[wide])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_parts_of_a_gradient_are_added_in_order(dtype, chunk):
-    z1, z2 = views(9, 70, dtype)
+def test_both_anchors_of_a_pair(poisoned):
+    z1, z2 = views(9, 70, torch.float32)
     f, inv_norm, _ = rows.unit_rows(z1, z2)
-    parts, q = torch.randn(3, 18, 70), torch.rand(9)
-    whole, others = (parts[0] + parts[1]) + parts[2], parts[1:].clone()
-    rows.finish_rows(parts, f, inv_norm, q)
-    rows.finish_rows(whole, f, inv_norm, q)
-    assert torch.equal(parts[0], whole)
-    assert torch.equal(parts[1:], others)
+    d, q = torch.randn(18, 70), torch.rand(18)
+    added = d.clone()
+    rows.finish_rows(d, f, inv_norm, q)
+    rows.finish_rows(added, f, inv_norm, q[:9] + q[9:])
+    assert torch.equal(d, added)
 
 
 def test_rows_of_any_stride(poisoned):
@@ -142,7 +141,7 @@ def test_sizes_at_the_ends_of_the_range(dtype, poisoned, chunk):
     if dtype != torch.float64:
         unit = torch.nn.functional.normalize(torch.cat([z1, z2]).double(), dim=1, eps=0).nan_to_num()
         assert dtype != torch.float32 or error(f, unit) < 1e-6
-        assert error(pos, (unit[:8] * unit[8:]).sum(1)) < 1e-6
+        assert error(pos, (unit[:8] * unit[8:]).sum(1).repeat(2)) < 1e-6
     else:  # no wider dtype to compare with
         assert ((f.norm(dim=1) - 1).abs() < 1e-13).tolist() == [False, *[True] * 14, False]
     eager = Features.make(torch.cat([z1, z2]), "cosine")
@@ -166,7 +165,7 @@ def test_what_is_not_finite_stays_so(dtype, value, chunk):
     want = expected(z1, z2, inv_norm.dtype)
     for got, row in zip((f, inv_norm, pos), want, strict=True):
         assert torch.equal(got.isnan(), row.isnan())
-    assert pos.isnan().tolist() == [False, True, True, False]
+    assert pos.isnan().tolist() == [False, True, True, False] * 2
     d, q = torch.ones(8, 70, dtype=inv_norm.dtype), torch.ones(4, dtype=inv_norm.dtype)
     d[3, 7] = value
     rows.finish_rows(d, f, inv_norm, q)
@@ -186,6 +185,113 @@ def test_as_the_cpu_backend_has_it():
             torch.testing.assert_close(a, b)
 
 
+ROW_STEPS = {  # params and vectors
+    "exp log(ε + x)": [((1.0, 0.0, 0.0), 3), ((0.3, -0.5, 1.0), 3), ((0.0, 0.0, 0.0), 3)],
+    "exp log(ε + x), dτ": [((1.0, 0.0, 0.0), 4)],
+    "exp log(ε + x), dτ in front": [((1.0, 0.5, 1.0), 4), ((0.0, 0.0, 1.0), 4)],
+    "exp max(log x, 0)²": [((0.0, 1.0, 0.0), 3)],
+    "exp max(log x, 0)², dτ": [((0.0, 1.0, 0.0), 4)],
+    "exp max(log x, 0)², dτ in front": [((0.0, 1.0, 1.0), 4)],
+    "weight": [((0.0,), 2), ((0.0,), 3), ((0.1,), 2), ((0.1,), 3)],
+    "weight, through α": [((0.0,), 3), ((0.1,), 3)],
+    "newton": [((-1.0, -0.5), 5), ((2.0, 2.0), 5), ((1.3, 1.3), 5)],
+    "min player": [((), 4)],
+    "min player, through α": [((), 6)],
+    "start at the normal tail": [((), 5)],
+    "start at the mean": [((), 4)],
+}
+
+
+def row_vectors(step, count, n, dtype):
+    """Vectors like those of a batch: brackets contain, means are of squares, sums are positive."""
+    vectors = list(torch.rand(count, n, dtype=torch.float64) * 1.8 + 0.1)
+    if step == "newton":
+        vectors[3], vectors[4] = vectors[2] - vectors[3], vectors[2] + vectors[4]
+        vectors[0][:2] = 1.0  # done
+    if step == "start at the normal tail":
+        vectors[2] = vectors[1].square() + vectors[2] * 0.1
+        vectors[3], vectors[4] = (torch.tensor(x, dtype=torch.float64).expand(n) for x in (0.01, 0.3))
+    if step.startswith("weight"):
+        vectors[-2][3] = 0.0  # no weight at all
+    return [v.to(dtype) for v in vectors]
+
+
+def test_every_row_step_is_listed():
+    assert ROW_STEPS.keys() == objectives.ROW_STEPS.keys()
+
+
+@pytest.mark.parametrize("step", ROW_STEPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("n", [5, 200])
+def test_row_step(step, dtype, n, poisoned):
+    """As the plain function has it: to rounding in float64, and in float32 as well as PyTorch has it."""
+    function, outputs = objectives.ROW_STEPS[step]
+    for params, count in ROW_STEPS[step]:
+        vectors = row_vectors(step, count, n, dtype)
+        tau = torch.tensor(0.3, dtype=dtype)
+        got = rows.row_step(tuple(vectors), tau, 30, 7, n, trace.row_function(step, params, count), len(outputs))
+        assert got.shape == (len(outputs), n)
+        exact, eager = (
+            function([v.to(d) for v in vectors], objectives.RowScalars(tau.to(d), 30, 7), params)
+            for d in (torch.float64, dtype)
+        )
+        for name, ours, truth, theirs in zip(outputs, got, exact, eager, strict=True):
+            if name == "done":
+                assert torch.equal(ours, theirs.to(dtype))
+                continue
+            assert error(ours, truth) <= 2 * error(theirs, truth) + 4 * EPS[dtype], (name, params)
+
+
+def test_row_step_reads_expanded_and_strided_vectors():
+    step, params = "start at the mean", ()
+    t_max, mean = torch.rand(2, 9), torch.rand(9, 2)
+    vectors = (t_max[0], mean[:, 1], torch.tensor(-1.0).expand(9), torch.tensor(2.0).expand(9))
+    ours = rows.row_step(vectors, torch.tensor(1.0), 3, 1, 9, trace.row_function(step, params, 4), 1)
+    theirs = objectives.ROW_STEPS[step].function(vectors, objectives.RowScalars(torch.tensor(1.0), 3, 1), params)
+    torch.testing.assert_close(ours[0], theirs[0])
+
+
+@pytest.mark.parametrize("form", ["plain", "fixed", "running", "max"])
+@pytest.mark.parametrize("slots", [1, 2, 37])
+def test_combine(form, slots, poisoned):
+    n, sums = 200, 0 if form == "max" else 2
+    x = torch.rand(slots, sums + (form in ("running", "max")), n + 3, dtype=torch.float64)[:, :, 3:]
+    if form in ("running", "max"):
+        x[:, 0] = x[:, 0] * 1000 - 500
+        x[0, :, 0] = 0  # a part that met no pair
+        x[0, 0, 0] = -torch.inf
+    out = torch.empty(sums + (form != "plain"), 2 * n, dtype=torch.float64)[:, :n]
+    rows.combine(x, out, form, 0.25)
+    if form == "plain":
+        want = x.sum(0)
+    elif form == "fixed":
+        want = torch.cat([torch.full((1, n), 0.25), x.sum(0)])
+    else:
+        base = x[:, :1].amax(0)
+        factor = torch.where(base > -torch.inf, (x[:, :1] - base).exp(), 0.0)
+        want = torch.cat([base, (x[:, 1:] * factor).sum(0)])
+    torch.testing.assert_close(out, want.to(out.dtype), rtol=1e-13, atol=0)
+
+
+def test_sums_of_many_slots_are_compensated():
+    x = torch.rand(1000, 1, 5) + 100
+    out = torch.empty(1, 5)
+    rows.combine(x, out, "plain")
+    assert error(out, x.double().sum(0)) <= 1.2e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("n", [300, 5000])
+def test_gains(dtype, n, poisoned):
+    gain, shift = torch.randn(n, dtype=dtype), torch.rand(n, dtype=dtype)
+    out, largest = rows.gains(gain, shift, 0.5)
+    torch.testing.assert_close(out, gain * (0.5 - shift).exp())
+    assert torch.equal(largest, out.abs().amax())
+    same, largest = rows.gains(gain, None, 0.0)
+    assert same is gain
+    assert torch.equal(largest, gain.abs().amax())
+
+
 def compile_everything():
     """Resources by kernel, capability, dtype and size; production tiles."""
     from alphacl_fast.kernels.resources import compile_for, occupancy
@@ -202,7 +308,7 @@ def compile_everything():
         finish = {"d_ptr": wide, "f_ptr": z, "q_ptr": wide, **vectors}
         for fn, signature, fixed, divisible in (
             (rows.unit_rows_kernel, normalize, {}, strides if dim % 16 == 0 else ()),
-            (rows.finish_rows_kernel, finish, {"PARTS": 1}, ()),
+            (rows.finish_rows_kernel, finish, {"BOTH": True}, ()),
         ):
             r = compile_for(
                 fn, signature, {"DIM": dim, **config, **fixed}, capability, num_warps=warps, divisible=divisible
@@ -211,7 +317,33 @@ def compile_everything():
                 "spills": r.spill_bytes, "stack": r.stack, "blocks": occupancy(r), "threads": r.threads,
                 "loads": r.count(r"^LDG\..*128"), "stores": r.count(r"^STG\..*128"),
             }  # fmt: skip
+    for capability, kind in ((80, "*fp32"), (90, "*fp32"), (90, "*fp64"), (100, "*fp32")):
+        for fn, signature, constants in vector_kernels(kind):
+            r = compile_for(fn, signature, constants, capability, attrs={})
+            found[f"{r.name} {capability} {kind} {len(found)}"] = {"spills": r.spill_bytes, "stack": r.stack}
     return found
+
+
+def vector_kernels(kind):
+    """(kernel, types, constants) of every form of the kernels for vectors."""
+    numbers = {"n_neg": "i32", "divisor": "i32", "anchors": "i32"}
+    for step, cases in ROW_STEPS.items():
+        for params, count in cases:
+            vectors = {f"v{k}_ptr": kind if k < count else None for k in range(rows.MOST_VECTORS)}
+            signature = {**vectors, "tau_ptr": kind, "out_ptr": kind, **numbers}
+            constants = {
+                "FUNCTION": trace.row_function(step, params, count), "STRIDES": (1,) * count,
+                "OUTPUTS": len(objectives.ROW_STEPS[step].outputs), "BLOCK": rows.BLOCK,
+            }  # fmt: skip
+            yield rows.row_step_kernel, signature, constants
+    numbers = dict.fromkeys(("slots", "anchors", "slot_stride", "slot_row", "out_row"), "i32") | {"middle": "fp32"}
+    for form, sums in (("max", 0), ("running", 2), ("fixed", 1), ("plain", 3)):
+        constants = {"FORM": form, "SUMS": sums, "BLOCK_SLOTS": rows.BLOCK_SLOTS, "BLOCK": rows.BLOCK}
+        yield rows.combine_kernel, {"slots_ptr": kind, "out_ptr": kind, **numbers}, constants
+    for shift in (kind, None):
+        signature = {"gain_ptr": kind, "shift_ptr": shift, "out_ptr": kind, "largest_ptr": kind}
+        constants = {"ROWS": rows.ROWS_OF_GAINS, "BLOCK": rows.BLOCK_OF_GAINS}
+        yield rows.gains_kernel, {**signature, "anchors": "i32", "middle": "fp32"}, constants
 
 
 @pytest.fixture(scope="module")
@@ -225,13 +357,14 @@ def compiled():
 
 
 def test_compiled_for_each_generation(compiled):
-    assert len(compiled) == 16
+    assert len(compiled) == 16 + 4 * (sum(map(len, ROW_STEPS.values())) + 6)
     for name, found in compiled.items():
         assert found["spills"] == found["stack"] == 0, name
-        assert found["blocks"] * found["threads"] >= 256, name
-        if not name.endswith(" 3"):
-            assert found["loads"] > 0, name
-            assert found["stores"] > 0, name
+        if "loads" in found:
+            assert found["blocks"] * found["threads"] >= 256, name
+            if not name.endswith(" 3"):
+                assert found["loads"] > 0, name
+                assert found["stores"] > 0, name
 
 
 @pytest.mark.parametrize(("kind", "bytes_per_number"), [("bf16", 2), ("fp32", 4), ("fp64", 8)])

@@ -12,11 +12,12 @@ from alphacl_fast.kernels.config import Tile
 from alphacl_fast.kernels.sweeps import rounded_to_tf32
 from conftest import square_tile
 from family import MODES, gaussian_weight, loss_and_grads, member_id, pair, relative_error
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton import jit
+from triton.runtime.interpreter import GridExecutor
 
 from alphacl_fast import FusedAlphaCLLoss, PairLoss, PairWeight, ops
-from alphacl_fast.backend import triton
+from alphacl_fast.backend import groups, triton
 from alphacl_fast.functional import alpha_cl_loss
 
 SOURCE = (Path(__file__).parent.parent / "kernels/sweeps.py").read_text()
@@ -28,9 +29,9 @@ FORMS = [  # one objective for each form of a sweep
 ]
 
 
-def set_tile(monkeypatch, *shape, both_sides=False, processors=6):
+def set_tile(monkeypatch, *shape, both_sides=False, persistent=0, processors=6):
     rows, cols, features = shape
-    shape = Tile(rows, cols, features, warps=4, stages=1, both_sides=both_sides)
+    shape = Tile(rows, cols, features, warps=4, stages=1, both_sides=both_sides, persistent=persistent)
     monkeypatch.setattr(triton, "tile", lambda sweep, mode, dim, n, device: shape)
     monkeypatch.setattr(triton, "_processors", lambda device: processors)
 
@@ -86,16 +87,56 @@ def test_programs_share_a_ring(member, negatives, similarity, monkeypatch, poiso
 def test_wide_rows(member, negatives, symmetric, similarity, monkeypatch, poisoned):
     """More features than a tile holds: similarities in chunks, weights written for a vendor product, in runs of row blocks."""
     set_tile(monkeypatch, 4, 4, 4, processors=7)
-    monkeypatch.setattr(triton, "SCRATCH", 2 * 4 * 14 * 8)  # two row blocks
+    monkeypatch.setattr(groups, "SCRATCH", 2 * 4 * 14 * 8)  # two row blocks
     setting = {"negatives": negatives, "symmetric": symmetric, "similarity": similarity, "tau": 0.5}
     assert_equal(*pair(7, 7), member, **setting)
+
+
+PERSISTENT = [
+    (member, 7, (4, 4, features), both, {}) for member in FORMS for features, both in ((8, False), (4, False), (8, True))
+]
+PERSISTENT += [
+    (FORMS[0], 7, (4, 4, 8), False, {"tau": 1e-3}), (FORMS[0], 13, (2, 4, 8), False, {"negatives": "one_view"}),
+    (FORMS[0], 13, (2, 4, 8), False, {"negatives": "cross_view", "similarity": "euclidean"}),
+    (FORMS[0], 13, (2, 2, 8), True, {"negatives": "cross_view"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("member", "n", "shape", "both_sides", "setting"), PERSISTENT)
+def test_persistent_grid(member, n, shape, both_sides, setting, monkeypatch, poisoned):
+    """Five programs share the row blocks and the parts of their rings: to the last bit what a program for each gives."""
+    grids = []
+    monkeypatch.setattr("alphacl_fast.objectives.MinPlayer.max_sweeps", 2)
+    for kernel in ("row_sums", "pair_grad"):
+        original = getattr(triton._kernels().sweeps, kernel)
+        monkeypatch.setattr(triton._kernels().sweeps, kernel, _Spy(original, grids))
+    results = []
+    for persistent in (0, 1):
+        grids.clear()
+        set_tile(monkeypatch, *shape, both_sides=both_sides, persistent=persistent, processors=10)
+        results.append(loss_and_grads(*pair(n, 6, torch.float32), *member, backend="triton", **{"tau": 0.5, **setting}))
+        items = [rows * parts for rows, parts in grids]
+        assert max(items) == 5 if persistent else max(items) > 5
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+class _Spy:
+    """A kernel that notes the grids of its launches."""
+
+    def __init__(self, kernel, grids):
+        self.kernel, self.grids = kernel, grids
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return self.kernel[grid]
 
 
 @pytest.mark.parametrize("tau", [0.3, 1e-3])
 def test_both_sides_in_runs(tau, monkeypatch):
     """Ring distances in runs, so that the slots of a large n fit into the scratch."""
     set_tile(monkeypatch, 2, 2, 8, both_sides=True)
-    monkeypatch.setattr(triton, "SCRATCH", 3 * 18 * 8)
+    monkeypatch.setattr(groups, "SCRATCH", 3 * 18 * 8)
     for negatives, symmetric in MODES:
         setting = {"negatives": negatives, "symmetric": symmetric, "tau": tau, "learn_tau": False}
         assert_equal(*pair(9, 6), ("infonce", {}), bound=1e-9, **setting)
@@ -211,11 +252,11 @@ def test_precision_crosses_the_operators(monkeypatch):
 
 def test_ranges_and_partners_are_checked():
     with pytest.raises(ValueError, match="partner must be 0 or half of the rows"):
-        triton._groups(8, 0, 3, 8)
+        groups.groups_of(8, 0, 3, 8)
     with pytest.raises(ValueError, match="partner must be 0 or split"):
-        triton._groups(8, 4, 3, 8)
+        groups.groups_of(8, 4, 3, 8)
     with pytest.raises(ValueError, match="must hold whole views, rows 0 to 4, got 1 to 8"):
-        triton._jobs(triton._groups(8, 0, 4, 8), 8, 1, 8, False)
+        groups.jobs_of(groups.groups_of(8, 0, 4, 8), 8, 1, 8, False)
     with pytest.raises(ValueError, match="cols must equal rows"):
         Tile(64, 32, 64, 4, 2, both_sides=True)
 
@@ -314,34 +355,78 @@ def test_nothing_is_compiled_again_for_another_batch_size(monkeypatch):
         assert all(f'"{name}"' in frozen for name in varying)
 
 
-class _Operations(TorchDispatchMode):
-    """Counts operations that are a launch on a GPU."""
+class _Launches(TorchDispatchMode):
+    """Names of what is a launch on a GPU: kernels, and PyTorch's operations inside and outside of the package's operators."""
 
-    VIEWS = (
+    NONE = (
         "view", "detach", "split", "select", "slice", "expand", "unsqueeze", "t", "transpose", "alias", "empty", "new_empty",
+        "unbind",
     )  # fmt: skip
 
-    def __init__(self):
+    def __init__(self, monkeypatch):
         super().__init__()
         self.names = []
+        launch = GridExecutor.__call__
+
+        def record(executor, *args, **kwargs):
+            self.names.append(executor.fn.__name__)
+            with _disable_current_modes():  # the interpreter's own
+                return launch(executor, *args, **kwargs)
+
+        monkeypatch.setattr(GridExecutor, "__call__", record)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        host = isinstance(out, torch.Tensor) and out.dtype == torch.float64  # the range of log f, on the CPU everywhere
-        if name not in self.VIEWS and not host:
+        if func.namespace == "alphacl_fast":
+            with self:
+                return getattr(ops, f"_{name}")(*args)
+        out = func(*args, **(kwargs or {}))
+        tensor = isinstance(out, torch.Tensor)
+        host = tensor and out.dtype == torch.float64  # the range of log f, on the CPU everywhere
+        if name not in self.NONE and not host and not (tensor and out.numel() == 0):
             self.names.append(name)
         return out
 
 
-def test_launches_of_a_step():
-    """Four kernels and the O(n) row step; a CUDA graph makes one launch of them. Nothing reads a number of the batch."""
-    loss = FusedAlphaCLLoss(backend="triton")
-    z1, z2 = (z.requires_grad_() for z in pair(16, 16, torch.float32))
-    loss(z1, z2).backward()
-    with _Operations() as operations:
+BEFORE_THE_GRADIENT = ["unit_rows_kernel", "row_sums", "combine_kernel", "row_step_kernel", "gains_kernel"]
+#: Launches of a step with its backward, where programs share a ring (as at n = 1,024) and where each has one of its own.
+LAUNCHES = [
+    ("infonce", {}, 12, 10),
+    ("infonce", {"temperature_scaled": True}, 12, 10),
+    ("infonce", {"negatives": "cross_view"}, 15, 13),
+    ("alpha_direct", {}, 12, 10),
+    ("alpha_inverse", {"detach_alpha": False, "alpha_eps": 0.1}, 11, 9),
+    ("triplet", {}, 11, 9),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "shared", "own"), LAUNCHES, ids=str)
+def test_launches_of_a_step(name, options, shared, own, monkeypatch):
+    """A CUDA graph makes one launch of them: nothing reads a number of the batch."""
+    loss = FusedAlphaCLLoss(name, backend="triton", **options)
+    for processors, most in ((8, shared), (1, own)):
+        set_tile(monkeypatch, 8, 2, 8, processors=processors)
+        z1, z2 = (z.requires_grad_() for z in pair(8, 8, torch.float32))
         loss(z1, z2).backward()
-    kernels = [name for name in operations.names if name in ("unit_rows", "row_sums", "pair_grad", "finish_rows")]
-    assert kernels == ["unit_rows", "row_sums", "pair_grad", "finish_rows"]
-    assert "_local_scalar_dense" not in operations.names
-    assert len(operations.names) <= 31, operations.names
+        z1.grad = z2.grad = None
+        with monkeypatch.context() as patch, _Launches(patch) as launches:
+            loss(z1, z2).backward()
+        if (name, options, processors) == ("infonce", {}, 8):
+            after = ["pair_grad", "sum", "finish_rows_kernel", "mean", "ones_like", "mul"]
+            assert launches.names == ["full", *BEFORE_THE_GRADIENT, *after]
+        assert "_local_scalar_dense" not in launches.names
+        assert len(launches.names) == most, launches.names
+
+
+@pytest.mark.parametrize(("processors", "each"), [(2, 4), (4, 5)])
+def test_launches_of_a_min_player(processors, each, monkeypatch):
+    """What is pointwise is one launch: of a step of its iteration four or five are left, two of which look at its end."""
+    set_tile(monkeypatch, 32, 16, 16, processors=processors)
+    names = {}
+    for most in (2, 3, 4):  # the first one compiles
+        monkeypatch.setattr("alphacl_fast.objectives.MinPlayer.max_sweeps", most)
+        z1, z2 = (z.requires_grad_() for z in pair(32, 16, torch.float32))
+        with monkeypatch.context() as patch, _Launches(patch) as launches:
+            FusedAlphaCLLoss("alpha_gamma", temperature=1e-4, backend="triton")(z1, z2).backward()
+        names[most] = launches.names
+    assert [len(names[4]) - len(names[3]), names[4].count("row_step_kernel")] == [each, 6]

@@ -321,20 +321,22 @@ def _run_rows(function: str, dtype: torch.dtype, n_pairs: int, dim: int, stride:
 
 
 def unit_rows(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Stacked rows (2N, D) as `autograd.Features` wants them for cosine, 1/‖z‖ (2N,) and t⁺ (N,), in one pass."""
+    """Stacked rows (2N, D) as `autograd.Features` wants them for cosine, 1/‖z‖ and t⁺ (2N,) each, in one pass."""
     z1, z2 = (z if z.stride(1) == 1 else z.contiguous() for z in (z1, z2))
     n, dim = z1.shape
     wide = torch.float64 if z1.dtype == torch.float64 else torch.float32
     f = z1.new_empty((2 * n, dim))
-    inv_norm, pos = z1.new_empty(2 * n, dtype=wide), z1.new_empty(n, dtype=wide)
+    inv_norm, pos = z1.new_empty(2 * n, dtype=wide), z1.new_empty(2 * n, dtype=wide)
     _run_rows(
         "alphacl_cpu_normalize", z1.dtype, n, dim, (z1.stride(0), z2.stride(0)), z1=z1, z2=z2, f=f, inv_norm=inv_norm,
         pos=pos,
     )  # fmt: skip
+    pos[n:] = pos[:n]
     return f, inv_norm, pos
 
 
 def finish_rows(d: Tensor, f: Tensor, inv_norm: Tensor, q: Tensor) -> None:
-    """d (2N, D) ← the gradient in z, from Σ_j (g_ij + g_ji) F_j and the pairs' q (N,); in place."""
-    q = q.contiguous()
-    _run_rows("alphacl_cpu_finish", f.dtype, q.shape[0], f.shape[1], (0, 0), f=f, inv_norm=inv_norm, d=d, q=q)
+    """d (2N, D) ← the gradient in z, from Σ_j (g_ij + g_ji) F_j and the anchors' q, (N,) or (2N,); in place."""
+    n = f.shape[0] // 2
+    q = q.contiguous() if q.shape[0] == n else q[:n] + q[n:]  # both anchors of a positive pair
+    _run_rows("alphacl_cpu_finish", f.dtype, n, f.shape[1], (0, 0), f=f, inv_norm=inv_norm, d=d, q=q)

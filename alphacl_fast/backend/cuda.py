@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..objectives import KINDS
-from .groups import SCRATCH, Group, clear, combined, groups_of, jobs_of, matmul_precision, row_runs
+from .groups import Group, clear, fitting, groups_of, jobs_of, matmul_precision, row_runs
 from .precision import float32_precision
 from .ranges import middle as middle_of
 
@@ -32,6 +32,9 @@ SIDE = 64
 #: The longest rows whose gradient the kernels accumulate in registers (launch.h); for longer ones they write the weights,
 #: which a vendor product multiplies with the rows: nothing is computed twice.
 LARGEST = {"bf16": 256, "fp16": 256, "tf32": 128, "fp32": 64, "fp64": 32}
+
+#: Shared memory that the largest kernels take, in bytes.
+SHARED_MEMORY = 163 << 10
 
 _MODES = ("bf16", "fp16", "tf32", "fp32", "fp64")  # as `Dtype` of problem.h
 _KINDS = {name: code for code, name in enumerate(("exp", "gibbs", "power", "inverse", "hinge", "sigmoid", "square", "gamma"))}
@@ -87,6 +90,8 @@ def unsupported(device: torch.device, dtype: torch.dtype, precision: str | None,
     _, reason = _library(device.type)
     if reason:
         return reason
+    if device.type == "cuda" and (there := _shared_memory(device)) < SHARED_MEMORY:
+        return f"needs {SHARED_MEMORY >> 10} KB of shared memory a block, as A100 and H100 have, not {there >> 10}"
     if kind and kind not in KINDS:
         return "compiled for the built-in pair functions, not for a user's own"
     if precision == "bf16x3":
@@ -114,7 +119,10 @@ def both_sides(**sweeps: bool | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hopper(mode: int) -> Iterator[None]:
-    """Within the context, bfloat16 rows take the kernels of warpgroups (sm_90a) where they can, -1 or 1, or never, 0."""
+    """Whether bfloat16 rows take the kernels of warpgroups (sm_90a), within the context.
+
+    -1: where these serve a call; 0: never; 1: whatever the fast kernels serve by row blocks, which is refused if they cannot.
+    """
     libraries = [library for device in ("cuda", "cpu") if (library := _interface(device)) is not None]
     before = [library.alphacl_cuda_hopper(mode) for library in libraries]
     _has_hopper.cache_clear()
@@ -156,12 +164,9 @@ def _processors(device: torch.device) -> int:
 
 
 @functools.cache
-def _largest(mode: str, device: torch.device) -> int:
-    """`LARGEST`, where a block gets the shared memory for it: not on every GPU of the RTX series."""
-    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    if properties is not None and properties.shared_memory_per_block_optin < 160 << 10:
-        return min(LARGEST[mode], 64)
-    return LARGEST[mode]
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a block can have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def _parts(blocks: int, tiles: int, device: torch.device) -> int:
@@ -280,7 +285,7 @@ def row_sums(
     for group in groups:
         p.launch(group, _tiles(group.n_rows), parts, anchors, sums, middle=middle or 0.0, out=slots, end=_tiles(group.n_cols))
     if parts > 1:
-        wanted.copy_(combined(slots, form))
+        wanted.copy_(_combined(slots, form))
     return out
 
 
@@ -289,7 +294,7 @@ def _sums_of_both_sides(p: _Problem, group: Group, sums: tuple[str, ...], middle
     blocks, tiles = _tiles(group.n_rows), _tiles(group.n_cols)
     distances = tiles // 2 + 1 if group.triangle else tiles
     parts = _parts(blocks, distances, p.f.device)
-    run = min(distances, max(1, SCRATCH // (out.numel() * out.element_size()) - parts))
+    run = min(distances, max(1, fitting(out.numel() * out.element_size()) - parts))
     slots = out.new_empty(parts + run, *out.shape)
     for begin in range(0, distances, run):
         end = min(begin + run, distances)
@@ -303,11 +308,22 @@ def _sums_of_both_sides(p: _Problem, group: Group, sums: tuple[str, ...], middle
         )  # fmt: skip
         used = slots[: parts + end - begin]
         if group.triangle:
-            new = combined(used, p.form)
+            new = _combined(used, p.form)
         else:  # the first side's sums are those of rows, the second's those of columns
             n = group.n_rows
-            new = torch.cat([combined(used[:parts, :, :n], p.form), combined(used[parts:, :, n:], p.form)], 1)
-        out.copy_(new if begin == 0 else combined(torch.stack([out, new]), p.form))
+            new = torch.cat([_combined(used[:parts, :, :n], p.form), _combined(used[parts:, :, n:], p.form)], 1)
+        out.copy_(new if begin == 0 else _combined(torch.stack([out, new]), p.form))
+
+
+def _combined(slots: Tensor, form: str) -> Tensor:
+    """(slots, K, anchors) → (K, anchors): sums of parts, in their order."""
+    if form == "max":
+        return slots.amax(0)
+    if form != "running":
+        return slots.sum(0)
+    base = slots[:, 0].amax(0)
+    factor = (slots[:, 0] - torch.where(base > -torch.inf, base, 0.0)).exp_()
+    return torch.cat([base.unsqueeze(0), (slots[:, 1:] * factor.unsqueeze(1)).sum(0)])
 
 
 # --- sweep 2 ----------------------------------------------------------------------------------------------------------
@@ -347,7 +363,7 @@ def pair_grad(
     anchors, everything = gain.shape[0], (lo, hi) == (0, p.n)
     groups = groups_of(p.n, split, partner, anchors)
     unit = None if p.mode in ("fp32", "fp64") else gain.abs().amax()  # weights that are rounded are divided by it first
-    whole = p.dim <= _largest(p.mode, f.device)
+    whole = p.dim <= LARGEST[p.mode]
     both = (
         _both_sides["pair_grad"] and p.mode == "bf16" and whole and everything and (not split or p.n == 2 * split)
         and not torch.are_deterministic_algorithms_enabled()
@@ -406,15 +422,15 @@ def _vendor_product(p: _Problem, group: Group, w: Tensor, first: int, df: Tensor
 
 
 def unit_rows(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Stacked rows (2N, D) as `autograd.Features` wants them for cosine, 1/‖z‖ (2N,) and t⁺ (N,), in one launch."""
+    """Stacked rows (2N, D) as `autograd.Features` wants them for cosine, 1/‖z‖ and t⁺ (2N,) each, in one launch."""
     z1, z2 = (z if z.stride(1) == 1 else z.contiguous() for z in (z1, z2))
     n, dim = z1.shape
     wide = torch.float64 if z1.dtype == torch.float64 else torch.float32
-    f, inv_norm, pos = z1.new_empty(2 * n, dim), z1.new_empty(2 * n, dtype=wide), z1.new_empty(n, dtype=wide)
+    f, inv_norm, pos = z1.new_empty(2 * n, dim), z1.new_empty(2 * n, dtype=wide), z1.new_empty(2 * n, dtype=wide)
     _library(z1.device.type)[0].rows.default(False, z1, z2, f, inv_norm, pos, None, None)
     return f, inv_norm, pos
 
 
 def finish_rows(d: Tensor, f: Tensor, inv_norm: Tensor, q: Tensor) -> None:
-    """d (2N, D) ← the gradient in z, from Σ_j (g_ij + g_ji) F_j and the pairs' q (N,); in place, in one launch."""
+    """d (2N, D) ← the gradient in z, from Σ_j (g_ij + g_ji) F_j and the anchors' q, (N,) or (2N,); in place, in one launch."""
     _library(f.device.type)[0].rows.default(True, None, None, f, inv_norm, None, d, q.contiguous())

@@ -66,9 +66,14 @@ def jobs_of(groups: list[Group], n: int, lo: int, hi: int, terms: bool) -> list[
     return jobs
 
 
+def fitting(bytes_each: int) -> int:
+    """How many fit into the scratch, at least one."""
+    return max(1, SCRATCH // bytes_each)
+
+
 def row_runs(blocks: int, bytes_of_block: int) -> Iterator[tuple[int, int]]:
     """(first row block, number of them) so that what they write fits into the scratch."""
-    run = max(1, SCRATCH // bytes_of_block)
+    run = fitting(bytes_of_block)
     for first in range(0, blocks, run):
         yield first, min(run, blocks - first)
 
@@ -78,17 +83,6 @@ def clear(slot: Tensor, form: str) -> None:
     slot.zero_()
     if form in ("running", "max"):
         slot[0].fill_(-torch.inf)
-
-
-def combined(slots: Tensor, form: str) -> Tensor:
-    """(slots, K, anchors) → (K, anchors): sums of parts, in their order."""
-    if form == "max":
-        return slots.amax(0)
-    if form != "running":
-        return slots.sum(0)
-    base = slots[:, 0].amax(0)
-    factor = (slots[:, 0] - torch.where(base > -torch.inf, base, 0.0)).exp_()
-    return torch.cat([base.unsqueeze(0), (slots[:, 1:] * factor.unsqueeze(1)).sum(0)])
 
 
 @contextlib.contextmanager

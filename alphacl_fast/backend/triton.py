@@ -7,11 +7,11 @@ with the first call. With TRITON_INTERPRET=1 the same kernels run on CPU tensors
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -19,14 +19,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..objectives import ROW_STEPS
 from ..objectives import kind as lookup
+from .groups import Group, clear, fitting, groups_of, jobs_of, matmul_precision, row_runs
 from .precision import float32_precision
 from .ranges import middle as middle_of
 
 #: The first version of Triton whose functions take and return named tuples as the kernels do.
 OLDEST = (3, 6)
-#: Bytes of scratch that a sweep allocates at most for partial sums, and for weights of rows too wide for registers.
-SCRATCH = 256 << 20
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -101,45 +101,14 @@ def _arithmetic(dtype: torch.dtype, precision: str, device: torch.device) -> _Ar
     return _Arithmetic("fp32" if precision == "ieee" else precision, precision, torch.float32, precision)
 
 
-class _Group(NamedTuple):
-    """Rows that one launch serves against the columns they meet."""
-
-    row_start: int
-    n_rows: int
-    col_start: int
-    n_cols: int
-    rows_paired: bool  # a block of rows holds rows of both views (kernels/sweeps.py)
-    cols_paired: bool
-    exclude: bool
-    triangle: bool
-    rows_anchor: bool
-    cols_anchor: bool
-
-
-def _groups(n: int, split: int, partner: int, anchors: int) -> list[_Group]:
-    """All rows: of a triangle one group, of a rectangle one per side."""
-    if split:
-        if partner not in (0, split):
-            raise ValueError(f"partner must be 0 or split ({split}) in a rectangle, got {partner}")
-        symmetric = anchors > split
-        return [
-            _Group(0, split, split, n - split, False, False, partner > 0, False, True, symmetric),
-            _Group(split, n - split, 0, split, False, False, partner > 0, False, symmetric, True),
-        ]
-    if partner not in (0, n // 2) or (partner and n % 2):
-        raise ValueError(f"partner must be 0 or half of the rows ({n}), got {partner}")
-    return [_Group(0, n, 0, n, partner > 0, partner > 0, True, True, True, True)]
-
-
-def _view(n: int, half: int, start: int) -> _Group:
-    """The rows of one view of two_view against all rows."""
-    return _Group(start, half, 0, n, False, True, True, False, True, True)
+#: Programs that a multiprocessor runs side by side, about.
+PROCESSORS_PER_SM = 2
 
 
 @functools.cache
 def _processors(device: torch.device) -> int:
     """Programs that a GPU runs side by side, about; in the interpreter a ring is cut in two, to have it tested."""
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 6
+    return PROCESSORS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 6
 
 
 def parts_of(blocks: int, tiles: int, device: torch.device) -> int:
@@ -170,7 +139,7 @@ class _Problem:
         )
         self.traced = _kernels().trace.pair_functions(kind_name, params)
 
-    def overlapped(self, groups: list[_Group], form: str) -> bool:
+    def overlapped(self, groups: list[Group], form: str) -> bool:
         """Whether the Gluon kernels are wanted and serve this call; where they do not, the default tile takes their place."""
         if self.tile.engine != "gluon":
             return False
@@ -182,7 +151,7 @@ class _Problem:
             self.tile = _kernels().config.default(self.sweep, self.arithmetic.mode, self.dim)
         return serves
 
-    def static(self, group: _Group, form: str, terms: tuple[str, ...], both: bool, weight: str = "", grad: str = "none"):
+    def static(self, group: Group, form: str, terms: tuple[str, ...], both: bool, weight: str = "", grad: str = "none"):
         """`kernels.sweeps.Static` of a launch; the derivatives that nobody asks for are left out."""
         tl, arithmetic = _kernels().tl, self.arithmetic
         if interpreted():  # which multiplies all but bfloat16 as it should, and knows no shorter float32
@@ -200,14 +169,14 @@ class _Problem:
             UPCAST=interpreted() and self.f.dtype == torch.bfloat16, EXCLUDE=group.exclude, TRIANGLE=group.triangle, BOTH=both,
             ROWS_PAIRED=group.rows_paired, COLS_PAIRED=group.cols_paired, ROWS_ANCHOR=group.rows_anchor,
             COLS_ANCHOR=group.cols_anchor, WEIGHT=weight, GRAD=grad, W_TYPE=precise[arithmetic.weights],
-            W_PRECISION=arithmetic.products,
+            W_PRECISION=arithmetic.products, PERSISTENT=self.tile.persistent > 0,
         )  # fmt: skip
 
-    def blocks(self, group: _Group) -> tuple[int, int]:
+    def blocks(self, group: Group) -> tuple[int, int]:
         """Row blocks and column tiles."""
         return -(-group.n_rows // self.tile.rows), -(-group.n_cols // self.tile.cols)
 
-    def parts(self, groups: list[_Group]) -> int:
+    def parts(self, groups: list[Group]) -> int:
         """Parts of a ring, the same for all groups of a call, so that they share one buffer."""
         return min(parts_of(*self.blocks(group), self.f.device) for group in groups)
 
@@ -215,13 +184,17 @@ class _Problem:
         """Whether log f takes a few multiplications; a logarithm or a power in software would spill beside the products."""
         return self.kind_name in ("exp", "gibbs") or (self.kind_name == "power" and self.params[1] in (1.0, 2.0))
 
-    def gluon_parts(self, group: _Group) -> int:
+    def gluon_parts(self, group: Group) -> int:
         return min(parts_of(*self.blocks(group), self.f.device), _hopper().most_splits(group.n_rows, self.tile))
 
     def device(self):
         return torch.cuda.device(self.f.device) if self.f.is_cuda else contextlib.nullcontext()
 
     def launch(self, kernel, grid: tuple[int, int], *arguments) -> None:
+        """A launch of a grid (row blocks, parts of a ring), or of as many programs as the tile wants to share its items."""
+        if self.tile.persistent:
+            resident = self.tile.persistent * _processors(self.f.device) // PROCESSORS_PER_SM
+            grid = (min(grid[0] * grid[1], resident), 1)
         options = {} if self.tile.max_registers is None else {"maxnreg": self.tile.max_registers}
         with self.device():
             kernel[grid](*arguments, num_warps=self.tile.warps, num_stages=self.tile.stages, **options)
@@ -261,33 +234,31 @@ def row_sums(
         f, tau, kind_name, params, precision, "row_sums_plain" if form == "plain" else "row_sums", scale=scale, bias=bias,
         center=center, shift=shift, offset=offset,
     )  # fmt: skip
-    groups = [g for g in _groups(p.n, split, partner, anchors) if g.rows_anchor]
+    groups = [g for g in groups_of(p.n, split, partner, anchors) if g.rows_anchor]
     out = tau.new_empty(len(terms), anchors)
-    wanted = out
-    if form == "fixed":
-        middle = _float32(middle)
-        out[0].fill_(middle)
-        wanted = out[1:]
+    middle = 0.0 if middle is None else _float32(middle)
     if p.overlapped(groups, form):
-        _overlapped_sums(p, groups, middle, wanted)
+        out[0].fill_(middle)
+        _overlapped_sums(p, groups, middle, out[1:])
         return out
     if p.tile.both_sides and (not split or (anchors > split and p.n == 2 * split)):
-        _both_sides(p, groups[0], form, sums, middle or 0.0, wanted)
+        _both_sides(p, groups[0], form, sums, middle, out)
         return out
     parts = p.parts(groups)
-    slots = wanted.unsqueeze(0) if parts == 1 else tau.new_empty(parts, *wanted.shape)
+    slots = out.unsqueeze(0) if parts == 1 else tau.new_empty(parts, *out.shape)
     for group in groups:
         blocks, tiles = p.blocks(group)
         p.launch(
             _kernels().sweeps.row_sums, (blocks, parts), p.f, p.vectors, tau, slots, p.f.stride(0), group.n_rows, group.n_cols,
-            group.row_start, group.col_start, partner, anchors, 0, tiles, 0, middle or 0.0, p.static(group, form, sums, False),
+            group.row_start, group.col_start, partner, anchors, 0, tiles, 0, blocks, blocks * parts, middle,
+            p.static(group, form, sums, False),
         )  # fmt: skip
     if parts > 1:
-        wanted.copy_(_combined(slots, form))
+        _kernels().rows.combine(slots[:, form == "fixed" :], out, form, middle)
     return out
 
 
-def _in_order(x: Tensor, group: _Group, half: int, columns: bool = False) -> Tensor:
+def _in_order(x: Tensor, group: Group, half: int, columns: bool = False) -> Tensor:
     """Rows (or columns) of a group as the Gluon kernels want them: of two views, partners are neighbours."""
     if group.rows_paired:
         return x.view(2, half, *x.shape[1:]).transpose(0, 1).reshape(x.shape)
@@ -295,12 +266,12 @@ def _in_order(x: Tensor, group: _Group, half: int, columns: bool = False) -> Ten
     return x[start : start + group.n_rows].contiguous()
 
 
-def _as_given(x: Tensor, group: _Group, half: int) -> Tensor:
+def _as_given(x: Tensor, group: Group, half: int) -> Tensor:
     """The inverse of `_in_order`, of rows."""
     return x.view(half, 2, *x.shape[1:]).transpose(0, 1).reshape(x.shape) if group.rows_paired else x
 
 
-def _overlapped_sums(p: _Problem, groups: list[_Group], middle: float, out: Tensor) -> None:
+def _overlapped_sums(p: _Problem, groups: list[Group], middle: float, out: Tensor) -> None:
     """`row_sums` of the fixed form, (terms, anchors), by the Gluon kernels."""
     half = p.n // 2
     for group in groups:
@@ -317,54 +288,42 @@ def _overlapped_sums(p: _Problem, groups: list[_Group], middle: float, out: Tens
         out[:, group.row_start : group.row_start + group.n_rows] = _as_given(sums.sum(0).t(), group, half).t()
 
 
-def _both_sides(p: _Problem, group: _Group, form: str, sums: tuple[str, ...], middle: float, out: Tensor) -> None:
+def _both_sides(p: _Problem, group: Group, form: str, sums: tuple[str, ...], middle: float, out: Tensor) -> None:
     """Fills out (K, anchors), reading every similarity once. Ring distances go in runs whose slots fit into the scratch."""
     blocks, tiles = p.blocks(group)
     distances = tiles // 2 + 1 if group.triangle else tiles
-    parts = parts_of(blocks, distances, p.f.device)
-    run = min(distances, max(1, SCRATCH // (out.numel() * out.element_size()) - parts))
-    slots = out.new_empty(parts + run, *out.shape)
+    parts, rows = parts_of(blocks, distances, p.f.device), out.shape[0] - (form == "fixed")
+    run = min(distances, max(1, fitting(rows * out.shape[1] * out.element_size()) - parts))
+    carried = int(run < distances)  # a slot for the sums of the runs before
+    slots = out.new_empty(parts + carried + run, rows, out.shape[1])
+    if carried:
+        clear(slots[parts], form)
     static = p.static(group, form, sums, True)
     for begin in range(0, distances, run):
         end = min(begin + run, distances)
+        of_columns = parts + carried - begin
         if group.triangle and begin == 0:
-            _clear(slots[parts], form)  # distance 0 is oneself,
+            clear(slots[of_columns], form)  # distance 0 is oneself,
         if group.triangle and end == distances and tiles % 2 == 0:
-            _clear(slots[parts + end - 1 - begin], form)  # and half way round an even ring only half of the blocks are met
+            clear(slots[of_columns + end - 1], form)  # and half way round an even ring only half of the blocks are met
         p.launch(
             _kernels().sweeps.row_sums, (blocks, parts), p.f, p.vectors, p.tau, slots, p.f.stride(0), group.n_rows,
-            group.n_cols, group.row_start, group.col_start, p.n // 2, out.shape[1], begin, end, parts - begin, middle, static,
+            group.n_cols, group.row_start, group.col_start, p.n // 2, out.shape[1], begin, end, of_columns, blocks,
+            blocks * parts, middle, static,
         )  # fmt: skip
-        used = slots[: parts + end - begin]
+        used, n = slots[: of_columns + end], group.n_rows
         if group.triangle:
-            new = _combined(used, form)
+            _kernels().rows.combine(used, out, form, middle)
         else:  # the first side's sums are those of rows, the second's those of columns
-            n = group.n_rows
-            new = torch.cat([_combined(used[:parts, :, :n], form), _combined(used[parts:, :, n:], form)], 1)
-        out.copy_(new if begin == 0 else _combined(torch.stack([out, new]), form))
-
-
-def _clear(slot: Tensor, form: str) -> None:
-    """The sums of no pairs; in place."""
-    slot.zero_()
-    if form in ("running", "max"):
-        slot[0].fill_(-torch.inf)
-
-
-def _combined(slots: Tensor, form: str) -> Tensor:
-    """(slots, K, anchors) → (K, anchors): sums of parts, in their order."""
-    if form == "max":
-        return slots.amax(0)
-    if form != "running":
-        return slots.sum(0)
-    base = slots[:, 0].amax(0)
-    factor = (slots[:, 0] - torch.where(base > -torch.inf, base, 0.0)).exp_()
-    return torch.cat([base.unsqueeze(0), (slots[:, 1:] * factor.unsqueeze(1)).sum(0)])
+            _kernels().rows.combine(used[: parts + carried, :, :n], out[:, :n], form, middle)
+            _kernels().rows.combine(used[parts:, :, n:], out[:, n:], form, middle)
+        if end < distances:
+            slots[parts].copy_(out[-rows:])
 
 
 def _float32(x: float) -> float:
     """What a kernel receives as a float argument."""
-    return torch.tensor(x, dtype=torch.float32).item()
+    return ctypes.c_float(x).value
 
 
 # --- sweep 2 ----------------------------------------------------------------------------------------------------------
@@ -395,23 +354,26 @@ def pair_grad(
     kind = lookup(kind_name)
     plain = kind.log and weight == "f" and not terms and shift is not None
     middle = middle_of(kind, span, tau.dtype) if plain else None
-    if middle is not None:
-        middle = _float32(middle)
-        gain = (middle - shift).exp_().mul_(gain)
-        shift = None
-    form = "plain" if middle is None else "fixed"
+    form, middle = ("plain", 0.0) if middle is None else ("fixed", _float32(middle))
     p = _Problem(
         f, tau, kind_name, params, precision, "pair_grad_plain" if form == "plain" else "pair_grad", scale=scale, bias=bias,
         center=center, gain=gain, shift=shift, offset=offset, level=level,
     )  # fmt: skip
+    unit = None
+    exact = p.arithmetic.weights in (torch.float32, torch.float64) and p.arithmetic.products == "ieee"
+    if form == "fixed":
+        gain, unit = _kernels().rows.gains(p.vectors.gain, p.vectors.shift, middle)
+        p.vectors = p.vectors._replace(gain=gain, shift=None)
+    elif not exact:
+        _, unit = _kernels().rows.gains(p.vectors.gain, None, 0.0)
+    if exact:
+        unit = None
     anchors = gain.shape[0]
     everything = (lo, hi) == (0, p.n)
-    groups = _groups(p.n, split, partner, anchors)
+    groups = groups_of(p.n, split, partner, anchors)
     if everything and p.overlapped(groups, form):
-        df = _overlapped_grad(p, groups, gain, middle)
+        df = _overlapped_grad(p, groups, gain, unit, middle)
         return df, df.new_empty(0), df.new_empty(0, 0)
-    exact = p.arithmetic.weights in (torch.float32, torch.float64) and p.arithmetic.products == "ieee"
-    unit = None if exact else gain.abs().amax()
     both = (
         p.tile.both_sides and everything and p.dim <= p.tile.features and (not split or p.n == 2 * split)
         and not torch.are_deterministic_algorithms_enabled()
@@ -421,7 +383,7 @@ def pair_grad(
         df, w_sums, sums = (tau.new_zeros(1, *shape) for shape in shapes)
         jobs, parts = [(groups[0], True)], 1
     else:
-        jobs = _jobs(groups, p.n, lo, hi, bool(terms))
+        jobs = jobs_of(groups, p.n, lo, hi, bool(terms))
         parts = p.parts([group for group, _ in jobs]) if jobs else 1
         df = tau.new_empty(parts if p.dim <= p.tile.features else 1, hi - lo, p.dim)
         w_sums = (tau.new_empty if everything else tau.new_zeros)(parts, p.n if bias is not None else 0)
@@ -435,13 +397,14 @@ def pair_grad(
         own_terms = terms if group.rows_anchor else ()
         static = p.static(group, form, own_terms, both, weight, grad)
         blocks, _ = p.blocks(group)
-        for first, count in _row_runs(p, group, blocks) if grad == "weights" else [(0, blocks)]:
+        bytes_of_block = p.tile.rows * group.n_cols * p.arithmetic.weights.itemsize
+        for first, count in row_runs(blocks, bytes_of_block) if grad == "weights" else [(0, blocks)]:
             if grad == "weights":
                 outputs = outputs._replace(w=p.f.new_empty(count * p.tile.rows, group.n_cols, dtype=p.arithmetic.weights))
             p.launch(
                 _kernels().sweeps.pair_grad, (count, parts), p.f, p.vectors, tau, unit, outputs, p.f.stride(0),
                 group.n_rows, group.n_cols, group.row_start, group.col_start, p.n // 2, anchors, p.n, hi - lo, lo, first,
-                middle or 0.0, static,
+                count, count * parts, middle, static,
             )  # fmt: skip
             if grad == "weights":
                 _vendor_product(p, group, outputs.w, first, df[0], lo)
@@ -450,10 +413,9 @@ def pair_grad(
     return tuple(x[0] if x.shape[0] == 1 else x.sum(0) for x in (df, w_sums, sums))
 
 
-def _overlapped_grad(p: _Problem, groups: list[_Group], r: Tensor, middle: float) -> Tensor:
-    """dF (n, D) of the fixed form by the Gluon kernels; r (anchors,) = gain·exp(middle − shift)."""
+def _overlapped_grad(p: _Problem, groups: list[Group], r: Tensor, unit: Tensor, middle: float) -> Tensor:
+    """dF (n, D) of the fixed form by the Gluon kernels; r (anchors,) = gain·exp(middle − shift), unit () the largest."""
     half, df = p.n // 2, p.tau.new_empty(p.n, p.dim)
-    unit = r.abs().amax()
     unit = torch.where(unit > 0, unit, 1.0)
     r = torch.nn.functional.pad(r / unit, (0, p.n - len(r)))  # rows that are no anchors weigh nothing
     for group in groups:
@@ -469,39 +431,13 @@ def _overlapped_grad(p: _Problem, groups: list[_Group], r: Tensor, middle: float
     return df.mul_(unit)
 
 
-def _jobs(groups: list[_Group], n: int, lo: int, hi: int, terms: bool) -> list[tuple[_Group, bool]]:
-    """Groups with whether their gradient is wanted; those that are launched for nothing left out.
-
-    Raises ValueError for a range [lo, hi) that is not made of whole views.
-    """
-    if groups[0].rows_paired and (lo, hi) != (0, n):  # two_view, not all rows: each view is a group of its own
-        groups = [_view(n, n // 2, 0), _view(n, n // 2, n // 2)]
-    jobs = []
-    for group in groups:
-        begin, end = group.row_start, group.row_start + group.n_rows
-        wants = lo <= begin and end <= hi and lo < hi
-        if not wants and max(lo, begin) < min(hi, end):
-            raise ValueError(f"[lo, hi) must hold whole views, rows {begin} to {end}, got {lo} to {hi}")
-        if wants or (terms and group.rows_anchor):
-            jobs.append((group, wants))
-    return jobs
-
-
-def _row_runs(p: _Problem, group: _Group, blocks: int) -> Iterator[tuple[int, int]]:
-    """(first row block, number of them) so that their weights fit into the scratch."""
-    bytes_of_block = p.tile.rows * group.n_cols * p.arithmetic.weights.itemsize
-    run = max(1, SCRATCH // bytes_of_block)
-    for first in range(0, blocks, run):
-        yield first, min(run, blocks - first)
-
-
-def _vendor_product(p: _Problem, group: _Group, w: Tensor, first: int, df: Tensor, lo: int) -> None:
+def _vendor_product(p: _Problem, group: Group, w: Tensor, first: int, df: Tensor, lo: int) -> None:
     """df ← W·F for the row blocks from ``first`` on. W's rows that do not exist hold anything, and so do the product's."""
     f, size, half = p.f[group.col_start : group.col_start + group.n_cols], p.tile.rows, p.n // 2
     if w.dtype in _HALF and w.is_cuda:
         product = torch.mm(w, f, out_dtype=torch.float32)
     else:
-        with _matmul_precision(p.arithmetic.products):
+        with matmul_precision(p.arithmetic.products):
             product = w.to(df.dtype) @ f.to(df.dtype)
     if group.rows_paired:  # a block's first half are rows of one view, its second half their partners
         first_pair = first * size // 2
@@ -513,27 +449,22 @@ def _vendor_product(p: _Problem, group: _Group, w: Tensor, first: int, df: Tenso
         df[begin : begin + rows] = product[:rows]
 
 
-@contextlib.contextmanager
-def _matmul_precision(precision: str) -> Iterator[None]:
-    """torch's own float32 products at the sweep's precision (three-pass bfloat16 as IEEE)."""
-    matmul = torch.backends.cuda.matmul
-    name, wanted = ("fp32_precision", precision) if hasattr(matmul, "fp32_precision") else ("allow_tf32", precision == "tf32")
-    before = getattr(matmul, name)
-    setattr(matmul, name, "ieee" if wanted == "bf16x3" else wanted)
-    try:
-        yield
-    finally:
-        setattr(matmul, name, before)
-
-
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
 def unit_rows(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Stacked rows (2N, D) as `autograd.Features` wants them for cosine, 1/‖z‖ (2N,) and t⁺ (N,), in one launch."""
+    """Stacked rows (2N, D) as `autograd.Features` wants them for cosine, 1/‖z‖ and t⁺ (2N,) each, in one launch."""
     return _kernels().rows.unit_rows(z1, z2)
 
 
 def finish_rows(d: Tensor, f: Tensor, inv_norm: Tensor, q: Tensor) -> None:
-    """d (2N, D) ← the gradient in z, from Σ_j (g_ij + g_ji) F_j and the pairs' q (N,); in place, in one launch."""
+    """d (2N, D) ← the gradient in z, from Σ_j (g_ij + g_ji) F_j and the anchors' q, (N,) or (2N,); in place, in one launch."""
     _kernels().rows.finish_rows(d, f, inv_norm, q)
+
+
+def row_step(
+    vectors: tuple[Tensor, ...], tau: Tensor, n_neg: int, divisor: int, anchors: int, step: str, params: tuple[float, ...]
+) -> Tensor:
+    """The outputs (K, anchors) of `objectives.ROW_STEPS[step]`, in one launch."""
+    function = _kernels().trace.row_function(step, params, len(vectors))
+    return _kernels().rows.row_step(vectors, tau, n_neg, divisor, anchors, function, len(ROW_STEPS[step].outputs))

@@ -246,12 +246,13 @@ void rows(bool finish, Maybe z1, Maybe z2, Tensor f, Tensor inv_norm, Maybe pos,
   a.f = call.output("f", f, type, f.numel());
   a.inv_norm = call.output("inv_norm", inv_norm, call.wide, 2 * a.n_pairs);
   if (finish) {
-    call.present("d", d), call.present("q", q);
+    call.present("d", d);
     a.d = call.output("d", d, call.wide, f.numel());
-    a.q = call.input("q", q, a.n_pairs);
+    a.anchors = call.present("q", q).numel() == 2 * a.n_pairs ? 2 : 1;
+    a.q = call.input("q", q, a.anchors * a.n_pairs);
   } else {
     call.present("pos", pos);
-    a.pos = call.output("pos", pos, call.wide, a.n_pairs);
+    a.pos = call.output("pos", pos, call.wide, 2 * a.n_pairs);
     const auto input = [&](const char* what, const Maybe& z, int64_t& stride) {
       const Tensor& x = call.present(what, z);
       call.matrix(what, x, type);

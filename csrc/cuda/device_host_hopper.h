@@ -1,7 +1,8 @@
 // What device.h has for sm_90a only, on the host.
 //
-// A tensor copy arrives as late as it can (schedule 0), at once (1) or at any time; a product reads its operands and writes c
-// when it is waited for, or earlier if the schedule is pseudo-random. Until then their destinations hold NaN.
+// A tensor copy arrives as late as it can (schedule 0), at once (1), at any time (even schedules) or late and out of order
+// (odd); a product reads its operands and writes c when it is waited for, or earlier if the schedule is pseudo-random. Until
+// then their destinations hold NaN.
 //
 // Operands in shared memory lie in lines of 128 bytes (64 elements), of which eight, 1024 bytes, are one unit of the swizzle:
 // the address's bits 4 … 6, a 16-byte piece's place in its line, are exclusive-ored with bits 7 … 9, the line's place in its
@@ -129,7 +130,7 @@ inline Hopper& hopper() {
     engine->hopper = std::make_shared<Hopper>();
     engine->progress = [](bool stuck) {
       Hopper& h = hopper();
-      if (h.copies.empty() || (!stuck && seed() < 2)) return false;
+      if (h.copies.empty() || (!stuck && (seed() < 2 || seed() % 2))) return false;
       deliver(h, seed() < 2 ? 0 : engine->next_random() % h.copies.size());
       return true;
     };

@@ -1,11 +1,11 @@
 // The fast kernels (sweeps.h) of bfloat16 rows for sm_90a, in the row-block form: products of whole warpgroups (wgmma), which
 // run while exponentials are computed.
 //
-// A block has 128 rows, 64 for each of two consumer warpgroups; a producer warpgroup copies the tiles of columns that they walk
-// over into a ring of stages. A stage is `full` when its copies and its columns' scalars have arrived, `empty` when both
-// consumers have read it. A consumer asks for the similarities S of the next tile before it takes the exponentials of this one.
+// A block has 128 rows, 64 for each of two consumer warpgroups; a producer warpgroup copies the tiles of columns that they
+// walk over into a ring of stages. A stage is `full` when its copies and its columns' scalars have arrived, `empty` when both
+// consumers have read it. A consumer asks for the similarities S of the next tile before it takes this one's exponentials.
 // Its weights W are the other product's operand from registers, by quarters: one is computed while those before are being
-// multiplied, and the last is while the next tile begins.
+// multiplied, and the last ones still are when the next tile begins.
 //
 // ptxas decides whether products really overlap with anything: it must not find them "serialized" (`python -m
 // benchmarks.cuda_resources --check`). The places of the waits were chosen by that.
@@ -328,6 +328,7 @@ template <int K, bool AFFINE, bool MOMENT> struct RowSums {
 template <int K, bool AFFINE> struct PairGrad {
   using Args = hopper::Args;
   static constexpr int N = K <= 128 ? 128 : 64, STAGES = 4, PIECES = 4, STEPS = N / 16 / PIECES;
+  static constexpr int PENDING = K == 128 ? 1 : 2;  // pieces still being multiplied when a tile ends: registers allow no more
   using M = Memory<K, N, STAGES, Four>;
   static constexpr int THREADS = hopper::THREADS, BLOCKS = 1, SHARED = M::BYTES;
 
@@ -403,7 +404,7 @@ template <int K, bool AFFINE> struct PairGrad {
         else weights(False{}, w[piece], piece, s, cols, tile);
         multiply(w[piece], piece, stage);
       }
-      device::product_wait<1>();  // not for the last piece; there are no registers for more to be under way
+      device::product_wait<PENDING>();
       return last;
     };
     if (!ring.none()) {
@@ -443,14 +444,18 @@ template <int K, bool AFFINE> struct PairGrad {
 
 // --- launches ----------------------------------------------------------------------------------------------------------
 
-// Starts a kernel for `rows` row blocks of 64, and returns null or what went wrong; nothing where it cannot serve the launch,
-// which must be one of all rows and all columns.
+// Starts a kernel for `rows` row blocks of 64, and returns null or what went wrong; nothing where another one is to serve the
+// launch. What these kernels serve is all rows against all columns.
 template <class Kernel> std::optional<const char*> start(const Sweep& a, int rows, void* stream) {
+  if (hopper_mode == 0 || (a.flags & BOTH)) return {};
   const int64_t most = INT32_MAX - 256;
   const bool all_columns = a.begin == 0 && a.end == (a.n_cols + SIDE - 1) / SIDE;
   const bool all = all_columns && a.first_block == 0 && rows == (a.n_rows + SIDE - 1) / SIDE;
   const bool fits = (a.flags & ALIGNED) && a.stride >= a.dim && a.row_start + a.n_rows < most && a.col_start + a.n_cols < most;
-  if (!hopper_mode || !all || !fits || (a.flags & BOTH) || !device::runs_hopper<Kernel>()) return {};
+  if (!all || !fits || !device::runs_hopper<Kernel>()) {
+    if (hopper_mode == 1) return "required of the kernels of hopper.h, which cannot serve this launch";
+    return {};
+  }
   Args args{a, {}, {}};
   const auto describe = [&](device::TensorMap(&maps)[2], int64_t first, int64_t n, bool paired) -> const char* {
     for (int second = 0; second < 2; ++second) {

@@ -16,8 +16,8 @@ constexpr int chunk_features(Dtype dtype) { return dtype == BFLOAT16 || dtype ==
 template <Dtype> const char* sweep(bool gradient, const Sweep& a, int row_blocks, void* stream);
 template <Dtype> const char* rows(bool finish, const PairRows& a, void* stream);
 
-// Whether the current device takes the kernels of hopper.h for rows of this dtype, and whether it may: −1 and 1 where they
-// serve a launch, 0 never.
+// Whether the current device has the kernels of hopper.h, for rows of this dtype, and whether they are taken: −1 where they serve
+// a fast launch of the row-block form, 0 never, 1 for every one, which is refused if they do not.
 template <Dtype> bool has_hopper();
 inline std::atomic<int> hopper_mode{-1};
 

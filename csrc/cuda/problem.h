@@ -41,9 +41,9 @@ struct PairRows {
   const void *z1, *z2;  // (n_pairs, dim) inputs, stride1 and stride2 elements apart
   void* f;              // (2·n_pairs, dim) unit rows of the accumulation type, or for half precision the inputs as they came
   void* inv_norm;       // (2·n_pairs) 1/‖z‖, 0 for an all-zero row
-  void* pos;            // (n_pairs) similarity of each positive pair
+  void* pos;            // (2·n_pairs) similarity of each row's positive pair
   void* d;              // (2·n_pairs, dim) in: Σ_j (g_ij + g_ji) F_j; out: the gradient in z
-  const void* q;        // (n_pairs) what the positive pair weighs, both anchors together
+  const void* q;        // what the positive pair weighs: (n_pairs), or (2·n_pairs) where each of its rows is an anchor
   int64_t n_pairs, stride1, stride2;
-  int32_t dim, dtype;
+  int32_t dim, dtype, anchors;  // of a pair: 1 or 2
 };

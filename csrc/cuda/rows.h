@@ -79,7 +79,7 @@ template <class X> struct UnitRows {
     }
     product = warp_sum(product);
     if (lane == 0) {
-      static_cast<T*>(a.pos)[i] = product;
+      static_cast<T*>(a.pos)[i] = static_cast<T*>(a.pos)[a.n_pairs + i] = product;
       static_cast<T*>(a.inv_norm)[i] = inverse[0], static_cast<T*>(a.inv_norm)[a.n_pairs + i] = inverse[1];
     }
   }
@@ -97,7 +97,8 @@ template <class X> struct FinishRows {
     const int64_t i = int64_t(device::block_x()) * ROW_WARPS + device::thread() / 32;
     if (i >= a.n_pairs) return;
     const int64_t row[2] = {i, a.n_pairs + i};
-    const T q = static_cast<const T*>(a.q)[i];
+    const auto* weights = static_cast<const T*>(a.q);
+    const T q = a.anchors == 2 ? weights[row[0]] + weights[row[1]] : weights[i];
     const T inverse[2] = {static_cast<const T*>(a.inv_norm)[row[0]], static_cast<const T*>(a.inv_norm)[row[1]]};
     const auto unit = [&](int v, int d) {
       const T x = wide(static_cast<const X*>(a.f)[row[v] * a.dim + d]);

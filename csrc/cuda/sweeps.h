@@ -195,7 +195,8 @@ template <class E, bool CHUNKS> struct RowSums {
   using M = Memory<E, CHUNKS, ALL_SCALARS>;
   static constexpr int THREADS = alphacl::THREADS, BLOCKS = 1;
   static constexpr int SPREAD = M::REST + Scratch<T>::BYTES;
-  static constexpr int SHARED = SPREAD + WARPS * (TERM_COUNT + 1) * SIDE * int(sizeof(T));
+  static constexpr int TOTALS_AT = SPREAD + WARPS * (TERM_COUNT + 1) * SIDE * int(sizeof(T));
+  static constexpr int SHARED = TOTALS_AT + 4 * TERM_COUNT * THREADS * int(sizeof(T));
 
   static DEVICE void body(const Sweep& a) {
     const Lane lane;
@@ -206,7 +207,12 @@ template <class E, bool CHUNKS> struct RowSums {
     auto* spread = reinterpret_cast<T*>(device::shared() + SPREAD);  // (warps, terms + 1, columns)
     const bool both = has(a, BOTH), need_df = wants(a, TERM_DF) || wants(a, TERM_DFT), need_dtau = wants(a, TERM_DTAU);
     const int bases = a.form == RUNNING || a.form == MAXIMUM;
-    T base[2] = {-INFINITE<T>, -INFINITE<T>}, total[2][TERM_COUNT] = {}, lost[2][TERM_COUNT] = {};
+    T base[2] = {-INFINITE<T>, -INFINITE<T>};
+    // As in PairGrad.
+    auto* totals = reinterpret_cast<T*>(device::shared() + TOTALS_AT) + device::thread();
+    const auto total = [&](int r, int k) -> T& { return totals[(r * TERM_COUNT + k) * THREADS]; };
+    const auto lost = [&](int r, int k) -> T& { return totals[((2 + r) * TERM_COUNT + k) * THREADS]; };
+    for (int k = 0; k < 4 * TERM_COUNT; ++k) totals[k * THREADS] = 0;
 
     const auto maxima = [&](uint32_t keep, const T* cols) {
       T largest[2] = {-INFINITE<T>, -INFINITE<T>};
@@ -252,7 +258,7 @@ template <class E, bool CHUNKS> struct RowSums {
             const T after = larger(base[r], row_max(largest[r]));
             const T finite = after > -INFINITE<T> ? after : T(0);  // no pair of the row counted yet
             const T factor = exponential(base[r] - finite);
-            for (int k = 0; k < TERM_COUNT; ++k) total[r][k] *= factor, lost[r][k] *= factor;
+            for (int k = 0; k < TERM_COUNT; ++k) total(r, k) *= factor, lost(r, k) *= factor;
             base[r] = after, shift[r] = finite;
           }
         } else {
@@ -288,7 +294,7 @@ template <class E, bool CHUNKS> struct RowSums {
 #pragma unroll
       for (int r = 0; r < 2; ++r)
 #pragma unroll
-        for (int k = 0; k < TERM_COUNT; ++k) add(total[r][k], lost[r][k], sums[r][k]);
+        for (int k = 0; k < TERM_COUNT; ++k) add(total(r, k), lost(r, k), sums[r][k]);
     };
 
     // In the fixed form `middle` takes the place of a shift.
@@ -325,7 +331,7 @@ template <class E, bool CHUNKS> struct RowSums {
       if (bases && writes) out[place.row] = base[r];
 #pragma unroll
       for (int k = 0; k < TERM_COUNT; ++k) {
-        const T sum = row_sum(total[r][k]);
+        const T sum = row_sum(total(r, k));
         if (writes && a.row_of_term[k] >= 0) out[(bases + a.row_of_term[k]) * a.anchors + place.row] = sum;
       }
     }

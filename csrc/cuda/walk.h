@@ -17,7 +17,7 @@ struct Place {
   int64_t pair;  // rows of the two sides with the same number are the same pair
   bool keep;     // the row exists
   DEVICE Place(int64_t block, int i, int64_t n, int64_t start, int64_t half, bool paired) {
-    pair = paired ? block * (SIDE / 2) + i % (SIDE / 2) : block * SIDE + i;
+    pair = paired ? block * (SIDE / 2) + (i & (SIDE / 2 - 1)) : block * SIDE + i;
     const int64_t last = (paired ? half : n) - 1;
     keep = pair <= last;
     row = start + (keep ? pair : last) + (paired && i >= SIDE / 2 ? half : 0);
