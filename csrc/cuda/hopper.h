@@ -55,7 +55,7 @@ template <int N> struct Ring {
     ragged = a.n_cols % N != 0;
     at = int(device::block_y()) * each < tiles ? int(device::block_y()) * each : tiles;
     end = at + each < tiles ? at + each : tiles;
-    tile = int((int64_t(first) + at) % tiles);
+    tile = int((unsigned(first) + unsigned(at)) % unsigned(tiles));  // of 64 bits it were a call, with too many registers
   }
   DEVICE bool none() const { return at >= end; }
   DEVICE bool last() const { return at == end - 1; }
@@ -328,7 +328,7 @@ template <int K, bool AFFINE, bool MOMENT> struct RowSums {
 template <int K, bool AFFINE> struct PairGrad {
   using Args = hopper::Args;
   static constexpr int N = K <= 128 ? 128 : 64, STAGES = 4, PIECES = 4, STEPS = N / 16 / PIECES;
-  static constexpr int PENDING = K == 128 ? 1 : 2;  // pieces still being multiplied when a tile ends: registers allow no more
+  static constexpr int PENDING = K == 64 ? 2 : 1;  // pieces still being multiplied when a tile ends: registers allow no more
   using M = Memory<K, N, STAGES, Four>;
   static constexpr int THREADS = hopper::THREADS, BLOCKS = 1, SHARED = M::BYTES;
 

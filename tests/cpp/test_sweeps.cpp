@@ -232,7 +232,17 @@ template <Dtype DTYPE> void all(std::initializer_list<int> dims, double sum_boun
 int main(int count, char** arguments) {
   const int seed = count > 1 ? std::atoi(arguments[1]) : 0;
   device::schedule(seed);
+  hopper_mode = 1;
   all<BFLOAT16>({24, 300}, 1e-5, 4e-3);
+  const Batch<BFLOAT16> many_tiles(260, 136, false);  // so many that the stages of the Hopper kernels go round
+  sums(many_tiles, EXP, FIXED, false, 1e-5);
+  gradients(many_tiles, EXP, FIXED, false, 4e-3);
+  hopper_mode = 0;
+  for (bool cross : {false, true}) {
+    const Batch<BFLOAT16> b(cross ? 70 : 67, 24, cross);
+    sums(b, EXP, FIXED, false, 1e-5);
+    gradients(b, EXP, FIXED, false, 4e-3);
+  }
   all<TFLOAT32>({20, 140}, 1e-3, 2e-3);
   all<FLOAT64>({20, 40}, 1e-12, 1e-12);
   std::printf("%s\n", failures ? "FAILED" : "all good");
