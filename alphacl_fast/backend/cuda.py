@@ -184,7 +184,7 @@ def _hopper_parts(rows: int, cols: int, device: torch.device) -> int:
     def time(parts: int) -> int:
         return -(-blocks * parts // processors) * (-(-tiles // parts) + 2)
 
-    most = max(processors // blocks, min(8, SCRATCH // (rows * 1024)))
+    most = max(processors // blocks, min(8, fitting(rows * 1024)))
     return min(range(1, max(1, min(most, tiles)) + 1), key=time)
 
 
