@@ -193,7 +193,7 @@ class Sweeps:
     def step(self, name: str, *vectors: Tensor, params: tuple[float, ...] = ()) -> dict[str, Tensor]:
         function, outputs = ROW_STEPS[name]
         tau, backend = self.operators.tau, self.operators.backend
-        if ops.has_row_step(backend):
+        if ops.has_row_step(backend) and self.layout.anchors:
             anchors, scalars = self.layout.anchors, (tau, self.n_neg, self.divisor)
             values = ops.row_step(vectors, *scalars, anchors, name, params, backend).unbind(0)
         else:
