@@ -25,7 +25,7 @@ def test_emulation(tmp_path):
     run(program)
 
 
-@pytest.mark.parametrize("options", [["-arch=sm_80"], ["-arch=sm_90a", "-DHOPPER"]], ids=["sm_80", "sm_90a"])
+@pytest.mark.parametrize("options", [["-arch=sm_80"], ["-arch=sm_90a", "-DWITH_HOPPER"]], ids=["sm_80", "sm_90a"])
 def test_primitives_are_instructions(tmp_path, options):
     if not shutil.which("nvcc"):
         pytest.skip("no nvcc")

@@ -1,4 +1,4 @@
-// Kernels that call every primitive of csrc/cuda/device.h: that the assembler takes them, for sm_80 and, with -DHOPPER, for
+// Kernels that call every primitive of csrc/cuda/device.h: that the assembler takes them, for sm_80 and, with -DWITH_HOPPER, for
 // sm_90a.
 #include "../../csrc/cuda/device.h"
 
@@ -25,7 +25,7 @@ struct Everywhere {
     sync_warp();
     const float x = shuffle_xor(c[0], 1) + from_f16(uint16_t(pack_f16(c[1], c[2]) >> 16)) + from_bits(pack_bf16(c[3], c[2]));
     const float y = exp2_approx(x) + log2_approx(from_bits(to_bits(x) ^ 1)) + float(shuffle_xor(double(x), 2));
-    add_global(args.out + block_x(), y);
+    add_global(args.out + block_x() + uniform(thread() / 32), y);
     add_global4(args.out + 4 * block_y(), c[0], c[1], c[2], c[3]);
   }
 };
@@ -84,6 +84,6 @@ struct Hopper {
 };
 
 const char* everywhere(const Everywhere::Args& args) { return device::launch<Everywhere>(1, 1, 4096, args, nullptr); }
-#ifdef HOPPER
+#ifdef WITH_HOPPER
 const char* hopper(const Hopper::Args& args) { return device::launch<Hopper>(1, 1, 65536, args, nullptr); }
 #endif

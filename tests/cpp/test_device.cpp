@@ -220,6 +220,7 @@ void test_errors() {
     uint32_t r[4];
     load_matrices(r, shared() + 8);
   });
+  expect_error<64>("uniform() of what is not the same in all lanes", 0, [] { device::uniform(thread() / 16); });
   expect_error<32>("add_global4 to an address", 0, [] { add_global4(source + 1, 0, 0, 0, 0); });
   const std::string none = launch<32>(0, 1, 0, [] {});
   CHECK(none == "a grid without blocks");
