@@ -32,13 +32,11 @@ template <class K> const char* start(const Sweep& a, int rows, void* stream) {
   return device::launch<K>(rows, a.parts, K::SHARED, a, stream);
 }
 
-template <class E, bool CHUNKS> constexpr bool HAS_HOPPER = E::BOTH_SIDES && !CHUNKS;  // bfloat16
-
 template <class E, bool CHUNKS> const char* sums(const Sweep& a, int rows, void* stream) {
   if constexpr (E::TENSOR_CORES) {
     const int32_t known = (a.row_of_term[TERM_F] >= 0) + (a.row_of_term[TERM_FT] >= 0);
     if (a.form == FIXED && is_fast(a) && !a.bias && a.row_of_term[TERM_F] >= 0 && known == a.terms) {
-      if constexpr (HAS_HOPPER<E, CHUNKS>) {
+      if constexpr (E::BOTH_SIDES && !CHUNKS) {
         if (const auto started = hopper::row_sums<E::K>(a, rows, stream)) return *started;
       }
       if (!(a.flags & BOTH)) return start<FastRowSums<E, CHUNKS, false>>(a, rows, stream);
@@ -54,7 +52,7 @@ template <class E, bool CHUNKS> const char* gradient(const Sweep& a, int rows, v
   if ((a.flags & BOTH) && (CHUNKS || !E::BOTH_SIDES)) return "no both-sides form for this dtype or length of rows";
   if constexpr (E::TENSOR_CORES) {
     if (a.form == FIXED && is_fast(a) && !a.bias && !a.terms && !a.w_sums && a.weight == WEIGHT_F && a.gradient != NO_GRADIENT) {
-      if constexpr (HAS_HOPPER<E, CHUNKS>) {
+      if constexpr (E::BOTH_SIDES && !CHUNKS) {
         if (const auto started = hopper::pair_grad<E::K>(a, rows, stream)) return *started;
       }
       if (!(a.flags & BOTH)) return start<FastPairGrad<E, CHUNKS, false>>(a, rows, stream);
@@ -87,7 +85,7 @@ template <> const char* sweep<ALPHACL_DTYPE>(bool grad, const Sweep& a, int rows
 }
 
 template <class E> bool device_has_hopper() {
-  if constexpr (HAS_HOPPER<E, false>) return device::runs_hopper<hopper::PairGrad<64, true>>();
+  if constexpr (E::BOTH_SIDES) return device::runs_hopper<hopper::PairGrad<64, true>>();
   return false;
 }
 template <> bool has_hopper<ALPHACL_DTYPE>() { return device_has_hopper<Engines<ALPHACL_DTYPE>::Engine<64>>(); }
