@@ -61,6 +61,19 @@ def test_kernels_compile_cleanly(tmp_path):
         assert page.read_text() == recorded, "write docs/cuda_kernels.md again (its first lines say how)"
 
 
+@built
+def test_no_kernel_is_called_from_the_host():
+    """nvcc makes a call of a device function from the host an exit(), without a word."""
+    try:
+        objects = build.objects()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    for name, file in objects.items():
+        undefined = subprocess.run(["nm", "-u", str(file)], capture_output=True, text=True, check=True).stdout.split()
+        assert "exit" not in undefined, name
+        assert "__cudaLaunchKernel" in undefined, name
+
+
 LOAD = f"""
 import torch
 torch.ops.load_library({str(cuda.LIBRARY)!r})
