@@ -18,7 +18,7 @@ template <Dtype> const char* rows(bool finish, const PairRows& a, void* stream);
 
 // Whether the current device has the kernels of hopper.h, for rows of this dtype, and whether they are taken: −1 where they serve
 // a fast launch of the row-block form, 0 never, 1 for every one, which is refused if they do not.
-template <Dtype> bool has_hopper();
+template <Dtype> __attribute__((visibility("hidden"))) bool has_hopper();
 inline std::atomic<int> hopper_mode{-1};
 
 }  // namespace alphacl
