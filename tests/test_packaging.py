@@ -69,7 +69,7 @@ print(alphacl_fast.FusedAlphaCLLoss("alpha_square")(torch.eye(4), torch.eye(4)).
 
 
 def test_imports_go_one_way():
-    """loss → functional → distributed → autograd → ops → backend; objectives at the bottom; train and benchmarks from public names."""
+    """loss → functional → distributed → autograd → ops → backend, objectives below; train and benchmarks from public names."""
     import ast
 
     allowed = {
