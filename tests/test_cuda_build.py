@@ -303,9 +303,10 @@ def test_sweeps_that_would_leave_memory(given, message, operators):
 
 def test_rows_that_would_leave_memory(operators):
     z, f = torch.randn(5, 7), torch.empty(10, 7)
-    inv_norm, pos, q = torch.empty(10), torch.empty(5), torch.zeros(5)
+    inv_norm, pos, q = torch.empty(10), torch.empty(10), torch.zeros(5)
     operators.rows(False, z, z, f, inv_norm, pos, None, None)
-    operators.rows(True, None, None, f, inv_norm, None, torch.zeros(10, 7), q)
+    for of_anchors in (q, torch.zeros(10)):
+        operators.rows(True, None, None, f, inv_norm, None, torch.zeros(10, 7), of_anchors)
     for arguments, message in (
         ((False, z, z, f[:9], inv_norm, pos, None, None), "f must have an even number of rows, got 9"),
         ((False, z, z, f.int(), inv_norm, pos, None, None), "f must be BFloat16, Half, Float or Double, got Int"),
@@ -315,7 +316,7 @@ def test_rows_that_would_leave_memory(operators):
         ((False, z, z[:4], f, inv_norm, pos, None, None), r"z2 must be \(5, 7\), got \(4, 7\)"),
         ((False, z, z.double(), f, inv_norm, pos, None, None), "z2 must be Float, got Double"),
         ((False, z, z, f, inv_norm[:9], pos, None, None), "inv_norm must have 10 elements or more, got 9"),
-        ((False, z, z, f, inv_norm, pos[:4], None, None), "pos must have 5 elements or more, got 4"),
+        ((False, z, z, f, inv_norm, pos[:9], None, None), "pos must have 10 elements or more, got 9"),
         ((True, None, None, f, inv_norm, None, None, q), "d is missing"),
         ((True, None, None, f, inv_norm, None, torch.zeros(9, 7), q), "d must have 70 elements or more, got 63"),
         ((True, None, None, f, inv_norm, None, torch.zeros(10, 7), q[:4]), "q must have 5 elements or more, got 4"),

@@ -18,6 +18,8 @@ tl = triton.language
 
 from alphacl_fast.kernels.resources import Resources, compile_for, inspect_ptx, limits, occupancy  # noqa: E402
 
+pytestmark = pytest.mark.xdist_group("resources")  # one worker makes what its tests share
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -110,9 +112,6 @@ def _gluon_copy():
 GLUON = """
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-
-pytestmark = pytest.mark.xdist_group("resources")  # one worker makes what its tests share
-
 
 @gluon.jit
 def copy(x_ptr, y_ptr, BLOCK: gl.constexpr):
