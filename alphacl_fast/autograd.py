@@ -185,10 +185,11 @@ class Sweeps:
         offset: Tensor | None = None,
         center: Tensor | None = None,
     ) -> Tensor:
-        center = self.pos if center is None else center
-        return self.operators.row_sums(
-            self.features, terms, self.layout.split, self.layout.partner, center, shift, offset
-        )
+        return self.row_sums(terms, (self.pos if center is None else center, shift, offset))
+
+    def row_sums(self, terms: tuple[str, ...], scalars: tuple[Tensor | None, ...]) -> Tensor:
+        """(len(terms), anchors) from row scalars center, shift, offset (anchors,)."""
+        return self.operators.row_sums(self.features, terms, self.layout.split, self.layout.partner, *scalars)
 
     def step(self, name: str, *vectors: Tensor, params: tuple[float, ...] = ()) -> dict[str, Tensor]:
         function, outputs = ROW_STEPS[name]
@@ -212,10 +213,14 @@ class Sweeps:
         )  # fmt: skip
 
     def mean_negative(self) -> Tensor:
-        return mean_negative(self.features.rows(), self.features.bias, self.layout)
+        return mean_negative(self.features.rows(), self.features.bias, self.layout, 1, self.everywhere)
 
     def mean_square_negative(self) -> Tensor:
-        return mean_negative(self.features.rows(), self.features.bias, self.layout, power=2)
+        return mean_negative(self.features.rows(), self.features.bias, self.layout, 2, self.everywhere)
+
+    def everywhere(self, x: Tensor) -> Tensor:
+        """Σ over rows held here → over all rows."""
+        return x
 
     def all_done(self, done: Tensor) -> bool:
         return bool(done.all())

@@ -42,7 +42,6 @@ from .autograd import (
     accumulation_dtype,
     closed_form,
     features_of_views,
-    mean_negative,
     row_tensors,
     rows_from,
 )
@@ -453,16 +452,8 @@ class GlobalSweeps(Sweeps):
         self.layouts = [Layout.make(call, n) for n in ranks.sizes]
         self._gathered: Tensor | None = None
 
-    def sums(
-        self,
-        terms: tuple[str, ...],
-        *,
-        shift: Tensor | None = None,
-        offset: Tensor | None = None,
-        center: Tensor | None = None,
-    ) -> Tensor:
-        center = self.pos if center is None else center
-        return self._everywhere(terms, None, (center, shift, offset)).sums
+    def row_sums(self, terms: tuple[str, ...], scalars: tuple[Tensor | None, ...]) -> Tensor:
+        return self._sweep(terms, None, scalars).sums
 
     def grad(
         self, rows: Rows, weight: str, terms: tuple[str, ...], lo: int, hi: int
@@ -472,22 +463,17 @@ class GlobalSweeps(Sweeps):
             return nothing, nothing, nothing
         center = self.pos if rows.center is None else rows.center
         scalars = (center, rows.gain, rows.shift, rows.offset, rows.level)
-        result = self._everywhere(terms, weight, scalars)
+        result = self._sweep(terms, weight, scalars)
         return result.df[lo:hi], result.weight_sums, result.sums
 
-    def mean_negative(self) -> Tensor:
-        f = self.features
-        return mean_negative(f.rows(), f.bias, self.layout, everywhere=self.ranks.all_reduce)
-
-    def mean_square_negative(self) -> Tensor:
-        f = self.features
-        return mean_negative(f.rows(), f.bias, self.layout, 2, self.ranks.all_reduce)
+    def everywhere(self, x: Tensor) -> Tensor:
+        return self.ranks.all_reduce(x)
 
     def all_done(self, done: Tensor) -> bool:
         flag = done.all().to(self.tau.dtype)
         return bool(self.ranks.all_reduce(flag, dist.ReduceOp.MIN))
 
-    def _everywhere(self, terms: tuple[str, ...], weight: str | None, scalars: tuple[Tensor | None, ...]) -> Result:
+    def _sweep(self, terms: tuple[str, ...], weight: str | None, scalars: tuple[Tensor | None, ...]) -> Result:
         """One sweep over the pairs of all processes; what comes of it for the own rows."""
         features = self.features
         gradient = weight is not None

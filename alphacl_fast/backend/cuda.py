@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..objectives import KINDS
-from .groups import Group, clear, fitting, groups_of, jobs_of, matmul_precision, row_runs
+from .groups import Group, clear, fitting, groups_of, jobs_of, multiply_weights, row_runs
 from .precision import float32_precision
 from .ranges import middle as middle_of
 
@@ -391,31 +391,14 @@ def pair_grad(
             p.launch(group, blocks, parts, anchors, own_terms, grad=grad, df=df if wants else None, **common)
             continue
         wide = {"bf16": torch.bfloat16, "fp64": torch.float64}.get(p.mode, torch.float32)
+        products = "tf32" if p.mode in ("tf32", "fp16") else "ieee"  # float16 rows are exact in TF32
         for first, count in row_runs(blocks, SIDE * group.n_cols * wide.itemsize):
             w = f.new_empty(count * SIDE, group.n_cols, dtype=wide)
             p.launch(group, count, parts, anchors, own_terms, grad="weights", w=w, first_block=first, **common)
-            _vendor_product(p, group, w, first, df[0], lo)
+            multiply_weights(w, p.f, group, first, SIDE, products, df[0], lo)
     if unit is not None and not whole:
         df *= torch.where(unit > 0, unit, 1.0)
     return tuple(x[0] if x.shape[0] == 1 else x.sum(0) for x in (df, w_sums, sums))
-
-
-def _vendor_product(p: _Problem, group: Group, w: Tensor, first: int, df: Tensor, lo: int) -> None:
-    """df ← W·F for the row blocks from ``first`` on. W's rows that do not exist hold anything, and so do the product's."""
-    f, half = p.f[group.col_start : group.col_start + group.n_cols], p.n // 2
-    if w.dtype == torch.bfloat16 and w.is_cuda:
-        product = torch.mm(w, f, out_dtype=torch.float32)
-    else:
-        with matmul_precision("tf32" if p.mode in ("tf32", "fp16") else "ieee"):  # float16 rows are exact in TF32
-            product = w.to(df.dtype) @ f.to(df.dtype)
-    if group.rows_paired:  # a block's first half are rows of one view, its second half their partners
-        first_pair = first * SIDE // 2
-        out = df.view(2, half, p.dim)[:, first_pair : first_pair + len(w) // 2]
-        out.copy_(product.view(-1, 2, SIDE // 2, p.dim).transpose(0, 1).flatten(1, 2)[:, : out.shape[1]])
-    else:
-        begin = group.row_start + first * SIDE - lo
-        rows = min(len(w), group.n_rows - first * SIDE)
-        df[begin : begin + rows] = product[:rows]
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

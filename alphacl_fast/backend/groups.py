@@ -96,3 +96,25 @@ def matmul_precision(precision: str) -> Iterator[None]:
         yield
     finally:
         setattr(matmul, name, before)
+
+
+def multiply_weights(w: Tensor, f: Tensor, group: Group, first: int, size: int, precision: str, df: Tensor, lo: int) -> None:
+    """df ← W·F by a vendor product, for the row blocks of ``size`` rows from ``first`` on.
+
+    Args:
+        w: (blocks·size, n_cols) weights in the order of the blocks' rows; of rows that do not exist anything.
+        f: (rows, D). precision: of a float32 product. df: (hi − lo, D) gradient of the rows from ``lo`` on.
+    """
+    columns, dim = f[group.col_start : group.col_start + group.n_cols], f.shape[1]
+    if w.is_cuda and w.itemsize == 2:
+        product = torch.mm(w, columns, out_dtype=torch.float32)
+    else:
+        with matmul_precision(precision):
+            product = w.to(df.dtype) @ columns.to(df.dtype)
+    if group.rows_paired:  # a block's first half are rows of one view, its second half their partners
+        first_pair = first * size // 2
+        out = df.view(2, -1, dim)[:, first_pair : first_pair + len(w) // 2]
+        out.copy_(product.view(-1, 2, size // 2, dim).transpose(0, 1).flatten(1, 2)[:, : out.shape[1]])
+    else:
+        begin, rows = group.row_start + first * size - lo, min(len(w), group.n_rows - first * size)
+        df[begin : begin + rows] = product[:rows]

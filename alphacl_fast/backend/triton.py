@@ -21,13 +21,12 @@ from torch import Tensor
 
 from ..objectives import ROW_STEPS
 from ..objectives import kind as lookup
-from .groups import Group, clear, fitting, groups_of, jobs_of, matmul_precision, row_runs
+from .groups import Group, clear, fitting, groups_of, jobs_of, multiply_weights, row_runs
 from .precision import float32_precision
 from .ranges import middle as middle_of
 
 #: The first version of Triton whose functions take and return named tuples as the kernels do.
 OLDEST = (3, 6)
-_HALF = (torch.bfloat16, torch.float16)
 
 
 def interpreted() -> bool:
@@ -407,7 +406,7 @@ def pair_grad(
                 count, count * parts, middle, static,
             )  # fmt: skip
             if grad == "weights":
-                _vendor_product(p, group, outputs.w, first, df[0], lo)
+                multiply_weights(outputs.w, p.f, group, first, p.tile.rows, p.arithmetic.products, df[0], lo)
     if unit is not None and p.dim > p.tile.features:
         df *= torch.where(unit > 0, unit, 1.0)
     return tuple(x[0] if x.shape[0] == 1 else x.sum(0) for x in (df, w_sums, sums))
@@ -429,24 +428,6 @@ def _overlapped_grad(p: _Problem, groups: list[Group], r: Tensor, unit: Tensor, 
             )  # fmt: skip
         df[group.row_start : group.row_start + group.n_rows] = _as_given(parts.sum(0), group, half)
     return df.mul_(unit)
-
-
-def _vendor_product(p: _Problem, group: Group, w: Tensor, first: int, df: Tensor, lo: int) -> None:
-    """df ← W·F for the row blocks from ``first`` on. W's rows that do not exist hold anything, and so do the product's."""
-    f, size, half = p.f[group.col_start : group.col_start + group.n_cols], p.tile.rows, p.n // 2
-    if w.dtype in _HALF and w.is_cuda:
-        product = torch.mm(w, f, out_dtype=torch.float32)
-    else:
-        with matmul_precision(p.arithmetic.products):
-            product = w.to(df.dtype) @ f.to(df.dtype)
-    if group.rows_paired:  # a block's first half are rows of one view, its second half their partners
-        first_pair = first * size // 2
-        out = df.view(2, half, p.dim)[:, first_pair : first_pair + len(w) // 2]
-        out.copy_(product.view(-1, 2, size // 2, p.dim).transpose(0, 1).flatten(1, 2)[:, : out.shape[1]])
-    else:
-        begin = group.row_start + first * size - lo
-        rows = min(len(w), group.n_rows - first * size)
-        df[begin : begin + rows] = product[:rows]
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
