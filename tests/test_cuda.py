@@ -135,6 +135,21 @@ def test_rows_in_memory(layout, dtype):
         assert max(errors) < {torch.bfloat16: 4e-3, torch.float32: 1e-5, torch.float64: 1e-10}[dtype], similarity
 
 
+@pytest.mark.parametrize("mode", DTYPES)
+def test_small_shared_memory(mode, monkeypatch):
+    """Rows that other GPUs hold whole come in chunks where there is less shared memory."""
+    library = ctypes.CDLL(os.environ["ALPHACL_CUDA_EMULATED"])
+    assert {m: library.alphacl_cuda_largest_features(k) for k, m in enumerate(cuda._MODES)} == cuda.LARGEST
+    monkeypatch.setattr(cuda, "_in_chunks", lambda mode, dim, device: dim > cuda.LARGEST_OF_SMALL[mode])
+    for dim in (cuda.LARGEST_OF_SMALL[mode], cuda.LARGEST_OF_SMALL[mode] + 9):
+        setting = {"precision": "tf32"} if mode == "tf32" else {}
+        z1, z2 = pair(PAIRS, dim, DTYPES[mode])
+        truth = loss_and_grads(z1.double(), z2.double(), "infonce", backend="reference", reduction="sum")
+        ours = loss_and_grads(z1, z2, "infonce", backend="cuda", reduction="sum", **setting)
+        for o, t in zip(ours, truth, strict=True):
+            assert relative_error(o, t) < {"bf16": 4e-3, "fp16": 1e-3, "tf32": 2e-3, "fp32": 2e-5}[mode]
+
+
 def test_one_sided_gradients(poisoned):
     for negatives, symmetric in MODES:
         for dtype, bound in ((torch.float64, 1e-10), (torch.bfloat16, 4e-3)):
@@ -212,7 +227,10 @@ def test_refusals(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     monkeypatch.setattr(cuda, "_load", lambda path, namespace: (None, None))
     monkeypatch.setattr(cuda, "_shared_memory", lambda device: 99 << 10)
-    assert "needs 163 KB of shared memory a block" in cuda.unsupported(gpu, torch.float32, None, "exp")
+    assert cuda.unsupported(gpu, torch.float32, None, "exp") is None
+    assert cuda.unsupported(gpu, torch.float64, None, "exp") == "needs 163 KB of shared memory a block for float64, got 99"
+    monkeypatch.setattr(cuda, "_shared_memory", lambda device: 64 << 10)
+    assert "needs 99 KB of shared memory" in cuda.unsupported(gpu, torch.bfloat16, None, "exp")
     monkeypatch.undo()
     monkeypatch.setenv("ALPHACL_CUDA_EMULATED", "")
     assert "runs on GPUs, not cpu" in cuda.unsupported(cpu, torch.float32, None, "exp")

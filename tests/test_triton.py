@@ -17,7 +17,7 @@ from triton import jit
 from triton.runtime.interpreter import GridExecutor
 
 from alphacl_fast import FusedAlphaCLLoss, PairLoss, PairWeight, ops
-from alphacl_fast.backend import groups, triton
+from alphacl_fast.backend import cuda, groups, triton
 from alphacl_fast.functional import alpha_cl_loss
 
 SOURCE = (Path(__file__).parent.parent / "kernels/sweeps.py").read_text()
@@ -228,6 +228,7 @@ def test_refusals(monkeypatch):
     monkeypatch.setattr("triton.__version__", "3.5.1")
     assert triton._missing.__wrapped__() == "needs triton 3.6, found 3.5.1"
     monkeypatch.setattr(triton, "_missing", lambda: "triton is not installed")
+    monkeypatch.setattr(cuda, "_shared_memory", lambda device: 0)
     name, why = ops.choose("auto", torch.device("cuda"), torch.float32, None, "exp")
     assert (name, "triton: triton is not installed" in why) == ("blocked", True)
     with pytest.raises(ValueError, match="backend 'triton' cannot serve this call: triton is not installed"):

@@ -29,12 +29,15 @@ FAILURE = LIBRARY.with_name("_cuda_not_built.txt")
 OLDEST = (2, 10)
 #: Rows and columns of a tile.
 SIDE = 64
-#: The longest rows whose gradient the kernels accumulate in registers (launch.h); for longer ones they write the weights,
-#: which a vendor product multiplies with the rows: nothing is computed twice.
+#: The longest rows whose gradient the kernels accumulate in registers (launch.h). Of longer ones chunks of features pass by,
+#: and for their gradient the kernels write the weights, which a vendor product multiplies with the rows: nothing is
+#: computed twice.
 LARGEST = {"bf16": 256, "fp16": 256, "tf32": 128, "fp32": 64, "fp64": 32}
+#: The same where a block has less shared memory (sm_86, sm_89); float64 is not served there.
+LARGEST_OF_SMALL = {"bf16": 128, "fp16": 128, "tf32": 64, "fp32": 64}
 
-#: Shared memory that the largest kernels take, in bytes.
-SHARED_MEMORY = 163 << 10
+#: Bytes of shared memory that all kernels find room in, and those of `LARGEST_OF_SMALL`.
+SHARED_MEMORY, SMALL_SHARED_MEMORY = 163 << 10, 99 << 10
 
 _MODES = ("bf16", "fp16", "tf32", "fp32", "fp64")  # as `Dtype` of problem.h
 _KINDS = {name: code for code, name in enumerate(("exp", "gibbs", "power", "inverse", "hinge", "sigmoid", "square", "gamma"))}
@@ -43,7 +46,7 @@ _TERMS = ("f", "df", "ft", "dft", "dtau")
 _WEIGHTS = {"f": 0, "df": 1, "f+df": 2}
 _FORMS = {"fixed": 0, "running": 1, "plain": 2, "max": 3}
 _GRADS = {"none": 0, "product": 1, "weights": 2}
-_EXCLUDE, _TRIANGLE, _BOTH, _ROWS_PAIRED, _COLS_PAIRED, _ROWS_ANCHOR, _COLS_ANCHOR = (1 << k for k in range(7))
+_EXCLUDE, _TRIANGLE, _BOTH, _ROWS_PAIRED, _COLS_PAIRED, _ROWS_ANCHOR, _COLS_ANCHOR, _IN_CHUNKS = (1 << k for k in range(8))
 
 
 # --- the library ------------------------------------------------------------------------------------------------------
@@ -90,8 +93,9 @@ def unsupported(device: torch.device, dtype: torch.dtype, precision: str | None,
     _, reason = _library(device.type)
     if reason:
         return reason
-    if device.type == "cuda" and (there := _shared_memory(device)) < SHARED_MEMORY:
-        return f"needs {SHARED_MEMORY >> 10} KB of shared memory a block, as A100 and H100 have, not {there >> 10}"
+    least = SHARED_MEMORY if dtype == torch.float64 else SMALL_SHARED_MEMORY
+    if device.type == "cuda" and (there := _shared_memory(device)) < least:
+        return f"needs {least >> 10} KB of shared memory a block for {str(dtype).removeprefix('torch.')}, got {there >> 10}"
     if kind and kind not in KINDS:
         return "compiled for the built-in pair functions, not for a user's own"
     if precision == "bf16x3":
@@ -169,6 +173,12 @@ def _shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
+def _in_chunks(mode: str, dim: int, device: torch.device) -> bool:
+    """Whether chunks of features of the rows pass by."""
+    small = device.type == "cuda" and _shared_memory(device) < SHARED_MEMORY
+    return dim > (LARGEST_OF_SMALL if small else LARGEST)[mode]
+
+
 def _parts(blocks: int, tiles: int, device: torch.device) -> int:
     """Blocks that share a ring: enough to fill the device, a function of the sizes and the device alone."""
     return max(1, min(_processors(device) // blocks, tiles // 2))
@@ -203,6 +213,7 @@ class _Problem:
         self.tau, self.kind, self.form = tau, _KINDS[kind], form
         self.params = (*params, 0.0, 0.0, 0.0)[:3]
         self.mode = _mode(f.dtype, precision, f.device)
+        self.in_chunks = _in_chunks(self.mode, self.dim, f.device)
         self.vectors = [
             None if vectors.get(name) is None else vectors[name].contiguous()
             for name in ("scale", "bias", "center", "gain", "shift", "offset", "level")
@@ -231,6 +242,7 @@ class _Problem:
         flags = (
             _EXCLUDE * group.exclude + _TRIANGLE * group.triangle + _BOTH * both + _ROWS_PAIRED * group.rows_paired
             + _COLS_PAIRED * group.cols_paired + _ROWS_ANCHOR * group.rows_anchor + _COLS_ANCHOR * group.cols_anchor
+            + _IN_CHUNKS * self.in_chunks
         )  # fmt: skip
         rows_of_terms = [terms.index(term) if term in terms else -1 for term in _TERMS]
         numbers = [
@@ -363,7 +375,7 @@ def pair_grad(
     anchors, everything = gain.shape[0], (lo, hi) == (0, p.n)
     groups = groups_of(p.n, split, partner, anchors)
     unit = None if p.mode in ("fp32", "fp64") else gain.abs().amax()  # weights that are rounded are divided by it first
-    whole = p.dim <= LARGEST[p.mode]
+    whole = not p.in_chunks
     both = (
         _both_sides["pair_grad"] and p.mode == "bf16" and whole and everything and (not split or p.n == 2 * split)
         and not torch.are_deterministic_algorithms_enabled()

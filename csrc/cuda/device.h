@@ -1,5 +1,5 @@
 // What kernel bodies may use of a GPU: nothing else of CUDA appears in them, so that a compiler for the host can build the
-// very same bodies. device_gpu.h implements it by PTX, device_host.h by fibres or threads (ALPHACL_EMULATED).
+// very same bodies. device_gpu.h implements it by PTX, device_host.h by fibres (ALPHACL_EMULATED).
 //
 //   thread(), block_x(), block_y()        position; lanes are threads modulo 32
 //   shared()                              the block's dynamic shared memory, aligned to 1024 bytes
@@ -17,7 +17,7 @@
 //   mma_bf16, mma_f16 (c, a, b)           m16n8k16, row · col, float accumulators; fragments as the PTX manual defines them
 //   mma_tf32(c, a, b)                     m16n8k8; operands are float bit patterns, of which the low 13 bits are not read
 //   pack_bf16(low, high), pack_f16        two floats rounded to nearest even, the first in the low half
-//   exp2_approx, log2_approx              one instruction each, denormal results are 0
+//   exp2_approx                           one instruction; denormal operands and results are 0
 //   add_global(p, x), add_global4(p, x…)  relaxed float32 reduction into global memory, of 4 neighbours 16-byte aligned
 //   from_f16(bits), from_bits, to_bits    a float16's value; a float's bit pattern and back
 //
@@ -31,7 +31,7 @@
 //   tensor_copy(to, map, x, y, b)                      one box of a two-dimensional tensor map (element offset x in the row,
 //                                                      row y) to shared memory, 128-byte swizzle, zeros outside; counts on b
 //   matrix_descriptor(start, leading, stride)          wgmma operand in shared memory, 128-byte swizzle; bytes
-//   product_ss<N, TRANS_B>(c, a, b, add)               wgmma m64nNk16 bf16, A and B by descriptors; c[N/2]; add = 0 overwrites c
+//   product_ss<N, TRANS_B>(c, a, b, add)               wgmma m64nNk16 bf16, A and B by descriptors; c[N/2]; add = 0 overwrites
 //   product_rs<N, TRANS_B>(c, a, b, add)               A from registers (uint32_t[4])
 //   product_begin(), product_commit(), product_wait<N>()   wgmma.fence, commit_group, wait_group
 //   registers_more<N>(), registers_less<N>()           setmaxnreg of a warpgroup

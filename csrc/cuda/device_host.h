@@ -149,7 +149,6 @@ DEVICE float exp2_approx(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0.0f : y;
 }
-DEVICE float log2_approx(float x) { return std::log2(x); }
 
 // --- matrices ----------------------------------------------------------------------------------------------------------
 

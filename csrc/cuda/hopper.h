@@ -314,13 +314,6 @@ template <int K, bool AFFINE, bool MOMENT> struct RowSums {
       }
     }
   }
-
-  struct True {
-    static constexpr bool value = true;
-  };
-  struct False {
-    static constexpr bool value = false;
-  };
 };
 
 // --- sweep 2 -----------------------------------------------------------------------------------------------------------
@@ -337,7 +330,7 @@ template <int K, bool AFFINE> struct PairGrad {
       M::initialise();
       if (device::thread() >= CONSUMERS * GROUP) {
         device::registers_less<24>();
-        M::produce(args, inverse_unit<float>(args.sweep));
+        M::produce(args, 1 / unit_of<float>(args.sweep));
       } else {
         device::registers_more<240>();
         consume(args.sweep);
@@ -353,7 +346,7 @@ template <int K, bool AFFINE> struct PairGrad {
     uint32_t w[PIECES][STEPS][4];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const auto s = row.scalars(a, r, inverse_unit<float>(a));
+      const auto s = row.scalars(a, r, 1 / unit_of<float>(a));
       slope[r] = exponential.of_row(s.x[SCALE]), gain[r] = s.x[1];
     }
     // Weights times the columns' scales, as operand of 16 columns a step.
@@ -433,13 +426,6 @@ template <int K, bool AFFINE> struct PairGrad {
         }
     }
   }
-
-  struct True {
-    static constexpr bool value = true;
-  };
-  struct False {
-    static constexpr bool value = false;
-  };
 };
 
 // --- launches ----------------------------------------------------------------------------------------------------------

@@ -69,19 +69,21 @@ template <class E, bool CHUNKS> const char* either(bool grad, const Sweep& a, in
 template <> const char* sweep<ALPHACL_DTYPE>(bool grad, const Sweep& a, int rows, void* stream) {
   using Choice = Engines<ALPHACL_DTYPE>;
   constexpr int LARGEST = largest_features(ALPHACL_DTYPE);
+  using Chunk = typename Choice::template Engine<chunk_features(ALPHACL_DTYPE)>;
+  if (a.flags & IN_CHUNKS) return either<Chunk, true>(grad, a, rows, stream);
+  if constexpr (LARGEST == 32) {
+    if (a.dim <= 32) return either<typename Choice::template Engine<32>, false>(grad, a, rows, stream);
+  }
   if constexpr (LARGEST >= 64) {
     if (a.dim <= 64) return either<typename Choice::template Engine<64>, false>(grad, a, rows, stream);
   }
   if constexpr (LARGEST >= 128) {
     if (a.dim <= 128) return either<typename Choice::template Engine<128>, false>(grad, a, rows, stream);
   }
-  if constexpr (LARGEST == 256) {
+  if constexpr (LARGEST >= 256) {
     if (a.dim <= 256) return either<typename Choice::template Engine<256>, false>(grad, a, rows, stream);
   }
-  if constexpr (LARGEST == 32) {
-    if (a.dim <= 32) return either<typename Choice::template Engine<32>, false>(grad, a, rows, stream);
-  }
-  return either<typename Choice::template Engine<chunk_features(ALPHACL_DTYPE)>, true>(grad, a, rows, stream);
+  return "rows of this length come in chunks of features";
 }
 
 template <class E> bool device_has_hopper() {

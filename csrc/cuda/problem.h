@@ -17,7 +17,8 @@ enum Flag : int32_t {
   COLS_PAIRED = 16,
   ROWS_ANCHOR = 32,
   COLS_ANCHOR = 64,
-  ALIGNED = 128,     // every row of f begins at a multiple of 16 bytes and its features end at one
+  IN_CHUNKS = 128,   // rows are longer than a tile holds, or than the device has shared memory for: chunks of features pass by
+  ALIGNED = 256,     // every row of f begins at a multiple of 16 bytes and its features end at one
 };
 
 // One launch of a sweep: a group of rows against the columns they meet (docs/design.md). Null pointers are absent vectors.

@@ -11,13 +11,23 @@ template <class T> DEVICE T* slot(const Sweep& a, void* out, int64_t number, int
   return static_cast<T*>(out) + number * (bases + a.terms) * a.anchors;
 }
 
-template <class T> DEVICE T inverse_unit(const Sweep& a) {
-  const T unit = a.unit ? *static_cast<const T*>(a.unit) : T(1);
-  return unit > 0 ? 1 / unit : T(1);
-}
 template <class T> DEVICE T unit_of(const Sweep& a) {
   const T unit = a.unit ? *static_cast<const T*>(a.unit) : T(1);
   return unit > 0 ? unit : T(1);
+}
+
+// Whether a tile is masked, or log f affine, as types: what is compiled for each is without a choice.
+struct True {
+  static constexpr bool value = true;
+};
+struct False {
+  static constexpr bool value = false;
+};
+template <class Use> DEVICE void with_choices(bool affine, bool masked, Use&& use) {
+  if (affine && !masked) use(True{}, False{});
+  else if (affine) use(True{}, True{});
+  else if (!masked) use(False{}, False{});
+  else use(False{}, True{});
 }
 
 // exp(log f − middle) by one exponential, of log f = (t − c)/τ or −max(c − t, 0)²/τ.
@@ -105,7 +115,7 @@ template <class E, bool CHUNKS, bool BOTH> struct FastRowSums {
       }
     };
     walk<E, CHUNKS, 2>(a, ring, block, 0.0f, 1.0f, [&](const float(&s)[8][4], const TileAt<float>& tile) {
-      dispatch(fast.affine, tile.masked, [&](auto affine, auto masked) { tile_sums(affine, masked, s, tile); });
+      with_choices(fast.affine, tile.masked, [&](auto affine, auto masked) { tile_sums(affine, masked, s, tile); });
     });
     float* out = slot<float>(a, a.out, device::block_y(), 0);
 #pragma unroll
@@ -118,20 +128,6 @@ template <class E, bool CHUNKS, bool BOTH> struct FastRowSums {
       }
     }
   }
-
-  // Calls use(affine, masked) with both as types, so that each of the four loops is compiled without a choice.
-  template <class Use> static DEVICE void dispatch(bool affine, bool masked, Use&& use) {
-    if (affine && !masked) use(True{}, False{});
-    else if (affine) use(True{}, True{});
-    else if (!masked) use(False{}, False{});
-    else use(False{}, True{});
-  }
-  struct True {
-    static constexpr bool value = true;
-  };
-  struct False {
-    static constexpr bool value = false;
-  };
 };
 
 // What one side of a pair asks of a kind: t with the side's scalars.
@@ -474,9 +470,8 @@ template <class E, bool CHUNKS, bool BOTH_SIDES> struct FastPairGrad {
         }
       }
     };
-    walk<E, CHUNKS, 2>(a, ring, block, 0.0f, inverse_unit<float>(a), [&](float(&s)[8][4], const TileAt<float>& tile) {
-      using Choice = FastRowSums<E, CHUNKS, false>;
-      Choice::dispatch(fast.affine, tile.masked, [&](auto affine, auto masked) { weights(affine, masked, s, tile); });
+    walk<E, CHUNKS, 2>(a, ring, block, 0.0f, 1 / unit_of<float>(a), [&](float(&s)[8][4], const TileAt<float>& tile) {
+      with_choices(fast.affine, tile.masked, [&](auto affine, auto masked) { weights(affine, masked, s, tile); });
       if constexpr (CHUNKS) {
         write_weights<E>(a, tile.tile, s);
       } else {
@@ -576,7 +571,7 @@ template <class E, bool CHUNKS> struct PairGrad {
     };
 
     const T no_shift = a.form == FIXED ? n.middle : T(0);
-    walk<E, CHUNKS, ALL_SCALARS>(a, ring, block, no_shift, inverse_unit<T>(a), [&](T(&s)[8][4], const TileAt<T>& tile) {
+    walk<E, CHUNKS, ALL_SCALARS>(a, ring, block, no_shift, 1 / unit_of<T>(a), [&](T(&s)[8][4], const TileAt<T>& tile) {
       const uint32_t keep = tile.masked ? counted(a, block, tile.tile) : ~0u;
       scratch.put(s);
       with_kind<T>(a.kind, [&](auto kind) { weights_of(kind, keep, tile); });

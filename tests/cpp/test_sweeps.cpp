@@ -84,7 +84,7 @@ template <Dtype DTYPE> struct Batch {
     a.center = center.data(), a.parts = 2, a.params[0] = 0.2, a.params[1] = 2, a.params[2] = 1;
     for (int& row : a.row_of_term) row = -1;
     const bool aligned = reinterpret_cast<uintptr_t>(a.f) % 16 == 0 && dim * sizeof(Element) % 16 == 0;
-    a.flags = EXCLUDE | ROWS_ANCHOR | COLS_ANCHOR | (aligned ? ALIGNED : 0);
+    a.flags = EXCLUDE | ROWS_ANCHOR | COLS_ANCHOR | (aligned ? ALIGNED : 0) | (dim > largest_features(DTYPE) ? IN_CHUNKS : 0);
     return a;
   }
   // Calls use(arguments, row blocks) for each group of rows.
