@@ -7,6 +7,7 @@ from ._version import __version__
 from .loss import FusedAlphaCLLoss
 from .objectives import MinPlayer, PairLoss, PairWeight
 from .ops import backends
+from .players import alpha, alpha_summary
 from .verify import verify_distributed
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "PairLoss",
     "PairWeight",
     "__version__",
+    "alpha",
+    "alpha_summary",
     "backends",
     "functional",
     "objectives",

@@ -155,7 +155,7 @@ def evaluate(
     """The loss, the backend that computed it and why; checks everything but what `make_call` has checked."""
     if call.group is not None:
         return _evaluate_over_ranks(z1, z2, temperature, call, precision)
-    tau, call, why = _bind(z1, z2, temperature, call, precision)
+    tau, call, why = bind(z1, z2, temperature, call, precision)
     backend = call.backend
     with torch.autocast(z1.device.type, enabled=False):
         if backend == "reference":
@@ -178,14 +178,14 @@ def _evaluate_over_ranks(
 ) -> tuple[Tensor, str, str]:
     tau, why, failure = None, "", None
     try:
-        tau, call, why = _bind(z1, z2, temperature, call, precision)
+        tau, call, why = bind(z1, z2, temperature, call, precision)
     except Exception as error:  # whatever it is, the other processes must learn of it: they wait for this one
         failure = error
     ranks = distributed.agree(call.group, z1, z2, tau, call, failure)
     return distributed.global_loss(z1, z2, tau, call, ranks), call.backend, f"{why}; {ranks.strategy} over {ranks.world}"
 
 
-def _bind(
+def bind(
     z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, precision: str | None
 ) -> tuple[Tensor, Call, str]:
     """τ as a tensor, the call with its backend, and why that one."""

@@ -135,7 +135,7 @@ def _tiles(n: int, split: int, block: int) -> Tiles:
             yield i0, i1, j0, min(j0 + block, n)
 
 
-def _excluded(i0: int, i1: int, j0: int, j1: int, split: int, partner: int) -> list[int]:
+def excluded_diagonals(i0: int, i1: int, j0: int, j1: int, split: int, partner: int) -> list[int]:
     """Diagonals of the tile that hold excluded pairs: j = i (triangle) and j = i ± partner."""
     offsets = ([] if split else [0]) + ([partner, -partner] if partner else [])
     return [d - (j0 - i0) for d in offsets if -(i1 - i0) < d - (j0 - i0) < j1 - j0]
@@ -192,7 +192,7 @@ def row_sums(
         products = _Products(rows, bias, block, kind, tau)
         out = rows.new_full((len(terms), anchors), -torch.inf if maximum else 0.0)
         for i0, i1, j0, j1 in tiles:
-            excluded = _excluded(i0, i1, j0, j1, split, partner)
+            excluded = excluded_diagonals(i0, i1, j0, j1, split, partner)
             tile = _Tile(products(i0, i1, j0, j1), excluded, kind, tau, params, need_t=True)  # (i1 − i0, j1 − j0)
             for side in _sides(i0, i1, j0, j1, split, anchors, center=center, shift=shift, offset=offset):
                 if maximum:
@@ -253,7 +253,7 @@ def _log_sums(
         sums = rows.new_zeros(1 + with_gap, anchors)
         base = rows.new_full((anchors,), -torch.inf if middle is None else middle)
         for i0, i1, j0, j1 in tiles:
-            excluded = _excluded(i0, i1, j0, j1, split, partner)
+            excluded = excluded_diagonals(i0, i1, j0, j1, split, partner)
             tile = _Tile(products(i0, i1, j0, j1), excluded, kind, tau, params, need_t=with_gap)
             log_f = tile.log_f()
             if middle is not None:
@@ -326,7 +326,7 @@ def pair_grad(
         products = _Products(rows, bias, block, kind, tau)
         scratch = rows.new_empty(block * block)
         for i0, i1, j0, j1 in tiles:
-            excluded = _excluded(i0, i1, j0, j1, split, partner)
+            excluded = excluded_diagonals(i0, i1, j0, j1, split, partner)
             tile = _Tile(products(i0, i1, j0, j1), excluded, kind, tau, params, need_t=not plain)
             sides = _sides(
                 i0, i1, j0, j1, split, anchors, center=center, gain=gain, shift=shift, offset=offset, level=level

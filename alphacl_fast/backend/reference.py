@@ -86,6 +86,20 @@ def _min_player(objective: MinPlayer, x: Tensor, tau: Tensor) -> Tensor:
     return kind.f(y + x, tau, params)
 
 
+def importances(
+    z1: Tensor, z2: Tensor, tau: Tensor, objective: Objective, similarity: str, negatives: str, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """(anchors, |Neg|) t of the negatives and α_ij = ∂L_i/∂Δ_ij, with a designed α held fixed; by autograd for φ/ψ."""
+    c = 0.0 if similarity == "euclidean" else 1.0
+    t, pos = negatives_and_positives(z1.detach(), z2.detach(), similarity, negatives, symmetric)
+    if isinstance(objective, (PairWeight, MinPlayer)):
+        return t, alpha(objective, t, tau, c).detach()
+    with torch.enable_grad():
+        gap = (t - pos[:, None]).requires_grad_()
+        (a,) = torch.autograd.grad(_of_gaps(objective, gap, tau, c).sum(), gap)
+    return t, a
+
+
 def row_losses(
     z1: Tensor, z2: Tensor, tau: Tensor, objective: Objective, similarity: str, negatives: str, symmetric: bool
 ) -> Tensor:
@@ -98,11 +112,16 @@ def row_losses(
     c = 0.0 if similarity == "euclidean" else 1.0
     t, pos = negatives_and_positives(z1, z2, similarity, negatives, symmetric)
     gap = t - pos[:, None]
-    if isinstance(objective, ClosedForm):
-        return gap.sum(1) if objective.name == "triplet_contrastive" else gap.mean(1)
     if isinstance(objective, (PairWeight, MinPlayer)):
         a = alpha(objective, t, tau, c)
         return ((a.detach() if objective.detach_alpha else a) * gap).sum(1)
+    return _of_gaps(objective, gap, tau, c)
+
+
+def _of_gaps(objective: Objective, gap: Tensor, tau: Tensor, c: float) -> Tensor:
+    """(anchors,) losses that are functions of Δ (anchors, |Neg|) alone."""
+    if isinstance(objective, ClosedForm):
+        return gap.sum(1) if objective.name == "triplet_contrastive" else gap.mean(1)
     kind = lookup(objective.kind)
     psi = kind.f(gap, objective.kind_tau(tau), objective.params(c))
     return objective.phi(psi.logsumexp(1) + objective.margin if kind.log else psi.sum(1), tau)
