@@ -1,4 +1,4 @@
-"""The ``alphacl`` command: train, eval, plan, info. Problems are one line on stderr and exit code 2."""
+"""The ``alphacl`` command: train, eval, inspect, theory, plan, info. Problems are one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> int:
     """Run the command with ``arguments`` (default: the process's own) and return its exit code.
 
-    0: done; 2: a problem, named in one line on stderr; 130 or 143: stopped by SIGINT or SIGTERM.
+    0: done; 1: a claim does not hold (theory); 2: a problem, named in one line on stderr; 130 or 143: stopped by SIGINT or
+    SIGTERM.
     """
     parser = _Parser(prog="alphacl", description="Contrastive learning with pair-weighted losses.")
-    parser.add_argument("command", choices=("train", "eval", "plan", "info"),
-                        help="train an encoder, judge a run, predict what a loss over many devices costs, or show versions "
-                             "and backends; COMMAND --help tells more")
+    commands = {"train": _train, "eval": _eval, "inspect": _inspect, "theory": _theory, "plan": _plan, "info": _info}
+    parser.add_argument("command", choices=tuple(commands),
+                        help="train an encoder, judge a run, show what its loss weighs, run the paper's claims, predict what "
+                             "a loss over many devices costs, or show versions and backends; COMMAND --help tells more")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
     try:
-        return {"train": _train, "eval": _eval, "plan": _plan, "info": _info}[parsed.command](parsed.arguments)
+        return commands[parsed.command](parsed.arguments)
     except KeyboardInterrupt:
         print("alphacl: interrupted", file=sys.stderr)
         return 130
@@ -131,6 +133,74 @@ def _eval(arguments: list[str]) -> int:
     print(table(result))
     print(f"\nwritten: {Path(given['run']) / 'eval.json'}, {Path(given['run']) / 'embedding.png'}")
     return 0
+
+
+def _inspect(arguments: list[str]) -> int:
+    module = _import_train()
+    parser = _Parser(prog="alphacl inspect", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                     description="Draw what the loss weighs in a run's embeddings: weight against distance, hardest pairs.")
+    parser.add_argument("run", metavar="CHECKPOINT", help="run folder, or its checkpoint.pt")
+    parser.add_argument("--objective", dest="objectives", action="append", metavar="NAME",
+                        help="beside the run's own; repeatable (default: infonce, alpha_direct, alpha_square, uniform)")
+    parser.add_argument("--pairs", type=int, help="images to embed, two views each (default: 1024)")
+    parser.add_argument("--thumbnails", type=int, help="nearest pairs to draw (default: 12)")
+    parser.add_argument("--out", metavar="FOLDER", help="of inspect.png and inspect.json (default: that of the run)")
+    parser.add_argument("--data-root", help="folder of the data set (default: that of the run)")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: that of the run)")
+    parser.add_argument("--workers", type=int, help="loader processes (default: that of the run)")
+    given = vars(parser.parse_args(arguments))
+    given["objectives"] = tuple(given.get("objectives", ()))
+    try:
+        result = module.inspect(**given)
+    except module.RunError as error:
+        _fail(str(error))
+    names = result["objectives"]
+    width = max(map(len, names))
+    print(f"{result['pairs']} pairs of views, temperature {result['temperature']:g}, {result['negatives']}; "
+          "means over anchors\n")
+    print(f"{'':{width}}  effective negatives  entropy  hardest α")
+    for name, row in names.items():
+        print(f"{name:{width}}  {row['effective_negatives']:19.1f}  {row['alpha_entropy']:7.3f}  {row['hardest_alpha']:9.3g}")
+    shown = next(iter(names.values()))
+    print(f"\npositive similarity {shown['positive_similarity']:.4f}, alignment {shown['alignment']:.4f}, "
+          f"uniformity {shown['uniformity']:.4f}\n"
+          f"anchors whose nearest negative has their own label: {100 * result['same_label']:.1f} %")
+    out = Path(given.get("out", result["run"]))
+    print(f"written: {out / 'inspect.png'}, {out / 'inspect.json'}")
+    return 0
+
+
+def _theory(arguments: list[str]) -> int:
+    from alphacl_fast import claims
+
+    parser = _Parser(prog="alphacl theory", allow_abbrev=False,
+                     description="Run what arXiv:2201.12680 proves; exit code 1 if a row does not hold.")
+    parser.add_argument("claim", choices=(*claims.CLAIMS, "all"),
+                        help="pca: deep linear networks find the top eigenvector; rank: where a condition fails; relu: ranks "
+                             "with ReLU; gradient: the theorem of the gradient and the two players in turn")
+    parser.add_argument("--seeds", type=int, help="of data and weights")
+    parser.add_argument("--out", metavar="FOLDER", help="writes theory.json and plots of the energy over the steps there")
+    given = parser.parse_args(arguments)
+    if given.seeds is not None and given.seeds < 1:
+        _fail(f"--seeds must be at least 1, got {given.seeds}")
+    import torch
+
+    torch.set_num_threads(1)  # networks of a few numbers: a second thread mostly waits
+    names = tuple(claims.CLAIMS) if given.claim == "all" else (given.claim,)
+    seeds = {} if given.seeds is None else {"seeds": given.seeds}
+    run = {}
+    for name in names:
+        run[name] = claims.CLAIMS[name](**seeds)
+        print(("" if name == names[0] else "\n") + claims.table(run[name]), flush=True)
+    if given.out is not None:
+        try:
+            written = claims.write(run, Path(given.out))
+        except ImportError as error:
+            _fail(f"--out needs matplotlib ({error}): pip install 'alphacl-fast[train]'")
+        except OSError as error:
+            _fail(f"cannot write to {given.out}: {error.strerror}")
+        print(f"\nwritten: {', '.join(map(str, written))}")
+    return 0 if all(claim.holds for claim in run.values()) else 1
 
 
 def _plan(arguments: list[str]) -> int:

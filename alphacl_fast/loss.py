@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import functional, ops
 from .objectives import Objective
+from .players import AlphaSummary, alpha_summary
 
 
 class FusedAlphaCLLoss(nn.Module):
@@ -79,6 +80,14 @@ class FusedAlphaCLLoss(nn.Module):
             temperature.data.clamp_(*self.temperature_range)
         loss, *self._served = functional.evaluate(z1, z2, temperature, self._call, self.precision)
         return loss
+
+    def alpha_summary(self, z1: Tensor, z2: Tensor, *, k: int = 8, bins: int = 40) -> AlphaSummary:
+        """What α does to these embeddings, as `alphacl_fast.alpha_summary` has it; of this process's pairs alone."""
+        call = self._call
+        return alpha_summary(
+            z1, z2, call.objective, k=k, bins=bins, temperature=self.temperature, similarity=call.similarity,
+            negatives=call.negatives, symmetric=call.symmetric, backend=call.backend, precision=self.precision,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         """Everything that was chosen, and the backend with the reason."""

@@ -8,9 +8,9 @@ pointwise in t_ij, so that one more walk over tiles of anchors × candidates see
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,11 +18,12 @@ from torch import Tensor
 from . import functional
 from .autograd import Call, Features, Layout, Problem, Sweeps, accumulation_dtype, features_of_views
 from .backend import reference
-from .backend.blocked import excluded_diagonals, tile_size
+from .backend.blocked import deal, excluded_diagonals, tile_size
 from .objectives import ClosedForm, Objective, infonce
 from .objectives import kind as lookup
 
 MAX_ELEMENTS = 2**28
+Result = TypeVar("Result")
 
 
 class Tile(NamedTuple):
@@ -110,21 +111,26 @@ class Importances:
             t += self.features.bias[None, first:last]
         return self.call.c - t
 
-    def tiles(self) -> Iterator[Tile]:
-        """All tiles; those of one block of anchors follow each other."""
+    def walk(self, work: Callable[[Iterator[Tile]], Result]) -> list[Result]:
+        """``work`` on all tiles: in one call, or dealt out to threads by blocks of anchors; results in a fixed order."""
         if self.call.backend == "reference":
-            yield from self._of_the_oracle()
-            return
+            return [work(self._of_the_oracle())]
+        blocks = list(self.blocks(tile_size(self.layout.rows, self.rows.device)))
+        return deal(
+            len(blocks), self.rows.device,
+            lambda worker, workers: work(tile for block in blocks[worker::workers] for tile in self._tiles_of(*block)),
+        )  # fmt: skip
+
+    def _tiles_of(self, start: int, stop: int, low: int, high: int) -> Iterator[Tile]:
         side = tile_size(self.layout.rows, self.rows.device)
-        for start, stop, low, high in self.blocks(side):
-            for first in range(low, high, side):
-                last = min(first + side, high)
-                distance = self.distances(start, stop, first, last)
-                excluded = excluded_diagonals(start, stop, first, last, self.layout.split, self.layout.partner)
-                alpha = self._alpha(self.call.c - distance, slice(start, stop))
-                for diagonal in excluded:
-                    alpha.diagonal(diagonal).zero_()
-                yield Tile(start, stop, first, last, distance, alpha, excluded)
+        for first in range(low, high, side):
+            last = min(first + side, high)
+            distance = self.distances(start, stop, first, last)
+            excluded = excluded_diagonals(start, stop, first, last, self.layout.split, self.layout.partner)
+            alpha = self._alpha(self.call.c - distance, slice(start, stop))
+            for diagonal in excluded:
+                alpha.diagonal(diagonal).zero_()
+            yield Tile(start, stop, first, last, distance, alpha, excluded)
 
     def blocks(self, side: int) -> Iterator[tuple[int, int, int, int]]:
         """(start, stop) of a block of anchors and (first, last) of the rows that it meets, in the stacked views."""
@@ -166,23 +172,35 @@ class Importances:
     def dense(self) -> Tensor:
         """(anchors, candidates) α, 0 where a pair is no negative."""
         out = self.rows.new_empty(self.anchors, self.candidates)
-        for tile in self.tiles():
-            low = self.layout.split if tile.first >= self.layout.split else 0
-            out[tile.start : tile.stop, tile.first - low : tile.last - low] = tile.alpha
+
+        def fill(tiles: Iterator[Tile]) -> None:
+            for tile in tiles:
+                low = self.layout.split if tile.first >= self.layout.split else 0
+                out[tile.start : tile.stop, tile.first - low : tile.last - low] = tile.alpha
+
+        self.walk(fill)
         return out
 
     @torch.no_grad()
     def both_ways(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(A + Aᵀ)·x for x (N, d), with the row and column sums (N,) of A, all in x's dtype. Only for one_view."""
         self.check_one_view()
-        y, row_sums, col_sums = torch.zeros_like(x), x.new_zeros(len(x)), x.new_zeros(len(x))
-        for tile in self.tiles():
-            i, j, a = slice(tile.start, tile.stop), slice(tile.first, tile.last), tile.alpha.to(x.dtype)
-            y[i] += a @ x[j]
-            y[j] += a.t() @ x[i]
-            row_sums[i] += a.sum(1)
-            col_sums[j] += a.sum(0)
-        return y, row_sums, col_sums
+
+        def multiply(tiles: Iterator[Tile]) -> tuple[Tensor, Tensor, Tensor]:
+            y, row_sums, col_sums = torch.zeros_like(x), x.new_zeros(len(x)), x.new_zeros(len(x))
+            for tile in tiles:
+                i, j, a = slice(tile.start, tile.stop), slice(tile.first, tile.last), tile.alpha.to(x.dtype)
+                y[i] += a @ x[j]
+                y[j] += a.t() @ x[i]
+                row_sums[i] += a.sum(1)
+                col_sums[j] += a.sum(0)
+            return y, row_sums, col_sums
+
+        total, *others = self.walk(multiply)
+        for other in others:
+            for mine, theirs in zip(total, other, strict=True):
+                mine += theirs
+        return total
 
     @torch.no_grad()
     def both_ways_on_own_rows(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -310,25 +328,30 @@ def alpha_summary(
     nearest = rows.new_full((solved.anchors, k), math.inf)
     of_nearest = torch.zeros_like(nearest)
     which = torch.zeros_like(nearest, dtype=torch.int64)
-    pairs = torch.zeros(bins, dtype=torch.int64, device=rows.device)
-    mass = torch.zeros(bins, dtype=torch.float64, device=rows.device)
-    for tile in solved.tiles():
-        i, a, d = slice(tile.start, tile.stop), tile.alpha, tile.distance
-        total[i] += a.sum(1)
-        square[i] += a.square().sum(1)
-        with_log[i] += torch.xlogy(a, a).sum(1)
-        for diagonal in tile.excluded:
-            d.diagonal(diagonal).fill_(math.inf)
-        best, at = d.topk(min(k, d.shape[1]), dim=1, largest=False)
-        best, order = torch.cat([nearest[i], best], 1).sort(dim=1, stable=True)
-        order = order[:, :k]
-        nearest[i] = best[:, :k]
-        of_nearest[i] = torch.cat([of_nearest[i], a.gather(1, at)], 1).gather(1, order)
-        which[i] = torch.cat([which[i], at + tile.first], 1).gather(1, order)
-        place = ((d - low) * (bins / (high - low))).clamp_(0, bins - 1).long()
-        pairs += torch.bincount(place.flatten(), minlength=bins)
-        mass.scatter_add_(0, place.flatten(), a.flatten().double())
-        pairs[-1] -= tile.n_excluded  # their distance is infinite here
+
+    def collect(tiles: Iterator[Tile]) -> tuple[Tensor, Tensor]:
+        pairs = torch.zeros(bins, dtype=torch.int64, device=rows.device)
+        mass = torch.zeros(bins, dtype=torch.float64, device=rows.device)
+        for tile in tiles:
+            i, a, d = slice(tile.start, tile.stop), tile.alpha, tile.distance
+            total[i] += a.sum(1)
+            square[i] += a.square().sum(1)
+            with_log[i] += torch.xlogy(a, a).sum(1)
+            for diagonal in tile.excluded:
+                d.diagonal(diagonal).fill_(math.inf)
+            best, at = d.topk(min(k, d.shape[1]), dim=1, largest=False)
+            best, order = torch.cat([nearest[i], best], 1).sort(dim=1, stable=True)
+            order = order[:, :k]
+            nearest[i] = best[:, :k]
+            of_nearest[i] = torch.cat([of_nearest[i], a.gather(1, at)], 1).gather(1, order)
+            which[i] = torch.cat([which[i], at + tile.first], 1).gather(1, order)
+            place = ((d - low) * (bins / (high - low))).clamp_(0, bins - 1).long().flatten()
+            pairs += torch.bincount(place, minlength=bins)
+            pairs[-1] -= tile.n_excluded  # their distance is infinite here
+            mass.scatter_add_(0, place, a.flatten().double())
+        return pairs, mass
+
+    pairs, mass = (torch.stack(parts).sum(0) for parts in zip(*solved.walk(collect), strict=True))
     weight = torch.where(total > 0, total, 1.0)
     align, uniform = _alignment_and_uniformity(z1, z2, solved.call)
     return AlphaSummary(
@@ -344,13 +367,19 @@ def alpha_summary(
 def _range(solved: Importances) -> tuple[float, float]:
     if solved.call.similarity == "cosine":
         return 0.0, 2.0
-    low, high = math.inf, -math.inf
-    for tile in solved.tiles():
-        for diagonal in tile.excluded:
-            tile.distance.diagonal(diagonal).fill_(math.nan)
-        there = tile.distance[~tile.distance.isnan()]
-        if there.numel():
-            low, high = min(low, there.min().item()), max(high, there.max().item())
+
+    def extremes(tiles: Iterator[Tile]) -> tuple[float, float]:
+        low, high = math.inf, -math.inf
+        for tile in tiles:
+            for diagonal in tile.excluded:
+                tile.distance.diagonal(diagonal).fill_(math.nan)
+            there = tile.distance[~tile.distance.isnan()]
+            if there.numel():
+                low, high = min(low, there.min().item()), max(high, there.max().item())
+        return low, high
+
+    lows, highs = zip(*solved.walk(extremes), strict=True)
+    low, high = min(lows), max(highs)
     if not -math.inf < low <= high < math.inf:
         raise ValueError("distance_range must be given: distances of this batch are not finite")
     return low, high if high > low else low + 1.0

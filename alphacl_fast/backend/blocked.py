@@ -40,25 +40,30 @@ Result = TypeVar("Result")
 Tiles = Iterator[tuple[int, int, int, int]]
 
 
-def _share(n: int, split: int, block: int, device: torch.device, work: Callable[[Tiles], Result]) -> list[Result]:
-    """``work`` on all tiles: in this thread, or on a CPU dealt out to workers; results in the workers' order."""
+def deal(enough: int, device: torch.device, work: Callable[[int, int], Result]) -> list[Result]:
+    """``work(k, workers)`` for every worker k, in this thread or on a CPU in up to ``enough`` of them; in their order."""
     threads = torch.get_num_threads()
-    enough = sum(1 for _ in islice(_tiles(n, split, block), 4 * MAX_WORKERS)) // 4
-    workers = min(threads, enough) if device.type == "cpu" else 1
+    workers = min(threads, enough, MAX_WORKERS) if device.type == "cpu" else 1
     if workers < 2:
-        return [work(_tiles(n, split, block))]
+        return [work(0, 1)]
     inference = torch.is_inference_mode_enabled()
 
     def run(worker: int) -> Result:
         torch.set_num_threads(threads // workers)  # of this thread
         with torch.inference_mode(inference), torch.no_grad():
-            return work(islice(_tiles(n, split, block), worker, None, workers))
+            return work(worker, workers)
 
     try:
         with ThreadPoolExecutor(workers) as pool:
             return list(pool.map(run, range(workers)))
     finally:
         torch.set_num_threads(threads)  # what threads that start later will take over
+
+
+def _share(n: int, split: int, block: int, device: torch.device, work: Callable[[Tiles], Result]) -> list[Result]:
+    """``work`` on all tiles, dealt out to workers; results in the workers' order."""
+    enough = sum(1 for _ in islice(_tiles(n, split, block), 4 * MAX_WORKERS)) // 4
+    return deal(enough, device, lambda worker, workers: work(islice(_tiles(n, split, block), worker, None, workers)))
 
 
 def tile_size(n: int, device: torch.device) -> int:

@@ -6,7 +6,8 @@
 
 ``torchrun --nproc-per-node=N -m alphacl_fast.train …`` does the same in N processes that share every batch.
 
-Modules import one way: config; world, data, augment, batched, models, gradient, device, checkpoint; report; evaluate; loop.
+Modules import one way: config; world, data, augment, batched, models, gradient, device, checkpoint; report; evaluate;
+inspection; loop.
 """
 
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ if _missing:
 
 from .config import Config, RunError  # noqa: E402
 from .evaluate import evaluate  # noqa: E402
+from .inspection import inspect  # noqa: E402
 from .loop import Outcome, train  # noqa: E402
 
-__all__ = ["Config", "Outcome", "RunError", "evaluate", "train"]
+__all__ = ["Config", "Outcome", "RunError", "evaluate", "inspect", "train"]

@@ -80,6 +80,7 @@ class Config:
     seed: int = _flag(0, "seed of weights, order and augmentation")
     eval_every: int = _flag(10, "epochs between kNN evaluations (0: none)")
     log_every: int = _flag(10, "steps between step lines in metrics.jsonl")
+    alpha_every: int = _flag(0, "steps between summaries of the pairwise weights in metrics.jsonl (0: none)")
     save_every: int = _flag(0, "steps between checkpoints besides the one of every epoch (0: none)")
 
     @classmethod
@@ -132,7 +133,7 @@ class Config:
             _one_of(name, getattr(self, name), _choices(name))
         for name, least in (("epochs", 1), ("batch_size", 2), ("width", 1), ("image_size", 4), ("log_every", 1),
                             ("subset", 0), ("micro_batch", 0), ("warmup_epochs", 0), ("workers", -1), ("threads", 0),
-                            ("eval_every", 0), ("save_every", 0),
+                            ("eval_every", 0), ("alpha_every", 0), ("save_every", 0),
                             ("seed", 0), ("weight_decay", 0)):
             if not getattr(self, name) >= least:
                 raise RunError(f"{flag(name)} must be at least {least}, got {getattr(self, name)}")

@@ -223,7 +223,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        with peers():
+        with peers(), self.seen_by_the_loss() as embeddings:
             if len(parts) == 1:
                 value, in_loss = gradient.whole(self.embed, self.loss, parts[0])
             else:
@@ -232,7 +232,22 @@ class _Run:
         self.optimizer.step()
         self.loss_sum += value
         self.step += 1
+        if embeddings:  # of the weights before this step
+            self.log(kind="alpha", step=self.step, **self.loss.alpha_summary(*embeddings, k=1).scalars())
         return value, lr, in_loss
+
+    @contextmanager
+    def seen_by_the_loss(self):
+        """The embeddings z1, z2 that the loss is called with inside, if this step's α is to be logged."""
+        embeddings: list[torch.Tensor] = []
+        if not (self.world.leads and self.config.alpha_every and (self.step + 1) % self.config.alpha_every == 0):
+            yield embeddings
+            return
+        hook = self.loss.register_forward_pre_hook(lambda _, views: embeddings.extend(z.detach() for z in views))
+        try:
+            yield embeddings
+        finally:
+            hook.remove()
 
     def close_epoch(self, seconds: float, loss_seconds: float, counted: int, bar) -> None:
         """Evaluate if it is time, write the epoch's line, save."""
