@@ -89,7 +89,7 @@ def rank(seeds: int = 5) -> Claim:
         for layers in (1, 2, 3, 4):
             start = theory.random_weights([FEATURES] + [HIDDEN] * layers, "frobenius", range(seeds))
             value = theory.linear_energy(torch.diag(spectrum))
-            # η < 2/(|λ_min| − λ_max) = 2.5: a longer step would go over to the most negative direction
+            # η < 2/(|λ_min| − λ_max) = 1.67: a longer step would go over to the most negative direction
             end = theory.ascend(value, start, "frobenius", rate=1.0, steps=1000)
             ratio, worst = 2 * end.energies / top, torch.stack([theory.singular_ratio(w) for w in end.weights]).amax(0)
             if top < 0 and layers > 1:
