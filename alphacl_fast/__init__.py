@@ -2,15 +2,16 @@
 
 import pathlib as _pathlib
 
-from . import functional, objectives
+from . import functional, objectives, theory
 from ._version import __version__
 from .loss import FusedAlphaCLLoss
 from .objectives import MinPlayer, PairLoss, PairWeight
 from .ops import backends
-from .players import alpha, alpha_summary
+from .players import AlphaSummary, alpha, alpha_summary
 from .verify import verify_distributed
 
 __all__ = [
+    "AlphaSummary",
     "FusedAlphaCLLoss",
     "MinPlayer",
     "PairLoss",
@@ -21,6 +22,7 @@ __all__ = [
     "backends",
     "functional",
     "objectives",
+    "theory",
     "verify_distributed",
 ]
 

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from alphacl_fast.players import AlphaSummary, alpha_summary
+from alphacl_fast import AlphaSummary, alpha_summary
 
 from . import checkpoint
 from .augment import augmentation

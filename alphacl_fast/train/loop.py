@@ -228,12 +228,13 @@ class _Run:
                 value, in_loss = gradient.whole(self.embed, self.loss, parts[0])
             else:
                 value, in_loss = gradient.in_parts(self.net, self.embed, self.loss, parts, self.device)
+        weights = self.loss.alpha_summary(*embeddings, k=1).scalars() if embeddings else None
         self.world.average_gradients([p for group in self.optimizer.param_groups for p in group["params"]])
         self.optimizer.step()
         self.loss_sum += value
         self.step += 1
-        if embeddings:  # of the weights before this step
-            self.log(kind="alpha", step=self.step, **self.loss.alpha_summary(*embeddings, k=1).scalars())
+        if weights is not None:
+            self.log(kind="alpha", step=self.step, **weights)
         return value, lr, in_loss
 
     @contextmanager
