@@ -191,6 +191,13 @@ def bind(
     """τ as a tensor, the call with its backend, and why that one."""
     check_temperature(temperature, call.objective)
     check_embeddings(z1, z2, fewest=2 if call.group is None else 0)
+    return bind_temperature(z1, temperature, call, precision)
+
+
+def bind_temperature(
+    z1: Tensor, temperature: float | Tensor, call: Call, precision: str | None
+) -> tuple[Tensor, Call, str]:
+    """As `bind`, of embeddings and a temperature that have been checked."""
     call.objective.check()
     backend, why = ops.choose(call.backend, z1.device, z1.dtype, precision, call.objective.kind)
     host_tau: float | None = None
@@ -206,18 +213,8 @@ def bind(
 
 def check_embeddings(z1: Tensor, z2: Tensor, fewest: int = 2) -> None:
     """Raises unless z1 and z2 are (N, D) float tensors of one shape, dtype and device with N ≥ ``fewest``."""
-    for name, z in (("z1", z1), ("z2", z2)):
-        if not isinstance(z, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(z).__name__}")
-        if hasattr(z, "device_mesh"):
-            raise TypeError(f"{name} must be a plain tensor, got a DTensor (pass z.to_local() or z.full_tensor())")
-        if z.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense (strided) tensor, got {z.layout}")
-        if z.dtype not in DTYPES:
-            expected = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-            raise TypeError(f"{name} must have one of the dtypes {expected}, got {str(z.dtype).removeprefix('torch.')}")
-        if z.dim() != 2:
-            raise ValueError(f"{name} must have shape (N, D), got {tuple(z.shape)}")
+    check_rows("z1", z1)
+    check_rows("z2", z2)
     if z2.shape != z1.shape:
         raise ValueError(f"z2 must have the shape of z1 {tuple(z1.shape)}, got {tuple(z2.shape)}")
     if z2.dtype != z1.dtype:
@@ -228,6 +225,23 @@ def check_embeddings(z1: Tensor, z2: Tensor, fewest: int = 2) -> None:
         raise ValueError(f"z1 must have at least 2 rows (one pair has no negatives), got shape {tuple(z1.shape)}")
     if z1.shape[1] < 1:
         raise ValueError(f"z1 must have at least 1 column, got shape {tuple(z1.shape)}")
+
+
+def check_rows(name: str, z: Tensor, fewest: int = 0) -> None:
+    """Raises unless z is a plain (N, D) float tensor with N ≥ ``fewest``."""
+    if not isinstance(z, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(z).__name__}")
+    if hasattr(z, "device_mesh"):
+        raise TypeError(f"{name} must be a plain tensor, got a DTensor (pass z.to_local() or z.full_tensor())")
+    if z.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got {z.layout}")
+    if z.dtype not in DTYPES:
+        expected = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TypeError(f"{name} must have one of the dtypes {expected}, got {str(z.dtype).removeprefix('torch.')}")
+    if z.dim() != 2:
+        raise ValueError(f"{name} must have shape (N, D), got {tuple(z.shape)}")
+    if z.shape[0] < fewest or (fewest and z.shape[1] < 1):
+        raise ValueError(f"{name} must have at least {fewest} rows and 1 column, got shape {tuple(z.shape)}")
 
 
 def _one_of(name: str, value: Any, valid: tuple[Any, ...]) -> None:

@@ -1,0 +1,149 @@
+"""`loss_against`: the losses of anchors against a set of negatives of its own, where the positives are any similarity at all.
+
+`alpha_cl_loss` derives who is whose negative from two views. Queues of earlier keys (MoCo), several positives per anchor
+(supervised contrastive), more candidates than anchors (retrieval) need the same sums over pairs with other partners: anchors
+z (N, D) meet all rows of ``negatives`` (M, D), or one another, and t⁺ (N,) is given. The two sweeps serve it as they are, on
+every backend; t_ij = ⟨z_i, y_j⟩, rows as given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import functional
+from .autograd import Call, Features, Layout, Operators, Sweeps, accumulation_dtype, row_tensors, rows_from
+from .objectives import ClosedForm, Objective
+
+
+def loss_against(
+    z: Tensor,
+    negatives: Tensor | None,
+    positive: Tensor,
+    objective: str | Objective = "infonce",
+    *,
+    temperature: float | Tensor = 0.5,
+    reduction: str = "mean",
+    backend: str = "auto",
+    precision: str | None = None,
+    **options: Any,
+) -> Tensor:
+    """Losses of anchors z whose negatives are all rows of ``negatives``; gradients to all of z, negatives, positive and τ.
+
+    Args:
+        z: (N, D) anchors, N ≥ 1, float32, float64, bfloat16 or float16; rows as given (normalise them for cosine).
+        negatives: (M, D), M ≥ 1, dtype and device of z; None: the other rows of z itself, N ≥ 2.
+        positive: (N,) similarity t⁺ of every anchor with its positive, float32 (float64 for float64 z).
+        objective, temperature, reduction, backend, precision, **options: as of `alphacl_fast.functional.alpha_cl_loss`;
+            d² = 1 − t. There is no oracle for it: backend is not "reference".
+
+    Returns:
+        (), or (N,) with ``reduction="none"``; float32, or float64 for float64 z.
+
+    Raises:
+        TypeError, ValueError: a bad argument; the message names it, what was expected and what was received.
+
+    Source: arXiv:1911.05722 (queue of negatives); arXiv:2004.11362 (several positives: t⁺ is their mean, epsilon=0).
+    """
+    call = functional.make_call(
+        objective, options, similarity="dot", negatives="one_view", symmetric=True, reduction=reduction, backend=backend,
+        precision=precision, group=None,
+    )  # fmt: skip
+    if backend == "reference":
+        raise ValueError("backend must not be 'reference': the oracle is of two views")
+    other = z if negatives is None else negatives
+    functional.check_rows("z", z, fewest=1 if negatives is not None else 2)
+    functional.check_rows("negatives", other, fewest=1)
+    if (other.shape[1], other.dtype, other.device) != (z.shape[1], z.dtype, z.device):
+        raise ValueError(
+            f"negatives must have the width, dtype and device of z ({z.shape[1]}, {z.dtype}, {z.device}), "
+            f"got {other.shape[1]}, {other.dtype}, {other.device}"
+        )
+    wide = accumulation_dtype(z.dtype)
+    if not isinstance(positive, Tensor) or positive.shape != z.shape[:1] or positive.device != z.device:
+        got = f"{tuple(positive.shape)} on {positive.device}" if isinstance(positive, Tensor) else type(positive).__name__
+        raise ValueError(f"positive must be a tensor of shape {tuple(z.shape[:1])} on {z.device}, got {got}")
+    functional.check_temperature(temperature, call.objective)
+    tau, call, _ = functional.bind_temperature(z, temperature, call, precision)
+    with torch.autocast(z.device.type, enabled=False):
+        positive = positive.to(wide)
+        if isinstance(call.objective, ClosedForm):
+            mean = _mean_negative(z.to(wide), None if negatives is None else negatives.to(wide), 1)
+            losses = call.objective.weight(_count(z, negatives)) * (mean - positive)
+        else:
+            losses = _Against.apply(z, negatives, positive, tau, replace(call, reduction="none"))
+    return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
+
+
+def _count(z: Tensor, negatives: Tensor | None) -> int:
+    return len(z) - 1 if negatives is None else len(negatives)
+
+
+def _mean_negative(z: Tensor, negatives: Tensor | None, power: int) -> Tensor:
+    """(N,) mean of t_ij^power over the negatives, in O(n·D) or O(n·D²)."""
+    other = z if negatives is None else negatives
+    total = (z * (other.sum(0) if power == 1 else z @ (other.t() @ other))).sum(1)
+    if negatives is None:
+        total = total - z.square().sum(1).pow(power)
+    return total / _count(z, negatives)
+
+
+class _Rows(Sweeps):
+    """The sweeps of such a batch: a rectangle of N × M pairs, or all pairs among the rows of z."""
+
+    def __init__(self, z: Tensor, negatives: Tensor | None, pos: Tensor, tau: Tensor, call: Call) -> None:
+        n = len(z)
+        rows = z if negatives is None else torch.cat([z, negatives])
+        self.views = z, negatives
+        self.n_neg = _count(z, negatives)
+        self.layout = Layout(len(rows), 0 if negatives is None else n, 0, n, self.n_neg, negatives is not None)
+        self.features = Features(rows, None, None, None)
+        self.pos, self.tau, self.divisor = pos, tau, 1
+        self.operators = Operators(tau, call)
+
+    def mean_negative(self) -> Tensor:
+        return self._mean(1)
+
+    def mean_square_negative(self) -> Tensor:
+        return self._mean(2)
+
+    def _mean(self, power: int) -> Tensor:
+        return _mean_negative(*(None if x is None else x.to(self.pos.dtype) for x in self.views), power)
+
+
+class _Against(torch.autograd.Function):
+    """(N,) losses; the gradient sweep waits for the incoming row gradient."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor, negatives: Tensor | None, pos: Tensor, tau: Tensor, call: Call) -> Tensor:
+        ctx.call, ctx.tau_dtype = call, tau.dtype
+        tau = tau.to(pos.dtype)
+        learn_tau = ctx.needs_input_grad[3] and call.objective.tau_gradient == "rows"
+        with torch.no_grad():
+            rows = call.objective.solve(_Rows(z, negatives, pos, tau, call), learn_tau)
+        ctx.save_for_backward(z, negatives, pos, tau, *row_tensors(rows))
+        return rows.loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        call: Call = ctx.call
+        z, negatives, pos, tau, *rows = ctx.saved_tensors
+        objective, rows, n = call.objective, rows_from(rows), len(z)
+        need_z, need_negatives, need_pos, need_tau = ctx.needs_input_grad[:4]
+        weighted = {name: x * grad for name in ("gain", "mass", "dtau") if (x := getattr(rows, name)) is not None}
+        rows = replace(rows, **weighted)
+        terms = ("dtau",) if need_tau and objective.tau_gradient == "pairs" else ()
+        weight = "df" if objective.derivative else "f" if rows.level is None else "f+df"
+        lo, hi = (0 if need_z else n), (n + len(negatives) if need_negatives else n)
+        df, _, sums = _Rows(z, negatives, pos, tau, call).grad(rows, weight, terms, lo, hi)
+        dz = df.view(-1, z.shape[1])[: n - lo].to(z.dtype) if need_z else None
+        dnegatives = df.view(-1, z.shape[1])[n - lo :].to(z.dtype) if need_negatives else None
+        dtau = None
+        if need_tau:
+            dtau = (rows.gain * sums[-1] if terms else rows.dtau).sum().to(ctx.tau_dtype)
+        return dz, dnegatives, -rows.mass if need_pos else None, dtau, None
