@@ -1,4 +1,4 @@
-"""The ``alphacl`` command: train, eval, plan, info. Problems are one line on stderr and exit code 2."""
+"""The ``alphacl`` command: train, eval, reproduce, plan, info. Problems are one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import os
 import platform
+import shlex
 import sys
 from pathlib import Path
 
@@ -24,13 +25,14 @@ def main(arguments: list[str] | None = None) -> int:
     0: done; 2: a problem, named in one line on stderr; 130 or 143: stopped by SIGINT or SIGTERM.
     """
     parser = _Parser(prog="alphacl", description="Contrastive learning with pair-weighted losses.")
-    parser.add_argument("command", choices=("train", "eval", "plan", "info"),
-                        help="train an encoder, judge a run, predict what a loss over many devices costs, or show versions "
-                             "and backends; COMMAND --help tells more")
+    parser.add_argument("command", choices=("train", "eval", "reproduce", "plan", "info"),
+                        help="train an encoder, judge a run, compare objectives as the paper does, predict what a loss over "
+                             "many devices costs, or show versions and backends; COMMAND --help tells more")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
     try:
-        return {"train": _train, "eval": _eval, "plan": _plan, "info": _info}[parsed.command](parsed.arguments)
+        commands = {"train": _train, "eval": _eval, "reproduce": _reproduce, "plan": _plan, "info": _info}
+        return commands[parsed.command](parsed.arguments)
     except KeyboardInterrupt:
         print("alphacl: interrupted", file=sys.stderr)
         return 130
@@ -87,8 +89,10 @@ def _train(arguments: list[str]) -> int:
     return 0
 
 
-def _add_flags(parser: argparse.ArgumentParser, config) -> None:
+def _add_flags(parser: argparse.ArgumentParser, config, without: tuple[str, ...] = ()) -> None:
     for field in dataclasses.fields(config):
+        if field.name in without:
+            continue
         name = "--" + field.name.replace("_", "-")
         text = field.metadata["help"]
         if field.name == "option":
@@ -130,6 +134,46 @@ def _eval(arguments: list[str]) -> int:
           f"{result['train_images']} training and {result['test_images']} test images; accuracy in %\n")
     print(table(result))
     print(f"\nwritten: {Path(given['run']) / 'eval.json'}, {Path(given['run']) / 'embedding.png'}")
+    return 0
+
+
+def _reproduce(arguments: list[str]) -> int:
+    _import_train()
+    from alphacl_fast.train import Config, RunError, reproduce
+
+    parser = _Parser(prog="alphacl reproduce", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                     description="table: train every row of the paper's comparison with every seed, or go on with it, and "
+                                 "show mean and standard deviation. recipes: the commands for the published experiments.")
+    parser.add_argument("what", choices=("table", "recipes"))
+    parser.add_argument("--out", metavar="DIR", help="folder of the table and its runs (default: runs/table-DATASET-ENCODER)")
+    parser.add_argument("--rows", type=lambda text: tuple(text.split(",")), metavar="A,B,…",
+                        help=f"of {', '.join(reproduce.ROWS)} (default: all but "
+                             f"{', '.join(row for row in reproduce.ROWS if row not in reproduce.DEFAULT_ROWS)})")
+    parser.add_argument("--seeds", type=int, help="runs of every row, with the seeds 1, 2, … (default: 5)")
+    parser.add_argument("--budget", metavar="TIME", help="600s, 45m or 2h for everything on this machine: chooses the epochs")
+    _add_flags(parser, Config, without=reproduce.OF_A_ROW)
+    given = vars(parser.parse_args(arguments))
+    if given.pop("what") == "recipes":
+        if given:
+            _fail(f"recipes takes no flags, got {', '.join('--' + name.replace('_', '-') for name in given)}")
+        print(reproduce.recipes())
+        return 0
+    again = f"go on with: alphacl reproduce {shlex.join(arguments)}"
+    try:
+        if "budget" in given:
+            given["budget"] = reproduce.seconds(given["budget"])
+        progress = reproduce.table(**given)
+    except RunError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print(f"alphacl: interrupted; {again}", file=sys.stderr)
+        return 130
+    if progress.signal:
+        where = f" in {progress.run}" if progress.run else ""
+        print(f"alphacl: stopped{where} with {progress.done} of {progress.total} runs over, state saved; {again}",
+              file=sys.stderr)
+        return 128 + progress.signal
+    print(f"{progress.out} finished: {progress.total} runs; judge one with: alphacl eval {progress.out}/ROW-seedN")
     return 0
 
 
