@@ -17,7 +17,7 @@ from . import checkpoint, report
 from .augment import plain
 from .config import Config, RunError
 from .data import Data, load, plain_batches
-from .device import pick_device, settings
+from .device import one_thread, pick_device, settings
 from .models import Encoder, build
 
 
@@ -79,6 +79,7 @@ def converged_probe(train, train_labels, test, labels) -> float:
     return head.score(test.cpu().numpy(), labels.cpu().numpy())
 
 
+@one_thread()
 def linear_probe(train, train_labels, test, labels, *, classes: int, epochs: int = 50) -> tuple[float, float]:
     """Accuracy (last epoch, best epoch) of a logistic regression on features already standardised.
 

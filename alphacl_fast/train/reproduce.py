@@ -150,7 +150,7 @@ def table(out: str | Path | None = None, *, rows: tuple[str, ...] = DEFAULT_ROWS
 def plan(configs: dict[str, Config], seeds: int, budget: float, given: dict) -> dict:
     """The largest number of epochs with which all rows × ``seeds`` fit in ``budget`` seconds here, and what it rests on.
 
-    At most the recipe's epochs. Raises RunError, saying what 1 epoch would take, if not even that fits.
+    At most the recipe's epochs. Raises RunError, saying what 1 epoch (or a given warm-up) takes, if not even that fits.
     """
     begun = time.monotonic()
     paces = {row: rehearse(config, judged=index == 0) for index, (row, config) in enumerate(configs.items())}
@@ -164,12 +164,13 @@ def plan(configs: dict[str, Config], seeds: int, budget: float, given: dict) -> 
         once = evaluations * judged["evaluation"] + judged["end"]
         return seeds * sum(once + pace["start"] + epochs * pace["per_epoch"] * pace["step"] for pace in paces.values())
 
-    recipe = Config.create(**given).epochs
-    epochs = next((epochs for epochs in range(recipe, 0, -1) if needed(epochs) <= left), None)
+    fewest, most = max(1, given.get("warmup_epochs", 1)), Config.create(**given).epochs
+    epochs = next((epochs for epochs in range(most, fewest - 1, -1) if needed(epochs) <= left), None)
     if epochs is None:
-        least = (budget - left - RESERVE * budget + needed(1)) / (1 - RESERVE)
-        raise RunError(f"--budget {duration(budget)} does not hold 1 epoch of {seeds * len(configs)} runs, which takes about "
-                       f"{duration(60 * -(-least // 60))}; fewer --rows or --seeds, a --subset or a smaller --width take less")
+        least = ((1 - RESERVE) * budget - left + needed(fewest)) / (1 - RESERVE)
+        raise RunError(f"--budget {duration(budget)} does not hold {fewest} epoch{'s' * (fewest > 1)} of "
+                       f"{seeds * len(configs)} runs, which takes about {duration(60 * -(-least // 60))}; fewer --rows or "
+                       "--seeds, a --subset or a smaller --width take less")
     return {"epochs": epochs, "seconds": needed(epochs), "evaluation_seconds": judged["evaluation"],
             "step_seconds": {row: pace["step"] for row, pace in paces.items()}}
 
