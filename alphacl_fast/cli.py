@@ -1,4 +1,4 @@
-"""The ``alphacl`` command: train, eval, inspect, theory, plan, info. Problems are one line on stderr and exit code 2."""
+"""The ``alphacl`` command: train, eval, reproduce, inspect, theory, plan, info. Problems are one line on stderr, exit code 2."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import os
 import platform
+import shlex
 import sys
 from pathlib import Path
 
@@ -25,10 +26,12 @@ def main(arguments: list[str] | None = None) -> int:
     SIGTERM.
     """
     parser = _Parser(prog="alphacl", description="Contrastive learning with pair-weighted losses.")
-    commands = {"train": _train, "eval": _eval, "inspect": _inspect, "theory": _theory, "plan": _plan, "info": _info}
+    commands = {"train": _train, "eval": _eval, "reproduce": _reproduce, "inspect": _inspect, "theory": _theory, "plan": _plan,
+                "info": _info}
     parser.add_argument("command", choices=tuple(commands),
-                        help="train an encoder, judge a run, show what its loss weighs, run the paper's claims, predict what "
-                             "a loss over many devices costs, or show versions and backends; COMMAND --help tells more")
+                        help="train an encoder, judge a run, compare objectives as the paper does, show what a run's loss "
+                             "weighs, run the paper's claims, predict what a loss over many devices costs, or show versions "
+                             "and backends; COMMAND --help tells more")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
     try:
@@ -89,8 +92,10 @@ def _train(arguments: list[str]) -> int:
     return 0
 
 
-def _add_flags(parser: argparse.ArgumentParser, config) -> None:
+def _add_flags(parser: argparse.ArgumentParser, config, without: tuple[str, ...] = ()) -> None:
     for field in dataclasses.fields(config):
+        if field.name in without:
+            continue
         name = "--" + field.name.replace("_", "-")
         text = field.metadata["help"]
         if field.name == "option":
@@ -201,6 +206,46 @@ def _theory(arguments: list[str]) -> int:
             _fail(f"cannot write to {given.out}: {error.strerror}")
         print(f"\nwritten: {', '.join(map(str, written))}")
     return 0 if all(claim.holds for claim in run.values()) else 1
+
+
+def _reproduce(arguments: list[str]) -> int:
+    _import_train()
+    from alphacl_fast.train import Config, RunError, reproduce
+
+    parser = _Parser(prog="alphacl reproduce", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                     description="table: train every row of the paper's comparison with every seed, or go on with it, and "
+                                 "show mean and standard deviation. recipes: the commands for the published experiments.")
+    parser.add_argument("what", choices=("table", "recipes"))
+    parser.add_argument("--out", metavar="DIR", help="folder of the table and its runs (default: runs/table-DATASET-ENCODER)")
+    parser.add_argument("--rows", type=lambda text: tuple(text.split(",")), metavar="A,B,…",
+                        help=f"of {', '.join(reproduce.ROWS)} (default: all but "
+                             f"{', '.join(row for row in reproduce.ROWS if row not in reproduce.DEFAULT_ROWS)})")
+    parser.add_argument("--seeds", type=int, help="runs of every row, with the seeds 1, 2, … (default: 5)")
+    parser.add_argument("--budget", metavar="TIME", help="600s, 45m or 2h for everything on this machine: chooses the epochs")
+    _add_flags(parser, Config, without=reproduce.OF_A_ROW)
+    given = vars(parser.parse_args(arguments))
+    if given.pop("what") == "recipes":
+        if given:
+            _fail(f"recipes takes no flags, got {', '.join('--' + name.replace('_', '-') for name in given)}")
+        print(reproduce.recipes())
+        return 0
+    again = f"go on with: alphacl reproduce {shlex.join(arguments)}"
+    try:
+        if "budget" in given:
+            given["budget"] = reproduce.seconds(given["budget"])
+        progress = reproduce.table(**given)
+    except RunError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print(f"alphacl: interrupted; {again}", file=sys.stderr)
+        return 130
+    if progress.signal:
+        where = f" in {progress.run}" if progress.run else ""
+        print(f"alphacl: stopped{where} with {progress.done} of {progress.total} runs over, state saved; {again}",
+              file=sys.stderr)
+        return 128 + progress.signal
+    print(f"{progress.out} finished: {progress.total} runs; judge one with: alphacl eval {progress.out}/ROW-seedN")
+    return 0
 
 
 def _plan(arguments: list[str]) -> int:

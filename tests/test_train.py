@@ -1,6 +1,7 @@
 """The training package in one process: settings, data, models, evaluation, what a run writes and refuses."""
 
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -16,6 +17,8 @@ from PIL import Image
 from alphacl_fast.train import Config, RunError, augment, checkpoint, data, evaluate, loop, models, report, train
 from alphacl_fast.train.evaluate import converged_probe, few_label_draws, knn_accuracy, linear_probe, standardise
 from alphacl_fast.train.world import World
+
+evaluation = importlib.import_module("alphacl_fast.train.evaluate")  # the package has a function of this name
 
 pytestmark = pytest.mark.xdist_group("train")  # one worker makes what its tests share
 
@@ -97,6 +100,21 @@ def test_a_config_survives_its_file(tmp_path):
     assert {"alphacl_fast", "commit", "torch", "torchvision", "python", "device", "threads"} <= {*saved["environment"]}
     with pytest.raises(RunError, match=r"unknown \['colour'\]"):
         Config.from_dict({**dataclasses.asdict(config), "colour": 1}, tmp_path)
+    with pytest.raises(RunError, match="the config must be a dict, got list"):
+        Config.from_dict([], tmp_path)
+
+
+def test_a_run_saved_before_a_field_existed_goes_on(finished, tmp_path):
+    run, config = tmp_path / "run", tiny(objective="alpha_direct", eval_every=1)
+    shutil.copytree(finished, run)
+    saved = json.loads((run / "config.json").read_text())
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    del saved["config"]["probe_every"], state["config"]["probe_every"]
+    (run / "config.json").write_text(json.dumps(saved))
+    torch.save(state, run / "checkpoint.pt")
+    assert train(config, run, resume=True).already
+    with pytest.raises(RunError, match="--probe-every: 0 in the run, 1 given"):
+        train(dataclasses.replace(config, probe_every=1), run, resume=True)
 
 
 def test_learning_rate_warms_up_and_follows_a_cosine():
@@ -380,6 +398,27 @@ def test_what_a_run_leaves(finished):
         assert 0 < row["loss_ms"] < row["step_ms"]
     for name in ("curves.png", "embedding.png"):
         assert Image.open(finished / name).size[0] > 600
+
+
+def test_knn_and_probe_have_their_own_epochs_and_share_features(tmp_path, monkeypatch):
+    extractions = []
+    extract = evaluation.extract
+    monkeypatch.setattr(evaluation, "extract", lambda *given: extractions.append(len(given[0])) or extract(*given))
+    state = torch.get_rng_state()
+    for epochs, knn_every, probe_every, expected in ((3, 1, 2, "k kp kp"), (3, 2, 0, "- k k"), (2, 0, 2, "- p")):
+        extractions.clear()
+        out = tmp_path / f"{knn_every}{probe_every}"
+        train(tiny(subset=128, epochs=epochs, eval_every=knn_every, probe_every=probe_every), out)
+        found = [row for row in rows(out) if row["kind"] == "epoch"]
+        assert [("k" * ("knn" in row) + "p" * ("probe" in row)) or "-" for row in found] == expected.split()
+        assert extractions == [128, 500] * sum(due != "-" for due in expected.split()) + [500]  # and the picture's
+    assert found[-1]["probe"] == found[-1]["probe_best"] > 0.5  # so few labels: run to convergence
+    torch.set_rng_state(state)
+    linear_probe(torch.randn(300, 8), torch.arange(300) % 4, torch.randn(9, 8), torch.arange(9) % 4, classes=4)
+    drawn = torch.get_rng_state()
+    torch.set_rng_state(state)
+    torch.randn(300, 8), torch.randn(9, 8)
+    assert torch.equal(torch.get_rng_state(), drawn)  # a probe during training draws nothing that training would
 
 
 def test_same_seed_same_run_and_bf16_and_sgd_differ(finished, tmp_path):

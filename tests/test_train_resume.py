@@ -126,7 +126,7 @@ def test_awkward_moments(tmp_path, monkeypatch, reference, when):
         outcome = train(config, out)
         assert (outcome.epochs, outcome.signal) == (1, signal.SIGTERM)
     else:
-        owner, name = (loop, "knn_of") if when == "in the evaluation" else (loop._Run, "save")
+        owner, name = (loop, "figures") if when == "in the evaluation" else (loop._Run, "save")
         monkeypatch.setattr(owner, name, die)
         with pytest.raises(Killed):
             train(config, out)
@@ -141,7 +141,7 @@ def test_awkward_moments(tmp_path, monkeypatch, reference, when):
 
 
 def test_the_second_signal_acts_at_once():
-    with loop._stop_signals() as caught:
+    with loop.stop_signals() as caught:
         signal.raise_signal(signal.SIGINT)
         assert caught == [signal.SIGINT]
         with pytest.raises(KeyboardInterrupt):

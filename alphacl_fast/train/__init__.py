@@ -7,7 +7,7 @@
 ``torchrun --nproc-per-node=N -m alphacl_fast.train …`` does the same in N processes that share every batch.
 
 Modules import one way: config; world, data, augment, batched, models, gradient, device, checkpoint; report; evaluate;
-inspection; loop.
+inspection; loop; reproduce.
 """
 
 from importlib.util import find_spec

@@ -19,6 +19,10 @@ class RunError(Exception):
         self.shown = shown
 
 
+class Diverged(RunError):
+    """The loss or a weight stopped being finite: a result of these settings, not a mistake in them."""
+
+
 def _flag(default, text, choices=None):
     return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
 
@@ -79,6 +83,7 @@ class Config:
     threads: int = _flag(0, "CPU threads of the network and the loss (0: torch's default)")
     seed: int = _flag(0, "seed of weights, order and augmentation")
     eval_every: int = _flag(10, "epochs between kNN evaluations (0: none)")
+    probe_every: int = _flag(0, "epochs between linear probes (0: none)")
     log_every: int = _flag(10, "steps between step lines in metrics.jsonl")
     alpha_every: int = _flag(0, "steps between summaries of the pairwise weights in metrics.jsonl (0: none)")
     save_every: int = _flag(0, "steps between checkpoints besides the one of every epoch (0: none)")
@@ -112,11 +117,15 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict, source: Path) -> Config:
-        """The config of saved ``values``, every field given. ``source`` is named in the RunError of a bad one."""
-        missing = [name for name in _types() if name not in values]
+        """The config of saved ``values``. ``source`` is named in the RunError of bad ones.
+
+        A field that was not there yet when they were saved takes its default, with which a run is what it was before.
+        """
+        if not isinstance(values, dict):
+            raise RunError(f"cannot read {source}: the config must be a dict, got {type(values).__name__}")
         unknown = [name for name in values if name not in _types()]
-        if missing or unknown:
-            raise RunError(f"{source} was written by another version: missing {missing}, unknown {unknown}")
+        if unknown:
+            raise RunError(f"{source} was written by another version: unknown {unknown}")
         config = cls(**values)
         config.check()
         return config
@@ -133,7 +142,7 @@ class Config:
             _one_of(name, getattr(self, name), _choices(name))
         for name, least in (("epochs", 1), ("batch_size", 2), ("width", 1), ("image_size", 4), ("log_every", 1),
                             ("subset", 0), ("micro_batch", 0), ("warmup_epochs", 0), ("workers", -1), ("threads", 0),
-                            ("eval_every", 0), ("alpha_every", 0), ("save_every", 0),
+                            ("eval_every", 0), ("probe_every", 0), ("alpha_every", 0), ("save_every", 0),
                             ("seed", 0), ("weight_decay", 0)):
             if not getattr(self, name) >= least:
                 raise RunError(f"{flag(name)} must be at least {least}, got {getattr(self, name)}")

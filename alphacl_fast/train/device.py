@@ -32,6 +32,17 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
 
 
 @contextmanager
+def one_thread():
+    """One CPU thread inside: for operations so short that threads mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
 def settings(config: Config):
     """The threads of ``config`` and, if it wants them, order-fixed algorithms inside; as before afterwards."""
     threads = torch.get_num_threads()

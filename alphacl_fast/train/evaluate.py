@@ -17,7 +17,7 @@ from . import checkpoint, report
 from .augment import plain
 from .config import Config, RunError
 from .data import Data, load, plain_batches
-from .device import pick_device, settings
+from .device import one_thread, pick_device, settings
 from .models import Encoder, build
 
 
@@ -79,13 +79,14 @@ def converged_probe(train, train_labels, test, labels) -> float:
     return head.score(test.cpu().numpy(), labels.cpu().numpy())
 
 
+@one_thread()
 def linear_probe(train, train_labels, test, labels, *, classes: int, epochs: int = 50) -> tuple[float, float]:
     """Accuracy (last epoch, best epoch) of a logistic regression on features already standardised.
 
     The protocol of the α-CL experiments: Adam 3e-4, weight decay 1e-3, batch 128, 50 epochs. Their published figure is
     the best epoch on the test set; the honest one is the last.
     """
-    head = nn.Linear(train.shape[1], classes).to(train.device)
+    head = nn.utils.skip_init(nn.Linear, train.shape[1], classes, device=train.device)  # draws no random numbers
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     optimizer = torch.optim.Adam(head.parameters(), lr=3e-4, weight_decay=1e-3)
@@ -115,34 +116,51 @@ def few_label_draws(labels, per_class: int, draws: int) -> list[torch.Tensor]:
     return chosen
 
 
+def probe(train, train_labels, test, labels, *, classes: int) -> tuple[float, float]:
+    """Accuracy (last epoch, best epoch) of the linear probe that fits so many labels, on features already standardised.
+
+    Below 2,000 labels, the 50 epochs of :func:`linear_probe` are too few steps to converge, which would flatter features
+    of many dimensions: there :func:`converged_probe` takes its place.
+    """
+    if len(train) < 2000:
+        accuracy = converged_probe(train, train_labels, test, labels)
+        return accuracy, accuracy
+    return linear_probe(train, train_labels, test, labels, classes=classes)
+
+
 def score(train, train_labels, test, labels, *, classes: int, few_label: int, draws: int) -> dict:
     """All figures for one kind of features: kNN and probe with every label, and with ``few_label`` per class.
 
-    Below 2,000 labels, 50 epochs are too few steps for the probe to converge, which would flatter features of many
-    dimensions: there :func:`converged_probe` takes its place. kNN with few labels takes k = ``few_label``.
+    With few labels kNN takes k = ``few_label``, and the probe is :func:`converged_probe`.
     """
     scaled_train, scaled_test = standardise(train, test)
-    if len(train) < 2000:
-        last = best = converged_probe(scaled_train, train_labels, scaled_test, labels)
-    else:
-        last, best = linear_probe(scaled_train, train_labels, scaled_test, labels, classes=classes)
+    last, best = probe(scaled_train, train_labels, scaled_test, labels, classes=classes)
     row = {"knn": knn_accuracy(train, train_labels, test, labels, classes=classes), "probe": last, "probe_best": best}
-    knn, probe = [], []
+    knn, probes = [], []
     for rows in few_label_draws(train_labels, few_label, draws):
         there = rows.to(train.device)
         knn.append(knn_accuracy(train[there], train_labels[there], test, labels, classes=classes, k=few_label))
-        probe.append(converged_probe(scaled_train[there], train_labels[there], scaled_test, labels))
-    for name, values in (("knn_few", knn), ("probe_few", probe)):
+        probes.append(converged_probe(scaled_train[there], train_labels[there], scaled_test, labels))
+    for name, values in (("knn_few", knn), ("probe_few", probes)):
         values = torch.tensor(values, dtype=torch.float64)
         row[name] = {"mean": values.mean().item(), "std": values.std(correction=0).item(), "draws": values.tolist()}
     return row
 
 
-def knn_of(encoder: Encoder, data: Data, config: Config, device: torch.device) -> float:
-    """kNN accuracy of ``encoder`` on the test images of ``data``, with the labels of its training images."""
+def figures(encoder: Encoder, data: Data, config: Config, device: torch.device, *, knn: bool, probed: bool) -> dict:
+    """Accuracies of ``encoder`` on the test images of ``data``, with the labels of its training images.
+
+    {"knn": …} with ``knn``, {"probe": last epoch, "probe_best": best epoch} with ``probed``, from the same features.
+    """
     (bank, bank_labels), (queries, labels) = (extract(images, {"features": encoder}, config, device)
                                               for images in (data.train, data.test))
-    return knn_accuracy(bank["features"], bank_labels, queries["features"], labels, classes=len(data.classes))
+    bank, queries, classes, found = bank["features"], queries["features"], len(data.classes), {}
+    if knn:
+        found["knn"] = knn_accuracy(bank, bank_labels, queries, labels, classes=classes)
+    if probed:
+        bank, queries = standardise(bank, queries)
+        found["probe"], found["probe_best"] = probe(bank, bank_labels, queries, labels, classes=classes)
+    return found
 
 
 def picture(encoder: Encoder, data: Data, config: Config, device: torch.device, path: Path, most: int = 2000) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import random
 import signal
+import tempfile
 import threading
 import time
 from contextlib import contextmanager
@@ -24,14 +25,15 @@ from alphacl_fast import FusedAlphaCLLoss
 
 from . import batched, checkpoint, gradient, report
 from .augment import augmentation
-from .config import Config, RunError
+from .config import Config, Diverged, RunError
 from .data import Data, load, mix, training_batches
 from .device import pick_device, settings
-from .evaluate import knn_of, picture
+from .evaluate import figures, picture
 from .models import Net, build
 from .world import World, joined, peers
 
 TRIAL_PAIRS = 1024  # most pairs of the batch on which the loss is tried before a run
+REHEARSED_STEPS = 10  # more than the batches that four loader processes prepare ahead
 WARMUP_STEPS = 3  # steps of this process left out of images/s: first allocations, worker start, compilation
 
 
@@ -39,7 +41,8 @@ WARMUP_STEPS = 3  # steps of this process left out of images/s: first allocation
 class Outcome:
     """How :func:`train` ended: ``epochs`` finished, the ``signal`` that stopped it, or ``already`` finished before.
 
-    ``leads``: whether this is the run's first process, or the only one.
+    ``leads``: whether this is the run's first process, or the only one. ``late``: a signal that came after the last step,
+    too late to stop the run, but its sender may want nothing more to be started.
     """
 
     out: Path
@@ -47,6 +50,7 @@ class Outcome:
     signal: int | None = None
     already: bool = False
     leads: bool = True
+    late: int | None = None
 
 
 def train(config: Config, out: str | Path, *, resume: bool = False) -> Outcome:
@@ -79,12 +83,55 @@ def _train(config: Config, out: Path, resume: bool, world: World) -> Outcome:
         if world.leads and not (out / checkpoint.CONFIG).exists():
             checkpoint.begin(out, config, device)
         run.restore(state)
-        with _stop_signals() as caught:
+        with stop_signals() as caught:
             stopped_by = run.epochs(caught)
         if stopped_by is None and world.leads:
             report.curves(out / checkpoint.METRICS, out / "curves.png", f"{config.objective} on {config.dataset}")
             picture(run.net.encoder, data, config, device, out / "embedding.png")
-    return Outcome(out, run.epoch, signal=stopped_by, leads=world.leads)
+    return Outcome(out, run.epoch, signal=stopped_by, leads=world.leads, late=None if stopped_by else sum(caught[:1]) or None)
+
+
+def try_out(configs: list[Config]) -> None:
+    """Raise RunError if data set, device or loss of one of ``configs``, which differ in the loss, cannot be used."""
+    load(configs[0])
+    device = pick_device(configs[0].device)
+    for config in configs:
+        with settings(config):
+            _build_loss(config, device, World())
+
+
+def rehearse(config: Config, *, judged: bool) -> dict[str, float]:
+    """Seconds that the parts of a run of ``config`` take here and now, in one process; it leaves nothing behind.
+
+    "step": one step after the first ones, "start": what comes before, "per_epoch": the number of steps; with ``judged`` also
+    "evaluation": kNN and probe of an epoch, "end": the pictures. A diverging loss does not matter here.
+    """
+    begun = time.perf_counter()
+    device, data = pick_device(config.device), load(config)
+    with settings(config), tempfile.TemporaryDirectory() as folder:
+        run = _Run(config, Path(folder), device, data, World())
+        batches = run.batches(WARMUP_STEPS + REHEARSED_STEPS)
+        run.net.train()
+        for step in range(WARMUP_STEPS + REHEARSED_STEPS):
+            if step == WARMUP_STEPS:
+                warm = time.perf_counter()
+            value, _, _ = run.one_step(next(batches))
+            value.item()  # waits for the device
+        found = {"step": (time.perf_counter() - warm) / REHEARSED_STEPS, "per_epoch": run.per_epoch}
+        found["start"] = max(0.0, warm - begun - WARMUP_STEPS * found["step"])
+        batches.close()  # ends the loader's processes
+        if judged:
+            before = time.perf_counter()
+            figures(run.net.encoder, data, config, device, knn=True, probed=True)
+            judged_at = time.perf_counter()
+            picture(run.net.encoder, data, config, device, Path(folder) / "embedding.png")
+            found.update(evaluation=judged_at - before, end=time.perf_counter() - judged_at)
+    return found
+
+
+def due(epoch: int, every: int, epochs: int) -> bool:
+    """Whether ``epoch``, counted from 1, is one that is evaluated every so many epochs (0: none); the last one is."""
+    return bool(every) and (epoch % every == 0 or epoch == epochs)
 
 
 def learning_rate(config: Config, step: int, per_epoch: int) -> float:
@@ -162,18 +209,21 @@ class _Run:
     def fail(self, what: str):
         text = (f"{what} in epoch {self.epoch + 1}, by step {self.step}; the last good checkpoint, step "
                 f"{self.saved_step}, is kept in {self.out}; a lower --lr or a higher --temperature may help")
-        raise RunError(text, shown=not self.world.leads)
+        raise Diverged(text, shown=not self.world.leads)
+
+    def batches(self, stop: int):
+        """Micro-batches of every step from the next one to ``stop``, counted over all epochs."""
+        config = self.config
+        if config.augment == "device":
+            images = batched.images_on(self.device, self.data.views, config.image_size)
+            return batched.training_batches(images, config, self.step, stop, self.world.share)
+        return training_batches(self.data.views, augmentation(config.dataset, config.image_size), config, self.step, stop,
+                                self.device.type == "cuda", self.world.share)
 
     def epochs(self, caught: list[int]) -> int | None:
         """Train until the last epoch is closed (None) or a signal is in ``caught``: then save and return its number."""
         config, total = self.config, self.config.epochs * self.per_epoch
-        pin = self.device.type == "cuda"
-        if config.augment == "device":
-            images = batched.images_on(self.device, self.data.views, config.image_size)
-            batches = batched.training_batches(images, config, self.step, total, self.world.share)
-        else:
-            batches = training_batches(self.data.views, augmentation(config.dataset, config.image_size), config, self.step,
-                                       total, pin, self.world.share)
+        batches = self.batches(total)
         quiet = None if self.world.leads else True
         done, bar = 0, tqdm(total=total, initial=self.step, unit="step", disable=quiet, dynamic_ncols=True)
         try:
@@ -262,17 +312,18 @@ class _Run:
         if config.learn_temperature:
             row["temperature"] = next(self.loss.parameters()).item()
         text = f"epoch {number}/{config.epochs}  loss {row['loss']:.4f}"
-        evaluated = config.eval_every and (number % config.eval_every == 0 or number == config.epochs)
-        if evaluated:
+        knn, probed = (due(number, every, config.epochs) for every in (config.eval_every, config.probe_every))
+        if knn or probed:
             self.save()  # a second Ctrl-C during the evaluation then loses nothing
             if self.world.leads:
-                row["knn"] = knn_of(self.net.encoder, self.data, config, self.device)
-                text += f"  kNN {100 * row['knn']:.1f} %"
+                row.update(figures(self.net.encoder, self.data, config, self.device, knn=knn, probed=probed))
+                names = {"knn": "kNN", "probe": "probe"}
+                text += "".join(f"  {names[key]} {100 * row[key]:.1f} %" for key in names if key in row)
         self.log(kind="epoch", epoch=number, step=self.step, **row)
         self.epoch = number
         self.loss_sum.zero_()
         self.save()
-        if self.world.leads and (evaluated or number == config.epochs):
+        if self.world.leads and (knn or probed or number == config.epochs):
             speed = f"  {row['images_per_s']:.0f} images/s" if counted else ""
             bar.write(text + speed)
 
@@ -334,7 +385,7 @@ def _saved_state(config: Config, out: Path) -> dict | None:
 
 
 @contextmanager
-def _stop_signals():
+def stop_signals():
     """Collect SIGINT and SIGTERM in the yielded list; the second of a kind acts as it did before."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():

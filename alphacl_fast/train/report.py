@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 
 def curves(metrics: Path, path: Path, title: str) -> None:
-    """Draw loss, learning rate and, where measured, kNN accuracy over the epochs of ``metrics`` (a metrics.jsonl).
+    """Draw loss, learning rate and, where measured, kNN and probe accuracy over the epochs of ``metrics`` (a metrics.jsonl).
 
     The mean loss of an epoch stands at its middle, over the paler loss of single steps.
     """
@@ -23,13 +23,14 @@ def curves(metrics: Path, path: Path, title: str) -> None:
         return [(row["step"] / per_epoch + shift, scale * row[key]) for row in rows if row.get(key) is not None]
 
     panels = [("loss", points(epochs, "loss", shift=-0.5)), ("kNN accuracy, test images (%)", points(epochs, "knn", 100)),
-              ("learning rate", points(rows, "lr"))]
+              ("linear probe, test images (%)", points(epochs, "probe", 100)), ("learning rate", points(rows, "lr"))]
     panels = [panel for panel in panels if panel[1]]
     figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     axes[0].plot(*zip(*points([row for row in rows if row["kind"] == "step"], "loss"), strict=True),
                  color="tab:blue", alpha=0.25, linewidth=1)
-    for axis, (label, values), color in zip(axes, panels, ("tab:blue", "tab:orange", "tab:green"), strict=False):
+    colors = ("tab:blue", "tab:orange", "tab:green", "tab:red")
+    for axis, (label, values), color in zip(axes, panels, colors, strict=False):
         axis.plot(*zip(*values, strict=True), marker="o" if len(values) <= 20 else None, markersize=3.5, color=color)
         axis.set(xlabel="epoch", title=label, xlim=(0, 1.02 * epochs[-1]["epoch"]))
         axis.xaxis.get_major_locator().set_params(integer=True)
