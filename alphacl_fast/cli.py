@@ -1,4 +1,4 @@
-"""The ``alphacl`` command: train, eval, reproduce, inspect, theory, plan, info. Problems are one line on stderr, exit code 2."""
+"""The ``alphacl`` command: train, eval, reproduce, inspect, theory, plan, info. Problems: one line on stderr, exit code 2."""
 
 from __future__ import annotations
 
