@@ -163,7 +163,7 @@ class BuildCuda(Command):
 
 
 setup(
-    packages=["alphacl_fast", "alphacl_fast.backend", "alphacl_fast.train", "alphacl_fast.kernels"],
+    packages=["alphacl_fast", "alphacl_fast.backend", "alphacl_fast.compat", "alphacl_fast.train", "alphacl_fast.kernels"],
     package_dir={"alphacl_fast.kernels": "kernels"},
     package_data={"alphacl_fast": ["py.typed"], "alphacl_fast.kernels": ["README.md", "tuned/*.json"]},
     ext_modules=[Extension(f"alphacl_fast._{name}", sources=[], py_limited_api=True, optional=True) for name in LIBRARIES],

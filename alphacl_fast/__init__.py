@@ -4,6 +4,7 @@ import pathlib as _pathlib
 
 from . import functional, objectives, theory
 from ._version import __version__
+from .against import loss_against, supcon_loss
 from .loss import FusedAlphaCLLoss
 from .objectives import MinPlayer, PairLoss, PairWeight
 from .ops import backends
@@ -21,7 +22,9 @@ __all__ = [
     "alpha_summary",
     "backends",
     "functional",
+    "loss_against",
     "objectives",
+    "supcon_loss",
     "theory",
     "verify_distributed",
 ]

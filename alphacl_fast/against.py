@@ -1,4 +1,4 @@
-"""`loss_against`: the losses of anchors against a set of negatives of its own, where the positives are any similarity at all.
+"""`loss_against` and `supcon_loss`: anchors against negatives of any origin, where the positives are any similarity at all.
 
 `alpha_cl_loss` derives who is whose negative from two views. Queues of earlier keys (MoCo), several positives per anchor
 (supervised contrastive), more candidates than anchors (retrieval) need the same sums over pairs with other partners: anchors
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import functional
-from .autograd import Call, Features, Layout, Operators, Sweeps, accumulation_dtype, row_tensors, rows_from
+from .autograd import Call, Features, Layout, Operators, Sweeps, UnitRows, accumulation_dtype, row_tensors, rows_from
 from .objectives import ClosedForm, Objective
 
 
@@ -77,6 +77,47 @@ def loss_against(
         else:
             losses = _Against.apply(z, negatives, positive, tau, replace(call, reduction="none"))
     return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
+
+
+def supcon_loss(
+    z: Tensor, ids: Tensor, *, temperature: float | Tensor = 0.1, reduction: str = "mean", backend: str = "auto",
+    precision: str | None = None,
+) -> Tensor:
+    """Supervised contrastive loss: the positives of a row are all others with its id.
+
+    L_i = log Σ_{a≠i} exp(s_ia/τ) − mean_{p≠i, id_p = id_i} s_ip/τ, s the cosine: InfoNCE (ε = 0) against all other rows with
+    t⁺ the mean over the positives, which is one product with the sum of the group: O(n·D) memory.
+
+    Args:
+        z: (n, D) embeddings of all views, n ≥ 2; normalised here.
+        ids: (n,) integers.
+        temperature, backend, precision: as of `loss_against`.
+        reduction: "mean" or "sum" over the rows that have a positive, or "none": (n,), 0 for rows without one.
+
+    Raises:
+        TypeError, ValueError: as of `loss_against`, and for ids that are no (n,) integers.
+
+    Source: Khosla et al., arXiv:2004.11362, L_out.
+    """
+    functional.check_rows("z", z, fewest=2)
+    if not isinstance(ids, Tensor) or ids.shape != z.shape[:1] or ids.is_floating_point() or ids.is_complex():
+        got = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"ids must be integers of shape {tuple(z.shape[:1])}, got {got}")
+    if reduction not in functional.REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, functional.REDUCTIONS))}, got {reduction!r}")
+    rows = UnitRows.apply(z)
+    groups, place, sizes = ids.to(z.device).unique(return_inverse=True, return_counts=True)
+    others = sizes[place] - 1
+    sums = rows.new_zeros(len(groups), rows.shape[1]).index_add(0, place, rows)
+    positive = (rows * (sums[place] - rows)).sum(1) / others.clamp(min=1)
+    losses = loss_against(
+        rows, None, positive, "infonce", epsilon=0.0, temperature=temperature, reduction="none", backend=backend,
+        precision=precision,
+    )  # fmt: skip
+    losses = torch.where(others > 0, losses, 0.0)
+    if reduction == "none":
+        return losses
+    return losses.sum() / (1 if reduction == "sum" else (others > 0).sum().clamp(min=1))
 
 
 def _count(z: Tensor, negatives: Tensor | None) -> int:
