@@ -6,7 +6,7 @@ second sweep waits for the incoming row gradient. Derivation: docs/design.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -144,7 +144,9 @@ class Operators:
         self.backend, self.tau = call.backend, call.objective.kind_tau(tau)
         self._kind, self._precision = call.objective.kind, call.precision
         self._params = call.objective.params(call.c)
-        self._span = _span(call)
+        # of rows of unit length, whose similarities have bounds: with τ on the host, so have those of log f
+        known = call.similarity == "cosine" and call.tau is not None and lookup(call.objective.kind).log
+        self._unit_tau = ((call.tau if call.objective.uses_temperature else 1.0),) if known else ()
 
     def row_sums(
         self, f: Features, terms: tuple[str, ...], split: int, partner: int, center: Tensor, shift: Tensor | None,
@@ -153,7 +155,7 @@ class Operators:
         """(len(terms), anchors) from row scalars (anchors,)."""
         return ops.row_sums(
             f.f, f.scale, f.bias, center, shift, offset, self.tau, self._kind, self._params, terms, split, partner,
-            center.shape[0], self._span, self._precision, self.backend,
+            center.shape[0], self._unit_tau, self._precision, self.backend,
         )  # fmt: skip
 
     def pair_grad(
@@ -163,7 +165,7 @@ class Operators:
         """dF (hi − lo, D), row sums of the weights with a bias, (len(terms), anchors) from row scalars (anchors,)."""
         return ops.pair_grad(
             f.f, f.scale, f.bias, center, gain, shift, offset, level, self.tau, self._kind, self._params, weight, terms,
-            split, partner, lo, hi, self._span, self._precision, self.backend,
+            split, partner, lo, hi, self._unit_tau, self._precision, self.backend,
         )  # fmt: skip
 
 
@@ -224,16 +226,6 @@ class Sweeps:
 
     def all_done(self, done: Tensor) -> bool:
         return bool(done.all())
-
-
-def _span(call: Call) -> tuple[float, ...]:
-    """Range of log f over all t in [−1, 1], where rows are normalised and τ is known on the host; else empty."""
-    if call.similarity != "cosine" or call.tau is None or not lookup(call.objective.kind).log:
-        return ()
-    ends = torch.tensor([-1.0, 1.0], dtype=torch.float64)
-    tau = call.objective.kind_tau(torch.tensor(call.tau, dtype=torch.float64))
-    low, high = lookup(call.objective.kind).f(ends, tau, call.objective.params(call.c)).tolist()
-    return low, high
 
 
 def mean_negative(
@@ -329,10 +321,10 @@ class AlphaCLFunction(torch.autograd.Function):
                 return call.reduce(problem.solve(learn_tau=False).loss)
             if call.reduction == "none":
                 rows = problem.solve(learn_tau=need[2])
-                ctx.save_for_backward(*problem.features.tensors(), problem.pos, tau, *row_tensors(rows))
+                _save(ctx, (*problem.features.tensors(), problem.pos, tau, *row_tensors(rows)))
                 return call.reduce(rows.loss)
             loss, *grads = problem.loss_and_gradient(need)
-            ctx.save_for_backward(*grads)
+            _save(ctx, grads)
             return loss
 
     @staticmethod
@@ -343,18 +335,29 @@ class AlphaCLFunction(torch.autograd.Function):
         need_1, need_2, _ = ctx.needs_input_grad[:3]
         with torch.autocast(grad.device.type, enabled=False):
             if call.reduction == "none":
-                f, scale, bias, inv_norm, pos, tau, *rows = ctx.saved_tensors
+                f, scale, bias, inv_norm, pos, tau, *rows = _saved(ctx)
                 problem = Problem(Features(f, scale, bias, inv_norm), pos, tau, call)
                 dz, dtau = problem.gradient(rows_from(rows), grad, ctx.needs_input_grad[:3])
                 dz = None if dz is None else dz.to(dz_dtype)
             else:
                 # float32 until it is scaled: a half-precision gradient of 1e-8 would vanish before GradScaler sees it
-                dz, dtau = ctx.saved_tensors
+                dz, dtau = _saved(ctx)
                 dz = None if dz is None else torch.mul(dz, grad, out=dz.new_empty(dz.shape, dtype=dz_dtype))
                 dtau = None if dtau is None else dtau * grad
         dtau = None if dtau is None else dtau.to(tau_dtype)
         n = 0 if dz is None else dz.shape[0] // (need_1 + need_2)
         return (dz[:n] if need_1 else None), (dz[-n:] if need_2 else None), dtau, None
+
+
+def _save(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
+    """`save_for_backward` that also takes None inside torch.compile."""
+    ctx.there = tuple(x is not None for x in tensors)
+    ctx.save_for_backward(*(x for x in tensors if x is not None))
+
+
+def _saved(ctx: Any) -> list[Tensor | None]:
+    tensors = iter(ctx.saved_tensors)
+    return [next(tensors) if there else None for there in ctx.there]
 
 
 _ROW_FIELDS = tuple(field.name for field in fields(Rows) if field.name != "loss")  # the backward has no use for it

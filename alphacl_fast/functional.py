@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import distributed, ops
+from . import distributed, ops, traced
 from .autograd import AlphaCLFunction, Call, Layout, accumulation_dtype, closed_form
 from .backend import reference
-from .objectives import ClosedForm, Objective, make
+from .objectives import DEFAULTS, ClosedForm, Objective, make
 
 SIMILARITIES = ("cosine", "dot", "euclidean")
 NEGATIVES = ("two_view", "one_view", "cross_view")
@@ -119,6 +119,8 @@ def make_call(
         raise TypeError(f"symmetric must be True or False, got {symmetric!r}")
     if group is not None and backend == "reference":
         raise ValueError("backend must not be 'reference' with a process_group: the oracle is of one process")
+    if torch.compiler.is_compiling() and not options:  # a graph may use objects that are there, but not make them
+        objective = DEFAULTS.get(objective, objective) if isinstance(objective, str) else objective
     return Call(make(objective, options), similarity, negatives, symmetric, reduction, backend, group=group)
 
 
@@ -167,6 +169,8 @@ def evaluate(
             return call.reduce(losses), backend, why
         if isinstance(call.objective, ClosedForm):
             return call.reduce(closed_form(z1, z2, call, Layout.make(call, z1.shape[0]))), backend, why
+        if torch.compiler.is_compiling():
+            return traced.loss(z1, z2, tau, call), backend, why
         if not torch.is_grad_enabled():  # apply() would still report inputs that require grad, and both sweeps would run
             z1, z2, tau = z1.detach(), z2.detach(), tau.detach()
         return AlphaCLFunction.apply(z1, z2, tau, call), backend, why
@@ -198,7 +202,8 @@ def bind_temperature(
     z1: Tensor, temperature: float | Tensor, call: Call, precision: str | None
 ) -> tuple[Tensor, Call, str]:
     """As `bind`, of embeddings and a temperature that have been checked."""
-    call.objective.check()
+    if not torch.compiler.is_compiling():  # else the operator checks
+        call.objective.check()
     backend, why = ops.choose(call.backend, z1.device, z1.dtype, precision, call.objective.kind)
     host_tau: float | None = None
     if isinstance(temperature, Tensor):

@@ -170,6 +170,7 @@ KINDS: dict[str, PairKind] = {
 }
 _CUSTOM: weakref.WeakValueDictionary[str, _CustomFunction] = weakref.WeakValueDictionary()
 _CUSTOM_IDS = itertools.count()
+_OBJECTIVES: weakref.WeakValueDictionary[str, Objective] = weakref.WeakValueDictionary()
 
 
 def kind(name: str) -> PairKind:
@@ -177,6 +178,11 @@ def kind(name: str) -> PairKind:
     if name in KINDS:
         return KINDS[name]
     return _CUSTOM[name].kind
+
+
+def registered(key: str) -> Objective:
+    """The living objective with this `Objective.key`."""
+    return _OBJECTIVES[key]
 
 
 class _CustomFunction:
@@ -319,6 +325,13 @@ class Objective:
     one_sweep = False
     derivative = False
     terms: tuple[str, ...] = ()
+    key: str  # under which `registered` finds this object while it lives; what crosses an operator schema
+
+    def __new__(cls, *args: Any, **options: Any) -> Objective:
+        self = super().__new__(cls)
+        self.key = f"objective:{next(_CUSTOM_IDS)}"
+        _OBJECTIVES[self.key] = self
+        return self
 
     def params(self, c: float) -> tuple[float, ...]:
         """Static parameters of the pair kind, given d² = c − t."""
@@ -1024,6 +1037,8 @@ _FACTORIES: dict[str, Callable[..., Objective]] = {
     )
 }  # fmt: skip
 __all__ += list(_FACTORIES)
+#: Every built-in objective with its default options.
+DEFAULTS: dict[str, Objective] = {name: factory() for name, factory in _FACTORIES.items()}
 
 
 def names() -> tuple[str, ...]:

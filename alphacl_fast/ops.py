@@ -5,12 +5,14 @@ The schema is the contract of every backend; docs/design.md says what each argum
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 
 import torch
 
 from .backend import blocked, cpu, cuda, triton
 from .objectives import ROW_STEPS
+from .objectives import kind as lookup
 
 #: Sweep backends in the order in which "auto" tries them.
 SWEEP_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "cuda": cuda, "blocked": blocked}
@@ -20,13 +22,13 @@ BACKEND_NAMES = ("auto", "reference", *SWEEP_BACKENDS)
 _LIBRARY = torch.library.Library("alphacl_fast", "DEF")
 _LIBRARY.define(
     "row_sums(Tensor f, Tensor? scale, Tensor? bias, Tensor center, Tensor? shift, Tensor? offset, Tensor tau, "
-    "str kind, float[] params, str[] terms, int split, int partner, int anchors, float[] span, "
+    "str kind, float[] params, str[] terms, int split, int partner, int anchors, float[] unit_tau, "
     "str precision, str backend) -> Tensor"
 )
 _LIBRARY.define(
     "pair_grad(Tensor f, Tensor? scale, Tensor? bias, Tensor center, Tensor gain, Tensor? shift, Tensor? offset, "
     "Tensor? level, Tensor tau, str kind, float[] params, str weight, str[] terms, int split, int partner, int lo, int hi, "
-    "float[] span, str precision, str backend) -> (Tensor, Tensor, Tensor)"
+    "float[] unit_tau, str precision, str backend) -> (Tensor, Tensor, Tensor)"
 )
 # Only of backends that have them: normalisation before the sweeps and its derivative after them in one pass each,
 _LIBRARY.define("unit_rows(Tensor z1, Tensor z2, str backend) -> (Tensor, Tensor, Tensor)")
@@ -38,33 +40,45 @@ _LIBRARY.define(
 )
 
 
+def _span(kind: str, params: list[float], unit_tau: list[float]) -> tuple[float, ...]:
+    """Range of log f over all t in [−1, 1], where rows are of unit length and τ is known on the host; else empty."""
+    return _log_ends(kind, tuple(params), *unit_tau) if unit_tau else ()
+
+
+@functools.lru_cache(maxsize=1024)
+def _log_ends(kind: str, params: tuple[float, ...], tau: float) -> tuple[float, ...]:
+    ends = torch.tensor([-1.0, 1.0], dtype=torch.float64, device="cpu")
+    tau = torch.tensor(tau, dtype=torch.float64, device="cpu")
+    return tuple(lookup(kind).f(ends, tau, params).tolist())
+
+
 def _row_sums(
-    f, scale, bias, center, shift, offset, tau, kind, params, terms, split, partner, anchors, span, precision, backend
+    f, scale, bias, center, shift, offset, tau, kind, params, terms, split, partner, anchors, unit_tau, precision, backend
 ):
     return SWEEP_BACKENDS[backend].row_sums(
         f, scale, bias, center, shift, offset, tau, kind, tuple(params), tuple(terms), split, partner, anchors,
-        tuple(span), precision,
+        _span(kind, params, unit_tau), precision,
     )  # fmt: skip
 
 
 def _pair_grad(
-    f, scale, bias, center, gain, shift, offset, level, tau, kind, params, weight, terms, split, partner, lo, hi, span,
+    f, scale, bias, center, gain, shift, offset, level, tau, kind, params, weight, terms, split, partner, lo, hi, unit_tau,
     precision, backend,
 ):
     return SWEEP_BACKENDS[backend].pair_grad(
         f, scale, bias, center, gain, shift, offset, level, tau, kind, tuple(params), weight, tuple(terms), split, partner, lo,
-        hi, tuple(span), precision,
+        hi, _span(kind, params, unit_tau), precision,
     )  # fmt: skip
 
 
 def _row_sums_fake(
-    f, scale, bias, center, shift, offset, tau, kind, params, terms, split, partner, anchors, span, precision, backend
+    f, scale, bias, center, shift, offset, tau, kind, params, terms, split, partner, anchors, unit_tau, precision, backend
 ):
     return tau.new_empty((len(terms), anchors))
 
 
 def _pair_grad_fake(
-    f, scale, bias, center, gain, shift, offset, level, tau, kind, params, weight, terms, split, partner, lo, hi, span,
+    f, scale, bias, center, gain, shift, offset, level, tau, kind, params, weight, terms, split, partner, lo, hi, unit_tau,
     precision, backend,
 ):
     return (
@@ -124,6 +138,7 @@ def has_row_step(backend: str) -> bool:
     return hasattr(SWEEP_BACKENDS[backend], "row_step")
 
 
+@torch.compiler.assume_constant_result  # it looks for packages and devices, and runs a user's function
 def choose(
     backend: str, device: torch.device, dtype: torch.dtype, precision: str | None, kind: str = ""
 ) -> tuple[str, str]:

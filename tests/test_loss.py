@@ -349,7 +349,7 @@ def test_operators_pass_opcheck():
     )
     torch.library.opcheck(
         ops.pair_grad,
-        (f, None, None, pos, pos, pos, None, None, tau, "exp", [], "f", ["f"], 0, 4, 0, 8, [-2.0, 2.0], "", "blocked"),
+        (f, None, None, pos, pos, pos, None, None, tau, "exp", [], "f", ["f"], 0, 4, 0, 8, [0.5], "", "blocked"),
     )
 
 

@@ -1,0 +1,128 @@
+"""torch.compile: the whole loss in one graph, the same numbers, any batch size, every objective."""
+
+import pytest
+import torch
+from family import MEMBERS, MODES, member_id, pair, quadratic_h
+
+from alphacl_fast import FusedAlphaCLLoss, MinPlayer, PairLoss, objectives
+from alphacl_fast.functional import alpha_cl_loss
+
+pytestmark = [pytest.mark.xdist_group("compile"), pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def gradients(value, leaves):
+    weights = torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype).view(value.shape)
+    return [value.detach(), *torch.autograd.grad((value * weights).sum(), leaves)]
+
+
+def compare(loss, compiled, sizes=(12, 9, 17), dtype=torch.float64, dims=5):
+    for n in sizes:
+        leaves = [z.requires_grad_() for z in pair(n, dims, dtype)]
+        leaves_and_tau = leaves + [p for p in getattr(loss, "parameters", list)() if p.requires_grad]
+        for a, b in zip(*(gradients(f(*leaves), leaves_and_tau) for f in (loss, compiled)), strict=True):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("member", MEMBERS, ids=member_id)
+def test_every_member_in_one_graph_at_any_batch_size(member):
+    """The second size makes the graph's sizes symbols, the third must not compile again."""
+    loss = FusedAlphaCLLoss(member[0], **member[1])
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    compare(loss, compiled, sizes=(12, 9))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compare(loss, compiled, sizes=(17, 23))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(("negatives", "symmetric"), MODES)
+def test_modes_and_reductions(negatives, symmetric, reduction):
+    tau = torch.nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+    for name, temperature in (("infonce", tau), ("alpha_square", 0.3)):
+        loss = FusedAlphaCLLoss(name, temperature=temperature, negatives=negatives, symmetric=symmetric, reduction=reduction)
+        compare(loss, torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager"))
+
+
+def test_inductor():
+    loss = FusedAlphaCLLoss("alpha_direct", temperature=0.2)
+
+    def step(z1, z2, w):
+        return loss(z1 @ w, (z2 @ w).tanh()) + w.square().sum()
+
+    w = torch.randn(5, 7, requires_grad=True)
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for n in (10, 13):
+        z1, z2 = pair(n, 5, torch.float32)
+        a, b = (torch.autograd.grad(f(z1, z2, w), w)[0] for f in (step, compiled))
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_sided_half_and_no_grad(dtype):
+    compiled = torch.compile(FusedAlphaCLLoss(), fullgraph=True, backend="aot_eager")
+    z1, z2 = pair(11, 6, dtype)
+    for first, second in ((True, False), (False, True)):
+        leaves = [z1.clone().requires_grad_(first), z2.clone().requires_grad_(second)]
+        wanted = [z for z in leaves if z.requires_grad]
+        a, b = (torch.autograd.grad(f(*leaves), wanted)[0] for f in (FusedAlphaCLLoss(), compiled))
+        assert a.dtype == b.dtype == dtype
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        assert compiled(z1, z2) == FusedAlphaCLLoss()(z1, z2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compiled(z1, z2) == FusedAlphaCLLoss()(z1, z2)
+
+
+def test_functional_and_custom_objectives():
+    custom = PairLoss(phi=torch.log1p, psi=lambda gap: torch.exp(2 * gap))
+    for objective in ("infonce", objectives.make("infonce", {"epsilon": 0.0}), custom, MinPlayer(quadratic_h)):
+        def loss(z1, z2, objective=objective):
+            return alpha_cl_loss(z1, z2, objective, temperature=0.4)
+
+        torch._dynamo.reset()
+        compare(loss, torch.compile(loss, fullgraph=True, dynamic=True, backend="eager"))
+
+
+def test_errors_are_those_of_the_loss():
+    compiled = torch.compile(FusedAlphaCLLoss(), fullgraph=True, backend="eager")
+    z1, z2 = pair(6, 4)
+    with pytest.raises(Exception, match="z2 must have the shape of z1"):
+        compiled(z1, z2[:3])
+
+
+def test_double_backward_raises():
+    z1, z2 = (z.requires_grad_() for z in pair(6, 4))
+    compiled = torch.compile(FusedAlphaCLLoss(), fullgraph=True, backend="eager")
+    with pytest.raises(RuntimeError, match="first ones only"):
+        torch.autograd.grad(compiled(z1, z2), z1, create_graph=True)
+
+
+def test_operators_pass_opcheck():
+    objective = objectives.make("alpha_direct")
+    z1, z2 = pair(6, 4)
+    tau, call = torch.tensor(0.3, dtype=torch.float64), ("cosine", "two_view", True)
+    for reduction in ("mean", "none"):
+        rest = (0.3, objective.key, *call, reduction, "blocked", "", [True, True, False])
+        torch.library.opcheck(torch.ops.alphacl_fast.loss.default, (z1, z2, tau, *rest), test_utils=(
+            "test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+    grad = torch.ones(12, dtype=torch.float64)
+    torch.library.opcheck(torch.ops.alphacl_fast.loss_grad.default, (z1, z2, tau, grad, *rest))
+    z1.requires_grad_()
+    torch.library.opcheck(torch.ops.alphacl_fast.loss.default, (z1, z2, tau, *rest[:-1], [True, False, False]))
+
+
+def test_objectives_are_found_while_they_live():
+    objective = objectives.make("infonce")
+    key = objective.key
+    assert objectives.registered(key) is objective
+    assert objectives.make("infonce").key != key
+    del objective
+    with pytest.raises(KeyError):
+        objectives.registered(key)
