@@ -317,17 +317,29 @@ def planned(monkeypatch, budget, seeds=2, spent=7.0, given=None):
 
 
 def test_the_plan_is_the_most_that_fits(monkeypatch):
-    # One run of e epochs: 10 s start, 10·e s of steps, 30 s per evaluation, 5 s end; four runs, 14 s of rehearsal.
-    for epochs, needed in ((1, 4 * 55), (3, 4 * 135), (19, 4 * (15 + 19 * 40)), (20, 4 * (15 + 200 + 10 * 30))):
-        exactly = (needed + 14) / 0.9
-        assert planned(monkeypatch, exactly + 1e-6)["seconds"] == pytest.approx(needed)
-        assert planned(monkeypatch, exactly + 1e-6)["epochs"] == epochs or epochs == 19
-    # 20 epochs are evaluated every other time and take less than 19.
-    assert planned(monkeypatch, (4 * (15 + 19 * 40) + 14) / 0.9 + 1e-6)["epochs"] > 20
-    assert planned(monkeypatch, (4 * 95 + 14) / 0.9 - 1e-6)["epochs"] == 1
+    # One run of e epochs: 10 s start, 10·e s of steps, 30 s per evaluation, 5 s end; four runs, 14 s of rehearsal. From 20
+    # epochs on the evaluation is every other epoch: 20 take 515 s, as many as 12.5 with one every epoch.
+    for epochs, seconds, fewer in ((1, 55, None), (3, 135, 2), (20, 515, 12), (60, 915, 55)):
+        exactly = (4 * seconds + 14) / 0.9
+        found = planned(monkeypatch, exactly + 1e-6)
+        assert (found["epochs"], found["seconds"]) == (epochs, pytest.approx(4 * seconds))
+        if fewer:
+            assert planned(monkeypatch, exactly - 1e-6)["epochs"] == fewer
     assert planned(monkeypatch, 1e9)["epochs"] == 60  # the recipe's
     rare = planned(monkeypatch, (4 * 75 + 14) / 0.9 + 1e-6, given={"eval_every": 100})
     assert (rare["epochs"], rare["step_seconds"]) == (3, {"infonce": 0.5, "uniform": 0.5})
+
+
+@pytest.mark.parametrize(("again", "expected"), [(0.6, 0.6), (9.0, 2.0)])
+def test_a_row_that_seems_slow_is_rehearsed_again(monkeypatch, again, expected):
+    steps = {"uniform": [0.5], "infonce": [0.7], "alpha_square": [2.0, again]}
+    monkeypatch.setattr(reproduce, "rehearse", lambda config, judged: {**PACE, "step": steps[config.objective].pop(0)})
+    configs = {row: Config.create(objective=row) for row in steps}
+    found = reproduce.plan(configs, 1, 1800, {"dataset": "digits", "eval_every": 100})
+    assert found["step_seconds"] == {"uniform": 0.5, "infonce": 0.7, "alpha_square": expected}
+    assert steps == {"uniform": [], "infonce": [], "alpha_square": []}
+    once = found["epochs"] * 20 * (1.2 + expected)
+    assert found["seconds"] == pytest.approx(once + 3 * (10 + 30 + 5))
 
 
 def test_too_small_a_budget_names_what_would_do(monkeypatch):
