@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command with ``arguments`` (default: the process's own) and return its exit code.
 
     0: done; 1: a claim does not hold (theory); 2: a problem, named in one line on stderr; 130 or 143: stopped by SIGINT or
-    SIGTERM.
+    SIGTERM; 141: nobody reads its output any more.
     """
     parser = _Parser(prog="alphacl", description="Contrastive learning with pair-weighted losses.")
     commands = {"train": _train, "eval": _eval, "reproduce": _reproduce, "inspect": _inspect, "theory": _theory, "plan": _plan,
@@ -39,6 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("alphacl: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush goes nowhere
+        return 141
 
 
 def _fail(message: str):

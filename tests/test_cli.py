@@ -146,3 +146,9 @@ def test_the_documented_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(example, {})
     assert float(capsys.readouterr().out.split()[-1]) > 0.9
+
+
+def test_a_reader_that_has_seen_enough():
+    command = f"{sys.executable} -m alphacl_fast.cli reproduce recipes | head -c 1"
+    run = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (run.stdout, run.stderr) == ("#", "")
