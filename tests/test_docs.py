@@ -57,3 +57,10 @@ def test_readme_figures_come_from_rows():
         )  # fmt: skip
         assert f"{row['fraction_of_gemm_rate']:.2f}" == fraction
         assert f"{row['speedup_over_eager']:.1f}" == speedup
+
+
+def test_guarantees_name_tests_that_exist():
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs/guarantees.md").read_text())
+    assert len(named) > 50
+    for file, name in named:
+        assert re.search(rf"^\s*def {name}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE), f"{file}::{name}"

@@ -318,6 +318,31 @@ class TestAutograd:
         assert not FusedAlphaCLLoss(name)(z1, z2).requires_grad
 
 
+@pytest.mark.parametrize("name", ["infonce", "uniform"])
+def test_functional_transforms_raise(name):
+    z1, z2 = pair(6, 3)
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda z: alpha_cl_loss(z, z2, name))(z1)
+    with pytest.raises(RuntimeError):
+        torch.vmap(lambda z: alpha_cl_loss(z, z2, name))(z1.expand(2, 6, 3))
+
+
+def test_a_dtensor_is_refused():
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        z1, z2 = pair(6, 3)
+        sharded = DTensor.from_local(z1, DeviceMesh("cpu", [0]))
+        for views in ((sharded, z2), (z1, sharded)):
+            with pytest.raises(TypeError, match=r"must be a plain tensor, got a DTensor \(pass z.to_local\(\)"):
+                FusedAlphaCLLoss()(*views)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_optimizing_it_works():
     torch.manual_seed(0)
     net = torch.nn.Linear(20, 8)
