@@ -49,7 +49,7 @@ class Importances:
 
     Attributes:
         anchors: 2N for two_view and symmetric cross_view, which has those of both towers, [z1; z2]; else N.
-        candidates: (anchors,)-independent number of columns: 2N for two_view, else N.
+        candidates: columns of α: 2N for two_view, else N.
         n_neg: |Neg(i)|.
         rows: (2N, D) the rows that the similarities are of: of unit length for cosine, else as given (euclidean: centred).
         positive: (anchors,) t⁺_i.

@@ -75,6 +75,17 @@ def read(out: Path, config: Config) -> dict | None:
     return state
 
 
+def open_run(run: Path, changes: dict) -> tuple[Config, dict]:
+    """Config, with ``changes`` of what leaves the weights alone, and state of a run that has begun; RunError if it has not."""
+    saved = Config.read(run / CONFIG)
+    state = read(run, saved)
+    if state is None:
+        raise RunError(f"{run} has no checkpoint yet; alphacl train --resume {run} goes on with it")
+    config = dataclasses.replace(saved, **changes)
+    config.check()
+    return config, state
+
+
 def restore_rng(state: dict) -> None:
     """Set all random generators as they were when ``state`` was saved."""
     rng = state["rng"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -181,14 +180,9 @@ def evaluate(run: str | Path, *, few_label: int = 5, draws: int = 10, **changes)
     RunError if there is no usable run or data set.
     """
     run = Path(run)
-    saved = Config.read(run / checkpoint.CONFIG)
-    state = checkpoint.read(run, saved)
-    if state is None:
-        raise RunError(f"{run} has no checkpoint yet; alphacl train --resume {run} goes on with it")
+    config, state = checkpoint.open_run(run, changes)
     if few_label < 1 or draws < 1:
         raise RunError(f"--few-label and --draws must be at least 1, got {few_label} and {draws}")
-    config = dataclasses.replace(saved, **changes)
-    config.check()
     with settings(config):
         return _evaluate(run, config, state, few_label, draws)
 

@@ -45,14 +45,9 @@ def inspect(
     run = Path(run)
     run = run.parent if run.is_file() else run
     out = run if out is None else Path(out)
-    saved = Config.read(run / checkpoint.CONFIG)
-    state = checkpoint.read(run, saved)
-    if state is None:
-        raise RunError(f"{run} has no checkpoint yet; alphacl train --resume {run} goes on with it")
+    config, state = checkpoint.open_run(run, changes)
     if pairs < 2 or thumbnails < 1:
         raise RunError(f"--pairs must be at least 2 and --thumbnails at least 1, got {pairs} and {thumbnails}")
-    config = dataclasses.replace(saved, **changes)
-    config.check()
     with settings(config):
         views, labels, classes, z = _embed(config, state, pairs)
         temperature = float(state["loss"].get("temperature", config.temperature))
