@@ -113,6 +113,22 @@ def test_imports_go_one_way():
                 assert public or (file.name, node.module) == ("__main__.py", "alphacl_fast.cli"), file
 
 
+def test_imports_of_train_go_one_way():
+    """As its docstring lists them: a module imports those of its own group and of the groups before."""
+    import ast
+    import re
+
+    folder = ROOT / "alphacl_fast" / "train"
+    listed = re.search(r"Modules import one way: (.*?)\.\n", (folder / "__init__.py").read_text(), re.DOTALL)[1]
+    level = {name: group for group, names in enumerate(listed.split(";")) for name in re.findall(r"\w+", names)}
+    assert {*level} == {file.stem for file in folder.glob("*.py")} - {"__init__", "__main__"}
+    for name in level:
+        for node in ast.walk(ast.parse((folder / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                imported = {node.module} if node.module else {alias.name for alias in node.names}
+                assert all(level[other] <= level[name] for other in imported), (name, imported)
+
+
 def test_without_a_compiler_one_line_says_so(tmp_path):
     """It installs, keeps the reason for `alphacl info`, and fails only where the kernels were demanded."""
     source = tmp_path / "src"

@@ -110,7 +110,7 @@ def test_awkward_moments(tmp_path, monkeypatch, reference, when):
     class Killed(BaseException):
         pass
 
-    def die(*_):
+    def die(*_, **__):
         raise Killed
 
     if when == "at the end of an epoch":

@@ -217,11 +217,12 @@ def render(state: dict, brief: bool = False) -> str:
     total = len(state["rows"]) * state["seeds"]
     over = sum(run["status"] != "stopped" for run in state["runs"].values())
     how = f"{_setting(config)}; {over} of {total} runs are over"
-    every = "epoch" if config.probe_every == 1 else f"{config.probe_every} epochs and the last"
+    every = "every epoch" if config.probe_every == 1 else f"every {config.probe_every} epochs and the last"
+    every = "the last only" if config.probe_every >= config.epochs else every
     meaning = ["Accuracy on the test images in per cent, mean ± standard deviation (n − 1) over the seeds that are finished. "
                "probe, last: linear probe of the last training epoch, last probe epoch. probe, best: the paper's convention, "
-               "the largest of all probe epochs on the test images, best over the evaluated training epochs (every "
-               f"{every}). kNN: last training epoch."]
+               "the largest of all probe epochs on the test images, best over the evaluated training epochs "
+               f"({every}). kNN: last training epoch."]
     if False in marks:
         meaning.append("[recalled]: as recalled, not checked against the paper.")
     if True in marks:
