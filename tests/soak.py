@@ -114,10 +114,13 @@ def step(seed: int) -> str:
     # gradients may be zero but for rounding (one feature under cosine): what they are made of is about this large
     shortest = min(z.detach().norm(dim=1).min().item() for z in exact) if call["similarity"] == "cosine" else 1.0
     made_of = scale / call["tau"] / max(shortest, 1e-6)
+    tolerance = TOLERANCES[call["dtype"]]
+    if call["objective"].options.get("exponent", 2) < 2:  # (d²)^½ of equal rows makes 1e-8 of a rounding of 1e-16
+        tolerance = max(tolerance, 1e-6)
     for name, a, b in zip(("loss", "first", "second", "third"), ours, truth, strict=False):
         floor = 1e-3 * scale if name == "loss" else max(1e-2 * max(x.norm().item() for x in truth[1:]), 1e-3 * made_of)
         error = relative_error(a, b, floor=floor) if b.numel() else 0.0
-        if not error < TOLERANCES[call["dtype"]]:
+        if not error < tolerance:
             raise Mismatch(f"{reason}: {name} is off by {error:.2g}")
     return call["backend"]
 
