@@ -6,7 +6,7 @@ second sweep waits for the incoming row gradient. Derivation: docs/design.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -321,10 +321,10 @@ class AlphaCLFunction(torch.autograd.Function):
                 return call.reduce(problem.solve(learn_tau=False).loss)
             if call.reduction == "none":
                 rows = problem.solve(learn_tau=need[2])
-                _save(ctx, (*problem.features.tensors(), problem.pos, tau, *row_tensors(rows)))
+                ctx.save_for_backward(*problem.features.tensors(), problem.pos, tau, *row_tensors(rows))
                 return call.reduce(rows.loss)
             loss, *grads = problem.loss_and_gradient(need)
-            _save(ctx, grads)
+            ctx.save_for_backward(*grads)
             return loss
 
     @staticmethod
@@ -335,29 +335,18 @@ class AlphaCLFunction(torch.autograd.Function):
         need_1, need_2, _ = ctx.needs_input_grad[:3]
         with torch.autocast(grad.device.type, enabled=False):
             if call.reduction == "none":
-                f, scale, bias, inv_norm, pos, tau, *rows = _saved(ctx)
+                f, scale, bias, inv_norm, pos, tau, *rows = ctx.saved_tensors
                 problem = Problem(Features(f, scale, bias, inv_norm), pos, tau, call)
                 dz, dtau = problem.gradient(rows_from(rows), grad, ctx.needs_input_grad[:3])
                 dz = None if dz is None else dz.to(dz_dtype)
             else:
                 # float32 until it is scaled: a half-precision gradient of 1e-8 would vanish before GradScaler sees it
-                dz, dtau = _saved(ctx)
+                dz, dtau = ctx.saved_tensors
                 dz = None if dz is None else torch.mul(dz, grad, out=dz.new_empty(dz.shape, dtype=dz_dtype))
                 dtau = None if dtau is None else dtau * grad
         dtau = None if dtau is None else dtau.to(tau_dtype)
         n = 0 if dz is None else dz.shape[0] // (need_1 + need_2)
         return (dz[:n] if need_1 else None), (dz[-n:] if need_2 else None), dtau, None
-
-
-def _save(ctx: Any, tensors: Sequence[Tensor | None]) -> None:
-    """`save_for_backward` that also takes None inside torch.compile."""
-    ctx.there = tuple(x is not None for x in tensors)
-    ctx.save_for_backward(*(x for x in tensors if x is not None))
-
-
-def _saved(ctx: Any) -> list[Tensor | None]:
-    tensors = iter(ctx.saved_tensors)
-    return [next(tensors) if there else None for there in ctx.there]
 
 
 _ROW_FIELDS = tuple(field.name for field in fields(Rows) if field.name != "loss")  # the backward has no use for it
