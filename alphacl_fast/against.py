@@ -20,6 +20,7 @@ from .autograd import Call, Features, Layout, Operators, Sweeps, UnitRows, accum
 from .objectives import ClosedForm, Objective
 
 
+@torch.compiler.disable  # what a graph holds as one operator is the loss of two views
 def loss_against(
     z: Tensor,
     negatives: Tensor | None,
