@@ -32,6 +32,14 @@ def _seed():
 
 
 @pytest.fixture
+def one_thread():
+    """What a test does to the number of threads ends with it."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
 def poisoned():
     """Uninitialised memory is NaN, so an output element that nobody wrote fails the test."""
     torch.use_deterministic_algorithms(True)

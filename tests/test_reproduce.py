@@ -15,19 +15,12 @@ from alphacl_fast.cli import main
 from alphacl_fast.train import Config, RunError, checkpoint, evaluate, loop, reproduce
 from alphacl_fast.train.reproduce import PUBLISHED, ROWS
 
-pytestmark = pytest.mark.xdist_group("reproduce")  # one worker makes what its tests share
+# One worker makes what its tests share.
+pytestmark = [pytest.mark.xdist_group("reproduce"), pytest.mark.usefixtures("one_thread")]
 
 TINY = {"dataset": "digits", "width": 4, "batch_size": 64, "subset": 128, "epochs": 2, "workers": 0}
 ROWS_SEEDS = {"rows": ("infonce", "alpha_direct"), "seeds": 2}
 NAMES = ["infonce-seed1", "alpha_direct-seed1", "infonce-seed2", "alpha_direct-seed2"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

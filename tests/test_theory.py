@@ -10,15 +10,7 @@ from alphacl_fast import MinPlayer, PairWeight, alpha, claims, theory
 from alphacl_fast.cli import main
 from alphacl_fast.players import Importances
 
-pytestmark = pytest.mark.xdist_group("theory")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [pytest.mark.xdist_group("theory"), pytest.mark.usefixtures("one_thread")]
 
 
 def by_definition(x1, x2, a):

@@ -20,18 +20,9 @@ from alphacl_fast.train.world import World
 
 evaluation = importlib.import_module("alphacl_fast.train.evaluate")  # the package has a function of this name
 
-pytestmark = pytest.mark.xdist_group("train")  # one worker makes what its tests share
+pytestmark = [pytest.mark.xdist_group("train"), pytest.mark.usefixtures("one_thread")]  # one worker makes what its tests share
 
 TINY = {"dataset": "digits", "width": 4, "batch_size": 64, "subset": 256, "epochs": 2, "workers": 0, "log_every": 1}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiny operations on two busy cores mostly wait for the other thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny(**given):
