@@ -22,7 +22,7 @@ test: $(STAMP)
 	"$(BIN)" -m pytest -n auto --dist loadgroup
 
 bench: $(STAMP)
-	"$(BIN)" -m benchmarks.loss
+	"$(BIN)" -m alphacl_fast.cli bench --negatives two_view,cross_view
 
 gpu:
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$(PYTHON)" -m benchmarks.gpu --out "$(OUT)"

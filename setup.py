@@ -1,4 +1,4 @@
-"""Which folders make up the package (`kernels/` at the top is alphacl_fast.kernels), and the compiled backends, cpu and cuda.
+"""Which folders make up the package (`kernels/`, `benchmarks/`: alphacl_fast.kernels, .benchmarks), and the compiled backends.
 
 ALPHACL_CPU=0 leaves the CPU backend out, 1 makes its absence an error; by default it is built where a compiler exists. So does
 ALPHACL_CUDA, where nvcc and torch exist (csrc/cuda/build.py).
@@ -163,8 +163,11 @@ class BuildCuda(Command):
 
 
 setup(
-    packages=["alphacl_fast", "alphacl_fast.backend", "alphacl_fast.compat", "alphacl_fast.train", "alphacl_fast.kernels"],
-    package_dir={"alphacl_fast.kernels": "kernels"},
+    packages=[
+        "alphacl_fast", "alphacl_fast.backend", "alphacl_fast.compat", "alphacl_fast.train", "alphacl_fast.kernels",
+        "alphacl_fast.benchmarks",
+    ],
+    package_dir={"alphacl_fast.kernels": "kernels", "alphacl_fast.benchmarks": "benchmarks"},
     package_data={"alphacl_fast": ["py.typed"], "alphacl_fast.kernels": ["README.md", "tuned/*.json"]},
     ext_modules=[Extension(f"alphacl_fast._{name}", sources=[], py_limited_api=True, optional=True) for name in LIBRARIES],
     cmdclass={"build_ext": BuildKernels, "build_cuda": BuildCuda},

@@ -1,4 +1,7 @@
-"""The ``alphacl`` command: train, eval, reproduce, inspect, theory, plan, info. Problems: one line on stderr, exit code 2."""
+"""The ``alphacl`` command: train, eval, reproduce, inspect, theory, bench, plan, info.
+
+Problems: one line on stderr, exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,12 @@ def main(arguments: list[str] | None = None) -> int:
     SIGTERM; 141: nobody reads its output any more.
     """
     parser = _Parser(prog="alphacl", description="Contrastive learning with pair-weighted losses.")
-    commands = {"train": _train, "eval": _eval, "reproduce": _reproduce, "inspect": _inspect, "theory": _theory, "plan": _plan,
-                "info": _info}
+    commands = {"train": _train, "eval": _eval, "reproduce": _reproduce, "inspect": _inspect, "theory": _theory,
+                "bench": _bench, "plan": _plan, "info": _info}
     parser.add_argument("command", choices=tuple(commands),
                         help="train an encoder, judge a run, compare objectives as the paper does, show what a run's loss "
-                             "weighs, run the paper's claims, predict what a loss over many devices costs, or show versions "
-                             "and backends; COMMAND --help tells more")
+                             "weighs, run the paper's claims, time losses beside each other, predict what a loss over many "
+                             "devices costs, or show versions and backends; COMMAND --help tells more")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
     try:
@@ -209,6 +212,16 @@ def _theory(arguments: list[str]) -> int:
             _fail(f"cannot write to {given.out}: {error.strerror}")
         print(f"\nwritten: {', '.join(map(str, written))}")
     return 0 if all(claim.holds for claim in run.values()) else 1
+
+
+def _bench(arguments: list[str]) -> int:
+    from alphacl_fast.benchmarks import bench
+
+    parser = _Parser(prog="alphacl bench", allow_abbrev=False,
+                     description="Time losses and measure their peak memory, this package's backends beside eager PyTorch, "
+                                 "torch.compile and other packages; a wrong gradient is not timed.")
+    bench.add_flags(parser)
+    return bench.run(parser.parse_args(arguments), _fail, lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def _reproduce(arguments: list[str]) -> int:

@@ -34,7 +34,7 @@ import torch
 
 from alphacl_fast import ops
 
-from .contestants import RIVALS
+from .contestants import RIVALS, serves
 from .gpu_tasks import DIMS, cases, provenance
 from .loss import Setting
 from .pool import Pool, Row, Task
@@ -361,6 +361,7 @@ def rivals(run: Run) -> None:
         (
             run.measurement(run.sizes.setting(32768, dtype=dtype, negatives="cross_view"), [*ours, name], needs=name)
             for name, dtype in [*((name, "bfloat16") for name in RIVALS), ("inf_cl", "tf32")]
+            if serves(name, "infonce", "cross_view")
         ),
         emit,
     )

@@ -1,26 +1,23 @@
-"""Times loss + gradient of backends and of eager PyTorch, interleaved, in one process; one JSON row per contestant.
-
-    python -m benchmarks.loss --n 16384 --dim 128 --out benchmarks/results/cpu.jsonl
+"""Times one setting: loss, gradient or both of several contestants, interleaved, in one process; one row per contestant.
 
 On a CPU only ratios are kept: every time is divided by that of a 4096³ product of the same dtype in the same run. Work is
 counted as 4n²D floating-point operations (two_view; 8N²D for cross_view), whatever a contestant does. A contestant whose
-gradient is wrong is not timed. A contestant is a backend, ``eager`` or a rival of `benchmarks.contestants`, with an objective
-of its own after a slash if need be: ``--contestants cpu,cpu/alpha_direct,cpu/triplet``. Absent rivals are skipped by name.
-`benchmarks.gpu` measures on GPUs with the functions of this file.
+gradient is wrong is not timed. A contestant is a backend, ``eager``, ``compiled`` or a rival of `benchmarks.contestants`, with
+an objective of its own after a slash if need be ("cpu/alpha_direct"). Absent rivals are skipped by name. `benchmarks.bench`
+measures a grid of settings with it, `benchmarks.gpu` uses its functions on GPUs.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import functools
 import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +29,7 @@ from alphacl_fast import ops
 from alphacl_fast.backend import cpu
 from alphacl_fast.functional import alpha_cl_loss
 
-from .contestants import Loss, make, missing
+from .contestants import PACKAGES, Loss, make, missing
 
 GEMM = 4096
 
@@ -125,10 +122,28 @@ def gradient(loss: Loss, z1: Tensor, z2: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss(z1, z2), [z1, z2])
 
 
+def value(loss: Loss, z1: Tensor, z2: Tensor) -> Tensor:
+    with torch.no_grad():
+        return loss(z1, z2)
+
+
+#: What is timed: the loss without a graph, as in evaluation; its backward alone; and both, as in training. A fused loss has
+#: its gradient ready when the forward is over, so that its backward alone says little.
+MEASURES = ("loss", "backward", "loss+gradient")
+
+
+def timed(measure: str, loss: Loss, z1: Tensor, z2: Tensor) -> Callable[[], Any]:
+    """What is run for a measure."""
+    if measure == "backward":
+        result = loss(z1, z2)
+        return lambda: torch.autograd.grad(result, [z1, z2], retain_graph=True)
+    return functools.partial(value if measure == "loss" else gradient, loss, z1, z2)
+
+
 def scaled_gradient(loss: Loss, z1: Tensor, z2: Tensor) -> tuple[Tensor, ...]:
     """That of N times the loss, which float16 can hold."""
-    value = loss(z1, z2)
-    return torch.autograd.grad(value, [z1, z2], torch.full_like(value, z1.shape[0]))
+    result = loss(z1, z2)
+    return torch.autograd.grad(result, [z1, z2], torch.full_like(result, z1.shape[0]))
 
 
 def oracle(setting: Setting, z1: Tensor, z2: Tensor, backend: str = "reference") -> tuple[Tensor, ...]:
@@ -142,16 +157,20 @@ def relative_error(ours: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float
     return max(float((o.double() - t).norm() / t.norm()) for o, t in zip(ours, truth, strict=True))
 
 
+class WrongGradient(Exception):
+    """A contestant's gradient is further from float64 than its dtype can explain."""
+
+
 def verify(loss: Loss, setting: Setting, device: torch.device) -> float:
     """Relative gradient error at a small size against the float64 oracle on the same inputs.
 
     Raises:
-        SystemExit: larger than the dtype can explain.
+        WrongGradient: larger than the dtype can explain.
     """
     views = setting.views(device, min(setting.n // 2, 512))
     error = relative_error(scaled_gradient(loss, *views), oracle(setting, *views))
     if not error <= setting.gate:
-        raise SystemExit(f"benchmarks.loss: gradient error {error:.2e} exceeds {setting.gate:.2e}: not timed")
+        raise WrongGradient(f"gradient error {error:.2e} exceeds {setting.gate:.2e}: not timed")
     return error
 
 
@@ -167,12 +186,32 @@ def commit() -> str | None:
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """Where the rows come from: device, versions, commit."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "device": name, "capability": torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else None,
         "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
         "alphacl_fast": alphacl_fast.__version__, "commit": commit(),
     }  # fmt: skip
+
+
+@functools.cache
+def processor() -> str:
+    """The CPU's name where the system tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]} ({platform.machine()})" if names and names[0] else platform.machine()
+
+
+def version(contestant: str) -> str | None:
+    """Package and version of a rival."""
+    package = PACKAGES.get(contestant)
+    try:
+        return package and f"{package} {metadata.version(package)}"
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def kernels(contestant: str, setting: Setting, device: torch.device) -> Any:
@@ -184,86 +223,60 @@ def kernels(contestant: str, setting: Setting, device: torch.device) -> Any:
 
 
 def result(
-    setting: Setting, contestant: str, times: Mapping[str, list[float]], key: str, device: torch.device, gemm_side: int
-) -> dict[str, Any]:
+    setting: Setting, contestant: str, times: Mapping[str, list[float]], key: str, device: torch.device, gemm_side: int,
+    measure: str = "loss+gradient",
+) -> dict[str, Any]:  # fmt: skip
     """The row of one contestant, whose times stand under ``key`` beside those of "gemm"."""
     low, median, high = (float(torch.tensor(times[key]).quantile(q)) for q in (0.2, 0.5, 0.8))
     gemm = statistics.median(times["gemm"])
     milliseconds = 1e3 if device.type == "cuda" else None  # absolute times only of a machine that runs nothing else
     return {
-        "benchmark": "loss+gradient", "contestant": contestant, "objective": setting.objective,
+        "benchmark": measure, "contestant": contestant, "version": version(contestant), "objective": setting.objective,
         "negatives": setting.negatives, "kernels": kernels(contestant, setting, device), "n": setting.n,
         "dim": setting.dim, "dtype": setting.dtype, "repeats": len(times[key]),
         "median_in_gemms": median / gemm, "p20_in_gemms": low / gemm, "p80_in_gemms": high / gemm,
-        "fraction_of_gemm_rate": setting.work / median / (2 * gemm_side**3 / gemm),
+        "fraction_of_gemm_rate": setting.work / median / (2 * gemm_side**3 / gemm) if measure == "loss+gradient" else None,
         **{f"{name}_ms": milliseconds and value * milliseconds for name, value in
            (("median", median), ("p20", low), ("p80", high), ("gemm", gemm))},
     }  # fmt: skip
 
 
-def run(setting: Setting, contestants: list[str], repeats: int, device: torch.device) -> list[dict[str, Any]]:
-    """All rows of one setting; a contestant may name an objective of its own after a slash."""
+def run(
+    setting: Setting, contestants: list[str], repeats: tuple[int, int], device: torch.device, budget: float = 30.0,
+    measure: str = "loss+gradient", skipped: Callable[[str, str], None] = lambda contestant, why: None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """All rows of one setting; as many repeats as fit into ``budget`` seconds, within ``repeats``."""
     torch.manual_seed(0)
     views = setting.views(device)
-    settings, losses = {}, {}
+    settings, losses, errors = {}, {}, {}
     for contestant in contestants:
         name, _, own = contestant.partition("/")
         if missing(name):
-            print(f"{name} skipped: {missing(name)}", file=sys.stderr)
+            skipped(contestant, missing(name))
             continue
         settings[contestant] = replace(setting, objective=own or setting.objective)
-        losses[contestant] = make(name, settings[contestant].objective, setting.negatives, setting.tau)
-    errors = {key: verify(loss, settings[key], device) for key, loss in losses.items()}
+        loss = make(name, settings[contestant].objective, setting.negatives, setting.tau)
+        try:
+            errors[contestant] = verify(loss, settings[contestant], device)
+        except WrongGradient as error:
+            skipped(contestant, str(error))
+            continue
+        losses[contestant] = loss
+    if not losses:
+        return []
     a = torch.randn(GEMM, GEMM, device=device).to(setting.torch_dtype)
-    runs = {"gemm": lambda: a @ a, **{key: lambda loss=loss: gradient(loss, *views) for key, loss in losses.items()}}
-    times = interleaved(runs, device, repeats, seldom=("gemm",))
+    runs = {"gemm": lambda: a @ a, **{key: timed(measure, loss, *views) for key, loss in losses.items()}}
+    rough = {name: seconds(run, device) for name, run in runs.items()}  # torch.compile's compilation is in it, but only once
+    rough = {name: seconds(run, device) for name, run in runs.items()}
+    calls = {name: max(1, round(0.02 / took)) for name, took in rough.items()}
+    one_round = sum(calls[name] * took for name, took in rough.items() if name != "gemm")
+    times = interleaved(runs, device, max(repeats[0], min(repeats[1], int(budget / one_round))), calls, seldom=("gemm",))
     eager = statistics.median(times["eager"]) if "eager" in times else None
     return [
         {
-            **result(settings[key], key.partition("/")[0], times, key, device, GEMM), "gradient_error": errors[key],
-            "speedup_over_eager": eager and eager / statistics.median(times[key]), **provenance(device),
+            **result(settings[key], key.partition("/")[0], times, key, device, GEMM, measure), "gradient_error": errors[key],
+            "speedup_over_eager": eager and eager / statistics.median(times[key]), "load_before": os.getloadavg()[0],
+            **provenance(device),
         }
         for key in losses
     ]  # fmt: skip
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loss", description=__doc__.splitlines()[0])
-    parser.add_argument("--n", type=int, default=4096, help="rows, 2N (default: 4096)")
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"))
-    parser.add_argument("--objective", default="infonce", choices=alphacl_fast.objectives.names())
-    parser.add_argument("--negatives", default="two_view", choices=("two_view", "one_view", "cross_view"))
-    parser.add_argument("--tau", type=float, default=0.5)
-    parser.add_argument("--contestants", default="eager,blocked,cpu", type=lambda text: text.split(","))
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=None, help="append the rows to this file (JSON lines)")
-    args = parser.parse_args(arguments)
-    if args.n < 4 or args.n % 2:
-        parser.error(f"--n must be even and at least 4, got {args.n}")
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    setting = Setting(args.n, args.dim, args.dtype, args.objective, args.negatives, args.tau)
-    try:
-        rows = run(setting, args.contestants, args.repeats, torch.device(args.device))
-    except ValueError as error:
-        parser.error(str(error))
-    for row in rows:
-        speedup = row["speedup_over_eager"]
-        print(
-            f"{row['contestant']:>10}  {row['objective']} {row['negatives']} n={row['n']} D={row['dim']} {row['dtype']}: "
-            f"{row['fraction_of_gemm_rate']:.3f} of the GEMM rate"
-            + (f", {speedup:.2f}x eager" if speedup else "")
-            + f", gradient error {row['gradient_error']:.1e}"
-        )
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,37 +1,236 @@
-"""The benchmark command runs, gates on correctness and writes rows with their provenance."""
+"""The benchmark commands run, gate on correctness, and write rows with their provenance; documents show what rows say."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from alphacl_fast.benchmarks import loss as installed_loss
 
-from benchmarks import contestants, loss
+from alphacl_fast import cli
+from benchmarks import bench, contestants, loss, memory, report, training
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def small_gemm(monkeypatch):
+    for module in (loss, installed_loss):  # one file under its two names
+        monkeypatch.setattr(module, "GEMM", 64)
+
+
+def run(out, *flags):
+    return cli.main(["bench", "--n", "64", "--dim", "8", "--device", "cpu", "--budget", "0.05", "--repeats", "2,3",
+                     "--out", str(out), *flags])  # fmt: skip
+
+
+def rows_of(out):
+    return [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("negatives", ["two_view", "cross_view"])
-def test_rows(tmp_path, negatives, monkeypatch, capsys):
-    monkeypatch.setattr(loss, "GEMM", 64)
-    out = tmp_path / "rows.jsonl"
-    arguments = ["--n", "64", "--dim", "8", "--repeats", "2", "--device", "cpu", "--out", str(out)]
-    assert loss.main([*arguments, "--negatives", negatives]) == 0
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["contestant"] for row in rows] == ["eager", "blocked", "cpu"]
+def test_rows(tmp_path, negatives, small_gemm, capsys):
+    names = ["cpu", "blocked", "eager"]
+    flags = ["--negatives", negatives, "--measure", "loss,backward,loss+gradient"]
+    assert run(tmp_path, *flags, "--contestants", ",".join(names)) == 0
+    rows = rows_of(tmp_path)
+    assert [(row["benchmark"], row["contestant"]) for row in rows] == [(m, name) for m in loss.MEASURES for name in names]
     for row in rows:
-        assert row["fraction_of_gemm_rate"] > 0
+        assert row["median_in_gemms"] > 0
+        assert (row["fraction_of_gemm_rate"] is None) == (row["benchmark"] != "loss+gradient")
         assert row["median_ms"] is None  # absolute times only from a GPU
-        assert row["torch"] == torch.__version__
+        assert (row["torch"], row["negatives"]) == (torch.__version__, negatives)
         assert 0 < row["gradient_error"] < 1e-5
-    assert "x eager" in capsys.readouterr().out
+        assert row["device"]
+        assert row["commit"]
+    shown = capsys.readouterr()
+    assert "**Backward alone**: infonce" in shown.out
+    assert "x eager" in shown.err
+    assert (tmp_path / "tables.md").read_text() in shown.out
 
 
-def test_wrong_gradient_is_not_timed(monkeypatch):
-    monkeypatch.setattr(loss, "make", lambda *args: lambda z1, z2: (z1 * z2).sum())
-    with pytest.raises(SystemExit, match="not timed"):
-        loss.main(["--n", "64", "--dim", "8", "--device", "cpu"])
+def test_a_second_run_adds_rows_and_draws_the_growth(tmp_path, small_gemm):
+    assert run(tmp_path, "--contestants", "cpu", "--measure", "loss+gradient") == 0
+    assert not (tmp_path / "growth.png").exists()  # one size has no growth
+    flags = ["--contestants", "cpu,cpu/triplet", "--measure", "loss+gradient"]
+    assert run(tmp_path, *flags, "--n", "4096,2048") == 0
+    assert len(rows_of(tmp_path)) == 5
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+    assert "triplet, `two_view`" in (tmp_path / "tables.md").read_text()
+
+
+@pytest.mark.skipif(not memory.supported(CPU), reason="peaks of a process can be read on Linux")
+def test_memory_is_that_of_the_loss(tmp_path):
+    """Dense losses hold n×n matrices, the kernels do not."""
+    assert run(tmp_path, "--contestants", "cpu,eager", "--measure", "memory", "--n", "2048") == 0
+    peaks = {row["contestant"]: row["peak_extra_bytes"] for row in rows_of(tmp_path)}
+    assert peaks["eager"] > 2 * 4 * 2048**2
+    assert peaks["cpu"] < 4 * 2048**2
+
+
+def test_a_contestant_that_fails_leaves_a_row(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    row = memory.measure(loss.Setting(64, 8), "cpu", CPU)
+    assert row["peak_extra_bytes"] is None
+    assert "exit status 1" in row["error"]
+    assert "exit status 1" in report.one_line(row)
+    assert "did not run" in report.tables([row])
+
+
+@pytest.mark.parametrize("name", [name for name in contestants.RIVALS if name not in contestants.GPU_ONLY])
+def test_rivals_compute_the_same_loss(name):
+    """Value and gradient of every rival that is installed; the others say why not."""
+    if contestants.missing(name):
+        pytest.skip(contestants.missing(name))
+    if name == "keops":
+        pytest.skip("compiles for a minute")
+    for negatives in contestants.RIVALS[name][1]:
+        setting = loss.Setting(96, 16, negatives=negatives, tau=0.2)
+        function = contestants.make(name, "infonce", negatives, 0.2)
+        assert loss.verify(function, setting, CPU) < 1e-5
+        views = setting.views(CPU)
+        ours = contestants.make("cpu", "infonce", negatives, 0.2)
+        torch.testing.assert_close(loss.value(function, *views), loss.value(ours, *views))
+
+
+def test_the_strongest_rivals_of_a_cpu_are_there():
+    """What the test extra installs is measured, not skipped."""
+    for name in ("lightly", "pytorch_metric_learning", "open_clip", "sentence_transformers", "sentence_transformers_cached"):
+        assert contestants.missing(name) is None
+        assert loss.version(name)
+    assert {"eager", "compiled", "lightly", "keops"} <= set(bench.default_contestants(CPU))
+
+
+def test_wrong_gradient_is_not_timed(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(installed_loss, "make", lambda *args: lambda z1, z2: (z1 * z2).sum())
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--contestants", "eager", "--measure", "loss+gradient")
+    said = capsys.readouterr().err
+    assert "eager skipped: gradient error" in said
+    assert "nothing was measured" in said
+
+
+def test_absent_rivals_and_those_too_large_are_named(monkeypatch):
+    monkeypatch.setattr(bench, "available_bytes", lambda device: 10**9)
+    monkeypatch.setattr(bench, "missing", lambda name: "No module named 'lightly'" if name == "lightly" else None)
+    said = []
+    settings = [loss.Setting(64, 8), loss.Setting(1 << 17, 8)]
+    assert list(bench.rows(settings, ["lightly", "eager", "open_clip"], [], CPU, (1, 1), 1.0, said.append)) == []
+    assert said == ["lightly skipped: not installed: No module named 'lightly'",
+                    "eager skipped: its n×n matrices may take 550 GB of 1 GB that are free"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--n", "63"), "--n must be even, it counts both views; got 63"),
+        (("--n", "2"), "--n must be at least 4"),
+        (("--contestants", "eagr"), "--contestants must be of"),
+        (("--contestants", "cpu/infonse"), "'infonse' is no objective"),
+        (("--dtype", "int8"), "'int8' is none of float32"),
+        (("--budget", "0"), "--budget must be a positive number"),
+        (("--tau", "nan"), "--tau must be a positive number"),
+        (("--device", "nowhere"), "--device nowhere"),
+        (("--objective", "triplet", "--contestants", "eager"), "nothing was measured"),
+    ],
+)
+def test_bad_flags(tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, *flags)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_interrupted_run_keeps_its_rows(tmp_path):
+    command = [sys.executable, "-m", "alphacl_fast.cli", "bench", "--n", "64,8192", "--dim", "8", "--device", "cpu",
+               "--measure", "loss+gradient", "--contestants", "cpu", "--repeats", "1000", "--out", str(tmp_path)]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    rows = tmp_path / "rows.jsonl"
+    deadline = time.monotonic() + 120
+    while not (rows.exists() and rows.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert "interrupted" in process.stderr.read()
+    assert [row["n"] for row in rows_of(tmp_path)] == [64]
 
 
 def test_eager_refuses_what_it_is_not():
     with pytest.raises(ValueError, match="eager must be asked for infonce"):
         contestants.make("eager", "triplet", "two_view", 0.5)
-    with pytest.raises(SystemExit):
-        loss.main(["--objective", "triplet"])
+    with pytest.raises(ValueError, match="open_clip must be asked for infonce in cross_view"):
+        contestants.make("open_clip", "infonce", "two_view", 0.5)
+
+
+def test_calls_under_pytest_benchmark(tmp_path):
+    """The suite of single calls, at a tiny size."""
+    out = tmp_path / "calls.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks/test_calls.py", "-n", "0", "-q", "-p", "no:cacheprovider",
+               "--benchmark-min-rounds=1", "--benchmark-max-time=0.001", "--benchmark-warmup=off",
+               "-k", "cpu or eager or triplet or float64", f"--benchmark-json={out}"]  # fmt: skip
+    environment = {**os.environ, "ALPHACL_BENCH_N": "64", "ALPHACL_BENCH_DIM": "8"}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    found = json.loads(out.read_text())["benchmarks"]
+    assert {"infonce two_view n=64 loss+gradient", "infonce cross_view n=64 backward"} <= {b["group"] for b in found}
+    assert all(0 < b["extra_info"]["gradient_error"] < 1e-5 for b in found)
+
+
+def test_training_step_by_backend(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    flags = ["--micro-batch", "8", "--backends", "reference", "auto", "--repeats", "1"]
+    training.main(["--batches", "16", *flags, "--out", str(out)])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["contestant"] for row in rows] == ["reference", "auto"]
+    assert rows[0]["speedup_over_reference"] == 1
+    assert all(0 < row["loss_share"] < 1 for row in rows)
+    assert "| 16 | 32 | `auto` |" in report.training(rows)
+
+
+# --- the documents ----------------------------------------------------------------------------------------------------
+
+
+def row(contestant, n, gemms, **other):
+    return {
+        "benchmark": "loss+gradient", "contestant": contestant, "objective": "infonce", "negatives": "two_view", "n": n,
+        "dim": 128, "dtype": "float32", "threads": 2, "device": "here", "torch": "2", "python": "3", "commit": "c",
+        "kernels": None, "median_in_gemms": gemms, "fraction_of_gemm_rate": 1.0, "peak_extra_bytes": None, **other,
+    }  # fmt: skip
+
+
+def test_growth_is_fitted():
+    assert report.fitted_power([(2048, 3.0), (4096, 12.0), (8192, 48.0)]) == pytest.approx(2)
+    assert report.fitted_power([(256, 1.0), (2048, 3.0)]) is None  # one size of those that count
+
+
+def test_headline_compares_with_the_best_of_each_kind():
+    rows = [row("cpu", 4096, 1.0), row("blocked", 4096, 2.0), row("eager", 4096, 5.0), row("slow", 4096, 9.0),
+            row("quick", 4096, 4.0), row("cpu", 4096, None, benchmark="memory", peak_extra_bytes=2e6),
+            row("blocked", 4096, None, benchmark="memory", peak_extra_bytes=1e6),
+            row("quick", 4096, None, benchmark="memory", peak_extra_bytes=7e6)]  # fmt: skip
+    line = report.headline(rows).splitlines()[2]
+    assert line == "| two_view | 4,096 | 1.00 | 5.0 |  | 4.0 (quick) | 2.0 | 7.0 (quick) |"
+
+
+def test_the_newest_row_counts(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    rows = row("cpu", 64, 1.0), row("cpu", 128, 3.0), row("cpu", 64, 2.0)
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert {r["n"]: r["median_in_gemms"] for r in report.read(file)} == {64: 2.0, 128: 3.0}
+
+
+def test_documents_show_the_rows():
+    for file, parts in report.sections(report.read(report.RESULTS)).items():
+        text = file.read_text()
+        assert text == report.filled(text, parts), f"{file.name}: python -m benchmarks.report --write"
+    with pytest.raises(ValueError, match="2 marks are expected, found 0"):
+        report.filled("nothing", ["a", "b"])
+    with pytest.raises(ValueError, match="not closed"):
+        report.filled(f"{report.BEGIN} x", ["a"])

@@ -23,13 +23,12 @@ Views = tuple[Tensor, Tensor]
 
 
 def whole(embed: Callable[[Views], Views], loss: Callable[[Tensor, Tensor], Tensor], views: Views) -> tuple[Tensor, float]:
-    """Backward of one batch in one pass: (detached loss, host seconds in the loss's forward)."""
-    z1, z2 = embed(views)
-    start = time.perf_counter()
-    value = loss(z1, z2)
-    in_loss = time.perf_counter() - start
-    value.backward()
-    return value.detach(), in_loss
+    """Backward of one batch in one pass: (detached loss, host seconds in the loss, its backward included)."""
+    embedded = embed(views)
+    z1, z2 = (z.detach().requires_grad_() for z in embedded)  # the loss's own backward ends here, and so does its time
+    value, in_loss = _backward(loss, z1, z2)
+    torch.autograd.backward(embedded, (z1.grad, z2.grad))
+    return value, in_loss
 
 
 def in_parts(
@@ -39,7 +38,7 @@ def in_parts(
     parts: Sequence[Views],
     device: torch.device,
 ) -> tuple[Tensor, float]:
-    """Backward of one batch in micro-batches: (detached loss, host seconds in the loss's forward).
+    """Backward of one batch in micro-batches: (detached loss, host seconds in the loss, its backward included).
 
     Args:
         net: whose batch normalisation keeps its running statistics in the first pass.
@@ -57,15 +56,20 @@ def in_parts(
     sizes = [len(first) for first, _ in embeddings]
     del embeddings
     after = _rng_state(device)
-    start = time.perf_counter()
-    value = loss(z1, z2)
-    in_loss = time.perf_counter() - start
-    value.backward()
+    value, in_loss = _backward(loss, z1, z2)
     for part, state, dz1, dz2 in zip(parts, noise, z1.grad.split(sizes), z2.grad.split(sizes), strict=True):
         _set_rng_state(state, device)
         torch.autograd.backward(embed(part), (dz1, dz2))
     _set_rng_state(after, device)
-    return value.detach(), in_loss
+    return value, in_loss
+
+
+def _backward(loss: Callable[[Tensor, Tensor], Tensor], z1: Tensor, z2: Tensor) -> tuple[Tensor, float]:
+    """Gradients into z1, z2 and the loss's own parameters: (detached loss, host seconds)."""
+    start = time.perf_counter()
+    value = loss(z1, z2)
+    value.backward()
+    return value.detach(), time.perf_counter() - start
 
 
 @contextmanager

@@ -325,6 +325,8 @@ class _Run:
         self.save()
         if self.world.leads and (knn or probed or number == config.epochs):
             speed = f"  {row['images_per_s']:.0f} images/s" if counted else ""
+            if "loss_ms" in row:
+                speed += f", {row['loss_ms'] / row['step_ms']:.0%} of the time in the loss"
             bar.write(text + speed)
 
 

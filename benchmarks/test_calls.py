@@ -1,0 +1,64 @@
+"""Every call on its own under pytest-benchmark: to compare two versions of the package, or two machines.
+
+    python -m pytest benchmarks/test_calls.py --benchmark-autosave          # and after a change:
+    python -m pytest benchmarks/test_calls.py --benchmark-compare --benchmark-group-by=name
+
+ALPHACL_BENCH_N (default "1024,4096") and ALPHACL_BENCH_DIM (128) choose the sizes. Unlike `alphacl bench` it does not
+interleave the contestants: for ratios between them use that. A contestant whose gradient is wrong fails, an absent one is
+skipped by name.
+"""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+
+from alphacl_fast import objectives
+from benchmarks import loss
+from benchmarks.bench import default_contestants, why_not
+from benchmarks.contestants import make, serves
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SIZES = [int(n) for n in os.environ.get("ALPHACL_BENCH_N", "1024,4096").split(",")]
+DIM = int(os.environ.get("ALPHACL_BENCH_DIM", "128"))
+ACCELERATED = [name for name in default_contestants(DEVICE) if name not in ("keops", "compiled")]  # these compile for minutes
+
+
+def bench(benchmark, setting, contestant, measure):
+    why = why_not(contestant, setting, DEVICE)
+    if why:
+        pytest.skip(f"{contestant}: {why}")
+    function = make(contestant, setting.objective, setting.negatives, setting.tau)
+    error = loss.verify(function, setting, DEVICE)
+    call = loss.timed(measure, function, *setting.views(DEVICE))
+
+    def run():
+        call()
+        loss.synchronize(DEVICE)
+
+    benchmark.group = f"{setting.objective} {setting.negatives} n={setting.n} {measure}"
+    benchmark.extra_info.update(dataclasses.asdict(setting), gradient_error=error, **loss.provenance(DEVICE))
+    benchmark(run)
+
+
+@pytest.mark.parametrize("measure", loss.MEASURES)
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize(
+    ("negatives", "contestant"),
+    [(mode, name) for mode in ("two_view", "cross_view") for name in ACCELERATED if serves(name, "infonce", mode)],
+)
+def test_infonce(benchmark, negatives, contestant, n, measure):
+    bench(benchmark, loss.Setting(n, DIM, negatives=negatives), contestant, measure)
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("objective", objectives.names())
+def test_objectives(benchmark, objective, n):
+    bench(benchmark, loss.Setting(n, DIM, objective=objective), ACCELERATED[0], "loss+gradient")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("n", SIZES)
+def test_dtypes(benchmark, dtype, n):
+    bench(benchmark, loss.Setting(n, DIM, dtype), ACCELERATED[0], "loss+gradient")
