@@ -230,12 +230,13 @@ def alpha(
     """The pairwise importances α of a batch as a matrix, without a gradient: to look at, or to check one's own.
 
     Args:
-        z1, z2, objective, **settings: as of `alphacl_fast.functional.alpha_cl_loss`, but reduction and process group.
+        z1, z2, objective: as of `alphacl_fast.functional.alpha_cl_loss`.
         max_elements: largest matrix to make; `alpha_summary` needs none.
+        **settings: as of `alpha_cl_loss`, but reduction and process group.
 
     Returns:
-        (anchors, candidates), float32 (float64 for float64 input), 0 where a pair is no negative: (2N, 2N) for two_view,
-        (N, N) for one_view and cross_view, (2N, N) for symmetric cross_view: anchors z1 against z2, then z2 against z1.
+        (anchors, candidates), float32 (float64 for float64 input), 0 where a pair is no negative; (2N, 2N) for two_view,
+        (N, N) for one_view and cross_view, (2N, N) for symmetric cross_view, anchors z1 against z2, then z2 against z1.
         L_i = Σ_j α_ij·Δ_ij where α is designed; ∂L_i/∂Δ_ij = α_ij for φ/ψ losses.
 
     Raises:
@@ -306,10 +307,11 @@ def alpha_summary(
     """Statistics of α in O(N·(D + k)) memory: entropy, effective number of negatives, hardest negatives, α by distance.
 
     Args:
-        z1, z2, objective, **settings: as of `alphacl_fast.functional.alpha_cl_loss`, but reduction and process group.
+        z1, z2, objective: as of `alphacl_fast.functional.alpha_cl_loss`.
         k: nearest negatives to keep of every anchor, 1 ≤ k ≤ |Neg|; fewer are kept where there are fewer.
         bins: of the histogram of d².
         distance_range: of the histogram; None is (0, 2) for cosine, and otherwise what occurs (one more pass).
+        **settings: as of `alpha_cl_loss`, but reduction and process group.
 
     Raises:
         TypeError, ValueError: as of `alpha_cl_loss`, and for k, bins or a range that cannot be.
