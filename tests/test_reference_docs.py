@@ -38,7 +38,6 @@ def public(module):
     return {name for name in own if not name.startswith("_") and vars(module)[name].__module__ == module.__name__}
 
 
-@pytest.mark.xdist_group("reference docs")
 def test_every_public_name_is_documented(documented):
     missing = {f"alphacl_fast.{name}" for name in alphacl_fast.__all__} - documented
     for name in MODULES:
