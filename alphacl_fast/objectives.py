@@ -254,10 +254,10 @@ class _CustomFunction:
 class Pairs(Protocol):
     """A batch as the objectives see it. Vectors have one entry per anchor, in the accumulation dtype."""
 
-    pos: Tensor  # (anchors,) t⁺_i
-    tau: Tensor  # () temperature
-    n_neg: int  # |Neg(i)|, the same for every anchor
-    divisor: int  # of the sum of all L_i: the loss, where it is one number
+    pos: Tensor  #: (anchors,) t⁺_i
+    tau: Tensor  #: () temperature
+    n_neg: int  #: |Neg(i)|, the same for every anchor
+    divisor: int  #: of the sum of all L_i, where the loss is one number
 
     def sums(
         self,
@@ -298,10 +298,10 @@ class Rows:
     shift: Tensor | None = None
     offset: Tensor | None = None
     level: Tensor | None = None
-    center: Tensor | None = None  # of the moments; None is t⁺
-    mass: Tensor | None = None  # Σ_j α_ij
-    loss: Tensor | None = None  # L_i
-    dtau: Tensor | None = None  # ∂L_i/∂τ
+    center: Tensor | None = None  #: of the moments; None is t⁺
+    mass: Tensor | None = None  #: Σ_j α_ij
+    loss: Tensor | None = None  #: L_i
+    dtau: Tensor | None = None  #: ∂L_i/∂τ
 
 
 class Objective:

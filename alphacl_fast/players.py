@@ -33,9 +33,9 @@ class Tile(NamedTuple):
     stop: int
     first: int
     last: int
-    distance: Tensor  # d²
-    alpha: Tensor  # 0 at excluded pairs
-    excluded: list[int]  # diagonals of pairs that are no negatives
+    distance: Tensor  #: d²
+    alpha: Tensor  #: 0 at excluded pairs
+    excluded: list[int]  #: diagonals of pairs that are no negatives
 
     @property
     def n_excluded(self) -> int:
@@ -260,18 +260,18 @@ class AlphaSummary:
 
     objective: str
     n_neg: int
-    row_sum: Tensor  # (anchors,) Σ_j α_ij; the entries below are of p_ij = α_ij / Σ_j α_ij
-    entropy: Tensor  # (anchors,) −Σ p log p, nats; log |Neg| for a uniform α
-    effective_negatives: Tensor  # (anchors,) 1/Σp²; |Neg| for a uniform α, 0 for a row without weight
-    hardest: Tensor  # (anchors, k) int64, nearest negatives first: rows of [z1; z2]
-    hardest_distance: Tensor  # (anchors, k) d²
-    hardest_alpha: Tensor  # (anchors, k)
-    edges: Tensor  # (bins + 1,) of d²
-    pairs: Tensor  # (bins,) int64, negatives by their distance; what lies outside counts in the first or the last bin
-    mass: Tensor  # (bins,) Σ α of these
-    positive_similarity: float  # mean t⁺
-    alignment: float  # mean ‖x − x⁺‖² of unit rows (arXiv:2005.10242)
-    uniformity: float  # log mean exp(−2‖x − y‖²) over pairs of a view, mean of the two views (ibid.)
+    row_sum: Tensor  #: (anchors,) Σ_j α_ij; the entries below are of p_ij = α_ij / Σ_j α_ij
+    entropy: Tensor  #: (anchors,) −Σ p log p, nats; log |Neg| for a uniform α
+    effective_negatives: Tensor  #: (anchors,) 1/Σp²; |Neg| for a uniform α, 0 for a row without weight
+    hardest: Tensor  #: (anchors, k) int64, rows of [z1; z2], nearest negatives first
+    hardest_distance: Tensor  #: (anchors, k) d²
+    hardest_alpha: Tensor  #: (anchors, k)
+    edges: Tensor  #: (bins + 1,) of d²
+    pairs: Tensor  #: (bins,) int64, negatives by their distance; what lies outside counts in the first or the last bin
+    mass: Tensor  #: (bins,) Σ α of these
+    positive_similarity: float  #: mean t⁺
+    alignment: float  #: mean ‖x − x⁺‖² of unit rows (Wang and Isola 2020)
+    uniformity: float  #: log mean exp(−2‖x − y‖²) over pairs of a view, mean of the two views (ibid.)
 
     def scalars(self) -> dict[str, float]:
         """Means over the anchors, as logged during training."""

@@ -1,5 +1,6 @@
 """Sphinx: the pages of this folder and the reference made of the docstrings; `make docs` builds it into build/docs."""
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -33,5 +34,13 @@ def _bars(app, what, name, obj, options, lines):
     ]
 
 
+def _flags(app, what, name, obj, options, lines):
+    """The fields of a run's settings, with the texts of ``alphacl train --help``."""
+    if name == "alphacl_fast.train.Config":
+        fields = [(field.name, field.metadata["help"]) for field in dataclasses.fields(obj)]
+        lines += ["", *(f"* ``{field}``: {text}" for field, text in fields), ""]
+
+
 def setup(app):
+    app.connect("autodoc-process-docstring", _flags)
     app.connect("autodoc-process-docstring", _bars)
