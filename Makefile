@@ -1,11 +1,11 @@
-# make demo | make test | make bench | make lint | make sanitize | make soak | make fuzz      Everything lives in .venv beside this file; PYTHON chooses the base.
+# make demo | test | bench | lint | sanitize | soak | fuzz | docs      Everything lives in .venv beside this file; PYTHON chooses the base.
 # make gpu OUT=dir      Checks and times on a GPU, with PYTHON as it is: nothing is installed, and .venv is not used.
 PYTHON ?= python3
 BIN := .venv/bin/python
 STAMP := .venv/.installed
 OUT ?= benchmarks/results/gpu
 
-.PHONY: demo test bench gpu lint sanitize soak fuzz clean
+.PHONY: demo test bench gpu lint sanitize soak fuzz docs clean
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*.* csrc/cuda/*.*)
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: Python 3.10 or newer is needed (set PYTHON=...)"; exit 1; }
@@ -33,6 +33,9 @@ lint: $(STAMP)
 sanitize: $(STAMP)
 	"$(BIN)" tests/cpp/run.py
 	"$(BIN)" tests/cpp/run.py --thread
+
+docs: $(STAMP)
+	"$(BIN)" -m sphinx -q -b html -W --keep-going docs build/docs
 
 soak: $(STAMP)
 	"$(BIN)" tests/soak.py --steps 10000

@@ -39,8 +39,9 @@ def loss_against(
         z: (N, D) anchors, N ≥ 1, float32, float64, bfloat16 or float16; rows as given (normalise them for cosine).
         negatives: (M, D), M ≥ 1, dtype and device of z; None: the other rows of z itself, N ≥ 2.
         positive: (N,) similarity t⁺ of every anchor with its positive, float32 (float64 for float64 z).
-        objective, temperature, reduction, backend, precision, **options: as of `alphacl_fast.functional.alpha_cl_loss`;
+        objective, temperature, reduction, backend, precision: as of `alphacl_fast.functional.alpha_cl_loss`;
             d² = 1 − t. There is no oracle for it: backend is not "reference".
+        **options: of the objective, by its own names.
 
     Returns:
         (), or (N,) with ``reduction="none"``; float32, or float64 for float64 z.

@@ -1,7 +1,7 @@
 """From embeddings to loss and gradient: what lies between the user's tensors and the two sweeps. All of it is O(n·D).
 
 When the loss is a scalar, both sweeps run in the forward and the backward only scales; with ``reduction="none"`` the
-second sweep waits for the incoming row gradient. Derivation: docs/design.md.
+second sweep waits for the incoming row gradient. Derivation: docs/mathematics.md.
 """
 
 from __future__ import annotations

@@ -21,8 +21,9 @@ class FusedAlphaCLLoss(nn.Module):
             the objective has one); a tensor becomes a buffer.
         temperature_range: (low, high) to which a learnable temperature is clamped in place before each use, as CLIP does
             with its scale; None leaves it alone.
-        similarity, negatives, symmetric, reduction, backend, precision, process_group, strategy, **options: as of
+        similarity, negatives, symmetric, reduction, backend, precision, process_group, strategy: as of
             `alphacl_fast.functional.alpha_cl_loss`.
+        **options: of the objective, by its own names.
 
     Shape: z1, z2 (N, D), float32, float64, bfloat16 or float16; output () or, with ``reduction="none"``, one value per
     anchor, in float32 (float64 for float64 input).

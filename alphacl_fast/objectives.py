@@ -9,7 +9,7 @@ and ``d²_ij = c − t_ij`` (c = 1 for cosine and dot, 0 for euclidean, where t 
 * `ClosedForm`  constant α: sums over pairs collapse to O(n·D)
 
 Every member is served by two sweeps over the pairs, `row_sums` and `pair_grad` (docs/design.md). A sweep knows a pair
-function only as a `PairKind`; what comes between the sweeps is O(n): the ``solve`` methods below, made of `RowStep`s.
+function only as a `PairKind`; what comes between the sweeps is O(n): the ``solve`` methods below, made of row steps.
 
 A `PairKind` maps a tensor x elementwise, given the temperature τ (0-dim tensor) and static ``params``:
 
@@ -254,10 +254,10 @@ class _CustomFunction:
 class Pairs(Protocol):
     """A batch as the objectives see it. Vectors have one entry per anchor, in the accumulation dtype."""
 
-    pos: Tensor  # (anchors,) t⁺_i
-    tau: Tensor  # () temperature
-    n_neg: int  # |Neg(i)|, the same for every anchor
-    divisor: int  # of the sum of all L_i: the loss, where it is one number
+    pos: Tensor  #: (anchors,) t⁺_i
+    tau: Tensor  #: () temperature
+    n_neg: int  #: |Neg(i)|, the same for every anchor
+    divisor: int  #: of the sum of all L_i, where the loss is one number
 
     def sums(
         self,
@@ -298,17 +298,18 @@ class Rows:
     shift: Tensor | None = None
     offset: Tensor | None = None
     level: Tensor | None = None
-    center: Tensor | None = None  # of the moments; None is t⁺
-    mass: Tensor | None = None  # Σ_j α_ij
-    loss: Tensor | None = None  # L_i
-    dtau: Tensor | None = None  # ∂L_i/∂τ
+    center: Tensor | None = None  #: of the moments; None is t⁺
+    mass: Tensor | None = None  #: Σ_j α_ij
+    loss: Tensor | None = None  #: L_i
+    dtau: Tensor | None = None  #: ∂L_i/∂τ
 
 
 class Objective:
     """Base of the family; use the named functions of this module or `make`.
 
     Attributes:
-        name, options: as the user gave them, for ``repr`` and checkpoints.
+        name: as the user gave it, for ``repr`` and checkpoints.
+        options: likewise.
         uses_temperature: whether τ enters the loss value.
         tau_gradient: where ∂L_i/∂τ comes from: ``"rows"`` (`solve`), ``"pairs"`` (the term "dtau" of `pair_grad`) or None
             (there is no gradient).
@@ -326,6 +327,10 @@ class Objective:
     derivative = False
     terms: tuple[str, ...] = ()
     key: str  # under which `registered` finds this object while it lives; what crosses an operator schema
+
+    def __init_subclass__(cls) -> None:
+        own = [*inspect.signature(cls.__init__).parameters.values()]
+        cls.__signature__ = inspect.Signature(own[1:])  # which __new__ hides from help()
 
     def __new__(cls, *args: Any, **options: Any) -> Objective:
         self = super().__new__(cls)

@@ -33,9 +33,9 @@ class Tile(NamedTuple):
     stop: int
     first: int
     last: int
-    distance: Tensor  # d²
-    alpha: Tensor  # 0 at excluded pairs
-    excluded: list[int]  # diagonals of pairs that are no negatives
+    distance: Tensor  #: d²
+    alpha: Tensor  #: 0 at excluded pairs
+    excluded: list[int]  #: diagonals of pairs that are no negatives
 
     @property
     def n_excluded(self) -> int:
@@ -230,12 +230,13 @@ def alpha(
     """The pairwise importances α of a batch as a matrix, without a gradient: to look at, or to check one's own.
 
     Args:
-        z1, z2, objective, **settings: as of `alphacl_fast.functional.alpha_cl_loss`, but reduction and process group.
+        z1, z2, objective: as of `alphacl_fast.functional.alpha_cl_loss`.
         max_elements: largest matrix to make; `alpha_summary` needs none.
+        **settings: as of `alpha_cl_loss`, but reduction and process group.
 
     Returns:
-        (anchors, candidates), float32 (float64 for float64 input), 0 where a pair is no negative: (2N, 2N) for two_view,
-        (N, N) for one_view and cross_view, (2N, N) for symmetric cross_view: anchors z1 against z2, then z2 against z1.
+        (anchors, candidates), float32 (float64 for float64 input), 0 where a pair is no negative; (2N, 2N) for two_view,
+        (N, N) for one_view and cross_view, (2N, N) for symmetric cross_view, anchors z1 against z2, then z2 against z1.
         L_i = Σ_j α_ij·Δ_ij where α is designed; ∂L_i/∂Δ_ij = α_ij for φ/ψ losses.
 
     Raises:
@@ -259,18 +260,18 @@ class AlphaSummary:
 
     objective: str
     n_neg: int
-    row_sum: Tensor  # (anchors,) Σ_j α_ij; the entries below are of p_ij = α_ij / Σ_j α_ij
-    entropy: Tensor  # (anchors,) −Σ p log p, nats; log |Neg| for a uniform α
-    effective_negatives: Tensor  # (anchors,) 1/Σp²; |Neg| for a uniform α, 0 for a row without weight
-    hardest: Tensor  # (anchors, k) int64, nearest negatives first: rows of [z1; z2]
-    hardest_distance: Tensor  # (anchors, k) d²
-    hardest_alpha: Tensor  # (anchors, k)
-    edges: Tensor  # (bins + 1,) of d²
-    pairs: Tensor  # (bins,) int64, negatives by their distance; what lies outside counts in the first or the last bin
-    mass: Tensor  # (bins,) Σ α of these
-    positive_similarity: float  # mean t⁺
-    alignment: float  # mean ‖x − x⁺‖² of unit rows (arXiv:2005.10242)
-    uniformity: float  # log mean exp(−2‖x − y‖²) over pairs of a view, mean of the two views (ibid.)
+    row_sum: Tensor  #: (anchors,) Σ_j α_ij; the entries below are of p_ij = α_ij / Σ_j α_ij
+    entropy: Tensor  #: (anchors,) −Σ p log p, nats; log |Neg| for a uniform α
+    effective_negatives: Tensor  #: (anchors,) 1/Σp²; |Neg| for a uniform α, 0 for a row without weight
+    hardest: Tensor  #: (anchors, k) int64, rows of [z1; z2], nearest negatives first
+    hardest_distance: Tensor  #: (anchors, k) d²
+    hardest_alpha: Tensor  #: (anchors, k)
+    edges: Tensor  #: (bins + 1,) of d²
+    pairs: Tensor  #: (bins,) int64, negatives by their distance; what lies outside counts in the first or the last bin
+    mass: Tensor  #: (bins,) Σ α of these
+    positive_similarity: float  #: mean t⁺
+    alignment: float  #: mean ‖x − x⁺‖² of unit rows (Wang and Isola 2020)
+    uniformity: float  #: log mean exp(−2‖x − y‖²) over pairs of a view, mean of the two views (ibid.)
 
     def scalars(self) -> dict[str, float]:
         """Means over the anchors, as logged during training."""
@@ -306,10 +307,11 @@ def alpha_summary(
     """Statistics of α in O(N·(D + k)) memory: entropy, effective number of negatives, hardest negatives, α by distance.
 
     Args:
-        z1, z2, objective, **settings: as of `alphacl_fast.functional.alpha_cl_loss`, but reduction and process group.
+        z1, z2, objective: as of `alphacl_fast.functional.alpha_cl_loss`.
         k: nearest negatives to keep of every anchor, 1 ≤ k ≤ |Neg|; fewer are kept where there are fewer.
         bins: of the histogram of d².
         distance_range: of the histogram; None is (0, 2) for cosine, and otherwise what occurs (one more pass).
+        **settings: as of `alpha_cl_loss`, but reduction and process group.
 
     Raises:
         TypeError, ValueError: as of `alpha_cl_loss`, and for k, bins or a range that cannot be.

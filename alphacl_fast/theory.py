@@ -121,8 +121,8 @@ def random_weights(widths: Sequence[int], norm: str, seeds: Sequence[int]) -> li
 class Ascent(NamedTuple):
     """Where projected gradient ascent has come: the weights (seeds, out, in), and E before every step and at the end."""
 
-    weights: list[Tensor]
-    energies: Tensor  # (steps + 1, seeds)
+    weights: list[Tensor]  #: (seeds, out, in) of every layer
+    energies: Tensor  #: (steps + 1, seeds)
 
 
 def ascend(

@@ -96,7 +96,7 @@ def unsupported(device: torch.device, dtype: torch.dtype, precision: str | None,
     least = SHARED_MEMORY if dtype == torch.float64 else SMALL_SHARED_MEMORY
     if device.type == "cuda" and (there := _shared_memory(device)) < least:
         return f"needs {least >> 10} KB of shared memory a block for {str(dtype).removeprefix('torch.')}, got {there >> 10}"
-    if kind and kind not in KINDS:
+    if kind and kind not in _KINDS:
         return "compiled for the built-in pair functions, not for a user's own"
     if precision == "bf16x3":
         return "multiplies float32 as IEEE or as TF32, not precision='bf16x3'"

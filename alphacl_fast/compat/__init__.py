@@ -1,4 +1,4 @@
-"""The losses of other packages under their own names and signatures: change one import, keep everything else.
+"""The losses of other packages under their own names and signatures: change one import, keep everything else::
 
     from alphacl_fast.compat.lightly import NTXentLoss                  # lightly.loss
     from alphacl_fast.compat.open_clip import ClipLoss                  # open_clip

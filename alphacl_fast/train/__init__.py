@@ -1,6 +1,7 @@
-"""A lean SimCLR-style loop around :class:`alphacl_fast.FusedAlphaCLLoss`.
+"""A lean SimCLR-style loop around :class:`alphacl_fast.FusedAlphaCLLoss`::
 
     from alphacl_fast.train import Config, evaluate, train
+
     train(Config.create(dataset="digits", objective="alpha_direct"), "runs/digits")
     evaluate("runs/digits")
 
