@@ -4,8 +4,9 @@ A program owns BLOCK_M rows "i" and walks the ring of column tiles, BLOCK_N rows
 
 * **Paired blocks.** In two_view a block of B rows holds B/2 rows of the first view and then their partners in the second.
   Pairs that do not count (oneself, one's positive) thus lie in the first tiles of every ring. Only these and a ragged last
-  tile (with ids: all) are masked, in a loop of their own; beyond the last row the last one is read again. (A branch in one loop would not do:
-  the compiler turns it into selections, which every pair then pays for.)
+  tile are masked, in a loop of their own; with ids, of which equal ones may meet anywhere, all tiles are. Beyond the last row
+  the last one is read again. (A branch in one loop would not do: the compiler turns it into selections, which every pair then
+  pays for.)
 * **Row-block form**: the program sees every column tile and writes each of its results once; the order of all additions is
   fixed. Where there are too few row blocks several programs share a ring, and their parts are summed afterwards.
 * **Both-sides form** (BOTH): block I takes the ring distances 0 … tiles/2 only and serves the rows of block J as well.
