@@ -172,14 +172,8 @@ class _Rows(Sweeps):
         self.pos, self.tau, self.divisor = pos, tau, 1
         self.operators = Operators(tau, call, groups)
 
-    def mean_negative(self) -> Tensor:
-        return self._mean(1)
-
-    def mean_square_negative(self) -> Tensor:
-        return self._mean(2)
-
-    def _mean(self, power: int) -> Tensor:
-        return _mean_negative(*(None if x is None else x.to(self.pos.dtype) for x in self.views), power)
+    def _mean(self, power: int, groups: Groups | None = None) -> Tensor:
+        return _mean_negative(*(None if x is None else x.to(self.pos.dtype) for x in self.views), power, groups)
 
 
 class _Against(torch.autograd.Function):

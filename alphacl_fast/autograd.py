@@ -284,10 +284,13 @@ class Sweeps:
         )  # fmt: skip
 
     def mean_negative(self) -> Tensor:
-        return mean_negative(self.features.rows(), self.features.bias, self.layout, 1, self.everywhere)
+        return self._mean(1, self.groups)
 
-    def mean_square_negative(self) -> Tensor:
-        return mean_negative(self.features.rows(), self.features.bias, self.layout, 2, self.everywhere)
+    def moments(self) -> tuple[Tensor, Tensor]:
+        return self._mean(1), self._mean(2)
+
+    def _mean(self, power: int, groups: Groups | None = None) -> Tensor:
+        return mean_negative(self.features.rows(), self.features.bias, self.layout, power, self.everywhere, groups)
 
     def everywhere(self, x: Tensor) -> Tensor:
         """Σ over rows held here → over all rows."""

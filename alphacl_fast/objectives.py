@@ -276,11 +276,11 @@ class Pairs(Protocol):
         ...
 
     def mean_negative(self) -> Tensor:
-        """(anchors,) mean of t_ij over the negatives, in O(n·D); where Newton begins, so that ids need leave out nothing."""
+        """(anchors,) mean of t_ij over the negatives, in O(n·D)."""
         ...
 
-    def mean_square_negative(self) -> Tensor:
-        """(anchors,) mean of t_ij² over the same pairs, in O(n·D²)."""
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """(anchors,) means of t_ij and t_ij², in O(n·D²), over the negatives and those that ids leave out."""
         ...
 
     def all_done(self, done: Tensor) -> bool:
@@ -861,8 +861,7 @@ class _AlphaSquare(MinPlayer):
         return alpha * tau
 
     def start_of_newton(self, p: Pairs, t_max: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        means = p.mean_negative(), p.mean_square_negative()
-        return p.step("start at the normal tail", t_max, *means, low, high)["y"]
+        return p.step("start at the normal tail", t_max, *p.moments(), low, high)["y"]
 
 
 class _AlphaGamma(MinPlayer):
@@ -888,6 +887,8 @@ class _AlphaGamma(MinPlayer):
         return -tau * math.exp(exponent)
 
     def start_of_newton(self, p: Pairs, t_max: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        if isinstance(p.n_neg, Tensor):  # inverse(1/|Neg(i)|) of every anchor; from below Newton may take a step for each octave
+            low = low * (p.n_neg / p.most_neg) ** self.newton_power
         return p.step("start at the mean", t_max, p.mean_negative(), low, high)["y"]
 
 
