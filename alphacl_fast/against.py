@@ -17,9 +17,19 @@ from torch.autograd.function import once_differentiable
 
 from . import functional
 from .autograd import (
-    Call, Features, Groups, Layout, Operators, Sweeps, UnitRows, accumulation_dtype, constant_alpha, mean_negative, row_tensors,
+    Call,
+    Features,
+    Groups,
+    Layout,
+    Operators,
+    Sweeps,
+    UnitRows,
+    accumulation_dtype,
+    constant_alpha,
+    mean_negative,
+    row_tensors,
     rows_and_groups,
-)  # fmt: skip
+)
 from .objectives import ClosedForm, Objective
 
 
@@ -46,9 +56,10 @@ def loss_against(
         positive: (N,) similarity t⁺ of every anchor with its positive, float32 (float64 for float64 z).
         objective, temperature, reduction, backend, precision, **options: as of `alphacl_fast.functional.alpha_cl_loss`;
             d² = 1 − t. There is no oracle for it: backend is not "reference".
-        ids, negative_ids: (N,) and (M,) integers, moved to the device of z: a row of ``negatives`` with the id of an anchor is no
-            negative of it (in a queue, earlier keys of the same sample or class). ``negative_ids`` are given exactly if
-            ``negatives`` and ``ids`` are. An anchor without any negative left has loss 0, and "mean" counts it still.
+        ids, negative_ids: (N,) and (M,) integers, moved to the device of z: a row of ``negatives`` (or of z) with the id of an
+            anchor is no negative of it (in a queue, earlier keys of the same sample or class). ``negative_ids`` are given
+            exactly if ``negatives`` and ``ids`` are. An anchor without any negative left has loss 0 and no gradient, and
+            "mean" counts it still.
 
     Returns:
         (), or (N,) with ``reduction="none"``; float32, or float64 for float64 z.

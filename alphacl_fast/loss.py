@@ -24,8 +24,8 @@ class FusedAlphaCLLoss(nn.Module):
         similarity, negatives, symmetric, reduction, backend, precision, process_group, strategy, **options: as of
             `alphacl_fast.functional.alpha_cl_loss`.
 
-    Shape: z1, z2 (N, D), float32, float64, bfloat16 or float16; ids, where given, (N,) integers, of which equal ones mark samples
-    that are no negatives of each other (as of `alphacl_fast.functional.alpha_cl_loss`); output () or, with ``reduction="none"``, one value per
+    Shape: z1, z2 (N, D), float32, float64, bfloat16 or float16; ids, where given, (N,) integers: samples with one id are no
+    negatives of each other (`alphacl_fast.functional.alpha_cl_loss`); output () or, with ``reduction="none"``, one value per
     anchor, in float32 (float64 for float64 input).
 
     Raises:

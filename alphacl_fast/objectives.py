@@ -887,7 +887,7 @@ class _AlphaGamma(MinPlayer):
         return -tau * math.exp(exponent)
 
     def start_of_newton(self, p: Pairs, t_max: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        if isinstance(p.n_neg, Tensor):  # inverse(1/|Neg(i)|) of every anchor; from below Newton may take a step for each octave
+        if isinstance(p.n_neg, Tensor):  # every anchor's own inverse(1/|Neg(i)|): from below Newton may take 20 steps more
             low = low * (p.n_neg / p.most_neg) ** self.newton_power
         return p.step("start at the mean", t_max, p.mean_negative(), low, high)["y"]
 

@@ -61,7 +61,7 @@ CUSTOM = [(backend, member) for backend, member in SERVED if member not in BUILT
 def test_users_functions(backend, member, small_tiles):
     z1, z2 = pair(len(IDS), 6)
     turn = MEMBERS.index(member)
-    for negatives, symmetric, similarity in every_setting()[turn % 5 :: 5]:
+    for negatives, symmetric, similarity in every_setting()[turn % 5 :: 12 if backend in SLOW else 5]:
         given = {"negatives": negatives, "symmetric": symmetric, "similarity": similarity, "reduction": REDUCTIONS[turn % 3]}
         truth = evaluate(z1, z2, member, IDS, backend="reference", **given)
         assert_same(evaluate(z1, z2, member, IDS, backend=backend, **given), truth)
@@ -95,8 +95,8 @@ def test_distinct_ids_change_nothing(backend):
 def test_anchors_without_negatives(backend, reduction):
     """All of one id: nothing to learn. All but one: that one's rows are the negatives of the others."""
     z1, z2 = pair(9, 5)
-    members = BUILT_IN[REDUCTIONS.index(reduction) :: 3] if backend not in SLOW else [*REPRESENTATIVE, ("alpha_square", {})]
-    for k, member in enumerate(members):
+    turn = REDUCTIONS.index(reduction)
+    for k, member in enumerate(BUILT_IN[turn::3] if backend not in SLOW else REPRESENTATIVE[turn:][:1]):
         negatives, symmetric, similarity = every_setting()[(5 * k + 2) % 12]
         given = {"negatives": negatives, "symmetric": symmetric, "similarity": similarity, "reduction": reduction}
         for x in evaluate(z1, z2, member, torch.full((9,), 4), backend=backend, **given):
@@ -309,7 +309,7 @@ def test_one_grouping_per_step(monkeypatch):
     calls = []
     make = Groups.make.__func__
     monkeypatch.setattr(Groups, "make", classmethod(lambda cls, *a: calls.append(1) or make(cls, *a)))
-    z1, z2 = pair(10, 4)
+    z1, z2 = pair(len(IDS), 4)
     for reduction in REDUCTIONS:
         for name in ("infonce", "alpha_square", "uniform"):
             calls.clear()
@@ -406,7 +406,7 @@ def test_a_mask_that_forgets_is_found(monkeypatch):
 
     monkeypatch.setattr(blocked, "_clashes", clashes)
     z1, z2 = pair(len(IDS), 6)
-    for member in (("infonce", {}), ("alpha_direct", {"detach_alpha": False}), ("alpha_square", {})):
+    for member in (("infonce", {}), ("alpha_direct", {"detach_alpha": False}), ("alpha_entropy", {})):
         truth = evaluate(z1, z2, member, IDS, backend="reference")
         with pytest.raises(AssertionError):
             assert_same(evaluate(z1, z2, member, IDS, backend="blocked"), truth, 1e-6)
