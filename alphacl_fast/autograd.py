@@ -258,7 +258,7 @@ class Sweeps:
         if self.groups is None:
             return sums
         if terms[0] in ("base", "max"):
-            largest = torch.where(sums[:1] > -torch.inf, sums[:1], 0.0)
+            largest = torch.where(sums[:1] == -torch.inf, 0.0, sums[:1])
             return torch.cat([largest, torch.where(self.groups.empty, 1.0, sums[1:])])
         return torch.where(self.groups.empty, 1.0, sums)
 

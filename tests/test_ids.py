@@ -206,6 +206,15 @@ def test_forms_of_the_triton_kernels(monkeypatch):
         assert_same(evaluate(z1, z2, member, IDS, backend="triton", **given), truth)
 
 
+def test_gluon_kernels_leave_ids_to_others(monkeypatch):
+    monkeypatch.setattr(triton, "_hopper", lambda: pytest.fail("they do not know ids"))
+    monkeypatch.setattr(triton, "tile", lambda *call: Tile(16, 16, 16, 4, 4, engine="gluon"))
+    z1, z2 = pair(20, 16, torch.bfloat16)
+    ids = torch.arange(20) % 6
+    ours = alpha_cl_loss(z1, z2, temperature=0.3, backend="triton", ids=ids)
+    torch.testing.assert_close(ours, alpha_cl_loss(z1.float(), z2.float(), temperature=0.3, ids=ids), rtol=1e-3, atol=0)
+
+
 # --- anchors against any negatives ------------------------------------------------------------------------------------
 
 
