@@ -101,8 +101,9 @@ template <class T> ALPHACL_INLINE T sum_of(Vec<T> v) {
   return parts[0];
 }
 template <class T> ALPHACL_INLINE bool any(Mask<T> m) {
-  Int<T> found = 0;
-  for (int i = 0; i < LANES<T>; i++) found |= m[i];
+  uint64_t words[ALPHACL_VECTOR_BYTES / 8], found = 0;
+  std::memcpy(words, &m, sizeof(m));
+  for (uint64_t word : words) found |= word;
   return found != 0;
 }
 template <class T> ALPHACL_INLINE T max_of(Vec<T> v) {
