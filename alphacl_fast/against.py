@@ -16,7 +16,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import functional
-from .autograd import Call, Features, Layout, Operators, Sweeps, UnitRows, accumulation_dtype, row_tensors, rows_from
+from .autograd import (
+    Call,
+    Features,
+    Groups,
+    Layout,
+    Operators,
+    Sweeps,
+    UnitRows,
+    accumulation_dtype,
+    constant_alpha,
+    mean_negative,
+    row_tensors,
+    rows_and_groups,
+)
 from .objectives import ClosedForm, Objective
 
 
@@ -31,6 +44,8 @@ def loss_against(
     reduction: str = "mean",
     backend: str = "auto",
     precision: str | None = None,
+    ids: Tensor | None = None,
+    negative_ids: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
     """Losses of anchors z whose negatives are all rows of ``negatives``; gradients to all of z, negatives, positive and τ.
@@ -41,6 +56,10 @@ def loss_against(
         positive: (N,) similarity t⁺ of every anchor with its positive, float32 (float64 for float64 z).
         objective, temperature, reduction, backend, precision: as of `alphacl_fast.functional.alpha_cl_loss`;
             d² = 1 − t. There is no oracle for it: backend is not "reference".
+        ids, negative_ids: (N,) and (M,) integers, moved to the device of z: a row of ``negatives`` (or of z) with the id of an
+            anchor is no negative of it (in a queue, earlier keys of the same sample or class). ``negative_ids`` are given
+            exactly if ``negatives`` and ``ids`` are. An anchor without any negative left has loss 0 and no gradient, and
+            "mean" counts it still.
         **options: of the objective, by its own names.
 
     Returns:
@@ -70,14 +89,15 @@ def loss_against(
         got = f"{tuple(positive.shape)} on {positive.device}" if isinstance(positive, Tensor) else type(positive).__name__
         raise ValueError(f"positive must be a tensor of shape {tuple(z.shape[:1])} on {z.device}, got {got}")
     functional.check_temperature(temperature, call.objective)
-    tau, call, _ = functional.bind_temperature(z, temperature, call, precision)
+    tau, call, _ = functional.bind_temperature(z, temperature, call, precision, ids is not None)
+    groups = _groups(z, negatives, ids, negative_ids)
     with torch.autocast(z.device.type, enabled=False):
         positive = positive.to(wide)
         if isinstance(call.objective, ClosedForm):
-            mean = _mean_negative(z.to(wide), None if negatives is None else negatives.to(wide), 1)
-            losses = call.objective.weight(_count(z, negatives)) * (mean - positive)
+            mean = _mean_negative(z.to(wide), None if negatives is None else negatives.to(wide), 1, groups)
+            losses = constant_alpha(call.objective, mean - positive, _layout(z, negatives), groups)
         else:
-            losses = _Against.apply(z, negatives, positive, tau, replace(call, reduction="none"))
+            losses = _Against.apply(z, negatives, positive, tau, replace(call, reduction="none"), groups)
     return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
 
 
@@ -122,71 +142,83 @@ def supcon_loss(
     return losses.sum() / (1 if reduction == "sum" else (others > 0).sum().clamp(min=1))
 
 
-def _count(z: Tensor, negatives: Tensor | None) -> int:
-    return len(z) - 1 if negatives is None else len(negatives)
+def _layout(z: Tensor, negatives: Tensor | None) -> Layout:
+    """A rectangle of N × M pairs, or all pairs among the rows of z."""
+    n = len(z)
+    return Layout(n, 0, 0, n, n - 1, False) if negatives is None else Layout(n + len(negatives), n, 0, n, len(negatives), True)
 
 
-def _mean_negative(z: Tensor, negatives: Tensor | None, power: int) -> Tensor:
-    """(N,) mean of t_ij^power over the negatives, in O(n·D) or O(n·D²)."""
-    other = z if negatives is None else negatives
+def _groups(z: Tensor, negatives: Tensor | None, ids: Tensor | None, negative_ids: Tensor | None) -> Groups | None:
+    """The groups of all rows that the sweeps see, from checked ids."""
+    if (negative_ids is None) != (ids is None or negatives is None):
+        given = "got None" if negative_ids is None else f"got them with {'ids' if ids is None else 'negatives'}=None"
+        raise ValueError(f"negative_ids must be given exactly if negatives and ids are, {given}")
+    if ids is None:
+        return None
+    ids = functional.checked_ids("ids", ids, z)
+    if negatives is not None:
+        ids = torch.cat([ids, functional.checked_ids("negative_ids", negative_ids, negatives)])
+    return Groups.make(ids, _layout(z, negatives), accumulation_dtype(z.dtype))
+
+
+def _mean_negative(z: Tensor, negatives: Tensor | None, power: int, groups: Groups | None = None) -> Tensor:
+    """(N,) mean of t_ij^power over the negatives, in O(n·D) or O(n·D²); with groups as of `autograd.mean_negative`."""
+    other, layout = z if negatives is None else negatives, _layout(z, negatives)
+    if groups is not None:
+        return mean_negative(other if negatives is None else torch.cat([z, other]), None, layout, groups=groups)
     total = (z * (other.sum(0) if power == 1 else z @ (other.t() @ other))).sum(1)
     if negatives is None:
         total = total - z.square().sum(1).pow(power)
-    return total / _count(z, negatives)
+    return total / layout.n_neg
 
 
 class _Rows(Sweeps):
-    """The sweeps of such a batch: a rectangle of N × M pairs, or all pairs among the rows of z."""
+    """The sweeps of such a batch."""
 
-    def __init__(self, z: Tensor, negatives: Tensor | None, pos: Tensor, tau: Tensor, call: Call) -> None:
-        n = len(z)
-        rows = z if negatives is None else torch.cat([z, negatives])
-        self.views = z, negatives
-        self.n_neg = _count(z, negatives)
-        self.layout = Layout(len(rows), 0 if negatives is None else n, 0, n, self.n_neg, negatives is not None)
-        self.features = Features(rows, None, None, None)
+    def __init__(
+        self, z: Tensor, negatives: Tensor | None, pos: Tensor, tau: Tensor, call: Call, groups: Groups | None
+    ) -> None:
+        self.views, self.layout, self.groups = (z, negatives), _layout(z, negatives), groups
+        self.n_neg = self.layout.n_neg if groups is None else groups.n_neg
+        self.features = Features(z if negatives is None else torch.cat([z, negatives]), None, None, None)
         self.pos, self.tau, self.divisor = pos, tau, 1
-        self.operators = Operators(tau, call)
+        self.operators = Operators(tau, call, groups)
 
-    def mean_negative(self) -> Tensor:
-        return self._mean(1)
-
-    def mean_square_negative(self) -> Tensor:
-        return self._mean(2)
-
-    def _mean(self, power: int) -> Tensor:
-        return _mean_negative(*(None if x is None else x.to(self.pos.dtype) for x in self.views), power)
+    def _mean(self, power: int, groups: Groups | None = None) -> Tensor:
+        return _mean_negative(*(None if x is None else x.to(self.pos.dtype) for x in self.views), power, groups)
 
 
 class _Against(torch.autograd.Function):
     """(N,) losses; the gradient sweep waits for the incoming row gradient."""
 
     @staticmethod
-    def forward(ctx, z: Tensor, negatives: Tensor | None, pos: Tensor, tau: Tensor, call: Call) -> Tensor:
+    def forward(
+        ctx, z: Tensor, negatives: Tensor | None, pos: Tensor, tau: Tensor, call: Call, groups: Groups | None
+    ) -> Tensor:
         ctx.call, ctx.tau_dtype = call, tau.dtype
         tau = tau.to(pos.dtype)
         learn_tau = ctx.needs_input_grad[3] and call.objective.tau_gradient == "rows"
         with torch.no_grad():
-            rows = call.objective.solve(_Rows(z, negatives, pos, tau, call), learn_tau)
-        ctx.save_for_backward(z, negatives, pos, tau, *row_tensors(rows))
+            rows = _Rows(z, negatives, pos, tau, call, groups).solve(call.objective, learn_tau)
+        ctx.save_for_backward(z, negatives, pos, tau, *row_tensors(rows), *(groups or ()))
         return rows.loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
-        z, negatives, pos, tau, *rows = ctx.saved_tensors
-        objective, rows, n = call.objective, rows_from(rows), len(z)
+        z, negatives, pos, tau, *rest = ctx.saved_tensors
+        (rows, groups), objective, n = rows_and_groups(rest), call.objective, len(z)
         need_z, need_negatives, need_pos, need_tau = ctx.needs_input_grad[:4]
         weighted = {name: x * grad for name in ("gain", "mass", "dtau") if (x := getattr(rows, name)) is not None}
         rows = replace(rows, **weighted)
         terms = ("dtau",) if need_tau and objective.tau_gradient == "pairs" else ()
         weight = "df" if objective.derivative else "f" if rows.level is None else "f+df"
         lo, hi = (0 if need_z else n), (n + len(negatives) if need_negatives else n)
-        df, _, sums = _Rows(z, negatives, pos, tau, call).grad(rows, weight, terms, lo, hi)
+        df, _, sums = _Rows(z, negatives, pos, tau, call, groups).grad(rows, weight, terms, lo, hi)
         dz = df.view(-1, z.shape[1])[: n - lo].to(z.dtype) if need_z else None
         dnegatives = df.view(-1, z.shape[1])[n - lo :].to(z.dtype) if need_negatives else None
         dtau = None
         if need_tau:
             dtau = (rows.gain * sums[-1] if terms else rows.dtau).sum().to(ctx.tau_dtype)
-        return dz, dnegatives, -rows.mass if need_pos else None, dtau, None
+        return dz, dnegatives, -rows.mass if need_pos else None, dtau, None, None

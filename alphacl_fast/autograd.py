@@ -137,11 +137,52 @@ class Layout(NamedTuple):
         return cls(2 * n, n, n, call.anchors(n), n - 1, True)
 
 
+class Groups(NamedTuple):
+    """Rows with one id: no two of them are negatives of each other (false-negative elimination, arXiv:2011.11765)."""
+
+    ids: Tensor  # (rows,) int32 number of each row's group, of the rows that the sweeps see
+    n_neg: Tensor  # (anchors,) |Neg(i)| in the accumulation dtype; 1 where there is none
+    empty: Tensor  # (anchors,) bool: no negative is left, so that loss and gradient are 0
+
+    @classmethod
+    def make(cls, ids: Tensor, layout: Layout, dtype: torch.dtype) -> Groups:
+        """From the ids (rows,), any integers. Sizes depend on no value, so nothing is read on the host."""
+        in_order, order = ids.sort()
+        first = torch.nn.functional.pad(in_order[1:] != in_order[:-1], (1, 0))
+        group = torch.empty_like(order).scatter_(0, order, first.cumsum(0))
+
+        def strangers(anchors: Tensor, others: Tensor) -> Tensor:
+            """How many of the others are of another group than each anchor."""
+            sizes = torch.zeros_like(group).index_add_(0, others, torch.ones_like(others))
+            return len(others) - sizes[anchors]
+
+        if layout.rectangle:
+            left, right = group[: layout.split], group[layout.split :]
+            n_neg = torch.cat([strangers(left, right), strangers(right, left)])[: layout.anchors]
+        else:
+            n_neg = strangers(group, group)
+        return cls(group.to(torch.int32), n_neg.clamp(min=1).to(dtype), n_neg == 0)
+
+    @classmethod
+    def of_views(cls, ids: Tensor | None, call: Call, n: int, dtype: torch.dtype) -> Groups | None:
+        """Of N pairs with ids (N,); both views of a sample have its id."""
+        if ids is None:
+            return None
+        layout = Layout.make(call, n)
+        return cls.make(ids.repeat(2)[: layout.rows], layout, dtype)
+
+    def sums_of_strangers(self, anchors: slice, others: slice, rows: Tensor) -> Tensor:
+        """(anchors, D) sums of those ``rows`` (others, D) that are of another group; differentiable."""
+        of_group = rows.new_zeros(len(self.ids), rows.shape[1]).index_add(0, self.ids[others], rows)
+        return rows.sum(0) - of_group.index_select(0, self.ids[anchors])
+
+
 class Operators:
     """`row_sums` and `pair_grad` with everything bound that is the same in all sweeps of a call."""
 
-    def __init__(self, tau: Tensor, call: Call) -> None:
+    def __init__(self, tau: Tensor, call: Call, groups: Groups | None = None) -> None:
         self.backend, self.tau = call.backend, call.objective.kind_tau(tau)
+        self._ids = None if groups is None else groups.ids
         self._kind, self._precision = call.objective.kind, call.precision
         self._params = call.objective.params(call.c)
         # of rows of unit length, whose similarities have bounds: with τ on the host, so have those of log f
@@ -155,7 +196,7 @@ class Operators:
         """(len(terms), anchors) from row scalars (anchors,)."""
         return ops.row_sums(
             f.f, f.scale, f.bias, center, shift, offset, self.tau, self._kind, self._params, terms, split, partner,
-            center.shape[0], self._unit_tau, self._precision, self.backend,
+            center.shape[0], self._unit_tau, self._precision, self.backend, self._ids,
         )  # fmt: skip
 
     def pair_grad(
@@ -165,19 +206,38 @@ class Operators:
         """dF (hi − lo, D), row sums of the weights with a bias, (len(terms), anchors) from row scalars (anchors,)."""
         return ops.pair_grad(
             f.f, f.scale, f.bias, center, gain, shift, offset, level, self.tau, self._kind, self._params, weight, terms,
-            split, partner, lo, hi, self._unit_tau, self._precision, self.backend,
+            split, partner, lo, hi, self._unit_tau, self._precision, self.backend, self._ids,
         )  # fmt: skip
 
 
 class Sweeps:
     """One batch bound to its operators: the `Pairs` that an objective solves on, and the gradient sweep."""
 
-    def __init__(self, features: Features, pos: Tensor, tau: Tensor, call: Call) -> None:
-        self.layout = Layout.make(call, pos.shape[0] // 2)
+    layout: Layout
+    groups: Groups | None = None
+
+    def __init__(self, features: Features, pos: Tensor, tau: Tensor, call: Call, groups: Groups | None = None) -> None:
+        self.layout, self.groups = Layout.make(call, pos.shape[0] // 2), groups
         self.features = features.part(slice(self.layout.rows))
         self.pos = pos[: self.layout.anchors]
-        self.n_neg, self.tau, self.divisor = self.layout.n_neg, tau, call.divisor(pos.shape[0] // 2)
-        self.operators = Operators(tau, call)
+        self.n_neg = self.layout.n_neg if groups is None else groups.n_neg
+        self.tau, self.divisor = tau, call.divisor(pos.shape[0] // 2)
+        self.operators = Operators(tau, call, groups)
+
+    @property
+    def most_neg(self) -> int:
+        return self.layout.n_neg
+
+    def solve(self, objective: Objective, learn_tau: bool) -> Rows:
+        """The rows of an objective; those without negatives have loss and gradient 0."""
+        rows = objective.solve(self, learn_tau)
+        if self.groups is None:
+            return rows
+        nothing = {
+            name: torch.where(self.groups.empty, 0.0, x)
+            for name in ("gain", "mass", "loss", "dtau") if (x := getattr(rows, name)) is not None
+        }  # fmt: skip
+        return replace(rows, **nothing)
 
     def sums(
         self,
@@ -190,13 +250,22 @@ class Sweeps:
         return self.row_sums(terms, (self.pos if center is None else center, shift, offset))
 
     def row_sums(self, terms: tuple[str, ...], scalars: tuple[Tensor | None, ...]) -> Tensor:
-        """(len(terms), anchors) from row scalars center, shift, offset (anchors,)."""
-        return self.operators.row_sums(self.features, terms, self.layout.split, self.layout.partner, *scalars)
+        """(len(terms), anchors) from row scalars center, shift, offset (anchors,).
+
+        Sums over no negatives are made those of one with f = 1: every formula is finite there, and `solve` drops the result.
+        """
+        sums = self.operators.row_sums(self.features, terms, self.layout.split, self.layout.partner, *scalars)
+        if self.groups is None:
+            return sums
+        if terms[0] in ("base", "max"):
+            largest = torch.where(sums[:1] == -torch.inf, 0.0, sums[:1])
+            return torch.cat([largest, torch.where(self.groups.empty, 1.0, sums[1:])])
+        return torch.where(self.groups.empty, 1.0, sums)
 
     def step(self, name: str, *vectors: Tensor, params: tuple[float, ...] = ()) -> dict[str, Tensor]:
         function, outputs = ROW_STEPS[name]
         tau, backend = self.operators.tau, self.operators.backend
-        if ops.has_row_step(backend) and self.layout.anchors:
+        if ops.has_row_step(backend) and self.layout.anchors and self.groups is None:
             anchors, scalars = self.layout.anchors, (tau, self.n_neg, self.divisor)
             values = ops.row_step(vectors, *scalars, anchors, name, params, backend).unbind(0)
         else:
@@ -215,10 +284,13 @@ class Sweeps:
         )  # fmt: skip
 
     def mean_negative(self) -> Tensor:
-        return mean_negative(self.features.rows(), self.features.bias, self.layout, 1, self.everywhere)
+        return self._mean(1, self.groups)
 
-    def mean_square_negative(self) -> Tensor:
-        return mean_negative(self.features.rows(), self.features.bias, self.layout, 2, self.everywhere)
+    def moments(self) -> tuple[Tensor, Tensor]:
+        return self._mean(1), self._mean(2)
+
+    def _mean(self, power: int, groups: Groups | None = None) -> Tensor:
+        return mean_negative(self.features.rows(), self.features.bias, self.layout, power, self.everywhere, groups)
 
     def everywhere(self, x: Tensor) -> Tensor:
         """Σ over rows held here → over all rows."""
@@ -234,10 +306,12 @@ def mean_negative(
     layout: Layout,
     power: int = 1,
     everywhere: Callable[[Tensor], Tensor] = lambda x: x,
+    groups: Groups | None = None,
 ) -> Tensor:
     """(anchors,) mean of t_ij, in O(n·D), or of t_ij², in O(n·D²), over the negatives; differentiable.
 
     ``everywhere`` adds up what other holders of rows have: negatives are all rows, ``rows`` those of this process.
+    With groups (power 1) those of another group count; 0 where there is none.
     """
     left, right = rows, rows
     if bias is not None:  # t_ij = ⟨[F_i, b_i, 1], [F_j, 1, b_j]⟩
@@ -251,6 +325,12 @@ def mean_negative(
     def own(a: Tensor, b: Tensor) -> Tensor:  # one excluded pair of each row
         return (a * b).sum(1).pow(power)
 
+    if groups is not None:
+        a, b = (slice(layout.split), slice(layout.split, None)) if layout.rectangle else (slice(None), slice(None))
+        sums = [(left[a] * groups.sums_of_strangers(a, b, right[b])).sum(1)]
+        if layout.rectangle and layout.anchors > layout.split:
+            sums.append((left[b] * groups.sums_of_strangers(b, a, right[a])).sum(1))
+        return torch.where(groups.empty, 0.0, torch.cat(sums) / groups.n_neg)
     if layout.rectangle:
         (left_a, left_b), (right_a, right_b) = left.tensor_split(2), right.tensor_split(2)
         sums = [total(left_a, right_b) - own(left_a, right_b), total(left_b, right_a) - own(left_b, right_a)]
@@ -291,6 +371,7 @@ def closed_form(
     layout: Layout,
     center: Tensor | None = None,
     everywhere: Callable[[Tensor], Tensor] = lambda x: x,
+    groups: Groups | None = None,
 ) -> Tensor:
     """(anchors,) losses of a constant-α objective by autograd through O(n·D) sums; arguments as above."""
     assert isinstance(call.objective, ClosedForm)
@@ -301,27 +382,35 @@ def closed_form(
         bias = rows.square().sum(1) / -2
     pos = positives(rows, call.similarity)
     mean = mean_negative(
-        rows[: layout.rows], None if bias is None else bias[: layout.rows], layout, everywhere=everywhere
+        rows[: layout.rows], None if bias is None else bias[: layout.rows], layout, everywhere=everywhere, groups=groups
     )
-    return call.objective.weight(layout.n_neg) * (mean - pos[: layout.anchors])
+    return constant_alpha(call.objective, mean - pos[: layout.anchors], layout, groups)
+
+
+def constant_alpha(objective: ClosedForm, gap: Tensor, layout: Layout, groups: Groups | None) -> Tensor:
+    """(anchors,) losses from the mean Δ over the negatives."""
+    if groups is None:
+        return objective.weight(layout.n_neg) * gap
+    return torch.where(groups.empty, 0.0, objective.weight(groups.n_neg) * gap)
 
 
 class AlphaCLFunction(torch.autograd.Function):
     """loss(z1, z2, τ) through the sweeps; first derivatives only (a second backward raises)."""
 
     @staticmethod
-    def forward(ctx, z1: Tensor, z2: Tensor, tau: Tensor, call: Call) -> Tensor:
+    def forward(ctx, z1: Tensor, z2: Tensor, tau: Tensor, call: Call, ids: Tensor | None = None) -> Tensor:
         ctx.call, ctx.dtypes = call, (z1.dtype, z2.dtype, tau.dtype)
         accumulate = accumulation_dtype(z1.dtype)
         need = ctx.needs_input_grad[:3]
         with torch.autocast(z1.device.type, enabled=False):
             tau = tau.to(accumulate)
-            problem = Problem(*features_of_views(z1, z2, call), tau, call)
+            groups = Groups.of_views(ids, call, z1.shape[0], accumulate)
+            problem = Problem(*features_of_views(z1, z2, call), tau, call, groups=groups)
             if not any(need):
                 return call.reduce(problem.solve(learn_tau=False).loss)
             if call.reduction == "none":
                 rows = problem.solve(learn_tau=need[2])
-                ctx.save_for_backward(*problem.features.tensors(), problem.pos, tau, *row_tensors(rows))
+                ctx.save_for_backward(*problem.features.tensors(), problem.pos, tau, *row_tensors(rows), *(groups or ()))
                 return call.reduce(rows.loss)
             loss, *grads = problem.loss_and_gradient(need)
             ctx.save_for_backward(*grads)
@@ -335,9 +424,10 @@ class AlphaCLFunction(torch.autograd.Function):
         need_1, need_2, _ = ctx.needs_input_grad[:3]
         with torch.autocast(grad.device.type, enabled=False):
             if call.reduction == "none":
-                f, scale, bias, inv_norm, pos, tau, *rows = ctx.saved_tensors
-                problem = Problem(Features(f, scale, bias, inv_norm), pos, tau, call)
-                dz, dtau = problem.gradient(rows_from(rows), grad, ctx.needs_input_grad[:3])
+                f, scale, bias, inv_norm, pos, tau, *rest = ctx.saved_tensors
+                rows, groups = rows_and_groups(rest)
+                problem = Problem(Features(f, scale, bias, inv_norm), pos, tau, call, groups=groups)
+                dz, dtau = problem.gradient(rows, grad, ctx.needs_input_grad[:3])
                 dz = None if dz is None else dz.to(dz_dtype)
             else:
                 # float32 until it is scaled: a half-precision gradient of 1e-8 would vanish before GradScaler sees it
@@ -346,7 +436,7 @@ class AlphaCLFunction(torch.autograd.Function):
                 dtau = None if dtau is None else dtau * grad
         dtau = None if dtau is None else dtau.to(tau_dtype)
         n = 0 if dz is None else dz.shape[0] // (need_1 + need_2)
-        return (dz[:n] if need_1 else None), (dz[-n:] if need_2 else None), dtau, None
+        return (dz[:n] if need_1 else None), (dz[-n:] if need_2 else None), dtau, None, None
 
 
 _ROW_FIELDS = tuple(field.name for field in fields(Rows) if field.name != "loss")  # the backward has no use for it
@@ -356,8 +446,10 @@ def row_tensors(rows: Rows) -> tuple[Tensor | None, ...]:
     return tuple(getattr(rows, name) for name in _ROW_FIELDS)
 
 
-def rows_from(tensors: list[Tensor | None]) -> Rows:
-    return Rows(**dict(zip(_ROW_FIELDS, tensors, strict=True)))  # type: ignore[arg-type]
+def rows_and_groups(tensors: list[Tensor | None]) -> tuple[Rows, Groups | None]:
+    """From what was saved: `row_tensors`, and the members of `Groups` where there are ids."""
+    rows, groups = tensors[: len(_ROW_FIELDS)], tensors[len(_ROW_FIELDS) :]
+    return Rows(**dict(zip(_ROW_FIELDS, rows, strict=True))), Groups(*groups) if groups else None  # type: ignore[arg-type]
 
 
 def features_of_views(z1: Tensor, z2: Tensor, call: Call, center: Tensor | None = None) -> tuple[Features, Tensor]:
@@ -373,10 +465,13 @@ def features_of_views(z1: Tensor, z2: Tensor, call: Call, center: Tensor | None 
 class Problem:
     """A batch, an objective and a temperature: solves the rows, then the gradient for given row weights."""
 
-    def __init__(self, features: Features, pos: Tensor, tau: Tensor, call: Call, sweeps: Sweeps | None = None) -> None:
+    def __init__(
+        self, features: Features, pos: Tensor, tau: Tensor, call: Call, sweeps: Sweeps | None = None,
+        groups: Groups | None = None,
+    ) -> None:  # fmt: skip
         self.features, self.pos, self.tau, self.call = features, pos, tau, call
         self.n_pairs = pos.shape[0] // 2
-        self.sweeps = sweeps or Sweeps(features, pos, tau, call)
+        self.sweeps = sweeps or Sweeps(features, pos, tau, call, groups)
 
     def reduce(self, row_losses: Tensor) -> Tensor:
         """(anchors,) → what the caller receives."""
@@ -387,7 +482,7 @@ class Problem:
         return x
 
     def solve(self, learn_tau: bool) -> Rows:
-        return self.call.objective.solve(self.sweeps, learn_tau and self.call.objective.tau_gradient == "rows")
+        return self.sweeps.solve(self.call.objective, learn_tau and self.call.objective.tau_gradient == "rows")
 
     def loss_and_gradient(self, need: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Scalar loss, (dz1, dz2) in one tensor, dτ (None where not needed)."""

@@ -43,7 +43,7 @@ from .autograd import (
     closed_form,
     features_of_views,
     row_tensors,
-    rows_from,
+    rows_and_groups,
 )
 from .objectives import ClosedForm, Rows
 
@@ -665,7 +665,7 @@ class GlobalFunction(torch.autograd.Function):
             if ctx.call.reduction == "none":
                 f, scale, bias, inv_norm, pos, tau, *rows = ctx.saved_tensors
                 problem = GlobalProblem(Features(f, scale, bias, inv_norm), pos, tau, ctx.call, ranks)
-                dz, dtau = problem.gradient(rows_from(rows), grad, ranks.want)
+                dz, dtau = problem.gradient(rows_and_groups(rows)[0], grad, ranks.want)
             else:
                 dz, dtau = (None if g is None else g * grad for g in ctx.saved_tensors)
         dz1 = dz2 = None

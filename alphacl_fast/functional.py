@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import distributed, ops, traced
-from .autograd import AlphaCLFunction, Call, Layout, accumulation_dtype, closed_form
+from .autograd import AlphaCLFunction, Call, Groups, Layout, accumulation_dtype, closed_form
 from .backend import reference
 from .objectives import DEFAULTS, ClosedForm, Objective, make
 
@@ -20,6 +20,7 @@ NEGATIVES = ("two_view", "one_view", "cross_view")
 REDUCTIONS = ("mean", "sum", "none")
 PRECISIONS = (None, "ieee", "tf32", "bf16x3")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def alpha_cl_loss(
@@ -36,6 +37,7 @@ def alpha_cl_loss(
     precision: str | None = None,
     process_group: Any = None,
     strategy: str = "auto",
+    ids: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
     """Contrastive loss of a batch of positive pairs; gradients flow to z1, z2 and a tensor temperature.
@@ -63,6 +65,10 @@ def alpha_cl_loss(
             process. The incoming gradient must be the same on every process (but with "none"). None: this process alone.
         strategy: "gather" (all-gather and reduce-scatter; few messages), "ring" (messages beside the computation, memory for
             some local blocks only) or "auto": gather while the whole batch takes at most 256 MiB. Only with a process group.
+        ids: (N,) integers; samples with one id are no negatives of each other, in either view (false-negative elimination,
+            arXiv:2011.11765), so that labels, or the instance an augmentation came from, can be given. Of another device they
+            are moved. An anchor without any negative left has loss 0 and no gradient, and "mean" counts it still. Not with a
+            process group, nor backend="cuda". None: only oneself and the positive are no negatives.
         **options: of the objective, by its own names.
 
     Returns:
@@ -84,7 +90,7 @@ def alpha_cl_loss(
         if group is not None:
             distributed.agree(group, None, None, None, None, error)  # raises
         raise
-    return evaluate(z1, z2, temperature, call, precision)[0]
+    return evaluate(z1, z2, temperature, call, precision, ids)[0]
 
 
 def make_group(process_group: Any, strategy: str) -> distributed.Group | None:
@@ -152,36 +158,42 @@ def check_temperature(temperature: float | Tensor, objective: Objective) -> None
 
 
 def evaluate(
-    z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, precision: str | None
+    z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, precision: str | None, ids: Tensor | None = None
 ) -> tuple[Tensor, str, str]:
     """The loss, the backend that computed it and why; checks everything but what `make_call` has checked."""
     if call.group is not None:
-        return _evaluate_over_ranks(z1, z2, temperature, call, precision)
-    tau, call, why = bind(z1, z2, temperature, call, precision)
+        return _evaluate_over_ranks(z1, z2, temperature, call, precision, ids)
+    tau, call, why = bind(z1, z2, temperature, call, precision, ids is not None)
     backend = call.backend
+    if ids is not None:
+        ids = checked_ids("ids", ids, z1)
     with torch.autocast(z1.device.type, enabled=False):
         if backend == "reference":
             accumulate = accumulation_dtype(z1.dtype)
             z1, z2, tau = z1.to(accumulate), z2.to(accumulate), tau.to(accumulate)
             losses = reference.row_losses(
-                z1, z2, tau, call.objective, call.similarity, call.negatives, call.symmetric
+                z1, z2, tau, call.objective, call.similarity, call.negatives, call.symmetric, ids
             )
             return call.reduce(losses), backend, why
         if isinstance(call.objective, ClosedForm):
-            return call.reduce(closed_form(z1, z2, call, Layout.make(call, z1.shape[0]))), backend, why
+            groups = Groups.of_views(ids, call, z1.shape[0], accumulation_dtype(z1.dtype))
+            layout = Layout.make(call, z1.shape[0])
+            return call.reduce(closed_form(z1, z2, call, layout, groups=groups)), backend, why
         if torch.compiler.is_compiling():
-            return traced.loss(z1, z2, tau, call), backend, why
+            return traced.loss(z1, z2, tau, call, ids), backend, why
         if not torch.is_grad_enabled():  # apply() would still report inputs that require grad, and both sweeps would run
             z1, z2, tau = z1.detach(), z2.detach(), tau.detach()
-        return AlphaCLFunction.apply(z1, z2, tau, call), backend, why
+        return AlphaCLFunction.apply(z1, z2, tau, call, ids), backend, why
 
 
 @torch.compiler.disable  # sizes and errors of the other processes are read on the host
 def _evaluate_over_ranks(
-    z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, precision: str | None
+    z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, precision: str | None, ids: Tensor | None
 ) -> tuple[Tensor, str, str]:
     tau, why, failure = None, "", None
     try:
+        if ids is not None:
+            raise ValueError("ids must be None with a process_group: negatives of other processes are not left out by id")
         tau, call, why = bind(z1, z2, temperature, call, precision)
     except Exception as error:  # whatever it is, the other processes must learn of it: they wait for this one
         failure = error
@@ -190,21 +202,21 @@ def _evaluate_over_ranks(
 
 
 def bind(
-    z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, precision: str | None
+    z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, precision: str | None, with_ids: bool = False
 ) -> tuple[Tensor, Call, str]:
     """τ as a tensor, the call with its backend, and why that one."""
     check_temperature(temperature, call.objective)
     check_embeddings(z1, z2, fewest=2 if call.group is None else 0)
-    return bind_temperature(z1, temperature, call, precision)
+    return bind_temperature(z1, temperature, call, precision, with_ids)
 
 
 def bind_temperature(
-    z1: Tensor, temperature: float | Tensor, call: Call, precision: str | None
+    z1: Tensor, temperature: float | Tensor, call: Call, precision: str | None, with_ids: bool = False
 ) -> tuple[Tensor, Call, str]:
     """As `bind`, of embeddings and a temperature that have been checked."""
     if not torch.compiler.is_compiling():  # else the operator checks
         call.objective.check()
-    backend, why = ops.choose(call.backend, z1.device, z1.dtype, precision, call.objective.kind)
+    backend, why = ops.choose(call.backend, z1.device, z1.dtype, precision, call.objective.kind, with_ids)
     host_tau: float | None = None
     if isinstance(temperature, Tensor):
         if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -247,6 +259,18 @@ def check_rows(name: str, z: Tensor, fewest: int = 0) -> None:
         raise ValueError(f"{name} must have shape (N, D), got {tuple(z.shape)}")
     if z.shape[0] < fewest or (fewest and z.shape[1] < 1):
         raise ValueError(f"{name} must have at least {fewest} rows and 1 column, got shape {tuple(z.shape)}")
+
+
+def checked_ids(name: str, ids: Tensor, rows: Tensor) -> Tensor:
+    """The ids of rows (n, D) on their device; raises unless they are n integers."""
+    shape = tuple(rows.shape[:1])
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be an integer tensor of shape {shape}, got {type(ids).__name__}")
+    if ids.dtype not in INTEGERS:
+        raise TypeError(f"{name} must be an integer tensor of shape {shape}, got {str(ids.dtype).removeprefix('torch.')}")
+    if ids.shape != rows.shape[:1]:
+        raise ValueError(f"{name} must be an integer tensor of shape {shape}, got shape {tuple(ids.shape)}")
+    return ids.to(rows.device)
 
 
 def _one_of(name: str, value: Any, valid: tuple[Any, ...]) -> None:

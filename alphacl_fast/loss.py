@@ -25,7 +25,8 @@ class FusedAlphaCLLoss(nn.Module):
             `alphacl_fast.functional.alpha_cl_loss`.
         **options: of the objective, by its own names.
 
-    Shape: z1, z2 (N, D), float32, float64, bfloat16 or float16; output () or, with ``reduction="none"``, one value per
+    Shape: z1, z2 (N, D), float32, float64, bfloat16 or float16; ids, where given, (N,) integers: samples with one id are no
+    negatives of each other (`alphacl_fast.functional.alpha_cl_loss`); output () or, with ``reduction="none"``, one value per
     anchor, in float32 (float64 for float64 input).
 
     Raises:
@@ -74,12 +75,12 @@ class FusedAlphaCLLoss(nn.Module):
         """The objective in force."""
         return self._call.objective
 
-    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-        """(N, D), (N, D) → () or (anchors,). Raises TypeError or ValueError on bad embeddings."""
+    def forward(self, z1: Tensor, z2: Tensor, ids: Tensor | None = None) -> Tensor:
+        """(N, D), (N, D)[, (N,) integers] → () or (anchors,). Raises TypeError or ValueError on bad embeddings or ids."""
         temperature = self.temperature
         if isinstance(temperature, Tensor) and self.temperature_range is not None:
             temperature.data.clamp_(*self.temperature_range)
-        loss, *self._served = functional.evaluate(z1, z2, temperature, self._call, self.precision)
+        loss, *self._served = functional.evaluate(z1, z2, temperature, self._call, self.precision, ids)
         return loss
 
     def alpha_summary(self, z1: Tensor, z2: Tensor, *, k: int = 8, bins: int = 40) -> AlphaSummary:

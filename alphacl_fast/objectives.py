@@ -256,8 +256,9 @@ class Pairs(Protocol):
 
     pos: Tensor  #: (anchors,) t⁺_i
     tau: Tensor  #: () temperature
-    n_neg: int  #: |Neg(i)|, the same for every anchor
-    divisor: int  #: of the sum of all L_i, where the loss is one number
+    n_neg: int | Tensor  #: |Neg(i)|, the same for every anchor, or (anchors,), at least 1, where ids leave out some pairs
+    most_neg: int  #: |Neg(i)| where ids leave out nothing, a bound of the others
+    divisor: int  #: of the sum of all L_i: the loss, where it is one number
 
     def sums(
         self,
@@ -278,8 +279,8 @@ class Pairs(Protocol):
         """(anchors,) mean of t_ij over the negatives, in O(n·D)."""
         ...
 
-    def mean_square_negative(self) -> Tensor:
-        """(anchors,) mean of t_ij² over the negatives, in O(n·D²)."""
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """(anchors,) means of t_ij and t_ij², in O(n·D²), over the negatives and those that ids leave out."""
         ...
 
     def all_done(self, done: Tensor) -> bool:
@@ -378,7 +379,7 @@ class RowScalars(NamedTuple):
     """Numbers that all rows share, of `Pairs`; a backend that compiles a row step gives 0-dim tensors for all of them."""
 
     tau: Tensor  # as the pair kind sees it
-    n_neg: int | Tensor
+    n_neg: int | Tensor  # (anchors,) with ids, which no backend's row step is called with
     divisor: int | Tensor
 
 
@@ -830,7 +831,7 @@ class MinPlayer(Objective):
         # y = μ − d²_min and x_ij = (t_ij − t_max) + y: differences keep float32 row sums right to 1e-7 at τ = 1e-3,
         # where μ − d² itself would lose three digits.
         (t_max,) = p.sums(("max",))
-        low, high = (self.inverse(alpha, p.tau).expand_as(t_max) for alpha in (1 / p.n_neg, 1.0))
+        low, high = (self.inverse(alpha, p.tau).expand_as(t_max) for alpha in (1 / p.most_neg, 1.0))
         y = self.start_of_newton(p, t_max, low, high)
         terms = ("f", "df", "ft") if self.detach_alpha else ("f", "df", "ft", "dft")
         for _ in range(self.max_sweeps):
@@ -865,8 +866,7 @@ class _AlphaSquare(MinPlayer):
         return alpha * tau
 
     def start_of_newton(self, p: Pairs, t_max: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        means = p.mean_negative(), p.mean_square_negative()
-        return p.step("start at the normal tail", t_max, *means, low, high)["y"]
+        return p.step("start at the normal tail", t_max, *p.moments(), low, high)["y"]
 
 
 class _AlphaGamma(MinPlayer):
@@ -892,6 +892,8 @@ class _AlphaGamma(MinPlayer):
         return -tau * math.exp(exponent)
 
     def start_of_newton(self, p: Pairs, t_max: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        if isinstance(p.n_neg, Tensor):  # every anchor's own inverse(1/|Neg(i)|): from below Newton may take 20 steps more
+            low = low * (p.n_neg / p.most_neg) ** self.newton_power
         return p.step("start at the mean", t_max, p.mean_negative(), low, high)["y"]
 
 
@@ -907,9 +909,9 @@ class ClosedForm(Objective):
     def __reduce__(self) -> tuple[Any, ...]:
         return make, (self.name, self.options)
 
-    def weight(self, n_neg: int) -> float:
+    def weight(self, n_neg: int | Tensor) -> int | float | Tensor:
         """Σ_j α_ij."""
-        return float(n_neg) if self._per_negative else 1.0
+        return n_neg if self._per_negative else 1.0
 
 
 # --- the named members ------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from .objectives import kind as lookup
 
 #: Sweep backends in the order in which "auto" tries them.
 SWEEP_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "cuda": cuda, "blocked": blocked}
+#: Those that do not leave out pairs with equal ids.
+WITHOUT_IDS = ("cuda",)
 #: Every name that ``backend=`` accepts.
 BACKEND_NAMES = ("auto", "reference", *SWEEP_BACKENDS)
 
@@ -23,12 +25,12 @@ _LIBRARY = torch.library.Library("alphacl_fast", "DEF")
 _LIBRARY.define(
     "row_sums(Tensor f, Tensor? scale, Tensor? bias, Tensor center, Tensor? shift, Tensor? offset, Tensor tau, "
     "str kind, float[] params, str[] terms, int split, int partner, int anchors, float[] unit_tau, "
-    "str precision, str backend) -> Tensor"
+    "str precision, str backend, Tensor? ids=None) -> Tensor"
 )
 _LIBRARY.define(
     "pair_grad(Tensor f, Tensor? scale, Tensor? bias, Tensor center, Tensor gain, Tensor? shift, Tensor? offset, "
     "Tensor? level, Tensor tau, str kind, float[] params, str weight, str[] terms, int split, int partner, int lo, int hi, "
-    "float[] unit_tau, str precision, str backend) -> (Tensor, Tensor, Tensor)"
+    "float[] unit_tau, str precision, str backend, Tensor? ids=None) -> (Tensor, Tensor, Tensor)"
 )
 # Only of backends that have them: normalisation before the sweeps and its derivative after them in one pass each,
 _LIBRARY.define("unit_rows(Tensor z1, Tensor z2, str backend) -> (Tensor, Tensor, Tensor)")
@@ -53,33 +55,35 @@ def _log_ends(kind: str, params: tuple[float, ...], tau: float) -> tuple[float, 
 
 
 def _row_sums(
-    f, scale, bias, center, shift, offset, tau, kind, params, terms, split, partner, anchors, unit_tau, precision, backend
+    f, scale, bias, center, shift, offset, tau, kind, params, terms, split, partner, anchors, unit_tau, precision, backend,
+    ids=None,
 ):
     return SWEEP_BACKENDS[backend].row_sums(
         f, scale, bias, center, shift, offset, tau, kind, tuple(params), tuple(terms), split, partner, anchors,
-        _span(kind, params, unit_tau), precision,
+        _span(kind, params, unit_tau), precision, *(() if ids is None else (ids,)),
     )  # fmt: skip
 
 
 def _pair_grad(
     f, scale, bias, center, gain, shift, offset, level, tau, kind, params, weight, terms, split, partner, lo, hi, unit_tau,
-    precision, backend,
+    precision, backend, ids=None,
 ):
     return SWEEP_BACKENDS[backend].pair_grad(
         f, scale, bias, center, gain, shift, offset, level, tau, kind, tuple(params), weight, tuple(terms), split, partner, lo,
-        hi, _span(kind, params, unit_tau), precision,
+        hi, _span(kind, params, unit_tau), precision, *(() if ids is None else (ids,)),
     )  # fmt: skip
 
 
 def _row_sums_fake(
-    f, scale, bias, center, shift, offset, tau, kind, params, terms, split, partner, anchors, unit_tau, precision, backend
+    f, scale, bias, center, shift, offset, tau, kind, params, terms, split, partner, anchors, unit_tau, precision, backend,
+    ids=None,
 ):
     return tau.new_empty((len(terms), anchors))
 
 
 def _pair_grad_fake(
     f, scale, bias, center, gain, shift, offset, level, tau, kind, params, weight, terms, split, partner, lo, hi, unit_tau,
-    precision, backend,
+    precision, backend, ids=None,
 ):
     return (
         tau.new_empty((hi - lo, f.shape[1])),
@@ -138,11 +142,20 @@ def has_row_step(backend: str) -> bool:
     return hasattr(SWEEP_BACKENDS[backend], "row_step")
 
 
+def _unsupported(
+    backend: str, device: torch.device, dtype: torch.dtype, precision: str | None, kind: str, ids: bool
+) -> str | None:
+    """Why a sweep backend cannot serve a call, or None."""
+    if ids and backend in WITHOUT_IDS:
+        return "ids: not in this backend; use triton or blocked"
+    return SWEEP_BACKENDS[backend].unsupported(device, dtype, precision, kind)
+
+
 @torch.compiler.assume_constant_result  # it looks for packages and devices, and runs a user's function
 def choose(
-    backend: str, device: torch.device, dtype: torch.dtype, precision: str | None, kind: str = ""
+    backend: str, device: torch.device, dtype: torch.dtype, precision: str | None, kind: str = "", ids: bool = False
 ) -> tuple[str, str]:
-    """The backend for a call with a pair kind ("": no pairwise work), and why it was chosen.
+    """The backend for a call with a pair kind ("": no pairwise work), with or without ids, and why it was chosen.
 
     Raises:
         ValueError: no backend (or not the one asked for) can serve the call; the message says why.
@@ -153,13 +166,13 @@ def choose(
             raise ValueError(f"backend 'reference' cannot serve this call: {reason}")
         return "reference", "as asked"
     if backend != "auto":
-        reason = SWEEP_BACKENDS[backend].unsupported(device, dtype, precision, kind)
+        reason = _unsupported(backend, device, dtype, precision, kind, ids)
         if reason:
             raise ValueError(f"backend {backend!r} cannot serve this call: {reason}")
         return backend, "as asked"
     reasons = []
-    for name, module in SWEEP_BACKENDS.items():
-        reason = module.unsupported(device, dtype, precision, kind)
+    for name in SWEEP_BACKENDS:
+        reason = _unsupported(name, device, dtype, precision, kind, ids)
         if reason is None and name in ("triton", "cuda") and device.type == "cpu":
             reason = "only interpreted here, which is slow: to be asked for by name"
         if reason is None:

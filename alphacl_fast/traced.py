@@ -12,25 +12,25 @@ import functools
 import torch
 from torch import Tensor
 
-from .autograd import Call, Problem, accumulation_dtype, features_of_views
+from .autograd import Call, Groups, Problem, accumulation_dtype, features_of_views
 from .objectives import registered
 
 _LIBRARY = torch.library.Library("alphacl_fast", "FRAGMENT")
 _CALL = (
     "float? host_tau, str objective, str similarity, str negatives, bool symmetric, str reduction, str backend, "
-    "str precision, bool[] need"
+    "str precision, bool[] need, Tensor? ids=None"
 )
 _LIBRARY.define(f"loss(Tensor z1, Tensor z2, Tensor tau, {_CALL}) -> (Tensor, Tensor, Tensor)")
 _LIBRARY.define(f"loss_grad(Tensor z1, Tensor z2, Tensor tau, Tensor grad, {_CALL}) -> (Tensor, Tensor)")
 
 
-def loss(z1: Tensor, z2: Tensor, tau: Tensor, call: Call) -> Tensor:
+def loss(z1: Tensor, z2: Tensor, tau: Tensor, call: Call, ids: Tensor | None = None) -> Tensor:
     """() or one value per anchor, differentiable; called inside torch.compile only."""
     grad = torch.is_grad_enabled()
     need = [grad and x.requires_grad for x in (z1, z2, tau)]
     return torch.ops.alphacl_fast.loss(
         z1, z2, tau, call.tau, call.objective.key, call.similarity, call.negatives, call.symmetric, call.reduction,
-        call.backend, call.precision, need,
+        call.backend, call.precision, need, ids,
     )[0]  # fmt: skip
 
 
@@ -47,16 +47,20 @@ def _on_its_own(function):
     return run
 
 
-def _problem(z1, z2, tau, host_tau, objective, similarity, negatives, symmetric, reduction, backend, precision) -> Problem:
+def _problem(
+    z1, z2, tau, ids, host_tau, objective, similarity, negatives, symmetric, reduction, backend, precision
+) -> Problem:
     registered(objective).check()
     call = Call(registered(objective), similarity, negatives, symmetric, reduction, backend, host_tau, precision)
-    return Problem(*features_of_views(z1, z2, call), tau.to(accumulation_dtype(z1.dtype)), call)
+    wide = accumulation_dtype(z1.dtype)
+    groups = Groups.of_views(ids, call, z1.shape[0], wide)
+    return Problem(*features_of_views(z1, z2, call), tau.to(wide), call, groups=groups)
 
 
 @_on_its_own
 def _loss(z1, z2, tau, *call_and_need):
-    *call, need = call_and_need
-    problem = _problem(z1, z2, tau, *call)
+    call, need, ids = _apart(call_and_need)
+    problem = _problem(z1, z2, tau, ids, *call)
     if not any(need) or problem.call.reduction == "none":
         value, dz, dtau = problem.call.reduce(problem.solve(learn_tau=False).loss), None, None
     else:
@@ -66,10 +70,16 @@ def _loss(z1, z2, tau, *call_and_need):
 
 @_on_its_own
 def _loss_grad(z1, z2, tau, grad, *call_and_need):
-    *call, need = call_and_need
-    problem = _problem(z1, z2, tau, *call)
+    call, need, ids = _apart(call_and_need)
+    problem = _problem(z1, z2, tau, ids, *call)
     dz, dtau = problem.gradient(problem.solve(learn_tau=need[2]), grad, tuple(need))
     return _or_nothing(dz, grad), _or_nothing(dtau, grad)
+
+
+def _apart(call_and_need):
+    """Call, needed gradients and ids; an operator that is called without its last argument passes none."""
+    *call, need, ids = call_and_need if isinstance(call_and_need[-1], Tensor | None) else (*call_and_need, None)
+    return call, need, ids
 
 
 def _or_nothing(x: Tensor | None, like: Tensor) -> Tensor:
@@ -85,7 +95,9 @@ def _gradients_fake(z1, tau, need):
     return _or_nothing(dz, z1), _or_nothing(dtau, z1)
 
 
-def _loss_fake(z1, z2, tau, host_tau, objective, similarity, negatives, symmetric, reduction, backend, precision, need):
+def _loss_fake(
+    z1, z2, tau, host_tau, objective, similarity, negatives, symmetric, reduction, backend, precision, need, ids=None
+):
     n = z1.shape[0]
     shape = () if reduction != "none" else (2 * n if negatives == "two_view" else n,)
     none = reduction == "none"
@@ -93,30 +105,32 @@ def _loss_fake(z1, z2, tau, host_tau, objective, similarity, negatives, symmetri
 
 
 def _loss_grad_fake(z1, z2, tau, grad, *call_and_need):
-    return _gradients_fake(z1, tau, call_and_need[-1])
+    return _gradients_fake(z1, tau, _apart(call_and_need)[1])
 
 
 def _setup(ctx, inputs, output) -> None:
-    z1, z2, tau, *ctx.call = inputs
+    z1, z2, tau, *rest = inputs
+    call, need, ids = _apart(rest)
+    ctx.call = *call, need
     if "none" in ctx.call:  # of all arguments only the reduction is called so
-        ctx.save_for_backward(z1, z2, tau)
+        ctx.save_for_backward(z1, z2, tau, ids)
     else:
-        ctx.save_for_backward(z1, z2, tau, *output[1:])
+        ctx.save_for_backward(z1, z2, tau, None, *output[1:])
 
 
 def _backward(ctx, grad, *_):
-    z1, z2, tau, *gradients = ctx.saved_tensors
+    z1, z2, tau, ids, *gradients = ctx.saved_tensors
     need_1, need_2, need_tau = ctx.call[-1]
     if torch.is_grad_enabled():
         raise RuntimeError("a second derivative of the loss was asked for (create_graph=True), it has first ones only")
     if gradients:
         dz, dtau = (x * grad for x in gradients)
     else:
-        dz, dtau = torch.ops.alphacl_fast.loss_grad(z1, z2, tau, grad, *ctx.call)
+        dz, dtau = torch.ops.alphacl_fast.loss_grad(z1, z2, tau, grad, *ctx.call, ids)
     n = z1.shape[0]
     dz = dz.to(z1.dtype) if need_1 or need_2 else dz
     of_inputs = (dz[:n] if need_1 else None), (dz[-n:] if need_2 else None), dtau.to(tau.dtype) if need_tau else None
-    return *of_inputs, *(None for _ in ctx.call)
+    return *of_inputs, *(None for _ in ctx.call), None
 
 
 for _name, _function, _fake in (("loss", _loss, _loss_fake), ("loss_grad", _loss_grad, _loss_grad_fake)):

@@ -4,8 +4,9 @@ A program owns BLOCK_M rows "i" and walks the ring of column tiles, BLOCK_N rows
 
 * **Paired blocks.** In two_view a block of B rows holds B/2 rows of the first view and then their partners in the second.
   Pairs that do not count (oneself, one's positive) thus lie in the first tiles of every ring. Only these and a ragged last
-  tile are masked, in a loop of their own; beyond the last row the last one is read again. (A branch in one loop would not do:
-  the compiler turns it into selections, which every pair then pays for.)
+  tile are masked, in a loop of their own; with ids, of which equal ones may meet anywhere, all tiles are. Beyond the last row
+  the last one is read again. (A branch in one loop would not do: the compiler turns it into selections, which every pair then
+  pays for.)
 * **Row-block form**: the program sees every column tile and writes each of its results once; the order of all additions is
   fixed. Where there are too few row blocks several programs share a ring, and their parts are summed afterwards.
 * **Both-sides form** (BOTH): block I takes the ring distances 0 … tiles/2 only and serves the rows of block J as well.
@@ -24,7 +25,7 @@ import triton.language as tl
 
 
 class Vectors(NamedTuple):
-    """Pointers to one value per row, in the accumulation dtype, or None."""
+    """Pointers to one value per row, in the accumulation dtype (ids: int32), or None."""
 
     scale: Any
     bias: Any
@@ -33,6 +34,7 @@ class Vectors(NamedTuple):
     shift: Any
     offset: Any
     level: Any
+    ids: Any
 
 
 class Side(NamedTuple):
@@ -52,6 +54,7 @@ class Side(NamedTuple):
     shift: Any
     offset: Any
     level: Any
+    ids: Any
 
 
 class Common(NamedTuple):
@@ -100,6 +103,7 @@ class Static(NamedTuple):
     W_TYPE: Any = None  # to which weights are rounded for the second product
     W_PRECISION: str = "ieee"
     PERSISTENT: bool = False
+    IDS: bool = False  # rows of one id do not count for each other, in whatever tile they meet: all are masked
 
     @property
     def cache_key(self) -> str:
@@ -141,20 +145,21 @@ def _side(v, block, n, start, half, SIZE: tl.constexpr, PAIRED: tl.constexpr, AN
     if PAIRED:
         base, inside = block * (SIZE // 2), offs % (SIZE // 2)
         local = tl.minimum(inside, half - 1 - base) + offs // (SIZE // 2) * half
-        side = Side(start + base, local, base + inside, base + inside < half, (), (), (), (), (), (), ())
+        side = Side(start + base, local, base + inside, base + inside < half, (), (), (), (), (), (), (), ())
     else:
         base = block * SIZE
         local = tl.minimum(offs, n - 1 - base)
-        side = Side(start + base, local, base + offs, base + offs < n, (), (), (), (), (), (), ())
+        side = Side(start + base, local, base + offs, base + offs < n, (), (), (), (), (), (), (), ())
+    ids, _ = _load(v.ids, None, side)
     if ANCHOR:
         scale, gain = _load(v.scale, v.gain, side)
         center, shift = _load(v.center, v.shift, side)
         offset, level = _load(v.offset, v.level, side)
         bias, _ = _load(v.bias, None, side)
-        return Side(side.base, side.local, side.pair, side.keep, scale, bias, center, gain, shift, offset, level)
+        return Side(side.base, side.local, side.pair, side.keep, scale, bias, center, gain, shift, offset, level, ids)
     else:
         scale, bias = _load(v.scale, v.bias, side)
-        return Side(side.base, side.local, side.pair, side.keep, scale, bias, (), (), (), (), ())
+        return Side(side.base, side.local, side.pair, side.keep, scale, bias, (), (), (), (), (), ids)
 
 
 @triton.jit
@@ -227,6 +232,8 @@ def _ring(block_i, part, parts, n_rows, n_cols, begin, end, S: tl.constexpr):
     first = first % tiles
     if S.BOTH:  # rows that do not exist, in a ragged block I, must not count for J
         special = tl.where((block_i + 1) * S.BLOCK_M > n_rows, end, special)
+    if S.IDS:
+        special = end
     masked = tl.maximum(tl.minimum(end, special) - begin, 0)
     ragged = tl.where(n_cols % S.BLOCK_N != 0, (2 * tiles - 1 - first) % tiles, -1)
     ragged = tl.where((ragged >= begin + masked) & (ragged < end), ragged, -1)
@@ -241,6 +248,8 @@ def _counted(x, other, i, j, S: tl.constexpr, MASKED: tl.constexpr):
         keep = i.keep[:, None] & j.keep[None, :]
         if S.EXCLUDE:
             keep = keep & (i.pair[:, None] != j.pair[None, :])
+        if S.IDS:
+            keep = keep & (i.ids[0][:, None] != j.ids[0][None, :])
         x = tl.where(keep, x, other)
     return x
 
@@ -443,9 +452,10 @@ def _sum_rows(block_i, part, parts, n_rows, row_start, begin, end, col_slot, c, 
     for k in range(0, masked + tl.where(ragged >= 0, 1, 0)):
         at = tl.where(k < masked, begin + k, ragged)
         base, totals, losses = _sum_tile(base, totals, losses, (first + at) % tiles, at, col_slot, i, f_i, c, S, True)
-    for k in range(begin + masked, begin + masked + plain):
-        at = k + tl.where((ragged >= 0) & (k >= ragged), 1, 0)
-        base, totals, losses = _sum_tile(base, totals, losses, (first + at) % tiles, at, col_slot, i, f_i, c, S, False)
+    if not S.IDS:
+        for k in range(begin + masked, begin + masked + plain):
+            at = k + tl.where((ragged >= 0) & (k >= ragged), 1, 0)
+            base, totals, losses = _sum_tile(base, totals, losses, (first + at) % tiles, at, col_slot, i, f_i, c, S, False)
     if S.FORM == "fixed" and not S.BOTH:
         base = (tl.zeros((M,), S.ACC) + c.middle,)
     _store_sums(c.out, part, c.anchors, i, i.keep, base, totals)
@@ -626,11 +636,12 @@ def _grad_rows(block_w, part, parts, first_block, n_rows, row_start, n, n_out, l
         acc, w_total, w_lost, totals, losses = _grad_tile(
             acc, w_total, w_lost, totals, losses, (first + at) % tiles, at, block_w, i, f_i, c, S, True
         )
-    for k in range(begin + masked, begin + masked + plain):
-        at = k + tl.where((ragged >= 0) & (k >= ragged), 1, 0)
-        acc, w_total, w_lost, totals, losses = _grad_tile(
-            acc, w_total, w_lost, totals, losses, (first + at) % tiles, at, block_w, i, f_i, c, S, False
-        )
+    if not S.IDS:
+        for k in range(begin + masked, begin + masked + plain):
+            at = k + tl.where((ragged >= 0) & (k >= ragged), 1, 0)
+            acc, w_total, w_lost, totals, losses = _grad_tile(
+                acc, w_total, w_lost, totals, losses, (first + at) % tiles, at, block_w, i, f_i, c, S, False
+            )
     if S.GRAD == "product":
         mask = i.keep[:, None] & (tl.arange(0, S.BLOCK_D) < S.D)[None, :]
         ptrs = _row_ptrs(c.out.df + part.to(tl.int64) * n_out * S.D, i.base + i.local - lo, S.D, S.BLOCK_D)

@@ -91,9 +91,10 @@ class _Tile:
     """
 
     def __init__(
-        self, product: Tensor, excluded: list[int], kind: PairKind, tau: Tensor, params: tuple[float, ...], need_t: bool
-    ) -> None:
-        self.excluded, self.kind, self.tau, self.params = excluded, kind, tau, params
+        self, product: Tensor, excluded: list[int], same_id: Tensor | None, kind: PairKind, tau: Tensor,
+        params: tuple[float, ...], need_t: bool,
+    ) -> None:  # fmt: skip
+        self.excluded, self.same_id, self.kind, self.tau, self.params = excluded, same_id, kind, tau, params
         self._log_f: Tensor | None = None
         self.mask(product)  # the similarity of an excluded pair may be infinite, and 0·inf is not 0
         if kind.linear_in_t:
@@ -103,10 +104,10 @@ class _Tile:
             self.t = product
 
     def mask(self, x: Tensor, value: float = 0.0) -> Tensor:
-        """Writes ``value`` where a pair is the anchor itself or its positive; in place."""
+        """Writes ``value`` where a pair is the anchor itself, its positive or of one id; in place."""
         for diagonal in self.excluded:
             x.diagonal(diagonal).fill_(value)
-        return x
+        return x if self.same_id is None else x.masked_fill_(self.same_id, value)
 
     def log_f(self) -> Tensor:
         """log f of a log kind, −inf at excluded pairs."""
@@ -146,6 +147,11 @@ def excluded_diagonals(i0: int, i1: int, j0: int, j1: int, split: int, partner: 
     return [d - (j0 - i0) for d in offsets if -(i1 - i0) < d - (j0 - i0) < j1 - j0]
 
 
+def _clashes(ids: Tensor | None, i0: int, i1: int, j0: int, j1: int) -> Tensor | None:
+    """Which pairs of a tile have one id."""
+    return None if ids is None else ids[i0:i1, None] == ids[None, j0:j1]
+
+
 def _rows(f: Tensor, scale: Tensor | None, accumulate: torch.dtype) -> Tensor:
     rows = f.to(accumulate)
     return rows if scale is None else rows * scale.unsqueeze(1)
@@ -183,6 +189,7 @@ def row_sums(
     anchors: int,
     span: tuple[float, ...],
     precision: str = "",
+    ids: Tensor | None = None,
 ) -> Tensor:
     """``out[k, i] = Σ_{j∈Neg(i)} term_k``; with "base" first, relative to exp(base_i) (log kinds)."""
     kind = lookup(kind_name)
@@ -190,7 +197,7 @@ def row_sums(
     n = rows.shape[0]
     block = tile_size(n, rows.device)
     if terms[0] == "base":
-        return _log_sums(rows, bias, center, tau, kind, params, terms, split, partner, anchors, span, block)
+        return _log_sums(rows, bias, center, tau, kind, params, terms, split, partner, anchors, span, block, ids)
     maximum = terms == ("max",)
 
     def work(tiles: Tiles) -> Tensor:
@@ -198,7 +205,8 @@ def row_sums(
         out = rows.new_full((len(terms), anchors), -torch.inf if maximum else 0.0)
         for i0, i1, j0, j1 in tiles:
             excluded = excluded_diagonals(i0, i1, j0, j1, split, partner)
-            tile = _Tile(products(i0, i1, j0, j1), excluded, kind, tau, params, need_t=True)  # (i1 − i0, j1 − j0)
+            same_id = _clashes(ids, i0, i1, j0, j1)
+            tile = _Tile(products(i0, i1, j0, j1), excluded, same_id, kind, tau, params, need_t=True)  # (i1 − i0, j1 − j0)
             for side in _sides(i0, i1, j0, j1, split, anchors, center=center, shift=shift, offset=offset):
                 if maximum:
                     best = out[0, side.slice]
@@ -248,6 +256,7 @@ def _log_sums(
     anchors: int,
     span: tuple[float, ...],
     block: int,
+    ids: Tensor | None,
 ) -> Tensor:
     """base_i, Σ_j exp(log f − base_i) and, where asked for, Σ_j exp(log f − base_i)·(t − center)."""
     with_gap = len(terms) == 3
@@ -259,7 +268,8 @@ def _log_sums(
         base = rows.new_full((anchors,), -torch.inf if middle is None else middle)
         for i0, i1, j0, j1 in tiles:
             excluded = excluded_diagonals(i0, i1, j0, j1, split, partner)
-            tile = _Tile(products(i0, i1, j0, j1), excluded, kind, tau, params, need_t=with_gap)
+            same_id = _clashes(ids, i0, i1, j0, j1)
+            tile = _Tile(products(i0, i1, j0, j1), excluded, same_id, kind, tau, params, need_t=with_gap)
             log_f = tile.log_f()
             if middle is not None:
                 e = (log_f.sub_(middle) if middle else log_f).exp_()
@@ -313,6 +323,7 @@ def pair_grad(
     hi: int,
     span: tuple[float, ...],
     precision: str = "",
+    ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``df_i = Σ_j (g_ij + g_ji) F_j`` for rows [lo, hi); row sums of g_ij + g_ji (with a bias); sums of ``terms``."""
     kind = lookup(kind_name)
@@ -332,7 +343,8 @@ def pair_grad(
         scratch = rows.new_empty(block * block)
         for i0, i1, j0, j1 in tiles:
             excluded = excluded_diagonals(i0, i1, j0, j1, split, partner)
-            tile = _Tile(products(i0, i1, j0, j1), excluded, kind, tau, params, need_t=not plain)
+            same_id = _clashes(ids, i0, i1, j0, j1)
+            tile = _Tile(products(i0, i1, j0, j1), excluded, same_id, kind, tau, params, need_t=not plain)
             sides = _sides(
                 i0, i1, j0, j1, split, anchors, center=center, gain=gain, shift=shift, offset=offset, level=level
             )

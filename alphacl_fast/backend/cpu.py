@@ -40,7 +40,7 @@ class _Sweep(ctypes.Structure):
 
     _fields_ = (
         [(name, ctypes.c_void_p) for name in (
-            "f", "scale", "bias", "center", "gain", "shift", "offset", "level", "out", "df", "weight_sums", "sums",
+            "f", "scale", "bias", "center", "gain", "shift", "offset", "level", "ids", "out", "df", "weight_sums", "sums",
         )]
         + [(name, ctypes.c_void_p) for name in ("release_lock", "take_lock", "check_signals")]
         + [(name, ctypes.c_int64) for name in ("n", "dim", "row_stride", "split", "partner", "anchors", "lo", "hi", "block")]
@@ -249,6 +249,7 @@ def row_sums(
     anchors: int,
     span: tuple[float, ...],
     precision: str = "",
+    ids: Tensor | None = None,
 ) -> Tensor:
     """``out[k, i] = Σ_{j∈Neg(i)} term_k``; with "base" first, relative to exp(base_i) (log kinds)."""
     out = tau.new_empty((len(terms), anchors))
@@ -262,9 +263,9 @@ def row_sums(
         form = _PLAIN_SUMS
     based = terms[0] == "base"
     _run(
-        f, {"scale": scale, "bias": bias, "center": center, "shift": shift, "offset": offset}, {"out": out}, tau, kind_name,
-        params, terms[1:] if based else terms, int(based), form=form, middle=middle or 0.0, split=split, partner=partner,
-        anchors=anchors,
+        f, {"scale": scale, "bias": bias, "center": center, "shift": shift, "offset": offset, "ids": ids}, {"out": out}, tau,
+        kind_name, params, terms[1:] if based else terms, int(based), form=form, middle=middle or 0.0, split=split,
+        partner=partner, anchors=anchors,
     )  # fmt: skip
     return out
 
@@ -289,6 +290,7 @@ def pair_grad(
     hi: int,
     span: tuple[float, ...],
     precision: str = "",
+    ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``df_i = Σ_j (g_ij + g_ji) F_j`` for rows [lo, hi); row sums of g_ij + g_ji (with a bias); sums of ``terms``."""
     n, anchors = f.shape[0], gain.shape[0]
@@ -298,7 +300,11 @@ def pair_grad(
     plain = weight == "f" and not terms and shift is not None
     middle = middle_of(KINDS[kind_name], span, tau.dtype) if plain else None
     _run(
-        f, {"scale": scale, "bias": bias, "center": center, "gain": gain, "shift": shift, "offset": offset, "level": level},
+        f,
+        {
+            "scale": scale, "bias": bias, "center": center, "gain": gain, "shift": shift, "offset": offset, "level": level,
+            "ids": ids,
+        },
         {"df": df, "weight_sums": weight_sums, "sums": sums}, tau, kind_name, params, terms, 0, weight=_WEIGHTS[weight],
         form=_GRAD if middle is None else _GRAD_FIXED, middle=middle or 0.0, split=split, partner=partner, anchors=anchors,
         lo=lo, hi=hi,

@@ -101,16 +101,46 @@ def importances(
 
 
 def row_losses(
-    z1: Tensor, z2: Tensor, tau: Tensor, objective: Objective, similarity: str, negatives: str, symmetric: bool
-) -> Tensor:
+    z1: Tensor, z2: Tensor, tau: Tensor, objective: Objective, similarity: str, negatives: str, symmetric: bool,
+    ids: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """(anchors,) losses L_i; symmetric cross_view gives the 2N anchors of both towers.
 
     Args:
         z1, z2: (N, D) embeddings, same float dtype.
         tau: () temperature, same dtype.
+        ids: (N,) integers; samples with the id of an anchor are none of its negatives.
     """
     c = 0.0 if similarity == "euclidean" else 1.0
-    t, pos = negatives_and_positives(z1, z2, similarity, negatives, symmetric)
+    if ids is not None:
+        return _one_by_one(z1, z2, tau, objective, similarity, negatives, symmetric, ids)
+    return _of_similarities(objective, *negatives_and_positives(z1, z2, similarity, negatives, symmetric), tau, c)
+
+
+def _one_by_one(
+    z1: Tensor, z2: Tensor, tau: Tensor, objective: Objective, similarity: str, negatives: str, symmetric: bool, ids: Tensor
+) -> Tensor:
+    """(anchors,) losses, each anchor with a list of negatives of its own; 0 where that is empty."""
+    c = 0.0 if similarity == "euclidean" else 1.0
+    if similarity == "cosine":
+        z1, z2 = normalized(z1), normalized(z2)
+    sides = [(z1, z2), (z2, z1)] if negatives == "two_view" or (negatives == "cross_view" and symmetric) else [(z1, z2)]
+    losses = []
+    for anchors, positives in sides:
+        others = {"two_view": [*z1, *z2], "one_view": [*z1], "cross_view": [*positives]}[negatives]
+        names = ids.tolist() * (len(others) // len(anchors))
+        for anchor, positive, name in zip(anchors, positives, ids.tolist(), strict=True):
+            mine = [other for other, its_name in zip(others, names, strict=True) if its_name != name]
+            if mine:
+                t = similarities(anchor[None], torch.stack(mine), similarity)
+                losses += _of_similarities(objective, t, similarities(anchor[None], positive[None], similarity)[0], tau, c)
+            else:
+                losses.append((anchor * 0).sum())
+    return torch.stack(losses)
+
+
+def _of_similarities(objective: Objective, t: Tensor, pos: Tensor, tau: Tensor, c: float) -> Tensor:
+    """(anchors,) losses from t (anchors, |Neg|) of the negatives and (anchors,) of the positives."""
     gap = t - pos[:, None]
     if isinstance(objective, (PairWeight, MinPlayer)):
         a = alpha(objective, t, tau, c)

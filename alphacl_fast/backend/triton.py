@@ -143,8 +143,8 @@ class _Problem:
         if self.tile.engine != "gluon":
             return False
         serves = (
-            form == "fixed" and self.f.dtype == torch.bfloat16 and self.vectors.scale is not None and self.cheap()
-            and self.dim in _hopper().GRAD_TILES and all(g.n_rows == g.n_cols for g in groups)
+            form == "fixed" and self.f.dtype == torch.bfloat16 and self.vectors.scale is not None and self.vectors.ids is None
+            and self.cheap() and self.dim in _hopper().GRAD_TILES and all(g.n_rows == g.n_cols for g in groups)
         )  # fmt: skip
         if not serves:
             self.tile = _kernels().config.default(self.sweep, self.arithmetic.mode, self.dim)
@@ -168,7 +168,7 @@ class _Problem:
             UPCAST=interpreted() and self.f.dtype == torch.bfloat16, EXCLUDE=group.exclude, TRIANGLE=group.triangle, BOTH=both,
             ROWS_PAIRED=group.rows_paired, COLS_PAIRED=group.cols_paired, ROWS_ANCHOR=group.rows_anchor,
             COLS_ANCHOR=group.cols_anchor, WEIGHT=weight, GRAD=grad, W_TYPE=precise[arithmetic.weights],
-            W_PRECISION=arithmetic.products, PERSISTENT=self.tile.persistent > 0,
+            W_PRECISION=arithmetic.products, PERSISTENT=self.tile.persistent > 0, IDS=self.vectors.ids is not None,
         )  # fmt: skip
 
     def blocks(self, group: Group) -> tuple[int, int]:
@@ -224,6 +224,7 @@ def row_sums(
     anchors: int,
     span: tuple[float, ...],
     precision: str,
+    ids: Tensor | None = None,
 ) -> Tensor:
     """``out[k, i] = Σ_{j∈Neg(i)} term_k``; with "base" first, relative to exp(base_i) (log kinds)."""
     middle = middle_of(lookup(kind_name), span, tau.dtype) if terms[0] == "base" else None
@@ -231,7 +232,7 @@ def row_sums(
     sums = tuple(term for term in terms if term not in ("base", "max"))
     p = _Problem(
         f, tau, kind_name, params, precision, "row_sums_plain" if form == "plain" else "row_sums", scale=scale, bias=bias,
-        center=center, shift=shift, offset=offset,
+        center=center, shift=shift, offset=offset, ids=ids,
     )  # fmt: skip
     groups = [g for g in groups_of(p.n, split, partner, anchors) if g.rows_anchor]
     out = tau.new_empty(len(terms), anchors)
@@ -348,6 +349,7 @@ def pair_grad(
     hi: int,
     span: tuple[float, ...],
     precision: str,
+    ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``df_i = Σ_j (g_ij + g_ji) F_j`` for rows [lo, hi); row sums of g_ij + g_ji (with a bias); sums of ``terms``."""
     kind = lookup(kind_name)
@@ -356,7 +358,7 @@ def pair_grad(
     form, middle = ("plain", 0.0) if middle is None else ("fixed", _float32(middle))
     p = _Problem(
         f, tau, kind_name, params, precision, "pair_grad_plain" if form == "plain" else "pair_grad", scale=scale, bias=bias,
-        center=center, gain=gain, shift=shift, offset=offset, level=level,
+        center=center, gain=gain, shift=shift, offset=offset, level=level, ids=ids,
     )  # fmt: skip
     unit = None
     exact = p.arithmetic.weights in (torch.float32, torch.float64) and p.arithmetic.products == "ieee"

@@ -18,6 +18,7 @@
 #include <new>
 #include <system_error>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -301,7 +302,7 @@ template <class T> int run(const Sweep& s, const Engine& engine, void*& lock) {
   const int threads = s.threads > 1 ? s.threads : 1;
   const int64_t scratch_bytes = Memory::size(engine.scratch_bytes(s.dim, stride));
   const bool wants_df = gradient && s.hi > s.lo;
-  Memory memory(count * (packed_bytes + df_bytes) + 9 * vector_bytes + (TERM_COUNT + 3) * sum_bytes +
+  Memory memory(count * (packed_bytes + df_bytes) + 10 * vector_bytes + (TERM_COUNT + 3) * sum_bytes +
                 threads * scratch_bytes + Memory::size(count * int64_t(sizeof(std::atomic<int64_t>))));
   if (!memory) return NO_MEMORY;
 
@@ -347,6 +348,14 @@ template <class T> int run(const Sweep& s, const Engine& engine, void*& lock) {
       v.scale = scale;
     }
     v.bias = s.bias ? spread(s.bias, s.n) : nullptr;
+    if (s.ids) {
+      using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+      Int* ids = memory.take<Int>(vector_bytes);
+      for (int64_t r = 0; r < rows; r++) ids[r] = -1;
+      for (const Block& b : blocks)
+        for (int64_t r = 0; r < b.rows; r++) ids[b.packed + r] = s.ids[b.first + r];
+      v.ids = ids;
+    }
     if (s.form == GRAD_FIXED) {
       const T* shift = static_cast<const T*>(v.shift);
       for (int64_t r = 0; r < rows; r++)

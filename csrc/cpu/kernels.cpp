@@ -94,6 +94,9 @@ void tile(const Sweep& s, const RowVectors& v, const Block& i, const Block& j, v
   p.col_terms = p.two_sided && !diagonal;
   p.weight = s.weight;
   p.col_max = scratch.col_max;
+  const Int<T>* ids = static_cast<const Int<T>*>(v.ids);
+  bool clash[MAX_BLOCK];
+  p.row_ids = nullptr, p.col_ids = ids ? ids + j.packed : nullptr, p.clash = clash;
   const SideScalars<T> rows = side<T>(v, i.packed, scratch.row_base);
   p.col = side<T>(v, j.packed, scratch.col_base);
   const int32_t* wanted = s.rows_of_terms;
@@ -114,6 +117,10 @@ void tile(const Sweep& s, const RowVectors& v, const Block& i, const Block& j, v
     p.rows = i.rows - r0 < PANEL_ROWS ? i.rows - r0 : PANEL_ROWS;
     p.row = later(rows, r0);
     p.row_max = scratch.row_max + r0;
+    if (ids) {
+      p.row_ids = ids + i.packed + r0;
+      find_clashes<T>(p.row_ids, p.col_ids, p.cols, clash);
+    }
     p.excluded = 0;
     auto exclude = [&](int64_t d) {
       const int64_t at = i.first + r0 + d - j.first;

@@ -25,6 +25,7 @@ struct Sweep {
   const void* scale;  // (n)
   const void* bias;   // (n)
   const void *center, *gain, *shift, *offset, *level;  // (anchors)
+  const int32_t* ids;  // (n) a pair of rows with equal ones does not count; null: ids leave out nothing
   void* out;          // row_sums: (terms, anchors)
   void* df;           // (hi − lo, dim)
   void* weight_sums;  // (n), with a bias
@@ -65,6 +66,7 @@ struct Block {
 // Row vectors, padded block by block, zero beyond the rows there are.
 struct RowVectors {
   const void *center, *gain, *shift, *offset, *level, *scale, *bias;
+  const void* ids;      // integers as wide as a number, or null
   double* sums;         // [TERM_COUNT][padded], accumulated in double
   void *base, *total;   // LOG_SUMS_RUNNING: base and [2][padded] sums relative to it
   double* weight_sums;  // [padded]

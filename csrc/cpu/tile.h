@@ -24,6 +24,8 @@ template <class T> struct Panel {
   int64_t rows, cols;
   int excluded;           // diagonals of excluded pairs …
   int64_t diagonals[3];   // … column of the panel's row 0
+  const Int<T> *row_ids, *col_ids;  // null without ids
+  const bool* clash;                // of each vector of columns: some row has the id of one of them
   SideScalars<T> row, col;
   double* row_sums[TERM_COUNT];  // at the panel's first row; null where a term is not wanted
   T* col_sums[TERM_COUNT];       // of this tile
@@ -37,12 +39,23 @@ template <class T> struct Panel {
   explicit Panel(const Sweep& sweep) : numbers(sweep) {}
 };
 
+// Which vectors of columns hold the id of one of the panel's rows. It is found out before the panel is gone through: there, without
+// ids, this costs a test for each vector of columns.
+template <class T> void find_clashes(const Int<T>* rows, const Int<T>* columns, int64_t cols, bool* clash) {
+  for (int64_t c = 0; c < cols; c += LANES<T>) {
+    const Mask<T> ids = load_mask<T>(columns + c);
+    Mask<T> equal{};
+    for (int r = 0; r < PANEL_ROWS; r++) equal |= ids == rows[r];
+    clash[c / LANES<T>] = any<T>(equal);
+  }
+}
+
 // Calls op.pair<masked>(r, c, t, mask) for all vectors of the panel; only vectors that hold an excluded pair or an edge are masked.
 template <class T, class Op> ALPHACL_INLINE void for_pairs(const Panel<T>& p, Op& op) {
   constexpr int L = LANES<T>;
   const Mask<T> lanes = lane_numbers<T>();
   for (int64_t c = 0; c < p.cols; c += L) {
-    bool special = p.rows < PANEL_ROWS || c + L > p.cols;
+    bool special = p.rows < PANEL_ROWS || c + L > p.cols || (p.row_ids && p.clash[c / L]);
     for (int d = 0; d < p.excluded; d++) special |= p.diagonals[d] < c + L && p.diagonals[d] + PANEL_ROWS > c;
     op.begin(c);
     if (!special) {
@@ -51,8 +64,9 @@ template <class T, class Op> ALPHACL_INLINE void for_pairs(const Panel<T>& p, Op
     } else {
 #pragma GCC unroll 1
       for (int r = 0; r < PANEL_ROWS; r++) {
-        using I = typename VectorOf<T>::Int;
+        using I = Int<T>;
         Mask<T> keep = lanes < I(p.cols - c);
+        if (p.row_ids) keep &= load_mask<T>(p.col_ids + c) != p.row_ids[r];
         if (r >= p.rows) keep = Mask<T>{};
         for (int d = 0; d < p.excluded; d++) keep &= lanes != I(r + p.diagonals[d] - c);
         const Vec<T> t = load(p.s + r * LD + c);

@@ -42,6 +42,7 @@ template <> struct VectorOf<double> {
 template <class T> using Vec = typename VectorOf<T>::V;
 template <class T> using Mask = typename VectorOf<T>::M;  // -1 where true, 0 where false
 template <class T> using Word = typename VectorOf<T>::U;  // whose overflow is defined
+template <class T> using Int = typename VectorOf<T>::Int;
 template <class T> constexpr int LANES = ALPHACL_VECTOR_BYTES / sizeof(T);
 
 template <class T> ALPHACL_INLINE Vec<T> load(const T* p) { return *reinterpret_cast<const Vec<T>*>(p); }
@@ -50,6 +51,8 @@ template <class T> ALPHACL_INLINE Vec<T> load_unaligned(const T* p) {
   return *reinterpret_cast<const typename VectorOf<T>::Unaligned*>(p);
 }
 template <class T> ALPHACL_INLINE Vec<T> broadcast(T x) { return Vec<T>{} + x; }
+
+template <class T> ALPHACL_INLINE Mask<T> load_mask(const Int<T>* p) { return *reinterpret_cast<const Mask<T>*>(p); }
 
 template <class T> ALPHACL_INLINE Mask<T> bits(Vec<T> v) {
   Mask<T> m;
@@ -96,6 +99,12 @@ template <class T> ALPHACL_INLINE T sum_of(Vec<T> v) {
 #pragma GCC unroll 8
     for (int i = 0; i < half; i++) parts[i] += parts[i + half];
   return parts[0];
+}
+template <class T> ALPHACL_INLINE bool any(Mask<T> m) {
+  uint64_t words[ALPHACL_VECTOR_BYTES / 8], found = 0;
+  std::memcpy(words, &m, sizeof(m));
+  for (uint64_t word : words) found |= word;
+  return found != 0;
 }
 template <class T> ALPHACL_INLINE T max_of(Vec<T> v) {
   T best = v[0];

@@ -327,6 +327,7 @@ std::vector<Variant> all_variants() {
 
 struct Layout {
   int64_t split, partner, anchors;
+  std::vector<int32_t> ids = {};  // of every row, or none
 };
 
 struct Case {
@@ -346,7 +347,7 @@ struct Case {
 template <class Function> void for_negatives(const Layout& l, int64_t n, int64_t i, Function what) {
   const int64_t from = l.split && i < l.split ? l.split : 0, to = l.split && i >= l.split ? l.split : n;
   for (int64_t j = from; j < to; j++)
-    if (j != i && (l.partner == 0 || std::llabs(i - j) != l.partner)) what(j);
+    if (j != i && (l.partner == 0 || std::llabs(i - j) != l.partner) && (l.ids.empty() || l.ids[i] != l.ids[j])) what(j);
 }
 
 // --- the definitions ------------------------------------------------------------------------------------------------
@@ -684,6 +685,7 @@ Sweep sweep_of(const Data& d, const Case& c, const Setting& setting) {
   s.shift = c.log_sums() ? nullptr : c.shift.pointer();
   s.n = d.n, s.dim = d.dim, s.row_stride = d.stride;
   s.split = c.layout.split, s.partner = c.layout.partner, s.anchors = c.layout.anchors;
+  s.ids = c.layout.ids.empty() ? nullptr : c.layout.ids.data();
   s.lo = c.lo, s.hi = c.hi, s.block = setting.block, s.tau = c.tau, s.middle = c.middle;
   for (int k = 0; k < 3; k++) s.params[k] = c.params[k];
   s.dtype = d.dtype, s.kind = c.v.kind, s.form = c.v.form, s.weight = c.v.weight;
@@ -707,6 +709,7 @@ std::string describe(const Data& d, const Case& c, const Setting& s) {
   auto vector = [&](const RowVector& v, const char* name) {
     if (v.present) vectors += std::string(" ") + name;
   };
+  if (!c.layout.ids.empty()) vectors += " ids";
   vector(d.scale, "scale"), vector(d.bias, "bias"), vector(c.center, "center"), vector(c.gain, "gain");
   vector(c.shift, "shift"), vector(c.offset, "offset"), vector(c.level, "level");
   std::snprintf(
@@ -850,7 +853,12 @@ std::vector<Served> served(int dtype) {
 template <class Function> void by_dtype(int dtype, Function what) { is_double(dtype) ? what(double()) : what(float()); }
 
 void test_sweep(Random& random, const Data& d, const Variant& v, const Layout& layout, const std::vector<int64_t>& blocks) {
-  Case c = draw(random, d, v, layout);
+  Layout with_ids = layout;
+  if (random.chance(0.3)) {  // from one group of all rows to a few pairs of rows
+    const int64_t groups = random.pick({int64_t(1), int64_t(2), d.n / 2 + 1, 4 * d.n});
+    for (int64_t i = 0; i < d.n; i++) with_ids.ids.push_back(int32_t(random.integer(0, groups - 1)));
+  }
+  Case c = draw(random, d, v, with_ids);
   const Expected e = expected(d, c);
   for (const Served& s : served(d.dtype)) {
     const int64_t block = random.pick(blocks);

@@ -1,0 +1,421 @@
+"""False negatives by ids: rows with one id are no negatives of each other, in every backend as in a plain loop."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from alphacl_fast.kernels.config import Tile
+from family import BACKENDS, BUILT_IN, MEMBERS, REPRESENTATIVE, SERVED, SLOW, every_setting, member_id, pair, relative_error
+from test_memory import Largest
+
+from alphacl_fast import FusedAlphaCLLoss, functional, loss_against, objectives, ops
+from alphacl_fast.autograd import Groups, Layout
+from alphacl_fast.backend import blocked, reference, triton
+from alphacl_fast.functional import REDUCTIONS, alpha_cl_loss
+
+IDS = torch.tensor([3, 1, 3, 7, 7, 7, -2, 2**40])
+WITH_IDS = [name for name in BACKENDS if name not in ops.WITHOUT_IDS]
+
+
+def evaluate(z1, z2, member, ids, *, tau=0.3, **setting):
+    """[loss, dz1, dz2(, dτ)] for a fixed weighting of the output; ids (N,) or None."""
+    objective = objectives.make(*member)
+    leaves = [z1.detach().clone().requires_grad_(), z2.detach().clone().requires_grad_()]
+    learn_tau = objective.tau_gradient is not None
+    wide = torch.float64 if z1.dtype == torch.float64 else torch.float32
+    temperature = torch.tensor(tau, dtype=wide, requires_grad=learn_tau)
+    loss = alpha_cl_loss(*leaves, objective, temperature=temperature if learn_tau else tau, ids=ids, **setting)
+    weights = torch.linspace(-0.5, 1.5, loss.numel(), dtype=loss.dtype).view(loss.shape)
+    return [loss.detach(), *torch.autograd.grad((loss * weights).sum(), leaves + [temperature] * learn_tau)]
+
+
+def assert_same(ours, truth, bound=1e-10):
+    for name, a, b in zip(("loss", "dz1", "dz2", "dtau")[: len(truth)], ours, truth, strict=True):
+        floor = max(1e-3, 1e-2 * float(truth[1].double().norm()))
+        assert relative_error(a, b, floor) < bound, (name, relative_error(a, b, floor))
+
+
+def backends_of(member, setting):
+    """Slow backends meet the settings of a member in turn."""
+    turn = BUILT_IN.index(member) + every_setting().index(setting)
+    return [name for name in WITH_IDS if name not in SLOW or turn % (4 if member in REPRESENTATIVE else 12) == 0]
+
+
+@pytest.mark.parametrize("setting", every_setting(), ids=lambda setting: "-".join(map(str, setting)))
+@pytest.mark.parametrize("member", BUILT_IN, ids=member_id)
+def test_equals_reference(member, setting, small_tiles, poisoned):
+    z1, z2 = pair(len(IDS), 6)
+    negatives, symmetric, similarity = setting
+    given = {"negatives": negatives, "symmetric": symmetric, "similarity": similarity}
+    truth = {x: evaluate(z1, z2, member, IDS, backend="reference", reduction=x, **given) for x in ("mean", "none")}
+    truth["sum"] = [x * truth["none"][0].numel() for x in truth["mean"]]
+    for backend in backends_of(member, setting):
+        for reduction in REDUCTIONS if backend not in SLOW else REDUCTIONS[BUILT_IN.index(member) % 3 :][:1]:
+            assert_same(evaluate(z1, z2, member, IDS, backend=backend, reduction=reduction, **given), truth[reduction])
+
+
+CUSTOM = [(backend, member) for backend, member in SERVED if member not in BUILT_IN and backend in WITH_IDS]
+
+
+@pytest.mark.parametrize(("backend", "member"), CUSTOM, ids=[f"{b}-{member_id(m)}" for b, m in CUSTOM])
+def test_users_functions(backend, member, small_tiles):
+    z1, z2 = pair(len(IDS), 6)
+    turn = MEMBERS.index(member)
+    for negatives, symmetric, similarity in every_setting()[turn % 5 :: 12 if backend in SLOW else 5]:
+        given = {"negatives": negatives, "symmetric": symmetric, "similarity": similarity, "reduction": REDUCTIONS[turn % 3]}
+        truth = evaluate(z1, z2, member, IDS, backend="reference", **given)
+        assert_same(evaluate(z1, z2, member, IDS, backend=backend, **given), truth)
+
+
+def test_the_oracle_leaves_out_what_is_said():
+    """Anchor by anchor, InfoNCE written out."""
+    z1, z2 = (F.normalize(z) for z in pair(6, 4))
+    ids, both = [0, 1, 0, 2, 1, 3], torch.cat([z1, z2])
+    expected = []
+    for i in range(12):
+        negatives = torch.stack([both[j] for j in range(12) if ids[j % 6] != ids[i % 6]])
+        expected.append(torch.log1p(((negatives @ both[i] - both[i] @ both[(i + 6) % 12]) / 0.2).exp().sum()))
+    got = alpha_cl_loss(z1, z2, temperature=0.2, reduction="none", backend="reference", ids=torch.tensor(ids))
+    torch.testing.assert_close(got, torch.stack(expected), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", WITH_IDS)
+def test_distinct_ids_change_nothing(backend):
+    z1, z2 = pair(14, 5)
+    members = BUILT_IN if backend not in SLOW else REPRESENTATIVE
+    for k, member in enumerate(members):
+        negatives, symmetric, similarity = every_setting()[k % 12]
+        given = {"negatives": negatives, "symmetric": symmetric, "similarity": similarity, "backend": backend}
+        ours = evaluate(z1, z2, member, torch.randperm(14) * 1000, **given)
+        assert_same(ours, evaluate(z1, z2, member, None, **given), 1e-12)
+
+
+@pytest.mark.parametrize("backend", WITH_IDS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_anchors_without_negatives(backend, reduction):
+    """All of one id: nothing to learn. All but one: that one's rows are the negatives of the others."""
+    z1, z2 = pair(9, 5)
+    turn = REDUCTIONS.index(reduction)
+    for k, member in enumerate(BUILT_IN[turn::3] if backend not in SLOW else REPRESENTATIVE[turn:][:1]):
+        negatives, symmetric, similarity = every_setting()[(5 * k + 2) % 12]
+        given = {"negatives": negatives, "symmetric": symmetric, "similarity": similarity, "reduction": reduction}
+        for x in evaluate(z1, z2, member, torch.full((9,), 4), backend=backend, **given):
+            assert not x.any(), member_id(member)
+        ids = torch.tensor([0] * 8 + [1])
+        truth = evaluate(z1, z2, member, ids, backend="reference", **given)
+        assert_same(evaluate(z1, z2, member, ids, backend=backend, **given), truth)
+
+
+@pytest.mark.parametrize("backend", WITH_IDS)
+def test_some_anchors_without_negatives(backend):
+    """In loss_against an anchor may have none while others have some: its loss is 0, and "mean" counts it."""
+    z, queue = (F.normalize(x) for x in pair(8, 5))
+    positive = torch.linspace(-0.5, 0.9, 8, dtype=torch.float64)
+    ids, queue_ids = torch.tensor([0, 1, 0, 2, 0, 3, 0, 0]), torch.zeros(8, dtype=torch.long)
+    for member in MEMBERS if backend == "blocked" else [*REPRESENTATIVE, ("alpha_square", {}), ("uniform", {})]:
+        objective = objectives.make(*member)
+        learn_tau = objective.tau_gradient is not None
+        leaves = [x.clone().requires_grad_() for x in (z, queue, positive)]
+        tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=learn_tau)
+        losses = loss_against(*leaves, objective, temperature=tau, reduction="none", backend=backend, ids=ids,
+                              negative_ids=queue_ids)
+        assert torch.equal(losses == 0, ids == 0), member_id(member)
+        total = loss_against(*leaves, objective, temperature=tau, backend=backend, ids=ids, negative_ids=queue_ids)
+        torch.testing.assert_close(total, losses.mean())
+        grads = torch.autograd.grad(losses.sum(), leaves + [tau] * learn_tau)
+        assert all(x.isfinite().all() for x in grads)
+        assert not grads[0][ids == 0].any()
+        assert not grads[2][ids == 0].any()
+        some = [x[ids != 0].detach().requires_grad_() for x in (z, positive)]
+        others = loss_against(some[0], leaves[1], some[1], objective, temperature=tau, reduction="none", backend=backend)
+        torch.testing.assert_close(losses[ids != 0], others, rtol=1e-10, atol=1e-12)
+        expected = torch.autograd.grad(others.sum(), [some[0], leaves[1], some[1]] + [tau] * learn_tau)
+        for a, b in zip((grads[0][ids != 0], grads[1], grads[2][ids != 0], *grads[3:]), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("member", "negatives", "similarity"), [
+    (("infonce", {}), "two_view", "cosine"), (("infonce", {}), "cross_view", "euclidean"),
+    (("triplet", {}), "two_view", "cosine"), (("alpha_direct", {"detach_alpha": False}), "cross_view", "euclidean"),
+    (("alpha_square", {}), "two_view", "cosine"), (("uniform", {}), "cross_view", "euclidean"),
+])  # fmt: skip
+def test_many_tiles(member, negatives, similarity):
+    """Sizes beyond one tile of the compiled kernels, ragged; ids by class, by instance, and one large group."""
+    n = 601
+    z1, z2 = pair(n, 8)
+    for ids in (torch.arange(n) % 10, torch.arange(n) // 2 * 7, (torch.arange(n) * (torch.arange(n) < 90))):
+        results = [evaluate(z1, z2, member, ids, tau=0.2, backend=name, negatives=negatives, similarity=similarity)
+                   for name in ("cpu", "blocked")]
+        assert_same(*results, 1e-9)
+    if member[0] != "alpha_square":
+        assert_same(results[0], dense(z1, z2, member, ids, 0.2, negatives, similarity), 1e-9)
+
+
+def dense(z1, z2, member, ids, tau, negatives, similarity):
+    """The same with all pairs that do not count at a similarity of their own: the oracle's loop would take minutes."""
+    objective = objectives.make(*member)
+    leaves = [z.detach().clone().requires_grad_() for z in (z1, z2)]
+    learn_tau = objective.tau_gradient is not None
+    temperature = torch.tensor(tau, dtype=torch.float64, requires_grad=learn_tau)
+    rows = [reference.normalized(z) if similarity == "cosine" else z for z in leaves]
+    c = 0.0 if similarity == "euclidean" else 1.0
+    cross = reference.similarities(*rows, similarity)
+    pos = cross.diagonal()
+    if negatives == "two_view":
+        both, names, other_names = torch.cat(rows), ids.repeat(2), ids.repeat(2)
+        t, pos = reference.similarities(both, both, similarity), pos.repeat(2)
+    else:
+        t, pos, names, other_names = torch.cat([cross, cross.t()]), pos.repeat(2), ids.repeat(2), ids
+    losses = []
+    for size in (names[:, None] != other_names).sum(1).unique():  # rows with as many negatives at a time
+        rows = ((names[:, None] != other_names).sum(1) == size).nonzero()[:, 0]
+        kept = t[rows][names[rows, None] != other_names].view(len(rows), -1)
+        losses.append(reference._of_similarities(objective, kept, pos[rows], temperature, c).sum())
+    loss = sum(losses) / len(t)
+    return [loss.detach(), *torch.autograd.grad(loss / -2, leaves + [temperature] * learn_tau)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", WITH_IDS)
+def test_dtypes(backend, dtype):
+    n = 130 if backend not in SLOW else 24
+    z1, z2 = pair(n, 16, dtype)
+    ids = torch.arange(n) % 7
+    for member in (*REPRESENTATIVE, ("alpha_square", {})):
+        for tau in (0.3, 0.01) if member[0] == "infonce" else (0.3,):
+            truth = evaluate(z1.double(), z2.double(), member, ids, tau=tau, backend="blocked")
+            ours = evaluate(z1, z2, member, ids, tau=tau, backend=backend)
+            assert ours[1].dtype == dtype
+            for a, b in zip(ours, truth, strict=True):
+                assert relative_error(a, b) < {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype] * (
+                    1 if tau > 0.1 else 3)
+
+
+def test_forms_of_the_triton_kernels(monkeypatch):
+    """Both sides of a tile at once, shared rings, rows wider than a tile, a persistent grid."""
+    z1, z2 = pair(len(IDS), 6)
+    square = ("alpha_square", {"detach_alpha": False})
+    for rows, features, both, persistent, member, negatives, similarity in (
+        (4, 8, True, 0, ("infonce", {}), "two_view", "cosine"), (4, 8, True, 0, square, "cross_view", "euclidean"),
+        (4, 4, False, 0, ("infonce", {}), "cross_view", "euclidean"), (4, 8, False, 1, ("infonce", {}), "two_view", "cosine"),
+    ):  # fmt: skip
+        shape = Tile(rows, rows, features, warps=4, stages=1, both_sides=both, persistent=persistent)
+        monkeypatch.setattr(triton, "tile", lambda sweep, mode, dim, n, device, shape=shape: shape)
+        given = {"negatives": negatives, "similarity": similarity}
+        truth = evaluate(z1, z2, member, IDS, backend="reference", **given)
+        assert_same(evaluate(z1, z2, member, IDS, backend="triton", **given), truth)
+
+
+def test_gluon_kernels_leave_ids_to_others(monkeypatch):
+    monkeypatch.setattr(triton, "_hopper", lambda: pytest.fail("they do not know ids"))
+    monkeypatch.setattr(triton, "tile", lambda *call: Tile(16, 16, 16, 4, 4, engine="gluon"))
+    z1, z2 = pair(20, 16, torch.bfloat16)
+    ids = torch.arange(20) % 6
+    ours = alpha_cl_loss(z1, z2, temperature=0.3, backend="triton", ids=ids)
+    torch.testing.assert_close(ours, alpha_cl_loss(z1.float(), z2.float(), temperature=0.3, ids=ids), rtol=1e-3, atol=0)
+
+
+# --- anchors against any negatives ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("m", [None, 7])
+@pytest.mark.parametrize("member", MEMBERS, ids=member_id)
+def test_loss_against_equals_a_loop(member, m):
+    objective = objectives.make(*member)
+    generator = torch.Generator().manual_seed(3)
+    z, other = (torch.randn(k, 4, generator=generator, dtype=torch.float64) / 2 for k in (9, m or 1))
+    positive, weights = torch.randn(2, 9, generator=generator, dtype=torch.float64)
+    ids, other_ids = torch.tensor([0, 5, 2, 5, 1, 0, 0, 4, 8]), torch.tensor([5, 0, 0, 2, 9, 0, 3])
+    tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=objective.tau_gradient is not None)
+    leaves = [x.requires_grad_() for x in ([z, positive] if m is None else [z, positive, other])] + [tau] * tau.requires_grad
+    rows, names = (z, ids) if m is None else (other, other_ids)
+    truth = torch.stack([
+        reference._of_similarities(objective, (rows[names != ids[i]] @ z[i])[None], positive[i : i + 1], tau, 1.0)[0]
+        for i in range(9)
+    ])  # fmt: skip
+    ours = loss_against(
+        z, None if m is None else other, positive, objective, temperature=tau, reduction="none", ids=ids,
+        negative_ids=None if m is None else other_ids,
+    )  # fmt: skip
+    assert relative_error(ours.detach(), truth.detach()) < 1e-10
+    expected, found = (torch.autograd.grad((x * weights).sum(), leaves, allow_unused=True, materialize_grads=True)
+                       for x in (truth, ours))
+    for e, f in zip(expected, found, strict=True):
+        assert relative_error(f, e) < 1e-10
+
+
+# --- everything around ------------------------------------------------------------------------------------------------
+
+
+def test_module_and_integer_types():
+    z1, z2 = pair(12, 4)
+    loss = FusedAlphaCLLoss("alpha_direct")
+    ids = torch.arange(12) % 5
+    expected = loss(z1, z2, ids)
+    assert expected != loss(z1, z2)
+    for dtype in functional.INTEGERS:
+        assert loss(z1, z2, ids.to(dtype)) == expected
+    assert loss(z1, z2, ids.repeat_interleave(2)[::2]) == expected
+    with torch.no_grad():
+        torch.testing.assert_close(loss(z1.requires_grad_(), z2, ids=ids), expected)
+
+
+@pytest.mark.parametrize(("rectangle", "anchors"), [(False, 40), (True, 17), (True, 40)])
+def test_groups(rectangle, anchors):
+    ids = torch.randint(-3, 4, (40,)) * 2**60
+    split = 17 if rectangle else 0
+    groups = Groups.make(ids, Layout(40, split, 0, anchors, 39, rectangle), torch.float32)
+    assert torch.equal(groups.ids[:, None] == groups.ids, ids[:, None] == ids)
+    assert groups.ids.dtype == torch.int32
+    assert int(groups.ids.min()) == 0
+    assert int(groups.ids.max()) == len(ids.unique()) - 1
+    side = (torch.arange(40) < split)
+    strangers = ids[:, None] != ids
+    if rectangle:
+        strangers &= side[:, None] != side
+    assert torch.equal(groups.n_neg, strangers.sum(1)[:anchors].clamp(min=1).float())
+    assert torch.equal(groups.empty, strangers.sum(1)[:anchors] == 0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "blocked"])
+@pytest.mark.parametrize("member", [*REPRESENTATIVE, ("alpha_square", {}), ("uniform", {})], ids=member_id)
+def test_no_matrix_of_all_pairs(member, backend, monkeypatch):
+    n, d, tile = 512, 8, 64
+    monkeypatch.setattr(blocked, "tile_size", lambda rows, device: tile)
+    z1, z2 = (z.requires_grad_() for z in pair(n, d, torch.float32))
+    for reduction in ("mean", "none"):
+        saved = {}
+
+        def keep(x, saved=saved):
+            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), Largest() as largest:
+            loss = FusedAlphaCLLoss(objectives.make(*member), reduction=reduction, backend=backend)
+            loss(z1, z2, torch.arange(n) % 9).sum().backward()
+        rows_bytes = 2 * n * d * 4
+        assert sum(saved.values()) <= 9 * rows_bytes
+        assert largest.bytes <= max(tile * tile * 4, 2 * rows_bytes)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "blocked"])
+def test_what_lies_in_a_pair_left_out_does_not_matter(backend):
+    """Two rows of one id whose product overflows."""
+    z1, z2 = (z * 1e25 for z in pair(12, 6, torch.float32))
+    z1[:, 0] = z2[:, 0] = 0
+    for k in (4, 5):
+        z1[k] = 0
+        z1[k, 0] = 3e38
+    ids = torch.tensor([0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 9, 10])
+    ours = evaluate(z1, z2, ("triplet", {}), ids, similarity="dot", backend=backend)
+    truth = evaluate(z1.double(), z2.double(), ("triplet", {}), ids, similarity="dot", backend="reference")
+    assert relative_error(ours[1], truth[1]) < 1e-5
+    assert not evaluate(z1, z2, ("triplet", {}), None, similarity="dot", backend=backend)[0].isfinite()
+
+
+def test_one_grouping_per_step(monkeypatch):
+    """Ids are put in order once, and nothing of it is read on the host."""
+    calls = []
+    make = Groups.make.__func__
+    monkeypatch.setattr(Groups, "make", classmethod(lambda cls, *a: calls.append(1) or make(cls, *a)))
+    z1, z2 = pair(len(IDS), 4)
+    for reduction in REDUCTIONS:
+        for name in ("infonce", "alpha_square", "uniform"):
+            calls.clear()
+            evaluate(z1, z2, (name, {}), IDS, reduction=reduction)
+            assert len(calls) == 1
+    meta = Groups.make(torch.empty(9, dtype=torch.long, device="meta"), Layout(9, 0, 0, 9, 8, False), torch.float32)
+    assert meta.n_neg.shape == (9,)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("member", [*REPRESENTATIVE, ("alpha_square", {}), ("uniform", {})], ids=member_id)
+@pytest.mark.filterwarnings("ignore")
+def test_in_a_compiled_graph(member, reduction):
+    torch._dynamo.reset()
+    loss = FusedAlphaCLLoss(*member[:1], reduction=reduction, **member[1])
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for n in (10, 13):
+        ids = torch.arange(n) // 3
+        leaves = [z.requires_grad_() for z in pair(n, 4)]
+        a, b = (torch.autograd.grad(f(*leaves, ids).square().sum(), leaves) for f in (loss, compiled))
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
+    torch._dynamo.reset()
+
+
+def test_operators_pass_opcheck():
+    objective, z1, z2 = objectives.make("alpha_direct"), *pair(6, 4)
+    tau, ids = torch.tensor(0.3, dtype=torch.float64), torch.tensor([0, 1, 0, 2, 3, 1])
+    rest = (0.3, objective.key, "cosine", "two_view", True, "mean", "blocked", "", [True, True, False], ids)
+    torch.library.opcheck(torch.ops.alphacl_fast.loss.default, (z1, z2, tau, *rest), test_utils=(
+        "test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+    f, group, row = F.normalize(z1), ids.int(), torch.zeros(6, dtype=torch.float64)
+    for backend in ("cpu", "blocked"):
+        torch.library.opcheck(ops.row_sums, (
+            f, None, None, row, None, None, tau, "exp", [], ["base", "f"], 0, 0, 6, [0.3], "", backend, group))
+        torch.library.opcheck(ops.pair_grad, (
+            f, None, None, row, row + 1, row, None, None, tau, "exp", [], "f", [], 0, 0, 0, 6, [0.3], "", backend, group))
+
+
+def test_errors():
+    z1, z2 = pair(6, 4)
+    ids = torch.arange(6)
+    for given, error, message in (
+        ([0] * 6, TypeError, r"ids must be an integer tensor of shape \(6,\), got list"),
+        (ids.float(), TypeError, r"ids must be an integer tensor of shape \(6,\), got float32"),
+        (ids == 2, TypeError, r"ids must be an integer tensor of shape \(6,\), got bool"),
+        (ids[:5], ValueError, r"ids must be an integer tensor of shape \(6,\), got shape \(5,\)"),
+        (ids[:, None], ValueError, r"ids must be an integer tensor of shape \(6,\), got shape \(6, 1\)"),
+    ):
+        for backend in ("auto", "reference"):
+            with pytest.raises(error, match=message):
+                alpha_cl_loss(z1, z2, ids=given, backend=backend)
+        with pytest.raises(error, match=message):
+            loss_against(z1, None, z1[:, 0], ids=given)
+    for given, message in (
+        ({"negatives": None, "ids": ids, "negative_ids": ids}, "negative_ids must be given exactly .* with negatives=None"),
+        ({"negatives": z2, "negative_ids": ids}, "negative_ids must be given exactly .* with ids=None"),
+        ({"negatives": z2, "ids": ids}, "negative_ids must be given exactly if negatives and ids are, got None"),
+        ({"negatives": z2, "ids": ids, "negative_ids": ids[:4]}, r"negative_ids must be an integer tensor of shape \(6,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loss_against(z1, positive=z1[:, 0], **given)
+    with pytest.raises(ValueError, match="'cuda' cannot serve this call: ids: not in this backend; use triton or blocked"):
+        alpha_cl_loss(z1, z2, ids=ids, backend="cuda")
+
+
+def test_auto_passes_over_a_backend_without_ids(monkeypatch):
+    for name in ("cpu", "triton"):
+        monkeypatch.setattr(ops.SWEEP_BACKENDS[name], "unsupported", lambda *call: "left out")
+    monkeypatch.setattr(ops.SWEEP_BACKENDS["cuda"], "unsupported", lambda *call: None)
+    name, why = ops.choose("auto", torch.device("cuda"), torch.float32, None, "exp", ids=True)
+    assert (name, "cuda: ids: not in this backend" in why) == ("blocked", True)
+    assert ops.choose("auto", torch.device("cuda"), torch.float32, None, "exp")[0] == "cuda"
+
+
+def test_not_over_processes():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="ids must be None with a process_group"):
+            FusedAlphaCLLoss(process_group="world")(*pair(4, 3), torch.arange(4))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_mask_that_forgets_is_found(monkeypatch):
+    """The comparisons above can fail: one pair of a group that counts is seen."""
+    forgetful = blocked._clashes
+
+    def clashes(ids, i0, i1, j0, j1):
+        mask = forgetful(ids, i0, i1, j0, j1).clone()
+        if i0 == 0 and j0 == 0:
+            mask[0, 2] = mask[2, 0] = False
+        return mask
+
+    monkeypatch.setattr(blocked, "_clashes", clashes)
+    z1, z2 = pair(len(IDS), 6)
+    for member in (("infonce", {}), ("alpha_direct", {"detach_alpha": False}), ("alpha_entropy", {})):
+        truth = evaluate(z1, z2, member, IDS, backend="reference")
+        with pytest.raises(AssertionError):
+            assert_same(evaluate(z1, z2, member, IDS, backend="blocked"), truth, 1e-6)
