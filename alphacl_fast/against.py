@@ -13,22 +13,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import functional
 from .autograd import (
+    SECOND_DERIVATIVE,
     Call,
     Features,
     Groups,
     Layout,
     Operators,
     Sweeps,
-    UnitRows,
     accumulation_dtype,
     constant_alpha,
     mean_negative,
+    only_once,
     row_tensors,
     rows_and_groups,
+    unit_rows,
 )
 from .objectives import ClosedForm, Objective
 
@@ -97,7 +98,8 @@ def loss_against(
             mean = _mean_negative(z.to(wide), None if negatives is None else negatives.to(wide), 1, groups)
             losses = constant_alpha(call.objective, mean - positive, _layout(z, negatives), groups)
         else:
-            losses = _Against.apply(z, negatives, positive, tau, replace(call, reduction="none"), groups)
+            learn_tau = tau.requires_grad and torch.is_grad_enabled() and call.objective.tau_gradient == "rows"
+            losses = _Against.apply(z, negatives, positive, tau, replace(call, reduction="none"), groups, learn_tau)[0]
     return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
 
 
@@ -127,7 +129,7 @@ def supcon_loss(
         raise ValueError(f"ids must be integers of shape {tuple(z.shape[:1])}, got {got}")
     if reduction not in functional.REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, functional.REDUCTIONS))}, got {reduction!r}")
-    rows = UnitRows.apply(z)
+    rows = unit_rows(z)
     groups, place, sizes = ids.to(z.device).unique(return_inverse=True, return_counts=True)
     others = sizes[place] - 1
     sums = rows.new_zeros(len(groups), rows.shape[1]).index_add(0, place, rows)
@@ -193,21 +195,30 @@ class _Against(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, z: Tensor, negatives: Tensor | None, pos: Tensor, tau: Tensor, call: Call, groups: Groups | None
-    ) -> Tensor:
-        ctx.call, ctx.tau_dtype = call, tau.dtype
-        tau = tau.to(pos.dtype)
-        learn_tau = ctx.needs_input_grad[3] and call.objective.tau_gradient == "rows"
-        with torch.no_grad():
-            rows = _Rows(z, negatives, pos, tau, call, groups).solve(call.objective, learn_tau)
-        ctx.save_for_backward(z, negatives, pos, tau, *row_tensors(rows), *(groups or ()))
-        return rows.loss
+        z: Tensor, negatives: Tensor | None, pos: Tensor, tau: Tensor, call: Call, groups: Groups | None, learn_tau: bool
+    ) -> tuple[Tensor | None, ...]:
+        rows = _Rows(z, negatives, pos, tau.to(pos.dtype), call, groups).solve(call.objective, learn_tau)
+        return rows.loss, *row_tensors(rows)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def setup_context(ctx, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        *tensors, ctx.call, groups, _ = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output[1:], *(groups or ()))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None, *of_kept: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None or any(x is not None for x in of_kept):
+            raise RuntimeError(SECOND_DERIVATIVE)
+        with torch.no_grad():
+            gradients = _Against._gradients(ctx, grad)
+        return *only_once(gradients, (grad, *ctx.saved_tensors)), None, None, None
+
+    @staticmethod
+    def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         z, negatives, pos, tau, *rest = ctx.saved_tensors
+        tau_dtype, tau = tau.dtype, tau.to(pos.dtype)
         (rows, groups), objective, n = rows_and_groups(rest), call.objective, len(z)
         need_z, need_negatives, need_pos, need_tau = ctx.needs_input_grad[:4]
         weighted = {name: x * grad for name in ("gain", "mass", "dtau") if (x := getattr(rows, name)) is not None}
@@ -220,5 +231,5 @@ class _Against(torch.autograd.Function):
         dnegatives = df.view(-1, z.shape[1])[n - lo :].to(z.dtype) if need_negatives else None
         dtau = None
         if need_tau:
-            dtau = (rows.gain * sums[-1] if terms else rows.dtau).sum().to(ctx.tau_dtype)
-        return dz, dnegatives, -rows.mass if need_pos else None, dtau, None, None
+            dtau = (rows.gain * sums[-1] if terms else rows.dtau).sum().to(tau_dtype)
+        return dz, dnegatives, -rows.mass if need_pos else None, dtau

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
 from .objectives import ROW_STEPS, ClosedForm, Objective, Rows, RowScalars
@@ -347,21 +346,60 @@ def through_normalization(d: Tensor, rows: Tensor, inv_norm: Tensor) -> Tensor:
     return torch.addcmul(d, rows, along, value=-1).mul_(inv_norm.unsqueeze(1))
 
 
+SECOND_DERIVATIVE = "a second derivative of the loss was asked for (create_graph=True or torch.func), it has first ones only"
+
+
+def only_once(gradients: tuple[Tensor | None, ...], sources: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """``gradients``, which were made of ``sources`` without a graph: their own derivative is an error, not 0."""
+    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in sources)):
+        return gradients
+    floating = [x for x in sources if x is not None and x.is_floating_point()]
+    return tuple(x if x is None else _OnlyOnce.apply(x, *floating) for x in gradients)
+
+
+class _OnlyOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, *sources: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        raise RuntimeError(SECOND_DERIVATIVE)
+
+
 class UnitRows(torch.autograd.Function):
     """(n, D) → rows of unit length in the accumulation dtype; finite gradients for zero and for tiny rows."""
 
     @staticmethod
-    def forward(ctx, z: Tensor) -> Tensor:
+    def forward(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         features = Features.make(z, "cosine")
         rows = features.rows()
-        ctx.save_for_backward(rows, features.inv_norm)
-        ctx.dtype = z.dtype
-        return rows.clone()  # torch.compile loses the gradient of an output that is also saved
+        return rows.clone(), rows, features.inv_norm  # torch.compile loses the gradient of an output that is also saved
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return through_normalization(grad, *ctx.saved_tensors).to(ctx.dtype)
+    def setup_context(ctx, inputs: tuple[Tensor], output: tuple[Tensor, ...]) -> None:
+        ctx.dtype = inputs[0].dtype
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output[1:])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None, *of_kept: Tensor | None) -> Tensor:
+        if torch.compiler.is_compiling():  # which makes zeros of the gradients that there are not, and no second derivatives
+            return through_normalization(grad, *ctx.saved_tensors).to(ctx.dtype)
+        if grad is None or any(x is not None for x in of_kept):
+            raise RuntimeError(SECOND_DERIVATIVE)
+        with torch.no_grad():
+            dz = through_normalization(grad, *ctx.saved_tensors).to(ctx.dtype)
+        return only_once((dz,), (grad, *ctx.saved_tensors))[0]
+
+
+def unit_rows(z: Tensor) -> Tensor:
+    """(n, D) rows of unit length in the accumulation dtype, differentiable."""
+    return UnitRows.apply(z)[0]
 
 
 def closed_form(
@@ -376,7 +414,7 @@ def closed_form(
     """(anchors,) losses of a constant-α objective by autograd through O(n·D) sums; arguments as above."""
     assert isinstance(call.objective, ClosedForm)
     z = torch.cat([z1, z2])
-    rows, bias = UnitRows.apply(z) if call.similarity == "cosine" else z.to(accumulation_dtype(z.dtype)), None
+    rows, bias = unit_rows(z) if call.similarity == "cosine" else z.to(accumulation_dtype(z.dtype)), None
     if call.similarity == "euclidean":
         rows = rows - (rows.mean(0) if center is None else center)
         bias = rows.square().sum(1) / -2
@@ -395,55 +433,68 @@ def constant_alpha(objective: ClosedForm, gap: Tensor, layout: Layout, groups: G
 
 
 class AlphaCLFunction(torch.autograd.Function):
-    """loss(z1, z2, τ) through the sweeps; first derivatives only (a second backward raises)."""
+    """(loss(z1, z2, τ), what the backward reads) through the sweeps; first derivatives only (a second backward raises).
+
+    ``need`` says whose gradients are wanted. What is kept are outputs, and the context is set up apart from the forward: the
+    form that torch.func differentiates. A gradient that came to them would be a second derivative.
+    """
 
     @staticmethod
-    def forward(ctx, z1: Tensor, z2: Tensor, tau: Tensor, call: Call, ids: Tensor | None = None) -> Tensor:
-        ctx.call, ctx.dtypes = call, (z1.dtype, z2.dtype, tau.dtype)
+    def forward(
+        z1: Tensor, z2: Tensor, tau: Tensor, call: Call, need: tuple[bool, bool, bool], ids: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         accumulate = accumulation_dtype(z1.dtype)
-        need = ctx.needs_input_grad[:3]
         with torch.autocast(z1.device.type, enabled=False):
-            tau = tau.to(accumulate)
             groups = Groups.of_views(ids, call, z1.shape[0], accumulate)
-            problem = Problem(*features_of_views(z1, z2, call), tau, call, groups=groups)
+            problem = Problem(*features_of_views(z1, z2, call), tau.to(accumulate), call, groups=groups)
             if not any(need):
-                return call.reduce(problem.solve(learn_tau=False).loss)
+                return (call.reduce(problem.solve(learn_tau=False).loss),)
             if call.reduction == "none":
                 rows = problem.solve(learn_tau=need[2])
-                ctx.save_for_backward(*problem.features.tensors(), problem.pos, tau, *row_tensors(rows), *(groups or ()))
-                return call.reduce(rows.loss)
-            loss, *grads = problem.loss_and_gradient(need)
-            ctx.save_for_backward(*grads)
-            return loss
+                kept = (*problem.features.tensors(), problem.pos, *row_tensors(rows), *(groups or ()))
+                return call.reduce(rows.loss), *kept
+            return problem.loss_and_gradient(need)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def setup_context(ctx, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        z1, _, tau, ctx.call, ctx.need, _ = inputs
+        ctx.dtypes = z1.dtype, tau.dtype
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output[1:], *([tau] if ctx.call.reduction == "none" else []))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None, *of_kept: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None or any(x is not None for x in of_kept):
+            raise RuntimeError(SECOND_DERIVATIVE)
         call: Call = ctx.call
-        dz_dtype, _, tau_dtype = ctx.dtypes
-        need_1, need_2, _ = ctx.needs_input_grad[:3]
-        with torch.autocast(grad.device.type, enabled=False):
+        dz_dtype, tau_dtype = ctx.dtypes
+        need_1, need_2, need_tau = ctx.need
+        kept = ctx.saved_tensors
+        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             if call.reduction == "none":
-                f, scale, bias, inv_norm, pos, tau, *rest = ctx.saved_tensors
+                f, scale, bias, inv_norm, pos, *rest, tau = kept
                 rows, groups = rows_and_groups(rest)
-                problem = Problem(Features(f, scale, bias, inv_norm), pos, tau, call, groups=groups)
-                dz, dtau = problem.gradient(rows, grad, ctx.needs_input_grad[:3])
+                problem = Problem(Features(f, scale, bias, inv_norm), pos, tau.to(pos.dtype), call, groups=groups)
+                dz, dtau = problem.gradient(rows, grad, ctx.need)
                 dz = None if dz is None else dz.to(dz_dtype)
             else:
                 # float32 until it is scaled: a half-precision gradient of 1e-8 would vanish before GradScaler sees it
-                dz, dtau = ctx.saved_tensors
-                dz = None if dz is None else torch.mul(dz, grad, out=dz.new_empty(dz.shape, dtype=dz_dtype))
+                dz, dtau = kept
+                dz = None if dz is None else (dz * grad).to(dz_dtype)
                 dtau = None if dtau is None else dtau * grad
-        dtau = None if dtau is None else dtau.to(tau_dtype)
+            dtau = dtau.to(tau_dtype) if need_tau else None
+        dz, dtau = only_once((dz, dtau), (grad, *kept))
         n = 0 if dz is None else dz.shape[0] // (need_1 + need_2)
-        return (dz[:n] if need_1 else None), (dz[-n:] if need_2 else None), dtau, None, None
+        return (dz[:n] if need_1 else None), (dz[-n:] if need_2 else None), dtau, None, None, None
 
 
 _ROW_FIELDS = tuple(field.name for field in fields(Rows) if field.name != "loss")  # the backward has no use for it
 
 
 def row_tensors(rows: Rows) -> tuple[Tensor | None, ...]:
-    return tuple(getattr(rows, name) for name in _ROW_FIELDS)
+    """What the backward reads, each a tensor of its own: autograd tells inputs and outputs apart by the object."""
+    values = (getattr(rows, name) for name in _ROW_FIELDS)
+    return tuple(None if x is None else x.view_as(x) for x in values)
 
 
 def rows_and_groups(tensors: list[Tensor | None]) -> tuple[Rows, Groups | None]:

@@ -181,9 +181,8 @@ def evaluate(
             return call.reduce(closed_form(z1, z2, call, layout, groups=groups)), backend, why
         if torch.compiler.is_compiling():
             return traced.loss(z1, z2, tau, call, ids), backend, why
-        if not torch.is_grad_enabled():  # apply() would still report inputs that require grad, and both sweeps would run
-            z1, z2, tau = z1.detach(), z2.detach(), tau.detach()
-        return AlphaCLFunction.apply(z1, z2, tau, call, ids), backend, why
+        need = tuple(x.requires_grad and torch.is_grad_enabled() for x in (z1, z2, tau))
+        return AlphaCLFunction.apply(z1, z2, tau, call, need, ids)[0], backend, why
 
 
 @torch.compiler.disable  # sizes and errors of the other processes are read on the host

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..against import loss_against
-from ..autograd import UnitRows
+from ..autograd import unit_rows
 from ..functional import alpha_cl_loss
 
 
@@ -50,7 +50,7 @@ class NTXentLoss(nn.Module):
         if not self.rows:
             group = "world" if self.gather_distributed else None
             return alpha_cl_loss(out0, out1, temperature=self.temperature, process_group=group)
-        first, second = UnitRows.apply(out0), UnitRows.apply(out1)
+        first, second = unit_rows(out0), unit_rows(out1)
         # a copy: the rows of this step replace some of the bank before the backward
         loss = loss_against(first, self.bank.to(first.dtype, copy=True), (first * second).sum(1), temperature=self.temperature)
         if out0.requires_grad:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..against import loss_against
-from ..autograd import UnitRows
+from ..autograd import unit_rows
 from ..functional import alpha_cl_loss
 
 
@@ -55,7 +55,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         # log Σ over the others' positives and log Σ over the hard negatives, each relative to one's own positive
         among_positives = alpha_cl_loss(anchors, positives, epsilon=0.0, reduction="none", **settings, **one_way)
         if self.similarity == "cosine":
-            anchors, positives, *hard = (UnitRows.apply(e) for e in embeddings)
+            anchors, positives, *hard = (unit_rows(e) for e in embeddings)
         own = (anchors * positives).sum(1)
         among_hard = loss_against(anchors, torch.cat(hard), own, epsilon=0.0, reduction="none", **settings)
         total = torch.logaddexp(among_positives, among_hard)
