@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
 
@@ -70,7 +71,7 @@ BAD_ARGUMENTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), BAD_ARGUMENTS, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD_ARGUMENTS, ids=lambda x: re.sub(r" at 0x\w+", "", str(x))[:40])
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         FusedAlphaCLLoss(**arguments)
