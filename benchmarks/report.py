@@ -150,7 +150,7 @@ def plot(rows: list[Row], path: Path) -> bool:
     remembered = groups(rows, "memory")
     figure, axes = pyplot.subplots(2, len(timed), figsize=(5.2 * len(timed), 7.6), layout="constrained", squeeze=False)
     names = sorted({row["contestant"] for those in timed.values() for row in those}, key=lambda name: (name not in OURS, name))
-    colors = {name: f"C{k}" for k, name in enumerate(names)}
+    colors = {name: pyplot.get_cmap("tab20")(k % 20) for k, name in enumerate(names)}
     for column, (key, those) in enumerate(timed.items()):
         negatives, objective, dtype, dim, *_ = key
         time, memory = axes[:, column]

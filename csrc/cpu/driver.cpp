@@ -199,16 +199,18 @@ class Memory {
   explicit Memory(int64_t bytes) {
     {
       const std::lock_guard<std::mutex> hold(mutex_);
-      if (kept_size_ >= bytes) std::swap(start_, kept_), std::swap(size_, kept_size_);
+      std::swap(start_, kept_), std::swap(size_, kept_size_);
     }
-    if (start_) return;
+    if (size_ >= bytes) return;
+    std::free(start_);  // too small: it would only be memory that is held beside the new one
     constexpr int64_t HUGE_PAGE = 2 << 20;
     const bool big = bytes >= 2 * HUGE_PAGE;
-    const int64_t alignment = big ? HUGE_PAGE : 4096;
-    size_ = (bytes + alignment - 1) / alignment * alignment;
-    start_ = static_cast<char*>(aligned_alloc(alignment, size_));
+    size_ = (bytes + 4095) / 4096 * 4096;
+    void* start = nullptr;
+    start_ = posix_memalign(&start, big ? HUGE_PAGE : 4096, size_) == 0 ? static_cast<char*>(start) : nullptr;
+    if (!start_) size_ = 0;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    if (big && start_) madvise(start_, size_, MADV_HUGEPAGE);
+    if (big && start_) madvise(start_, size_ / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);  // not of what lies behind the end
 #endif
   }
   ~Memory() {
