@@ -217,8 +217,11 @@ struct AmxProducts {
     if (j.wanted && !diagonal) add_product(s, transposed(scratch), i, j);
   }
 
-  static void unpack(const Sweep& s, const Block& block, double scale) {
-    NativeProducts<float>::unpack(s, block, scale);
+  static bool in_place(int64_t dim, int64_t stride) {
+    return wide_dim(dim) == dim && NativeProducts<float>::in_place(dim, stride);
+  }
+  static void unpack(const Sweep& s, const Block& block, double scale, float* tile) {
+    NativeProducts<float>::unpack(s, block, scale, tile);
   }
 };
 

@@ -130,8 +130,9 @@ struct DotProducts {
     if (j.wanted && !diagonal) add_product<1, LD>(s, down(scratch), j.rows, i, j);
   }
 
-  static void unpack(const Sweep& s, const Block& block, double scale) {
-    NativeProducts<float>::unpack(s, block, scale);
+  static bool in_place(int64_t dim, int64_t stride) { return NativeProducts<float>::in_place(dim, stride); }
+  static void unpack(const Sweep& s, const Block& block, double scale, float* tile) {
+    NativeProducts<float>::unpack(s, block, scale, tile);
   }
 };
 

@@ -304,24 +304,34 @@ template <class T> int run(const Sweep& s, const Engine& engine, void*& lock) {
   const int threads = s.threads > 1 ? s.threads : 1;
   const int64_t scratch_bytes = Memory::size(engine.scratch_bytes(s.dim, stride));
   const bool wants_df = gradient && s.hi > s.lo;
-  Memory memory(count * (packed_bytes + df_bytes) + 10 * vector_bytes + (TERM_COUNT + 3) * sum_bytes +
-                threads * scratch_bytes + Memory::size(count * int64_t(sizeof(std::atomic<int64_t>))));
-  if (!memory) return NO_MEMORY;
-
-  RowVectors v{};
-  v.padded = rows;
+  // The rows of s.df that a block's gradient ends up in may hold its accumulator: the largest piece of memory there is.
+  auto rows_of_df = [&](const Block& b) { return static_cast<T*>(s.df) + (b.first - s.lo) * s.dim; };
+  auto in_place = [&](const Block& b) {
+    const bool whole = b.rows == stride && b.first >= s.lo && b.first + b.rows <= s.hi;
+    return whole && engine.in_place(s.dim, stride) && reinterpret_cast<uintptr_t>(rows_of_df(b)) % 64 == 0;
+  };
   std::vector<Block> blocks(count);
+  int64_t apart = 0;  // accumulators of their own
   for (int64_t b = 0; b < count; b++) {
     Block& x = blocks[b];
     x.first = b < left ? b * block : s.split + (b - left) * block;
     const int64_t end = b < left ? left_rows : s.n;
     x.rows = end - x.first < block ? end - x.first : block;
     x.stride = stride, x.packed = b * stride;
-    x.left = memory.take(packed_bytes);
     x.anchor = x.first < s.anchors;
     x.wanted = wants_df && x.first < s.hi && x.first + x.rows > s.lo;
-    x.df = df_bytes ? memory.take(df_bytes) : nullptr;
-    if (!x.wanted) x.df = nullptr;
+    apart += x.wanted && !in_place(x);
+  }
+  Memory memory(count * packed_bytes + apart * df_bytes + 10 * vector_bytes + (TERM_COUNT + 3) * sum_bytes +
+                threads * scratch_bytes + Memory::size(count * int64_t(sizeof(std::atomic<int64_t>))));
+  if (!memory) return NO_MEMORY;
+
+  RowVectors v{};
+  v.padded = rows;
+  for (Block& x : blocks) {
+    x.left = memory.take(packed_bytes);
+    x.df = nullptr;
+    if (x.wanted) x.df = in_place(x) ? rows_of_df(x) : memory.take<T>(df_bytes);
   }
   T* gain = nullptr;
   double df_scale = 1;
@@ -431,7 +441,7 @@ template <class T> int run(const Sweep& s, const Engine& engine, void*& lock) {
       for (int64_t b; status.load() == OK && (b = next_unpack.fetch_add(1)) < count;) {
         if (!blocks[b].wanted) continue;
         wait_for(b, order.m);
-        engine.unpack(s, blocks[b], df_scale);
+        engine.unpack(s, blocks[b], df_scale, mine);
       }
   };
 

@@ -16,10 +16,10 @@ namespace {
 template <class T> struct Scratch {  // of one thread
   T *tile, *col_sums, *row_max, *col_max, *row_base, *col_base;
   void* rest;
-  static int64_t bytes() { return ((MAX_BLOCK + 32) * LD + (TERM_COUNT + 4) * MAX_BLOCK) * int64_t(sizeof(T)); }
+  static int64_t bytes() { return (TILE_SIZE + (TERM_COUNT + 4) * MAX_BLOCK) * int64_t(sizeof(T)); }
   explicit Scratch(void* p) {
     tile = static_cast<T*>(p);
-    col_sums = tile + (MAX_BLOCK + 32) * LD;
+    col_sums = tile + TILE_SIZE;
     row_max = col_sums + TERM_COUNT * MAX_BLOCK;
     col_max = row_max + MAX_BLOCK;
     row_base = col_max + MAX_BLOCK;
@@ -188,7 +188,11 @@ template <class Products> Engine engine(const char* name, int32_t operands) {
           [](const Sweep& s, const Block& b, bool gradient, void* memory) {
             Products::pack(s, b, gradient, Scratch<T>(memory).rest);
           },
-          tile<Products>, Products::unpack, normalize_pairs<T>, finish_pairs<T>, exponential<T>, logarithm<T>};
+          tile<Products>, Products::in_place,
+          [](const Sweep& s, const Block& b, double scale, void* memory) {
+            Products::unpack(s, b, scale, Scratch<T>(memory).tile);
+          },
+          normalize_pairs<T>, finish_pairs<T>, exponential<T>, logarithm<T>};
 }
 
 }  // namespace

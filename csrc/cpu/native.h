@@ -152,9 +152,18 @@ template <class Scalar> struct NativeProducts {
     if (j.wanted && !diagonal) add_product<1, LD>(s, tile, j.rows, i, j);
   }
 
-  static void unpack(const Sweep& s, const Block& block, double scale) {
+  static bool in_place(int64_t dim, int64_t stride) {
+    return FeaturePanels<T>(dim).padded_dim() == dim && stride * dim <= TILE_SIZE;
+  }
+
+  // `tile` is scratch of TILE_SIZE
+  static void unpack(const Sweep& s, const Block& block, double scale, T* tile) {
     const FeaturePanels<T> panels(s.dim);
     const T* df = static_cast<const T*>(block.df);
+    if (df == static_cast<const T*>(s.df) + (block.first - s.lo) * s.dim) {  // in place: panels become rows
+      std::memcpy(tile, df, df_bytes(s.dim, block.stride));
+      df = tile;
+    }
     for (int64_t r = 0; r < block.rows; r++) {
       const int64_t row = block.first + r;
       if (row < s.lo || row >= s.hi) continue;

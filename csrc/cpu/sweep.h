@@ -85,7 +85,9 @@ struct Engine {
   int64_t (*scratch_bytes)(int64_t dim, int64_t stride);
   void (*pack)(const Sweep&, const Block&, bool gradient, void* scratch);
   void (*tile)(const Sweep&, const RowVectors&, const Block& i, const Block& j, void* scratch);
-  void (*unpack)(const Sweep&, const Block&, double scale);  // to s.df, times scale
+  // Whether the accumulator of a full block has the size of its rows of s.df, and may be there until it is unpacked.
+  bool (*in_place)(int64_t dim, int64_t stride);
+  void (*unpack)(const Sweep&, const Block&, double scale, void* scratch);  // to s.df, times scale
   void (*normalize)(const PairRows&, int64_t begin, int64_t end, void* scratch);  // two rows of scratch
   void (*finish)(const PairRows&, int64_t begin, int64_t end, void* scratch);
   void (*exponential)(const void* x, void* y, int64_t n);  // for tests: the vector functions on their own

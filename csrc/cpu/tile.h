@@ -12,6 +12,7 @@ constexpr int PANEL_ROWS = 8;
 constexpr int64_t ROW_MULTIPLE = 48;  // blocks are padded to it: a multiple of PANEL_ROWS and of every register tile
 constexpr int64_t MAX_BLOCK = 240;
 constexpr int64_t LD = MAX_BLOCK + 32;  // row stride of a tile: rows must not all fall into the same sets of the cache
+constexpr int64_t TILE_SIZE = (MAX_BLOCK + 32) * LD;
 
 ALPHACL_INLINE int64_t padded(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 

@@ -107,12 +107,12 @@ class Random {
 
 // --- memory ---------------------------------------------------------------------------------------------------------
 
-// Exactly `size` elements: the sanitizer's red zone begins at the next byte. They start `skip` elements into the
-// allocation, because rows of a caller's matrix are aligned to their elements and to nothing more.
+// Exactly `size` elements: the sanitizer's red zone begins at the next byte. They are aligned as torch aligns a tensor, or
+// start `skip` elements later, because rows of a caller's matrix are aligned to their elements and to nothing more.
 template <class T> class Exact {
  public:
   explicit Exact(int64_t size = 0, int64_t skip = 0)
-      : size(size), block_(static_cast<T*>(std::malloc(size_t(size + skip) * sizeof(T)))), data(block_ + skip) {}
+      : size(size), block_(allocated(size_t(size + skip) * sizeof(T))), data(block_ + skip) {}
   Exact(Exact&& other) noexcept : size(other.size), block_(other.block_), data(other.data) { other.block_ = nullptr; }
   Exact& operator=(Exact&& other) noexcept {
     std::swap(size, other.size), std::swap(block_, other.block_), std::swap(data, other.data);
@@ -127,6 +127,10 @@ template <class T> class Exact {
   int64_t size;
 
  private:
+  static T* allocated(size_t bytes) {
+    void* block = nullptr;
+    return posix_memalign(&block, 64, bytes) == 0 ? static_cast<T*>(block) : nullptr;
+  }
   T* block_;
 
  public:
@@ -671,7 +675,7 @@ struct Setting {
 template <class T> struct Outputs {
   Exact<T> out, df, weight_sums, sums;
   Outputs(const Data& d, const Case& c)
-      : out(c.gradient() ? 0 : c.out_rows() * c.layout.anchors), df((c.hi - c.lo) * d.dim),
+      : out(c.gradient() ? 0 : c.out_rows() * c.layout.anchors), df((c.hi - c.lo) * d.dim, c.hi % 4 == 1),
         weight_sums(c.gradient() && d.bias.present ? d.n : 0), sums(c.gradient() ? c.terms * c.layout.anchors : 0) {
     for (Exact<T>* x : all()) x->fill_with_nan();
   }
