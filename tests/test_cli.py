@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,6 @@ def test_the_documented_example_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_a_reader_that_has_seen_enough():
-    command = f"{sys.executable} -m alphacl_fast.cli reproduce recipes | head -c 1"
+    command = f"{shlex.quote(sys.executable)} -m alphacl_fast.cli reproduce recipes | head -c 1"
     run = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert (run.stdout, run.stderr) == ("#", "")
