@@ -208,8 +208,10 @@ class _Against(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor | None, *of_kept: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad is None or any(x is not None for x in of_kept):
+        if any(x is not None for x in of_kept):
             raise RuntimeError(SECOND_DERIVATIVE)
+        if grad is None:
+            return (None,) * 7
         with torch.no_grad():
             gradients = _Against._gradients(ctx, grad)
         return *only_once(gradients, (grad, *ctx.saved_tensors)), None, None, None

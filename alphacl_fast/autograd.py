@@ -387,11 +387,13 @@ class UnitRows(torch.autograd.Function):
         ctx.save_for_backward(*output[1:])
 
     @staticmethod
-    def backward(ctx, grad: Tensor | None, *of_kept: Tensor | None) -> Tensor:
+    def backward(ctx, grad: Tensor | None, *of_kept: Tensor | None) -> Tensor | None:
         if torch.compiler.is_compiling():  # which makes zeros of the gradients that there are not, and no second derivatives
             return through_normalization(grad, *ctx.saved_tensors).to(ctx.dtype)
-        if grad is None or any(x is not None for x in of_kept):
+        if any(x is not None for x in of_kept):
             raise RuntimeError(SECOND_DERIVATIVE)
+        if grad is None:
+            return None
         with torch.no_grad():
             dz = through_normalization(grad, *ctx.saved_tensors).to(ctx.dtype)
         return only_once((dz,), (grad, *ctx.saved_tensors))[0]
@@ -464,8 +466,10 @@ class AlphaCLFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor | None, *of_kept: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad is None or any(x is not None for x in of_kept):
+        if any(x is not None for x in of_kept):
             raise RuntimeError(SECOND_DERIVATIVE)
+        if grad is None:
+            return (None,) * 6
         call: Call = ctx.call
         dz_dtype, tau_dtype = ctx.dtypes
         need_1, need_2, need_tau = ctx.need
