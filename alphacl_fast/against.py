@@ -16,7 +16,6 @@ from torch import Tensor
 
 from . import functional
 from .autograd import (
-    SECOND_DERIVATIVE,
     Call,
     Features,
     Groups,
@@ -25,6 +24,7 @@ from .autograd import (
     Sweeps,
     accumulation_dtype,
     constant_alpha,
+    first_derivative,
     mean_negative,
     only_once,
     row_tensors,
@@ -208,9 +208,7 @@ class _Against(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor | None, *of_kept: Tensor | None) -> tuple[Tensor | None, ...]:
-        if any(x is not None for x in of_kept):
-            raise RuntimeError(SECOND_DERIVATIVE)
-        if grad is None:
+        if not first_derivative(grad, of_kept):
             return (None,) * 7
         with torch.no_grad():
             gradients = _Against._gradients(ctx, grad)

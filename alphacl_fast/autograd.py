@@ -349,6 +349,16 @@ def through_normalization(d: Tensor, rows: Tensor, inv_norm: Tensor) -> Tensor:
 SECOND_DERIVATIVE = "a second derivative of the loss was asked for (create_graph=True or torch.func), it has first ones only"
 
 
+def first_derivative(grad: Tensor | None, of_kept: tuple[Tensor | None, ...]) -> bool:
+    """Whether a backward has something to do, from the gradients of its function's result and of what it kept.
+
+    Raises RuntimeError if there is a gradient of what was kept: only a second derivative has one.
+    """
+    if any(x is not None for x in of_kept):
+        raise RuntimeError(SECOND_DERIVATIVE)
+    return grad is not None
+
+
 def only_once(gradients: tuple[Tensor | None, ...], sources: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """``gradients``, which were made of ``sources`` without a graph: their own derivative is an error, not 0."""
     if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in sources)):
@@ -390,9 +400,7 @@ class UnitRows(torch.autograd.Function):
     def backward(ctx, grad: Tensor | None, *of_kept: Tensor | None) -> Tensor | None:
         if torch.compiler.is_compiling():  # which makes zeros of the gradients that there are not, and no second derivatives
             return through_normalization(grad, *ctx.saved_tensors).to(ctx.dtype)
-        if any(x is not None for x in of_kept):
-            raise RuntimeError(SECOND_DERIVATIVE)
-        if grad is None:
+        if not first_derivative(grad, of_kept):
             return None
         with torch.no_grad():
             dz = through_normalization(grad, *ctx.saved_tensors).to(ctx.dtype)
@@ -466,9 +474,7 @@ class AlphaCLFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor | None, *of_kept: Tensor | None) -> tuple[Tensor | None, ...]:
-        if any(x is not None for x in of_kept):
-            raise RuntimeError(SECOND_DERIVATIVE)
-        if grad is None:
+        if not first_derivative(grad, of_kept):
             return (None,) * 6
         call: Call = ctx.call
         dz_dtype, tau_dtype = ctx.dtypes

@@ -18,10 +18,10 @@ from .objectives import registered
 _LIBRARY = torch.library.Library("alphacl_fast", "FRAGMENT")
 _CALL = (
     "float? host_tau, str objective, str similarity, str negatives, bool symmetric, str reduction, str backend, "
-    "str precision, bool[] need, Tensor? ids=None"
+    "str precision, bool[] need"
 )
-_LIBRARY.define(f"loss(Tensor z1, Tensor z2, Tensor tau, {_CALL}) -> (Tensor, Tensor, Tensor)")
-_LIBRARY.define(f"loss_grad(Tensor z1, Tensor z2, Tensor tau, Tensor grad, {_CALL}) -> (Tensor, Tensor)")
+_LIBRARY.define(f"loss(Tensor z1, Tensor z2, Tensor tau, Tensor? ids, {_CALL}) -> (Tensor, Tensor, Tensor)")
+_LIBRARY.define(f"loss_grad(Tensor z1, Tensor z2, Tensor tau, Tensor? ids, Tensor grad, {_CALL}) -> (Tensor, Tensor)")
 
 
 def loss(z1: Tensor, z2: Tensor, tau: Tensor, call: Call, ids: Tensor | None = None) -> Tensor:
@@ -29,8 +29,8 @@ def loss(z1: Tensor, z2: Tensor, tau: Tensor, call: Call, ids: Tensor | None = N
     grad = torch.is_grad_enabled()
     need = [grad and x.requires_grad for x in (z1, z2, tau)]
     return torch.ops.alphacl_fast.loss(
-        z1, z2, tau, call.tau, call.objective.key, call.similarity, call.negatives, call.symmetric, call.reduction,
-        call.backend, call.precision, need, ids,
+        z1, z2, tau, ids, call.tau, call.objective.key, call.similarity, call.negatives, call.symmetric, call.reduction,
+        call.backend, call.precision, need,
     )[0]  # fmt: skip
 
 
@@ -58,8 +58,8 @@ def _problem(
 
 
 @_on_its_own
-def _loss(z1, z2, tau, *call_and_need):
-    call, need, ids = _apart(call_and_need)
+def _loss(z1, z2, tau, ids, *call_and_need):
+    *call, need = call_and_need
     problem = _problem(z1, z2, tau, ids, *call)
     if not any(need) or problem.call.reduction == "none":
         value, dz, dtau = problem.call.reduce(problem.solve(learn_tau=False).loss), None, None
@@ -69,17 +69,11 @@ def _loss(z1, z2, tau, *call_and_need):
 
 
 @_on_its_own
-def _loss_grad(z1, z2, tau, grad, *call_and_need):
-    call, need, ids = _apart(call_and_need)
+def _loss_grad(z1, z2, tau, ids, grad, *call_and_need):
+    *call, need = call_and_need
     problem = _problem(z1, z2, tau, ids, *call)
     dz, dtau = problem.gradient(problem.solve(learn_tau=need[2]), grad, tuple(need))
     return _or_nothing(dz, grad), _or_nothing(dtau, grad)
-
-
-def _apart(call_and_need):
-    """Call, needed gradients and ids; an operator that is called without its last argument passes none."""
-    *call, need, ids = call_and_need if isinstance(call_and_need[-1], Tensor | None) else (*call_and_need, None)
-    return call, need, ids
 
 
 def _or_nothing(x: Tensor | None, like: Tensor) -> Tensor:
@@ -95,27 +89,21 @@ def _gradients_fake(z1, tau, need):
     return _or_nothing(dz, z1), _or_nothing(dtau, z1)
 
 
-def _loss_fake(
-    z1, z2, tau, host_tau, objective, similarity, negatives, symmetric, reduction, backend, precision, need, ids=None
-):
+def _loss_fake(z1, z2, tau, ids, host_tau, objective, similarity, negatives, symmetric, reduction, backend, precision, need):
     n = z1.shape[0]
     shape = () if reduction != "none" else (2 * n if negatives == "two_view" else n,)
     none = reduction == "none"
     return z1.new_empty(shape, dtype=accumulation_dtype(z1.dtype)), *_gradients_fake(z1, tau, [x and not none for x in need])
 
 
-def _loss_grad_fake(z1, z2, tau, grad, *call_and_need):
-    return _gradients_fake(z1, tau, _apart(call_and_need)[1])
+def _loss_grad_fake(z1, z2, tau, ids, grad, *call_and_need):
+    return _gradients_fake(z1, tau, call_and_need[-1])
 
 
 def _setup(ctx, inputs, output) -> None:
-    z1, z2, tau, *rest = inputs
-    call, need, ids = _apart(rest)
-    ctx.call = *call, need
-    if "none" in ctx.call:  # of all arguments only the reduction is called so
-        ctx.save_for_backward(z1, z2, tau, ids)
-    else:
-        ctx.save_for_backward(z1, z2, tau, None, *output[1:])
+    z1, z2, tau, ids, *ctx.call = inputs
+    gradients = () if "none" in ctx.call else output[1:]  # of all arguments only the reduction is called so
+    ctx.save_for_backward(z1, z2, tau, ids, *gradients)
 
 
 def _backward(ctx, grad, *_):
@@ -126,11 +114,11 @@ def _backward(ctx, grad, *_):
     if gradients:
         dz, dtau = (x * grad for x in gradients)
     else:
-        dz, dtau = torch.ops.alphacl_fast.loss_grad(z1, z2, tau, grad, *ctx.call, ids)
+        dz, dtau = torch.ops.alphacl_fast.loss_grad(z1, z2, tau, ids, grad, *ctx.call)
     n = z1.shape[0]
     dz = dz.to(z1.dtype) if need_1 or need_2 else dz
     of_inputs = (dz[:n] if need_1 else None), (dz[-n:] if need_2 else None), dtau.to(tau.dtype) if need_tau else None
-    return *of_inputs, *(None for _ in ctx.call), None
+    return *of_inputs, None, *(None for _ in ctx.call)
 
 
 for _name, _function, _fake in (("loss", _loss, _loss_fake), ("loss_grad", _loss_grad, _loss_grad_fake)):

@@ -4,8 +4,7 @@
 
 Every row is in OUT/rows.jsonl as soon as it is made, with device, versions and commit; in the end the tables are printed and
 written to OUT/tables.md, and the growth with n is drawn in OUT/growth.png. A run into a folder that has rows adds to them, and
-the tables show the newest of each. Settings are timed by
-`benchmarks.loss`, memory is measured by `benchmarks.memory`.
+the tables show the newest of each. `benchmarks.loss` times a setting, `benchmarks.memory` measures one.
 """
 
 from __future__ import annotations
@@ -53,8 +52,9 @@ def available_bytes(device: torch.device) -> int:
 def why_not(contestant: str, setting: loss.Setting, device: torch.device) -> str | None:
     """Why a contestant that computes a setting's loss takes no part in it, or None."""
     name = contestant.partition("/")[0]
-    if missing(name):
-        return f"not installed: {missing(name)}"
+    absent = missing(name)
+    if absent:
+        return f"not installed: {absent}"
     rows = setting.n // 2 if setting.negatives == "cross_view" else setting.n
     if name not in (*ops.SWEEP_BACKENDS, "keops", *GPU_ONLY):
         needed, there = DENSE_MATRICES * 4 * rows**2, available_bytes(device)
@@ -107,6 +107,7 @@ def _list(kind: type, valid: tuple | None = None):
             raise argparse.ArgumentTypeError("at least one value is needed")
         return values
 
+    parse.__name__ = f"{kind.__name__} list"  # what argparse calls it
     return parse
 
 

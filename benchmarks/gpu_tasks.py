@@ -46,6 +46,7 @@ from .loss import (
     synchronize,
 )
 from .loss import provenance as base_provenance
+from .memory import peak_of_device
 
 Row = dict[str, Any]
 
@@ -104,16 +105,11 @@ def synchronization_forbidden(device: torch.device) -> Iterator[None]:
 
 
 def peak_extra_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
-    """Device memory that a call needs beyond what was allocated before it, its result included."""
-    if device.type != "cuda":
-        run()
-        return None
-    synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    """`memory.peak_of_device`; on a CPU the call runs all the same, and nothing is known."""
+    if device.type == "cuda":
+        return peak_of_device(run, device)
     run()
-    synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    return None
 
 
 def captured(step: Callable[..., tuple[Tensor, ...]], views: tuple[Tensor, ...], device: torch.device) -> Callable:

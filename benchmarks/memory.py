@@ -8,6 +8,7 @@ import ctypes
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -37,18 +38,23 @@ def _trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def peak_of_device(run: Callable[[], Any], device: torch.device) -> int:
+    """Bytes of a GPU that a call needs beyond what was allocated before it, its result included."""
+    synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
 def peak_extra_bytes(setting: Setting, contestant: str, device: torch.device) -> int:
     """Of loss + gradient in this process, the gradient included, the inputs not."""
     loss = make(contestant, setting.objective, setting.negatives, setting.tau)
     gradient(loss, *replace(setting, n=64).views(device))  # loads what the first call loads
     views = setting.views(device)
-    synchronize(device)
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        gradient(loss, *views)
-        synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return peak_of_device(lambda: gradient(loss, *views), device)
     _trim()
     before = _bytes("VmRSS")
     RESET.write_text("5")  # the peak becomes what is resident now

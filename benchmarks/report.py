@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -57,8 +58,7 @@ def fitted_power(points: list[tuple[int, float]]) -> float | None:
     logs = [(math.log(n), math.log(t)) for n, t in points if n >= FIT_FROM]
     if len(logs) < 2:
         return None
-    mean_x, mean_y = (sum(values) / len(logs) for values in zip(*logs, strict=True))
-    return sum((x - mean_x) * (y - mean_y) for x, y in logs) / sum((x - mean_x) ** 2 for x, _ in logs)
+    return statistics.linear_regression(*zip(*logs, strict=True)).slope
 
 
 def groups(rows: list[Row], benchmark: str) -> dict[tuple, list[Row]]:

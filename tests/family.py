@@ -133,6 +133,15 @@ def loss_and_grads(z1, z2, objective, options=None, *, tau=0.3, learn_tau=None, 
     return [loss.detach(), *torch.autograd.grad((loss * weights).sum(), inputs)]
 
 
+def assert_same_gradients(ours, truth, weights, leaves, bound=1e-10):
+    """Row losses (anchors,) of the same leaves: values, and gradients of their weighted sums."""
+    assert relative_error(ours.detach(), truth.detach()) < bound
+    found, expected = (torch.autograd.grad((x * weights).sum(), leaves, allow_unused=True, materialize_grads=True)
+                       for x in (ours, truth))
+    for f, e in zip(found, expected, strict=True):
+        assert relative_error(f, e) < bound
+
+
 def relative_error(value, truth, floor=1e-3):
     """‖value − truth‖/‖truth‖; below ``floor`` (against values of order 1) the error counts as absolute."""
     truth = truth.to(torch.float64)

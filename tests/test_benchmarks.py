@@ -101,7 +101,9 @@ def test_rivals_compute_the_same_loss(name):
 
 def test_the_strongest_rivals_of_a_cpu_are_there():
     """What the test extra installs is measured, not skipped."""
-    for name in ("lightly", "pytorch_metric_learning", "open_clip", "sentence_transformers", "sentence_transformers_cached"):
+    for name in (
+        "lightly", "pytorch_metric_learning", "open_clip", "info_nce", "sentence_transformers", "sentence_transformers_cached",
+    ):  # fmt: skip
         assert contestants.missing(name) is None
         assert loss.version(name)
     assert {"eager", "compiled", "lightly", "keops"} <= set(bench.default_contestants(CPU))

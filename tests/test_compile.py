@@ -111,12 +111,12 @@ def test_operators_pass_opcheck():
     tau, call = torch.tensor(0.3, dtype=torch.float64), ("cosine", "two_view", True)
     for reduction in ("mean", "none"):
         rest = (0.3, objective.key, *call, reduction, "blocked", "", [True, True, False])
-        torch.library.opcheck(torch.ops.alphacl_fast.loss.default, (z1, z2, tau, *rest), test_utils=(
+        torch.library.opcheck(torch.ops.alphacl_fast.loss.default, (z1, z2, tau, None, *rest), test_utils=(
             "test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
     grad = torch.ones(12, dtype=torch.float64)
-    torch.library.opcheck(torch.ops.alphacl_fast.loss_grad.default, (z1, z2, tau, grad, *rest))
+    torch.library.opcheck(torch.ops.alphacl_fast.loss_grad.default, (z1, z2, tau, None, grad, *rest))
     z1.requires_grad_()
-    torch.library.opcheck(torch.ops.alphacl_fast.loss.default, (z1, z2, tau, *rest[:-1], [True, False, False]))
+    torch.library.opcheck(torch.ops.alphacl_fast.loss.default, (z1, z2, tau, None, *rest[:-1], [True, False, False]))
 
 
 def test_objectives_are_found_while_they_live():

@@ -32,6 +32,7 @@ def test_wheel_has_one_top_level_name(wheel):
     assert "alphacl_fast/kernels/README.md" in names
     assert "alphacl_fast/kernels/sweeps.py" in names
     assert "alphacl_fast/backend/blocked.py" in names
+    assert "alphacl_fast/benchmarks/bench.py" in names
     assert "alphacl_fast/train/loop.py" in names
     assert "alphacl_fast/py.typed" in names
     assert "-cp310-abi3-" in wheel.name
@@ -42,7 +43,7 @@ def test_wheel_has_one_top_level_name(wheel):
 def test_wheel_works_unpacked(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (
-        "import alphacl_fast, alphacl_fast.kernels, torch; print(alphacl_fast.__file__); "
+        "import alphacl_fast, alphacl_fast.kernels, alphacl_fast.benchmarks.bench, torch; print(alphacl_fast.__file__); "
         "print(list(alphacl_fast.kernels.__path__)[0]); print(alphacl_fast.FusedAlphaCLLoss()(torch.eye(3), torch.eye(3)))"
     )
     out = subprocess.run(

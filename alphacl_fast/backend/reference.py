@@ -114,7 +114,7 @@ def row_losses(
     c = 0.0 if similarity == "euclidean" else 1.0
     if ids is not None:
         return _one_by_one(z1, z2, tau, objective, similarity, negatives, symmetric, ids)
-    return _of_similarities(objective, *negatives_and_positives(z1, z2, similarity, negatives, symmetric), tau, c)
+    return of_similarities(objective, *negatives_and_positives(z1, z2, similarity, negatives, symmetric), tau, c)
 
 
 def _one_by_one(
@@ -133,13 +133,13 @@ def _one_by_one(
             mine = [other for other, its_name in zip(others, names, strict=True) if its_name != name]
             if mine:
                 t = similarities(anchor[None], torch.stack(mine), similarity)
-                losses += _of_similarities(objective, t, similarities(anchor[None], positive[None], similarity)[0], tau, c)
+                losses += of_similarities(objective, t, similarities(anchor[None], positive[None], similarity)[0], tau, c)
             else:
                 losses.append((anchor * 0).sum())
     return torch.stack(losses)
 
 
-def _of_similarities(objective: Objective, t: Tensor, pos: Tensor, tau: Tensor, c: float) -> Tensor:
+def of_similarities(objective: Objective, t: Tensor, pos: Tensor, tau: Tensor, c: float) -> Tensor:
     """(anchors,) losses from t (anchors, |Neg|) of the negatives and (anchors,) of the positives."""
     gap = t - pos[:, None]
     if isinstance(objective, (PairWeight, MinPlayer)):
