@@ -310,25 +310,30 @@ template <class T> int run(const Sweep& s, const Engine& engine, void*& lock) {
     const bool whole = b.rows == stride && b.first >= s.lo && b.first + b.rows <= s.hi;
     return whole && engine.in_place(s.dim, stride) && reinterpret_cast<uintptr_t>(rows_of_df(b)) % 64 == 0;
   };
-  std::vector<Block> blocks(count);
-  int64_t apart = 0;  // accumulators of their own
-  for (int64_t b = 0; b < count; b++) {
-    Block& x = blocks[b];
+  auto block_at = [&](int64_t b) {
+    Block x{};
     x.first = b < left ? b * block : s.split + (b - left) * block;
     const int64_t end = b < left ? left_rows : s.n;
     x.rows = end - x.first < block ? end - x.first : block;
     x.stride = stride, x.packed = b * stride;
     x.anchor = x.first < s.anchors;
     x.wanted = wants_df && x.first < s.hi && x.first + x.rows > s.lo;
+    return x;
+  };
+  int64_t apart = 0;  // accumulators of their own
+  for (int64_t b = 0; wants_df && b < count; b++) {
+    const Block x = block_at(b);
     apart += x.wanted && !in_place(x);
   }
   Memory memory(count * packed_bytes + apart * df_bytes + 10 * vector_bytes + (TERM_COUNT + 3) * sum_bytes +
                 threads * scratch_bytes + Memory::size(count * int64_t(sizeof(std::atomic<int64_t>))));
-  if (!memory) return NO_MEMORY;
+  if (!memory) return NO_MEMORY;  // before anything else is allocated: a sweep too large ends here
 
   RowVectors v{};
   v.padded = rows;
-  for (Block& x : blocks) {
+  std::vector<Block> blocks(count);
+  for (int64_t b = 0; b < count; b++) {
+    Block& x = blocks[b] = block_at(b);
     x.left = memory.take(packed_bytes);
     x.df = nullptr;
     if (x.wanted) x.df = in_place(x) ? rows_of_df(x) : memory.take<T>(df_bytes);
