@@ -6,6 +6,8 @@ second sweep waits for the incoming row gradient. Derivation: docs/mathematics.m
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -44,11 +46,12 @@ class Call:
 
     def reduce(self, row_losses: Tensor) -> Tensor:
         """(anchors,) → () or one value per anchor; symmetric cross_view averages the two directions."""
-        if self.negatives == "cross_view" and self.symmetric:
-            row_losses = row_losses.view(2, -1).mean(0)
+        half = self.negatives == "cross_view" and self.symmetric
         if self.reduction == "none":
-            return row_losses
-        return row_losses.mean() if self.reduction == "mean" else row_losses.sum()
+            return row_losses.view(2, -1).mean(0) if half else row_losses
+        if self.reduction == "mean":
+            return row_losses.mean()
+        return row_losses.sum() / 2 if half else row_losses.sum()
 
     def divisor(self, n_pairs: int) -> int:
         """Of the sum of all row losses: the reduced loss, where that is one number."""
@@ -62,6 +65,16 @@ class Call:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays, everything else is accumulated in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context in which autocast is off; one that costs nothing where it is off already."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 class Features:
@@ -454,7 +467,7 @@ class AlphaCLFunction(torch.autograd.Function):
         z1: Tensor, z2: Tensor, tau: Tensor, call: Call, need: tuple[bool, bool, bool], ids: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         accumulate = accumulation_dtype(z1.dtype)
-        with torch.autocast(z1.device.type, enabled=False):
+        with without_autocast(z1.device):
             groups = Groups.of_views(ids, call, z1.shape[0], accumulate)
             problem = Problem(*features_of_views(z1, z2, call), tau.to(accumulate), call, groups=groups)
             if not any(need):
@@ -480,7 +493,7 @@ class AlphaCLFunction(torch.autograd.Function):
         dz_dtype, tau_dtype = ctx.dtypes
         need_1, need_2, need_tau = ctx.need
         kept = ctx.saved_tensors
-        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(grad.device):
             if call.reduction == "none":
                 f, scale, bias, inv_norm, pos, *rest, tau = kept
                 rows, groups = rows_and_groups(rest)
@@ -497,6 +510,9 @@ class AlphaCLFunction(torch.autograd.Function):
         n = 0 if dz is None else dz.shape[0] // (need_1 + need_2)
         return (dz[:n] if need_1 else None), (dz[-n:] if need_2 else None), dtau, None, None, None
 
+
+# `Function.apply` asks for it at every call, which takes as long as a sweep of a small batch
+AlphaCLFunction.forward.__signature__ = inspect.signature(AlphaCLFunction.forward)
 
 _ROW_FIELDS = tuple(field.name for field in fields(Rows) if field.name != "loss")  # the backward has no use for it
 

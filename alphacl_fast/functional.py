@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import distributed, ops, traced
-from .autograd import AlphaCLFunction, Call, Groups, Layout, accumulation_dtype, closed_form
+from .autograd import AlphaCLFunction, Call, Groups, Layout, accumulation_dtype, closed_form, without_autocast
 from .backend import reference
 from .objectives import DEFAULTS, ClosedForm, Objective, make
 
@@ -125,8 +125,8 @@ def make_call(
         raise TypeError(f"symmetric must be True or False, got {symmetric!r}")
     if group is not None and backend == "reference":
         raise ValueError("backend must not be 'reference' with a process_group: the oracle is of one process")
-    if torch.compiler.is_compiling() and not options:  # a graph may use objects that are there, but not make them
-        objective = DEFAULTS.get(objective, objective) if isinstance(objective, str) else objective
+    if not options and isinstance(objective, str):  # a compiled graph may use objects that are there, but not make them
+        objective = DEFAULTS.get(objective, objective)
     return Call(make(objective, options), similarity, negatives, symmetric, reduction, backend, group=group)
 
 
@@ -167,7 +167,7 @@ def evaluate(
     backend = call.backend
     if ids is not None:
         ids = checked_ids("ids", ids, z1)
-    with torch.autocast(z1.device.type, enabled=False):
+    with without_autocast(z1.device):
         if backend == "reference":
             accumulate = accumulation_dtype(z1.dtype)
             z1, z2, tau = z1.to(accumulate), z2.to(accumulate), tau.to(accumulate)

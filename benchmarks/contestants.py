@@ -246,6 +246,9 @@ def make(name: str, objective: str, negatives: str, tau: float) -> Loss:
     if name in RIVALS:
         return RIVALS[name][0](negatives, tau)
     if name in ("eager", "compiled"):
-        function = eager_infonce if name == "eager" else torch.compile(eager_infonce, dynamic=False)
+        function = eager_infonce
+        if name == "compiled":
+            torch.compiler.reset()  # after eight shapes and modes in one process it would run the function uncompiled
+            function = torch.compile(function, dynamic=False)
         return lambda z1, z2: function(z1, z2, negatives, tau)
     return lambda z1, z2: alpha_cl_loss(z1, z2, objective, temperature=tau, negatives=negatives, backend=name)

@@ -9,6 +9,7 @@ an objective of its own after a slash if need be ("cpu/alpha_direct"). `benchmar
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
@@ -135,9 +136,18 @@ MEASURES = ("loss", "backward", "loss+gradient")
 def timed(measure: str, loss: Loss, z1: Tensor, z2: Tensor) -> Callable[[], Any]:
     """What is run for a measure."""
     if measure == "backward":
-        result = loss(z1, z2)
+        with _buffers_kept():
+            result = loss(z1, z2)
         return lambda: torch.autograd.grad(result, [z1, z2], retain_graph=True)
     return functools.partial(value if measure == "loss" else gradient, loss, z1, z2)
+
+
+def _buffers_kept() -> contextlib.AbstractContextManager[Any]:
+    """In it torch.compile makes backwards that can run again; by default they take the graph's buffers for their own."""
+    from torch._functorch import config
+
+    torch.compiler.reset()
+    return config.patch(donated_buffer=False) if hasattr(config, "donated_buffer") else contextlib.nullcontext()
 
 
 def scaled_gradient(loss: Loss, z1: Tensor, z2: Tensor) -> tuple[Tensor, ...]:

@@ -109,6 +109,19 @@ def test_the_strongest_rivals_of_a_cpu_are_there():
     assert {"eager", "compiled", "lightly", "keops"} <= set(bench.default_contestants(CPU))
 
 
+def test_the_compiled_contestant_is_compiled_at_every_size(monkeypatch):
+    """torch gives up on a function after a number of sizes and runs it as it is; and its backward runs once by default."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    for n in (16, 24):
+        compiled = contestants.make("compiled", "infonce", "cross_view", 0.5)
+        views = loss.Setting(n, 8).views(CPU)
+        loss.value(compiled, *views)
+        backward = loss.timed("backward", compiled, *views)
+        for one, other in zip(backward(), backward(), strict=True):
+            assert torch.equal(one, other)
+
+
 def test_wrong_gradient_is_not_timed(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(installed_loss, "make", lambda *args: lambda z1, z2: (z1 * z2).sum())
     with pytest.raises(SystemExit):

@@ -144,7 +144,8 @@ def _checked(name: str, what: str) -> str:
 
 
 @functools.cache
-def _default_instruction_set(requested: str | None) -> str:
+def _default_instruction_set() -> str:
+    requested = os.environ.get("ALPHACL_CPU_ISA")
     if requested:
         return _checked(requested, "ALPHACL_CPU_ISA")
     return [name for name, here in instruction_sets().items() if here and name != "amx_emulated"][-1]
@@ -152,7 +153,7 @@ def _default_instruction_set(requested: str | None) -> str:
 
 def instruction_set() -> str:
     """The highest instruction set in use."""
-    return _forced or _default_instruction_set(os.environ.get("ALPHACL_CPU_ISA"))
+    return _forced or _default_instruction_set()
 
 
 def engine(dtype: torch.dtype) -> str:

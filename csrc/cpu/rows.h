@@ -62,17 +62,26 @@ template <class T> T dot(const T* a, const T* b, int64_t dim) {
   return sum_of<T>((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
 }
 
-// Makes y a unit row and returns 1/‖y‖; an all-zero row stays and returns 0. Squares of the row itself could leave the
-// range of the dtype, hence the division by its largest element.
+ALPHACL_INLINE float root(float x) { return __builtin_sqrtf(x); }
+ALPHACL_INLINE double root(double x) { return __builtin_sqrt(x); }
+
+// Makes y a unit row and returns 1/‖y‖; an all-zero row stays and returns 0.
 template <class T> T normalize_row(T* y, int64_t dim) {
-  T largest = 0;
-  for (int64_t k = 0; k < dim; k++) {
-    const T size = y[k] < 0 ? -y[k] : y[k];
-    largest = size > largest || size != size ? size : largest;
+  T square = dot(y, y, dim);
+  T largest = 1;
+  // Squares that left the range of the dtype, or came near its end: once more, of the row over its largest element. What
+  // underflows in a sum of this size is far below its last place.
+  if (!(square > T(0x1p-60) && square < T(0x1p60))) {
+    largest = 0;
+    for (int64_t k = 0; k < dim; k++) {
+      const T size = y[k] < 0 ? -y[k] : y[k];
+      largest = size > largest || size != size ? size : largest;
+    }
+    if (largest == 0) return 0;
+    for (int64_t k = 0; k < dim; k++) y[k] /= largest;
+    square = dot(y, y, dim);
   }
-  if (largest == 0) return 0;
-  for (int64_t k = 0; k < dim; k++) y[k] /= largest;
-  const T norm = sizeof(T) == 4 ? T(__builtin_sqrtf(float(dot(y, y, dim)))) : T(__builtin_sqrt(double(dot(y, y, dim))));
+  const T norm = root(square);
   for (int64_t k = 0; k < dim; k++) y[k] /= norm;
   const T inverse = 1 / norm / largest, most = T(sizeof(T) == 4 ? 3.4028234e38 : 1.7976931348623157e308);
   return inverse > most ? most : inverse;
