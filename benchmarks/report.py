@@ -21,6 +21,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "cpu.jsonl"
 BEGIN, END = "<!-- from rows: python -m benchmarks.report --write -->", "<!-- end of rows -->"
 #: The package's backends: whoever is not among them is a rival.
 OURS = ("cpu", "triton", "cuda", "blocked", "reference")
+#: Smallest n of the README's table.
+HEADLINE_FROM = 1024
 #: Smallest n of a fit of the growth with n: below it launches and caches decide.
 FIT_FROM = 2048
 
@@ -61,13 +63,16 @@ def fitted_power(points: list[tuple[int, float]]) -> float | None:
     return statistics.linear_regression(*zip(*logs, strict=True)).slope
 
 
-def groups(rows: list[Row], benchmark: str) -> dict[tuple, list[Row]]:
-    """Rows of one benchmark by everything but contestant and n."""
+#: What the rows of one table share.
+SHARED = ("negatives", "objective", "dtype", "dim", "threads", "device", "torch")
+
+
+def groups(rows: list[Row], benchmark: str, keys: tuple[str, ...] = SHARED) -> dict[tuple, list[Row]]:
+    """Rows of one benchmark by everything that one table's rows share."""
     found: dict[tuple, list[Row]] = {}
     for row in rows:
         if row["benchmark"] == benchmark:
-            key = tuple(row.get(k) for k in ("negatives", "objective", "dtype", "dim", "threads", "device", "torch"))
-            found.setdefault(key, []).append(row)
+            found.setdefault(tuple(row.get(key) for key in keys), []).append(row)
     return found
 
 
@@ -92,8 +97,10 @@ def table(rows: list[Row], field: str, show) -> list[str]:
 def tables(rows: list[Row]) -> str:
     """Markdown: times as multiples of the package's fastest backend, memory in MB, exponents of the growth."""
     out: list[str] = []
+    alone, lines = by_objective(rows)
+    compared = [row for row in rows if row not in alone]
     for benchmark, what in (("loss+gradient", "Loss and gradient"), ("loss", "Loss alone"), ("backward", "Backward alone")):
-        for (negatives, objective, dtype, dim, threads, device, torch), those in groups(rows, benchmark).items():
+        for (negatives, objective, dtype, dim, threads, device, torch), those in groups(compared, benchmark).items():
             ours = {n: best((r for r in those if r["n"] == n and r["contestant"] in OURS), "median_in_gemms")
                     for n in {r["n"] for r in those}}  # fmt: skip
 
@@ -109,6 +116,7 @@ def tables(rows: list[Row]) -> str:
             out += [f"**{what}**: {objective}, `{negatives}`, D = {dim}, {dtype}, {threads} threads, {device}, "
                     f"torch {torch}; {unit}.", ""]  # fmt: skip
             out += [*table(those, "median_in_gemms", show), ""]
+    out += lines
     for (negatives, objective, dtype, dim, _, device, torch), those in groups(rows, "memory").items():
         out += [f"**Peak memory** beyond the inputs, MB: {objective}, `{negatives}`, D = {dim}, {dtype}, {device}, "
                 f"torch {torch}.", ""]  # fmt: skip
@@ -127,6 +135,25 @@ def tables(rows: list[Row]) -> str:
             out += [f"Time grows as n to the power (n ≥ {FIT_FROM:,}; {objective}, `{negatives}`, D = {dim}, {dtype}): "
                     f"{', '.join(shown)}.", ""]  # fmt: skip
     return "\n".join(out)
+
+
+def by_objective(rows: list[Row]) -> tuple[list[Row], list[str]]:
+    """Rows of the package alone, of objectives that it alone computes, and lines of tables of them with InfoNCE's beside."""
+    keys = tuple(key for key in SHARED if key != "objective")
+    alone: list[Row] = []
+    lines: list[str] = []
+    for values, those in groups(rows, "loss+gradient", ("contestant", *keys)).items():
+        contestant, negatives, dtype, dim, threads, device, torch = values
+        others = [row for row in those if row["objective"] != "infonce"]
+        sizes = {row["n"] for row in others}
+        bases = [row for row in those if row["objective"] == "infonce" and row["n"] in sizes]
+        if contestant in OURS and bases:
+            alone += others
+            shown = [{**row, "contestant": row["objective"]} for row in (*bases, *others)]
+            lines += [f"**Objectives**: loss and gradient by `{contestant}`, `{negatives}`, D = {dim}, {dtype}, {threads} "
+                      f"threads, {device}, torch {torch}; time over a 4096³ product's.", ""]  # fmt: skip
+            lines += [*table(shown, "median_in_gemms", lambda row: f"{row['median_in_gemms']:.3g}" if row else ""), ""]
+    return alone, lines
 
 
 def curves(rows: list[Row]) -> dict[str, list[tuple[int, float]]]:
@@ -201,7 +228,7 @@ def headline(rows: list[Row], dim: int = 128, dtype: str = "float32", objective:
         "|---|---|---|---|---|---|---|---|",
     ]
     fixed = {"dim": dim, "dtype": dtype, "objective": objective}
-    here = [row for row in rows if fixed.items() <= row.items()]
+    here = [row for row in rows if fixed.items() <= row.items() and row["n"] >= HEADLINE_FROM]
     for negatives in ("two_view", "cross_view"):
         for n in sorted({row["n"] for row in here if row["negatives"] == negatives}):
             those = [row for row in here if (row["negatives"], row["n"]) == (negatives, n)]
