@@ -14,6 +14,7 @@ from family import BUILT_IN, MODES, loss_and_grads, member_id, pair, relative_er
 
 from alphacl_fast import FusedAlphaCLLoss, PairLoss, objectives, ops
 from alphacl_fast.backend import cpu
+from alphacl_fast.functional import alpha_cl_loss
 
 ROOT = Path(__file__).parent.parent
 if cpu.load_error():
@@ -124,6 +125,24 @@ def test_any_number_of_features(name, dtype, dim):
     for o, t in zip(ours[:3], truth[:3], strict=True):
         error = float((o.double() - t).norm() / t.norm().clamp(min=1e-9))
         assert error < {torch.float32: 1e-5, torch.float64: 1e-12}.get(dtype, 5e-3) or dim == 1  # D = 1: the gradient is 0
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("negatives", ["two_view", "cross_view"])
+@pytest.mark.parametrize("dim", [16, 128, 240])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", SETS)
+def test_gradients_of_whole_blocks(name, dtype, dim, negatives, wanted):
+    """A whole block of rows whose width needs no padding has its gradient added up where it ends."""
+    views = pair(290, dim, dtype)
+    found = []
+    for backend, precise in (("cpu", dtype), ("reference", torch.float64)):
+        z1, z2 = (z.to(precise).requires_grad_(want) for z, want in zip(views, wanted, strict=True))
+        with cpu.forced_instruction_set(name):
+            loss = alpha_cl_loss(z1, z2, temperature=0.1, negatives=negatives, backend=backend)
+            found.append(torch.autograd.grad(loss, [z for z in (z1, z2) if z.requires_grad]))
+    for ours, truth in zip(*found, strict=True):
+        assert relative_error(ours, truth, floor=1e-9) < {torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
 
 
 def test_strided_expanded_and_transposed_inputs():
@@ -257,6 +276,7 @@ def test_work_space_at_a_large_batch():
     code = """
 import resource, torch
 from alphacl_fast.backend import cpu
+from alphacl_fast.functional import alpha_cl_loss
 from alphacl_fast.ops import pair_grad, row_sums
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 n, d = 65_536, 128
