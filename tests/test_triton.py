@@ -394,7 +394,7 @@ BEFORE_THE_GRADIENT = ["unit_rows_kernel", "row_sums", "combine_kernel", "row_st
 LAUNCHES = [
     ("infonce", {}, 12, 10),
     ("infonce", {"temperature_scaled": True}, 12, 10),
-    ("infonce", {"negatives": "cross_view"}, 15, 13),
+    ("infonce", {"negatives": "cross_view"}, 14, 12),
     ("alpha_direct", {}, 12, 10),
     ("alpha_inverse", {"detach_alpha": False, "alpha_eps": 0.1}, 11, 9),
     ("triplet", {}, 11, 9),
