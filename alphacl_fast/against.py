@@ -30,6 +30,7 @@ from .autograd import (
     row_tensors,
     rows_and_groups,
     unit_rows,
+    without_autocast,
 )
 from .objectives import ClosedForm, Objective
 
@@ -92,7 +93,7 @@ def loss_against(
     functional.check_temperature(temperature, call.objective)
     tau, call, _ = functional.bind_temperature(z, temperature, call, precision, ids is not None)
     groups = _groups(z, negatives, ids, negative_ids)
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z.device):
         positive = positive.to(wide)
         if isinstance(call.objective, ClosedForm):
             mean = _mean_negative(z.to(wide), None if negatives is None else negatives.to(wide), 1, groups)

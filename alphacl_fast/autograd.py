@@ -511,7 +511,7 @@ class AlphaCLFunction(torch.autograd.Function):
         return (dz[:n] if need_1 else None), (dz[-n:] if need_2 else None), dtau, None, None, None
 
 
-# `Function.apply` asks for it at every call, which takes as long as a sweep of a small batch
+# `Function.apply` asks for it at every call; without one that stands there it would be made anew
 AlphaCLFunction.forward.__signature__ = inspect.signature(AlphaCLFunction.forward)
 
 _ROW_FIELDS = tuple(field.name for field in fields(Rows) if field.name != "loss")  # the backward has no use for it

@@ -44,6 +44,7 @@ from .autograd import (
     features_of_views,
     row_tensors,
     rows_and_groups,
+    without_autocast,
 )
 from .objectives import ClosedForm, Rows
 
@@ -661,7 +662,7 @@ class GlobalFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         ranks, (dz_dtype, tau_dtype) = ctx.ranks, ctx.dtypes
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device):
             if ctx.call.reduction == "none":
                 f, scale, bias, inv_norm, pos, tau, *rows = ctx.saved_tensors
                 problem = GlobalProblem(Features(f, scale, bias, inv_norm), pos, tau, ctx.call, ranks)
@@ -695,7 +696,7 @@ class GlobalClosedForm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device):
             if ctx.call.reduction == "none":
                 grads = _ClosedProblem(*ctx.saved_tensors, ctx.call, ctx.ranks).gradient(grad)
             else:
@@ -746,7 +747,7 @@ def _center(z1: Tensor, z2: Tensor, call: Call, ranks: Ranks) -> Tensor | None:
 
 def global_loss(z1: Tensor, z2: Tensor, tau: Tensor, call: Call, ranks: Ranks) -> Tensor:
     """The loss of a call that all processes have agreed on."""
-    with torch.autocast(z1.device.type, enabled=False):
+    with without_autocast(z1.device):
         if not torch.is_grad_enabled():
             z1, z2, tau = z1.detach(), z2.detach(), tau.detach()
         if isinstance(call.objective, ClosedForm):

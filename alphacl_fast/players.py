@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import functional
-from .autograd import Call, Features, Layout, Problem, Sweeps, accumulation_dtype, features_of_views
+from .autograd import Call, Features, Layout, Problem, Sweeps, accumulation_dtype, features_of_views, without_autocast
 from .backend import reference
 from .backend.blocked import deal, excluded_diagonals, tile_size
 from .objectives import ClosedForm, Objective, infonce
@@ -83,7 +83,7 @@ class Importances:
         self.layout = Layout.make(call, z1.shape[0])
         self.anchors, self.n_neg = self.layout.anchors, self.layout.n_neg
         self.candidates = self.layout.rows - self.layout.split
-        with torch.no_grad(), torch.autocast(z1.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(z1.device):
             self.tau = tau.to(accumulation_dtype(z1.dtype))
             if call.backend == "reference":
                 z1, z2 = z1.detach().to(self.tau.dtype), z2.detach().to(self.tau.dtype)

@@ -235,6 +235,23 @@ def test_headline_compares_with_the_best_of_each_kind():
     assert line == "| two_view | 4,096 | 1.00 | 5.0 |  | 4.0 (quick) | 2.0 | 7.0 (quick) |"
 
 
+def test_the_headline_leaves_small_batches_to_the_document():
+    rows = [row("cpu", n, 1.0) for n in (256, 1024)]
+    assert [line.split(" | ")[1] for line in report.headline(rows).splitlines()[2:]] == ["1,024"]
+    assert "n = 256 | n = 1,024" in report.tables(rows)
+
+
+def test_objectives_stand_beside_infonce():
+    """What the package alone computes has one table; without InfoNCE's row, or with somebody to compare with, its own."""
+    rows = [row("cpu", 64, 2.0), row("cpu", 64, 1.0, objective="triplet"), row("eager", 64, 3.0)]
+    shown = report.tables(rows)
+    assert "| `triplet` | 1 |" in shown.split("**Objectives**")[1]
+    assert "| `infonce` | 2 |" in shown.split("**Objectives**")[1]
+    assert "triplet" not in shown.split("**Objectives**")[0]
+    assert "**Objectives**" not in report.tables(rows[1:])
+    assert "gradient**: triplet" in report.tables(rows[1:])
+
+
 def test_the_newest_row_counts(tmp_path):
     file = tmp_path / "rows.jsonl"
     rows = row("cpu", 64, 1.0), row("cpu", 128, 3.0), row("cpu", 64, 2.0)
