@@ -296,10 +296,15 @@ class TestAutograd:
 
     def test_autocast_changes_nothing(self, name):
         z1, z2 = pair(40, 16, torch.float32)
-        plain = loss_and_grads(z1, z2, name)
+        for backend in ("auto", "blocked"):  # the second multiplies through torch, whose products autocast rounds
+            for reduction in ("mean", "none"):
+                plain = loss_and_grads(z1, z2, name, backend=backend, reduction=reduction)
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    inside = loss_and_grads(z1, z2, name, backend=backend, reduction=reduction)
+                assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            inside = loss_and_grads(z1, z2, name)
-        assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
+            inside = FusedAlphaCLLoss(name, temperature=0.3, backend="reference")(z1, z2)
+        assert torch.equal(inside, FusedAlphaCLLoss(name, temperature=0.3, backend="reference")(z1, z2))
 
     def test_no_grad_does_no_gradient_work(self, name, monkeypatch):
         from alphacl_fast.backend import blocked
