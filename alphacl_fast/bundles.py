@@ -1,0 +1,102 @@
+"""The operands of the two sweeps, by name.
+
+`row_sums` and `pair_grad` take four bundles. A bundle is flattened once, where it crosses the operator
+schema (`ops`), and nowhere else: autograd, explicit negatives, processes and backends pass it whole.
+An operand is therefore added in three places: a field here, from whose annotation the schema follows,
+the code that fills it, and the backends that use it (docs/extending.md).
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """The rows that the sweeps multiply: t_ij = scale_i·scale_j·⟨f_i, f_j⟩ + bias_i + bias_j."""
+
+    f: Tensor  # (n, D)
+    scale: Tensor | None = None  # (n,) accumulation dtype; None is 1
+    bias: Tensor | None = None  # (n,) accumulation dtype; None is 0
+
+
+class Pairing(NamedTuple):
+    """Which rows meet which. With ``split`` = 0 all rows meet one another: a triangle of tiles.
+
+    Otherwise the rows [0, split) meet the rows [split, n): a rectangle. The first ``anchors`` rows have
+    sums of their own; the other rows are negatives only.
+    """
+
+    split: int
+    partner: int  # row i and row i ± partner are a positive pair and do not meet; 0: no pair is left out
+    anchors: int
+    ids: Tensor | None = None  # (n,) int32; two rows with the same id do not meet
+
+
+class PairFunction(NamedTuple):
+    """The function of a similarity that is summed."""
+
+    kind: str  # name under which `objectives.kind` finds it
+    params: tuple[float, ...]  # values of the kind's named parameters, in their order
+    tau: Tensor  # () temperature, in the accumulation dtype
+    log_range: tuple[float, float] | None = None  # bounds of log f, where they are known on the host
+
+
+class RowScalars(NamedTuple):
+    """Row vectors (anchors,) in the accumulation dtype that turn a pair's function into its term.
+
+    Linear kinds see x = (t − shift_i) + argument_offset_i; log kinds see t, and exp(log f − shift_i) is
+    what is summed. Moments are taken of t − moment_origin_i, and g_ij = row_weight_i·(f or f′), or
+    row_weight_i·(f + f′·(t − moment_origin_i − baseline_i)).
+    """
+
+    moment_origin: Tensor
+    row_weight: Tensor | None = None  # of `pair_grad` only
+    shift: Tensor | None = None
+    argument_offset: Tensor | None = None
+    baseline: Tensor | None = None
+
+
+class Term(enum.IntEnum):
+    """What is summed over the negatives of an anchor. The values are the order of the C++ kernels."""
+
+    F = 0  # f
+    DF = 1  # ∂f/∂x
+    F_MOMENT = 2  # f·(t − moment_origin)
+    DF_MOMENT = 3  # ∂f/∂x·(t − moment_origin)
+    DTAU = 4  # ∂f/∂τ·(t − moment_origin − baseline)
+    SHIFT = 5  # not a sum: the logarithm by which the sums of a log kind are divided; comes first
+    T_MAX = 6  # not a sum: the largest t; stands alone
+
+
+class Weight(enum.IntEnum):
+    """By what `pair_grad` weighs a pair, times the row weight."""
+
+    F = 0  # f
+    DF = 1  # ∂f/∂x
+    F_PLUS_DF = 2  # f + ∂f/∂x·(t − moment_origin − baseline)
+
+
+class Form(enum.IntEnum):
+    """How a sweep keeps exp(log f) in range."""
+
+    CONSTANT = 0  # a log kind whose bounds are known: one constant shift for all rows
+    ONLINE = 1  # a log kind: a running maximum per row (online softmax)
+    PLAIN = 2  # sums as they are; a log kind's are divided by exp(shift_i)
+    T_MAX = 3  # the largest t
+
+
+def form_of_sums(terms: tuple[Term, ...], constant_shift: float | None) -> Form:
+    """The form of a `row_sums` sweep."""
+    if terms[0] == Term.T_MAX:
+        return Form.T_MAX
+    if terms[0] != Term.SHIFT:
+        return Form.PLAIN
+    return Form.ONLINE if constant_shift is None else Form.CONSTANT
+
+
+def summed(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    """The terms that are sums."""
+    return tuple(term for term in terms if term < Term.SHIFT)
