@@ -22,6 +22,9 @@ def _emulated_cuda_kernels():
 if "ALPHACL_CUDA_EMULATED" not in os.environ:
     os.environ["ALPHACL_CUDA_EMULATED"] = _emulated_cuda_kernels()
 
+#: Seconds after which a process that a test waits for hangs, on a machine however busy.
+WATCHDOG = 900
+
 # Small tensors run fastest on one thread, and a barrier per operation would make a busy machine's run take hours.
 torch.set_num_threads(1)
 

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -163,17 +162,17 @@ def test_bad_flags(tmp_path, capsys, flags, message):
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_an_interrupted_run_keeps_its_rows(tmp_path):
-    command = [sys.executable, "-m", "alphacl_fast.cli", "bench", "--n", "64,8192", "--dim", "8", "--device", "cpu",
-               "--measure", "loss+gradient", "--contestants", "cpu", "--repeats", "1000", "--out", str(tmp_path)]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    rows = tmp_path / "rows.jsonl"
-    deadline = time.monotonic() + 120
-    while not (rows.exists() and rows.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
-    assert "interrupted" in process.stderr.read()
+def test_an_interrupted_run_keeps_its_rows(tmp_path, monkeypatch, small_gemm, capsys):
+    measure = installed_loss.run
+
+    def interrupted(setting, *others):
+        if setting.n == 128:
+            signal.raise_signal(signal.SIGINT)
+        return measure(setting, *others)
+
+    monkeypatch.setattr(installed_loss, "run", interrupted)
+    assert run(tmp_path, "--n", "64,128", "--measure", "loss+gradient", "--contestants", "cpu") == 130
+    assert "interrupted" in capsys.readouterr().err
     assert [row["n"] for row in rows_of(tmp_path)] == [64]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import WATCHDOG
 
 from alphacl_fast.train import Config, train
 
@@ -19,7 +20,6 @@ SETTINGS = {"dataset": "digits", "width": 4, "norm": "group", "optimizer": "sgd"
             "micro_batch": 20, "epochs": 4, "log_every": 1, "save_every": 2, "eval_every": 4, "workers": 0,
             "learn_temperature": True}  # fmt: skip
 ROOT = Path(__file__).parent.parent
-LIMIT = 150  # seconds for a job
 
 
 def start(processes, out, *flags):
@@ -75,7 +75,7 @@ def test_two_processes_train_as_one_does(tmp_path, reference):
     out = tmp_path / "run"
     process = start(2, out)
     try:
-        printed, message = process.communicate(timeout=LIMIT)
+        printed, message = process.communicate(timeout=WATCHDOG)
     finally:
         process.kill()
     assert process.returncode == 0, message
@@ -88,13 +88,13 @@ def test_a_killed_process_ends_the_job_and_another_number_goes_on(tmp_path, refe
     out = tmp_path / "run"
     process = start(3, out, "--epochs", "4")
     try:
-        deadline = time.monotonic() + LIMIT
+        deadline = time.monotonic() + WATCHDOG
         while len(steps(out)) < 3:
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline, "no step in time"
             time.sleep(0.01)
         os.kill(children(process.pid)[2], signal.SIGKILL)
-        _, message = process.communicate(timeout=60)
+        _, message = process.communicate(timeout=WATCHDOG)
     finally:
         process.kill()
     assert process.returncode == 1
