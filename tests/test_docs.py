@@ -23,9 +23,11 @@ def blocks(language):
 
 
 @pytest.mark.parametrize("code", blocks("python"))
-def test_python_block(code, tmp_path, monkeypatch):
+def test_python_block(code, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "document", "exec"), {})
+    if "trained encoder" in code:  # what it prints is an accuracy
+        assert float(capsys.readouterr().out.split()[-1]) > 0.9
 
 
 @pytest.mark.parametrize("code", blocks("sh"))
