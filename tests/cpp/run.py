@@ -77,6 +77,11 @@ def build(sanitize: str, programs: Sequence[str]) -> dict[str, Path]:
     missing = [name for name in setup["INSTRUCTION_SETS"] if name not in sets]
     if missing:
         print(f"not compiled, the compiler does not know them: {', '.join(missing)}")
+    processor = Path("/proc/cpuinfo")
+    if processor.exists() and "amx_tile" not in processor.read_text():
+        sets.pop("amx", None)  # nothing of it would run
+    if sanitize == "thread":  # threads meet in the driver: two engines are enough, of which one packs pairs of bfloat16
+        sets = {name: extra for name, extra in sets.items() if name in ("portable", "avx512_bf16")}
     sources = setup["SOURCES"]
     jobs: dict[str, list[str]] = {}
     for name, extra in sets.items():
