@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels run on the CPU
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is: threads outnumber cores, so they had better not spin
 
 import pytest
 import torch
