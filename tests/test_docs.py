@@ -32,7 +32,7 @@ def test_python_block(code, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("code", blocks("sh"))
 def test_shell_block(code):
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for line in code.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if not words:
