@@ -21,9 +21,9 @@ from family import (
 from test_memory import Largest
 
 from alphacl_fast import FusedAlphaCLLoss, functional, loss_against, objectives, ops
-from alphacl_fast.call import Layout, SameId
 from alphacl_fast.backend import blocked, reference, triton
 from alphacl_fast.bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight
+from alphacl_fast.call import Layout, SameId
 from alphacl_fast.functional import REDUCTIONS, alpha_cl_loss
 
 IDS = torch.tensor([3, 1, 3, 7, 7, 7, -2, 2**40])
@@ -384,7 +384,8 @@ def test_errors():
     ):
         with pytest.raises(ValueError, match=message):
             loss_against(z1, positive=z1[:, 0], **given)
-    with pytest.raises(ValueError, match="'cuda' cannot serve this call: ids: not in this backend; use cpu or triton or blocked"):
+    refusal = "'cuda' cannot serve this call: ids: not in this backend; use cpu or triton or blocked"
+    with pytest.raises(ValueError, match=refusal):
         alpha_cl_loss(z1, z2, ids=ids, backend="cuda")
 
 
