@@ -81,7 +81,7 @@ def build(sanitize: str, programs: Sequence[str]) -> dict[str, Path]:
     jobs: dict[str, list[str]] = {}
     for name, extra in sets.items():
         jobs[name] = [*extra, f"-DALPHACL_ISA={name}", str(sources / "kernels.cpp")]
-    known = [f"-DALPHACL_WITH_{name.upper()}" for name in sets if name != "portable"]
+    known = ["-DALPHACL_SETS=" + " ".join(f"SET({name})" for name in sets)]
     known += ['-DALPHACL_BUILD="test"', '-DALPHACL_SOURCES="test"']
     jobs["driver"] = [*threads, *known, str(sources / "driver.cpp")]
     jobs["test_kernels"] = [*threads, *(["-DALPHACL_WRAPPED"] if wrap else []), str(TESTS / "test_kernels.cpp")]
