@@ -184,6 +184,14 @@ def test_compiled_from_these_sources():
         os.chdir(before)
 
 
+def test_the_driver_piece_by_piece():
+    """Plan, prepare, schedule and collect by themselves (tests/cpp/test_driver.cpp)."""
+    command = [sys.executable, "tests/cpp/run.py", "--sanitize", "none", "--only", "test_driver"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "all good" in run.stdout
+
+
 def test_wrong_instruction_set_is_refused():
     with pytest.raises(ValueError, match=r"instruction set must be one of \['portable'.*got 'sse9'"), \
             cpu.forced_instruction_set("sse9"):
