@@ -46,7 +46,7 @@ def build_library(output: Path) -> str:
         sets = {name: extra for name, extra in INSTRUCTION_SETS.items() if accepts(compiler, extra, folder)}
         summary = f"{run([*compiler, '--version']).splitlines()[0]}; {' '.join([*flags, threads])}; {', '.join(sets)}"
         jobs = [(f"kernels_{name}", "kernels.cpp", [*extra, f"-DALPHACL_ISA={name}"]) for name, extra in sets.items()]
-        known = [f"-DALPHACL_WITH_{name.upper()}" for name in sets if name != "portable"]
+        known = ["-DALPHACL_SETS=" + " ".join(f"SET({name})" for name in sets)]
         quoted = summary.replace("\\", "\\\\").replace('"', '\\"')
         known += [f'-DALPHACL_BUILD="{quoted}"', f'-DALPHACL_SOURCES="{fingerprint()}"']
         jobs += [("driver", "driver.cpp", [threads, *known])]

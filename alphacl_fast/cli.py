@@ -331,7 +331,7 @@ def _info(arguments: list[str]) -> int:
 
     if cpu.load_error() is None:
         dtypes = ("float32", "float64", "bfloat16", "float16")
-        served = ", ".join(f"{name} by {cpu.engine(getattr(torch, name))}" for name in dtypes)
+        served = ", ".join(f"{name} by {cpu.kernels_for(getattr(torch, name))}" for name in dtypes)
         sets = ", ".join(name if here else f"({name})" for name, here in cpu.instruction_sets().items())
         rows += [("cpu kernels", cpu.build()), ("cpu kernels use", f"{served}; compiled: {sets}")]
     rows.append(("objectives", ", ".join(alphacl_fast.objectives.names())))

@@ -227,7 +227,7 @@ def version(contestant: str) -> str | None:
 def kernels(contestant: str, setting: Setting, device: torch.device) -> Any:
     """What serves a contestant: the CPU backend's instruction set, or what ``configuration`` of another backend says."""
     if contestant == "cpu":
-        return cpu.engine(setting.torch_dtype)
+        return cpu.kernels_for(setting.torch_dtype)
     describe = getattr(ops.SWEEP_BACKENDS.get(contestant), "configuration", None)
     return describe(setting.torch_dtype, setting.dim, setting.n, device) if describe else None
 

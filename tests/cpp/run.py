@@ -5,9 +5,10 @@
     python tests/cpp/run.py --sanitize none       neither: for a debugger, or for timing
     python tests/cpp/run.py --only test_device    one of them
 
-test_kernels is csrc/cpu, test_device the emulated GPU of csrc/cuda (whose races must be reported, too), test_sweeps the CUDA
-kernels on it. CXX is the compiler, as for setup.py, whose instruction sets and flags these are. Objects are kept in
-build/test_kernels and compiled again when a source or a flag has changed.
+test_kernels is csrc/cpu, test_driver the pieces of its driver one by one, test_device the emulated GPU of
+csrc/cuda (whose races must be reported, too), test_sweeps the CUDA kernels on it. CXX is the compiler, as for
+setup.py, whose instruction sets and flags these are. Objects are kept in build/test_kernels and compiled again
+when a source or a flag has changed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OBJECTS = ROOT / "build" / "test_kernels"
 TESTS = Path("tests") / "cpp"
 CUDA = Path("csrc") / "cuda"
-PROGRAMS = ("test_kernels", "test_device", "test_sweeps")
+PROGRAMS = ("test_driver", "test_kernels", "test_device", "test_sweeps")
 SANITIZERS = {"address": "address,undefined", "thread": "thread", "none": ""}
 #: A sweep that asks for too much memory is one of the tests; threads outnumber cores, so they had better not spin.
 ENVIRONMENT = {
@@ -70,8 +71,8 @@ def build(sanitize: str, programs: Sequence[str]) -> dict[str, Path]:
     # ThreadSanitizer does not know how OpenMP's threads wait for each other; without OpenMP the driver starts its own.
     openmp = sanitize != "thread" and sys.platform == "linux" and setup["accepts"](compiler, ["-fopenmp"], OBJECTS)
     threads = ["-fopenmp"] if openmp else ["-pthread"]
-    # Lets the test fill the driver's work space with NaN.
-    wrap = ["-Wl,--wrap=aligned_alloc", "-Wl,--wrap=free"] if sys.platform == "linux" else []
+    # Lets the test fill the driver's workspace with NaN.
+    wrap = ["-Wl,--wrap=posix_memalign", "-Wl,--wrap=free"] if sys.platform == "linux" else []
 
     sets = {name: extra for name, extra in setup["INSTRUCTION_SETS"].items() if setup["accepts"](compiler, extra, OBJECTS)}
     missing = [name for name in setup["INSTRUCTION_SETS"] if name not in sets]
@@ -81,11 +82,12 @@ def build(sanitize: str, programs: Sequence[str]) -> dict[str, Path]:
     jobs: dict[str, list[str]] = {}
     for name, extra in sets.items():
         jobs[name] = [*extra, f"-DALPHACL_ISA={name}", str(sources / "kernels.cpp")]
-    known = [f"-DALPHACL_WITH_{name.upper()}" for name in sets if name != "portable"]
+    known = ["-DALPHACL_SETS=" + " ".join(f"SET({name})" for name in sets)]
     known += ['-DALPHACL_BUILD="test"', '-DALPHACL_SOURCES="test"']
     jobs["driver"] = [*threads, *known, str(sources / "driver.cpp")]
     jobs["test_kernels"] = [*threads, *(["-DALPHACL_WRAPPED"] if wrap else []), str(TESTS / "test_kernels.cpp")]
-    parts = {"test_kernels": list(jobs), "test_device": ["test_device"], "test_sweeps": ["test_sweeps"]}
+    parts = {"test_kernels": list(jobs), **{name: [name] for name in ("test_driver", "test_device", "test_sweeps")}}
+    jobs["test_driver"] = ["-pthread", str(TESTS / "test_driver.cpp")]
     # AddressSanitizer's time goes into compilation, ThreadSanitizer's into running.
     quick = ["-O0", "-g1"] if sanitize == "address" else []
     for name in ("test_device", "test_sweeps"):
@@ -162,6 +164,8 @@ def main() -> None:
     start = time.monotonic()
     programs = build(options.sanitize, [options.only] if options.only else PROGRAMS)
     print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
+    if "test_driver" in programs:
+        run([str(programs["test_driver"])])
     if "test_device" in programs:
         run([str(programs["test_device"])])
         if options.sanitize == "thread":
