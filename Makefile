@@ -25,7 +25,7 @@ bench: $(STAMP)
 	"$(BIN)" -m alphacl_fast.cli bench --negatives two_view,cross_view
 
 gpu:
-	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$(PYTHON)" -m benchmarks.gpu --out "$(OUT)"
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$(PYTHON)" -m tools.gpu --out "$(OUT)"
 
 lint: $(STAMP)
 	"$(BIN)" -m ruff check .

@@ -1,6 +1,6 @@
 """How a sweep is tiled: tuned tables by device, conservative defaults otherwise.
 
-A table is `tuned/<device>.json`, written by ``python -m alphacl_fast.kernels.tune``: a list of entries
+A table is `tuned/<device>.json`, written by ``alphacl tune``: a list of entries
 ``{"sweep", "mode", "dim", "rows", "tile": {…}}``. A call takes, among the entries of its sweep, its arithmetic and its power
 of two of features, the one nearest in log(rows). The environment variable ALPHACL_TUNED names a table to use instead.
 """

@@ -1,4 +1,4 @@
-"""Compiles this folder: for GPUs with nvcc, and for the host with a C++ compiler (ALPHACL_EMULATED), to test the same sources.
+"""Compiles csrc/cuda: with nvcc for GPUs, and with a C++ compiler for the host (ALPHACL_EMULATED), to test the same sources.
 
     python setup.py build_cuda               alphacl_fast/_cuda.abi3.so
     python setup.py build_cuda --emulated    build/cuda/emulated-….so, whose path is printed
@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 SOURCES = Path("csrc") / "cuda"  # relative to ROOT: objects are the same wherever the tree is
 DTYPES = ("BFLOAT16", "FLOAT16", "FLOAT64", "FLOAT32", "TFLOAT32")  # the longest to compile first
 #: Machine code for all of Ampere and Ada, and for Hopper; later GPUs compile the first one's PTX when the library is loaded.
