@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from csrc.cuda import build
+from tools import build_cuda as build
 
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)")

@@ -81,10 +81,9 @@ def configurations() -> list[Configuration]:
 
 def launches(c: Configuration) -> Iterator[tuple[Any, tuple, Any]]:
     """(kernel, arguments, tile) of every launch that a loss with its gradient makes."""
+    from alphacl_fast.backend import triton
     from alphacl_fast.kernels import config
     from alphacl_fast.kernels.config import Tile
-
-    from alphacl_fast.backend import triton
 
     recorded = []
     triton.unsupported = lambda *call: None

@@ -11,8 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import alphacl_cli
 import alphacl_fast
+from alphacl_fast import cli
 from alphacl_fast.cli import main
+
+ROOT = Path(__file__).parent.parent
 
 TINY = ["--width", "4", "--batch-size", "64", "--subset", "128", "--epochs", "2", "--workers", "0"]
 
@@ -69,7 +73,7 @@ def test_resume_without_a_name_starts_where_nothing_is(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["trane"], "argument command: invalid choice: 'trane'"),
+    (["trane"], "command must be one of train, eval, "),
     (["train", "--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
     (["train", "--epochs", "0"], "--epochs must be at least 1, got 0"),
     (["train", "--sheep", "3"], "unrecognized arguments: --sheep 3"),
@@ -109,6 +113,36 @@ def test_help_lists_the_flags(capsys):
         assert all(word in out for word in words)
 
 
+@pytest.mark.parametrize(("arguments", "code", "answer"), [
+    ([], 2, "usage: alphacl COMMAND"),
+    (["--help"], 0, "usage: alphacl COMMAND"),
+    (["--version"], 0, f"alphacl {alphacl_fast.__version__}"),
+    (["reprodcue"], 2, "got 'reprodcue'; did you mean 'reproduce'?"),
+    (["--epochs", "3"], 2, "alphacl: error: unrecognized arguments: --epochs"),
+])  # fmt: skip
+def test_without_torch(arguments, code, answer):
+    """What needs no command is answered before torch, which takes seconds, is imported."""
+    program = (
+        "import sys, alphacl_cli\ntry:\n    sys.exit(alphacl_cli.main())\n"
+        "finally:\n    assert not {'torch', 'alphacl_fast'} & {*sys.modules}\n"
+    )
+    command = [sys.executable, "-c", program, *arguments]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == code, run.stderr
+    assert answer in (run.stderr if code else run.stdout)
+
+
+def test_the_entry_point_knows_every_command():
+    assert [*alphacl_cli.COMMANDS] == [*cli.COMMANDS]
+
+
+def test_tune_needs_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert fails(capsys, "tune") == "tune needs a CUDA device, got none"
+    assert fails(capsys, "tune", "--modes", "bf16,int8").endswith("fp64, got int8")
+    assert fails(capsys, "tune", "--dims", "many").startswith("argument --dims: invalid int list")
+
+
 def test_info_lists_backends_with_reasons(monkeypatch, capsys):
     monkeypatch.setattr(alphacl_fast, "backends", lambda: {"reference": None, "abacus": "beads\nmissing"})
     assert main(["info"]) == 0
@@ -142,7 +176,7 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
 
 
 def test_the_documented_example_runs(tmp_path, monkeypatch, capsys):
-    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    page = (ROOT / "docs" / "training.md").read_text()
     (example,) = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)
     monkeypatch.chdir(tmp_path)
     exec(example, {})

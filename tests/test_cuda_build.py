@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from alphacl_fast.backend import cuda
-from csrc.cuda import build
+from tools import build_cuda as build
 
 ROOT = Path(__file__).parent.parent
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from alphacl_fast.kernels.config import Tile
 from family import (
     BACKENDS,
     BUILT_IN,
@@ -24,6 +23,7 @@ from alphacl_fast import FusedAlphaCLLoss, functional, loss_against, objectives,
 from alphacl_fast.autograd import Groups, Layout
 from alphacl_fast.backend import blocked, reference, triton
 from alphacl_fast.functional import REDUCTIONS, alpha_cl_loss
+from alphacl_fast.kernels.config import Tile
 
 IDS = torch.tensor([3, 1, 3, 7, 7, 7, -2, 2**40])
 WITH_IDS = [name for name in BACKENDS if name not in ops.WITHOUT_IDS]

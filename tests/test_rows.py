@@ -14,10 +14,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from alphacl_fast.kernels import rows, trace
-
 from alphacl_fast import objectives
 from alphacl_fast.autograd import Features, positives, through_normalization
+from alphacl_fast.kernels import rows, trace
 
 pytestmark = [
     pytest.mark.xdist_group("rows"),  # one worker makes what its tests share

@@ -21,12 +21,12 @@ import torch.nn.functional as F
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-from alphacl_fast.kernels import trace  # noqa: E402
-from alphacl_fast.kernels.resources import compile_for  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from alphacl_fast import objectives  # noqa: E402
+from alphacl_fast.kernels import trace  # noqa: E402
+from alphacl_fast.kernels.resources import compile_for  # noqa: E402
 from alphacl_fast.objectives import MinPlayer, PairLoss, PairWeight  # noqa: E402
 
 ROOT = Path(__file__).parent.parent

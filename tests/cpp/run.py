@@ -6,15 +6,15 @@
     python tests/cpp/run.py --only test_device    one of them
 
 test_kernels is csrc/cpu, test_device the emulated GPU of csrc/cuda (whose races must be reported, too), test_sweeps the CUDA
-kernels on it. CXX is the compiler, as for setup.py, whose instruction sets and flags these are. Objects are kept in
+kernels on it. CXX is the compiler, as for tools/build_cpu.py, whose instruction sets and flags these are. Objects are kept in
 build/test_kernels and compiled again when a source or a flag has changed.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import hashlib
+import importlib.util
 import os
 import shlex
 import subprocess
@@ -40,50 +40,43 @@ ENVIRONMENT = {
 }
 
 
-def build_settings() -> dict[str, Any]:
-    """The constants and functions of setup.py, without what needs setuptools: importing it would build the package."""
-    tree = ast.parse((ROOT / "setup.py").read_text())
-    wanted = (ast.Import, ast.ImportFrom, ast.Assign, ast.FunctionDef)
-    tree.body = [
-        node
-        for node in tree.body
-        if isinstance(node, wanted) and not (isinstance(node, ast.ImportFrom) and str(node.module).startswith("setuptools"))
-    ]
-    scope: dict[str, Any] = {}
-    exec(compile(tree, "setup.py", "exec"), scope)
-    return scope
+def load_builder() -> Any:
+    """tools/build_cpu.py, whose flags and instruction sets these are."""
+    file = ROOT / "tools" / "build_cpu.py"
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def build(sanitize: str, programs: Sequence[str]) -> dict[str, Path]:
     """Compiles what has changed, links, and returns the programs."""
-    setup = build_settings()
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    builder = load_builder()
+    compiler = builder.host_compiler()
     OBJECTS.mkdir(parents=True, exist_ok=True)
     # Variables' places at every instruction would take a fifth of the time; a report needs lines.
-    flags = [flag for flag in setup["COMMON"] if flag != "-O3"] + ["-O1", "-g", "-fno-var-tracking", "-Wall", "-Wextra"]
-    flags.append("-Wno-maybe-uninitialized")  # GCC's false alarms about vectors that are set lane by lane
-    flags = [flag for flag in flags if setup["accepts"](compiler, [flag], OBJECTS)]
+    flags = [flag for flag in builder.COMMON if flag != "-O3"]
+    flags += ["-O1", "-g", "-fno-var-tracking", "-Wall", "-Wextra"]
+    # GCC's false alarms about vectors that are set lane by lane
+    flags.append("-Wno-maybe-uninitialized")
+    flags = [flag for flag in flags if builder.accepts(compiler, [flag], OBJECTS)]
     if SANITIZERS[sanitize]:
         flags += [f"-fsanitize={SANITIZERS[sanitize]}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
-        if not setup["accepts"](compiler, flags, OBJECTS):
+        if not builder.accepts(compiler, flags, OBJECTS):
             sys.exit(f"{shlex.join(compiler)} does not compile with {shlex.join(flags)}")
     # ThreadSanitizer does not know how OpenMP's threads wait for each other; without OpenMP the driver starts its own.
-    openmp = sanitize != "thread" and sys.platform == "linux" and setup["accepts"](compiler, ["-fopenmp"], OBJECTS)
+    openmp = sanitize != "thread" and sys.platform == "linux" and builder.accepts(compiler, ["-fopenmp"], OBJECTS)
     threads = ["-fopenmp"] if openmp else ["-pthread"]
     # Lets the test fill the driver's work space with NaN.
     wrap = ["-Wl,--wrap=aligned_alloc", "-Wl,--wrap=free"] if sys.platform == "linux" else []
 
-    sets = {name: extra for name, extra in setup["INSTRUCTION_SETS"].items() if setup["accepts"](compiler, extra, OBJECTS)}
-    missing = [name for name in setup["INSTRUCTION_SETS"] if name not in sets]
+    sets = builder.supported(compiler, OBJECTS)
+    missing = [name for name in builder.INSTRUCTION_SETS if name not in sets]
     if missing:
         print(f"not compiled, the compiler does not know them: {', '.join(missing)}")
-    sources = setup["SOURCES"]
-    jobs: dict[str, list[str]] = {}
-    for name, extra in sets.items():
-        jobs[name] = [*extra, f"-DALPHACL_ISA={name}", str(sources / "kernels.cpp")]
-    known = [f"-DALPHACL_WITH_{name.upper()}" for name in sets if name != "portable"]
-    known += ['-DALPHACL_BUILD="test"', '-DALPHACL_SOURCES="test"']
-    jobs["driver"] = [*threads, *known, str(sources / "driver.cpp")]
+    jobs = builder.units(sets)
+    known = ['-DALPHACL_BUILD="test"', '-DALPHACL_SOURCES="test"']
+    jobs["driver"] = [*threads, *known, *jobs["driver"]]
     jobs["test_kernels"] = [*threads, *(["-DALPHACL_WRAPPED"] if wrap else []), str(TESTS / "test_kernels.cpp")]
     parts = {"test_kernels": list(jobs), "test_device": ["test_device"], "test_sweeps": ["test_sweeps"]}
     # AddressSanitizer's time goes into compilation, ThreadSanitizer's into running.
@@ -94,11 +87,11 @@ def build(sanitize: str, programs: Sequence[str]) -> dict[str, Path]:
     for dtype in ("BFLOAT16", "TFLOAT32", "FLOAT64"):  # what the others are made of: every engine, in one dtype
         parts["test_sweeps"].append(dtype)
         jobs[dtype] = [*kernel, f"-DALPHACL_DTYPE={dtype}", "-x", "c++", str(CUDA / "kernels.cu")]
-    version = setup["run"]([*compiler, "--version"])
+    version = builder.version(compiler)
 
     def compile_one(name: str) -> Path:
         command = [*compiler, *flags, *jobs[name], "-c"]
-        folder = ROOT / (CUDA if "-DALPHACL_EMULATED" in command else sources)
+        folder = ROOT / (CUDA if "-DALPHACL_EMULATED" in command else builder.SOURCES)
         headers = b"".join(file.read_bytes() for file in sorted(folder.glob("*.h")))
         text = "\0".join([version, *command]).encode() + headers + (ROOT / jobs[name][-1]).read_bytes()
         target = OBJECTS / f"{sanitize}_{name}_{hashlib.sha256(text).hexdigest()[:16]}.o"
@@ -157,7 +150,6 @@ def main() -> None:
     parser.add_argument("--only", choices=PROGRAMS, help="one of the tests")
     parser.add_argument("--seed", type=int, default=1, help="of the random sample")
     options = parser.parse_args()
-    os.chdir(ROOT)  # setup.py's paths are relative to it
 
     start = time.monotonic()
     programs = build(options.sanitize, [options.only] if options.only else PROGRAMS)
