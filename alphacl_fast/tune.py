@@ -12,7 +12,6 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,8 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 def candidates(sweep: str, mode: str, dim: int) -> Iterator[Tile]:
     """Tiles worth a try, the most promising first."""
-    features, default = config.power_of_two(dim), config.default(sweep, mode, dim)
-    yield default
-    yield replace(default, persistent=2)
-    if mode == "bf16" and sweep in ("row_sums", "pair_grad") and 64 <= features <= 256 and features == dim:
-        for cols, stages in ((128, 2), (64, 4), (128, 3), (64, 2)):
-            yield Tile(128, cols, features, 4, stages, engine="gluon")
+    features = config.power_of_two(dim)
+    yield config.default(sweep, mode, dim)
     narrow = mode in ("fp32", "fp64")
     sizes = (32, 64) if narrow else (64, 128)
     chunks = [features] if features <= (64 if narrow else 256) else []
@@ -40,15 +35,11 @@ def candidates(sweep: str, mode: str, dim: int) -> Iterator[Tile]:
         chunks += [c for c in (32, 64, 128) if c < features]
     elif not chunks:
         chunks = [32, 64]  # weights are written, so rows need not fit
-    tiles = [
-        Tile(rows, cols, chunk, warps, stages, both_sides=both)
-        for chunk, both, rows, cols, warps, stages in itertools.product(
-            chunks, (sweep == "row_sums", sweep != "row_sums"), sizes, sizes, (4, 8), (2, 3)
-        )
-        if not both or rows == cols
-    ]
-    yield from tiles
-    yield from (replace(t, persistent=programs) for programs in (2, 3) for t in tiles if not t.both_sides)
+    forms = (True, False) if sweep == "row_sums" else (False,)
+    choices = itertools.product(chunks, forms, sizes, sizes, (4, 8), (2, 3))
+    for chunk, both, rows, cols, warps, stages in choices:
+        if not both or rows == cols:
+            yield Tile(rows, cols, chunk, warps, stages, both_sides=both)
 
 
 def measure(

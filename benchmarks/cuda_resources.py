@@ -1,12 +1,11 @@
 """What the compiler made of the CUDA kernels (csrc/cuda), read without a GPU, and checks of it.
 
-    python setup.py build_cuda                                  # if need be
-    python -m benchmarks.cuda_resources --check                 # what CI runs
-    python -m benchmarks.cuda_resources --write docs/cuda_kernels.md
+    python setup.py build_cuda              # if need be
+    python -m benchmarks.cuda_resources
 
-Of every kernel and architecture in the library: registers, local and shared memory from what ptxas said, instructions from the
-machine code. Checked: no spills, no stack frame, no serialised wgmma, blocks that fit on a multiprocessor, and matrix
-instructions where a kernel is one of tensor cores (HGMMA in those of hopper.h, which are for sm_90a alone).
+Prints registers, local and shared memory (from ptxas' log) and instruction counts (from the machine code) of every kernel and
+architecture in the library. It fails on a spill, a stack frame, a serialised wgmma, a block that does not fit on a
+multiprocessor, or missing matrix instructions (HGMMA in hopper.h, whose kernels are for sm_90a alone; HMMA elsewhere).
 """
 
 from __future__ import annotations
@@ -31,10 +30,8 @@ _ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)")
 _FUNCTION, _ARCHITECTURE = re.compile(r"\s*Function : (\w+)"), re.compile(r"arch = (\w+)")
 _TENSOR_CORES = re.compile(r"\b(Half|Tf32)<")
-#: Matrix instructions, asynchronous copies, loads of fragments, special functions, and under RED all atomic additions.
-_COUNTED = ("HMMA", "HGMMA", "LDGSTS", "UTMALDG", "LDSM", "MUFU", "RED")
-_ATOMIC = ("RED", "REDG", "ATOM", "ATOMG")
-_COLUMNS = ("kernel", "architecture", "registers", "stack", "spilled", "shared", "blocks per SM", *_COUNTED, "instructions")
+#: Matrix instructions, asynchronous copies, loads of fragments, special functions.
+_COUNTED = ("HMMA", "HGMMA", "LDGSTS", "UTMALDG", "LDSM", "MUFU")
 #: What ptxas says of a kernel, in numbers; the fields of `Kernel` from `registers` on.
 _NUMBERS = (r"Used (\d+) registers", r"(\d+) bytes stack frame", r"(\d+) bytes spill (?:stores|loads)", r"(\d+) bytes smem")
 
@@ -144,7 +141,7 @@ def survey() -> list[dict[str, Any]]:
             resources.Resources(name, capability, kernel.registers, 0, 0, shared, threads, False, {}, {}, {})
         )
         count = counts[kernel.symbol, kernel.architecture]
-        counted = {name: sum(count[opcode] for opcode in (_ATOMIC if name == "RED" else (name,))) for name in _COUNTED}
+        counted = {opcode: count[opcode] for opcode in _COUNTED}
         problems = []
         if kernel.spilled:
             problems.append(f"spills {kernel.spilled} bytes")
@@ -160,58 +157,29 @@ def survey() -> list[dict[str, Any]]:
         elif _TENSOR_CORES.search(name) and not counted["HMMA"]:
             problems.append("no HMMA instruction")
         rows.append({
-            "kernel": f"`{name}`", "architecture": kernel.architecture, "registers": kernel.registers, "stack": kernel.stack,
+            "kernel": name, "architecture": kernel.architecture, "registers": kernel.registers, "stack": kernel.stack,
             "spilled": kernel.spilled, "shared": shared, "blocks per SM": fit, **counted, "instructions": count.total(),
             "problems": problems,
         })  # fmt: skip
-    return sorted(rows, key=lambda row: ([int(x) if x.isdigit() else x for x in re.split(r"(\d+)", row["kernel"])],
-                                         row["architecture"]))  # fmt: skip
-
-
-def compiler() -> str:
-    """nvcc's version and the architectures, on which the table depends."""
-    return f"nvcc {build.version(build.nvcc()).split()[-1]} for {';'.join(build.architectures())}"
-
-
-def page(rows: list[dict[str, Any]]) -> str:
-    """The table as Markdown."""
-    lines = [
-        "# What the compiler makes of the CUDA kernels",
-        "",
-        f"Compiled by {compiler()}; nothing here was run or timed on a GPU. Registers, stack and",
-        "spilled bytes are those of a thread, shared bytes those of a block; the last columns count machine instructions in",
-        "the whole kernel (RED: all atomic additions). `Half<K, …>` multiplies bfloat16 (true) or float16 rows, `Tf32` and",
-        "`Simt` float32 and float64, K features at a time; then comes whether rows are longer than that, and, in fast",
-        "kernels, whether a tile serves both its sides. `hopper::` kernels are for sm_90a alone.",
-        "",
-        "Written by:",
-        "",
-        "```console",
-        "python -m benchmarks.cuda_resources --write docs/cuda_kernels.md",
-        "```",
-        "",
-        "| " + " | ".join(_COLUMNS) + " |",
-        "|" + "---|" * len(_COLUMNS),
-    ]
-    lines += ["| " + " | ".join(str(row[c]) for c in _COLUMNS) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+    return sorted(rows, key=lambda row: (row["kernel"], row["architecture"]))
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_resources", description=__doc__.splitlines()[0])
-    parser.add_argument("--write", type=Path, help="write the table to this file")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a kernel has a problem")
-    args = parser.parse_args(arguments)
+    parser.parse_args(arguments)
     try:
         rows = survey()
     except RuntimeError as error:
         parser.error(str(error))
-    failed = [f"{row['kernel']} {row['architecture']}: {', '.join(row['problems'])}" for row in rows if row["problems"]]
+    failed = []
+    for row in rows:
+        problems = row.pop("problems")
+        line = ", ".join(f"{name} {value}" for name, value in row.items())
+        print(line)
+        failed += [f"{line}: {', '.join(problems)}"] * bool(problems)
     print(f"{len(rows)} kernels, {len(failed)} with problems")
     print("\n".join(failed))
-    if args.write:
-        args.write.write_text(page(rows))
-    return int(bool(failed) and args.check)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

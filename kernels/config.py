@@ -32,8 +32,6 @@ class Tile:
         rows, cols: BLOCK_M, BLOCK_N. features: BLOCK_D; a row of more features is multiplied in chunks of so many, and its
             gradient by a vendor product. warps, stages: as Triton means them. both_sides: the form that reads each
             similarity once (docs/design.md); it needs rows = cols. max_registers: per thread, None leaves it to the compiler.
-        engine: "triton", or "gluon" for the overlapped Hopper kernels where they serve the call.
-        persistent: programs per multiprocessor that share all row blocks; 0 launches one for each.
     """
 
     rows: int
@@ -43,8 +41,6 @@ class Tile:
     stages: int
     both_sides: bool = False
     max_registers: int | None = None
-    engine: str = "triton"
-    persistent: int = 0
 
     def __post_init__(self) -> None:
         if self.both_sides and self.rows != self.cols:

@@ -106,7 +106,7 @@ def compile_for(
     attrs: Mapping[tuple[int, ...], list[list[Any]]] | None = None,
     divisible: Collection[str] = (),
 ) -> Resources:
-    """Compiles a `triton.jit` or Gluon function ahead of time for a compute capability.
+    """Compiles a `triton.jit` function ahead of time for a compute capability.
 
     Args:
         signature: type of every run-time argument by name ("*bf16", "i32", "fp32", "tensordesc<…>"), or a (named) tuple of
@@ -134,7 +134,7 @@ def compile_for(
         aligned = [path for path, kind in types.items() if path in named or (kind or "").startswith("*")]
         attrs = {path: [["tt.divisibility", 16]] for path in aligned}
     ordered = {name: _with_constants(given[name]) for name in fn.arg_names}
-    source = _source_class(fn)(fn, ordered, constants, dict(attrs))
+    source = ASTSource(fn, ordered, constants, dict(attrs))
     options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return inspect_ptx(
@@ -161,14 +161,6 @@ def _with_constants(kind: Any) -> Any:
         return "constexpr" if kind is None else kind
     members = [_with_constants(member) for member in kind]
     return type(kind)(*members) if hasattr(kind, "_fields") else tuple(members)
-
-
-def _source_class(fn: JITFunction) -> type[ASTSource]:
-    if not getattr(fn, "is_gluon", lambda: False)():
-        return ASTSource
-    from triton.experimental.gluon._runtime import GluonASTSource  # absent from older versions
-
-    return GluonASTSource
 
 
 def inspect_ptx(ptx: str, capability: int, *, shared: int, threads: int, tensor_memory: int = 0) -> Resources:

@@ -58,10 +58,10 @@ def power_of_two(x):
     return 1 << (x - 1).bit_length()
 
 
-def square_tile(rows, dim, both_sides=False):
+def square_tile(rows, dim):
     from alphacl_fast.kernels.config import Tile
 
-    return Tile(rows, rows, power_of_two(dim), warps=4, stages=1, both_sides=both_sides)
+    return Tile(rows, rows, power_of_two(dim), warps=4, stages=1)
 
 
 @pytest.fixture(autouse=True)

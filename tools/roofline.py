@@ -29,7 +29,6 @@ class Device:
     gemm: float  # FLOP/s of a large bf16 product
     hbm: float  # bytes/s
     l2: float  # bytes/s
-    red: float  # bytes/s of atomic additions in L2
     l2_bytes: float
     exp_per_clock: int = 16  # an SM's
     issue_per_clock: int = 128
@@ -43,25 +42,24 @@ class Device:
         return {
             "tensor": self.gemm, "exp": clocks * self.exp_per_clock, "issue": clocks * self.issue_per_clock,
             "shuffle": clocks * self.shuffle_per_clock, "shared": clocks * self.shared_per_clock, "L2": self.l2,
-            "atomics": self.red, "HBM": self.hbm,
+            "HBM": self.hbm,
         }  # fmt: skip
 
 
 DEVICES = {
-    "H200": Device("H200", 132, 1.98e9, 788e12, 4.3e12, 5.5e12, 2e12, 50e6),
-    "H100": Device("H100", 132, 1.98e9, 798e12, 3.0e12, 5.5e12, 2e12, 40e6),
+    "H200": Device("H200", 132, 1.98e9, 788e12, 4.3e12, 5.5e12, 50e6),
+    "H100": Device("H100", 132, 1.98e9, 798e12, 3.0e12, 5.5e12, 40e6),
 }
 #: Launches of a step that is not captured in a CUDA graph: two row kernels, two sweeps, and PyTorch operations on row scalars.
 LAUNCHES = 37
 #: Share of the shorter resources' time that the overlapped kernels hide.
 OVERLAP = 0.7
-#: Features for which there are Hopper kernels in Gluon; they are row-block and overlap.
-GLUON_DIMS = (64, 128, 256)
-#: Instructions per pair that the schedulers issue in a sweep's inner loop, by engine and form, read from the kernels as triton
-#: 3.6.0 compiles them for D = 128; the both-sides gradient by hand: a second scaling and packing of W, vector atomics.
+#: Features for which csrc/cuda/hopper.h has kernels, which overlap; they are of the row-block form.
+HOPPER_DIMS = (64, 128, 256)
+#: Instructions per pair of a sweep's inner loop at D = 128, read from the kernels as triton 3.6.0 and nvcc 13.0 compile them.
 ISSUE = {
-    ("gluon", "sums"): 5.2, ("gluon", "gradient"): 8.2, ("triton", "sums"): 9.5, ("triton", "gradient"): 12.3,
-    ("triton", "sums of both sides"): 15.7, ("triton", "gradient of both sides"): 14.3,
+    ("hopper", "sums"): 5.5, ("hopper", "gradient"): 7.5, ("triton", "sums"): 9.5, ("triton", "gradient"): 12.3,
+    ("triton", "sums of both sides"): 15.7,
 }  # fmt: skip
 #: Bytes of rows that stay in shared memory beside the ring of column tiles.
 RESIDENT = 128 * 1024
@@ -84,14 +82,13 @@ class Work:
     shuffle: float = 0  # likewise
     shared: float = 0  # bytes
     l2: float = 0
-    red: float = 0
     hbm: float = 0
     fill: float = 1
 
     def seconds(self, device: Device) -> dict[str, float]:
         """Of each resource alone; those of an SM stand still where no program runs."""
         of_sms = [amount / self.fill for amount in (self.flop, self.exp, self.issue, self.shuffle, self.shared)]
-        amounts = (*of_sms, self.l2, self.red, self.hbm)
+        amounts = (*of_sms, self.l2, self.hbm)
         return {name: amount / rate for (name, rate), amount in zip(device.rates().items(), amounts, strict=True)}
 
     def time(self, device: Device, overlap: float) -> float:
@@ -131,25 +128,23 @@ def parts(n: int, tile: Tile, both: bool, device: Device) -> tuple[int, float]:
 def sweep(
     n: int, dim: int, tile: Tile, gradient: bool, both: bool, device: Device, engine: str = "triton", product: bool = True
 ) -> Work:
-    """One sweep. Without ``product`` a gradient sweep writes W in bfloat16 instead of multiplying it."""
+    """One sweep, of which the sums alone have a both-sides form.
+
+    Without ``product`` a gradient sweep writes W in bfloat16 instead of multiplying it.
+    """
     held = 1 << (dim - 1).bit_length()  # features of a tile in shared memory and products; zeros beyond dim
     tiles, (count, fill), blocks = tile_count(n, tile, both), parts(n, tile, both, device), math.ceil(n / tile.rows)
     area, groups = tile.rows * tile.cols, math.ceil(tile.rows / 64)  # a warpgroup multiplies 64 rows at a time
     own_bytes, cols_bytes = 2 * tile.rows * held, 2 * tile.cols * held
     stays = own_bytes <= RESIDENT
-    products, shuffle, red = 1, 0.0, 0.0
+    products, shuffle = 1, 0.0
     shared = cols_bytes + (not stays) * own_bytes  # tiles that arrive
     shared += own_bytes + groups * cols_bytes  # operands of S; each warpgroup reads the columns
     slots, width = count, dim if gradient else 1
     if gradient and product:
         products += 1
         shared += groups * cols_bytes
-        if both:  # W goes through shared memory to be transposed
-            products += 1
-            shared += 2 * 2 * area + math.ceil(tile.cols / 64) * own_bytes
-            red = 4 * dim * ((tiles - blocks) * tile.cols + count * blocks * tile.rows)
-            slots = 1
-    elif both and not gradient:
+    elif both:
         shuffle = tiles * 32 * tile.warps * 3 * tile.cols / 4  # 3 steps, in which a thread has a quarter of the columns
         slots += blocks // 2
     written = 2 * n * n if not product else 4 * n * width * (1 if slots == 1 else 2 * slots + 1)  # parts are read and added
@@ -161,7 +156,6 @@ def sweep(
         shuffle=shuffle,
         shared=tiles * shared,
         l2=tiles * 2 * dim * (tile.cols + (not stays) * tile.rows),
-        red=red,
         hbm=2 * n * dim * (waves if 2 * n * dim > device.l2_bytes else 1) + written,
         fill=fill,
     )
@@ -191,8 +185,6 @@ def forms(n: int, dim: int, device: Device, engine: str) -> tuple[dict[str, list
     if dim <= 512:
         own = square if dim <= 128 else Tile(128, 64) if dim <= 256 else Tile(64, 64)
         gradient["row-block"] = [sweep(n, dim, own, True, False, device, engine)]
-    if dim <= 256:
-        gradient["both sides"] = [sweep(n, dim, square if dim <= 128 else Tile(64, 64), True, True, device)]
     if dim >= 256:
         gradient["W in memory"] = [sweep(n, dim, wide, True, False, device, product=False), vendor_product(n, dim)]
     return sums, gradient
@@ -218,7 +210,7 @@ def step(n: int, dim: int, device: Device, overlap: float) -> Step:
         slowest = max(choices[name], key=lambda w: w.time(device, overlap))
         return times[name], name, slowest.binding(device)
 
-    engine = "gluon" if overlap and dim in GLUON_DIMS else "triton"
+    engine = "hopper" if overlap and dim in HOPPER_DIMS else "triton"
     sums, gradient = map(fastest, forms(n, dim, device, engine))
     rows = sum(w.time(device, overlap) for w in row_kernels(n, dim).values())
     total = sums[0] + gradient[0] + rows + LAUNCHES * device.gap
@@ -251,17 +243,17 @@ def _amount(x: float) -> str:
 def kernel_tables(n: int, dim: int, device: Device) -> list[str]:
     """What each kernel asks of each resource, and how long that alone would take."""
     kernels = {}
-    for engine in ("triton", *(["gluon"] if dim in GLUON_DIMS else [])):
+    for engine in ("triton", *(["hopper"] if dim in HOPPER_DIMS else [])):
         for sums_or_gradient, works in zip(("sums", "gradient"), forms(n, dim, device, engine), strict=True):
             own = works if engine == "triton" else {"row-block": works["row-block"]}
             kernels |= {f"{sums_or_gradient}, {form}, {engine}": w for form, w in own.items()}
     kernels |= {name: [work] for name, work in row_kernels(n, dim).items()}
     lines = [f"Amounts, n = {n:,}, D = {dim}:", ""]
-    amounts = ("FLOP", "exp", "instructions × lanes", "shuffles", "shared B", "L2 B", "atomic B", "HBM B")
+    amounts = ("FLOP", "exp", "instructions × lanes", "shuffles", "shared B", "L2 B", "HBM B")
     lines += _header("kernel", *amounts, "SMs filled")
     for name, works in kernels.items():
         w = works[0]
-        cells = map(_amount, (w.flop, w.exp, w.issue, w.shuffle, w.shared, w.l2, w.red, w.hbm))
+        cells = map(_amount, (w.flop, w.exp, w.issue, w.shuffle, w.shared, w.l2, w.hbm))
         lines.append(_line(name, *cells, f"{w.fill:.2f}"))
     lines += ["", "Milliseconds of each resource alone, and of the kernel (predictions):", ""]
     lines += _header("kernel", *device.rates(), "bound", "overlapped", "in order")

@@ -105,20 +105,20 @@ def unsupported(device: torch.device, dtype: torch.dtype, precision: str | None,
 
 # --- what a call comes to ---------------------------------------------------------------------------------------------
 
-#: Whether a sweep takes the form that reads each similarity once, where it is there (bfloat16): for `row_sums` order-fixed,
-#: for `pair_grad` by atomic additions. None: unless the device has kernels of warpgroups, which are of the row-block form.
-_both_sides: dict[str, bool | None] = {"row_sums": None, "pair_grad": False}
+#: Whether `row_sums` takes the form that reads each similarity once, where it is there (bfloat16).
+#: None: unless the device has kernels of warpgroups, which are of the row-block form.
+_both_sides: bool | None = None
 
 
 @contextlib.contextmanager
-def both_sides(**sweeps: bool | None) -> Iterator[None]:
-    """Within the context, sweeps named by keyword (row_sums, pair_grad) take the both-sides form or the row-block form."""
-    before = dict(_both_sides)
-    _both_sides.update(sweeps)
+def both_sides(wanted: bool | None) -> Iterator[None]:
+    """Within the context `row_sums` takes the both-sides form or the row-block form."""
+    global _both_sides
+    before, _both_sides = _both_sides, wanted
     try:
         yield
     finally:
-        _both_sides.update(before)
+        _both_sides = before
 
 
 @contextlib.contextmanager
@@ -287,7 +287,7 @@ def row_sums(
         out[0].fill_(middle)
         wanted = out[1:]
     on_hopper = p.on_hopper(sums)
-    wanted_both = not on_hopper if _both_sides["row_sums"] is None else _both_sides["row_sums"]
+    wanted_both = not on_hopper if _both_sides is None else _both_sides
     served = wanted_both and p.mode == "bf16" and form != "running"
     if served and (not split or (anchors > split and p.n == 2 * split)):
         _sums_of_both_sides(p, groups[0], sums, middle or 0.0, wanted)
@@ -376,27 +376,17 @@ def pair_grad(
     groups = groups_of(p.n, split, partner, anchors)
     unit = None if p.mode in ("fp32", "fp64") else gain.abs().amax()  # weights that are rounded are divided by it first
     whole = not p.in_chunks
-    both = (
-        _both_sides["pair_grad"] and p.mode == "bf16" and whole and everything and (not split or p.n == 2 * split)
-        and not torch.are_deterministic_algorithms_enabled()
-    )  # fmt: skip
-    if both:
-        shapes = (p.n, p.dim), (p.n if bias is not None else 0,), (len(terms), anchors)
-        df, w_sums, sums = (tau.new_zeros(1, *shape) for shape in shapes)
-        jobs, parts = [(groups[0], True)], 1
-    else:
-        jobs = jobs_of(groups, p.n, lo, hi, bool(terms))
-        parts = p.parts([group for group, _ in jobs], plain and p.on_hopper())
-        df = tau.new_empty(parts if whole else 1, hi - lo, p.dim)
-        w_sums = (tau.new_empty if everything else tau.new_zeros)(parts, p.n if bias is not None else 0)
-        sums = tau.new_empty(parts, len(terms), anchors)
+    jobs = jobs_of(groups, p.n, lo, hi, bool(terms))
+    parts = p.parts([group for group, _ in jobs], plain and p.on_hopper())
+    df = tau.new_empty(parts if whole else 1, hi - lo, p.dim)
+    w_sums = (tau.new_empty if everything else tau.new_zeros)(parts, p.n if bias is not None else 0)
+    sums = tau.new_empty(parts, len(terms), anchors)
     for group, wants in jobs:
         own_terms = terms if group.rows_anchor else ()
         blocks, tiles = _tiles(group.n_rows), _tiles(group.n_cols)
         common = {
             "middle": middle or 0.0, "unit": unit, "w_sums": w_sums if bias is not None else None,
-            "sums": sums if own_terms else None, "gradient": True, "weight": weight, "n_out": hi - lo, "lo": lo, "both": both,
-            "end": tiles // 2 + 1 if group.triangle and both else tiles,
+            "sums": sums if own_terms else None, "gradient": True, "weight": weight, "n_out": hi - lo, "lo": lo, "end": tiles,
         }  # fmt: skip
         if not wants or whole:
             grad = "product" if wants else "none"
