@@ -52,7 +52,7 @@ def test_compiled_from_these_sources():
 @pytest.fixture(scope="module")
 def surveyed():
     """A row for each kernel and architecture."""
-    from benchmarks import cuda_resources
+    from tools import cuda_resources
 
     try:
         return cuda_resources.survey()

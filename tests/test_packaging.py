@@ -166,7 +166,7 @@ print(alphacl_fast.FusedAlphaCLLoss("alpha_square")(torch.eye(4), torch.eye(4)).
 
 #: A module imports modules of the lines above its own, and none of its own line.
 LAYERS = """
-_version bundles objectives backend.precision backend.groups kernels.config kernels.sweeps kernels.resources
+_version bundles objectives backend.precision backend.groups kernels.config kernels.sweeps
 backend.ranges kernels.trace kernels.hopper
 backend.blocked backend.cpu backend.cuda backend.reference kernels.rows
 backend.triton

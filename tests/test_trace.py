@@ -26,8 +26,8 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from alphacl_fast import objectives  # noqa: E402
 from alphacl_fast.kernels import trace  # noqa: E402
-from alphacl_fast.kernels.resources import compile_for  # noqa: E402
 from alphacl_fast.objectives import MinPlayer, PairLoss, PairWeight  # noqa: E402
+from tools.resources import compile_for  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 EPS = torch.finfo(torch.float32).eps
