@@ -68,6 +68,15 @@ class BuildBackends(build_ext):
         self.in_source = bool(self.inplace)  # setuptools clears it while it builds
         super().run()
 
+    def get_output_mapping(self) -> dict[str, str]:
+        """The built files and their places in the source: libraries, or the reasons for none."""
+        found = {}
+        for pair in super().get_output_mapping().items():
+            if not Path(pair[1]).exists():
+                pair = (name.replace(".abi3.so", "_not_built.txt") for name in pair)
+            found.update([pair])
+        return found
+
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
