@@ -2,11 +2,11 @@
 
 from . import functional, objectives, theory
 from ._version import __version__
-from .against import loss_against, supcon_loss
+from .explicit_negatives import loss_against, supcon_loss
 from .loss import FusedAlphaCLLoss
 from .objectives import MinPlayer, PairLoss, PairWeight
 from .ops import backends
-from .players import AlphaSummary, alpha, alpha_summary
+from .pair_weights import AlphaSummary, alpha, alpha_summary
 from .verify import verify_distributed
 
 __all__ = [

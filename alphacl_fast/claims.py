@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import theory
 from .functional import alpha_cl_loss
-from .players import alpha
+from .pair_weights import alpha
 
 PAIRS, FEATURES, HIDDEN = 64, 8, 6
 EXACT = 1e-6  # of E, singular values and directions at a maximum

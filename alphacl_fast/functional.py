@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import distributed, ops, traced
-from .autograd import AlphaCLFunction, Call, Groups, Layout, accumulation_dtype, closed_form, without_autocast
+from . import compiled_op, distributed, ops
+from .autograd import AlphaCLFunction, closed_form
 from .backend import reference
+from .call import BoundCall, Call, Layout, SameId, accumulation_dtype, without_autocast
 from .objectives import DEFAULTS, ClosedForm, Objective, make
 
 SIMILARITIES = ("cosine", "dot", "euclidean")
@@ -84,23 +85,23 @@ def alpha_cl_loss(
     try:
         call = make_call(
             objective, options, similarity=similarity, negatives=negatives, symmetric=symmetric, reduction=reduction,
-            backend=backend, precision=precision, group=group,
+            backend=backend, precision=precision, process_group=group,
         )  # fmt: skip
     except (TypeError, ValueError) as error:
         if group is not None:
             distributed.agree(group, None, None, None, None, error)  # raises
         raise
-    return evaluate(z1, z2, temperature, call, precision, ids)[0]
+    return evaluate(z1, z2, temperature, call, ids)[0]
 
 
-def make_group(process_group: Any, strategy: str) -> distributed.Group | None:
+def make_group(process_group: Any, strategy: str) -> distributed.ProcessGroup | None:
     """Checks the two arguments that say with which processes to share a batch, and how."""
     _one_of("strategy", strategy, distributed.STRATEGIES)
     if process_group is None:
         if strategy != "auto":
             raise ValueError(f"strategy must be 'auto' without a process_group, got {strategy!r}")
         return None
-    return distributed.Group(process_group, strategy)
+    return distributed.ProcessGroup(process_group, strategy)
 
 
 def make_call(
@@ -113,7 +114,7 @@ def make_call(
     reduction: str,
     backend: str,
     precision: str | None,
-    group: distributed.Group | None,
+    process_group: distributed.ProcessGroup | None = None,
 ) -> Call:
     """Checks every argument but the tensors."""
     _one_of("similarity", similarity, SIMILARITIES)
@@ -123,11 +124,13 @@ def make_call(
     _one_of("precision", precision, PRECISIONS)
     if not isinstance(symmetric, bool):
         raise TypeError(f"symmetric must be True or False, got {symmetric!r}")
-    if group is not None and backend == "reference":
+    if process_group is not None and backend == "reference":
         raise ValueError("backend must not be 'reference' with a process_group: the oracle is of one process")
     if not options and isinstance(objective, str):  # a compiled graph may use objects that are there, but not make them
         objective = DEFAULTS.get(objective, objective)
-    return Call(make(objective, options), similarity, negatives, symmetric, reduction, backend, group=group)
+    return Call(
+        make(objective, options), similarity, negatives, symmetric, reduction, backend, precision, process_group
+    )
 
 
 def check_temperature(temperature: float | Tensor, objective: Objective) -> None:
@@ -158,73 +161,80 @@ def check_temperature(temperature: float | Tensor, objective: Objective) -> None
 
 
 def evaluate(
-    z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, precision: str | None, ids: Tensor | None = None
+    z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, ids: Tensor | None = None
 ) -> tuple[Tensor, str, str]:
-    """The loss, the backend that computed it and why; checks everything but what `make_call` has checked."""
-    if call.group is not None:
-        return _evaluate_over_ranks(z1, z2, temperature, call, precision, ids)
-    tau, call, why = bind(z1, z2, temperature, call, precision, ids is not None)
-    backend = call.backend
+    """The loss, the backend that computed it and why; checks everything that `make_call` has not checked."""
+    if call.process_group is not None:
+        return _evaluate_over_ranks(z1, z2, temperature, call, ids)
+    tau, bound, why = bind(z1, z2, temperature, call, ids is not None)
     if ids is not None:
         ids = checked_ids("ids", ids, z1)
     with without_autocast(z1.device):
-        if backend == "reference":
-            accumulate = accumulation_dtype(z1.dtype)
-            z1, z2, tau = z1.to(accumulate), z2.to(accumulate), tau.to(accumulate)
-            losses = reference.row_losses(
-                z1, z2, tau, call.objective, call.similarity, call.negatives, call.symmetric, ids
-            )
-            return call.reduce(losses), backend, why
-        if isinstance(call.objective, ClosedForm):
-            groups = Groups.of_views(ids, call, z1.shape[0], accumulation_dtype(z1.dtype))
-            layout = Layout.make(call, z1.shape[0])
-            return call.reduce(closed_form(z1, z2, call, layout, groups=groups)), backend, why
-        if torch.compiler.is_compiling():
-            return traced.loss(z1, z2, tau, call, ids), backend, why
-        need = tuple(x.requires_grad and torch.is_grad_enabled() for x in (z1, z2, tau))
-        return AlphaCLFunction.apply(z1, z2, tau, call, need, ids)[0], backend, why
+        return _loss(z1, z2, tau, bound, ids), bound.backend, why
+
+
+def _loss(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, ids: Tensor | None) -> Tensor:
+    wide = accumulation_dtype(z1.dtype)
+    if call.backend == "reference":
+        losses = reference.row_losses(
+            z1.to(wide), z2.to(wide), tau.to(wide), call.objective, call.similarity, call.negatives,
+            call.symmetric, ids,
+        )  # fmt: skip
+        return call.reduce(losses)
+    if isinstance(call.objective, ClosedForm):
+        same_id = SameId.of_views(ids, call, z1.shape[0], wide)
+        layout = Layout.of(call, z1.shape[0])
+        return call.reduce(closed_form(z1, z2, call, layout, same_id=same_id))
+    if torch.compiler.is_compiling():
+        return compiled_op.loss(z1, z2, tau, call, ids)
+    need = tuple(x.requires_grad and torch.is_grad_enabled() for x in (z1, z2, tau))
+    return AlphaCLFunction.apply(z1, z2, tau, call, need, ids)[0]
 
 
 @torch.compiler.disable  # sizes and errors of the other processes are read on the host
 def _evaluate_over_ranks(
-    z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, precision: str | None, ids: Tensor | None
+    z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, ids: Tensor | None
 ) -> tuple[Tensor, str, str]:
-    tau, why, failure = None, "", None
+    tau, bound, why, failure = None, None, "", None
     try:
         if ids is not None:
             raise ValueError("ids must be None with a process_group: negatives of other processes are not left out by id")
-        tau, call, why = bind(z1, z2, temperature, call, precision)
+        tau, bound, why = bind(z1, z2, temperature, call)
     except Exception as error:  # whatever it is, the other processes must learn of it: they wait for this one
         failure = error
-    ranks = distributed.agree(call.group, z1, z2, tau, call, failure)
-    return distributed.global_loss(z1, z2, tau, call, ranks), call.backend, f"{why}; {ranks.strategy} over {ranks.world}"
+    ranks = distributed.agree(call.process_group, z1, z2, tau, bound, failure)
+    loss = distributed.global_loss(z1, z2, tau, replace(bound, ranks=ranks))
+    return loss, bound.backend, f"{why}; {ranks.strategy} over {ranks.world}"
 
 
 def bind(
-    z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, precision: str | None, with_ids: bool = False
-) -> tuple[Tensor, Call, str]:
-    """τ as a tensor, the call with its backend, and why that one."""
+    z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, with_ids: bool = False
+) -> tuple[Tensor, BoundCall, str]:
+    """Checks embeddings and temperature; τ as a tensor, the call bound to its backend, and why that backend."""
     check_temperature(temperature, call.objective)
-    check_embeddings(z1, z2, fewest=2 if call.group is None else 0)
-    return bind_temperature(z1, temperature, call, precision, with_ids)
+    check_embeddings(z1, z2, fewest=2 if call.process_group is None else 0)
+    return bind_temperature(z1, temperature, call, with_ids)
 
 
 def bind_temperature(
-    z1: Tensor, temperature: float | Tensor, call: Call, precision: str | None, with_ids: bool = False
-) -> tuple[Tensor, Call, str]:
-    """As `bind`, of embeddings and a temperature that have been checked."""
+    z1: Tensor, temperature: float | Tensor, call: Call, with_ids: bool = False, **changes: Any
+) -> tuple[Tensor, BoundCall, str]:
+    """As `bind`, for embeddings and a temperature that have been checked; ``changes`` to the call."""
     if not torch.compiler.is_compiling():  # else the operator checks
         call.objective.check()
-    backend, why = ops.choose(call.backend, z1.device, z1.dtype, precision, call.objective.kind, with_ids)
-    host_tau: float | None = None
+    operands = ("ids",) if with_ids else ()
+    backend, why = ops.choose(
+        call.backend, z1.device, z1.dtype, call.precision, call.objective.kind, operands
+    )
+    known: float | None = None
     if isinstance(temperature, Tensor):
         if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
-            host_tau = temperature.detach().item()
+            known = temperature.detach().item()
         tau = temperature.reshape(()).to(z1.device)
     else:
-        host_tau = float(temperature)
-        tau = torch.full((), host_tau, dtype=accumulation_dtype(z1.dtype), device=z1.device)
-    return tau, replace(call, backend=backend, tau=host_tau, precision=precision or ""), why
+        known = float(temperature)
+        tau = torch.full((), known, dtype=accumulation_dtype(z1.dtype), device=z1.device)
+    return tau, call.bind(backend, known, **changes), why
 
 
 def check_embeddings(z1: Tensor, z2: Tensor, fewest: int = 2) -> None:

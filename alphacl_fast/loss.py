@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import functional, ops
 from .objectives import Objective
-from .players import AlphaSummary, alpha_summary
+from .pair_weights import AlphaSummary, alpha_summary
 
 
 class FusedAlphaCLLoss(nn.Module):
@@ -55,20 +55,24 @@ class FusedAlphaCLLoss(nn.Module):
         super().__init__()
         self._call = functional.make_call(
             objective, options, similarity=similarity, negatives=negatives, symmetric=symmetric, reduction=reduction,
-            backend=backend, precision=precision, group=functional.make_group(process_group, strategy),
+            backend=backend, precision=precision, process_group=functional.make_group(process_group, strategy),
         )  # fmt: skip
         functional.check_temperature(temperature, self._call.objective)
         if isinstance(temperature, Tensor) and not temperature.is_leaf:
             raise ValueError("temperature must be a leaf tensor or an nn.Parameter, got the result of an operation")
         if temperature_range is not None and not isinstance(temperature, Tensor):
             raise ValueError(f"temperature_range must be None with a fixed temperature, got {temperature_range!r}")
-        self.precision = precision
         self.temperature_range = _checked_range(temperature_range)
         if isinstance(temperature, Tensor) and not isinstance(temperature, nn.Parameter) and not temperature.requires_grad:
             self.register_buffer("temperature", temperature.clone())
         else:
             self.temperature = temperature
         self._served: tuple[str, str] | None = None
+
+    @property
+    def precision(self) -> str | None:
+        """The precision of float32 products that was asked for."""
+        return self._call.precision
 
     @property
     def objective(self) -> Objective:
@@ -80,7 +84,7 @@ class FusedAlphaCLLoss(nn.Module):
         temperature = self.temperature
         if isinstance(temperature, Tensor) and self.temperature_range is not None:
             temperature.data.clamp_(*self.temperature_range)
-        loss, *self._served = functional.evaluate(z1, z2, temperature, self._call, self.precision, ids)
+        loss, *self._served = functional.evaluate(z1, z2, temperature, self._call, ids)
         return loss
 
     def alpha_summary(self, z1: Tensor, z2: Tensor, *, k: int = 8, bins: int = 40) -> AlphaSummary:
@@ -88,7 +92,7 @@ class FusedAlphaCLLoss(nn.Module):
         call = self._call
         return alpha_summary(
             z1, z2, call.objective, k=k, bins=bins, temperature=self.temperature, similarity=call.similarity,
-            negatives=call.negatives, symmetric=call.symmetric, backend=call.backend, precision=self.precision,
+            negatives=call.negatives, symmetric=call.symmetric, backend=call.backend, precision=call.precision,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -101,15 +105,15 @@ class FusedAlphaCLLoss(nn.Module):
         if call.negatives == "cross_view":
             parts += [f"symmetric={call.symmetric}"]
         parts += [f"reduction={call.reduction!r}"]
-        if call.group is not None:
-            parts += [f"process_group={call.group!r}"]
-        if self.precision is not None:
-            parts += [f"precision={self.precision!r}"]
+        if call.process_group is not None:
+            parts += [f"process_group={call.process_group!r}"]
+        if call.precision is not None:
+            parts += [f"precision={call.precision!r}"]
         if self._served:
             chosen = "last call: " + ", ".join(self._served)
         else:
             try:
-                name, why = ops.choose(call.backend, torch.device("cpu"), torch.float32, self.precision, call.objective.kind)
+                name, why = ops.choose(call.backend, torch.device("cpu"), torch.float32, call.precision, call.objective.kind)
                 chosen = f"on a CPU: {name}, {why}"
             except ValueError as error:
                 chosen = str(error)

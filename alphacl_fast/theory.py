@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .functional import check_embeddings
 from .objectives import Objective
-from .players import Importances
+from .pair_weights import Importances
 
 NORMS = ("frobenius", "filter")
 

@@ -20,13 +20,14 @@ from family import (
 from test_memory import Largest
 
 from alphacl_fast import FusedAlphaCLLoss, functional, loss_against, objectives, ops
-from alphacl_fast.autograd import Groups, Layout
+from alphacl_fast.call import Layout, SameId
 from alphacl_fast.backend import blocked, reference, triton
+from alphacl_fast.bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight
 from alphacl_fast.functional import REDUCTIONS, alpha_cl_loss
 from alphacl_fast.kernels.config import Tile
 
 IDS = torch.tensor([3, 1, 3, 7, 7, 7, -2, 2**40])
-WITH_IDS = [name for name in BACKENDS if name not in ops.WITHOUT_IDS]
+WITH_IDS = [name for name in BACKENDS if "ids" in ops.SWEEP_BACKENDS[name].OPTIONAL_OPERANDS]
 
 
 def evaluate(z1, z2, member, ids, *, tau=0.3, **setting):
@@ -263,7 +264,7 @@ def test_module_and_integer_types():
 def test_groups(rectangle, anchors):
     ids = torch.randint(-3, 4, (40,)) * 2**60
     split = 17 if rectangle else 0
-    groups = Groups.make(ids, Layout(40, split, 0, anchors, 39, rectangle), torch.float32)
+    groups = SameId.make(ids, Layout(40, split, 0, anchors, 39, rectangle), torch.float32)
     assert torch.equal(groups.ids[:, None] == groups.ids, ids[:, None] == ids)
     assert groups.ids.dtype == torch.int32
     assert int(groups.ids.min()) == 0
@@ -315,15 +316,15 @@ def test_what_lies_in_a_pair_left_out_does_not_matter(backend):
 def test_one_grouping_per_step(monkeypatch):
     """Ids are put in order once, and nothing of it is read on the host."""
     calls = []
-    make = Groups.make.__func__
-    monkeypatch.setattr(Groups, "make", classmethod(lambda cls, *a: calls.append(1) or make(cls, *a)))
+    make = SameId.make.__func__
+    monkeypatch.setattr(SameId, "make", classmethod(lambda cls, *a: calls.append(1) or make(cls, *a)))
     z1, z2 = pair(len(IDS), 4)
     for reduction in REDUCTIONS:
         for name in ("infonce", "alpha_square", "uniform"):
             calls.clear()
             evaluate(z1, z2, (name, {}), IDS, reduction=reduction)
             assert len(calls) == 1
-    meta = Groups.make(torch.empty(9, dtype=torch.long, device="meta"), Layout(9, 0, 0, 9, 8, False), torch.float32)
+    meta = SameId.make(torch.empty(9, dtype=torch.long, device="meta"), Layout(9, 0, 0, 9, 8, False), torch.float32)
     assert meta.n_neg.shape == (9,)
 
 
@@ -346,15 +347,18 @@ def test_in_a_compiled_graph(member, reduction):
 def test_operators_pass_opcheck():
     objective, z1, z2 = objectives.make("alpha_direct"), *pair(6, 4)
     tau, ids = torch.tensor(0.3, dtype=torch.float64), torch.tensor([0, 1, 0, 2, 3, 1])
-    rest = (0.3, objective.key, "cosine", "two_view", True, "mean", "blocked", "", [True, True, False])
+    rest = (objective.key, "cosine", "two_view", True, "mean", "blocked", 0.3, "", [True, True, False])
     torch.library.opcheck(torch.ops.alphacl_fast.loss.default, (z1, z2, tau, ids, *rest), test_utils=(
         "test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
-    f, group, row = F.normalize(z1), ids.int(), torch.zeros(6, dtype=torch.float64)
+    row = torch.zeros(6, dtype=torch.float64)
+    pairing, function = Pairing(0, 0, 6, ids.int()), PairFunction("exp", (), tau, (-4.0, 4.0))
+    operands = *Rows(F.normalize(z1)), *pairing, *function
     for backend in ("cpu", "blocked"):
-        torch.library.opcheck(ops.row_sums, (
-            f, None, None, row, None, None, tau, "exp", [], ["base", "f"], 0, 0, 6, [0.3], "", backend, group))
-        torch.library.opcheck(ops.pair_grad, (
-            f, None, None, row, row + 1, row, None, None, tau, "exp", [], "f", [], 0, 0, 0, 6, [0.3], "", backend, group))
+        torch.library.opcheck(
+            ops.ROW_SUMS, (*operands, *RowScalars(row), [Term.SHIFT, Term.F], "", backend)
+        )
+        scalars = RowScalars(row, row + 1, row)
+        torch.library.opcheck(ops.PAIR_GRAD, (*operands, *scalars, Weight.F, [], 0, 6, "", backend))
 
 
 def test_errors():
@@ -380,7 +384,7 @@ def test_errors():
     ):
         with pytest.raises(ValueError, match=message):
             loss_against(z1, positive=z1[:, 0], **given)
-    with pytest.raises(ValueError, match="'cuda' cannot serve this call: ids: not in this backend; use triton or blocked"):
+    with pytest.raises(ValueError, match="'cuda' cannot serve this call: ids: not in this backend; use cpu or triton or blocked"):
         alpha_cl_loss(z1, z2, ids=ids, backend="cuda")
 
 
@@ -388,7 +392,7 @@ def test_auto_passes_over_a_backend_without_ids(monkeypatch):
     for name in ("cpu", "triton"):
         monkeypatch.setattr(ops.SWEEP_BACKENDS[name], "unsupported", lambda *call: "left out")
     monkeypatch.setattr(ops.SWEEP_BACKENDS["cuda"], "unsupported", lambda *call: None)
-    name, why = ops.choose("auto", torch.device("cuda"), torch.float32, None, "exp", ids=True)
+    name, why = ops.choose("auto", torch.device("cuda"), torch.float32, None, "exp", ("ids",))
     assert (name, "cuda: ids: not in this backend" in why) == ("blocked", True)
     assert ops.choose("auto", torch.device("cuda"), torch.float32, None, "exp")[0] == "cuda"
 

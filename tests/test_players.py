@@ -9,7 +9,7 @@ from family import BACKENDS, MEMBERS, MODES, SIMILARITIES, gaussian_weight, memb
 from alphacl_fast import FusedAlphaCLLoss, MinPlayer, PairWeight, alpha, alpha_summary, objectives
 from alphacl_fast.backend import reference
 from alphacl_fast.functional import alpha_cl_loss
-from alphacl_fast.players import Importances
+from alphacl_fast.pair_weights import Importances
 
 ALL_MODES = [{"negatives": negatives, "symmetric": symmetric} for negatives, symmetric in MODES]
 
@@ -92,7 +92,7 @@ def test_square_player_satisfies_kkt():
 @pytest.mark.parametrize("mode", ALL_MODES, ids=lambda mode: "-".join(map(str, mode.values())))
 @pytest.mark.parametrize("name", ["infonce", "alpha_square", "triplet", "uniform"])
 def test_summary_equals_the_dense_statistics(name, mode, similarity, monkeypatch):
-    monkeypatch.setattr("alphacl_fast.players.tile_size", lambda n, device: 7)  # ragged tiles, blocks that span both towers
+    monkeypatch.setattr("alphacl_fast.pair_weights.tile_size", lambda n, device: 7)  # ragged tiles, blocks that span both towers
     n, k, bins = 17, 5, 6
     z1, z2 = pair(n, 4)
     settings = {"similarity": similarity, "temperature": 0.4, **mode}
@@ -148,7 +148,7 @@ def test_uniform_and_one_hot_weights():
 def test_threads_and_the_module_see_the_same(monkeypatch):
     z1, z2 = pair(300, 8, torch.float32)
     threads = torch.get_num_threads()
-    monkeypatch.setattr("alphacl_fast.players.tile_size", lambda n, device: 64)
+    monkeypatch.setattr("alphacl_fast.pair_weights.tile_size", lambda n, device: 64)
     seen = []
     try:
         for count in (1, 2, 3):

@@ -8,7 +8,7 @@ from family import gaussian_weight, pair, quadratic_h
 
 from alphacl_fast import MinPlayer, PairWeight, alpha, claims, theory
 from alphacl_fast.cli import main
-from alphacl_fast.players import Importances
+from alphacl_fast.pair_weights import Importances
 
 pytestmark = [pytest.mark.xdist_group("theory"), pytest.mark.usefixtures("one_thread")]
 
@@ -52,7 +52,7 @@ def test_through_the_sweeps(objective, similarity):
 
 
 def test_covariance_in_tiles_and_threads(monkeypatch):
-    monkeypatch.setattr("alphacl_fast.players.tile_size", lambda n, device: 16)
+    monkeypatch.setattr("alphacl_fast.pair_weights.tile_size", lambda n, device: 16)
     z1, z2 = pair(50, 5)
     x1, x2 = pair(50, 3, seed=5)
     a = alpha(z1, z2, negatives="one_view")

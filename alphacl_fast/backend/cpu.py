@@ -18,8 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..objectives import KINDS
-from .ranges import middle as middle_of
+from ..bundles import Form, PairFunction, Pairing, Rows, RowScalars, Term, Weight, summed
+from . import forms
+
+#: Optional operands that this backend serves.
+OPTIONAL_OPERANDS = {"ids"}
 
 #: Instruction sets in the order of preference; the environment variable ALPHACL_CPU_ISA names the highest to use.
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
@@ -29,9 +32,9 @@ FAILURE = LIBRARY.with_name("_cpu_not_built.txt")
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _KINDS = {name: code for code, name in enumerate(("exp", "gibbs", "power", "inverse", "hinge", "sigmoid", "square", "gamma"))}
-_TERMS = ("f", "df", "ft", "dft", "dtau")
-_WEIGHTS = {"f": 0, "df": 1, "f+df": 2}
-_LOG_SUMS_FIXED, _LOG_SUMS_RUNNING, _PLAIN_SUMS, _MAXIMUM, _GRAD_FIXED, _GRAD = range(6)
+#: `enum Form` of csrc/cpu/sweep.h, for `row_sums` and for `pair_grad`.
+_SUM_FORMS = {Form.CONSTANT: 0, Form.ONLINE: 1, Form.PLAIN: 2, Form.T_MAX: 3}
+_GRAD_FORMS = {Form.CONSTANT: 4, Form.PLAIN: 5}
 _OK, _NO_MEMORY = 0, 1
 
 
@@ -204,27 +207,35 @@ def _pointer(x: Tensor | None) -> int | None:
 
 
 def _run(
-    f: Tensor,
-    vectors: dict[str, Tensor | None],
+    rows: Rows,
+    pairing: Pairing,
+    function: PairFunction,
+    scalars: RowScalars,
+    terms: tuple[Term, ...],
     outputs: dict[str, Tensor],
-    tau: Tensor,
-    kind: str,
-    params: tuple[float, ...],
-    terms: tuple[str, ...],
-    first_term: int,
+    *,
+    form: int,
+    first_term: int = 0,
     **fields: int | float,
 ) -> None:
+    f = rows.f
     isa, dtype = INSTRUCTION_SETS.index(instruction_set()), _DTYPES[f.dtype]
     _, multiple, largest = _engine(isa, dtype)
     if f.stride(1) != 1 and f.shape[1] > 1:
         f = f.contiguous()
+    vectors = {
+        "scale": rows.scale, "bias": rows.bias, "ids": pairing.ids, "center": scalars.moment_origin,
+        "gain": scalars.row_weight, "shift": scalars.shift, "offset": scalars.argument_offset,
+        "level": scalars.baseline,
+    }  # fmt: skip
     contiguous = {name: None if x is None else x.contiguous() for name, x in vectors.items()}
-    rows_of_terms = [terms.index(term) + first_term if term in terms else -1 for term in _TERMS]
+    rows_of_terms = [terms.index(term) + first_term if term in terms else -1 for term in range(Term.SHIFT)]
     sweep = _Sweep(
         f=f.data_ptr(), n=f.shape[0], dim=f.shape[1], row_stride=f.stride(0), dtype=dtype, instruction_set=isa,
-        block=block_rows(f.shape[0], multiple, largest),
-        threads=_threads(*f.shape, int(fields["split"]), "gain" in vectors), tau=float(tau), kind=_KINDS[kind],
-        params=(*params, 0.0, 0.0, 0.0)[:3], rows_of_terms=tuple(rows_of_terms), **_hooks(),
+        block=block_rows(f.shape[0], multiple, largest), split=pairing.split, partner=pairing.partner,
+        anchors=pairing.anchors, threads=_threads(*f.shape, pairing.split, scalars.row_weight is not None),
+        tau=float(function.tau), kind=_KINDS[function.kind], params=(*function.params, 0.0, 0.0, 0.0)[:3],
+        rows_of_terms=tuple(rows_of_terms), form=form, **_hooks(),
         **{name: _pointer(x) for name, x in {**contiguous, **outputs}.items()}, **fields,
     )  # fmt: skip
     status = _library().alphacl_cpu_sweep(ctypes.byref(sweep))
@@ -235,80 +246,44 @@ def _run(
 
 
 def row_sums(
-    f: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    center: Tensor,
-    shift: Tensor | None,
-    offset: Tensor | None,
-    tau: Tensor,
-    kind_name: str,
-    params: tuple[float, ...],
-    terms: tuple[str, ...],
-    split: int,
-    partner: int,
-    anchors: int,
-    span: tuple[float, ...],
+    rows: Rows,
+    pairing: Pairing,
+    function: PairFunction,
+    scalars: RowScalars,
+    terms: tuple[Term, ...],
     precision: str = "",
-    ids: Tensor | None = None,
 ) -> Tensor:
-    """``out[k, i] = Σ_{j∈Neg(i)} term_k``; with "base" first, relative to exp(base_i) (log kinds)."""
-    out = tau.new_empty((len(terms), anchors))
-    middle = None
-    if terms == ("max",):
-        form = _MAXIMUM
-    elif terms[0] == "base":
-        middle = middle_of(KINDS[kind_name], span, tau.dtype)
-        form = _LOG_SUMS_RUNNING if middle is None else _LOG_SUMS_FIXED
-    else:
-        form = _PLAIN_SUMS
-    based = terms[0] == "base"
+    """(len(terms), anchors): every term summed over the negatives of every anchor."""
+    out = function.tau.new_empty((len(terms), pairing.anchors))
+    form, shift = forms.of_row_sums(function, terms)
+    first_term = int(terms[0] == Term.SHIFT)
     _run(
-        f, {"scale": scale, "bias": bias, "center": center, "shift": shift, "offset": offset, "ids": ids}, {"out": out}, tau,
-        kind_name, params, terms[1:] if based else terms, int(based), form=form, middle=middle or 0.0, split=split,
-        partner=partner, anchors=anchors,
+        rows, pairing, function, scalars, summed(terms), {"out": out}, form=_SUM_FORMS[form],
+        first_term=first_term, middle=shift,
     )  # fmt: skip
     return out
 
 
 def pair_grad(
-    f: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    center: Tensor,
-    gain: Tensor,
-    shift: Tensor | None,
-    offset: Tensor | None,
-    level: Tensor | None,
-    tau: Tensor,
-    kind_name: str,
-    params: tuple[float, ...],
-    weight: str,
-    terms: tuple[str, ...],
-    split: int,
-    partner: int,
-    lo: int,
-    hi: int,
-    span: tuple[float, ...],
+    rows: Rows,
+    pairing: Pairing,
+    function: PairFunction,
+    scalars: RowScalars,
+    weight: Weight,
+    terms: tuple[Term, ...],
+    wanted: tuple[int, int],
     precision: str = "",
-    ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``df_i = Σ_j (g_ij + g_ji) F_j`` for rows [lo, hi); row sums of g_ij + g_ji (with a bias); sums of ``terms``."""
-    n, anchors = f.shape[0], gain.shape[0]
-    df = tau.new_empty((hi - lo, f.shape[1]))
-    weight_sums = tau.new_empty(n if bias is not None else 0)
-    sums = tau.new_empty((len(terms), anchors if terms else 0))
-    plain = weight == "f" and not terms and shift is not None
-    middle = middle_of(KINDS[kind_name], span, tau.dtype) if plain else None
+    """Σ_j (g_ij + g_ji)·F_j of the ``wanted`` rows, sums of the weights (with a bias), sums of ``terms``."""
+    (n, dim), (low, high), tau = rows.f.shape, wanted, function.tau
+    df = tau.new_empty((high - low, dim))
+    weight_sums = tau.new_empty(n if rows.bias is not None else 0)
+    sums = tau.new_empty((len(terms), pairing.anchors if terms else 0))
+    form, shift = forms.of_pair_grad(function, scalars, weight, terms)
+    outputs = {"df": df, "weight_sums": weight_sums, "sums": sums}
     _run(
-        f,
-        {
-            "scale": scale, "bias": bias, "center": center, "gain": gain, "shift": shift, "offset": offset, "level": level,
-            "ids": ids,
-        },
-        {"df": df, "weight_sums": weight_sums, "sums": sums}, tau, kind_name, params, terms, 0, weight=_WEIGHTS[weight],
-        form=_GRAD if middle is None else _GRAD_FIXED, middle=middle or 0.0, split=split, partner=partner, anchors=anchors,
-        lo=lo, hi=hi,
+        rows, pairing, function, scalars, terms, outputs, form=_GRAD_FORMS[form], weight=weight, middle=shift,
+        lo=low, hi=high,
     )  # fmt: skip
     return df, weight_sums, sums
 

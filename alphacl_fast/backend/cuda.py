@@ -20,8 +20,10 @@ from torch import Tensor
 from ..objectives import KINDS
 from .groups import Group, clear, fitting, groups_of, jobs_of, multiply_weights, row_runs
 from .precision import float32_precision
-from .ranges import middle as middle_of
+from .forms import constant_shift
 
+#: Optional operands that this backend serves.
+OPTIONAL_OPERANDS: set[str] = set()
 #: Where `setup.py` puts the library, or the reason why there is none.
 LIBRARY = Path(__file__).parent.parent / "_cuda.abi3.so"
 FAILURE = LIBRARY.with_name("_cuda_not_built.txt")

@@ -22,8 +22,10 @@ from ..objectives import ROW_STEPS
 from ..objectives import kind as lookup
 from .groups import Group, clear, fitting, groups_of, jobs_of, multiply_weights, row_runs
 from .precision import float32_precision
-from .ranges import middle as middle_of
+from .forms import constant_shift
 
+#: Optional operands that this backend serves.
+OPTIONAL_OPERANDS = {"ids"}
 #: The first version of Triton whose functions take and return named tuples as the kernels do.
 OLDEST = (3, 6)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..against import loss_against
+from ..explicit_negatives import loss_against
 from ..autograd import unit_rows
 from ..functional import alpha_cl_loss
 

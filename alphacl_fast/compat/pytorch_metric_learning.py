@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..against import supcon_loss
+from ..explicit_negatives import supcon_loss
 from ..functional import alpha_cl_loss
 
 
@@ -67,7 +67,7 @@ class NTXentLoss(_Loss):
 class SupConLoss(_Loss):
     """Supervised contrastive loss: the positives of a row are all others of its label; mean over rows that have one.
 
-    A batch without positives, or of one label, has the loss 0, as there; `alphacl_fast.against.supcon_loss` serves one label.
+    A batch without positives, or of one label, has the loss 0, as there; `alphacl_fast.explicit_negatives.supcon_loss` serves one label.
 
     Raises:
         ValueError: a negative temperature, or an argument that is not served.

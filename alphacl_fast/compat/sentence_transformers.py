@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..against import loss_against
+from ..explicit_negatives import loss_against
 from ..autograd import unit_rows
 from ..functional import alpha_cl_loss
 

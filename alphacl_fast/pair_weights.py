@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from . import functional
-from .autograd import Call, Features, Layout, Problem, Sweeps, accumulation_dtype, features_of_views, without_autocast
+from .autograd import Features, Problem, Sweeps
 from .backend import reference
 from .backend.blocked import deal, excluded_diagonals, tile_size
+from .bundles import Term
+from .call import BoundCall, Layout, accumulation_dtype, without_autocast
 from .objectives import ClosedForm, Objective, infonce
 from .objectives import kind as lookup
 
@@ -74,41 +76,46 @@ class Importances:
     ) -> None:
         call = functional.make_call(
             objective, options, similarity=similarity, negatives=negatives, symmetric=symmetric, reduction="sum",
-            backend=backend, precision=precision, group=None,
+            backend=backend, precision=precision,
         )  # fmt: skip
         if isinstance(temperature, Tensor):
             temperature = temperature.detach()
-        tau, call, self.why = functional.bind(z1, z2, temperature, call, precision)
+        tau, call, self.why = functional.bind(z1, z2, temperature, call)
         self.call = call
-        self.layout = Layout.make(call, z1.shape[0])
+        self.layout = Layout.of(call, z1.shape[0])
         self.anchors, self.n_neg = self.layout.anchors, self.layout.n_neg
         self.candidates = self.layout.rows - self.layout.split
         with torch.no_grad(), without_autocast(z1.device):
             self.tau = tau.to(accumulation_dtype(z1.dtype))
             if call.backend == "reference":
                 z1, z2 = z1.detach().to(self.tau.dtype), z2.detach().to(self.tau.dtype)
-                features, pos = features_of_views(z1, z2, replace(call, backend="blocked"))
+                features, pos = Features.of_views(z1, z2, replace(call, backend="blocked"))
                 self._dense = reference.importances(
                     z1, z2, self.tau, call.objective, call.similarity, call.negatives, call.symmetric
                 )
             else:
-                features, pos = features_of_views(z1.detach(), z2.detach(), call)
+                features, pos = Features.of_views(z1.detach(), z2.detach(), call)
                 self._solved = None if isinstance(call.objective, ClosedForm) else self._solve(features, pos)
-            self.features, self.rows, self.positive = features, features.rows(), pos[: self.anchors]
+            self.features, self.rows, self.positive = features, features.wide(), pos[: self.anchors]
 
     def _solve(self, features: Features, pos: Tensor) -> dict[str, Tensor]:
-        """gain (of L_i itself), shift and offset as columns."""
+        """row_weight (of L_i itself), shift and argument_offset as columns."""
         solved = Problem(features, pos, self.tau, self.call).solve(learn_tau=False)
         divisor = self.call.divisor(pos.shape[0] // 2)
-        columns = {"gain": solved.gain * divisor, "shift": solved.shift, "offset": solved.offset}
+        columns = {
+            "row_weight": solved.row_weight * divisor,
+            "shift": solved.shift,
+            "argument_offset": solved.argument_offset,
+        }
         return {name: x.unsqueeze(1) for name, x in columns.items() if x is not None}
 
     def distances(self, start: int, stop: int, first: int, last: int) -> Tensor:
         """(stop − start, last − first) d² of rows of the stacked views."""
         t = self.rows[start:stop] @ self.rows[first:last].t()
-        if self.features.bias is not None:
-            t += self.features.bias[start:stop, None]
-            t += self.features.bias[None, first:last]
+        bias = self.features.rows.bias
+        if bias is not None:
+            t += bias[start:stop, None]
+            t += bias[None, first:last]
         return self.call.c - t
 
     def walk(self, work: Callable[[Iterator[Tile]], Result]) -> list[Result]:
@@ -152,10 +159,10 @@ class Importances:
         kind, params, tau = lookup(objective.kind), objective.params(self.call.c), objective.kind_tau(self.tau)
         solved = {name: x[anchors] for name, x in self._solved.items()}
         if kind.log:
-            return (kind.f(t, tau, params) - solved["shift"]).exp() * solved["gain"]
+            return (kind.f(t, tau, params) - solved["shift"]).exp() * solved["row_weight"]
         x = t - solved["shift"] if "shift" in solved else t
-        x = x + solved["offset"] if "offset" in solved else x
-        return (kind.df if objective.derivative else kind.f)(x, tau, params) * solved["gain"]
+        x = x + solved["argument_offset"] if "argument_offset" in solved else x
+        return (kind.df if objective.derivative else kind.f)(x, tau, params) * solved["row_weight"]
 
     def _of_the_oracle(self) -> Iterator[Tile]:
         t, alpha = self._dense
@@ -210,13 +217,13 @@ class Importances:
         if closed or self.call.backend == "reference":
             y, row_sums, col_sums = self.both_ways(self.rows[:n])
             return y, row_sums, row_sums + col_sums
-        f, scale, bias, inv_norm = self.features.tensors()
-        bias = self.rows.new_zeros(2 * n) if bias is None else bias  # with a bias, a sweep returns the weights' sums too
-        features = Features(f, scale, bias, inv_norm)
-        problem = Problem(features, self.positive.repeat(2), self.tau, self.call)
-        rows = problem.solve(learn_tau=False)
-        y, both, _ = problem.sweeps.grad(rows, "df" if self.call.objective.derivative else "f", (), 0, n)
-        return y, rows.mass, both
+        rows = self.features.rows
+        if rows.bias is None:  # with a bias, a sweep returns the sums of the weights too
+            rows = rows._replace(bias=self.rows.new_zeros(2 * n))
+        sweeps = Sweeps(rows, self.positive.repeat(2), self.tau, self.call)
+        solution = sweeps.solve(self.call.objective, learn_tau=False)
+        y, both, _ = sweeps.grad(replace(solution, baseline=None), (), (0, n))
+        return y, solution.mass, both
 
     def check_one_view(self) -> None:
         """Raises ValueError unless the negatives are the other rows of z1, as the theory of the max player has it."""
@@ -387,15 +394,15 @@ def _range(solved: Importances) -> tuple[float, float]:
     return low, high if high > low else low + 1.0
 
 
-def _alignment_and_uniformity(z1: Tensor, z2: Tensor, call: Call) -> tuple[float, float]:
+def _alignment_and_uniformity(z1: Tensor, z2: Tensor, call: BoundCall) -> tuple[float, float]:
     """Both of unit rows, whatever the similarity; uniformity is one sweep over each view: ‖x − y‖² = 2 − 2·cos."""
     tau = torch.full((), 0.25, dtype=accumulation_dtype(z1.dtype), device=z1.device)
     backend = "blocked" if call.backend == "reference" else call.backend
-    call = Call(infonce(epsilon=0.0), "cosine", "one_view", True, "sum", backend, tau=0.25, precision=call.precision)
+    call = BoundCall(infonce(epsilon=0.0), "cosine", "one_view", True, "sum", backend, 0.25, call.precision)
     values, align = [], 0.0
     for a, b in ((z1, z2), (z2, z1)):
-        features, pos = features_of_views(a.detach(), b.detach(), call)
-        base, total = Sweeps(features, pos, tau, call).sums(("base", "f"))
-        values.append((base + total.log()).logsumexp(0).item() - math.log(len(a) * (len(a) - 1)) - 4)
+        features, pos = Features.of_views(a.detach(), b.detach(), call)
+        shift, total = Sweeps(features.rows, pos, tau, call).sums((Term.SHIFT, Term.F))
+        values.append((shift + total.log()).logsumexp(0).item() - math.log(len(a) * (len(a) - 1)) - 4)
         align = 2 - 2 * pos.mean().item()
     return align, sum(values) / 2

@@ -8,7 +8,6 @@ every backend; t_ij = ⟨z_i, y_j⟩, rows as given.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,22 +15,18 @@ from torch import Tensor
 
 from . import functional
 from .autograd import (
-    Call,
     Features,
-    Groups,
-    Layout,
-    Operators,
+    Problem,
+    Saved,
     Sweeps,
-    accumulation_dtype,
     constant_alpha,
     first_derivative,
     mean_negative,
     only_once,
-    row_tensors,
-    rows_and_groups,
     unit_rows,
-    without_autocast,
 )
+from .bundles import Rows
+from .call import BoundCall, Layout, SameId, accumulation_dtype, without_autocast
 from .objectives import ClosedForm, Objective
 
 
@@ -74,7 +69,7 @@ def loss_against(
     """
     call = functional.make_call(
         objective, options, similarity="dot", negatives="one_view", symmetric=True, reduction=reduction, backend=backend,
-        precision=precision, group=None,
+        precision=precision,
     )  # fmt: skip
     if backend == "reference":
         raise ValueError("backend must not be 'reference': the oracle is of two views")
@@ -91,16 +86,18 @@ def loss_against(
         got = f"{tuple(positive.shape)} on {positive.device}" if isinstance(positive, Tensor) else type(positive).__name__
         raise ValueError(f"positive must be a tensor of shape {tuple(z.shape[:1])} on {z.device}, got {got}")
     functional.check_temperature(temperature, call.objective)
-    tau, call, _ = functional.bind_temperature(z, temperature, call, precision, ids is not None)
-    groups = _groups(z, negatives, ids, negative_ids)
+    tau, bound, _ = functional.bind_temperature(z, temperature, call, ids is not None, reduction="none")
+    layout = _layout(len(z), len(z) if negatives is None else len(z) + len(negatives))
+    same_id = _same_id(z, negatives, ids, negative_ids, layout)
     with without_autocast(z.device):
         positive = positive.to(wide)
         if isinstance(call.objective, ClosedForm):
-            mean = _mean_negative(z.to(wide), None if negatives is None else negatives.to(wide), 1, groups)
-            losses = constant_alpha(call.objective, mean - positive, _layout(z, negatives), groups)
+            rows = z.to(wide) if negatives is None else torch.cat([z, negatives]).to(wide)
+            mean = mean_negative(rows, None, layout, same_id=same_id)
+            losses = constant_alpha(call.objective, mean - positive, layout, same_id)
         else:
-            learn_tau = tau.requires_grad and torch.is_grad_enabled() and call.objective.tau_gradient == "rows"
-            losses = _Against.apply(z, negatives, positive, tau, replace(call, reduction="none"), groups, learn_tau)[0]
+            learn_tau = tau.requires_grad and torch.is_grad_enabled()
+            losses = _ExplicitNegatives.apply(z, negatives, positive, tau, bound, same_id, learn_tau)[0]
     return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
 
 
@@ -145,14 +142,19 @@ def supcon_loss(
     return losses.sum() / (1 if reduction == "sum" else (others > 0).sum().clamp(min=1))
 
 
-def _layout(z: Tensor, negatives: Tensor | None) -> Layout:
-    """A rectangle of N × M pairs, or all pairs among the rows of z."""
-    n = len(z)
-    return Layout(n, 0, 0, n, n - 1, False) if negatives is None else Layout(n + len(negatives), n, 0, n, len(negatives), True)
+def _layout(n: int, rows: int) -> Layout:
+    """All pairs among n anchors, or n anchors against the other rows."""
+    return Layout(rows, n, 0, n, rows - n, True) if rows > n else Layout(n, 0, 0, n, n - 1, False)
 
 
-def _groups(z: Tensor, negatives: Tensor | None, ids: Tensor | None, negative_ids: Tensor | None) -> Groups | None:
-    """The groups of all rows that the sweeps see, from checked ids."""
+def _same_id(
+    z: Tensor,
+    negatives: Tensor | None,
+    ids: Tensor | None,
+    negative_ids: Tensor | None,
+    layout: Layout,
+) -> SameId | None:
+    """The ids of all rows that the sweeps see, from ids that are checked here."""
     if (negative_ids is None) != (ids is None or negatives is None):
         given = "got None" if negative_ids is None else f"got them with {'ids' if ids is None else 'negatives'}=None"
         raise ValueError(f"negative_ids must be given exactly if negatives and ids are, {given}")
@@ -161,76 +163,65 @@ def _groups(z: Tensor, negatives: Tensor | None, ids: Tensor | None, negative_id
     ids = functional.checked_ids("ids", ids, z)
     if negatives is not None:
         ids = torch.cat([ids, functional.checked_ids("negative_ids", negative_ids, negatives)])
-    return Groups.make(ids, _layout(z, negatives), accumulation_dtype(z.dtype))
+    return SameId.make(ids, layout, accumulation_dtype(z.dtype))
 
 
-def _mean_negative(z: Tensor, negatives: Tensor | None, power: int, groups: Groups | None = None) -> Tensor:
-    """(N,) mean of t_ij^power over the negatives, in O(n·D) or O(n·D²); with groups as of `autograd.mean_negative`."""
-    other, layout = z if negatives is None else negatives, _layout(z, negatives)
-    if groups is not None:
-        return mean_negative(other if negatives is None else torch.cat([z, other]), None, layout, groups=groups)
-    total = (z * (other.sum(0) if power == 1 else z @ (other.t() @ other))).sum(1)
-    if negatives is None:
-        total = total - z.square().sum(1).pow(power)
-    return total / layout.n_neg
-
-
-class _Rows(Sweeps):
-    """The sweeps of such a batch."""
+class _GivenPositives(Problem):
+    """A problem whose positives' similarities t⁺ (N,) are given; rows are as given, [z; negatives]."""
 
     def __init__(
-        self, z: Tensor, negatives: Tensor | None, pos: Tensor, tau: Tensor, call: Call, groups: Groups | None
+        self, features: Features, pos: Tensor, tau: Tensor, call: BoundCall, same_id: SameId | None
     ) -> None:
-        self.views, self.layout, self.groups = (z, negatives), _layout(z, negatives), groups
-        self.n_neg = self.layout.n_neg if groups is None else groups.n_neg
-        self.features = Features(z if negatives is None else torch.cat([z, negatives]), None, None, None)
-        self.pos, self.tau, self.divisor = pos, tau, 1
-        self.operators = Operators(tau, call, groups)
+        layout = _layout(len(pos), len(features.rows.f))
+        sweeps = Sweeps(features.rows, pos, tau, call, layout, same_id)
+        super().__init__(features, pos, tau, call, same_id, sweeps)
+        self.n_first = len(pos)
 
-    def _mean(self, power: int, groups: Groups | None = None) -> Tensor:
-        return _mean_negative(*(None if x is None else x.to(self.pos.dtype) for x in self.views), power, groups)
+    def _to_views(self, df: Tensor, q: Tensor, weight_sums: Tensor, used: slice, views: slice) -> Tensor:
+        return df.view(-1, self.features.rows.f.shape[1])
 
 
-class _Against(torch.autograd.Function):
+class _ExplicitNegatives(torch.autograd.Function):
     """(N,) losses; the gradient sweep waits for the incoming row gradient."""
 
     @staticmethod
     def forward(
-        z: Tensor, negatives: Tensor | None, pos: Tensor, tau: Tensor, call: Call, groups: Groups | None, learn_tau: bool
+        z: Tensor,
+        negatives: Tensor | None,
+        pos: Tensor,
+        tau: Tensor,
+        call: BoundCall,
+        same_id: SameId | None,
+        learn_tau: bool,
     ) -> tuple[Tensor | None, ...]:
-        rows = _Rows(z, negatives, pos, tau.to(pos.dtype), call, groups).solve(call.objective, learn_tau)
-        return rows.loss, *row_tensors(rows)
+        features = Features(Rows(z if negatives is None else torch.cat([z, negatives])), None)
+        problem = _GivenPositives(features, pos, tau.to(pos.dtype), call, same_id)
+        solution = problem.solve(learn_tau)
+        return solution.loss, *problem.saved(solution).flatten()
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        *tensors, ctx.call, groups, _ = inputs
+        *_, tau, ctx.call, _, _ = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *output[1:], *(groups or ()))
+        ctx.save_for_backward(*output[1:], tau)
 
     @staticmethod
-    def backward(ctx, grad: Tensor | None, *of_kept: Tensor | None) -> tuple[Tensor | None, ...]:
-        if not first_derivative(grad, of_kept):
+    def backward(ctx, grad: Tensor | None, *of_saved: Tensor | None) -> tuple[Tensor | None, ...]:
+        if not first_derivative(grad, of_saved):
             return (None,) * 7
-        with torch.no_grad():
-            gradients = _Against._gradients(ctx, grad)
-        return *only_once(gradients, (grad, *ctx.saved_tensors)), None, None, None
-
-    @staticmethod
-    def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        call: Call = ctx.call
-        z, negatives, pos, tau, *rest = ctx.saved_tensors
-        tau_dtype, tau = tau.dtype, tau.to(pos.dtype)
-        (rows, groups), objective, n = rows_and_groups(rest), call.objective, len(z)
         need_z, need_negatives, need_pos, need_tau = ctx.needs_input_grad[:4]
-        weighted = {name: x * grad for name in ("gain", "mass", "dtau") if (x := getattr(rows, name)) is not None}
-        rows = replace(rows, **weighted)
-        terms = ("dtau",) if need_tau and objective.tau_gradient == "pairs" else ()
-        weight = "df" if objective.derivative else "f" if rows.level is None else "f+df"
-        lo, hi = (0 if need_z else n), (n + len(negatives) if need_negatives else n)
-        df, _, sums = _Rows(z, negatives, pos, tau, call, groups).grad(rows, weight, terms, lo, hi)
-        dz = df.view(-1, z.shape[1])[: n - lo].to(z.dtype) if need_z else None
-        dnegatives = df.view(-1, z.shape[1])[n - lo :].to(z.dtype) if need_negatives else None
-        dtau = None
-        if need_tau:
-            dtau = (rows.gain * sums[-1] if terms else rows.dtau).sum().to(tau_dtype)
-        return dz, dnegatives, -rows.mass if need_pos else None, dtau
+        *tensors, tau = ctx.saved_tensors
+        saved = Saved.unflatten(tensors)
+        n = len(saved.pos)
+        with torch.no_grad():
+            problem = _GivenPositives(
+                saved.features, saved.pos, tau.to(saved.pos.dtype), ctx.call, saved.same_id
+            )
+            dz, dtau = problem.gradient(saved.solution, grad, (need_z, need_negatives, need_tau))
+            gradients = (
+                dz[:n].to(saved.features.rows.f.dtype) if need_z else None,
+                dz[n if need_z else 0 :].to(saved.features.rows.f.dtype) if need_negatives else None,
+                -(saved.solution.mass * grad) if need_pos else None,
+                dtau.to(tau.dtype) if need_tau else None,
+            )
+        return *only_once(gradients, (grad, *ctx.saved_tensors)), None, None, None
