@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from family import BACKENDS, MEMBERS, assert_same_gradients, member_id, pair, relative_error
 
 from alphacl_fast import against, compat, objectives  # noqa: F401
-from alphacl_fast.explicit_negatives import loss_against, supcon_loss
 from alphacl_fast.backend import reference
 from alphacl_fast.compat import lightly, open_clip, pytorch_metric_learning, sentence_transformers
+from alphacl_fast.explicit_negatives import loss_against, supcon_loss
 
 ROUNDING = 4e-7  # of float32 results that are themselves right
 

@@ -20,9 +20,9 @@ from family import (
 from test_memory import Largest
 
 from alphacl_fast import FusedAlphaCLLoss, functional, loss_against, objectives, ops
-from alphacl_fast.call import Layout, SameId
 from alphacl_fast.backend import blocked, reference, triton
 from alphacl_fast.bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight
+from alphacl_fast.call import Layout, SameId
 from alphacl_fast.functional import REDUCTIONS, alpha_cl_loss
 from alphacl_fast.kernels.config import Tile
 

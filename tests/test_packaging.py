@@ -166,17 +166,18 @@ print(alphacl_fast.FusedAlphaCLLoss("alpha_square")(torch.eye(4), torch.eye(4)).
 
 #: A module imports modules of the lines above its own, and none of its own line.
 LAYERS = """
-_version bundles objectives backend.precision backend.groups kernels.config kernels.sweeps
-backend.ranges kernels.trace kernels.hopper
-backend.blocked backend.cpu backend.cuda backend.reference kernels.rows
+_version bundles backend.precision backend.groups kernels.config kernels.sweeps
+objectives
+call backend.forms backend.reference kernels.trace
+backend.blocked backend.cpu backend.cuda kernels.rows
 backend.triton
 ops
 autograd
-distributed traced
+distributed compiled_op
 functional
-players against verify plan tune
-loss theory
-claims compat.lightly compat.open_clip compat.pytorch_metric_learning compat.sentence_transformers
+explicit_negatives pair_weights plan tune verify
+loss theory compat.lightly compat.open_clip compat.pytorch_metric_learning compat.sentence_transformers
+claims
 """
 #: Folders whose modules import each other, the package's roof and these; nothing above imports them.
 WINGS = {

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ..objectives import KINDS
+from .forms import constant_shift
 from .groups import Group, clear, fitting, groups_of, jobs_of, multiply_weights, row_runs
 from .precision import float32_precision
-from .forms import constant_shift
 
 #: Optional operands that this backend serves.
 OPTIONAL_OPERANDS: set[str] = set()

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ..objectives import ROW_STEPS
 from ..objectives import kind as lookup
+from .forms import constant_shift
 from .groups import Group, clear, fitting, groups_of, jobs_of, multiply_weights, row_runs
 from .precision import float32_precision
-from .forms import constant_shift
 
 #: Optional operands that this backend serves.
 OPTIONAL_OPERANDS = {"ids"}

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..explicit_negatives import loss_against
 from ..autograd import unit_rows
+from ..explicit_negatives import loss_against
 from ..functional import alpha_cl_loss
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..explicit_negatives import loss_against
 from ..autograd import unit_rows
+from ..explicit_negatives import loss_against
 from ..functional import alpha_cl_loss
 
 
