@@ -70,7 +70,7 @@ def measure(
 
 
 def tune(mode: str, dim: int, rows: int, deadline: float, say=print) -> list[dict]:
-    """Table entries of both sweeps at one size; none for a sweep that ``deadline`` left no time for.
+    """Table entries of both sweeps at one size, as far as there is time for them.
 
     ``deadline`` is a value of `time.monotonic`.
     """

@@ -43,7 +43,7 @@ def pip(*arguments, **environment):
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-# --- what gets installed ----------------------------------------------------------------------------------------------
+# --- what gets installed ---
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +129,10 @@ def test_editable(source, tmp_path, mode):
     code = f"""
 import importlib, importlib.util, site, torch
 site.addsitedir({str(tmp_path)!r})
-for name in ("alphacl_cli", "alphacl_fast.loss", "alphacl_fast.kernels.config", "alphacl_fast.benchmarks.bench"):
+for name in ("alphacl_cli", "alphacl_fast.kernels.config", "alphacl_fast.benchmarks.bench"):
     print(importlib.import_module(name).__file__)
-print([n for n in ("setup", "tests", "tools", "csrc") if importlib.util.find_spec("alphacl_fast." + n)])
+names = ["alphacl_fast." + name for name in ("setup", "tests", "tools", "csrc")]
+print([name for name in names if importlib.util.find_spec(name)])
 import alphacl_fast
 print(alphacl_fast.backends()["cpu"])
 """
@@ -148,7 +149,7 @@ def test_the_top_of_a_checkout_is_not_in_the_package(name):
 
 
 def test_import_needs_torch_alone():
-    """No triton, no torchvision, no numpy, no sklearn; no device is touched and no compiler looked for."""
+    """No triton, no torchvision, no numpy, no sklearn; no device is touched, no compiler run."""
     code = """
 import sys
 for name in ("triton", "numpy", "torchvision", "sklearn", "matplotlib", "tqdm", "PIL"):
@@ -158,11 +159,13 @@ torch.cuda.is_available = torch.cuda.device_count = None
 import alphacl_fast
 print(alphacl_fast.FusedAlphaCLLoss("alpha_square")(torch.eye(4), torch.eye(4)).item())
 """
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+    )
     assert abs(float(out.stdout) + 1) < 1e-6
 
 
-# --- which module may import which ------------------------------------------------------------------------------------
+# --- which module may import which ---
 
 #: A module imports modules of the lines above its own, and none of its own line.
 LAYERS = """
@@ -176,14 +179,25 @@ autograd
 distributed compiled_op
 functional
 explicit_negatives pair_weights plan tune verify
-loss theory compat.lightly compat.open_clip compat.pytorch_metric_learning compat.sentence_transformers
-claims
+loss theory compat.lightly compat.open_clip compat.pytorch_metric_learning
+claims compat.sentence_transformers
 """
-#: Folders whose modules import each other, the package's roof and these; nothing above imports them.
+#: Folders whose modules import each other, alphacl_fast itself and these.
 WINGS = {
     "alphacl_fast.train": set(),
     "alphacl_fast.benchmarks": {"functional", "objectives", "ops", "backend.cpu"},
-    "tools": {"functional", "objectives", "ops", "plan", "backend.triton", "benchmarks", "kernels", "train"},
+    "tools": {
+        "bundles",
+        "cpp_printer",
+        "functional",
+        "objectives",
+        "ops",
+        "plan",
+        "backend.triton",
+        "benchmarks",
+        "kernels",
+        "train",
+    },
 }
 #: What a build runs imports the standard library alone.
 BUILDERS = ("tools.build_cpu", "tools.build_cuda")
@@ -203,7 +217,7 @@ MODULES = modules()
 
 
 def imported(name):
-    """The project's modules that a module imports, in functions too, and the names of all others."""
+    """The project's modules that a module imports, in functions too, and all others."""
     ours, others = set(), set()
     file = MODULES[name]
     package = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
@@ -222,7 +236,7 @@ def imported(name):
 
 
 def test_imports_go_one_way():
-    """loss → functional → distributed → autograd → ops → backend, objectives below; then the wings."""
+    """loss → functional → distributed → autograd → ops → backend → objectives."""
     lines = LAYERS.strip().splitlines()
     level = {f"alphacl_fast.{name}": k for k, line in enumerate(lines) for name in line.split()}
     assert {*level} <= {*MODULES}
@@ -251,10 +265,16 @@ def test_a_build_needs_the_standard_library_alone(name):
 
 
 def test_imports_of_train_go_one_way():
-    """As its docstring lists them: a module imports those of its own group and of the groups before."""
+    """A module imports modules of its own group in the package's docstring, and of earlier ones."""
     folder = ROOT / "alphacl_fast" / "train"
-    listed = re.search(r"Modules import one way: (.*?)\.\n", (folder / "__init__.py").read_text(), re.DOTALL)[1]
-    level = {name: group for group, names in enumerate(listed.split(";")) for name in re.findall(r"\w+", names)}
+    listed = re.search(
+        r"Modules import one way: (.*?)\.\n", (folder / "__init__.py").read_text(), re.DOTALL
+    )[1]
+    level = {
+        name: group
+        for group, names in enumerate(listed.split(";"))
+        for name in re.findall(r"\w+", names)
+    }
     assert {*level} == {file.stem for file in folder.glob("*.py")} - {"__init__", "__main__"}
     for name in level:
         for node in ast.walk(ast.parse((folder / f"{name}.py").read_text())):
@@ -264,10 +284,12 @@ def test_imports_of_train_go_one_way():
 
 
 def test_without_a_compiler_one_line_says_so(source):
-    """It installs, keeps the reason for `alphacl info`, and fails only where the kernels were demanded."""
+    """It installs, keeps the reason for `alphacl info`, and fails only if ALPHACL_CPU=1."""
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     environment = {**os.environ, "CXX": "no-such-compiler", "ALPHACL_CUDA": "0"}
-    run = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        command, cwd=source, env=environment, capture_output=True, text=True, check=True
+    )
     line, cuda = [line for line in run.stderr.splitlines() if line.startswith("alphacl_fast:")]
     assert "no compiled CPU kernels" in line
     assert cuda == "alphacl_fast: no compiled CUDA kernels: left out (ALPHACL_CUDA=0)"

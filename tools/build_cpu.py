@@ -1,4 +1,4 @@
-"""Compiles csrc/cpu once per instruction set and links one library, without headers of torch or Python.
+"""Compiles csrc/cpu once per instruction set into one library, without torch's or Python's headers.
 
 setup.py and tests/cpp/run.py load this file by path; it imports the standard library alone.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = Path("csrc") / "cpu"  # relative to ROOT, where compilers run
+GENERATED = Path("csrc") / "generated"
 COMMON = [
     *("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
     "-fvisibility=hidden",
@@ -79,10 +80,8 @@ def supported(compiler: list[str], folder: str) -> dict[str, list[str]]:
 
 def fingerprint() -> str:
     """A hash of the sources, which tells a library compiled from other sources apart."""
-    digest = hashlib.sha256()
-    for file in sorted((ROOT / SOURCES).glob("*.*")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+    files = [file for folder in (SOURCES, GENERATED) for file in (ROOT / folder).glob("*.*")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:16]
 
 
 def host_compiler() -> list[str]:
