@@ -162,6 +162,11 @@ def excluded_diagonals(i0: int, i1: int, j0: int, j1: int, split: int, partner: 
     return [d - (j0 - i0) for d in offsets if -(i1 - i0) < d - (j0 - i0) < j1 - j0]
 
 
+def equal_ids(a: Tensor, b: Tensor) -> Tensor:
+    """(len(a), len(b)): which pairs have one id."""
+    return a[:, None] == b[None, :]
+
+
 class _Sweep:
     """What the tiles of one sweep share; calling it yields a worker's tiles with the anchors that they serve.
 
@@ -201,7 +206,7 @@ class _Sweep:
             if bias is not None:
                 t.add_(bias[i0:i1, None]).add_(bias[None, j0:j1])
             excluded = excluded_diagonals(i0, i1, j0, j1, split, partner)
-            same_id = None if ids is None else ids[i0:i1, None] == ids[None, j0:j1]
+            same_id = None if ids is None else equal_ids(ids[i0:i1], ids[j0:j1])
             sides = [_Side(i0, i1, 1, self.scalars)]
             if j0 > i0 if not split else anchors > split:
                 sides.append(_Side(j0, j1, 0, self.scalars))

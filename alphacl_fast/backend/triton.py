@@ -18,12 +18,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..bundles import Form, PairFunction, Pairing, Rows, RowScalars, Term, Weight, summed
 from ..objectives import ROW_STEPS
 from ..objectives import kind as lookup
-from .forms import constant_shift
+from . import forms
 from .groups import Group, clear, fitting, groups_of, jobs_of, multiply_weights, row_runs
 from .precision import float32_precision
 
+#: The kernels' names of terms, weights and forms.
+_TERM_NAMES = dict(zip(Term, ("f", "df", "ft", "dft", "dtau", "base", "max"), strict=True))
+_WEIGHT_NAMES = dict(zip(Weight, ("f", "df", "f+df"), strict=True))
+_FORM_NAMES = dict(zip(Form, ("fixed", "running", "plain", "max"), strict=True))
 #: Optional operands that this backend serves.
 OPTIONAL_OPERANDS = {"ids"}
 #: The first version of Triton whose functions take and return named tuples as the kernels do.
@@ -184,34 +189,27 @@ def configuration(dtype: torch.dtype, dim: int, rows: int, device: torch.device)
 
 
 def row_sums(
-    f: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    center: Tensor,
-    shift: Tensor | None,
-    offset: Tensor | None,
-    tau: Tensor,
-    kind_name: str,
-    params: tuple[float, ...],
-    terms: tuple[str, ...],
-    split: int,
-    partner: int,
-    anchors: int,
-    span: tuple[float, ...],
+    rows: Rows,
+    pairing: Pairing,
+    function: PairFunction,
+    scalars: RowScalars,
+    terms: tuple[Term, ...],
     precision: str,
-    ids: Tensor | None = None,
 ) -> Tensor:
-    """``out[k, i] = Σ_{j∈Neg(i)} term_k``; with "base" first, relative to exp(base_i) (log kinds)."""
-    middle = middle_of(lookup(kind_name), span, tau.dtype) if terms[0] == "base" else None
-    form = "max" if terms == ("max",) else "plain" if terms[0] != "base" else "running" if middle is None else "fixed"
-    sums = tuple(term for term in terms if term not in ("base", "max"))
+    """(len(terms), anchors): every term summed over the negatives of every anchor."""
+    (f, scale, bias), (split, partner, anchors, ids) = rows, pairing
+    kind_name, params, tau, _ = function
+    center, _, shift, offset, _ = scalars
+    form, middle = forms.of_row_sums(function, terms)
+    form = _FORM_NAMES[form]
+    sums = tuple(_TERM_NAMES[term] for term in summed(terms))
     p = _Problem(
         f, tau, kind_name, params, precision, "row_sums_plain" if form == "plain" else "row_sums", scale=scale, bias=bias,
         center=center, shift=shift, offset=offset, ids=ids,
     )  # fmt: skip
     groups = [g for g in groups_of(p.n, split, partner, anchors) if g.rows_anchor]
     out = tau.new_empty(len(terms), anchors)
-    middle = 0.0 if middle is None else _float32(middle)
+    middle = _float32(middle)
     if p.tile.both_sides and (not split or (anchors > split and p.n == 2 * split)):
         _both_sides(p, groups[0], form, sums, middle, out)
         return out
@@ -271,32 +269,24 @@ def _float32(x: float) -> float:
 
 
 def pair_grad(
-    f: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    center: Tensor,
-    gain: Tensor,
-    shift: Tensor | None,
-    offset: Tensor | None,
-    level: Tensor | None,
-    tau: Tensor,
-    kind_name: str,
-    params: tuple[float, ...],
-    weight: str,
-    terms: tuple[str, ...],
-    split: int,
-    partner: int,
-    lo: int,
-    hi: int,
-    span: tuple[float, ...],
+    rows: Rows,
+    pairing: Pairing,
+    function: PairFunction,
+    scalars: RowScalars,
+    weight: Weight,
+    terms: tuple[Term, ...],
+    wanted: tuple[int, int],
     precision: str,
-    ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``df_i = Σ_j (g_ij + g_ji) F_j`` for rows [lo, hi); row sums of g_ij + g_ji (with a bias); sums of ``terms``."""
-    kind = lookup(kind_name)
-    plain = kind.log and weight == "f" and not terms and shift is not None
-    middle = middle_of(kind, span, tau.dtype) if plain else None
-    form, middle = ("plain", 0.0) if middle is None else ("fixed", _float32(middle))
+    """Σ_j (g_ij + g_ji)·F_j of the ``wanted`` rows, sums of the weights (with a bias), sums of ``terms``."""
+    (f, scale, bias), (split, partner, _, ids) = rows, pairing
+    kind_name, params, tau, _ = function
+    center, gain, shift, offset, level = scalars
+    lo, hi = wanted
+    form, middle = forms.of_pair_grad(function, scalars, weight, terms)
+    form, weight = _FORM_NAMES[form], _WEIGHT_NAMES[weight]
+    terms = tuple(_TERM_NAMES[term] for term in terms)
+    middle = _float32(middle)
     p = _Problem(
         f, tau, kind_name, params, precision, "pair_grad_plain" if form == "plain" else "pair_grad", scale=scale, bias=bias,
         center=center, gain=gain, shift=shift, offset=offset, level=level, ids=ids,

@@ -92,7 +92,8 @@ def test_square_player_satisfies_kkt():
 @pytest.mark.parametrize("mode", ALL_MODES, ids=lambda mode: "-".join(map(str, mode.values())))
 @pytest.mark.parametrize("name", ["infonce", "alpha_square", "triplet", "uniform"])
 def test_summary_equals_the_dense_statistics(name, mode, similarity, monkeypatch):
-    monkeypatch.setattr("alphacl_fast.pair_weights.tile_size", lambda n, device: 7)  # ragged tiles, blocks that span both towers
+    # ragged tiles, blocks that span both towers
+    monkeypatch.setattr("alphacl_fast.pair_weights.tile_size", lambda n, device: 7)
     n, k, bins = 17, 5, 6
     z1, z2 = pair(n, 4)
     settings = {"similarity": similarity, "temperature": 0.4, **mode}
