@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import fields, replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -68,7 +69,7 @@ class Features(NamedTuple):
 
     def wide(self) -> Tensor:
         """(2N, D) rows in the accumulation dtype, normalised for cosine."""
-        f, scale, _ = self.rows
+        f, scale = self.rows.f, self.rows.scale
         wide = f.to(accumulation_dtype(f.dtype))
         return wide if scale is None else wide * scale.unsqueeze(1)
 
@@ -378,11 +379,11 @@ class Saved(NamedTuple):
 
     @classmethod
     def unflatten(cls, tensors: tuple[Tensor | None, ...]) -> Saved:
-        f, scale, bias, inv_norm, pos, *rest = tensors
-        solved, same_id = rest[: len(_SOLVED)], rest[len(_SOLVED) :]
-        solution = RowSolution(**dict(zip(_SOLVED, solved, strict=True)))
-        features = Features(Rows(f, scale, bias), inv_norm)
-        return cls(features, pos, solution, None if same_id[0] is None else SameId(*same_id))
+        rest = iter(tensors)
+        features = Features(Rows._make(islice(rest, len(Rows._fields))), next(rest))
+        pos, solution = next(rest), RowSolution(**dict(zip(_SOLVED, islice(rest, len(_SOLVED)), strict=True)))
+        same_id = SameId._make(rest)
+        return cls(features, pos, solution, None if same_id.ids is None else same_id)
 
 
 class Problem:

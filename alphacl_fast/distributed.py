@@ -338,6 +338,12 @@ def unpack(message: Tensor, like: list[tuple[Tensor | None, int]]) -> list[Tenso
     return tensors
 
 
+def _split(tensors: list[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """The row scalars and the rows of a block's message."""
+    scalars = len(RowScalars._fields)
+    return tensors[:scalars], tensors[scalars:]
+
+
 def _bytes(x: Tensor | None, rows: int) -> int:
     """Of a tensor like x with so many rows."""
     return 0 if x is None else rows * math.prod(x.shape[1:]) * x.element_size()
@@ -518,9 +524,12 @@ class GlobalSweeps(Sweeps):
             sweep.add(Block.join(parts), split, 0, into)
 
     def _like(self, block: Block, rank: int) -> list[tuple[Tensor | None, int]]:
-        """The tensors of a message that holds a block, with the number of rows they have for a process."""
-        layout, (f, scale, bias) = self.layouts[rank], block.rows
-        return [(x, layout.anchors) for x in block.scalars] + [(x, layout.rows) for x in (scale, bias, f)]
+        """The tensors of a message that holds a block, with the number of rows they have for a process.
+
+        The rows come last, because they may be narrow.
+        """
+        layout, (f, *others) = self.layouts[rank], block.rows
+        return [(x, layout.anchors) for x in block.scalars] + [(x, layout.rows) for x in (*others, f)]
 
     def _ring(self, sweep: _Sweep, own: Block) -> Result:
         ranks, zeros = self.ranks, self.tau.new_zeros
@@ -542,11 +551,11 @@ class GlobalSweeps(Sweeps):
             message = block.wait()
             if step < last:
                 block = ranks.exchange(message, rank - 1, message_bytes(other + 1), rank + 1, 0)
-            *scalars, scale, bias, f = unpack(message, self._like(own, other))
-            visitor = Block(Rows(f, scale, bias), RowScalars(*scalars))
+            scalars, (*others, f) = _split(unpack(message, self._like(own, other)))
+            visitor = Block(Rows(f, *others), RowScalars(*scalars))
             theirs = sweep.nothing(self.layouts[other], zeros(size(other)))
             self._meet(sweep, own, result, {other: visitor}, {other: theirs})
-            del message, visitor, scalars, scale, bias, f
+            del message, visitor, scalars, others, f
             if behind is not None:
                 theirs.add(sweep.result(self.layouts[other], behind.wait()))
             if step < last:
@@ -563,24 +572,24 @@ class GlobalSweeps(Sweeps):
             result = sweep.nothing(self.layout, self.tau.new_zeros(sweep.size(self.layout)))
             self._among_own(sweep, own, result)
             return result
-        f, scale, bias = own.rows
-        features = [(scale, "rows"), (bias, "rows"), (f, "rows")]
+        f, *others = own.rows
+        features = [(x, "rows") for x in (*others, f)]
         scalars = [(x, "anchors") for x in own.scalars]
         if self._gathered is None:  # rows once for all sweeps, row scalars for each
             self._gathered = self._gather_blocks(features)
         messages = self._gather_blocks(scalars)
-        others = {}
+        blocks = {}
         for step in steps(ranks.world):
             other = (ranks.rank + step) % ranks.world
             layout = self.layouts[other]
-            scale, bias, f = unpack(self._gathered[other], [(x, layout.rows) for x, _ in features])
+            *others, f = unpack(self._gathered[other], [(x, layout.rows) for x, _ in features])
             vectors = unpack(messages[other], [(x, layout.anchors) for x, _ in scalars])
-            others[other] = Block(Rows(f, scale, bias), RowScalars(*vectors))
+            blocks[other] = Block(Rows(f, *others), RowScalars(*vectors))
         flat = self.tau.new_zeros(ranks.world, max(sweep.size(layout) for layout in self.layouts))
         results = [sweep.nothing(layout, flat[r, : sweep.size(layout)]) for r, layout in enumerate(self.layouts)]
         mine = results[ranks.rank]
         self._among_own(sweep, own, mine)
-        self._meet(sweep, own, mine, others, dict(enumerate(results)))
+        self._meet(sweep, own, mine, blocks, dict(enumerate(results)))
         if not starts_at_minus_infinity(sweep.terms):
             return sweep.result(self.layout, ranks.reduce_scatter(flat)[: sweep.size(self.layout)])
         top = self.tau.new_full((ranks.world, max(layout.anchors for layout in self.layouts)), -torch.inf)

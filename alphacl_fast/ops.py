@@ -88,10 +88,11 @@ def _pair_grad(*arguments):
 
 def _pair_grad_fake(*arguments):
     *operands, _, terms, low, high, _, _ = arguments
-    (f, _, bias), pairing, function, _ = _unflatten(operands)
+    rows, pairing, function, _ = _unflatten(operands)
+    n, dim = rows.f.shape
     return (
-        function.tau.new_empty((high - low, f.shape[1])),
-        function.tau.new_empty((f.shape[0] if bias is not None else 0,)),
+        function.tau.new_empty((high - low, dim)),
+        function.tau.new_empty((n if rows.bias is not None else 0,)),
         function.tau.new_empty((len(terms), pairing.anchors if terms else 0)),
     )
 

@@ -199,16 +199,16 @@ class _Sweep:
         if linear:
             left, bias = left / tau, None if bias is None else bias / tau
         buffer = self.rows.new_empty(self.block * self.block)
-        split, partner, anchors, ids = self.pairing
+        pairing, ids = self.pairing, self.pairing.ids
         for i0, i1, j0, j1 in tiles:
             t = buffer[: (i1 - i0) * (j1 - j0)].view(i1 - i0, j1 - j0)
             torch.mm(left[i0:i1], self.rows[j0:j1].t(), out=t)
             if bias is not None:
                 t.add_(bias[i0:i1, None]).add_(bias[None, j0:j1])
-            excluded = excluded_diagonals(i0, i1, j0, j1, split, partner)
+            excluded = excluded_diagonals(i0, i1, j0, j1, pairing.split, pairing.partner)
             same_id = None if ids is None else equal_ids(ids[i0:i1], ids[j0:j1])
             sides = [_Side(i0, i1, 1, self.scalars)]
-            if j0 > i0 if not split else anchors > split:
+            if pairing.anchors > pairing.split if pairing.split else j0 > i0:
                 sides.append(_Side(j0, j1, 0, self.scalars))
             yield (i0, i1, j0, j1), _Tile(t, excluded, same_id, self.function, self.need_t), sides
 
