@@ -506,6 +506,7 @@ def compile_ahead_of_time():
 
 def test_compiles_ahead_of_time():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
     run = subprocess.run([sys.executable, __file__], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout)
