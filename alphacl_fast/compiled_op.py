@@ -1,8 +1,8 @@
-"""The loss as one opaque operator, for torch.compile: a graph holds it whole, whatever the batch size and the objective do.
+"""The loss as one operator for torch.compile: a graph holds it as a whole, for any batch size and objective.
 
-Traced piece by piece, the sizes that the sweeps compare would be guards of the graph, and a min player's iteration would break
-it. Eager calls do not come here: they need no operator around the loss, and save the row scalars of ``reduction="none"``,
-which a graph computes once more in its backward.
+If dynamo traced the loss piece by piece, the sizes that the sweeps compare would become guards of the graph,
+and a min player's iteration would break it. Eager calls do not come here: they need no operator around the
+loss, and they save the solution of ``reduction="none"``, which a graph recomputes in its backward.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def loss(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, ids: Tensor | Non
 
 
 def _on_its_own(function):
-    """The operator runs where the graph does, maybe inside autocast, and below autograd, which users' functions need."""
+    """Runs an operator outside autocast and with the dispatch keys that users' functions need for autograd."""
 
     @functools.wraps(function)
     def run(z1, *arguments):
@@ -95,7 +95,7 @@ def _loss_grad(z1, z2, tau, ids, grad, *options):
 
 
 def _or_nothing(x: Tensor | None, like: Tensor) -> Tensor:
-    """An operator's outputs are tensors, each of its own."""
+    """An empty tensor for None: every output of an operator is a tensor of its own."""
     return like.new_empty(0, dtype=accumulation_dtype(like.dtype)) if x is None else x
 
 

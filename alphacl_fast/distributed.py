@@ -1,17 +1,19 @@
-"""One batch over many processes: every process passes its own pairs and gets the loss of all of them.
+"""One batch over many processes: every rank passes its own pairs and gets the loss of all of them.
 
-What a process returns, summed over the processes, is what its gradient is of: `FusedAlphaCLLoss(process_group=…)` gives
-process r of P the derivative of Σ_r′ L_r′ in its own rows. With "mean" and "sum" every L_r′ is the loss of the whole batch, so
-the gradient is P times that of one process, and the average that DDP and FSDP take of the parameters' gradients is exact.
+Each rank's gradient is that of Σ_r L_r: `FusedAlphaCLLoss(process_group=…)` gives rank r of P the derivative of
+Σ_r′ L_r′ in its own rows. With "mean" and "sum" every L_r′ is the loss of the whole batch, so the gradient is P
+times that of one process, and the average that DDP and FSDP take of the parameters' gradients is exact.
 
-**No pair twice.** A process holds one block of rows. Block b meets the blocks b + 1, …, b + ⌊P/2⌋ (mod P), at process b, and
-itself; with P even, the blocks that are P/2 apart meet half at one process and half at the other. A meeting of two blocks is
-a rectangle for the two operators, both sides of which are anchors, so one tile serves both processes.
+**No pair is computed twice.** A rank holds one block of rows. Block b meets the blocks b + 1, …, b + ⌊P/2⌋
+(mod P) at rank b, and itself; with P even, blocks that are P/2 apart meet half at one rank and half at the
+other. A meeting of two blocks is a rectangle for the two operators, both of whose sides are anchors, so one
+tile serves both ranks.
 
-**Two strategies.** "gather": every process receives all rows at once (all-gather), and results go home by reduce-scatter;
-O(n·D) memory, few messages. "ring": a block travels from process to process against the order of the ranks, the next one
-arriving while one is at work, and its results travel behind it, last of all home; O(local·D) memory. Row scalars stay with
-their rows in both, so an objective solves its own anchors and sees only the `Pairs` protocol.
+**Two strategies.** "gather": every rank receives all rows at once (all-gather), and results go home by
+reduce-scatter; O(n·D) memory, few messages. "ring": a block travels from rank to rank against their order, the
+next one arriving while one is at work, and its results travel behind it, last of all home; O(local·D) memory.
+Row scalars stay with their rows in both, so an objective solves its own anchors and sees only the `Pairs`
+protocol.
 
 ``torchrun --nproc-per-node=4 -m alphacl_fast.verify`` checks a machine or a cluster.
 """
@@ -47,7 +49,7 @@ GATHER_BYTES = 256 * 2**20
 
 
 class ProcessGroup:
-    """The processes that a loss was told to share its batch with: a ProcessGroup or "world", and the strategy."""
+    """The ranks that share a loss's batch, a torch ProcessGroup or "world", and their strategy."""
 
     def __init__(self, process_group: Any, strategy: str) -> None:
         if not dist.is_available():
@@ -76,11 +78,11 @@ class ProcessGroup:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of one call, once they have agreed on it, and the messages between them.
+    """The ranks of one call, once they have agreed on it, and the messages between them.
 
     Attributes:
         sizes: pairs of each process, in the order of the ranks.
-        want: whether any process wants the gradient in z1, z2, τ. All work the same, so that none waits for another.
+        want: whether any rank wants the gradient in z1, z2, τ. All do the same work, so that none waits.
     """
 
     handle: dist.ProcessGroup
@@ -121,7 +123,7 @@ class Ranks:
         return out
 
     def exchange(self, outgoing: Tensor, to: int, size: int, source: int, tag: int) -> Arrival:
-        """Begins to send a flat tensor to one process and to receive one of ``size`` elements from another."""
+        """Starts to send a flat tensor to one rank and to receive one of ``size`` elements from another."""
         incoming = outgoing.new_empty(size)
         operations = [
             dist.P2POp(function, tensor, dist.get_global_rank(self.handle, peer % self.world), self.handle, tag)
@@ -133,7 +135,7 @@ class Ranks:
 
 
 class Arrival:
-    """A message under way. It keeps what is sent alive until that is sent, and nothing once it has been waited for."""
+    """A message under way. It keeps the outgoing tensor alive until `wait`, and nothing afterwards."""
 
     def __init__(self, incoming: Tensor, outgoing: Tensor, works: list[Any]) -> None:
         self._state = incoming, outgoing, works
@@ -161,13 +163,13 @@ def agree(
     call: BoundCall | None,
     failure: Exception | None,
 ) -> Ranks:
-    """One small all-gather, so that either all processes go on with the same call or all raise with the reason.
+    """One small all-gather: either all ranks go on with the same call, or all raise with the reason.
 
     Args:
-        failure: what is wrong with this process's arguments; the other arguments may then be anything.
+        failure: the error of this rank's arguments; the other arguments may then be anything.
 
     Raises:
-        TypeError, ValueError, RuntimeError: on every process; names the processes whose arguments are bad, or differ.
+        TypeError, ValueError, RuntimeError: on every rank; names the ranks whose arguments are bad, or differ.
     """
     if failure is not None and not dist.is_initialized():
         raise failure
@@ -234,14 +236,14 @@ def agree(
 def _statement(
     z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, strategy: str
 ) -> tuple[tuple[Any, ...], str]:
-    """What a process says of its arguments."""
+    """A rank's statement of its arguments."""
     needs = [x.requires_grad and torch.is_grad_enabled() for x in (z1, z2, tau)]
     temperature = float("nan") if call.temperature is None else call.temperature
     text = (
         f"{call.objective}, similarity={call.similarity!r}, negatives={call.negatives!r}, symmetric={call.symmetric}, "
         f"reduction={call.reduction!r}, strategy={strategy!r}"
     )
-    text = re.sub(r" at 0x[0-9a-f]+", "", text)  # of a user's callable without a name, elsewhere at another address
+    text = re.sub(r" at 0x[0-9a-f]+", "", text)  # the address of a user's unnamed callable differs between ranks
     if len(text) > 800:
         text = f"{text[:800]}… (crc {zlib.crc32(text.encode()):08x})"
     bits = sum(need << k for k, need in enumerate(needs))
@@ -249,7 +251,7 @@ def _statement(
 
 
 def auto_strategy(rows: int, dim: int, dtype: torch.dtype) -> str:
-    """The strategy for so many rows of all processes together."""
+    """The strategy for a batch of this many rows."""
     return "gather" if rows * dim * (dtype.itemsize + accumulation_dtype(dtype).itemsize) <= GATHER_BYTES else "ring"
 
 
@@ -257,14 +259,14 @@ def auto_strategy(rows: int, dim: int, dtype: torch.dtype) -> str:
 
 
 def steps(world: int) -> range:
-    """Distances of the blocks that a process's own block meets there."""
+    """Distances to the blocks that a rank's own block meets at that rank."""
     return range(1, world // 2 + 1)
 
 
 def meetings(
     rank: int, other: int, world: int, negatives: str, sizes: tuple[int, ...]
 ) -> list[tuple[slice, slice, bool]]:
-    """Rectangles of block ``rank`` and block ``other`` that process ``rank`` computes.
+    """Rectangles of block ``rank`` and block ``other`` that rank ``rank`` computes.
 
     Returns:
         (own rows, other's rows, whether the own rows are the rectangle's left side).
@@ -305,7 +307,7 @@ class Block(NamedTuple):
 
     @staticmethod
     def join(blocks: list[Block]) -> Block:
-        """The blocks' rows below each other; anchors come first in what an operator is given."""
+        """The blocks' rows below each other; an operator needs the anchors first."""
 
         def stack(tensors: Iterable[Tensor | None]) -> Tensor | None:
             tensors = list(tensors)
@@ -318,7 +320,7 @@ class Block(NamedTuple):
 
 
 def pack(tensors: Iterable[Tensor | None]) -> Tensor:
-    """The bytes of some tensors as one message. Wide ones must come first, to be aligned when they are unpacked."""
+    """The bytes of some tensors as one message; wide dtypes come first, to be aligned when unpacked."""
     whole = (x.contiguous() for x in tensors if x is not None)
     # A single number that was expanded counts as contiguous, but cannot be seen as bytes.
     dense = (x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format) for x in whole)
@@ -345,7 +347,7 @@ def _split(tensors: list[Tensor | None]) -> tuple[list[Tensor | None], list[Tens
 
 
 def _bytes(x: Tensor | None, rows: int) -> int:
-    """Of a tensor like x with so many rows."""
+    """The size of a tensor like x with this many rows."""
     return 0 if x is None else rows * math.prod(x.shape[1:]) * x.element_size()
 
 
@@ -429,10 +431,10 @@ class _Sweep:
         return result
 
     def add(self, block: Block, split: int, partner: int, into: list[tuple[Result, slice, int]]) -> None:
-        """Runs the operator on a block's triangle or rectangle and adds what comes out to the results of its parts.
+        """Runs the operator on a block's triangle or rectangle and adds its output to the results of the parts.
 
         Args:
-            into: for the rows from first to last: a result, the rows of it that they are, and how many are anchors.
+            into: for consecutive rows of the block: their result, their rows in it, and the number of anchors.
         """
         operands = block.rows, Pairing(split, partner, block.anchors), self.function, block.scalars
         served = self.call.precision, self.call.backend
@@ -459,7 +461,7 @@ class _Sweep:
 
 
 class GlobalSweeps(Sweeps):
-    """The rows of this process among those of all: the same interface, its own anchors, everyone's negatives."""
+    """The sweeps of this rank's anchors against the negatives of all ranks."""
 
     def __init__(self, rows: Rows, pos: Tensor, tau: Tensor, call: BoundCall) -> None:
         ranks = call.ranks
@@ -490,7 +492,7 @@ class GlobalSweeps(Sweeps):
         return bool(self.ranks.all_reduce(flag, dist.ReduceOp.MIN))
 
     def _sweep(self, terms: tuple[Term, ...], weight: Weight | None, scalars: RowScalars) -> Result:
-        """One sweep over the pairs of all processes; what comes of it for the own rows."""
+        """One sweep over the pairs of all ranks; the result for this rank's rows."""
         rows, gradient = self.rows, weight is not None
         sweep = _Sweep(
             self.function, self.call, terms, weight, self.ranks.want[:2], rows.f.shape[1] if gradient else 0,
@@ -507,7 +509,7 @@ class GlobalSweeps(Sweeps):
     def _meet(
         self, sweep: _Sweep, own: Block, result: Result, others: dict[int, Block], results: dict[int, Result]
     ) -> None:
-        """The own block against others that are here. Rectangles with the same rows on the own side become one."""
+        """The own block against others that are here; rectangles with the same own rows become one."""
         rank, world, sizes = self.ranks.rank, self.ranks.world, self.ranks.sizes
         rectangles: dict[tuple[int, int, bool], list[tuple[int, slice]]] = defaultdict(list)
         for other in others:
@@ -619,7 +621,7 @@ class GlobalSweeps(Sweeps):
 
 
 class GlobalProblem(Problem):
-    """This process's rows of a batch that several share: solves them, then their gradient."""
+    """This rank's part of a batch: solves its rows, then their gradient."""
 
     def __init__(self, features: Features, pos: Tensor, tau: Tensor, call: BoundCall) -> None:
         super().__init__(features, pos, tau, call, sweeps=GlobalSweeps(features.rows, pos, tau, call))
@@ -658,7 +660,7 @@ def global_reduce(row_losses: Tensor, loss: Loss, ranks: Ranks) -> Tensor:
 
 
 class GlobalClosedForm(torch.autograd.Function):
-    """Loss of a constant-α objective of all processes' pairs: one sum of rows goes around, and its gradient back."""
+    """Loss of a constant-α objective over all ranks' pairs: one sum of rows goes around, its gradient back."""
 
     @staticmethod
     def forward(ctx, z1: Tensor, z2: Tensor, call: BoundCall) -> Tensor:
@@ -684,9 +686,9 @@ class GlobalClosedForm(torch.autograd.Function):
 
 
 class _ClosedProblem:
-    """Row losses of this process, and their gradient: autograd on either side of the sums over processes, which are leaves.
+    """Row losses of this rank and their gradient: autograd on both sides of the all-reduced sums, which are leaves.
 
-    (A sum inside the graph would be a message that autograd sends when it likes, and with no rows at all it does not.)
+    A sum inside the graph would be a message that autograd sends at a time of its own, and never without rows.
     """
 
     def __init__(self, z1: Tensor, z2: Tensor, call: BoundCall) -> None:
@@ -696,7 +698,7 @@ class _ClosedProblem:
         n_neg = Layout.of(call, self.ranks.total).n_neg
         layout = Layout.of(call, z1.shape[0])._replace(n_neg=n_neg)
         center = _center(z1, z2, call)
-        wide = accumulation_dtype(z1.dtype)  # so that gradients stay float32 until they are scaled, as in `AlphaCLFunction`
+        wide = accumulation_dtype(z1.dtype)  # gradients stay float32 until they are scaled
         with torch.enable_grad():
             self.views = tuple(z.detach().to(wide).requires_grad_() for z in (z1, z2))
             self.losses = closed_form(*self.views, call, layout, center, self._all_reduce_sum)

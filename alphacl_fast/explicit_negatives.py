@@ -1,9 +1,9 @@
-"""`loss_against` and `supcon_loss`: anchors against negatives of any origin, where the positives are any similarity at all.
+"""`loss_against` and `supcon_loss`: losses with explicit negatives and given positive similarities.
 
-`alpha_cl_loss` derives who is whose negative from two views. Queues of earlier keys (MoCo), several positives per anchor
-(supervised contrastive), more candidates than anchors (retrieval) need the same sums over pairs with other partners: anchors
-z (N, D) meet all rows of ``negatives`` (M, D), or one another, and t⁺ (N,) is given. The two sweeps serve it as they are, on
-every backend; t_ij = ⟨z_i, y_j⟩, rows as given.
+`alpha_cl_loss` derives negatives and positives from two views. Memory banks (MoCo), several positives per
+anchor (supervised contrastive) and more candidates than anchors (retrieval) need the same sums over other
+pairs: anchors z (N, D) meet all rows of ``negatives`` (M, D), or one another, and t⁺ (N,) is given. The same
+two sweeps serve them on every backend; t_ij = ⟨z_i, y_j⟩ with rows as given.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .call import BoundCall, Layout, SameId, accumulation_dtype, without_autocas
 from .objectives import ClosedForm, Objective
 
 
-@torch.compiler.disable  # what a graph holds as one operator is the loss of two views
+@torch.compiler.disable  # only the loss of two views is a compiled operator
 def loss_against(
     z: Tensor,
     negatives: Tensor | None,
@@ -45,34 +45,43 @@ def loss_against(
     negative_ids: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """Losses of anchors z whose negatives are all rows of ``negatives``; gradients to all of z, negatives, positive and τ.
+    """Loss of anchors z against the rows of ``negatives``, with given positive similarities.
+
+    Gradients flow to z, negatives, positive and a tensor temperature.
 
     Args:
-        z: (N, D) anchors, N ≥ 1, float32, float64, bfloat16 or float16; rows as given (normalise them for cosine).
-        negatives: (M, D), M ≥ 1, dtype and device of z; None: the other rows of z itself, N ≥ 2.
+        z: (N, D) anchors, N ≥ 1, float32, float64, bfloat16 or float16. Rows are used as given: normalise
+            them for cosine similarity.
+        negatives: (M, D) with the dtype and device of z, M ≥ 1. None: the other rows of z, N ≥ 2.
         positive: (N,) similarity t⁺ of every anchor with its positive, float32 (float64 for float64 z).
-        objective, temperature, reduction, backend, precision: as of `alphacl_fast.functional.alpha_cl_loss`;
-            d² = 1 − t. There is no oracle for it: backend is not "reference".
-        ids, negative_ids: (N,) and (M,) integers, moved to the device of z: a row of ``negatives`` (or of z) with the id of an
-            anchor is no negative of it (in a queue, earlier keys of the same sample or class). ``negative_ids`` are given
-            exactly if ``negatives`` and ``ids`` are. An anchor without any negative left has loss 0 and no gradient, and
-            "mean" counts it still.
-        **options: of the objective, by its own names.
+        objective: a name listed by `alphacl_fast.objectives.names`, or an `Objective`; d² = 1 − t.
+        temperature: τ > 0, a float or a tensor with one element.
+        reduction: "mean", "sum" or "none".
+        backend: "auto" or the name of a sweep backend. There is no oracle: "reference" is refused.
+        precision: arithmetic of float32 matrix products, as of `alphacl_fast.functional.alpha_cl_loss`.
+        ids: (N,) integers, moved to z's device if necessary. A row of ``negatives`` (or of z) that has
+            the anchor's id is not its negative: in a queue, an earlier key of the same sample or class.
+            An anchor that has no negatives left has loss 0 and no gradient, and "mean" still counts it.
+        negative_ids: (M,) integers, the ids of ``negatives``; required exactly if both ``negatives`` and
+            ``ids`` are given.
+        **options: options of the objective, by its own names.
 
     Returns:
         (), or (N,) with ``reduction="none"``; float32, or float64 for float64 z.
 
     Raises:
-        TypeError, ValueError: a bad argument; the message names it, what was expected and what was received.
+        TypeError, ValueError: a bad argument; the message names it, what was expected and what was
+            received.
 
-    Source: arXiv:1911.05722 (queue of negatives); arXiv:2004.11362 (several positives: t⁺ is their mean, epsilon=0).
+    Source: arXiv:1911.05722 (queue of negatives); arXiv:2004.11362 (several positives: t⁺ is their mean,
+    epsilon=0).
     """
     call = functional.make_call(
         objective, options, similarity="dot", negatives="one_view", symmetric=True, reduction=reduction, backend=backend,
         precision=precision,
     )  # fmt: skip
     if backend == "reference":
-        raise ValueError("backend must not be 'reference': the oracle is of two views")
+        raise ValueError("backend must not be 'reference': the oracle has two views")
     other = z if negatives is None else negatives
     functional.check_rows("z", z, fewest=1 if negatives is not None else 2)
     functional.check_rows("negatives", other, fewest=1)
@@ -105,19 +114,22 @@ def supcon_loss(
     z: Tensor, ids: Tensor, *, temperature: float | Tensor = 0.1, reduction: str = "mean", backend: str = "auto",
     precision: str | None = None,
 ) -> Tensor:
-    """Supervised contrastive loss: the positives of a row are all others with its id.
+    """Supervised contrastive loss: the positives of a row are all other rows with its id.
 
-    L_i = log Σ_{a≠i} exp(s_ia/τ) − mean_{p≠i, id_p = id_i} s_ip/τ, s the cosine: InfoNCE (ε = 0) against all other rows with
-    t⁺ the mean over the positives, which is one product with the sum of the group: O(n·D) memory.
+    L_i = log Σ_{a≠i} exp(s_ia/τ) − mean_{p≠i, id_p = id_i} s_ip/τ with the cosine s: InfoNCE (ε = 0) against
+    all other rows, where t⁺ is the mean over the positives. The mean is one product with the sum of the
+    rows of an id, so memory is O(n·D).
 
     Args:
-        z: (n, D) embeddings of all views, n ≥ 2; normalised here.
-        ids: (n,) integers.
-        temperature, backend, precision: as of `loss_against`.
-        reduction: "mean" or "sum" over the rows that have a positive, or "none": (n,), 0 for rows without one.
+        z: (n, D) embeddings of all views, n ≥ 2; they are normalised here.
+        ids: (n,) integers, the labels.
+        temperature: τ > 0, a float or a tensor with one element.
+        reduction: "mean" or "sum" over the rows that have a positive, or "none": (n,), 0 for rows without.
+        backend: as of `loss_against`.
+        precision: as of `loss_against`.
 
     Raises:
-        TypeError, ValueError: as of `loss_against`, and for ids that are no (n,) integers.
+        TypeError, ValueError: as of `loss_against`, and for ids that are not (n,) integers.
 
     Source: Khosla et al., arXiv:2004.11362, L_out.
     """
@@ -128,9 +140,9 @@ def supcon_loss(
     if reduction not in functional.REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, functional.REDUCTIONS))}, got {reduction!r}")
     rows = unit_rows(z)
-    groups, place, sizes = ids.to(z.device).unique(return_inverse=True, return_counts=True)
+    labels, place, sizes = ids.to(z.device).unique(return_inverse=True, return_counts=True)
     others = sizes[place] - 1
-    sums = rows.new_zeros(len(groups), rows.shape[1]).index_add(0, place, rows)
+    sums = rows.new_zeros(len(labels), rows.shape[1]).index_add(0, place, rows)
     positive = (rows * (sums[place] - rows)).sum(1) / others.clamp(min=1)
     losses = loss_against(
         rows, None, positive, "infonce", epsilon=0.0, temperature=temperature, reduction="none", backend=backend,

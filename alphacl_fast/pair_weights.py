@@ -1,8 +1,9 @@
-"""The min player, visible: the pairwise importances α of a batch, as a matrix or in statistics of O(N·(D + k)) memory.
+"""The min player made visible: the pair weights α of a batch, as a matrix or as statistics in O(N·(D + k)).
 
-α_ij = ∂L_i/∂Δ_ij with a designed α held fixed (arXiv:2201.12680, Theorem 1 and the pair-weighted family): for φ/ψ losses
-φ′(ξ_i)·ψ′(Δ_ij), for the others the α of their definition. The row scalars come from the loss's own sweeps; then every α_ij is
-pointwise in t_ij, so that one more walk over tiles of anchors × candidates sees them all and keeps none.
+α_ij = ∂L_i/∂Δ_ij with a designed α held fixed (arXiv:2201.12680, Theorem 1 and the pair-weighted family): for
+φ/ψ losses φ′(ξ_i)·ψ′(Δ_ij), for the others the α of their definition. The row scalars come from the loss's own
+sweeps; every α_ij is then pointwise in t_ij, so one more walk over tiles of anchors × candidates sees each of
+them and keeps none.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ Result = TypeVar("Result")
 
 
 class Tile(NamedTuple):
-    """α of the anchors [start, stop) against the rows [first, last) of the stacked views; (stop − start, last − first)."""
+    """α of the anchors [start, stop) against the rows [first, last) of the stacked views.
+
+    The tensors are (stop − start, last − first).
+    """
 
     start: int
     stop: int
@@ -45,15 +49,16 @@ class Tile(NamedTuple):
 
 
 class Importances:
-    """α of one batch, solved: a few numbers per anchor, from which any α_ij follows.
+    """The solved pair weights of one batch: a few numbers per anchor, from which any α_ij follows.
 
-    Args: as of `alphacl_fast.functional.alpha_cl_loss`; z1, z2 (N, D) are detached.
+    The arguments are those of `alphacl_fast.functional.alpha_cl_loss`; z1, z2 (N, D) are detached.
 
     Attributes:
-        anchors: 2N for two_view and symmetric cross_view, which has those of both towers, [z1; z2]; else N.
+        anchors: 2N for two_view and symmetric cross_view (both towers, [z1; z2]); else N.
         candidates: columns of α: 2N for two_view, else N.
         n_neg: |Neg(i)|.
-        rows: (2N, D) the rows that the similarities are of: of unit length for cosine, else as given (euclidean: centred).
+        rows: (2N, D) rows whose similarities count: of unit length for cosine, centred for euclidean, else
+            as given.
         positive: (anchors,) t⁺_i.
 
     Raises:
@@ -119,7 +124,10 @@ class Importances:
         return self.call.c - t
 
     def walk(self, work: Callable[[Iterator[Tile]], Result]) -> list[Result]:
-        """``work`` on all tiles: in one call, or dealt out to threads by blocks of anchors; results in a fixed order."""
+        """``work`` on all tiles, in one call or dealt out to threads by blocks of anchors.
+
+        Results come in a fixed order.
+        """
         if self.call.backend == "reference":
             return [work(self._of_the_oracle())]
         blocks = list(self.blocks(tile_size(self.layout.rows, self.rows.device)))
@@ -140,7 +148,7 @@ class Importances:
             yield Tile(start, stop, first, last, distance, alpha, excluded)
 
     def blocks(self, side: int) -> Iterator[tuple[int, int, int, int]]:
-        """(start, stop) of a block of anchors and (first, last) of the rows that it meets, in the stacked views."""
+        """(start, stop) of a block of anchors and (first, last) of its candidates, in the stacked views."""
         split, rows = self.layout.split, self.layout.rows
         for start in range(0, self.anchors, side):
             stop = min(start + side, self.anchors)
@@ -190,7 +198,7 @@ class Importances:
 
     @torch.no_grad()
     def both_ways(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(A + Aᵀ)·x for x (N, d), with the row and column sums (N,) of A, all in x's dtype. Only for one_view."""
+        """(A + Aᵀ)·x for x (N, d), with the row and column sums (N,) of A, in x's dtype; only for one_view."""
         self.check_one_view()
 
         def multiply(tiles: Iterator[Tile]) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,7 +219,10 @@ class Importances:
 
     @torch.no_grad()
     def both_ways_on_own_rows(self) -> tuple[Tensor, Tensor, Tensor]:
-        """As `both_ways`, on the first N of `rows`, by one gradient sweep; row sums, and row and column sums together."""
+        """As `both_ways` for the first N of `rows`, by one gradient sweep.
+
+        Returns the product, the row sums, and the row and column sums together.
+        """
         self.check_one_view()
         n, closed = self.anchors, isinstance(self.call.objective, ClosedForm)
         if closed or self.call.backend == "reference":
@@ -226,7 +237,7 @@ class Importances:
         return y, solution.mass, both
 
     def check_one_view(self) -> None:
-        """Raises ValueError unless the negatives are the other rows of z1, as the theory of the max player has it."""
+        """Raises ValueError unless negatives="one_view", the setting of the max player's theory."""
         if self.call.negatives != "one_view":
             raise ValueError(f"alpha must be of negatives='one_view' here, got {self.call.negatives!r}")
 
@@ -234,17 +245,20 @@ class Importances:
 def alpha(
     z1: Tensor, z2: Tensor, objective: str | Objective = "infonce", *, max_elements: int = MAX_ELEMENTS, **settings: Any
 ) -> Tensor:
-    """The pairwise importances α of a batch as a matrix, without a gradient: to look at, or to check one's own.
+    """The pair weights α of a batch as a matrix, without a gradient.
 
     Args:
-        z1, z2, objective: as of `alphacl_fast.functional.alpha_cl_loss`.
-        max_elements: largest matrix to make; `alpha_summary` needs none.
-        **settings: as of `alpha_cl_loss`, but reduction and process group.
+        z1: (N, D) embeddings of the first view, as of `alphacl_fast.functional.alpha_cl_loss`.
+        z2: (N, D) embeddings of the second view.
+        objective: a name or an `Objective`.
+        max_elements: number of elements of the largest matrix to make; `alpha_summary` needs no matrix.
+        **settings: the other arguments of `alpha_cl_loss`, except reduction, process_group and ids.
 
     Returns:
-        (anchors, candidates), float32 (float64 for float64 input), 0 where a pair is no negative; (2N, 2N) for two_view,
-        (N, N) for one_view and cross_view, (2N, N) for symmetric cross_view, anchors z1 against z2, then z2 against z1.
-        L_i = Σ_j α_ij·Δ_ij where α is designed; ∂L_i/∂Δ_ij = α_ij for φ/ψ losses.
+        (anchors, candidates), float32 (float64 for float64 input), 0 where a pair is not a negative:
+        (2N, 2N) for two_view, (N, N) for one_view and cross_view, (2N, N) for symmetric cross_view (z1
+        against z2, then z2 against z1). Where α is designed, L_i = Σ_j α_ij·Δ_ij; for φ/ψ losses
+        ∂L_i/∂Δ_ij = α_ij.
 
     Raises:
         TypeError, ValueError: as of `alpha_cl_loss`, and for a matrix larger than ``max_elements``.
@@ -263,19 +277,19 @@ def alpha(
 
 @dataclass(frozen=True)
 class AlphaSummary:
-    """What α does in a batch; one entry per anchor where nothing else is said. Made by `alpha_summary`."""
+    """Statistics of α in a batch, made by `alpha_summary`; tensors have one entry per anchor unless noted."""
 
     objective: str
     n_neg: int
-    row_sum: Tensor  #: (anchors,) Σ_j α_ij; the entries below are of p_ij = α_ij / Σ_j α_ij
+    row_sum: Tensor  #: (anchors,) Σ_j α_ij; below, p_ij = α_ij / Σ_j α_ij
     entropy: Tensor  #: (anchors,) −Σ p log p, nats; log |Neg| for a uniform α
     effective_negatives: Tensor  #: (anchors,) 1/Σp²; |Neg| for a uniform α, 0 for a row without weight
     hardest: Tensor  #: (anchors, k) int64, rows of [z1; z2], nearest negatives first
     hardest_distance: Tensor  #: (anchors, k) d²
     hardest_alpha: Tensor  #: (anchors, k)
     edges: Tensor  #: (bins + 1,) of d²
-    pairs: Tensor  #: (bins,) int64, negatives by their distance; what lies outside counts in the first or the last bin
-    mass: Tensor  #: (bins,) Σ α of these
+    pairs: Tensor  #: (bins,) int64, negatives by d²; the first and last bins hold outliers
+    mass: Tensor  #: (bins,) Σ α of the pairs in the bin
     positive_similarity: float  #: mean t⁺
     alignment: float  #: mean ‖x − x⁺‖² of unit rows (Wang and Isola 2020)
     uniformity: float  #: log mean exp(−2‖x − y‖²) over pairs of a view, mean of the two views (ibid.)
@@ -311,17 +325,20 @@ def alpha_summary(
     distance_range: tuple[float, float] | None = None,
     **settings: Any,
 ) -> AlphaSummary:
-    """Statistics of α in O(N·(D + k)) memory: entropy, effective number of negatives, hardest negatives, α by distance.
+    """Statistics of α in O(N·(D + k)) memory: entropy, effective negatives, hardest negatives, α by distance.
 
     Args:
-        z1, z2, objective: as of `alphacl_fast.functional.alpha_cl_loss`.
-        k: nearest negatives to keep of every anchor, 1 ≤ k ≤ |Neg|; fewer are kept where there are fewer.
-        bins: of the histogram of d².
-        distance_range: of the histogram; None is (0, 2) for cosine, and otherwise what occurs (one more pass).
-        **settings: as of `alpha_cl_loss`, but reduction and process group.
+        z1: (N, D) embeddings of the first view, as of `alphacl_fast.functional.alpha_cl_loss`.
+        z2: (N, D) embeddings of the second view.
+        objective: a name or an `Objective`.
+        k: nearest negatives to keep per anchor, at least 1; fewer are kept where there are fewer.
+        bins: bins of the histogram of d².
+        distance_range: range of the histogram. None: (0, 2) for cosine, and otherwise the range of the
+            batch's distances, which costs one more pass.
+        **settings: the other arguments of `alpha_cl_loss`, except reduction, process_group and ids.
 
     Raises:
-        TypeError, ValueError: as of `alpha_cl_loss`, and for k, bins or a range that cannot be.
+        TypeError, ValueError: as of `alpha_cl_loss`, and for a bad k, bins or distance_range.
 
     Source: arXiv:2201.12680; alignment and uniformity: Wang and Isola, arXiv:2005.10242.
     """
@@ -395,7 +412,7 @@ def _range(solved: Importances) -> tuple[float, float]:
 
 
 def _alignment_and_uniformity(z1: Tensor, z2: Tensor, call: BoundCall) -> tuple[float, float]:
-    """Both of unit rows, whatever the similarity; uniformity is one sweep over each view: ‖x − y‖² = 2 − 2·cos."""
+    """Both for unit rows, whatever the similarity; uniformity is one sweep per view: ‖x − y‖² = 2 − 2·cos."""
     tau = torch.full((), 0.25, dtype=accumulation_dtype(z1.dtype), device=z1.device)
     backend = "blocked" if call.backend == "reference" else call.backend
     call = BoundCall(infonce(epsilon=0.0), "cosine", "one_view", True, "sum", backend, 0.25, call.precision)
