@@ -1,6 +1,6 @@
 """What a loss over many processes will cost: memory, work, messages and time of a step, for both strategies.
 
-Messages are counted exactly, operation by operation, as `alphacl_fast.distributed` sends them (`benchmarks/scaling.py` holds
+Messages are counted exactly, operation by operation, as `alphacl_fast.distributed` sends them (`tools/scaling.py` holds
 the count against real processes, byte for byte). Memory is a count of the blocks that live at once. Time is a model: work at
 the rate of one device, messages at a stated bandwidth, a stated latency for each. The objective is InfoNCE: two sweeps.
 """

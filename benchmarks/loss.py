@@ -4,7 +4,7 @@ On a CPU only ratios are kept: every time is divided by that of a 4096³ product
 counted as 4n²D floating-point operations (two_view; 8N²D for cross_view), whatever a contestant does. A contestant whose
 gradient is wrong is not timed. A contestant is a backend, ``eager``, ``compiled`` or a rival of `benchmarks.contestants`, with
 an objective of its own after a slash if need be ("cpu/alpha_direct"). `benchmarks.bench` measures a grid of settings with it,
-`benchmarks.gpu` uses its functions on GPUs.
+`tools.gpu` uses its functions on GPUs.
 """
 
 from __future__ import annotations

@@ -1,22 +1,19 @@
-import importlib.util
 import inspect
 import os
 import shlex
 import shutil
-from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels run on the CPU
 
 import pytest
 import torch
 
+from tools import build_cuda
+
 
 def _emulated_cuda_kernels():
     """csrc/cuda compiled for the host; "" without a compiler."""
-    spec = importlib.util.spec_from_file_location("cuda_build", Path(__file__).parent.parent / "csrc" / "cuda" / "build.py")
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
-    return str(build.emulated()) if shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0]) else ""
+    return str(build_cuda.emulated()) if shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0]) else ""
 
 
 if "ALPHACL_CUDA_EMULATED" not in os.environ:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from alphacl_fast.benchmarks import loss as installed_loss
 
 from alphacl_fast import cli
-from benchmarks import bench, contestants, loss, memory, report, training
+from alphacl_fast.benchmarks import bench, contestants, loss, memory, report
+from tools import training
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -21,8 +21,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def small_gemm(monkeypatch):
-    for module in (loss, installed_loss):  # one file under its two names
-        monkeypatch.setattr(module, "GEMM", 64)
+    monkeypatch.setattr(loss, "GEMM", 64)
 
 
 def run(out, *flags):
@@ -124,7 +123,7 @@ def test_the_compiled_contestant_is_compiled_at_every_size(monkeypatch):
 
 
 def test_wrong_gradient_is_not_timed(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(installed_loss, "make", lambda *args: lambda z1, z2: (z1 * z2).sum())
+    monkeypatch.setattr(loss, "make", lambda *args: lambda z1, z2: (z1 * z2).sum())
     with pytest.raises(SystemExit):
         run(tmp_path, "--contestants", "eager", "--measure", "loss+gradient")
     said = capsys.readouterr().err
@@ -187,7 +186,7 @@ def test_eager_refuses_what_it_is_not():
 def test_calls_under_pytest_benchmark(tmp_path):
     """The suite of single calls, at a tiny size."""
     out = tmp_path / "calls.json"
-    command = [sys.executable, "-m", "pytest", "benchmarks/test_calls.py", "-n", "0", "-q", "-p", "no:cacheprovider",
+    command = [sys.executable, "-m", "pytest", "tools/test_calls.py", "-n", "0", "-q", "-p", "no:cacheprovider",
                "--benchmark-min-rounds=1", "--benchmark-max-time=0.001", "--benchmark-warmup=off",
                "-k", "cpu or eager or triplet or float64", f"--benchmark-json={out}"]  # fmt: skip
     environment = {**os.environ, "ALPHACL_BENCH_N": "64", "ALPHACL_BENCH_DIM": "8"}

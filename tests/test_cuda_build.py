@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from alphacl_fast.backend import cuda
-from csrc.cuda import build
+from tools import build_cuda as build
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,7 +52,7 @@ def test_compiled_from_these_sources():
 @pytest.fixture(scope="module")
 def surveyed():
     """A row for each kernel and architecture."""
-    from benchmarks import cuda_resources
+    from tools import cuda_resources
 
     try:
         return cuda_resources.survey()

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from alphacl_fast.kernels.config import Tile
 from family import (
     BACKENDS,
     BUILT_IN,
@@ -25,6 +24,7 @@ from alphacl_fast.backend import blocked, reference, triton
 from alphacl_fast.bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight
 from alphacl_fast.call import Layout, SameId
 from alphacl_fast.functional import REDUCTIONS, alpha_cl_loss
+from alphacl_fast.kernels.config import Tile
 
 IDS = torch.tensor([3, 1, 3, 7, 7, 7, -2, 2**40])
 WITH_IDS = [name for name in BACKENDS if "ids" in ops.SWEEP_BACKENDS[name].OPTIONAL_OPERANDS]

@@ -11,7 +11,7 @@ from ranks import Ranks
 from alphacl_fast import plan
 from alphacl_fast.cli import main
 from alphacl_fast.functional import NEGATIVES
-from benchmarks import scaling
+from tools import scaling
 
 pytestmark = pytest.mark.xdist_group("ranks")  # one worker starts the processes
 

@@ -1,4 +1,4 @@
-"""What kernels/resources.py reports. Kernels are compiled in a process of its own: in this one triton interprets them."""
+"""What tools/resources.py reports. Kernels are compiled in a process of its own: in this one triton interprets them."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import pytest
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-from alphacl_fast.kernels.resources import Resources, compile_for, inspect_ptx, limits, occupancy  # noqa: E402
+from tools.resources import Resources, compile_for, inspect_ptx, limits, occupancy  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("resources")  # one worker makes what its tests share
 

@@ -1,4 +1,4 @@
-"""The counts of benchmarks/roofline.py against a walk over every tile, and what must hold of any prediction."""
+"""The counts of tools/roofline.py against a walk over every tile, and what must hold of any prediction."""
 
 import itertools
 import math
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import roofline
-from benchmarks.roofline import DEVICES, DIMS, OVERLAP, Tile
+from tools import roofline
+from tools.roofline import DEVICES, DIMS, OVERLAP, Tile
 
 H200 = DEVICES["H200"]
 LEVELS = (1, OVERLAP, 0)

@@ -14,10 +14,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from alphacl_fast.kernels import rows, trace
-
 from alphacl_fast import objectives
 from alphacl_fast.autograd import Features, positives, through_normalization
+from alphacl_fast.kernels import rows, trace
 
 pytestmark = [
     pytest.mark.xdist_group("rows"),  # one worker makes what its tests share
@@ -294,7 +293,7 @@ def test_gains(dtype, n, poisoned):
 
 def compile_everything():
     """Resources by kernel, capability, dtype and size; production tiles."""
-    from alphacl_fast.kernels.resources import compile_for, occupancy
+    from tools.resources import compile_for, occupancy
 
     cases = [(90, kind, 4096) for kind in ("bf16", "fp32", "fp64")]
     cases += [(90, "fp64", 3), (90, "bf16", 65536), *((capability, "bf16", 128) for capability in (80, 90, 100))]

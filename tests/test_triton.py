@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import triton.language as tl
-from alphacl_fast.kernels.config import Tile
-from alphacl_fast.kernels.sweeps import rounded_to_tf32
 from conftest import square_tile
 from family import MODES, gaussian_weight, loss_and_grads, member_id, pair, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -19,6 +17,8 @@ from triton.runtime.interpreter import GridExecutor
 from alphacl_fast import FusedAlphaCLLoss, PairLoss, PairWeight, ops
 from alphacl_fast.backend import cuda, groups, triton
 from alphacl_fast.functional import alpha_cl_loss
+from alphacl_fast.kernels.config import Tile
+from alphacl_fast.kernels.sweeps import rounded_to_tf32
 
 SOURCE = (Path(__file__).parent.parent / "kernels/sweeps.py").read_text()
 FORMS = [  # one objective for each form of a sweep

@@ -68,7 +68,7 @@ def _missing() -> str | None:
 def unsupported(device: torch.device, dtype: torch.dtype, precision: str | None, kind: str) -> str | None:
     """Why this backend cannot serve a call, or None."""
     if device.type == "cpu":
-        if not interpreted():
+        if not (interpreted() or _stand_in):
             return "runs on GPUs, not cpu (except in the interpreter, TRITON_INTERPRET=1)"
     elif device.type != "cuda":
         return f"runs on GPUs, not {device.type}"
@@ -101,7 +101,19 @@ def _arithmetic(dtype: torch.dtype, precision: str, device: torch.device) -> _Ar
 @functools.cache
 def _processors(device: torch.device) -> int:
     """Programs that a GPU runs side by side, about; in the interpreter a ring is cut in two, to have it tested."""
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 6
+    if device.type == "cuda":
+        return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 * (_stand_in or 3)
+
+
+_stand_in = 0
+
+
+def pretend_gpu(multiprocessors: int) -> None:
+    """For the rest of this process, CPU tensors get the launches of a GPU, to compile or count them without one."""
+    global _stand_in
+    _stand_in = multiprocessors
+    _processors.cache_clear()
 
 
 def parts_of(blocks: int, tiles: int, device: torch.device) -> int:

@@ -1,11 +1,11 @@
 """Everything worth knowing of a GPU that is at hand for minutes: `make gpu OUT=dir`. Offline; needs PyTorch and Triton alone.
 
-    python -m benchmarks.gpu --out dir [--minutes 9] [--phases check,headline,...]
-    python -m benchmarks.gpu --plots dir
+    python -m tools.gpu --out dir [--minutes 9] [--phases check,headline,...]
+    python -m tools.gpu --plots dir
 
 Checks against float64 and the headline table come first, so that a run cut short has them. Every row is in dir/rows.jsonl
 as soon as it is made; summary.txt, profile.txt, tuned.json, sanitize.txt and plots.png lie beside it. What runs on the
-device runs in child processes (`benchmarks.pool`): a kernel that hangs or breaks its context costs one row. Times are of
+device runs in child processes (`tools.pool`): a kernel that hangs or breaks its context costs one row. Times are of
 loss + gradient, and fractions are of the rate of an 8192³ product of the same dtype in the same minute, for 4n²D operations
 (8N²D in cross_view). The exit status is 1 if one of the package's backends failed anywhere.
 """
@@ -33,13 +33,13 @@ from typing import Any
 import torch
 
 from alphacl_fast import ops
+from alphacl_fast.benchmarks.contestants import RIVALS, serves
+from alphacl_fast.benchmarks.loss import Setting
 
-from .contestants import RIVALS, serves
 from .gpu_tasks import DIMS, cases, provenance
-from .loss import Setting
 from .pool import Pool, Row, Task
 
-TASKS = "benchmarks.gpu_tasks"
+TASKS = "tools.gpu_tasks"
 #: Most seconds of each phase in a run of nine minutes.
 SECONDS = {"check": 150, "headline": 150, "tune": 110, "rivals": 60, "sanitize": 45, "profile": 20, "plots": 15}
 #: Seconds kept for the summary.
@@ -298,12 +298,10 @@ def headline(run: Run) -> None:
 
 def tune(run: Run) -> None:
     """Tunes the Triton kernels' tiles, then the headline table again with what was found, without the eager loss."""
-    if importlib.util.find_spec("alphacl_fast.kernels.tune") is None:
-        run.report.say("tune skipped: alphacl_fast.kernels.tune is not there")
-        return
     table = run.args.out / "tuned.json"
     seconds = 0.6 * run.left()
-    command = [sys.executable, "-m", "alphacl_fast.kernels.tune", "--out", str(table), "--minutes", f"{seconds / 60:.2f}"]
+    command = [sys.executable, "-m", "alphacl_fast.cli", "tune", "--out", str(table)]
+    command += ["--minutes", f"{seconds / 60:.2f}"]
     status, error = logged(command, seconds + 10, Path(run.log))
     run.report.add({"benchmark": "tune", "backend": "triton", "status": status, "error": error})
     if not table.exists():
@@ -481,7 +479,7 @@ def perform(run: Run, phases: list[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu"), help="folder of the results")
     parser.add_argument("--minutes", type=float, default=9.0, help="of the whole run (default: 9)")
     parser.add_argument("--phases", default=",".join(PHASES), type=lambda text: text.split(","))

@@ -1,7 +1,7 @@
 """Every call on its own under pytest-benchmark: to compare two versions of the package, or two machines.
 
-    python -m pytest benchmarks/test_calls.py --benchmark-autosave          # and after a change:
-    python -m pytest benchmarks/test_calls.py --benchmark-compare --benchmark-group-by=name
+    python -m pytest tools/test_calls.py --benchmark-autosave          # and after a change:
+    python -m pytest tools/test_calls.py --benchmark-compare --benchmark-group-by=name
 
 ALPHACL_BENCH_N (default "1024,4096") and ALPHACL_BENCH_DIM (128) choose the sizes. Unlike `alphacl bench` it does not
 interleave the contestants: for ratios between them use that. A contestant whose gradient is wrong fails, an absent one is
@@ -13,11 +13,11 @@ import os
 
 import pytest
 import torch
+
+from alphacl_fast import objectives
 from alphacl_fast.benchmarks import loss
 from alphacl_fast.benchmarks.bench import default_contestants, why_not
 from alphacl_fast.benchmarks.contestants import make, serves
-
-from alphacl_fast import objectives
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = [int(n) for n in os.environ.get("ALPHACL_BENCH_N", "1024,4096").split(",")]

@@ -1,7 +1,7 @@
 """Holds the message count of `alphacl plan` against 2 to 8 real processes; writes the tables and the plot of docs/scaling.md.
 
-    python -m benchmarks.scaling --simulate       # gloo processes on this machine; rows go to benchmarks/results/scaling.jsonl
-    python -m benchmarks.scaling --write          # docs/scaling.md and docs/scaling.png, from those rows and the plan
+    python -m tools.scaling --simulate       # gloo processes on this machine; rows go to benchmarks/results/scaling.jsonl
+    python -m tools.scaling --write          # docs/scaling.md and docs/scaling.png, from those rows and the plan
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from alphacl_fast.plan import messages, plan, traffic
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.jsonl"
-MARK = "<!-- tables: python -m benchmarks.scaling --write -->"
+MARK = "<!-- tables: python -m tools.scaling --write -->"
 #: (pairs, devices) of the table.
 SCALES = ((65_536, 8), (1_000_000, 16), (4_000_000, 64), (16_000_000, 256), (100_000_000, 1024))
 DIM, RATE, BANDWIDTH = 512, 300e12, 50e9

@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu` does in its child processes: checks against float64, timings, profiles. Every task yields rows.
+"""What `tools.gpu` does in its child processes: checks against float64, timings, profiles. Every task yields rows.
 
 Tolerances: a float32 result may have twice the error of the dense loss in the same dtype (and at the same precision of matrix
 products) plus a band: four roundings where products are IEEE's, one rounding of an operand where they are TF32 or three
@@ -30,10 +30,8 @@ import torch
 from torch import Tensor
 
 from alphacl_fast import MinPlayer, PairLoss, PairWeight, objectives, ops
-from alphacl_fast.functional import NEGATIVES, SIMILARITIES, alpha_cl_loss
-
-from .contestants import make, missing
-from .loss import (
+from alphacl_fast.benchmarks.contestants import make, missing
+from alphacl_fast.benchmarks.loss import (
     Setting,
     gradient,
     interleaved,
@@ -45,8 +43,9 @@ from .loss import (
     structured_rows,
     synchronize,
 )
-from .loss import provenance as base_provenance
-from .memory import peak_of_device
+from alphacl_fast.benchmarks.loss import provenance as base_provenance
+from alphacl_fast.benchmarks.memory import peak_of_device
+from alphacl_fast.functional import NEGATIVES, SIMILARITIES, alpha_cl_loss
 
 Row = dict[str, Any]
 

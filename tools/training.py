@@ -1,6 +1,6 @@
 """Training throughput and the loss's share of the step, with one flag changed: ``--backend`` of `alphacl train`.
 
-    python -m benchmarks.training --batches 512 2048 8192 --out benchmarks/results/cpu.jsonl
+    python -m tools.training --batches 512 2048 8192 --out benchmarks/results/cpu.jsonl
 
 A step is `alphacl train`'s: the gradient of one batch in micro-batches (gradient caching), then Adam; of its small network on
 random images, so that no loader takes part. Backends take turns, one row per backend and batch with the medians. On a CPU
@@ -19,9 +19,8 @@ from typing import Any
 import torch
 
 from alphacl_fast import FusedAlphaCLLoss
+from alphacl_fast.benchmarks.loss import provenance, synchronize
 from alphacl_fast.train import Config, gradient, models
-
-from .loss import provenance, synchronize
 
 BACKENDS = ("reference", "blocked", "auto")
 

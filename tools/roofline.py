@@ -1,6 +1,6 @@
 """Predicted times of the GPU kernels from counts and rates: nothing here is measured but the rates that say so.
 
-``python -m benchmarks.roofline`` prints the tables of docs/roofline.md; ``--write FILE`` renews them there, between the
+``python -m tools.roofline`` prints the tables of docs/roofline.md; ``--write FILE`` renews them there, between the
 markers; ``--device`` and ``--set gemm=6e14`` change the machine. Work is two_view InfoNCE, bfloat16, loss and gradient.
 
 A kernel's time is that of its busiest resource where everything overlaps ("bound"). Products, pointwise work and shuffles of a
@@ -297,7 +297,7 @@ def tables(device: Device) -> str:
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
 
-BEGIN, END = "<!-- tables: python -m benchmarks.roofline -->\n", "<!-- end of tables -->\n"
+BEGIN, END = "<!-- tables: python -m tools.roofline -->\n", "<!-- end of tables -->\n"
 
 
 def renewed(page: str, device: Device) -> str:
@@ -308,7 +308,7 @@ def renewed(page: str, device: Device) -> str:
 
 
 def _parse(argv: list[str] | None) -> tuple[Device, Path | None]:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.roofline", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=sorted(DEVICES), default="H200")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a number of the device")
     parser.add_argument("--write", type=Path, metavar="FILE", help="page whose tables are renewed")

@@ -1,6 +1,6 @@
 """One step of gradient caching at several batch sizes: time and memory, each in a fresh process.
 
-    python -m benchmarks.caching --batches 2048 8192 32768 --micro-batch 512
+    python -m tools.caching --batches 2048 8192 32768 --micro-batch 512
 
 writes one row per batch to benchmarks/results/caching.jsonl. The network is `alphacl train`'s small one, images are random.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-RESULTS = Path(__file__).parent / "results" / "caching.jsonl"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "caching.jsonl"
 
 
 def _peak_bytes() -> int:
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     with open(RESULTS, "a") as file:
         for batch in given.batches:
-            command = [sys.executable, "-m", "benchmarks.caching", "--here", "--batches", str(batch), "--micro-batch",
+            command = [sys.executable, "-m", "tools.caching", "--here", "--batches", str(batch), "--micro-batch",
                        str(given.micro_batch), "--size", str(given.size), "--channels", str(given.channels)]  # fmt: skip
             row = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
             print(row, flush=True)

@@ -1,6 +1,6 @@
 """Compiles every production configuration of the Triton kernels ahead of time, without a GPU, and checks the result.
 
-    python -m benchmarks.resources
+    python -m tools.triton_resources
 
 A configuration is a call of the loss: the package's own launcher chooses kernels, tiles and static arguments, and instead of
 launching them this file compiles them for sm_80, sm_90 and sm_100, and prints a line for each. It fails on a spill, a
@@ -71,37 +71,40 @@ def configurations() -> list[Configuration]:
 
 
 def launches(c: Configuration) -> Iterator[tuple[Any, tuple, Any]]:
-    """(kernel, arguments, tile) of every launch that a loss with its gradient makes."""
+    """(kernel, arguments, options) of every sweep that a loss with its gradient launches."""
+    from triton.runtime.jit import JITFunction
+
+    from alphacl_fast.backend import triton
     from alphacl_fast.kernels import config
     from alphacl_fast.kernels.config import Tile
 
-    from alphacl_fast.backend import triton
-
     recorded = []
-    triton.unsupported = lambda *call: None
-    triton._Problem.launch = lambda self, kernel, grid, *arguments: recorded.append((kernel, arguments, self.tile))
-    triton._processors = lambda device: 264
-    for row_step in ("unit_rows", "finish_rows", "row_step"):  # PyTorch's operations do the same; tests/test_rows.py has these
-        if hasattr(triton, row_step):
-            delattr(triton, row_step)
-    rows = triton._kernels().rows
-    rows.combine, rows.gains = lambda *call: None, lambda gain, shift, middle: (gain, gain[0])
+    JITFunction.run = lambda self, *arguments, grid, warmup, **options: recorded.append(
+        (self, arguments, options)
+    )
+    triton.pretend_gpu(multiprocessors=132)
+    tiles = {}
     if c.both_sides:
-        tile = Tile(64, 64, c.dim, 4 if c.objective == "infonce" else 8, 2, both_sides=True)
-        triton.tile = lambda sweep, *call: tile if sweep.startswith("row_sums") else config.choose(sweep, *call)
+        warps = 4 if c.objective == "infonce" else 8
+        tiles = dict.fromkeys(
+            ("row_sums", "row_sums_plain"), Tile(64, 64, c.dim, warps, 2, both_sides=True)
+        )
     z1, z2 = (torch.randn(512, c.dim, dtype=getattr(torch, c.dtype)).requires_grad_() for _ in range(2))
     tau = torch.tensor(0.5, dtype=torch.float64 if c.dtype == "float64" else torch.float32)
     objective = objectives.make(c.objective, dict(c.options))
     objective.max_sweeps = 1  # a min player would go on: nothing is computed
-    alpha_cl_loss(
-        z1, z2, objective, temperature=tau.requires_grad_() if c.learn_tau else 0.5, precision=c.precision,
-        negatives=c.negatives, backend="triton",
-    )  # fmt: skip
+    with config.forced(**tiles):
+        alpha_cl_loss(
+            z1, z2, objective, temperature=tau.requires_grad_() if c.learn_tau else 0.5,
+            precision=c.precision, negatives=c.negatives, backend="triton",
+        )  # fmt: skip
     seen = set()
-    for kernel, arguments, tile in recorded:
+    for kernel, arguments, options in recorded:
+        if kernel.__name__ not in ("row_sums", "pair_grad"):
+            continue  # tests/test_rows.py compiles the kernels of rows
         if (key := (kernel.__name__, arguments[-1].cache_key)) not in seen:
             seen.add(key)
-            yield kernel, arguments, tile
+            yield kernel, arguments, options
 
 
 def _type(x: Any) -> Any:
@@ -114,22 +117,22 @@ def _type(x: Any) -> Any:
 
 def survey(c: Configuration) -> list[dict[str, Any]]:
     """A row for each kernel and architecture."""
-    from alphacl_fast.kernels import resources
+    from . import resources
 
     os.environ.pop("TRITON_INTERPRET", None)
     rows = []
-    for kernel, arguments, tile in launches(c):
+    for kernel, arguments, options in launches(c):
         signature = {name: _type(x) for name, x in zip(kernel.arg_names, arguments, strict=True) if name != "S"}
         for capability in c.capabilities:
             made = resources.compile_for(
-                kernel, signature, {"S": arguments[-1]}, capability, num_warps=tile.warps, num_stages=tile.stages,
-                maxnreg=tile.max_registers, divisible=("stride",),
+                kernel, signature, {"S": arguments[-1]}, capability, **options,
+                divisible=("stride",),
             )  # fmt: skip
-            rows.append(_row(c, kernel.__name__, arguments[-1], tile, made, resources))
+            rows.append(_row(c, kernel.__name__, arguments[-1], options, made, resources))
     return rows
 
 
-def _row(c: Configuration, kernel: str, static: Any, tile: Any, made: Any, resources: Any) -> dict[str, Any]:
+def _row(c: Configuration, kernel: str, static: Any, launch: dict, made: Any, resources: Any) -> dict[str, Any]:
     counts = made.instructions
     matrix = sum(number for name, number in counts.items() if name.startswith((_MATRIX[made.capability], "DMMA")))
     problems = []
@@ -151,7 +154,8 @@ def _row(c: Configuration, kernel: str, static: Any, tile: Any, made: Any, resou
             "both-sides " * static.BOTH + static.FORM + (f", {static.GRAD}" if kernel == "pair_grad" else "")
         ),
         "dtype": c.dtype + (f" {c.precision}" if c.precision else ""), "D": c.dim,
-        "tile": f"{tile.rows}×{tile.cols}×{tile.features}, {tile.warps} warps, {tile.stages} stages",
+        "tile": f"{static.BLOCK_M}×{static.BLOCK_N}×{static.BLOCK_D}, "
+        f"{launch['num_warps']} warps, {launch['num_stages']} stages",
         "registers": made.registers, "spilled": made.spill_bytes, "shared": made.shared,
         "blocks per SM": resources.occupancy(made), "matrix": matrix, "MUFU": counts.get("MUFU", 0),
         "instructions": counts["total"], "problems": problems,
@@ -159,7 +163,7 @@ def _row(c: Configuration, kernel: str, static: Any, tile: Any, made: Any, resou
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.triton_resources", description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args(arguments)
     os.environ.pop("TRITON_INTERPRET", None)  # it would leave nothing to compile

@@ -1,7 +1,7 @@
 """What the compiler made of the CUDA kernels (csrc/cuda), read without a GPU, and checks of it.
 
     python setup.py build_cuda              # if need be
-    python -m benchmarks.cuda_resources
+    python -m tools.cuda_resources
 
 Prints registers, local and shared memory (from ptxas' log) and instruction counts (from the machine code) of every kernel and
 architecture in the library. It fails on a spill, a stack frame, a serialised wgmma, a block that does not fit on a
@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from csrc.cuda import build
+from . import build_cuda as build
 
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)")
@@ -120,7 +120,7 @@ def cuobjdump() -> str:
 
 def survey() -> list[dict[str, Any]]:
     """A row for each kernel and architecture, from the objects that the library is linked from."""
-    from alphacl_fast.kernels import resources
+    from . import resources
 
     kernels = [kernel for dtype, log in build.logs().items() for kernel in kernels_of(dtype, log.read_text())]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -165,7 +165,7 @@ def survey() -> list[dict[str, Any]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_resources", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.cuda_resources", description=__doc__.splitlines()[0])
     parser.parse_args(arguments)
     try:
         rows = survey()
