@@ -15,8 +15,15 @@ import torchvision
 from PIL import Image
 
 from alphacl_fast.train import Config, RunError, augment, checkpoint, data, evaluate, loop, models, report, train
-from alphacl_fast.train.evaluate import converged_probe, few_label_draws, knn_accuracy, linear_probe, standardise
-from alphacl_fast.train.world import World
+from alphacl_fast.train.evaluate import (
+    Split,
+    converged_probe,
+    few_label_draws,
+    knn_accuracy,
+    linear_probe,
+    standardise,
+)
+from alphacl_fast.train.process_context import ProcessContext
 
 evaluation = importlib.import_module("alphacl_fast.train.evaluate")  # the package has a function of this name
 
@@ -120,7 +127,10 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
 
 
 def test_order_covers_every_epoch_and_does_not_depend_on_the_start():
-    whole = list(data._Steps(size=50, batch_size=8, seed=3, start=0, stop=18))
+    def steps(start, seed):
+        return list(data.steps_of(50, tiny(batch_size=8, seed=seed), start, 18))
+
+    whole = steps(0, 3)
     assert [[epoch for epoch, _ in batch] for batch in whole] == [[step // 6] * 8 for step in range(18)]
     for epoch in range(3):
         indices = [index for batch in whole[6 * epoch : 6 * epoch + 6] for _, index in batch]
@@ -128,8 +138,8 @@ def test_order_covers_every_epoch_and_does_not_depend_on_the_start():
         assert set(indices) <= set(range(50))
     assert whole[:6] != [[(0, index) for _, index in batch] for batch in whole[6:12]]
     for start in (0, 1, 6, 11):
-        assert list(data._Steps(50, 8, 3, start, 18)) == whole[start:]
-    assert list(data._Steps(50, 8, 4, 0, 18)) != whole
+        assert steps(start, 3) == whole[start:]
+    assert steps(0, 4) != whole
 
 
 def test_batches_do_not_depend_on_workers_or_the_global_generator():
@@ -157,7 +167,7 @@ def test_shares_and_micro_batches_are_the_whole_batch():
     [whole] = next(data.training_batches(images, view, tiny(), 0, 2, pin=False))
     found = []
     for rank in range(3):
-        share = World(rank, 3).share
+        share = ProcessContext(rank, 3).share
         steps = list(data.training_batches(images, view, tiny(micro_batch=8), 0, 2, pin=False, share=share))
         assert [len(x1) for x1, _ in steps[0]] == [[8, 8, 5], [8, 8, 5], [8, 8, 6]][rank]
         assert len(steps) == 2
@@ -167,7 +177,7 @@ def test_shares_and_micro_batches_are_the_whole_batch():
 
 
 def test_a_view_differs_between_epochs_and_images():
-    images = data._TwoViews([(Image.new("L", (8, 8), 200), 0)] * 2, augment.augmentation("digits", 8), seed=0)
+    images = data._Views([(Image.new("L", (8, 8), 200), 0)] * 2, augment.augmentation("digits", 8), 0)
     assert torch.equal(images[0, 1][0], images[0, 1][0])
     assert not torch.equal(images[0, 1][0], images[1, 1][0])
     assert not torch.equal(images[0, 1][0], images[0, 0][0])
@@ -303,8 +313,8 @@ def test_knn_is_the_weighted_vote(monkeypatch):
         for neighbour in similarity.argsort(descending=True)[:7].tolist():
             votes[bank_labels[neighbour]] += math.exp(similarity[neighbour].item() / 0.1)
         correct += votes.index(max(votes)) == label
-    assert knn_accuracy(bank, bank_labels, queries, labels, classes=4, k=7) == correct / 40
-    assert knn_accuracy(bank, bank_labels, bank, bank_labels, classes=4, k=1) == 1
+    assert knn_accuracy(Split(bank, bank_labels, queries, labels, 4), k=7) == correct / 40
+    assert knn_accuracy(Split(bank, bank_labels, bank, bank_labels, 4), k=1) == 1
 
 
 def test_knn_never_holds_all_similarities(monkeypatch):
@@ -319,29 +329,31 @@ def test_knn_never_holds_all_similarities(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "topk", watched)
     bank, queries = torch.randn(20_000, 2), torch.randn(2_000, 2)
     labels = (bank[:, 0] > 0).long()
-    assert knn_accuracy(bank, labels, queries, (queries[:, 0] > 0).long(), classes=2) > 0.95
+    assert knn_accuracy(Split(bank, labels, queries, (queries[:, 0] > 0).long(), 2)) > 0.95
     assert 0 < largest <= 2**24 < 20_000 * 2_000
 
 
 def test_probes_separate_and_report_last_and_best():
     labels = torch.arange(600) % 4
     features = torch.nn.functional.one_hot(labels, 8).float() * 5 + torch.randn(600, 8)
-    parts = features[:300], labels[:300], features[300:], labels[300:]
-    assert linear_probe(*parts, classes=4)[1] > 0.99
-    assert converged_probe(*parts) > 0.99
-    parts = torch.randn(300, 8), labels[:300], torch.randn(300, 8), labels[300:]
-    last, best = linear_probe(*parts, classes=4)
+    split = Split(features[:300], labels[:300], features[300:], labels[300:], 4)
+    assert linear_probe(split)[1] > 0.99
+    assert converged_probe(split) > 0.99
+    split = split._replace(train=torch.randn(300, 8), test=torch.randn(300, 8))
+    last, best = linear_probe(split)
     assert last <= best < 0.5
-    assert converged_probe(*parts) < 0.5
+    assert converged_probe(split) < 0.5
 
 
 def test_standardise_uses_the_training_rows_and_drops_constants():
     train_rows, test_rows = torch.randn(50, 3) * 7 + 2, torch.randn(9, 3)
     train_rows[:, 1] = 4
-    scaled, other = standardise(train_rows, test_rows)
-    torch.testing.assert_close(scaled.std(0), torch.tensor([1.0, 0, 1]))
-    torch.testing.assert_close(other[:, 2], (test_rows[:, 2] - train_rows[:, 2].mean()) / train_rows[:, 2].std())
-    assert other[:, 1].tolist() == [0] * 9
+    labels = torch.zeros(50).long()
+    scaled = standardise(Split(train_rows, labels, test_rows, labels[:9], 1))
+    torch.testing.assert_close(scaled.train.std(0), torch.tensor([1.0, 0, 1]))
+    expected = (test_rows[:, 2] - train_rows[:, 2].mean()) / train_rows[:, 2].std()
+    torch.testing.assert_close(scaled.test[:, 2], expected)
+    assert scaled.test[:, 1].tolist() == [0] * 9
 
 
 def test_few_label_draws():
@@ -405,7 +417,7 @@ def test_knn_and_probe_have_their_own_epochs_and_share_features(tmp_path, monkey
         assert extractions == [128, 500] * sum(due != "-" for due in expected.split()) + [500]  # and the picture's
     assert found[-1]["probe"] == found[-1]["probe_best"] > 0.5  # so few labels: run to convergence
     torch.set_rng_state(state)
-    linear_probe(torch.randn(300, 8), torch.arange(300) % 4, torch.randn(9, 8), torch.arange(9) % 4, classes=4)
+    linear_probe(Split(torch.randn(300, 8), torch.arange(300) % 4, torch.randn(9, 8), torch.arange(9) % 4, 4))
     drawn = torch.get_rng_state()
     torch.set_rng_state(state)
     torch.randn(300, 8), torch.randn(9, 8)

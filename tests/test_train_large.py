@@ -158,5 +158,5 @@ def test_a_missing_optimizer_package_is_named(tmp_path, monkeypatch):
 def test_the_trial_of_the_loss_is_small(monkeypatch):
     sizes = []
     monkeypatch.setattr(FusedAlphaCLLoss, "forward", lambda self, z1, z2: sizes.append(len(z1)) or z1.sum() + z2.sum())
-    loop._build_loss(Config.create(batch_size=65_536), CPU, loop.World())
+    loop._build_loss(Config.create(batch_size=65_536), CPU, loop.ProcessContext())
     assert sizes == [loop.TRIAL_PAIRS]

@@ -5,7 +5,7 @@
 
 Checks against float64 and the headline table come first, so that a run cut short has them. Every row is in dir/rows.jsonl
 as soon as it is made; summary.txt, profile.txt, tuned.json, sanitize.txt and plots.png lie beside it. What runs on the
-device runs in child processes (`tools.pool`): a kernel that hangs or breaks its context costs one row. Times are of
+device runs in child processes (`tools.subprocess_pool`): a kernel that hangs or breaks its context costs one row. Times are of
 loss + gradient, and fractions are of the rate of an 8192³ product of the same dtype in the same minute, for 4n²D operations
 (8N²D in cross_view). The exit status is 1 if one of the package's backends failed anywhere.
 """
@@ -37,7 +37,7 @@ from alphacl_fast.benchmarks.contestants import RIVALS, serves
 from alphacl_fast.benchmarks.loss import Setting
 
 from .gpu_tasks import DIMS, cases, provenance
-from .pool import Pool, Row, Task
+from .subprocess_pool import Pool, Row, Task
 
 TASKS = "tools.gpu_tasks"
 #: Most seconds of each phase in a run of nine minutes.
