@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from alphacl_fast import cli
-from alphacl_fast.benchmarks import bench, contestants, loss, memory, report
+from alphacl_fast.benchmarks import baselines, bench, loss, memory, report
 from tools import training
 
 ROOT = Path(__file__).parent.parent
@@ -82,19 +82,19 @@ def test_a_contestant_that_fails_leaves_a_row(monkeypatch):
     assert "did not run" in report.tables([row])
 
 
-@pytest.mark.parametrize("name", [name for name in contestants.RIVALS if name not in contestants.GPU_ONLY])
+@pytest.mark.parametrize("name", [name for name in baselines.PACKAGES if not baselines.BASELINES[name].gpu_only])
 def test_rivals_compute_the_same_loss(name):
     """Value and gradient of every rival that is installed; the others say why not."""
-    if contestants.missing(name):
-        pytest.skip(contestants.missing(name))
+    if baselines.missing(name):
+        pytest.skip(baselines.missing(name))
     if name == "keops":
         pytest.skip("compiles for a minute")
-    for negatives in contestants.RIVALS[name][1]:
+    for negatives in baselines.BASELINES[name].modes:
         setting = loss.Setting(96, 16, negatives=negatives, tau=0.2)
-        function = contestants.make(name, "infonce", negatives, 0.2)
+        function = baselines.make(name, "infonce", negatives, 0.2)
         assert loss.verify(function, setting, CPU) < 1e-5
         views = setting.views(CPU)
-        ours = contestants.make("cpu", "infonce", negatives, 0.2)
+        ours = baselines.make("cpu", "infonce", negatives, 0.2)
         torch.testing.assert_close(loss.value(function, *views), loss.value(ours, *views))
 
 
@@ -103,7 +103,7 @@ def test_the_strongest_rivals_of_a_cpu_are_there():
     for name in (
         "lightly", "pytorch_metric_learning", "open_clip", "info_nce", "sentence_transformers", "sentence_transformers_cached",
     ):  # fmt: skip
-        assert contestants.missing(name) is None
+        assert baselines.missing(name) is None
         assert loss.version(name)
     assert {"eager", "compiled", "lightly", "keops"} <= set(bench.default_contestants(CPU))
 
@@ -114,7 +114,7 @@ def test_the_compiled_contestant_is_compiled_at_every_size(monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     for n in (16, 24):
-        compiled = contestants.make("compiled", "infonce", "cross_view", 0.5)
+        compiled = baselines.make("compiled", "infonce", "cross_view", 0.5)
         views = loss.Setting(n, 8).views(CPU)
         loss.value(compiled, *views)
         backward = loss.timed("backward", compiled, *views)
@@ -178,9 +178,9 @@ def test_an_interrupted_run_keeps_its_rows(tmp_path):
 
 def test_eager_refuses_what_it_is_not():
     with pytest.raises(ValueError, match="eager must be asked for infonce"):
-        contestants.make("eager", "triplet", "two_view", 0.5)
+        baselines.make("eager", "triplet", "two_view", 0.5)
     with pytest.raises(ValueError, match="open_clip must be asked for infonce in cross_view"):
-        contestants.make("open_clip", "infonce", "two_view", 0.5)
+        baselines.make("open_clip", "infonce", "two_view", 0.5)
 
 
 def test_calls_under_pytest_benchmark(tmp_path):

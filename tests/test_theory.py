@@ -1,4 +1,4 @@
-"""The max player: energy and contrastive covariance against their definitions, and every claim at its tolerance."""
+"""The max player: energy and contrastive covariance against their definitions, and every theorem check."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from family import gaussian_weight, pair, quadratic_h
 
-from alphacl_fast import MinPlayer, PairWeight, alpha, claims, theory
+from alphacl_fast import MinPlayer, PairWeight, alpha, checks, theory
 from alphacl_fast.cli import main
 from alphacl_fast.pair_weights import Importances
 
@@ -82,7 +82,7 @@ def test_bad_arguments():
 
 
 def test_ascent_keeps_the_norms_and_climbs():
-    c = theory.contrastive_covariance(*claims._views(0), "alpha_entropy", similarity="euclidean")
+    c = theory.contrastive_covariance(*checks._views(0), "alpha_entropy", similarity="euclidean")
     c /= torch.linalg.matrix_norm(c, 2)
     for norm in theory.NORMS:
         end = theory.ascend(theory.linear_energy(c), theory.random_weights([8, 5, 4], norm, (0, 1)), norm, rate=0.1, steps=60)
@@ -103,19 +103,19 @@ def test_relu_energy_is_that_of_the_outputs():
         assert value.item() == pytest.approx(theory.energy(*f, a).item(), rel=1e-12)
 
 
-# --- the claims -------------------------------------------------------------------------------------------------------
+# --- the theorem checks ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def run():
     torch.set_num_threads(1)
-    return {name: claim(seeds=3) for name, claim in claims.CLAIMS.items()}
+    return {name: check(seeds=3) for name, check in checks.CHECKS.items()}
 
 
-def test_every_claim_holds(run):
-    for name, claim in run.items():
-        assert claim.holds, claims.table(claim)
-        assert all(curve.isfinite().all() for curve in claim.curves.values()), name
+def test_every_check_holds(run):
+    for name, check in run.items():
+        assert check.holds, checks.table(check)
+        assert all(curve.isfinite().all() for curve in check.curves.values()), name
 
 
 def test_pca(run):
@@ -154,19 +154,19 @@ def test_relu(run):
 
 def test_gradient(run):
     rows = run["gradient"].rows
-    assert [row["of"] for row in rows[:8]] == list(claims.PAIR_LOSSES)
+    assert [row["of"] for row in rows[:8]] == list(checks.PAIR_LOSSES)
     assert all(row["largest difference"] < 1e-10 for row in rows)
 
 
 def test_claims_can_fail(monkeypatch):
     """A wrong α breaks the theorem of the gradient and the two players; an ascent that is cut short is no PCA."""
-    original = claims.alpha
-    monkeypatch.setattr(claims, "alpha", lambda *args, **settings: original(*args, **settings) * 1.001)
-    rows = claims.gradient(seeds=1).rows
+    original = checks.alpha
+    monkeypatch.setattr(checks, "alpha", lambda *args, **settings: original(*args, **settings) * 1.001)
+    rows = checks.gradient(seeds=1).rows
     assert not any(row["holds"] for row in rows)
     ascend = theory.ascend
     monkeypatch.setattr(theory, "ascend", lambda *args, steps, **settings: ascend(*args, steps=20, **settings))
-    assert not any(row["holds"] for row in claims.pca(seeds=1).rows)
+    assert not any(row["holds"] for row in checks.pca(seeds=1).rows)
 
 
 def test_command(tmp_path, capsys, monkeypatch):
@@ -178,8 +178,8 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert "written:" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "th").iterdir()} == {"theory.json", "theory-pca.png"}
     assert len(json.loads((tmp_path / "th" / "theory.json").read_text())["pca"]["rows"]) == 8
-    false = claims.Claim("the earth is flat", [{"claim": "flat", "holds": False}], {})
-    monkeypatch.setitem(claims.CLAIMS, "relu", lambda: false)
+    false = checks.Check("the earth is flat", [{"claim": "flat", "holds": False}], {})
+    monkeypatch.setitem(checks.CHECKS, "relu", lambda: false)
     assert main(["theory", "relu"]) == 1
     assert "NO" in capsys.readouterr().out
     for arguments, message in (

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from alphacl_fast import ops
-from alphacl_fast.benchmarks.contestants import RIVALS, serves
+from alphacl_fast.benchmarks.baselines import PACKAGES, serves
 from alphacl_fast.benchmarks.loss import Setting
 
 from .gpu_tasks import DIMS, cases, provenance
@@ -346,7 +346,7 @@ def rivals(run: Run) -> None:
         run.report.add(row)
         if row.get("status") == "ok":
             timed[row["contestant"]] = row
-        if row["contestant"] in RIVALS and row["contestant"] in timed:  # the last of its table
+        if row["contestant"] in PACKAGES and row["contestant"] in timed:  # the last of its table
             for name in (name for name in ours if name in timed):
                 ratio = timed[row["contestant"]]["median_in_gemms"] / timed[name]["median_in_gemms"]
                 run.report.add({
@@ -358,7 +358,7 @@ def rivals(run: Run) -> None:
     run.timed(
         (
             run.measurement(run.sizes.setting(32768, dtype=dtype, negatives="cross_view"), [*ours, name], needs=name)
-            for name, dtype in [*((name, "bfloat16") for name in RIVALS), ("inf_cl", "tf32")]
+            for name, dtype in [*((name, "bfloat16") for name in PACKAGES), ("inf_cl", "tf32")]
             if serves(name, "infonce", "cross_view")
         ),
         emit,

@@ -17,7 +17,7 @@ import torch
 from alphacl_fast import objectives
 from alphacl_fast.benchmarks import loss
 from alphacl_fast.benchmarks.bench import default_contestants, why_not
-from alphacl_fast.benchmarks.contestants import make, serves
+from alphacl_fast.benchmarks.baselines import make, serves
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = [int(n) for n in os.environ.get("ALPHACL_BENCH_N", "1024,4096").split(",")]
