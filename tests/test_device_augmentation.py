@@ -1,4 +1,4 @@
-"""Views in batched operations: each step against torchvision's functions, image by image; randomness; a run."""
+"""Device augmentation agrees with torchvision, step by step and image by image; a run uses it."""
 
 import itertools
 
@@ -18,18 +18,25 @@ def pictures(n=12, size=32, seed=0):
 
 
 def test_crops_are_those_of_torchvision():
-    x, u = pictures(40), torch.rand(40, augmentation.NUMBERS, generator=torch.Generator().manual_seed(1))
+    x, u = (
+        pictures(40),
+        torch.rand(40, augmentation.NUMBERS, generator=torch.Generator().manual_seed(1)),
+    )
     boxes = augmentation.crop_boxes(u[:, : 4 * augmentation.TRIES], 32, 32)
     for size in (32, 48):
         ours = augmentation.resized_crops(x, boxes, size)
         for image, box, view in zip(x, boxes.long().tolist(), ours, strict=True):
-            expected = V.resized_crop(image, *box, [size, size], InterpolationMode.BILINEAR, antialias=False)
+            expected = V.resized_crop(
+                image, *box, [size, size], InterpolationMode.BILINEAR, antialias=False
+            )
             torch.testing.assert_close(view, expected, rtol=0, atol=3e-5)
 
 
 def test_boxes_fit_and_have_torchvisions_distribution():
     n = 20_000
-    boxes = augmentation.crop_boxes(augmentation.uniform(7, torch.arange(n))[:, : 4 * augmentation.TRIES], 32, 32)
+    boxes = augmentation.crop_boxes(
+        augmentation.uniform(7, torch.arange(n))[:, : 4 * augmentation.TRIES], 32, 32
+    )
     top, left, h, w = boxes.unbind(1)
     assert (boxes == boxes.round()).all()
     assert (top >= 0).all()
@@ -40,8 +47,13 @@ def test_boxes_fit_and_have_torchvisions_distribution():
     image = torch.zeros(3, 32, 32)
     crop = v2.RandomResizedCrop(32, scale=(0.08, 1))
     torch.manual_seed(0)
-    drawn = [crop.make_params([image]) if hasattr(crop, "make_params") else crop._get_params([image]) for _ in range(4000)]
-    theirs = torch.tensor([[p["top"], p["left"], p["height"], p["width"]] for p in drawn], dtype=torch.float32)
+    drawn = [
+        crop.make_params([image]) if hasattr(crop, "make_params") else crop._get_params([image])
+        for _ in range(4000)
+    ]
+    theirs = torch.tensor(
+        [[p["top"], p["left"], p["height"], p["width"]] for p in drawn], dtype=torch.float32
+    )
     for ours, reference in zip(boxes.unbind(1), theirs.unbind(1), strict=True):
         error = (ours.var() / n + reference.var() / len(reference)).sqrt()
         assert abs(ours.mean() - reference.mean()) < 4 * error
@@ -67,7 +79,9 @@ def test_jitter_is_torchvisions(order):
 
 def test_grayscale_and_gray_pixels():
     x = pictures()
-    torch.testing.assert_close(augmentation.grayscale(x), V.rgb_to_grayscale(x, 3), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        augmentation.grayscale(x), V.rgb_to_grayscale(x, 3), rtol=0, atol=1e-6
+    )
     gray = augmentation.grayscale(x)
     assert torch.equal(augmentation.turned_hue(gray, torch.full((len(x), 1, 1), 0.07)), gray)
 
@@ -100,8 +114,18 @@ def test_views_do_not_depend_on_the_batch():
     assert 0 < gray.sum() < 12
 
 
-FAKE = {"dataset": "fake", "image_size": 16, "width": 4, "batch_size": 256, "micro_batch": 100, "epochs": 1, "workers": 0,
-        "augment": "device", "eval_every": 0, "save_every": 2}  # fmt: skip
+FAKE = {
+    "dataset": "fake",
+    "image_size": 16,
+    "width": 4,
+    "batch_size": 256,
+    "micro_batch": 100,
+    "epochs": 1,
+    "workers": 0,
+    "augment": "device",
+    "eval_every": 0,
+    "save_every": 2,
+}
 
 
 def test_batches_go_on_anywhere_and_are_shared():
@@ -112,8 +136,15 @@ def test_batches_go_on_anywhere_and_are_shared():
     assert [[len(x) for x, _ in parts] for parts in steps] == [[100, 100, 56]] * 8
     later = list(augmentation.training_batches(images, config, 5, 8))
     for ours, theirs in zip(later, steps[5:], strict=True):
-        assert all(torch.equal(a[view], b[view]) for a, b in zip(ours, theirs, strict=True) for view in range(2))
-    shares = [next(augmentation.training_batches(images, config, 0, 1, ProcessContext(rank, 3).share)) for rank in range(3)]
+        assert all(
+            torch.equal(a[view], b[view])
+            for a, b in zip(ours, theirs, strict=True)
+            for view in range(2)
+        )
+    shares = [
+        next(augmentation.training_batches(images, config, 0, 1, ProcessContext(rank, 3).share))
+        for rank in range(3)
+    ]
     for view in range(2):
         shared = torch.cat([part[view] for parts in shares for part in parts])
         whole = torch.cat([part[view] for part in steps[0]])
@@ -128,10 +159,19 @@ def test_a_run_with_views_made_on_the_device(tmp_path):
     assert (state["step"], state["epoch"]) == (4, 1)
 
 
-@pytest.mark.parametrize(("given", "message"), [
-    ({"dataset": "digits"}, "--augment device is for colour images up to 64 pixels, got digits of 8"),
-    ({"image_size": 96}, "--augment device is for colour images up to 64 pixels, got fake of 96"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"dataset": "digits"},
+            "--augment device is for colour images up to 64 pixels, got digits of 8",
+        ),
+        (
+            {"image_size": 96},
+            "--augment device is for colour images up to 64 pixels, got fake of 96",
+        ),
+    ],
+)
 def test_unsuitable_data_sets(given, message):
     defaults = {"dataset": "fake", "augment": "device"}
     with pytest.raises(RunError, match=message):

@@ -271,7 +271,8 @@ def test_pool_survives_what_its_children_do(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def task(name, **arguments):
-        return subprocess_pool.Task(f"child_of_the_pool_test:{name}", arguments, {"name": name}, 0.3 if name == "hangs" else 60.0)
+        limit = 0.3 if name == "hangs" else 60.0
+        return subprocess_pool.Task(f"child_of_the_pool_test:{name}", arguments, {"name": name}, limit)
 
     rows = []
     children = subprocess_pool.Pool(1, str(tmp_path / "log"))

@@ -1,4 +1,4 @@
-"""``python -m alphacl_fast.train …`` runs ``alphacl train …``; torchrun starts it in each process."""
+"""``python -m alphacl_fast.train …`` runs ``alphacl train …``, also in torchrun's processes."""
 
 import sys
 

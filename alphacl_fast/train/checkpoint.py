@@ -1,4 +1,4 @@
-"""The files of a run: config.json, checkpoint.pt (replaced atomically), metrics.jsonl (appended)."""
+"""A run's files: config.json, checkpoint.pt (replaced atomically), metrics.jsonl (appended)."""
 
 from __future__ import annotations
 

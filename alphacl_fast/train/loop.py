@@ -172,7 +172,7 @@ def rehearse(config: Config, *, judged: bool) -> dict[str, float]:
 
 
 def due(epoch: int, every: int, epochs: int) -> bool:
-    """Whether to evaluate after ``epoch`` (from 1): every so many epochs (0: never), and at the end."""
+    """Whether to evaluate after ``epoch`` (from 1): each ``every`` epochs (0: never) and at the end."""
     return bool(every) and (epoch % every == 0 or epoch == epochs)
 
 
@@ -262,9 +262,9 @@ class _Run:
 
     def fail(self, what: str):
         text = (
-            f"{what} in epoch {self.epoch + 1}, by step {self.step}; the last good checkpoint, step "
-            f"{self.saved_step}, is kept in {self.out}; a lower --lr or a higher --temperature may "
-            "help"
+            f"{what} in epoch {self.epoch + 1}, by step {self.step}; the last good checkpoint, "
+            f"step {self.saved_step}, is kept in {self.out}; a lower --lr or a higher "
+            "--temperature may help"
         )
         raise Diverged(text, shown=not self.context.leads)
 
