@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from family import BACKENDS, MEMBERS, assert_same_gradients, member_id, pair, relative_error
 
-from alphacl_fast import against, compat, objectives  # noqa: F401
+from alphacl_fast import compat, explicit_negatives, objectives  # noqa: F401
 from alphacl_fast.backend import reference
 from alphacl_fast.compat import lightly, open_clip, pytorch_metric_learning, sentence_transformers
 from alphacl_fast.explicit_negatives import loss_against, supcon_loss

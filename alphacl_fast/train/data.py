@@ -78,27 +78,12 @@ def load(config: Config) -> Data:
     return data
 
 
-class Arrays(Dataset):
-    """Images held in memory: uint8 ``images`` (n, H, W), int ``labels`` (n,)."""
-
-    def __init__(self, images, labels):
-        self.images, self.targets = images, labels.tolist()
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        return Image.fromarray(self.images[index]), self.targets[index]
-
-
 def _digits(config: Config) -> Data:
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    train_x, test_x, train_y, test_y = train_test_split(
-        images, digits.target, test_size=500, random_state=0, stratify=digits.target
-    )
-    train = Arrays(train_x, train_y)
-    return Data(train, train, Arrays(test_x, test_y), [str(name) for name in digits.target_names])
+    samples = list(zip(map(Image.fromarray, images), digits.target.tolist(), strict=True))
+    train, test = train_test_split(samples, test_size=500, random_state=0, stratify=digits.target)
+    return Data(train, train, test, [str(name) for name in digits.target_names])
 
 
 def _cifar(config: Config) -> Data:
@@ -139,10 +124,7 @@ def _imagefolder(config: Config) -> Data:
 def _fake(config: Config) -> Data:
     def fake(size, offset):
         shape = (3, config.image_size, config.image_size)
-        images = datasets.FakeData(size, shape, 10, random_offset=offset)
-        if config.subset:
-            images.targets = [int(images[index][1]) for index in range(size)]
-        return images
+        return datasets.FakeData(size, shape, 10, random_offset=offset)
 
     train = fake(1024, 0)
     return Data(train, train, fake(256, 1024), [str(name) for name in range(10)])
@@ -170,7 +152,8 @@ def _subset(dataset: Dataset, size: int) -> Subset:
     """Take ``size`` images round-robin over the classes, each shuffled with a fixed seed."""
     if size > len(dataset):
         raise RunError(f"--subset must not exceed the {len(dataset)} training images, got {size}")
-    labels = torch.tensor(dataset.targets)
+    targets = getattr(dataset, "targets", None) or [int(label) for _, label in dataset]
+    labels = torch.tensor(targets)
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     turn = torch.empty(len(labels), dtype=torch.long)
     for label in labels.unique():
