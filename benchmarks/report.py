@@ -1,7 +1,7 @@
-"""Tables and plots from rows of `benchmarks.bench`; the figures of README.md and docs/benchmarks.md come from here alone.
+"""Turn rows of `benchmarks.bench` into tables and plots, also README.md's and docs/benchmarks.md's.
 
-    python -m benchmarks.report            # prints both
-    python -m benchmarks.report --write    # writes them, from benchmarks/results/cpu.jsonl
+    python -m benchmarks.report            # print the documents' tables
+    python -m benchmarks.report --write    # write them, from benchmarks/results/cpu.jsonl
 """
 
 from __future__ import annotations
@@ -19,26 +19,25 @@ Row = dict[str, Any]
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.jsonl"
 BEGIN, END = "<!-- from rows: python -m benchmarks.report --write -->", "<!-- end of rows -->"
-#: The package's backends: whoever is not among them is a rival.
+#: The package's backends; every other implementation is a baseline.
 OURS = ("cpu", "triton", "cuda", "blocked", "reference")
 #: Smallest n of the README's table.
 HEADLINE_FROM = 1024
-#: Smallest n of a fit of the growth with n: below it launches and caches decide.
+#: Smallest n that enters the fit of the growth: below it, launches and caches dominate.
 FIT_FROM = 2048
 
 
 def read(file: Path) -> list[Row]:
-    """Rows of a file, the newest of each kind."""
+    """Read the rows of a file; of repeated measurements only the newest."""
     newest: dict[tuple, Row] = {}
     for line in file.read_text().splitlines():
         row = json.loads(line)
-        keys = ("benchmark", "contestant", "objective", "negatives", "n", "dim", "dtype", "threads", "device", "torch")
-        newest[tuple(row.get(key) for key in keys)] = row
+        newest[tuple(row.get(key) for key in ("benchmark", "contestant", "n", *SHARED))] = row
     return list(newest.values())
 
 
 def one_line(row: Row) -> str:
-    """A row for people."""
+    """Format a row for the terminal."""
     what = f"{row['benchmark']:13} {row['contestant']:28} {row['objective']} {row['negatives']} "
     what += f"n={row['n']} D={row['dim']} {row['dtype']}"
     if row["benchmark"] == "memory":
@@ -51,19 +50,19 @@ def one_line(row: Row) -> str:
 
 
 def best(rows: Iterable[Row], field: str) -> Row | None:
-    """The row with the least of something."""
+    """Find the row with the smallest value of a column."""
     return min((row for row in rows if row.get(field) is not None), key=lambda row: row[field], default=None)
 
 
 def fitted_power(points: list[tuple[int, float]]) -> float | None:
-    """p of time ∝ n^p by least squares of the logarithms over n ≥ FIT_FROM; None of fewer than two."""
+    """Fit p in time ∝ n^p by least squares on logarithms, n ≥ FIT_FROM; None below two points."""
     logs = [(math.log(n), math.log(t)) for n, t in points if n >= FIT_FROM]
     if len(logs) < 2:
         return None
     return statistics.linear_regression(*zip(*logs, strict=True)).slope
 
 
-#: What the rows of one table share.
+#: The columns whose values all rows of one table share.
 SHARED = ("negatives", "objective", "dtype", "dim", "threads", "device", "torch")
 
 
@@ -77,7 +76,7 @@ def groups(rows: list[Row], benchmark: str, keys: tuple[str, ...] = SHARED) -> d
 
 
 def table(rows: list[Row], field: str, show) -> list[str]:
-    """Contestants × n; the package's first, then by the last column."""
+    """Format implementations × n: the package's first, the others by the last column."""
     sizes = sorted({row["n"] for row in rows})
     names: dict[str, dict[int, Row]] = {}
     for row in rows:
@@ -157,7 +156,7 @@ def by_objective(rows: list[Row]) -> tuple[list[Row], list[str]]:
 
 
 def curves(rows: list[Row]) -> dict[str, list[tuple[int, float]]]:
-    """(n, time in GEMMs) of every contestant."""
+    """Collect (n, time in GEMMs) of every implementation."""
     found: dict[str, list[tuple[int, float]]] = {}
     for row in sorted(rows, key=lambda row: row["n"]):
         found.setdefault(row["contestant"], []).append((row["n"], row["median_in_gemms"]))
@@ -292,7 +291,7 @@ def sections(rows: list[Row]) -> dict[Path, list[str]]:
 
 
 def filled(text: str, parts: list[str]) -> str:
-    """A document with ``parts`` between its marks."""
+    """Replace the text between a document's marks by ``parts``."""
     pieces = text.split(BEGIN)
     if len(pieces) != len(parts) + 1:
         raise ValueError(f"{len(parts)} marks are expected, found {len(pieces) - 1}")
