@@ -66,6 +66,10 @@ def fitted_power(points: list[tuple[int, float]]) -> float | None:
 SHARED = ("negatives", "objective", "dtype", "dim", "threads", "device", "torch")
 
 
+def counted(threads: int) -> str:
+    return f"{threads} thread{'s' * (threads != 1)}"
+
+
 def groups(rows: list[Row], benchmark: str, keys: tuple[str, ...] = SHARED) -> dict[tuple, list[Row]]:
     """Rows of one benchmark by everything that one table's rows share."""
     found: dict[tuple, list[Row]] = {}
@@ -111,13 +115,13 @@ def tables(rows: list[Row]) -> str:
                     return f"{row['median_in_gemms']:.3g}"
                 return f"{row['median_in_gemms'] / base['median_in_gemms']:.3g}"
 
-            unit = "time over that of the fastest backend" if any(ours.values()) else "time over a 4096³ product's"
-            out += [f"**{what}**: {objective}, `{negatives}`, D = {dim}, {dtype}, {threads} threads, {device}, "
-                    f"torch {torch}; {unit}.", ""]  # fmt: skip
+            unit = "this package's fastest backend" if any(ours.values()) else "a 4096³ GEMM"
+            out += [f"**{what}**: {objective}, `{negatives}`, D = {dim}, {dtype}, {counted(threads)}, {device}, "
+                    f"torch {torch}; run time relative to {unit}.", ""]  # fmt: skip
             out += [*table(those, "median_in_gemms", show), ""]
     out += lines
     for (negatives, objective, dtype, dim, _, device, torch), those in groups(rows, "memory").items():
-        out += [f"**Peak memory** beyond the inputs, MB: {objective}, `{negatives}`, D = {dim}, {dtype}, {device}, "
+        out += [f"**Peak memory** on top of the inputs, in MB: {objective}, `{negatives}`, D = {dim}, {dtype}, {device}, "
                 f"torch {torch}.", ""]  # fmt: skip
 
         def megabytes(row: Row | None) -> str:
@@ -131,8 +135,8 @@ def tables(rows: list[Row]) -> str:
         powers = [(name, fitted_power(points)) for name, points in curves(those).items()]
         shown = [f"`{name}` {power:.2f}" for name, power in powers if power is not None]
         if shown:
-            out += [f"Time grows as n to the power (n ≥ {FIT_FROM:,}; {objective}, `{negatives}`, D = {dim}, {dtype}): "
-                    f"{', '.join(shown)}.", ""]  # fmt: skip
+            out += [f"Run time grows as n^p, with p fitted over n ≥ {FIT_FROM:,} ({objective}, `{negatives}`, D = {dim}, "
+                    f"{dtype}): {', '.join(shown)}.", ""]  # fmt: skip
     return "\n".join(out)
 
 
@@ -149,8 +153,8 @@ def by_objective(rows: list[Row]) -> tuple[list[Row], list[str]]:
         if contestant in OURS and bases:
             alone += others
             shown = [{**row, "contestant": row["objective"]} for row in (*bases, *others)]
-            lines += [f"**Objectives**: loss and gradient by `{contestant}`, `{negatives}`, D = {dim}, {dtype}, {threads} "
-                      f"threads, {device}, torch {torch}; time over a 4096³ product's.", ""]  # fmt: skip
+            lines += [f"**Objectives**: loss and gradient with `{contestant}`, `{negatives}`, D = {dim}, {dtype}, "
+                      f"{counted(threads)}, {device}, torch {torch}; run time relative to a 4096³ GEMM.", ""]  # fmt: skip
             lines += [*table(shown, "median_in_gemms", lambda row: f"{row['median_in_gemms']:.3g}" if row else ""), ""]
     return alone, lines
 
@@ -189,8 +193,8 @@ def plot(rows: list[Row], path: Path) -> bool:
                      if r["contestant"] == name and r["peak_extra_bytes"]]  # fmt: skip
             if peaks:
                 memory.loglog(*zip(*peaks, strict=True), **style)
-        time.set(title=f"{objective}, {negatives}, D = {dim}, {dtype}", ylabel="loss + gradient, in 4096³ products")
-        memory.set(xlabel="n (rows of both views)", ylabel="peak memory beyond the inputs, MB")
+        time.set(title=f"{objective}, {negatives}, D = {dim}, {dtype}", ylabel="loss + gradient, relative to a 4096³ GEMM")
+        memory.set(xlabel="n (rows of both views)", ylabel="peak memory on top of the inputs, MB")
         for axis in (time, memory):
             axis.grid(alpha=0.3)
         time.legend(fontsize=7)
@@ -222,8 +226,8 @@ def newest_machine(rows: list[Row]) -> list[Row]:
 def headline(rows: list[Row], dim: int = 128, dtype: str = "float32", objective: str = "infonce") -> str:
     """The README's table: the fastest backend beside eager, torch.compile and the best other package, in every mode."""
     lines = [
-        "| mode | n = 2N | fraction of GEMM rate | × eager | × torch.compile | × the fastest other package | memory (MB) "
-        "| least of all others (MB) |",
+        "| mode | n = 2N | fraction of GEMM rate | eager (×) | torch.compile (×) | fastest other package (×) "
+        "| memory (MB) | best alternative (MB) |",
         "|---|---|---|---|---|---|---|---|",
     ]
     fixed = {"dim": dim, "dtype": dtype, "objective": objective}
@@ -258,14 +262,14 @@ def headline(rows: list[Row], dim: int = 128, dtype: str = "float32", objective:
 
 
 def machine(row: Row) -> str:
-    return (f"{row['device']}, {row['threads']} threads, kernels `{row['kernels']}`, torch {row['torch']}, "
+    return (f"{row['device']}, {counted(row['threads'])}, kernels `{row['kernels']}`, torch {row['torch']}, "
             f"Python {row['python']}, commit {row['commit']}")  # fmt: skip
 
 
 def training(rows: list[Row]) -> str:
     """Throughput of `alphacl train` by backend, and the loss's share of the step."""
     lines = [
-        "| batch | n | backend | throughput over that of `reference` | share of the step in the loss |",
+        "| batch | n | backend | throughput relative to `reference` | share of the step spent in the loss |",
         "|---|---|---|---|---|",
     ]
     for row in (row for row in rows if row["benchmark"] == "training"):
@@ -280,7 +284,7 @@ def sections(rows: list[Row]) -> dict[Path, list[str]]:
     calls = [row for row in rows if row["benchmark"] != "training"]
     newest = newest_machine(calls)
     ours = next(row for row in reversed(newest) if row["kernels"])
-    where = f"On {machine(ours)}.\n"
+    where = f"Measured on {machine(ours)}.\n"
     older = [row for row in calls if row not in newest]
     return {
         ROOT / "README.md": [headline(newest)],
