@@ -7,7 +7,7 @@ OUT ?= benchmarks/results/gpu
 
 .PHONY: demo test test-all bench gpu lint sanitize soak fuzz docs clean
 
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*.* csrc/cuda/*.*)
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard tools/build_*.py csrc/*/*.*)
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: Python 3.10 or newer is needed (set PYTHON=...)"; exit 1; }
 	"$(PYTHON)" -m venv .venv
 	ALPHACL_CUDA=0 "$(BIN)" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,test]"
@@ -28,7 +28,7 @@ bench: $(STAMP)
 	"$(BIN)" -m alphacl_fast.cli bench --negatives two_view,cross_view
 
 gpu:
-	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$(PYTHON)" -m benchmarks.gpu --out "$(OUT)"
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$(PYTHON)" -m tools.gpu --out "$(OUT)"
 
 lint: $(STAMP)
 	"$(BIN)" -m ruff check .

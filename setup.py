@@ -1,113 +1,36 @@
-"""Which folders make up the package (`kernels/`, `benchmarks/`: alphacl_fast.kernels, .benchmarks), and the compiled backends.
+"""The packages and the compiled backends; everything else is in pyproject.toml.
 
-ALPHACL_CPU=0 leaves the CPU backend out, 1 makes its absence an error; by default it is built where a compiler exists. So does
-ALPHACL_CUDA, where nvcc and torch exist (csrc/cuda/build.py).
+ALPHACL_CPU=0 leaves the CPU backend out and 1 makes its absence an error; by default it is built
+where a compiler exists. ALPHACL_CUDA does the same, where nvcc and torch exist.
 """
 
-import hashlib
 import importlib.util
 import os
-import shlex
 import subprocess
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
 from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
-SOURCES = Path("csrc") / "cpu"
-COMMON = ["-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden"]
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-BF16 = [*AVX512, "-mavx512bf16"]
-INSTRUCTION_SETS = {
-    "portable": [],
-    "avx2": AVX2,
-    "avx512": AVX512,
-    "avx512_bf16": [*BF16, "-DALPHACL_USE_DOT"],
-    "amx": [*BF16, "-mamx-tile", "-mamx-bf16", "-DALPHACL_USE_AMX"],
-    "amx_emulated": [*BF16, "-DALPHACL_USE_AMX", "-DALPHACL_AMX_EMULATED"],  # for tests
-}
+BACKENDS = ("cpu", "cuda")
+#: Packages whose modules are in a folder at the top; each has a stub in the package.
+AT_THE_TOP = {"alphacl_fast.kernels": "kernels", "alphacl_fast.benchmarks": "benchmarks"}
 
 
-def build_library(output: Path) -> str:
-    """Compiles csrc/cpu once per instruction set and links to ``output``, without any header of torch or Python.
-
-    Returns compiler, flags and instruction sets, which the library can tell as well.
-    """
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    flags = [*COMMON, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-    with tempfile.TemporaryDirectory() as folder:
-        # Without linking OpenMP's library: the symbols are those of the one that torch has loaded.
-        threads = "-fopenmp" if gnu_openmp(compiler, folder) else "-pthread"
-        sets = {name: extra for name, extra in INSTRUCTION_SETS.items() if accepts(compiler, extra, folder)}
-        summary = f"{run([*compiler, '--version']).splitlines()[0]}; {' '.join([*flags, threads])}; {', '.join(sets)}"
-        jobs = [(f"kernels_{name}", "kernels.cpp", [*extra, f"-DALPHACL_ISA={name}"]) for name, extra in sets.items()]
-        known = [f"-DALPHACL_WITH_{name.upper()}" for name in sets if name != "portable"]
-        quoted = summary.replace("\\", "\\\\").replace('"', '\\"')
-        known += [f'-DALPHACL_BUILD="{quoted}"', f'-DALPHACL_SOURCES="{fingerprint()}"']
-        jobs += [("driver", "driver.cpp", [threads, *known])]
-
-        def compile_one(job: tuple[str, str, list[str]]) -> None:
-            run([*compiler, *flags, *job[2], "-c", str(SOURCES / job[1]), "-o", f"{folder}/{job[0]}.o"])
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(compile_one, jobs))
-        undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-        partial = output.with_suffix(".partial")
-        run([*compiler, "-shared", *undefined, "-pthread", *(f"{folder}/{job[0]}.o" for job in jobs), "-o", str(partial)])
-        partial.replace(output)
-    return summary
-
-
-def fingerprint() -> str:
-    """Of the sources, so that a library compiled from others can be told apart."""
-    digest = hashlib.sha256()
-    for file in sorted(SOURCES.glob("*.*")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def run(command: list[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def accepts(compiler: list[str], flags: list[str], folder: str) -> bool:
-    """Whether the compiler builds for the flags (another architecture's instruction sets it does not)."""
-    source = Path(folder) / "empty.cpp"
-    source.write_text("int main() { return 0; }\n")
-    command = [*compiler, *flags, "-Werror", "-c", str(source), "-o", str(Path(folder) / "empty.o")]
-    return subprocess.run(command, capture_output=True).returncode == 0
-
-
-def gnu_openmp(compiler: list[str], folder: str) -> bool:
-    """Whether -fopenmp makes calls to the OpenMP library that torch's Linux builds have loaded, GNU's."""
-    source, result = Path(folder) / "openmp.cpp", Path(folder) / "openmp.o"
-    source.write_text("#include <omp.h>\nvoid f(int* x) {\n#pragma omp parallel\n  x[omp_get_thread_num()] = 1;\n}\n")
-    command = [*compiler, "-fopenmp", "-c", str(source), "-o", str(result)]
-    return sys.platform == "linux" and subprocess.run(command, capture_output=True).returncode == 0 \
-        and b"GOMP_parallel" in result.read_bytes()  # fmt: skip
-
-
-def build_cuda_library(output: Path) -> str:
-    """Compiles csrc/cuda and links to ``output``."""
-    return cuda_build().library(output)
-
-
-def cuda_build() -> Any:
-    """The module csrc/cuda/build.py, which is no part of the package."""
-    spec = importlib.util.spec_from_file_location("cuda_build", Path("csrc") / "cuda" / "build.py")
+def builder(backend: str) -> Any:
+    """tools/build_BACKEND.py by path: pip's isolated build has not this folder on its path."""
+    file = Path("tools") / f"build_{backend}.py"
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def build_kernels(name: str, output: Path, in_source: bool) -> None:
-    """Builds a backend's library, or leaves the reason beside where it would be; an error only where it is demanded."""
-    folders = [output.parent, *([Path("alphacl_fast")] if in_source else [])]
+def build_backend(name: str, output: Path, folders: list[Path]) -> None:
+    """Build a backend's library, or leave the reason in ``folders``; an error only on demand."""
     for folder in folders:
         (folder / f"_{name}_not_built.txt").unlink(missing_ok=True)
     kernels, switch = f"{name.upper()} kernels", f"ALPHACL_{name.upper()}"
@@ -115,11 +38,12 @@ def build_kernels(name: str, output: Path, in_source: bool) -> None:
     try:
         if wanted == "0":
             raise RuntimeError(f"left out ({switch}=0)")
-        print(f"alphacl_fast: {kernels} by {LIBRARIES[name](output)}", file=sys.stderr)
+        print(f"alphacl_fast: {kernels} by {builder(name).library(output)}", file=sys.stderr)
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        text = (getattr(error, "stderr", None) or str(error)).strip() or type(error).__name__
         if wanted == "1":
-            raise RuntimeError(f"the {kernels} could not be built: {getattr(error, 'stderr', None) or error}") from error
-        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or [type(error).__name__]
+            raise RuntimeError(f"the {kernels} could not be built: {text}") from error
+        lines = text.splitlines()
         reason = next((line for line in lines if "error" in line), lines[0])
         print(f"alphacl_fast: no compiled {kernels}: {reason}", file=sys.stderr)
         for folder in folders:
@@ -127,27 +51,46 @@ def build_kernels(name: str, output: Path, in_source: bool) -> None:
             (folder / f"_{name}_not_built.txt").write_text(reason + "\n")
 
 
-LIBRARIES = {"cpu": build_library, "cuda": build_cuda_library}
+class BuildPython(build_py):
+    """Puts a stub beside the modules that it finds in a checkout."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        found = super().find_package_modules(package, package_dir)
+        if package in AT_THE_TOP:
+            found.append((package, "__init__", f"{package.replace('.', '/')}/__init__.py"))
+        return found
 
 
-class BuildKernels(build_ext):
+class BuildBackends(build_ext):
     """One library per compiled backend."""
 
     def run(self) -> None:
         self.in_source = bool(self.inplace)  # setuptools clears it while it builds
         super().run()
 
+    def get_output_mapping(self) -> dict[str, str]:
+        """The built files and their places in the source: libraries, or the reasons for none."""
+        found = {}
+        for pair in super().get_output_mapping().items():
+            if not Path(pair[1]).exists():
+                pair = (name.replace(".abi3.so", "_not_built.txt") for name in pair)
+            found.update([pair])
+        return found
+
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        build_kernels(ext.name.split("._")[1], output, self.in_source)
+        folders = [output.parent, *([Path("alphacl_fast")] if self.in_source else [])]
+        build_backend(ext.name.split("._")[1], output, folders)
 
 
 class BuildCuda(Command):
-    """The CUDA library beside the sources: pip's isolated environment has no torch to build it with."""
+    """The CUDA library beside the sources, for pip's isolated environment has no torch."""
 
     description = "build the CUDA library in place, or for the host (--emulated)"
-    user_options: ClassVar[list[tuple[str, str | None, str]]] = [("emulated", None, "for the host; prints where it is")]
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = [
+        ("emulated", None, "for the host; prints where it is")
+    ]
 
     def initialize_options(self) -> None:
         self.emulated = False
@@ -157,19 +100,27 @@ class BuildCuda(Command):
 
     def run(self) -> None:
         if self.emulated:
-            print(cuda_build().emulated())
+            print(builder("cuda").emulated())
         else:
-            build_kernels("cuda", Path("alphacl_fast") / "_cuda.abi3.so", True)
+            folder = Path("alphacl_fast")
+            build_backend("cuda", folder / "_cuda.abi3.so", [folder])
 
 
 setup(
     packages=[
-        "alphacl_fast", "alphacl_fast.backend", "alphacl_fast.compat", "alphacl_fast.train", "alphacl_fast.kernels",
-        "alphacl_fast.benchmarks",
+        *("alphacl_fast", "alphacl_fast.backend", "alphacl_fast.compat", "alphacl_fast.train"),
+        *AT_THE_TOP,
     ],
-    package_dir={"alphacl_fast.kernels": "kernels", "alphacl_fast.benchmarks": "benchmarks"},
-    package_data={"alphacl_fast": ["py.typed"], "alphacl_fast.kernels": ["README.md", "tuned/*.json"]},
-    ext_modules=[Extension(f"alphacl_fast._{name}", sources=[], py_limited_api=True, optional=True) for name in LIBRARIES],
-    cmdclass={"build_ext": BuildKernels, "build_cuda": BuildCuda},
+    py_modules=["alphacl_cli"],
+    package_dir=AT_THE_TOP,
+    package_data={
+        "alphacl_fast": ["py.typed"],
+        "alphacl_fast.kernels": ["README.md", "tuned/*.json"],
+    },
+    ext_modules=[
+        Extension(f"alphacl_fast._{name}", sources=[], py_limited_api=True, optional=True)
+        for name in BACKENDS
+    ],
+    cmdclass={"build_py": BuildPython, "build_ext": BuildBackends, "build_cuda": BuildCuda},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

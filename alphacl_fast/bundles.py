@@ -88,15 +88,6 @@ class Form(enum.IntEnum):
     T_MAX = 3  # the largest t
 
 
-def form_of_sums(terms: tuple[Term, ...], constant_shift: float | None) -> Form:
-    """The form of a `row_sums` sweep."""
-    if terms[0] == Term.T_MAX:
-        return Form.T_MAX
-    if terms[0] != Term.SHIFT:
-        return Form.PLAIN
-    return Form.ONLINE if constant_shift is None else Form.CONSTANT
-
-
 def summed(terms: tuple[Term, ...]) -> tuple[Term, ...]:
     """The terms that are sums."""
     return tuple(term for term in terms if term < Term.SHIFT)

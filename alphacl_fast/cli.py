@@ -1,7 +1,4 @@
-"""The ``alphacl`` command: train, eval, reproduce, inspect, theory, bench, plan, info.
-
-Problems: one line on stderr, exit code 2.
-"""
+"""The commands of ``alphacl``, one function each; `alphacl_cli` is the entry point."""
 
 from __future__ import annotations
 
@@ -14,65 +11,47 @@ import shlex
 import sys
 from pathlib import Path
 
-
-class _Parser(argparse.ArgumentParser):
-    """Errors in one line, as everywhere in this command."""
-
-    def error(self, message):
-        _fail(message)
+from alphacl_cli import Parser, fail, main
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command with ``arguments`` (default: the process's own) and return its exit code.
-
-    0: done; 1: a claim does not hold (theory); 2: a problem, named in one line on stderr; 130 or 143: stopped by SIGINT or
-    SIGTERM; 141: nobody reads its output any more.
-    """
-    parser = _Parser(prog="alphacl", description="Contrastive learning with pair-weighted losses.")
-    commands = {"train": _train, "eval": _eval, "reproduce": _reproduce, "inspect": _inspect, "theory": _theory,
-                "bench": _bench, "plan": _plan, "info": _info}
-    parser.add_argument("command", choices=tuple(commands),
-                        help="train an encoder, judge a run, compare objectives as the paper does, show what a run's loss "
-                             "weighs, run the paper's claims, time losses beside each other, predict what a loss over many "
-                             "devices costs, or show versions and backends; COMMAND --help tells more")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    parsed = parser.parse_args(arguments)
-    try:
-        return commands[parsed.command](parsed.arguments)
-    except KeyboardInterrupt:
-        print("alphacl: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush goes nowhere
-        return 141
-
-
-def _fail(message: str):
-    print(f"alphacl: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def _parser(command: str, description: str, **options) -> Parser:
+    return Parser(prog=f"alphacl {command}", description=description, allow_abbrev=False, **options)
 
 
 def _import_train():
     try:
         from alphacl_fast import train
-    except (ImportError, RuntimeError) as error:  # torchvision built for another torch raises RuntimeError
-        _fail(" ".join(str(error).split()))
+    except (ImportError, RuntimeError) as error:
+        # torchvision built for another torch raises RuntimeError
+        fail(" ".join(str(error).split()))
     return train
 
 
 def _train(arguments: list[str]) -> int:
     module = _import_train()
-    parser = _Parser(prog="alphacl train", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                     description="Train an encoder. Defaults depend on the data set and the encoder.")
-    parser.add_argument("--out", metavar="RUN", help="run folder, new or empty (default: runs/DATASET-OBJECTIVE-SEED)")
-    parser.add_argument("--resume", metavar="RUN", nargs="?", const=None,
-                        help="go on with this run; without a name: with the run in --out, if there is one")
+    parser = _parser(
+        "train",
+        "Train an encoder. Defaults depend on the data set and the encoder.",
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument(
+        "--out",
+        metavar="RUN",
+        help="run folder, new or empty (default: runs/DATASET-OBJECTIVE-SEED)",
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        nargs="?",
+        const=None,
+        help="go on with this run; without a name: with the run in --out, if there is one",
+    )
     _add_flags(parser, module.Config)
     given = vars(parser.parse_args(arguments))
     out, resume = given.pop("out", None), "resume" in given
     folder = given.pop("resume", None)
     if folder and out and Path(folder) != Path(out):
-        _fail(f"--resume {folder} and --out {out} name different folders")
+        fail(f"--resume {folder} and --out {out} name different folders")
     try:
         if "option" in given:
             given["option"] = dict(given["option"])
@@ -86,15 +65,20 @@ def _train(arguments: list[str]) -> int:
     except module.RunError as error:
         if error.shown:
             return 2
-        _fail(str(error))
+        fail(str(error))
     if not outcome.leads:
         return 128 + outcome.signal if outcome.signal else 0
     if outcome.signal:
-        print(f"alphacl: stopped after {outcome.epochs} of {config.epochs} epochs, state saved; "
-              f"go on with: alphacl train --resume {outcome.out}", file=sys.stderr)
+        print(
+            f"alphacl: stopped after {outcome.epochs} of {config.epochs} epochs, state saved; "
+            f"go on with: alphacl train --resume {outcome.out}",
+            file=sys.stderr,
+        )
         return 128 + outcome.signal
     done = "was already finished" if outcome.already else "finished"
-    print(f"{outcome.out} {done}: {outcome.epochs} epochs; judge it with: alphacl eval {outcome.out}")
+    print(
+        f"{outcome.out} {done}: {outcome.epochs} epochs; judge it with: alphacl eval {outcome.out}"
+    )
     return 0
 
 
@@ -105,11 +89,15 @@ def _add_flags(parser: argparse.ArgumentParser, config, without: tuple[str, ...]
         name = "--" + field.name.replace("_", "-")
         text = field.metadata["help"]
         if field.name == "option":
-            parser.add_argument(name, metavar="KEY=VALUE", action="append", type=_key_value, help=text)
+            parser.add_argument(
+                name, metavar="KEY=VALUE", action="append", type=_key_value, help=text
+            )
         elif isinstance(field.default, bool):
             parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
         else:
-            parser.add_argument(name, type=type(field.default), choices=field.metadata["choices"], help=text)
+            parser.add_argument(
+                name, type=type(field.default), choices=field.metadata["choices"], help=text
+            )
 
 
 def _key_value(text: str):
@@ -124,23 +112,33 @@ def _key_value(text: str):
 
 def _eval(arguments: list[str]) -> int:
     module = _import_train()
-    parser = _Parser(prog="alphacl eval", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                     description="Judge a run: kNN and linear probe of raw pixels, untrained and trained encoder.")
+    parser = _parser(
+        "eval",
+        "Evaluate a run: kNN and linear probe on raw pixels, untrained and trained encoder.",
+        argument_default=argparse.SUPPRESS,
+    )
     parser.add_argument("run", metavar="RUN", help="run folder")
-    parser.add_argument("--few-label", type=int, help="labels per class of the few-label columns (default: 5)")
-    parser.add_argument("--draws", type=int, help="random label choices they are averaged over (default: 10)")
-    parser.add_argument("--data-root", help="folder of the data set (default: that of the run)")
-    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: that of the run)")
-    parser.add_argument("--workers", type=int, help="loader processes (default: that of the run)")
+    parser.add_argument(
+        "--few-label", type=int, help="labels per class in the few-label columns (default: 5)"
+    )
+    parser.add_argument(
+        "--draws", type=int, help="random label subsets they are averaged over (default: 10)"
+    )
+    parser.add_argument("--data-root", help="folder of the data set (default: the run's)")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: the run's)")
+    parser.add_argument("--workers", type=int, help="loader processes (default: the run's)")
     given = vars(parser.parse_args(arguments))
     try:
         result = module.evaluate(**given)
     except module.RunError as error:
-        _fail(str(error))
+        fail(str(error))
     from alphacl_fast.train.report import table
 
-    print(f"{result['dataset']}, {result['objective']}, {result['epochs']} of {result['of_epochs']} epochs, "
-          f"{result['train_images']} training and {result['test_images']} test images; accuracy in %\n")
+    print(
+        f"{result['dataset']}, {result['objective']}, "
+        f"{result['epochs']} of {result['of_epochs']} epochs, {result['train_images']} training "
+        f"and {result['test_images']} test images; accuracy in %\n"
+    )
     print(table(result))
     print(f"\nwritten: {Path(given['run']) / 'eval.json'}, {Path(given['run']) / 'embedding.png'}")
     return 0
@@ -148,68 +146,94 @@ def _eval(arguments: list[str]) -> int:
 
 def _inspect(arguments: list[str]) -> int:
     module = _import_train()
-    parser = _Parser(prog="alphacl inspect", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                     description="Draw what the loss weighs in a run's embeddings: weight against distance, hardest pairs.")
+    parser = _parser(
+        "inspect",
+        "Plot pair weights of a run's embeddings over distance, and its hardest pairs.",
+        argument_default=argparse.SUPPRESS,
+    )
     parser.add_argument("run", metavar="CHECKPOINT", help="run folder, or its checkpoint.pt")
-    parser.add_argument("--objective", dest="objectives", action="append", metavar="NAME",
-                        help="beside the run's own; repeatable (default: infonce, alpha_direct, alpha_square, uniform)")
+    parser.add_argument(
+        "--objective",
+        dest="objectives",
+        action="append",
+        metavar="NAME",
+        help="compare with the run's own; repeatable "
+        "(default: infonce, alpha_direct, alpha_square, uniform)",
+    )
     parser.add_argument("--pairs", type=int, help="images to embed, two views each (default: 1024)")
     parser.add_argument("--thumbnails", type=int, help="nearest pairs to draw (default: 12)")
-    parser.add_argument("--out", metavar="FOLDER", help="of inspect.png and inspect.json (default: that of the run)")
-    parser.add_argument("--data-root", help="folder of the data set (default: that of the run)")
-    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: that of the run)")
-    parser.add_argument("--workers", type=int, help="loader processes (default: that of the run)")
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="for inspect.png and inspect.json (default: RUN)"
+    )
+    parser.add_argument("--data-root", help="folder of the data set (default: the run's)")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: the run's)")
+    parser.add_argument("--workers", type=int, help="loader processes (default: the run's)")
     given = vars(parser.parse_args(arguments))
     given["objectives"] = tuple(given.get("objectives", ()))
     try:
         result = module.inspect(**given)
     except module.RunError as error:
-        _fail(str(error))
+        fail(str(error))
     names = result["objectives"]
     width = max(map(len, names))
-    print(f"{result['pairs']} pairs of views, temperature {result['temperature']:g}, {result['negatives']}; "
-          "means over anchors\n")
+    print(
+        f"{result['pairs']} pairs of views, temperature {result['temperature']:g}, "
+        f"{result['negatives']}; means over anchors\n"
+    )
     print(f"{'':{width}}  effective negatives  entropy  hardest α")
     for name, row in names.items():
-        print(f"{name:{width}}  {row['effective_negatives']:19.1f}  {row['alpha_entropy']:7.3f}  {row['hardest_alpha']:9.3g}")
+        print(
+            f"{name:{width}}  {row['effective_negatives']:19.1f}  "
+            f"{row['alpha_entropy']:7.3f}  {row['hardest_alpha']:9.3g}"
+        )
     shown = next(iter(names.values()))
-    print(f"\npositive similarity {shown['positive_similarity']:.4f}, alignment {shown['alignment']:.4f}, "
-          f"uniformity {shown['uniformity']:.4f}\n"
-          f"anchors whose nearest negative has their own label: {100 * result['same_label']:.1f} %")
+    print(
+        f"\npositive similarity {shown['positive_similarity']:.4f}, "
+        f"alignment {shown['alignment']:.4f}, uniformity {shown['uniformity']:.4f}\n"
+        f"anchors whose nearest negative has their own label: {100 * result['same_label']:.1f} %"
+    )
     out = Path(given.get("out", result["run"]))
     print(f"written: {out / 'inspect.png'}, {out / 'inspect.json'}")
     return 0
 
 
 def _theory(arguments: list[str]) -> int:
-    from alphacl_fast import claims
+    from alphacl_fast import checks
 
-    parser = _Parser(prog="alphacl theory", allow_abbrev=False,
-                     description="Run what arXiv:2201.12680 proves; exit code 1 if a row does not hold.")
-    parser.add_argument("claim", choices=(*claims.CLAIMS, "all"),
-                        help="pca: deep linear networks find the top eigenvector; rank: where a condition fails; relu: ranks "
-                             "with ReLU; gradient: the theorem of the gradient and the two players in turn")
-    parser.add_argument("--seeds", type=int, help="of data and weights")
-    parser.add_argument("--out", metavar="FOLDER", help="writes theory.json and plots of the energy over the steps there")
+    parser = _parser(
+        "theory", "Check the theorems of arXiv:2201.12680 numerically; exit code 1 if one fails."
+    )
+    parser.add_argument(
+        "claim",
+        choices=(*checks.CHECKS, "all"),
+        help="pca: deep linear networks find the top eigenvector; rank: a condition fails; "
+        "relu: ranks with ReLU; gradient: the gradient theorem, and alternating players",
+    )
+    parser.add_argument("--seeds", type=int, help="random seeds for data and weights")
+    parser.add_argument(
+        "--out",
+        metavar="FOLDER",
+        help="where to write theory.json and plots of the energy over the steps",
+    )
     given = parser.parse_args(arguments)
     if given.seeds is not None and given.seeds < 1:
-        _fail(f"--seeds must be at least 1, got {given.seeds}")
+        fail(f"--seeds must be at least 1, got {given.seeds}")
     import torch
 
     torch.set_num_threads(1)  # networks of a few numbers: a second thread mostly waits
-    names = tuple(claims.CLAIMS) if given.claim == "all" else (given.claim,)
+    names = tuple(checks.CHECKS) if given.claim == "all" else (given.claim,)
     seeds = {} if given.seeds is None else {"seeds": given.seeds}
     run = {}
     for name in names:
-        run[name] = claims.CLAIMS[name](**seeds)
-        print(("" if name == names[0] else "\n") + claims.table(run[name]), flush=True)
+        run[name] = checks.CHECKS[name](**seeds)
+        print(("" if name == names[0] else "\n") + checks.table(run[name]), flush=True)
     if given.out is not None:
         try:
-            written = claims.write(run, Path(given.out))
+            written = checks.write(run, Path(given.out))
         except ImportError as error:
-            _fail(f"--out needs matplotlib ({error}): pip install 'alphacl-fast[train]'")
+            fail(f"--out needs matplotlib ({error}): pip install 'alphacl-fast[train]'")
         except OSError as error:
-            _fail(f"cannot write to {given.out}: {error.strerror}")
+            fail(f"cannot write to {given.out}: {error.strerror}")
         print(f"\nwritten: {', '.join(map(str, written))}")
     return 0 if all(claim.holds for claim in run.values()) else 1
 
@@ -217,32 +241,62 @@ def _theory(arguments: list[str]) -> int:
 def _bench(arguments: list[str]) -> int:
     from alphacl_fast.benchmarks import bench
 
-    parser = _Parser(prog="alphacl bench", allow_abbrev=False,
-                     description="Time losses and measure their peak memory, this package's backends beside eager PyTorch, "
-                                 "torch.compile and other packages; a wrong gradient is not timed.")
+    parser = _parser(
+        "bench",
+        "Time losses and measure their peak memory: this package's backends, eager PyTorch, "
+        "torch.compile and other packages. A contestant with a wrong gradient is not timed.",
+    )
     bench.add_flags(parser)
-    return bench.run(parser.parse_args(arguments), _fail, lambda line: print(line, file=sys.stderr, flush=True))
+    return bench.run(
+        parser.parse_args(arguments), fail, lambda line: print(line, file=sys.stderr, flush=True)
+    )
+
+
+def _tune(arguments: list[str]) -> int:
+    from alphacl_fast import tune
+
+    parser = _parser(
+        "tune", "Time the Triton kernels' tiles on this GPU and write a table of the fastest."
+    )
+    tune.add_flags(parser)
+    return tune.run(parser.parse_args(arguments), fail)
 
 
 def _reproduce(arguments: list[str]) -> int:
     _import_train()
     from alphacl_fast.train import Config, RunError, reproduce
 
-    parser = _Parser(prog="alphacl reproduce", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                     description="table: train every row of the paper's comparison with every seed, or go on with it, and "
-                                 "show mean and standard deviation. recipes: the commands for the published experiments.")
+    parser = _parser(
+        "reproduce",
+        "table: train every row of the paper's comparison with every seed, or continue, and show "
+        "mean and standard deviation. recipes: the commands for the published experiments.",
+        argument_default=argparse.SUPPRESS,
+    )
     parser.add_argument("what", choices=("table", "recipes"))
-    parser.add_argument("--out", metavar="DIR", help="folder of the table and its runs (default: runs/table-DATASET-ENCODER)")
-    parser.add_argument("--rows", type=lambda text: tuple(text.split(",")), metavar="A,B,…",
-                        help=f"of {', '.join(reproduce.ROWS)} (default: all but "
-                             f"{', '.join(row for row in reproduce.ROWS if row not in reproduce.DEFAULT_ROWS)})")
-    parser.add_argument("--seeds", type=int, help="runs of every row, with the seeds 1, 2, … (default: 5)")
-    parser.add_argument("--budget", metavar="TIME", help="600s, 45m or 2h for everything on this machine: chooses the epochs")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="folder of the table and its runs (default: runs/table-DATASET-ENCODER)",
+    )
+    parser.add_argument(
+        "--rows",
+        type=lambda text: tuple(text.split(",")),
+        metavar="A,B,…",
+        help=f"of {', '.join(reproduce.ROWS)} (default: all but "
+        f"{', '.join(row for row in reproduce.ROWS if row not in reproduce.DEFAULT_ROWS)})",
+    )
+    parser.add_argument("--seeds", type=int, help="runs per row, with seeds 1, 2, … (default: 5)")
+    parser.add_argument(
+        "--budget",
+        metavar="TIME",
+        help="600s, 45m or 2h for everything on this machine; sets the number of epochs",
+    )
     _add_flags(parser, Config, without=reproduce.OF_A_ROW)
     given = vars(parser.parse_args(arguments))
     if given.pop("what") == "recipes":
         if given:
-            _fail(f"recipes takes no flags, got {', '.join('--' + name.replace('_', '-') for name in given)}")
+            flags = ", ".join("--" + name.replace("_", "-") for name in given)
+            fail(f"recipes takes no flags, got {flags}")
         print(reproduce.recipes())
         return 0
     again = f"go on with: alphacl reproduce {shlex.join(arguments)}"
@@ -251,71 +305,121 @@ def _reproduce(arguments: list[str]) -> int:
             given["budget"] = reproduce.seconds(given["budget"])
         progress = reproduce.table(**given)
     except RunError as error:
-        _fail(str(error))
+        fail(str(error))
     except KeyboardInterrupt:
         print(f"alphacl: interrupted; {again}", file=sys.stderr)
         return 130
     if progress.signal:
         where = f" in {progress.run}" if progress.run else ""
-        print(f"alphacl: stopped{where} with {progress.done} of {progress.total} runs over, state saved; {again}",
-              file=sys.stderr)
+        print(
+            f"alphacl: stopped{where} with {progress.done} of {progress.total} runs over, "
+            f"state saved; {again}",
+            file=sys.stderr,
+        )
         return 128 + progress.signal
-    print(f"{progress.out} finished: {progress.total} runs; judge one with: alphacl eval {progress.out}/ROW-seedN")
+    print(
+        f"{progress.out} finished: {progress.total} runs; "
+        f"judge one with: alphacl eval {progress.out}/ROW-seedN"
+    )
     return 0
 
 
 def _plan(arguments: list[str]) -> int:
-    parser = _Parser(prog="alphacl plan", allow_abbrev=False,
-                     description="Predict memory, work, messages and time of one InfoNCE step (loss and gradient).")
-    parser.add_argument("--batch", type=_count, required=True, metavar="PAIRS", help="of all devices: 65536, 64K, 4M")
+    parser = _parser(
+        "plan", "Predict memory, work, messages and time of one InfoNCE step (loss and gradient)."
+    )
+    parser.add_argument(
+        "--batch",
+        type=_count,
+        required=True,
+        metavar="PAIRS",
+        help="over all devices: 65536, 64K, 4M",
+    )
     parser.add_argument("--dim", type=int, required=True, help="features")
     parser.add_argument("--gpus", type=int, required=True, help="devices")
-    parser.add_argument("--rate", type=float, metavar="TFLOPS",
-                        help="of one device, counted as 8·DIM per pair of rows (default: measured on this machine, in 2 s)")
-    parser.add_argument("--bandwidth", type=float, default=50.0, metavar="GB/S",
-                        help="that leave a device while as many arrive (default: 50, a 400 Gb/s port)")
-    parser.add_argument("--latency", type=float, default=20.0, metavar="US", help="of a message (default: 20)")
-    parser.add_argument("--memory", type=float, metavar="GB", help="of a device that the loss may take")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32", "float64"), default="bfloat16")
-    parser.add_argument("--negatives", choices=("two_view", "one_view", "cross_view"), default="two_view")
+    parser.add_argument(
+        "--rate",
+        type=float,
+        metavar="TFLOPS",
+        help="per device, counting 8·DIM per pair of rows (default: measured here in 2 s)",
+    )
+    parser.add_argument(
+        "--bandwidth",
+        type=float,
+        default=50.0,
+        metavar="GB/S",
+        help="per device and direction (default: 50, a 400 Gb/s port)",
+    )
+    parser.add_argument(
+        "--latency", type=float, default=20.0, metavar="US", help="per message (default: 20)"
+    )
+    parser.add_argument("--memory", type=float, metavar="GB", help="per device, for the loss")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32", "float64"), default="bfloat16"
+    )
+    parser.add_argument(
+        "--negatives", choices=("two_view", "one_view", "cross_view"), default="two_view"
+    )
     given = parser.parse_args(arguments)
     import torch
 
     from alphacl_fast import plan
     from alphacl_fast.distributed import auto_strategy
 
-    dtype, device = getattr(torch, given.dtype), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, given.dtype)
     rate, origin = given.rate, "as given"
     if rate is None:
-        rate, origin = plan.measured_rate(given.dim, dtype, device) / 1e12, f"measured here, on {device.type}"
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        rate = plan.measured_rate(given.dim, dtype, device) / 1e12
+        origin = f"measured here, on {device.type}"
     try:
-        plans = plan.plan(given.batch, given.dim, given.gpus, rate=rate * 1e12, bandwidth=given.bandwidth * 1e9,
-                          latency=given.latency * 1e-6, dtype=dtype, negatives=given.negatives)
+        plans = plan.plan(
+            given.batch,
+            given.dim,
+            given.gpus,
+            rate=rate * 1e12,
+            bandwidth=given.bandwidth * 1e9,
+            latency=given.latency * 1e-6,
+            dtype=dtype,
+            negatives=given.negatives,
+        )
     except ValueError as error:
-        _fail(str(error))
-    print(f"{given.batch:,} pairs of {given.dim} features, {given.dtype}, {given.negatives}, on {given.gpus:,} devices of "
-          f"{rate:.4g} TFLOP/s ({origin}), {given.bandwidth:g} GB/s, {given.latency:g} us\n")
-    print(f"{'per device':10} {'memory':>10} {'work':>17} {'messages':>10} {'step':>10} {'waiting':>8}")
+        fail(str(error))
+    print(
+        f"{given.batch:,} pairs of {given.dim} features, {given.dtype}, {given.negatives}, "
+        f"on {given.gpus:,} devices of {rate:.4g} TFLOP/s ({origin}), {given.bandwidth:g} GB/s, "
+        f"{given.latency:g} us\n"
+    )
+    heads = f"{'memory':>10} {'work':>17} {'messages':>10} {'step':>10} {'waiting':>8}"
+    print(f"{'per device':10} {heads}")
     for p in plans:
-        print(f"{p.strategy:10} {p.memory / 1e9:>7.2f} GB {p.flops / 1e12:>10,.1f} TFLOP {p.sent / 1e9:>7.2f} GB "
-              f"{p.seconds:>8.3g} s {100 * p.exposed:>6.1f} %")
-    automatic = auto_strategy(given.batch * (1 if given.negatives == "one_view" else 2), given.dim, dtype)
+        print(
+            f"{p.strategy:10} {p.memory / 1e9:>7.2f} GB {p.flops / 1e12:>10,.1f} TFLOP "
+            f"{p.sent / 1e9:>7.2f} GB {p.seconds:>8.3g} s {100 * p.exposed:>6.1f} %"
+        )
+    automatic = auto_strategy(
+        given.batch * (1 if given.negatives == "one_view" else 2), given.dim, dtype
+    )
     memory = None if given.memory is None else given.memory * 1e9
-    print(f"\nfaster{' and within the memory' if memory else ''}: {plan.recommended(plans, memory)}; "
-          f"strategy=\"auto\" takes {automatic}")
+    print(
+        f"\nfaster{' and within the memory' if memory else ''}: "
+        f'{plan.recommended(plans, memory)}; strategy="auto" takes {automatic}'
+    )
     return 0
 
 
 def _count(text: str) -> int:
-    digits, factor = (text[:-1], {"K": 1e3, "M": 1e6, "G": 1e9}[text[-1]]) if text[-1:] in "KMG" and text else (text, 1)
+    factor = {"K": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:])
     try:
-        return round(float(digits) * factor)
+        return round(float(text[:-1] if factor else text) * (factor or 1))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number such as 65536, 64K or 4M, got {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"expected a number such as 65536, 64K or 4M, got {text!r}"
+        ) from None
 
 
 def _info(arguments: list[str]) -> int:
-    _Parser(prog="alphacl info", description="Show versions, backends and the device.").parse_args(arguments)
+    _parser("info", "Show versions, backends and devices.").parse_args(arguments)
     import torch
 
     import alphacl_fast
@@ -323,16 +427,22 @@ def _info(arguments: list[str]) -> int:
     rows = [("alphacl_fast", alphacl_fast.__version__), ("python", platform.python_version())]
     rows += [(name, _version(name)) for name in ("torch", "triton", "torchvision", "scikit-learn")]
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    rows += [("cpu", f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, "
-                     f"{torch.get_num_threads()} threads"), ("cuda device", cuda)]
-    rows += [(f"backend {name}", "usable" if reason is None else f"not usable: {' '.join(reason.split())}")
-             for name, reason in alphacl_fast.backends().items()]
+    processor = (
+        f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    )
+    rows += [("cpu", processor), ("cuda device", cuda)]
+    for name, reason in alphacl_fast.backends().items():
+        usable = "usable" if reason is None else f"not usable: {' '.join(reason.split())}"
+        rows.append((f"backend {name}", usable))
     from alphacl_fast.backend import cpu
 
     if cpu.load_error() is None:
         dtypes = ("float32", "float64", "bfloat16", "float16")
-        served = ", ".join(f"{name} by {cpu.engine(getattr(torch, name))}" for name in dtypes)
-        sets = ", ".join(name if here else f"({name})" for name, here in cpu.instruction_sets().items())
+        served = ", ".join(f"{name} by {cpu.kernels_for(getattr(torch, name))}" for name in dtypes)
+        sets = ", ".join(
+            name if here else f"({name})" for name, here in cpu.instruction_sets().items()
+        )
         rows += [("cpu kernels", cpu.build()), ("cpu kernels use", f"{served}; compiled: {sets}")]
     rows.append(("objectives", ", ".join(alphacl_fast.objectives.names())))
     width = max(len(name) for name, _ in rows)
@@ -347,6 +457,19 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+COMMANDS = {
+    "train": _train,
+    "eval": _eval,
+    "reproduce": _reproduce,
+    "inspect": _inspect,
+    "theory": _theory,
+    "bench": _bench,
+    "tune": _tune,
+    "plan": _plan,
+    "info": _info,
+}
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
-"""One batch over many processes: every process passes its own pairs and gets the loss of all of them.
+"""One batch over many processes: every rank passes its own pairs and gets the loss of all of them.
 
-What a process returns, summed over the processes, is what its gradient is of: `FusedAlphaCLLoss(process_group=…)` gives
-process r of P the derivative of Σ_r′ L_r′ in its own rows. With "mean" and "sum" every L_r′ is the loss of the whole batch, so
-the gradient is P times that of one process, and the average that DDP and FSDP take of the parameters' gradients is exact.
+Each rank's gradient is that of Σ_r L_r: `FusedAlphaCLLoss(process_group=…)` gives rank r of P the derivative of
+Σ_r′ L_r′ in its own rows. With "mean" and "sum" every L_r′ is the loss of the whole batch, so the gradient is P
+times that of one process, and the average that DDP and FSDP take of the parameters' gradients is exact.
 
-**No pair twice.** A process holds one block of rows. Block b meets the blocks b + 1, …, b + ⌊P/2⌋ (mod P), at process b, and
-itself; with P even, the blocks that are P/2 apart meet half at one process and half at the other. A meeting of two blocks is
-a rectangle for the two operators, both sides of which are anchors, so one tile serves both processes.
+**No pair is computed twice.** A rank holds one block of rows. Block b meets the blocks b + 1, …, b + ⌊P/2⌋
+(mod P) at rank b, and itself; with P even, blocks that are P/2 apart meet half at one rank and half at the
+other. A meeting of two blocks is a rectangle for the two operators, both of whose sides are anchors, so one
+tile serves both ranks.
 
-**Two strategies.** "gather": every process receives all rows at once (all-gather), and results go home by reduce-scatter;
-O(n·D) memory, few messages. "ring": a block travels from process to process against the order of the ranks, the next one
-arriving while one is at work, and its results travel behind it, last of all home; O(local·D) memory. Row scalars stay with
-their rows in both, so an objective solves its own anchors and sees only the `Pairs` protocol.
+**Two strategies.** "gather": every rank receives all rows at once (all-gather), and results go home by
+reduce-scatter; O(n·D) memory, few messages. "ring": a block travels from rank to rank against their order, the
+next one arriving while one is at work, and its results travel behind it, last of all home; O(local·D) memory.
+Row scalars stay with their rows in both, so an objective solves its own anchors and sees only the `Pairs`
+protocol.
 
 ``torchrun --nproc-per-node=4 -m alphacl_fast.verify`` checks a machine or a cluster.
 """
@@ -25,28 +27,18 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .autograd import (
-    Call,
-    Features,
-    Layout,
-    Operators,
-    Problem,
-    Sweeps,
-    accumulation_dtype,
-    closed_form,
-    features_of_views,
-    row_tensors,
-    rows_and_groups,
-    without_autocast,
-)
-from .objectives import ClosedForm, Rows
+from . import ops
+from .autograd import AlphaCLFunction, Features, Need, Problem, Saved, Sweeps, closed_form
+from .bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight
+from .call import BoundCall, Layout, Loss, accumulation_dtype, without_autocast
+from .objectives import ClosedForm
 
 STRATEGIES = ("auto", "gather", "ring")
 #: "auto" gathers while all rows of the batch and their gradient together take no more bytes than this.
@@ -56,8 +48,8 @@ GATHER_BYTES = 256 * 2**20
 # --- the processes ----------------------------------------------------------------------------------------------------
 
 
-class Group:
-    """The processes that a loss was told to share its batch with: a ProcessGroup or "world", and the strategy."""
+class ProcessGroup:
+    """The ranks that share a loss's batch, a torch ProcessGroup or "world", and their strategy."""
 
     def __init__(self, process_group: Any, strategy: str) -> None:
         if not dist.is_available():
@@ -72,7 +64,7 @@ class Group:
         name = "'world'" if self.process_group == "world" else f"<{self.process_group.size()} processes>"
         return f"{name}, strategy={self.strategy!r}"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ProcessGroup:
         return self  # a copy of a loss shares its batch with the same processes
 
     def handle(self) -> dist.ProcessGroup:
@@ -86,11 +78,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of one call, once they have agreed on it, and the messages between them.
+    """The ranks of one call, once they have agreed on it, and the messages between them.
 
     Attributes:
         sizes: pairs of each process, in the order of the ranks.
-        want: whether any process wants the gradient in z1, z2, τ. All work the same, so that none waits for another.
+        want: whether any rank wants the gradient in z1, z2, τ. All do the same work, so that none waits.
     """
 
     handle: dist.ProcessGroup
@@ -104,6 +96,13 @@ class Ranks:
     def total(self) -> int:
         """Pairs of all processes."""
         return sum(self.sizes)
+
+    def problem(self, z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall) -> Problem:
+        """This process's part of the batch."""
+        return GlobalProblem(*Features.of_views(z1, z2, call, _center(z1, z2, call)), tau, call)
+
+    def problem_of_saved(self, saved: Saved, tau: Tensor, call: BoundCall) -> Problem:
+        return GlobalProblem(saved.features, saved.pos, tau, call)
 
     def all_reduce(self, x: Tensor, op: Any = None) -> Tensor:
         """Σ (or another reduction) over the processes, the same bits on all of them."""
@@ -124,7 +123,7 @@ class Ranks:
         return out
 
     def exchange(self, outgoing: Tensor, to: int, size: int, source: int, tag: int) -> Arrival:
-        """Begins to send a flat tensor to one process and to receive one of ``size`` elements from another."""
+        """Starts to send a flat tensor to one rank and to receive one of ``size`` elements from another."""
         incoming = outgoing.new_empty(size)
         operations = [
             dist.P2POp(function, tensor, dist.get_global_rank(self.handle, peer % self.world), self.handle, tag)
@@ -136,7 +135,7 @@ class Ranks:
 
 
 class Arrival:
-    """A message under way. It keeps what is sent alive until that is sent, and nothing once it has been waited for."""
+    """A message under way. It keeps the outgoing tensor alive until `wait`, and nothing afterwards."""
 
     def __init__(self, incoming: Tensor, outgoing: Tensor, works: list[Any]) -> None:
         self._state = incoming, outgoing, works
@@ -157,22 +156,27 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def agree(
-    group: Group, z1: Tensor, z2: Tensor, tau: Tensor | None, call: Call | None, failure: Exception | None
+    group: ProcessGroup,
+    z1: Tensor,
+    z2: Tensor,
+    tau: Tensor | None,
+    call: BoundCall | None,
+    failure: Exception | None,
 ) -> Ranks:
-    """One small all-gather, so that either all processes go on with the same call or all raise with the reason.
+    """One small all-gather: either all ranks go on with the same call, or all raise with the reason.
 
     Args:
-        failure: what is wrong with this process's arguments; the other arguments may then be anything.
+        failure: the error of this rank's arguments; the other arguments may then be anything.
 
     Raises:
-        TypeError, ValueError, RuntimeError: on every process; names the processes whose arguments are bad, or differ.
+        TypeError, ValueError, RuntimeError: on every rank; names the ranks whose arguments are bad, or differ.
     """
     if failure is not None and not dist.is_initialized():
         raise failure
     handle = group.handle()
     rank, world = dist.get_rank(handle), dist.get_world_size(handle)
     if failure is None:
-        fields, text = _statement(z1, z2, tau, call)
+        fields, text = _statement(z1, z2, tau, call, group.strategy)
     else:
         code = next(k for k, kind in enumerate(_ERRORS) if isinstance(failure, kind) or kind is RuntimeError)
         fields, text = (1 + code, 0, 0, 0, 0, 0.0), str(failure) or type(failure).__name__
@@ -225,19 +229,21 @@ def agree(
     want = bool(wanted & 1), bool(wanted & 2), bool(wanted & 4)
     strategy = group.strategy
     if strategy == "auto":
-        strategy = auto_strategy(Layout.make(call, sum(sizes)).rows, z1.shape[1], z1.dtype)
+        strategy = auto_strategy(Layout.of(call, sum(sizes)).rows, z1.shape[1], z1.dtype)
     return Ranks(handle, rank, world, sizes, want, strategy)
 
 
-def _statement(z1: Tensor, z2: Tensor, tau: Tensor, call: Call) -> tuple[tuple[Any, ...], str]:
-    """What a process says of its arguments."""
+def _statement(
+    z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, strategy: str
+) -> tuple[tuple[Any, ...], str]:
+    """A rank's statement of its arguments."""
     needs = [x.requires_grad and torch.is_grad_enabled() for x in (z1, z2, tau)]
-    temperature = float("nan") if call.tau is None else call.tau
+    temperature = float("nan") if call.temperature is None else call.temperature
     text = (
         f"{call.objective}, similarity={call.similarity!r}, negatives={call.negatives!r}, symmetric={call.symmetric}, "
-        f"reduction={call.reduction!r}, strategy={call.group.strategy!r}"
+        f"reduction={call.reduction!r}, strategy={strategy!r}"
     )
-    text = re.sub(r" at 0x[0-9a-f]+", "", text)  # of a user's callable without a name, elsewhere at another address
+    text = re.sub(r" at 0x[0-9a-f]+", "", text)  # the address of a user's unnamed callable differs between ranks
     if len(text) > 800:
         text = f"{text[:800]}… (crc {zlib.crc32(text.encode()):08x})"
     bits = sum(need << k for k, need in enumerate(needs))
@@ -245,7 +251,7 @@ def _statement(z1: Tensor, z2: Tensor, tau: Tensor, call: Call) -> tuple[tuple[A
 
 
 def auto_strategy(rows: int, dim: int, dtype: torch.dtype) -> str:
-    """The strategy for so many rows of all processes together."""
+    """The strategy for a batch of this many rows."""
     return "gather" if rows * dim * (dtype.itemsize + accumulation_dtype(dtype).itemsize) <= GATHER_BYTES else "ring"
 
 
@@ -253,14 +259,14 @@ def auto_strategy(rows: int, dim: int, dtype: torch.dtype) -> str:
 
 
 def steps(world: int) -> range:
-    """Distances of the blocks that a process's own block meets there."""
+    """Distances to the blocks that a rank's own block meets at that rank."""
     return range(1, world // 2 + 1)
 
 
 def meetings(
     rank: int, other: int, world: int, negatives: str, sizes: tuple[int, ...]
 ) -> list[tuple[slice, slice, bool]]:
-    """Rectangles of block ``rank`` and block ``other`` that process ``rank`` computes.
+    """Rectangles of block ``rank`` and block ``other`` that rank ``rank`` computes.
 
     Returns:
         (own rows, other's rows, whether the own rows are the rectangle's left side).
@@ -282,38 +288,39 @@ def meetings(
 # --- blocks and their results -----------------------------------------------------------------------------------------
 
 
-class Block:
-    """Rows of one process with their row scalars, of which there are as many as anchors: the first rows, or all."""
+class Block(NamedTuple):
+    """Rows of one process with their row scalars, one for each of the first rows, or of all."""
 
-    def __init__(self, features: Features, scalars: tuple[Tensor | None, ...]) -> None:
-        self.features, self.scalars = features, scalars
+    rows: Rows
+    scalars: RowScalars
 
     @property
-    def rows(self) -> int:
-        return self.features.f.shape[0]
+    def n_rows(self) -> int:
+        return self.rows.f.shape[0]
 
     @property
     def anchors(self) -> int:
-        return self.scalars[0].shape[0]
+        return self.scalars.moment_origin.shape[0]
 
-    def part(self, rows: slice) -> Block:
-        return Block(self.features.part(rows), tuple(None if x is None else x[rows] for x in self.scalars))
+    def part(self, where: slice) -> Block:
+        return Block(*(type(bundle)(*(None if x is None else x[where] for x in bundle)) for bundle in self))
 
     @staticmethod
     def join(blocks: list[Block]) -> Block:
-        """The blocks' rows below each other; anchors come first in what an operator is given."""
+        """The blocks' rows below each other; an operator needs the anchors first."""
 
         def stack(tensors: Iterable[Tensor | None]) -> Tensor | None:
             tensors = list(tensors)
             return None if tensors[0] is None else torch.cat(tensors)
 
-        columns = zip(*((b.features.f, b.features.scale, b.features.bias, *b.scalars) for b in blocks), strict=True)
-        f, scale, bias, *scalars = (stack(column) for column in columns)
-        return Block(Features(f, scale, bias, None), tuple(scalars))
+        return Block(*(
+            type(bundles[0])(*(stack(column) for column in zip(*bundles, strict=True)))
+            for bundles in zip(*blocks, strict=True)
+        ))  # fmt: skip
 
 
 def pack(tensors: Iterable[Tensor | None]) -> Tensor:
-    """The bytes of some tensors as one message. Wide ones must come first, to be aligned when they are unpacked."""
+    """The bytes of some tensors as one message; wide dtypes come first, to be aligned when unpacked."""
     whole = (x.contiguous() for x in tensors if x is not None)
     # A single number that was expanded counts as contiguous, but cannot be seen as bytes.
     dense = (x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format) for x in whole)
@@ -333,8 +340,14 @@ def unpack(message: Tensor, like: list[tuple[Tensor | None, int]]) -> list[Tenso
     return tensors
 
 
+def _split(tensors: list[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """The row scalars and the rows of a block's message."""
+    scalars = len(RowScalars._fields)
+    return tensors[:scalars], tensors[scalars:]
+
+
 def _bytes(x: Tensor | None, rows: int) -> int:
-    """Of a tensor like x with so many rows."""
+    """The size of a tensor like x with this many rows."""
     return 0 if x is None else rows * math.prod(x.shape[1:]) * x.element_size()
 
 
@@ -345,7 +358,7 @@ class Result:
         sums: (terms, anchors); df: (rows, D) and weight_sums: (rows,), both with 0 rows where not wanted.
     """
 
-    def __init__(self, flat: Tensor, terms: tuple[str, ...], anchors: int, rows: int, dim: int, weighted: bool) -> None:
+    def __init__(self, flat: Tensor, terms: tuple[Term, ...], anchors: int, rows: int, dim: int, weighted: bool) -> None:
         self.flat, self.terms = flat, terms
         sizes = (len(terms) * anchors, rows * dim, rows if weighted else 0)
         sums, df, self.weight_sums = flat[: sum(sizes)].split(sizes)
@@ -354,12 +367,12 @@ class Result:
     def add_sums(self, sums: Tensor, anchors: slice) -> None:
         """Merges sums over other negatives of some anchors."""
         into = self.sums[:, anchors]
-        if self.terms[:1] == ("max",):
+        if self.terms[:1] == (Term.T_MAX,):
             torch.maximum(into, sums, out=into)
-        elif self.terms[:1] == ("base",):
-            base = torch.maximum(into[0], sums[0])
-            rebase(into, base)
-            into[1:] += sums[1:] * (sums[0] - _finite(base)).exp()
+        elif self.terms[:1] == (Term.SHIFT,):
+            shift = torch.maximum(into[0], sums[0])
+            rescale(into, shift)
+            into[1:] += sums[1:] * (sums[0] - _finite(shift)).exp()
         else:
             into += sums
 
@@ -370,25 +383,30 @@ class Result:
         self.weight_sums += other.weight_sums
 
 
-def rebase(sums: Tensor, base: Tensor) -> None:
-    """Sums (base; terms relative to its exp) made relative to a larger base; in place."""
-    sums[1:] *= (sums[0] - _finite(base)).exp()
-    sums[0] = base
+def rescale(sums: Tensor, shift: Tensor) -> None:
+    """Sums (shift; terms divided by its exp) made relative to a larger shift; in place."""
+    sums[1:] *= (sums[0] - _finite(shift)).exp()
+    sums[0] = shift
 
 
-def _finite(base: Tensor) -> Tensor:
+def _finite(shift: Tensor) -> Tensor:
     """0 for −inf: so far every pair of the row was excluded."""
-    return torch.where(base > -torch.inf, base, 0.0)
+    return torch.where(shift > -torch.inf, shift, 0.0)
+
+
+def starts_at_minus_infinity(terms: tuple[Term, ...]) -> bool:
+    """Whether the first term is a maximum or a logarithm instead of a sum."""
+    return terms[:1] in ((Term.T_MAX,), (Term.SHIFT,))
 
 
 @dataclass(frozen=True)
 class _Sweep:
     """One sweep over all pairs: `row_sums`, or `pair_grad` where there is a weight."""
 
-    operators: Operators
-    call: Call
-    terms: tuple[str, ...]
-    weight: str | None
+    function: PairFunction
+    call: BoundCall
+    terms: tuple[Term, ...]
+    weight: Weight | None
     want: tuple[bool, bool]  # the gradient in z1, z2
     dim: int
     euclidean: bool
@@ -408,26 +426,26 @@ class _Sweep:
     def nothing(self, layout: Layout, zeros: Tensor) -> Result:
         """A block's result before anything is added to it."""
         result = self.result(layout, zeros)
-        if self.terms[:1] in (("max",), ("base",)):
+        if starts_at_minus_infinity(self.terms):
             result.sums[0].fill_(-torch.inf)
         return result
 
     def add(self, block: Block, split: int, partner: int, into: list[tuple[Result, slice, int]]) -> None:
-        """Runs the operator on a block's triangle or rectangle and adds what comes out to the results of its parts.
+        """Runs the operator on a block's triangle or rectangle and adds its output to the results of the parts.
 
         Args:
-            into: for the rows from first to last: a result, the rows of it that they are, and how many are anchors.
+            into: for consecutive rows of the block: their result, their rows in it, and the number of anchors.
         """
+        operands = block.rows, Pairing(split, partner, block.anchors), self.function, block.scalars
+        served = self.call.precision, self.call.backend
         if self.weight is None:
-            sums = self.operators.row_sums(block.features, self.terms, split, partner, *block.scalars)
+            sums = ops.row_sums(*operands, self.terms, *served)
             lo = hi = 0
         else:
-            lo, hi = (0, block.rows) if any(self.want) else (0, 0)
+            lo, hi = (0, block.n_rows) if any(self.want) else (0, 0)
             if self.call.negatives == "cross_view":  # the product for a tower that needs no gradient is left out
-                lo, hi = (0 if self.want[0] else split), (block.rows if self.want[1] else split)
-            df, weight_sums, sums = self.operators.pair_grad(
-                block.features, self.weight, self.terms, split, partner, lo, hi, *block.scalars
-            )
+                lo, hi = (0 if self.want[0] else split), (block.n_rows if self.want[1] else split)
+            df, weight_sums, sums = ops.pair_grad(*operands, self.weight, self.terms, (lo, hi), *served)
         row = anchor = 0
         for result, rows, anchors in into:
             count = rows.stop - rows.start
@@ -443,57 +461,55 @@ class _Sweep:
 
 
 class GlobalSweeps(Sweeps):
-    """The rows of this process among those of all: the same interface, its own anchors, everyone's negatives."""
+    """The sweeps of this rank's anchors against the negatives of all ranks."""
 
-    def __init__(self, features: Features, pos: Tensor, tau: Tensor, call: Call, ranks: Ranks) -> None:
-        super().__init__(features, pos, tau, call)
-        self.n_neg, self.divisor = Layout.make(call, ranks.total).n_neg, call.divisor(ranks.total)
-        self.layout = self.layout._replace(n_neg=self.n_neg)
-        self.call, self.ranks = call, ranks
-        self.layouts = [Layout.make(call, n) for n in ranks.sizes]
+    def __init__(self, rows: Rows, pos: Tensor, tau: Tensor, call: BoundCall) -> None:
+        ranks = call.ranks
+        n_neg = Layout.of(call, ranks.total).n_neg
+        layout = Layout.of(call, pos.shape[0] // 2)._replace(n_neg=n_neg)
+        super().__init__(rows, pos, tau, call, layout)
+        self.divisor = call.divisor(ranks.total)
+        self.ranks = ranks
+        self.layouts = [Layout.of(call, n) for n in ranks.sizes]
         self._gathered: Tensor | None = None
 
-    def row_sums(self, terms: tuple[str, ...], scalars: tuple[Tensor | None, ...]) -> Tensor:
+    def row_sums(self, terms: tuple[Term, ...], scalars: RowScalars) -> Tensor:
         return self._sweep(terms, None, scalars).sums
 
-    def grad(
-        self, rows: Rows, weight: str, terms: tuple[str, ...], lo: int, hi: int
+    def pair_grad(
+        self, weight: Weight, terms: tuple[Term, ...], scalars: RowScalars, wanted: tuple[int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
         if not any(self.ranks.want[:2]) and not terms:
-            nothing = self.pos.new_empty(0)
-            return nothing, nothing, nothing
-        center = self.pos if rows.center is None else rows.center
-        scalars = (center, rows.gain, rows.shift, rows.offset, rows.level)
+            return self.nothing()
         result = self._sweep(terms, weight, scalars)
-        return result.df[lo:hi], result.weight_sums, result.sums
+        return result.df[slice(*wanted)], result.weight_sums, result.sums
 
-    def everywhere(self, x: Tensor) -> Tensor:
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
         return self.ranks.all_reduce(x)
 
     def all_done(self, done: Tensor) -> bool:
         flag = done.all().to(self.tau.dtype)
         return bool(self.ranks.all_reduce(flag, dist.ReduceOp.MIN))
 
-    def _sweep(self, terms: tuple[str, ...], weight: str | None, scalars: tuple[Tensor | None, ...]) -> Result:
-        """One sweep over the pairs of all processes; what comes of it for the own rows."""
-        features = self.features
-        gradient = weight is not None
+    def _sweep(self, terms: tuple[Term, ...], weight: Weight | None, scalars: RowScalars) -> Result:
+        """One sweep over the pairs of all ranks; the result for this rank's rows."""
+        rows, gradient = self.rows, weight is not None
         sweep = _Sweep(
-            self.operators, self.call, terms, weight, self.ranks.want[:2], features.f.shape[1] if gradient else 0,
-            gradient and features.bias is not None,
+            self.function, self.call, terms, weight, self.ranks.want[:2], rows.f.shape[1] if gradient else 0,
+            gradient and rows.bias is not None,
         )  # fmt: skip
-        own = Block(features, scalars)
+        own = Block(rows, scalars)
         return self._ring(sweep, own) if self.ranks.strategy == "ring" else self._gather(sweep, own)
 
     def _among_own(self, sweep: _Sweep, own: Block, result: Result) -> None:
         if self.ranks.sizes[self.ranks.rank] > 1:  # one pair has no negatives in its own block
             layout = self.layout
-            sweep.add(own, layout.split, layout.partner, [(result, slice(0, own.rows), own.anchors)])
+            sweep.add(own, layout.split, layout.partner, [(result, slice(0, own.n_rows), own.anchors)])
 
     def _meet(
         self, sweep: _Sweep, own: Block, result: Result, others: dict[int, Block], results: dict[int, Result]
     ) -> None:
-        """The own block against others that are here. Rectangles with the same rows on the own side become one."""
+        """The own block against others that are here; rectangles with the same own rows become one."""
         rank, world, sizes = self.ranks.rank, self.ranks.world, self.ranks.sizes
         rectangles: dict[tuple[int, int, bool], list[tuple[int, slice]]] = defaultdict(list)
         for other in others:
@@ -503,16 +519,19 @@ class GlobalSweeps(Sweeps):
         for (start, stop, left), guests in rectangles.items():
             mine = own.part(slice(start, stop))
             parts = [others[other].part(rows) for other, rows in guests]
-            into = [(results[other], rows, part.anchors) for (other, rows), part in zip(guests, parts, strict=True)]
-            split = mine.rows if left else sum(part.rows for part in parts)
+            into = [(results[other], rows, block.anchors) for (other, rows), block in zip(guests, parts, strict=True)]
+            split = mine.n_rows if left else sum(block.n_rows for block in parts)
             here = (result, slice(start, stop), mine.anchors)
             parts, into = ([mine, *parts], [here, *into]) if left else ([*parts, mine], [*into, here])
             sweep.add(Block.join(parts), split, 0, into)
 
     def _like(self, block: Block, rank: int) -> list[tuple[Tensor | None, int]]:
-        """The tensors of a message that holds a block, with the number of rows they have for a process."""
-        layout, f = self.layouts[rank], block.features
-        return [(x, layout.anchors) for x in block.scalars] + [(x, layout.rows) for x in (f.scale, f.bias, f.f)]
+        """The tensors of a message that holds a block, with the number of rows they have for a process.
+
+        The rows come last, because they may be narrow.
+        """
+        layout, (f, *others) = self.layouts[rank], block.rows
+        return [(x, layout.anchors) for x in block.scalars] + [(x, layout.rows) for x in (*others, f)]
 
     def _ring(self, sweep: _Sweep, own: Block) -> Result:
         ranks, zeros = self.ranks, self.tau.new_zeros
@@ -534,11 +553,11 @@ class GlobalSweeps(Sweeps):
             message = block.wait()
             if step < last:
                 block = ranks.exchange(message, rank - 1, message_bytes(other + 1), rank + 1, 0)
-            *scalars, scale, bias, f = unpack(message, self._like(own, other))
-            visitor = Block(Features(f, scale, bias, None), tuple(scalars))
+            scalars, (*others, f) = _split(unpack(message, self._like(own, other)))
+            visitor = Block(Rows(f, *others), RowScalars(*scalars))
             theirs = sweep.nothing(self.layouts[other], zeros(size(other)))
             self._meet(sweep, own, result, {other: visitor}, {other: theirs})
-            del message, visitor, scalars, scale, bias, f
+            del message, visitor, scalars, others, f
             if behind is not None:
                 theirs.add(sweep.result(self.layouts[other], behind.wait()))
             if step < last:
@@ -555,32 +574,32 @@ class GlobalSweeps(Sweeps):
             result = sweep.nothing(self.layout, self.tau.new_zeros(sweep.size(self.layout)))
             self._among_own(sweep, own, result)
             return result
-        f = own.features
-        features = [(f.scale, "rows"), (f.bias, "rows"), (f.f, "rows")]
+        f, *others = own.rows
+        features = [(x, "rows") for x in (*others, f)]
         scalars = [(x, "anchors") for x in own.scalars]
         if self._gathered is None:  # rows once for all sweeps, row scalars for each
             self._gathered = self._gather_blocks(features)
         messages = self._gather_blocks(scalars)
-        others = {}
+        blocks = {}
         for step in steps(ranks.world):
             other = (ranks.rank + step) % ranks.world
             layout = self.layouts[other]
-            scale, bias, rows = unpack(self._gathered[other], [(x, layout.rows) for x, _ in features])
+            *others, f = unpack(self._gathered[other], [(x, layout.rows) for x, _ in features])
             vectors = unpack(messages[other], [(x, layout.anchors) for x, _ in scalars])
-            others[other] = Block(Features(rows, scale, bias, None), tuple(vectors))
+            blocks[other] = Block(Rows(f, *others), RowScalars(*vectors))
         flat = self.tau.new_zeros(ranks.world, max(sweep.size(layout) for layout in self.layouts))
         results = [sweep.nothing(layout, flat[r, : sweep.size(layout)]) for r, layout in enumerate(self.layouts)]
         mine = results[ranks.rank]
         self._among_own(sweep, own, mine)
-        self._meet(sweep, own, mine, others, dict(enumerate(results)))
-        if sweep.terms[:1] not in (("max",), ("base",)):
+        self._meet(sweep, own, mine, blocks, dict(enumerate(results)))
+        if not starts_at_minus_infinity(sweep.terms):
             return sweep.result(self.layout, ranks.reduce_scatter(flat)[: sweep.size(self.layout)])
         top = self.tau.new_full((ranks.world, max(layout.anchors for layout in self.layouts)), -torch.inf)
         for row, result in zip(top, results, strict=True):
             row[: result.sums.shape[1]] = result.sums[0]
         top = ranks.all_reduce(top, dist.ReduceOp.MAX)
         for row, result in zip(top, results, strict=True):
-            rebase(result.sums, row[: result.sums.shape[1]])
+            rescale(result.sums, row[: result.sums.shape[1]])
             result.sums[0].zero_()
         if len(sweep.terms) > 1:
             mine.flat[:] = ranks.reduce_scatter(flat)[: mine.flat.numel()]
@@ -602,90 +621,51 @@ class GlobalSweeps(Sweeps):
 
 
 class GlobalProblem(Problem):
-    """This process's rows of a batch that several share: solves them, then their gradient."""
+    """This rank's part of a batch: solves its rows, then their gradient."""
 
-    def __init__(self, features: Features, pos: Tensor, tau: Tensor, call: Call, ranks: Ranks) -> None:
-        super().__init__(features, pos, tau, call, GlobalSweeps(features, pos, tau, call, ranks))
-        self.ranks = ranks
+    def __init__(self, features: Features, pos: Tensor, tau: Tensor, call: BoundCall) -> None:
+        super().__init__(features, pos, tau, call, sweeps=GlobalSweeps(features.rows, pos, tau, call))
 
     def reduce(self, row_losses: Tensor) -> Tensor:
-        return global_reduce(row_losses, self.call, self.ranks)
+        return global_reduce(row_losses, self.call, self.call.ranks)
 
     def total(self, x: Tensor) -> Tensor:
-        # Of each process's own objective the average, for each has its own copy of τ; a shared loss is its own average.
-        total = self.ranks.all_reduce(x)
-        return total / self.ranks.world if self.call.reduction == "none" else total
+        # With "none" each process has an objective and a copy of τ of its own, so the result is their average; a
+        # shared loss is its own average.
+        ranks = self.call.ranks
+        total = ranks.all_reduce(x)
+        return total / ranks.world if self.call.reduction == "none" else total
 
-    def loss_and_gradient(self, need: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """As of one process, but dz is that of the sum of what all processes return, P times the loss."""
+    def loss_and_gradient(self, need: Need) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As for one process, except that dz belongs to the sum over all ranks' results, P times the loss."""
         loss, dz, dtau = super().loss_and_gradient(need)
-        return loss, None if dz is None else dz.mul_(self.ranks.world), dtau
+        return loss, None if dz is None else dz.mul_(self.call.ranks.world), dtau
 
 
-def global_weights(grad: Tensor, call: Call, ranks: Ranks) -> Tensor:
-    """(anchors,) of this process: derivative in its row losses of what all processes return, summed."""
-    if call.reduction == "none":
-        return (grad / 2).repeat(2) if call.negatives == "cross_view" and call.symmetric else grad
-    return (grad * (ranks.world / call.divisor(ranks.total))).expand(call.anchors(ranks.sizes[ranks.rank]))
+def global_weights(grad: Tensor, loss: Loss, ranks: Ranks) -> Tensor:
+    """(anchors,) of this process: derivative in its row losses of the sum over all ranks' results."""
+    if loss.reduction == "none":
+        return (grad / 2).repeat(2) if loss.two_directions else grad
+    return (grad * (ranks.world / loss.divisor(ranks.total))).expand(loss.anchors(ranks.sizes[ranks.rank]))
 
 
-def global_reduce(row_losses: Tensor, call: Call, ranks: Ranks) -> Tensor:
+def global_reduce(row_losses: Tensor, loss: Loss, ranks: Ranks) -> Tensor:
     """(anchors,) of this process → its own values with reduction "none", else the loss of the whole batch."""
-    if call.reduction == "none":
-        return call.reduce(row_losses)
-    total = ranks.all_reduce(replace(call, reduction="sum").reduce(row_losses))
-    if call.reduction == "sum":
+    if loss.reduction == "none":
+        return loss.reduce(row_losses)
+    total = ranks.all_reduce(replace(loss, reduction="sum").reduce(row_losses))
+    if loss.reduction == "sum":
         return total
-    return total / (ranks.total * (2 if call.negatives == "two_view" else 1))
-
-
-class GlobalFunction(torch.autograd.Function):
-    """loss(z1, z2, τ) of all processes' pairs; first derivatives only. As `AlphaCLFunction`, with messages in between."""
-
-    @staticmethod
-    def forward(ctx, z1: Tensor, z2: Tensor, tau: Tensor, call: Call, ranks: Ranks) -> Tensor:
-        ctx.call, ctx.ranks, ctx.dtypes = call, ranks, (z1.dtype, tau.dtype)
-        want = ranks.want
-        tau = tau.to(accumulation_dtype(z1.dtype))
-        problem = GlobalProblem(*features_of_views(z1, z2, call, _center(z1, z2, call, ranks)), tau, call, ranks)
-        if not any(want):
-            return problem.reduce(problem.solve(learn_tau=False).loss)
-        if call.reduction == "none":
-            rows = problem.solve(learn_tau=want[2])
-            ctx.save_for_backward(*problem.features.tensors(), problem.pos, tau, *row_tensors(rows))
-            return problem.reduce(rows.loss)
-        loss, dz, dtau = problem.loss_and_gradient(want)
-        ctx.save_for_backward(dz, dtau)
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ranks, (dz_dtype, tau_dtype) = ctx.ranks, ctx.dtypes
-        with without_autocast(grad.device):
-            if ctx.call.reduction == "none":
-                f, scale, bias, inv_norm, pos, tau, *rows = ctx.saved_tensors
-                problem = GlobalProblem(Features(f, scale, bias, inv_norm), pos, tau, ctx.call, ranks)
-                dz, dtau = problem.gradient(rows_and_groups(rows)[0], grad, ranks.want)
-            else:
-                dz, dtau = (None if g is None else g * grad for g in ctx.saved_tensors)
-        dz1 = dz2 = None
-        if dz is not None:  # of the views that any process wants, one below the other
-            n, both = ranks.sizes[ranks.rank], ranks.want[0] and ranks.want[1]
-            parts = dz.to(dz_dtype).split(n) if both and n else (dz.to(dz_dtype),) * 2
-            dz1, dz2 = parts[0], parts[-1]
-        need_1, need_2, need_tau = ctx.needs_input_grad[:3]
-        dtau = dtau.to(tau_dtype) if need_tau and dtau is not None else None
-        return (dz1 if need_1 else None), (dz2 if need_2 else None), dtau, None, None
+    return total / (ranks.total * (2 if loss.negatives == "two_view" else 1))
 
 
 class GlobalClosedForm(torch.autograd.Function):
-    """Loss of a constant-α objective of all processes' pairs: one sum of rows goes around, and its gradient back."""
+    """Loss of a constant-α objective over all ranks' pairs: one sum of rows goes around, its gradient back."""
 
     @staticmethod
-    def forward(ctx, z1: Tensor, z2: Tensor, call: Call, ranks: Ranks) -> Tensor:
-        ctx.call, ctx.ranks, ctx.dtype, ctx.need = call, ranks, z1.dtype, ctx.needs_input_grad[:2]
-        closed = _ClosedProblem(z1, z2, call, ranks)
+    def forward(ctx, z1: Tensor, z2: Tensor, call: BoundCall) -> Tensor:
+        ctx.call, ctx.dtype, ctx.need = call, z1.dtype, ctx.needs_input_grad[:2]
+        ranks, closed = call.ranks, _ClosedProblem(z1, z2, call)
         if any(ranks.want) and call.reduction == "none":
             ctx.save_for_backward(z1, z2)
         elif any(ranks.want):
@@ -698,31 +678,32 @@ class GlobalClosedForm(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         with without_autocast(grad.device):
             if ctx.call.reduction == "none":
-                grads = _ClosedProblem(*ctx.saved_tensors, ctx.call, ctx.ranks).gradient(grad)
+                grads = _ClosedProblem(*ctx.saved_tensors, ctx.call).gradient(grad)
             else:
                 grads = [None if g is None else g * grad for g in ctx.saved_tensors]
         grads = [g.to(ctx.dtype) if need else None for g, need in zip(grads, ctx.need, strict=True)]
-        return *grads, None, None
+        return *grads, None
 
 
 class _ClosedProblem:
-    """Row losses of this process, and their gradient: autograd on either side of the sums over processes, which are leaves.
+    """Row losses of this rank and their gradient: autograd on both sides of the all-reduced sums, which are leaves.
 
-    (A sum inside the graph would be a message that autograd sends when it likes, and with no rows at all it does not.)
+    A sum inside the graph would be a message that autograd sends at a time of its own, and never without rows.
     """
 
-    def __init__(self, z1: Tensor, z2: Tensor, call: Call, ranks: Ranks) -> None:
-        self.call, self.ranks = call, ranks
+    def __init__(self, z1: Tensor, z2: Tensor, call: BoundCall) -> None:
+        self.call, self.ranks = call, call.ranks
         self.own_sums: list[Tensor] = []
         self.all_sums: list[Tensor] = []
-        layout = Layout.make(call, z1.shape[0])._replace(n_neg=Layout.make(call, ranks.total).n_neg)
-        center = _center(z1, z2, call, ranks)
-        wide = accumulation_dtype(z1.dtype)  # so that gradients stay float32 until they are scaled, as in `AlphaCLFunction`
+        n_neg = Layout.of(call, self.ranks.total).n_neg
+        layout = Layout.of(call, z1.shape[0])._replace(n_neg=n_neg)
+        center = _center(z1, z2, call)
+        wide = accumulation_dtype(z1.dtype)  # gradients stay float32 until they are scaled
         with torch.enable_grad():
             self.views = tuple(z.detach().to(wide).requires_grad_() for z in (z1, z2))
-            self.losses = closed_form(*self.views, call, layout, center, self._everywhere)
+            self.losses = closed_form(*self.views, call, layout, center, self._all_reduce_sum)
 
-    def _everywhere(self, x: Tensor) -> Tensor:
+    def _all_reduce_sum(self, x: Tensor) -> Tensor:
         self.own_sums.append(x)
         self.all_sums.append(self.ranks.all_reduce(x.detach()).requires_grad_())
         return self.all_sums[-1]
@@ -737,19 +718,20 @@ class _ClosedProblem:
         return [a + b for a, b in zip(direct[:2], through_sums, strict=True)]
 
 
-def _center(z1: Tensor, z2: Tensor, call: Call, ranks: Ranks) -> Tensor | None:
-    """The mean of all processes' rows, which euclidean rows are taken from."""
+def _center(z1: Tensor, z2: Tensor, call: BoundCall) -> Tensor | None:
+    """The mean of all processes' rows, which is subtracted from euclidean rows."""
     if call.similarity != "euclidean":
         return None
     wide = accumulation_dtype(z1.dtype)
-    return ranks.all_reduce(z1.detach().to(wide).sum(0) + z2.detach().to(wide).sum(0)) / (2 * ranks.total)
+    own = z1.detach().to(wide).sum(0) + z2.detach().to(wide).sum(0)
+    return call.ranks.all_reduce(own) / (2 * call.ranks.total)
 
 
-def global_loss(z1: Tensor, z2: Tensor, tau: Tensor, call: Call, ranks: Ranks) -> Tensor:
-    """The loss of a call that all processes have agreed on."""
+def global_loss(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall) -> Tensor:
+    """The loss of a call that all its processes have agreed on."""
     with without_autocast(z1.device):
         if not torch.is_grad_enabled():
             z1, z2, tau = z1.detach(), z2.detach(), tau.detach()
         if isinstance(call.objective, ClosedForm):
-            return GlobalClosedForm.apply(z1, z2, call, ranks)
-        return GlobalFunction.apply(z1, z2, tau, call, ranks)
+            return GlobalClosedForm.apply(z1, z2, call)
+        return AlphaCLFunction.apply(z1, z2, tau, call, call.ranks.want, None)[0]

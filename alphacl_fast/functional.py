@@ -1,4 +1,4 @@
-"""`alpha_cl_loss`: the loss as a function, and the checks of everything a user can pass."""
+"""`alpha_cl_loss`: the loss as a function, and the checks of every argument."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import distributed, ops, traced
-from .autograd import AlphaCLFunction, Call, Groups, Layout, accumulation_dtype, closed_form, without_autocast
+from . import compiled_op, distributed, ops
+from .autograd import AlphaCLFunction, closed_form
 from .backend import reference
+from .call import BoundCall, Call, Layout, SameId, accumulation_dtype, without_autocast
 from .objectives import DEFAULTS, ClosedForm, Objective, make
 
 SIMILARITIES = ("cosine", "dot", "euclidean")
@@ -40,67 +41,77 @@ def alpha_cl_loss(
     ids: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """Contrastive loss of a batch of positive pairs; gradients flow to z1, z2 and a tensor temperature.
+    """Contrastive loss of a batch of positive pairs, differentiable in z1, z2 and a tensor temperature.
 
     Args:
-        z1, z2: (N, D) embeddings of the two views, N ≥ 2, one dtype of float32, float64, bfloat16, float16, one device;
-            row i of each is a positive pair. Any strides.
-        objective: a name of `alphacl_fast.objectives.names` or an `Objective`.
-        temperature: τ > 0; a float, or a tensor of one element, differentiable where the objective allows it. A tensor
-            on an accelerator is not read on the host, so its value is not checked.
-        similarity: "cosine" (rows are normalised here; an all-zero row has gradient 0), "dot" (rows as given) or
-            "euclidean" (t = −½‖·‖²).
-        negatives: "two_view" (2N anchors, all other rows but the positive), "one_view" (anchors and negatives are the
-            rows of z1) or "cross_view" (anchors z1 against z2; with ``symmetric`` both directions, averaged).
-        symmetric: only "cross_view" looks at it.
-        reduction: "mean" or "sum" over anchors, or "none": (2N,) for two_view, else (N,).
-        backend: "auto", "cpu" (compiled), "triton" (GPUs), "blocked" (PyTorch operations, any device) or "reference" (dense,
-            the oracle).
-        precision: of float32 matrix products: None follows `torch.get_float32_matmul_precision`; "ieee", "tf32" or
-            "bf16x3" (three products of bfloat16 halves) demand one, and a backend that does not have it refuses.
-        process_group: a `torch.distributed.ProcessGroup`, or "world", whose processes share one batch: each passes its own
-            pairs (any number, z1 and z2 in the same order) and receives the loss of all, or with "none" the values of its own
-            anchors. Every process must make the same call. The gradient is that of the sum of what all of them return, so
-            that it is the whole batch's after the averaging of DDP or FSDP; the temperature's is that average on every
-            process. The incoming gradient must be the same on every process (but with "none"). None: this process alone.
-        strategy: "gather" (all-gather and reduce-scatter; few messages), "ring" (messages beside the computation, memory for
-            some local blocks only) or "auto": gather while the whole batch takes at most 256 MiB. Only with a process group.
-        ids: (N,) integers; samples with one id are no negatives of each other, in either view (false-negative elimination,
-            arXiv:2011.11765), so that labels, or the instance an augmentation came from, can be given. Of another device they
-            are moved. An anchor without any negative left has loss 0 and no gradient, and "mean" counts it still. Not with a
-            process group, nor backend="cuda". None: only oneself and the positive are no negatives.
-        **options: of the objective, by its own names.
+        z1: (N, D) embeddings of the first view, N ≥ 2, in float32, float64, bfloat16 or float16. Any
+            strides are accepted.
+        z2: (N, D) embeddings of the second view, with the dtype and device of z1; rows i of both are a
+            positive pair.
+        objective: a name listed by `alphacl_fast.objectives.names`, or an `Objective`.
+        temperature: τ > 0, a float or a tensor with one element, differentiable where the objective
+            allows it. The host never reads a tensor on an accelerator, so its value is not checked.
+        similarity: "cosine" (rows are normalised here; an all-zero row has gradient 0), "dot" (rows as
+            given) or "euclidean" (t = −½‖z_i − z_j‖²).
+        negatives: "two_view" (2N anchors against all other rows but the positive), "one_view" (anchors
+            and negatives are the rows of z1) or "cross_view" (anchors z1 against z2).
+        symmetric: with "cross_view", whether the rows of z2 are anchors too; both directions are
+            averaged. Ignored unless negatives="cross_view".
+        reduction: "mean" or "sum" over the anchors, or "none": (2N,) for two_view, else (N,).
+        backend: "auto", "cpu" (compiled C++), "triton" (GPUs), "cuda" (compiled CUDA C++, NVIDIA GPUs),
+            "blocked" (PyTorch operations, any device) or "reference" (dense: the oracle).
+        precision: arithmetic of float32 matrix products. None follows
+            `torch.get_float32_matmul_precision`; "ieee", "tf32" or "bf16x3" (three products of bfloat16
+            halves) demands one, and a backend that lacks it refuses the call.
+        process_group: a `torch.distributed.ProcessGroup` or "world", whose ranks share one batch. Each
+            rank passes its own pairs (any number) and receives the loss of the whole batch or, with
+            reduction="none", the losses of its own anchors. All ranks must make the same call. Each
+            rank's gradient is that of Σ_r L_r, so DDP's or FSDP's averaging gives the gradient of the
+            whole batch; the temperature's gradient is that average on every rank. Unless
+            reduction="none", the incoming gradient must be the same on all ranks. None: this process
+            alone.
+        strategy: how ranks exchange rows: "gather" (all-gather and reduce-scatter; few messages), "ring"
+            (messages overlap with computation; memory for a few local blocks) or "auto" (gather while
+            the whole batch takes at most 256 MiB). Only with a process group.
+        ids: (N,) integers, moved to z1's device if necessary. Samples with equal ids are not negatives of
+            each other in either view (false-negative elimination, arXiv:2011.11765). Pass labels, or the
+            index of the instance that was augmented. An anchor that has no negatives left has loss 0 and
+            no gradient, and "mean" still counts it. Not supported with a process group or
+            backend="cuda". None: only the anchor and its positive are excluded.
+        **options: options of the objective, by its own names.
 
     Returns:
-        () or, with "none", one loss per anchor; float32, or float64 for float64 input.
+        () or, with reduction="none", one loss per anchor; float32, or float64 for float64 input.
 
     Raises:
-        TypeError, ValueError: a bad argument; the message names it, what was expected and what was received. With a process
-            group every process raises, and the message names the ranks.
+        TypeError: an argument has a wrong type or dtype; the message names the argument, what was
+            expected and what was received.
+        ValueError: an argument has a bad value or shape, or no backend can serve the call. With a
+            process group every rank raises, and the message names the ranks at fault.
 
-    Source: arXiv:2201.12680; the objectives' docstrings name equation and origin.
+    Source: arXiv:2201.12680; the docstring of each objective names its equation and origin.
     """
     group = make_group(process_group, strategy)
     try:
         call = make_call(
             objective, options, similarity=similarity, negatives=negatives, symmetric=symmetric, reduction=reduction,
-            backend=backend, precision=precision, group=group,
+            backend=backend, precision=precision, process_group=group,
         )  # fmt: skip
     except (TypeError, ValueError) as error:
         if group is not None:
             distributed.agree(group, None, None, None, None, error)  # raises
         raise
-    return evaluate(z1, z2, temperature, call, precision, ids)[0]
+    return evaluate(z1, z2, temperature, call, ids)[0]
 
 
-def make_group(process_group: Any, strategy: str) -> distributed.Group | None:
-    """Checks the two arguments that say with which processes to share a batch, and how."""
+def make_group(process_group: Any, strategy: str) -> distributed.ProcessGroup | None:
+    """Checks the two arguments that say which processes share a batch, and how."""
     _one_of("strategy", strategy, distributed.STRATEGIES)
     if process_group is None:
         if strategy != "auto":
             raise ValueError(f"strategy must be 'auto' without a process_group, got {strategy!r}")
         return None
-    return distributed.Group(process_group, strategy)
+    return distributed.ProcessGroup(process_group, strategy)
 
 
 def make_call(
@@ -113,7 +124,7 @@ def make_call(
     reduction: str,
     backend: str,
     precision: str | None,
-    group: distributed.Group | None,
+    process_group: distributed.ProcessGroup | None = None,
 ) -> Call:
     """Checks every argument but the tensors."""
     _one_of("similarity", similarity, SIMILARITIES)
@@ -123,15 +134,17 @@ def make_call(
     _one_of("precision", precision, PRECISIONS)
     if not isinstance(symmetric, bool):
         raise TypeError(f"symmetric must be True or False, got {symmetric!r}")
-    if group is not None and backend == "reference":
+    if process_group is not None and backend == "reference":
         raise ValueError("backend must not be 'reference' with a process_group: the oracle is of one process")
-    if not options and isinstance(objective, str):  # a compiled graph may use objects that are there, but not make them
+    if not options and isinstance(objective, str):  # a compiled graph may use existing objects, but not make any
         objective = DEFAULTS.get(objective, objective)
-    return Call(make(objective, options), similarity, negatives, symmetric, reduction, backend, group=group)
+    return Call(
+        make(objective, options), similarity, negatives, symmetric, reduction, backend, precision, process_group
+    )
 
 
 def check_temperature(temperature: float | Tensor, objective: Objective) -> None:
-    """Raises on a τ that is no positive finite number, or that requires a gradient where there is none."""
+    """Raises unless τ is finite and positive, and has a gradient wherever it requires one."""
     if isinstance(temperature, Tensor):
         if temperature.numel() != 1:
             raise ValueError(f"temperature must have one element, got shape {tuple(temperature.shape)}")
@@ -158,73 +171,80 @@ def check_temperature(temperature: float | Tensor, objective: Objective) -> None
 
 
 def evaluate(
-    z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, precision: str | None, ids: Tensor | None = None
+    z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, ids: Tensor | None = None
 ) -> tuple[Tensor, str, str]:
-    """The loss, the backend that computed it and why; checks everything but what `make_call` has checked."""
-    if call.group is not None:
-        return _evaluate_over_ranks(z1, z2, temperature, call, precision, ids)
-    tau, call, why = bind(z1, z2, temperature, call, precision, ids is not None)
-    backend = call.backend
+    """The loss, the backend that computed it and why; checks everything that `make_call` has not checked."""
+    if call.process_group is not None:
+        return _evaluate_over_ranks(z1, z2, temperature, call, ids)
+    tau, bound, why = bind(z1, z2, temperature, call, ids is not None)
     if ids is not None:
         ids = checked_ids("ids", ids, z1)
     with without_autocast(z1.device):
-        if backend == "reference":
-            accumulate = accumulation_dtype(z1.dtype)
-            z1, z2, tau = z1.to(accumulate), z2.to(accumulate), tau.to(accumulate)
-            losses = reference.row_losses(
-                z1, z2, tau, call.objective, call.similarity, call.negatives, call.symmetric, ids
-            )
-            return call.reduce(losses), backend, why
-        if isinstance(call.objective, ClosedForm):
-            groups = Groups.of_views(ids, call, z1.shape[0], accumulation_dtype(z1.dtype))
-            layout = Layout.make(call, z1.shape[0])
-            return call.reduce(closed_form(z1, z2, call, layout, groups=groups)), backend, why
-        if torch.compiler.is_compiling():
-            return traced.loss(z1, z2, tau, call, ids), backend, why
-        need = tuple(x.requires_grad and torch.is_grad_enabled() for x in (z1, z2, tau))
-        return AlphaCLFunction.apply(z1, z2, tau, call, need, ids)[0], backend, why
+        return _loss(z1, z2, tau, bound, ids), bound.backend, why
+
+
+def _loss(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, ids: Tensor | None) -> Tensor:
+    wide = accumulation_dtype(z1.dtype)
+    if call.backend == "reference":
+        losses = reference.row_losses(
+            z1.to(wide), z2.to(wide), tau.to(wide), call.objective, call.similarity, call.negatives,
+            call.symmetric, ids,
+        )  # fmt: skip
+        return call.reduce(losses)
+    if isinstance(call.objective, ClosedForm):
+        same_id = SameId.of_views(ids, call, z1.shape[0], wide)
+        layout = Layout.of(call, z1.shape[0])
+        return call.reduce(closed_form(z1, z2, call, layout, same_id=same_id))
+    if torch.compiler.is_compiling():
+        return compiled_op.loss(z1, z2, tau, call, ids)
+    need = tuple(x.requires_grad and torch.is_grad_enabled() for x in (z1, z2, tau))
+    return AlphaCLFunction.apply(z1, z2, tau, call, need, ids)[0]
 
 
 @torch.compiler.disable  # sizes and errors of the other processes are read on the host
 def _evaluate_over_ranks(
-    z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, precision: str | None, ids: Tensor | None
+    z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, ids: Tensor | None
 ) -> tuple[Tensor, str, str]:
-    tau, why, failure = None, "", None
+    tau, bound, why, failure = None, None, "", None
     try:
         if ids is not None:
             raise ValueError("ids must be None with a process_group: negatives of other processes are not left out by id")
-        tau, call, why = bind(z1, z2, temperature, call, precision)
-    except Exception as error:  # whatever it is, the other processes must learn of it: they wait for this one
+        tau, bound, why = bind(z1, z2, temperature, call)
+    except Exception as error:  # the other processes wait for this one, so they must learn of any error
         failure = error
-    ranks = distributed.agree(call.group, z1, z2, tau, call, failure)
-    return distributed.global_loss(z1, z2, tau, call, ranks), call.backend, f"{why}; {ranks.strategy} over {ranks.world}"
+    ranks = distributed.agree(call.process_group, z1, z2, tau, bound, failure)
+    loss = distributed.global_loss(z1, z2, tau, replace(bound, ranks=ranks))
+    return loss, bound.backend, f"{why}; {ranks.strategy} over {ranks.world}"
 
 
 def bind(
-    z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, precision: str | None, with_ids: bool = False
-) -> tuple[Tensor, Call, str]:
-    """τ as a tensor, the call with its backend, and why that one."""
+    z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, with_ids: bool = False
+) -> tuple[Tensor, BoundCall, str]:
+    """Checks embeddings and temperature; τ as a tensor, the call bound to its backend, and why that backend."""
     check_temperature(temperature, call.objective)
-    check_embeddings(z1, z2, fewest=2 if call.group is None else 0)
-    return bind_temperature(z1, temperature, call, precision, with_ids)
+    check_embeddings(z1, z2, fewest=2 if call.process_group is None else 0)
+    return bind_temperature(z1, temperature, call, with_ids)
 
 
 def bind_temperature(
-    z1: Tensor, temperature: float | Tensor, call: Call, precision: str | None, with_ids: bool = False
-) -> tuple[Tensor, Call, str]:
-    """As `bind`, of embeddings and a temperature that have been checked."""
+    z1: Tensor, temperature: float | Tensor, call: Call, with_ids: bool = False, **changes: Any
+) -> tuple[Tensor, BoundCall, str]:
+    """As `bind`, for embeddings and a temperature that have been checked; ``changes`` to the call."""
     if not torch.compiler.is_compiling():  # else the operator checks
         call.objective.check()
-    backend, why = ops.choose(call.backend, z1.device, z1.dtype, precision, call.objective.kind, with_ids)
-    host_tau: float | None = None
+    operands = ("ids",) if with_ids else ()
+    backend, why = ops.choose(
+        call.backend, z1.device, z1.dtype, call.precision, call.objective.kind, operands
+    )
+    known: float | None = None
     if isinstance(temperature, Tensor):
         if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
-            host_tau = temperature.detach().item()
+            known = temperature.detach().item()
         tau = temperature.reshape(()).to(z1.device)
     else:
-        host_tau = float(temperature)
-        tau = torch.full((), host_tau, dtype=accumulation_dtype(z1.dtype), device=z1.device)
-    return tau, replace(call, backend=backend, tau=host_tau, precision=precision or ""), why
+        known = float(temperature)
+        tau = torch.full((), known, dtype=accumulation_dtype(z1.dtype), device=z1.device)
+    return tau, call.bind(backend, known, **changes), why
 
 
 def check_embeddings(z1: Tensor, z2: Tensor, fewest: int = 2) -> None:
@@ -261,7 +281,7 @@ def check_rows(name: str, z: Tensor, fewest: int = 0) -> None:
 
 
 def checked_ids(name: str, ids: Tensor, rows: Tensor) -> Tensor:
-    """The ids of rows (n, D) on their device; raises unless they are n integers."""
+    """The ids on the device of rows (n, D); raises unless they are n integers."""
     shape = tuple(rows.shape[:1])
     if not isinstance(ids, Tensor):
         raise TypeError(f"{name} must be an integer tensor of shape {shape}, got {type(ids).__name__}")

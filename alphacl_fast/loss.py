@@ -9,31 +9,41 @@ from torch import Tensor, nn
 
 from . import functional, ops
 from .objectives import Objective
-from .players import AlphaSummary, alpha_summary
+from .pair_weights import AlphaSummary, alpha_summary
 
 
 class FusedAlphaCLLoss(nn.Module):
-    """Contrastive loss of the α-CL family, without ever storing the N×N matrix. Called as ``loss(z1, z2)``.
+    """Contrastive loss of the α-CL family that never stores the N×N matrix. Call it as ``loss(z1, z2)``.
 
     Args:
-        objective: name (see `alphacl_fast.objectives.names`) or an `Objective`.
-        temperature: τ as a float, a tensor or an ``nn.Parameter``. A parameter is learnt with its exact gradient (where
-            the objective has one); a tensor becomes a buffer.
-        temperature_range: (low, high) to which a learnable temperature is clamped in place before each use, as CLIP does
-            with its scale; None leaves it alone.
-        similarity, negatives, symmetric, reduction, backend, precision, process_group, strategy: as of
-            `alphacl_fast.functional.alpha_cl_loss`.
-        **options: of the objective, by its own names.
+        objective: a name listed by `alphacl_fast.objectives.names`, or an `Objective`.
+        temperature: τ as a float, a tensor or an ``nn.Parameter``. A parameter is learnt with its exact
+            gradient, where the objective has one; a tensor becomes a buffer.
+        similarity: "cosine", "dot" or "euclidean", as of `alphacl_fast.functional.alpha_cl_loss`.
+        negatives: "two_view", "one_view" or "cross_view", likewise.
+        symmetric: whether "cross_view" averages both directions.
+        reduction: "mean", "sum" or "none".
+        backend: "auto" or the name of a backend.
+        precision: arithmetic of float32 matrix products; None follows torch.
+        process_group: None, "world" or a `torch.distributed.ProcessGroup` whose ranks share one batch.
+        strategy: how those ranks exchange rows: "auto", "gather" or "ring".
+        temperature_range: (low, high) to which a learnable temperature is clamped in place before each
+            use, as CLIP clamps its scale; None leaves it alone.
+        **options: options of the objective, by its own names.
 
-    Shape: z1, z2 (N, D), float32, float64, bfloat16 or float16; ids, where given, (N,) integers: samples with one id are no
-    negatives of each other (`alphacl_fast.functional.alpha_cl_loss`); output () or, with ``reduction="none"``, one value per
-    anchor, in float32 (float64 for float64 input).
+    Shape:
+        * z1, z2: (N, D), float32, float64, bfloat16 or float16.
+        * ids: None or (N,) integers; samples with equal ids are not negatives of each other.
+        * output: () or, with ``reduction="none"``, one value per anchor, in float32 (float64 for
+          float64 input).
 
     Raises:
-        TypeError, ValueError: here for options, in the call for embeddings (with a process group: on every process); name,
-            expected and received are in the message.
+        TypeError, ValueError: the constructor raises on bad options, the call on bad embeddings or ids
+            (with a process group: on every rank). The message has the name, what was expected and what
+            was received.
 
-    Source: Y. Tian, "Understanding Deep Contrastive Learning via Coordinate-wise Optimization", arXiv:2201.12680.
+    Source: Y. Tian, "Understanding Deep Contrastive Learning via Coordinate-wise Optimization",
+    NeurIPS 2022, arXiv:2201.12680.
     """
 
     def __init__(
@@ -55,14 +65,13 @@ class FusedAlphaCLLoss(nn.Module):
         super().__init__()
         self._call = functional.make_call(
             objective, options, similarity=similarity, negatives=negatives, symmetric=symmetric, reduction=reduction,
-            backend=backend, precision=precision, group=functional.make_group(process_group, strategy),
+            backend=backend, precision=precision, process_group=functional.make_group(process_group, strategy),
         )  # fmt: skip
         functional.check_temperature(temperature, self._call.objective)
         if isinstance(temperature, Tensor) and not temperature.is_leaf:
             raise ValueError("temperature must be a leaf tensor or an nn.Parameter, got the result of an operation")
         if temperature_range is not None and not isinstance(temperature, Tensor):
             raise ValueError(f"temperature_range must be None with a fixed temperature, got {temperature_range!r}")
-        self.precision = precision
         self.temperature_range = _checked_range(temperature_range)
         if isinstance(temperature, Tensor) and not isinstance(temperature, nn.Parameter) and not temperature.requires_grad:
             self.register_buffer("temperature", temperature.clone())
@@ -71,28 +80,44 @@ class FusedAlphaCLLoss(nn.Module):
         self._served: tuple[str, str] | None = None
 
     @property
+    def precision(self) -> str | None:
+        """The precision of float32 products that was asked for."""
+        return self._call.precision
+
+    @property
     def objective(self) -> Objective:
         """The objective in force."""
         return self._call.objective
 
     def forward(self, z1: Tensor, z2: Tensor, ids: Tensor | None = None) -> Tensor:
-        """(N, D), (N, D)[, (N,) integers] → () or (anchors,). Raises TypeError or ValueError on bad embeddings or ids."""
+        """(N, D), (N, D)[, (N,) integers] → () or (anchors,).
+
+        Raises:
+            TypeError, ValueError: bad embeddings or ids.
+        """
         temperature = self.temperature
         if isinstance(temperature, Tensor) and self.temperature_range is not None:
             temperature.data.clamp_(*self.temperature_range)
-        loss, *self._served = functional.evaluate(z1, z2, temperature, self._call, self.precision, ids)
+        loss, *self._served = functional.evaluate(z1, z2, temperature, self._call, ids)
         return loss
 
     def alpha_summary(self, z1: Tensor, z2: Tensor, *, k: int = 8, bins: int = 40) -> AlphaSummary:
-        """What α does to these embeddings, as `alphacl_fast.alpha_summary` has it; of this process's pairs alone."""
+        """Statistics of α on these embeddings (`alphacl_fast.alpha_summary`), for this process's pairs alone.
+
+        Args:
+            z1: (N, D) embeddings of the first view.
+            z2: (N, D) embeddings of the second view.
+            k: nearest negatives to keep per anchor.
+            bins: bins of the histogram of d².
+        """
         call = self._call
         return alpha_summary(
             z1, z2, call.objective, k=k, bins=bins, temperature=self.temperature, similarity=call.similarity,
-            negatives=call.negatives, symmetric=call.symmetric, backend=call.backend, precision=self.precision,
+            negatives=call.negatives, symmetric=call.symmetric, backend=call.backend, precision=call.precision,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        """Everything that was chosen, and the backend with the reason."""
+        """Every setting, and the backend with the reason for its choice."""
         call = self._call
         tau = self.temperature
         shown = f"{tau.item():.6g} (tensor)" if isinstance(tau, Tensor) and tau.device.type == "cpu" else tau
@@ -101,15 +126,15 @@ class FusedAlphaCLLoss(nn.Module):
         if call.negatives == "cross_view":
             parts += [f"symmetric={call.symmetric}"]
         parts += [f"reduction={call.reduction!r}"]
-        if call.group is not None:
-            parts += [f"process_group={call.group!r}"]
-        if self.precision is not None:
-            parts += [f"precision={self.precision!r}"]
+        if call.process_group is not None:
+            parts += [f"process_group={call.process_group!r}"]
+        if call.precision is not None:
+            parts += [f"precision={call.precision!r}"]
         if self._served:
             chosen = "last call: " + ", ".join(self._served)
         else:
             try:
-                name, why = ops.choose(call.backend, torch.device("cpu"), torch.float32, self.precision, call.objective.kind)
+                name, why = ops.choose(call.backend, torch.device("cpu"), torch.float32, call.precision, call.objective.kind)
                 chosen = f"on a CPU: {name}, {why}"
             except ValueError as error:
                 chosen = str(error)

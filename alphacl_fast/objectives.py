@@ -34,6 +34,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .bundles import Term
+
 __all__ = [
     "ClosedForm",
     "MinPlayer",
@@ -262,13 +264,13 @@ class Pairs(Protocol):
 
     def sums(
         self,
-        terms: tuple[str, ...],
+        terms: tuple[Term, ...],
         *,
         shift: Tensor | None = None,
-        offset: Tensor | None = None,
-        center: Tensor | None = None,
+        argument_offset: Tensor | None = None,
+        moment_origin: Tensor | None = None,
     ) -> Tensor:
-        """One `row_sums` sweep: (len(terms), anchors); moments are taken of t − center, by default of Δ."""
+        """One `row_sums` sweep: (len(terms), anchors); moments are taken of t − moment_origin, by default of Δ."""
         ...
 
     def step(self, name: str, *vectors: Tensor, params: tuple[float, ...] = ()) -> dict[str, Tensor]:
@@ -289,17 +291,17 @@ class Pairs(Protocol):
 
 
 @dataclass
-class Rows:
-    """Row scalars: what `pair_grad` needs. ``gain``, ``mass`` and ``dtau`` are divided by `Pairs.divisor`.
+class RowSolution:
+    """Row scalars: what `pair_grad` needs. ``row_weight``, ``mass`` and ``dtau`` are divided by `Pairs.divisor`.
 
     g_ij = gain_i·(df | f | f + df·(t_ij − center_i − level_i)),  q_i = mass_i = −∂L/∂t⁺_i.
     """
 
-    gain: Tensor
+    row_weight: Tensor
     shift: Tensor | None = None
-    offset: Tensor | None = None
-    level: Tensor | None = None
-    center: Tensor | None = None  #: of the moments; None is t⁺
+    argument_offset: Tensor | None = None
+    baseline: Tensor | None = None
+    moment_origin: Tensor | None = None  #: of the moments; None is t⁺
     mass: Tensor | None = None  #: Σ_j α_ij
     loss: Tensor | None = None  #: L_i
     dtau: Tensor | None = None  #: ∂L_i/∂τ
@@ -314,7 +316,7 @@ class Objective:
         uses_temperature: whether τ enters the loss value.
         tau_gradient: where ∂L_i/∂τ comes from: ``"rows"`` (`solve`), ``"pairs"`` (the term "dtau" of `pair_grad`) or None
             (there is no gradient).
-        one_sweep: gain, shift, offset and level need no sum over pairs, so `pair_grad` alone serves loss and gradient.
+        one_sweep: row_weight, shift, argument_offset and baseline need no sum over pairs, so `pair_grad` alone serves loss and gradient.
         derivative: `pair_grad` weighs pairs by df instead of f.
     """
 
@@ -326,7 +328,7 @@ class Objective:
     tau_in_front = False
     one_sweep = False
     derivative = False
-    terms: tuple[str, ...] = ()
+    terms: tuple[Term, ...] = ()
     key: str  # under which `registered` finds this object while it lives; what crosses an operator schema
 
     def __init_subclass__(cls) -> None:
@@ -350,21 +352,21 @@ class Objective:
     def check(self) -> None:
         """Raises ValueError on what only a call can show; constructors check the rest."""
 
-    def solve(self, p: Pairs, learn_tau: bool) -> Rows:
+    def solve(self, p: Pairs, learn_tau: bool) -> RowSolution:
         """All sweeps but `pair_grad`."""
         rows = self.start(p)
         return self.finish(p, rows, p.sums(self.terms, shift=rows.shift))
 
-    def start(self, p: Pairs) -> Rows:
+    def start(self, p: Pairs) -> RowSolution:
         """Row scalars of a `one_sweep` objective."""
         raise NotImplementedError
 
-    def finish(self, p: Pairs, rows: Rows, sums: Tensor) -> Rows:
+    def finish(self, p: Pairs, rows: RowSolution, sums: Tensor) -> RowSolution:
         """Adds ``mass`` and ``loss`` from the sums over `terms`."""
         raise NotImplementedError
 
-    def even(self, p: Pairs) -> Tensor:
-        """The gain of rows whose pairs weigh as the pair kind says."""
+    def uniform_weight(self, p: Pairs) -> Tensor:
+        """The row_weight of rows whose pairs weigh as the pair kind says."""
         return torch.full_like(p.pos, 1 / p.divisor)
 
     def __repr__(self) -> str:
@@ -375,7 +377,7 @@ def _show(value: Any) -> str:
     return getattr(value, "__name__", repr(value)) if callable(value) else repr(value)
 
 
-class RowScalars(NamedTuple):
+class BatchNumbers(NamedTuple):
     """Numbers that all rows share, of `Pairs`; a backend that compiles a row step gives 0-dim tensors for all of them."""
 
     tau: Tensor  # as the pair kind sees it
@@ -386,8 +388,8 @@ class RowScalars(NamedTuple):
 class RowStep(NamedTuple):
     """A pointwise function of row vectors, ``function(vectors, scalars, params)`` → one vector for each of ``outputs``."""
 
-    function: Callable[[tuple[Tensor, ...], RowScalars, tuple[float, ...]], tuple[Tensor, ...]]
-    outputs: tuple[str, ...]  # fields of `Rows`, or what the iteration of a min player goes by
+    function: Callable[[tuple[Tensor, ...], BatchNumbers, tuple[float, ...]], tuple[Tensor, ...]]
+    outputs: tuple[str, ...]  # fields of `RowSolution`, or what the iteration of a min player goes by
 
 
 #: The row steps by the name under which they cross the operator schema; each stands beside the objective that it is of.
@@ -418,7 +420,7 @@ class PairLoss(Objective):
         self._psi = _CustomFunction(psi, "psi")
         self.kind = self._psi.key
         self.one_sweep = phi is None
-        self.terms = ("f", "df")
+        self.terms = (Term.F, Term.DF)
 
     def check(self) -> None:
         self._psi.check()
@@ -437,20 +439,20 @@ class PairLoss(Objective):
     def dphi(self, xi: Tensor, tau: Tensor) -> Tensor:
         return torch.ones_like(xi) if self._phi is None else self._phi.derivative(xi)
 
-    def start(self, p: Pairs) -> Rows:
-        return Rows(gain=self.even(p), shift=p.pos)
+    def start(self, p: Pairs) -> RowSolution:
+        return RowSolution(row_weight=self.uniform_weight(p), shift=p.pos)
 
-    def finish(self, p: Pairs, rows: Rows, sums: Tensor) -> Rows:
+    def finish(self, p: Pairs, rows: RowSolution, sums: Tensor) -> RowSolution:
         xi, dxi = sums
-        gain = rows.gain if self._phi is None else self.dphi(xi, p.tau) / p.divisor
-        return replace(rows, gain=gain, mass=gain * dxi, loss=self.phi(xi, p.tau))
+        row_weight = rows.row_weight if self._phi is None else self.dphi(xi, p.tau) / p.divisor
+        return replace(rows, row_weight=row_weight, mass=row_weight * dxi, loss=self.phi(xi, p.tau))
 
 
 class _LinearPairLoss(PairLoss):
     """Built-in ψ that is summed as it is, with φ = identity."""
 
     one_sweep = True
-    terms = ("f", "df")
+    terms = (Term.F, Term.DF)
     _phi = None
 
     def check(self) -> None:
@@ -513,15 +515,15 @@ def _add_exp_steps(outer: str) -> None:
         ell = (base - pos / tau) + total.log()  # log Σ_j exp(Δ_ij/τ + margin)
         return ell + margin if margin else ell
 
-    def rows(v: tuple[Tensor, ...], s: RowScalars, p: tuple[float, ...]) -> tuple[Tensor, ...]:
+    def rows(v: tuple[Tensor, ...], s: BatchNumbers, p: tuple[float, ...]) -> tuple[Tensor, ...]:
         pos, base, total, *gap_sum = v
         ell = ell_of(pos, base, total, s.tau, p[1])
         mass = _dphi(outer, ell, s.tau, p) / s.tau / s.divisor
-        gain = mass / total
+        row_weight = mass / total
         # ∂ℓ/∂τ = −Σ_j p_ij Δ_ij/τ², p = softmax. −½Σ⟨F, dF⟩/τ would do too, but cancels where rows are long.
-        return gain, mass, _phi(outer, ell, s.tau, p), *(gain * x / -s.tau for x in gap_sum)
+        return row_weight, mass, _phi(outer, ell, s.tau, p), *(row_weight * x / -s.tau for x in gap_sum)
 
-    def dtau_in_front(v: tuple[Tensor, ...], s: RowScalars, p: tuple[float, ...]) -> tuple[Tensor, ...]:
+    def dtau_in_front(v: tuple[Tensor, ...], s: BatchNumbers, p: tuple[float, ...]) -> tuple[Tensor, ...]:
         # ∂(τφ(ℓ))/∂τ = φ − φ′·ΣpΔ/τ, two large numbers where |t| ≫ τ. With ΣpΔ/τ = ℓ − margin − log Σ + Σp·log(f/e^base)
         # it is (φ − φ′ℓ) + φ′·(margin + log Σ − Σp·log(f/e^base)), none of which is.
         pos, base, total, moment = v
@@ -529,8 +531,8 @@ def _add_exp_steps(outer: str) -> None:
         spread = p[1] + total.log() - moment / (total * s.tau)
         return ((phi.legendre(ell) + phi.dphi(ell) * spread) / s.divisor,)
 
-    ROW_STEPS[f"exp {outer}"] = RowStep(rows, ("gain", "mass", "loss"))
-    ROW_STEPS[f"exp {outer}, dτ"] = RowStep(rows, ("gain", "mass", "loss", "dtau"))
+    ROW_STEPS[f"exp {outer}"] = RowStep(rows, ("row_weight", "mass", "loss"))
+    ROW_STEPS[f"exp {outer}, dτ"] = RowStep(rows, ("row_weight", "mass", "loss", "dtau"))
     ROW_STEPS[f"exp {outer}, dτ in front"] = RowStep(dtau_in_front, ("dtau",))
 
 
@@ -571,15 +573,17 @@ class _ExpPairLoss(Objective):
     def dphi(self, ell: Tensor, tau: Tensor) -> Tensor:
         return _dphi(self._outer, ell, tau, self._row_params)
 
-    def solve(self, p: Pairs, learn_tau: bool) -> Rows:
+    def solve(self, p: Pairs, learn_tau: bool) -> RowSolution:
         slope_from_gap = learn_tau and not self.tau_in_front
-        base, total, *gap_sum = p.sums(("base", "f", "ft") if slope_from_gap else ("base", "f"))
+        base, total, *gap_sum = p.sums(
+            (Term.SHIFT, Term.F, Term.F_MOMENT) if slope_from_gap else (Term.SHIFT, Term.F)
+        )
         step = f"exp {self._outer}"
         if slope_from_gap:
-            return Rows(shift=base, **p.step(f"{step}, dτ", p.pos, base, total, *gap_sum, params=self._row_params))
-        rows = Rows(shift=base, **p.step(step, p.pos, base, total, params=self._row_params))
+            return RowSolution(shift=base, **p.step(f"{step}, dτ", p.pos, base, total, *gap_sum, params=self._row_params))
+        rows = RowSolution(shift=base, **p.step(step, p.pos, base, total, params=self._row_params))
         if learn_tau:  # costs one more sweep
-            (moment,) = p.sums(("ft",), shift=base, center=base * p.tau)
+            (moment,) = p.sums((Term.F_MOMENT,), shift=base, moment_origin=base * p.tau)
             (rows.dtau,) = p.step(f"{step}, dτ in front", p.pos, base, total, moment, params=self._row_params).values()
         return rows
 
@@ -587,15 +591,15 @@ class _ExpPairLoss(Objective):
 # --- (b) α given directly ---------------------------------------------------------------------------------------------
 
 
-def _weight_rows(v: tuple[Tensor, ...], s: RowScalars, p: tuple[float, ...]) -> tuple[Tensor, ...]:
+def _weight_rows(v: tuple[Tensor, ...], s: BatchNumbers, p: tuple[float, ...]) -> tuple[Tensor, ...]:
     *base, total, gap_sum = v  # params (alpha_eps,)
     z = total
     if p[0]:
         extra = p[0] * s.n_neg
         z = total + (extra * (-base[0]).exp() if base else extra)
     inv_z = _safe_inverse(z)
-    gain, loss = inv_z / s.divisor, gap_sum * inv_z
-    return gain, total * gain, loss, loss
+    row_weight, loss = inv_z / s.divisor, gap_sum * inv_z
+    return row_weight, total * row_weight, loss, loss
 
 
 def _safe_inverse(x: Tensor) -> Tensor:
@@ -604,8 +608,8 @@ def _safe_inverse(x: Tensor) -> Tensor:
     return torch.where(usable, 1 / torch.where(usable, x, 1.0), 0.0)
 
 
-ROW_STEPS["weight"] = RowStep(lambda v, s, p: _weight_rows(v, s, p)[:3], ("gain", "mass", "loss"))
-ROW_STEPS["weight, through α"] = RowStep(_weight_rows, ("gain", "mass", "loss", "level"))
+ROW_STEPS["weight"] = RowStep(lambda v, s, p: _weight_rows(v, s, p)[:3], ("row_weight", "mass", "loss"))
+ROW_STEPS["weight, through α"] = RowStep(_weight_rows, ("row_weight", "mass", "loss", "baseline"))
 
 
 class PairWeight(Objective):
@@ -648,7 +652,7 @@ class PairWeight(Objective):
         if self.alpha_eps and not self.normalized:
             raise ValueError(f"{name}: alpha_eps must be 0 with normalized=False, got {self.alpha_eps}")
         self.one_sweep = not self.normalized
-        self.terms = ("f", "ft")
+        self.terms = (Term.F, Term.F_MOMENT)
         if self.uses_temperature and not self.detach_alpha:
             self.tau_gradient = "pairs"
 
@@ -665,22 +669,22 @@ class PairWeight(Objective):
     def params(self, c: float) -> tuple[float, ...]:
         return (c,)
 
-    def solve(self, p: Pairs, learn_tau: bool) -> Rows:
+    def solve(self, p: Pairs, learn_tau: bool) -> RowSolution:
         if not self.normalized:
             return super().solve(p, learn_tau)
         log = kind(self.kind).log
-        sums = p.sums(("base", *self.terms) if log else self.terms)
+        sums = p.sums((Term.SHIFT, *self.terms) if log else self.terms)
         step = "weight" if self.detach_alpha else "weight, through α"
-        return Rows(shift=sums[0] if log else None, **p.step(step, *sums, params=(self.alpha_eps,)))
+        return RowSolution(shift=sums[0] if log else None, **p.step(step, *sums, params=(self.alpha_eps,)))
 
-    def start(self, p: Pairs) -> Rows:
-        return Rows(
-            gain=self.even(p),
+    def start(self, p: Pairs) -> RowSolution:
+        return RowSolution(
+            row_weight=self.uniform_weight(p),
             shift=torch.zeros_like(p.pos) if kind(self.kind).log else None,
-            level=None if self.detach_alpha else torch.zeros_like(p.pos),
+            baseline=None if self.detach_alpha else torch.zeros_like(p.pos),
         )
 
-    def finish(self, p: Pairs, rows: Rows, sums: Tensor) -> Rows:
+    def finish(self, p: Pairs, rows: RowSolution, sums: Tensor) -> RowSolution:
         return replace(rows, mass=sums[0] / p.divisor, loss=sums[1])
 
 
@@ -705,7 +709,7 @@ class _NamedPairWeight(PairWeight):
 # --- (c) α as the exact min player ------------------------------------------------------------------------------------
 
 
-def _newton(v: tuple[Tensor, ...], s: RowScalars, p: tuple[float, ...]) -> tuple[Tensor, ...]:
+def _newton(v: tuple[Tensor, ...], s: BatchNumbers, p: tuple[float, ...]) -> tuple[Tensor, ...]:
     """One step for y with Σ_j h = 1, from Σh and Σh′ at y; the bracket [low, high] shrinks. params (power, far power)."""
     mass, slope, y, low, high = v
     eps = torch.finfo(y.dtype).eps
@@ -718,12 +722,12 @@ def _newton(v: tuple[Tensor, ...], s: RowScalars, p: tuple[float, ...]) -> tuple
     return low, high, torch.where(done, y, new), done
 
 
-def _min_player_rows(v: tuple[Tensor, ...], s: RowScalars, p: tuple[float, ...]) -> tuple[Tensor, ...]:
+def _min_player_rows(v: tuple[Tensor, ...], s: BatchNumbers, p: tuple[float, ...]) -> tuple[Tensor, ...]:
     t_max, pos, mass, moment, *slopes = v
     # Σ_j α_ij Δ_ij from the moment about t_max: Δ itself, times h′ = O(1/τ), would leave eps·|Δ|/τ of noise in g.
     loss = moment + mass * (t_max - pos)
-    level = (slopes[1] * _safe_inverse(slopes[0]),) if slopes else ()
-    return torch.ones_like(mass) / s.divisor, mass / s.divisor, loss, *level
+    baseline = (slopes[1] * _safe_inverse(slopes[0]),) if slopes else ()
+    return torch.ones_like(mass) / s.divisor, mass / s.divisor, loss, *baseline
 
 
 def _inside(guess: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -731,7 +735,7 @@ def _inside(guess: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(torch.where(guess.isfinite(), guess, high), low), high)
 
 
-def _start_at_normal_tail(v: tuple[Tensor, ...], s: RowScalars, p: tuple[float, ...]) -> tuple[Tensor, ...]:
+def _start_at_normal_tail(v: tuple[Tensor, ...], s: BatchNumbers, p: tuple[float, ...]) -> tuple[Tensor, ...]:
     # The root for normally distributed similarities: with y = t_max − mean + σz, Σ_j max(x_ij, 0) = |Neg|·σ·G(z),
     # G(z) = φ(z) + zΦ(z), convex and ≥ z; so Newton from z = r descends to G(z) = r = τ/(|Neg|·σ).
     t_max, mean, mean_square, low, high = v
@@ -747,15 +751,15 @@ def _start_at_normal_tail(v: tuple[Tensor, ...], s: RowScalars, p: tuple[float, 
     return (_inside(torch.where(few, high, t_max - mean + sigma * z), low, high),)
 
 
-def _start_at_mean(v: tuple[Tensor, ...], s: RowScalars, p: tuple[float, ...]) -> tuple[Tensor, ...]:
+def _start_at_mean(v: tuple[Tensor, ...], s: BatchNumbers, p: tuple[float, ...]) -> tuple[Tensor, ...]:
     # h is convex in d², so by Jensen the root lies below that of a row with all distances at their mean.
     t_max, mean, low, high = v
     return (_inside(low + (t_max - mean), low, high),)
 
 
 ROW_STEPS["newton"] = RowStep(_newton, ("low", "high", "y", "done"))
-ROW_STEPS["min player"] = RowStep(_min_player_rows, ("gain", "mass", "loss"))
-ROW_STEPS["min player, through α"] = RowStep(_min_player_rows, ("gain", "mass", "loss", "level"))
+ROW_STEPS["min player"] = RowStep(_min_player_rows, ("row_weight", "mass", "loss"))
+ROW_STEPS["min player, through α"] = RowStep(_min_player_rows, ("row_weight", "mass", "loss", "baseline"))
 ROW_STEPS["start at the normal tail"] = RowStep(_start_at_normal_tail, ("y",))
 ROW_STEPS["start at the mean"] = RowStep(_start_at_mean, ("y",))
 
@@ -827,15 +831,17 @@ class MinPlayer(Objective):
             low, high = torch.where(up, low, middle), torch.where(up, middle, high)
         return float(low)
 
-    def solve(self, p: Pairs, learn_tau: bool) -> Rows:
+    def solve(self, p: Pairs, learn_tau: bool) -> RowSolution:
         # y = μ − d²_min and x_ij = (t_ij − t_max) + y: differences keep float32 row sums right to 1e-7 at τ = 1e-3,
         # where μ − d² itself would lose three digits.
-        (t_max,) = p.sums(("max",))
+        (t_max,) = p.sums((Term.T_MAX,))
         low, high = (self.inverse(alpha, p.tau).expand_as(t_max) for alpha in (1 / p.most_neg, 1.0))
         y = self.start_of_newton(p, t_max, low, high)
-        terms = ("f", "df", "ft") if self.detach_alpha else ("f", "df", "ft", "dft")
+        terms = (Term.F, Term.DF, Term.F_MOMENT)
+        if not self.detach_alpha:
+            terms = (*terms, Term.DF_MOMENT)
         for _ in range(self.max_sweeps):
-            mass, slope, moment, *slope_moment = p.sums(terms, shift=t_max, offset=y, center=t_max)
+            mass, slope, moment, *slope_moment = p.sums(terms, shift=t_max, argument_offset=y, moment_origin=t_max)
             low, high, new, done = p.step(
                 "newton", mass, slope, y, low, high, params=(self.newton_power, self.far_power)
             ).values()
@@ -846,7 +852,7 @@ class MinPlayer(Objective):
             scalars = p.step("min player", t_max, p.pos, mass, moment)
         else:
             scalars = p.step("min player, through α", t_max, p.pos, mass, moment, slope, *slope_moment)
-        return Rows(shift=t_max, offset=y, center=t_max, **scalars)
+        return RowSolution(shift=t_max, argument_offset=y, moment_origin=t_max, **scalars)
 
 
 def _rebuild_min_player(options: dict[str, Any]) -> MinPlayer:

@@ -1,99 +1,147 @@
-"""The two operators `row_sums` and `pair_grad`, the O(n·D) steps around them, and the choice of the backend that serves them.
+"""The two operators `row_sums` and `pair_grad`, the O(n·D) steps around them, and the choice of a backend.
 
-The schema is the contract of every backend; docs/design.md says what each argument means.
+The schema follows from the bundles (`bundles`), which are flattened here and nowhere else; docs/design.md
+says what each operand means.
 """
 
 from __future__ import annotations
 
 import functools
+import typing
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .backend import blocked, cpu, cuda, triton
-from .objectives import ROW_STEPS
-from .objectives import kind as lookup
+from .bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight
+from .objectives import ROW_STEPS, kind
 
 #: Sweep backends in the order in which "auto" tries them.
 SWEEP_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "cuda": cuda, "blocked": blocked}
-#: Those that do not leave out pairs with equal ids.
-WITHOUT_IDS = ("cuda",)
 #: Every name that ``backend=`` accepts.
 BACKEND_NAMES = ("auto", "reference", *SWEEP_BACKENDS)
 
+# --- the schema ---------------------------------------------------------------------------------------
+
+_BUNDLES = (Rows, Pairing, PairFunction, RowScalars)
+_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "int",
+    str: "str",
+    tuple[float, ...]: "float[]",
+    tuple[float, float] | None: "float[]?",
+}
+_OPERANDS = ", ".join(
+    f"{_TYPES[annotation]} {field}"
+    for bundle in _BUNDLES
+    for field, annotation in typing.get_type_hints(bundle).items()
+)
+
+
+def _unflatten(operands: tuple[Any, ...]) -> tuple[Rows, Pairing, PairFunction, RowScalars]:
+    """The bundles of a flat list of operands; the dispatcher makes lists of tuples."""
+    bundles, start = [], 0
+    for bundle in _BUNDLES:
+        stop = start + len(bundle._fields)
+        bundles.append(bundle._make(operands[start:stop]))
+        start = stop
+    rows, pairing, function, scalars = bundles
+    log_range = None if function.log_range is None else tuple(function.log_range)
+    return rows, pairing, function._replace(params=tuple(function.params), log_range=log_range), scalars
+
+
 _LIBRARY = torch.library.Library("alphacl_fast", "DEF")
-_LIBRARY.define(
-    "row_sums(Tensor f, Tensor? scale, Tensor? bias, Tensor center, Tensor? shift, Tensor? offset, Tensor tau, "
-    "str kind, float[] params, str[] terms, int split, int partner, int anchors, float[] unit_tau, "
-    "str precision, str backend, Tensor? ids=None) -> Tensor"
-)
-_LIBRARY.define(
-    "pair_grad(Tensor f, Tensor? scale, Tensor? bias, Tensor center, Tensor gain, Tensor? shift, Tensor? offset, "
-    "Tensor? level, Tensor tau, str kind, float[] params, str weight, str[] terms, int split, int partner, int lo, int hi, "
-    "float[] unit_tau, str precision, str backend, Tensor? ids=None) -> (Tensor, Tensor, Tensor)"
-)
-# Only of backends that have them: normalisation before the sweeps and its derivative after them in one pass each,
-_LIBRARY.define("unit_rows(Tensor z1, Tensor z2, str backend) -> (Tensor, Tensor, Tensor)")
-_LIBRARY.define("finish_rows(Tensor(a!) d, Tensor f, Tensor inv_norm, Tensor q, str backend) -> ()")
-# and what is pointwise over the anchors between them.
-_LIBRARY.define(
-    "row_step(Tensor[] vectors, Tensor tau, int n_neg, int divisor, int anchors, str step, float[] params, str backend) "
-    "-> Tensor"
-)
 
 
-def _span(kind: str, params: list[float], unit_tau: list[float]) -> tuple[float, ...]:
-    """Range of log f over all t in [−1, 1], where rows are of unit length and τ is known on the host; else empty."""
-    return _log_ends(kind, tuple(params), *unit_tau) if unit_tau else ()
+def _define(schema: str, function: Any, fake: Any) -> Any:
+    """Defines an operator; returns its overload, which is what the package calls."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"alphacl_fast::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.alphacl_fast, name).default
 
 
-@functools.lru_cache(maxsize=1024)
-def _log_ends(kind: str, params: tuple[float, ...], tau: float) -> tuple[float, ...]:
-    ends = torch.tensor([-1.0, 1.0], dtype=torch.float64, device="cpu")
-    tau = torch.tensor(tau, dtype=torch.float64, device="cpu")
-    return tuple(lookup(kind).f(ends, tau, params).tolist())
+# --- the sweeps ---------------------------------------------------------------------------------------
 
 
-def _row_sums(
-    f, scale, bias, center, shift, offset, tau, kind, params, terms, split, partner, anchors, unit_tau, precision, backend,
-    ids=None,
-):
-    return SWEEP_BACKENDS[backend].row_sums(
-        f, scale, bias, center, shift, offset, tau, kind, tuple(params), tuple(terms), split, partner, anchors,
-        _span(kind, params, unit_tau), precision, *(() if ids is None else (ids,)),
-    )  # fmt: skip
+def _row_sums(*arguments):
+    *operands, terms, precision, backend = arguments
+    sweep = SWEEP_BACKENDS[backend].row_sums
+    return sweep(*_unflatten(operands), tuple(map(Term, terms)), precision)
 
 
-def _pair_grad(
-    f, scale, bias, center, gain, shift, offset, level, tau, kind, params, weight, terms, split, partner, lo, hi, unit_tau,
-    precision, backend, ids=None,
-):
-    return SWEEP_BACKENDS[backend].pair_grad(
-        f, scale, bias, center, gain, shift, offset, level, tau, kind, tuple(params), weight, tuple(terms), split, partner, lo,
-        hi, _span(kind, params, unit_tau), precision, *(() if ids is None else (ids,)),
-    )  # fmt: skip
+def _row_sums_fake(*arguments):
+    *operands, terms, _, _ = arguments
+    _, pairing, function, _ = _unflatten(operands)
+    return function.tau.new_empty((len(terms), pairing.anchors))
 
 
-def _row_sums_fake(
-    f, scale, bias, center, shift, offset, tau, kind, params, terms, split, partner, anchors, unit_tau, precision, backend,
-    ids=None,
-):
-    return tau.new_empty((len(terms), anchors))
+def _pair_grad(*arguments):
+    *operands, weight, terms, low, high, precision, backend = arguments
+    sweep = SWEEP_BACKENDS[backend].pair_grad
+    return sweep(*_unflatten(operands), Weight(weight), tuple(map(Term, terms)), (low, high), precision)
 
 
-def _pair_grad_fake(
-    f, scale, bias, center, gain, shift, offset, level, tau, kind, params, weight, terms, split, partner, lo, hi, unit_tau,
-    precision, backend, ids=None,
-):
+def _pair_grad_fake(*arguments):
+    *operands, _, terms, low, high, _, _ = arguments
+    rows, pairing, function, _ = _unflatten(operands)
+    n, dim = rows.f.shape
     return (
-        tau.new_empty((hi - lo, f.shape[1])),
-        tau.new_empty((f.shape[0] if bias is not None else 0,)),
-        tau.new_empty((len(terms), gain.shape[0] if terms else 0)),
+        function.tau.new_empty((high - low, dim)),
+        function.tau.new_empty((n if rows.bias is not None else 0,)),
+        function.tau.new_empty((len(terms), pairing.anchors if terms else 0)),
     )
 
 
-def _unit_rows(z1, z2, backend):
-    return SWEEP_BACKENDS[backend].unit_rows(z1, z2)
+ROW_SUMS = _define(
+    f"row_sums({_OPERANDS}, int[] terms, str precision, str backend) -> Tensor", _row_sums, _row_sums_fake
+)
+PAIR_GRAD = _define(
+    f"pair_grad({_OPERANDS}, int weight, int[] terms, int low, int high, str precision, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    _pair_grad,
+    _pair_grad_fake,
+)
+
+
+def row_sums(
+    rows: Rows,
+    pairing: Pairing,
+    function: PairFunction,
+    scalars: RowScalars,
+    terms: tuple[Term, ...],
+    precision: str,
+    backend: str,
+) -> Tensor:
+    """(len(terms), anchors): every term summed over the negatives of every anchor."""
+    return ROW_SUMS(*rows, *pairing, *function, *scalars, terms, precision, backend)
+
+
+def pair_grad(
+    rows: Rows,
+    pairing: Pairing,
+    function: PairFunction,
+    scalars: RowScalars,
+    weight: Weight,
+    terms: tuple[Term, ...],
+    wanted: tuple[int, int],
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient sweep.
+
+    Returns:
+        df (high − low, D), Σ_j (g_ij + g_ji)·F_j of the rows ``wanted`` = (low, high); (n,) sums
+        of the weights g_ij + g_ji where rows have a bias, else (0,); (len(terms), anchors) sums as of `row_sums`.
+    """
+    return PAIR_GRAD(*rows, *pairing, *function, *scalars, weight, terms, *wanted, precision, backend)
+
+
+# --- O(n·D) steps, for backends that have them --------------------------------------------------------
 
 
 def _unit_rows_fake(z1, z2, backend):
@@ -102,77 +150,87 @@ def _unit_rows_fake(z1, z2, backend):
     return z1.new_empty((2 * n, dim)), *(z1.new_empty((2 * n,), dtype=wide) for _ in range(2))
 
 
-def _finish_rows(d, f, inv_norm, q, backend):
-    SWEEP_BACKENDS[backend].finish_rows(d, f, inv_norm, q)
+#: z1, z2 (N, D) → the stacked rows (2N, D) of unit length (raw for half precision), 1/‖z‖ and t⁺, (2N,) each.
+unit_rows = _define(
+    "unit_rows(Tensor z1, Tensor z2, str backend) -> (Tensor, Tensor, Tensor)",
+    lambda z1, z2, backend: SWEEP_BACKENDS[backend].unit_rows(z1, z2),
+    _unit_rows_fake,
+)
+#: d (2N, D) ← the gradient in z: adds the positives' part, q (anchors,), and differentiates the normalisation.
+finish_rows = _define(
+    "finish_rows(Tensor(a!) d, Tensor f, Tensor inv_norm, Tensor q, str backend) -> ()",
+    lambda d, f, inv_norm, q, backend: SWEEP_BACKENDS[backend].finish_rows(d, f, inv_norm, q),
+    lambda d, f, inv_norm, q, backend: None,
+)
+#: The outputs (K, anchors) of a row step of `objectives`, for vectors (anchors,).
+row_step = _define(
+    "row_step(Tensor[] vectors, Tensor tau, int n_neg, int divisor, int anchors, str step, float[] params, "
+    "str backend) -> Tensor",
+    lambda vectors, tau, n_neg, divisor, anchors, step, params, backend: SWEEP_BACKENDS[backend].row_step(
+        tuple(vectors), tau, n_neg, divisor, anchors, step, tuple(params)
+    ),
+    lambda vectors, tau, n_neg, divisor, anchors, step, params, backend: tau.new_empty(
+        (len(ROW_STEPS[step].outputs), anchors)
+    ),
+)
 
 
-def _row_step(vectors, tau, n_neg, divisor, anchors, step, params, backend):
-    return SWEEP_BACKENDS[backend].row_step(tuple(vectors), tau, n_neg, divisor, anchors, step, tuple(params))
+def has(backend: str, step: str) -> bool:
+    """Whether a backend has one of the steps unit_rows (with finish_rows) and row_step."""
+    return hasattr(SWEEP_BACKENDS[backend], step)
 
 
-def _row_step_fake(vectors, tau, n_neg, divisor, anchors, step, params, backend):
-    return tau.new_empty((len(ROW_STEPS[step].outputs), anchors))
+# --- operands -----------------------------------------------------------------------------------------
 
 
-_LIBRARY.impl("unit_rows", _unit_rows, "CompositeExplicitAutograd")
-_LIBRARY.impl("finish_rows", _finish_rows, "CompositeExplicitAutograd")
-torch.library.register_fake("alphacl_fast::unit_rows", _unit_rows_fake, lib=_LIBRARY)
-torch.library.register_fake("alphacl_fast::finish_rows", lambda d, f, inv_norm, q, backend: None, lib=_LIBRARY)
-_LIBRARY.impl("row_step", _row_step, "CompositeExplicitAutograd")
-torch.library.register_fake("alphacl_fast::row_step", _row_step_fake, lib=_LIBRARY)
-_LIBRARY.impl("row_sums", _row_sums, "CompositeExplicitAutograd")
-_LIBRARY.impl("pair_grad", _pair_grad, "CompositeExplicitAutograd")
-torch.library.register_fake("alphacl_fast::row_sums", _row_sums_fake, lib=_LIBRARY)
-torch.library.register_fake("alphacl_fast::pair_grad", _pair_grad_fake, lib=_LIBRARY)
-
-row_sums = torch.ops.alphacl_fast.row_sums.default
-pair_grad = torch.ops.alphacl_fast.pair_grad.default
-unit_rows = torch.ops.alphacl_fast.unit_rows.default
-finish_rows = torch.ops.alphacl_fast.finish_rows.default
-row_step = torch.ops.alphacl_fast.row_step.default
+@functools.lru_cache(maxsize=1024)
+def log_range(name: str, params: tuple[float, ...], temperature: float) -> tuple[float, float]:
+    """The bounds of log f over t in [−1, 1], where every similarity of unit rows lies."""
+    ends = torch.tensor([-1.0, 1.0], dtype=torch.float64, device="cpu")
+    tau = torch.tensor(temperature, dtype=torch.float64, device="cpu")
+    low, high = kind(name).f(ends, tau, params).tolist()
+    return low, high
 
 
-def has_unit_rows(backend: str) -> bool:
-    """Whether a backend has `unit_rows` and `finish_rows`."""
-    return hasattr(SWEEP_BACKENDS[backend], "unit_rows")
+# --- the choice of a backend --------------------------------------------------------------------------
 
 
-def has_row_step(backend: str) -> bool:
-    """Whether a backend has `row_step`."""
-    return hasattr(SWEEP_BACKENDS[backend], "row_step")
-
-
-def _unsupported(
-    backend: str, device: torch.device, dtype: torch.dtype, precision: str | None, kind: str, ids: bool
-) -> str | None:
-    """Why a sweep backend cannot serve a call, or None."""
-    if ids and backend in WITHOUT_IDS:
-        return "ids: not in this backend; use triton or blocked"
-    return SWEEP_BACKENDS[backend].unsupported(device, dtype, precision, kind)
+def unsupported(
+    backend: str, device: torch.device, dtype: torch.dtype, precision: str | None, pair_kind: str = "",
+    operands: tuple[str, ...] = (),
+) -> str | None:  # fmt: skip
+    """Why a sweep backend cannot serve a call, or None. ``operands``: the optional ones that the call has."""
+    module = SWEEP_BACKENDS[backend]
+    missing = set(operands) - module.OPTIONAL_OPERANDS
+    if missing:
+        able = [name for name, other in SWEEP_BACKENDS.items() if other.OPTIONAL_OPERANDS.issuperset(operands)]
+        return f"{', '.join(sorted(missing))}: not in this backend; use {' or '.join(able)}"
+    return module.unsupported(device, dtype, precision, pair_kind)
 
 
 @torch.compiler.assume_constant_result  # it looks for packages and devices, and runs a user's function
 def choose(
-    backend: str, device: torch.device, dtype: torch.dtype, precision: str | None, kind: str = "", ids: bool = False
-) -> tuple[str, str]:
-    """The backend for a call with a pair kind ("": no pairwise work), with or without ids, and why it was chosen.
+    backend: str, device: torch.device, dtype: torch.dtype, precision: str | None, pair_kind: str = "",
+    operands: tuple[str, ...] = (),
+) -> tuple[str, str]:  # fmt: skip
+    """The backend for a call with a pair kind ("": no pairwise work) and optional operands, and why it was chosen.
 
     Raises:
         ValueError: no backend (or not the one asked for) can serve the call; the message says why.
     """
     if backend == "reference":
-        reason = blocked.unsupported(device, dtype, precision, kind)  # the oracle multiplies through torch as well
+        reason = blocked.unsupported(device, dtype, precision, pair_kind)  # the oracle multiplies through torch as well
         if reason:
             raise ValueError(f"backend 'reference' cannot serve this call: {reason}")
         return "reference", "as asked"
     if backend != "auto":
-        reason = _unsupported(backend, device, dtype, precision, kind, ids)
+        reason = unsupported(backend, device, dtype, precision, pair_kind, operands)
         if reason:
             raise ValueError(f"backend {backend!r} cannot serve this call: {reason}")
         return backend, "as asked"
     reasons = []
     for name in SWEEP_BACKENDS:
-        reason = _unsupported(name, device, dtype, precision, kind, ids)
+        reason = unsupported(name, device, dtype, precision, pair_kind, operands)
         if reason is None and name in ("triton", "cuda") and device.type == "cpu":
             reason = "only interpreted here, which is slow: to be asked for by name"
         if reason is None:

@@ -1,6 +1,6 @@
 """What a loss over many processes will cost: memory, work, messages and time of a step, for both strategies.
 
-Messages are counted exactly, operation by operation, as `alphacl_fast.distributed` sends them (`benchmarks/scaling.py` holds
+Messages are counted exactly, operation by operation, as `alphacl_fast.distributed` sends them (`tools/scaling.py` holds
 the count against real processes, byte for byte). Memory is a count of the blocks that live at once. Time is a model: work at
 the rate of one device, messages at a stated bandwidth, a stated latency for each. The objective is InfoNCE: two sweeps.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .autograd import Call, Layout, accumulation_dtype
+from .call import Layout, Loss, accumulation_dtype
 from .distributed import STATEMENT_BYTES, steps
 from .functional import alpha_cl_loss
 from .objectives import make
@@ -32,8 +32,8 @@ def messages(
     all_gather, all_reduce: of its own tensor; reduce_scatter: of everyone's; isend: sent.
     """
     world = len(sizes)
-    call = Call(make("infonce"), "cosine", negatives, symmetric, "mean", "auto")
-    layouts = [Layout.make(call, n) for n in sizes]
+    call = Loss(make("infonce"), "cosine", negatives, symmetric, "mean")
+    layouts = [Layout.of(call, n) for n in sizes]
     wide, narrow = accumulation_dtype(dtype).itemsize, dtype.itemsize
     scaled = wide if narrow < wide else 0  # 1/‖z‖ beside raw rows
 
@@ -118,8 +118,8 @@ def plan(
     if batch < max(gpus, 2):
         raise ValueError(f"batch must be at least 2 and the number of gpus, {gpus}, got {batch}")
     here = -(-batch // gpus)
-    call = Call(make("infonce"), "cosine", negatives, True, "mean", "auto")
-    rows = Layout.make(call, here).rows
+    call = Loss(make("infonce"), "cosine", negatives, True, "mean")
+    rows = Layout.of(call, here).rows
     pairs = {"two_view": 2 * batch**2, "one_view": batch**2 / 2, "cross_view": batch**2}[negatives]
     flops = 8 * dim * pairs / gpus
     compute = flops / rate

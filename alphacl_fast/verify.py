@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .distributed import Group
+from .distributed import ProcessGroup
 from .functional import NEGATIVES, alpha_cl_loss
 from .objectives import make, names
 
@@ -51,7 +51,7 @@ def verify_distributed(
     Raises:
         RuntimeError: on every process, if a residual exceeds ``tolerance``; names the worst.
     """
-    handle = Group(process_group, "auto").handle()
+    handle = ProcessGroup(process_group, "auto").handle()
     rank, world = dist.get_rank(handle), dist.get_world_size(handle)
     sizes = [pairs - r % 3 for r in range(world)]
     mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))

@@ -1,6 +1,6 @@
 """How a sweep is tiled: tuned tables by device, conservative defaults otherwise.
 
-A table is `tuned/<device>.json`, written by ``python -m alphacl_fast.kernels.tune``: a list of entries
+A table is `tuned/<device>.json`, written by ``alphacl tune``: a list of entries
 ``{"sweep", "mode", "dim", "rows", "tile": {…}}``. A call takes, among the entries of its sweep, its arithmetic and its power
 of two of features, the one nearest in log(rows). The environment variable ALPHACL_TUNED names a table to use instead.
 """
@@ -32,8 +32,6 @@ class Tile:
         rows, cols: BLOCK_M, BLOCK_N. features: BLOCK_D; a row of more features is multiplied in chunks of so many, and its
             gradient by a vendor product. warps, stages: as Triton means them. both_sides: the form that reads each
             similarity once (docs/design.md); it needs rows = cols. max_registers: per thread, None leaves it to the compiler.
-        engine: "triton", or "gluon" for the overlapped Hopper kernels where they serve the call.
-        persistent: programs per multiprocessor that share all row blocks; 0 launches one for each.
     """
 
     rows: int
@@ -43,8 +41,6 @@ class Tile:
     stages: int
     both_sides: bool = False
     max_registers: int | None = None
-    engine: str = "triton"
-    persistent: int = 0
 
     def __post_init__(self) -> None:
         if self.both_sides and self.rows != self.cols:
@@ -57,7 +53,7 @@ def power_of_two(x: int, least: int = 16) -> int:
 
 
 def default(sweep: str, mode: str, dim: int) -> Tile:
-    """A tile that compiles without spills for sm_80, sm_90 and sm_100 (``python -m benchmarks.resources --check``).
+    """A tile that compiles without spills for sm_80, sm_90 and sm_100 (``python -m tools.triton_resources``).
 
     ``sweep``: row_sums or pair_grad for one exponential a pair, row_sums_plain or pair_grad_plain for all else, which takes
     more registers (several pieces of a pair, each with its own row scalars).

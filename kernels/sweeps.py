@@ -9,11 +9,8 @@ A program owns BLOCK_M rows "i" and walks the ring of column tiles, BLOCK_N rows
   pays for.)
 * **Row-block form**: the program sees every column tile and writes each of its results once; the order of all additions is
   fixed. Where there are too few row blocks several programs share a ring, and their parts are summed afterwards.
-* **Both-sides form** (BOTH): block I takes the ring distances 0 … tiles/2 only and serves the rows of block J as well.
-  `row_sums` writes J's sums to slots of their own (fixed order); `pair_grad` adds to J's gradient atomically.
-* **Persistent grid** (PERSISTENT): as many programs as run side by side walk the items, row block × part of its ring. Row
-  blocks come first: programs in step with each other have neighbouring blocks at the same distance in their rings, so the
-  column tile that one reads is in the second-level cache from its neighbour, as where the device deals out a program per item.
+* **Both-sides form** (BOTH, of `row_sums`): block I takes the ring distances 0 … tiles/2 only and serves the rows of block J
+  as well, whose sums it writes to slots of their own; their order is fixed.
 
 An absent row scalar is an empty tuple, a present one a tuple of one vector, for Triton functions cannot return None.
 """
@@ -93,7 +90,7 @@ class Static(NamedTuple):
     UPCAST: bool  # multiply as float32 (the interpreter multiplies bfloat16 wrongly)
     EXCLUDE: bool  # rows of the same pair do not count
     TRIANGLE: bool  # both sides are the same rows
-    BOTH: bool
+    BOTH: bool  # a tile serves its columns too
     ROWS_PAIRED: bool  # a block holds rows of both views
     COLS_PAIRED: bool
     ROWS_ANCHOR: bool = True
@@ -102,7 +99,6 @@ class Static(NamedTuple):
     GRAD: str = "product"  # "product"; "weights": W itself, for a vendor product; "none": sums only
     W_TYPE: Any = None  # to which weights are rounded for the second product
     W_PRECISION: str = "ieee"
-    PERSISTENT: bool = False
     IDS: bool = False  # rows of one id do not count for each other, in whatever tile they meet: all are masked
 
     @property
@@ -437,18 +433,38 @@ def _sum_tile(base, totals, losses, tile, at, col_slot, i, f_i, c, S: tl.constex
     return base, totals, losses
 
 
-@triton.jit
-def _sum_rows(block_i, part, parts, n_rows, row_start, begin, end, col_slot, c, S: tl.constexpr):
-    """One item of `row_sums`: a part of the ring of block I."""
+@triton.jit(
+    do_not_specialize=[
+        "n_rows", "n_cols", "row_start", "col_start", "half", "anchors", "begin", "end", "col_slot", "middle",
+    ],
+    do_not_specialize_on_alignment=["out_ptr"],
+)  # fmt: skip
+def row_sums(
+    f_ptr, v, tau_ptr, out_ptr, stride, n_rows, n_cols, row_start, col_start, half, anchors, begin, end, col_slot, middle,
+    S: tl.constexpr,
+):  # fmt: skip
+    """Sums of S.TERMS over the ring positions [begin, end) of every row. Grid (row blocks, parts of a ring).
+
+    Args:
+        f_ptr: (rows, D) features with row stride ``stride``, unit column stride. v: `Vectors`, (rows,) or (anchors,) ACC each.
+        tau_ptr: () ACC. n_rows, n_cols: rows of the two sides, which begin at the physical rows row_start, col_start.
+        out_ptr: (slots, [base,] terms, anchors) ACC: a part's rows in slot ``part``, and in the both-sides form what the tiles
+            at ring distance t add to their columns' rows in slot ``col_slot + t`` (distance 0 of a triangle adds nothing).
+            Slots of the fixed both-sides form have no base.
+        middle: of the "fixed" form; float.
+    """
+    tau = tl.load(tau_ptr)
+    c = Common(f_ptr, stride, v, tau, middle, (), (), out_ptr, anchors, n_cols, col_start, half)
+    block_i, part = tl.program_id(0), tl.program_id(1)
     M: tl.constexpr = S.BLOCK_M
-    i = _side(c.v, block_i, n_rows, row_start, c.half, S.BLOCK_M, S.ROWS_PAIRED, True)
+    i = _side(v, block_i, n_rows, row_start, half, S.BLOCK_M, S.ROWS_PAIRED, True)
     f_i, base = (), ()
     if S.D <= S.BLOCK_D:
-        f_i = (_features(c.f_ptr, c.stride, i, 0, S),)
+        f_i = (_features(f_ptr, stride, i, 0, S),)
     if S.FORM == "running" or S.FORM == "max":
         base = (tl.full((M,), float("-inf"), S.ACC),)
     totals, losses = _zeros(M, len(S.TERMS), S), _zeros(M, len(S.TERMS), S)
-    tiles, first, begin, masked, ragged, plain = _ring(block_i, part, parts, n_rows, c.n_cols, begin, end, S)
+    tiles, first, begin, masked, ragged, plain = _ring(block_i, part, tl.num_programs(1), n_rows, n_cols, begin, end, S)
     for k in range(0, masked + tl.where(ragged >= 0, 1, 0)):
         at = tl.where(k < masked, begin + k, ragged)
         base, totals, losses = _sum_tile(base, totals, losses, (first + at) % tiles, at, col_slot, i, f_i, c, S, True)
@@ -457,40 +473,8 @@ def _sum_rows(block_i, part, parts, n_rows, row_start, begin, end, col_slot, c, 
             at = k + tl.where((ragged >= 0) & (k >= ragged), 1, 0)
             base, totals, losses = _sum_tile(base, totals, losses, (first + at) % tiles, at, col_slot, i, f_i, c, S, False)
     if S.FORM == "fixed" and not S.BOTH:
-        base = (tl.zeros((M,), S.ACC) + c.middle,)
-    _store_sums(c.out, part, c.anchors, i, i.keep, base, totals)
-
-
-@triton.jit(
-    do_not_specialize=[
-        "n_rows", "n_cols", "row_start", "col_start", "half", "anchors", "begin", "end", "col_slot", "n_blocks", "n_items",
-        "middle",
-    ],
-    do_not_specialize_on_alignment=["out_ptr"],
-)  # fmt: skip
-def row_sums(
-    f_ptr, v, tau_ptr, out_ptr, stride, n_rows, n_cols, row_start, col_start, half, anchors, begin, end, col_slot, n_blocks,
-    n_items, middle, S: tl.constexpr,
-):  # fmt: skip
-    """Sums of S.TERMS over the ring positions [begin, end) of every row. Grid (row blocks, parts of a ring), or persistent.
-
-    Args:
-        f_ptr: (rows, D) features with row stride ``stride``, unit column stride. v: `Vectors`, (rows,) or (anchors,) ACC each.
-        tau_ptr: () ACC. n_rows, n_cols: rows of the two sides, which begin at the physical rows row_start, col_start.
-        out_ptr: (slots, [base,] terms, anchors) ACC: a part's rows in slot ``part``, and in the both-sides form what the tiles
-            at ring distance t add to their columns' rows in slot ``col_slot + t`` (distance 0 of a triangle adds nothing).
-            Slots of the fixed both-sides form have no base.
-        n_blocks, n_items: row blocks, and row blocks times parts, of a persistent grid.
-        middle: of the "fixed" form; float.
-    """
-    tau = tl.load(tau_ptr)
-    c = Common(f_ptr, stride, v, tau, middle, (), (), out_ptr, anchors, n_cols, col_start, half)
-    if S.PERSISTENT:
-        parts = n_items // n_blocks
-        for item in range(tl.program_id(0), n_items, tl.num_programs(0)):
-            _sum_rows(item % n_blocks, item // n_blocks, parts, n_rows, row_start, begin, end, col_slot, c, S)
-    else:
-        _sum_rows(tl.program_id(0), tl.program_id(1), tl.num_programs(1), n_rows, row_start, begin, end, col_slot, c, S)
+        base = (tl.zeros((M,), S.ACC) + middle,)
+    _store_sums(out_ptr, part, anchors, i, i.keep, base, totals)
 
 
 # --- sweep 2 ----------------------------------------------------------------------------------------------------------
@@ -531,53 +515,28 @@ def _fixed_weights(log_f, i, j, c, S: tl.constexpr):
 
 
 @triton.jit
-def _add_atomically(ptrs, keep, sums, stride):
-    for k in tl.static_range(len(sums)):
-        tl.atomic_add(ptrs + k * stride.to(tl.int64), sums[k], mask=keep, sem="relaxed")
-
-
-@triton.jit
-def _rescaled(w, side, axis: tl.constexpr):
-    """W times the scales of a side's rows."""
-    if len(side.scale):
-        return w * tl.expand_dims(side.scale[0], axis)
-    else:
-        return w
-
-
-@triton.jit
 def rounded_to_tf32(x):
     """float32 with 10 bits of mantissa. The hardware would cut the others off, which makes every weight too small."""
     return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _factor(w, side, axis: tl.constexpr, S: tl.constexpr):
-    """W as a factor of the product with a side's rows: times their scales, then rounded, so that normalised rows never are."""
-    w = _rescaled(w, side, axis).to(S.W_TYPE)
+def _factor(w, j, S: tl.constexpr):
+    """W as a factor of the product with rows J: times their scales, then rounded, so that normalised rows never are."""
+    if len(j.scale):
+        w = w * j.scale[0][None, :]
+    w = w.to(S.W_TYPE)
     if S.W_PRECISION == "tf32":
         w = rounded_to_tf32(w)
     return w
 
 
 @triton.jit
-def _row_ptrs(ptr, row, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    return ptr + row.to(tl.int64)[:, None] * D + tl.arange(0, BLOCK_D)[None, :]
-
-
-@triton.jit
-def _grad_tile(
-    acc, w_total, w_lost, totals, losses, tile, at, block_w, i, f_i, c, S: tl.constexpr, MASKED: tl.constexpr
-):
-    """Adds W·F_J of one tile to the gradient of rows I, or writes W; in the both-sides form also Wᵀ·F_I to that of rows J."""
-    N: tl.constexpr = S.BLOCK_N
-    K: tl.constexpr = S.BLOCK_D
+def _grad_tile(acc, w_total, w_lost, totals, losses, tile, block_w, i, f_i, c, S: tl.constexpr, MASKED: tl.constexpr):
+    """Adds W·F_J of one tile to the gradient of rows I, or writes W."""
     j = _side(c.v, tile, c.n_cols, c.col_start, c.half, S.BLOCK_N, S.COLS_PAIRED, S.COLS_ANCHOR)
     t, f_j = _similarities(c.f_ptr, c.stride, f_i, i, j, S)
     t = _counted(t, 0.0, i, j, S, MASKED)
-    row_j, serves_j = j.base + j.local, j.keep
-    if S.TRIANGLE:
-        serves_j = serves_j & (at > 0)
     log_f = ()
     if S.LOG:
         log_f, t = _log_f(t, i, j, c, S, MASKED)
@@ -591,85 +550,26 @@ def _grad_tile(
             w += g
         if S.COLS_ANCHOR:
             g, f, df, dtau = _side_weights(t, log_f, i, j, j, c, 0, S, MASKED)
-            if S.BOTH and len(S.TERMS):
-                _add_atomically(c.out.sums + row_j, serves_j, _terms(t, f, df, dtau, j, 0, S), c.anchors)
             w += g
     if len(w_total):
         w_total, w_lost = _add(w_total, w_lost, (tl.sum(w, 1),))
-        if S.BOTH:
-            _add_atomically(c.out.w_sums + row_j, serves_j, (tl.sum(w, 0) * c.unit,), c.anchors)
     if S.GRAD == "weights":
         w_ptrs = block_w * S.BLOCK_M + tl.arange(0, S.BLOCK_M)
-        w_ptrs = c.out.w + w_ptrs.to(tl.int64)[:, None] * c.n_cols + (row_j - c.col_start)[None, :]
-        tl.store(w_ptrs, _factor(w, j, 0, S), mask=i.keep[:, None] & j.keep[None, :])
+        w_ptrs = c.out.w + w_ptrs.to(tl.int64)[:, None] * c.n_cols + (j.base + j.local - c.col_start)[None, :]
+        tl.store(w_ptrs, _factor(w, j, S), mask=i.keep[:, None] & j.keep[None, :])
     elif S.GRAD == "product":
-        acc = (_dot(_factor(w, j, 0, S), f_j[0].to(S.W_TYPE), acc[0], S, True),)
-        if S.BOTH:
-            acc_j = tl.zeros((N, K), S.ACC)
-            acc_j = _dot(tl.trans(_factor(w, i, 1, S)), f_i[0].to(S.W_TYPE), acc_j, S, True) * c.unit
-            mask = serves_j[:, None] & (tl.arange(0, S.BLOCK_D) < S.D)[None, :]
-            tl.atomic_add(_row_ptrs(c.out.df, row_j, S.D, S.BLOCK_D), acc_j, mask=mask, sem="relaxed")
+        acc = (_dot(_factor(w, j, S), f_j[0].to(S.W_TYPE), acc[0], S, True),)
     return acc, w_total, w_lost, totals, losses
-
-
-@triton.jit
-def _grad_rows(block_w, part, parts, first_block, n_rows, row_start, n, n_out, lo, c, S: tl.constexpr):
-    """One item of `pair_grad`: a part of the ring of block I, whose weights are block ``block_w`` of those written."""
-    M: tl.constexpr = S.BLOCK_M
-    K: tl.constexpr = S.BLOCK_D
-    block_i = block_w + first_block
-    i = _side(c.v, block_i, n_rows, row_start, c.half, S.BLOCK_M, S.ROWS_PAIRED, S.ROWS_ANCHOR)
-    f_i, acc = (), ()
-    if S.D <= S.BLOCK_D:
-        f_i = (_features(c.f_ptr, c.stride, i, 0, S),)
-    if S.GRAD == "product":
-        acc = (tl.zeros((M, K), S.ACC),)
-    HAS_W_SUMS: tl.constexpr = 0 if c.out.w_sums is None else 1
-    w_total, w_lost = _zeros(M, HAS_W_SUMS, S), _zeros(M, HAS_W_SUMS, S)
-    totals, losses = _zeros(M, len(S.TERMS), S), _zeros(M, len(S.TERMS), S)
-    end = tl.cdiv(c.n_cols, S.BLOCK_N)
-    if S.TRIANGLE and S.BOTH:
-        end = end // 2 + 1
-    tiles, first, begin, masked, ragged, plain = _ring(block_i, part, parts, n_rows, c.n_cols, 0, end, S)
-    for k in range(0, masked + tl.where(ragged >= 0, 1, 0)):
-        at = tl.where(k < masked, begin + k, ragged)
-        acc, w_total, w_lost, totals, losses = _grad_tile(
-            acc, w_total, w_lost, totals, losses, (first + at) % tiles, at, block_w, i, f_i, c, S, True
-        )
-    if not S.IDS:
-        for k in range(begin + masked, begin + masked + plain):
-            at = k + tl.where((ragged >= 0) & (k >= ragged), 1, 0)
-            acc, w_total, w_lost, totals, losses = _grad_tile(
-                acc, w_total, w_lost, totals, losses, (first + at) % tiles, at, block_w, i, f_i, c, S, False
-            )
-    if S.GRAD == "product":
-        mask = i.keep[:, None] & (tl.arange(0, S.BLOCK_D) < S.D)[None, :]
-        ptrs = _row_ptrs(c.out.df + part.to(tl.int64) * n_out * S.D, i.base + i.local - lo, S.D, S.BLOCK_D)
-        if S.BOTH:
-            tl.atomic_add(ptrs, acc[0] * c.unit, mask=mask, sem="relaxed")
-        else:
-            tl.store(ptrs, acc[0] * c.unit, mask=mask)
-    if S.BOTH:
-        if len(w_total):
-            _add_atomically(c.out.w_sums + (i.base + i.local), i.keep, _times(w_total, c.unit), c.anchors)
-        if len(S.TERMS):
-            _add_atomically(c.out.sums + (i.base + i.local), i.keep, totals, c.anchors)
-    else:
-        if len(w_total):
-            _store_sums(c.out.w_sums, part, n, i, i.keep, (), _times(w_total, c.unit))
-        if len(S.TERMS):
-            _store_sums(c.out.sums, part, c.anchors, i, i.keep, (), totals)
 
 
 @triton.jit(
     do_not_specialize=[
-        "n_rows", "n_cols", "row_start", "col_start", "half", "anchors", "n", "n_out", "lo", "first_block", "n_blocks",
-        "n_items", "middle",
+        "n_rows", "n_cols", "row_start", "col_start", "half", "anchors", "n", "n_out", "lo", "first_block", "middle",
     ]
 )  # fmt: skip
 def pair_grad(
     f_ptr, v, tau_ptr, unit_ptr, out, stride, n_rows, n_cols, row_start, col_start, half, anchors, n, n_out, lo,
-    first_block, n_blocks, n_items, middle, S: tl.constexpr,
+    first_block, middle, S: tl.constexpr,
 ):  # fmt: skip
     """df_i = Σ_j (g_ij + g_ji) F_j of every row, with the sums of S.TERMS over its pairs. Grid as of `row_sums`.
 
@@ -677,7 +577,6 @@ def pair_grad(
         unit_ptr: () ACC or None: weights are divided by it before they are rounded, gradients multiplied by it.
         out: `Outputs`, ACC but for w: df (parts, n_out, D), for the physical rows from ``lo`` on; w_sums (parts, n): sums of
             g_ij + g_ji; sums (parts, terms, anchors); w (programs·BLOCK_M, n_cols) W_TYPE, a block's rows in its own order.
-            The both-sides form has one part, for a gradient of all rows, and adds atomically to outputs that begin as zeros.
         first_block: the first row block of the launch.
         middle: of the "fixed" form, in which v.gain already holds gain·exp(middle − shift).
     """
@@ -688,11 +587,38 @@ def pair_grad(
         unit = tl.where(unit > 0, unit, 1.0)
         inv_unit = 1.0 / unit
     c = Common(f_ptr, stride, v, tau, middle, unit, inv_unit, out, anchors, n_cols, col_start, half)
-    if S.PERSISTENT:
-        parts = n_items // n_blocks
-        for item in range(tl.program_id(0), n_items, tl.num_programs(0)):
-            _grad_rows(item % n_blocks, item // n_blocks, parts, first_block, n_rows, row_start, n, n_out, lo, c, S)
-    else:
-        _grad_rows(
-            tl.program_id(0), tl.program_id(1), tl.num_programs(1), first_block, n_rows, row_start, n, n_out, lo, c, S
+    block_w, part = tl.program_id(0), tl.program_id(1)
+    block_i = block_w + first_block
+    M: tl.constexpr = S.BLOCK_M
+    K: tl.constexpr = S.BLOCK_D
+    i = _side(v, block_i, n_rows, row_start, half, S.BLOCK_M, S.ROWS_PAIRED, S.ROWS_ANCHOR)
+    f_i, acc = (), ()
+    if S.D <= S.BLOCK_D:
+        f_i = (_features(f_ptr, stride, i, 0, S),)
+    if S.GRAD == "product":
+        acc = (tl.zeros((M, K), S.ACC),)
+    HAS_W_SUMS: tl.constexpr = 0 if out.w_sums is None else 1
+    w_total, w_lost = _zeros(M, HAS_W_SUMS, S), _zeros(M, HAS_W_SUMS, S)
+    totals, losses = _zeros(M, len(S.TERMS), S), _zeros(M, len(S.TERMS), S)
+    tiles, first, begin, masked, ragged, plain = _ring(
+        block_i, part, tl.num_programs(1), n_rows, n_cols, 0, tl.cdiv(n_cols, S.BLOCK_N), S
+    )
+    for k in range(0, masked + tl.where(ragged >= 0, 1, 0)):
+        at = tl.where(k < masked, begin + k, ragged)
+        acc, w_total, w_lost, totals, losses = _grad_tile(
+            acc, w_total, w_lost, totals, losses, (first + at) % tiles, block_w, i, f_i, c, S, True
         )
+    if not S.IDS:
+        for k in range(begin + masked, begin + masked + plain):
+            at = k + tl.where((ragged >= 0) & (k >= ragged), 1, 0)
+            acc, w_total, w_lost, totals, losses = _grad_tile(
+                acc, w_total, w_lost, totals, losses, (first + at) % tiles, block_w, i, f_i, c, S, False
+            )
+    if S.GRAD == "product":
+        offs_d = tl.arange(0, S.BLOCK_D)
+        ptrs = out.df + part.to(tl.int64) * n_out * S.D + (i.base + i.local - lo).to(tl.int64)[:, None] * S.D + offs_d[None, :]
+        tl.store(ptrs, acc[0] * unit, mask=i.keep[:, None] & (offs_d < S.D)[None, :])
+    if len(w_total):
+        _store_sums(out.w_sums, part, n, i, i.keep, (), _times(w_total, unit))
+    if len(S.TERMS):
+        _store_sums(out.sums, part, anchors, i, i.keep, (), totals)

@@ -633,14 +633,14 @@ def problem(name: str, params: tuple[float, ...]) -> str | None:
 def row_function(step: str, params: tuple[float, ...], count: int) -> Any:
     """The row step ``step`` of `objectives.ROW_STEPS` as a Triton function ``(v, s) → outputs``.
 
-    ``v`` is a tuple of ``count`` vectors, float32 or float64, all of one shape; ``s`` the three numbers of `RowScalars` in
+    ``v`` is a tuple of ``count`` vectors, float32 or float64, all of one shape; ``s`` the three numbers of `BatchNumbers` in
     their dtype; the result a tuple of vectors (one vector where there is one output).
     """
     function = objectives.ROW_STEPS[step].function
-    tiles, scalars = ["x", *(f"x{k}" for k in range(1, count))], [f"s{k}" for k in range(len(objectives.RowScalars._fields))]
+    tiles, scalars = ["x", *(f"x{k}" for k in range(1, count))], [f"s{k}" for k in range(len(objectives.BatchNumbers._fields))]
 
     def call(*arguments: Tensor) -> tuple[Tensor, ...]:
-        return function(arguments[:count], objectives.RowScalars(*arguments[count:]), params)
+        return function(arguments[:count], objectives.BatchNumbers(*arguments[count:]), params)
 
     bodies = (_body(_Tracer(f"the row step {step!r}", dtype).trace(call, tiles, scalars), precise=True) for dtype in _DTYPES)
     lines = [f"{name} = v[{k}]" for k, name in enumerate(tiles)] + [f"{name} = s[{k}]" for k, name in enumerate(scalars)]

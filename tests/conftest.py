@@ -1,9 +1,7 @@
-import importlib.util
 import inspect
 import os
 import shlex
 import shutil
-from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels run on the CPU
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is: threads outnumber cores, so they had better not spin
@@ -11,13 +9,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is: threads 
 import pytest
 import torch
 
+from tools import build_cuda
+
 
 def _emulated_cuda_kernels():
     """csrc/cuda compiled for the host; "" without a compiler."""
-    spec = importlib.util.spec_from_file_location("cuda_build", Path(__file__).parent.parent / "csrc" / "cuda" / "build.py")
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
-    return str(build.emulated()) if shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0]) else ""
+    return str(build_cuda.emulated()) if shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0]) else ""
 
 
 if "ALPHACL_CUDA_EMULATED" not in os.environ:
@@ -65,10 +62,10 @@ def power_of_two(x):
     return 1 << (x - 1).bit_length()
 
 
-def square_tile(rows, dim, both_sides=False):
+def square_tile(rows, dim):
     from alphacl_fast.kernels.config import Tile
 
-    return Tile(rows, rows, power_of_two(dim), warps=4, stages=1, both_sides=both_sides)
+    return Tile(rows, rows, power_of_two(dim), warps=4, stages=1)
 
 
 @pytest.fixture(autouse=True)

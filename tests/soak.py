@@ -21,9 +21,9 @@ os.environ.setdefault("TRITON_CACHE_DIR", str(Path("build") / "triton"))
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
     if "ALPHACL_CUDA_EMULATED" not in os.environ:
-        from csrc.cuda import build
+        from tools import build_cuda
 
-        os.environ["ALPHACL_CUDA_EMULATED"] = str(build.emulated() or "")
+        os.environ["ALPHACL_CUDA_EMULATED"] = str(build_cuda.emulated())
 
 import torch
 from family import MEMBERS, MODES, SIMILARITIES, relative_error

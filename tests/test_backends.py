@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 from alphacl_fast import objectives, ops
 from alphacl_fast.backend import blocked
+from alphacl_fast.bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight
 from alphacl_fast.functional import NEGATIVES, REDUCTIONS, SIMILARITIES, alpha_cl_loss
 
 #: The CUDA kernels have a table of their own, at sizes of their tiles: tests/test_cuda.py.
@@ -258,10 +259,12 @@ def test_rectangle_of_two_processes_rows(backend, left, right, both, small_tiles
         first = of(t, center[:left, None], gain[:left, None])
         return [first, of(t.t(), center[left:, None], gain[left:, None])] if both else [first]
 
-    common = (left, 0)
-    base, total, moment = ops.row_sums(
-        rows, None, None, center, None, None, tau, "exp", (), ("base", "f", "ft"), *common, anchors, [], "", backend
-    )
+    pairing, exp, hinge_kind = Pairing(left, 0, anchors), PairFunction("exp", (), tau), PairFunction("hinge", (0.1,), tau)
+
+    def sums_of(function, terms, **scalars):
+        return ops.row_sums(Rows(rows), pairing, function, RowScalars(center, **scalars), terms, "", backend)
+
+    base, total, moment = sums_of(exp, (Term.SHIFT, Term.F, Term.F_MOMENT))
     log_sum = torch.cat([(x / tau).logsumexp(1) for x in sides(lambda t, c, g: t)])
     torch.testing.assert_close(base + total.log(), log_sum, rtol=1e-12, atol=1e-12)
     mean = torch.cat(sides(lambda t, c, g: ((t / tau).softmax(1) * (t - c)).sum(1)))
@@ -272,17 +275,13 @@ def test_rectangle_of_two_processes_rows(backend, left, right, both, small_tiles
     g = weights[0] + weights[1].t() if both else weights[0]
     expected = torch.cat([g @ rows[left:], g.t() @ rows[:left]])
     df, _, _ = ops.pair_grad(
-        rows, None, None, center, gain, shift, None, None, tau, "exp", (), "f", (), *common, 0, left + right, [], "", backend
+        Rows(rows), pairing, exp, RowScalars(center, gain, shift), Weight.F, (), (0, left + right), "", backend
     )
     torch.testing.assert_close(df, expected, rtol=1e-11, atol=1e-12)
 
     hinge = sides(lambda t, c, g: torch.relu(t - c + 0.1))
-    sums = ops.row_sums(
-        rows, None, None, center, center, None, tau, "hinge", (0.1,), ("f", "df"), *common, anchors, [], "", backend
-    )
+    sums = sums_of(hinge_kind, (Term.F, Term.DF), shift=center)
     torch.testing.assert_close(sums[0], torch.cat([x.sum(1) for x in hinge]), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(sums[1], torch.cat([(x > 0).double().sum(1) for x in hinge]), rtol=0, atol=0)
-    (largest,) = ops.row_sums(
-        rows, None, None, center, None, None, tau, "hinge", (0.1,), ("max",), *common, anchors, [], "", backend
-    )
+    (largest,) = sums_of(hinge_kind, (Term.T_MAX,))
     torch.testing.assert_close(largest, torch.cat([x.amax(1) for x in sides(lambda t, c, g: t)]), rtol=1e-13, atol=1e-14)

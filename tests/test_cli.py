@@ -5,12 +5,17 @@ import json
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import alphacl_cli
 import alphacl_fast
+from alphacl_fast import cli
 from alphacl_fast.cli import main
+
+ROOT = Path(__file__).parent.parent
 
 TINY = ["--width", "4", "--batch-size", "64", "--subset", "128", "--epochs", "2", "--workers", "0"]
 
@@ -29,12 +34,23 @@ def fails(capsys, *arguments):
 
 
 def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 def test_train_resume_eval(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    command = ["train", "--objective", "alpha_direct", "--option", "exponent=2", "--option", "normalized=false", *TINY]
+    command = [
+        "train",
+        "--objective",
+        "alpha_direct",
+        "--option",
+        "exponent=2",
+        "--option",
+        "normalized=false",
+        *TINY,
+    ]
     assert main(command) == 0
     out = capsys.readouterr().out
     assert "epoch 2/2  loss " in out
@@ -54,7 +70,11 @@ def test_train_resume_eval(tmp_path, monkeypatch, capsys):
     assert main(["eval", str(run), "--few-label", "2", "--draws", "3"]) == 0
     out = capsys.readouterr().out
     assert "kNN, 2/class" in out
-    assert [out.count(name) for name in ("raw pixels", "untrained encoder", "trained encoder")] == [1, 1, 2]
+    assert [out.count(name) for name in ("raw pixels", "untrained encoder", "trained encoder")] == [
+        1,
+        1,
+        2,
+    ]
     result = json.loads((run / "eval.json").read_text())
     assert len(result["rows"]["raw pixels"]["probe_few"]["draws"]) == 3
 
@@ -67,20 +87,24 @@ def test_resume_without_a_name_starts_where_nothing_is(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["trane"], "argument command: invalid choice: 'trane'"),
+    (["trane"], "command must be one of train, eval, "),
     (["train", "--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
     (["train", "--epochs", "0"], "--epochs must be at least 1, got 0"),
     (["train", "--sheep", "3"], "unrecognized arguments: --sheep 3"),
     (["train", "--option", "exponent"], "argument --option: expected key=value, got 'exponent'"),
-    (["train", "--objective", "alpha"], "the loss cannot be used: objective must be one of infonce, "),
-    (["train", "--option", "exponents=3"], "the loss cannot be used: options of infonce must be one of epsilon, "),
+    (["train", "--objective", "alpha"], "the loss cannot be used: objective must be one of "),
+    (["train", "--option", "exponents=3"],
+     "the loss cannot be used: options of infonce must be one of "),
     (["train", "--backend", "abacus"], "the loss cannot be used: backend must be one of"),
     (["train", "--device", "abacus"], "--device abacus cannot be used: "),
-    (["train", "--dataset", "cifar10", "--data-root", "nowhere"], "cannot open cifar10 in nowhere (--download fetches"),
-    (["train", "--dataset", "imagefolder", "--data-root", "nowhere"], "--data-root nowhere must hold the folders"),
+    (["train", "--dataset", "cifar10", "--data-root", "nowhere"],
+     "cannot open cifar10 in nowhere (--download fetches"),
+    (["train", "--dataset", "imagefolder", "--data-root", "nowhere"],
+     "--data-root nowhere must hold the folders"),
     (["train", "--subset", "5000"], "--subset must not exceed the 1297 training images, got 5000"),
     (["train", "--resume", "nowhere"], "nowhere is not a run: it has no config.json"),
-    (["train", "--resume", "here", "--out", "there"], "--resume here and --out there name different folders"),
+    (["train", "--resume", "here", "--out", "there"],
+     "--resume here and --out there name different folders"),
     (["eval"], "the following arguments are required: RUN"),
     (["eval", "nowhere"], "nowhere is not a run: it has no config.json"),
 ])  # fmt: skip
@@ -92,14 +116,20 @@ def test_problems_are_one_line(tmp_path, monkeypatch, capsys, arguments, message
 
 def test_a_foreign_folder_is_left_alone(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("years of work")
-    assert "is not an empty folder: choose another --out" in fails(capsys, "train", "--out", str(tmp_path))
-    assert "is not an empty folder: choose another --out" in fails(capsys, "train", "--out", str(tmp_path), "--resume")
+    assert "is not an empty folder: choose another --out" in fails(
+        capsys, "train", "--out", str(tmp_path)
+    )
+    assert "is not an empty folder: choose another --out" in fails(
+        capsys, "train", "--out", str(tmp_path), "--resume"
+    )
     assert contents(tmp_path) == {(tmp_path / "thesis.txt").relative_to(tmp_path): b"years of work"}
 
 
 def test_help_lists_the_flags(capsys):
-    for arguments, words in ((["--help"], ("train", "eval", "info")),
-                             (["train", "--help"], ("--objective", "--no-deterministic", "--resume", "--amp"))):
+    for arguments, words in (
+        (["--help"], ("train", "eval", "info")),
+        (["train", "--help"], ("--objective", "--no-deterministic", "--resume", "--amp")),
+    ):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code == 0
@@ -107,8 +137,40 @@ def test_help_lists_the_flags(capsys):
         assert all(word in out for word in words)
 
 
+@pytest.mark.parametrize(("arguments", "code", "answer"), [
+    ([], 2, "usage: alphacl COMMAND"),
+    (["--help"], 0, "usage: alphacl COMMAND"),
+    (["--version"], 0, f"alphacl {alphacl_fast.__version__}"),
+    (["reprodcue"], 2, "got 'reprodcue'; did you mean 'reproduce'?"),
+    (["--epochs", "3"], 2, "alphacl: error: unrecognized arguments: --epochs"),
+])  # fmt: skip
+def test_without_torch(arguments, code, answer):
+    """What needs no command is answered before torch, which takes seconds, is imported."""
+    program = (
+        "import sys, alphacl_cli\ntry:\n    sys.exit(alphacl_cli.main())\n"
+        "finally:\n    assert not {'torch', 'alphacl_fast'} & {*sys.modules}\n"
+    )
+    command = [sys.executable, "-c", program, *arguments]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == code, run.stderr
+    assert answer in (run.stderr if code else run.stdout)
+
+
+def test_the_entry_point_knows_every_command():
+    assert [*alphacl_cli.COMMANDS] == [*cli.COMMANDS]
+
+
+def test_tune_needs_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert fails(capsys, "tune") == "tune needs a CUDA device, got none"
+    assert fails(capsys, "tune", "--modes", "bf16,int8").endswith("fp64, got int8")
+    assert fails(capsys, "tune", "--dims", "many").startswith("argument --dims: invalid int list")
+
+
 def test_info_lists_backends_with_reasons(monkeypatch, capsys):
-    monkeypatch.setattr(alphacl_fast, "backends", lambda: {"reference": None, "abacus": "beads\nmissing"})
+    monkeypatch.setattr(
+        alphacl_fast, "backends", lambda: {"reference": None, "abacus": "beads\nmissing"}
+    )
     assert main(["info"]) == 0
     out = capsys.readouterr().out.replace("backend ", "backend-")
     lines = dict(line.split(maxsplit=1) for line in out.splitlines())
@@ -120,9 +182,12 @@ def test_info_lists_backends_with_reasons(monkeypatch, capsys):
 
 
 def test_info_needs_torch_alone():
-    code = ("import sys\n"
-            "for name in ('torchvision', 'sklearn', 'matplotlib', 'tqdm', 'PIL'): sys.modules[name] = None\n"
-            "from alphacl_fast.cli import main\nsys.exit(main(['info']))")
+    code = (
+        "import sys\n"
+        "for name in ('torchvision', 'sklearn', 'matplotlib', 'tqdm', 'PIL'):\n"
+        "    sys.modules[name] = None\n"
+        "from alphacl_fast.cli import main\nsys.exit(main(['info']))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "backend reference" in done.stdout
@@ -133,10 +198,16 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(alphacl_fast, "train", raising=False)
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec",
-                        lambda name: None if name in ("sklearn", "PIL") else find_spec(name))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: None if name in ("sklearn", "PIL") else find_spec(name),
+    )
     message = fails(capsys, "train")
-    assert message == "alphacl_fast.train needs scikit-learn, pillow: pip install 'alphacl-fast[train]'"
+    assert (
+        message
+        == "alphacl_fast.train needs scikit-learn, pillow: pip install 'alphacl-fast[train]'"
+    )
 
 
 def test_a_reader_that_has_seen_enough():

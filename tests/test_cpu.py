@@ -14,7 +14,9 @@ from family import BUILT_IN, MODES, loss_and_grads, member_id, pair, relative_er
 
 from alphacl_fast import FusedAlphaCLLoss, PairLoss, objectives, ops
 from alphacl_fast.backend import cpu
+from alphacl_fast.bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight
 from alphacl_fast.functional import alpha_cl_loss
+from tools import build_cpu
 
 ROOT = Path(__file__).parent.parent
 if cpu.load_error():
@@ -172,15 +174,15 @@ def test_every_kind_has_its_twin():
 
 def test_compiled_from_these_sources():
     """A library of other sources would be tested in vain: `make` or `pip install -e .` compiles again."""
-    code = (ROOT / "setup.py").read_text()
-    scope = {"__file__": str(ROOT / "setup.py")}
-    before = os.getcwd()
-    os.chdir(ROOT)
-    try:
-        exec(code[: code.index("\nsetup(")], scope)
-        assert cpu._library().alphacl_cpu_sources().decode() == scope["fingerprint"]()
-    finally:
-        os.chdir(before)
+    assert cpu._library().alphacl_cpu_sources().decode() == build_cpu.fingerprint()
+
+
+def test_the_driver_piece_by_piece():
+    """Plan, prepare, schedule and collect by themselves (tests/cpp/test_driver.cpp)."""
+    command = [sys.executable, "tests/cpp/run.py", "--sanitize", "none", "--only", "test_driver"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "all good" in run.stdout
 
 
 def test_wrong_instruction_set_is_refused():
@@ -192,7 +194,7 @@ def test_wrong_instruction_set_is_refused():
 def test_instruction_set_from_the_environment(monkeypatch):
     monkeypatch.setattr(cpu, "_default_instruction_set", cpu._default_instruction_set.__wrapped__)
     monkeypatch.setenv("ALPHACL_CPU_ISA", "portable")
-    assert (cpu.instruction_set(), cpu.engine(torch.bfloat16)) == ("portable", "portable")
+    assert (cpu.instruction_set(), cpu.kernels_for(torch.bfloat16)) == ("portable", "portable")
     monkeypatch.setenv("ALPHACL_CPU_ISA", "sse9")
     with pytest.raises(ValueError, match="ALPHACL_CPU_ISA must be one of"):
         alpha_cl_loss(torch.eye(3), torch.eye(3), backend="cpu")
@@ -274,17 +276,17 @@ def test_work_space_at_a_large_batch():
 import resource, torch
 from alphacl_fast.backend import cpu
 from alphacl_fast.functional import alpha_cl_loss
+from alphacl_fast.bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight
 from alphacl_fast.ops import pair_grad, row_sums
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 n, d = 65_536, 16
 f = torch.nn.functional.normalize(torch.randn(n, d))
-center, gain, tau = torch.zeros(n), torch.ones(n), torch.tensor(0.2)
-small = torch.eye(8)
-row_sums(small, None, None, center[:8], None, None, tau, "exp", (), ("base", "f"), 0, 4, 8, [0.2], "", "cpu")
-before = peak()
-base, total = row_sums(f, None, None, center, None, None, tau, "exp", (), ("base", "f"), 0, n // 2, n, [0.2], "", "cpu")
-half = n // 2
-df, *_ = pair_grad(f, None, None, center, gain, base, None, None, tau, "exp", (), "f", (), 0, half, 0, n, [0.2], "", "cpu")
+center, gain, small = torch.zeros(n), torch.ones(n), torch.eye(8)
+function, terms = PairFunction("exp", (), torch.tensor(0.2), (-5.0, 5.0)), (Term.SHIFT, Term.F)
+row_sums(Rows(small), Pairing(0, 4, 8), function, RowScalars(center[:8]), terms, "", "cpu")
+before, pairing = peak(), Pairing(0, n // 2, n)
+base, total = row_sums(Rows(f), pairing, function, RowScalars(center), terms, "", "cpu")
+df, *_ = pair_grad(Rows(f), pairing, function, RowScalars(center, gain, base), Weight.F, (), (0, n), "", "cpu")
 print(peak() - before, float(total.min()) > 0, bool(df.isfinite().all()))
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout.split()
@@ -301,16 +303,15 @@ def test_rectangles_of_unequal_sides(backend, split, small_tiles, monkeypatch):
     f = torch.nn.functional.normalize(torch.randn(n, 7, dtype=torch.float64))
     t = f[:split] @ f[split:].t()
     center = torch.zeros(n, dtype=torch.float64)
-    layout = (split, 0)
+    pairing, function = Pairing(split, 0, n), PairFunction("exp", (), tau, (-2.5, 2.5))
     base, total = ops.row_sums(
-        f, None, None, center, None, None, tau, "exp", (), ("base", "f"), *layout, n, [0.4], "", backend
+        Rows(f), pairing, function, RowScalars(center), (Term.SHIFT, Term.F), "", backend
     )
     lse = torch.cat([(t / tau).logsumexp(1), (t / tau).logsumexp(0)])
     torch.testing.assert_close(base + total.log(), lse, rtol=1e-12, atol=1e-12)
     gain = torch.rand(n, dtype=torch.float64)
-    df, *_ = ops.pair_grad(
-        f, None, None, center, gain, lse, None, None, tau, "exp", (), "f", (), *layout, 0, n, [0.4], "", backend
-    )
+    scalars = RowScalars(center, gain, lse)
+    df, *_ = ops.pair_grad(Rows(f), pairing, function, scalars, Weight.F, (), (0, n), "", backend)
     g = (gain[:split] / lse[:split].exp()).unsqueeze(1) * (t / tau).exp() + (t / tau).exp() * (gain / lse.exp())[split:]
     torch.testing.assert_close(df, torch.cat([g @ f[split:], g.t() @ f[:split]]), rtol=1e-11, atol=1e-12)
 
@@ -374,8 +375,8 @@ ctypes.CDLL("libgomp.so.1", ctypes.RTLD_GLOBAL)  # torch's place is taken: torch
 library = ctypes.CDLL({str(cpu.LIBRARY)!r})
 mask = library.alphacl_cpu_instruction_sets()
 a, b = ctypes.c_int32(), ctypes.c_int32()
-library.alphacl_cpu_engine.restype = ctypes.c_char_p
-print(mask >> 16, library.alphacl_cpu_engine(1, 0, ctypes.byref(a), ctypes.byref(b)))
+library.alphacl_cpu_kernels.restype = ctypes.c_char_p
+print(mask >> 16, library.alphacl_cpu_kernels(1, 0, ctypes.byref(a), ctypes.byref(b)))
 """
     run = subprocess.run(["valgrind", "-q", sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stdout.split() == ["3", "b'avx2'"], run.stderr[-500:]

@@ -57,7 +57,7 @@ def test_against_float64(member, dim, poisoned):
         truth = loss_and_grads(z1.double(), z2.double(), *member, backend="reference", **setting)
         ours = loss_and_grads(z1, z2, *member, backend="cuda", **setting)
         assert_close(ours, truth, setting)
-        with cuda.hopper(0), cuda.both_sides(row_sums=False):
+        with cuda.hopper(0), cuda.both_sides(False):
             others = loss_and_grads(z1, z2, *member, backend="cuda", **setting)
         for a, b in zip(ours, others, strict=True):
             assert relative_error(a, b) < (2e-3 if a.dtype == torch.bfloat16 else 1e-6), setting
@@ -183,11 +183,11 @@ def test_which_kernels_are_taken(monkeypatch):
             results.append(sweeps(cuda, f / 5, None, "exp", (), 0, 20, 40))
         assert len(calls) == (0 if mode == -1 else 1)
     assert all(torch.equal(a, b) for a, b in zip(results[0], results[2], strict=True))
-    with cuda.both_sides(row_sums=True):
+    with cuda.both_sides(True):
         sweeps(cuda, f / 5, None, "exp", (), 0, 20, 40)
     assert len(calls) == 2
     odd = torch.randn(40, 25).to(torch.bfloat16)
-    with cuda.both_sides(row_sums=False), pytest.raises(RuntimeError, match=r"required of the kernels of hopper\.h"):
+    with cuda.both_sides(False), pytest.raises(RuntimeError, match=r"required of the kernels of hopper\.h"):
         sweeps(cuda, odd / 5, None, "exp", (), 0, 20, 40)
     with cuda.hopper(-1):
         sweeps(cuda, odd / 5, None, "exp", (), 0, 20, 40)

@@ -116,14 +116,13 @@ def count_pairs(group, sizes, strategy, negatives, symmetric):
     """Pairs that this process hands to `row_sums` in one call, excluded ones not counted."""
     original, pairs = ops.row_sums, []
 
-    def counting(f, *arguments):
-        split, partner = arguments[9:11]
-        rows = f.shape[0]
+    def counting(operand, pairing, *arguments):
+        split, partner, rows = pairing.split, pairing.partner, operand.f.shape[0]
         if split:
             pairs.append(split * (rows - split) - (split if partner else 0))
         else:
             pairs.append(rows * (rows - 1) // 2 - (rows // 2 if partner else 0))
-        return original(f, *arguments)
+        return original(operand, pairing, *arguments)
 
     ops.row_sums = counting
     try:

@@ -39,7 +39,7 @@ def test_shell_block(code):
             continue
         if words[0] == "make":
             assert {word for word in words[1:] if "=" not in word} <= targets, line
-        elif words[0] == "alphacl" or (words[:2] == ["python", "-m"] and words[2].startswith("benchmarks.")):
+        elif words[0] == "alphacl" or (words[:2] == ["python", "-m"] and words[2].startswith(("benchmarks.", "tools."))):
             command = cli.main if words[0] == "alphacl" else importlib.import_module(words[2]).main
             with pytest.raises(SystemExit) as stopped:  # it exists, and has these flags
                 command([*(words[1:] if words[0] == "alphacl" else words[3:]), "--help"])

@@ -16,7 +16,8 @@ from conftest import WATCHDOG
 
 from alphacl_fast import objectives, ops
 from alphacl_fast.backend import blocked
-from benchmarks import gpu, gpu_tasks, loss, pool
+from alphacl_fast.benchmarks import loss
+from tools import gpu, gpu_tasks, subprocess_pool
 
 ROOT = Path(__file__).parent.parent
 
@@ -161,10 +162,9 @@ def test_tuned_tables_are_measured(start, monkeypatch, tmp_path):
         return "ok", None
 
     monkeypatch.setattr(gpu, "logged", tuner)
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: object())
     status, rows = start("tune")
     assert status == 0
-    assert seen[0][1:3] == ["-m", "alphacl_fast.kernels.tune"]
+    assert seen[0][1:4] == ["-m", "alphacl_fast.cli", "tune"]
     assert float(seen[0][-1]) > 0
     timed = [row for row in rows if row["benchmark"] == "loss+gradient"]
     assert timed
@@ -172,14 +172,13 @@ def test_tuned_tables_are_measured(start, monkeypatch, tmp_path):
     assert "ALPHACL_TUNED" not in gpu.os.environ
 
 
-def test_without_a_tuner_or_a_sanitizer(start, monkeypatch, tmp_path):
+def test_without_matplotlib_or_a_sanitizer(start, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
-    status, _ = start("tune,sanitize,plots,profile")
+    status, _ = start("sanitize,plots,profile")
     assert status == 0
-    text = (tmp_path / "summary.txt").read_text()
-    assert "tune skipped" in text
-    assert "sanitize skipped" in text
+    assert "plots skipped" in capsys.readouterr().out
+    assert "sanitize skipped" in (tmp_path / "summary.txt").read_text()
 
 
 def test_a_sanitizer_that_finds_something(start, monkeypatch, tmp_path):
@@ -208,7 +207,7 @@ def test_logged_commands(tmp_path):
 
 
 def test_a_rival_is_measured_beside_the_backends(start, monkeypatch):
-    monkeypatch.setattr(gpu, "RIVALS", {"eager": None})
+    monkeypatch.setattr(gpu, "PACKAGES", ("eager",))
     status, rows = start("rivals")
     assert status == 0
     ratios = [row for row in rows if row["benchmark"] == "rival"]
@@ -270,10 +269,11 @@ def test_pool_survives_what_its_children_do(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def task(name, limit=WATCHDOG, **arguments):
-        return pool.Task(f"child_of_the_pool_test:{name}", arguments, {"name": name}, limit)
+        function = f"child_of_the_pool_test:{name}"
+        return subprocess_pool.Task(function, arguments, {"name": name}, limit)
 
     rows = []
-    children = pool.Pool(1, str(tmp_path / "log"))
+    children = subprocess_pool.Pool(1, str(tmp_path / "log"))
     try:
         tasks = [task("works", k=5), task("raises"), task("hangs", 0.3), task("dies"), task("works", k=8)]
         assert children.run(tasks, time.monotonic() + WATCHDOG, rows.append)
@@ -292,14 +292,14 @@ def test_pool_survives_what_its_children_do(tmp_path, monkeypatch):
 
 def test_a_broken_device_ends_the_child(monkeypatch):
     """An illegal address stays with its process, so the next task must get a new one."""
-    assert not pool.device_is_broken()
+    assert not subprocess_pool.device_is_broken()
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", mock.Mock(side_effect=RuntimeError("an illegal memory access")))
-    assert pool.device_is_broken()
+    assert subprocess_pool.device_is_broken()
     sent = []
-    connection = SimpleNamespace(recv=lambda: pool.Task("benchmarks.nothing:at_all"), send=sent.append)
-    monkeypatch.setattr(pool.os, "dup2", lambda *args: None)
-    pool.serve(connection, "/dev/null")
+    connection = SimpleNamespace(recv=lambda: subprocess_pool.Task("tools.nothing:at_all"), send=sent.append)
+    monkeypatch.setattr(subprocess_pool.os, "dup2", lambda *args: None)
+    subprocess_pool.serve(connection, "/dev/null")
     assert [type(message) for message in sent] == [dict, bool]
     assert sent[-1] is False
 
@@ -409,5 +409,5 @@ def test_no_gpu_is_said(capsys, monkeypatch):
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 def test_make_target():
     done = subprocess.run(["make", "-n", "gpu", "OUT=somewhere", "PYTHON=py"], cwd=ROOT, capture_output=True, text=True)
-    assert '"py" -m benchmarks.gpu --out "somewhere"' in done.stdout
+    assert '"py" -m tools.gpu --out "somewhere"' in done.stdout
     assert ".venv" not in done.stdout

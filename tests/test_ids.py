@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from alphacl_fast.kernels.config import Tile
 from family import (
     BACKENDS,
     BUILT_IN,
@@ -21,12 +20,14 @@ from family import (
 from test_memory import Largest
 
 from alphacl_fast import FusedAlphaCLLoss, functional, loss_against, objectives, ops
-from alphacl_fast.autograd import Groups, Layout
 from alphacl_fast.backend import blocked, reference, triton
+from alphacl_fast.bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight
+from alphacl_fast.call import Layout, SameId
 from alphacl_fast.functional import REDUCTIONS, alpha_cl_loss
+from alphacl_fast.kernels.config import Tile
 
 IDS = torch.tensor([3, 1, 3, 7, 7, 7, -2, 2**40])
-WITH_IDS = [name for name in BACKENDS if name not in ops.WITHOUT_IDS]
+WITH_IDS = [name for name in BACKENDS if "ids" in ops.SWEEP_BACKENDS[name].OPTIONAL_OPERANDS]
 
 
 def evaluate(z1, z2, member, ids, *, tau=0.3, **setting):
@@ -204,27 +205,18 @@ def test_dtypes(backend, dtype):
 
 
 def test_forms_of_the_triton_kernels(monkeypatch):
-    """Both sides of a tile at once, shared rings, rows wider than a tile, a persistent grid."""
+    """Both sides of a tile at once, shared rings, rows wider than a tile."""
     z1, z2 = pair(len(IDS), 6)
     square = ("alpha_square", {"detach_alpha": False})
-    for rows, features, both, persistent, member, negatives, similarity in (
-        (4, 8, True, 0, ("infonce", {}), "two_view", "cosine"), (4, 8, True, 0, square, "cross_view", "euclidean"),
-        (4, 4, False, 0, ("infonce", {}), "cross_view", "euclidean"), (4, 8, False, 1, ("infonce", {}), "two_view", "cosine"),
+    for features, both, member, negatives, similarity in (
+        (8, True, ("infonce", {}), "two_view", "cosine"), (8, True, square, "cross_view", "euclidean"),
+        (4, False, ("infonce", {}), "cross_view", "euclidean"), (8, False, ("infonce", {}), "two_view", "cosine"),
     ):  # fmt: skip
-        shape = Tile(rows, rows, features, warps=4, stages=1, both_sides=both, persistent=persistent)
+        shape = Tile(4, 4, features, warps=4, stages=1, both_sides=both)
         monkeypatch.setattr(triton, "tile", lambda sweep, mode, dim, n, device, shape=shape: shape)
         given = {"negatives": negatives, "similarity": similarity}
         truth = evaluate(z1, z2, member, IDS, backend="reference", **given)
         assert_same(evaluate(z1, z2, member, IDS, backend="triton", **given), truth)
-
-
-def test_gluon_kernels_leave_ids_to_others(monkeypatch):
-    monkeypatch.setattr(triton, "_hopper", lambda: pytest.fail("they do not know ids"))
-    monkeypatch.setattr(triton, "tile", lambda *call: Tile(16, 16, 16, 4, 4, engine="gluon"))
-    z1, z2 = pair(20, 16, torch.bfloat16)
-    ids = torch.arange(20) % 6
-    ours = alpha_cl_loss(z1, z2, temperature=0.3, backend="triton", ids=ids)
-    torch.testing.assert_close(ours, alpha_cl_loss(z1.float(), z2.float(), temperature=0.3, ids=ids), rtol=1e-3, atol=0)
 
 
 # --- anchors against any negatives ------------------------------------------------------------------------------------
@@ -272,7 +264,7 @@ def test_module_and_integer_types():
 def test_groups(rectangle, anchors):
     ids = torch.randint(-3, 4, (40,)) * 2**60
     split = 17 if rectangle else 0
-    groups = Groups.make(ids, Layout(40, split, 0, anchors, 39, rectangle), torch.float32)
+    groups = SameId.make(ids, Layout(40, split, 0, anchors, 39, rectangle), torch.float32)
     assert torch.equal(groups.ids[:, None] == groups.ids, ids[:, None] == ids)
     assert groups.ids.dtype == torch.int32
     assert int(groups.ids.min()) == 0
@@ -324,15 +316,15 @@ def test_what_lies_in_a_pair_left_out_does_not_matter(backend):
 def test_one_grouping_per_step(monkeypatch):
     """Ids are put in order once, and nothing of it is read on the host."""
     calls = []
-    make = Groups.make.__func__
-    monkeypatch.setattr(Groups, "make", classmethod(lambda cls, *a: calls.append(1) or make(cls, *a)))
+    make = SameId.make.__func__
+    monkeypatch.setattr(SameId, "make", classmethod(lambda cls, *a: calls.append(1) or make(cls, *a)))
     z1, z2 = pair(len(IDS), 4)
     for reduction in REDUCTIONS:
         for name in ("infonce", "alpha_square", "uniform"):
             calls.clear()
             evaluate(z1, z2, (name, {}), IDS, reduction=reduction)
             assert len(calls) == 1
-    meta = Groups.make(torch.empty(9, dtype=torch.long, device="meta"), Layout(9, 0, 0, 9, 8, False), torch.float32)
+    meta = SameId.make(torch.empty(9, dtype=torch.long, device="meta"), Layout(9, 0, 0, 9, 8, False), torch.float32)
     assert meta.n_neg.shape == (9,)
 
 
@@ -355,15 +347,18 @@ def test_in_a_compiled_graph(member, reduction):
 def test_operators_pass_opcheck():
     objective, z1, z2 = objectives.make("alpha_direct"), *pair(6, 4)
     tau, ids = torch.tensor(0.3, dtype=torch.float64), torch.tensor([0, 1, 0, 2, 3, 1])
-    rest = (0.3, objective.key, "cosine", "two_view", True, "mean", "blocked", "", [True, True, False])
+    rest = (objective.key, "cosine", "two_view", True, "mean", "blocked", 0.3, "", [True, True, False])
     torch.library.opcheck(torch.ops.alphacl_fast.loss.default, (z1, z2, tau, ids, *rest), test_utils=(
         "test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
-    f, group, row = F.normalize(z1), ids.int(), torch.zeros(6, dtype=torch.float64)
+    row = torch.zeros(6, dtype=torch.float64)
+    pairing, function = Pairing(0, 0, 6, ids.int()), PairFunction("exp", (), tau, (-4.0, 4.0))
+    operands = *Rows(F.normalize(z1)), *pairing, *function
     for backend in ("cpu", "blocked"):
-        torch.library.opcheck(ops.row_sums, (
-            f, None, None, row, None, None, tau, "exp", [], ["base", "f"], 0, 0, 6, [0.3], "", backend, group))
-        torch.library.opcheck(ops.pair_grad, (
-            f, None, None, row, row + 1, row, None, None, tau, "exp", [], "f", [], 0, 0, 0, 6, [0.3], "", backend, group))
+        torch.library.opcheck(
+            ops.ROW_SUMS, (*operands, *RowScalars(row), [Term.SHIFT, Term.F], "", backend)
+        )
+        scalars = RowScalars(row, row + 1, row)
+        torch.library.opcheck(ops.PAIR_GRAD, (*operands, *scalars, Weight.F, [], 0, 6, "", backend))
 
 
 def test_errors():
@@ -389,7 +384,8 @@ def test_errors():
     ):
         with pytest.raises(ValueError, match=message):
             loss_against(z1, positive=z1[:, 0], **given)
-    with pytest.raises(ValueError, match="'cuda' cannot serve this call: ids: not in this backend; use triton or blocked"):
+    refusal = "'cuda' cannot serve this call: ids: not in this backend; use cpu or triton or blocked"
+    with pytest.raises(ValueError, match=refusal):
         alpha_cl_loss(z1, z2, ids=ids, backend="cuda")
 
 
@@ -397,7 +393,7 @@ def test_auto_passes_over_a_backend_without_ids(monkeypatch):
     for name in ("cpu", "triton"):
         monkeypatch.setattr(ops.SWEEP_BACKENDS[name], "unsupported", lambda *call: "left out")
     monkeypatch.setattr(ops.SWEEP_BACKENDS["cuda"], "unsupported", lambda *call: None)
-    name, why = ops.choose("auto", torch.device("cuda"), torch.float32, None, "exp", ids=True)
+    name, why = ops.choose("auto", torch.device("cuda"), torch.float32, None, "exp", ("ids",))
     assert (name, "cuda: ids: not in this backend" in why) == ("blocked", True)
     assert ops.choose("auto", torch.device("cuda"), torch.float32, None, "exp")[0] == "cuda"
 
@@ -413,15 +409,14 @@ def test_not_over_processes():
 
 def test_a_mask_that_forgets_is_found(monkeypatch):
     """The comparisons above can fail: one pair of a group that counts is seen."""
-    forgetful = blocked._clashes
+    original = blocked.equal_ids
 
-    def clashes(ids, i0, i1, j0, j1):
-        mask = forgetful(ids, i0, i1, j0, j1).clone()
-        if i0 == 0 and j0 == 0:
-            mask[0, 2] = mask[2, 0] = False
+    def forgetful(a, b):
+        mask = original(a, b).clone()
+        mask[0, 2] = mask[2, 0] = False
         return mask
 
-    monkeypatch.setattr(blocked, "_clashes", clashes)
+    monkeypatch.setattr(blocked, "equal_ids", forgetful)
     z1, z2 = pair(len(IDS), 6)
     for member in (("infonce", {}), ("alpha_direct", {"detach_alpha": False}), ("alpha_entropy", {})):
         truth = evaluate(z1, z2, member, IDS, backend="reference")

@@ -11,6 +11,7 @@ import torch
 from family import MEMBERS, loss_and_grads, member_id, pair, relative_error, smooth_hinge
 
 from alphacl_fast import FusedAlphaCLLoss, MinPlayer, PairLoss, PairWeight, loss_against, objectives, ops, supcon_loss
+from alphacl_fast.bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight
 from alphacl_fast.functional import alpha_cl_loss
 
 
@@ -420,13 +421,11 @@ def test_functional_equals_module():
 def test_operators_pass_opcheck():
     f = torch.nn.functional.normalize(torch.randn(8, 4), dim=1)
     pos, tau = torch.rand(8), torch.tensor(0.5)
-    torch.library.opcheck(
-        ops.row_sums, (f, None, None, pos, None, None, tau, "exp", [], ["base", "f", "ft"], 0, 4, 8, [], "", "blocked")
-    )
-    torch.library.opcheck(
-        ops.pair_grad,
-        (f, None, None, pos, pos, pos, None, None, tau, "exp", [], "f", ["f"], 0, 4, 0, 8, [0.5], "", "blocked"),
-    )
+    operands = *Rows(f), *Pairing(0, 4, 8), *PairFunction("exp", (), tau)
+    terms = [Term.SHIFT, Term.F, Term.F_MOMENT]
+    torch.library.opcheck(ops.ROW_SUMS, (*operands, *RowScalars(pos), terms, "", "blocked"))
+    scalars = RowScalars(pos, pos, pos)
+    torch.library.opcheck(ops.PAIR_GRAD, (*operands, *scalars, Weight.F, [Term.F], 0, 8, "", "blocked"))
 
 
 def test_row_operators_pass_opcheck():
@@ -436,7 +435,7 @@ def test_row_operators_pass_opcheck():
     torch.library.opcheck(ops.unit_rows, (z1, z2, backend))
     f, inv_norm, pos = ops.unit_rows(z1, z2, backend)
     torch.library.opcheck(ops.finish_rows, (torch.randn(8, 3), f, inv_norm, torch.rand(8), backend))
-    if ops.has_row_step(backend):
+    if ops.has(backend, "row_step"):
         vectors, tau = [pos, torch.zeros(8), torch.rand(8) + 1], torch.tensor(0.5)
         arguments = vectors, tau, 6, 8, 8, "exp log(ε + x)", [1.0, 0.0, 0.0], backend
         assert ops.row_step(*arguments).shape == (3, 8)

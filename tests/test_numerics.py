@@ -20,6 +20,7 @@ from family import (
 )
 
 from alphacl_fast import objectives
+from alphacl_fast.bundles import Term
 from alphacl_fast.functional import NEGATIVES, SIMILARITIES
 
 NORMALIZED = ["infonce", "alpha_direct", "alpha_entropy", "alpha_inverse", "alpha_square", "alpha_gamma", "soft_triplet"]
@@ -240,7 +241,7 @@ def test_float32_min_players_sum_to_one(backend, name, tau, monkeypatch):
 
     def spy(self, p, learn_tau):
         rows = original(self, p, learn_tau)
-        masses.append(p.sums(("f",), shift=rows.shift, offset=rows.offset)[0])
+        masses.append(p.sums((Term.F,), shift=rows.shift, argument_offset=rows.argument_offset)[0])
         assert isinstance(p, Sweeps)
         return rows
 

@@ -1,8 +1,13 @@
-"""What gets installed, and that importing it needs torch alone."""
+"""What gets installed, in which ways, and which module may import which."""
 
+import ast
+import importlib.util
 import os
+import re
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -11,51 +16,141 @@ import pytest
 pytestmark = pytest.mark.xdist_group("packaging")  # one worker makes what its tests share
 
 ROOT = Path(__file__).parent.parent
+#: The folders of a checkout and the packages that their modules belong to.
+FOLDERS = {
+    "alphacl_fast": "alphacl_fast",
+    "kernels": "alphacl_fast.kernels",
+    "benchmarks": "alphacl_fast.benchmarks",
+    "tools": "tools",
+}
+
+
+def run_isolated(code, folder):
+    """Runs code with the packages of this environment, but without its editable installs."""
+    path = os.pathsep.join([str(folder), sysconfig.get_path("purelib")])
+    environment = {name: x for name, x in os.environ.items() if not name.startswith("ALPHACL_")}
+    command = [sys.executable, "-S", "-c", code]
+    run = subprocess.run(
+        command, cwd=folder, env={**environment, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines()
+
+
+def pip(*arguments, **environment):
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, arguments)]
+    run = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+# --- what gets installed ---
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    out = tmp_path_factory.mktemp("dist")
-    source = tmp_path_factory.mktemp("a folder with spaces") / "src"
-    subprocess.run(["git", "clone", "-q", str(ROOT), str(source)], check=True)
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), str(source)]
-    kept = {**os.environ, "ALPHACL_CUDA_CACHE": str(ROOT / "build" / "cuda")}  # its CUDA kernels are the working tree's
-    subprocess.run(command, check=True, capture_output=True, env=kept)
-    (file,) = out.glob("*.whl")
+def source(tmp_path_factory):
+    """A fresh checkout."""
+    folder = tmp_path_factory.mktemp("a folder with spaces") / "src"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(folder)], check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sdist(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sdist")
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(out)]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    (file,) = out.iterdir()
     return file
 
 
-def test_wheel_has_one_top_level_name(wheel):
-    names = zipfile.ZipFile(wheel).namelist()
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    """Built from the sdist in pip's isolated environment, which has setuptools alone."""
+    out = tmp_path_factory.mktemp("wheel")
+    quick = {"CXXFLAGS": "-O0", "ALPHACL_CUDA_CACHE": str(ROOT / "build" / "cuda")}
+    pip("wheel", "-q", "--no-deps", "-w", out, sdist, **quick)
+    (file,) = out.iterdir()
+    return file
+
+
+def test_sdist_has_every_file(sdist):
+    """It builds, and tests itself."""
+    command = ["git", "ls-files"]
+    tracked = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    with tarfile.open(sdist) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    assert {*tracked.splitlines()} - names == {".ci/run", ".gitignore"}
+    assert not {name for name in names if name.endswith((".so", ".pyc", "_not_built.txt"))}
+
+
+def test_wheel_has_two_top_level_names(wheel):
+    with zipfile.ZipFile(wheel) as file:
+        names = file.namelist()
+        (scripts,) = (name for name in names if name.endswith("entry_points.txt"))
+        assert "alphacl = alphacl_cli:main" in file.read(scripts).decode().splitlines()
     top = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    assert top == {"alphacl_fast"}
-    assert "alphacl_fast/kernels/README.md" in names
-    assert "alphacl_fast/kernels/sweeps.py" in names
-    assert "alphacl_fast/backend/blocked.py" in names
-    assert "alphacl_fast/benchmarks/bench.py" in names
-    assert "alphacl_fast/train/loop.py" in names
-    assert "alphacl_fast/py.typed" in names
+    assert top == {"alphacl_fast", "alphacl_cli.py"}
+    assert {"alphacl_fast/kernels/README.md", "alphacl_fast/py.typed"} <= {*names}
     assert "-cp310-abi3-" in wheel.name
     for backend in ("cpu", "cuda"):  # the library, or the reason
-        assert sum(f"alphacl_fast/_{backend}{end}" in names for end in (".abi3.so", "_not_built.txt")) == 1
+        ends = (".abi3.so", "_not_built.txt")
+        assert sum(f"alphacl_fast/_{backend}{end}" in names for end in ends) == 1
 
 
-def test_wheel_works_unpacked(wheel, tmp_path):
-    zipfile.ZipFile(wheel).extractall(tmp_path)
-    code = (
-        "import alphacl_fast, alphacl_fast.kernels, alphacl_fast.benchmarks.bench, torch; print(alphacl_fast.__file__); "
-        "print(list(alphacl_fast.kernels.__path__)[0]); print(alphacl_fast.FusedAlphaCLLoss()(torch.eye(3), torch.eye(3)))"
-    )
-    out = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path), "PATH": ""}, check=True,
-        capture_output=True, text=True,
-    ).stdout.splitlines()  # fmt: skip
-    assert Path(out[0]).parent == tmp_path / "alphacl_fast"
-    assert Path(out[1]) == tmp_path / "alphacl_fast" / "kernels"
+def test_every_module_of_the_wheel_is_imported(wheel, tmp_path):
+    """Each from the wheel; together they are the modules of the folders that it is made of."""
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(tmp_path)
+    expected = {name for name in MODULES if not name.startswith("tools") and "__main__" not in name}
+    if importlib.util.find_spec("triton") is None:
+        expected = {name for name in expected if not name.startswith("alphacl_fast.kernels.")}
+    code = f"""
+import importlib, torch
+for name in {sorted(expected)}:
+    print(importlib.import_module(name).__file__)
+import alphacl_fast
+print(alphacl_fast.FusedAlphaCLLoss()(torch.eye(3), torch.eye(3)).item() > 0)
+"""
+    *files, served = run_isolated(code, tmp_path)
+    assert served == "True"
+    assert all(Path(file).is_relative_to(tmp_path) for file in files)
+    shipped = {str(file) for file in tmp_path.rglob("*.py") if file.name != "__main__.py"}
+    if len(expected) == len(files) and importlib.util.find_spec("triton"):
+        assert {*files} == shipped
+
+
+@pytest.mark.parametrize("mode", ["default", "compat", "strict"])
+def test_editable(source, tmp_path, mode):
+    """Every way of an editable install has the stubs' modules, and not what else is at the top."""
+    chosen = [] if mode == "default" else ["--config-settings", f"editable_mode={mode}"]
+    pip(
+        *("install", "-q", "--no-deps", "--no-build-isolation", "--target", tmp_path, *chosen),
+        *("-e", source), ALPHACL_CPU="0", ALPHACL_CUDA="0",
+    )  # fmt: skip
+    code = f"""
+import importlib, importlib.util, site, torch
+site.addsitedir({str(tmp_path)!r})
+for name in ("alphacl_cli", "alphacl_fast.kernels.config", "alphacl_fast.benchmarks.bench"):
+    print(importlib.import_module(name).__file__)
+names = ["alphacl_fast." + name for name in ("setup", "tests", "tools", "csrc")]
+print([name for name in names if importlib.util.find_spec(name)])
+import alphacl_fast
+print(alphacl_fast.backends()["cpu"])
+"""
+    *files, others, reason = run_isolated(code, tmp_path)
+    assert all(Path(file).is_relative_to(source) for file in files)
+    assert others == "[]"
+    assert "left out (ALPHACL_CPU=0)" in reason
+
+
+@pytest.mark.parametrize("name", ["setup", "tests", "tools", "csrc"])
+def test_the_top_of_a_checkout_is_not_in_the_package(name):
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module(f"alphacl_fast.{name}")
 
 
 def test_import_needs_torch_alone():
-    """No triton, no torchvision, no numpy, no sklearn; no device is touched and no compiler looked for."""
+    """No triton, no torchvision, no numpy, no sklearn; no device is touched, no compiler run."""
     code = """
 import sys
 for name in ("triton", "numpy", "torchvision", "sklearn", "matplotlib", "tqdm", "PIL"):
@@ -65,63 +160,122 @@ torch.cuda.is_available = torch.cuda.device_count = None
 import alphacl_fast
 print(alphacl_fast.FusedAlphaCLLoss("alpha_square")(torch.eye(4), torch.eye(4)).item())
 """
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+    )
     assert abs(float(out.stdout) + 1) < 1e-6
 
 
-def test_imports_go_one_way():
-    """loss → functional → distributed → autograd → ops → backend, objectives below; train and benchmarks from public names."""
-    import ast
+# --- which module may import which ---
 
-    allowed = {
-        "objectives": set(),
-        "backend.ranges": {"objectives"},
-        "backend.precision": set(),
-        "backend.blocked": {"objectives", "ranges", "precision"},
-        "backend.groups": set(),
-        "backend.triton": {"objectives", "ranges", "precision", "groups"},
-        "backend.cuda": {"objectives", "ranges", "precision", "groups"},
-        "backend.cpu": {"objectives", "ranges"},
-        "backend.reference": {"objectives"},
-        "ops": {"backend", "objectives"},
-        "autograd": {"ops", "objectives"},
-        "distributed": {"autograd", "objectives"},
-        "traced": {"autograd", "objectives"},
-        "functional": {"ops", "autograd", "traced", "distributed", "backend", "objectives"},
-        "players": {"functional", "autograd", "backend", "blocked", "objectives"},
-        "theory": {"functional", "players", "objectives"},
-        "claims": {"functional", "players", "theory"},
-        "against": {"functional", "autograd", "objectives"},
-        "compat.lightly": {"against", "autograd", "functional"},
-        "compat.open_clip": {"functional"},
-        "compat.pytorch_metric_learning": {"against", "functional"},
-        "compat.sentence_transformers": {"against", "autograd", "functional"},
-        "loss": {"functional", "players", "ops", "objectives"},
-        "verify": {"distributed", "functional", "objectives"},
-        "plan": {"autograd", "distributed", "functional", "objectives"},
-    }
-    for module, expected in allowed.items():
-        tree = ast.parse((ROOT / "alphacl_fast" / (module.replace(".", "/") + ".py")).read_text())
-        imported = set()
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                imported |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
-        assert imported <= expected, module
-    for file in (ROOT / "alphacl_fast" / "train").glob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("alphacl_fast"):
-                public = node.module == "alphacl_fast" or node.module.startswith("alphacl_fast.train")
-                assert public or (file.name, node.module) == ("__main__.py", "alphacl_fast.cli"), file
+#: A module imports modules of the lines above its own, and none of its own line.
+LAYERS = """
+_version bundles backend.precision backend.groups kernels.config kernels.sweeps
+objectives
+call backend.forms backend.reference kernels.trace
+backend.blocked backend.cpu backend.cuda kernels.rows
+backend.triton
+ops
+autograd
+distributed compiled_op
+functional
+explicit_negatives pair_weights plan tune verify
+loss theory compat.lightly compat.open_clip compat.pytorch_metric_learning
+checks compat.sentence_transformers
+"""
+#: Folders whose modules import each other, alphacl_fast itself and these.
+WINGS = {
+    "alphacl_fast.train": set(),
+    "alphacl_fast.benchmarks": {"functional", "objectives", "ops", "backend.cpu"},
+    "tools": {
+        "bundles",
+        "cpp_printer",
+        "functional",
+        "objectives",
+        "ops",
+        "plan",
+        "backend.triton",
+        "benchmarks",
+        "kernels",
+        "train",
+    },
+}
+#: What a build runs imports the standard library alone.
+BUILDERS = ("tools.build_cpu", "tools.build_cuda")
+
+
+def modules():
+    """The file of every module."""
+    found = {"alphacl_cli": ROOT / "alphacl_cli.py"}
+    for folder, package in FOLDERS.items():
+        for file in (ROOT / folder).rglob("*.py"):
+            parts = file.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join([package, *parts]).removesuffix(".__init__")] = file
+    return found
+
+
+MODULES = modules()
+
+
+def imported(name):
+    """The project's modules that a module imports, in functions too, and all others."""
+    ours, others = set(), set()
+    file = MODULES[name]
+    package = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            base = ".".join([*base, *([node.module] if node.module else [])])
+            full = [f"{base}.{alias.name}" for alias in node.names]
+            names = [name if name in MODULES else base for name in full]
+        ours |= {name for name in names if name in MODULES}
+        others |= {name for name in names if name not in MODULES}
+    return ours, others
+
+
+def test_imports_go_one_way():
+    """loss → functional → distributed → autograd → ops → backend → objectives."""
+    lines = LAYERS.strip().splitlines()
+    level = {f"alphacl_fast.{name}": k for k, line in enumerate(lines) for name in line.split()}
+    assert {*level} <= {*MODULES}
+    roofs = {"alphacl_fast", "alphacl_cli", "alphacl_fast.cli", "alphacl_fast.train.__main__"}
+    for name, file in MODULES.items():
+        ours, _ = imported(name)
+        wing = next((wing for wing in WINGS if f"{name}.".startswith(f"{wing}.")), None)
+        if name in roofs:
+            assert not any(other.startswith("tools") for other in ours), name
+        elif wing:
+            given = {wing, *(f"alphacl_fast.{other}" for other in WINGS[wing])}
+            inside = tuple(f"{other}." for other in given)
+            assert all(f"{other}.".startswith(inside) for other in ours - {"alphacl_fast"}), name
+        elif name in level:
+            assert all(level.get(other, len(lines)) < level[name] for other in ours), (name, ours)
+        else:
+            assert file.name == "__init__.py", f"{name} has no place in LAYERS"
+            assert not ours, name
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_build_needs_the_standard_library_alone(name):
+    ours, others = imported(name)
+    assert not ours
+    assert {other.split(".")[0] for other in others} <= sys.stdlib_module_names
 
 
 def test_imports_of_train_go_one_way():
-    """As its docstring lists them: a module imports those of its own group and of the groups before."""
-    import ast
-    import re
-
+    """A module imports modules of its own group in the package's docstring, and of earlier ones."""
     folder = ROOT / "alphacl_fast" / "train"
-    listed = re.search(r"Modules import one way: (.*?)\.\n", (folder / "__init__.py").read_text(), re.DOTALL)[1]
-    level = {name: group for group, names in enumerate(listed.split(";")) for name in re.findall(r"\w+", names)}
+    listed = re.search(
+        r"Modules import one way: (.*?)\.\n", (folder / "__init__.py").read_text(), re.DOTALL
+    )[1]
+    level = {
+        name: group
+        for group, names in enumerate(listed.split(";"))
+        for name in re.findall(r"\w+", names)
+    }
     assert {*level} == {file.stem for file in folder.glob("*.py")} - {"__init__", "__main__"}
     for name in level:
         for node in ast.walk(ast.parse((folder / f"{name}.py").read_text())):
@@ -130,17 +284,18 @@ def test_imports_of_train_go_one_way():
                 assert all(level[other] <= level[name] for other in imported), (name, imported)
 
 
-def test_without_a_compiler_one_line_says_so(tmp_path):
-    """It installs, keeps the reason for `alphacl info`, and fails only where the kernels were demanded."""
-    source = tmp_path / "src"
-    subprocess.run(["git", "clone", "-q", str(ROOT), str(source)], check=True)
+def test_without_a_compiler_one_line_says_so(source):
+    """It installs, keeps the reason for `alphacl info`, and fails only if ALPHACL_CPU=1."""
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     environment = {**os.environ, "CXX": "no-such-compiler", "ALPHACL_CUDA": "0"}
-    run = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        command, cwd=source, env=environment, capture_output=True, text=True, check=True
+    )
     line, cuda = [line for line in run.stderr.splitlines() if line.startswith("alphacl_fast:")]
     assert "no compiled CPU kernels" in line
     assert cuda == "alphacl_fast: no compiled CUDA kernels: left out (ALPHACL_CUDA=0)"
     assert "no-such-compiler" in (source / "alphacl_fast" / "_cpu_not_built.txt").read_text()
-    demanded = subprocess.run(command, cwd=source, env={**environment, "ALPHACL_CPU": "1"}, capture_output=True, text=True)
+    environment["ALPHACL_CPU"] = "1"
+    demanded = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
     assert demanded.returncode != 0
     assert "the CPU kernels could not be built" in demanded.stderr

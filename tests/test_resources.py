@@ -1,4 +1,4 @@
-"""What kernels/resources.py reports. Kernels are compiled in a process of its own: in this one triton interprets them."""
+"""What tools/resources.py reports. Kernels are compiled in a process of its own: in this one triton interprets them."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import pytest
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-from alphacl_fast.kernels.resources import Resources, compile_for, inspect_ptx, limits, occupancy  # noqa: E402
+from tools.resources import Resources, compile_for, inspect_ptx, limits, occupancy  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("resources")  # one worker makes what its tests share
 
@@ -89,7 +89,7 @@ def compile_everything():
     cases["mapped"] = compile_for(mapped, {"x_ptr": "*fp32", "n": "i32"}, vector, 90)
     vectors = {"v": Vectors("*fp32", None, "*fp32"), "y_ptr": "*fp32"}
     cases["tuple"] = compile_for(transformed, vectors, {"BLOCK": 1024}, 90)
-    cases["gluon"] = compile_for(_gluon_copy(), {"x_ptr": "*fp32", "y_ptr": "*fp32"}, {"BLOCK": 1024}, 90, num_warps=8)
+    cases["8 warps"] = compile_for(mapped, {"x_ptr": "*fp32", "n": "i32"}, vector, 90, num_warps=8)
     refused = {}
     for name, call in {
         "missing": lambda: compile_for(mapped, {"x_ptr": "*fp32"}, vector, 90),
@@ -103,30 +103,10 @@ def compile_everything():
     return {"cases": {name: asdict(replace(r, ptx="", sass="")) for name, r in cases.items()}, "refused": refused}
 
 
-def _gluon_copy():
-    from gluon_copy import copy  # written by the fixture: a Gluon function cannot stand where triton interprets
-
-    return copy
-
-
-GLUON = """
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-
-@gluon.jit
-def copy(x_ptr, y_ptr, BLOCK: gl.constexpr):
-    layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
-    at = gl.program_id(0) * BLOCK + gl.arange(0, BLOCK, layout)
-    gl.store(y_ptr + at, gl.load(x_ptr + at))
-"""
-
-
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gluon")
-    (folder / "gluon_copy.py").write_text(GLUON)
+def compiled():
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(folder)])
+    env["PYTHONPATH"] = str(ROOT)
     run = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)
@@ -180,11 +160,10 @@ def test_tuples_of_arguments(compiled):
     assert found.count("^LDG") == 3  # and one of them is absent
 
 
-def test_functions_and_gluon_kernels(compiled):
-    assert compiled["cases"]["mapped"].count("^F(MUL|ADD|FMA)") == 8
-    gluon = compiled["cases"]["gluon"]
-    assert gluon.threads == 256
-    assert (gluon.count(r"^LDG\..*128"), gluon.count(r"^STG\..*128")) == (1, 1)
+def test_functions_and_warps(compiled):
+    for name, threads in (("mapped", 128), ("8 warps", 256)):
+        assert compiled["cases"][name].count("^F(MUL|ADD|FMA)") == 1024 // threads
+        assert compiled["cases"][name].threads == threads
 
 
 def test_refusals(compiled):

@@ -1,4 +1,4 @@
-"""The counts of benchmarks/roofline.py against a walk over every tile, and what must hold of any prediction."""
+"""The counts of tools/roofline.py against a walk over every tile, and what must hold of any prediction."""
 
 import itertools
 import math
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import roofline
-from benchmarks.roofline import DEVICES, DIMS, OVERLAP, Tile
+from tools import roofline
+from tools.roofline import DEVICES, DIMS, OVERLAP, Tile
 
 H200 = DEVICES["H200"]
 LEVELS = (1, OVERLAP, 0)
@@ -34,19 +34,14 @@ def test_counts_by_enumeration(n, both):
     met = {pair for i, j, _ in tiles for pair in ((i, j), (j, i) if both else (i, j))}
     assert len(met) == math.ceil(n / tile.rows) * math.ceil(n / tile.cols)  # every block meets every other,
     assert len(tiles) == len(set(tiles)) == roofline.tile_count(n, tile, both)  # once
-    sums, gradient = (roofline.sweep(n, dim, tile, g, both, H200) for g in (False, True))
     pairs = sum(tile.rows * tile.cols for _ in tiles)
-    assert sums.exp == gradient.exp == pairs
-    assert sums.flop == 2 * pairs * dim
-    assert gradient.flop == (3 if both else 2) * 2 * pairs * dim
-    assert sums.l2 == gradient.l2 == sum(2 * tile.cols * dim for _ in tiles)
-    assert sums.red == 0
+    for gradient in (False,) if both else (False, True):
+        work = roofline.sweep(n, dim, tile, gradient, both, H200)
+        assert work.exp == pairs
+        assert work.flop == (2 if gradient else 1) * 2 * pairs * dim
+        assert work.l2 == sum(2 * tile.cols * dim for _ in tiles)
     if both:
-        blocks = math.ceil(n / tile.rows)
-        others = sum(4 * tile.cols * dim for _, _, distance in tiles if distance)
-        own = 4 * tile.rows * dim * blocks * roofline.parts(n, tile, both, H200)[0]
-        assert gradient.red == others + own
-        assert sums.shuffle == len(tiles) * 96 * 32 * tile.warps * tile.cols / 128
+        assert work.shuffle == len(tiles) * 96 * 32 * tile.warps * tile.cols / 128
 
 
 def test_rows_that_do_not_stay_are_read_again():
@@ -85,7 +80,7 @@ def test_predictions_are_monotone(dim):
         steps = [roofline.step(n, dim, H200, overlap) for overlap in LEVELS]
         assert steps[0].time <= steps[1].time <= steps[2].time
         assert 0 < steps[2].fraction <= steps[0].fraction <= 1
-        for name in ("clock", "gemm", "hbm", "l2", "red"):
+        for name in ("clock", "gemm", "hbm", "l2"):
             faster = replace(H200, **{name: 2 * getattr(H200, name)})
             assert all(roofline.step(n, dim, faster, o).time <= s.time for o, s in zip(LEVELS, steps, strict=True))
 

@@ -14,10 +14,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from alphacl_fast.kernels import rows, trace
-
 from alphacl_fast import objectives
 from alphacl_fast.autograd import Features, positives, through_normalization
+from alphacl_fast.kernels import rows, trace
 
 pytestmark = [
     pytest.mark.xdist_group("rows"),  # one worker makes what its tests share
@@ -33,8 +32,8 @@ EPS = {torch.float32: 6e-8, torch.float64: 2e-14}  # in float64 the oracle's own
 def expected(z1, z2, dtype=torch.float64):
     """f, inv_norm and pos in torch, computed in a dtype; half-precision rows raw."""
     features = Features.make(torch.cat([z1, z2]).to(dtype), "cosine")
-    f = torch.cat([z1, z2]) if z1.dtype.itemsize == 2 else features.f
-    return f, features.inv_norm, positives(features.rows(), "cosine")
+    f = torch.cat([z1, z2]) if z1.dtype.itemsize == 2 else features.rows.f
+    return f, features.inv_norm, positives(features.wide(), "cosine")
 
 
 def expected_gradient(d, unit, inv_norm, q):
@@ -232,7 +231,7 @@ def test_row_step(step, dtype, n, poisoned):
         got = rows.row_step(tuple(vectors), tau, 30, 7, n, trace.row_function(step, params, count), len(outputs))
         assert got.shape == (len(outputs), n)
         exact, eager = (
-            function([v.to(d) for v in vectors], objectives.RowScalars(tau.to(d), 30, 7), params)
+            function([v.to(d) for v in vectors], objectives.BatchNumbers(tau.to(d), 30, 7), params)
             for d in (torch.float64, dtype)
         )
         for name, ours, truth, theirs in zip(outputs, got, exact, eager, strict=True):
@@ -247,7 +246,7 @@ def test_row_step_reads_expanded_and_strided_vectors():
     t_max, mean = torch.rand(2, 9), torch.rand(9, 2)
     vectors = (t_max[0], mean[:, 1], torch.tensor(-1.0).expand(9), torch.tensor(2.0).expand(9))
     ours = rows.row_step(vectors, torch.tensor(1.0), 3, 1, 9, trace.row_function(step, params, 4), 1)
-    theirs = objectives.ROW_STEPS[step].function(vectors, objectives.RowScalars(torch.tensor(1.0), 3, 1), params)
+    theirs = objectives.ROW_STEPS[step].function(vectors, objectives.BatchNumbers(torch.tensor(1.0), 3, 1), params)
     torch.testing.assert_close(ours[0], theirs[0])
 
 
@@ -294,7 +293,7 @@ def test_gains(dtype, n, poisoned):
 
 def compile_everything():
     """Resources by kernel, capability, dtype and size; production tiles."""
-    from alphacl_fast.kernels.resources import compile_for, occupancy
+    from tools.resources import compile_for, occupancy
 
     cases = [(90, kind, 4096) for kind in ("bf16", "fp32", "fp64")]
     cases += [(90, "fp64", 3), (90, "bf16", 65536), *((capability, "bf16", 128) for capability in (80, 90, 100))]

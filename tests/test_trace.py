@@ -20,13 +20,13 @@ import torch.nn.functional as F
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-from alphacl_fast.kernels import trace  # noqa: E402
-from alphacl_fast.kernels.resources import compile_for  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from alphacl_fast import objectives  # noqa: E402
+from alphacl_fast.kernels import trace  # noqa: E402
 from alphacl_fast.objectives import MinPlayer, PairLoss, PairWeight  # noqa: E402
+from tools.resources import compile_for  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 EPS = torch.finfo(torch.float32).eps
@@ -500,6 +500,7 @@ def compile_ahead_of_time():
 
 def test_compiles_ahead_of_time():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
     run = subprocess.run([sys.executable, __file__], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout)

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import triton.language as tl
-from alphacl_fast.kernels.config import Tile
-from alphacl_fast.kernels.sweeps import rounded_to_tf32
 from conftest import square_tile
 from family import MODES, gaussian_weight, loss_and_grads, member_id, pair, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -19,6 +17,8 @@ from triton.runtime.interpreter import GridExecutor
 from alphacl_fast import FusedAlphaCLLoss, PairLoss, PairWeight, ops
 from alphacl_fast.backend import cuda, groups, triton
 from alphacl_fast.functional import alpha_cl_loss
+from alphacl_fast.kernels.config import Tile
+from alphacl_fast.kernels.sweeps import rounded_to_tf32
 
 SOURCE = (Path(__file__).parent.parent / "kernels/sweeps.py").read_text()
 FORMS = [  # one objective for each form of a sweep
@@ -29,9 +29,9 @@ FORMS = [  # one objective for each form of a sweep
 ]
 
 
-def set_tile(monkeypatch, *shape, both_sides=False, persistent=0, processors=6):
+def set_tile(monkeypatch, *shape, both_sides=False, processors=6):
     rows, cols, features = shape
-    shape = Tile(rows, cols, features, warps=4, stages=1, both_sides=both_sides, persistent=persistent)
+    shape = Tile(rows, cols, features, warps=4, stages=1, both_sides=both_sides)
     monkeypatch.setattr(triton, "tile", lambda sweep, mode, dim, n, device: shape)
     monkeypatch.setattr(triton, "_processors", lambda device: processors)
 
@@ -43,19 +43,12 @@ def assert_equal(z1, z2, member, bound=1e-10, **setting):
         assert relative_error(a, b) < bound, (name, relative_error(a, b))
 
 
-@pytest.fixture(params=["row-block", "both-sides"])
-def form(request):
-    """Poisoned memory in the order-fixed form; the other one adds atomically, which deterministic mode rules out."""
-    torch.use_deterministic_algorithms(request.param == "row-block")
-    yield request.param
-    torch.use_deterministic_algorithms(False)
-
-
+@pytest.mark.parametrize("both_sides", [False, True])
 @pytest.mark.parametrize("member", FORMS, ids=member_id)
 @pytest.mark.parametrize(("negatives", "symmetric"), MODES)
 @pytest.mark.parametrize("n", [7, 8])  # 4 tiles or 3 of one_view: even and odd rings, with a ragged and a full last tile
-def test_forms(form, member, negatives, symmetric, n, monkeypatch):
-    set_tile(monkeypatch, 4, 4, 8, both_sides=form == "both-sides")
+def test_forms(both_sides, member, negatives, symmetric, n, monkeypatch, poisoned):
+    set_tile(monkeypatch, 4, 4, 8, both_sides=both_sides)
     taus = (0.5, 1e-3) if member[0] == "infonce" else (0.5,)  # fixed and running bases
     for tau in taus:
         assert_equal(*pair(n, 6), member, negatives=negatives, symmetric=symmetric, tau=tau, bound=1e-9)
@@ -90,46 +83,6 @@ def test_wide_rows(member, negatives, symmetric, similarity, monkeypatch, poison
     monkeypatch.setattr(groups, "SCRATCH", 2 * 4 * 14 * 8)  # two row blocks
     setting = {"negatives": negatives, "symmetric": symmetric, "similarity": similarity, "tau": 0.5}
     assert_equal(*pair(7, 7), member, **setting)
-
-
-PERSISTENT = [
-    (member, 7, (4, 4, features), both, {}) for member in FORMS for features, both in ((8, False), (4, False), (8, True))
-]
-PERSISTENT += [
-    (FORMS[0], 7, (4, 4, 8), False, {"tau": 1e-3}), (FORMS[0], 13, (2, 4, 8), False, {"negatives": "one_view"}),
-    (FORMS[0], 13, (2, 4, 8), False, {"negatives": "cross_view", "similarity": "euclidean"}),
-    (FORMS[0], 13, (2, 2, 8), True, {"negatives": "cross_view"}),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("member", "n", "shape", "both_sides", "setting"), PERSISTENT)
-def test_persistent_grid(member, n, shape, both_sides, setting, monkeypatch, poisoned):
-    """Five programs share the row blocks and the parts of their rings: to the last bit what a program for each gives."""
-    grids = []
-    monkeypatch.setattr("alphacl_fast.objectives.MinPlayer.max_sweeps", 2)
-    for kernel in ("row_sums", "pair_grad"):
-        original = getattr(triton._kernels().sweeps, kernel)
-        monkeypatch.setattr(triton._kernels().sweeps, kernel, _Spy(original, grids))
-    results = []
-    for persistent in (0, 1):
-        grids.clear()
-        set_tile(monkeypatch, *shape, both_sides=both_sides, persistent=persistent, processors=10)
-        results.append(loss_and_grads(*pair(n, 6, torch.float32), *member, backend="triton", **{"tau": 0.5, **setting}))
-        items = [rows * parts for rows, parts in grids]
-        assert max(items) == 5 if persistent else max(items) > 5
-    for one, other in zip(*results, strict=True):
-        assert torch.equal(one, other)
-
-
-class _Spy:
-    """A kernel that notes the grids of its launches."""
-
-    def __init__(self, kernel, grids):
-        self.kernel, self.grids = kernel, grids
-
-    def __getitem__(self, grid):
-        self.grids.append(grid)
-        return self.kernel[grid]
 
 
 @pytest.mark.parametrize("tau", [0.3, 1e-3])
@@ -279,57 +232,6 @@ def test_weights_are_rounded_to_tf32():
     expected = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-10, 1.0, -1 - 2**-10, 3e38, torch.inf, -0.0])
     assert torch.equal(out[[0, 1, 2, 3, 4, 6, 7]], expected[[0, 1, 2, 3, 4, 6, 7]])
     assert abs(float(out[5]) / 3e38 - 1) <= 2**-11
-
-
-class _Hopper:
-    """The Gluon kernels' launchers by their definition; tests/test_hopper.py holds the kernels against the same formulas."""
-
-    GRAD_TILES = (16,)
-    calls = 0
-
-    @staticmethod
-    def most_splits(n, tile):
-        return 2
-
-    @classmethod
-    def _pairs(cls, rows, cols, scale_rows, scale_cols, tau, middle, shift):
-        cls.calls += 1
-        assert rows.is_contiguous()
-        assert cols.is_contiguous()
-        t = (rows.float() @ cols.float().t()) * scale_rows[:, None] * scale_cols
-        number = torch.arange(len(t)) >> shift
-        return t, torch.where(number[:, None] == number, 0.0, (t / tau - middle).exp())
-
-    @classmethod
-    def row_sums(cls, rows, cols, scale_rows, scale_cols, center, tau, middle, log_f, shift, splits, tile, linear):
-        t, e = cls._pairs(rows, cols, scale_rows, scale_cols, tau, middle, shift)
-        sums = [e.sum(1)] + ([] if center is None else [(e * (t - center[:, None])).sum(1)])
-        return torch.stack(sums).expand(splits, -1, -1) / splits
-
-    @classmethod
-    def pair_grad(
-        cls, rows, cols, scale_rows, scale_cols, r_rows, r_cols, tau, middle, log_f, shift, splits, tile, linear
-    ):
-        assert linear
-        _, e = cls._pairs(rows, cols, scale_rows, scale_cols, tau, middle, shift)
-        df = (e * (r_rows[:, None] + r_cols) * scale_cols) @ cols.float()
-        return df.expand(splits, -1, -1) / splits
-
-
-@pytest.mark.parametrize(("negatives", "symmetric"), MODES)
-def test_gluon_kernels_take_their_part(negatives, symmetric, monkeypatch):
-    """Where a tile asks for them and they serve the call; rows go in and come back in the right order."""
-    monkeypatch.setattr(triton, "_hopper", lambda: _Hopper)
-    monkeypatch.setattr(triton, "tile", lambda *call: Tile(16, 16, 16, 4, 4, engine="gluon"))
-    monkeypatch.setattr(_Hopper, "calls", 0)
-    z1, z2 = pair(20, 16, torch.bfloat16)
-    setting = {"negatives": negatives, "symmetric": symmetric}
-    assert_equal(z1, z2, ("infonce", {}), bound=6e-3, **setting, learn_tau=False)
-    assert _Hopper.calls == {("cross_view", True): 4, ("cross_view", False): 3}.get((negatives, symmetric), 2)
-    _Hopper.calls = 0
-    for member in (("alpha_direct", {"exponent": 3}), ("triplet", {})):  # a power in software; no exponential
-        assert_equal(z1[:9], z2[:9], member, bound=6e-3, learn_tau=False, **setting)
-    assert _Hopper.calls == 0
 
 
 def test_nothing_is_compiled_again_for_another_batch_size(monkeypatch):

@@ -1,26 +1,22 @@
 """Every production configuration of the Triton kernels, compiled ahead of time for sm_80, sm_90 and sm_100."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-import triton
-
 ROOT = Path(__file__).parent.parent
 
 
-def test_kernels_compile_cleanly(tmp_path):
-    """No spills, no serialised wgmma, shared memory within limits, matrix instructions; docs/kernels.md is what came out."""
-    page = tmp_path / "kernels.md"
+def test_kernels_compile_cleanly():
+    """No spills, no serialised wgmma, shared memory within limits, matrix instructions."""
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.resources", "--check", "--write", str(page)], cwd=ROOT, capture_output=True,
+        [sys.executable, "-m", "tools.triton_resources"], cwd=ROOT, capture_output=True,
         text=True, env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
-    recorded = (ROOT / "docs/kernels.md").read_text()
-    if f"triton {triton.__version__};" in recorded:  # the table is that of one version of the compiler
-        assert page.read_text() == recorded, "write docs/kernels.md again (its first lines say how)"
+    assert int(re.search(r"(\d+) kernels compiled, 0 with problems", run.stdout)[1]) > 100
 
 
 BIND = """
@@ -49,7 +45,7 @@ def compile_only(self, *arguments, grid, warmup, **options):
     return run(self, *arguments, grid=grid, warmup=True, **options)
 
 triton.runtime.jit.JITFunction.run = compile_only
-backend.unsupported, backend._processors = lambda *call: None, lambda device: 264
+backend.pretend_gpu(multiprocessors=132)
 compiled = {}
 for n in (512, 500, 333, 17):
     z1, z2 = (torch.randn(n, 64).bfloat16().requires_grad_() for _ in range(2))

@@ -19,10 +19,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..objectives import PairKind
+from ..bundles import Form, PairFunction, Pairing, Rows, RowScalars, Term, Weight
 from ..objectives import kind as lookup
+from . import forms
 from .precision import float32_precision
-from .ranges import middle as middle_of
+
+#: Optional operands that this backend serves.
+OPTIONAL_OPERANDS = {"ids"}
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, precision: str | None, kind: str) -> str | None:
@@ -60,12 +63,6 @@ def deal(enough: int, device: torch.device, work: Callable[[int, int], Result]) 
         torch.set_num_threads(threads)  # what threads that start later will take over
 
 
-def _share(n: int, split: int, block: int, device: torch.device, work: Callable[[Tiles], Result]) -> list[Result]:
-    """``work`` on all tiles, dealt out to workers; results in the workers' order."""
-    enough = sum(1 for _ in islice(_tiles(n, split, block), 4 * MAX_WORKERS)) // 4
-    return deal(enough, device, lambda worker, workers: work(islice(_tiles(n, split, block), worker, None, workers)))
-
-
 def tile_size(n: int, device: torch.device) -> int:
     """Rows of a tile. On a CPU a float32 tile and its companion stay in the second-level cache; a GPU wants work."""
     if device.type == "cpu":
@@ -76,11 +73,14 @@ def tile_size(n: int, device: torch.device) -> int:
 class _Side:
     """Row scalars of a tile's anchors, as columns (rows of I) or as a row (rows of J), and the reduction over the rest."""
 
-    def __init__(self, start: int, stop: int, dim: int, **scalars: Tensor | None) -> None:
+    def __init__(self, start: int, stop: int, dim: int, scalars: RowScalars) -> None:
         self.slice, self.dim = slice(start, stop), dim
-        shape = (-1, 1) if dim == 1 else (1, -1)
-        for name, vector in scalars.items():
-            setattr(self, name, None if vector is None else vector[start:stop].view(shape))
+        self.shape = (-1, 1) if dim == 1 else (1, -1)
+        self.scalars = RowScalars(*(None if x is None else self.of(x) for x in scalars))
+
+    def of(self, vector: Tensor) -> Tensor:
+        """The side's part of a vector (anchors,), ready to be broadcast over the tile."""
+        return vector[self.slice].view(self.shape)
 
 
 class _Tile:
@@ -91,20 +91,20 @@ class _Tile:
     """
 
     def __init__(
-        self, product: Tensor, excluded: list[int], same_id: Tensor | None, kind: PairKind, tau: Tensor,
-        params: tuple[float, ...], need_t: bool,
-    ) -> None:  # fmt: skip
-        self.excluded, self.same_id, self.kind, self.tau, self.params = excluded, same_id, kind, tau, params
+        self, product: Tensor, excluded: list[int], same_id: Tensor | None, function: PairFunction, need_t: bool
+    ) -> None:
+        self.excluded, self.same_id = excluded, same_id
+        self.kind, self.tau, self.params = lookup(function.kind), function.tau, function.params
         self._log_f: Tensor | None = None
         self.mask(product)  # the similarity of an excluded pair may be infinite, and 0·inf is not 0
-        if kind.linear_in_t:
-            self.t = product * tau if need_t else product
+        if self.kind.linear_in_t:
+            self.t = product * self.tau if need_t else product
             self._log_f = self.mask(product, -torch.inf)
         else:
             self.t = product
 
     def mask(self, x: Tensor, value: float = 0.0) -> Tensor:
-        """Writes ``value`` where a pair is the anchor itself, its positive or of one id; in place."""
+        """Writes ``value`` where a pair is the anchor itself, its positive or has one id; in place."""
         for diagonal in self.excluded:
             x.diagonal(diagonal).fill_(value)
         return x if self.same_id is None else x.masked_fill_(self.same_id, value)
@@ -115,18 +115,33 @@ class _Tile:
             self._log_f = self.mask(self.kind.f(self.t, self.tau, self.params), -torch.inf)
         return self._log_f
 
-    def pieces(self, side: _Side, names: set[str]) -> dict[str, Tensor]:
+    def exp(self, shift: float | Tensor) -> Tensor:
+        """exp(log f − shift); in place where the shift is one number."""
+        log_f = self.log_f()
+        if isinstance(shift, Tensor):
+            return (log_f - shift).exp_()
+        return (log_f.sub_(shift) if shift else log_f).exp_()
+
+    def values(self, side: _Side, pieces: set[str]) -> dict[str, Tensor]:
         """The named ones of f, df, dtau for one side's row scalars, 0 at excluded pairs."""
-        kind, tau, params = self.kind, self.tau, self.params
-        derivatives = {"df": kind.df, "dtau": kind.dtau}
+        kind, tau, params, scalars = self.kind, self.tau, self.params, side.scalars
         if kind.log:
-            f = (self.log_f() - side.shift).exp_()
-            return {name: f if name == "f" else f * derivatives[name](self.t, tau, params) for name in names}
-        x = self.t if side.shift is None else self.t - side.shift
-        if side.offset is not None:
-            x = x + side.offset
-        functions = {"f": kind.f, **derivatives}
-        return {name: self.mask(_owned(functions[name](x, tau, params), x)) for name in names}
+            f = self.exp(scalars.shift)
+            return {
+                name: f if name == "f" else f * getattr(kind, name)(self.t, tau, params) for name in pieces
+            }
+        x = self.t if scalars.shift is None else self.t - scalars.shift
+        if scalars.argument_offset is not None:
+            x = x + scalars.argument_offset
+        return {name: self.mask(_owned(getattr(kind, name)(x, tau, params), x)) for name in pieces}
+
+    def moment(self, side: _Side) -> Tensor:
+        """t − moment_origin, in a tensor of its own."""
+        return self.t - side.scalars.moment_origin
+
+    def deviation(self, side: _Side) -> Tensor:
+        """t − moment_origin − baseline."""
+        return self.moment(side).sub_(side.scalars.baseline)
 
 
 def _owned(y: Tensor, x: Tensor) -> Tensor:
@@ -147,250 +162,224 @@ def excluded_diagonals(i0: int, i1: int, j0: int, j1: int, split: int, partner: 
     return [d - (j0 - i0) for d in offsets if -(i1 - i0) < d - (j0 - i0) < j1 - j0]
 
 
-def _clashes(ids: Tensor | None, i0: int, i1: int, j0: int, j1: int) -> Tensor | None:
-    """Which pairs of a tile have one id."""
-    return None if ids is None else ids[i0:i1, None] == ids[None, j0:j1]
+def equal_ids(a: Tensor, b: Tensor) -> Tensor:
+    """(len(a), len(b)): which pairs have one id."""
+    return a[:, None] == b[None, :]
 
 
-def _rows(f: Tensor, scale: Tensor | None, accumulate: torch.dtype) -> Tensor:
-    rows = f.to(accumulate)
-    return rows if scale is None else rows * scale.unsqueeze(1)
+class _Sweep:
+    """What the tiles of one sweep share; calling it yields a worker's tiles with the anchors that they serve.
 
+    Rows I are always anchors' rows; rows J are, unless the tile is diagonal or they are no anchors.
+    """
 
-class _Products:
-    """Computes t (or t/τ, see `_Tile`) of any tile into one reused buffer."""
+    def __init__(
+        self, rows: Rows, pairing: Pairing, function: PairFunction, scalars: RowScalars, need_t: bool
+    ) -> None:
+        wide = rows.f.to(function.tau.dtype)
+        self.rows = wide if rows.scale is None else wide * rows.scale.unsqueeze(1)
+        self.bias, self.pairing, self.function, self.scalars = rows.bias, pairing, function, scalars
+        self.need_t = need_t
+        self.n, device = len(wide), wide.device
+        self.block = tile_size(self.n, device)
 
-    def __init__(self, rows: Tensor, bias: Tensor | None, block: int, kind: PairKind, tau: Tensor) -> None:
-        self.right = rows
-        self.left, self.bias = (rows / tau, None if bias is None else bias / tau) if kind.linear_in_t else (rows, bias)
-        self.buffer = rows.new_empty(block * block)
+    def share(self, work: Callable[[Tiles], Result]) -> list[Result]:
+        """``work`` on all tiles, dealt out to workers; results in the workers' order."""
+        tiles = self.n, self.pairing.split, self.block
+        enough = sum(1 for _ in islice(_tiles(*tiles), 4 * MAX_WORKERS)) // 4
+        return deal(
+            enough, self.rows.device,
+            lambda worker, workers: work(islice(_tiles(*tiles), worker, None, workers)),
+        )  # fmt: skip
 
-    def __call__(self, i0: int, i1: int, j0: int, j1: int) -> Tensor:
-        t = self.buffer[: (i1 - i0) * (j1 - j0)].view(i1 - i0, j1 - j0)
-        torch.mm(self.left[i0:i1], self.right[j0:j1].t(), out=t)
-        if self.bias is not None:
-            t.add_(self.bias[i0:i1, None]).add_(self.bias[None, j0:j1])
-        return t
-
-
-def row_sums(
-    f: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    center: Tensor,
-    shift: Tensor | None,
-    offset: Tensor | None,
-    tau: Tensor,
-    kind_name: str,
-    params: tuple[float, ...],
-    terms: tuple[str, ...],
-    split: int,
-    partner: int,
-    anchors: int,
-    span: tuple[float, ...],
-    precision: str = "",
-    ids: Tensor | None = None,
-) -> Tensor:
-    """``out[k, i] = Σ_{j∈Neg(i)} term_k``; with "base" first, relative to exp(base_i) (log kinds)."""
-    kind = lookup(kind_name)
-    rows = _rows(f, scale, tau.dtype)
-    n = rows.shape[0]
-    block = tile_size(n, rows.device)
-    if terms[0] == "base":
-        return _log_sums(rows, bias, center, tau, kind, params, terms, split, partner, anchors, span, block, ids)
-    maximum = terms == ("max",)
-
-    def work(tiles: Tiles) -> Tensor:
-        products = _Products(rows, bias, block, kind, tau)
-        out = rows.new_full((len(terms), anchors), -torch.inf if maximum else 0.0)
+    def __call__(self, tiles: Tiles) -> Iterator[tuple[tuple[int, int, int, int], _Tile, list[_Side]]]:
+        """Computes t (or t/τ, see `_Tile`) of tile after tile into one buffer."""
+        linear, tau = lookup(self.function.kind).linear_in_t, self.function.tau
+        left, bias = self.rows, self.bias
+        if linear:
+            left, bias = left / tau, None if bias is None else bias / tau
+        buffer = self.rows.new_empty(self.block * self.block)
+        pairing, ids = self.pairing, self.pairing.ids
         for i0, i1, j0, j1 in tiles:
-            excluded = excluded_diagonals(i0, i1, j0, j1, split, partner)
-            same_id = _clashes(ids, i0, i1, j0, j1)
-            tile = _Tile(products(i0, i1, j0, j1), excluded, same_id, kind, tau, params, need_t=True)  # (i1 − i0, j1 − j0)
-            for side in _sides(i0, i1, j0, j1, split, anchors, center=center, shift=shift, offset=offset):
-                if maximum:
-                    best = out[0, side.slice]
-                    torch.maximum(best, tile.mask(tile.t, -torch.inf).amax(side.dim), out=best)
-                else:
-                    _add_terms(out, tile, side, terms, tile.pieces(side, {_PIECE[term] for term in terms}))
-        return out
-
-    out, *others = _share(n, split, block, rows.device, work)
-    for other in others:
-        out = torch.maximum(out, other) if maximum else out.add_(other)
-    return out
+            t = buffer[: (i1 - i0) * (j1 - j0)].view(i1 - i0, j1 - j0)
+            torch.mm(left[i0:i1], self.rows[j0:j1].t(), out=t)
+            if bias is not None:
+                t.add_(bias[i0:i1, None]).add_(bias[None, j0:j1])
+            excluded = excluded_diagonals(i0, i1, j0, j1, pairing.split, pairing.partner)
+            same_id = None if ids is None else equal_ids(ids[i0:i1], ids[j0:j1])
+            sides = [_Side(i0, i1, 1, self.scalars)]
+            if pairing.anchors > pairing.split if pairing.split else j0 > i0:
+                sides.append(_Side(j0, j1, 0, self.scalars))
+            yield (i0, i1, j0, j1), _Tile(t, excluded, same_id, self.function, self.need_t), sides
 
 
-def _sides(i0: int, i1: int, j0: int, j1: int, split: int, anchors: int, **scalars: Tensor | None) -> list[_Side]:
-    """The anchors that a tile serves: rows I always; rows J unless the tile is diagonal or they are no anchors."""
-    sides = [_Side(i0, i1, 1, **scalars)]
-    if (j0 > i0 if not split else anchors > split):
-        sides.append(_Side(j0, j1, 0, **scalars))
-    return sides
+_PIECE = {Term.F: "f", Term.DF: "df", Term.F_MOMENT: "f", Term.DF_MOMENT: "df", Term.DTAU: "dtau"}
+_PIECES = {Weight.F: {"f"}, Weight.DF: {"df"}, Weight.F_PLUS_DF: {"f", "df"}}
 
 
-_PIECE = {"f": "f", "df": "df", "ft": "f", "dft": "df", "dtau": "dtau"}
-
-
-def _add_terms(out: Tensor, tile: _Tile, side: _Side, terms: tuple[str, ...], pieces: dict[str, Tensor]) -> None:
-    """Adds Σ f, Σ f′, Σ f·(t − center), Σ f′·(t − center), Σ ∂f/∂τ·(t − center − level) over one side of a tile."""
+def _add_terms(
+    out: Tensor, tile: _Tile, side: _Side, terms: tuple[Term, ...], values: dict[str, Tensor]
+) -> None:
+    """Adds every term over one side of a tile."""
     for k, term in enumerate(terms):
-        value = pieces[_PIECE[term]]
-        if term in ("ft", "dft"):
-            value = value * (tile.t - side.center)
-        elif term == "dtau":
-            value = value * (tile.t - side.center).sub_(side.level)
+        value = values[_PIECE[term]]
+        if term in (Term.F_MOMENT, Term.DF_MOMENT):
+            value = value * tile.moment(side)
+        elif term == Term.DTAU:
+            value = value * tile.deviation(side)
         out[k, side.slice] += value.sum(side.dim)
 
 
-def _log_sums(
-    rows: Tensor,
-    bias: Tensor | None,
-    center: Tensor,
-    tau: Tensor,
-    kind: PairKind,
-    params: tuple[float, ...],
-    terms: tuple[str, ...],
-    split: int,
-    partner: int,
-    anchors: int,
-    span: tuple[float, ...],
-    block: int,
-    ids: Tensor | None,
+# --- sweep 1 ----------------------------------------------------------------------------------------------------------
+
+
+def row_sums(
+    rows: Rows,
+    pairing: Pairing,
+    function: PairFunction,
+    scalars: RowScalars,
+    terms: tuple[Term, ...],
+    precision: str = "",
 ) -> Tensor:
-    """base_i, Σ_j exp(log f − base_i) and, where asked for, Σ_j exp(log f − base_i)·(t − center)."""
-    with_gap = len(terms) == 3
-    middle = middle_of(kind, span, rows.dtype)
+    """(len(terms), anchors): every term summed over the negatives of every anchor."""
+    form, shift = forms.of_row_sums(function, terms)
+    if form in (Form.CONSTANT, Form.ONLINE):
+        return _log_sums(rows, pairing, function, scalars, terms, shift if form == Form.CONSTANT else None)
+    sweep = _Sweep(rows, pairing, function, scalars, need_t=True)
+
+    def work(tiles: Tiles) -> Tensor:
+        start = -torch.inf if form == Form.T_MAX else 0.0
+        out = sweep.rows.new_full((len(terms), pairing.anchors), start)
+        for _, tile, sides in sweep(tiles):
+            for side in sides:
+                if form == Form.T_MAX:
+                    best = out[0, side.slice]
+                    torch.maximum(best, tile.mask(tile.t, -torch.inf).amax(side.dim), out=best)
+                else:
+                    _add_terms(out, tile, side, terms, tile.values(side, {_PIECE[term] for term in terms}))
+        return out
+
+    out, *others = sweep.share(work)
+    for other in others:
+        out = torch.maximum(out, other) if form == Form.T_MAX else out.add_(other)
+    return out
+
+
+def _log_sums(
+    rows: Rows,
+    pairing: Pairing,
+    function: PairFunction,
+    scalars: RowScalars,
+    terms: tuple[Term, ...],
+    constant: float | None,
+) -> Tensor:
+    """shift_i, Σ_j exp(log f − shift_i) and, where asked for, Σ_j exp(log f − shift_i)·(t − moment_origin)."""
+    with_moment = len(terms) == 3
+    sweep = _Sweep(rows, pairing, function, scalars, need_t=with_moment)
 
     def work(tiles: Tiles) -> tuple[Tensor, Tensor]:
-        products = _Products(rows, bias, block, kind, tau)
-        sums = rows.new_zeros(1 + with_gap, anchors)
-        base = rows.new_full((anchors,), -torch.inf if middle is None else middle)
-        for i0, i1, j0, j1 in tiles:
-            excluded = excluded_diagonals(i0, i1, j0, j1, split, partner)
-            same_id = _clashes(ids, i0, i1, j0, j1)
-            tile = _Tile(products(i0, i1, j0, j1), excluded, same_id, kind, tau, params, need_t=with_gap)
-            log_f = tile.log_f()
-            if middle is not None:
-                e = (log_f.sub_(middle) if middle else log_f).exp_()
-            for side in _sides(i0, i1, j0, j1, split, anchors, center=center):
-                if middle is None:
-                    new = torch.maximum(base[side.slice], log_f.amax(side.dim))
-                    _rebase(base[side.slice], sums[:, side.slice], new)
-                    e = (log_f - _finite(new).view((-1, 1) if side.dim == 1 else (1, -1))).exp_()
+        sums = sweep.rows.new_zeros(1 + with_moment, pairing.anchors)
+        shift = sweep.rows.new_full((pairing.anchors,), -torch.inf if constant is None else constant)
+        for _, tile, sides in sweep(tiles):
+            e = None if constant is None else tile.exp(constant)
+            for side in sides:
+                if constant is None:
+                    new = torch.maximum(shift[side.slice], tile.log_f().amax(side.dim))
+                    _rescale(shift[side.slice], sums[:, side.slice], new)
+                    e = tile.exp(_finite(new).view(side.shape))
                 sums[0, side.slice] += e.sum(side.dim)
-                if with_gap:
-                    sums[1, side.slice] += (e * (tile.t - side.center)).sum(side.dim)
-        return base, sums
+                if with_moment:
+                    sums[1, side.slice] += (e * tile.moment(side)).sum(side.dim)
+        return shift, sums
 
-    (base, sums), *others = _share(rows.shape[0], split, block, rows.device, work)
-    for other_base, other_sums in others:
-        new = torch.maximum(base, other_base)
-        _rebase(base, sums, new)
-        _rebase(other_base, other_sums, new)
+    (shift, sums), *others = sweep.share(work)
+    for other_shift, other_sums in others:
+        new = torch.maximum(shift, other_shift)
+        _rescale(shift, sums, new)
+        _rescale(other_shift, other_sums, new)
         sums += other_sums
-    return torch.cat([base.unsqueeze(0), sums])
+    return torch.cat([shift.unsqueeze(0), sums])
 
 
-def _finite(base: Tensor) -> Tensor:
+def _finite(shift: Tensor) -> Tensor:
     """0 for −inf: so far every pair of the row was excluded."""
-    return torch.where(base > -torch.inf, base, 0.0)
+    return torch.where(shift > -torch.inf, shift, 0.0)
 
 
-def _rebase(base: Tensor, sums: Tensor, new: Tensor) -> None:
-    """Makes sums relative to exp(base) relative to exp(new); in place."""
-    sums *= (base - _finite(new)).exp()
-    base.copy_(new)
+def _rescale(shift: Tensor, sums: Tensor, new: Tensor) -> None:
+    """Makes sums relative to exp(shift) relative to exp(new); in place."""
+    sums *= (shift - _finite(new)).exp()
+    shift.copy_(new)
+
+
+# --- sweep 2 ----------------------------------------------------------------------------------------------------------
 
 
 def pair_grad(
-    f: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    center: Tensor,
-    gain: Tensor,
-    shift: Tensor | None,
-    offset: Tensor | None,
-    level: Tensor | None,
-    tau: Tensor,
-    kind_name: str,
-    params: tuple[float, ...],
-    weight: str,
-    terms: tuple[str, ...],
-    split: int,
-    partner: int,
-    lo: int,
-    hi: int,
-    span: tuple[float, ...],
+    rows: Rows,
+    pairing: Pairing,
+    function: PairFunction,
+    scalars: RowScalars,
+    weight: Weight,
+    terms: tuple[Term, ...],
+    wanted: tuple[int, int],
     precision: str = "",
-    ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``df_i = Σ_j (g_ij + g_ji) F_j`` for rows [lo, hi); row sums of g_ij + g_ji (with a bias); sums of ``terms``."""
-    kind = lookup(kind_name)
-    rows = _rows(f, scale, tau.dtype)
-    n, anchors = rows.shape[0], gain.shape[0]
-    block = tile_size(n, rows.device)
-    plain = kind.log and weight == "f" and not terms  # g = gain_i·exp(log f − shift_i): t itself is not needed
-    middle = middle_of(kind, span, rows.dtype) if plain else None
-    if middle is not None:
-        gain = gain * (middle - shift).exp()
+    """Σ_j (g_ij + g_ji)·F_j of the ``wanted`` rows, sums of the weights (with a bias), sums of ``terms``."""
+    low, high = wanted
+    form, shift = forms.of_pair_grad(function, scalars, weight, terms)
+    if form == Form.CONSTANT:
+        scalars = scalars._replace(row_weight=scalars.row_weight * (shift - scalars.shift).exp())
+    need_t = bool(terms) or weight != Weight.F or not lookup(function.kind).log
+    sweep = _Sweep(rows, pairing, function, scalars, need_t)
 
     def work(tiles: Tiles) -> tuple[Tensor, Tensor, Tensor]:
-        df = rows.new_zeros(hi - lo, rows.shape[1])
-        weight_sums = rows.new_zeros(n if bias is not None else 0)
-        sums = rows.new_zeros(len(terms), anchors if terms else 0)
-        products = _Products(rows, bias, block, kind, tau)
-        scratch = rows.new_empty(block * block)
-        for i0, i1, j0, j1 in tiles:
-            excluded = excluded_diagonals(i0, i1, j0, j1, split, partner)
-            same_id = _clashes(ids, i0, i1, j0, j1)
-            tile = _Tile(products(i0, i1, j0, j1), excluded, same_id, kind, tau, params, need_t=not plain)
-            sides = _sides(
-                i0, i1, j0, j1, split, anchors, center=center, gain=gain, shift=shift, offset=offset, level=level
-            )
-            if middle is not None:
-                log_f = tile.log_f()
-                g = (log_f.sub_(middle) if middle else log_f).exp_()
+        df = sweep.rows.new_zeros(high - low, sweep.rows.shape[1])
+        weight_sums = sweep.rows.new_zeros(sweep.n if rows.bias is not None else 0)
+        sums = sweep.rows.new_zeros(len(terms), pairing.anchors if terms else 0)
+        scratch = sweep.rows.new_empty(sweep.block * sweep.block)
+        for (i0, i1, j0, j1), tile, sides in sweep(tiles):
+            if form == Form.CONSTANT:
+                g, both = tile.exp(shift), sides[0].scalars.row_weight
                 if len(sides) == 2:
-                    both = torch.add(sides[0].gain, sides[1].gain, out=scratch[: g.numel()].view(g.shape))
-                    g.mul_(both)
-                else:
-                    g.mul_(sides[0].gain)
+                    out = scratch[: g.numel()].view(g.shape)
+                    both = torch.add(both, sides[1].scalars.row_weight, out=out)
+                g.mul_(both)
             else:
                 g = _weights(tile, sides[0], weight, terms, sums)
                 for side in sides[1:]:
                     g += _weights(tile, side, weight, terms, sums)
-            diagonal = not split and i0 == j0  # both g_ij and g_ji lie inside the tile
+            diagonal = not pairing.split and i0 == j0  # both g_ij and g_ji lie inside the tile
             if diagonal:
                 g = g + g.t()
-            if bias is not None:
+            if rows.bias is not None:
                 weight_sums[i0:i1] += g.sum(1)
                 if not diagonal:
                     weight_sums[j0:j1] += g.sum(0)
-            _add_product(df, g, rows[j0:j1], i0, i1, lo, hi)
+            _add_product(df, g, sweep.rows[j0:j1], i0, i1, low, high)
             if not diagonal:
-                _add_product(df, g.t(), rows[i0:i1], j0, j1, lo, hi)
+                _add_product(df, g.t(), sweep.rows[i0:i1], j0, j1, low, high)
         return df, weight_sums, sums
 
-    total, *others = _share(n, split, block, rows.device, work)
+    total, *others = sweep.share(work)
     for other in others:
         for mine, theirs in zip(total, other, strict=True):
             mine += theirs
     return total
 
 
-def _weights(tile: _Tile, side: _Side, weight: str, terms: tuple[str, ...], sums: Tensor) -> Tensor:
+def _weights(tile: _Tile, side: _Side, weight: Weight, terms: tuple[Term, ...], sums: Tensor) -> Tensor:
     """g of one side of a tile; adds the sums of ``terms`` on the way."""
-    pieces = tile.pieces(side, {*weight.split("+")} | {_PIECE[term] for term in terms})
+    values = tile.values(side, _PIECES[weight] | {_PIECE[term] for term in terms})
     if terms:
-        _add_terms(sums, tile, side, terms, pieces)
-    if weight == "f+df":
-        return (pieces["f"] + pieces["df"] * (tile.t - side.center).sub_(side.level)) * side.gain
-    return pieces[weight] * side.gain
+        _add_terms(sums, tile, side, terms, values)
+    if weight == Weight.F_PLUS_DF:
+        return (values["f"] + values["df"] * tile.deviation(side)) * side.scalars.row_weight
+    return values["f" if weight == Weight.F else "df"] * side.scalars.row_weight
 
 
-def _add_product(df: Tensor, g: Tensor, rows: Tensor, r0: int, r1: int, lo: int, hi: int) -> None:
-    """df[r0:r1] += g @ rows, for the part of [r0, r1) inside [lo, hi)."""
-    a, b = max(r0, lo), min(r1, hi)
+def _add_product(df: Tensor, g: Tensor, rows: Tensor, r0: int, r1: int, low: int, high: int) -> None:
+    """df[r0:r1] += g @ rows, for the part of [r0, r1) inside [low, high)."""
+    a, b = max(r0, low), min(r1, high)
     if a < b:
-        df[a - lo : b - lo].addmm_(g[a - r0 : b - r0], rows)
+        df[a - low : b - low].addmm_(g[a - r0 : b - r0], rows)

@@ -18,8 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..objectives import KINDS
-from .ranges import middle as middle_of
+from ..bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight
+from . import forms
+
+#: Optional operands that this backend serves.
+OPTIONAL_OPERANDS = {"ids"}
 
 #: Instruction sets in the order of preference; the environment variable ALPHACL_CPU_ISA names the highest to use.
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
@@ -29,9 +32,6 @@ FAILURE = LIBRARY.with_name("_cpu_not_built.txt")
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _KINDS = {name: code for code, name in enumerate(("exp", "gibbs", "power", "inverse", "hinge", "sigmoid", "square", "gamma"))}
-_TERMS = ("f", "df", "ft", "dft", "dtau")
-_WEIGHTS = {"f": 0, "df": 1, "f+df": 2}
-_LOG_SUMS_FIXED, _LOG_SUMS_RUNNING, _PLAIN_SUMS, _MAXIMUM, _GRAD_FIXED, _GRAD = range(6)
 _OK, _NO_MEMORY = 0, 1
 
 
@@ -40,13 +40,17 @@ class _Sweep(ctypes.Structure):
 
     _fields_ = (
         [(name, ctypes.c_void_p) for name in (
-            "f", "scale", "bias", "center", "gain", "shift", "offset", "level", "ids", "out", "df", "weight_sums", "sums",
+            "f", "scale", "bias", "moment_origin", "row_weight", "shift", "argument_offset", "baseline", "ids",
+            "df", "weight_sums", "sums", "release_lock", "take_lock", "check_signals",
         )]
-        + [(name, ctypes.c_void_p) for name in ("release_lock", "take_lock", "check_signals")]
-        + [(name, ctypes.c_int64) for name in ("n", "dim", "row_stride", "split", "partner", "anchors", "lo", "hi", "block")]
-        + [("tau", ctypes.c_double), ("middle", ctypes.c_double), ("params", ctypes.c_double * 3)]
-        + [(name, ctypes.c_int32) for name in ("dtype", "kind", "form", "weight", "threads", "instruction_set")]
-        + [("rows_of_terms", ctypes.c_int32 * 5)]
+        + [(name, ctypes.c_int64) for name in (
+            "n", "dim", "row_stride", "split", "partner", "anchors", "lo", "hi", "block",
+        )]
+        + [("tau", ctypes.c_double), ("constant_shift", ctypes.c_double), ("params", ctypes.c_double * 3)]
+        + [(name, ctypes.c_int32) for name in (
+            "dtype", "kind", "form", "gradient", "weight", "threads", "instruction_set",
+        )]
+        + [("rows_of_terms", ctypes.c_int32 * len(Term))]
     )  # fmt: skip
 
 
@@ -85,7 +89,7 @@ def _load() -> tuple[ctypes.PyDLL | None, str | None]:
         if sizes != (ctypes.sizeof(_Sweep), ctypes.sizeof(_PairRows)):
             raise OSError(f"{LIBRARY.name} does not fit this version of the package")
         library.alphacl_cpu_build.restype = library.alphacl_cpu_sources.restype = ctypes.c_char_p
-        library.alphacl_cpu_engine.restype = ctypes.c_char_p
+        library.alphacl_cpu_kernels.restype = ctypes.c_char_p
         library.alphacl_cpu_sweep.argtypes = [ctypes.POINTER(_Sweep)]
         library.alphacl_cpu_normalize.argtypes = library.alphacl_cpu_finish.argtypes = [ctypes.POINTER(_PairRows)]
         library.alphacl_cpu_function.argtypes = [ctypes.c_int32] * 3 + [ctypes.c_void_p] * 2 + [ctypes.c_int64]
@@ -156,15 +160,15 @@ def instruction_set() -> str:
     return _forced or _default_instruction_set()
 
 
-def engine(dtype: torch.dtype) -> str:
+def kernels_for(dtype: torch.dtype) -> str:
     """The instruction set whose kernels serve inputs of a dtype."""
-    return _engine(INSTRUCTION_SETS.index(instruction_set()), _DTYPES[dtype])[0]
+    return _kernels(INSTRUCTION_SETS.index(instruction_set()), _DTYPES[dtype])[0]
 
 
 @functools.cache
-def _engine(isa: int, dtype: int) -> tuple[str, int, int]:
+def _kernels(isa: int, dtype: int) -> tuple[str, int, int]:
     multiple, largest = ctypes.c_int32(), ctypes.c_int32()
-    name = _library().alphacl_cpu_engine(isa, dtype, ctypes.byref(multiple), ctypes.byref(largest))
+    name = _library().alphacl_cpu_kernels(isa, dtype, ctypes.byref(multiple), ctypes.byref(largest))
     return name.decode(), multiple.value, largest.value
 
 
@@ -199,116 +203,73 @@ def _threads(n: int, dim: int, split: int, gradient: bool) -> int:
     return max(1, min(torch.get_num_threads(), work // WORK_PER_THREAD))
 
 
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
 def _run(
-    f: Tensor,
-    vectors: dict[str, Tensor | None],
+    rows: Rows,
+    pairing: Pairing,
+    function: PairFunction,
+    scalars: RowScalars,
+    terms: tuple[Term, ...],
     outputs: dict[str, Tensor],
-    tau: Tensor,
-    kind: str,
-    params: tuple[float, ...],
-    terms: tuple[str, ...],
-    first_term: int,
     **fields: int | float,
 ) -> None:
-    isa, dtype = INSTRUCTION_SETS.index(instruction_set()), _DTYPES[f.dtype]
-    _, multiple, largest = _engine(isa, dtype)
+    """One sweep: fills ``outputs``; ``fields`` are further fields of `_Sweep`."""
+    isa, f = INSTRUCTION_SETS.index(instruction_set()), rows.f
     if f.stride(1) != 1 and f.shape[1] > 1:
         f = f.contiguous()
-    contiguous = {name: None if x is None else x.contiguous() for name, x in vectors.items()}
-    rows_of_terms = [terms.index(term) + first_term if term in terms else -1 for term in _TERMS]
+    _, multiple, largest = _kernels(isa, _DTYPES[f.dtype])
+    vectors = {**rows._asdict(), **scalars._asdict(), "ids": pairing.ids, "f": None}
+    kept = {name: x.contiguous() for name, x in vectors.items() if x is not None}
     sweep = _Sweep(
-        f=f.data_ptr(), n=f.shape[0], dim=f.shape[1], row_stride=f.stride(0), dtype=dtype, instruction_set=isa,
+        n=f.shape[0], dim=f.shape[1], row_stride=f.stride(0), dtype=_DTYPES[f.dtype], instruction_set=isa,
+        split=pairing.split, partner=pairing.partner, anchors=pairing.anchors,
         block=block_rows(f.shape[0], multiple, largest),
-        threads=_threads(*f.shape, int(fields["split"]), "gain" in vectors), tau=float(tau), kind=_KINDS[kind],
-        params=(*params, 0.0, 0.0, 0.0)[:3], rows_of_terms=tuple(rows_of_terms), **_hooks(),
-        **{name: _pointer(x) for name, x in {**contiguous, **outputs}.items()}, **fields,
+        threads=_threads(*f.shape, pairing.split, "gradient" in fields),
+        tau=float(function.tau), kind=_KINDS[function.kind], params=(*function.params, 0.0, 0.0, 0.0)[:3],
+        rows_of_terms=tuple(terms.index(term) if term in terms else -1 for term in Term),
+        **{name: x.data_ptr() for name, x in {**kept, **outputs, "f": f}.items()}, **fields, **_hooks(),
     )  # fmt: skip
     status = _library().alphacl_cpu_sweep(ctypes.byref(sweep))
     if status == _NO_MEMORY:
-        raise MemoryError(f"not enough memory for the work space of {f.shape[0]} rows of {f.shape[1]} features")
+        raise MemoryError(f"not enough memory for the workspace of {f.shape[0]} rows of {f.shape[1]} features")
     if status != _OK:
         raise RuntimeError(f"the CPU kernels cannot serve {f.dtype} with {instruction_set()}")
 
 
 def row_sums(
-    f: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    center: Tensor,
-    shift: Tensor | None,
-    offset: Tensor | None,
-    tau: Tensor,
-    kind_name: str,
-    params: tuple[float, ...],
-    terms: tuple[str, ...],
-    split: int,
-    partner: int,
-    anchors: int,
-    span: tuple[float, ...],
+    rows: Rows,
+    pairing: Pairing,
+    function: PairFunction,
+    scalars: RowScalars,
+    terms: tuple[Term, ...],
     precision: str = "",
-    ids: Tensor | None = None,
 ) -> Tensor:
-    """``out[k, i] = Σ_{j∈Neg(i)} term_k``; with "base" first, relative to exp(base_i) (log kinds)."""
-    out = tau.new_empty((len(terms), anchors))
-    middle = None
-    if terms == ("max",):
-        form = _MAXIMUM
-    elif terms[0] == "base":
-        middle = middle_of(KINDS[kind_name], span, tau.dtype)
-        form = _LOG_SUMS_RUNNING if middle is None else _LOG_SUMS_FIXED
-    else:
-        form = _PLAIN_SUMS
-    based = terms[0] == "base"
-    _run(
-        f, {"scale": scale, "bias": bias, "center": center, "shift": shift, "offset": offset, "ids": ids}, {"out": out}, tau,
-        kind_name, params, terms[1:] if based else terms, int(based), form=form, middle=middle or 0.0, split=split,
-        partner=partner, anchors=anchors,
-    )  # fmt: skip
-    return out
+    """(len(terms), anchors): every term summed over the negatives of every anchor."""
+    sums = function.tau.new_empty((len(terms), pairing.anchors))
+    form, shift = forms.of_row_sums(function, terms)
+    _run(rows, pairing, function, scalars, terms, {"sums": sums}, form=form, constant_shift=shift)
+    return sums
 
 
 def pair_grad(
-    f: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    center: Tensor,
-    gain: Tensor,
-    shift: Tensor | None,
-    offset: Tensor | None,
-    level: Tensor | None,
-    tau: Tensor,
-    kind_name: str,
-    params: tuple[float, ...],
-    weight: str,
-    terms: tuple[str, ...],
-    split: int,
-    partner: int,
-    lo: int,
-    hi: int,
-    span: tuple[float, ...],
+    rows: Rows,
+    pairing: Pairing,
+    function: PairFunction,
+    scalars: RowScalars,
+    weight: Weight,
+    terms: tuple[Term, ...],
+    wanted: tuple[int, int],
     precision: str = "",
-    ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``df_i = Σ_j (g_ij + g_ji) F_j`` for rows [lo, hi); row sums of g_ij + g_ji (with a bias); sums of ``terms``."""
-    n, anchors = f.shape[0], gain.shape[0]
-    df = tau.new_empty((hi - lo, f.shape[1]))
-    weight_sums = tau.new_empty(n if bias is not None else 0)
-    sums = tau.new_empty((len(terms), anchors if terms else 0))
-    plain = weight == "f" and not terms and shift is not None
-    middle = middle_of(KINDS[kind_name], span, tau.dtype) if plain else None
+    """Σ_j (g_ij + g_ji)·F_j of the ``wanted`` rows, sums of the weights (with a bias), sums of ``terms``."""
+    (n, dim), (low, high), tau = rows.f.shape, wanted, function.tau
+    df = tau.new_empty((high - low, dim))
+    weight_sums = tau.new_empty(n if rows.bias is not None else 0)
+    sums = tau.new_empty((len(terms), pairing.anchors if terms else 0))
+    form, shift = forms.of_pair_grad(function, scalars, weight, terms)
+    outputs = {"df": df, "weight_sums": weight_sums, "sums": sums}
     _run(
-        f,
-        {
-            "scale": scale, "bias": bias, "center": center, "gain": gain, "shift": shift, "offset": offset, "level": level,
-            "ids": ids,
-        },
-        {"df": df, "weight_sums": weight_sums, "sums": sums}, tau, kind_name, params, terms, 0, weight=_WEIGHTS[weight],
-        form=_GRAD if middle is None else _GRAD_FIXED, middle=middle or 0.0, split=split, partner=partner, anchors=anchors,
-        lo=lo, hi=hi,
+        rows, pairing, function, scalars, terms, outputs, form=form, gradient=1, weight=weight,
+        constant_shift=shift, lo=low, hi=high,
     )  # fmt: skip
     return df, weight_sums, sums
 

@@ -17,11 +17,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..objectives import KINDS
+from ..bundles import Form, PairFunction, Pairing, Rows, RowScalars, Term, Weight, summed
+from . import forms
 from .groups import Group, clear, fitting, groups_of, jobs_of, multiply_weights, row_runs
 from .precision import float32_precision
-from .ranges import middle as middle_of
 
+#: The kernels' names of terms, weights and forms.
+_TERM_NAMES = dict(zip(Term, ("f", "df", "ft", "dft", "dtau", "base", "max"), strict=True))
+_WEIGHT_NAMES = dict(zip(Weight, ("f", "df", "f+df"), strict=True))
+_FORM_NAMES = dict(zip(Form, ("fixed", "running", "plain", "max"), strict=True))
+#: Optional operands that this backend serves.
+OPTIONAL_OPERANDS: set[str] = set()
 #: Where `setup.py` puts the library, or the reason why there is none.
 LIBRARY = Path(__file__).parent.parent / "_cuda.abi3.so"
 FAILURE = LIBRARY.with_name("_cuda_not_built.txt")
@@ -105,20 +111,20 @@ def unsupported(device: torch.device, dtype: torch.dtype, precision: str | None,
 
 # --- what a call comes to ---------------------------------------------------------------------------------------------
 
-#: Whether a sweep takes the form that reads each similarity once, where it is there (bfloat16): for `row_sums` order-fixed,
-#: for `pair_grad` by atomic additions. None: unless the device has kernels of warpgroups, which are of the row-block form.
-_both_sides: dict[str, bool | None] = {"row_sums": None, "pair_grad": False}
+#: Whether `row_sums` takes the form that reads each similarity once, where it is there (bfloat16).
+#: None: unless the device has kernels of warpgroups, which are of the row-block form.
+_both_sides: bool | None = None
 
 
 @contextlib.contextmanager
-def both_sides(**sweeps: bool | None) -> Iterator[None]:
-    """Within the context, sweeps named by keyword (row_sums, pair_grad) take the both-sides form or the row-block form."""
-    before = dict(_both_sides)
-    _both_sides.update(sweeps)
+def both_sides(wanted: bool | None) -> Iterator[None]:
+    """Within the context `row_sums` takes the both-sides form or the row-block form."""
+    global _both_sides
+    before, _both_sides = _both_sides, wanted
     try:
         yield
     finally:
-        _both_sides.update(before)
+        _both_sides = before
 
 
 @contextlib.contextmanager
@@ -259,26 +265,20 @@ class _Problem:
 
 
 def row_sums(
-    f: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    center: Tensor,
-    shift: Tensor | None,
-    offset: Tensor | None,
-    tau: Tensor,
-    kind_name: str,
-    params: tuple[float, ...],
-    terms: tuple[str, ...],
-    split: int,
-    partner: int,
-    anchors: int,
-    span: tuple[float, ...],
+    rows: Rows,
+    pairing: Pairing,
+    function: PairFunction,
+    scalars: RowScalars,
+    terms: tuple[Term, ...],
     precision: str,
 ) -> Tensor:
-    """``out[k, i] = Σ_{j∈Neg(i)} term_k``; with "base" first, relative to exp(base_i) (log kinds)."""
-    middle = middle_of(KINDS[kind_name], span, tau.dtype) if terms[0] == "base" else None
-    form = "max" if terms == ("max",) else "plain" if terms[0] != "base" else "running" if middle is None else "fixed"
-    sums = tuple(term for term in terms if term not in ("base", "max"))
+    """(len(terms), anchors): every term summed over the negatives of every anchor."""
+    (f, scale, bias), (split, partner, anchors, _) = rows, pairing
+    kind_name, params, tau, _ = function
+    center, _, shift, offset, _ = scalars
+    form, middle = forms.of_row_sums(function, terms)
+    form = _FORM_NAMES[form]
+    sums = tuple(_TERM_NAMES[term] for term in summed(terms))
     p = _Problem(f, tau, kind_name, params, precision, form, scale=scale, bias=bias, center=center, shift=shift, offset=offset)
     groups = [g for g in groups_of(p.n, split, partner, anchors) if g.rows_anchor]
     out = tau.new_empty(len(terms), anchors)
@@ -287,15 +287,15 @@ def row_sums(
         out[0].fill_(middle)
         wanted = out[1:]
     on_hopper = p.on_hopper(sums)
-    wanted_both = not on_hopper if _both_sides["row_sums"] is None else _both_sides["row_sums"]
+    wanted_both = not on_hopper if _both_sides is None else _both_sides
     served = wanted_both and p.mode == "bf16" and form != "running"
     if served and (not split or (anchors > split and p.n == 2 * split)):
-        _sums_of_both_sides(p, groups[0], sums, middle or 0.0, wanted)
+        _sums_of_both_sides(p, groups[0], sums, middle, wanted)
         return out
     parts = p.parts(groups, on_hopper)
     slots = wanted.unsqueeze(0) if parts == 1 else tau.new_empty(parts, *wanted.shape)
     for group in groups:
-        p.launch(group, _tiles(group.n_rows), parts, anchors, sums, middle=middle or 0.0, out=slots, end=_tiles(group.n_cols))
+        p.launch(group, _tiles(group.n_rows), parts, anchors, sums, middle=middle, out=slots, end=_tiles(group.n_cols))
     if parts > 1:
         wanted.copy_(_combined(slots, form))
     return out
@@ -342,61 +342,44 @@ def _combined(slots: Tensor, form: str) -> Tensor:
 
 
 def pair_grad(
-    f: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    center: Tensor,
-    gain: Tensor,
-    shift: Tensor | None,
-    offset: Tensor | None,
-    level: Tensor | None,
-    tau: Tensor,
-    kind_name: str,
-    params: tuple[float, ...],
-    weight: str,
-    terms: tuple[str, ...],
-    split: int,
-    partner: int,
-    lo: int,
-    hi: int,
-    span: tuple[float, ...],
+    rows: Rows,
+    pairing: Pairing,
+    function: PairFunction,
+    scalars: RowScalars,
+    weight: Weight,
+    terms: tuple[Term, ...],
+    wanted: tuple[int, int],
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``df_i = Σ_j (g_ij + g_ji) F_j`` for rows [lo, hi); row sums of g_ij + g_ji (with a bias); sums of ``terms``."""
-    kind = KINDS[kind_name]
-    plain = kind.log and weight == "f" and not terms and shift is not None
-    middle = middle_of(kind, span, tau.dtype) if plain else None
-    if middle is not None:
+    """Σ_j (g_ij + g_ji)·F_j of the ``wanted`` rows, sums of the weights (with a bias), sums of ``terms``."""
+    (f, scale, bias), (split, partner, _, _) = rows, pairing
+    kind_name, params, tau, _ = function
+    center, gain, shift, offset, level = scalars
+    lo, hi = wanted
+    form, middle = forms.of_pair_grad(function, scalars, weight, terms)
+    form, weight = _FORM_NAMES[form], _WEIGHT_NAMES[weight]
+    terms = tuple(_TERM_NAMES[term] for term in terms)
+    if form == "fixed":
         gain, shift = (middle - shift).exp_().mul_(gain), None
     p = _Problem(
-        f, tau, kind_name, params, precision, "plain" if middle is None else "fixed", scale=scale, bias=bias, center=center,
+        f, tau, kind_name, params, precision, form, scale=scale, bias=bias, center=center,
         gain=gain, shift=shift, offset=offset, level=level,
     )  # fmt: skip
     anchors, everything = gain.shape[0], (lo, hi) == (0, p.n)
     groups = groups_of(p.n, split, partner, anchors)
     unit = None if p.mode in ("fp32", "fp64") else gain.abs().amax()  # weights that are rounded are divided by it first
     whole = not p.in_chunks
-    both = (
-        _both_sides["pair_grad"] and p.mode == "bf16" and whole and everything and (not split or p.n == 2 * split)
-        and not torch.are_deterministic_algorithms_enabled()
-    )  # fmt: skip
-    if both:
-        shapes = (p.n, p.dim), (p.n if bias is not None else 0,), (len(terms), anchors)
-        df, w_sums, sums = (tau.new_zeros(1, *shape) for shape in shapes)
-        jobs, parts = [(groups[0], True)], 1
-    else:
-        jobs = jobs_of(groups, p.n, lo, hi, bool(terms))
-        parts = p.parts([group for group, _ in jobs], plain and p.on_hopper())
-        df = tau.new_empty(parts if whole else 1, hi - lo, p.dim)
-        w_sums = (tau.new_empty if everything else tau.new_zeros)(parts, p.n if bias is not None else 0)
-        sums = tau.new_empty(parts, len(terms), anchors)
+    jobs = jobs_of(groups, p.n, lo, hi, bool(terms))
+    parts = p.parts([group for group, _ in jobs], form == "fixed" and p.on_hopper())
+    df = tau.new_empty(parts if whole else 1, hi - lo, p.dim)
+    w_sums = (tau.new_empty if everything else tau.new_zeros)(parts, p.n if bias is not None else 0)
+    sums = tau.new_empty(parts, len(terms), anchors)
     for group, wants in jobs:
         own_terms = terms if group.rows_anchor else ()
         blocks, tiles = _tiles(group.n_rows), _tiles(group.n_cols)
         common = {
-            "middle": middle or 0.0, "unit": unit, "w_sums": w_sums if bias is not None else None,
-            "sums": sums if own_terms else None, "gradient": True, "weight": weight, "n_out": hi - lo, "lo": lo, "both": both,
-            "end": tiles // 2 + 1 if group.triangle and both else tiles,
+            "middle": middle, "unit": unit, "w_sums": w_sums if bias is not None else None,
+            "sums": sums if own_terms else None, "gradient": True, "weight": weight, "n_out": hi - lo, "lo": lo, "end": tiles,
         }  # fmt: skip
         if not wants or whole:
             grad = "product" if wants else "none"

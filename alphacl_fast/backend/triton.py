@@ -6,7 +6,6 @@ with the first call. With TRITON_INTERPRET=1 the same kernels run on CPU tensors
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import importlib.util
@@ -19,12 +18,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..bundles import Form, PairFunction, Pairing, Rows, RowScalars, Term, Weight, summed
 from ..objectives import ROW_STEPS
 from ..objectives import kind as lookup
+from . import forms
 from .groups import Group, clear, fitting, groups_of, jobs_of, multiply_weights, row_runs
 from .precision import float32_precision
-from .ranges import middle as middle_of
 
+#: The kernels' names of terms, weights and forms.
+_TERM_NAMES = dict(zip(Term, ("f", "df", "ft", "dft", "dtau", "base", "max"), strict=True))
+_WEIGHT_NAMES = dict(zip(Weight, ("f", "df", "f+df"), strict=True))
+_FORM_NAMES = dict(zip(Form, ("fixed", "running", "plain", "max"), strict=True))
+#: Optional operands that this backend serves.
+OPTIONAL_OPERANDS = {"ids"}
 #: The first version of Triton whose functions take and return named tuples as the kernels do.
 OLDEST = (3, 6)
 
@@ -45,14 +51,6 @@ def _kernels() -> SimpleNamespace:
 
 
 @functools.cache
-def _hopper():
-    """The Gluon kernels; older versions of Triton have no Gluon."""
-    from alphacl_fast.kernels import hopper
-
-    return hopper
-
-
-@functools.cache
 def _missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -70,7 +68,7 @@ def _missing() -> str | None:
 def unsupported(device: torch.device, dtype: torch.dtype, precision: str | None, kind: str) -> str | None:
     """Why this backend cannot serve a call, or None."""
     if device.type == "cpu":
-        if not interpreted():
+        if not (interpreted() or _stand_in):
             return "runs on GPUs, not cpu (except in the interpreter, TRITON_INTERPRET=1)"
     elif device.type != "cuda":
         return f"runs on GPUs, not {device.type}"
@@ -100,14 +98,22 @@ def _arithmetic(dtype: torch.dtype, precision: str, device: torch.device) -> _Ar
     return _Arithmetic("fp32" if precision == "ieee" else precision, precision, torch.float32, precision)
 
 
-#: Programs that a multiprocessor runs side by side, about.
-PROCESSORS_PER_SM = 2
-
-
 @functools.cache
 def _processors(device: torch.device) -> int:
     """Programs that a GPU runs side by side, about; in the interpreter a ring is cut in two, to have it tested."""
-    return PROCESSORS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 6
+    if device.type == "cuda":
+        return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 * (_stand_in or 3)
+
+
+_stand_in = 0
+
+
+def pretend_gpu(multiprocessors: int) -> None:
+    """For the rest of this process, CPU tensors get the launches of a GPU, to compile or count them without one."""
+    global _stand_in
+    _stand_in = multiprocessors
+    _processors.cache_clear()
 
 
 def parts_of(blocks: int, tiles: int, device: torch.device) -> int:
@@ -127,8 +133,7 @@ class _Problem:
         if f.shape[0] >= 2**31 - 2**16:
             raise ValueError(f"the triton backend takes at most {2**31 - 2**16} rows, got {f.shape[0]}")
         self.f = f if f.stride(1) == 1 or f.shape[1] == 1 else f.contiguous()
-        self.tau, self.kind, self.sweep = tau, lookup(kind_name), sweep
-        self.kind_name, self.params = kind_name, params
+        self.tau, self.kind = tau, lookup(kind_name)
         self.n, self.dim = f.shape
         self.arithmetic = _arithmetic(f.dtype, precision, f.device)
         self.tile = tile(sweep, self.arithmetic.mode, self.dim, self.n, f.device)
@@ -137,18 +142,6 @@ class _Problem:
             **{**absent, **{name: None if x is None else x.contiguous() for name, x in v.items()}}
         )
         self.traced = _kernels().trace.pair_functions(kind_name, params)
-
-    def overlapped(self, groups: list[Group], form: str) -> bool:
-        """Whether the Gluon kernels are wanted and serve this call; where they do not, the default tile takes their place."""
-        if self.tile.engine != "gluon":
-            return False
-        serves = (
-            form == "fixed" and self.f.dtype == torch.bfloat16 and self.vectors.scale is not None and self.vectors.ids is None
-            and self.cheap() and self.dim in _hopper().GRAD_TILES and all(g.n_rows == g.n_cols for g in groups)
-        )  # fmt: skip
-        if not serves:
-            self.tile = _kernels().config.default(self.sweep, self.arithmetic.mode, self.dim)
-        return serves
 
     def static(self, group: Group, form: str, terms: tuple[str, ...], both: bool, weight: str = "", grad: str = "none"):
         """`kernels.sweeps.Static` of a launch; the derivatives that nobody asks for are left out."""
@@ -168,7 +161,7 @@ class _Problem:
             UPCAST=interpreted() and self.f.dtype == torch.bfloat16, EXCLUDE=group.exclude, TRIANGLE=group.triangle, BOTH=both,
             ROWS_PAIRED=group.rows_paired, COLS_PAIRED=group.cols_paired, ROWS_ANCHOR=group.rows_anchor,
             COLS_ANCHOR=group.cols_anchor, WEIGHT=weight, GRAD=grad, W_TYPE=precise[arithmetic.weights],
-            W_PRECISION=arithmetic.products, PERSISTENT=self.tile.persistent > 0, IDS=self.vectors.ids is not None,
+            W_PRECISION=arithmetic.products, IDS=self.vectors.ids is not None,
         )  # fmt: skip
 
     def blocks(self, group: Group) -> tuple[int, int]:
@@ -179,23 +172,10 @@ class _Problem:
         """Parts of a ring, the same for all groups of a call, so that they share one buffer."""
         return min(parts_of(*self.blocks(group), self.f.device) for group in groups)
 
-    def cheap(self) -> bool:
-        """Whether log f takes a few multiplications; a logarithm or a power in software would spill beside the products."""
-        return self.kind_name in ("exp", "gibbs") or (self.kind_name == "power" and self.params[1] in (1.0, 2.0))
-
-    def gluon_parts(self, group: Group) -> int:
-        return min(parts_of(*self.blocks(group), self.f.device), _hopper().most_splits(group.n_rows, self.tile))
-
-    def device(self):
-        return torch.cuda.device(self.f.device) if self.f.is_cuda else contextlib.nullcontext()
-
     def launch(self, kernel, grid: tuple[int, int], *arguments) -> None:
-        """A launch of a grid (row blocks, parts of a ring), or of as many programs as the tile wants to share its items."""
-        if self.tile.persistent:
-            resident = self.tile.persistent * _processors(self.f.device) // PROCESSORS_PER_SM
-            grid = (min(grid[0] * grid[1], resident), 1)
+        """A launch of a grid (row blocks, parts of a ring)."""
         options = {} if self.tile.max_registers is None else {"maxnreg": self.tile.max_registers}
-        with self.device():
+        with torch.cuda.device_of(self.f):
             kernel[grid](*arguments, num_warps=self.tile.warps, num_stages=self.tile.stages, **options)
 
 
@@ -209,38 +189,27 @@ def configuration(dtype: torch.dtype, dim: int, rows: int, device: torch.device)
 
 
 def row_sums(
-    f: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    center: Tensor,
-    shift: Tensor | None,
-    offset: Tensor | None,
-    tau: Tensor,
-    kind_name: str,
-    params: tuple[float, ...],
-    terms: tuple[str, ...],
-    split: int,
-    partner: int,
-    anchors: int,
-    span: tuple[float, ...],
+    rows: Rows,
+    pairing: Pairing,
+    function: PairFunction,
+    scalars: RowScalars,
+    terms: tuple[Term, ...],
     precision: str,
-    ids: Tensor | None = None,
 ) -> Tensor:
-    """``out[k, i] = Σ_{j∈Neg(i)} term_k``; with "base" first, relative to exp(base_i) (log kinds)."""
-    middle = middle_of(lookup(kind_name), span, tau.dtype) if terms[0] == "base" else None
-    form = "max" if terms == ("max",) else "plain" if terms[0] != "base" else "running" if middle is None else "fixed"
-    sums = tuple(term for term in terms if term not in ("base", "max"))
+    """(len(terms), anchors): every term summed over the negatives of every anchor."""
+    (f, scale, bias), (split, partner, anchors, ids) = rows, pairing
+    kind_name, params, tau, _ = function
+    center, _, shift, offset, _ = scalars
+    form, middle = forms.of_row_sums(function, terms)
+    form = _FORM_NAMES[form]
+    sums = tuple(_TERM_NAMES[term] for term in summed(terms))
     p = _Problem(
         f, tau, kind_name, params, precision, "row_sums_plain" if form == "plain" else "row_sums", scale=scale, bias=bias,
         center=center, shift=shift, offset=offset, ids=ids,
     )  # fmt: skip
     groups = [g for g in groups_of(p.n, split, partner, anchors) if g.rows_anchor]
     out = tau.new_empty(len(terms), anchors)
-    middle = 0.0 if middle is None else _float32(middle)
-    if p.overlapped(groups, form):
-        out[0].fill_(middle)
-        _overlapped_sums(p, groups, middle, out[1:])
-        return out
+    middle = _float32(middle)
     if p.tile.both_sides and (not split or (anchors > split and p.n == 2 * split)):
         _both_sides(p, groups[0], form, sums, middle, out)
         return out
@@ -250,42 +219,12 @@ def row_sums(
         blocks, tiles = p.blocks(group)
         p.launch(
             _kernels().sweeps.row_sums, (blocks, parts), p.f, p.vectors, tau, slots, p.f.stride(0), group.n_rows, group.n_cols,
-            group.row_start, group.col_start, partner, anchors, 0, tiles, 0, blocks, blocks * parts, middle,
+            group.row_start, group.col_start, partner, anchors, 0, tiles, 0, middle,
             p.static(group, form, sums, False),
         )  # fmt: skip
     if parts > 1:
         _kernels().rows.combine(slots[:, form == "fixed" :], out, form, middle)
     return out
-
-
-def _in_order(x: Tensor, group: Group, half: int, columns: bool = False) -> Tensor:
-    """Rows (or columns) of a group as the Gluon kernels want them: of two views, partners are neighbours."""
-    if group.rows_paired:
-        return x.view(2, half, *x.shape[1:]).transpose(0, 1).reshape(x.shape)
-    start = group.col_start if columns else group.row_start
-    return x[start : start + group.n_rows].contiguous()
-
-
-def _as_given(x: Tensor, group: Group, half: int) -> Tensor:
-    """The inverse of `_in_order`, of rows."""
-    return x.view(half, 2, *x.shape[1:]).transpose(0, 1).reshape(x.shape) if group.rows_paired else x
-
-
-def _overlapped_sums(p: _Problem, groups: list[Group], middle: float, out: Tensor) -> None:
-    """`row_sums` of the fixed form, (terms, anchors), by the Gluon kernels."""
-    half = p.n // 2
-    for group in groups:
-        rows, scale = _in_order(p.f, group, half), _in_order(p.vectors.scale, group, half)
-        cols, col_scale = rows, scale
-        if not group.triangle:
-            cols, col_scale = (_in_order(x, group, half, columns=True) for x in (p.f, p.vectors.scale))
-        center = _in_order(p.vectors.center, group, half) if len(out) > 1 else None
-        with p.device():
-            sums = _hopper().row_sums(
-                rows, cols, scale, col_scale, center, p.tau, middle, p.traced.f, int(group.rows_paired),
-                p.gluon_parts(group), p.tile, p.kind.linear_in_t,
-            )  # fmt: skip
-        out[:, group.row_start : group.row_start + group.n_rows] = _as_given(sums.sum(0).t(), group, half).t()
 
 
 def _both_sides(p: _Problem, group: Group, form: str, sums: tuple[str, ...], middle: float, out: Tensor) -> None:
@@ -308,8 +247,8 @@ def _both_sides(p: _Problem, group: Group, form: str, sums: tuple[str, ...], mid
             clear(slots[of_columns + end - 1], form)  # and half way round an even ring only half of the blocks are met
         p.launch(
             _kernels().sweeps.row_sums, (blocks, parts), p.f, p.vectors, p.tau, slots, p.f.stride(0), group.n_rows,
-            group.n_cols, group.row_start, group.col_start, p.n // 2, out.shape[1], begin, end, of_columns, blocks,
-            blocks * parts, middle, static,
+            group.n_cols, group.row_start, group.col_start, p.n // 2, out.shape[1], begin, end, of_columns, middle,
+            static,
         )  # fmt: skip
         used, n = slots[: of_columns + end], group.n_rows
         if group.triangle:
@@ -330,32 +269,24 @@ def _float32(x: float) -> float:
 
 
 def pair_grad(
-    f: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    center: Tensor,
-    gain: Tensor,
-    shift: Tensor | None,
-    offset: Tensor | None,
-    level: Tensor | None,
-    tau: Tensor,
-    kind_name: str,
-    params: tuple[float, ...],
-    weight: str,
-    terms: tuple[str, ...],
-    split: int,
-    partner: int,
-    lo: int,
-    hi: int,
-    span: tuple[float, ...],
+    rows: Rows,
+    pairing: Pairing,
+    function: PairFunction,
+    scalars: RowScalars,
+    weight: Weight,
+    terms: tuple[Term, ...],
+    wanted: tuple[int, int],
     precision: str,
-    ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``df_i = Σ_j (g_ij + g_ji) F_j`` for rows [lo, hi); row sums of g_ij + g_ji (with a bias); sums of ``terms``."""
-    kind = lookup(kind_name)
-    plain = kind.log and weight == "f" and not terms and shift is not None
-    middle = middle_of(kind, span, tau.dtype) if plain else None
-    form, middle = ("plain", 0.0) if middle is None else ("fixed", _float32(middle))
+    """Σ_j (g_ij + g_ji)·F_j of the ``wanted`` rows, sums of the weights (with a bias), sums of ``terms``."""
+    (f, scale, bias), (split, partner, _, ids) = rows, pairing
+    kind_name, params, tau, _ = function
+    center, gain, shift, offset, level = scalars
+    lo, hi = wanted
+    form, middle = forms.of_pair_grad(function, scalars, weight, terms)
+    form, weight = _FORM_NAMES[form], _WEIGHT_NAMES[weight]
+    terms = tuple(_TERM_NAMES[term] for term in terms)
+    middle = _float32(middle)
     p = _Problem(
         f, tau, kind_name, params, precision, "pair_grad_plain" if form == "plain" else "pair_grad", scale=scale, bias=bias,
         center=center, gain=gain, shift=shift, offset=offset, level=level, ids=ids,
@@ -372,23 +303,11 @@ def pair_grad(
     anchors = gain.shape[0]
     everything = (lo, hi) == (0, p.n)
     groups = groups_of(p.n, split, partner, anchors)
-    if everything and p.overlapped(groups, form):
-        df = _overlapped_grad(p, groups, gain, unit, middle)
-        return df, df.new_empty(0), df.new_empty(0, 0)
-    both = (
-        p.tile.both_sides and everything and p.dim <= p.tile.features and (not split or p.n == 2 * split)
-        and not torch.are_deterministic_algorithms_enabled()
-    )  # fmt: skip
-    if both:
-        shapes = (p.n, p.dim), (p.n if bias is not None else 0,), (len(terms), anchors)
-        df, w_sums, sums = (tau.new_zeros(1, *shape) for shape in shapes)
-        jobs, parts = [(groups[0], True)], 1
-    else:
-        jobs = jobs_of(groups, p.n, lo, hi, bool(terms))
-        parts = p.parts([group for group, _ in jobs]) if jobs else 1
-        df = tau.new_empty(parts if p.dim <= p.tile.features else 1, hi - lo, p.dim)
-        w_sums = (tau.new_empty if everything else tau.new_zeros)(parts, p.n if bias is not None else 0)
-        sums = tau.new_empty(parts, len(terms), anchors)
+    jobs = jobs_of(groups, p.n, lo, hi, bool(terms))
+    parts = p.parts([group for group, _ in jobs]) if jobs else 1
+    df = tau.new_empty(parts if p.dim <= p.tile.features else 1, hi - lo, p.dim)
+    w_sums = (tau.new_empty if everything else tau.new_zeros)(parts, p.n if bias is not None else 0)
+    sums = tau.new_empty(parts, len(terms), anchors)
     for group, wants in jobs:
         outputs = _kernels().sweeps.Outputs(
             df=df if wants and p.dim <= p.tile.features else None, w_sums=w_sums if bias is not None else None,
@@ -396,7 +315,7 @@ def pair_grad(
         )  # fmt: skip
         grad = "none" if not wants else "product" if p.dim <= p.tile.features else "weights"
         own_terms = terms if group.rows_anchor else ()
-        static = p.static(group, form, own_terms, both, weight, grad)
+        static = p.static(group, form, own_terms, False, weight, grad)
         blocks, _ = p.blocks(group)
         bytes_of_block = p.tile.rows * group.n_cols * p.arithmetic.weights.itemsize
         for first, count in row_runs(blocks, bytes_of_block) if grad == "weights" else [(0, blocks)]:
@@ -405,31 +324,13 @@ def pair_grad(
             p.launch(
                 _kernels().sweeps.pair_grad, (count, parts), p.f, p.vectors, tau, unit, outputs, p.f.stride(0),
                 group.n_rows, group.n_cols, group.row_start, group.col_start, p.n // 2, anchors, p.n, hi - lo, lo, first,
-                count, count * parts, middle, static,
+                middle, static,
             )  # fmt: skip
             if grad == "weights":
                 multiply_weights(outputs.w, p.f, group, first, p.tile.rows, p.arithmetic.products, df[0], lo)
     if unit is not None and p.dim > p.tile.features:
         df *= torch.where(unit > 0, unit, 1.0)
     return tuple(x[0] if x.shape[0] == 1 else x.sum(0) for x in (df, w_sums, sums))
-
-
-def _overlapped_grad(p: _Problem, groups: list[Group], r: Tensor, unit: Tensor, middle: float) -> Tensor:
-    """dF (n, D) of the fixed form by the Gluon kernels; r (anchors,) = gain·exp(middle − shift), unit () the largest."""
-    half, df = p.n // 2, p.tau.new_empty(p.n, p.dim)
-    unit = torch.where(unit > 0, unit, 1.0)
-    r = torch.nn.functional.pad(r / unit, (0, p.n - len(r)))  # rows that are no anchors weigh nothing
-    for group in groups:
-        rows, scale, row_r = cols, col_scale, col_r = [_in_order(x, group, half) for x in (p.f, p.vectors.scale, r)]
-        if not group.triangle:
-            cols, col_scale, col_r = (_in_order(x, group, half, columns=True) for x in (p.f, p.vectors.scale, r))
-        with p.device():
-            parts = _hopper().pair_grad(
-                rows, cols, scale, col_scale, row_r, col_r, p.tau, middle, p.traced.f, int(group.rows_paired),
-                p.gluon_parts(group), p.tile, p.kind.linear_in_t,
-            )  # fmt: skip
-        df[group.row_start : group.row_start + group.n_rows] = _as_given(parts.sum(0), group, half)
-    return df.mul_(unit)
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

@@ -209,8 +209,7 @@ void sweep(
   } else {
     if (a.gradient == PRODUCT) {
       call.present("df", df);
-      a.df = call.output("df", df, call.wide, product({both ? 1 : a.parts, a.n_out, a.dim}));
-      if (both && reinterpret_cast<uintptr_t>(a.df) % 16) refuse("sweep: df must begin at a multiple of 16 bytes");
+      a.df = call.output("df", df, call.wide, product({a.parts, a.n_out, a.dim}));
       within("df", a.lo, a.n_out > MOST - a.lo ? MOST : a.lo + a.n_out);
     }
     if (a.gradient == WEIGHTS) {

@@ -18,7 +18,6 @@
 //   mma_tf32(c, a, b)                     m16n8k8; operands are float bit patterns, of which the low 13 bits are not read
 //   pack_bf16(low, high), pack_f16        two floats rounded to nearest even, the first in the low half
 //   exp2_approx                           one instruction; denormal operands and results are 0
-//   add_global(p, x), add_global4(p, x…)  relaxed float32 reduction into global memory, of 4 neighbours 16-byte aligned
 //   from_f16(bits), from_bits, to_bits    a float16's value; a float's bit pattern and back
 //
 // A kernel is a struct K with `Args`, `THREADS`, `BLOCKS` (at least so many resident on a multiprocessor) and a static

@@ -72,18 +72,6 @@ DEVICE float exp2_approx(float x) {
   return y;
 }
 
-DEVICE void add_global(float* p, float x) {
-  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(p), "f"(x) : "memory");
-}
-DEVICE void add_global4(float* p, float x, float y, float z, float w) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
-               ::"l"(p), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
-#else
-  add_global(p, x), add_global(p + 1, y), add_global(p + 2, z), add_global(p + 3, w);
-#endif
-}
-
 // --- sm_90a ------------------------------------------------------------------------------------------------------------
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL

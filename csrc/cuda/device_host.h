@@ -238,19 +238,6 @@ DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
   emulation::multiply<8>("mma_tf32", c, a, b, [](uint32_t x, int) { return from_bits(x & ~0x1fffu); });
 }
 
-// --- global memory -----------------------------------------------------------------------------------------------------
-
-DEVICE void add_global(float* p, float x) {
-  uint32_t* const target = reinterpret_cast<uint32_t*>(p);
-  uint32_t old = __atomic_load_n(target, __ATOMIC_RELAXED);
-  while (!__atomic_compare_exchange_n(target, &old, to_bits(from_bits(old) + x), true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-  }
-}
-DEVICE void add_global4(float* p, float x, float y, float z, float w) {
-  if (!emulation::aligned(p, 16)) emulation::fail("add_global4 to an address that is no multiple of 16");
-  add_global(p, x), add_global(p + 1, y), add_global(p + 2, z), add_global(p + 3, w);
-}
-
 // --- launch ------------------------------------------------------------------------------------------------------------
 
 // Null, or what went wrong: a text that is good until this thread's next launch.

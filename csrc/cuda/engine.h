@@ -92,25 +92,6 @@ template <int FEATURES, bool BF16> struct Half {
       }
     }
   }
-
-  // One chunk of 64 features of Wᵀ·A: c is rows 16·warp … of the columns' side; w (64, 64) in shared memory, W_PITCH apart.
-  static constexpr int W_PITCH = 2 * SIDE + 16;
-  static DEVICE void other_side(float (&c)[8][4], const unsigned char* w, const unsigned char* a, int feature) {
-    const int lane = device::thread() % 32, m = lane / 8, r = lane % 8;
-    w += (m / 2 * 8 + r) * W_PITCH + (16 * (device::thread() / 32) + m % 2 * 8) * 2;
-    a += (m % 2 * 8 + r) * PITCH + m / 2 * 16 + 2 * feature;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      uint32_t x[4], y[4];
-      device::load_matrices_transposed(x, w + 16 * i * W_PITCH);
-#pragma unroll
-      for (int d = 0; d < 8; d += 2) {
-        device::load_matrices_transposed(y, a + 16 * i * PITCH + 16 * d);
-        device::mma_bf16(c[d], x, y[0], y[1]);
-        device::mma_bf16(c[d + 1], x, y[2], y[3]);
-      }
-    }
-  }
 };
 
 // float32 rows multiplied as TF32. The order of a product's 8 terms is free: term t is feature 2t, term t + 4 feature 2t + 1.

@@ -8,7 +8,7 @@
 // multiplied, and the last ones still are when the next tile begins.
 //
 // ptxas decides whether products really overlap with anything: it must not find them "serialized" (`python -m
-// benchmarks.cuda_resources --check`). The places of the waits were chosen by that.
+// tools.cuda_resources`). The places of the waits were chosen by that.
 #pragma once
 
 #include <optional>

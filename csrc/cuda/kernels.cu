@@ -49,14 +49,13 @@ template <class E, bool CHUNKS> const char* sums(const Sweep& a, int rows, void*
 
 template <class E, bool CHUNKS> const char* gradient(const Sweep& a, int rows, void* stream) {
   if (a.gradient != NO_GRADIENT && a.gradient != (CHUNKS ? WEIGHTS : PRODUCT)) return "rows of this length take the other gradient";
-  if ((a.flags & BOTH) && (CHUNKS || !E::BOTH_SIDES)) return "no both-sides form for this dtype or length of rows";
+  if (a.flags & BOTH) return "pair_grad has no both-sides form";
   if constexpr (E::TENSOR_CORES) {
     if (a.form == FIXED && is_fast(a) && !a.bias && !a.terms && !a.w_sums && a.weight == WEIGHT_F && a.gradient != NO_GRADIENT) {
       if constexpr (E::BOTH_SIDES && !CHUNKS) {
         if (const auto started = hopper::pair_grad<E::K>(a, rows, stream)) return *started;
       }
-      if (!(a.flags & BOTH)) return start<FastPairGrad<E, CHUNKS, false>>(a, rows, stream);
-      if constexpr (E::BOTH_SIDES && !CHUNKS) return start<FastPairGrad<E, false, true>>(a, rows, stream);
+      return start<FastPairGrad<E, CHUNKS>>(a, rows, stream);
     }
   }
   return start<PairGrad<E, CHUNKS>>(a, rows, stream);

@@ -370,68 +370,22 @@ template <class E> DEVICE void write_gradient(const Sweep& a, int64_t block, con
   for (int r = 0; r < 2; ++r) {
     const Place place = row_place(a, block, lane.row + 8 * r);
     if (!place.keep) continue;
-    T* row = static_cast<T*>(a.df) + ((has(a, BOTH) ? 0 : device::block_y() * a.n_out) + place.row - a.lo) * a.dim;
+    T* row = static_cast<T*>(a.df) + (device::block_y() * a.n_out + place.row - a.lo) * a.dim;
 #pragma unroll
     for (int d = 0; d < E::K / 8; ++d)
 #pragma unroll
       for (int p = 0; p < 2; ++p) {
         const int feature = 8 * d + 2 * lane.t + p;
-        if (feature >= a.dim) continue;
-        const T value = acc[d][2 * r + p] * unit;
-        if constexpr (sizeof(T) == 4) {
-          if (has(a, BOTH)) {
-            device::add_global(row + feature, value);
-            continue;
-          }
-        }
-        row[feature] = value;
+        if (feature < a.dim) row[feature] = acc[d][2 * r + p] * unit;
       }
   }
 }
 
-// Adds Wᵀ·F_I to the gradient of the columns. W (64, 64), times the rows' scales, comes through shared memory.
-template <class E> struct OtherSide {
-  unsigned char* w;
-  static constexpr int BYTES = SIDE * E::W_PITCH;
-  DEVICE void put(int i, int j, float first, float second) const {  // elements (i, j), (i, j + 1)
-    *reinterpret_cast<uint32_t*>(w + i * E::W_PITCH + 2 * j) = device::pack_bf16(first, second);
-  }
-  DEVICE void add_to(const Sweep& a, const TileAt<float>& tile, const unsigned char* rows) const {
-    const Lane lane;
-    const float unit = unit_of<float>(a);
-    device::sync();  // W is complete
-    const bool odd = lane.t % 2;
-    const Place place = column_place(a, tile.tile, lane.row + 8 * odd);
-    const bool serves = place.keep && !(has(a, TRIANGLE) && tile.at == 0);
-    float* row = static_cast<float*>(a.df) + (place.row - a.lo) * a.dim;
-#pragma unroll 1
-    for (int from = 0; from < a.dim; from += 64) {
-      float c[8][4] = {};
-      E::other_side(c, w, rows, from);
-#pragma unroll
-      for (int d = 0; d < 8; ++d) {
-        // Neighbouring lanes exchange halves, so that each has four features of one row.
-        const float x = device::shuffle_xor(odd ? c[d][0] : c[d][2], 1), y = device::shuffle_xor(odd ? c[d][1] : c[d][3], 1);
-        const float v[4] = {odd ? x : c[d][0], odd ? y : c[d][1], odd ? c[d][2] : x, odd ? c[d][3] : y};
-        const int feature = from + 8 * d + 4 * (lane.t / 2);
-        if (!serves) continue;
-        if (a.dim % 4 == 0) {
-          if (feature < a.dim) device::add_global4(row + feature, v[0] * unit, v[1] * unit, v[2] * unit, v[3] * unit);
-        } else {
-          for (int e = 0; e < 4; ++e)
-            if (feature + e < a.dim) device::add_global(row + feature + e, v[e] * unit);
-        }
-      }
-    }
-  }
-};
-
-template <class E, bool CHUNKS, bool BOTH_SIDES> struct FastPairGrad {
+template <class E, bool CHUNKS> struct FastPairGrad {
   using Args = Sweep;
   using M = Memory<E, CHUNKS, 2>;
   static constexpr int THREADS = alphacl::THREADS, BLOCKS = E::K <= 128 ? 2 : 1;
-  static constexpr int SHARED = M::REST + (BOTH_SIDES ? SIDE * (2 * SIDE + 16) : 0);
-  static_assert(!(CHUNKS && BOTH_SIDES));
+  static constexpr int SHARED = M::REST;
 
   static DEVICE void body(const Sweep& a) {
     const Lane lane;
@@ -457,12 +411,6 @@ template <class E, bool CHUNKS, bool BOTH_SIDES> struct FastPairGrad {
             s[m][2 * r + p] = counts ? fast.template operator()<affine.value>(t) * (gain[r] + gain_j) : 0.0f;
           }
         }
-        if constexpr (BOTH_SIDES) {
-          const OtherSide<E> other{M::rest()};
-#pragma unroll
-          for (int r = 0; r < 2; ++r)
-            other.put(lane.row + 8 * r, 8 * m + 2 * lane.t, s[m][2 * r] * scale[r], s[m][2 * r + 1] * scale[r]);
-        }
 #pragma unroll
         for (int p = 0; p < 2; ++p) {
           const float scale_j = tile.cols[8 * m + 2 * lane.t + p];
@@ -472,12 +420,8 @@ template <class E, bool CHUNKS, bool BOTH_SIDES> struct FastPairGrad {
     };
     walk<E, CHUNKS, 2>(a, ring, block, 0.0f, 1 / unit_of<float>(a), [&](float(&s)[8][4], const TileAt<float>& tile) {
       with_choices(fast.affine, tile.masked, [&](auto affine, auto masked) { weights(affine, masked, s, tile); });
-      if constexpr (CHUNKS) {
-        write_weights<E>(a, tile.tile, s);
-      } else {
-        E::gradient(acc, s, tile.features);
-        if constexpr (BOTH_SIDES) OtherSide<E>{M::rest()}.add_to(a, tile, M::rows(0));
-      }
+      if constexpr (CHUNKS) write_weights<E>(a, tile.tile, s);
+      else E::gradient(acc, s, tile.features);
     });
     if constexpr (!CHUNKS) write_gradient<E>(a, block, acc);
   }
@@ -487,10 +431,8 @@ template <class E, bool CHUNKS> struct PairGrad {
   using Args = Sweep;
   using T = typename E::T;
   using M = Memory<E, CHUNKS, ALL_SCALARS>;
-  static constexpr bool OTHER = E::BOTH_SIDES && !CHUNKS;  // the both-sides form is there
   static constexpr int THREADS = alphacl::THREADS, BLOCKS = 1;
-  static constexpr int OTHER_AT = M::REST + Scratch<T>::BYTES;
-  static constexpr int TOTALS_AT = OTHER_AT + (OTHER ? SIDE * (2 * SIDE + 16) : 0);
+  static constexpr int TOTALS_AT = M::REST + Scratch<T>::BYTES;
   static constexpr int SHARED = TOTALS_AT + 4 * (TERM_COUNT + 1) * THREADS * int(sizeof(T));
 
   static DEVICE void body(const Sweep& a) {
@@ -499,7 +441,7 @@ template <class E, bool CHUNKS> struct PairGrad {
     const Ring ring(a, block, device::block_y());
     const Numbers<T> n(a);
     const Scratch<T> scratch{reinterpret_cast<T*>(M::rest())};
-    const bool both = OTHER && has(a, BOTH), need_dtau = wants(a, TERM_DTAU);
+    const bool need_dtau = wants(a, TERM_DTAU);
     const bool need_df = a.weight != WEIGHT_F || wants(a, TERM_DF) || wants(a, TERM_DFT);
     T acc[CHUNKS ? 1 : E::K / 8][4] = {};
     // Totals live in shared memory, a thread's own words: beside the gradient there are no registers for them.
@@ -519,7 +461,6 @@ template <class E, bool CHUNKS> struct PairGrad {
       for (int q = 0; q < 16; ++q) {
         const int j = 8 * (q / 2) + 2 * lane.t + q % 2;
         const Side<T> side_j(tile.cols, j);
-        T column[TERM_COUNT] = {}, column_w = 0, for_other[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const Side<T> side_i(M::row_scalars(), lane.row + 8 * r);
@@ -534,32 +475,11 @@ template <class E, bool CHUNKS> struct PairGrad {
           }
           if (has(a, COLS_ANCHOR)) {
             const Pieces<T> y = pieces<Kind>(x, side_j.shift, side_j.offset, need_df, need_dtau, n);
-            if (both) add_terms(column, y, x.t, side_j.center, side_j.level);
             w += weigh(y, x.t, side_j);
           }
           if (!counts) w = 0;  // 0·∞ where a gain or a level is infinite
-          w_sums[r] += w, column_w += w;
+          w_sums[r] += w;
           element = w * side_j.scale;
-          for_other[r] = w * side_i.scale;
-        }
-        if constexpr (OTHER) {
-          if (both) {
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-              auto* to = reinterpret_cast<uint16_t*>(device::shared() + OTHER_AT + (lane.row + 8 * r) * E::W_PITCH + 2 * j);
-              *to = uint16_t(device::pack_bf16(for_other[r], 0.0f));
-            }
-            const Place place = column_place(a, tile.tile, j);
-            const bool serves = place.keep && lane.g == 0 && !(has(a, TRIANGLE) && tile.at == 0);
-            const float w_sum = column_sum(column_w) * unit_of<T>(a);
-            if (a.w_sums && serves) device::add_global(static_cast<float*>(a.w_sums) + place.row, w_sum);
-#pragma unroll
-            for (int k = 0; k < TERM_COUNT; ++k)
-              if (a.row_of_term[k] >= 0 && has(a, COLS_ANCHOR)) {
-                const float sum = column_sum(column[k]);
-                if (serves) device::add_global(static_cast<float*>(a.sums) + a.row_of_term[k] * a.anchors + place.row, sum);
-              }
-          }
         }
       }
 #pragma unroll
@@ -582,9 +502,6 @@ template <class E, bool CHUNKS> struct PairGrad {
       } else if constexpr (E::TENSOR_CORES) {
         scratch.get(s);
         E::gradient(acc, s, tile.features);
-        if constexpr (OTHER) {
-          if (both) OtherSide<E>{device::shared() + OTHER_AT}.add_to(a, tile, M::rows(0));
-        }
       } else {
         device::sync_warp();  // the weights of a row are in four lanes
         E::gradient(acc, scratch.x, tile.features);
@@ -599,21 +516,14 @@ template <class E, bool CHUNKS> struct PairGrad {
       const Place place = row_place(a, block, lane.row + 8 * r);
       const bool writes = place.keep && lane.t == 0;
       const T w = row_sum(total(r, TERM_COUNT)) * unit;
-      if (writes && a.w_sums) put_or_add(both, static_cast<T*>(a.w_sums) + device::block_y() * a.n + place.row, w);
+      if (writes && a.w_sums) static_cast<T*>(a.w_sums)[device::block_y() * a.n + place.row] = w;
 #pragma unroll
       for (int k = 0; k < TERM_COUNT; ++k) {
         const T sum = row_sum(total(r, k));
-        if (!writes || a.row_of_term[k] < 0 || !has(a, ROWS_ANCHOR)) continue;
-        put_or_add(both, slot<T>(a, a.sums, device::block_y(), 0) + a.row_of_term[k] * a.anchors + place.row, sum);
+        if (writes && a.row_of_term[k] >= 0 && has(a, ROWS_ANCHOR))
+          slot<T>(a, a.sums, device::block_y(), 0)[a.row_of_term[k] * a.anchors + place.row] = sum;
       }
     }
-  }
-
-  static DEVICE void put_or_add(bool both, T* p, T x) {
-    if constexpr (OTHER) {
-      if (both) return device::add_global(p, x);
-    }
-    *p = x;
   }
 };
 

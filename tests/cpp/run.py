@@ -1,20 +1,21 @@
 """Compiles the tests of C++ code with sanitizers and runs them.
 
-    python tests/cpp/run.py                       AddressSanitizer and UndefinedBehaviorSanitizer, all cases
+    python tests/cpp/run.py                       AddressSanitizer, UndefinedBehaviorSanitizer
     python tests/cpp/run.py --thread              ThreadSanitizer, fewer cases
     python tests/cpp/run.py --sanitize none       neither: for a debugger, or for timing
     python tests/cpp/run.py --only test_device    one of them
 
-test_kernels is csrc/cpu, test_device the emulated GPU of csrc/cuda (whose races must be reported, too), test_sweeps the CUDA
-kernels on it. CXX is the compiler, as for setup.py, whose instruction sets and flags these are. Objects are kept in
-build/test_kernels and compiled again when a source or a flag has changed.
+test_kernels tests csrc/cpu, test_driver the pieces of its driver; test_device tests the emulated
+GPU of csrc/cuda, whose races must be reported, too; test_sweeps runs the CUDA kernels on it. CXX
+is the compiler, as for tools/build_cpu.py, whose instruction sets and flags these are. Objects are
+kept in build/test_kernels and compiled again when a source or a flag has changed.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import hashlib
+import importlib.util
 import os
 import shlex
 import subprocess
@@ -29,9 +30,9 @@ ROOT = Path(__file__).resolve().parents[2]
 OBJECTS = ROOT / "build" / "test_kernels"
 TESTS = Path("tests") / "cpp"
 CUDA = Path("csrc") / "cuda"
-PROGRAMS = ("test_kernels", "test_device", "test_sweeps")
+PROGRAMS = ("test_driver", "test_kernels", "test_device", "test_sweeps")
 SANITIZERS = {"address": "address,undefined", "thread": "thread", "none": ""}
-#: A sweep that asks for too much memory is one of the tests; threads outnumber cores, so they had better not spin.
+#: One test asks for too much memory; threads outnumber cores, so they must not spin.
 ENVIRONMENT = {
     "ASAN_OPTIONS": "allocator_may_return_null=1:detect_stack_use_after_return=0",
     "TSAN_OPTIONS": "allocator_may_return_null=1:halt_on_error=1",
@@ -40,78 +41,91 @@ ENVIRONMENT = {
 }
 
 
-def build_settings() -> dict[str, Any]:
-    """The constants and functions of setup.py, without what needs setuptools: importing it would build the package."""
-    tree = ast.parse((ROOT / "setup.py").read_text())
-    wanted = (ast.Import, ast.ImportFrom, ast.Assign, ast.FunctionDef)
-    tree.body = [
-        node
-        for node in tree.body
-        if isinstance(node, wanted) and not (isinstance(node, ast.ImportFrom) and str(node.module).startswith("setuptools"))
-    ]
-    scope: dict[str, Any] = {}
-    exec(compile(tree, "setup.py", "exec"), scope)
-    return scope
+def load_builder() -> Any:
+    """tools/build_cpu.py, whose flags and instruction sets these are."""
+    file = ROOT / "tools" / "build_cpu.py"
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def build(sanitize: str, programs: Sequence[str]) -> dict[str, Path]:
     """Compiles what has changed, links, and returns the programs."""
-    setup = build_settings()
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    builder = load_builder()
+    compiler = builder.host_compiler()
     OBJECTS.mkdir(parents=True, exist_ok=True)
     # Variables' places at every instruction would take a fifth of the time; a report needs lines.
-    flags = [flag for flag in setup["COMMON"] if flag != "-O3"] + ["-O1", "-g", "-fno-var-tracking", "-Wall", "-Wextra"]
-    flags.append("-Wno-maybe-uninitialized")  # GCC's false alarms about vectors that are set lane by lane
-    flags = [flag for flag in flags if setup["accepts"](compiler, [flag], OBJECTS)]
+    flags = [flag for flag in builder.COMMON if flag != "-O3"]
+    flags += ["-O1", "-g", "-fno-var-tracking", "-Wall", "-Wextra"]
+    # GCC's false alarms about vectors that are set lane by lane
+    flags.append("-Wno-maybe-uninitialized")
+    flags = [flag for flag in flags if builder.accepts(compiler, [flag], OBJECTS)]
     if SANITIZERS[sanitize]:
-        flags += [f"-fsanitize={SANITIZERS[sanitize]}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
-        if not setup["accepts"](compiler, flags, OBJECTS):
+        flags += [
+            f"-fsanitize={SANITIZERS[sanitize]}",
+            "-fno-sanitize-recover=all",
+            "-fno-omit-frame-pointer",
+        ]
+        if not builder.accepts(compiler, flags, OBJECTS):
             sys.exit(f"{shlex.join(compiler)} does not compile with {shlex.join(flags)}")
-    # ThreadSanitizer does not know how OpenMP's threads wait for each other; without OpenMP the driver starts its own.
-    openmp = sanitize != "thread" and sys.platform == "linux" and setup["accepts"](compiler, ["-fopenmp"], OBJECTS)
+    # ThreadSanitizer does not understand OpenMP's barriers; the driver can start its own threads.
+    openmp = (
+        sanitize != "thread"
+        and sys.platform == "linux"
+        and builder.accepts(compiler, ["-fopenmp"], OBJECTS)
+    )
     threads = ["-fopenmp"] if openmp else ["-pthread"]
-    # Lets the test fill the driver's work space with NaN.
-    wrap = ["-Wl,--wrap=aligned_alloc", "-Wl,--wrap=free"] if sys.platform == "linux" else []
+    # Lets the test fill the driver's workspace with NaN.
+    wrap = ["-Wl,--wrap=posix_memalign", "-Wl,--wrap=free"] if sys.platform == "linux" else []
 
-    sets = {name: extra for name, extra in setup["INSTRUCTION_SETS"].items() if setup["accepts"](compiler, extra, OBJECTS)}
-    missing = [name for name in setup["INSTRUCTION_SETS"] if name not in sets]
+    sets = builder.supported(compiler, OBJECTS)
+    missing = [name for name in builder.INSTRUCTION_SETS if name not in sets]
     if missing:
         print(f"not compiled, the compiler does not know them: {', '.join(missing)}")
     processor = Path("/proc/cpuinfo")
     if processor.exists() and "amx_tile" not in processor.read_text():
         sets.pop("amx", None)  # nothing of it would run
-    if sanitize == "thread":  # threads meet in the driver: two engines are enough, of which one packs pairs of bfloat16
-        sets = {name: extra for name, extra in sets.items() if name in ("portable", "avx512_bf16")}
-    sources = setup["SOURCES"]
-    jobs: dict[str, list[str]] = {}
-    for name, extra in sets.items():
-        jobs[name] = [*extra, f"-DALPHACL_ISA={name}", str(sources / "kernels.cpp")]
-    known = [f"-DALPHACL_WITH_{name.upper()}" for name in sets if name != "portable"]
-    known += ['-DALPHACL_BUILD="test"', '-DALPHACL_SOURCES="test"']
-    jobs["driver"] = [*threads, *known, str(sources / "driver.cpp")]
-    jobs["test_kernels"] = [*threads, *(["-DALPHACL_WRAPPED"] if wrap else []), str(TESTS / "test_kernels.cpp")]
-    parts = {"test_kernels": list(jobs), "test_device": ["test_device"], "test_sweeps": ["test_sweeps"]}
+    if sanitize == "thread":
+        # Threads meet in the driver: two engines are enough; one of them packs pairs of bfloat16.
+        sets = {name: sets[name] for name in ("portable", "avx512_bf16") if name in sets}
+    jobs = builder.units(sets)
+    known = ['-DALPHACL_BUILD="test"', '-DALPHACL_SOURCES="test"']
+    jobs["driver"] = [*threads, *known, *jobs["driver"]]
+    jobs["test_kernels"] = [
+        *threads,
+        *(["-DALPHACL_WRAPPED"] if wrap else []),
+        str(TESTS / "test_kernels.cpp"),
+    ]
+    alone = ("test_driver", "test_device", "test_sweeps")
+    parts = {"test_kernels": list(jobs), **{name: [name] for name in alone}}
+    jobs["test_driver"] = ["-pthread", str(TESTS / "test_driver.cpp")]
     # AddressSanitizer's time goes into compilation, ThreadSanitizer's into running.
     quick = ["-O0", "-g1"] if sanitize == "address" else []
     for name in ("test_device", "test_sweeps"):
         jobs[name] = [*quick, "-DALPHACL_EMULATED", str(TESTS / f"{name}.cpp")]
     kernel = ["-DALPHACL_EMULATED", "-Wno-unknown-pragmas", "-g1"]
-    for dtype in ("BFLOAT16", "TFLOAT32", "FLOAT64"):  # what the others are made of: every engine, in one dtype
+    for dtype in ("BFLOAT16", "TFLOAT32", "FLOAT64"):  # every arithmetic in one dtype
         parts["test_sweeps"].append(dtype)
         jobs[dtype] = [*kernel, f"-DALPHACL_DTYPE={dtype}", "-x", "c++", str(CUDA / "kernels.cu")]
-    version = setup["run"]([*compiler, "--version"])
+    version = builder.version(compiler)
 
     def compile_one(name: str) -> Path:
         command = [*compiler, *flags, *jobs[name], "-c"]
-        folder = ROOT / (CUDA if "-DALPHACL_EMULATED" in command else sources)
-        headers = b"".join(file.read_bytes() for file in sorted(folder.glob("*.h")))
-        text = "\0".join([version, *command]).encode() + headers + (ROOT / jobs[name][-1]).read_bytes()
+        folder = ROOT / (CUDA if "-DALPHACL_EMULATED" in command else builder.SOURCES)
+        files = [*folder.glob("*.h"), *(ROOT / builder.GENERATED).glob("*.h")]
+        headers = b"".join(file.read_bytes() for file in sorted(files))
+        text = (
+            "\0".join([version, *command]).encode() + headers + (ROOT / jobs[name][-1]).read_bytes()
+        )
         target = OBJECTS / f"{sanitize}_{name}_{hashlib.sha256(text).hexdigest()[:16]}.o"
         if not target.exists():
             for old in OBJECTS.glob(f"{sanitize}_{name}_" + "?" * 16 + ".o"):
                 old.unlink()
             partial = target.with_suffix(".partial")
-            done = subprocess.run([*command, "-o", str(partial)], cwd=ROOT, capture_output=True, text=True)
+            done = subprocess.run(
+                [*command, "-o", str(partial)], cwd=ROOT, capture_output=True, text=True
+            )
             if done.returncode:
                 raise RuntimeError(f"{shlex.join(command)}\n{done.stderr}")
             print(done.stderr, end="", file=sys.stderr)
@@ -119,7 +133,9 @@ def build(sanitize: str, programs: Sequence[str]) -> dict[str, Path]:
         return target
 
     wanted = [name for program in programs for name in parts[program]]
-    order = sorted(wanted, key=lambda name: name not in ("portable", "avx2", "avx512"))  # the longest first
+    order = sorted(
+        wanted, key=lambda name: name not in ("portable", "avx2", "avx512")
+    )  # the longest first
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
             objects = dict(zip(order, pool.map(compile_one, order), strict=True))
@@ -131,7 +147,16 @@ def build(sanitize: str, programs: Sequence[str]) -> dict[str, Path]:
         linked[program] = OBJECTS / f"{program}_{sanitize}"
         own = wrap if program == "test_kernels" else []
         files = [str(objects[name]) for name in parts[program]]
-        command = [*compiler, *flags, *threads, "-pthread", *own, *files, "-o", str(linked[program])]
+        command = [
+            *compiler,
+            *flags,
+            *threads,
+            "-pthread",
+            *own,
+            *files,
+            "-o",
+            str(linked[program]),
+        ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"does not link: {shlex.join(command)}\n{done.stderr}")
@@ -143,30 +168,51 @@ def run(command: list[str]) -> None:
     code = subprocess.run(command, env={**ENVIRONMENT, **os.environ}).returncode
     print(f"{Path(command[0]).name} ran for {time.monotonic() - start:.0f} s", flush=True)
     if code:
-        sys.exit(f"{shlex.join(command)} failed: " + (f"signal {-code}" if code < 0 else f"exit status {code}"))
+        sys.exit(
+            f"{shlex.join(command)} failed: "
+            + (f"signal {-code}" if code < 0 else f"exit status {code}")
+        )
 
 
 def run_races(program: str) -> None:
-    """Each must be reported: otherwise the absence of reports says nothing about kernels."""
-    for name in subprocess.run([program, "--races"], check=True, capture_output=True, text=True).stdout.split():
-        done = subprocess.run([program, "--race", name], env={**ENVIRONMENT, **os.environ}, capture_output=True, text=True)
+    """Checks that each race is reported: otherwise no report says nothing about the kernels."""
+    for name in subprocess.run(
+        [program, "--races"], check=True, capture_output=True, text=True
+    ).stdout.split():
+        done = subprocess.run(
+            [program, "--race", name],
+            env={**ENVIRONMENT, **os.environ},
+            capture_output=True,
+            text=True,
+        )
         if done.returncode == 0 or "data race" not in done.stderr:
             sys.exit(f"ThreadSanitizer overlooks the race {name}\n{done.stdout}{done.stderr}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sanitize", choices=SANITIZERS, default="address")
-    parser.add_argument("--thread", action="store_const", const="thread", dest="sanitize", help="short for --sanitize thread")
-    parser.add_argument("--short", action="store_true", help="fewer cases; always so with ThreadSanitizer")
+    parser.add_argument(
+        "--thread",
+        action="store_const",
+        const="thread",
+        dest="sanitize",
+        help="short for --sanitize thread",
+    )
+    parser.add_argument(
+        "--short", action="store_true", help="fewer cases; always so with ThreadSanitizer"
+    )
     parser.add_argument("--only", choices=PROGRAMS, help="one of the tests")
     parser.add_argument("--seed", type=int, default=1, help="of the random sample")
     options = parser.parse_args()
-    os.chdir(ROOT)  # setup.py's paths are relative to it
 
     start = time.monotonic()
     programs = build(options.sanitize, [options.only] if options.only else PROGRAMS)
     print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
+    if "test_driver" in programs:
+        run([str(programs["test_driver"])])
     if "test_device" in programs:
         run([str(programs["test_device"])])
         if options.sanitize == "thread":

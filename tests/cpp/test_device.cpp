@@ -119,20 +119,18 @@ void test_order() {
   std::set<std::vector<int>> orders;
   for (const int seed : SEEDS) {
     device::schedule(seed);
-    std::vector<int> order;
-    std::vector<float> places(64 * 6, 0.0f), sum(1, 0.0f);
+    std::vector<int> places(64 * 6, 0);
+    int counter = 0;
     CHECK(launch<64>(3, 2, 0, [&] {
-            device::add_global(&sum[0], 1.0f);
-            const float now = device::from_bits(__atomic_load_n(reinterpret_cast<uint32_t*>(&sum[0]), __ATOMIC_RELAXED));
+            const int now = __atomic_add_fetch(&counter, 1, __ATOMIC_RELAXED);
             places[size_t(64 * (3 * device::block_y() + device::block_x()) + device::thread())] = now;
           }).empty());
-    for (const float x : places) order.push_back(int(x));
-    CHECK(std::set<int>(order.begin(), order.end()).size() == order.size() && sum[0] == float(order.size()));
-    for (size_t k = 0; k < order.size(); k++) {
-      if (seed == 0) CHECK(order[k] == int(k) + 1);
-      if (seed == 1) CHECK(order[k] == int(order.size() - k));
+    CHECK(std::set<int>(places.begin(), places.end()).size() == places.size() && counter == int(places.size()));
+    for (size_t k = 0; k < places.size(); k++) {
+      if (seed == 0) CHECK(places[k] == int(k) + 1);
+      if (seed == 1) CHECK(places[k] == int(places.size() - k));
     }
-    orders.insert(order);
+    orders.insert(places);
   }
   CHECK(orders.size() == std::size(SEEDS));
 }
@@ -220,7 +218,6 @@ void test_errors() {
     load_matrices(r, shared() + 8);
   });
   expect_error<64>("uniform() of what is not the same in all lanes", 0, [] { device::uniform(thread() / 16); });
-  expect_error<32>("add_global4 to an address", 0, [] { add_global4(source + 1, 0, 0, 0, 0); });
   const std::string none = launch<32>(0, 1, 0, [] {});
   CHECK(none == "a grid without blocks");
 }
@@ -255,20 +252,6 @@ void test_copies() {
       device::copy_commit();  // a group of nothing
     });
     if (!error.empty()) fail("%s", error.c_str());
-  }
-}
-
-void test_adding() {
-  for (const int seed : SEEDS) {
-    device::schedule(seed);
-    alignas(16) float sums[8] = {};
-    const std::string error = launch<96>(5, 3, 0, [&] {
-      const float t = float(device::thread());
-      device::add_global(&sums[0], t);
-      device::add_global4(&sums[4], 1.0f, t, float(device::block_x()), -2.0f);
-    });
-    CHECK(error.empty() && sums[0] == 15 * 96 * 95 / 2 && sums[1] == 0 && sums[4] == 15 * 96);
-    CHECK(sums[5] == sums[0] && sums[6] == 96 * 3 * 10 && sums[7] == -2 * 15 * 96);
   }
 }
 
@@ -671,7 +654,6 @@ int main(int count, char** arguments) {
   test_meeting();
   test_errors();
   test_copies();
-  test_adding();
   test_loading();
   for (const Format format : {BF16, F16, TF32}) test_products(format);
   test_ring();

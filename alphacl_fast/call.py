@@ -1,0 +1,161 @@
+"""What a call asks for, and which rows of a batch meet which."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .bundles import Pairing
+from .objectives import Objective
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss that a call computes: everything that its value depends on but the tensors."""
+
+    objective: Objective
+    similarity: str
+    negatives: str
+    symmetric: bool
+    reduction: str
+
+    @property
+    def c(self) -> float:
+        """d² = c − t."""
+        return 0.0 if self.similarity == "euclidean" else 1.0
+
+    @property
+    def two_directions(self) -> bool:
+        """Whether every pair has two anchors whose losses are averaged."""
+        return self.negatives == "cross_view" and self.symmetric
+
+    def anchors(self, n_pairs: int) -> int:
+        """The number of anchors; symmetric cross_view has the anchors of both towers."""
+        return 2 * n_pairs if self.negatives == "two_view" or self.two_directions else n_pairs
+
+    def reduce(self, row_losses: Tensor) -> Tensor:
+        """(anchors,) → () or one value per pair or anchor; symmetric cross_view averages both directions."""
+        if self.reduction == "none":
+            return row_losses.view(2, -1).mean(0) if self.two_directions else row_losses
+        if self.reduction == "mean":
+            return row_losses.mean()
+        return row_losses.sum() / 2 if self.two_directions else row_losses.sum()
+
+    def divisor(self, n_pairs: int) -> int:
+        """The number that divides the sum of all row losses, where the reduced loss is one number."""
+        if self.reduction == "none":
+            return 1
+        if self.reduction == "mean":
+            return self.anchors(n_pairs)
+        return 2 if self.two_directions else 1
+
+
+@dataclass(frozen=True)
+class Call(Loss):
+    """A call as the user asked for it, with validated arguments."""
+
+    backend: str = "auto"
+    precision: str | None = None  # of float32 products; None follows torch
+    process_group: Any = None  # `distributed.ProcessGroup`, whose processes each hold a part of the batch
+
+    def bind(self, backend: str, temperature: float | None, reduction: str | None = None) -> BoundCall:
+        """The call with the backend that serves it and the temperature, where its value is known on the host."""
+        reduction = reduction or self.reduction
+        return BoundCall(
+            self.objective, self.similarity, self.negatives, self.symmetric, reduction, backend, temperature,
+            self.precision or "",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BoundCall(Loss):
+    """A call bound to the backend that serves it."""
+
+    backend: str = ""
+    temperature: float | None = None
+    precision: str = ""
+    ranks: Any = None  # `distributed.Ranks`, the processes that share the batch
+
+
+class Layout(NamedTuple):
+    """Which rows of a batch meet which, in numbers (docs/design.md)."""
+
+    rows: int  # rows that the sweeps see, of the stacked views
+    split: int
+    partner: int
+    anchors: int
+    n_neg: int
+    rectangle: bool  # split says so too, except for a process that has no rows
+
+    @classmethod
+    def of(cls, loss: Loss, n: int) -> Layout:
+        """The layout of ``n`` positive pairs."""
+        if loss.negatives == "two_view":
+            return cls(2 * n, 0, n, 2 * n, 2 * n - 2, False)
+        if loss.negatives == "one_view":
+            return cls(n, 0, 0, n, n - 1, False)
+        return cls(2 * n, n, n, loss.anchors(n), n - 1, True)
+
+    def pairing(self, same_id: SameId | None = None) -> Pairing:
+        """The operators' bundle."""
+        return Pairing(self.split, self.partner, self.anchors, None if same_id is None else same_id.ids)
+
+
+class SameId(NamedTuple):
+    """Rows with equal ids are no negatives of each other (false-negative elimination, arXiv:2011.11765)."""
+
+    ids: Tensor  # (rows,) int32, numbered from 0, of the rows that the sweeps see
+    n_neg: Tensor  # (anchors,) |Neg(i)| in the accumulation dtype; 1 where there is none
+    empty: Tensor  # (anchors,) bool: no negative is left, so that loss and gradient are 0
+
+    @classmethod
+    def make(cls, ids: Tensor, layout: Layout, dtype: torch.dtype) -> SameId:
+        """From the ids (rows,), any integers. No shape depends on a value, so the host does not wait."""
+        in_order, order = ids.sort()
+        first = torch.nn.functional.pad(in_order[1:] != in_order[:-1], (1, 0))
+        number = torch.empty_like(order).scatter_(0, order, first.cumsum(0))
+
+        def with_other_ids(anchors: Tensor, others: Tensor) -> Tensor:
+            """For each anchor the number of others whose id differs."""
+            sizes = torch.zeros_like(number).index_add_(0, others, torch.ones_like(others))
+            return len(others) - sizes[anchors]
+
+        if layout.rectangle:
+            left, right = number[: layout.split], number[layout.split :]
+            both = [with_other_ids(left, right), with_other_ids(right, left)]
+            n_neg = torch.cat(both)[: layout.anchors]
+        else:
+            n_neg = with_other_ids(number, number)
+        return cls(number.to(torch.int32), n_neg.clamp(min=1).to(dtype), n_neg == 0)
+
+    @classmethod
+    def of_views(cls, ids: Tensor | None, loss: Loss, n: int, dtype: torch.dtype) -> SameId | None:
+        """For N pairs with ids (N,); both views of a sample have its id."""
+        if ids is None:
+            return None
+        layout = Layout.of(loss, n)
+        return cls.make(ids.repeat(2)[: layout.rows], layout, dtype)
+
+    def sums_with_other_ids(self, anchors: slice, others: slice, rows: Tensor) -> Tensor:
+        """(anchors, D) sums of the ``rows`` (others, D) whose id differs from the anchor's; differentiable."""
+        of_id = rows.new_zeros(len(self.ids), rows.shape[1]).index_add(0, self.ids[others], rows)
+        return rows.sum(0) - of_id.index_select(0, self.ids[anchors])
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays; everything else is accumulated in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context in which autocast is off; it costs nothing where autocast is off already."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()

@@ -1,0 +1,146 @@
+"""The loss as one operator for torch.compile: a graph holds it as a whole, for any batch size and objective.
+
+If dynamo traced the loss piece by piece, the sizes that the sweeps compare would become guards of the graph,
+and a min player's iteration would break it. Eager calls do not come here: they need no operator around the
+loss, and they save the solution of ``reduction="none"``, which a graph recomputes in its backward.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .autograd import Need, Problem, views_of
+from .call import BoundCall, accumulation_dtype
+from .objectives import registered
+
+_LIBRARY = torch.library.Library("alphacl_fast", "FRAGMENT")
+
+
+class _Options(NamedTuple):
+    """`BoundCall` and the gradients that are wanted, as an operator schema can hold them."""
+
+    objective: str
+    similarity: str
+    negatives: str
+    symmetric: bool
+    reduction: str
+    backend: str
+    temperature: float | None
+    precision: str
+    need: list[bool]
+
+    def call(self) -> BoundCall:
+        """The call; checks the objective, whose attributes may have changed since the graph was made."""
+        objective = registered(self.objective)
+        objective.check()
+        return BoundCall(objective, *self[1:-1])
+
+
+_SCHEMA = (
+    "str objective, str similarity, str negatives, bool symmetric, str reduction, str backend, "
+    "float? temperature, str precision, bool[] need"
+)
+_LIBRARY.define(
+    f"loss(Tensor z1, Tensor z2, Tensor tau, Tensor? ids, {_SCHEMA}) -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    f"loss_grad(Tensor z1, Tensor z2, Tensor tau, Tensor? ids, Tensor grad, {_SCHEMA}) -> (Tensor, Tensor)"
+)
+
+
+def loss(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, ids: Tensor | None = None) -> Tensor:
+    """() or one value per anchor, differentiable; called inside torch.compile only."""
+    grad = torch.is_grad_enabled()
+    options = _Options(
+        call.objective.key, call.similarity, call.negatives, call.symmetric, call.reduction, call.backend,
+        call.temperature, call.precision, [grad and x.requires_grad for x in (z1, z2, tau)],
+    )  # fmt: skip
+    return torch.ops.alphacl_fast.loss(z1, z2, tau, ids, *options)[0]
+
+
+def _on_its_own(function):
+    """Runs an operator outside autocast and with the dispatch keys that users' functions need for autograd."""
+
+    @functools.wraps(function)
+    def run(z1, *arguments):
+        included, none = torch._C._dispatch_tls_local_include_set(), torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
+        keys = torch._C._ForceDispatchKeyGuard(included, none)
+        with keys, torch.autocast(z1.device.type, enabled=False), torch.no_grad():
+            return function(z1, *arguments)
+
+    return run
+
+
+@_on_its_own
+def _loss(z1, z2, tau, ids, *options):
+    call, need = _Options(*options).call(), tuple(options[-1])
+    problem = Problem.of_views(z1, z2, tau, call, ids)
+    if not any(need) or call.reduction == "none":
+        value, dz, dtau = problem.reduce(problem.solve(learn_tau=False).loss), None, None
+    else:
+        value, dz, dtau = problem.loss_and_gradient(need)
+    return value, _or_nothing(dz, value), _or_nothing(dtau, value)
+
+
+@_on_its_own
+def _loss_grad(z1, z2, tau, ids, grad, *options):
+    call, need = _Options(*options).call(), tuple(options[-1])
+    problem = Problem.of_views(z1, z2, tau, call, ids)
+    dz, dtau = problem.gradient(problem.solve(learn_tau=need[2]), grad, need)
+    return _or_nothing(dz, grad), _or_nothing(dtau, grad)
+
+
+def _or_nothing(x: Tensor | None, like: Tensor) -> Tensor:
+    """An empty tensor for None: every output of an operator is a tensor of its own."""
+    return like.new_empty(0, dtype=accumulation_dtype(like.dtype)) if x is None else x
+
+
+def _gradients_fake(z1: Tensor, tau: Tensor, need: Need):
+    wide = accumulation_dtype(z1.dtype)
+    views = need[0] + need[1]
+    dz = z1.new_empty((z1.shape[0] * views, z1.shape[1]), dtype=wide) if views else None
+    dtau = tau.new_empty((), dtype=wide) if need[2] else None
+    return _or_nothing(dz, z1), _or_nothing(dtau, z1)
+
+
+def _loss_fake(z1, z2, tau, ids, *options):
+    options, n = _Options(*options), z1.shape[0]
+    none = options.reduction == "none"
+    shape = () if not none else (2 * n if options.negatives == "two_view" else n,)
+    value = z1.new_empty(shape, dtype=accumulation_dtype(z1.dtype))
+    return value, *_gradients_fake(z1, tau, [x and not none for x in options.need])
+
+
+def _loss_grad_fake(z1, z2, tau, ids, grad, *options):
+    return _gradients_fake(z1, tau, options[-1])
+
+
+def _setup(ctx, inputs, output) -> None:
+    z1, z2, tau, ids, *options = inputs
+    ctx.options = _Options(*options)
+    gradients = () if ctx.options.reduction == "none" else output[1:]
+    ctx.save_for_backward(z1, z2, tau, ids, *gradients)
+
+
+def _backward(ctx, grad, *_):
+    z1, z2, tau, ids, *gradients = ctx.saved_tensors
+    need = ctx.options.need
+    if torch.is_grad_enabled():
+        raise RuntimeError("a second derivative of the loss was asked for (create_graph=True), it has first ones only")
+    if gradients:
+        dz, dtau = (x * grad for x in gradients)
+    else:
+        dz, dtau = torch.ops.alphacl_fast.loss_grad(z1, z2, tau, ids, grad, *ctx.options)
+    dz = dz.to(z1.dtype) if need[0] or need[1] else None
+    dtau = dtau.to(tau.dtype) if need[2] else None
+    return *views_of(dz, need), dtau, None, *(None for _ in ctx.options)
+
+
+for _name, _function, _fake in (("loss", _loss, _loss_fake), ("loss_grad", _loss_grad, _loss_grad_fake)):
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"alphacl_fast::{_name}", _fake, lib=_LIBRARY)
+torch.library.register_autograd("alphacl_fast::loss", _backward, setup_context=_setup, lib=_LIBRARY)

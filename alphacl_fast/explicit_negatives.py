@@ -1,0 +1,239 @@
+"""`loss_against` and `supcon_loss`: losses with explicit negatives and given positive similarities.
+
+`alpha_cl_loss` derives negatives and positives from two views. Memory banks (MoCo), several positives per
+anchor (supervised contrastive) and more candidates than anchors (retrieval) need the same sums over other
+pairs: anchors z (N, D) meet all rows of ``negatives`` (M, D), or one another, and t⁺ (N,) is given. The same
+two sweeps serve them on every backend; t_ij = ⟨z_i, y_j⟩ with rows as given.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import functional
+from .autograd import (
+    Features,
+    Problem,
+    Saved,
+    Sweeps,
+    constant_alpha,
+    first_derivative,
+    mean_negative,
+    only_once,
+    unit_rows,
+)
+from .bundles import Rows
+from .call import BoundCall, Layout, SameId, accumulation_dtype, without_autocast
+from .objectives import ClosedForm, Objective
+
+
+@torch.compiler.disable  # only the loss of two views is a compiled operator
+def loss_against(
+    z: Tensor,
+    negatives: Tensor | None,
+    positive: Tensor,
+    objective: str | Objective = "infonce",
+    *,
+    temperature: float | Tensor = 0.5,
+    reduction: str = "mean",
+    backend: str = "auto",
+    precision: str | None = None,
+    ids: Tensor | None = None,
+    negative_ids: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """Loss of anchors z against the rows of ``negatives``, with given positive similarities.
+
+    Gradients flow to z, negatives, positive and a tensor temperature.
+
+    Args:
+        z: (N, D) anchors, N ≥ 1, float32, float64, bfloat16 or float16. Rows are used as given: normalise
+            them for cosine similarity.
+        negatives: (M, D) with the dtype and device of z, M ≥ 1. None: the other rows of z, N ≥ 2.
+        positive: (N,) similarity t⁺ of every anchor with its positive, float32 (float64 for float64 z).
+        objective: a name listed by `alphacl_fast.objectives.names`, or an `Objective`; d² = 1 − t.
+        temperature: τ > 0, a float or a tensor with one element.
+        reduction: "mean", "sum" or "none".
+        backend: "auto" or the name of a sweep backend. There is no oracle: "reference" is refused.
+        precision: arithmetic of float32 matrix products, as of `alphacl_fast.functional.alpha_cl_loss`.
+        ids: (N,) integers, moved to z's device if necessary. A row of ``negatives`` (or of z) that has
+            the anchor's id is not its negative: in a queue, an earlier key of the same sample or class.
+            An anchor that has no negatives left has loss 0 and no gradient, and "mean" still counts it.
+        negative_ids: (M,) integers, the ids of ``negatives``; required exactly if both ``negatives`` and
+            ``ids`` are given.
+        **options: options of the objective, by its own names.
+
+    Returns:
+        (), or (N,) with ``reduction="none"``; float32, or float64 for float64 z.
+
+    Raises:
+        TypeError, ValueError: a bad argument; the message names it, what was expected and what was
+            received.
+
+    Source: arXiv:1911.05722 (queue of negatives); arXiv:2004.11362 (several positives: t⁺ is their mean,
+    epsilon=0).
+    """
+    call = functional.make_call(
+        objective, options, similarity="dot", negatives="one_view", symmetric=True, reduction=reduction, backend=backend,
+        precision=precision,
+    )  # fmt: skip
+    if backend == "reference":
+        raise ValueError("backend must not be 'reference': the oracle has two views")
+    other = z if negatives is None else negatives
+    functional.check_rows("z", z, fewest=1 if negatives is not None else 2)
+    functional.check_rows("negatives", other, fewest=1)
+    if (other.shape[1], other.dtype, other.device) != (z.shape[1], z.dtype, z.device):
+        raise ValueError(
+            f"negatives must have the width, dtype and device of z ({z.shape[1]}, {z.dtype}, {z.device}), "
+            f"got {other.shape[1]}, {other.dtype}, {other.device}"
+        )
+    wide = accumulation_dtype(z.dtype)
+    if not isinstance(positive, Tensor) or positive.shape != z.shape[:1] or positive.device != z.device:
+        got = f"{tuple(positive.shape)} on {positive.device}" if isinstance(positive, Tensor) else type(positive).__name__
+        raise ValueError(f"positive must be a tensor of shape {tuple(z.shape[:1])} on {z.device}, got {got}")
+    functional.check_temperature(temperature, call.objective)
+    tau, bound, _ = functional.bind_temperature(z, temperature, call, ids is not None, reduction="none")
+    layout = _layout(len(z), len(z) if negatives is None else len(z) + len(negatives))
+    same_id = _same_id(z, negatives, ids, negative_ids, layout)
+    with without_autocast(z.device):
+        positive = positive.to(wide)
+        if isinstance(call.objective, ClosedForm):
+            rows = z.to(wide) if negatives is None else torch.cat([z, negatives]).to(wide)
+            mean = mean_negative(rows, None, layout, same_id=same_id)
+            losses = constant_alpha(call.objective, mean - positive, layout, same_id)
+        else:
+            learn_tau = tau.requires_grad and torch.is_grad_enabled()
+            losses = _ExplicitNegatives.apply(z, negatives, positive, tau, bound, same_id, learn_tau)[0]
+    return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
+
+
+def supcon_loss(
+    z: Tensor, ids: Tensor, *, temperature: float | Tensor = 0.1, reduction: str = "mean", backend: str = "auto",
+    precision: str | None = None,
+) -> Tensor:
+    """Supervised contrastive loss: the positives of a row are all other rows with its id.
+
+    L_i = log Σ_{a≠i} exp(s_ia/τ) − mean_{p≠i, id_p = id_i} s_ip/τ with the cosine s: InfoNCE (ε = 0) against
+    all other rows, where t⁺ is the mean over the positives. The mean is one product with the sum of the
+    rows of an id, so memory is O(n·D).
+
+    Args:
+        z: (n, D) embeddings of all views, n ≥ 2; they are normalised here.
+        ids: (n,) integers, the labels.
+        temperature: τ > 0, a float or a tensor with one element.
+        reduction: "mean" or "sum" over the rows that have a positive, or "none": (n,), 0 for rows without.
+        backend: as of `loss_against`.
+        precision: as of `loss_against`.
+
+    Raises:
+        TypeError, ValueError: as of `loss_against`, and for ids that are not (n,) integers.
+
+    Source: Khosla et al., arXiv:2004.11362, L_out.
+    """
+    functional.check_rows("z", z, fewest=2)
+    if not isinstance(ids, Tensor) or ids.shape != z.shape[:1] or ids.is_floating_point() or ids.is_complex():
+        got = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"ids must be integers of shape {tuple(z.shape[:1])}, got {got}")
+    if reduction not in functional.REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, functional.REDUCTIONS))}, got {reduction!r}")
+    rows = unit_rows(z)
+    labels, place, sizes = ids.to(z.device).unique(return_inverse=True, return_counts=True)
+    others = sizes[place] - 1
+    sums = rows.new_zeros(len(labels), rows.shape[1]).index_add(0, place, rows)
+    positive = (rows * (sums[place] - rows)).sum(1) / others.clamp(min=1)
+    losses = loss_against(
+        rows, None, positive, "infonce", epsilon=0.0, temperature=temperature, reduction="none", backend=backend,
+        precision=precision,
+    )  # fmt: skip
+    losses = torch.where(others > 0, losses, 0.0)
+    if reduction == "none":
+        return losses
+    return losses.sum() / (1 if reduction == "sum" else (others > 0).sum().clamp(min=1))
+
+
+def _layout(n: int, rows: int) -> Layout:
+    """All pairs among n anchors, or n anchors against the other rows."""
+    return Layout(rows, n, 0, n, rows - n, True) if rows > n else Layout(n, 0, 0, n, n - 1, False)
+
+
+def _same_id(
+    z: Tensor,
+    negatives: Tensor | None,
+    ids: Tensor | None,
+    negative_ids: Tensor | None,
+    layout: Layout,
+) -> SameId | None:
+    """The ids of all rows that the sweeps see, from ids that are checked here."""
+    if (negative_ids is None) != (ids is None or negatives is None):
+        given = "got None" if negative_ids is None else f"got them with {'ids' if ids is None else 'negatives'}=None"
+        raise ValueError(f"negative_ids must be given exactly if negatives and ids are, {given}")
+    if ids is None:
+        return None
+    ids = functional.checked_ids("ids", ids, z)
+    if negatives is not None:
+        ids = torch.cat([ids, functional.checked_ids("negative_ids", negative_ids, negatives)])
+    return SameId.make(ids, layout, accumulation_dtype(z.dtype))
+
+
+class _GivenPositives(Problem):
+    """A problem whose positives' similarities t⁺ (N,) are given; rows are as given, [z; negatives]."""
+
+    def __init__(
+        self, features: Features, pos: Tensor, tau: Tensor, call: BoundCall, same_id: SameId | None
+    ) -> None:
+        layout = _layout(len(pos), len(features.rows.f))
+        sweeps = Sweeps(features.rows, pos, tau, call, layout, same_id)
+        super().__init__(features, pos, tau, call, same_id, sweeps)
+        self.n_first = len(pos)
+
+    def _to_views(self, df: Tensor, q: Tensor, weight_sums: Tensor, used: slice, views: slice) -> Tensor:
+        return df.view(-1, self.features.rows.f.shape[1])
+
+
+class _ExplicitNegatives(torch.autograd.Function):
+    """(N,) losses; the gradient sweep waits for the incoming row gradient."""
+
+    @staticmethod
+    def forward(
+        z: Tensor,
+        negatives: Tensor | None,
+        pos: Tensor,
+        tau: Tensor,
+        call: BoundCall,
+        same_id: SameId | None,
+        learn_tau: bool,
+    ) -> tuple[Tensor | None, ...]:
+        features = Features(Rows(z if negatives is None else torch.cat([z, negatives])), None)
+        problem = _GivenPositives(features, pos, tau.to(pos.dtype), call, same_id)
+        solution = problem.solve(learn_tau)
+        return solution.loss, *problem.saved(solution).flatten()
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        *_, tau, ctx.call, _, _ = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output[1:], tau)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None, *of_saved: Tensor | None) -> tuple[Tensor | None, ...]:
+        if not first_derivative(grad, of_saved):
+            return (None,) * 7
+        need_z, need_negatives, need_pos, need_tau = ctx.needs_input_grad[:4]
+        *tensors, tau = ctx.saved_tensors
+        saved = Saved.unflatten(tensors)
+        n = len(saved.pos)
+        with torch.no_grad():
+            problem = _GivenPositives(
+                saved.features, saved.pos, tau.to(saved.pos.dtype), ctx.call, saved.same_id
+            )
+            dz, dtau = problem.gradient(saved.solution, grad, (need_z, need_negatives, need_tau))
+            gradients = (
+                dz[:n].to(saved.features.rows.f.dtype) if need_z else None,
+                dz[n if need_z else 0 :].to(saved.features.rows.f.dtype) if need_negatives else None,
+                -(saved.solution.mass * grad) if need_pos else None,
+                dtau.to(tau.dtype) if need_tau else None,
+            )
+        return *only_once(gradients, (grad, *ctx.saved_tensors)), None, None, None

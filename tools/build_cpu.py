@@ -1,0 +1,116 @@
+"""Compiles csrc/cpu once per instruction set into one library, without torch's or Python's headers.
+
+setup.py and tests/cpp/run.py load this file by path; it imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = Path("csrc") / "cpu"  # relative to ROOT, where compilers run
+GENERATED = Path("csrc") / "generated"
+COMMON = [
+    *("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+    "-fvisibility=hidden",
+]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+BF16 = [*AVX512, "-mavx512bf16"]
+INSTRUCTION_SETS = {
+    "portable": [],
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512_bf16": [*BF16, "-DALPHACL_USE_DOT"],
+    "amx": [*BF16, "-mamx-tile", "-mamx-bf16", "-DALPHACL_USE_AMX"],
+    "amx_emulated": [*BF16, "-DALPHACL_USE_AMX", "-DALPHACL_AMX_EMULATED"],  # for tests
+}
+
+
+def library(output: Path) -> str:
+    """Build the library; returns compiler, flags and instruction sets, which it can report as well.
+
+    Raises CalledProcessError or OSError where it cannot be built.
+    """
+    compiler = host_compiler()
+    flags = [*COMMON, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    with tempfile.TemporaryDirectory() as folder:
+        # OpenMP's own library is not linked: its symbols come from the one that torch has loaded.
+        threads = "-fopenmp" if gnu_openmp(compiler, folder) else "-pthread"
+        sets = supported(compiler, folder)
+        summary = "; ".join([version(compiler), shlex.join([*flags, threads]), ", ".join(sets)])
+        jobs = units(sets)
+        quoted = summary.replace("\\", "\\\\").replace('"', '\\"')
+        jobs["driver"] += [threads, f'-DALPHACL_BUILD="{quoted}"']
+        jobs["driver"] += [f'-DALPHACL_SOURCES="{fingerprint()}"']
+
+        def compiled(name: str) -> str:
+            target = f"{folder}/{name}.o"
+            run([*compiler, *flags, *jobs[name], "-c", "-o", target])
+            return target
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compiled, jobs))
+        undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        partial = output.absolute().with_suffix(".partial")
+        run([*compiler, "-shared", *undefined, "-pthread", *objects, "-o", str(partial)])
+        partial.replace(output)
+    return summary
+
+
+def units(sets: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Source and own flags of every object: the kernels of each instruction set, and the driver."""
+    kernels, driver = str(SOURCES / "kernels.cpp"), str(SOURCES / "driver.cpp")
+    jobs = {name: [*flags, f"-DALPHACL_ISA={name}", kernels] for name, flags in sets.items()}
+    known = "-DALPHACL_SETS=" + " ".join(f"SET({name})" for name in sets)
+    return {**jobs, "driver": [known, driver]}
+
+
+def supported(compiler: list[str], folder: str) -> dict[str, list[str]]:
+    """The instruction sets that the compiler knows; another architecture's it does not."""
+    return {name: f for name, f in INSTRUCTION_SETS.items() if accepts(compiler, f, folder)}
+
+
+def fingerprint() -> str:
+    """A hash of the sources, which tells a library compiled from other sources apart."""
+    files = [file for folder in (SOURCES, GENERATED) for file in (ROOT / folder).glob("*.*")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:16]
+
+
+def host_compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "c++"))
+
+
+def version(compiler: list[str]) -> str:
+    return run([*compiler, "--version"]).splitlines()[0]
+
+
+def run(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+
+
+def accepts(compiler: list[str], flags: list[str], folder: str) -> bool:
+    """Whether the compiler builds with these flags."""
+    source = Path(folder) / "empty.cpp"
+    source.write_text("int main() { return 0; }\n")
+    command = [*compiler, *flags, "-Werror", "-c", str(source), "-o", str(source.with_suffix(".o"))]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def gnu_openmp(compiler: list[str], folder: str) -> bool:
+    """Whether -fopenmp calls GNU's OpenMP library, the one that torch's Linux builds load."""
+    source, result = Path(folder) / "openmp.cpp", Path(folder) / "openmp.o"
+    source.write_text(
+        "#include <omp.h>\n"
+        "void f(int* x) {\n#pragma omp parallel\n  x[omp_get_thread_num()] = 1;\n}\n"
+    )
+    command = [*compiler, "-fopenmp", "-c", str(source), "-o", str(result)]
+    compiles = subprocess.run(command, capture_output=True).returncode == 0
+    return sys.platform == "linux" and compiles and b"GOMP_parallel" in result.read_bytes()

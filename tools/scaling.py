@@ -1,0 +1,199 @@
+"""Compare `alphacl plan`'s message counts with real processes; write docs/scaling.md's tables.
+
+    python -m tools.scaling --simulate  # 2 to 8 gloo processes on this machine
+    python -m tools.scaling --write     # docs/scaling.md and docs/scaling.png
+
+The first writes rows to benchmarks/results/scaling.jsonl, the second reads them and the plan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import tempfile
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
+
+from alphacl_fast.functional import alpha_cl_loss
+from alphacl_fast.plan import messages, plan, traffic
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "scaling.jsonl"
+MARK = "<!-- tables: python -m tools.scaling --write -->"
+#: (pairs, devices) of the table's rows.
+SCALES = (
+    (65_536, 8),
+    (1_000_000, 16),
+    (4_000_000, 64),
+    (16_000_000, 256),
+    (100_000_000, 1024),
+)
+DIM = 512
+MACHINE = {"rate": 300e12, "bandwidth": 50e9}
+STRATEGIES, MODES = ("gather", "ring"), ("two_view", "cross_view")
+DTYPES = ("float32", "bfloat16")
+SIMULATED = 32  # features in the simulation
+
+
+@contextmanager
+def recorder():
+    """Count the bytes handed to `torch.distributed` inside, like `alphacl_fast.plan.messages`."""
+    sent: Counter[str] = Counter()
+
+    def counting(original, label, size):
+        def call(*arguments, **options):
+            sent[label] += size(arguments)
+            return original(*arguments, **options)
+
+        return call
+
+    with ExitStack() as stack:
+        for name, label, size in (
+            ("all_gather_into_tensor", "all_gather", lambda given: given[1].nbytes),
+            ("reduce_scatter_tensor", "reduce_scatter", lambda given: given[1].nbytes),
+            ("all_reduce", "all_reduce", lambda given: given[0].nbytes),
+            (
+                "batch_isend_irecv",
+                "isend",
+                lambda given: sum(o.tensor.nbytes for o in given[0] if o.op is dist.isend),
+            ),
+        ):
+            replacement = counting(getattr(dist, name), label, size)
+            stack.enter_context(mock.patch.object(dist, name, replacement))
+        yield sent
+
+
+def recorded(
+    group, sizes: tuple[int, ...], dim: int, dtype: torch.dtype, strategy: str, negatives: str
+) -> Counter[str]:
+    """Count the bytes that this process sends in one InfoNCE step."""
+    pairs = sizes[dist.get_rank(group)]
+    z1, z2 = (torch.randn(pairs, dim).to(dtype).requires_grad_() for _ in range(2))
+    settings = {"negatives": negatives, "process_group": group, "strategy": strategy}
+    with recorder() as sent:
+        alpha_cl_loss(z1, z2, **settings).backward()
+    return sent
+
+
+def _process(rank: int, world: int, store: str, results) -> None:
+    torch.set_num_threads(1)
+    files, limit = dist.FileStore(store, world), timedelta(seconds=120)
+    dist.init_process_group("gloo", rank=rank, world_size=world, store=files, timeout=limit)
+    even, uneven = (64,) * world, tuple(64 + 8 * (r % 3) for r in range(world))
+    for sizes, dtype, *case in itertools.product((even, uneven), DTYPES, STRATEGIES, MODES):
+        sent = recorded(dist.group.WORLD, sizes, SIMULATED, getattr(torch, dtype), *case)
+        results.put((rank, sizes, dtype, *case, dict(sent)))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def simulate(worlds: range = range(2, 9)) -> None:
+    """Record the bytes that each of several processes sends, and compare them with the plan.
+
+    Raises:
+        AssertionError: they differ.
+    """
+    rows = []
+    for world in worlds:
+        results = processes.get_context("spawn").SimpleQueue()
+        store = os.path.join(tempfile.mkdtemp(), "store")
+        context = processes.spawn(_process, (world, store, results), world, join=False)
+        answers = [results.get() for _ in range(16 * world)]
+        context.join()
+        for rank, sizes, dtype, strategy, negatives, sent in answers:
+            expected = +messages(strategy, rank, sizes, SIMULATED, getattr(torch, dtype), negatives)
+            if +Counter(sent) != expected:
+                case = f"{world} processes, rank {rank}, {strategy}, {negatives}"
+                raise AssertionError(f"{case}: {sent}, not {dict(expected)}")
+            rows.append({
+                "processes": world, "rank": rank, "pairs": sizes, "dim": SIMULATED, "dtype": dtype,
+                "strategy": strategy, "negatives": negatives, "sent": sent,
+                "predicted": dict(expected), "torch": torch.__version__,
+            })  # fmt: skip
+        print(f"{world} processes: {16 * world} counts equal", flush=True)
+    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def tables() -> str:
+    """Format the computed part of docs/scaling.md."""
+    lines = [
+        "| pairs | devices | strategy | memory (GB) | work (TFLOP) | messages (GB) | step (s) "
+        "| waiting |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for batch, gpus in SCALES:
+        for p in plan(batch, DIM, gpus, **MACHINE):
+            lines.append(
+                f"| {batch:,} | {gpus:,} | {p.strategy} | {p.memory / 1e9:,.2f} "
+                f"| {p.flops / 1e12:,.1f} | {p.sent / 1e9:,.2f} | {p.seconds:,.3g} "
+                f"| {100 * p.exposed:.1f} % |"
+            )
+    lines += [
+        "",
+        "Bytes that all processes sent in one step (64 pairs each, 32 features), recorded and "
+        "predicted:",
+        "",
+        "| processes | strategy | rows | recorded | predicted |",
+        "|---|---|---|---|---|",
+    ]
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    even = [row for row in rows if row["negatives"] == "two_view" and set(row["pairs"]) == {64}]
+    worlds = sorted({row["processes"] for row in rows})
+    for case in itertools.product(worlds, STRATEGIES, DTYPES):
+        chosen = [r for r in even if (r["processes"], r["strategy"], r["dtype"]) == case]
+        totals = (
+            sum(traffic(Counter(row[kind]), case[0]) for row in chosen)
+            for kind in ("sent", "predicted")
+        )
+        cells = [*map(str, case), *(f"{total:,.0f}" for total in totals)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(path: Path) -> None:
+    """Plot the predicted step time of 4 M pairs against the number of devices."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    devices = [2**k for k in range(3, 11)]
+    figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
+    plans = [plan(4_000_000, DIM, gpus, **MACHINE) for gpus in devices]
+    for k, strategy in enumerate(STRATEGIES):
+        axes.loglog(devices, [p[k].seconds for p in plans], "o-", base=2, label=strategy)
+    axes.loglog(devices, [p[0].compute for p in plans], "k:", base=2, label="work alone")
+    title = "4 M pairs, 512 features, bfloat16"
+    axes.set(xlabel="devices", ylabel="predicted seconds per step", title=title)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--simulate", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    given = parser.parse_args(arguments)
+    if given.simulate:
+        simulate()
+    if given.write:
+        page = ROOT / "docs" / "scaling.md"
+        head, mark, _ = page.read_text().partition(MARK)
+        assert mark, f"{page} has no line {MARK}"
+        page.write_text(f"{head}{MARK}\n\n{tables()}")
+        plot(ROOT / "docs" / "scaling.png")
+    if not given.simulate and not given.write:
+        print(tables())
+
+
+if __name__ == "__main__":
+    main()

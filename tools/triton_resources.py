@@ -1,0 +1,191 @@
+"""Compiles every production configuration of the Triton kernels ahead of time, without a GPU, and checks the result.
+
+    python -m tools.triton_resources
+
+A configuration is a call of the loss: the package's own launcher chooses kernels, tiles and static arguments, and instead of
+launching them this file compiles them for sm_80, sm_90 and sm_100, and prints a line for each. It fails on a spill, a
+serialised wgmma, more shared memory than a block can have, or missing matrix instructions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+
+from alphacl_fast import objectives
+from alphacl_fast.functional import alpha_cl_loss
+
+CAPABILITIES = (80, 90, 100)
+_TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+#: Matrix instructions of half-precision and TF32 products. IEEE float32 has none.
+_MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTC"}
+
+
+class Configuration(NamedTuple):
+    """A call: objective with options, dtype, features, precision of float32 products, negatives, τ known on the host."""
+
+    objective: str
+    options: tuple[tuple[str, Any], ...]
+    dtype: str
+    dim: int
+    precision: str | None = None
+    negatives: str = "two_view"
+    learn_tau: bool = False
+    both_sides: bool = False
+    capabilities: tuple[int, ...] = CAPABILITIES
+
+
+def configurations() -> list[Configuration]:
+    """Every arithmetic and row width with InfoNCE on all architectures; every pair kind and form with bfloat16 on Hopper."""
+    plain = [
+        Configuration("infonce", (), dtype, dim, precision)
+        for dtype, precision, dims in (
+            ("bfloat16", None, (64, 96, 128, 256, 512, 1024, 4096)), ("float16", None, (128, 1024)),
+            ("float32", "tf32", (64, 128, 256, 1024)), ("float32", "bf16x3", (128,)),
+            ("float32", "ieee", (64, 128, 512)), ("float64", None, (64,)),
+        )
+        for dim in dims
+    ]  # fmt: skip
+    hopper = {"dtype": "bfloat16", "dim": 128, "capabilities": (90,)}
+    kinds = [
+        Configuration(name, options, **hopper)
+        for name, options in (
+            ("alpha_direct", ()), ("alpha_direct", (("detach_alpha", False),)), ("alpha_inverse", (("detach_alpha", False),)),
+            ("alpha_entropy", ()), ("triplet", ()), ("modified_triplet", ()), ("alpha_square", (("detach_alpha", False),)),
+            ("alpha_gamma", (("detach_alpha", False),)),
+        )
+    ]  # fmt: skip
+    forms = [
+        Configuration("infonce", (), learn_tau=True, **hopper),
+        Configuration("infonce", (), negatives="cross_view", learn_tau=True, **hopper),
+        Configuration("infonce", (), both_sides=True, **hopper),
+        Configuration("triplet", (), both_sides=True, **hopper),
+    ]
+    return plain + kinds + forms
+
+
+def launches(c: Configuration) -> Iterator[tuple[Any, tuple, Any]]:
+    """(kernel, arguments, options) of every sweep that a loss with its gradient launches."""
+    from triton.runtime.jit import JITFunction
+
+    from alphacl_fast.backend import triton
+    from alphacl_fast.kernels import config
+    from alphacl_fast.kernels.config import Tile
+
+    recorded = []
+    JITFunction.run = lambda self, *arguments, grid, warmup, **options: recorded.append(
+        (self, arguments, options)
+    )
+    triton.pretend_gpu(multiprocessors=132)
+    tiles = {}
+    if c.both_sides:
+        warps = 4 if c.objective == "infonce" else 8
+        tiles = dict.fromkeys(
+            ("row_sums", "row_sums_plain"), Tile(64, 64, c.dim, warps, 2, both_sides=True)
+        )
+    z1, z2 = (torch.randn(512, c.dim, dtype=getattr(torch, c.dtype)).requires_grad_() for _ in range(2))
+    tau = torch.tensor(0.5, dtype=torch.float64 if c.dtype == "float64" else torch.float32)
+    objective = objectives.make(c.objective, dict(c.options))
+    objective.max_sweeps = 1  # a min player would go on: nothing is computed
+    with config.forced(**tiles):
+        alpha_cl_loss(
+            z1, z2, objective, temperature=tau.requires_grad_() if c.learn_tau else 0.5,
+            precision=c.precision, negatives=c.negatives, backend="triton",
+        )  # fmt: skip
+    seen = set()
+    for kernel, arguments, options in recorded:
+        if kernel.__name__ not in ("row_sums", "pair_grad"):
+            continue  # tests/test_rows.py compiles the kernels of rows
+        if (key := (kernel.__name__, arguments[-1].cache_key)) not in seen:
+            seen.add(key)
+            yield kernel, arguments, options
+
+
+def _type(x: Any) -> Any:
+    if isinstance(x, torch.Tensor):
+        return _TYPES[x.dtype]
+    if isinstance(x, tuple):
+        return type(x)(*map(_type, x))
+    return None if x is None else "fp32" if isinstance(x, float) else "i32"
+
+
+def survey(c: Configuration) -> list[dict[str, Any]]:
+    """A row for each kernel and architecture."""
+    from . import resources
+
+    os.environ.pop("TRITON_INTERPRET", None)
+    rows = []
+    for kernel, arguments, options in launches(c):
+        signature = {name: _type(x) for name, x in zip(kernel.arg_names, arguments, strict=True) if name != "S"}
+        for capability in c.capabilities:
+            made = resources.compile_for(
+                kernel, signature, {"S": arguments[-1]}, capability, **options,
+                divisible=("stride",),
+            )  # fmt: skip
+            rows.append(_row(c, kernel.__name__, arguments[-1], options, made, resources))
+    return rows
+
+
+def _row(c: Configuration, kernel: str, static: Any, launch: dict, made: Any, resources: Any) -> dict[str, Any]:
+    counts = made.instructions
+    matrix = sum(number for name, number in counts.items() if name.startswith((_MATRIX[made.capability], "DMMA")))
+    problems = []
+    if made.spill_bytes:
+        problems.append(f"spills {made.spill_bytes} bytes")
+    if made.serialized:
+        problems.append("serialised wgmma")
+    if made.shared > resources.limits(made.capability).shared_per_block:
+        problems.append(f"{made.shared} bytes of shared memory")
+    if not matrix and static.PRECISION == "ieee" and c.dtype in ("bfloat16", "float16"):
+        problems.append(f"no {_MATRIX[made.capability]} instruction")
+    if not matrix and static.PRECISION in ("tf32", "bf16x3"):
+        problems.append(f"no {_MATRIX[made.capability]} instruction")
+    options = ", ".join(f"{k}={v}" for k, v in c.options)
+    return {
+        "kernel": kernel, "architecture": f"sm_{made.capability}",
+        "objective": f"{c.objective}({options})" if options else c.objective,
+        "form": (
+            "both-sides " * static.BOTH + static.FORM + (f", {static.GRAD}" if kernel == "pair_grad" else "")
+        ),
+        "dtype": c.dtype + (f" {c.precision}" if c.precision else ""), "D": c.dim,
+        "tile": f"{static.BLOCK_M}×{static.BLOCK_N}×{static.BLOCK_D}, "
+        f"{launch['num_warps']} warps, {launch['num_stages']} stages",
+        "registers": made.registers, "spilled": made.spill_bytes, "shared": made.shared,
+        "blocks per SM": resources.occupancy(made), "matrix": matrix, "MUFU": counts.get("MUFU", 0),
+        "instructions": counts["total"], "problems": problems,
+    }  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.triton_resources", description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    args = parser.parse_args(arguments)
+    os.environ.pop("TRITON_INTERPRET", None)  # it would leave nothing to compile
+    compiled, failed = 0, []
+    with ProcessPoolExecutor(args.jobs) as pool:
+        futures = [(c, pool.submit(survey, c)) for c in configurations()]
+        for c, future in futures:
+            try:
+                rows = future.result()
+            except Exception as error:  # reported with its configuration, after all others have been tried
+                failed.append(f"{c}: {type(error).__name__}: {str(error)[-300:]}")
+                continue
+            for row in rows:
+                problems = row.pop("problems")
+                line = ", ".join(f"{name} {value}" for name, value in row.items())
+                print(line)
+                failed += [f"{line}: {', '.join(problems)}"] * bool(problems)
+            compiled += len(rows)
+    print(f"{compiled} kernels compiled, {len(failed)} with problems")
+    print("\n".join(failed))
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
