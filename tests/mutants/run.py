@@ -4,13 +4,15 @@
 
 The checkout is copied; nothing is written to it but build/mutants, where compiled objects are kept. First every test of the
 table runs without a fault: a test that fails anyway finds nothing. The exit status is 1 if a fault survives, if its old text
-is no longer there once (stale), or if it cannot be tried.
+is no longer there once (stale), or if it cannot be tried. Each test has a process of its own, forked from one that has already
+imported torch.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import multiprocessing
 import os
 import queue
 import re
@@ -24,8 +26,10 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Seconds that a test may take; for the tests without a fault all together this many times their number.
@@ -60,44 +64,69 @@ class Mutant(NamedTuple):
         return text.replace(self.old, self.new) if text.count(self.old) == 1 else None
 
 
+#: For every process here. Kernels of Triton are interpreted, which is decided when it is imported.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1", "ALPHACL_CPU": "1", "ALPHACL_CUDA": "0",
+    "CXX": shlex.join([sys.executable, str(Path(__file__).with_name("compiler.py"))]),
+}  # fmt: skip
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "torch._decomp", "torch.distributed", "triton.language", "pytest", "hypothesis"])
+
+
+def _pytest(root: str, environment: dict[str, str], log: str, arguments: list[str]) -> None:
+    """In a process of its own: runs tests of the checkout at ``root`` and ends with pytest's status."""
+    os.setsid()  # so that what tests start ends with them
+    os.chdir(root)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:0] = [root]
+    sys.dont_write_bytecode = True
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    import pytest
+
+    code = pytest.main(["-p", "no:cacheprovider", *arguments])
+    sys.stdout.flush()
+    os._exit(int(code))
+
+
 class Checkout:
     """A copy of the checkout to plant faults in."""
 
     def __init__(self, source: Path, root: Path, store: Path) -> None:
         self.root = shutil.copytree(source, root, ignore=LEFT_OUT)
         self.environment = {
-            **os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
-            "ALPHACL_CPU": "1", "ALPHACL_CUDA": "0", "ALPHACL_CUDA_EMULATED": "", "MUTANTS_STORE": str(store),
+            **os.environ, **ENVIRONMENT, "PYTHONPATH": str(root), "ALPHACL_CUDA_EMULATED": "", "MUTANTS_STORE": str(store),
             "ALPHACL_CUDA_CACHE": str(root / "build" / "cuda"),
-            "CXX": shlex.join([sys.executable, str(Path(__file__).with_name("compiler.py"))]),
         }  # fmt: skip
-        self.environment.pop("TRITON_INTERPRET", None)
         store.mkdir(parents=True, exist_ok=True)
-
-    def run(self, command: list[str], limit: float, **environment: str) -> tuple[int | None, str]:
-        """(exit status, output); the status is None if the command did not end in time."""
-        process = subprocess.Popen(
-            command, cwd=self.root, env={**self.environment, **environment}, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
-        )  # fmt: skip
-        try:
-            return _finished(process, limit)
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # what a test has started and left
-                os.killpg(process.pid, signal.SIGKILL)
 
     def build(self, folder: str, variant: str | None) -> str | None:
         """Compiles the sources of a folder of `BUILDS`; returns what went wrong. Variant None: there is no fault."""
         needed = {} if variant is None else {"MUTANTS_VARIANT": variant}
-        code, output = self.run(BUILDS[folder], 600, **needed)
-        if code == 0 and folder == "csrc/cuda":
-            self.environment["ALPHACL_CUDA_EMULATED"] = output.split()[-1]
-        return None if code == 0 else output
+        environment = {**self.environment, **needed}
+        done = subprocess.run(BUILDS[folder], cwd=self.root, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            return done.stdout + done.stderr
+        if folder == "csrc/cuda":
+            self.environment["ALPHACL_CUDA_EMULATED"] = done.stdout.split()[-1]
+        return None
 
-    def pytest(self, tests: Sequence[str], variant: str, limit: float, *options: str) -> tuple[int | None, str]:
+    def pytest(self, arguments: Sequence[str], variant: str, limit: float) -> tuple[int | None, str]:
+        """(status, output) of pytest; the status is None if it did not end in time, negative if the process died."""
         isa = {"ALPHACL_CPU_ISA": variant} if variant.islower() else {}
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, *tests]
-        return self.run(command, limit, **isa)
+        log = self.root.with_name(f"{self.root.name}-{variant}.log")
+        process = FORKS.Process(
+            target=_pytest, args=(str(self.root), {**self.environment, **isa}, str(log), list(arguments))
+        )
+        process.start()
+        process.join(limit)
+        code = process.exitcode
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        return code, log.read_text(errors="replace") if log.exists() else ""
 
     @contextlib.contextmanager
     def planted(self, mutant: Mutant) -> Iterator[str | None]:
@@ -123,15 +152,6 @@ class Checkout:
             self.environment["ALPHACL_CUDA_EMULATED"] = emulated
 
 
-def _finished(process: subprocess.Popen[str], limit: float) -> tuple[int | None, str]:
-    try:
-        output, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        return None, process.communicate()[0]
-    return process.returncode, output
-
-
 def _first_error(output: str) -> str:
     lines = output.strip().splitlines() or ["no output"]
     return next((line for line in lines if "error" in line.lower()), lines[-1])
@@ -142,7 +162,7 @@ def outcome(checkout: Checkout, mutant: Mutant) -> str:
     with checkout.planted(mutant) as failure:
         if failure is not None:
             return failure
-        code, output = checkout.pytest([mutant.test], mutant.variant, LIMIT, "-x")
+        code, output = checkout.pytest(["-x", mutant.test], mutant.variant, LIMIT)
     if code is None:
         return "killed" if mutant.timeout_kills else f"timed out after {LIMIT} s"
     if code == 1 or code < 0:  # a test failed, or the process died
@@ -157,11 +177,11 @@ def failing_anyway(checkouts: list[Checkout], mutants: Sequence[Mutant]) -> set[
         if mutant.test not in by_variant[mutant.variant]:
             by_variant[mutant.variant].append(mutant.test)
 
-    def failing(job: tuple[Checkout, str]) -> set[tuple[str, str]]:
-        checkout, variant = job
-        tests, absent = by_variant[variant], set()
+    def failing(variant: str) -> set[tuple[str, str]]:
+        checkout, tests, absent = checkouts[0], by_variant[variant], set()
         for _ in range(2):  # one that is not there would keep the others from running
-            code, output = checkout.pytest([t for t in tests if t not in absent], variant, LIMIT * len(tests), "-rfEp")
+            present = [test for test in tests if test not in absent]
+            code, output = checkout.pytest(["-rfEp", *present], variant, LIMIT * len(tests))
             missing = set(re.findall(r"ERROR: not found: (.*)", output)) if code == 4 else set()
             if not missing:
                 break
@@ -174,10 +194,10 @@ def failing_anyway(checkouts: list[Checkout], mutants: Sequence[Mutant]) -> set[
 
         return {(variant, test) for test in tests if not passes(test)}
 
-    # Longest first; each checkout serves one run at a time only while faults are planted, and now there is none.
+    # Longest first. One checkout does: nothing is planted in it now.
     order = sorted(by_variant, key=lambda variant: -len(by_variant[variant]))
     with ThreadPoolExecutor(len(checkouts)) as pool:
-        return set().union(*pool.map(failing, [(checkouts[0], variant) for variant in order]))
+        return set().union(*pool.map(failing, order))
 
 
 def runs_here(variant: str) -> bool:
@@ -189,6 +209,8 @@ def run(mutants: Sequence[Mutant], jobs: int, source: Path = ROOT, say=print) ->
     """What the tests say of each fault."""
     outcomes = {m: f"not here: no {m.variant}" for m in mutants if not runs_here(m.variant)}
     mutants = [m for m in mutants if m not in outcomes]
+    with mock.patch.dict(os.environ, ENVIRONMENT):
+        forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as folder:
         store = source / "build" / "mutants"
         template = Checkout(source, Path(folder) / "0", store)

@@ -150,9 +150,9 @@ plant(
         f"{IDS}test_loss_against_equals_a_loop[{INFONCE}-7]",
     ),
     (
-        "ids: a row without negatives keeps its row weight",
+        "ids: a row without negatives keeps its positive term",
         'for name in ("gain", "mass", "loss", "dtau") if (x := getattr(rows, name)) is not None\n        }  # fmt: skip',
-        'for name in ("mass", "loss", "dtau") if (x := getattr(rows, name)) is not None\n        }  # fmt: skip',
+        'for name in ("gain", "loss", "dtau") if (x := getattr(rows, name)) is not None\n        }  # fmt: skip',
         f"{IDS}test_some_anchors_without_negatives[blocked]",
     ),
     (
