@@ -2,10 +2,11 @@
 
     python tests/same_bits.py OLD_CHECKOUT [--quick]
 
-Every objective × kind of negatives × similarity × dtype × instruction set of this machine's CPU, reductions "mean" and "none";
-then ids, explicit negatives, one-sided gradients, and a few cases of the other backends (Triton interpreted, CUDA emulated).
-Each checkout computes them in processes of its own, reached by its public interface alone; both must be compiled. A difference
-is an error unless same_bits_allowed.txt gives a reason for it: lines "pattern of case names | reason".
+Every objective × kind of negatives × similarity × dtype × instruction set of this machine's CPU,
+reductions "mean" and "none"; then ids, explicit negatives, one-sided gradients, and a few cases of
+the other backends (Triton interpreted, CUDA emulated). Each checkout computes them in processes of
+its own, reached by its public interface alone; both must be compiled. A difference is an error
+unless same_bits_allowed.txt gives a reason for it: lines "pattern of case names | reason".
 """
 
 from __future__ import annotations
@@ -32,26 +33,49 @@ MODES = (("two_view", True), ("one_view", True), ("cross_view", True), ("cross_v
 SIMILARITIES = ("cosine", "dot", "euclidean")
 #: Every named objective, and what changes the road that it takes.
 MEMBERS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("infonce", {}), ("infonce", {"epsilon": 0.0, "temperature_scaled": True}), ("infonce", {"epsilon": 0.3}), ("mine", {}),
-    ("triplet", {}), ("soft_triplet", {}), ("soft_triplet", {"margin": -0.5}), ("n_plus_1_tuplet", {}),
-    ("lifted_structured", {}), ("modified_triplet", {"scale": 5.0}), ("triplet_contrastive", {}), ("uniform", {}),
-    ("alpha_direct", {}), ("alpha_direct", {"detach_alpha": False}), ("alpha_direct", {"normalized": False}),
+    ("infonce", {}),
+    ("infonce", {"epsilon": 0.0, "temperature_scaled": True}),
+    ("infonce", {"epsilon": 0.3}),
+    ("mine", {}),
+    ("triplet", {}),
+    ("soft_triplet", {}),
+    ("soft_triplet", {"margin": -0.5}),
+    ("n_plus_1_tuplet", {}),
+    ("lifted_structured", {}),
+    ("modified_triplet", {"scale": 5.0}),
+    ("triplet_contrastive", {}),
+    ("uniform", {}),
+    ("alpha_direct", {}),
+    ("alpha_direct", {"detach_alpha": False}),
+    ("alpha_direct", {"normalized": False}),
     ("alpha_direct", {"detach_alpha": False, "normalized": False}),
-    ("alpha_direct", {"exponent": 2, "alpha_eps": 0.1, "detach_alpha": False}), ("alpha_direct", {"exponent": 3}),
+    ("alpha_direct", {"exponent": 2, "alpha_eps": 0.1, "detach_alpha": False}),
+    ("alpha_direct", {"exponent": 3}),
     ("alpha_direct", {"exponent": 1.5, "alpha_eps": 0.1, "detach_alpha": False}),
-    ("alpha_entropy", {}), ("alpha_entropy", {"detach_alpha": False}), ("alpha_entropy", {"alpha_eps": 0.2}),
-    ("alpha_inverse", {}), ("alpha_inverse", {"detach_alpha": False, "order": 2, "exponent": 3}),
-    ("alpha_inverse", {"normalized": False}), ("alpha_square", {}), ("alpha_square", {"detach_alpha": False}),
-    ("alpha_gamma", {}), ("alpha_gamma", {"detach_alpha": False, "gamma": 1.5}),
-)  # fmt: skip
-FEW = [("infonce", {}), ("triplet", {}), ("alpha_direct", {"detach_alpha": False}), ("alpha_square", {})]
+    ("alpha_entropy", {}),
+    ("alpha_entropy", {"detach_alpha": False}),
+    ("alpha_entropy", {"alpha_eps": 0.2}),
+    ("alpha_inverse", {}),
+    ("alpha_inverse", {"detach_alpha": False, "order": 2, "exponent": 3}),
+    ("alpha_inverse", {"normalized": False}),
+    ("alpha_square", {}),
+    ("alpha_square", {"detach_alpha": False}),
+    ("alpha_gamma", {}),
+    ("alpha_gamma", {"detach_alpha": False, "gamma": 1.5}),
+)
+FEW = [
+    ("infonce", {}),
+    ("triplet", {}),
+    ("alpha_direct", {"detach_alpha": False}),
+    ("alpha_square", {}),
+]
 #: Objectives through which the temperature receives a gradient.
 LEARNABLE = ("infonce", "soft_triplet")
 
 Case = tuple[str, Callable[[], list[Tensor]]]
 
 
-# --- in a process of one checkout -------------------------------------------------------------------------------------
+# --- in a process of one checkout -----------------------------------------------------------------
 
 
 def rows(n: int, dim: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -67,36 +91,58 @@ def views(n: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def differentiated(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     weights = torch.linspace(-0.5, 1.5, loss.numel(), dtype=loss.dtype).view(loss.shape)
-    return [loss.detach(), *torch.autograd.grad((loss * weights).sum(), leaves, allow_unused=True, materialize_grads=True)]
+    return [
+        loss.detach(),
+        *torch.autograd.grad(
+            (loss * weights).sum(), leaves, allow_unused=True, materialize_grads=True
+        ),
+    ]
 
 
 def two_views(
-    member: tuple[str, dict[str, Any]], dtype: torch.dtype, size: tuple[int, int] = (53, 19), wanted: str = "both",
-    learn_tau: bool | None = None, tau: float = 0.3, **setting: Any,
-) -> list[Tensor]:  # fmt: skip
+    member: tuple[str, dict[str, Any]],
+    dtype: torch.dtype,
+    size: tuple[int, int] = (53, 19),
+    wanted: str = "both",
+    learn_tau: bool | None = None,
+    tau: float = 0.3,
+    **setting: Any,
+) -> list[Tensor]:
     """Loss and gradients in z1, z2 and the temperature, as far as wanted and there."""
     from alphacl_fast.functional import alpha_cl_loss
 
     name, options = member
-    z = [x.requires_grad_(wanted in (which, "both")) for x, which in zip(views(*size, dtype), ("z1", "z2"), strict=True)]
+    z = [
+        x.requires_grad_(wanted in (which, "both"))
+        for x, which in zip(views(*size, dtype), ("z1", "z2"), strict=True)
+    ]
     through_alpha = options.get("detach_alpha") is False
     learn_tau = (name in LEARNABLE or through_alpha) if learn_tau is None else learn_tau
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     temperature = torch.tensor(tau, dtype=wide, requires_grad=True) if learn_tau else tau
     loss = alpha_cl_loss(*z, name, temperature=temperature, **options, **setting)
-    return differentiated(loss, [x for x in (*z, temperature) if isinstance(x, Tensor) and x.requires_grad])
+    return differentiated(
+        loss, [x for x in (*z, temperature) if isinstance(x, Tensor) and x.requires_grad]
+    )
 
 
-def explicit_negatives(member: tuple[str, dict[str, Any]], dtype: torch.dtype, m: int, ids: bool, **setting) -> list[Tensor]:
+def explicit_negatives(
+    member: tuple[str, dict[str, Any]], dtype: torch.dtype, m: int, ids: bool, **setting
+) -> list[Tensor]:
     from alphacl_fast import loss_against
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    z, positive = rows(37, 19, dtype, 3).requires_grad_(), rows(37, 1, wide, 5)[:, 0].clone().requires_grad_()
+    z, positive = (
+        rows(37, 19, dtype, 3).requires_grad_(),
+        rows(37, 1, wide, 5)[:, 0].clone().requires_grad_(),
+    )
     negatives = rows(m, 19, dtype, 4).requires_grad_() if m else None
     names = {}
     if ids:
         names = {"ids": torch.arange(37) % 5, "negative_ids": torch.arange(m) % 7 if m else None}
-    loss = loss_against(z, negatives, positive, member[0], temperature=0.3, **member[1], **names, **setting)
+    loss = loss_against(
+        z, negatives, positive, member[0], temperature=0.3, **member[1], **names, **setting
+    )
     return differentiated(loss, [z, positive] + ([negatives] if m else []))
 
 
@@ -133,12 +179,26 @@ def table(backend: str, members, dtypes, step: int, turn: int = 0, **extra: Any)
         if (k + k // 24 + turn) % step:
             continue
         setting = {
-            "negatives": negatives, "symmetric": symmetric, "similarity": similarity, "reduction": reduction,
-            "backend": backend, **extra,
-        }  # fmt: skip
+            "negatives": negatives,
+            "symmetric": symmetric,
+            "similarity": similarity,
+            "reduction": reduction,
+            "backend": backend,
+            **extra,
+        }
         mode = negatives if symmetric else f"{negatives}-one-direction"
-        words = [str(dtype).removeprefix("torch."), mode, similarity, reduction, *(f"{k}" for k in extra), title(member)]
-        yield "/".join(words), lambda member=member, dtype=dtype, setting=setting: two_views(member, dtype, **setting)
+        words = [
+            str(dtype).removeprefix("torch."),
+            mode,
+            similarity,
+            reduction,
+            *(f"{k}" for k in extra),
+            title(member),
+        ]
+        yield (
+            "/".join(words),
+            lambda member=member, dtype=dtype, setting=setting: two_views(member, dtype, **setting),
+        )
 
 
 def cpu_cases(step: int) -> Iterator[Case]:
@@ -148,7 +208,14 @@ def cpu_cases(step: int) -> Iterator[Case]:
     yield from table("cpu", MEMBERS, DTYPES, 11 * step, 3, ids=torch.arange(53) % 10)
     yield from table("cpu", MEMBERS, DTYPES, 11 * step, 4, wanted="z1")
     yield from table("cpu", MEMBERS, DTYPES, 11 * step, 5, wanted="z2")
-    yield from table("cpu", [m for m in MEMBERS if m[0] in LEARNABLE], DTYPES, 5 * step, learn_tau=False, tau=0.05)
+    yield from table(
+        "cpu",
+        [m for m in MEMBERS if m[0] in LEARNABLE],
+        DTYPES,
+        5 * step,
+        learn_tau=False,
+        tau=0.05,
+    )
     for dtype in DTYPES:
         name = str(dtype).removeprefix("torch.")
         for k, (member, m, ids, reduction) in enumerate(
@@ -156,7 +223,12 @@ def cpu_cases(step: int) -> Iterator[Case]:
         ):
             if (k + k // 8) % (4 * step) == 0:
                 words = f"{name}/explicit negatives/{m}/{reduction}{'/ids' * ids}/{title(member)}"
-                yield words, lambda a=(member, dtype, m, ids), r=reduction: explicit_negatives(*a, reduction=r, backend="cpu")
+                yield (
+                    words,
+                    lambda a=(member, dtype, m, ids), r=reduction: explicit_negatives(
+                        *a, reduction=r, backend="cpu"
+                    ),
+                )
         for reduction in ("mean", "none"):
             yield f"{name}/supervised/{reduction}", lambda d=dtype, r=reduction: supervised(d, r)
         yield f"{name}/two threads", lambda d=dtype: module(d)
@@ -168,12 +240,28 @@ def cases(backend: str, quick: bool) -> Iterator[Case]:
     if backend == "blocked":
         return itertools.chain(
             table(backend, MEMBERS, DTYPES, 35 if quick else 5, size=(21, 10)),
-            table(backend, MEMBERS, DTYPES, 91 if quick else 13, 1, size=(21, 10), ids=torch.arange(21) % 6),
+            table(
+                backend,
+                MEMBERS,
+                DTYPES,
+                91 if quick else 13,
+                1,
+                size=(21, 10),
+                ids=torch.arange(21) % 6,
+            ),
         )
     if backend == "triton":
         return itertools.chain(
             table(backend, FEW, DTYPES, 19 if quick else 7, size=(11, 10)),
-            table(backend, FEW[:3], DTYPES[:1], 11 if quick else 5, 1, size=(11, 10), ids=torch.arange(11) % 4),
+            table(
+                backend,
+                FEW[:3],
+                DTYPES[:1],
+                11 if quick else 5,
+                1,
+                size=(11, 10),
+                ids=torch.arange(11) % 4,
+            ),
         )
     return table(backend, FEW, DTYPES, 19 if quick else 7, size=(37, 19))
 
@@ -193,12 +281,16 @@ def compute(backend: str, quick: bool, output: str) -> None:
     torch.save(results, output)
 
 
-# --- both checkouts ---------------------------------------------------------------------------------------------------
+# --- both checkouts -------------------------------------------------------------------------------
 
 
 def emulated(checkout: Path) -> str:
     """The CUDA library of a checkout for the host; compiled if need be, outside the checkout."""
-    environment = {**os.environ, "ALPHACL_CUDA_CACHE": str(ROOT / "build" / "same_bits"), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {
+        **os.environ,
+        "ALPHACL_CUDA_CACHE": str(ROOT / "build" / "same_bits"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     command = [sys.executable, "setup.py", "--quiet", "build_cuda", "--emulated"]
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -206,14 +298,29 @@ def emulated(checkout: Path) -> str:
     return done.stdout.split()[-1]
 
 
-def results_of(checkout: Path, backend: str, isa: str, quick: bool, library: str) -> dict[str, list[Tensor] | str]:
+def results_of(
+    checkout: Path, backend: str, isa: str, quick: bool, library: str
+) -> dict[str, list[Tensor] | str]:
     environment = {
-        **os.environ, "PYTHONPATH": str(checkout), "TRITON_INTERPRET": "1", "ALPHACL_CPU_ISA": isa,
-        "ALPHACL_CUDA_EMULATED": library, "PYTHONDONTWRITEBYTECODE": "1",
-    }  # fmt: skip
+        **os.environ,
+        "PYTHONPATH": str(checkout),
+        "TRITON_INTERPRET": "1",
+        "ALPHACL_CPU_ISA": isa,
+        "ALPHACL_CUDA_EMULATED": library,
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     with tempfile.TemporaryDirectory() as folder:
         output = f"{folder}/results.pt"
-        command = [sys.executable, __file__, str(checkout), "--compute", backend, "--output", output, *["--quick"] * quick]
+        command = [
+            sys.executable,
+            __file__,
+            str(checkout),
+            "--compute",
+            backend,
+            "--output",
+            output,
+            *["--quick"] * quick,
+        ]
         subprocess.run(command, cwd=folder, env=environment, check=True)
         return torch.load(output)
 
@@ -228,7 +335,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def difference(old: list[Tensor] | str, new: list[Tensor] | str) -> str | None:
     """What differs between two results, or None."""
     if isinstance(old, str) or isinstance(new, str):
-        return None if old == new else f"{old if isinstance(old, str) else 'numbers'} → {new if isinstance(new, str) else 'numbers'}"
+        words = [x if isinstance(x, str) else "numbers" for x in (old, new)]
+        return None if old == new else " → ".join(words)
     if len(old) != len(new):
         return f"{len(old)} → {len(new)} tensors"
     worst = []
@@ -240,7 +348,9 @@ def difference(old: list[Tensor] | str, new: list[Tensor] | str) -> str | None:
             continue
         a, b = a.double(), b.double()
         scale = float(a.abs().nan_to_num(0, 0, 0).max()) or 1.0
-        worst.append(f"{'loss' if k == 0 else f'gradient {k}'} {float((a - b).abs().max()) / scale:.1e}")
+        worst.append(
+            f"{'loss' if k == 0 else f'gradient {k}'} {float((a - b).abs().max()) / scale:.1e}"
+        )
     return ", ".join(worst) or None
 
 
@@ -257,7 +367,11 @@ def allowed() -> list[tuple[str, str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("old", type=Path, help="the other checkout, compiled")
-    parser.add_argument("--quick", action="store_true", help="every seventh case of the CPU kernels, fewer of the others")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="every seventh case of the CPU kernels, fewer of the others",
+    )
     parser.add_argument("--compute", help=argparse.SUPPRESS)
     parser.add_argument("--output", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -267,7 +381,9 @@ def main() -> int:
     old = options.old.resolve()
     reasons, unexplained, total = allowed(), 0, 0
     libraries = [emulated(checkout) for checkout in (old, ROOT)]
-    groups = [("cpu", isa) for isa in INSTRUCTION_SETS] + [(backend, "") for backend in ("blocked", "triton", "cuda")]
+    groups = [("cpu", isa) for isa in INSTRUCTION_SETS] + [
+        (backend, "") for backend in ("blocked", "triton", "cuda")
+    ]
     for backend, isa in groups:
         before, after = (
             results_of(checkout, backend, isa, options.quick, library)
@@ -282,12 +398,16 @@ def main() -> int:
             if what is None:
                 continue
             full = "/".join(filter(None, (backend, isa, name)))
-            reason = next((why for pattern, why in reasons if fnmatch.fnmatchcase(full, pattern)), None)
-            print(f"{full}: {what}  {f'({reason})' if reason else 'NO REASON'}")
+            reason = next(
+                (why for pattern, why in reasons if fnmatch.fnmatchcase(full, pattern)), None
+            )
+            print(f"{full}: {what}  ({reason or 'NO REASON'})")
             differing, unexplained = differing + 1, unexplained + (reason is None)
         errors = sum(isinstance(result, str) for result in after.values())
         total += len(after)
-        print(f"{backend} {isa}: {len(after)} cases, {differing} differ; {errors} raise", flush=True)
+        print(
+            f"{backend} {isa}: {len(after)} cases, {differing} differ; {errors} raise", flush=True
+        )
     print(f"{total} cases, {unexplained} differences without a reason")
     return 1 if unexplained or not total else 0
 

@@ -2,9 +2,9 @@
 
     python tests/same_speed.py OLD_CHECKOUT [--rounds R] [--only SUBSTRING] [--strict]
 
-Two processes, one for each checkout, take turns at the same forward and backward, on one thread. A row is the ratio of their
-medians, new ÷ old, with the quartiles of the rounds' own ratios; --strict makes a ratio above 1.03 an error. A quiet machine is
-needed.
+Two processes, one for each checkout, take turns at the same forward and backward, on one thread. A
+row is the ratio of their medians, new ÷ old, with the quartiles of the rounds' own ratios; --strict
+makes a ratio above 1.03 an error. A quiet machine is needed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -24,13 +25,20 @@ LIMIT = 1.03
 TURN = 0.15
 SIZES, DIM = (256, 1024, 4096), 128
 OBJECTIVES = (
-    ("infonce", {}), ("triplet", {}), ("alpha_direct", {}), ("alpha_direct", {"detach_alpha": False}), ("alpha_square", {}),
-)  # fmt: skip
+    ("infonce", {}),
+    ("triplet", {}),
+    ("alpha_direct", {}),
+    ("alpha_direct", {"detach_alpha": False}),
+    ("alpha_square", {}),
+)
 DTYPES = ("float32", "bfloat16")
 CASES = [
     {"n": n, "negatives": negatives, "objective": name, "options": options, "dtype": dtype}
-    for n in SIZES for negatives in ("two_view", "cross_view") for name, options in OBJECTIVES for dtype in DTYPES
-]  # fmt: skip
+    for n in SIZES
+    for negatives in ("two_view", "cross_view")
+    for name, options in OBJECTIVES
+    for dtype in DTYPES
+]
 
 
 def title(case: dict) -> str:
@@ -51,8 +59,13 @@ def serve() -> None:
         if line not in made:
             made.clear()
             generator = torch.Generator().manual_seed(0)
-            z = [torch.randn(case["n"], DIM, generator=generator).to(getattr(torch, case["dtype"])) for _ in range(2)]
-            loss = FusedAlphaCLLoss(case["objective"], negatives=case["negatives"], **case["options"])
+            z = [
+                torch.randn(case["n"], DIM, generator=generator).to(getattr(torch, case["dtype"]))
+                for _ in range(2)
+            ]
+            loss = FusedAlphaCLLoss(
+                case["objective"], negatives=case["negatives"], **case["options"]
+            )
             made[line] = loss, [x.requires_grad_() for x in z]
             loss(*made[line][1]).backward()
         loss, z = made[line]
@@ -69,9 +82,13 @@ class Checkout:
     def __init__(self, root: Path) -> None:
         environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, __file__, str(root), "--serve"], cwd=root, env=environment, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [sys.executable, __file__, str(root), "--serve"],
+            cwd=root,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
     def seconds(self, case: dict) -> float:
         self.process.stdin.write(json.dumps(case) + "\n")
@@ -93,7 +110,8 @@ def main() -> int:
     if options.serve:
         serve()
         return 0
-    print(f"{' '.join([sys.executable, *sys.argv])}\n{'new/old':>8} {'quartiles':>13}  {'old':>9}  loss and gradient, D = {DIM}")
+    print(shlex.join([sys.executable, *sys.argv]))
+    print(f"{'new/old':>8} {'quartiles':>13}  {'old':>9}  loss and gradient, D = {DIM}", flush=True)
     old, new = Checkout(options.old.resolve()), Checkout(ROOT)
     slower = 0
     for case in (c for c in CASES if options.only in title(c)):
@@ -107,7 +125,8 @@ def main() -> int:
         each = sorted(b / a for a, b in rounds[1:])
         low, high = each[len(each) // 4], each[-1 - len(each) // 4]
         slower += ratio > LIMIT
-        print(f"{ratio:8.3f} {low:6.3f}–{high:.3f}  {statistics.median(before) * 1e3:6.2f} ms  {title(case)}", flush=True)
+        times = f"{ratio:8.3f} {low:6.3f}–{high:.3f}  {statistics.median(before) * 1e3:6.2f} ms"
+        print(f"{times}  {title(case)}", flush=True)
     for checkout in (old, new):
         checkout.process.stdin.close()
         checkout.process.wait()

@@ -1,12 +1,13 @@
 """A C++ compiler that compiles only what a planted fault has changed; `run.py` sets CXX to it.
 
-It takes the arguments of a compiler. An object whose preprocessed source is the same as without the fault is copied from the
-store, and so is every object that is built for another instruction set or dtype than the test needs.
+It takes the arguments of a compiler. An object whose preprocessed source is the same as without the
+fault is copied from the store, and so is every object that is built for another instruction set or
+dtype than the test needs.
 
 Environment:
     MUTANTS_STORE: folder of the objects without a fault.
-    MUTANTS_VARIANT: the instruction set (-DALPHACL_ISA=) or dtype (-DALPHACL_DTYPE=) that the test needs; not set: there is no
-        fault, and the store is brought up to date.
+    MUTANTS_VARIANT: the instruction set (-DALPHACL_ISA=) or dtype (-DALPHACL_DTYPE=) that the test
+        needs; not set: there is no fault, and the store is brought up to date.
 """
 
 import hashlib
@@ -28,7 +29,9 @@ def main(arguments):
     output, options = Path(arguments[at + 1]), arguments[:at] + arguments[at + 2 :]
     # The fingerprint of the sources is not looked at by any test that a fault is meant for.
     options = [a for a in options if not a.startswith("-DALPHACL_SOURCES=")]
-    quick = "-O1" if "-DALPHACL_EMULATED" in arguments else "-O0"  # emulated threads would run for minutes
+    quick = (
+        "-O1" if "-DALPHACL_EMULATED" in arguments else "-O0"
+    )  # emulated threads would run for minutes
     command = [*COMPILER, *options, '-DALPHACL_SOURCES="planted"', quick]
     key = hashlib.sha256("\0".join(command).encode()).hexdigest()[:16]
     kept = Path(os.environ["MUTANTS_STORE"]) / f"{key}.o"

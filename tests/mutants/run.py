@@ -2,10 +2,10 @@
 
     python tests/mutants/run.py [--jobs N] [--only SUBSTRING] [--list]
 
-The checkout is copied; nothing is written to it but build/mutants, where compiled objects are kept. First every test of the
-table runs without a fault: a test that fails anyway finds nothing. The exit status is 1 if a fault survives, if its old text
-is no longer there once (stale), or if it cannot be tried. Each test has a process of its own, forked from one that has already
-imported torch.
+The checkout is copied; nothing is written to it but build/mutants, where compiled objects are kept.
+First every test of the table runs without a fault: a test that fails anyway finds nothing. The exit
+status is 1 if a fault survives, if its old text is no longer there once (stale), or if it cannot be
+tried. Each test has a process of its own, forked from one that has already imported torch.
 """
 
 from __future__ import annotations
@@ -32,11 +32,15 @@ from typing import NamedTuple
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Seconds that a test may take; for the tests without a fault all together this many times their number.
+#: Seconds that a test may take; for the tests without a fault all together this many times their
+#: number.
 LIMIT = 180
 SETUP = [sys.executable, "setup.py", "--quiet"]
 #: By folder: how the sources in it are compiled.
-BUILDS = {"csrc/cpu": [*SETUP, "build_ext", "--inplace"], "csrc/cuda": [*SETUP, "build_cuda", "--emulated"]}
+BUILDS = {
+    "csrc/cpu": [*SETUP, "build_ext", "--inplace"],
+    "csrc/cuda": [*SETUP, "build_cuda", "--emulated"],
+}
 CPU_LIBRARY = "alphacl_fast/_cpu.abi3.so"
 #: Variants that only some processors run, and the flag of /proc/cpuinfo that says so.
 PROCESSOR_FLAGS = {"avx512_bf16": "avx512_bf16", "amx_emulated": "avx512_bf16"}
@@ -46,9 +50,10 @@ LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "build", "runs", "data", 
 class Mutant(NamedTuple):
     """A fault: in ``file`` the text ``old``, which occurs once, becomes ``new``.
 
-    ``name`` says which formula is broken, and how. ``test`` is the node of pytest that must fail. ``variant`` is the CPU's
-    instruction set, or the emulated kernels' dtype, that the test runs and the fault is compiled for; without one only what is
-    compiled once for all of them is compiled again. A test that does not end counts only with ``timeout_kills``.
+    ``name`` says which formula is broken, and how. ``test`` is the node of pytest that must fail.
+    ``variant`` is the CPU's instruction set, or the emulated kernels' dtype, that the test runs and
+    the fault is compiled for; without one only what is compiled once for all of them is compiled
+    again. A test that does not end counts only with ``timeout_kills``.
     """
 
     name: str
@@ -66,15 +71,22 @@ class Mutant(NamedTuple):
 
 #: For every process here. Kernels of Triton are interpreted, which is decided when it is imported.
 ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1", "ALPHACL_CPU": "1", "ALPHACL_CUDA": "0",
+    "OMP_NUM_THREADS": "1",
+    "TRITON_INTERPRET": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "ALPHACL_CPU": "1",
+    "ALPHACL_CUDA": "0",
     "CXX": shlex.join([sys.executable, str(Path(__file__).with_name("compiler.py"))]),
-}  # fmt: skip
+}
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "torch._decomp", "torch.distributed", "triton.language", "pytest", "hypothesis"])
+FORKS.set_forkserver_preload(
+    ["torch", "torch._decomp", "torch.distributed", "triton.language", "pytest", "hypothesis"]
+)
 
 
 def _pytest(root: str, environment: dict[str, str], log: str, arguments: list[str]) -> None:
-    """In a process of its own: runs tests of the checkout at ``root`` and ends with pytest's status."""
+    """In a process of its own: runs tests of the checkout at ``root`` and ends with pytest's
+    status."""
     os.setsid()  # so that what tests start ends with them
     os.chdir(root)
     os.environ.clear()
@@ -97,28 +109,39 @@ class Checkout:
     def __init__(self, source: Path, root: Path, store: Path) -> None:
         self.root = shutil.copytree(source, root, ignore=LEFT_OUT)
         self.environment = {
-            **os.environ, **ENVIRONMENT, "PYTHONPATH": str(root), "ALPHACL_CUDA_EMULATED": "", "MUTANTS_STORE": str(store),
+            **os.environ,
+            **ENVIRONMENT,
+            "PYTHONPATH": str(root),
+            "ALPHACL_CUDA_EMULATED": "",
+            "MUTANTS_STORE": str(store),
             "ALPHACL_CUDA_CACHE": str(root / "build" / "cuda"),
-        }  # fmt: skip
+        }
         store.mkdir(parents=True, exist_ok=True)
 
     def build(self, folder: str, variant: str | None) -> str | None:
-        """Compiles the sources of a folder of `BUILDS`; returns what went wrong. Variant None: there is no fault."""
+        """Compiles the sources of a folder of `BUILDS`; returns what went wrong. Variant None:
+        there is no fault."""
         needed = {} if variant is None else {"MUTANTS_VARIANT": variant}
         environment = {**self.environment, **needed}
-        done = subprocess.run(BUILDS[folder], cwd=self.root, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            BUILDS[folder], cwd=self.root, env=environment, capture_output=True, text=True
+        )
         if done.returncode:
             return done.stdout + done.stderr
         if folder == "csrc/cuda":
             self.environment["ALPHACL_CUDA_EMULATED"] = done.stdout.split()[-1]
         return None
 
-    def pytest(self, arguments: Sequence[str], variant: str, limit: float) -> tuple[int | None, str]:
-        """(status, output) of pytest; the status is None if it did not end in time, negative if the process died."""
+    def pytest(
+        self, arguments: Sequence[str], variant: str, limit: float
+    ) -> tuple[int | None, str]:
+        """(status, output) of pytest; the status is None if it did not end in time, negative if the
+        process died."""
         isa = {"ALPHACL_CPU_ISA": variant} if variant.islower() else {}
         log = self.root.with_name(f"{self.root.name}-{variant}.log")
         process = FORKS.Process(
-            target=_pytest, args=(str(self.root), {**self.environment, **isa}, str(log), list(arguments))
+            target=_pytest,
+            args=(str(self.root), {**self.environment, **isa}, str(log), list(arguments)),
         )
         process.start()
         process.join(limit)
@@ -171,7 +194,8 @@ def outcome(checkout: Checkout, mutant: Mutant) -> str:
 
 
 def failing_anyway(checkouts: list[Checkout], mutants: Sequence[Mutant]) -> set[tuple[str, str]]:
-    """(variant, test) of those that do not pass without a fault; as few runs of pytest as there are variants."""
+    """(variant, test) of those that do not pass without a fault; as few runs of pytest as there are
+    variants."""
     by_variant: dict[str, list[str]] = defaultdict(list)
     for mutant in mutants:
         if mutant.test not in by_variant[mutant.variant]:
@@ -189,7 +213,9 @@ def failing_anyway(checkouts: list[Checkout], mutants: Sequence[Mutant]) -> set[
         lines = re.findall(r"^(PASSED|FAILED|ERROR) (tests/.*?)(?: - .*)?$", output, re.MULTILINE)
 
         def passes(test: str) -> bool:
-            found = [status for status, node in lines if node == test or node.startswith(f"{test}[")]
+            found = [
+                status for status, node in lines if node == test or node.startswith(f"{test}[")
+            ]
             return bool(found) and set(found) == {"PASSED"}
 
         return {(variant, test) for test in tests if not passes(test)}
@@ -215,12 +241,19 @@ def run(mutants: Sequence[Mutant], jobs: int, source: Path = ROOT, say=print) ->
         store = source / "build" / "mutants"
         template = Checkout(source, Path(folder) / "0", store)
         for sources in BUILDS:
-            needs = any(m.file.startswith(sources) or (sources.endswith("cuda") and "test_cuda" in m.test) for m in mutants)
+            needs = any(
+                m.file.startswith(sources) or (sources.endswith("cuda") and "test_cuda" in m.test)
+                for m in mutants
+            )
             if needs and (failure := template.build(sources, None)):
                 raise RuntimeError(f"{sources} cannot be compiled without a fault:\n{failure}")
-        checkouts = [template] + [Checkout(template.root, Path(folder) / str(k), store) for k in range(1, jobs)]
+        checkouts = [template] + [
+            Checkout(template.root, Path(folder) / str(k), store) for k in range(1, jobs)
+        ]
         for checkout in checkouts[1:]:
-            checkout.environment["ALPHACL_CUDA_EMULATED"] = template.environment["ALPHACL_CUDA_EMULATED"]
+            checkout.environment["ALPHACL_CUDA_EMULATED"] = template.environment[
+                "ALPHACL_CUDA_EMULATED"
+            ]
         failing = failing_anyway(checkouts, mutants)
         free: queue.SimpleQueue[Checkout] = queue.SimpleQueue()
         for checkout in checkouts:
@@ -255,7 +288,9 @@ def report(outcomes: dict[Mutant, str]) -> str:
     for file, results in sorted(by_file.items()):
         lines.append(f"{file:34} {len(results):6} {results.count('killed'):6}")
     lines.append(f"{'all':34} {len(outcomes):6} {list(outcomes.values()).count('killed'):6}")
-    lines += [f"{m.file}: {m.name}: {result}" for m, result in outcomes.items() if result != "killed"]
+    lines += [
+        f"{m.file}: {m.name}: {result}" for m, result in outcomes.items() if result != "killed"
+    ]
     return "\n".join(lines)
 
 
@@ -263,8 +298,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from table import MUTANTS
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="faults tried at once")
-    parser.add_argument("--only", default="", help="only faults with this text in their name, file or test")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="faults tried at once"
+    )
+    parser.add_argument(
+        "--only", default="", help="only faults with this text in their name, file or test"
+    )
     parser.add_argument("--list", action="store_true", help="print the faults and leave")
     options = parser.parse_args(arguments)
     chosen = [m for m in MUTANTS if any(options.only in text for text in (m.name, m.file, m.test))]

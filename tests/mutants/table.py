@@ -1,14 +1,15 @@
 """The faults that the tests must find, by the file that they are planted in.
 
-A name says which formula is broken and how, in words that outlive a rewrite: whoever moves a formula plants its faults again
-where it now is. `run.py` tries them all; tests/test_mutants.py checks that every old text is still there.
+A name says which formula is broken and how, in words that outlive a rewrite: whoever moves a
+formula plants its faults again where it now is. `run.py` tries them all; tests/test_mutants.py
+checks that every old text is still there.
 """
 
 from __future__ import annotations
 
 from run import Mutant
 
-# --- members of the family, as the names of tests write them ----------------------------------------------------------
+# --- members of the family, as the names of tests write them --------------------------------------
 
 INFONCE = "infonce(epsilon=1.0,temperature_scaled=False)"
 INFONCE_SMALL = "infonce(epsilon=0.3,temperature_scaled=False)"
@@ -23,9 +24,14 @@ INVERSE = "alpha_inverse(exponent=3.0,order=2.0,normalized=True,alpha_eps=0.0,de
 CUSTOM_LOSS = "PairLoss(phi=log1p_and_square,psi=exp_plus_sigmoid)"
 
 
-def direct(exponent: float = 4.0, alpha_eps: float = 0.0, detach_alpha: bool = True, normalized: bool = True) -> str:
-    options = f"exponent={exponent},normalized={normalized},alpha_eps={alpha_eps},detach_alpha={detach_alpha}"
-    return f"alpha_direct({options})"
+def direct(
+    exponent: float = 4.0,
+    alpha_eps: float = 0.0,
+    detach_alpha: bool = True,
+    normalized: bool = True,
+) -> str:
+    weights = f"exponent={exponent},normalized={normalized},alpha_eps={alpha_eps}"
+    return f"alpha_direct({weights},detach_alpha={detach_alpha})"
 
 
 DIRECT, THROUGH = direct(), direct(detach_alpha=False)
@@ -44,12 +50,14 @@ def formula(member: str) -> str:
 
 
 def portable(member: str, rows: int = 7) -> str:
-    """On the CPU's portable instruction set, in blocks of 7 (four of them, the last one ragged) or 48 rows (three)."""
+    """On the CPU's portable instruction set, in blocks of 7 (four of them, the last one ragged) or
+    48 rows (three)."""
     return f"tests/test_cpu.py::test_every_instruction_set[portable-{member}-{rows}]"
 
 
 def half(name: str, case: str = "13-6-5") -> str:
-    return f"tests/test_cpu.py::test_half_precision_on_every_instruction_set[{name}-torch.bfloat16-{case}]"
+    test = "tests/test_cpu.py::test_half_precision_on_every_instruction_set"
+    return f"{test}[{name}-torch.bfloat16-{case}]"
 
 
 def triton(member: str, test: str = "test_forms[row-block-7-two_view-True-") -> str:
@@ -60,7 +68,11 @@ def cuda(member: str, setting: str = "two_view-True") -> str:
     return f"tests/test_cuda.py::test_float64[{setting}-{member}]"
 
 
-IDS, COMPAT, DISTRIBUTED = "tests/test_ids.py::", "tests/test_compat.py::", "tests/test_distributed.py::"
+IDS, COMPAT, DISTRIBUTED = (
+    "tests/test_ids.py::",
+    "tests/test_compat.py::",
+    "tests/test_distributed.py::",
+)
 AGREE = f"{DISTRIBUTED}test_bad_input_on_one_process_raises_on_every_one"
 VERIFY = f"{DISTRIBUTED}test_verify_distributed"
 SPLIT = f"{DISTRIBUTED}test_every_objective_and_split"
@@ -73,7 +85,7 @@ def plant(file: str, *faults: tuple[str, ...], variant: str = "") -> None:
     MUTANTS.extend(Mutant(name, file, old, new, test, variant) for name, old, new, test in faults)
 
 
-# --- from embeddings to the sweeps, and back --------------------------------------------------------------------------
+# --- from embeddings to the sweeps, and back ------------------------------------------------------
 
 plant(
     "alphacl_fast/autograd.py",
@@ -151,8 +163,14 @@ plant(
     ),
     (
         "ids: a row without negatives keeps its positive term",
-        'for name in ("gain", "mass", "loss", "dtau") if (x := getattr(rows, name)) is not None\n        }  # fmt: skip',
-        'for name in ("gain", "loss", "dtau") if (x := getattr(rows, name)) is not None\n        }  # fmt: skip',
+        (
+            'for name in ("gain", "mass", "loss", "dtau") if (x := getattr(rows, name)) is '
+            "not None\n        }"
+        ),
+        (
+            'for name in ("gain", "loss", "dtau") if (x := getattr(rows, name)) is not '
+            "None\n        }"
+        ),
         f"{IDS}test_some_anchors_without_negatives[blocked]",
     ),
     (
@@ -205,8 +223,14 @@ plant(
     ),
     (
         "∂L/∂τ from pairs: the row weight is left out",
-        '(rows.gain * sums[-1] if objective.tau_gradient == "pairs" else rows.dtau).sum())\n        return rows',
-        '(sums[-1] if objective.tau_gradient == "pairs" else rows.dtau).sum())\n        return rows',
+        (
+            '(rows.gain * sums[-1] if objective.tau_gradient == "pairs" else '
+            "rows.dtau).sum())\n        return rows"
+        ),
+        (
+            '(sums[-1] if objective.tau_gradient == "pairs" else rows.dtau).sum())\n       '
+            " return rows"
+        ),
         blocked(THROUGH),
     ),
     (
@@ -292,7 +316,7 @@ plant(
     ),
 )
 
-# --- formulas of the objectives ---------------------------------------------------------------------------------------
+# --- formulas of the objectives -------------------------------------------------------------------
 
 plant(
     "alphacl_fast/objectives.py",
@@ -360,7 +384,7 @@ plant(
         "power: a negative d² keeps its power",
         "return torch.relu(d).square()\n    if q > 1.0:",
         "return d.square()\n    if q > 1.0:",
-        blocked(DIRECT, "two_view-True-dot"),
+        f"tests/test_reference.py::test_definitions[dot-two_view-True-{DIRECT}]",
     ),
     (
         "power: ∂ log f/∂τ has the wrong sign",
@@ -426,13 +450,13 @@ plant(
         "Newton: the bracket begins above the root of a flat row",
         "for alpha in (1 / p.most_neg, 1.0))",
         "for alpha in (2 / p.most_neg, 1.0))",
-        "tests/test_numerics.py::test_temperatures[5.0-blocked-alpha_square(detach_alpha=True)]",
+        "tests/test_numerics.py::test_min_player_of_equal_similarities[alpha_square-blocked]",
     ),
     (
         "Newton: it stops at Σh = 1 ± 1e-3",
         "done = ((mass - 1).abs() <= 8 * eps)",
         "done = ((mass - 1).abs() <= 1e-3)",
-        blocked(SQUARE),
+        blocked(GAMMA),
     ),
     (
         "min player: the loss keeps the moment about the maximum, not about t⁺",
@@ -454,7 +478,7 @@ plant(
     ),
 )
 
-# --- the two sweeps as a loop over tiles ------------------------------------------------------------------------------
+# --- the two sweeps as a loop over tiles ----------------------------------------------------------
 
 plant(
     "alphacl_fast/backend/blocked.py",
@@ -568,7 +592,7 @@ plant(
     ),
 )
 
-# --- a batch over processes -------------------------------------------------------------------------------------------
+# --- a batch over processes -----------------------------------------------------------------------
 
 plant(
     "alphacl_fast/distributed.py",
@@ -642,7 +666,10 @@ plant(
     ),
     (
         "euclidean: each process subtracts its own mean",
-        "return ranks.all_reduce(z1.detach().to(wide).sum(0) + z2.detach().to(wide).sum(0)) / (2 * ranks.total)",
+        (
+            "return ranks.all_reduce(z1.detach().to(wide).sum(0) + "
+            "z2.detach().to(wide).sum(0)) / (2 * ranks.total)"
+        ),
         "return (z1.detach().to(wide).sum(0) + z2.detach().to(wide).sum(0)) / (2 * len(z1))",
         f"{SPLIT}[2-sizes1-ring]",
     ),
@@ -660,12 +687,15 @@ plant(
     ),
 )
 
-# --- the CPU kernels --------------------------------------------------------------------------------------------------
+# --- the CPU kernels ------------------------------------------------------------------------------
 
 plant(
     "csrc/cpu/driver.cpp",
     (
-        "schedule: an even number of blocks has no empty one beside it, so some pairs of blocks never meet",
+        (
+            "schedule: an even number of blocks has no empty one beside it, so some pairs "
+            "of blocks never meet"
+        ),
         "m = triangle ? left | 1 :",
         "m = triangle ? left :",
         portable(INFONCE),
@@ -968,7 +998,7 @@ plant(
     variant="amx_emulated",
 )
 
-# --- the CUDA kernels, emulated ---------------------------------------------------------------------------------------
+# --- the CUDA kernels, emulated -------------------------------------------------------------------
 
 plant(
     "csrc/cuda/walk.h",
@@ -1019,7 +1049,7 @@ plant(
     variant="FLOAT64",
 )
 
-# --- the Triton kernels, interpreted ----------------------------------------------------------------------------------
+# --- the Triton kernels, interpreted --------------------------------------------------------------
 
 plant(
     "kernels/sweeps.py",
