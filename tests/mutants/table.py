@@ -692,12 +692,9 @@ plant(
 plant(
     "csrc/cpu/driver.cpp",
     (
-        (
-            "schedule: an even number of blocks has no empty one beside it, so some pairs "
-            "of blocks never meet"
-        ),
-        "m = triangle ? left | 1 :",
-        "m = triangle ? left :",
+        "schedule: a rectangle's rounds step by two, so that some pairs of blocks never meet",
+        "i = k, j = (k + round) % m;",
+        "i = k, j = (k + 2 * round) % m;",
         portable(INFONCE),
     ),
     (
@@ -737,10 +734,10 @@ plant(
         half("avx512_bf16"),
     ),
     (
-        "one anchor side: rows beyond the anchors weigh as anchors",
-        "x.anchor = x.first < s.anchors;",
-        "x.anchor = true;",
-        portable(TRIPLET),
+        "one-sided gradient: a block that straddles the first wanted row is left out",
+        "x.wanted = wants_df && x.first < s.hi && x.first + x.rows > s.lo;",
+        "x.wanted = wants_df && x.first < s.hi && x.first >= s.lo;",
+        "tests/test_cpu.py::test_gradients_of_whole_blocks[portable-dtype1-16-two_view-wanted2]",
     ),
 )
 plant(
