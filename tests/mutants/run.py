@@ -76,7 +76,6 @@ ENVIRONMENT = {
     "PYTHONDONTWRITEBYTECODE": "1",
     "ALPHACL_CPU": "1",
     "ALPHACL_CUDA": "0",
-    "CXX": shlex.join([sys.executable, str(Path(__file__).with_name("compiler.py"))]),
 }
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
@@ -108,10 +107,15 @@ class Checkout:
 
     def __init__(self, source: Path, root: Path, store: Path) -> None:
         self.root = shutil.copytree(source, root, ignore=LEFT_OUT)
+        compiler = root.with_name(f"{root.name}-c++")  # one word, which every build understands
+        command = shlex.join([sys.executable, str(Path(__file__).with_name("compiler.py"))])
+        compiler.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        compiler.chmod(0o755)
         self.environment = {
             **os.environ,
             **ENVIRONMENT,
             "PYTHONPATH": str(root),
+            "CXX": str(compiler),
             "ALPHACL_CUDA_EMULATED": "",
             "MUTANTS_STORE": str(store),
             "ALPHACL_CUDA_CACHE": str(root / "build" / "cuda"),

@@ -583,7 +583,7 @@ plant(
         "euclidean weight sums: the columns of off-diagonal tiles lose theirs",
         "weight_sums[j0:j1] += g.sum(0)",
         "weight_sums[j0:j1] += 0",
-        blocked(TRIPLET, "two_view-True-euclidean"),
+        blocked(INFONCE, "two_view-True-euclidean"),
     ),
 )
 
@@ -844,7 +844,7 @@ plant(
         "euclidean weight sums: the columns lose theirs",
         "    v.weight_sums[j.packed + c] += sum;\n",
         "",
-        portable(TRIPLET),
+        portable(INFONCE),
     ),
     (
         "row maxima: a tile's maxima replace those so far",
