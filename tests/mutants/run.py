@@ -1,6 +1,6 @@
 """Plants one fault after the other (table.py) and runs the test that must find it.
 
-    python tests/mutants/run.py [--jobs N] [--only SUBSTRING] [--list]
+    python tests/mutants/run.py [--jobs N] [--only SUBSTRING …] [--list]
 
 The checkout is copied; nothing is written to it but build/mutants, where compiled objects are kept.
 First every test of the table runs without a fault: a test that fails anyway finds nothing. The exit
@@ -305,12 +305,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, help="faults tried at once"
     )
-    parser.add_argument(
-        "--only", default="", help="only faults with this text in their name, file or test"
-    )
+    only = "only faults with one of these texts in their name, file or test"
+    parser.add_argument("--only", nargs="+", default=[""], metavar="SUBSTRING", help=only)
     parser.add_argument("--list", action="store_true", help="print the faults and leave")
     options = parser.parse_args(arguments)
-    chosen = [m for m in MUTANTS if any(options.only in text for text in (m.name, m.file, m.test))]
+    chosen = [m for m in MUTANTS if any(text in "\n".join(m[:5]) for text in options.only)]
     if options.list:
         for mutant in chosen:
             print(f"{mutant.file}: {mutant.name}\n    {mutant.test}")

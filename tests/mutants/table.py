@@ -511,7 +511,7 @@ plant(
         "online softmax: sums so far are not rescaled to the new maximum",
         "sums *= (shift - _finite(new)).exp()",
         "sums *= 1",
-        blocked(INFONCE),
+        blocked(INFONCE, "two_view-True-dot"),
     ),
     (
         "online softmax: partial sums of workers are added without a common shift",
