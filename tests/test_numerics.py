@@ -21,7 +21,7 @@ from family import (
 
 from alphacl_fast import objectives
 from alphacl_fast.bundles import Term
-from alphacl_fast.functional import NEGATIVES, SIMILARITIES
+from alphacl_fast.functional import NEGATIVES, SIMILARITIES, alpha_cl_loss
 
 NORMALIZED = ["infonce", "alpha_direct", "alpha_entropy", "alpha_inverse", "alpha_square", "alpha_gamma", "soft_triplet"]
 
@@ -170,6 +170,15 @@ def test_min_player_of_enormous_similarities(backend):
     truth = loss_and_grads(z1.double() * 1e10, z2.double() * 1e10, "alpha_square", similarity="dot", backend="reference")
     for o, t in zip(out, truth, strict=True):
         assert relative_error(o, t) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["alpha_square", "alpha_gamma"])
+def test_min_player_of_equal_similarities(backend, name):
+    """Every negative weighs 1/|Neg|: the root lies at the very end of Newton's bracket."""
+    z1, z2 = torch.ones(12, 6, dtype=torch.float64), pair(12, 6)[1]
+    losses = alpha_cl_loss(z1, z2, name, temperature=0.3, negatives="one_view", reduction="none", backend=backend)
+    torch.testing.assert_close(losses, 1 - F.cosine_similarity(z1, z2), rtol=1e-10, atol=1e-12)
 
 
 def degenerate_batches():
