@@ -198,14 +198,14 @@ def _inspect(arguments: list[str]) -> int:
 
 
 def _theory(arguments: list[str]) -> int:
-    from alphacl_fast import claims
+    from alphacl_fast import checks
 
     parser = _parser(
         "theory", "Check the theorems of arXiv:2201.12680 numerically; exit code 1 if one fails."
     )
     parser.add_argument(
         "claim",
-        choices=(*claims.CLAIMS, "all"),
+        choices=(*checks.CHECKS, "all"),
         help="pca: deep linear networks find the top eigenvector; rank: a condition fails; "
         "relu: ranks with ReLU; gradient: the gradient theorem, and alternating players",
     )
@@ -221,15 +221,15 @@ def _theory(arguments: list[str]) -> int:
     import torch
 
     torch.set_num_threads(1)  # networks of a few numbers: a second thread mostly waits
-    names = tuple(claims.CLAIMS) if given.claim == "all" else (given.claim,)
+    names = tuple(checks.CHECKS) if given.claim == "all" else (given.claim,)
     seeds = {} if given.seeds is None else {"seeds": given.seeds}
     run = {}
     for name in names:
-        run[name] = claims.CLAIMS[name](**seeds)
-        print(("" if name == names[0] else "\n") + claims.table(run[name]), flush=True)
+        run[name] = checks.CHECKS[name](**seeds)
+        print(("" if name == names[0] else "\n") + checks.table(run[name]), flush=True)
     if given.out is not None:
         try:
-            written = claims.write(run, Path(given.out))
+            written = checks.write(run, Path(given.out))
         except ImportError as error:
             fail(f"--out needs matplotlib ({error}): pip install 'alphacl-fast[train]'")
         except OSError as error:
@@ -439,7 +439,7 @@ def _info(arguments: list[str]) -> int:
 
     if cpu.load_error() is None:
         dtypes = ("float32", "float64", "bfloat16", "float16")
-        served = ", ".join(f"{name} by {cpu.engine(getattr(torch, name))}" for name in dtypes)
+        served = ", ".join(f"{name} by {cpu.kernels_for(getattr(torch, name))}" for name in dtypes)
         sets = ", ".join(
             name if here else f"({name})" for name, here in cpu.instruction_sets().items()
         )

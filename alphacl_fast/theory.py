@@ -1,25 +1,30 @@
-"""The max player: energy, contrastive covariance, and gradient ascent of the networks that the theorems are about.
+"""The max player: energy, contrastive covariance, and gradient ascent on the theorems' networks.
 
-For fixed α the max player maximises the energy E_α = Σ_i Σ_{j≠i} α_ij (d²_ij − d²_i), d² = ½‖·‖², which is ½·tr C_α[f(x)]
-with the contrastive covariance C_α[x] = Σ_i Σ_{j≠i} α_ij [(x_i − x_j)(x_i − x_j)ᵀ − (x_i − x_i′)(x_i − x_i′)ᵀ]. Then
+For fixed α the max player maximises the energy E_α = Σ_i Σ_{j≠i} α_ij (d²_ij − d²_i), d² = ½‖·‖².
+The energy equals ½·tr C_α[f(x)] with the contrastive covariance
+C_α[x] = Σ_i Σ_{j≠i} α_ij [(x_i − x_j)(x_i − x_j)ᵀ − (x_i − x_i′)(x_i − x_i′)ᵀ]. Then
 (arXiv:2201.12680)
 
-* the gradient of every φ/ψ loss is that of −E_α with α held fixed (Theorem 1);
-* a deep linear network with weights of bounded norm has only rank-1 local maxima, along the top eigenvector of C_α[x]: PCA;
-* with ReLU and bounded filters, maxima may have higher rank.
+* every φ/ψ loss has the gradient of −E_α with α held fixed (Theorem 1);
+* a deep linear network with norm-bounded weights does PCA: its local maxima all have rank 1 and lie
+  along the top eigenvector of C_α[x];
+* with ReLU and norm-bounded filters, maxima may have higher rank.
 
-With r, c the row and column sums of A = (α_ij) over the rows X of x and X′ of x′,
-C_α = Xᵀdiag(r + c)X − Xᵀ(A + Aᵀ)X − (X − X′)ᵀdiag(r)(X − X′): (A + Aᵀ)X is what a gradient sweep computes, in O(n·D) memory.
+Let X and X′ hold the rows x_i and x_i′, and let r, c be the row and column sums of A = (α_ij). Then
+C_α = Xᵀdiag(r + c)X − Xᵀ(A + Aᵀ)X − (X − X′)ᵀdiag(r)(X − X′), and a gradient sweep computes
+(A + Aᵀ)X in O(n·D) memory.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import reduce
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .functional import check_embeddings
@@ -37,45 +42,67 @@ class _Parts(NamedTuple):
     apart: Tensor  # (N, D) x − x′
 
 
-def _parts(x1: Tensor, x2: Tensor, alpha: Tensor | str | Objective | Importances, settings: dict[str, Any]) -> _Parts:
+Alpha = Tensor | str | Objective | Importances
+
+
+def _parts(x1: Tensor, x2: Tensor, alpha: Alpha, settings: dict[str, Any]) -> _Parts:
     check_embeddings(x1, x2)
     if isinstance(alpha, (str, Objective)):
         solved = Importances(x1, x2, alpha, negatives="one_view", **settings)
         product, row_sums, both = solved.both_ways_on_own_rows()
         rows, others = solved.rows.chunk(2)
         mean = rows.mean(0)
-        return _Parts(rows - mean, both, torch.addr(product, both, mean, alpha=-1), row_sums, rows - others)
+        product = torch.addr(product, both, mean, alpha=-1)
+        return _Parts(rows - mean, both, product, row_sums, rows - others)
     if settings:
-        raise TypeError(f"{', '.join(settings)} must come with an objective, got {type(alpha).__name__}")
+        raise TypeError(
+            f"{', '.join(settings)} must come with an objective, got {type(alpha).__name__}"
+        )
     x = x1 - x1.mean(0)
     if isinstance(alpha, Importances):
         if alpha.anchors != len(x):
-            raise ValueError(f"alpha must be of {len(x)} anchors, one for each row of x1, got {alpha.anchors}")
+            raise ValueError(
+                f"alpha must be of {len(x)} anchors, one for each row of x1, got {alpha.anchors}"
+            )
         product, row_sums, col_sums = alpha.both_ways(x)
         return _Parts(x, row_sums + col_sums, product, row_sums, x1 - x2)
     if not isinstance(alpha, Tensor):
-        raise TypeError(f"alpha must be a tensor, an objective or Importances, got {type(alpha).__name__}")
+        got = type(alpha).__name__
+        raise TypeError(f"alpha must be a tensor, an objective or Importances, got {got}")
     if alpha.shape != (len(x), len(x)):
         raise ValueError(f"alpha must have shape {(len(x), len(x))}, got {tuple(alpha.shape)}")
-    a = alpha.to(x).clone().fill_diagonal_(0.0)
+    a, row_sums, both = _dense(alpha.to(x))
+    return _Parts(x, both, a @ x + a.t() @ x, row_sums, x1 - x2)
+
+
+def _dense(alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Clear the diagonal of α (N, N); (α, row sums, row plus column sums)."""
+    a = alpha.clone().fill_diagonal_(0.0)
     row_sums = a.sum(1)
-    return _Parts(x, row_sums + a.sum(0), a @ x + a.t() @ x, row_sums, x1 - x2)
+    return a, row_sums, row_sums + a.sum(0)
 
 
-def energy(x1: Tensor, x2: Tensor, alpha: Tensor | str | Objective | Importances, **settings: Any) -> Tensor:
-    """E_α = Σ_i Σ_{j≠i} α_ij (½‖x_i − x_j‖² − ½‖x_i − x_i′‖²) = ½·tr C_α, differentiable in x for a dense α.
+def energy(x1: Tensor, x2: Tensor, alpha: Alpha, **settings: Any) -> Tensor:
+    """Compute E_α = Σ_i Σ_{j≠i} α_ij (½‖x_i − x_j‖² − ½‖x_i − x_i′‖²) = ½·tr C_α.
+
+    The energy is differentiable in x for a dense α.
 
     Args:
-        x1, x2: (N, D) both views of the data, or of what a network makes of it.
-        alpha: (N, N), its diagonal unused; or an objective, whose α of these very rows it is, by the fused sweeps (cosine:
-            of unit rows, which then are x); or the `Importances` of other rows, such as embeddings of x.
-        **settings: of the objective, as of `alphacl_fast.alpha`; negatives are "one_view".
+        x1: (N, D) first view of the data, or of a network's outputs; float32 or float64.
+        x2: (N, D) second view, same dtype.
+        alpha: the pair weights. A tensor (N, N), whose diagonal is ignored; or an objective (name
+            or instance), whose α for these rows is computed by the fused sweeps (with cosine
+            similarity for unit rows, which then replace x); or the `Importances` of other rows,
+            such as the embeddings of x.
+        **settings: settings of the objective, as for `alphacl_fast.alpha`; negatives are always
+            "one_view".
 
     Returns:
         (), dtype of x1 (at least float32 for an objective).
 
     Raises:
-        TypeError, ValueError: shapes that do not fit, or settings without an objective.
+        TypeError: ``alpha`` has another type, or settings are given without an objective.
+        ValueError: shapes do not match.
 
     Source: arXiv:2201.12680, equation of the max player.
     """
@@ -84,12 +111,23 @@ def energy(x1: Tensor, x2: Tensor, alpha: Tensor | str | Objective | Importances
     return (spread - (p.row_sums * p.apart.square().sum(1)).sum()) / 2
 
 
-def contrastive_covariance(
-    x1: Tensor, x2: Tensor, alpha: Tensor | str | Objective | Importances, **settings: Any
-) -> Tensor:
-    """C_α = Σ_i Σ_{j≠i} α_ij [(x_i − x_j)(x_i − x_j)ᵀ − (x_i − x_i′)(x_i − x_i′)ᵀ], (D, D), in O(N·D + D²) memory.
+def contrastive_covariance(x1: Tensor, x2: Tensor, alpha: Alpha, **settings: Any) -> Tensor:
+    """Compute C_α = Σ_i Σ_{j≠i} α_ij [(x_i − x_j)(x_i − x_j)ᵀ − (x_i − x_i′)(x_i − x_i′)ᵀ].
 
-    Arguments and errors as of `energy`; a dense α takes the N² that it has itself.
+    Memory is O(N·D + D²), besides a dense α's N².
+
+    Args:
+        x1: (N, D) first view of the data.
+        x2: (N, D) second view.
+        alpha: the pair weights, as for `energy`.
+        **settings: settings of the objective, as for `energy`.
+
+    Returns:
+        (D, D), symmetric, dtype of x1 (at least float32 for an objective).
+
+    Raises:
+        TypeError: ``alpha`` has another type, or settings are given without an objective.
+        ValueError: shapes do not match.
 
     Source: arXiv:2201.12680, definition of the contrastive covariance.
     """
@@ -98,47 +136,75 @@ def contrastive_covariance(
     return (c + c.t()) / 2
 
 
-# --- networks on a fixed covariance ------------------------------------------------------------------------------------
+# --- networks on a fixed covariance ---------------------------------------------------------------
 
 
 def normalize(weight: Tensor, norm: str) -> Tensor:
-    """(…, out, in) scaled to ‖W‖_F = 1, or every filter (row) to norm 1/√out; zero stays zero."""
+    """Scale weights to a unit norm; zero stays zero.
+
+    Args:
+        weight: (…, out, in).
+        norm: "frobenius" (‖W‖_F = 1), else every filter (row) gets norm 1/√out.
+
+    Returns:
+        Shape and dtype of ``weight``.
+    """
     if norm == "frobenius":
-        return torch.nn.functional.normalize(weight.flatten(-2), dim=-1, eps=1e-300).view_as(weight)
-    return torch.nn.functional.normalize(weight, dim=-1, eps=1e-300) / math.sqrt(weight.shape[-2])
+        return F.normalize(weight.flatten(-2), dim=-1, eps=1e-300).view_as(weight)
+    return F.normalize(weight, dim=-1, eps=1e-300) / math.sqrt(weight.shape[-2])
 
 
 def random_weights(widths: Sequence[int], norm: str, seeds: Sequence[int]) -> list[Tensor]:
-    """float64 (seeds, widths[l + 1], widths[l]) for every layer l, normalised."""
+    """Draw normalised Gaussian weights for several networks at once.
+
+    Args:
+        widths: number of units of every layer, the input first.
+        norm: as for `normalize`.
+        seeds: one per network.
+
+    Returns:
+        For each layer l, float64 (seeds, widths[l + 1], widths[l]).
+    """
     weights = []
     for layer, (fan_in, fan_out) in enumerate(pairwise(widths)):
         generators = (torch.Generator().manual_seed(1000 * seed + layer) for seed in seeds)
-        draws = [torch.randn(fan_out, fan_in, dtype=torch.float64, generator=generator) for generator in generators]
+        draws = [torch.randn(fan_out, fan_in, dtype=torch.float64, generator=g) for g in generators]
         weights.append(normalize(torch.stack(draws), norm))
     return weights
 
 
 class Ascent(NamedTuple):
-    """Where projected gradient ascent has come: the weights (seeds, out, in), and E before every step and at the end."""
+    """The result of projected gradient ascent."""
 
-    weights: list[Tensor]  #: (seeds, out, in) of every layer
-    energies: Tensor  #: (steps + 1, seeds)
+    weights: list[Tensor]  #: final weights (seeds, out, in) of every layer
+    energies: Tensor  #: (steps + 1, seeds), E before every step and at the end
+
+
+Energy = Callable[[list[Tensor]], Tensor]
 
 
 def ascend(
-    value: Callable[[list[Tensor]], Tensor], weights: Sequence[Tensor], norm: str, *, rate: float, steps: int
+    value: Energy, weights: Sequence[Tensor], norm: str, *, rate: float, steps: int
 ) -> Ascent:
-    """Gradient ascent on ``value``, with every layer normalised after each step, of many networks at once.
+    """Run projected gradient ascent on several networks at once.
+
+    Every layer is normalised after each step.
 
     Args:
-        value: weights (seeds, out, in) of all layers → E (seeds,), each of its own seed's weights.
+        value: maps all layers' weights (seeds, out, in) to E (seeds,), each from its own seed's.
+        weights: initial weights (seeds, out, in) of every layer.
         norm: "frobenius" (‖W_l‖_F = 1) or "filter" (every row of W_l has norm 1/√rows).
         rate: step size η.
+        steps: number of steps.
+
+    Returns:
+        Final weights and the course of E.
 
     Raises:
-        ValueError: an unknown norm, or an E that stops being finite.
+        ValueError: the norm is unknown, or E becomes infinite or NaN.
 
-    Source: arXiv:2201.12680, the setting of its theorems on deep linear and two-layer ReLU networks.
+    Source: arXiv:2201.12680, the setting of its theorems on deep linear and two-layer ReLU
+    networks.
     """
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}")
@@ -149,7 +215,9 @@ def ascend(
             e = value(leaves)
             gradients = torch.autograd.grad(e.sum(), leaves)
         energies.append(e.detach())
-        weights = [normalize(w.detach() + rate * g, norm) for w, g in zip(leaves, gradients, strict=True)]
+        weights = [
+            normalize(w.detach() + rate * g, norm) for w, g in zip(leaves, gradients, strict=True)
+        ]
     with torch.no_grad():
         energies.append(value(weights))
     if not energies[-1].isfinite().all():
@@ -157,30 +225,42 @@ def ascend(
     return Ascent(weights, torch.stack(energies))
 
 
-def linear_energy(covariance: Tensor) -> Callable[[list[Tensor]], Tensor]:
-    """E = ½·tr(W C Wᵀ), W = W_L…W_1, of deep linear networks on C_α[x] (D, D)."""
+def linear_energy(covariance: Tensor) -> Energy:
+    """Build the energy of deep linear networks: E = ½·tr(W C Wᵀ), W = W_L…W_1.
+
+    Args:
+        covariance: C_α[x] (D, D).
+
+    Returns:
+        A function of all layers' weights (seeds, out, in) that returns E (seeds,).
+    """
 
     def value(weights: list[Tensor]) -> Tensor:
-        w = weights[0]
-        for layer in weights[1:]:
-            w = layer @ w
+        w = reduce(lambda product, layer: layer @ product, weights)
         return (w @ covariance * w).sum((-2, -1)) / 2
 
     return value
 
 
-def relu_energy(x1: Tensor, x2: Tensor, alpha: Tensor) -> Callable[[list[Tensor]], Tensor]:
-    """E_α of networks with a ReLU between the layers on data x1, x2 (N, D), for a dense α (N, N)."""
-    a = alpha.clone().fill_diagonal_(0.0)
-    row_sums = a.sum(1)
-    both, sym = row_sums + a.sum(0), a + a.t()
+def relu_energy(x1: Tensor, x2: Tensor, alpha: Tensor) -> Energy:
+    """Build the energy E_α of networks with a ReLU between their layers.
+
+    Args:
+        x1: (N, D) first view of the data.
+        x2: (N, D) second view.
+        alpha: (N, N) pair weights; the diagonal is ignored.
+
+    Returns:
+        A function of all layers' weights (seeds, out, in) that returns E (seeds,).
+    """
+    a, row_sums, both = _dense(alpha)
+    sym = a + a.t()
 
     def value(weights: list[Tensor]) -> Tensor:
-        f, g = x1.t().expand(len(weights[0]), -1, -1), x2.t().expand(len(weights[0]), -1, -1)  # (seeds, D, N)
-        for number, layer in enumerate(weights):
-            f, g = layer @ f, layer @ g
-            if number + 1 < len(weights):
-                f, g = torch.relu(f), torch.relu(g)
+        first, *others = weights
+        f, g = (first @ x.t().expand(len(first), -1, -1) for x in (x1, x2))  # (seeds, out, N)
+        for layer in others:
+            f, g = layer @ torch.relu(f), layer @ torch.relu(g)
         spread = (f.square().sum(1) * both).sum(1) - (f * (f @ sym)).sum((1, 2))
         return (spread - ((f - g).square().sum(1) * row_sums).sum(1)) / 2
 
@@ -188,6 +268,6 @@ def relu_energy(x1: Tensor, x2: Tensor, alpha: Tensor) -> Callable[[list[Tensor]
 
 
 def singular_ratio(weight: Tensor) -> Tensor:
-    """σ₂/σ₁ of (…, out, in): 0 for rank 1; NaN for a zero matrix."""
+    """Compute σ₂/σ₁ of weights (…, out, in): 0 for rank 1, NaN for a zero matrix."""
     s = torch.linalg.svdvals(weight)
     return s[..., 1] / s[..., 0] if s.shape[-1] > 1 else torch.zeros_like(s[..., 0])

@@ -1,10 +1,11 @@
-"""Times and peak memory over n × D × dtype × objective × mode, beside eager PyTorch, torch.compile and other packages.
+"""Measure times and peak memory over n × D × dtype × objective × mode, for backends and baselines.
 
     alphacl bench --n 1024,4096,16384 --negatives two_view,cross_view --out runs/bench
 
-Every row is in OUT/rows.jsonl as soon as it is made, with device, versions and commit; in the end the tables are printed and
-written to OUT/tables.md, and the growth with n is drawn in OUT/growth.png. A run into a folder that has rows adds to them, and
-the tables show the newest of each. `benchmarks.loss` times a setting, `benchmarks.memory` measures one.
+Every row is appended to OUT/rows.jsonl at once, with device, versions and commit. At the end the
+tables are printed and written to OUT/tables.md, and growth with n is plotted in OUT/growth.png. A
+run into a folder that already has rows adds to them; the tables show the newest of each.
+`benchmarks.loss` times a setting, `benchmarks.memory` measures its memory.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,22 @@ import torch
 from alphacl_fast import objectives, ops
 
 from . import loss, memory, report
-from .contestants import GPU_ONLY, RIVALS, missing, serves
+from .baselines import BASELINES, missing, serves
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-#: Matrices of n×n float32 that a dense loss may hold at once; a contestant that would not fit is not started.
+#: A dense loss may hold this many n×n matrices of float32; it is skipped if they do not fit.
 DENSE_MATRICES = 8
 
 
 def default_contestants(device: torch.device) -> list[str]:
-    """The package's usable sweep backends, eager, compiled and the rivals for this kind of device."""
-    served = {name: module.unsupported(device, torch.float32, None, "exp") for name, module in ops.SWEEP_BACKENDS.items()}
-    ours = [name for name, reason in served.items() if reason is None]
-    rivals = [name for name in RIVALS if device.type == "cuda" or name not in GPU_ONLY]
-    return [*ours, "eager", "compiled", *rivals]
+    """List the package's usable sweep backends, and the baselines for this kind of device."""
+    served = {
+        name: module.unsupported(device, torch.float32, None, "exp")
+        for name, module in ops.SWEEP_BACKENDS.items()
+    }
+    names = [name for name, reason in served.items() if reason is None]
+    gpu = device.type == "cuda"
+    return names + [name for name, found in BASELINES.items() if gpu or not found.gpu_only]
 
 
 def available_bytes(device: torch.device) -> int:
@@ -49,25 +52,39 @@ def available_bytes(device: torch.device) -> int:
         return 1 << 62
 
 
-def why_not(contestant: str, setting: loss.Setting, device: torch.device) -> str | None:
-    """Why a contestant that computes a setting's loss takes no part in it, or None."""
-    name = contestant.partition("/")[0]
-    absent = missing(name)
-    if absent:
+def why_not(name: str, setting: loss.Setting, device: torch.device) -> str | None:
+    """Say why an implementation that computes the setting's loss is skipped, if it is."""
+    if absent := missing(name):
         return f"not installed: {absent}"
     rows = setting.n // 2 if setting.negatives == "cross_view" else setting.n
-    if name not in (*ops.SWEEP_BACKENDS, "keops", *GPU_ONLY):
+    if name in BASELINES and name != "keops" and not BASELINES[name].gpu_only:
         needed, there = DENSE_MATRICES * 4 * rows**2, available_bytes(device)
         if needed > there:
-            return f"its n×n matrices may take {needed / 1e9:.0f} GB of {there / 1e9:.0f} GB that are free"
+            return (
+                f"its n×n matrices may take {needed / 1e9:.0f} GB of {there / 1e9:.0f} GB "
+                "that are free"
+            )
     return None
 
 
 def rows(
-    settings: list[loss.Setting], contestants: list[str], measures: list[str], device: torch.device,
-    repeats: tuple[int, int], budget: float, say: Callable[[str], None],
-) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """All rows of a grid, as they come; ``say`` hears who is left out, and why, once."""
+    settings: list[loss.Setting],
+    contestants: list[str],
+    measures: list[str],
+    device: torch.device,
+    repeats: tuple[int, int],
+    budget: float,
+    say: Callable[[str], None],
+) -> Iterator[dict[str, Any]]:
+    """Yield all rows of a grid as they are measured.
+
+    Args:
+        settings: the problems.
+        contestants: "NAME" or "NAME/OBJECTIVE" of each implementation.
+        measures: of `benchmarks.loss.MEASURES` and "memory".
+        device, repeats, budget: as in `benchmarks.loss.run`.
+        say: receives one line per implementation that is skipped, with the reason.
+    """
     said: set[tuple[str, str]] = set()
 
     def skip(contestant: str, why: str) -> None:
@@ -78,14 +95,13 @@ def rows(
     for setting in settings:
         here = []
         for contestant in contestants:
-            name, _, own = contestant.partition("/")
-            if not serves(name, own or setting.objective, setting.negatives):
+            name, own = loss.parse(contestant, setting)
+            if not serves(name, own.objective, own.negatives):
                 continue
-            why = why_not(contestant, setting, device)
-            if why is None:
-                here.append(contestant)
-            else:
+            if why := why_not(name, own, device):
                 skip(contestant, why)
+            else:
+                here.append(contestant)
         for measure in measures:
             if measure != "memory":
                 yield from loss.run(setting, here, repeats, device, budget, measure, skip)
@@ -93,8 +109,8 @@ def rows(
                 skip("memory", f"peaks cannot be read on {sys.platform}")
             else:
                 for contestant in here:
-                    name, _, own = contestant.partition("/")
-                    yield memory.measure(replace(setting, objective=own or setting.objective), name, device)
+                    name, own = loss.parse(contestant, setting)
+                    yield memory.measure(own, name, device)
 
 
 def _list(kind: type, valid: tuple | None = None):
@@ -102,41 +118,66 @@ def _list(kind: type, valid: tuple | None = None):
         values = [kind(part) for part in text.split(",") if part]
         for value in values:
             if valid is not None and value not in valid:
-                raise argparse.ArgumentTypeError(f"{value!r} is none of {', '.join(map(str, valid))}")
+                raise argparse.ArgumentTypeError(
+                    f"{value!r} is none of {', '.join(map(str, valid))}"
+                )
         if not values:
             raise argparse.ArgumentTypeError("at least one value is needed")
         return values
 
-    parse.__name__ = f"{kind.__name__} list"  # what argparse calls it
+    parse.__name__ = f"{kind.__name__} list"  # the name in argparse's messages
     return parse
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     modes = ("two_view", "one_view", "cross_view")
-    parser.add_argument("--n", type=_list(int), default=[1024, 4096],
-                        help="rows 2N; several after commas, as everywhere here (default: 1024,4096)")  # fmt: skip
-    parser.add_argument("--dim", type=_list(int), default=[128], help="features (default: 128)")
-    parser.add_argument("--dtype", type=_list(str, DTYPES), default=["float32"],
-                        help=f"of {', '.join(DTYPES)} (default: float32)")  # fmt: skip
-    parser.add_argument("--objective", type=_list(str, objectives.names()), default=["infonce"],
-                        help="names of objectives (default: infonce, the only one that others compute)")  # fmt: skip
-    parser.add_argument("--negatives", type=_list(str, modes), default=["two_view"],
-                        help=f"of {', '.join(modes)} (default: two_view)")  # fmt: skip
-    parser.add_argument("--measure", type=_list(str, (*loss.MEASURES, "memory")), default=["loss+gradient", "memory"],
-                        help="of loss, backward, loss+gradient, memory (default: loss+gradient,memory)")  # fmt: skip
-    parser.add_argument("--contestants", type=_list(str), help="backends, eager, compiled, or "
-                        f"{', '.join(RIVALS)} (default: all that run on the device)")  # fmt: skip
-    parser.add_argument("--tau", type=float, default=0.5, help="temperature (default: 0.5)")
-    parser.add_argument("--repeats", type=_list(int), default=[5, 25], help="fewest and most (default: 5,25)")
-    parser.add_argument("--budget", type=float, default=20.0, help="seconds for the repeats of a table (default: 20)")
-    parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
+    names = ", ".join(BASELINES)
+    for flag, parse, default, text in (
+        ("n", _list(int), "1024,4096", "rows 2N; every list is separated by commas"),
+        ("dim", _list(int), "128", "features"),
+        ("dtype", _list(str, DTYPES), "float32", f"out of {', '.join(DTYPES)}"),
+        (
+            "objective",
+            _list(str, objectives.names()),
+            "infonce",
+            "names of objectives; baselines compute infonce only",
+        ),
+        ("negatives", _list(str, modes), "two_view", f"out of {', '.join(modes)}"),
+        (
+            "measure",
+            _list(str, (*loss.MEASURES, "memory")),
+            "loss+gradient,memory",
+            "out of loss, backward, loss+gradient, memory",
+        ),
+        ("repeats", _list(int), "5,25", "fewest and most repeats"),
+        ("tau", float, 0.5, "temperature"),
+        ("budget", float, 20.0, "seconds for the repeats of a table"),
+        ("out", Path, "runs/bench", "folder of rows and tables"),
+    ):
+        parser.add_argument(
+            f"--{flag}", type=parse, default=default, help=f"{text} (default: %(default)s)"
+        )
+    parser.add_argument(
+        "--contestants",
+        type=_list(str),
+        help=f"backends, or {names} (default: all that run on the device)",
+    )
+    parser.add_argument("--threads", type=int, help="torch's threads (default: its own choice)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of rows and tables (default: runs/bench)")
 
 
 def run(given: argparse.Namespace, fail: Callable[[str], Any], say: Callable[[str], None]) -> int:
-    """The command with parsed flags; ``fail`` ends it with a message, ``say`` reports."""
-    known = {"eager", "compiled", *ops.SWEEP_BACKENDS, *RIVALS}
+    """Run the command.
+
+    Args:
+        given: parsed flags.
+        fail: ends the command with a message.
+        say: reports progress.
+
+    Returns:
+        The exit status, 0.
+    """
+    known = {*ops.SWEEP_BACKENDS, *BASELINES}
     for contestant in given.contestants or ():
         name, _, own = contestant.partition("/")
         if name not in known:
@@ -146,8 +187,8 @@ def run(given: argparse.Namespace, fail: Callable[[str], Any], say: Callable[[st
     for flag, least in (("n", 4), ("dim", 1), ("repeats", 1)):
         if min(getattr(given, flag)) < least:
             fail(f"--{flag} must be at least {least}, got {min(getattr(given, flag))}")
-    if any(n % 2 for n in given.n):
-        fail(f"--n must be even, it counts both views; got {next(n for n in given.n if n % 2)}")
+    if odd := [n for n in given.n if n % 2]:
+        fail(f"--n must be even, it counts both views; got {odd[0]}")
     for flag in ("tau", "budget"):
         if not 0 < getattr(given, flag) < float("inf"):
             fail(f"--{flag} must be a positive number, got {getattr(given, flag)}")
@@ -160,11 +201,10 @@ def run(given: argparse.Namespace, fail: Callable[[str], Any], say: Callable[[st
         fail(f"--device {given.device}: {str(error).splitlines()[0]}")
     if given.threads is not None:
         torch.set_num_threads(given.threads)
+    grid = itertools.product(given.negatives, given.dtype, given.objective, given.dim, given.n)
     settings = [
         loss.Setting(n, dim, dtype, objective, negatives, given.tau)
-        for negatives, dtype, objective, dim, n in itertools.product(
-            given.negatives, given.dtype, given.objective, given.dim, given.n
-        )
+        for negatives, dtype, objective, dim, n in grid
     ]
     contestants = given.contestants or default_contestants(device)
     start, made = time.monotonic(), 0
@@ -174,8 +214,8 @@ def run(given: argparse.Namespace, fail: Callable[[str], Any], say: Callable[[st
     except OSError as error:
         fail(f"cannot write to {given.out}: {error.strerror}")
     with file:
-        repeats = given.repeats[0], given.repeats[-1]
-        for row in rows(settings, contestants, given.measure, device, repeats, given.budget, say):
+        repeats, budget = (given.repeats[0], given.repeats[-1]), given.budget
+        for row in rows(settings, contestants, given.measure, device, repeats, budget, say):
             file.write(json.dumps(row) + "\n")
             file.flush()
             made += 1

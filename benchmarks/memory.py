@@ -1,4 +1,4 @@
-"""Peak memory of one contestant beyond what was there before its call; on a CPU each in a process of its own."""
+"""Measure peak memory on top of the inputs; on a CPU each measurement runs in its own process."""
 
 from __future__ import annotations
 
@@ -17,31 +17,27 @@ import torch
 
 import alphacl_fast
 
-from .contestants import make
-from .loss import Setting, gradient, kernels, provenance, synchronize, version
+from .baselines import make
+from .loss import Setting, gradient, heading, provenance, synchronize
 
-#: A child process finds the package here, installed or not.
+#: The folder in which a child process finds the package, installed or not.
 FOLDER = Path(alphacl_fast.__file__).parents[1]
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def supported(device: torch.device) -> bool:
-    """Whether peaks can be read: of any GPU, and of a process where /proc has them (Linux)."""
+    """Whether peaks can be read: on any GPU, and on a CPU where /proc has them (Linux)."""
     return device.type == "cuda" or (STATUS.exists() and RESET.exists())
 
 
-def _bytes(field: str) -> int:
-    return next(int(line.split()[1]) * 1024 for line in STATUS.read_text().splitlines() if line.startswith(field))
-
-
-def _trim() -> None:
-    """Gives the system back what the first calls have freed, for what is resident already would not count."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+def process_bytes(field: str) -> int:
+    """Read a size such as "VmRSS" (resident set) or "VmHWM" (its peak) of this process."""
+    lines = STATUS.read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def peak_of_device(run: Callable[[], Any], device: torch.device) -> int:
-    """Bytes of a GPU that a call needs beyond what was allocated before it, its result included."""
+    """Measure a call's peak GPU memory, in bytes on top of earlier allocations."""
     synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -50,41 +46,56 @@ def peak_of_device(run: Callable[[], Any], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def peak_extra_bytes(setting: Setting, contestant: str, device: torch.device) -> int:
-    """Of loss + gradient in this process, the gradient included, the inputs not."""
-    loss = make(contestant, setting.objective, setting.negatives, setting.tau)
-    gradient(loss, *replace(setting, n=64).views(device))  # loads what the first call loads
+def peak_extra_bytes(setting: Setting, name: str, device: torch.device) -> int:
+    """Measure loss and gradient in this process: peak bytes, including gradients, not inputs."""
+    loss = make(name, setting.objective, setting.negatives, setting.tau)
+    gradient(loss, *replace(setting, n=64).views(device))  # does the first call's loading
     views = setting.views(device)
     if device.type == "cuda":
         return peak_of_device(lambda: gradient(loss, *views), device)
-    _trim()
-    before = _bytes("VmRSS")
-    RESET.write_text("5")  # the peak becomes what is resident now
+    with contextlib.suppress(OSError, AttributeError):
+        # Return memory freed by the first call to the system: reusing it would not be counted.
+        ctypes.CDLL(None).malloc_trim(0)
+    before = process_bytes("VmRSS")
+    RESET.write_text("5")  # resets the peak to the current resident set
     gradient(loss, *views)
-    return max(0, _bytes("VmHWM") - before)
+    return max(0, process_bytes("VmHWM") - before)
 
 
-def measure(setting: Setting, contestant: str, device: torch.device, timeout: float = 600.0) -> dict[str, Any]:
-    """One row; ``peak_extra_bytes`` is None, and ``error`` says why, where the contestant did not get through."""
-    row = {
-        "benchmark": "memory", "contestant": contestant, "version": version(contestant), "objective": setting.objective,
-        "negatives": setting.negatives, "kernels": kernels(contestant, setting, device), "n": setting.n, "dim": setting.dim,
-        "dtype": setting.dtype,
-    }  # fmt: skip
+def measure(
+    setting: Setting, name: str, device: torch.device, timeout: float = 600.0
+) -> dict[str, Any]:
+    """Measure one implementation.
+
+    Args:
+        setting: the problem.
+        name: a baseline, or a backend of this package.
+        device: where to run.
+        timeout: seconds after which a child process is killed.
+
+    Returns:
+        One row; if the implementation fails, ``peak_extra_bytes`` is None and ``error`` says why.
+    """
+    row = heading("memory", name, setting, device)
     peak = error = None
     if device.type == "cuda":
         try:
-            peak = peak_extra_bytes(setting, contestant, device)
+            peak = peak_extra_bytes(setting, name, device)
         except torch.OutOfMemoryError as problem:
             error = str(problem)[:200]
     else:
         threads = str(torch.get_num_threads())
-        command = [sys.executable, "-m", __name__, json.dumps(asdict(setting)), contestant, str(device), threads]
+        command = [sys.executable, "-m", __name__]
+        command += [json.dumps(asdict(setting)), name, str(device), threads]
         try:
-            child = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=FOLDER)
-            peak = int(child.stdout.splitlines()[-1]) if child.returncode == 0 else None
-            if peak is None:  # killed for want of memory, or an exception
-                error = f"exit status {child.returncode}: {(child.stderr.strip().splitlines() or [''])[-1][:200]}"
+            child = subprocess.run(
+                command, capture_output=True, text=True, timeout=timeout, cwd=FOLDER
+            )
+            if child.returncode == 0:
+                peak = int(child.stdout.splitlines()[-1])
+            else:  # killed for lack of memory, or an exception
+                last = (child.stderr.strip().splitlines() or [""])[-1]
+                error = f"exit status {child.returncode}: {last[:200]}"
         except subprocess.TimeoutExpired:
             error = f"more than {timeout:g} s"
     return {**row, "peak_extra_bytes": peak, "error": error, **provenance(device)}

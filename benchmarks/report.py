@@ -1,7 +1,7 @@
-"""Tables and plots from rows of `benchmarks.bench`; the figures of README.md and docs/benchmarks.md come from here alone.
+"""Turn rows of `benchmarks.bench` into tables and plots, also README.md's and docs/benchmarks.md's.
 
-    python -m benchmarks.report            # prints both
-    python -m benchmarks.report --write    # writes them, from benchmarks/results/cpu.jsonl
+    python -m benchmarks.report            # print the documents' tables
+    python -m benchmarks.report --write    # write them, from benchmarks/results/cpu.jsonl
 """
 
 from __future__ import annotations
@@ -19,26 +19,25 @@ Row = dict[str, Any]
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.jsonl"
 BEGIN, END = "<!-- from rows: python -m benchmarks.report --write -->", "<!-- end of rows -->"
-#: The package's backends: whoever is not among them is a rival.
+#: The package's backends; every other implementation is a baseline.
 OURS = ("cpu", "triton", "cuda", "blocked", "reference")
 #: Smallest n of the README's table.
 HEADLINE_FROM = 1024
-#: Smallest n of a fit of the growth with n: below it launches and caches decide.
+#: Smallest n that enters the fit of the growth: below it, launches and caches dominate.
 FIT_FROM = 2048
 
 
 def read(file: Path) -> list[Row]:
-    """Rows of a file, the newest of each kind."""
+    """Read the rows of a file; of repeated measurements only the newest."""
     newest: dict[tuple, Row] = {}
     for line in file.read_text().splitlines():
         row = json.loads(line)
-        keys = ("benchmark", "contestant", "objective", "negatives", "n", "dim", "dtype", "threads", "device", "torch")
-        newest[tuple(row.get(key) for key in keys)] = row
+        newest[tuple(row.get(key) for key in ("benchmark", "contestant", "n", *SHARED))] = row
     return list(newest.values())
 
 
 def one_line(row: Row) -> str:
-    """A row for people."""
+    """Format a row for the terminal."""
     what = f"{row['benchmark']:13} {row['contestant']:28} {row['objective']} {row['negatives']} "
     what += f"n={row['n']} D={row['dim']} {row['dtype']}"
     if row["benchmark"] == "memory":
@@ -51,20 +50,24 @@ def one_line(row: Row) -> str:
 
 
 def best(rows: Iterable[Row], field: str) -> Row | None:
-    """The row with the least of something."""
+    """Find the row with the smallest value of a column."""
     return min((row for row in rows if row.get(field) is not None), key=lambda row: row[field], default=None)
 
 
 def fitted_power(points: list[tuple[int, float]]) -> float | None:
-    """p of time ∝ n^p by least squares of the logarithms over n ≥ FIT_FROM; None of fewer than two."""
+    """Fit p in time ∝ n^p by least squares on logarithms, n ≥ FIT_FROM; None below two points."""
     logs = [(math.log(n), math.log(t)) for n, t in points if n >= FIT_FROM]
     if len(logs) < 2:
         return None
     return statistics.linear_regression(*zip(*logs, strict=True)).slope
 
 
-#: What the rows of one table share.
+#: The columns whose values all rows of one table share.
 SHARED = ("negatives", "objective", "dtype", "dim", "threads", "device", "torch")
+
+
+def counted(threads: int) -> str:
+    return f"{threads} thread{'s' * (threads != 1)}"
 
 
 def groups(rows: list[Row], benchmark: str, keys: tuple[str, ...] = SHARED) -> dict[tuple, list[Row]]:
@@ -77,7 +80,7 @@ def groups(rows: list[Row], benchmark: str, keys: tuple[str, ...] = SHARED) -> d
 
 
 def table(rows: list[Row], field: str, show) -> list[str]:
-    """Contestants × n; the package's first, then by the last column."""
+    """Format implementations × n: the package's first, the others by the last column."""
     sizes = sorted({row["n"] for row in rows})
     names: dict[str, dict[int, Row]] = {}
     for row in rows:
@@ -112,13 +115,13 @@ def tables(rows: list[Row]) -> str:
                     return f"{row['median_in_gemms']:.3g}"
                 return f"{row['median_in_gemms'] / base['median_in_gemms']:.3g}"
 
-            unit = "time over that of the fastest backend" if any(ours.values()) else "time over a 4096³ product's"
-            out += [f"**{what}**: {objective}, `{negatives}`, D = {dim}, {dtype}, {threads} threads, {device}, "
-                    f"torch {torch}; {unit}.", ""]  # fmt: skip
+            unit = "this package's fastest backend" if any(ours.values()) else "a 4096³ GEMM"
+            out += [f"**{what}**: {objective}, `{negatives}`, D = {dim}, {dtype}, {counted(threads)}, {device}, "
+                    f"torch {torch}; run time relative to {unit}.", ""]  # fmt: skip
             out += [*table(those, "median_in_gemms", show), ""]
     out += lines
     for (negatives, objective, dtype, dim, _, device, torch), those in groups(rows, "memory").items():
-        out += [f"**Peak memory** beyond the inputs, MB: {objective}, `{negatives}`, D = {dim}, {dtype}, {device}, "
+        out += [f"**Peak memory** on top of the inputs, in MB: {objective}, `{negatives}`, D = {dim}, {dtype}, {device}, "
                 f"torch {torch}.", ""]  # fmt: skip
 
         def megabytes(row: Row | None) -> str:
@@ -132,8 +135,8 @@ def tables(rows: list[Row]) -> str:
         powers = [(name, fitted_power(points)) for name, points in curves(those).items()]
         shown = [f"`{name}` {power:.2f}" for name, power in powers if power is not None]
         if shown:
-            out += [f"Time grows as n to the power (n ≥ {FIT_FROM:,}; {objective}, `{negatives}`, D = {dim}, {dtype}): "
-                    f"{', '.join(shown)}.", ""]  # fmt: skip
+            out += [f"Run time grows as n^p, with p fitted over n ≥ {FIT_FROM:,} ({objective}, `{negatives}`, D = {dim}, "
+                    f"{dtype}): {', '.join(shown)}.", ""]  # fmt: skip
     return "\n".join(out)
 
 
@@ -150,14 +153,14 @@ def by_objective(rows: list[Row]) -> tuple[list[Row], list[str]]:
         if contestant in OURS and bases:
             alone += others
             shown = [{**row, "contestant": row["objective"]} for row in (*bases, *others)]
-            lines += [f"**Objectives**: loss and gradient by `{contestant}`, `{negatives}`, D = {dim}, {dtype}, {threads} "
-                      f"threads, {device}, torch {torch}; time over a 4096³ product's.", ""]  # fmt: skip
+            lines += [f"**Objectives**: loss and gradient with `{contestant}`, `{negatives}`, D = {dim}, {dtype}, "
+                      f"{counted(threads)}, {device}, torch {torch}; run time relative to a 4096³ GEMM.", ""]  # fmt: skip
             lines += [*table(shown, "median_in_gemms", lambda row: f"{row['median_in_gemms']:.3g}" if row else ""), ""]
     return alone, lines
 
 
 def curves(rows: list[Row]) -> dict[str, list[tuple[int, float]]]:
-    """(n, time in GEMMs) of every contestant."""
+    """Collect (n, time in GEMMs) of every implementation."""
     found: dict[str, list[tuple[int, float]]] = {}
     for row in sorted(rows, key=lambda row: row["n"]):
         found.setdefault(row["contestant"], []).append((row["n"], row["median_in_gemms"]))
@@ -190,8 +193,8 @@ def plot(rows: list[Row], path: Path) -> bool:
                      if r["contestant"] == name and r["peak_extra_bytes"]]  # fmt: skip
             if peaks:
                 memory.loglog(*zip(*peaks, strict=True), **style)
-        time.set(title=f"{objective}, {negatives}, D = {dim}, {dtype}", ylabel="loss + gradient, in 4096³ products")
-        memory.set(xlabel="n (rows of both views)", ylabel="peak memory beyond the inputs, MB")
+        time.set(title=f"{objective}, {negatives}, D = {dim}, {dtype}", ylabel="loss + gradient, relative to a 4096³ GEMM")
+        memory.set(xlabel="n (rows of both views)", ylabel="peak memory on top of the inputs, MB")
         for axis in (time, memory):
             axis.grid(alpha=0.3)
         time.legend(fontsize=7)
@@ -223,8 +226,8 @@ def newest_machine(rows: list[Row]) -> list[Row]:
 def headline(rows: list[Row], dim: int = 128, dtype: str = "float32", objective: str = "infonce") -> str:
     """The README's table: the fastest backend beside eager, torch.compile and the best other package, in every mode."""
     lines = [
-        "| mode | n = 2N | fraction of GEMM rate | × eager | × torch.compile | × the fastest other package | memory (MB) "
-        "| least of all others (MB) |",
+        "| mode | n = 2N | fraction of GEMM rate | eager (×) | torch.compile (×) | fastest other package (×) "
+        "| memory (MB) | best alternative (MB) |",
         "|---|---|---|---|---|---|---|---|",
     ]
     fixed = {"dim": dim, "dtype": dtype, "objective": objective}
@@ -259,14 +262,14 @@ def headline(rows: list[Row], dim: int = 128, dtype: str = "float32", objective:
 
 
 def machine(row: Row) -> str:
-    return (f"{row['device']}, {row['threads']} threads, kernels `{row['kernels']}`, torch {row['torch']}, "
+    return (f"{row['device']}, {counted(row['threads'])}, kernels `{row['kernels']}`, torch {row['torch']}, "
             f"Python {row['python']}, commit {row['commit']}")  # fmt: skip
 
 
 def training(rows: list[Row]) -> str:
     """Throughput of `alphacl train` by backend, and the loss's share of the step."""
     lines = [
-        "| batch | n | backend | throughput over that of `reference` | share of the step in the loss |",
+        "| batch | n | backend | throughput relative to `reference` | share of the step spent in the loss |",
         "|---|---|---|---|---|",
     ]
     for row in (row for row in rows if row["benchmark"] == "training"):
@@ -281,7 +284,7 @@ def sections(rows: list[Row]) -> dict[Path, list[str]]:
     calls = [row for row in rows if row["benchmark"] != "training"]
     newest = newest_machine(calls)
     ours = next(row for row in reversed(newest) if row["kernels"])
-    where = f"On {machine(ours)}.\n"
+    where = f"Measured on {machine(ours)}.\n"
     older = [row for row in calls if row not in newest]
     return {
         ROOT / "README.md": [headline(newest)],
@@ -292,7 +295,7 @@ def sections(rows: list[Row]) -> dict[Path, list[str]]:
 
 
 def filled(text: str, parts: list[str]) -> str:
-    """A document with ``parts`` between its marks."""
+    """Replace the text between a document's marks by ``parts``."""
     pieces = text.split(BEGIN)
     if len(pieces) != len(parts) + 1:
         raise ValueError(f"{len(parts)} marks are expected, found {len(pieces) - 1}")

@@ -1,4 +1,4 @@
-"""The benchmark commands run, gate on correctness, and write rows with their provenance; documents show what rows say."""
+"""Benchmark commands check gradients and write rows with provenance; documents match the rows."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from alphacl_fast import cli
-from alphacl_fast.benchmarks import bench, contestants, loss, memory, report
+from alphacl_fast.benchmarks import baselines, bench, loss, memory, report
 from tools import training
 
 ROOT = Path(__file__).parent.parent
@@ -25,8 +25,24 @@ def small_gemm(monkeypatch):
 
 
 def run(out, *flags):
-    return cli.main(["bench", "--n", "64", "--dim", "8", "--device", "cpu", "--budget", "0.05", "--repeats", "2,3",
-                     "--out", str(out), *flags])  # fmt: skip
+    return cli.main(
+        [
+            "bench",
+            "--n",
+            "64",
+            "--dim",
+            "8",
+            "--device",
+            "cpu",
+            "--budget",
+            "0.05",
+            "--repeats",
+            "2,3",
+            "--out",
+            str(out),
+            *flags,
+        ]
+    )
 
 
 def rows_of(out):
@@ -39,11 +55,13 @@ def test_rows(tmp_path, negatives, small_gemm, capsys):
     flags = ["--negatives", negatives, "--measure", "loss,backward,loss+gradient"]
     assert run(tmp_path, *flags, "--contestants", ",".join(names)) == 0
     rows = rows_of(tmp_path)
-    assert [(row["benchmark"], row["contestant"]) for row in rows] == [(m, name) for m in loss.MEASURES for name in names]
+    assert [(row["benchmark"], row["contestant"]) for row in rows] == [
+        (m, name) for m in loss.MEASURES for name in names
+    ]
     for row in rows:
         assert row["median_in_gemms"] > 0
         assert (row["fraction_of_gemm_rate"] is None) == (row["benchmark"] != "loss+gradient")
-        assert row["median_ms"] is None  # absolute times only from a GPU
+        assert row["median_ms"] is None  # absolute times are kept on GPUs only
         assert (row["torch"], row["negatives"]) == (torch.__version__, negatives)
         assert 0 < row["gradient_error"] < 1e-5
         assert row["device"]
@@ -66,14 +84,14 @@ def test_a_second_run_adds_rows_and_draws_the_growth(tmp_path, small_gemm):
 
 @pytest.mark.skipif(not memory.supported(CPU), reason="peaks of a process can be read on Linux")
 def test_memory_is_that_of_the_loss(tmp_path):
-    """Dense losses hold n×n matrices, the kernels do not."""
+    """Dense losses hold n×n matrices; the kernels do not."""
     assert run(tmp_path, "--contestants", "cpu,eager", "--measure", "memory", "--n", "2048") == 0
     peaks = {row["contestant"]: row["peak_extra_bytes"] for row in rows_of(tmp_path)}
     assert peaks["eager"] > 2 * 4 * 2048**2
     assert peaks["cpu"] < 4 * 2048**2
 
 
-def test_a_contestant_that_fails_leaves_a_row(monkeypatch):
+def test_an_implementation_that_fails_leaves_a_row(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     row = memory.measure(loss.Setting(64, 8), "cpu", CPU)
     assert row["peak_extra_bytes"] is None
@@ -82,39 +100,48 @@ def test_a_contestant_that_fails_leaves_a_row(monkeypatch):
     assert "did not run" in report.tables([row])
 
 
-@pytest.mark.parametrize("name", [name for name in contestants.RIVALS if name not in contestants.GPU_ONLY])
-def test_rivals_compute_the_same_loss(name):
-    """Value and gradient of every rival that is installed; the others say why not."""
-    if contestants.missing(name):
-        pytest.skip(contestants.missing(name))
+@pytest.mark.parametrize(
+    "name", [name for name in baselines.PACKAGES if not baselines.BASELINES[name].gpu_only]
+)
+def test_baselines_compute_the_same_loss(name):
+    """Every installed baseline has our value and gradient; others are skipped with the reason."""
+    if baselines.missing(name):
+        pytest.skip(baselines.missing(name))
     if name == "keops":
         pytest.skip("compiles for a minute")
-    for negatives in contestants.RIVALS[name][1]:
+    for negatives in baselines.BASELINES[name].modes:
         setting = loss.Setting(96, 16, negatives=negatives, tau=0.2)
-        function = contestants.make(name, "infonce", negatives, 0.2)
+        function = baselines.make(name, "infonce", negatives, 0.2)
         assert loss.verify(function, setting, CPU) < 1e-5
         views = setting.views(CPU)
-        ours = contestants.make("cpu", "infonce", negatives, 0.2)
+        ours = baselines.make("cpu", "infonce", negatives, 0.2)
         torch.testing.assert_close(loss.value(function, *views), loss.value(ours, *views))
 
 
-def test_the_strongest_rivals_of_a_cpu_are_there():
-    """What the test extra installs is measured, not skipped."""
+def test_the_strongest_baselines_of_a_cpu_are_there():
+    """The packages of the test extra are measured, not skipped."""
     for name in (
-        "lightly", "pytorch_metric_learning", "open_clip", "info_nce", "sentence_transformers", "sentence_transformers_cached",
-    ):  # fmt: skip
-        assert contestants.missing(name) is None
+        "lightly",
+        "pytorch_metric_learning",
+        "open_clip",
+        "info_nce",
+        "sentence_transformers",
+        "sentence_transformers_cached",
+    ):
+        assert baselines.missing(name) is None
         assert loss.version(name)
     assert {"eager", "compiled", "lightly", "keops"} <= set(bench.default_contestants(CPU))
 
 
-@pytest.mark.skipif(" " in torch.__file__, reason="torch's inductor does not quote the path of its headers")
-def test_the_compiled_contestant_is_compiled_at_every_size(monkeypatch):
-    """torch gives up on a function after a number of sizes and runs it as it is; and its backward runs once by default."""
+@pytest.mark.skipif(
+    " " in torch.__file__, reason="torch's inductor does not quote the path of its headers"
+)
+def test_the_compiled_baseline_is_compiled_at_every_size(monkeypatch):
+    """torch falls back to eager after a number of sizes, and a compiled backward runs only once."""
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     for n in (16, 24):
-        compiled = contestants.make("compiled", "infonce", "cross_view", 0.5)
+        compiled = baselines.make("compiled", "infonce", "cross_view", 0.5)
         views = loss.Setting(n, 8).views(CPU)
         loss.value(compiled, *views)
         backward = loss.timed("backward", compiled, *views)
@@ -131,14 +158,25 @@ def test_wrong_gradient_is_not_timed(monkeypatch, capsys, tmp_path):
     assert "nothing was measured" in said
 
 
-def test_absent_rivals_and_those_too_large_are_named(monkeypatch):
+def test_absent_and_too_large_baselines_are_named(monkeypatch):
     monkeypatch.setattr(bench, "available_bytes", lambda device: 10**9)
-    monkeypatch.setattr(bench, "missing", lambda name: "No module named 'lightly'" if name == "lightly" else None)
+    monkeypatch.setattr(
+        bench, "missing", lambda name: "No module named 'lightly'" if name == "lightly" else None
+    )
     said = []
     settings = [loss.Setting(64, 8), loss.Setting(1 << 17, 8)]
-    assert list(bench.rows(settings, ["lightly", "eager", "open_clip"], [], CPU, (1, 1), 1.0, said.append)) == []
-    assert said == ["lightly skipped: not installed: No module named 'lightly'",
-                    "eager skipped: its n×n matrices may take 550 GB of 1 GB that are free"]  # fmt: skip
+    assert (
+        list(
+            bench.rows(
+                settings, ["lightly", "eager", "open_clip"], [], CPU, (1, 1), 1.0, said.append
+            )
+        )
+        == []
+    )
+    assert said == [
+        "lightly skipped: not installed: No module named 'lightly'",
+        "eager skipped: its n×n matrices may take 550 GB of 1 GB that are free",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -163,8 +201,26 @@ def test_bad_flags(tmp_path, capsys, flags, message):
 
 
 def test_an_interrupted_run_keeps_its_rows(tmp_path):
-    command = [sys.executable, "-m", "alphacl_fast.cli", "bench", "--n", "64,8192", "--dim", "8", "--device", "cpu",
-               "--measure", "loss+gradient", "--contestants", "cpu", "--repeats", "1000", "--out", str(tmp_path)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "alphacl_fast.cli",
+        "bench",
+        "--n",
+        "64,8192",
+        "--dim",
+        "8",
+        "--device",
+        "cpu",
+        "--measure",
+        "loss+gradient",
+        "--contestants",
+        "cpu",
+        "--repeats",
+        "1000",
+        "--out",
+        str(tmp_path),
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     rows = tmp_path / "rows.jsonl"
     deadline = time.monotonic() + 120
@@ -178,23 +234,39 @@ def test_an_interrupted_run_keeps_its_rows(tmp_path):
 
 def test_eager_refuses_what_it_is_not():
     with pytest.raises(ValueError, match="eager must be asked for infonce"):
-        contestants.make("eager", "triplet", "two_view", 0.5)
+        baselines.make("eager", "triplet", "two_view", 0.5)
     with pytest.raises(ValueError, match="open_clip must be asked for infonce in cross_view"):
-        contestants.make("open_clip", "infonce", "two_view", 0.5)
+        baselines.make("open_clip", "infonce", "two_view", 0.5)
 
 
 def test_calls_under_pytest_benchmark(tmp_path):
-    """The suite of single calls, at a tiny size."""
+    """The suite of single calls runs at a tiny size."""
     out = tmp_path / "calls.json"
-    command = [sys.executable, "-m", "pytest", "tools/test_calls.py", "-n", "0", "-q", "-p", "no:cacheprovider",
-               "--benchmark-min-rounds=1", "--benchmark-max-time=0.001", "--benchmark-warmup=off",
-               "-k", "cpu or eager or triplet or float64", f"--benchmark-json={out}"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tools/test_calls.py",
+        "-n",
+        "0",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--benchmark-min-rounds=1",
+        "--benchmark-max-time=0.001",
+        "--benchmark-warmup=off",
+        "-k",
+        "cpu or eager or triplet or float64",
+        f"--benchmark-json={out}",
+    ]
     environment = {**os.environ, "ALPHACL_BENCH_N": "64", "ALPHACL_BENCH_DIM": "8"}
     environment.pop("PYTEST_XDIST_WORKER", None)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
     found = json.loads(out.read_text())["benchmarks"]
-    assert {"infonce two_view n=64 loss+gradient", "infonce cross_view n=64 backward"} <= {b["group"] for b in found}
+    assert {"infonce two_view n=64 loss+gradient", "infonce cross_view n=64 backward"} <= {
+        b["group"] for b in found
+    }
     assert all(0 < b["extra_info"]["gradient_error"] < 1e-5 for b in found)
 
 
@@ -209,15 +281,29 @@ def test_training_step_by_backend(tmp_path):
     assert "| 16 | 32 | `auto` |" in report.training(rows)
 
 
-# --- the documents ----------------------------------------------------------------------------------------------------
+# --- the documents --------------------------------------------------------------------------------
 
 
 def row(contestant, n, gemms, **other):
     return {
-        "benchmark": "loss+gradient", "contestant": contestant, "objective": "infonce", "negatives": "two_view", "n": n,
-        "dim": 128, "dtype": "float32", "threads": 2, "device": "here", "torch": "2", "python": "3", "commit": "c",
-        "kernels": None, "median_in_gemms": gemms, "fraction_of_gemm_rate": 1.0, "peak_extra_bytes": None, **other,
-    }  # fmt: skip
+        "benchmark": "loss+gradient",
+        "contestant": contestant,
+        "objective": "infonce",
+        "negatives": "two_view",
+        "n": n,
+        "dim": 128,
+        "dtype": "float32",
+        "threads": 2,
+        "device": "here",
+        "torch": "2",
+        "python": "3",
+        "commit": "c",
+        "kernels": None,
+        "median_in_gemms": gemms,
+        "fraction_of_gemm_rate": 1.0,
+        "peak_extra_bytes": None,
+        **other,
+    }
 
 
 def test_growth_is_fitted():
@@ -226,10 +312,16 @@ def test_growth_is_fitted():
 
 
 def test_headline_compares_with_the_best_of_each_kind():
-    rows = [row("cpu", 4096, 1.0), row("blocked", 4096, 2.0), row("eager", 4096, 5.0), row("slow", 4096, 9.0),
-            row("quick", 4096, 4.0), row("cpu", 4096, None, benchmark="memory", peak_extra_bytes=2e6),
-            row("blocked", 4096, None, benchmark="memory", peak_extra_bytes=1e6),
-            row("quick", 4096, None, benchmark="memory", peak_extra_bytes=7e6)]  # fmt: skip
+    rows = [
+        row("cpu", 4096, 1.0),
+        row("blocked", 4096, 2.0),
+        row("eager", 4096, 5.0),
+        row("slow", 4096, 9.0),
+        row("quick", 4096, 4.0),
+        row("cpu", 4096, None, benchmark="memory", peak_extra_bytes=2e6),
+        row("blocked", 4096, None, benchmark="memory", peak_extra_bytes=1e6),
+        row("quick", 4096, None, benchmark="memory", peak_extra_bytes=7e6),
+    ]
     line = report.headline(rows).splitlines()[2]
     assert line == "| two_view | 4,096 | 1.00 | 5.0 |  | 4.0 (quick) | 2.0 | 7.0 (quick) |"
 
@@ -241,7 +333,7 @@ def test_the_headline_leaves_small_batches_to_the_document():
 
 
 def test_objectives_stand_beside_infonce():
-    """What the package alone computes has one table; without InfoNCE's row, or with somebody to compare with, its own."""
+    """Objectives without a baseline share one table with InfoNCE; otherwise each has its own."""
     rows = [row("cpu", 64, 2.0), row("cpu", 64, 1.0, objective="triplet"), row("eager", 64, 3.0)]
     shown = report.tables(rows)
     assert "| `triplet` | 1 |" in shown.split("**Objectives**")[1]
@@ -261,7 +353,9 @@ def test_the_newest_row_counts(tmp_path):
 def test_documents_show_the_rows():
     for file, parts in report.sections(report.read(report.RESULTS)).items():
         text = file.read_text()
-        assert text == report.filled(text, parts), f"{file.name}: python -m benchmarks.report --write"
+        assert text == report.filled(text, parts), (
+            f"{file.name}: python -m benchmarks.report --write"
+        )
     with pytest.raises(ValueError, match="2 marks are expected, found 0"):
         report.filled("nothing", ["a", "b"])
     with pytest.raises(ValueError, match="not closed"):

@@ -1,5 +1,8 @@
-"""Adapters against the packages whose place they take: loss to 1e-6 and gradient within twice the error of the package's own
-float32, both judged by the package in float64; and `loss_against` and `supcon_loss` against dense definitions."""
+"""Adapters agree with the packages they replace; explicit negatives agree with dense definitions.
+
+The package in float64 is the truth: losses agree to 1e-6, and the gradient's error is at most twice
+the package's own in float32.
+"""
 
 import importlib
 import warnings
@@ -9,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from family import BACKENDS, MEMBERS, assert_same_gradients, member_id, pair, relative_error
 
-from alphacl_fast import against, compat, objectives  # noqa: F401
+from alphacl_fast import compat, explicit_negatives, objectives  # noqa: F401
 from alphacl_fast.backend import reference
 from alphacl_fast.compat import lightly, open_clip, pytorch_metric_learning, sentence_transformers
 from alphacl_fast.explicit_negatives import loss_against, supcon_loss
 
-ROUNDING = 4e-7  # of float32 results that are themselves right
+ROUNDING = 4e-7  # tolerance of exact float32 results
 
 
 def check(ours, theirs, *inputs):
-    """``ours`` and ``theirs`` map the inputs to a loss; theirs in float64 is the truth, of the gradients of all inputs too."""
+    """Compare two losses of the inputs, and all gradients; ``theirs`` in float64 is the truth."""
 
     def run(loss, dtype):
         leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
@@ -40,7 +43,7 @@ def check(ours, theirs, *inputs):
 def package(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return importlib.import_module(name)  # of the extra "test": a missing one is an error
+        return importlib.import_module(name)  # an error if missing: the extra "test" has it
 
 
 @pytest.mark.parametrize("n", [2, 37])
@@ -51,7 +54,7 @@ def test_lightly(n, tau):
 
 
 def test_lightly_memory_bank():
-    """Several steps: the bank fills, wraps and stays alone in evaluation as the original's does."""
+    """The bank fills, wraps and is left alone in evaluation, as in the original."""
     package("lightly.loss")
     from lightly.loss import NTXentLoss
 
@@ -119,10 +122,22 @@ def test_sentence_transformers(hard, scale):
         def forward(self, features):
             return {"sentence_embedding": features["x"]}
 
-    columns = [*pair(17, 8, torch.float32), *(pair(17, 8, torch.float32, seed=k)[1] for k in range(1, hard + 1))]
-    ours, theirs = (loss(Model(), scale=scale) for loss in (sentence_transformers.MultipleNegativesRankingLoss,
-                                                            MultipleNegativesRankingLoss))
-    check(lambda *z: ours([{"x": x} for x in z]), lambda *z: theirs([{"x": x} for x in z], None), *columns)
+    columns = [
+        *pair(17, 8, torch.float32),
+        *(pair(17, 8, torch.float32, seed=k)[1] for k in range(1, hard + 1)),
+    ]
+    ours, theirs = (
+        loss(Model(), scale=scale)
+        for loss in (
+            sentence_transformers.MultipleNegativesRankingLoss,
+            MultipleNegativesRankingLoss,
+        )
+    )
+    check(
+        lambda *z: ours([{"x": x} for x in z]),
+        lambda *z: theirs([{"x": x} for x in z], None),
+        *columns,
+    )
     if not hard:
         return
 
@@ -131,7 +146,9 @@ def test_sentence_transformers(hard, scale):
 
     ours = sentence_transformers.MultipleNegativesRankingLoss(scale=1.0, similarity_fct=dot_score)
     scores = columns[0] @ torch.cat(columns[1:]).t()
-    torch.testing.assert_close(ours.compute_loss_from_embeddings(columns), F.cross_entropy(scores, torch.arange(17)))
+    torch.testing.assert_close(
+        ours.compute_loss_from_embeddings(columns), F.cross_entropy(scores, torch.arange(17))
+    )
 
 
 def test_what_is_not_served_is_said():
@@ -140,20 +157,35 @@ def test_what_is_not_served_is_said():
     metric, ranking = pytorch_metric_learning, sentence_transformers.MultipleNegativesRankingLoss
     for call, message in (
         (lambda: lightly.NTXentLoss(0.0), "temperature must be > 0, got 0"),
-        (lambda: lightly.NTXentLoss(0.5, 50), r"memory_bank_size must be 0 or \(rows, features\), got 50"),
-        (lambda: lightly.NTXentLoss(0.5, (16, 4), True), "gather_distributed must be False with a memory bank"),
+        (
+            lambda: lightly.NTXentLoss(0.5, 50),
+            r"memory_bank_size must be 0 or \(rows, features\), got 50",
+        ),
+        (
+            lambda: lightly.NTXentLoss(0.5, (16, 4), True),
+            "gather_distributed must be False with a memory bank",
+        ),
         (lambda: open_clip.ClipLoss(use_horovod=True), "use_horovod must be False"),
         (lambda: metric.NTXentLoss(distance=None), "distance must be left at its default"),
         (lambda: metric.NTXentLoss(temperature=-1.0), "temperature must be > 0"),
         (lambda: metric.NTXentLoss()(z, torch.arange(12) // 3), "labels must each have two rows"),
         (lambda: metric.NTXentLoss()(z, torch.arange(12) // 4), "labels must each have two rows"),
         (lambda: metric.NTXentLoss()(z, torch.arange(12)), "labels must each have two rows"),
-        (lambda: metric.SupConLoss()(z, torch.arange(5)), r"labels must be a tensor of shape \(12,\), got \(5,\)"),
+        (
+            lambda: metric.SupConLoss()(z, torch.arange(5)),
+            r"labels must be a tensor of shape \(12,\), got \(5,\)",
+        ),
         (lambda: metric.SupConLoss()(z), r"labels must be a tensor of shape \(12,\), got NoneType"),
         (lambda: metric.SupConLoss()(z, torch.zeros(12), ref_emb=z), "ref_emb must be None"),
-        (lambda: ranking(similarity_fct=torch.cdist), "similarity_fct must be cos_sim or dot_score, got cdist"),
+        (
+            lambda: ranking(similarity_fct=torch.cdist),
+            "similarity_fct must be cos_sim or dot_score, got cdist",
+        ),
         (lambda: ranking().compute_loss_from_embeddings([z1]), "two columns or more of one shape"),
-        (lambda: ranking().compute_loss_from_embeddings([z1, z2[:3]]), "two columns or more of one shape"),
+        (
+            lambda: ranking().compute_loss_from_embeddings([z1, z2[:3]]),
+            "two columns or more of one shape",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -164,7 +196,7 @@ def test_what_is_not_served_is_said():
     assert not z.grad.any()
 
 
-# --- anchors against any negatives ------------------------------------------------------------------------------------
+# --- explicit negatives ---------------------------------------------------------------------------
 
 
 def dense(z, negatives, positive, tau, objective):
@@ -179,7 +211,9 @@ def dense(z, negatives, positive, tau, objective):
 def test_loss_against(member, m):
     objective = objectives.make(*member)
     generator = torch.Generator().manual_seed(3)
-    z, other = (torch.randn(k, 4, generator=generator, dtype=torch.float64) / 2 for k in (9, m or 1))
+    z, other = (
+        torch.randn(k, 4, generator=generator, dtype=torch.float64) / 2 for k in (9, m or 1)
+    )
     positive, weights = torch.randn(2, 9, generator=generator, dtype=torch.float64)
     tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=objective.tau_gradient is not None)
     leaves = [z, positive] + ([] if m is None else [other])
@@ -200,9 +234,13 @@ def test_loss_against_on_every_backend(backend):
         x, y, p = x.requires_grad_(), y.requires_grad_(), positive.to(x.dtype).requires_grad_()
         loss = loss_against(x, y, p, temperature=0.1, backend=chosen)
         results.append([loss.detach(), *torch.autograd.grad(loss, (x, y, p))])
-        one_side = torch.autograd.grad(loss_against(x, y.detach(), p.detach(), temperature=0.1, backend=chosen), x)[0]
+        one_side = torch.autograd.grad(
+            loss_against(x, y.detach(), p.detach(), temperature=0.1, backend=chosen), x
+        )[0]
         torch.testing.assert_close(one_side, results[-1][1])
-        other_side = torch.autograd.grad(loss_against(x.detach(), y, p.detach(), temperature=0.1, backend=chosen), y)[0]
+        other_side = torch.autograd.grad(
+            loss_against(x.detach(), y, p.detach(), temperature=0.1, backend=chosen), y
+        )[0]
         torch.testing.assert_close(other_side, results[-1][2])
     for a, b in zip(*results, strict=True):
         assert relative_error(a.double(), b) < 1e-5
@@ -212,7 +250,10 @@ def test_loss_against_beside_a_graph():
     compiled = torch.compile(lambda z, ids: supcon_loss(2 * z, ids), backend="eager")
     for n in (12, 9, 15):
         z, ids = pair(n, 4)[0].requires_grad_(), torch.arange(n) // 3
-        a, b = (torch.autograd.grad(f(z, ids), z)[0] for f in (compiled, lambda z, ids: supcon_loss(2 * z, ids)))
+        a, b = (
+            torch.autograd.grad(f(z, ids), z)[0]
+            for f in (compiled, lambda z, ids: supcon_loss(2 * z, ids))
+        )
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
@@ -221,7 +262,11 @@ def test_loss_against_refuses():
     ok = torch.zeros(5, dtype=torch.float64)
     for arguments, error, message in (
         ((z, other[:, :2], ok), ValueError, "negatives must have the width, dtype and device of z"),
-        ((z, other.float(), ok), ValueError, "negatives must have the width, dtype and device of z"),
+        (
+            (z, other.float(), ok),
+            ValueError,
+            "negatives must have the width, dtype and device of z",
+        ),
         ((z, other[:0], ok), ValueError, "negatives must have at least 1 rows"),
         ((z[:1], None, ok[:1]), ValueError, "z must have at least 2 rows"),
         ((z, other, ok[:4]), ValueError, r"positive must be a tensor of shape \(5,\)"),
@@ -232,7 +277,9 @@ def test_loss_against_refuses():
             loss_against(*arguments)
     with pytest.raises(ValueError, match="backend must not be 'reference'"):
         loss_against(z, other, ok, backend="reference")
-    with pytest.raises(ValueError, match=r"ids must be integers of shape \(5,\), got \(5,\) torch.float64"):
+    with pytest.raises(
+        ValueError, match=r"ids must be integers of shape \(5,\), got \(5,\) torch.float64"
+    ):
         supcon_loss(z, ok)
     with pytest.raises(ValueError, match="reduction must be one of"):
         supcon_loss(z, torch.zeros(5, dtype=torch.long), reduction="median")
@@ -246,10 +293,16 @@ def test_supcon_reductions_and_lonely_rows():
     for i in range(12):
         others = torch.tensor([j for j in range(12) if j != i])
         same = [j for j in others.tolist() if ids[j] == ids[i]]
-        expected.append(s[i, others].logsumexp(0) - s[i, same].mean() if same else torch.tensor(0.0).double())
+        expected.append(
+            s[i, others].logsumexp(0) - s[i, same].mean() if same else torch.tensor(0.0).double()
+        )
     expected = torch.stack(expected)
     got = supcon_loss(z, ids, temperature=0.2, reduction="none")
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(supcon_loss(z, ids, temperature=0.2), expected.sum() / (expected != 0).sum())
-    torch.testing.assert_close(supcon_loss(z, ids, temperature=0.2, reduction="sum"), expected.sum())
+    torch.testing.assert_close(
+        supcon_loss(z, ids, temperature=0.2), expected.sum() / (expected != 0).sum()
+    )
+    torch.testing.assert_close(
+        supcon_loss(z, ids, temperature=0.2, reduction="sum"), expected.sum()
+    )
     assert supcon_loss(z, torch.arange(12)) == 0

@@ -178,6 +178,14 @@ def test_compiled_from_these_sources():
     assert cpu._library().alphacl_cpu_sources().decode() == build_cpu.fingerprint()
 
 
+def test_the_driver_piece_by_piece():
+    """Plan, prepare, schedule and collect by themselves (tests/cpp/test_driver.cpp)."""
+    command = [sys.executable, "tests/cpp/run.py", "--sanitize", "none", "--only", "test_driver"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "all good" in run.stdout
+
+
 def test_wrong_instruction_set_is_refused():
     with pytest.raises(ValueError, match=r"instruction set must be one of \['portable'.*got 'sse9'"), \
             cpu.forced_instruction_set("sse9"):
@@ -190,7 +198,7 @@ def test_wrong_instruction_set_is_refused():
 
 
 def test_instruction_set_from_the_environment():
-    code = "from alphacl_fast.backend import cpu; import torch; print(cpu.instruction_set(), cpu.engine(torch.bfloat16))"
+    code = "from alphacl_fast.backend import cpu; import torch; print(cpu.instruction_set(), cpu.kernels_for(torch.bfloat16))"
     run = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "ALPHACL_CPU_ISA": "portable"}, capture_output=True, text=True,
         cwd=ROOT, check=True,
@@ -370,8 +378,8 @@ ctypes.CDLL("libgomp.so.1", ctypes.RTLD_GLOBAL)  # torch's place is taken: torch
 library = ctypes.CDLL({str(cpu.LIBRARY)!r})
 mask = library.alphacl_cpu_instruction_sets()
 a, b = ctypes.c_int32(), ctypes.c_int32()
-library.alphacl_cpu_engine.restype = ctypes.c_char_p
-print(mask >> 16, library.alphacl_cpu_engine(1, 0, ctypes.byref(a), ctypes.byref(b)))
+library.alphacl_cpu_kernels.restype = ctypes.c_char_p
+print(mask >> 16, library.alphacl_cpu_kernels(1, 0, ctypes.byref(a), ctypes.byref(b)))
 """
     run = subprocess.run(["valgrind", "-q", sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stdout.split() == ["3", "b'avx2'"], run.stderr[-500:]

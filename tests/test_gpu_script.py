@@ -16,7 +16,7 @@ import torch
 from alphacl_fast import objectives, ops
 from alphacl_fast.backend import blocked
 from alphacl_fast.benchmarks import loss
-from tools import gpu, gpu_tasks, pool
+from tools import gpu, gpu_tasks, subprocess_pool
 
 ROOT = Path(__file__).parent.parent
 
@@ -208,7 +208,7 @@ def test_logged_commands(tmp_path):
 
 
 def test_a_rival_is_measured_beside_the_backends(start, monkeypatch):
-    monkeypatch.setattr(gpu, "RIVALS", {"eager": None})
+    monkeypatch.setattr(gpu, "PACKAGES", ("eager",))
     status, rows = start("rivals")
     assert status == 0
     ratios = [row for row in rows if row["benchmark"] == "rival"]
@@ -270,10 +270,11 @@ def test_pool_survives_what_its_children_do(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def task(name, **arguments):
-        return pool.Task(f"child_of_the_pool_test:{name}", arguments, {"name": name}, 0.3 if name == "hangs" else 60.0)
+        limit = 0.3 if name == "hangs" else 60.0
+        return subprocess_pool.Task(f"child_of_the_pool_test:{name}", arguments, {"name": name}, limit)
 
     rows = []
-    children = pool.Pool(1, str(tmp_path / "log"))
+    children = subprocess_pool.Pool(1, str(tmp_path / "log"))
     try:
         names = ("raises", "hangs", "dies")
         tasks = [task("works", k=5), *map(task, names), task("works", k=8)]
@@ -293,14 +294,14 @@ def test_pool_survives_what_its_children_do(tmp_path, monkeypatch):
 
 def test_a_broken_device_ends_the_child(monkeypatch):
     """An illegal address stays with its process, so the next task must get a new one."""
-    assert not pool.device_is_broken()
+    assert not subprocess_pool.device_is_broken()
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", mock.Mock(side_effect=RuntimeError("an illegal memory access")))
-    assert pool.device_is_broken()
+    assert subprocess_pool.device_is_broken()
     sent = []
-    connection = SimpleNamespace(recv=lambda: pool.Task("tools.nothing:at_all"), send=sent.append)
-    monkeypatch.setattr(pool.os, "dup2", lambda *args: None)
-    pool.serve(connection, "/dev/null")
+    connection = SimpleNamespace(recv=lambda: subprocess_pool.Task("tools.nothing:at_all"), send=sent.append)
+    monkeypatch.setattr(subprocess_pool.os, "dup2", lambda *args: None)
+    subprocess_pool.serve(connection, "/dev/null")
     assert [type(message) for message in sent] == [dict, bool]
     assert sent[-1] is False
 

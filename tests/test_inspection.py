@@ -13,13 +13,30 @@ from alphacl_fast.train import Config, RunError, inspect, train
 
 pytestmark = pytest.mark.xdist_group("train")
 
-TINY = {"dataset": "digits", "width": 4, "batch_size": 64, "subset": 256, "epochs": 2, "workers": 0, "threads": 1}
+TINY = {
+    "dataset": "digits",
+    "width": 4,
+    "batch_size": 64,
+    "subset": 256,
+    "epochs": 2,
+    "workers": 0,
+    "threads": 1,
+}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
-    train(Config.create(objective="alpha_direct", option={"exponent": 3}, temperature=0.25, alpha_every=3, **TINY), out)
+    train(
+        Config.create(
+            objective="alpha_direct",
+            option={"exponent": 3},
+            temperature=0.25,
+            alpha_every=3,
+            **TINY,
+        ),
+        out,
+    )
     return out
 
 
@@ -36,10 +53,15 @@ def test_weights_are_logged_on_request(run, tmp_path):
         assert 1 < row["effective_negatives"] < 126
         assert row["alignment"] == pytest.approx(2 - 2 * row["positive_similarity"], rel=1e-5)
     plain = tmp_path / "plain"
-    train(Config.create(objective="alpha_direct", option={"exponent": 3}, temperature=0.25, **TINY), plain)
+    train(
+        Config.create(objective="alpha_direct", option={"exponent": 3}, temperature=0.25, **TINY),
+        plain,
+    )
     assert logged(plain) == []
     states = [torch.load(out / "checkpoint.pt", weights_only=True)["model"] for out in (run, plain)]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])  # looking changes nothing
+    assert all(
+        torch.equal(states[0][name], states[1][name]) for name in states[0]
+    )  # looking changes nothing
 
 
 def test_logged_weights_are_those_of_the_batch(tmp_path, monkeypatch):
@@ -53,9 +75,14 @@ def test_logged_weights_are_those_of_the_batch(tmp_path, monkeypatch):
         return original(self, z1, z2)
 
     monkeypatch.setattr(FusedAlphaCLLoss, "forward", forward)
-    config = Config.create(**{**TINY, "epochs": 1}, micro_batch=24, alpha_every=2, learn_temperature=True)
+    config = Config.create(
+        **{**TINY, "epochs": 1}, micro_batch=24, alpha_every=2, learn_temperature=True
+    )
     train(config, tmp_path / "run")
-    (first, second), steps = logged(tmp_path / "run"), [call for call in seen if len(call[0]) == 64][-4:]
+    (first, second), steps = (
+        logged(tmp_path / "run"),
+        [call for call in seen if len(call[0]) == 64][-4:],
+    )
     for row, (z1, z2, tau) in ((first, steps[1]), (second, steps[3])):
         exact = alpha_summary(z1, z2, "infonce", temperature=tau).scalars()
         assert row["effective_negatives"] == pytest.approx(exact["effective_negatives"], rel=1e-5)
@@ -63,12 +90,31 @@ def test_logged_weights_are_those_of_the_batch(tmp_path, monkeypatch):
 
 
 def test_page(run, tmp_path, capsys):
-    assert main(["inspect", str(run / "checkpoint.pt"), "--pairs", "100", "--thumbnails", "5", "--out", str(tmp_path)]) == 0
+    assert (
+        main(
+            [
+                "inspect",
+                str(run / "checkpoint.pt"),
+                "--pairs",
+                "100",
+                "--thumbnails",
+                "5",
+                "--out",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "alpha_direct (this run)" in out
     assert "anchors whose nearest negative has their own label: " in out
     result = json.loads((tmp_path / "inspect.json").read_text())
-    assert [*result["objectives"]] == ["alpha_direct (this run)", "infonce", "alpha_square", "uniform"]
+    assert [*result["objectives"]] == [
+        "alpha_direct (this run)",
+        "infonce",
+        "alpha_square",
+        "uniform",
+    ]
     own = result["objectives"]["alpha_direct (this run)"]
     assert "exponent=3" in own["options"]
     assert result["objectives"]["uniform"]["effective_negatives"] == pytest.approx(198, rel=1e-4)
@@ -86,7 +132,9 @@ def test_page(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"negatives": "cross_view"}, {"negatives": "one_view"}, {"objective": "uniform"}], ids=str
+    "changes",
+    [{"negatives": "cross_view"}, {"negatives": "one_view"}, {"objective": "uniform"}],
+    ids=str,
 )
 def test_other_settings(changes, tmp_path):
     train(Config.create(**{**TINY, "epochs": 1, **changes}), tmp_path / "run")
@@ -103,7 +151,10 @@ def test_problems_are_one_line(run, tmp_path, capsys):
         ([str(tmp_path / "nothing")], "is not a run: it has no config.json"),
         ([str(tmp_path / "begun")], "has no checkpoint yet"),
         ([str(run), "--pairs", "1"], "--pairs must be at least 2"),
-        ([str(run), "--objective", "nce"], "--objective nce cannot be shown: objective must be one of"),
+        (
+            [str(run), "--objective", "nce"],
+            "--objective nce cannot be shown: objective must be one of",
+        ),
         ([str(run), "--out", str(tmp_path / "file" / "under")], "cannot write to"),
         ([str(run), "--device", "abacus"], "--device abacus cannot be used"),
     ):

@@ -181,7 +181,7 @@ distributed compiled_op
 functional
 explicit_negatives pair_weights plan tune verify
 loss theory compat.lightly compat.open_clip compat.pytorch_metric_learning
-claims compat.sentence_transformers
+checks compat.sentence_transformers
 """
 #: Folders whose modules import each other, alphacl_fast itself and these.
 WINGS = {

@@ -29,7 +29,13 @@ def ranks():
 def test_messages_byte_for_byte(ranks, sizes, strategy):
     for negatives in NEGATIVES:
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
-            options = {"sizes": sizes, "dim": 5, "dtype": dtype, "strategy": strategy, "negatives": negatives}
+            options = {
+                "sizes": sizes,
+                "dim": 5,
+                "dtype": dtype,
+                "strategy": strategy,
+                "negatives": negatives,
+            }
             for rank, sent in enumerate(ranks.run(len(sizes), scaling.recorded, **options)):
                 assert +sent == +plan.messages(strategy, rank, sizes, 5, dtype, negatives)
 
@@ -65,25 +71,51 @@ def test_recommendation():
     assert plan.recommended(plans, 1e6) == "neither fits"
 
 
-@pytest.mark.parametrize(("given", "message"), [
-    ({"batch": 3, "gpus": 4}, "batch must be at least 2 and the number of gpus, 4, got 3"),
-    ({"bandwidth": 0.0}, "bandwidth must be positive, got 0.0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"batch": 3, "gpus": 4}, "batch must be at least 2 and the number of gpus, 4, got 3"),
+        ({"bandwidth": 0.0}, "bandwidth must be positive, got 0.0"),
+    ],
+)
 def test_bad_numbers(given, message):
     with pytest.raises(ValueError, match=message):
         plan.plan(**{"batch": 100, "dim": 8, "gpus": 4, "rate": 1e12, **given})
 
 
 def test_command(capsys):
-    assert main(["plan", "--batch", "4M", "--dim", "512", "--gpus", "64", "--rate", "300", "--memory", "5"]) == 0
+    assert (
+        main(
+            [
+                "plan",
+                "--batch",
+                "4M",
+                "--dim",
+                "512",
+                "--gpus",
+                "64",
+                "--rate",
+                "300",
+                "--memory",
+                "5",
+            ]
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
-    assert "4,000,000 pairs of 512 features, bfloat16, two_view, on 64 devices of 300 TFLOP/s (as given), 50 GB/s" in printed
+    assert (
+        "4,000,000 pairs of 512 features, bfloat16, two_view, on 64 devices of 300 TFLOP/s "
+        "(as given), 50 GB/s"
+        in printed
+    )
     assert re.search(r"^gather +38\.02 GB +2,048\.0 TFLOP ", printed, re.M)
     assert 'faster and within the memory: ring; strategy="auto" takes ring' in printed
     assert main(["plan", "--batch", "4K", "--dim", "64", "--gpus", "2", "--dtype", "float32"]) == 0
     assert "measured here" in capsys.readouterr().out
-    for arguments, message in ((["--batch", "many"], "such as 65536, 64K or 4M, got 'many'"),
-                               (["--batch", "2"], "batch must be at least 2 and the number of gpus, 4, got 2")):  # fmt: skip
+    for arguments, message in (
+        (["--batch", "many"], "such as 65536, 64K or 4M, got 'many'"),
+        (["--batch", "2"], "batch must be at least 2 and the number of gpus, 4, got 2"),
+    ):
         with pytest.raises(SystemExit):
             main(["plan", *arguments, "--dim", "8", "--gpus", "4", "--rate", "1"])
         assert message in capsys.readouterr().err

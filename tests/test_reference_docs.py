@@ -14,7 +14,7 @@ import alphacl_fast
 
 ROOT = Path(__file__).parent.parent
 MODULES = [
-    *("objectives", "players", "theory", "plan", "train"),
+    *("objectives", "pair_weights", "theory", "plan", "train"),
     *("compat.lightly", "compat.open_clip", "compat.pytorch_metric_learning", "compat.sentence_transformers"),
 ]
 

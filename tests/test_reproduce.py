@@ -37,11 +37,16 @@ def state(out):
 
 
 def accuracies(out):
-    return {name: {key: run[key] for key in ("probe", "probe_best", "knn")} for name, run in state(out)["runs"].items()}
+    return {
+        name: {key: run[key] for key in ("probe", "probe_best", "knn")}
+        for name, run in state(out)["runs"].items()
+    }
 
 
 def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 def epochs(run):
@@ -57,8 +62,15 @@ def never(*_, **__):
 
 
 def test_rows_are_losses_and_the_paper_s_seven_are_the_default():
-    assert reproduce.DEFAULT_ROWS == ("uniform", "infonce", "alpha_entropy", "alpha_square", "alpha_inverse", "backprop",
-                                      "alpha_direct")  # fmt: skip
+    assert reproduce.DEFAULT_ROWS == (
+        "uniform",
+        "infonce",
+        "alpha_entropy",
+        "alpha_square",
+        "alpha_inverse",
+        "backprop",
+        "alpha_direct",
+    )
     z = torch.nn.functional.normalize(torch.randn(2, 32, 8, dtype=torch.float64), dim=2)
     gradients = {}
     for name, row in ROWS.items():
@@ -67,40 +79,91 @@ def test_rows_are_losses_and_the_paper_s_seven_are_the_default():
         gradients[name] = leaf.grad / leaf.grad.norm()
     for name, gradient in gradients.items():  # no row trains what another one trains
         same = [other for other in gradients if (gradients[other] - gradient).norm() < 1e-3]
-        assert same == (["uniform", "alpha_gamma"] if name in ("uniform", "alpha_gamma") else [name])
+        assert same == (
+            ["uniform", "alpha_gamma"] if name in ("uniform", "alpha_gamma") else [name]
+        )
 
 
 def test_a_figure_is_shown_for_its_own_setting_only():
-    found = {key: figure for key in PUBLISHED if (figure := reproduce.published(Config.create(
-        dataset=key[0], encoder=key[1], epochs=key[2]), key[3]))}
+    found = {
+        key: figure
+        for key in PUBLISHED
+        if (
+            figure := reproduce.published(
+                Config.create(dataset=key[0], encoder=key[1], epochs=key[2]), key[3]
+            )
+        )
+    }
     assert found == PUBLISHED
     assert {key for key, figure in PUBLISHED.items() if figure.checked} == {
-        (dataset, "resnet50", number, "alpha_direct_raw") for dataset in ("cifar10", "cifar100", "stl10")
-        for number in (100, 300, 500)}  # fmt: skip
+        (dataset, "resnet50", number, "alpha_direct_raw")
+        for dataset in ("cifar10", "cifar100", "stl10")
+        for number in (100, 300, 500)
+    }
     setting = {"dataset": "cifar10", "encoder": "resnet18", "epochs": 100}
-    assert str(reproduce.published(Config.create(**setting), "infonce")) == "84.06 ± 0.30 [recalled]"
+    assert (
+        str(reproduce.published(Config.create(**setting), "infonce")) == "84.06 ± 0.30 [recalled]"
+    )
     assert str(reproduce.published(Config.create(**setting), "uniform")) == "63.60 [recalled]"
-    faster = {"amp": "bf16", "augment": "device", "deterministic": False, "eval_every": 5, "probe_every": 5}
+    faster = {
+        "amp": "bf16",
+        "augment": "device",
+        "deterministic": False,
+        "eval_every": 5,
+        "probe_every": 5,
+    }
     assert reproduce.published(Config.create(**setting, **faster), "infonce")
-    for other in ({"epochs": 99}, {"width": 16}, {"batch_size": 256}, {"lr": 0.02}, {"subset": 5000}, {"temperature": 0.1},
-                  {"dataset": "cifar100"}, {"dataset": "imagefolder"}, {"encoder": "resnet50"}, {"optimizer": "sgd"},
-                  {"norm": "group"}, {"image_size": 40}, {"weight_decay": 1e-4}, {"warmup_epochs": 3},
-                  {"negatives": "one_view"}, {"micro_batch": 64}):  # fmt: skip
+    for other in (
+        {"epochs": 99},
+        {"width": 16},
+        {"batch_size": 256},
+        {"lr": 0.02},
+        {"subset": 5000},
+        {"temperature": 0.1},
+        {"dataset": "cifar100"},
+        {"dataset": "imagefolder"},
+        {"encoder": "resnet50"},
+        {"optimizer": "sgd"},
+        {"norm": "group"},
+        {"image_size": 40},
+        {"weight_decay": 1e-4},
+        {"warmup_epochs": 3},
+        {"negatives": "one_view"},
+        {"micro_batch": 64},
+    ):
         assert reproduce.published(Config.create(**{**setting, **other}), "infonce") is None, other
     assert reproduce.published(Config.create(**setting), "backprop") is None
 
 
 def test_the_table_shows_figures_with_their_origin():
     config = Config.create(dataset="cifar10", epochs=100, probe_every=10)
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in reproduce.OF_A_ROW}
-    runs = {f"infonce-seed{seed}": {"status": "finished", "probe": probe, "probe_best": 0.5, "knn": None}
-            for seed, probe in ((1, 0.4), (2, 0.42))}
+    settings = {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if name not in reproduce.OF_A_ROW
+    }
+    runs = {
+        f"infonce-seed{seed}": {
+            "status": "finished",
+            "probe": probe,
+            "probe_best": 0.5,
+            "knn": None,
+        }
+        for seed, probe in ((1, 0.4), (2, 0.42))
+    }
     runs["backprop-seed1"] = {"status": "failed", "reason": "the loss became NaN"}
     runs["backprop-seed2"] = {"status": "stopped"}
     table = {"settings": settings, "rows": ["infonce", "backprop"], "seeds": 3, "runs": runs}
     text = reproduce.render(table)
     lines = [re.split(r" *\| *", line)[1:-1] for line in text.splitlines() if line.startswith("|")]
-    assert lines[2] == ["infonce", "2 of 3", "41.0 ± 1.4", "50.0 ± 0.0", "–", "84.06 ± 0.30 [recalled]"]
+    assert lines[2] == [
+        "infonce",
+        "2 of 3",
+        "41.0 ± 1.4",
+        "50.0 ± 0.0",
+        "–",
+        "84.06 ± 0.30 [recalled]",
+    ]
     assert lines[3] == ["backprop", "0 of 3", "–", "–", "–", "–"]
     assert len({len(line) for line in text.splitlines() if line.startswith("|")}) == 1
     assert "3 of 6 runs are over" in text
@@ -115,10 +178,14 @@ def test_the_table_shows_figures_with_their_origin():
 def test_recipes_are_the_defaults(capsys):
     assert main(["reproduce", "recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == ("# cifar10, resnet18 of width 64, 500 epochs of all training images, batch 128, lr 0.01, "
-                        "temperature 0.5")
-    assert lines[-1] == ("alphacl reproduce table --dataset stl10 --encoder resnet50 --seeds 5 --download --rows "
-                         "uniform,infonce,alpha_entropy,alpha_square,alpha_inverse,backprop,alpha_direct,alpha_direct_raw")
+    assert lines[0] == (
+        "# cifar10, resnet18 of width 64, 500 epochs of all training images, batch 128, lr 0.01, "
+        "temperature 0.5"
+    )
+    assert lines[-1] == (
+        "alphacl reproduce table --dataset stl10 --encoder resnet50 --seeds 5 --download --rows "
+        "uniform,infonce,alpha_entropy,alpha_square,alpha_inverse,backprop,alpha_direct,alpha_direct_raw"
+    )
     assert len(lines) == 12
 
 
@@ -129,7 +196,12 @@ def test_what_a_table_leaves(finished):
     assert {path.name for path in finished.iterdir()} == {"table.json", "table.md", *NAMES}
     saved = state(finished)
     assert [*saved["runs"]] == NAMES  # seed by seed over all rows
-    assert (saved["rows"], saved["seeds"], saved["budget"], saved["plan"]) == (["infonce", "alpha_direct"], 2, None, None)
+    assert (saved["rows"], saved["seeds"], saved["budget"], saved["plan"]) == (
+        ["infonce", "alpha_direct"],
+        2,
+        None,
+        None,
+    )
     assert {"alphacl_fast", "commit", "torch", "device"} <= {*saved["environment"]}
     assert not {"objective", "option", "seed"} & {*saved["settings"]}
     for name, run in saved["runs"].items():
@@ -138,7 +210,11 @@ def test_what_a_table_leaves(finished):
         assert config.option == ({"exponent": 4} if config.objective == "alpha_direct" else {})
         assert {key: config.__getattribute__(key) for key in TINY} == TINY
         assert config.probe_every == config.eval_every == 1
-        assert (run["status"], run["probe"], run["knn"]) == ("finished", lines[-1]["probe"], lines[-1]["knn"])
+        assert (run["status"], run["probe"], run["knn"]) == (
+            "finished",
+            lines[-1]["probe"],
+            lines[-1]["knn"],
+        )
         assert run["probe_best"] == max(line["probe_best"] for line in lines) >= run["probe"] > 0.5
         assert run["seconds"] > 0
     values = 100 * torch.tensor([saved["runs"][f"infonce-seed{seed}"]["probe"] for seed in (1, 2)])
@@ -175,15 +251,28 @@ def test_interrupted_in_the_middle(finished, tmp_path, monkeypatch, capsys, numb
             os.kill(os.getpid(), number)
         return one_step(self, *parts)
 
-    command = ["reproduce", "table", "--out", str(out), "--rows", "infonce,alpha_direct", "--seeds=2"]
+    command = [
+        "reproduce",
+        "table",
+        "--out",
+        str(out),
+        "--rows",
+        "infonce,alpha_direct",
+        "--seeds=2",
+    ]
     command += [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items()]
     monkeypatch.setattr(loop._Run, "one_step", stop)
     assert main(command) == 128 + number
     monkeypatch.undo()
     err = capsys.readouterr().err.splitlines()[-1]
-    assert err.startswith("alphacl: stopped in alpha_direct-seed1 with 1 of 4 runs over, state saved; go on with: "
-                          f"alphacl reproduce table --out {out} --rows infonce,alpha_direct ")
-    assert {name: run["status"] for name, run in state(out)["runs"].items()} == {NAMES[0]: "finished", NAMES[1]: "stopped"}
+    assert err.startswith(
+        "alphacl: stopped in alpha_direct-seed1 with 1 of 4 runs over, state saved; go on with: "
+        f"alphacl reproduce table --out {out} --rows infonce,alpha_direct "
+    )
+    assert {name: run["status"] for name, run in state(out)["runs"].items()} == {
+        NAMES[0]: "finished",
+        NAMES[1]: "stopped",
+    }
     assert checkpoint.read(out / NAMES[1], Config.read(out / NAMES[1] / "config.json"))["step"] == 3
     assert "1 of 4 runs are over" in (out / "table.md").read_text()
     earlier = contents(out / NAMES[0])
@@ -195,7 +284,10 @@ def test_interrupted_in_the_middle(finished, tmp_path, monkeypatch, capsys, numb
     assert contents(out / NAMES[0]) == earlier
     assert accuracies(out) == accuracies(finished)
     for name in NAMES:
-        mine, theirs = (torch.load(folder / name / "checkpoint.pt", weights_only=True)["model"] for folder in (out, finished))
+        mine, theirs = (
+            torch.load(folder / name / "checkpoint.pt", weights_only=True)["model"]
+            for folder in (out, finished)
+        )
         assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
 
 
@@ -239,21 +331,31 @@ def test_a_removed_run_is_trained_anew(finished, tmp_path):
 def test_other_settings_are_refused_and_named(finished):
     before = contents(finished)
     for change, message in (
-        ({"lr": 0.1, "seeds": 3}, "--lr: 0.003 in the run, 0.1 given; --seeds: 2 in the table, 3 given"),
+        (
+            {"lr": 0.1, "seeds": 3},
+            "--lr: 0.003 in the run, 0.1 given; --seeds: 2 in the table, 3 given",
+        ),
         ({"rows": ("infonce",)}, "--rows: infonce,alpha_direct in the table, infonce given"),
         ({"probe_every": 2}, "--probe-every: 1 in the run, 2 given"),
-    ):  # fmt: skip
-        with pytest.raises(RunError, match=re.escape(f"{finished} was started with other settings: {message}; nothing")):
+    ):
+        with pytest.raises(
+            RunError,
+            match=re.escape(f"{finished} was started with other settings: {message}; nothing"),
+        ):
             reproduce.table(finished, **{**ROWS_SEEDS, **TINY, **change})
     without = {name: value for name, value in TINY.items() if name != "epochs"}
-    with pytest.raises(RunError, match="settings: --budget: none in the table, 45m given; nothing was changed"):
+    with pytest.raises(
+        RunError, match="settings: --budget: none in the table, 45m given; nothing was changed"
+    ):
         reproduce.table(finished, **ROWS_SEEDS, **without, budget=2700)
     assert contents(finished) == before
 
 
 def test_foreign_and_damaged_folders(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(RunError, match=r"is not an empty folder and holds no table\.json: choose another --out"):
+    with pytest.raises(
+        RunError, match=r"is not an empty folder and holds no table\.json: choose another --out"
+    ):
         reproduce.table(tmp_path, **ROWS_SEEDS, **TINY)
     for text in ("{", "[]", '{"runs": {}}'):
         (tmp_path / "table.json").write_text(text)
@@ -265,9 +367,16 @@ def test_foreign_and_damaged_folders(tmp_path):
 def test_a_row_that_diverges_is_recorded_and_the_others_go_on(tmp_path, monkeypatch):
     class Breaks(loop.FusedAlphaCLLoss):
         def forward(self, z1, z2):
-            broken = self.training and "alpha_direct" in repr(self) and len(z1) == 64 and torch.is_grad_enabled()
+            broken = (
+                self.training
+                and "alpha_direct" in repr(self)
+                and len(z1) == 64
+                and torch.is_grad_enabled()
+            )
             self.calls = getattr(self, "calls", 0) + 1
-            return super().forward(z1, z2) * (float("nan") if broken and self.calls == 4 else 1)  # 1: the trial
+            return super().forward(z1, z2) * (
+                float("nan") if broken and self.calls == 4 else 1
+            )  # 1: the trial
 
     monkeypatch.setattr(loop, "FusedAlphaCLLoss", Breaks)
     out = tmp_path / "table"
@@ -283,7 +392,7 @@ def test_a_row_that_diverges_is_recorded_and_the_others_go_on(tmp_path, monkeypa
 
 
 def test_an_unusable_row_is_found_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setitem(ROWS, "broken", reproduce.Row("alpha_direct", {"exponent": -1}, ""))
+    monkeypatch.setitem(ROWS, "broken", reproduce.Row("alpha_direct", {"exponent": -1}))
     with pytest.raises(RunError, match="the loss cannot be used: alpha_direct: exponent must be"):
         reproduce.table(tmp_path / "table", rows=("infonce", "broken"), seeds=1, **TINY)
     assert not [*tmp_path.iterdir()]
@@ -295,12 +404,16 @@ PACE = {"step": 0.5, "start": 10.0, "per_epoch": 20, "evaluation": 30.0, "end": 
 
 
 def planned(monkeypatch, budget, seeds=2, spent=7.0, given=None):
-    """The plan for two rows where everything takes the time that PACE says and every rehearsal ``spent`` seconds."""
+    """Plan two rows whose parts take PACE's times; every rehearsal takes ``spent`` seconds."""
     clock = [0.0]
 
     def rehearse(_config, *, judged):
         clock[0] += spent
-        return {name: value for name, value in PACE.items() if judged or name not in ("evaluation", "end")}
+        return {
+            name: value
+            for name, value in PACE.items()
+            if judged or name not in ("evaluation", "end")
+        }
 
     monkeypatch.setattr(reproduce, "rehearse", rehearse)
     monkeypatch.setattr(reproduce.time, "monotonic", lambda: clock[0])
@@ -310,8 +423,9 @@ def planned(monkeypatch, budget, seeds=2, spent=7.0, given=None):
 
 
 def test_the_plan_is_the_most_that_fits(monkeypatch):
-    # One run of e epochs: 10 s start, 10·e s of steps, 30 s per evaluation, 5 s end; four runs, 14 s of rehearsal. From 20
-    # epochs on the evaluation is every other epoch: 20 take 515 s, as many as 12.5 with one every epoch.
+    # A run of e epochs takes 10 s to start, 10·e s of steps, 30 s per evaluation and 5 s to end;
+    # there are four runs and 14 s of rehearsal. From 20 epochs on only every other epoch is
+    # evaluated: 20 epochs take 515 s, as long as 12.5 epochs that are all evaluated.
     for epochs, seconds, fewer in ((1, 55, None), (3, 135, 2), (20, 515, 12), (60, 915, 55)):
         exactly = (4 * seconds + 14) / 0.9
         found = planned(monkeypatch, exactly + 1e-6)
@@ -326,7 +440,11 @@ def test_the_plan_is_the_most_that_fits(monkeypatch):
 @pytest.mark.parametrize(("again", "expected"), [(0.6, 0.6), (9.0, 2.0)])
 def test_a_row_that_seems_slow_is_rehearsed_again(monkeypatch, again, expected):
     steps = {"uniform": [0.5], "infonce": [0.7], "alpha_square": [2.0, again]}
-    monkeypatch.setattr(reproduce, "rehearse", lambda config, judged: {**PACE, "step": steps[config.objective].pop(0)})
+    monkeypatch.setattr(
+        reproduce,
+        "rehearse",
+        lambda config, judged: {**PACE, "step": steps[config.objective].pop(0)},
+    )
     configs = {row: Config.create(objective=row) for row in steps}
     found = reproduce.plan(configs, 1, 1800, {"dataset": "digits", "eval_every": 100})
     assert found["step_seconds"] == {"uniform": 0.5, "infonce": 0.7, "alpha_square": expected}
@@ -336,8 +454,11 @@ def test_a_row_that_seems_slow_is_rehearsed_again(monkeypatch, again, expected):
 
 
 def test_too_small_a_budget_names_what_would_do(monkeypatch):
-    message = (r"--budget 4m does not hold 1 epoch of 4 runs, which takes about 5m; fewer --rows or --seeds, a --subset or a "
-               "smaller --width take less")
+    message = (
+        r"--budget 4m does not hold 1 epoch of 4 runs, which takes about 5m; fewer --rows or "
+        "--seeds, a --subset or a "
+        "smaller --width take less"
+    )
     with pytest.raises(RunError, match=message):
         planned(monkeypatch, 240)
     assert planned(monkeypatch, 300)["epochs"] == 1
@@ -348,22 +469,40 @@ def test_too_small_a_budget_names_what_would_do(monkeypatch):
 def test_a_budget_s_plan_is_kept(tmp_path, monkeypatch, capsys):
     settings = {name: value for name, value in TINY.items() if name != "epochs"}
     out, plans = tmp_path / "table", []
-    monkeypatch.setattr(reproduce, "plan", lambda *_: plans.append(1) or {
-        "epochs": 1, "seconds": 50.0, "evaluation_seconds": 0.3, "step_seconds": {"infonce": 0.1}})  # fmt: skip
+    monkeypatch.setattr(
+        reproduce,
+        "plan",
+        lambda *_: (
+            plans.append(1)
+            or {
+                "epochs": 1,
+                "seconds": 50.0,
+                "evaluation_seconds": 0.3,
+                "step_seconds": {"infonce": 0.1},
+            }
+        ),
+    )
     monkeypatch.setattr(loop._Run, "one_step", never)
     with pytest.raises(AssertionError, match="must not be called"):
         reproduce.table(out, rows=("infonce",), seeds=1, budget=60, **settings)
     text = capsys.readouterr().out
-    assert text.startswith("plan: 1 epochs for each of 1 runs, about 50s of 1m; a step takes 100 to 100 ms here, kNN and pr")
+    assert text.startswith(
+        "plan: 1 epochs for each of 1 runs, about 50s of 1m; a step takes 100 to 100 ms here, "
+        "kNN and pr"
+    )
     assert state(out)["plan"]["epochs"] == 1
     monkeypatch.undo()
     monkeypatch.setattr(reproduce, "plan", never)
     assert reproduce.table(out, rows=("infonce",), seeds=1, budget=60, **settings).done == 1
     assert len(plans) == 1
     assert [line["epoch"] for line in epochs(out / "infonce-seed1")] == [1]
-    with pytest.raises(RunError, match="settings: --budget: 1m in the table, 2m given; nothing was changed"):
+    with pytest.raises(
+        RunError, match="settings: --budget: 1m in the table, 2m given; nothing was changed"
+    ):
         reproduce.table(out, rows=("infonce",), seeds=1, budget=120, **settings)
-    with pytest.raises(RunError, match="settings: --budget: 1m in the table, none given; nothing was changed"):
+    with pytest.raises(
+        RunError, match="settings: --budget: 1m in the table, none given; nothing was changed"
+    ):
         reproduce.table(out, rows=("infonce",), seeds=1, **settings)
 
 
@@ -381,31 +520,49 @@ def test_a_rehearsal_measures_and_leaves_nothing(tmp_path, monkeypatch):
 def test_durations():
     assert [reproduce.seconds(text) for text in ("90s", "45m", "1.5h")] == [90, 2700, 5400]
     assert [reproduce.duration(value) for value in (59.6, 61, 2700, 7200, 5400, 1234)] == [
-        "60s", "61s", "45m", "2h", "90m", "21m"]  # fmt: skip
+        "60s",
+        "61s",
+        "45m",
+        "2h",
+        "90m",
+        "21m",
+    ]
 
 
 # The command
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ([], "the following arguments are required: what"),
-    (["chart"], "argument what: invalid choice: 'chart'"),
-    (["recipes", "--seeds", "3"], "recipes takes no flags, got --seeds"),
-    (["table", "--rows", "infonce,infonse"], "--rows must be some of uniform, infonce, "),
-    (["table", "--rows", ""], "--rows must be some of uniform, infonce, "),
-    (["table", "--rows", "infonce,infonce"], "--rows must not name a row twice, got infonce,infonce"),
-    (["table", "--seeds", "0"], "--seeds must be at least 1, got 0"),
-    (["table", "--budget", "soon"], "--budget must be a time such as 600s, 45m or 2h, got 'soon'"),
-    (["table", "--budget", "0m"], "--budget must be a time such as 600s, 45m or 2h, got '0m'"),
-    (["table", "--budget", "9m", "--epochs", "3"], "--budget and --epochs exclude each other"),
-    (["table", "--probe-every", "0"], "--probe-every must be at least 1 in a table, got 0"),
-    (["table", "--probe-every", "-1"], "--probe-every must be at least 0, got -1"),
-    (["table", "--objective", "infonce"], "unrecognized arguments: --objective infonce"),
-    (["table", "--seed", "3"], "unrecognized arguments: --seed 3"),
-    (["table", "--epochs", "0"], "--epochs must be at least 1, got 0"),
-    (["table", "--dataset", "cifar10", "--data-root", "nowhere"], "cannot open cifar10 in nowhere (--download fetches"),
-    (["table", "--device", "abacus"], "--device abacus cannot be used: "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: what"),
+        (["chart"], "argument what: invalid choice: 'chart'"),
+        (["recipes", "--seeds", "3"], "recipes takes no flags, got --seeds"),
+        (["table", "--rows", "infonce,infonse"], "--rows must be some of uniform, infonce, "),
+        (["table", "--rows", ""], "--rows must be some of uniform, infonce, "),
+        (
+            ["table", "--rows", "infonce,infonce"],
+            "--rows must not name a row twice, got infonce,infonce",
+        ),
+        (["table", "--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (
+            ["table", "--budget", "soon"],
+            "--budget must be a time such as 600s, 45m or 2h, got 'soon'",
+        ),
+        (["table", "--budget", "0m"], "--budget must be a time such as 600s, 45m or 2h, got '0m'"),
+        (["table", "--budget", "9m", "--epochs", "3"], "--budget and --epochs exclude each other"),
+        (["table", "--probe-every", "0"], "--probe-every must be at least 1 in a table, got 0"),
+        (["table", "--probe-every", "-1"], "--probe-every must be at least 0, got -1"),
+        (["table", "--objective", "infonce"], "unrecognized arguments: --objective infonce"),
+        (["table", "--seed", "3"], "unrecognized arguments: --seed 3"),
+        (["table", "--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (
+            ["table", "--dataset", "cifar10", "--data-root", "nowhere"],
+            "cannot open cifar10 in nowhere (--download fetches",
+        ),
+        (["table", "--device", "abacus"], "--device abacus cannot be used: "),
+    ],
+)
 def test_problems_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
@@ -417,7 +574,9 @@ def test_problems_are_one_line(tmp_path, monkeypatch, capsys, arguments, message
 
 
 def test_settings_of_a_row_and_several_processes_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(RunError, match="--option is not a setting of a table: its rows and seeds say it"):
+    with pytest.raises(
+        RunError, match="--option is not a setting of a table: its rows and seeds say it"
+    ):
         reproduce.table(tmp_path / "table", option={"exponent": 2}, **TINY)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RunError, match="alphacl reproduce runs in one process, not under torchrun"):
@@ -430,7 +589,10 @@ def test_a_second_ctrl_c_names_the_way_on(monkeypatch, capsys):
 
     monkeypatch.setattr(reproduce, "table", interrupted)
     assert main(["reproduce", "table", "--seeds", "1"]) == 130
-    assert capsys.readouterr().err == "alphacl: interrupted; go on with: alphacl reproduce table --seeds 1\n"
+    assert (
+        capsys.readouterr().err
+        == "alphacl: interrupted; go on with: alphacl reproduce table --seeds 1\n"
+    )
 
 
 def test_help_lists_rows_and_flags(capsys):
@@ -438,5 +600,7 @@ def test_help_lists_rows_and_flags(capsys):
         main(["reproduce", "--help"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    assert all(word in out for word in ("--budget", "--probe-every", "--augment", "alpha_gamma", "recipes"))
+    assert all(
+        word in out for word in ("--budget", "--probe-every", "--augment", "alpha_gamma", "recipes")
+    )
     assert "--objective" not in out

@@ -1,4 +1,4 @@
-"""The max player: energy and contrastive covariance against their definitions, and every claim at its tolerance."""
+"""Energy and contrastive covariance agree with their definitions; every theorem check holds."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from family import gaussian_weight, pair, quadratic_h
 
-from alphacl_fast import MinPlayer, PairWeight, alpha, claims, theory
+from alphacl_fast import MinPlayer, PairWeight, alpha, checks, theory
 from alphacl_fast.cli import main
 from alphacl_fast.pair_weights import Importances
 
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.xdist_group("theory"), pytest.mark.usefixtures("one_th
 
 
 def by_definition(x1, x2, a):
-    """C_α term by term."""
+    """Sum C_α term by term."""
     n, c = len(x1), torch.zeros(x1.shape[1], x1.shape[1], dtype=x1.dtype)
     for i in range(n):
         for j in range(n):
@@ -26,27 +26,48 @@ def by_definition(x1, x2, a):
 
 def test_dense_alpha():
     x1, x2 = pair(11, 4)
-    a = torch.rand(11, 11, dtype=torch.float64)  # neither symmetric nor normalised, and with a diagonal
+    a = torch.rand(
+        11, 11, dtype=torch.float64
+    )  # neither symmetric nor normalised, and with a diagonal
     c = by_definition(x1 + 1000, x2 + 1000, a)
-    torch.testing.assert_close(theory.contrastive_covariance(x1 + 1000, x2 + 1000, a), c, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        theory.contrastive_covariance(x1 + 1000, x2 + 1000, a), c, rtol=1e-9, atol=1e-9
+    )
     assert theory.energy(x1, x2, a).item() == pytest.approx(c.trace().item() / 2, rel=1e-9)
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
-@pytest.mark.parametrize("objective", ["infonce", "triplet", "alpha_direct", "alpha_square", "uniform",
-                                       PairWeight(gaussian_weight), MinPlayer(quadratic_h)], ids=str)
+@pytest.mark.parametrize(
+    "objective",
+    [
+        "infonce",
+        "triplet",
+        "alpha_direct",
+        "alpha_square",
+        "uniform",
+        PairWeight(gaussian_weight),
+        MinPlayer(quadratic_h),
+    ],
+    ids=str,
+)
 def test_through_the_sweeps(objective, similarity):
     z1, z2 = pair(13, 5)
     a = alpha(z1, z2, objective, similarity=similarity, negatives="one_view", temperature=0.3)
     rows = [torch.nn.functional.normalize(z) if similarity == "cosine" else z for z in (z1, z2)]
     for backend in ("auto", "reference"):
-        c = theory.contrastive_covariance(z1, z2, objective, similarity=similarity, temperature=0.3, backend=backend)
+        c = theory.contrastive_covariance(
+            z1, z2, objective, similarity=similarity, temperature=0.3, backend=backend
+        )
         torch.testing.assert_close(c, by_definition(*rows, a), rtol=1e-9, atol=1e-10)
-        e = theory.energy(z1, z2, objective, similarity=similarity, temperature=0.3, backend=backend)
+        e = theory.energy(
+            z1, z2, objective, similarity=similarity, temperature=0.3, backend=backend
+        )
         assert e.item() == pytest.approx(c.trace().item() / 2, rel=1e-9)
     # the same α on other data: inputs x of the embeddings z
     x1, x2 = pair(13, 3, seed=5)
-    solved = Importances(z1, z2, objective, similarity=similarity, negatives="one_view", temperature=0.3)
+    solved = Importances(
+        z1, z2, objective, similarity=similarity, negatives="one_view", temperature=0.3
+    )
     c = theory.contrastive_covariance(x1, x2, solved)
     torch.testing.assert_close(c, by_definition(x1, x2, a), rtol=1e-9, atol=1e-10)
 
@@ -59,22 +80,41 @@ def test_covariance_in_tiles_and_threads(monkeypatch):
     for threads in (1, 3):
         torch.set_num_threads(threads)
         c = theory.contrastive_covariance(x1, x2, Importances(z1, z2, negatives="one_view"))
-        torch.testing.assert_close(c, theory.contrastive_covariance(x1, x2, a), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            c, theory.contrastive_covariance(x1, x2, a), rtol=1e-12, atol=1e-12
+        )
 
 
 def test_bad_arguments():
     x1, x2 = pair(6, 3)
     for alpha_, settings, error, message in (
         (torch.ones(5, 6), {}, ValueError, r"alpha must have shape \(6, 6\), got \(5, 6\)"),
-        (torch.ones(6, 6), {"temperature": 1.0}, TypeError, "temperature must come with an objective, got Tensor"),
+        (
+            torch.ones(6, 6),
+            {"temperature": 1.0},
+            TypeError,
+            "temperature must come with an objective, got Tensor",
+        ),
         (7, {}, TypeError, "alpha must be a tensor, an objective or Importances, got int"),
-        (Importances(x1, x2), {}, ValueError, "alpha must be of 6 anchors, one for each row of x1, got 12"),
-        (Importances(x1, x2, negatives="cross_view", symmetric=False), {}, ValueError, "must be of negatives='one_view' here"),
+        (
+            Importances(x1, x2),
+            {},
+            ValueError,
+            "alpha must be of 6 anchors, one for each row of x1, got 12",
+        ),
+        (
+            Importances(x1, x2, negatives="cross_view", symmetric=False),
+            {},
+            ValueError,
+            "must be of negatives='one_view' here",
+        ),
     ):
         with pytest.raises(error, match=message):
             theory.energy(x1, x2, alpha_, **settings)
     weights = theory.random_weights([3, 2], "filter", [0])
-    with pytest.raises(ValueError, match="norm must be one of 'frobenius', 'filter', got 'spectral'"):
+    with pytest.raises(
+        ValueError, match="norm must be one of 'frobenius', 'filter', got 'spectral'"
+    ):
         theory.ascend(theory.linear_energy(torch.eye(3)), weights, "spectral", rate=1, steps=1)
     blown = torch.full((3, 3), 1e200, dtype=torch.float64)
     with pytest.raises(ValueError, match="rate must be small enough"):
@@ -82,14 +122,24 @@ def test_bad_arguments():
 
 
 def test_ascent_keeps_the_norms_and_climbs():
-    c = theory.contrastive_covariance(*claims._views(0), "alpha_entropy", similarity="euclidean")
+    c = theory.contrastive_covariance(*checks._views(0), "alpha_entropy", similarity="euclidean")
     c /= torch.linalg.matrix_norm(c, 2)
     for norm in theory.NORMS:
-        end = theory.ascend(theory.linear_energy(c), theory.random_weights([8, 5, 4], norm, (0, 1)), norm, rate=0.1, steps=60)
+        end = theory.ascend(
+            theory.linear_energy(c),
+            theory.random_weights([8, 5, 4], norm, (0, 1)),
+            norm,
+            rate=0.1,
+            steps=60,
+        )
         assert (end.energies[1:] >= end.energies[:-1] - 1e-15).all()
         assert end.energies.shape == (61, 2)
         for w in end.weights:
-            lengths = torch.linalg.matrix_norm(w) if norm == "frobenius" else w.norm(dim=2) * w.shape[1] ** 0.5
+            lengths = (
+                torch.linalg.matrix_norm(w)
+                if norm == "frobenius"
+                else w.norm(dim=2) * w.shape[1] ** 0.5
+            )
             torch.testing.assert_close(lengths, torch.ones_like(lengths))
 
 
@@ -103,24 +153,26 @@ def test_relu_energy_is_that_of_the_outputs():
         assert value.item() == pytest.approx(theory.energy(*f, a).item(), rel=1e-12)
 
 
-# --- the claims -------------------------------------------------------------------------------------------------------
+# --- the theorem checks ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def run():
     torch.set_num_threads(1)
-    return {name: claim(seeds=3) for name, claim in claims.CLAIMS.items()}
+    return {name: check(seeds=3) for name, check in checks.CHECKS.items()}
 
 
-def test_every_claim_holds(run):
-    for name, claim in run.items():
-        assert claim.holds, claims.table(claim)
-        assert all(curve.isfinite().all() for curve in claim.curves.values()), name
+def test_every_check_holds(run):
+    for name, check in run.items():
+        assert check.holds, checks.table(check)
+        assert all(curve.isfinite().all() for curve in check.curves.values()), name
 
 
 def test_pca(run):
     rows = run["pca"].rows
-    assert {(row["norm"], row["layers"]) for row in rows} == {(norm, k) for norm in theory.NORMS for k in (1, 2, 3, 4)}
+    assert {(row["norm"], row["layers"]) for row in rows} == {
+        (norm, k) for norm in theory.NORMS for k in (1, 2, 3, 4)
+    }
     for row in rows:
         assert row["2E/λ_max"] == pytest.approx(1, abs=1e-6)
         assert len(row["σ₂/σ₁ per layer"]) == row["layers"]
@@ -139,34 +191,50 @@ def test_rank(run):
 
 
 def test_a_step_that_is_too_long_goes_to_the_most_negative_direction():
-    c = torch.diag(torch.tensor([-0.2, -0.5, -1.0], dtype=torch.float64))  # 2/(|λ_min| − λ_max) = 1.67
+    c = torch.diag(
+        torch.tensor([-0.2, -0.5, -1.0], dtype=torch.float64)
+    )  # 2/(|λ_min| − λ_max) = 1.67
     for rate, end in ((1.6, -0.2), (1.75, -1.0)):
-        w = theory.ascend(theory.linear_energy(c), theory.random_weights([3, 2], "frobenius", (0,)), "frobenius",
-                          rate=rate, steps=3000)
+        w = theory.ascend(
+            theory.linear_energy(c),
+            theory.random_weights([3, 2], "frobenius", (0,)),
+            "frobenius",
+            rate=rate,
+            steps=3000,
+        )
         assert 2 * w.energies[-1].item() == pytest.approx(end, abs=1e-6)
 
 
 def test_relu(run):
     ranks = {(row["layers"], row["norm"]): row["rank of W₁ (networks)"] for row in run["relu"].rows}
-    assert ranks["two, ReLU", "frobenius"] == ranks["two, linear", "filter"] == ranks["two, linear", "frobenius"] == "1 (3)"
+    assert (
+        ranks["two, ReLU", "frobenius"]
+        == ranks["two, linear", "filter"]
+        == ranks["two, linear", "frobenius"]
+        == "1 (3)"
+    )
     assert set(ranks["two, ReLU", "filter"].replace(",", "").split()[::2]) <= {"2", "3", "4"}
 
 
 def test_gradient(run):
     rows = run["gradient"].rows
-    assert [row["of"] for row in rows[:8]] == list(claims.PAIR_LOSSES)
+    assert [row["of"] for row in rows[:8]] == list(checks.PAIR_LOSSES)
     assert all(row["largest difference"] < 1e-10 for row in rows)
 
 
 def test_claims_can_fail(monkeypatch):
-    """A wrong α breaks the theorem of the gradient and the two players; an ascent that is cut short is no PCA."""
-    original = claims.alpha
-    monkeypatch.setattr(claims, "alpha", lambda *args, **settings: original(*args, **settings) * 1.001)
-    rows = claims.gradient(seeds=1).rows
+    """A wrong α breaks the gradient theorem; gradient ascent that stops early does no PCA."""
+    original = checks.alpha
+    monkeypatch.setattr(
+        checks, "alpha", lambda *args, **settings: original(*args, **settings) * 1.001
+    )
+    rows = checks.gradient(seeds=1).rows
     assert not any(row["holds"] for row in rows)
     ascend = theory.ascend
-    monkeypatch.setattr(theory, "ascend", lambda *args, steps, **settings: ascend(*args, steps=20, **settings))
-    assert not any(row["holds"] for row in claims.pca(seeds=1).rows)
+    monkeypatch.setattr(
+        theory, "ascend", lambda *args, steps, **settings: ascend(*args, steps=20, **settings)
+    )
+    assert not any(row["holds"] for row in checks.pca(seeds=1).rows)
 
 
 def test_command(tmp_path, capsys, monkeypatch):
@@ -178,13 +246,14 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert "written:" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "th").iterdir()} == {"theory.json", "theory-pca.png"}
     assert len(json.loads((tmp_path / "th" / "theory.json").read_text())["pca"]["rows"]) == 8
-    false = claims.Claim("the earth is flat", [{"claim": "flat", "holds": False}], {})
-    monkeypatch.setitem(claims.CLAIMS, "relu", lambda: false)
+    false = checks.Check("the earth is flat", [{"claim": "flat", "holds": False}], {})
+    monkeypatch.setitem(checks.CHECKS, "relu", lambda: false)
     assert main(["theory", "relu"]) == 1
     assert "NO" in capsys.readouterr().out
     for arguments, message in (
-        (["everything"], "invalid choice"), (["pca", "--seeds", "0"], "--seeds must be at least 1, got 0"),
-    ):  # fmt: skip
+        (["everything"], "invalid choice"),
+        (["pca", "--seeds", "0"], "--seeds must be at least 1, got 0"),
+    ):
         with pytest.raises(SystemExit) as stopped:
             main(["theory", *arguments])
         assert stopped.value.code == 2

@@ -1,4 +1,4 @@
-"""The training package in one process: settings, data, models, evaluation, what a run writes and refuses."""
+"""The training package in one process: settings, data, models, evaluation, a run's files, errors."""
 
 import dataclasses
 import importlib
@@ -14,15 +14,46 @@ import torch
 import torchvision
 from PIL import Image
 
-from alphacl_fast.train import Config, RunError, augment, checkpoint, data, evaluate, loop, models, report, train
-from alphacl_fast.train.evaluate import converged_probe, few_label_draws, knn_accuracy, linear_probe, standardise
-from alphacl_fast.train.world import World
+from alphacl_fast.train import (
+    Config,
+    RunError,
+    augment,
+    checkpoint,
+    data,
+    evaluate,
+    loop,
+    models,
+    report,
+    train,
+)
+from alphacl_fast.train.evaluate import (
+    Split,
+    converged_probe,
+    few_label_draws,
+    knn_accuracy,
+    linear_probe,
+    standardise,
+)
+from alphacl_fast.train.process_context import ProcessContext
 
-evaluation = importlib.import_module("alphacl_fast.train.evaluate")  # the package has a function of this name
+evaluation = importlib.import_module(
+    "alphacl_fast.train.evaluate"
+)  # the package has a function of this name
 
-pytestmark = [pytest.mark.xdist_group("train"), pytest.mark.usefixtures("one_thread")]  # one worker makes what its tests share
+pytestmark = [
+    pytest.mark.xdist_group("train"),
+    pytest.mark.usefixtures("one_thread"),
+]  # one worker makes what its tests share
 
-TINY = {"dataset": "digits", "width": 4, "batch_size": 64, "subset": 256, "epochs": 2, "workers": 0, "log_every": 1}
+TINY = {
+    "dataset": "digits",
+    "width": 4,
+    "batch_size": 64,
+    "subset": 256,
+    "epochs": 2,
+    "workers": 0,
+    "log_every": 1,
+}
 
 
 def tiny(**given):
@@ -49,7 +80,9 @@ def folders(tmp_path):
             folder = tmp_path / "images" / part / name
             folder.mkdir(parents=True)
             for index in range(count):
-                Image.new("RGB", (10, 12), (255 * label, 9 * index, 0)).save(folder / f"{index}.jpg")
+                Image.new("RGB", (10, 12), (255 * label, 9 * index, 0)).save(
+                    folder / f"{index}.jpg"
+                )
     return tmp_path / "images"
 
 
@@ -57,7 +90,11 @@ def folders(tmp_path):
 
 
 def test_defaults_depend_on_data_set_and_encoder():
-    assert (Config.create().encoder, Config.create().epochs, Config.create().threads) == ("small", 60, 1)
+    assert (Config.create().encoder, Config.create().epochs, Config.create().threads) == (
+        "small",
+        60,
+        1,
+    )
     cifar = Config.create(dataset="cifar10")
     assert (cifar.encoder, cifar.lr, cifar.batch_size, cifar.epochs) == ("resnet18", 0.01, 128, 500)
     wide = Config.create(dataset="cifar10", encoder="resnet50", epochs=5)
@@ -65,19 +102,26 @@ def test_defaults_depend_on_data_set_and_encoder():
     assert Config.create(dataset="cifar10", lr=0.5).lr == 0.5
 
 
-@pytest.mark.parametrize(("given", "message"), [
-    ({"epochs": 0}, "--epochs must be at least 1, got 0"),
-    ({"batch_size": 1}, "--batch-size must be at least 2, got 1"),
-    ({"micro_batch": -1}, "--micro-batch must be at least 0, got -1"),
-    ({"norm": "layer"}, "--norm must be one of batch, group, got 'layer'"),
-    ({"lr": float("nan")}, "--lr must be positive and finite, got nan"),
-    ({"temperature": -1.0}, "--temperature must be positive and finite, got -1.0"),
-    ({"lr": "fast"}, "--lr must be float, got 'fast'"),
-    ({"dataset": "mnist"}, "--dataset must be one of digits, cifar10, cifar100, stl10, imagefolder, fake, got 'mnist'"),
-    ({"warmup_epochs": 9, "epochs": 3}, "--warmup-epochs must not exceed --epochs 3, got 9"),
-    ({"encoder": "resnet18"}, "--encoder must be small for the digits, got resnet18"),
-    ({"colour": 1}, "unknown setting 'colour'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"epochs": 0}, "--epochs must be at least 1, got 0"),
+        ({"batch_size": 1}, "--batch-size must be at least 2, got 1"),
+        ({"micro_batch": -1}, "--micro-batch must be at least 0, got -1"),
+        ({"norm": "layer"}, "--norm must be one of batch, group, got 'layer'"),
+        ({"lr": float("nan")}, "--lr must be positive and finite, got nan"),
+        ({"temperature": -1.0}, "--temperature must be positive and finite, got -1.0"),
+        ({"lr": "fast"}, "--lr must be float, got 'fast'"),
+        (
+            {"dataset": "mnist"},
+            "--dataset must be one of digits, cifar10, cifar100, stl10, imagefolder, fake, "
+            "got 'mnist'",
+        ),
+        ({"warmup_epochs": 9, "epochs": 3}, "--warmup-epochs must not exceed --epochs 3, got 9"),
+        ({"encoder": "resnet18"}, "--encoder must be small for the digits, got resnet18"),
+        ({"colour": 1}, "unknown setting 'colour'"),
+    ],
+)
 def test_bad_settings_are_named(given, message):
     with pytest.raises(RunError, match="^" + message.replace(".", r"\.")):
         Config.create(**given)
@@ -88,7 +132,9 @@ def test_a_config_survives_its_file(tmp_path):
     checkpoint.begin(tmp_path / "run", config, torch.device("cpu"))
     assert Config.read(tmp_path / "run" / "config.json") == config
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert {"alphacl_fast", "commit", "torch", "torchvision", "python", "device", "threads"} <= {*saved["environment"]}
+    assert {"alphacl_fast", "commit", "torch", "torchvision", "python", "device", "threads"} <= {
+        *saved["environment"]
+    }
     with pytest.raises(RunError, match=r"unknown \['colour'\]"):
         Config.from_dict({**dataclasses.asdict(config), "colour": 1}, tmp_path)
     with pytest.raises(RunError, match="the config must be a dict, got list"):
@@ -112,7 +158,9 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
     config = tiny(epochs=10, warmup_epochs=2, lr=0.1)
     rates = [loop.learning_rate(config, step, 5) for step in range(50)]
     assert rates[:10] == pytest.approx([0.01 * (step + 1) for step in range(10)])
-    assert rates[10:] == pytest.approx([0.05 * (1 + math.cos(math.pi * step / 40)) for step in range(40)])
+    assert rates[10:] == pytest.approx(
+        [0.05 * (1 + math.cos(math.pi * step / 40)) for step in range(40)]
+    )
     assert loop.learning_rate(tiny(epochs=1, warmup_epochs=1, lr=0.1), 4, 5) == pytest.approx(0.1)
 
 
@@ -120,30 +168,40 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
 
 
 def test_order_covers_every_epoch_and_does_not_depend_on_the_start():
-    whole = list(data._Steps(size=50, batch_size=8, seed=3, start=0, stop=18))
-    assert [[epoch for epoch, _ in batch] for batch in whole] == [[step // 6] * 8 for step in range(18)]
+    def steps(start, seed):
+        return list(data.steps_of(50, tiny(batch_size=8, seed=seed), start, 18))
+
+    whole = steps(0, 3)
+    assert [[epoch for epoch, _ in batch] for batch in whole] == [
+        [step // 6] * 8 for step in range(18)
+    ]
     for epoch in range(3):
         indices = [index for batch in whole[6 * epoch : 6 * epoch + 6] for _, index in batch]
         assert len(set(indices)) == 48
         assert set(indices) <= set(range(50))
     assert whole[:6] != [[(0, index) for _, index in batch] for batch in whole[6:12]]
     for start in (0, 1, 6, 11):
-        assert list(data._Steps(50, 8, 3, start, 18)) == whole[start:]
-    assert list(data._Steps(50, 8, 4, 0, 18)) != whole
+        assert steps(start, 3) == whole[start:]
+    assert steps(0, 4) != whole
 
 
 def test_batches_do_not_depend_on_workers_or_the_global_generator():
     images, view = data.load(tiny()).views, augment.augmentation("digits", 8)
 
     def batches(start, **given):
-        return [views for [views] in data.training_batches(images, view, tiny(**given), start, 6, pin=False)]
+        return [
+            views
+            for [views] in data.training_batches(images, view, tiny(**given), start, 6, pin=False)
+        ]
 
     before = torch.get_rng_state()
     alone = batches(0)
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(7)
     for other in (batches(0, workers=2), batches(0)):
-        assert torch.equal(torch.stack([*map(torch.stack, other)]), torch.stack([*map(torch.stack, alone)]))
+        assert torch.equal(
+            torch.stack([*map(torch.stack, other)]), torch.stack([*map(torch.stack, alone)])
+        )
     assert torch.equal(torch.stack(alone[4]), torch.stack(batches(4)[0]))
     x1, x2 = alone[0]
     assert x1.dtype == torch.uint8
@@ -157,8 +215,10 @@ def test_shares_and_micro_batches_are_the_whole_batch():
     [whole] = next(data.training_batches(images, view, tiny(), 0, 2, pin=False))
     found = []
     for rank in range(3):
-        share = World(rank, 3).share
-        steps = list(data.training_batches(images, view, tiny(micro_batch=8), 0, 2, pin=False, share=share))
+        share = ProcessContext(rank, 3).share
+        steps = list(
+            data.training_batches(images, view, tiny(micro_batch=8), 0, 2, pin=False, share=share)
+        )
         assert [len(x1) for x1, _ in steps[0]] == [[8, 8, 5], [8, 8, 5], [8, 8, 6]][rank]
         assert len(steps) == 2
         found += steps[0]
@@ -167,20 +227,26 @@ def test_shares_and_micro_batches_are_the_whole_batch():
 
 
 def test_a_view_differs_between_epochs_and_images():
-    images = data._TwoViews([(Image.new("L", (8, 8), 200), 0)] * 2, augment.augmentation("digits", 8), seed=0)
+    images = data._Views(
+        [(Image.new("L", (8, 8), 200), 0)] * 2, augment.augmentation("digits", 8), 0
+    )
     assert torch.equal(images[0, 1][0], images[0, 1][0])
     assert not torch.equal(images[0, 1][0], images[1, 1][0])
     assert not torch.equal(images[0, 1][0], images[0, 0][0])
 
 
 def test_subset_is_balanced_and_deterministic():
-    labels = torch.tensor(data.load(tiny(subset=250)).train.dataset.targets)
+    labels = torch.tensor([label for _, label in data.load(tiny(subset=250)).train.dataset])
     chosen = data.load(tiny(subset=250)).train.indices
     assert labels[chosen].bincount().tolist() == [25] * 10
     assert chosen == data.load(tiny(subset=250, seed=5)).train.indices
-    with pytest.raises(RunError, match="--subset must not exceed the 1297 training images, got 1298"):
+    with pytest.raises(
+        RunError, match="--subset must not exceed the 1297 training images, got 1298"
+    ):
         data.load(tiny(subset=1298))
-    with pytest.raises(RunError, match="--batch-size must not exceed the 60 training images, got 64"):
+    with pytest.raises(
+        RunError, match="--batch-size must not exceed the 60 training images, got 64"
+    ):
         data.load(tiny(subset=60))
 
 
@@ -205,12 +271,14 @@ def test_fake_and_missing_data(tmp_path):
 
 
 def test_torchvision_data_sets(tmp_path, monkeypatch):
-    """Files in the layout of the real ones, a few images each, with the checksums waved through."""
+    """Data sets open from files of the real layout with a few images; checksums are not checked."""
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
     monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda _: True)
     pixels = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8)
-    for name, key, batches in (("cifar-10-batches-py", "labels", [f"data_batch_{i}" for i in range(1, 6)]),
-                               ("cifar-100-python", "fine_labels", ["train"])):
+    for name, key, batches in (
+        ("cifar-10-batches-py", "labels", [f"data_batch_{i}" for i in range(1, 6)]),
+        ("cifar-100-python", "fine_labels", ["train"]),
+    ):
         (tmp_path / name).mkdir()
         for batch in (*batches, "test_batch", "test"):
             (tmp_path / name / batch).write_bytes(pickle.dumps({"data": pixels, key: [0, 1, 2, 3]}))
@@ -222,20 +290,30 @@ def test_torchvision_data_sets(tmp_path, monkeypatch):
         np.zeros((6, 3, 96, 96), np.uint8).tofile(stl / f"{part}_X.bin")
         np.array([1, 2, 3] * 2, np.uint8).tofile(stl / f"{part}_y.bin")
     (stl / "class_names.txt").write_text("a\nb\nc\n")
-    for name, views, labelled, side in (("cifar10", 20, 20, 32), ("cifar100", 4, 4, 32), ("stl10", 12, 6, 96)):
+    for name, views, labelled, side in (
+        ("cifar10", 20, 20, 32),
+        ("cifar100", 4, 4, 32),
+        ("stl10", 12, 6, 96),
+    ):
         found = data.load(Config.create(dataset=name, data_root=str(tmp_path), batch_size=2))
         assert (len(found.views), len(found.train)) == (views, labelled)
         assert found.views[0][0].size == (side, side)
-        part = data.load(Config.create(dataset=name, data_root=str(tmp_path), batch_size=2, subset=3))
+        part = data.load(
+            Config.create(dataset=name, data_root=str(tmp_path), batch_size=2, subset=3)
+        )
         assert (len(part.views), len(part.train)) == (3, 6 if name == "stl10" else 3)
-        assert {label for _, label in (found.train[i] for i in range(len(found.train)))} <= set(range(4))
+        assert {label for _, label in (found.train[i] for i in range(len(found.train)))} <= set(
+            range(4)
+        )
 
 
 def test_imagefolder(folders):
-    config = Config.create(dataset="imagefolder", data_root=str(folders), batch_size=8, image_size=16)
+    config = Config.create(
+        dataset="imagefolder", data_root=str(folders), batch_size=8, image_size=16
+    )
     found = data.load(config)
     assert (len(found.views), len(found.test), found.classes) == (24, 8, ["cat", "dog"])
-    (x, labels), = data.plain_batches(found.test, augment.plain(16), workers=0, pin=False)
+    ((x, labels),) = data.plain_batches(found.test, augment.plain(16), workers=0, pin=False)
     assert x.shape == (8, 3, 16, 16)
     assert labels.tolist() == [0] * 4 + [1] * 4
     (folders / "test").rename(folders / "val")
@@ -250,12 +328,18 @@ def test_imagefolder(folders):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_unreadable_image_is_named(folders, workers):
-    config = Config.create(dataset="imagefolder", data_root=str(folders), batch_size=8, image_size=16, workers=workers)
+    config = Config.create(
+        dataset="imagefolder", data_root=str(folders), batch_size=8, image_size=16, workers=workers
+    )
     broken = folders / "train" / "cat" / "3.jpg"
     broken.write_bytes(broken.read_bytes()[:300])
     found = data.load(config)
     with pytest.raises(RunError) as caught:
-        list(data.training_batches(found.views, augment.augmentation("imagefolder", 16), config, 0, 3, pin=False))
+        list(
+            data.training_batches(
+                found.views, augment.augmentation("imagefolder", 16), config, 0, 3, pin=False
+            )
+        )
     assert str(caught.value).startswith(f"cannot read image {broken} (")
     assert "\n" not in str(caught.value)
 
@@ -263,9 +347,15 @@ def test_an_unreadable_image_is_named(folders, workers):
 # Models
 
 
-@pytest.mark.parametrize(("encoder", "size", "width", "features"), [
-    ("resnet18", 32, 8, 64), ("resnet18", 96, 8, 64), ("resnet50", 32, 4, 128), ("small", 32, 4, 128),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("encoder", "size", "width", "features"),
+    [
+        ("resnet18", 32, 8, 64),
+        ("resnet18", 96, 8, 64),
+        ("resnet50", 32, 4, 128),
+        ("small", 32, 4, 128),
+    ],
+)
 def test_encoder_shapes(encoder, size, width, features):
     config = Config.create(dataset="fake", encoder=encoder, image_size=size, width=width)
     before = torch.get_rng_state()
@@ -287,7 +377,9 @@ def test_resnet_is_torchvisions(name):
     ours.body.load_state_dict(dict(weights))
     images = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in data.STATISTICS["stl10"])
-    torch.testing.assert_close(ours(images), theirs((images / 255 - mean) / std), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        ours(images), theirs((images / 255 - mean) / std), rtol=1e-4, atol=1e-4
+    )
 
 
 # Evaluation
@@ -303,8 +395,8 @@ def test_knn_is_the_weighted_vote(monkeypatch):
         for neighbour in similarity.argsort(descending=True)[:7].tolist():
             votes[bank_labels[neighbour]] += math.exp(similarity[neighbour].item() / 0.1)
         correct += votes.index(max(votes)) == label
-    assert knn_accuracy(bank, bank_labels, queries, labels, classes=4, k=7) == correct / 40
-    assert knn_accuracy(bank, bank_labels, bank, bank_labels, classes=4, k=1) == 1
+    assert knn_accuracy(Split(bank, bank_labels, queries, labels, 4), k=7) == correct / 40
+    assert knn_accuracy(Split(bank, bank_labels, bank, bank_labels, 4), k=1) == 1
 
 
 def test_knn_never_holds_all_similarities(monkeypatch):
@@ -319,29 +411,31 @@ def test_knn_never_holds_all_similarities(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "topk", watched)
     bank, queries = torch.randn(20_000, 2), torch.randn(2_000, 2)
     labels = (bank[:, 0] > 0).long()
-    assert knn_accuracy(bank, labels, queries, (queries[:, 0] > 0).long(), classes=2) > 0.95
+    assert knn_accuracy(Split(bank, labels, queries, (queries[:, 0] > 0).long(), 2)) > 0.95
     assert 0 < largest <= 2**24 < 20_000 * 2_000
 
 
 def test_probes_separate_and_report_last_and_best():
     labels = torch.arange(600) % 4
     features = torch.nn.functional.one_hot(labels, 8).float() * 5 + torch.randn(600, 8)
-    parts = features[:300], labels[:300], features[300:], labels[300:]
-    assert linear_probe(*parts, classes=4)[1] > 0.99
-    assert converged_probe(*parts) > 0.99
-    parts = torch.randn(300, 8), labels[:300], torch.randn(300, 8), labels[300:]
-    last, best = linear_probe(*parts, classes=4)
+    split = Split(features[:300], labels[:300], features[300:], labels[300:], 4)
+    assert linear_probe(split)[1] > 0.99
+    assert converged_probe(split) > 0.99
+    split = split._replace(train=torch.randn(300, 8), test=torch.randn(300, 8))
+    last, best = linear_probe(split)
     assert last <= best < 0.5
-    assert converged_probe(*parts) < 0.5
+    assert converged_probe(split) < 0.5
 
 
 def test_standardise_uses_the_training_rows_and_drops_constants():
     train_rows, test_rows = torch.randn(50, 3) * 7 + 2, torch.randn(9, 3)
     train_rows[:, 1] = 4
-    scaled, other = standardise(train_rows, test_rows)
-    torch.testing.assert_close(scaled.std(0), torch.tensor([1.0, 0, 1]))
-    torch.testing.assert_close(other[:, 2], (test_rows[:, 2] - train_rows[:, 2].mean()) / train_rows[:, 2].std())
-    assert other[:, 1].tolist() == [0] * 9
+    labels = torch.zeros(50).long()
+    scaled = standardise(Split(train_rows, labels, test_rows, labels[:9], 1))
+    torch.testing.assert_close(scaled.train.std(0), torch.tensor([1.0, 0, 1]))
+    expected = (test_rows[:, 2] - train_rows[:, 2].mean()) / train_rows[:, 2].std()
+    torch.testing.assert_close(scaled.test[:, 2], expected)
+    assert scaled.test[:, 1].tolist() == [0] * 9
 
 
 def test_few_label_draws():
@@ -350,7 +444,9 @@ def test_few_label_draws():
     assert [labels[rows].bincount().tolist() for rows in draws] == [[5, 5, 5]] * 4
     assert len({tuple(rows.tolist()) for rows in draws}) == 4
     assert all(torch.equal(a, b) for a, b in zip(draws, few_label_draws(labels, 5, 4), strict=True))
-    with pytest.raises(RunError, match="--few-label must not exceed the 20 images of the smallest class, got 21"):
+    with pytest.raises(
+        RunError, match="--few-label must not exceed the 20 images of the smallest class, got 21"
+    ):
         few_label_draws(labels, 21, 1)
 
 
@@ -367,7 +463,11 @@ def test_training_beats_the_untrained_encoder_with_few_labels(tmp_path):
     assert raw["knn"] > 0.95
     assert all(row["probe"] <= row["probe_best"] for row in result["rows"].values())
     lines = report.table(result).splitlines()
-    assert [line.split("  ")[0] for line in lines[1:]] == ["raw pixels", "untrained encoder", "trained encoder"]
+    assert [line.split("  ")[0] for line in lines[1:]] == [
+        "raw pixels",
+        "untrained encoder",
+        "trained encoder",
+    ]
     assert len({len(line) for line in lines}) == 1
 
 
@@ -394,22 +494,36 @@ def test_what_a_run_leaves(finished):
 def test_knn_and_probe_have_their_own_epochs_and_share_features(tmp_path, monkeypatch):
     extractions = []
     extract = evaluation.extract
-    monkeypatch.setattr(evaluation, "extract", lambda *given: extractions.append(len(given[0])) or extract(*given))
+    monkeypatch.setattr(
+        evaluation, "extract", lambda *given: extractions.append(len(given[0])) or extract(*given)
+    )
     state = torch.get_rng_state()
-    for epochs, knn_every, probe_every, expected in ((3, 1, 2, "k kp kp"), (3, 2, 0, "- k k"), (2, 0, 2, "- p")):
+    for epochs, knn_every, probe_every, expected in (
+        (3, 1, 2, "k kp kp"),
+        (3, 2, 0, "- k k"),
+        (2, 0, 2, "- p"),
+    ):
         extractions.clear()
         out = tmp_path / f"{knn_every}{probe_every}"
         train(tiny(subset=128, epochs=epochs, eval_every=knn_every, probe_every=probe_every), out)
         found = [row for row in rows(out) if row["kind"] == "epoch"]
-        assert [("k" * ("knn" in row) + "p" * ("probe" in row)) or "-" for row in found] == expected.split()
-        assert extractions == [128, 500] * sum(due != "-" for due in expected.split()) + [500]  # and the picture's
+        assert [
+            ("k" * ("knn" in row) + "p" * ("probe" in row)) or "-" for row in found
+        ] == expected.split()
+        assert extractions == [128, 500] * sum(due != "-" for due in expected.split()) + [
+            500
+        ]  # and the picture's
     assert found[-1]["probe"] == found[-1]["probe_best"] > 0.5  # so few labels: run to convergence
     torch.set_rng_state(state)
-    linear_probe(torch.randn(300, 8), torch.arange(300) % 4, torch.randn(9, 8), torch.arange(9) % 4, classes=4)
+    linear_probe(
+        Split(torch.randn(300, 8), torch.arange(300) % 4, torch.randn(9, 8), torch.arange(9) % 4, 4)
+    )
     drawn = torch.get_rng_state()
     torch.set_rng_state(state)
     torch.randn(300, 8), torch.randn(9, 8)
-    assert torch.equal(torch.get_rng_state(), drawn)  # a probe during training draws nothing that training would
+    assert torch.equal(
+        torch.get_rng_state(), drawn
+    )  # a probe during training draws nothing that training would
 
 
 def test_same_seed_same_run_and_bf16_and_sgd_differ(finished, tmp_path):
@@ -417,8 +531,15 @@ def test_same_seed_same_run_and_bf16_and_sgd_differ(finished, tmp_path):
         return torch.load(out / "checkpoint.pt", weights_only=True)["model"]
 
     first = weights(finished)
-    for index, (given, equal) in enumerate([({}, True), ({"seed": 1}, False), ({"amp": "bf16"}, False),
-                                            ({"optimizer": "sgd"}, False), ({"objective": "infonce"}, False)]):
+    for index, (given, equal) in enumerate(
+        [
+            ({}, True),
+            ({"seed": 1}, False),
+            ({"amp": "bf16"}, False),
+            ({"optimizer": "sgd"}, False),
+            ({"objective": "infonce"}, False),
+        ]
+    ):
         out = tmp_path / str(index)
         train(tiny(**{"objective": "alpha_direct", "eval_every": 1, **given}), out)
         same = [torch.equal(first[name], value) for name, value in weights(out).items()]
@@ -442,11 +563,15 @@ def test_a_loss_that_stops_being_finite_keeps_the_last_good_checkpoint(tmp_path,
 
         def forward(self, z1, z2):
             self.calls += 1
-            return super().forward(z1, z2) * (float("nan") if self.calls == 8 else 1)  # the first call is the trial
+            return super().forward(z1, z2) * (
+                float("nan") if self.calls == 8 else 1
+            )  # the first call is the trial
 
     monkeypatch.setattr(loop, "FusedAlphaCLLoss", Breaks)
     config = tiny(save_every=3)
-    with pytest.raises(RunError, match="NaN in epoch 2, by step 7; the last good checkpoint, step 6, is kept"):
+    with pytest.raises(
+        RunError, match="NaN in epoch 2, by step 7; the last good checkpoint, step 6, is kept"
+    ):
         train(config, tmp_path / "run")
     state = checkpoint.read(tmp_path / "run", config)
     assert state["step"] == 6
@@ -462,7 +587,9 @@ def test_a_broken_weight_is_not_saved(tmp_path, monkeypatch):
         def forward(self, z1, z2):
             self.calls += 1
             value = super().forward(z1, z2)
-            if self.calls == 5:  # the fourth step, last of its epoch: a finite loss with an infinite gradient
+            if (
+                self.calls == 5
+            ):  # the fourth step, last of its epoch: a finite loss with an infinite gradient
                 value = value + (z1 - z1.detach()).sum() * float("inf")
                 value = torch.where(torch.isfinite(value), value, value.detach().nan_to_num())
             return value
@@ -498,9 +625,13 @@ def test_damaged_and_foreign_checkpoints(finished, tmp_path):
         with pytest.raises(RunError, match=r"cannot read .*checkpoint\.pt"):
             use()
     shutil.rmtree(run)
-    checkpoint.begin(run, tiny(width=5, objective="alpha_direct", eval_every=1), torch.device("cpu"))
+    checkpoint.begin(
+        run, tiny(width=5, objective="alpha_direct", eval_every=1), torch.device("cpu")
+    )
     shutil.copy(finished / "checkpoint.pt", run)
-    with pytest.raises(RunError, match="is the checkpoint of another config: --width: 4 in the run, 5 given"):
+    with pytest.raises(
+        RunError, match="is the checkpoint of another config: --width: 4 in the run, 5 given"
+    ):
         evaluate(run)
     os.remove(run / "checkpoint.pt")
     with pytest.raises(RunError, match="has no checkpoint yet"):
@@ -510,8 +641,16 @@ def test_damaged_and_foreign_checkpoints(finished, tmp_path):
 
 
 def test_a_data_set_that_changed_is_refused(folders, tmp_path):
-    config = Config.create(dataset="imagefolder", data_root=str(folders), encoder="small", image_size=8, width=4,
-                           batch_size=8, epochs=1, workers=0)
+    config = Config.create(
+        dataset="imagefolder",
+        data_root=str(folders),
+        encoder="small",
+        image_size=8,
+        width=4,
+        batch_size=8,
+        epochs=1,
+        workers=0,
+    )
     assert train(config, tmp_path / "run").epochs == 1
     (tmp_path / "run" / "embedding.png").unlink()
     (folders / "train" / "cat" / "3.jpg").unlink()
@@ -528,7 +667,9 @@ def test_a_failed_write_leaves_the_checkpoint(finished, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(RunError, match=r"cannot write .*No space left on device; the checkpoint before it stands"):
+    with pytest.raises(
+        RunError, match=r"cannot write .*No space left on device; the checkpoint before it stands"
+    ):
         checkpoint.save(run, {})
     assert (run / "checkpoint.pt").read_bytes() == (finished / "checkpoint.pt").read_bytes()
 

@@ -1,4 +1,4 @@
-"""Batches larger than memory: the cached gradient is exact, its memory does not grow, and what goes with it."""
+"""Gradient caching: the gradient is exact, and activation memory is a micro-batch's."""
 
 import sys
 
@@ -9,7 +9,15 @@ from alphacl_fast import FusedAlphaCLLoss
 from alphacl_fast.train import Config, RunError, gradient, loop, models, train
 
 CPU = torch.device("cpu")
-TINY = {"dataset": "digits", "width": 8, "batch_size": 64, "subset": 256, "epochs": 1, "workers": 0, "log_every": 1}
+TINY = {
+    "dataset": "digits",
+    "width": 8,
+    "batch_size": 64,
+    "subset": 256,
+    "epochs": 1,
+    "workers": 0,
+    "log_every": 1,
+}
 
 
 def network(**given):
@@ -17,7 +25,9 @@ def network(**given):
 
 
 def images(pairs):
-    views = torch.randint(0, 256, (2, pairs, 1, 8, 8), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    views = torch.randint(
+        0, 256, (2, pairs, 1, 8, 8), generator=torch.Generator().manual_seed(3), dtype=torch.uint8
+    )
     return views[0], views[1]
 
 
@@ -34,12 +44,14 @@ def gradients(net, loss):
 
 
 def learnable_loss(objective="infonce"):
-    return FusedAlphaCLLoss(objective, temperature=torch.nn.Parameter(torch.tensor(0.4, dtype=torch.float64)))
+    return FusedAlphaCLLoss(
+        objective, temperature=torch.nn.Parameter(torch.tensor(0.4, dtype=torch.float64))
+    )
 
 
 @pytest.mark.parametrize("sizes", [(10, 10, 10), (7, 1, 13, 9), (30,)])
 def test_equal_to_the_step_that_is_not_cached(sizes):
-    """float64, a network without batch statistics: one pass over the batch and micro-batches of any sizes."""
+    """In float64, without batch statistics, micro-batches of any sizes equal one pass."""
     net, views = network(norm="group"), images(30)
     results = []
     for parts in (None, split(views, sizes)):
@@ -52,11 +64,14 @@ def test_equal_to_the_step_that_is_not_cached(sizes):
         results.append((value, gradients(net, loss)))
     (value, whole), (cached_value, cached) = results
     assert abs(value - cached_value) < 1e-12
-    assert max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(whole, cached, strict=True)) < 1e-10
+    assert (
+        max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(whole, cached, strict=True))
+        < 1e-10
+    )
 
 
 class Noisy(torch.nn.Module):
-    """Batch normalisation and dropout around the network."""
+    """The network with batch normalisation and dropout."""
 
     def __init__(self):
         super().__init__()
@@ -68,7 +83,7 @@ class Noisy(torch.nn.Module):
 
 
 def test_noise_and_batch_statistics_are_those_of_one_pass_over_each_part():
-    """Against autograd through the embeddings of the same micro-batches, joined: gradient, statistics, generator."""
+    """Gradient, statistics and generator equal autograd's through the same micro-batches."""
     views, sizes = images(24), (9, 5, 10)
     results = []
     for cached in (False, True):
@@ -83,13 +98,19 @@ def test_noise_and_batch_statistics_are_those_of_one_pass_over_each_part():
             loss(*(torch.cat(rows) for rows in zip(*z, strict=True))).backward()
         results.append((gradients(net, loss), net.state_dict(), torch.rand(3)))
     (grads, state, noise), (cached_grads, cached_state, cached_noise) = results
-    assert max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(grads, cached_grads, strict=True)) < 1e-10
+    assert (
+        max(
+            float((a - b).abs().max() / a.abs().max())
+            for a, b in zip(grads, cached_grads, strict=True)
+        )
+        < 1e-10
+    )
     assert all(torch.equal(state[name], cached_state[name]) for name in state)
     assert torch.equal(noise, cached_noise)
 
 
 class Live:
-    """Most bytes that autograd kept at a time."""
+    """Track the peak of the bytes that autograd keeps."""
 
     def __init__(self):
         self.now = self.most = 0
@@ -129,9 +150,13 @@ def test_memory_of_activations_is_that_of_a_micro_batch():
 def test_a_run_in_micro_batches_ends_with_the_same_weights(tmp_path):
     states = []
     for micro in (0, 24):
-        config = Config.create(**TINY, norm="group", optimizer="sgd", lr=0.01, micro_batch=micro, eval_every=0)
+        config = Config.create(
+            **TINY, norm="group", optimizer="sgd", lr=0.01, micro_batch=micro, eval_every=0
+        )
         train(config, tmp_path / str(micro))
-        states.append(torch.load(tmp_path / str(micro) / "checkpoint.pt", weights_only=True)["model"])
+        states.append(
+            torch.load(tmp_path / str(micro) / "checkpoint.pt", weights_only=True)["model"]
+        )
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-5)
 
@@ -139,24 +164,35 @@ def test_a_run_in_micro_batches_ends_with_the_same_weights(tmp_path):
 @pytest.mark.parametrize("optimizer", ["lars", "lamb"])
 def test_optimizers_for_large_batches(tmp_path, optimizer):
     pytest.importorskip("pytorch_optimizer")
-    config = Config.create(**{**TINY, "epochs": 2}, optimizer=optimizer, lr={"lars": 1.0, "lamb": 0.01}[optimizer])
+    config = Config.create(
+        **{**TINY, "epochs": 2}, optimizer=optimizer, lr={"lars": 1.0, "lamb": 0.01}[optimizer]
+    )
     train(config, tmp_path / "run")
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     before = models.build(config).state_dict()
     weights = [name for name in before if name.endswith("weight") and before[name].dim() > 1]
-    assert all((state["model"][name] - before[name]).norm() > 1e-3 * before[name].norm() for name in weights)
+    assert all(
+        (state["model"][name] - before[name]).norm() > 1e-3 * before[name].norm()
+        for name in weights
+    )
     assert train(config, tmp_path / "run", resume=True).already
 
 
 def test_a_missing_optimizer_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
-    with pytest.raises(RunError, match=r"--optimizer lars needs pytorch_optimizer .*alphacl-fast\[large-batch\]"):
+    with pytest.raises(
+        RunError, match=r"--optimizer lars needs pytorch_optimizer .*alphacl-fast\[large-batch\]"
+    ):
         train(Config.create(**TINY, optimizer="lars"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_the_trial_of_the_loss_is_small(monkeypatch):
     sizes = []
-    monkeypatch.setattr(FusedAlphaCLLoss, "forward", lambda self, z1, z2: sizes.append(len(z1)) or z1.sum() + z2.sum())
-    loop._build_loss(Config.create(batch_size=65_536), CPU, loop.World())
+    monkeypatch.setattr(
+        FusedAlphaCLLoss,
+        "forward",
+        lambda self, z1, z2: sizes.append(len(z1)) or z1.sum() + z2.sum(),
+    )
+    loop._build_loss(Config.create(batch_size=65_536), CPU, loop.ProcessContext())
     assert sizes == [loop.TRIAL_PAIRS]

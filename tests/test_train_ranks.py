@@ -1,4 +1,4 @@
-"""torchrun: several processes train as one does, a killed one ends the job, and another number of them goes on."""
+"""torchrun: several ranks train like one, a killed rank ends the job, another number resumes it."""
 
 import json
 import os
@@ -15,29 +15,60 @@ from alphacl_fast.train import Config, train
 
 pytestmark = pytest.mark.xdist_group("train_ranks")  # one worker makes what its tests share
 
-SETTINGS = {"dataset": "digits", "width": 4, "norm": "group", "optimizer": "sgd", "lr": 0.02, "subset": 320, "batch_size": 64,
-            "micro_batch": 20, "epochs": 4, "log_every": 1, "save_every": 2, "eval_every": 4, "workers": 0,
-            "learn_temperature": True}  # fmt: skip
+SETTINGS = {
+    "dataset": "digits",
+    "width": 4,
+    "norm": "group",
+    "optimizer": "sgd",
+    "lr": 0.02,
+    "subset": 320,
+    "batch_size": 64,
+    "micro_batch": 20,
+    "epochs": 4,
+    "log_every": 1,
+    "save_every": 2,
+    "eval_every": 4,
+    "workers": 0,
+    "learn_temperature": True,
+}
 ROOT = Path(__file__).parent.parent
 LIMIT = 150  # seconds for a job
 
 
 def start(processes, out, *flags):
     for name, value in SETTINGS.items():
-        flags += (f"--{name.replace('_', '-')}",) if value is True else (f"--{name.replace('_', '-')}", str(value))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m",
-               "alphacl_fast.train", "--out", str(out), *flags]  # fmt: skip
+        flags += (
+            (f"--{name.replace('_', '-')}",)
+            if value is True
+            else (f"--{name.replace('_', '-')}", str(value))
+        )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        "-m",
+        "alphacl_fast.train",
+        "--out",
+        str(out),
+        *flags,
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def children(pid):
-    """Processes started by one, and the rank that each has."""
+    """Find the ranks that a process started: rank → process id."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            environment = dict(x.split("=", 1) for x in (folder / "environ").read_text().split("\0") if "=" in x)
+            environment = dict(
+                x.split("=", 1) for x in (folder / "environ").read_text().split("\0") if "=" in x
+            )
         except (OSError, ValueError):
             continue
         if parent == pid and "RANK" in environment:
@@ -47,7 +78,11 @@ def children(pid):
 
 def steps(out):
     try:
-        return [row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if row["kind"] == "step"]
+        return [
+            row
+            for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+            if row["kind"] == "step"
+        ]
     except FileNotFoundError:
         return []
 
@@ -65,7 +100,10 @@ def assert_same_run(out, reference):
     assert len(expected) == 20
     assert expected[0] - expected[-1] > 1e-3
     for part in ("model", "loss"):
-        ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True)[part] for folder in (out, reference))
+        ours, theirs = (
+            torch.load(folder / "checkpoint.pt", weights_only=True)[part]
+            for folder in (out, reference)
+        )
         for name, value in theirs.items():
             torch.testing.assert_close(ours[name], value, rtol=1e-2, atol=1e-4)
     assert (out / "embedding.png").exists()

@@ -1,4 +1,4 @@
-"""A run stopped by a signal or killed outright, then resumed, ends as if nothing had happened: weights and metrics."""
+"""A stopped or killed run, resumed, ends with the weights and metrics of an uninterrupted run."""
 
 import json
 import os
@@ -16,17 +16,28 @@ from alphacl_fast.train import Config, RunError, evaluate, loop, train
 
 pytestmark = pytest.mark.xdist_group("train_resume")  # one worker makes what its tests share
 
-SETTINGS = {"dataset": "digits", "objective": "alpha_direct", "width": 4, "subset": 640, "batch_size": 32, "epochs": 4,
-            "log_every": 1, "save_every": 7, "eval_every": 2}  # fmt: skip
+SETTINGS = {
+    "dataset": "digits",
+    "objective": "alpha_direct",
+    "width": 4,
+    "subset": 640,
+    "batch_size": 32,
+    "epochs": 4,
+    "log_every": 1,
+    "save_every": 7,
+    "eval_every": 2,
+}
 STEPS = 80
 
 
 def final(out):
-    """Weights, and metrics without what a clock measured."""
+    """Read the checkpoint, and the metrics without measured times."""
     clock = ("images_per_s", "step_ms", "loss_ms")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     state = torch.load(out / "checkpoint.pt", weights_only=True)
-    return state, [{key: value for key, value in line.items() if key not in clock} for line in lines]
+    return state, [
+        {key: value for key, value in line.items() if key not in clock} for line in lines
+    ]
 
 
 def assert_same_end(out, reference):
@@ -53,28 +64,48 @@ def reference(tmp_path_factory):
 
 
 def start(out, workers):
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in {**SETTINGS, "workers": workers}.items()]
+    flags = [
+        f"--{key.replace('_', '-')}={value}"
+        for key, value in {**SETTINGS, "workers": workers}.items()
+    ]
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
+    }
     command = [sys.executable, "-m", "alphacl_fast.cli", "train", f"--out={out}", *flags]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                            start_new_session=True)
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def wait_for_step(process, out, step):
-    """Return once metrics.jsonl tells of ``step``."""
+    """Wait until metrics.jsonl contains ``step``."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_bytes().count(b'"step", ') >= step:
+        if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_bytes().count(
+            b'"step", '
+        ) >= step:
             return
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.001)
     raise TimeoutError(f"no step {step} in 120 s")
 
 
-@pytest.mark.parametrize(("number", "workers", "code"), [
-    (signal.SIGINT, 2, 130), (signal.SIGTERM, 0, 143), (signal.SIGKILL, 2, -9), (signal.SIGKILL, 0, -9),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("number", "workers", "code"),
+    [
+        (signal.SIGINT, 2, 130),
+        (signal.SIGTERM, 0, 143),
+        (signal.SIGKILL, 2, -9),
+        (signal.SIGKILL, 0, -9),
+    ],
+)
 def test_interrupted_and_resumed(tmp_path, capsys, reference, number, workers, code):
     out, step = tmp_path / "run", random.SystemRandom().randint(1, 45)
     process = start(out, workers)
@@ -103,7 +134,9 @@ def test_interrupted_and_resumed(tmp_path, capsys, reference, number, workers, c
     assert_same_end(out, reference)
 
 
-@pytest.mark.parametrize("when", ["at the end of an epoch", "in the evaluation", "before the first checkpoint"])
+@pytest.mark.parametrize(
+    "when", ["at the end of an epoch", "in the evaluation", "before the first checkpoint"]
+)
 def test_awkward_moments(tmp_path, monkeypatch, reference, when):
     config, out = Config.create(**SETTINGS, workers=0), tmp_path / "run"
 

@@ -69,8 +69,8 @@ def units(sets: dict[str, list[str]]) -> dict[str, list[str]]:
     """Source and own flags of every object: the kernels of each instruction set, and the driver."""
     kernels, driver = str(SOURCES / "kernels.cpp"), str(SOURCES / "driver.cpp")
     jobs = {name: [*flags, f"-DALPHACL_ISA={name}", kernels] for name, flags in sets.items()}
-    known = [f"-DALPHACL_WITH_{name.upper()}" for name in sets if name != "portable"]
-    return {**jobs, "driver": [*known, driver]}
+    known = "-DALPHACL_SETS=" + " ".join(f"SET({name})" for name in sets)
+    return {**jobs, "driver": [known, driver]}
 
 
 def supported(compiler: list[str], folder: str) -> dict[str, list[str]]:

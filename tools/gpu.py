@@ -5,7 +5,7 @@
 
 Checks against float64 and the headline table come first, so that a run cut short has them. Every row is in dir/rows.jsonl
 as soon as it is made; summary.txt, profile.txt, tuned.json, sanitize.txt and plots.png lie beside it. What runs on the
-device runs in child processes (`tools.pool`): a kernel that hangs or breaks its context costs one row. Times are of
+device runs in child processes (`tools.subprocess_pool`): a kernel that hangs or breaks its context costs one row. Times are of
 loss + gradient, and fractions are of the rate of an 8192³ product of the same dtype in the same minute, for 4n²D operations
 (8N²D in cross_view). The exit status is 1 if one of the package's backends failed anywhere.
 """
@@ -33,11 +33,11 @@ from typing import Any
 import torch
 
 from alphacl_fast import ops
-from alphacl_fast.benchmarks.contestants import RIVALS, serves
+from alphacl_fast.benchmarks.baselines import PACKAGES, serves
 from alphacl_fast.benchmarks.loss import Setting
 
 from .gpu_tasks import DIMS, cases, provenance
-from .pool import Pool, Row, Task
+from .subprocess_pool import Pool, Row, Task
 
 TASKS = "tools.gpu_tasks"
 #: Most seconds of each phase in a run of nine minutes.
@@ -346,7 +346,7 @@ def rivals(run: Run) -> None:
         run.report.add(row)
         if row.get("status") == "ok":
             timed[row["contestant"]] = row
-        if row["contestant"] in RIVALS and row["contestant"] in timed:  # the last of its table
+        if row["contestant"] in PACKAGES and row["contestant"] in timed:  # the last of its table
             for name in (name for name in ours if name in timed):
                 ratio = timed[row["contestant"]]["median_in_gemms"] / timed[name]["median_in_gemms"]
                 run.report.add({
@@ -358,7 +358,7 @@ def rivals(run: Run) -> None:
     run.timed(
         (
             run.measurement(run.sizes.setting(32768, dtype=dtype, negatives="cross_view"), [*ours, name], needs=name)
-            for name, dtype in [*((name, "bfloat16") for name in RIVALS), ("inf_cl", "tf32")]
+            for name, dtype in [*((name, "bfloat16") for name in PACKAGES), ("inf_cl", "tf32")]
             if serves(name, "infonce", "cross_view")
         ),
         emit,

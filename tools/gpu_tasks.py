@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from alphacl_fast import MinPlayer, PairLoss, PairWeight, objectives, ops
-from alphacl_fast.benchmarks.contestants import make, missing
+from alphacl_fast.benchmarks.baselines import make, missing
 from alphacl_fast.benchmarks.loss import (
     Setting,
     gradient,

@@ -1,18 +1,23 @@
-"""Holds the message count of `alphacl plan` against 2 to 8 real processes; writes the tables and the plot of docs/scaling.md.
+"""Compare `alphacl plan`'s message counts with real processes; write docs/scaling.md's tables.
 
-    python -m tools.scaling --simulate       # gloo processes on this machine; rows go to benchmarks/results/scaling.jsonl
-    python -m tools.scaling --write          # docs/scaling.md and docs/scaling.png, from those rows and the plan
+    python -m tools.scaling --simulate  # 2 to 8 gloo processes on this machine
+    python -m tools.scaling --write     # docs/scaling.md and docs/scaling.png
+
+The first writes rows to benchmarks/results/scaling.jsonl, the second reads them and the plan.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import tempfile
 from collections import Counter
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -24,68 +29,79 @@ from alphacl_fast.plan import messages, plan, traffic
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.jsonl"
 MARK = "<!-- tables: python -m tools.scaling --write -->"
-#: (pairs, devices) of the table.
-SCALES = ((65_536, 8), (1_000_000, 16), (4_000_000, 64), (16_000_000, 256), (100_000_000, 1024))
-DIM, RATE, BANDWIDTH = 512, 300e12, 50e9
+#: (pairs, devices) of the table's rows.
+SCALES = (
+    (65_536, 8),
+    (1_000_000, 16),
+    (4_000_000, 64),
+    (16_000_000, 256),
+    (100_000_000, 1024),
+)
+DIM = 512
+MACHINE = {"rate": 300e12, "bandwidth": 50e9}
+STRATEGIES, MODES = ("gather", "ring"), ("two_view", "cross_view")
+DTYPES = ("float32", "bfloat16")
+SIMULATED = 32  # features in the simulation
 
 
-class Recorder:
-    """Counts what this process hands to `torch.distributed` while it is entered, as `alphacl_fast.plan.messages` does."""
+@contextmanager
+def recorder():
+    """Count the bytes handed to `torch.distributed` inside, like `alphacl_fast.plan.messages`."""
+    sent: Counter[str] = Counter()
 
-    FUNCTIONS = (("all_gather_into_tensor", 1), ("reduce_scatter_tensor", 1), ("all_reduce", 0))
-
-    def __enter__(self) -> Counter[str]:
-        self.sent: Counter[str] = Counter()
-        self._originals = {name: getattr(dist, name) for name, _ in self.FUNCTIONS}
-        self._batch = dist.batch_isend_irecv
-        for name, argument in self.FUNCTIONS:
-            setattr(dist, name, self._counting(name, argument))
-        dist.batch_isend_irecv = self._sending
-        return self.sent
-
-    def __exit__(self, *_) -> None:
-        for name, original in self._originals.items():
-            setattr(dist, name, original)
-        dist.batch_isend_irecv = self._batch
-
-    def _counting(self, name: str, argument: int):
+    def counting(original, label, size):
         def call(*arguments, **options):
-            self.sent[name.replace("_into_tensor", "").replace("_tensor", "")] += arguments[argument].nbytes
-            return self._originals[name](*arguments, **options)
+            sent[label] += size(arguments)
+            return original(*arguments, **options)
 
         return call
 
-    def _sending(self, operations):
-        self.sent["isend"] += sum(o.tensor.nbytes for o in operations if o.op is dist.isend)
-        return self._batch(operations)
+    with ExitStack() as stack:
+        for name, label, size in (
+            ("all_gather_into_tensor", "all_gather", lambda given: given[1].nbytes),
+            ("reduce_scatter_tensor", "reduce_scatter", lambda given: given[1].nbytes),
+            ("all_reduce", "all_reduce", lambda given: given[0].nbytes),
+            (
+                "batch_isend_irecv",
+                "isend",
+                lambda given: sum(o.tensor.nbytes for o in given[0] if o.op is dist.isend),
+            ),
+        ):
+            replacement = counting(getattr(dist, name), label, size)
+            stack.enter_context(mock.patch.object(dist, name, replacement))
+        yield sent
 
 
-def recorded(group, sizes: tuple[int, ...], dim: int, dtype: torch.dtype, strategy: str, negatives: str) -> Counter[str]:
-    """What this process of a group sends in one step of InfoNCE."""
+def recorded(
+    group, sizes: tuple[int, ...], dim: int, dtype: torch.dtype, strategy: str, negatives: str
+) -> Counter[str]:
+    """Count the bytes that this process sends in one InfoNCE step."""
     pairs = sizes[dist.get_rank(group)]
     z1, z2 = (torch.randn(pairs, dim).to(dtype).requires_grad_() for _ in range(2))
-    with Recorder() as sent:
-        alpha_cl_loss(z1, z2, negatives=negatives, process_group=group, strategy=strategy).backward()
+    settings = {"negatives": negatives, "process_group": group, "strategy": strategy}
+    with recorder() as sent:
+        alpha_cl_loss(z1, z2, **settings).backward()
     return sent
 
 
 def _process(rank: int, world: int, store: str, results) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", rank=rank, world_size=world, store=dist.FileStore(store, world), timeout=timedelta(seconds=120)
-    )
-    for sizes in (tuple(64 for _ in range(world)), tuple(64 + 8 * (r % 3) for r in range(world))):
-        for dtype in (torch.float32, torch.bfloat16):
-            for strategy in ("gather", "ring"):
-                for negatives in ("two_view", "cross_view"):
-                    sent = recorded(dist.group.WORLD, sizes, 32, dtype, strategy, negatives)
-                    results.put((rank, sizes, str(dtype).removeprefix("torch."), strategy, negatives, dict(sent)))
+    files, limit = dist.FileStore(store, world), timedelta(seconds=120)
+    dist.init_process_group("gloo", rank=rank, world_size=world, store=files, timeout=limit)
+    even, uneven = (64,) * world, tuple(64 + 8 * (r % 3) for r in range(world))
+    for sizes, dtype, *case in itertools.product((even, uneven), DTYPES, STRATEGIES, MODES):
+        sent = recorded(dist.group.WORLD, sizes, SIMULATED, getattr(torch, dtype), *case)
+        results.put((rank, sizes, dtype, *case, dict(sent)))
     dist.barrier()
     dist.destroy_process_group()
 
 
 def simulate(worlds: range = range(2, 9)) -> None:
-    """Runs that many processes and writes what each sent beside what the plan says. Raises where they differ."""
+    """Record the bytes that each of several processes sends, and compare them with the plan.
+
+    Raises:
+        AssertionError: they differ.
+    """
     rows = []
     for world in worlds:
         results = processes.get_context("spawn").SimpleQueue()
@@ -94,43 +110,57 @@ def simulate(worlds: range = range(2, 9)) -> None:
         answers = [results.get() for _ in range(16 * world)]
         context.join()
         for rank, sizes, dtype, strategy, negatives, sent in answers:
-            expected = messages(strategy, rank, sizes, 32, getattr(torch, dtype), negatives)
-            if +Counter(sent) != +expected:
-                raise AssertionError(f"{world} processes, rank {rank}, {strategy}, {negatives}: {sent}, not {dict(expected)}")
-            rows.append({"processes": world, "rank": rank, "pairs": sizes, "dim": 32, "dtype": dtype, "strategy": strategy,
-                         "negatives": negatives, "sent": sent, "predicted": dict(+expected), "torch": torch.__version__})
+            expected = +messages(strategy, rank, sizes, SIMULATED, getattr(torch, dtype), negatives)
+            if +Counter(sent) != expected:
+                case = f"{world} processes, rank {rank}, {strategy}, {negatives}"
+                raise AssertionError(f"{case}: {sent}, not {dict(expected)}")
+            rows.append({
+                "processes": world, "rank": rank, "pairs": sizes, "dim": SIMULATED, "dtype": dtype,
+                "strategy": strategy, "negatives": negatives, "sent": sent,
+                "predicted": dict(expected), "torch": torch.__version__,
+            })  # fmt: skip
         print(f"{world} processes: {16 * world} counts equal", flush=True)
     RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def tables() -> str:
-    """The part of docs/scaling.md that is computed."""
+    """Format the computed part of docs/scaling.md."""
     lines = [
-        "| pairs | devices | strategy | memory (GB) | work (TFLOP) | messages (GB) | step (s) | waiting |",
+        "| pairs | devices | strategy | memory (GB) | work (TFLOP) | messages (GB) | step (s) "
+        "| waiting |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for batch, gpus in SCALES:
-        for p in plan(batch, DIM, gpus, rate=RATE, bandwidth=BANDWIDTH):
-            cells = (f"{batch:,}", f"{gpus:,}", p.strategy, f"{p.memory / 1e9:,.2f}", f"{p.flops / 1e12:,.1f}",
-                     f"{p.sent / 1e9:,.2f}", f"{p.seconds:,.3g}", f"{100 * p.exposed:.1f} %")  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
+        for p in plan(batch, DIM, gpus, **MACHINE):
+            lines.append(
+                f"| {batch:,} | {gpus:,} | {p.strategy} | {p.memory / 1e9:,.2f} "
+                f"| {p.flops / 1e12:,.1f} | {p.sent / 1e9:,.2f} | {p.seconds:,.3g} "
+                f"| {100 * p.exposed:.1f} % |"
+            )
     lines += [
-        "", "Bytes that all processes sent in one step (64 pairs each, 32 features), recorded and predicted:", "",
-        "| processes | strategy | rows | recorded | predicted |", "|---|---|---|---|---|",
+        "",
+        "Bytes that all processes sent in one step (64 pairs each, 32 features), recorded and "
+        "predicted:",
+        "",
+        "| processes | strategy | rows | recorded | predicted |",
+        "|---|---|---|---|---|",
     ]
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    for world in sorted({row["processes"] for row in rows}):
-        for strategy in ("gather", "ring"):
-            for dtype in ("float32", "bfloat16"):
-                wanted = {"processes": world, "strategy": strategy, "dtype": dtype, "negatives": "two_view"}
-                chosen = [row for row in rows if wanted.items() <= row.items() and set(row["pairs"]) == {64}]
-                totals = [sum(traffic(Counter(row[kind]), world) for row in chosen) for kind in ("sent", "predicted")]
-                lines.append(f"| {world} | {strategy} | {dtype} | {totals[0]:,.0f} | {totals[1]:,.0f} |")
+    even = [row for row in rows if row["negatives"] == "two_view" and set(row["pairs"]) == {64}]
+    worlds = sorted({row["processes"] for row in rows})
+    for case in itertools.product(worlds, STRATEGIES, DTYPES):
+        chosen = [r for r in even if (r["processes"], r["strategy"], r["dtype"]) == case]
+        totals = (
+            sum(traffic(Counter(row[kind]), case[0]) for row in chosen)
+            for kind in ("sent", "predicted")
+        )
+        cells = [*map(str, case), *(f"{total:,.0f}" for total in totals)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def plot(path: Path) -> None:
-    """Predicted step time of 4 M pairs over the number of devices."""
+    """Plot the predicted step time of 4 M pairs against the number of devices."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -138,12 +168,12 @@ def plot(path: Path) -> None:
 
     devices = [2**k for k in range(3, 11)]
     figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
-    for k, strategy in enumerate(("gather", "ring")):
-        times = [plan(4_000_000, DIM, gpus, rate=RATE, bandwidth=BANDWIDTH)[k].seconds for gpus in devices]
-        axes.loglog(devices, times, "o-", base=2, label=strategy)
-    ideal = [plan(4_000_000, DIM, gpus, rate=RATE, bandwidth=BANDWIDTH)[0].compute for gpus in devices]
-    axes.loglog(devices, ideal, "k:", base=2, label="work alone")
-    axes.set(xlabel="devices", ylabel="predicted seconds per step", title="4 M pairs, 512 features, bfloat16")
+    plans = [plan(4_000_000, DIM, gpus, **MACHINE) for gpus in devices]
+    for k, strategy in enumerate(STRATEGIES):
+        axes.loglog(devices, [p[k].seconds for p in plans], "o-", base=2, label=strategy)
+    axes.loglog(devices, [p[0].compute for p in plans], "k:", base=2, label="work alone")
+    title = "4 M pairs, 512 features, bfloat16"
+    axes.set(xlabel="devices", ylabel="predicted seconds per step", title=title)
     axes.legend()
     figure.savefig(path, dpi=110)
 

@@ -1,10 +1,11 @@
-"""Training throughput and the loss's share of the step, with one flag changed: ``--backend`` of `alphacl train`.
+"""Measure training throughput by the loss's backend, and the loss's share of a step.
 
     python -m tools.training --batches 512 2048 8192 --out benchmarks/results/cpu.jsonl
 
-A step is `alphacl train`'s: the gradient of one batch in micro-batches (gradient caching), then Adam; of its small network on
-random images, so that no loader takes part. Backends take turns, one row per backend and batch with the medians. On a CPU
-throughput is kept only relative to that of ``reference``, the dense loss in plain PyTorch, in the same run.
+A step equals `alphacl train`'s: gradient caching over micro-batches, then Adam; the network is its
+small one, on random images, so that no data loader takes part. Backends take turns; each gets one
+row per batch, with medians. On a CPU throughput is kept only relative to ``reference``, the dense
+loss in plain PyTorch, in the same run.
 """
 
 from __future__ import annotations
@@ -23,24 +24,34 @@ from alphacl_fast.benchmarks.loss import provenance, synchronize
 from alphacl_fast.train import Config, gradient, models
 
 BACKENDS = ("reference", "blocked", "auto")
+DATASETS = {1: "digits", 3: "cifar10"}  # number of channels → a data set that has it
+
+Views = tuple[torch.Tensor, torch.Tensor]
+
+
+def random_views(images: int, micro_batch: int, channels: int, size: int) -> list[Views]:
+    """Draw two uint8 views of random images, in micro-batches."""
+    views = torch.randint(0, 256, (2, images, channels, size, size), dtype=torch.uint8)
+    return list(zip(*(x.split(micro_batch) for x in views), strict=True))
 
 
 class Step:
-    """One optimizer step of a small network with one backend."""
+    """One optimizer step of the small network with one backend."""
 
-    def __init__(self, views: list[tuple[torch.Tensor, torch.Tensor]], backend: str, objective: str, size: int) -> None:
+    def __init__(self, views: list[Views], backend: str = "auto", objective: str = "infonce"):
+        self.views, (_, channels, size, _) = views, views[0][0].shape
         self.device = views[0][0].device
         torch.manual_seed(0)
-        self.net = models.build(Config.create(dataset="digits", encoder="small", image_size=size)).to(self.device).train()
+        config = Config.create(dataset=DATASETS[channels], encoder="small", image_size=size)
+        self.net = models.build(config).to(self.device).train()
         self.loss = FusedAlphaCLLoss(objective, backend=backend)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-3)
-        self.views = views
 
-    def embed(self, views: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def embed(self, views: Views) -> Views:
         return self.net(torch.cat(views)).chunk(2)
 
     def __call__(self) -> tuple[float, float]:
-        """Seconds of the step, and of the loss in it."""
+        """Run the step; return its seconds, and the seconds in the loss."""
         start = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
         value, in_loss = gradient.in_parts(self.net, self.embed, self.loss, self.views, self.device)
@@ -52,29 +63,39 @@ class Step:
 
 
 def run(
-    batch: int, micro_batch: int, backends: tuple[str, ...], repeats: int, objective: str, size: int
+    batch: int, micro_batch: int, backends: list[str], repeats: int, objective: str, size: int
 ) -> list[dict[str, Any]]:
-    """The rows of one batch size."""
+    """Measure one batch size; returns one row per backend.
+
+    Args:
+        batch: images per step.
+        micro_batch: images per forward pass.
+        backends: names of backends.
+        repeats: timed steps per backend.
+        objective: name of an objective.
+        size: side of the images.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images = torch.randint(0, 256, (2, batch, 1, size, size), dtype=torch.uint8).to(device)
-    views = list(zip(*(x.split(micro_batch) for x in images), strict=True))
-    steps = {name: Step(views, name, objective, size) for name in backends}
+    parts = random_views(batch, micro_batch, 1, size)
+    views = [(x1.to(device), x2.to(device)) for x1, x2 in parts]
+    steps = {name: Step(views, name, objective) for name in backends}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in backends}
     for repeat in range(repeats + 1):
         for name, step in steps.items():
             took = step()
-            if repeat:
+            if repeat:  # the first round warms up
                 times[name].append(took)
-    medians = {name: statistics.median(seconds for seconds, _ in values) for name, values in times.items()}
-    rows = []
+    medians = {name: statistics.median(s for s, _ in values) for name, values in times.items()}
+    dense, cpu, rows = medians.get("reference"), device.type == "cpu", []
     for name, values in times.items():
         share = statistics.median(in_loss / seconds for seconds, in_loss in values)
         rows.append({
-            "benchmark": "training", "contestant": name, "objective": objective, "negatives": "two_view", "batch_size": batch,
-            "micro_batch": micro_batch, "image_size": size, "n": 2 * batch, "dim": 128, "dtype": "float32", "repeats": repeats,
-            "speedup_over_reference": medians["reference"] / medians[name] if "reference" in medians else None,
-            "loss_share": share if device.type == "cpu" else None,  # elsewhere the host's clock sees the launch only
-            "images_per_s": batch / medians[name] if device.type == "cuda" else None, **provenance(device),
+            "benchmark": "training", "contestant": name, "objective": objective,
+            "negatives": "two_view", "batch_size": batch, "micro_batch": micro_batch,
+            "image_size": size, "n": 2 * batch, "dim": 128, "dtype": "float32", "repeats": repeats,
+            "speedup_over_reference": dense and dense / medians[name],
+            "loss_share": share if cpu else None,  # a GPU host's clock sees launches only
+            "images_per_s": None if cpu else batch / medians[name], **provenance(device),
         })  # fmt: skip
     return rows
 
@@ -89,11 +110,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=8, help="side of the images")
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
     given = parser.parse_args(arguments)
+    fixed = given.backends, given.repeats, given.objective, given.size
     for batch in given.batches:
-        for row in run(batch, given.micro_batch, tuple(given.backends), given.repeats, given.objective, given.size):
-            share = f", {row['loss_share']:.1%} of the step in the loss" if row["loss_share"] is not None else ""
-            ratio = f"{row['speedup_over_reference']:.2f} x reference" if row["speedup_over_reference"] else "no reference"
-            print(f"batch {batch} {row['contestant']}: {ratio}{share}", flush=True)
+        for row in run(batch, given.micro_batch, *fixed):
+            share, speedup = row["loss_share"], row["speedup_over_reference"]
+            text = f"{speedup:.2f} x reference" if speedup else "no reference"
+            text += f", {share:.1%} of the step in the loss" if share is not None else ""
+            print(f"batch {batch} {row['contestant']}: {text}", flush=True)
             if given.out:
                 with given.out.open("a") as file:
                     file.write(json.dumps(row) + "\n")

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..bundles import Form, PairFunction, Pairing, Rows, RowScalars, Term, Weight, summed
+from ..bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight
 from . import forms
 
 #: Optional operands that this backend serves.
@@ -32,9 +32,6 @@ FAILURE = LIBRARY.with_name("_cpu_not_built.txt")
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _KINDS = {name: code for code, name in enumerate(("exp", "gibbs", "power", "inverse", "hinge", "sigmoid", "square", "gamma"))}
-#: `enum Form` of csrc/cpu/sweep.h, for `row_sums` and for `pair_grad`.
-_SUM_FORMS = {Form.CONSTANT: 0, Form.ONLINE: 1, Form.PLAIN: 2, Form.T_MAX: 3}
-_GRAD_FORMS = {Form.CONSTANT: 4, Form.PLAIN: 5}
 _OK, _NO_MEMORY = 0, 1
 
 
@@ -43,13 +40,17 @@ class _Sweep(ctypes.Structure):
 
     _fields_ = (
         [(name, ctypes.c_void_p) for name in (
-            "f", "scale", "bias", "center", "gain", "shift", "offset", "level", "ids", "out", "df", "weight_sums", "sums",
+            "f", "scale", "bias", "moment_origin", "row_weight", "shift", "argument_offset", "baseline", "ids",
+            "df", "weight_sums", "sums", "release_lock", "take_lock", "check_signals",
         )]
-        + [(name, ctypes.c_void_p) for name in ("release_lock", "take_lock", "check_signals")]
-        + [(name, ctypes.c_int64) for name in ("n", "dim", "row_stride", "split", "partner", "anchors", "lo", "hi", "block")]
-        + [("tau", ctypes.c_double), ("middle", ctypes.c_double), ("params", ctypes.c_double * 3)]
-        + [(name, ctypes.c_int32) for name in ("dtype", "kind", "form", "weight", "threads", "instruction_set")]
-        + [("rows_of_terms", ctypes.c_int32 * 5)]
+        + [(name, ctypes.c_int64) for name in (
+            "n", "dim", "row_stride", "split", "partner", "anchors", "lo", "hi", "block",
+        )]
+        + [("tau", ctypes.c_double), ("constant_shift", ctypes.c_double), ("params", ctypes.c_double * 3)]
+        + [(name, ctypes.c_int32) for name in (
+            "dtype", "kind", "form", "gradient", "weight", "threads", "instruction_set",
+        )]
+        + [("rows_of_terms", ctypes.c_int32 * len(Term))]
     )  # fmt: skip
 
 
@@ -88,7 +89,7 @@ def _load() -> tuple[ctypes.PyDLL | None, str | None]:
         if sizes != (ctypes.sizeof(_Sweep), ctypes.sizeof(_PairRows)):
             raise OSError(f"{LIBRARY.name} does not fit this version of the package")
         library.alphacl_cpu_build.restype = library.alphacl_cpu_sources.restype = ctypes.c_char_p
-        library.alphacl_cpu_engine.restype = ctypes.c_char_p
+        library.alphacl_cpu_kernels.restype = ctypes.c_char_p
         library.alphacl_cpu_sweep.argtypes = [ctypes.POINTER(_Sweep)]
         library.alphacl_cpu_normalize.argtypes = library.alphacl_cpu_finish.argtypes = [ctypes.POINTER(_PairRows)]
         library.alphacl_cpu_function.argtypes = [ctypes.c_int32] * 3 + [ctypes.c_void_p] * 2 + [ctypes.c_int64]
@@ -159,15 +160,15 @@ def instruction_set() -> str:
     return _forced or _default_instruction_set()
 
 
-def engine(dtype: torch.dtype) -> str:
+def kernels_for(dtype: torch.dtype) -> str:
     """The instruction set whose kernels serve inputs of a dtype."""
-    return _engine(INSTRUCTION_SETS.index(instruction_set()), _DTYPES[dtype])[0]
+    return _kernels(INSTRUCTION_SETS.index(instruction_set()), _DTYPES[dtype])[0]
 
 
 @functools.cache
-def _engine(isa: int, dtype: int) -> tuple[str, int, int]:
+def _kernels(isa: int, dtype: int) -> tuple[str, int, int]:
     multiple, largest = ctypes.c_int32(), ctypes.c_int32()
-    name = _library().alphacl_cpu_engine(isa, dtype, ctypes.byref(multiple), ctypes.byref(largest))
+    name = _library().alphacl_cpu_kernels(isa, dtype, ctypes.byref(multiple), ctypes.byref(largest))
     return name.decode(), multiple.value, largest.value
 
 
@@ -202,10 +203,6 @@ def _threads(n: int, dim: int, split: int, gradient: bool) -> int:
     return max(1, min(torch.get_num_threads(), work // WORK_PER_THREAD))
 
 
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
 def _run(
     rows: Rows,
     pairing: Pairing,
@@ -213,34 +210,27 @@ def _run(
     scalars: RowScalars,
     terms: tuple[Term, ...],
     outputs: dict[str, Tensor],
-    *,
-    form: int,
-    first_term: int = 0,
     **fields: int | float,
 ) -> None:
-    f = rows.f
-    isa, dtype = INSTRUCTION_SETS.index(instruction_set()), _DTYPES[f.dtype]
-    _, multiple, largest = _engine(isa, dtype)
+    """One sweep: fills ``outputs``; ``fields`` are further fields of `_Sweep`."""
+    isa, f = INSTRUCTION_SETS.index(instruction_set()), rows.f
     if f.stride(1) != 1 and f.shape[1] > 1:
         f = f.contiguous()
-    vectors = {
-        "scale": rows.scale, "bias": rows.bias, "ids": pairing.ids, "center": scalars.moment_origin,
-        "gain": scalars.row_weight, "shift": scalars.shift, "offset": scalars.argument_offset,
-        "level": scalars.baseline,
-    }  # fmt: skip
-    contiguous = {name: None if x is None else x.contiguous() for name, x in vectors.items()}
-    rows_of_terms = [terms.index(term) + first_term if term in terms else -1 for term in range(Term.SHIFT)]
+    _, multiple, largest = _kernels(isa, _DTYPES[f.dtype])
+    vectors = {**rows._asdict(), **scalars._asdict(), "ids": pairing.ids, "f": None}
+    kept = {name: x.contiguous() for name, x in vectors.items() if x is not None}
     sweep = _Sweep(
-        f=f.data_ptr(), n=f.shape[0], dim=f.shape[1], row_stride=f.stride(0), dtype=dtype, instruction_set=isa,
-        block=block_rows(f.shape[0], multiple, largest), split=pairing.split, partner=pairing.partner,
-        anchors=pairing.anchors, threads=_threads(*f.shape, pairing.split, scalars.row_weight is not None),
+        n=f.shape[0], dim=f.shape[1], row_stride=f.stride(0), dtype=_DTYPES[f.dtype], instruction_set=isa,
+        split=pairing.split, partner=pairing.partner, anchors=pairing.anchors,
+        block=block_rows(f.shape[0], multiple, largest),
+        threads=_threads(*f.shape, pairing.split, "gradient" in fields),
         tau=float(function.tau), kind=_KINDS[function.kind], params=(*function.params, 0.0, 0.0, 0.0)[:3],
-        rows_of_terms=tuple(rows_of_terms), form=form, **_hooks(),
-        **{name: _pointer(x) for name, x in {**contiguous, **outputs}.items()}, **fields,
+        rows_of_terms=tuple(terms.index(term) if term in terms else -1 for term in Term),
+        **{name: x.data_ptr() for name, x in {**kept, **outputs, "f": f}.items()}, **fields, **_hooks(),
     )  # fmt: skip
     status = _library().alphacl_cpu_sweep(ctypes.byref(sweep))
     if status == _NO_MEMORY:
-        raise MemoryError(f"not enough memory for the work space of {f.shape[0]} rows of {f.shape[1]} features")
+        raise MemoryError(f"not enough memory for the workspace of {f.shape[0]} rows of {f.shape[1]} features")
     if status != _OK:
         raise RuntimeError(f"the CPU kernels cannot serve {f.dtype} with {instruction_set()}")
 
@@ -254,14 +244,10 @@ def row_sums(
     precision: str = "",
 ) -> Tensor:
     """(len(terms), anchors): every term summed over the negatives of every anchor."""
-    out = function.tau.new_empty((len(terms), pairing.anchors))
+    sums = function.tau.new_empty((len(terms), pairing.anchors))
     form, shift = forms.of_row_sums(function, terms)
-    first_term = int(terms[0] == Term.SHIFT)
-    _run(
-        rows, pairing, function, scalars, summed(terms), {"out": out}, form=_SUM_FORMS[form],
-        first_term=first_term, middle=shift,
-    )  # fmt: skip
-    return out
+    _run(rows, pairing, function, scalars, terms, {"sums": sums}, form=form, constant_shift=shift)
+    return sums
 
 
 def pair_grad(
@@ -282,8 +268,8 @@ def pair_grad(
     form, shift = forms.of_pair_grad(function, scalars, weight, terms)
     outputs = {"df": df, "weight_sums": weight_sums, "sums": sums}
     _run(
-        rows, pairing, function, scalars, terms, outputs, form=_GRAD_FORMS[form], weight=weight, middle=shift,
-        lo=low, hi=high,
+        rows, pairing, function, scalars, terms, outputs, form=form, gradient=1, weight=weight,
+        constant_shift=shift, lo=low, hi=high,
     )  # fmt: skip
     return df, weight_sums, sums
 

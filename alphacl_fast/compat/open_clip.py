@@ -1,4 +1,4 @@
-"""In the place of ``open_clip.loss.ClipLoss``."""
+"""A drop-in replacement for ``open_clip.loss.ClipLoss``."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from ..functional import alpha_cl_loss
 
 
 class ClipLoss(nn.Module):
-    """CLIP's symmetric cross-entropy of features that are normalised already: (image, text, logit_scale) → ().
+    """CLIP's symmetric cross-entropy of normalised features.
 
     Args:
-        world_size: above 1, one batch over all processes, exact after DDP's averaging, whatever ``local_loss`` and
-            ``gather_with_grad`` say: they choose approximations and memory, neither of which is needed here.
-        cache_labels, rank, local_loss, gather_with_grad: accepted and without effect.
+        local_loss: ignored: it saves memory that is not needed here.
+        gather_with_grad: ignored: the gradient is always exact.
+        cache_labels: ignored.
+        rank: ignored.
+        world_size: above 1, the negatives come from the batches of all processes; the gradient is
+            exact after DDP's averaging.
         use_horovod: must be False.
 
-    Called with image_features, text_features (N, D) and logit_scale = 1/τ, a float or a tensor of one element, which receives
-    its exact gradient. ``logit_bias`` cancels in a softmax and has no effect. ``output_dict=True`` returns
-    {"contrastive_loss": loss}.
-
     Raises:
-        ValueError: horovod asked for.
+        ValueError: horovod is requested.
 
     Source: arXiv:2103.00020.
     """
@@ -38,8 +37,8 @@ class ClipLoss(nn.Module):
         super().__init__()
         if use_horovod:
             raise ValueError("use_horovod must be False: processes meet through torch.distributed")
-        self.local_loss, self.gather_with_grad, self.cache_labels = local_loss, gather_with_grad, cache_labels
-        self.rank, self.world_size = rank, world_size
+        self.local_loss, self.gather_with_grad = local_loss, gather_with_grad
+        self.cache_labels, self.rank, self.world_size = cache_labels, rank, world_size
 
     def forward(
         self,
@@ -49,8 +48,24 @@ class ClipLoss(nn.Module):
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
+        """Compute the loss.
+
+        Args:
+            image_features: (N, D), normalised rows.
+            text_features: (N, D), normalised rows, same dtype.
+            logit_scale: 1/τ, a float or a tensor of one element, which receives its exact gradient.
+            logit_bias: ignored: a bias cancels in a softmax.
+            output_dict: whether to return a dictionary.
+
+        Returns:
+            (), or {"contrastive_loss": ()}.
+        """
         loss = alpha_cl_loss(
-            image_features, text_features, temperature=1 / logit_scale, similarity="dot", negatives="cross_view",
+            image_features,
+            text_features,
+            temperature=1 / logit_scale,
+            similarity="dot",
+            negatives="cross_view",
             process_group="world" if self.world_size > 1 else None,
-        )  # fmt: skip
+        )
         return {"contrastive_loss": loss} if output_dict else loss

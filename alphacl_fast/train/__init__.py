@@ -1,23 +1,31 @@
-"""A lean SimCLR-style loop around :class:`alphacl_fast.FusedAlphaCLLoss`::
+"""A lean SimCLR-style training loop around :class:`alphacl_fast.FusedAlphaCLLoss`::
 
     from alphacl_fast.train import Config, evaluate, train
 
     train(Config.create(dataset="digits", objective="alpha_direct"), "runs/digits")
     evaluate("runs/digits")
 
-``torchrun --nproc-per-node=N -m alphacl_fast.train …`` does the same in N processes that share every batch.
+``torchrun --nproc-per-node=N -m alphacl_fast.train …`` trains with N processes that share every
+batch.
 
-Modules import one way: config; world, data, augment, batched, models, gradient, device, checkpoint; report; evaluate;
-inspection; loop; reproduce.
+Modules import one way: config; process_context, data, augment, device_augmentation, models,
+gradient, device, checkpoint; report; evaluate; inspection; loop; reproduce.
 """
 
 from importlib.util import find_spec
 
-_EXTRA = {"torchvision": "torchvision", "sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm",
-          "PIL": "pillow"}
+_EXTRA = {
+    "torchvision": "torchvision",
+    "sklearn": "scikit-learn",
+    "matplotlib": "matplotlib",
+    "tqdm": "tqdm",
+    "PIL": "pillow",
+}
 _missing = [package for module, package in _EXTRA.items() if find_spec(module) is None]
 if _missing:
-    raise ImportError(f"alphacl_fast.train needs {', '.join(_missing)}: pip install 'alphacl-fast[train]'")
+    raise ImportError(
+        f"alphacl_fast.train needs {', '.join(_missing)}: pip install 'alphacl-fast[train]'"
+    )
 
 from .config import Config, RunError  # noqa: E402
 from .evaluate import evaluate  # noqa: E402

@@ -1,4 +1,4 @@
-"""``python -m alphacl_fast.train …`` is ``alphacl train …``, and what torchrun starts in every process."""
+"""``python -m alphacl_fast.train …`` runs ``alphacl train …``, also in torchrun's processes."""
 
 import sys
 

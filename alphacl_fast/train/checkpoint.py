@@ -1,4 +1,4 @@
-"""What a run leaves on disk: config.json, checkpoint.pt (replaced as a whole) and metrics.jsonl (appended to)."""
+"""A run's files: config.json, checkpoint.pt (replaced atomically), metrics.jsonl (appended)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import platform
 import random
 import subprocess
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
+import sklearn
 import torch
+import torchvision
 
 import alphacl_fast
 
@@ -23,26 +24,43 @@ CONFIG, CHECKPOINT, METRICS = "config.json", "checkpoint.pt", "metrics.jsonl"
 
 
 def begin(out: Path, config: Config, device: torch.device) -> None:
-    """Make the folder ``out`` and write its config.json. Raises RunError if that is not possible."""
+    """Create the run folder ``out`` and its config.json.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"config": dataclasses.asdict(config), "environment": environment(device)}, indent=2)
-        (out / CONFIG).write_text(text + "\n")
+        saved = {"config": dataclasses.asdict(config), "environment": environment(device)}
+        (out / CONFIG).write_text(json.dumps(saved, indent=2) + "\n")
     except OSError as error:
         raise RunError(f"cannot write to the run folder {out}: {error.strerror}") from error
 
 
 def environment(device: torch.device) -> dict:
-    """Versions, device and commit, as saved with a run."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"alphacl_fast": alphacl_fast.__version__, "commit": _commit(), "torch": torch.__version__,
-            "torchvision": _version("torchvision"), "scikit-learn": _version("scikit-learn"),
-            "numpy": np.__version__, "python": platform.python_version(), "device": str(device), "device_name": name,
-            "threads": torch.get_num_threads(), "cores": os.cpu_count()}
+    """Collect versions, device and commit, to be saved with a run."""
+    gpu = device.type == "cuda"
+    return {
+        "alphacl_fast": alphacl_fast.__version__,
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "scikit-learn": sklearn.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if gpu else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+    }
 
 
 def save(out: Path, state: dict) -> None:
-    """Replace ``out``'s checkpoint by ``state`` and the states of all random generators; a crash leaves the old one."""
+    """Write ``state`` and all random generators' states; a crash leaves the previous checkpoint.
+
+    Raises:
+        RunError: the file cannot be written; the previous checkpoint stands.
+    """
     path = out / CHECKPOINT
     temporary = path.with_suffix(".tmp")
     try:
@@ -57,9 +75,14 @@ def save(out: Path, state: dict) -> None:
 
 
 def read(out: Path, config: Config) -> dict | None:
-    """The state in ``out``'s checkpoint, None if there is no checkpoint yet.
+    """Read the checkpoint in ``out``.
 
-    Raises RunError if the file is damaged or was written with other settings than ``config``, naming them.
+    Returns:
+        The saved state; None if the run has no checkpoint yet.
+
+    Raises:
+        RunError: the file is damaged, or its settings differ from ``config``; the message names
+            them.
     """
     path = out / CHECKPOINT
     if not path.exists():
@@ -68,7 +91,8 @@ def read(out: Path, config: Config) -> dict | None:
         state = torch.load(path, map_location="cpu", weights_only=True)
         saved = state["config"]
     except Exception as error:  # unpickling a damaged file can raise almost anything
-        raise RunError(f"cannot read {path}: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(f"cannot read {path}: {type(error).__name__}: {reason}") from error
     differing = Config.from_dict(saved, path).differences(dataclasses.asdict(config))
     if differing:
         raise RunError(f"{path} is the checkpoint of another config: {'; '.join(differing)}")
@@ -76,7 +100,18 @@ def read(out: Path, config: Config) -> dict | None:
 
 
 def open_run(run: Path, changes: dict) -> tuple[Config, dict]:
-    """Config, with ``changes`` of what leaves the weights alone, and state of a run that has begun; RunError if it has not."""
+    """Open a run that has a checkpoint.
+
+    Args:
+        run: run folder.
+        changes: fields to override; they must not affect the weights.
+
+    Returns:
+        Config and saved state.
+
+    Raises:
+        RunError: there is no usable run or no checkpoint yet.
+    """
     saved = Config.read(run / CONFIG)
     state = read(run, saved)
     if state is None:
@@ -87,7 +122,7 @@ def open_run(run: Path, changes: dict) -> tuple[Config, dict]:
 
 
 def restore_rng(state: dict) -> None:
-    """Set all random generators as they were when ``state`` was saved."""
+    """Restore all random generators to their saved states."""
     rng = state["rng"]
     random.setstate(rng["python"])
     kind, keys, *rest = rng["numpy"]
@@ -98,21 +133,26 @@ def restore_rng(state: dict) -> None:
 
 
 class Metrics:
-    """metrics.jsonl of the run in ``out``: one JSON object per line. Raises RunError if it cannot write."""
+    """Write metrics.jsonl of the run in ``out``: one JSON object per line.
+
+    Both methods raise RunError if the file cannot be written.
+    """
 
     def __init__(self, out: Path):
         self.path = out / METRICS
 
     def cut(self, length: int) -> None:
-        """Drop what a killed run wrote after the checkpoint it goes on from, which says how long the file was."""
+        """Truncate the file to its length at the checkpoint that a killed run resumes from."""
         found = self.path.stat().st_size if self.path.exists() else 0
         if found < length:
-            raise RunError(f"{self.path} is shorter than the checkpoint says ({found} of {length} bytes)")
+            raise RunError(
+                f"{self.path} is shorter than the checkpoint says ({found} of {length} bytes)"
+            )
         with self._open() as file:
             file.truncate(length)
 
     def write(self, **row) -> int:
-        """Append one line; the length of the file afterwards."""
+        """Append one line and return the new length of the file."""
         with self._open() as file:
             file.write(json.dumps(row).encode() + b"\n")
             return file.tell()
@@ -128,28 +168,26 @@ class Metrics:
 
 def _rng_state() -> dict:
     kind, keys, *rest = np.random.get_state()
-    return {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
 
 
 def _commit() -> str | None:
-    """The git commit of the source tree the package runs from, with '+' if files differ; None if it is installed."""
+    """Return the package's git commit, with '+' if files differ; None outside a checkout."""
     root = Path(alphacl_fast.__file__).resolve().parent.parent
 
     def git(*arguments):
         command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")) != root:
             return None
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + "+" * bool(changed)
     except (OSError, subprocess.CalledProcessError):
         return None

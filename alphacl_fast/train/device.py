@@ -1,4 +1,4 @@
-"""Where a run computes and how repeatably."""
+"""The device of a run, and its reproducibility settings."""
 
 from __future__ import annotations
 
@@ -11,9 +11,15 @@ from .config import Config, RunError
 
 
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:
-    """The device called ``name``; "auto" is CUDA where there is one. Raises RunError for one that is not there.
+    """Resolve a device name.
 
-    ``local_rank``: which of a machine's processes this is; each takes the CUDA device of its number.
+    Args:
+        name: "auto" (CUDA if available, else CPU), or any name that torch.device accepts.
+        local_rank: index of this process on its machine, which selects its CUDA device; None for
+            a single process.
+
+    Raises:
+        RunError: the device cannot be used, or several processes would share it.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,7 +39,7 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
 
 @contextmanager
 def one_thread():
-    """One CPU thread inside: for operations so short that threads mostly wait for each other."""
+    """Run with one CPU thread: in very short operations, threads mostly wait for one another."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -44,19 +50,19 @@ def one_thread():
 
 @contextmanager
 def settings(config: Config):
-    """The threads of ``config`` and, if it wants them, order-fixed algorithms inside; as before afterwards."""
-    threads = torch.get_num_threads()
-    before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
-              torch.utils.deterministic.fill_uninitialized_memory)
+    """Apply the config's thread count and deterministic algorithms; restore both on exit."""
+    threads, fill = torch.get_num_threads(), torch.utils.deterministic.fill_uninitialized_memory
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)  # a layer without such an algorithm warns
-        torch.utils.deterministic.fill_uninitialized_memory = False  # it guards against bugs, not against disorder
+        torch.use_deterministic_algorithms(True, warn_only=True)  # warn if a layer has none
+        torch.utils.deterministic.fill_uninitialized_memory = False  # only finds bugs, costs time
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = before[2]
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill

@@ -1,14 +1,18 @@
-"""Frozen features judged by kNN and by linear probes, next to raw pixels and the untrained encoder."""
+"""Evaluation of frozen features by kNN and linear probes.
+
+Raw pixels and the untrained encoder serve as baselines.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from sklearn.linear_model import LogisticRegression
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset
 
@@ -20,164 +24,256 @@ from .device import one_thread, pick_device, settings
 from .models import Encoder, build
 
 
+class Split(NamedTuple):
+    """Labelled features to fit on (``train``) and to score (``test``)."""
+
+    train: Tensor  # (n, f) float32
+    train_labels: Tensor  # (n,) class indices
+    test: Tensor  # (m, f)
+    labels: Tensor  # (m,)
+    classes: int
+
+    def subset(self, rows: Tensor) -> Split:
+        """Keep only these training rows."""
+        return self._replace(train=self.train[rows], train_labels=self.train_labels[rows])
+
+
 def raw_pixels(images):
-    """uint8 (n, C, H, W) -> pixels in [0, 1], (n, C·h·w), with h, w at most 32."""
+    """Map uint8 (n, C, H, W) to pixels in [0, 1], (n, C·h·w), downsampled to at most 32x32."""
     side = min(32, images.shape[-1])
     return F.adaptive_avg_pool2d(images.float() / 255, side).flatten(1)
 
 
 @torch.no_grad()
-def extract(images: Dataset, encoders: dict[str, Callable], config: Config, device: torch.device):
-    """Features of all ``images`` by every one of ``encoders``: ({name: float32 (n, f)}, labels (n,)), on ``device``.
+def extract(
+    images: Dataset, encoders: dict[str, Callable], config: Config, device: torch.device
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Compute every encoder's features of all images.
 
-    Raises RunError, naming the file, for an unreadable image.
+    Returns:
+        Encoder name → float32 (n, f), and labels (n,), both on ``device``.
+
+    Raises:
+        RunError: an image is unreadable; the message names the file.
     """
     features, labels = {name: [] for name in encoders}, []
-    training = {name: encoder.training for name, encoder in encoders.items() if isinstance(encoder, nn.Module)}
-    for name in training:
-        encoders[name].eval()
-    batches = plain_batches(images, plain(config.image_size), config.workers, pin=device.type == "cuda")
-    for x, y in batches:
+    modules = [encoder for encoder in encoders.values() if isinstance(encoder, nn.Module)]
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.eval()
+    pin = device.type == "cuda"
+    for x, y in plain_batches(images, plain(config.image_size), config.workers, pin):
         x = x.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp == "bf16"):
             for name, encoder in encoders.items():
                 features[name].append(encoder(x).float())
         labels.append(y)
-    for name, mode in training.items():
-        encoders[name].train(mode)
-    return {name: torch.cat(parts) for name, parts in features.items()}, torch.cat(labels).to(device)
+    for module, mode in zip(modules, modes, strict=True):
+        module.train(mode)
+    features = {name: torch.cat(parts) for name, parts in features.items()}
+    return features, torch.cat(labels).to(device)
 
 
-def knn_accuracy(bank, bank_labels, queries, labels, *, classes: int, k: int | None = None, temperature: float = 0.1):
-    """Accuracy of the cosine-weighted k-nearest-neighbour vote, weights exp(s/temperature).
+def splits(
+    encoders: dict[str, Callable], data: Data, config: Config, device: torch.device
+) -> dict[str, Split]:
+    """Compute every encoder's features of the training and test images: name → Split."""
+    train, train_labels = extract(data.train, encoders, config, device)
+    test, labels = extract(data.test, encoders, config, device)
+    return {
+        name: Split(train[name], train_labels, test[name], labels, len(data.classes))
+        for name in encoders
+    }
 
-    ``bank`` (n, f) with ``bank_labels`` (n,), ``queries`` (m, f) with ``labels`` (m,). k defaults to 200, or to 20
-    where the bank holds fewer than 10,000 rows. Works through the queries in chunks: never m·n numbers at once.
+
+def knn_accuracy(split: Split, k: int | None = None, temperature: float = 0.1) -> float:
+    """Classify by a k-nearest-neighbour vote weighted by exp(cosine similarity / temperature).
+
+    Test rows are processed in chunks, so the m·n similarities never exist at once.
+
+    Args:
+        split: features and labels.
+        k: number of neighbours; None takes 200, or 20 if there are fewer than 10,000 training rows.
+        temperature: temperature of the vote.
+
+    Returns:
+        The accuracy on the test rows.
     """
-    k = k or (200 if len(bank) >= 10_000 else min(20, len(bank)))
-    bank = F.normalize(bank).T
+    k = k or (200 if len(split.train) >= 10_000 else min(20, len(split.train)))
+    bank = F.normalize(split.train).T
     rows, correct = max(1, 2**24 // bank.shape[1]), 0
-    for chunk, truth in zip(queries.split(rows), labels.split(rows), strict=True):
+    for chunk, truth in zip(split.test.split(rows), split.labels.split(rows), strict=True):
         similarity, nearest = (F.normalize(chunk) @ bank).topk(k)  # (rows, k)
-        votes = similarity.new_zeros(len(chunk), classes)
-        votes.scatter_add_(1, bank_labels[nearest], (similarity / temperature).exp())
+        votes = similarity.new_zeros(len(chunk), split.classes)
+        votes.scatter_add_(1, split.train_labels[nearest], (similarity / temperature).exp())
         correct += (votes.argmax(1) == truth).sum().item()
-    return correct / len(labels)
+    return correct / len(split.labels)
 
 
-def standardise(train, test):
-    """Both feature matrices with the mean and standard deviation of ``train``; constant features become 0."""
-    mean, std = train.mean(0), train.std(0)
+def standardise(split: Split) -> Split:
+    """Standardise by mean and deviation of the training rows; constant features become 0."""
+    mean, std = split.train.mean(0), split.train.std(0)
     scale = torch.where(std > 1e-6 * std.max(), 1 / std, 0)
-    return (train - mean) * scale, (test - mean) * scale
+    return split._replace(train=(split.train - mean) * scale, test=(split.test - mean) * scale)
 
 
-def converged_probe(train, train_labels, test, labels) -> float:
-    """Accuracy of scikit-learn's logistic regression (L2, C=1, run to convergence) on features already standardised."""
-    head = LogisticRegression(max_iter=3000).fit(train.cpu().numpy(), train_labels.cpu().numpy())
-    return head.score(test.cpu().numpy(), labels.cpu().numpy())
+def converged_probe(split: Split) -> float:
+    """Fit scikit-learn's logistic regression (L2, C=1) on standardised features; test accuracy."""
+    train, train_labels, test, labels = (x.cpu().numpy() for x in split[:4])
+    return LogisticRegression(max_iter=3000).fit(train, train_labels).score(test, labels)
 
 
 @one_thread()
-def linear_probe(train, train_labels, test, labels, *, classes: int, epochs: int = 50) -> tuple[float, float]:
-    """Accuracy (last epoch, best epoch) of a logistic regression on features already standardised.
+def linear_probe(split: Split, epochs: int = 50) -> tuple[float, float]:
+    """Fit a logistic regression on standardised features by the α-CL experiments' protocol.
 
-    The protocol of the α-CL experiments: Adam 3e-4, weight decay 1e-3, batch 128, 50 epochs. Their published figure is
-    the best epoch on the test set; the honest one is the last.
+    The protocol is Adam 3e-4, weight decay 1e-3, batch 128, 50 epochs. The published accuracies
+    belong to the best epoch on the test set; the unbiased choice is the last epoch.
+
+    Returns:
+        The test accuracy after the last epoch, and the largest of all epochs.
     """
-    head = nn.utils.skip_init(nn.Linear, train.shape[1], classes, device=train.device)  # draws no random numbers
+    features, device = split.train.shape[1], split.train.device
+    head = nn.utils.skip_init(nn.Linear, features, split.classes, device=device)  # draws no numbers
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     optimizer = torch.optim.Adam(head.parameters(), lr=3e-4, weight_decay=1e-3)
     generator = torch.Generator().manual_seed(0)
     best = last = 0.0
     for _ in range(epochs):
-        for rows in torch.randperm(len(train), generator=generator).to(train.device).split(128):
+        order = torch.randperm(len(split.train), generator=generator).to(device)
+        for rows in order.split(128):
             optimizer.zero_grad(set_to_none=True)
-            F.cross_entropy(head(train[rows]), train_labels[rows]).backward()
+            F.cross_entropy(head(split.train[rows]), split.train_labels[rows]).backward()
             optimizer.step()
         with torch.no_grad():
-            last = (head(test).argmax(1) == labels).float().mean().item()
+            last = (head(split.test).argmax(1) == split.labels).float().mean().item()
         best = max(best, last)
     return last, best
 
 
-def few_label_draws(labels, per_class: int, draws: int) -> list[torch.Tensor]:
-    """``draws`` random choices of ``per_class`` rows of every class, as index tensors; the same ones on every call."""
-    members = [(labels.cpu() == label).nonzero().flatten() for label in labels.cpu().unique()]
-    if min(len(rows) for rows in members) < per_class:
-        raise RunError(f"--few-label must not exceed the {min(map(len, members))} images of the smallest class, "
-                       f"got {per_class}")
-    chosen = []
-    for draw in range(draws):
-        generator = torch.Generator().manual_seed(draw)
-        chosen.append(torch.cat([rows[torch.randperm(len(rows), generator=generator)[:per_class]] for rows in members]))
-    return chosen
+def few_label_draws(labels: Tensor, per_class: int, draws: int) -> list[Tensor]:
+    """Draw ``per_class`` random rows of every class, ``draws`` times, the same on every call.
 
+    Returns:
+        One index tensor per draw.
 
-def probe(train, train_labels, test, labels, *, classes: int) -> tuple[float, float]:
-    """Accuracy (last epoch, best epoch) of the linear probe that fits so many labels, on features already standardised.
-
-    Below 2,000 labels, the 50 epochs of :func:`linear_probe` are too few steps to converge, which would flatter features
-    of many dimensions: there :func:`converged_probe` takes its place.
+    Raises:
+        RunError: a class has fewer rows.
     """
-    if len(train) < 2000:
-        accuracy = converged_probe(train, train_labels, test, labels)
+    members = [(labels == label).nonzero().flatten() for label in labels.unique()]
+    smallest = min(map(len, members))
+    if smallest < per_class:
+        raise RunError(
+            f"--few-label must not exceed the {smallest} images of the smallest class, "
+            f"got {per_class}"
+        )
+    generators = [torch.Generator().manual_seed(seed) for seed in range(draws)]
+    return [
+        torch.cat(
+            [r[torch.randperm(len(r), generator=g)[:per_class].to(r.device)] for r in members]
+        )
+        for g in generators
+    ]
+
+
+def probe(split: Split) -> tuple[float, float]:
+    """Fit the linear probe that suits the number of labels, on standardised features.
+
+    Below 2,000 labels :func:`linear_probe`'s 50 epochs are too few steps to converge, which would
+    favour high-dimensional features; :func:`converged_probe` is used instead.
+
+    Returns:
+        The test accuracy after the last epoch, and the largest of all epochs.
+    """
+    if len(split.train) < 2000:
+        accuracy = converged_probe(split)
         return accuracy, accuracy
-    return linear_probe(train, train_labels, test, labels, classes=classes)
+    return linear_probe(split)
 
 
-def score(train, train_labels, test, labels, *, classes: int, few_label: int, draws: int) -> dict:
-    """All figures for one kind of features: kNN and probe with every label, and with ``few_label`` per class.
+def score(split: Split, few_label: int, draws: int) -> dict:
+    """Compute all accuracies of one encoder.
 
-    With few labels kNN takes k = ``few_label``, and the probe is :func:`converged_probe`.
+    Args:
+        split: its features.
+        few_label: labels per class in the few-label columns; also the k of their kNN.
+        draws: random choices of those labels to average over.
+
+    Returns:
+        "knn", "probe" and "probe_best" with all labels; "knn_few" and "probe_few" with few.
     """
-    scaled_train, scaled_test = standardise(train, test)
-    last, best = probe(scaled_train, train_labels, scaled_test, labels, classes=classes)
-    row = {"knn": knn_accuracy(train, train_labels, test, labels, classes=classes), "probe": last, "probe_best": best}
-    knn, probes = [], []
-    for rows in few_label_draws(train_labels, few_label, draws):
-        there = rows.to(train.device)
-        knn.append(knn_accuracy(train[there], train_labels[there], test, labels, classes=classes, k=few_label))
-        probes.append(converged_probe(scaled_train[there], train_labels[there], scaled_test, labels))
-    for name, values in (("knn_few", knn), ("probe_few", probes)):
-        values = torch.tensor(values, dtype=torch.float64)
-        row[name] = {"mean": values.mean().item(), "std": values.std(correction=0).item(), "draws": values.tolist()}
+    scaled = standardise(split)
+    last, best = probe(scaled)
+    row = {"knn": knn_accuracy(split), "probe": last, "probe_best": best}
+    chosen = few_label_draws(split.train_labels, few_label, draws)
+    for name, values in (
+        ("knn_few", [knn_accuracy(split.subset(rows), k=few_label) for rows in chosen]),
+        ("probe_few", [converged_probe(scaled.subset(rows)) for rows in chosen]),
+    ):
+        found = torch.tensor(values, dtype=torch.float64)
+        std = found.std(correction=0).item()
+        row[name] = {"mean": found.mean().item(), "std": std, "draws": found.tolist()}
     return row
 
 
-def figures(encoder: Encoder, data: Data, config: Config, device: torch.device, *, knn: bool, probed: bool) -> dict:
-    """Accuracies of ``encoder`` on the test images of ``data``, with the labels of its training images.
+def figures(
+    encoder: Encoder, data: Data, config: Config, device: torch.device, *, knn: bool, probed: bool
+) -> dict:
+    """Evaluate an encoder during training.
 
-    {"knn": …} with ``knn``, {"probe": last epoch, "probe_best": best epoch} with ``probed``, from the same features.
+    Args:
+        encoder: the encoder, whose training mode is preserved.
+        data: fits on ``data.train``, scores on ``data.test``.
+        config, device: as in :func:`extract`.
+        knn: whether to compute "knn".
+        probed: whether to compute "probe" (last epoch) and "probe_best".
+
+    Returns:
+        The accuracies that were asked for.
     """
-    (bank, bank_labels), (queries, labels) = (extract(images, {"features": encoder}, config, device)
-                                              for images in (data.train, data.test))
-    bank, queries, classes, found = bank["features"], queries["features"], len(data.classes), {}
+    split, found = splits({"": encoder}, data, config, device)[""], {}
     if knn:
-        found["knn"] = knn_accuracy(bank, bank_labels, queries, labels, classes=classes)
+        found["knn"] = knn_accuracy(split)
     if probed:
-        bank, queries = standardise(bank, queries)
-        found["probe"], found["probe_best"] = probe(bank, bank_labels, queries, labels, classes=classes)
+        found["probe"], found["probe_best"] = probe(standardise(split))
     return found
 
 
-def picture(encoder: Encoder, data: Data, config: Config, device: torch.device, path: Path, most: int = 2000) -> None:
-    """Draw up to ``most`` test images by two principal components, untrained and trained encoder side by side."""
+def picture(
+    encoder: Encoder, data: Data, config: Config, device: torch.device, path: Path, most: int = 2000
+) -> None:
+    """Plot up to ``most`` test images by two principal components of their features.
+
+    The untrained encoder is drawn beside the trained one.
+    """
     images = data.test
     if len(images) > most:
         images = Subset(images, torch.linspace(0, len(images) - 1, most).long().tolist())
-    encoders = {"untrained encoder": build(config).encoder.to(device), "trained encoder": encoder}
+    untrained = build(config).encoder.to(device)
+    encoders = {"untrained encoder": untrained, "trained encoder": encoder}
     features, labels = extract(images, encoders, config, device)
     report.embedding(features, labels, data.classes, path)
 
 
 def evaluate(run: str | Path, *, few_label: int = 5, draws: int = 10, **changes) -> dict:
-    """Judge the run in the folder ``run``; returns what it writes to eval.json, and draws embedding.png.
+    """Evaluate a run: kNN and linear probes of raw pixels, untrained and trained encoder.
 
-    ``changes`` replaces settings that leave the weights alone: device, workers, data_root. The rows "raw pixels",
-    "untrained encoder" (same initial weights) and "trained encoder" share images, protocol and label draws. Raises
-    RunError if there is no usable run or data set.
+    Writes eval.json and embedding.png into the run folder. All three rows share images, protocol
+    and label draws; the untrained encoder has the run's initial weights.
+
+    Args:
+        run: run folder.
+        few_label: labels per class in the few-label columns.
+        draws: random choices of those labels to average over.
+        **changes: fields of :class:`Config` to override that do not affect the weights: device,
+            workers, data_root.
+
+    Returns:
+        The contents of eval.json.
+
+    Raises:
+        RunError: there is no usable run or data set, or an argument is out of range.
     """
     run = Path(run)
     config, state = checkpoint.open_run(run, changes)
@@ -192,15 +288,24 @@ def _evaluate(run: Path, config: Config, state: dict, few_label: int, draws: int
     data = load(config)
     trained, untrained = build(config), build(config)
     trained.load_state_dict(state["model"])
-    encoders = {"raw pixels": raw_pixels, "untrained encoder": untrained.encoder.to(device),
-                "trained encoder": trained.encoder.to(device)}
-    train, train_labels = extract(data.train, encoders, config, device)
-    test, labels = extract(data.test, encoders, config, device)
-    rows = {name: score(train[name], train_labels, test[name], labels, classes=len(data.classes), few_label=few_label,
-                        draws=draws) for name in encoders}
-    result = {"run": str(run), "dataset": config.dataset, "objective": config.objective, "epochs": state["epoch"],
-              "of_epochs": config.epochs, "train_images": len(train_labels), "test_images": len(labels),
-              "few_label": few_label, "rows": rows}
+    encoders = {
+        "raw pixels": raw_pixels,
+        "untrained encoder": untrained.encoder.to(device),
+        "trained encoder": trained.encoder.to(device),
+    }
+    found = splits(encoders, data, config, device)
+    first = found["raw pixels"]
+    result = {
+        "run": str(run),
+        "dataset": config.dataset,
+        "objective": config.objective,
+        "epochs": state["epoch"],
+        "of_epochs": config.epochs,
+        "train_images": len(first.train),
+        "test_images": len(first.test),
+        "few_label": few_label,
+        "rows": {name: score(split, few_label, draws) for name, split in found.items()},
+    }
     try:
         (run / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
         picture(trained.encoder, data, config, device, run / "embedding.png")

@@ -1,12 +1,15 @@
-"""The gradient of a step: of the whole batch at once, or in micro-batches with the same result (gradient caching).
+"""The gradient of a step: in one pass, or exactly in micro-batches (gradient caching).
 
-The loss of a batch depends on its images only through their embeddings z. So: embed all micro-batches without a graph;
-loss and dL/dz once; then embed every micro-batch again, with a graph, and send its rows of dL/dz back through it. The memory
-of activations is that of one micro-batch, for one more forward pass. The second pass draws the random numbers of the first.
-Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv:2101.06983.
+The loss depends on the images only through their embeddings z. Gradient caching therefore embeds
+all micro-batches without a graph, computes the loss and dL/dz once, then embeds every micro-batch
+again with a graph and backpropagates its rows of dL/dz. Activation memory drops to one micro-batch
+at the price of a second forward pass, which replays the random numbers of the first.
+Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup",
+arXiv:2101.06983.
 
-**Batch normalisation** sees one micro-batch at a time, in both passes: the gradient is exact for what was computed, but that
-is not what one pass over the whole batch computes. Running statistics are updated in the second pass only.
+**Batch normalisation** sees one micro-batch at a time in both passes, so the result differs from
+one pass over the whole batch; its gradient is still exact. Running statistics are updated in the
+second pass only.
 """
 
 from __future__ import annotations
@@ -20,52 +23,64 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 Views = tuple[Tensor, Tensor]
+Embed = Callable[[Views], Views]
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def whole(embed: Callable[[Views], Views], loss: Callable[[Tensor, Tensor], Tensor], views: Views) -> tuple[Tensor, float]:
-    """Backward of one batch in one pass: (detached loss, host seconds in the loss, its backward included)."""
+def whole(embed: Embed, loss: Loss, views: Views) -> tuple[Tensor, float]:
+    """Accumulate the gradient of one batch in one pass.
+
+    Args:
+        embed: (x1, x2) → (z1, z2).
+        loss: (z1, z2) → ().
+        views: (x1, x2).
+
+    Returns:
+        The detached loss, and host seconds in the loss, its backward included.
+    """
     embedded = embed(views)
-    z1, z2 = (z.detach().requires_grad_() for z in embedded)  # the loss's own backward ends here, and so does its time
+    # The graph is cut here, so that the time of the loss's backward can be measured.
+    z1, z2 = (z.detach().requires_grad_() for z in embedded)
     value, in_loss = _backward(loss, z1, z2)
     torch.autograd.backward(embedded, (z1.grad, z2.grad))
     return value, in_loss
 
 
 def in_parts(
-    net: nn.Module,
-    embed: Callable[[Views], Views],
-    loss: Callable[[Tensor, Tensor], Tensor],
-    parts: Sequence[Views],
-    device: torch.device,
+    net: nn.Module, embed: Embed, loss: Loss, parts: Sequence[Views], device: torch.device
 ) -> tuple[Tensor, float]:
-    """Backward of one batch in micro-batches: (detached loss, host seconds in the loss, its backward included).
+    """Accumulate the gradient of one batch in micro-batches.
 
     Args:
-        net: whose batch normalisation keeps its running statistics in the first pass.
-        embed: (x1, x2) of a micro-batch → (z1, z2), rows in the same order; called twice with each.
-        loss: (z1, z2) of the whole batch → (); its own parameters get their gradient too.
-        parts: the micro-batches, of any sizes.
-        device: whose random numbers ``embed`` draws, besides the CPU's.
+        net: network inside ``embed``; the first pass freezes its batch normalisation statistics.
+        embed: (x1, x2) of a micro-batch → (z1, z2) with rows in the same order; called twice.
+        loss: (z1, z2) of the whole batch → (); its own parameters receive their gradient too.
+        parts: micro-batches (x1, x2) of any sizes.
+        device: device whose random generator ``embed`` draws from, besides the CPU's.
+
+    Returns:
+        The detached loss, and host seconds in the loss, its backward included.
     """
-    noise, embeddings = [], []
+    states, embeddings = [], []
     with torch.no_grad(), _statistics_kept(net):
         for part in parts:
-            noise.append(_rng_state(device))
+            states.append(_rng_state(device))
             embeddings.append(embed(part))
     z1, z2 = (torch.cat(views).requires_grad_() for views in zip(*embeddings, strict=True))
     sizes = [len(first) for first, _ in embeddings]
     del embeddings
     after = _rng_state(device)
     value, in_loss = _backward(loss, z1, z2)
-    for part, state, dz1, dz2 in zip(parts, noise, z1.grad.split(sizes), z2.grad.split(sizes), strict=True):
+    gradients = (z.grad.split(sizes) for z in (z1, z2))
+    for part, state, dz1, dz2 in zip(parts, states, *gradients, strict=True):
         _set_rng_state(state, device)
         torch.autograd.backward(embed(part), (dz1, dz2))
     _set_rng_state(after, device)
     return value, in_loss
 
 
-def _backward(loss: Callable[[Tensor, Tensor], Tensor], z1: Tensor, z2: Tensor) -> tuple[Tensor, float]:
-    """Gradients into z1, z2 and the loss's own parameters: (detached loss, host seconds)."""
+def _backward(loss: Loss, z1: Tensor, z2: Tensor) -> tuple[Tensor, float]:
+    """Accumulate gradients in z1, z2 and the loss's own parameters; (detached loss, seconds)."""
     start = time.perf_counter()
     value = loss(z1, z2)
     value.backward()
@@ -85,7 +100,9 @@ def _statistics_kept(net: nn.Module):
 
 
 def _rng_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), torch.cuda.get_rng_state(
+        device
+    ) if device.type == "cuda" else None
 
 
 def _set_rng_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:

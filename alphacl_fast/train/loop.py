@@ -1,7 +1,8 @@
-"""The training loop. One step is: two views, one forward pass, the loss, one optimizer step.
+"""The training loop: each step draws two views, embeds them, and takes one optimizer step.
 
-With several processes (`world`) each has its share of the batch; the loss is that of the whole batch, and gradients are
-averaged in one all-reduce. The first process writes, evaluates and talks.
+With several processes (`process_context`) every rank embeds its share of the batch; the loss is
+the whole batch's, and gradients are averaged in one all-reduce. Only rank 0 writes files, evaluates
+and logs.
 """
 
 from __future__ import annotations
@@ -23,26 +24,32 @@ from tqdm import tqdm
 
 from alphacl_fast import FusedAlphaCLLoss
 
-from . import batched, checkpoint, gradient, report
+from . import checkpoint, device_augmentation, gradient, report
 from .augment import augmentation
 from .config import Config, Diverged, RunError
 from .data import Data, load, mix, training_batches
 from .device import pick_device, settings
 from .evaluate import figures, picture
 from .models import Net, build
-from .world import World, joined, peers
+from .process_context import ProcessContext, joined, peers
 
 TRIAL_PAIRS = 1024  # most pairs of the batch on which the loss is tried before a run
-REHEARSED_STEPS = 10  # more than the batches that four loader processes prepare ahead
-WARMUP_STEPS = 3  # steps of this process left out of images/s: first allocations, worker start, compilation
+REHEARSED_STEPS = 10  # more than the batches that four loader workers prefetch
+WARMUP_STEPS = 3  # steps excluded from images/s: first allocations, worker start, compilation
 
 
 @dataclasses.dataclass
 class Outcome:
-    """How :func:`train` ended: ``epochs`` finished, the ``signal`` that stopped it, or ``already`` finished before.
+    """How :func:`train` ended.
 
-    ``leads``: whether this is the run's first process, or the only one. ``late``: a signal that came after the last step,
-    too late to stop the run, but its sender may want nothing more to be started.
+    Args:
+        out: run folder.
+        epochs: number of finished epochs.
+        signal: signal that stopped the run, if any.
+        already: whether the run had been finished before.
+        leads: whether this process is rank 0.
+        late: a signal that arrived after the last step: too late to stop the run, but its sender
+            may not want anything else to start.
     """
 
     out: Path
@@ -54,88 +61,123 @@ class Outcome:
 
 
 def train(config: Config, out: str | Path, *, resume: bool = False) -> Outcome:
-    """Run ``config`` in the folder ``out``, or go on with the run there (``resume=True``).
+    """Train a network, or resume a run.
 
-    SIGINT and SIGTERM end it after the current step with a checkpoint. A run that was stopped, or killed, and resumed
-    ends with the weights of an uninterrupted one (bit for bit on a CPU with the same number of threads). Raises
-    RunError, without touching a file that exists, when ``out`` holds something else, or data set, device or settings
-    are unusable; and when the loss becomes infinite or NaN, keeping the last good checkpoint. Under torchrun every process
-    calls it; a run may be resumed with another number of processes.
+    SIGINT and SIGTERM end the run after the current step, with a checkpoint. A run that was stopped
+    or killed and then resumed ends with the weights of an uninterrupted run (bit for bit on a CPU
+    with the same number of threads). Under torchrun every process calls this function; a run may be
+    resumed with another number of processes.
+
+    Args:
+        config: settings of the run, from :meth:`Config.create`.
+        out: run folder, new or empty unless ``resume``.
+        resume: whether to continue the run in ``out``, which must have the same settings.
+
+    Returns:
+        How the run ended.
+
+    Raises:
+        RunError: ``out`` holds something else, or data set, device or settings are unusable
+            (existing files are left untouched); or the loss became infinite or NaN (the last good
+            checkpoint is kept).
     """
-    with joined() as world:
-        return _train(config, Path(out), resume, world)
+    with joined() as context:
+        return _train(config, Path(out), resume, context)
 
 
-def _train(config: Config, out: Path, resume: bool, world: World) -> Outcome:
+def _train(config: Config, out: Path, resume: bool, context: ProcessContext) -> Outcome:
     config.check()
-    state, drawn = world.lead(lambda: (_saved_state(config, out) if resume else _check_empty(out),
-                                       (out / "embedding.png").exists()))
+
+    def find():
+        state = _saved_state(config, out) if resume else _check_empty(out)
+        return state, (out / "embedding.png").exists()
+
+    state, drawn = context.on_rank_0(find)
     if state and state["epoch"] == config.epochs and drawn:
-        return Outcome(out, config.epochs, already=True, leads=world.leads)
-    if config.batch_size < world.size:
-        raise RunError(f"--batch-size must be at least the number of processes, {world.size}, got {config.batch_size}")
-    device = pick_device(config.device, world.local_rank if world.size > 1 else None)
+        return Outcome(out, config.epochs, already=True, leads=context.leads)
+    if config.batch_size < context.size:
+        raise RunError(
+            f"--batch-size must be at least the number of processes, {context.size}, "
+            f"got {config.batch_size}"
+        )
+    device = pick_device(config.device, context.local_rank if context.size > 1 else None)
     if config.download:  # once, not in every process
-        world.lead(lambda: len(load(config).views))
+        context.on_rank_0(lambda: len(load(config).views))
     data = load(config)
     with settings(config):
-        run = _Run(config, out, device, data, world)
-        if world.leads and not (out / checkpoint.CONFIG).exists():
+        run = _Run(config, out, device, data, context)
+        if context.leads and not (out / checkpoint.CONFIG).exists():
             checkpoint.begin(out, config, device)
         run.restore(state)
         with stop_signals() as caught:
             stopped_by = run.epochs(caught)
-        if stopped_by is None and world.leads:
-            report.curves(out / checkpoint.METRICS, out / "curves.png", f"{config.objective} on {config.dataset}")
+        if stopped_by is None and context.leads:
+            title = f"{config.objective} on {config.dataset}"
+            report.curves(out / checkpoint.METRICS, out / "curves.png", title)
             picture(run.net.encoder, data, config, device, out / "embedding.png")
-    return Outcome(out, run.epoch, signal=stopped_by, leads=world.leads, late=None if stopped_by else sum(caught[:1]) or None)
+    late = None if stopped_by else next(iter(caught), None)
+    return Outcome(out, run.epoch, signal=stopped_by, leads=context.leads, late=late)
 
 
 def try_out(configs: list[Config]) -> None:
-    """Raise RunError if data set, device or loss of one of ``configs``, which differ in the loss, cannot be used."""
+    """Check that data set, device and loss of every config are usable.
+
+    Args:
+        configs: settings that differ in the loss only.
+
+    Raises:
+        RunError: one of them is not.
+    """
     load(configs[0])
     device = pick_device(configs[0].device)
     for config in configs:
         with settings(config):
-            _build_loss(config, device, World())
+            _build_loss(config, device, ProcessContext())
 
 
 def rehearse(config: Config, *, judged: bool) -> dict[str, float]:
-    """Seconds that the parts of a run of ``config`` take here and now, in one process; it leaves nothing behind.
+    """Time the parts of a run in this process, in a temporary folder; the loss may diverge.
 
-    "step": one step after the first ones, "start": what comes before, "per_epoch": the number of steps; with ``judged`` also
-    "evaluation": kNN and probe of an epoch, "end": the pictures. A diverging loss does not matter here.
+    Args:
+        config: settings of the run.
+        judged: whether to time evaluation and plots too.
+
+    Returns:
+        "step": seconds of one step after warm-up; "start": seconds before the first step;
+        "per_epoch": number of steps; if judged, "evaluation": seconds of an epoch's kNN and probe,
+        and "end": seconds of the plots.
     """
     begun = time.perf_counter()
     device, data = pick_device(config.device), load(config)
     with settings(config), tempfile.TemporaryDirectory() as folder:
-        run = _Run(config, Path(folder), device, data, World())
+        run = _Run(config, Path(folder), device, data, ProcessContext())
         batches = run.batches(WARMUP_STEPS + REHEARSED_STEPS)
         run.net.train()
         for step in range(WARMUP_STEPS + REHEARSED_STEPS):
             if step == WARMUP_STEPS:
                 warm = time.perf_counter()
             value, _, _ = run.one_step(next(batches))
-            value.item()  # waits for the device
-        found = {"step": (time.perf_counter() - warm) / REHEARSED_STEPS, "per_epoch": run.per_epoch}
-        found["start"] = max(0.0, warm - begun - WARMUP_STEPS * found["step"])
+            value.item()  # synchronises with the device
+        step = (time.perf_counter() - warm) / REHEARSED_STEPS
+        start = max(0.0, warm - begun - WARMUP_STEPS * step)
+        found = {"step": step, "per_epoch": run.per_epoch, "start": start}
         batches.close()  # ends the loader's processes
         if judged:
             before = time.perf_counter()
             figures(run.net.encoder, data, config, device, knn=True, probed=True)
-            judged_at = time.perf_counter()
+            found["evaluation"] = time.perf_counter() - before
             picture(run.net.encoder, data, config, device, Path(folder) / "embedding.png")
-            found.update(evaluation=judged_at - before, end=time.perf_counter() - judged_at)
+            found["end"] = time.perf_counter() - before - found["evaluation"]
     return found
 
 
 def due(epoch: int, every: int, epochs: int) -> bool:
-    """Whether ``epoch``, counted from 1, is one that is evaluated every so many epochs (0: none); the last one is."""
+    """Whether to evaluate after ``epoch`` (from 1): each ``every`` epochs (0: never) and at the end."""
     return bool(every) and (epoch % every == 0 or epoch == epochs)
 
 
 def learning_rate(config: Config, step: int, per_epoch: int) -> float:
-    """Learning rate of ``step``, counted from 0: linear warm-up, then half a cosine down to 0."""
+    """Compute the learning rate of ``step`` (from 0): linear warm-up, then cosine decay to 0."""
     warmup, total = config.warmup_epochs * per_epoch, config.epochs * per_epoch
     if step < warmup:
         return config.lr * (step + 1) / warmup
@@ -143,35 +185,40 @@ def learning_rate(config: Config, step: int, per_epoch: int) -> float:
 
 
 class _Run:
-    """The moving parts of a run and where it stands: ``step`` steps done, ``epoch`` epochs evaluated and logged."""
+    """The state of a run: ``step`` steps are done, ``epoch`` epochs are evaluated and logged."""
 
-    def __init__(self, config: Config, out: Path, device: torch.device, data: Data, world: World):
-        self.config, self.out, self.device, self.data, self.world = config, out, device, data, world
+    def __init__(
+        self, config: Config, out: Path, device: torch.device, data: Data, context: ProcessContext
+    ):
+        self.config, self.out, self.device, self.data = config, out, device, data
+        self.context = context
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
         self.net: Net = build(config).to(device)
         self.forward = torch.compile(self.net) if config.compile else self.net
-        self.loss = _build_loss(config, device, world)
-        groups = [{"params": [*self.net.parameters()], "weight_decay": config.weight_decay},
-                  {"params": [*self.loss.parameters()], "weight_decay": 0.0}]
-        self.optimizer = _build_optimizer(config, groups)
+        self.loss = _build_loss(config, device, context)
+        self.optimizer = _build_optimizer(config, self.net, self.loss)
         self.per_epoch = len(data.views) // config.batch_size
         self.epoch = self.step = self.saved_step = 0
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # of this epoch; read at sync points only
+        # The epoch's summed loss stays on the device and is read at sync points only.
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.metrics, self.metrics_length = checkpoint.Metrics(out), 0
 
     def restore(self, state: dict | None) -> None:
-        """Take over a checkpoint, or start with the first one."""
+        """Load a checkpoint, or write the first one."""
         images = len(self.data.views)
         if state and state["images"] != images:
-            raise RunError(f"{self.out} was started with {state['images']} training images, the data set has {images}")
+            raise RunError(
+                f"{self.out} was started with {state['images']} training images, "
+                f"the data set has {images}"
+            )
         self.metrics_length = state["metrics"] if state else 0
-        if self.world.leads:
+        if self.context.leads:
             self.metrics.cut(self.metrics_length)
         if state is None:
-            self.own_noise()
-            self.world.first([*self.net.state_dict().values()])
+            self.seed_rank()
+            self.context.broadcast([*self.net.state_dict().values()])
             return self.save()
         self.net.load_state_dict(state["model"])
         self.loss.load_state_dict(state["loss"])
@@ -179,76 +226,92 @@ class _Run:
         self.epoch, self.step, self.saved_step = state["epoch"], state["step"], state["step"]
         self.loss_sum.copy_(state["loss_sum"])
         checkpoint.restore_rng(state)
-        self.own_noise()
+        self.seed_rank()
 
-    def own_noise(self) -> None:
-        """Give each of several processes random numbers of its own, whichever number of them there was before."""
-        if self.world.size > 1:
-            torch.manual_seed(mix(self.config.seed, self.step, self.world.rank))
+    def seed_rank(self) -> None:
+        """Give each of several ranks its own random numbers, however many there were before."""
+        if self.context.size > 1:
+            torch.manual_seed(mix(self.config.seed, self.step, self.context.rank))
 
     def save(self) -> None:
-        """Write the checkpoint, unless the loss or a weight has stopped being finite (RunError)."""
+        """Write the checkpoint, unless the loss or a weight is no longer finite (RunError)."""
         self.check_finite()
         if not all(torch.isfinite(p).all() for p in self.net.parameters()):
             self.fail("a weight became infinite or NaN")
         self.saved_step = self.step
-        if not self.world.leads:
-            return
-        checkpoint.save(self.out, {
-            "config": dataclasses.asdict(self.config), "model": self.net.state_dict(), "loss": self.loss.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "epoch": self.epoch, "step": self.step,
-            "loss_sum": self.loss_sum, "images": len(self.data.views), "metrics": self.metrics_length})
+        if self.context.leads:
+            state = {
+                "config": dataclasses.asdict(self.config),
+                "model": self.net.state_dict(),
+                "loss": self.loss.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "epoch": self.epoch,
+                "step": self.step,
+                "loss_sum": self.loss_sum,
+                "images": len(self.data.views),
+                "metrics": self.metrics_length,
+            }
+            checkpoint.save(self.out, state)
 
     def check_finite(self) -> float:
-        """The epoch's summed loss (synchronises). Raises RunError if it is not finite."""
+        """Return the epoch's summed loss (synchronises); RunError if it is not finite."""
         total = self.loss_sum.item()
         if not math.isfinite(total):
             self.fail(f"the loss became {'NaN' if math.isnan(total) else 'infinite'}")
         return total
 
     def fail(self, what: str):
-        text = (f"{what} in epoch {self.epoch + 1}, by step {self.step}; the last good checkpoint, step "
-                f"{self.saved_step}, is kept in {self.out}; a lower --lr or a higher --temperature may help")
-        raise Diverged(text, shown=not self.world.leads)
+        text = (
+            f"{what} in epoch {self.epoch + 1}, by step {self.step}; the last good checkpoint, "
+            f"step {self.saved_step}, is kept in {self.out}; a lower --lr or a higher "
+            "--temperature may help"
+        )
+        raise Diverged(text, shown=not self.context.leads)
 
     def batches(self, stop: int):
-        """Micro-batches of every step from the next one to ``stop``, counted over all epochs."""
-        config = self.config
+        """Yield the micro-batches of every step up to ``stop``, counted over all epochs."""
+        config, images, share = self.config, self.data.views, self.context.share
         if config.augment == "device":
-            images = batched.images_on(self.device, self.data.views, config.image_size)
-            return batched.training_batches(images, config, self.step, stop, self.world.share)
-        return training_batches(self.data.views, augmentation(config.dataset, config.image_size), config, self.step, stop,
-                                self.device.type == "cuda", self.world.share)
+            held = device_augmentation.images_on(self.device, images, config.image_size)
+            return device_augmentation.training_batches(held, config, self.step, stop, share)
+        augment, pin = augmentation(config.dataset, config.image_size), self.device.type == "cuda"
+        return training_batches(images, augment, config, self.step, stop, pin, share)
 
     def epochs(self, caught: list[int]) -> int | None:
-        """Train until the last epoch is closed (None) or a signal is in ``caught``: then save and return its number."""
+        """Train to the end (None), or save and return the signal that turns up in ``caught``."""
         config, total = self.config, self.config.epochs * self.per_epoch
         batches = self.batches(total)
-        quiet = None if self.world.leads else True
-        done, bar = 0, tqdm(total=total, initial=self.step, unit="step", disable=quiet, dynamic_ncols=True)
+        quiet = None if self.context.leads else True  # None: tqdm shows itself on a terminal only
+        bar = tqdm(total=total, initial=self.step, unit="step", disable=quiet, dynamic_ncols=True)
+        done = 0
         try:
             while self.epoch < config.epochs:
                 seconds, loss_seconds, counted = 0.0, 0.0, 0
                 self.net.train()
                 before = time.perf_counter()
-                stop = self.world.agreed(sum(caught[:1]))
+                stop = self.context.all_reduce_max(next(iter(caught), 0))
                 while self.step < (self.epoch + 1) * self.per_epoch and not stop:
                     value, lr, in_loss = self.one_step(next(batches))
-                    done, last_of_epoch = done + 1, self.step == (self.epoch + 1) * self.per_epoch
+                    done, ends_epoch = done + 1, self.step == (self.epoch + 1) * self.per_epoch
                     bar.update()
-                    if self.step % config.log_every == 0 or last_of_epoch:
+                    logged = self.step % config.log_every == 0
+                    if logged or ends_epoch:
                         self.check_finite()
-                        bar.set_postfix(epoch=self.epoch + 1, loss=f"{value.item():.4f}", refresh=False)
-                    if self.step % config.log_every == 0:
-                        self.log(kind="step", epoch=self.epoch + 1, step=self.step, loss=value.item(), lr=lr)
+                        loss = value.item()
+                        bar.set_postfix(epoch=self.epoch + 1, loss=f"{loss:.4f}", refresh=False)
+                    if logged:
+                        self.log(
+                            kind="step", epoch=self.epoch + 1, step=self.step, loss=loss, lr=lr
+                        )
                     now = time.perf_counter()
                     if done > WARMUP_STEPS:
-                        seconds, loss_seconds, counted = seconds + now - before, loss_seconds + in_loss, counted + 1
+                        seconds, counted = seconds + now - before, counted + 1
+                        loss_seconds += in_loss
                     before = now
-                    if config.save_every and self.step % config.save_every == 0 and not last_of_epoch:
+                    if config.save_every and self.step % config.save_every == 0 and not ends_epoch:
                         self.save()
                         before = time.perf_counter()
-                    stop = self.world.agreed(sum(caught[:1]))
+                    stop = self.context.all_reduce_max(next(iter(caught), 0))
                 if stop:
                     self.save()
                     return stop
@@ -258,80 +321,102 @@ class _Run:
         return None
 
     def log(self, **row) -> None:
-        if self.world.leads:
+        if self.context.leads:
             self.metrics_length = self.metrics.write(**row)
 
     def embed(self, views):
-        """uint8 (n, C, H, W) twice -> embeddings (n, 128) twice, in one forward pass."""
+        """Map two uint8 views (n, C, H, W) to two embeddings (n, 128), in one forward pass."""
         views = torch.cat([x.to(self.device, non_blocking=True) for x in views])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"):
             return self.forward(views).chunk(2)
 
     def one_step(self, parts) -> tuple[torch.Tensor, float, float]:
-        """One optimizer step on micro-batches of views uint8 (n, C, H, W): (loss, learning rate, host seconds in the loss)."""
+        """Take one optimizer step on micro-batches of uint8 views (n, C, H, W).
+
+        Returns:
+            Loss (), learning rate, and host seconds spent in the loss.
+        """
         lr = learning_rate(self.config, self.step, self.per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        with peers(), self.seen_by_the_loss() as embeddings:
+        with peers(), self.embeddings_of_loss() as embeddings:
             if len(parts) == 1:
                 value, in_loss = gradient.whole(self.embed, self.loss, parts[0])
             else:
-                value, in_loss = gradient.in_parts(self.net, self.embed, self.loss, parts, self.device)
-        weights = self.loss.alpha_summary(*embeddings, k=1).scalars() if embeddings else None
-        self.world.average_gradients([p for group in self.optimizer.param_groups for p in group["params"]])
+                value, in_loss = gradient.in_parts(
+                    self.net, self.embed, self.loss, parts, self.device
+                )
+        summary = self.loss.alpha_summary(*embeddings, k=1).scalars() if embeddings else None
+        self.context.average_gradients([*self.net.parameters(), *self.loss.parameters()])
         self.optimizer.step()
         self.loss_sum += value
         self.step += 1
-        if weights is not None:
-            self.log(kind="alpha", step=self.step, **weights)
+        if summary is not None:
+            self.log(kind="alpha", step=self.step, **summary)
         return value, lr, in_loss
 
     @contextmanager
-    def seen_by_the_loss(self):
-        """The embeddings z1, z2 that the loss is called with inside, if this step's α is to be logged."""
+    def embeddings_of_loss(self):
+        """Yield a list that receives the loss's inputs z1, z2, if this step's α is to be logged."""
         embeddings: list[torch.Tensor] = []
-        if not (self.world.leads and self.config.alpha_every and (self.step + 1) % self.config.alpha_every == 0):
+        every = self.config.alpha_every
+        if not (self.context.leads and every and (self.step + 1) % every == 0):
             yield embeddings
             return
-        hook = self.loss.register_forward_pre_hook(lambda _, views: embeddings.extend(z.detach() for z in views))
+        hook = self.loss.register_forward_pre_hook(
+            lambda _, views: embeddings.extend(z.detach() for z in views)
+        )
         try:
             yield embeddings
         finally:
             hook.remove()
 
     def close_epoch(self, seconds: float, loss_seconds: float, counted: int, bar) -> None:
-        """Evaluate if it is time, write the epoch's line, save."""
+        """Evaluate if it is due, log the epoch and save."""
         config, number = self.config, self.epoch + 1
-        row = {"loss": self.check_finite() / self.per_epoch, "lr": learning_rate(config, self.step - 1, self.per_epoch),
-               "images_per_s": None, "step_ms": None}
+        row = {
+            "loss": self.check_finite() / self.per_epoch,
+            "lr": learning_rate(config, self.step - 1, self.per_epoch),
+            "images_per_s": None,
+            "step_ms": None,
+        }
+        text, speed = f"epoch {number}/{config.epochs}  loss {row['loss']:.4f}", ""
         if counted:
-            row.update(images_per_s=counted * config.batch_size / seconds, step_ms=1000 * seconds / counted)
-            if self.device.type == "cpu":  # elsewhere the host's clock sees the launch only
+            row["images_per_s"] = counted * config.batch_size / seconds
+            row["step_ms"] = 1000 * seconds / counted
+            speed = f"  {row['images_per_s']:.0f} images/s"
+            if self.device.type == "cpu":  # on a GPU the host's clock sees the launches only
                 row["loss_ms"] = 1000 * loss_seconds / counted
+                speed += f", {loss_seconds / seconds:.0%} of the time in the loss"
         if config.learn_temperature:
             row["temperature"] = next(self.loss.parameters()).item()
-        text = f"epoch {number}/{config.epochs}  loss {row['loss']:.4f}"
-        knn, probed = (due(number, every, config.epochs) for every in (config.eval_every, config.probe_every))
+        knn, probed = (
+            due(number, every, config.epochs) for every in (config.eval_every, config.probe_every)
+        )
         if knn or probed:
             self.save()  # a second Ctrl-C during the evaluation then loses nothing
-            if self.world.leads:
-                row.update(figures(self.net.encoder, self.data, config, self.device, knn=knn, probed=probed))
-                names = {"knn": "kNN", "probe": "probe"}
-                text += "".join(f"  {names[key]} {100 * row[key]:.1f} %" for key in names if key in row)
+            if self.context.leads:
+                found = figures(
+                    self.net.encoder, self.data, config, self.device, knn=knn, probed=probed
+                )
+                row.update(found)
+                for key, name in (("knn", "kNN"), ("probe", "probe")):
+                    text += f"  {name} {100 * found[key]:.1f} %" if key in found else ""
         self.log(kind="epoch", epoch=number, step=self.step, **row)
         self.epoch = number
         self.loss_sum.zero_()
         self.save()
-        if self.world.leads and (knn or probed or number == config.epochs):
-            speed = f"  {row['images_per_s']:.0f} images/s" if counted else ""
-            if "loss_ms" in row:
-                speed += f", {row['loss_ms'] / row['step_ms']:.0%} of the time in the loss"
+        if self.context.leads and (knn or probed or number == config.epochs):
             bar.write(text + speed)
 
 
-def _build_optimizer(config: Config, groups: list[dict]) -> torch.optim.Optimizer:
-    """The optimizer of ``config``; lars and lamb are those of the package pytorch_optimizer."""
+def _build_optimizer(config: Config, net: nn.Module, loss: nn.Module) -> torch.optim.Optimizer:
+    """Build the optimizer; LARS and LAMB come from the package pytorch_optimizer."""
+    groups = [
+        {"params": [*net.parameters()], "weight_decay": config.weight_decay},
+        {"params": [*loss.parameters()], "weight_decay": 0.0},
+    ]
     if config.optimizer == "adam":
         return torch.optim.Adam(groups, lr=config.lr)
     if config.optimizer == "sgd":
@@ -339,13 +424,17 @@ def _build_optimizer(config: Config, groups: list[dict]) -> torch.optim.Optimize
     try:
         from pytorch_optimizer import LARS, Lamb
     except ImportError as error:
-        raise RunError(f"--optimizer {config.optimizer} needs pytorch_optimizer ({error}): "
-                       "pip install 'alphacl-fast[large-batch]'") from error
-    return LARS(groups, lr=config.lr, momentum=0.9) if config.optimizer == "lars" else Lamb(groups, lr=config.lr)
+        raise RunError(
+            f"--optimizer {config.optimizer} needs pytorch_optimizer ({error}): "
+            "pip install 'alphacl-fast[large-batch]'"
+        ) from error
+    if config.optimizer == "lars":
+        return LARS(groups, lr=config.lr, momentum=0.9)
+    return Lamb(groups, lr=config.lr)
 
 
-def _build_loss(config: Config, device: torch.device, world: World) -> nn.Module:
-    """The loss of ``config``, tried once on random embeddings: a bad setting shows before anything is written."""
+def _build_loss(config: Config, device: torch.device, context: ProcessContext) -> nn.Module:
+    """Build the loss and try it on random embeddings, so bad settings fail before any write."""
     temperature, limits = config.temperature, {}
     if config.learn_temperature:
         temperature = nn.Parameter(torch.tensor(config.temperature, device=device))
@@ -353,12 +442,17 @@ def _build_loss(config: Config, device: torch.device, world: World) -> nn.Module
     dtype = torch.bfloat16 if config.amp == "bf16" else torch.float32
     generator = torch.Generator().manual_seed(0)
     try:
-        loss = FusedAlphaCLLoss(config.objective, temperature=temperature, negatives=config.negatives,
-                                backend=config.backend, process_group="world" if world.size > 1 else None, **limits,
-                                **config.option).to(device)
-        pairs = min(config.batch_size, TRIAL_PAIRS)
-        z1, z2 = torch.randn(2, pairs, 128, generator=generator).to(device, dtype).requires_grad_().unbind()
-        loss(z1, z2).backward()
+        loss = FusedAlphaCLLoss(
+            config.objective,
+            temperature=temperature,
+            negatives=config.negatives,
+            backend=config.backend,
+            process_group="world" if context.size > 1 else None,
+            **limits,
+            **config.option,
+        ).to(device)
+        z = torch.randn(2, min(config.batch_size, TRIAL_PAIRS), 128, generator=generator)
+        loss(*z.to(device, dtype).requires_grad_().unbind()).backward()
     except (ValueError, TypeError, RuntimeError) as error:
         raise RunError(f"the loss cannot be used: {' '.join(str(error).split())}") from error
     loss.zero_grad(set_to_none=True)
@@ -368,27 +462,30 @@ def _build_loss(config: Config, device: torch.device, world: World) -> nn.Module
 def _check_empty(out: Path) -> None:
     """Raise RunError unless ``out`` is absent or an empty folder."""
     try:
-        if not out.exists():
-            return
-        if out.is_dir() and not any(out.iterdir()):
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
             return
     except OSError as error:
         raise RunError(f"cannot use the run folder {out}: {error.strerror}") from error
-    hint = f"go on with it by --resume {out}, or choose" if (out / checkpoint.CONFIG).exists() else "choose"
-    raise RunError(f"{out} exists and is not an empty folder: {hint} another --out; nothing was changed")
+    resumable = (out / checkpoint.CONFIG).exists()
+    hint = f"go on with it by --resume {out}, or choose" if resumable else "choose"
+    raise RunError(
+        f"{out} exists and is not an empty folder: {hint} another --out; nothing was changed"
+    )
 
 
 def _saved_state(config: Config, out: Path) -> dict | None:
-    """The checkpoint of the run in ``out``, None before its first one. Raises RunError if its config is another."""
-    differing = Config.read(out / checkpoint.CONFIG).differences(dataclasses.asdict(config))
-    if differing:
-        raise RunError(f"{out} was started with other settings: {'; '.join(differing)}; nothing was changed")
+    """Read the run's checkpoint (None before the first one); RunError if its settings differ."""
+    saved = Config.read(out / checkpoint.CONFIG)
+    if differing := saved.differences(dataclasses.asdict(config)):
+        raise RunError(
+            f"{out} was started with other settings: {'; '.join(differing)}; nothing was changed"
+        )
     return checkpoint.read(out, config)
 
 
 @contextmanager
 def stop_signals():
-    """Collect SIGINT and SIGTERM in the yielded list; the second of a kind acts as it did before."""
+    """Collect SIGINT and SIGTERM in the yielded list; a second signal of a kind acts normally."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught

@@ -1,4 +1,4 @@
-"""Encoders and the projector. The encoder takes uint8 images, so normalisation travels with its weights."""
+"""Encoders and the projector. The encoder takes uint8 images and normalises them itself."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from .config import Config
-from .data import CHANNELS, STATISTICS
+from .data import STATISTICS
 
 
 class Encoder(nn.Module):
-    """Normalise, convolve, average ``cells`` x ``cells`` regions: uint8 (n, C, H, W) -> features (n, ``out_dim``)."""
+    """Map uint8 (n, C, H, W) to features (n, ``out_dim``).
+
+    Args:
+        body: convolutional network with ``planes`` output channels.
+        planes: number of those channels.
+        cells: side of the grid that average pooling leaves.
+        mean, std: per-channel statistics, for pixels in [0, 1].
+    """
 
     def __init__(self, body: nn.Module, planes: int, cells: int, mean: tuple, std: tuple):
         super().__init__()
@@ -28,77 +35,87 @@ class Encoder(nn.Module):
 
 
 class Net(nn.Module):
-    """Encoder and projector: uint8 (n, C, H, W) -> embeddings (n, 128) for the loss."""
+    """Encoder and projector: map uint8 (n, C, H, W) to embeddings (n, 128) for the loss."""
 
-    def __init__(self, encoder: Encoder, norm: str = "batch", hidden: int = 512, out_dim: int = 128):
+    def __init__(self, encoder: Encoder, norm: str, hidden: int = 512, out_dim: int = 128):
         super().__init__()
         self.encoder = encoder
-        middle = nn.BatchNorm1d(hidden, affine=False) if norm == "batch" else nn.LayerNorm(hidden, elementwise_affine=False)
-        self.projector = nn.Sequential(nn.Linear(encoder.out_dim, hidden), middle,
-                                       nn.ReLU(inplace=True), nn.Linear(hidden, out_dim))
+        self.projector = nn.Sequential(
+            nn.Linear(encoder.out_dim, hidden),
+            nn.BatchNorm1d(hidden, affine=False)
+            if norm == "batch"
+            else nn.LayerNorm(hidden, elementwise_affine=False),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden, out_dim),
+        )
 
     def forward(self, images):
         return self.projector(self.encoder(images))
 
 
 def build(config: Config) -> Net:
-    """The network of ``config`` with the initial weights of its seed; the global generators are left as they were."""
+    """Build the network with the initial weights of the config's seed.
+
+    The global random generators are left untouched.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
-        channels, norm = CHANNELS[config.dataset], {"batch": nn.BatchNorm2d, "group": _group_norm}[config.norm]
+        mean, std = STATISTICS[config.dataset]
+        norm = {"batch": nn.BatchNorm2d, "group": _group_norm}[config.norm]
         if config.encoder == "small":
-            body, planes = _small(channels, config.width, norm)
-            cells = 2  # where a stroke is tells digits apart
+            body, planes = _small(len(mean), config.width, norm)
+            cells = 2  # digits differ in where their strokes are
         else:
-            body, planes = _resnet(config.encoder, channels, config.width, norm,
-                                   small_images=config.image_size <= 64)
+            small_images = config.image_size <= 64
+            body, planes = _resnet(config.encoder, len(mean), config.width, norm, small_images)
             cells = 1
-        net = Net(Encoder(body, planes, cells, *STATISTICS[config.dataset]), config.norm)
+        for module in body.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        net = Net(Encoder(body, planes, cells, mean, std), config.norm)
     return net.to(memory_format=torch.channels_last)
 
 
 def _group_norm(planes: int) -> nn.GroupNorm:
-    """Groups of about 16 channels (arXiv:1803.08494); an image's result does not depend on the others."""
+    """Normalise groups of about 16 channels within each image (arXiv:1803.08494)."""
     return nn.GroupNorm(math.gcd(planes, max(1, planes // 16)), planes)
 
 
 def _small(channels: int, width: int, norm: Callable[[int], nn.Module]) -> tuple[nn.Module, int]:
-    """Four 3x3 convolutions with two halvings: made for 8x8 digits."""
+    """Build four 3x3 convolutions, two of them strided, for 8x8 digits; (network, channels)."""
     layers = []
     for planes, stride in ((width, 1), (2 * width, 1), (4 * width, 2), (8 * width, 2)):
-        layers += [nn.Conv2d(channels, planes, 3, stride, padding=1, bias=False), norm(planes), nn.ReLU(True)]
+        layers += [nn.Conv2d(channels, planes, 3, stride, padding=1, bias=False)]
+        layers += [norm(planes), nn.ReLU(True)]
         channels = planes
-    body = nn.Sequential(*layers)
-    _initialise(body)
-    return body, channels
+    return nn.Sequential(*layers), channels
 
 
 def _resnet(
     name: str, channels: int, width: int, norm: Callable[[int], nn.Module], small_images: bool
 ) -> tuple[nn.Module, int]:
-    """ResNet-18 or -50 of any width from torchvision's blocks, with the CIFAR stem (3x3, no pool) or the usual one."""
-    block, depths = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet50": (Bottleneck, (3, 4, 6, 3))}[name]
-    if small_images:
-        stem = [nn.Conv2d(channels, width, 3, padding=1, bias=False), norm(width), nn.ReLU(True)]
-    else:
-        stem = [nn.Conv2d(channels, width, 7, stride=2, padding=3, bias=False), norm(width), nn.ReLU(True),
-                nn.MaxPool2d(3, stride=2, padding=1)]
-    blocks, inside = [], width
+    """Build ResNet-18 or -50 of any width from torchvision's blocks; (network, channels).
+
+    Small images get the CIFAR stem (3x3, no pooling), larger ones the usual ImageNet stem.
+    """
+    block, depths = {
+        "resnet18": (BasicBlock, (2, 2, 2, 2)),
+        "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    }[name]
+    side, stride = (3, 1) if small_images else (7, 2)
+    layers = [nn.Conv2d(channels, width, side, stride, padding=side // 2, bias=False)]
+    layers += [norm(width), nn.ReLU(True)]
+    if not small_images:
+        layers.append(nn.MaxPool2d(3, stride=2, padding=1))
+    inside = width
     for stage, depth in enumerate(depths):
         planes = width * 2**stage
         for index in range(depth):
             stride = 2 if stage and index == 0 else 1
             outside, shortcut = planes * block.expansion, None
             if stride != 1 or inside != outside:
-                shortcut = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), norm(outside))
-            blocks.append(block(inside, planes, stride, shortcut, norm_layer=norm))
+                projection = nn.Conv2d(inside, outside, 1, stride, bias=False)
+                shortcut = nn.Sequential(projection, norm(outside))
+            layers.append(block(inside, planes, stride, shortcut, norm_layer=norm))
             inside = outside
-    body = nn.Sequential(*stem, *blocks)
-    _initialise(body)
-    return body, inside
-
-
-def _initialise(body: nn.Module) -> None:
-    for module in body.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(*layers), inside

@@ -108,31 +108,28 @@ ALPHACL_INLINE void multiply_tiles(const char* a, int64_t a_stride, Place b0, Pl
   TILE_STORE(3, c11, c1.stride);
 }
 
-struct AmxProducts {
-  using T = float;
-  static constexpr bool WEIGHTS_IN_PLACE = false, SCALES = false;
+struct AmxProducts : HalfProducts {
+  static constexpr bool SCALES = false;
   static constexpr int64_t SIMILARITY_ROWS = 32, MULTIPLE = 96, LARGEST = 192;  // multiples of 32 and of 48
 
-  static int64_t pairs(int64_t dim) { return padded(dim, 32) / 2; }
-  static int64_t by_feature_size(int64_t dim, int64_t stride) { return stride * pairs(dim); }  // in pairs, as `rows`
   // The panels of d for an even number of tiles: the last one may be padding.
   static int64_t wide_dim(int64_t dim) { return padded(FeaturePanels<float>(dim).padded_dim(), 32); }
   static int64_t packed_bytes(int64_t dim, int64_t stride, bool gradient) {
     return (2 * by_feature_size(dim, stride) + (gradient ? stride / 2 * wide_dim(dim) : 0)) * 4;
   }
   static int64_t df_bytes(int64_t dim, int64_t stride) { return stride * wide_dim(dim) * 4; }
-  static int64_t scratch_bytes(int64_t dim, int64_t) {
-    const int64_t weights = 3 * MAX_BLOCK * LD * 2, rows = PAIR_LANES * pairs(dim) * 4;
-    return weights > rows ? weights : rows;
+  static int64_t workspace_bytes(int64_t dim, int64_t) {
+    const int64_t weights = 3 * MAX_BLOCK * LD * 2;
+    return weights > row_bytes(dim) ? weights : row_bytes(dim);
   }
 
-  static void pack(const Sweep& s, const Block& block, bool gradient, void* scratch) {
+  static void pack(const Sweep& s, const Block& block, void* workspace) {
     const int64_t stride = block.stride;
     const int64_t n_pairs = pairs(s.dim);
-    auto* by_feature = static_cast<uint32_t*>(block.left);
+    auto* by_feature = static_cast<uint32_t*>(block.packed);
     uint32_t* rows = by_feature + by_feature_size(s.dim, stride);
-    uint32_t* by_row = gradient ? rows + by_feature_size(s.dim, stride) : nullptr;
-    auto* some = static_cast<uint16_t*>(scratch);
+    uint32_t* by_row = s.gradient ? rows + by_feature_size(s.dim, stride) : nullptr;
+    auto* some = static_cast<uint16_t*>(workspace);
     for (int64_t r0 = 0; r0 < stride; r0 += PAIR_LANES) {
       pack_pairs(s, block, r0, stride, n_pairs, some, by_feature, by_row);
       std::memcpy(rows + r0 * n_pairs, some, PAIR_LANES * n_pairs * 4);
@@ -141,15 +138,14 @@ struct AmxProducts {
       const int64_t real = FeaturePanels<float>(s.dim).padded_dim();
       std::memset(by_row + stride / 2 * real, 0, stride / 2 * (wide_dim(s.dim) - real) * 4);
     }
-    if (block.df) std::memset(block.df, 0, df_bytes(s.dim, stride));
   }
 
   static void similarities(const Sweep& s, const RowVectors&, const Block& i, const Block& j, int64_t r0, float* out) {
     if (r0 % SIMILARITY_ROWS) return;  // came with the panel before
     const UsingTiles tiles;
     const int64_t n_pairs = pairs(s.dim);
-    auto* by_feature = static_cast<uint32_t*>(j.left);
-    const auto* a = static_cast<const uint32_t*>(i.left) + by_feature_size(s.dim, i.stride) + r0 * n_pairs;
+    auto* by_feature = static_cast<uint32_t*>(j.packed);
+    const auto* a = static_cast<const uint32_t*>(i.packed) + by_feature_size(s.dim, i.stride) + r0 * n_pairs;
     for (int64_t c = 0; c < j.rows; c += 32) {
       auto second = [&](int64_t col) {
         return Place{by_feature + col / WIDE_PAIRS * WIDE_PAIRS * n_pairs + col % WIDE_PAIRS, WIDE_PAIRS * 4};
@@ -159,30 +155,28 @@ struct AmxProducts {
     }
   }
 
-  static uint16_t* across(void* scratch) { return static_cast<uint16_t*>(scratch); }
-  static uint32_t* down(void* scratch) { return reinterpret_cast<uint32_t*>(across(scratch) + MAX_BLOCK * LD); }
-  static uint16_t* transposed(void* scratch) { return across(scratch) + 2 * MAX_BLOCK * LD; }
+  static uint16_t* transposed(void* workspace) { return across(workspace) + 2 * MAX_BLOCK * LD; }
 
-  static void weights(const RowVectors& v, const Block& i, const Block& j, int64_t r0, const float* w, void* scratch) {
-    round_weights(v, i, j, r0, w, across(scratch), down(scratch));
+  static void weights(const RowVectors& v, const Block& i, const Block& j, int64_t r0, const float* w, void* workspace) {
+    round_weights(v, i, j, r0, w, across(workspace), down(workspace));
     const int64_t end = r0 + PANEL_ROWS;
     if (end % 32 && end < i.rows) return;
     // 32 rows are complete (the rest of the last ones are 0): their transpose, and zeros up to whole tiles.
     const int64_t first = r0 / 32 * 32;
-    for (int64_t r = end; r % 32; r += 2) std::memset(down(scratch) + r / 2 * LD, 0, padded(j.rows, 32) * 4);
+    for (int64_t r = end; r % 32; r += 2) std::memset(down(workspace) + r / 2 * LD, 0, padded(j.rows, 32) * 4);
     if (padded(j.rows, 16) % 32) {
       const int64_t c = padded(j.rows, 16);
-      for (int64_t r = first; r < end; r++) std::memset(across(scratch) + r * LD + c, 0, 16 * 2);
-      for (int64_t r = first; r < first + 32; r += 2) std::memset(down(scratch) + r / 2 * LD + c, 0, 16 * 4);
+      for (int64_t r = first; r < end; r++) std::memset(across(workspace) + r * LD + c, 0, 16 * 2);
+      for (int64_t r = first; r < first + 32; r += 2) std::memset(down(workspace) + r / 2 * LD + c, 0, 16 * 4);
     }
     for (int64_t c = 0; c < padded(j.rows, 32); c += 16) {
       Vec<float> square[16];
 #pragma GCC unroll 16
-      for (int k = 0; k < 16; k++) square[k] = load(reinterpret_cast<float*>(down(scratch) + (first / 2 + k) * LD + c));
+      for (int k = 0; k < 16; k++) square[k] = load(reinterpret_cast<float*>(down(workspace) + (first / 2 + k) * LD + c));
       transpose<float>(square);
 #pragma GCC unroll 16
       for (int k = 0; k < 16; k++) {
-        uint16_t* row = transposed(scratch) + (c + k) * LD + first;
+        uint16_t* row = transposed(workspace) + (c + k) * LD + first;
         _mm512_storeu_ps(reinterpret_cast<float*>(row), (__m512)square[k]);
       }
     }
@@ -191,7 +185,7 @@ struct AmxProducts {
   static void add_product(const Sweep& s, const uint16_t* w, const Block& other, const Block& mine) {
     const FeaturePanels<float> panels(s.dim);
     const int64_t stride = mine.stride, vectors = wide_dim(s.dim) / 16;
-    auto* by_row = static_cast<uint32_t*>(other.left) + 2 * by_feature_size(s.dim, stride);
+    auto* by_row = static_cast<uint32_t*>(other.packed) + 2 * by_feature_size(s.dim, stride);
     auto* df = static_cast<float*>(mine.df);
     auto places = [&](int64_t v, int64_t r, Place& b, Place& c) {  // of the 16 columns of vector v; rows from r on
       int64_t p = v * panels.count / panels.vectors;
@@ -211,17 +205,14 @@ struct AmxProducts {
       }
   }
 
-  static void products(const Sweep& s, float*, void* scratch, const Block& i, const Block& j, bool diagonal) {
+  static void products(const Sweep& s, float*, void* workspace, const Block& i, const Block& j, bool diagonal) {
     const UsingTiles tiles;
-    if (i.wanted) add_product(s, across(scratch), j, i);
-    if (j.wanted && !diagonal) add_product(s, transposed(scratch), i, j);
+    if (i.wanted) add_product(s, across(workspace), j, i);
+    if (j.wanted && !diagonal) add_product(s, transposed(workspace), i, j);
   }
 
   static bool in_place(int64_t dim, int64_t stride) {
     return wide_dim(dim) == dim && NativeProducts<float>::in_place(dim, stride);
-  }
-  static void unpack(const Sweep& s, const Block& block, double scale, float* tile) {
-    NativeProducts<float>::unpack(s, block, scale, tile);
   }
 };
 

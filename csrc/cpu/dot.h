@@ -50,39 +50,30 @@ __attribute__((noinline)) void multiply_pairs(const uint32_t* __restrict a, cons
     for (int v = 0; v < V; v++) _mm512_store_ps(c + r * ldc + v * PAIR_LANES, acc[r][v]);
 }
 
-struct DotProducts {
-  using T = float;
-  static constexpr bool WEIGHTS_IN_PLACE = false, SCALES = true;
-  static constexpr int64_t SIMILARITY_ROWS = PANEL_ROWS, LARGEST = MAX_BLOCK, MULTIPLE = ROW_MULTIPLE;
-  static constexpr int REGISTER_ROWS = 8;
-
-  static int64_t pairs(int64_t dim) { return padded(dim, 2 * PAIR_LANES) / 2; }
-  static int64_t by_feature_size(int64_t dim, int64_t stride) { return stride * pairs(dim); }
+struct DotProducts : HalfProducts {
   static int64_t packed_bytes(int64_t dim, int64_t stride, bool gradient) {
     const int64_t by_row = gradient ? stride / 2 * FeaturePanels<float>(dim).padded_dim() : 0;
     return (by_feature_size(dim, stride) + by_row) * 4;
   }
-  static int64_t df_bytes(int64_t dim, int64_t stride) { return NativeProducts<float>::df_bytes(dim, stride); }
-  static int64_t scratch_bytes(int64_t dim, int64_t) {
-    const int64_t weights = MAX_BLOCK * LD * 2 + MAX_BLOCK / 2 * LD * 4, rows = PAIR_LANES * pairs(dim) * 4;
-    return weights > rows ? weights : rows;
+  static int64_t workspace_bytes(int64_t dim, int64_t) {
+    const int64_t weights = MAX_BLOCK * LD * 2 + MAX_BLOCK / 2 * LD * 4;
+    return weights > row_bytes(dim) ? weights : row_bytes(dim);
   }
 
-  static void pack(const Sweep& s, const Block& block, bool gradient, void* scratch) {
+  static void pack(const Sweep& s, const Block& block, void* workspace) {
     const int64_t stride = block.stride;
-    auto* by_feature = static_cast<uint32_t*>(block.left);
-    uint32_t* by_row = gradient ? by_feature + by_feature_size(s.dim, stride) : nullptr;
+    auto* by_feature = static_cast<uint32_t*>(block.packed);
+    uint32_t* by_row = s.gradient ? by_feature + by_feature_size(s.dim, stride) : nullptr;
     for (int64_t r0 = 0; r0 < stride; r0 += PAIR_LANES)
-      pack_pairs(s, block, r0, stride, pairs(s.dim), static_cast<uint16_t*>(scratch), by_feature, by_row);
-    if (block.df) std::memset(block.df, 0, df_bytes(s.dim, stride));
+      pack_pairs(s, block, r0, stride, pairs(s.dim), static_cast<uint16_t*>(workspace), by_feature, by_row);
   }
 
   static ALPHACL_INLINE void similarities(const Sweep& s, const RowVectors& v, const Block& i, const Block& j, int64_t r0, float* out) {
     const int64_t steps = pairs(s.dim), used = (s.dim + 1) / 2;
-    const auto* left = static_cast<const uint32_t*>(i.left) + r0 / WIDE_PAIRS * WIDE_PAIRS * steps + r0 % WIDE_PAIRS;
-    const auto* right = static_cast<const uint32_t*>(j.left);
+    const auto* left = static_cast<const uint32_t*>(i.packed) + r0 / WIDE_PAIRS * WIDE_PAIRS * steps + r0 % WIDE_PAIRS;
+    const auto* right = static_cast<const uint32_t*>(j.packed);
     const auto* scale = static_cast<const float*>(v.scale);
-    const float *rows = scale ? scale + i.packed + r0 : nullptr, *cols = scale ? scale + j.packed : nullptr;
+    const float *rows = scale ? scale + i.at + r0 : nullptr, *cols = scale ? scale + j.at : nullptr;
     for (int64_t c = 0; c < j.rows; c += WIDE_PAIRS) {
       const uint32_t* b = right + c * steps;
       const float* col_scale = cols ? cols + c : nullptr;
@@ -97,18 +88,15 @@ struct DotProducts {
     }
   }
 
-  static uint16_t* across(void* scratch) { return static_cast<uint16_t*>(scratch); }
-  static uint32_t* down(void* scratch) { return reinterpret_cast<uint32_t*>(across(scratch) + MAX_BLOCK * LD); }
-
-  static void weights(const RowVectors& v, const Block& i, const Block& j, int64_t r0, const float* w, void* scratch) {
-    round_weights(v, i, j, r0, w, across(scratch), down(scratch));
+  static void weights(const RowVectors& v, const Block& i, const Block& j, int64_t r0, const float* w, void* workspace) {
+    round_weights(v, i, j, r0, w, across(workspace), down(workspace));
   }
 
   template <int64_t A_ROW, int64_t A_STEP>
   static void add_product(const Sweep& s, const uint32_t* w, int64_t rows, const Block& other, const Block& mine) {
     const int64_t stride = mine.stride;
     const FeaturePanels<float> panels(s.dim);
-    const auto* by_row = static_cast<const uint32_t*>(other.left) + by_feature_size(s.dim, stride);
+    const auto* by_row = static_cast<const uint32_t*>(other.packed) + by_feature_size(s.dim, stride);
     const int64_t steps = (other.rows + 1) / 2;
     for (int64_t p = 0; p < panels.count; p++) {
       const int64_t from = panels.first(p) * PAIR_LANES, width = panels.width(p) * PAIR_LANES;
@@ -125,14 +113,9 @@ struct DotProducts {
     }
   }
 
-  static void products(const Sweep& s, float*, void* scratch, const Block& i, const Block& j, bool diagonal) {
-    if (i.wanted) add_product<LD / 2, 1>(s, reinterpret_cast<const uint32_t*>(across(scratch)), i.rows, j, i);
-    if (j.wanted && !diagonal) add_product<1, LD>(s, down(scratch), j.rows, i, j);
-  }
-
-  static bool in_place(int64_t dim, int64_t stride) { return NativeProducts<float>::in_place(dim, stride); }
-  static void unpack(const Sweep& s, const Block& block, double scale, float* tile) {
-    NativeProducts<float>::unpack(s, block, scale, tile);
+  static void products(const Sweep& s, float*, void* workspace, const Block& i, const Block& j, bool diagonal) {
+    if (i.wanted) add_product<LD / 2, 1>(s, reinterpret_cast<const uint32_t*>(across(workspace)), i.rows, j, i);
+    if (j.wanted && !diagonal) add_product<1, LD>(s, down(workspace), j.rows, i, j);
   }
 };
 

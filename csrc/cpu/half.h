@@ -1,4 +1,4 @@
-// What the two bfloat16 engines share: packing of pairs, weights rounded to bfloat16, the gradient's accumulator.
+// What the two sets of bfloat16 products share: packing of pairs, weights rounded to bfloat16, the gradient's accumulator.
 //
 // Rows are multiplied as they came, not normalised (a normalised row would lose 2⁻⁹ of each similarity), but for a power of
 // two: row r of an operand is 2^e·f_r and what is left of its scale, in [½, 1), multiplies similarities and weights in
@@ -38,7 +38,7 @@ ALPHACL_INLINE void read_bfloat16(const Sweep& s, int64_t r, uint16_t* y) {
     y[k] = uint16_t(to_bits32(from_bfloat16(x[k]) * once * again) >> 16);
 }
 
-// Packs rows [r0, r0 + 16) of both layouts; `rows` is (16, 2·pairs) scratch that keeps them row by row.
+// Packs rows [r0, r0 + 16) of both layouts; `rows` is (16, 2·pairs) and receives them row by row.
 ALPHACL_INLINE void pack_pairs(const Sweep& s, const Block& block, int64_t r0, int64_t stride, int64_t pairs, uint16_t* rows,
                                uint32_t* by_feature, uint32_t* by_row) {
   const int64_t width = 2 * pairs;
@@ -76,11 +76,11 @@ ALPHACL_INLINE void round_weights(const RowVectors& v, const Block& i, const Blo
                                   uint16_t* across, uint32_t* down) {
   const float* scale = static_cast<const float*>(v.scale);
   for (int64_t r = 0; r < PANEL_ROWS; r += 2) {
-    const __m512 up = _mm512_set1_ps(scale ? scale[i.packed + r0 + r] : 1.f);
-    const __m512 low = _mm512_set1_ps(scale ? scale[i.packed + r0 + r + 1] : 1.f);
+    const __m512 up = _mm512_set1_ps(scale ? scale[i.at + r0 + r] : 1.f);
+    const __m512 low = _mm512_set1_ps(scale ? scale[i.at + r0 + r + 1] : 1.f);
     for (int64_t c = 0; c < j.rows; c += PAIR_LANES) {
       const __m512 a = _mm512_load_ps(w + r * LD + c), b = _mm512_load_ps(w + (r + 1) * LD + c);
-      const __m512 s = scale ? _mm512_load_ps(scale + j.packed + c) : _mm512_set1_ps(1.f);
+      const __m512 s = scale ? _mm512_load_ps(scale + j.at + c) : _mm512_set1_ps(1.f);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(across + (r0 + r) * LD + c), (__m256i)_mm512_cvtneps_pbh(a * s));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(across + (r0 + r + 1) * LD + c), (__m256i)_mm512_cvtneps_pbh(b * s));
       const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b * low, a * up);
@@ -88,5 +88,15 @@ ALPHACL_INLINE void round_weights(const RowVectors& v, const Block& i, const Blo
     }
   }
 }
+
+struct HalfProducts : NativeProducts<float> {
+  static constexpr bool WEIGHTS_IN_PLACE = false;
+
+  static int64_t pairs(int64_t dim) { return padded(dim, 2 * PAIR_LANES) / 2; }
+  static int64_t by_feature_size(int64_t dim, int64_t stride) { return stride * pairs(dim); }
+  static int64_t row_bytes(int64_t dim) { return PAIR_LANES * pairs(dim) * 4; }  // for pack_pairs
+  static uint16_t* across(void* workspace) { return static_cast<uint16_t*>(workspace); }
+  static uint32_t* down(void* workspace) { return reinterpret_cast<uint32_t*>(across(workspace) + MAX_BLOCK * LD); }
+};
 
 }  // namespace

@@ -72,14 +72,14 @@ template <class Scalar> struct NativeProducts {
     return padded((left_size(dim, stride) + right) * sizeof(T), 64);
   }
   static int64_t df_bytes(int64_t dim, int64_t stride) { return stride * FeaturePanels<T>(dim).padded_dim() * sizeof(T); }
-  static int64_t scratch_bytes(int64_t dim, int64_t) { return L * FeaturePanels<T>(dim).padded_dim() * sizeof(T); }
+  static int64_t workspace_bytes(int64_t dim, int64_t) { return L * FeaturePanels<T>(dim).padded_dim() * sizeof(T); }
 
-  static void pack(const Sweep& s, const Block& block, bool gradient, void* scratch) {
+  static void pack(const Sweep& s, const Block& block, void* workspace) {
     const int64_t stride = block.stride;
     const FeaturePanels<T> panels(s.dim);
     const int64_t wide_dim = panels.padded_dim();
-    T* rows = static_cast<T*>(scratch);  // (L, wide_dim)
-    T* left = static_cast<T*>(block.left);
+    T* rows = static_cast<T*>(workspace);  // (L, wide_dim)
+    T* left = static_cast<T*>(block.packed);
     T* right = left + left_size(s.dim, stride);
     for (int64_t r0 = 0; r0 < stride; r0 += L) {
       for (int64_t r = 0; r < L; r++) {
@@ -87,7 +87,7 @@ template <class Scalar> struct NativeProducts {
         const bool real = r0 + r < block.rows;
         if (real) read_row<T>(s, block.first + r0 + r, row);
         std::memset(row + (real ? s.dim : 0), 0, (wide_dim - (real ? s.dim : 0)) * sizeof(T));
-        if (gradient)
+        if (s.gradient)
           for (int64_t p = 0; p < panels.count; p++) {
             const int64_t from = panels.first(p) * L, width = panels.width(p) * L;
             std::memcpy(right + from * stride + (r0 + r) * width, row + from, width * sizeof(T));
@@ -108,13 +108,12 @@ template <class Scalar> struct NativeProducts {
         }
       }
     }
-    if (block.df) std::memset(block.df, 0, df_bytes(s.dim, stride));
   }
 
   // s (PANEL_ROWS, LD) = F_I[r0 …]·F_Jᵀ
   static ALPHACL_INLINE void similarities(const Sweep& s, const RowVectors&, const Block& i, const Block& j, int64_t r0, T* out) {
-    const T* left = static_cast<const T*>(i.left);
-    const T* right = static_cast<const T*>(j.left);
+    const T* left = static_cast<const T*>(i.packed);
+    const T* right = static_cast<const T*>(j.packed);
     for (int64_t c = 0; c < j.rows; c += WIDE)
       for (int64_t r = r0; r < r0 + PANEL_ROWS; r += REGISTER_ROWS) {
         const T *a = left + r / WIDE * WIDE * s.dim + r % WIDE, *b = right + c * s.dim;
@@ -131,7 +130,7 @@ template <class Scalar> struct NativeProducts {
   static void add_product(const Sweep& s, const T* w, int64_t rows, const Block& other, const Block& mine) {
     const int64_t stride = mine.stride;
     const FeaturePanels<T> panels(s.dim);
-    const T* right = static_cast<const T*>(other.left) + left_size(s.dim, stride);
+    const T* right = static_cast<const T*>(other.packed) + left_size(s.dim, stride);
     T* df = static_cast<T*>(mine.df);
     for (int64_t p = 0; p < panels.count; p++) {
       const int64_t at = panels.first(p) * L * stride, width = panels.width(p) * L;
@@ -156,7 +155,7 @@ template <class Scalar> struct NativeProducts {
     return FeaturePanels<T>(dim).padded_dim() == dim && stride * dim <= TILE_SIZE;
   }
 
-  // `tile` is scratch of TILE_SIZE
+  // `tile` has room for TILE_SIZE numbers
   static void unpack(const Sweep& s, const Block& block, double scale, T* tile) {
     const FeaturePanels<T> panels(s.dim);
     const T* df = static_cast<const T*>(block.df);

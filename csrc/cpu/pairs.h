@@ -9,7 +9,7 @@ namespace {
 template <class T> struct Numbers {  // one call's constants
   T tau, inv_tau, p0, p1, p2, middle;
   explicit Numbers(const Sweep& s)
-      : tau(T(s.tau)), inv_tau(T(1 / s.tau)), p0(T(s.params[0])), p1(T(s.params[1])), p2(T(s.params[2])), middle(T(s.middle)) {}
+      : tau(T(s.tau)), inv_tau(T(1 / s.tau)), p0(T(s.params[0])), p1(T(s.params[1])), p2(T(s.params[2])), middle(T(s.constant_shift)) {}
 };
 
 template <class T> constexpr T SMALLEST_NORMAL = T(sizeof(T) == 4 ? 1.17549435e-38 : 2.2250738585072014e-308);

@@ -1,7 +1,7 @@
 // Rows of any input dtype as rows of the accumulation dtype.
 #pragma once
 
-#include "sweep.h"
+#include "kernels.h"
 #include "vec.h"
 
 namespace {
@@ -87,8 +87,8 @@ template <class T> T normalize_row(T* y, int64_t dim) {
   return inverse > most ? most : inverse;
 }
 
-template <class T> void normalize_pairs(const PairRows& p, int64_t begin, int64_t end, void* scratch) {
-  T* rows[2] = {static_cast<T*>(scratch), static_cast<T*>(scratch) + padded_dim<T>(p.dim)};
+template <class T> void normalize_pairs(const PairRows& p, int64_t begin, int64_t end, void* workspace) {
+  T* rows[2] = {static_cast<T*>(workspace), static_cast<T*>(workspace) + padded_dim<T>(p.dim)};
   const bool half = p.dtype == BFLOAT16 || p.dtype == FLOAT16;
   for (int64_t i = begin; i < end; i++) {
     for (int view = 0; view < 2; view++) {
@@ -106,13 +106,13 @@ template <class T> void normalize_pairs(const PairRows& p, int64_t begin, int64_
 }
 
 // d ← (g − F⟨F, g⟩)/‖z‖ with g = d − q·F of the partner
-template <class T> void finish_pairs(const PairRows& p, int64_t begin, int64_t end, void* scratch) {
+template <class T> void finish_pairs(const PairRows& p, int64_t begin, int64_t end, void* workspace) {
   const bool half = p.dtype == BFLOAT16 || p.dtype == FLOAT16;
   for (int64_t i = begin; i < end; i++) {
     const T* rows[2];
     for (int view = 0; view < 2; view++) {
       const int64_t row = i + view * p.n_pairs;
-      T* unit = static_cast<T*>(scratch) + view * padded_dim<T>(p.dim);
+      T* unit = static_cast<T*>(workspace) + view * padded_dim<T>(p.dim);
       if (half) widen<T>(p.f, p.dtype, row * p.dim, p.dim, static_cast<const T*>(p.inv_norm)[row], unit);
       rows[view] = half ? unit : static_cast<const T*>(p.f) + row * p.dim;
     }

@@ -1,7 +1,8 @@
 // What happens to a panel of similarities: the pair kind, sums over rows and columns, the weights of the gradient.
 //
-// A panel is PANEL_ROWS rows of a tile (I, J), hot in the first-level cache. Rows are anchors of I; columns are anchors of
-// J, for which a pair (i, j) is read as (j, i): the similarity is the same, the row scalars are not.
+// A panel is PANEL_ROWS rows of a tile (I, J), hot in the first-level cache. Rows are anchors of I; columns
+// are anchors of J, for which a pair (i, j) is read as (j, i): the similarity is the same, the row
+// scalars are not.
 #pragma once
 
 #include "pairs.h"
@@ -17,7 +18,7 @@ constexpr int64_t TILE_SIZE = (MAX_BLOCK + 32) * LD;
 ALPHACL_INLINE int64_t padded(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 template <class T> struct SideScalars {  // one side's row vectors, from the panel's first row (column) on
-  const T *center, *gain, *shift, *offset, *level, *base;
+  const T *moment_origin, *row_weight, *shift, *argument_offset, *baseline, *online_shift;
 };
 
 template <class T> struct Panel {
@@ -28,8 +29,8 @@ template <class T> struct Panel {
   const Int<T> *row_ids, *col_ids;  // null without ids
   const bool* clash;                // of each vector of columns: some row has the id of one of them
   SideScalars<T> row, col;
-  double* row_sums[TERM_COUNT];  // at the panel's first row; null where a term is not wanted
-  T* col_sums[TERM_COUNT];       // of this tile
+  double* row_sums[SUM_COUNT];  // at the panel's first row; null where a term is not wanted
+  T* col_sums[SUM_COUNT];       // of this tile
   T* col_max;
   T* row_max;
   bool two_sided;   // the columns are anchors of their own
@@ -82,60 +83,60 @@ template <class T> ALPHACL_INLINE void add_rows(const Panel<T>& p, int term, con
   for (int64_t r = 0; r < p.rows; r++) p.row_sums[term][r] += double(sum_of<T>(sums[r]));
 }
 
-// Σ exp(log f − middle) and, with Gap, Σ exp(log f − middle)·(t − center)
-template <class T, class K, bool Gap> struct FixedSums {
+// Σ exp(log f − constant_shift) and, with Moment, Σ exp(log f − constant_shift)·(t − moment_origin)
+template <class T, class K, bool Moment> struct ConstantShiftSums {
   const Panel<T>& p;
   Vec<T> f[PANEL_ROWS] = {}, ft[PANEL_ROWS] = {};
-  Vec<T> col_f, col_ft, col_center;
+  Vec<T> col_f, col_ft, col_origin;
   ALPHACL_INLINE void begin(int64_t c) {
     col_f = load(p.col_sums[F] + c);
-    if (Gap) col_ft = load(p.col_sums[FT] + c), col_center = load(p.col.center + c);
+    if (Moment) col_ft = load(p.col_sums[F_MOMENT] + c), col_origin = load(p.col.moment_origin + c);
   }
   template <bool Masked> ALPHACL_INLINE void pair(int r, int64_t, Vec<T> t, Mask<T> keep) {
     Vec<T> e = vexp_bounded<T>(K::f(t, p.numbers) - p.numbers.middle);
     if (Masked) e = keep ? e : Vec<T>{};
     f[r] += e;
     col_f += e;
-    if (Gap) {
-      ft[r] += e * (t - p.row.center[r]);
-      col_ft += e * (t - col_center);
+    if (Moment) {
+      ft[r] += e * (t - p.row.moment_origin[r]);
+      col_ft += e * (t - col_origin);
     }
   }
   ALPHACL_INLINE void end(int64_t c) {
     store(p.col_sums[F] + c, col_f);
-    if (Gap) store(p.col_sums[FT] + c, col_ft);
+    if (Moment) store(p.col_sums[F_MOMENT] + c, col_ft);
   }
   static __attribute__((noinline)) void run(const Panel<T>& p) {
-    FixedSums op{p, {}, {}, {}, {}, {}};
+    ConstantShiftSums op{p, {}, {}, {}, {}, {}};
     for_pairs<T>(p, op);
     add_rows<T>(p, F, op.f);
-    if (Gap) add_rows<T>(p, FT, op.ft);
+    if (Moment) add_rows<T>(p, F_MOMENT, op.ft);
   }
 };
 
-// Σ exp(log f − base), one base per row and one per column
-template <class T, class K> struct RunningSums {
+// Σ exp(log f − online_shift), with a shift for each row and each column
+template <class T, class K> struct OnlineSums {
   const Panel<T>& p;
   Vec<T> f[PANEL_ROWS] = {}, ft[PANEL_ROWS] = {};
   ALPHACL_INLINE void begin(int64_t) {}
   ALPHACL_INLINE void end(int64_t) {}
   template <bool Masked> ALPHACL_INLINE void pair(int r, int64_t c, Vec<T> t, Mask<T> keep) {
     const Vec<T> log_f = rounded<T>(K::f(t, p.numbers));
-    Vec<T> e = vexp<T>(log_f - p.row.base[r]);
+    Vec<T> e = vexp<T>(log_f - p.row.online_shift[r]);
     if (Masked) e = keep ? e : Vec<T>{};
     f[r] += e;
-    if (p.terms) ft[r] += e * (t - p.row.center[r]);
+    if (p.terms) ft[r] += e * (t - p.row.moment_origin[r]);
     if (!p.two_sided) return;
-    e = vexp<T>(log_f - load(p.col.base + c));
+    e = vexp<T>(log_f - load(p.col.online_shift + c));
     if (Masked) e = keep ? e : Vec<T>{};
     store(p.col_sums[F] + c, load(p.col_sums[F] + c) + e);
-    if (p.terms) store(p.col_sums[FT] + c, load(p.col_sums[FT] + c) + e * (t - load(p.col.center + c)));
+    if (p.terms) store(p.col_sums[F_MOMENT] + c, load(p.col_sums[F_MOMENT] + c) + e * (t - load(p.col.moment_origin + c)));
   }
   static __attribute__((noinline)) void run(const Panel<T>& p) {
-    RunningSums op{p};
+    OnlineSums op{p};
     for_pairs<T>(p, op);
     add_rows<T>(p, F, op.f);
-    if (p.terms) add_rows<T>(p, FT, op.ft);
+    if (p.terms) add_rows<T>(p, F_MOMENT, op.ft);
   }
 };
 
@@ -160,13 +161,13 @@ template <class T> struct Maximum {
 };
 
 // Value and derivatives of a pair for one anchor's scalars; those not wanted are left undefined.
-template <class T> struct Pieces {
+template <class T> struct PairValues {
   Vec<T> f, df, dtau;
 };
 template <class T, class K, bool Masked>
-ALPHACL_INLINE Pieces<T> pieces(const Panel<T>& p, Vec<T> t, Vec<T> log_f, Vec<T> shift, Vec<T> offset, Mask<T> keep) {
+ALPHACL_INLINE PairValues<T> pair_values(const Panel<T>& p, Vec<T> t, Vec<T> log_f, Vec<T> shift, Vec<T> offset, Mask<T> keep) {
   const Vec<T> zero{};
-  Pieces<T> y{};
+  PairValues<T> y{};
   if constexpr (K::log) {
     y.f = vexp<T>(log_f - shift);
     if (Masked) y.f = keep ? y.f : zero;
@@ -185,23 +186,23 @@ ALPHACL_INLINE Pieces<T> pieces(const Panel<T>& p, Vec<T> t, Vec<T> log_f, Vec<T
 // The terms of `row_sums` and, with Gradient, the weights g_ij + g_ji: any kind, any terms.
 template <class T, class K, bool Gradient> struct General {
   const Panel<T>& p;
-  Vec<T> sums[TERM_COUNT][PANEL_ROWS] = {};
+  Vec<T> sums[SUM_COUNT][PANEL_ROWS] = {};
   ALPHACL_INLINE void begin(int64_t) {}
   ALPHACL_INLINE void end(int64_t) {}
 
-  ALPHACL_INLINE Vec<T> term(int k, const Pieces<T>& y, Vec<T> u, Vec<T> level) const {
+  ALPHACL_INLINE Vec<T> term(int k, const PairValues<T>& y, Vec<T> u, Vec<T> baseline) const {
     switch (k) {
       case F: return y.f;
       case DF: return y.df;
-      case FT: return y.f * u;
-      case DFT: return y.df * u;
-      default: return y.dtau * (u - level);
+      case F_MOMENT: return y.f * u;
+      case DF_MOMENT: return y.df * u;
+      default: return y.dtau * (u - baseline);
     }
   }
-  ALPHACL_INLINE Vec<T> weight(const Pieces<T>& y, Vec<T> u, Vec<T> level) const {
+  ALPHACL_INLINE Vec<T> weight(const PairValues<T>& y, Vec<T> u, Vec<T> baseline) const {
     if (p.weight == WEIGHT_F) return y.f;
     if (p.weight == WEIGHT_DF) return y.df;
-    return y.f + y.df * (u - level);
+    return y.f + y.df * (u - baseline);
   }
 
   template <bool Masked> ALPHACL_INLINE void pair(int r, int64_t c, Vec<T> t, Mask<T> keep) {
@@ -210,19 +211,19 @@ template <class T, class K, bool Gradient> struct General {
     // A centre may be τ·(log f of another pair): t is then taken as τ·log f too, so that equal pairs differ by exactly 0.
     if constexpr (K::linear_in_t) t = rounded<T>(log_f * p.numbers.tau);
     const Vec<T> zero{};
-    Pieces<T> y = pieces<T, K, Masked>(p, t, log_f, zero + p.row.shift[r], zero + p.row.offset[r], keep);
-    Vec<T> u = t - p.row.center[r], level = zero + p.row.level[r], g{};
+    PairValues<T> y = pair_values<T, K, Masked>(p, t, log_f, zero + p.row.shift[r], zero + p.row.argument_offset[r], keep);
+    Vec<T> u = t - p.row.moment_origin[r], baseline = zero + p.row.baseline[r], g{};
     if (p.terms)
-      for (int k = 0; k < TERM_COUNT; k++)
-        if (p.row_sums[k]) sums[k][r] += term(k, y, u, level);
-    if constexpr (Gradient) g = weight(y, u, level) * p.row.gain[r];
+      for (int k = 0; k < SUM_COUNT; k++)
+        if (p.row_sums[k]) sums[k][r] += term(k, y, u, baseline);
+    if constexpr (Gradient) g = weight(y, u, baseline) * p.row.row_weight[r];
     if (p.two_sided) {
-      y = pieces<T, K, Masked>(p, t, log_f, load(p.col.shift + c), load(p.col.offset + c), keep);
-      u = t - load(p.col.center + c), level = load(p.col.level + c);
+      y = pair_values<T, K, Masked>(p, t, log_f, load(p.col.shift + c), load(p.col.argument_offset + c), keep);
+      u = t - load(p.col.moment_origin + c), baseline = load(p.col.baseline + c);
       if (p.col_terms)
-        for (int k = 0; k < TERM_COUNT; k++)
-          if (p.row_sums[k]) store(p.col_sums[k] + c, load(p.col_sums[k] + c) + term(k, y, u, level));
-      if constexpr (Gradient) g += weight(y, u, level) * load(p.col.gain + c);
+        for (int k = 0; k < SUM_COUNT; k++)
+          if (p.row_sums[k]) store(p.col_sums[k] + c, load(p.col_sums[k] + c) + term(k, y, u, baseline));
+      if constexpr (Gradient) g += weight(y, u, baseline) * load(p.col.row_weight + c);
     }
     if constexpr (Gradient) store(p.s + r * LD + c, g);
   }
@@ -230,46 +231,44 @@ template <class T, class K, bool Gradient> struct General {
     General op{p};
     for_pairs<T>(p, op);
     if (p.terms)
-      for (int k = 0; k < TERM_COUNT; k++)
+      for (int k = 0; k < SUM_COUNT; k++)
         if (p.row_sums[k]) add_rows<T>(p, k, op.sums[k]);
   }
 };
 
-// g_ij + g_ji = exp(log f − middle)·(gain_i + gain_j); the gain of rows that are no anchors is 0
-template <class T, class K> struct FixedGradient {
+// g_ij + g_ji = exp(log f − constant_shift)·(row_weight_i + row_weight_j); rows that are no anchors have
+// weight 0
+template <class T, class K> struct ConstantShiftGradient {
   const Panel<T>& p;
-  Vec<T> col_gain;
-  ALPHACL_INLINE void begin(int64_t c) { col_gain = load(p.col.gain + c); }
+  Vec<T> col_weight;
+  ALPHACL_INLINE void begin(int64_t c) { col_weight = load(p.col.row_weight + c); }
   ALPHACL_INLINE void end(int64_t) {}
   template <bool Masked> ALPHACL_INLINE void pair(int r, int64_t c, Vec<T> t, Mask<T> keep) {
-    Vec<T> g = vexp_bounded<T>(K::f(t, p.numbers) - p.numbers.middle) * (col_gain + p.row.gain[r]);
+    Vec<T> g = vexp_bounded<T>(K::f(t, p.numbers) - p.numbers.middle) * (col_weight + p.row.row_weight[r]);
     if (Masked) g = keep ? g : Vec<T>{};
     store(p.s + r * LD + c, g);
   }
   static __attribute__((noinline)) void run(const Panel<T>& p) {
-    FixedGradient op{p, {}};
+    ConstantShiftGradient op{p, {}};
     for_pairs<T>(p, op);
   }
 };
 
 template <class T> using PanelFunction = void (*)(const Panel<T>&);
 
-template <class T, class K> PanelFunction<T> log_kind(const Sweep& s) {
-  const bool gap = s.rows_of_terms[FT] >= 0;
-  switch (s.form) {
-    case LOG_SUMS_FIXED: return gap ? FixedSums<T, K, true>::run : FixedSums<T, K, false>::run;
-    case LOG_SUMS_RUNNING: return RunningSums<T, K>::run;
-    case GRAD_FIXED: return FixedGradient<T, K>::run;
-    case PLAIN_SUMS: return General<T, K, false>::run;
-    default: return General<T, K, true>::run;
-  }
-}
 template <class T, class K> PanelFunction<T> linear_kind(const Sweep& s) {
-  return s.form == PLAIN_SUMS ? General<T, K, false>::run : General<T, K, true>::run;
+  return s.gradient ? General<T, K, true>::run : General<T, K, false>::run;
+}
+template <class T, class K> PanelFunction<T> log_kind(const Sweep& s) {
+  const bool moment = s.rows_of_terms[F_MOMENT] >= 0;
+  if (s.form == Form::ONLINE) return OnlineSums<T, K>::run;
+  if (s.form != Form::CONSTANT) return linear_kind<T, K>(s);
+  if (s.gradient) return ConstantShiftGradient<T, K>::run;
+  return moment ? ConstantShiftSums<T, K, true>::run : ConstantShiftSums<T, K, false>::run;
 }
 
 template <class T> PanelFunction<T> panel_function(const Sweep& s) {
-  if (s.form == MAXIMUM) return Maximum<T>::run;
+  if (s.form == Form::T_MAX) return Maximum<T>::run;
   switch (s.kind) {
     case EXP: return log_kind<T, Exp<T>>(s);
     case GIBBS: return log_kind<T, Gibbs<T>>(s);
@@ -282,7 +281,7 @@ template <class T> PanelFunction<T> panel_function(const Sweep& s) {
   }
 }
 
-// log f of the kind at n similarities (a multiple of a vector): bases of LOG_SUMS_RUNNING
+// log f of the kind at n similarities (a multiple of a vector): the shifts of Form::ONLINE
 template <class T> void log_f_of(const Sweep& s, const T* t, T* y, int64_t n) {
   const Numbers<T> numbers(s);
   for (int64_t c = 0; c < n; c += LANES<T>) {

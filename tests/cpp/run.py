@@ -5,10 +5,10 @@
     python tests/cpp/run.py --sanitize none       neither: for a debugger, or for timing
     python tests/cpp/run.py --only test_device    one of them
 
-test_kernels tests csrc/cpu; test_device tests the emulated GPU of csrc/cuda, whose races must be
-reported, too; test_sweeps runs the CUDA kernels on it. CXX is the compiler, as for
-tools/build_cpu.py, whose instruction sets and flags these are. Objects are kept in
-build/test_kernels and compiled again when a source or a flag has changed.
+test_kernels tests csrc/cpu, test_driver the pieces of its driver; test_device tests the emulated
+GPU of csrc/cuda, whose races must be reported, too; test_sweeps runs the CUDA kernels on it. CXX
+is the compiler, as for tools/build_cpu.py, whose instruction sets and flags these are. Objects are
+kept in build/test_kernels and compiled again when a source or a flag has changed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OBJECTS = ROOT / "build" / "test_kernels"
 TESTS = Path("tests") / "cpp"
 CUDA = Path("csrc") / "cuda"
-PROGRAMS = ("test_kernels", "test_device", "test_sweeps")
+PROGRAMS = ("test_driver", "test_kernels", "test_device", "test_sweeps")
 SANITIZERS = {"address": "address,undefined", "thread": "thread", "none": ""}
 #: One test asks for too much memory; threads outnumber cores, so they must not spin.
 ENVIRONMENT = {
@@ -77,7 +77,7 @@ def build(sanitize: str, programs: Sequence[str]) -> dict[str, Path]:
     )
     threads = ["-fopenmp"] if openmp else ["-pthread"]
     # Lets the test fill the driver's workspace with NaN.
-    wrap = ["-Wl,--wrap=aligned_alloc", "-Wl,--wrap=free"] if sys.platform == "linux" else []
+    wrap = ["-Wl,--wrap=posix_memalign", "-Wl,--wrap=free"] if sys.platform == "linux" else []
 
     sets = builder.supported(compiler, OBJECTS)
     missing = [name for name in builder.INSTRUCTION_SETS if name not in sets]
@@ -91,11 +91,9 @@ def build(sanitize: str, programs: Sequence[str]) -> dict[str, Path]:
         *(["-DALPHACL_WRAPPED"] if wrap else []),
         str(TESTS / "test_kernels.cpp"),
     ]
-    parts = {
-        "test_kernels": list(jobs),
-        "test_device": ["test_device"],
-        "test_sweeps": ["test_sweeps"],
-    }
+    alone = ("test_driver", "test_device", "test_sweeps")
+    parts = {"test_kernels": list(jobs), **{name: [name] for name in alone}}
+    jobs["test_driver"] = ["-pthread", str(TESTS / "test_driver.cpp")]
     # AddressSanitizer's time goes into compilation, ThreadSanitizer's into running.
     quick = ["-O0", "-g1"] if sanitize == "address" else []
     for name in ("test_device", "test_sweeps"):
@@ -207,6 +205,8 @@ def main() -> None:
     start = time.monotonic()
     programs = build(options.sanitize, [options.only] if options.only else PROGRAMS)
     print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
+    if "test_driver" in programs:
+        run([str(programs["test_driver"])])
     if "test_device" in programs:
         run([str(programs["test_device"])])
         if options.sanitize == "thread":

@@ -6,7 +6,7 @@
 // luck with the seed; `run.py` compiles this file and the kernels with sanitizers.
 //
 // Every output and input is an allocation of its own of exactly the size that the interface promises, outputs hold NaN
-// before each call, and so does the driver's work space where the linker can wrap its allocation (ALPHACL_WRAPPED).
+// before each call, and so does the driver's workspace where the linker can wrap its allocation (ALPHACL_WRAPPED).
 
 #include <algorithm>
 #include <array>
@@ -37,7 +37,7 @@ int32_t alphacl_cpu_rows_size();
 const char* alphacl_cpu_build();
 const char* alphacl_cpu_sources();
 int32_t alphacl_cpu_instruction_sets();
-const char* alphacl_cpu_engine(int32_t set, int32_t dtype, int32_t* multiple, int32_t* largest);
+const char* alphacl_cpu_kernels(int32_t set, int32_t dtype, int32_t* multiple, int32_t* largest);
 int32_t alphacl_cpu_sweep(const Sweep* s);
 int32_t alphacl_cpu_normalize(const PairRows* p);
 int32_t alphacl_cpu_finish(const PairRows* p);
@@ -51,7 +51,7 @@ constexpr int THREADS[] = {1, 2, 5};
 const char* const SETS[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated"};
 const char* const DTYPES[] = {"float32", "float64", "bfloat16", "float16"};
 const char* const KINDS[] = {"exp", "gibbs", "power", "inverse", "hinge", "sigmoid", "square", "gamma"};
-const char* const FORMS[] = {"log sums, fixed", "log sums, running", "plain sums", "maximum", "gradient, fixed", "gradient"};
+const char* const FORMS[] = {"constant shift", "online", "plain", "largest t"};
 const char* const WEIGHTS[] = {"f", "df", "f+df"};
 
 int failures = 0;
@@ -107,6 +107,12 @@ class Random {
 
 // --- memory ---------------------------------------------------------------------------------------------------------
 
+#if defined(ALPHACL_WRAPPED)
+extern "C" int __real_posix_memalign(void** p, size_t alignment, size_t size);
+#else
+int __real_posix_memalign(void** p, size_t alignment, size_t size) { return posix_memalign(p, alignment, size); }
+#endif
+
 // Exactly `size` elements: the sanitizer's red zone begins at the next byte. They are aligned as torch aligns a tensor, or
 // start `skip` elements later, because rows of a caller's matrix are aligned to their elements and to nothing more.
 template <class T> class Exact {
@@ -129,7 +135,7 @@ template <class T> class Exact {
  private:
   static T* allocated(size_t bytes) {
     void* block = nullptr;
-    return posix_memalign(&block, 64, bytes) == 0 ? static_cast<T*>(block) : nullptr;
+    return __real_posix_memalign(&block, 64, bytes) == 0 ? static_cast<T*>(block) : nullptr;
   }
   T* block_;
 
@@ -138,18 +144,17 @@ template <class T> class Exact {
 };
 
 #if defined(ALPHACL_WRAPPED)
-// The driver's work space, NaN when it comes and again before every call (the driver keeps it from one call to the next):
+// The driver's workspace, NaN when it comes and again before every call (the driver keeps it from one call to the next):
 // a kernel that reads what it has not written shows.
 std::mutex workspace_mutex;
 std::map<void*, size_t> workspace;
-extern "C" void* __real_aligned_alloc(size_t alignment, size_t size);
 extern "C" void __real_free(void* p);
-extern "C" void* __wrap_aligned_alloc(size_t alignment, size_t size) {
-  void* p = __real_aligned_alloc(alignment, size);
-  if (!p) return p;
-  std::memset(p, 0xff, size);
+extern "C" int __wrap_posix_memalign(void** p, size_t alignment, size_t size) {
+  if (const int error = __real_posix_memalign(p, alignment, size)) return error;
+  std::memset(*p, 0xff, size);
   const std::lock_guard<std::mutex> hold(workspace_mutex);
-  return workspace[p] = size, p;
+  workspace[*p] = size;
+  return 0;
 }
 extern "C" void __wrap_free(void* p) {
   if (p) {
@@ -313,18 +318,25 @@ Data make_data(Random& random, int dtype, int64_t n, int64_t dim, bool extra) {
 // --- a case -----------------------------------------------------------------------------------------------------------
 
 struct Variant {
-  int form, kind, weight;
+  Form form;
+  int kind, weight;
+  bool gradient = false;
+  std::string name() const {
+    return std::string(FORMS[int(form)]) + (gradient ? " gradient " : " sums ") + KINDS[kind] + " " + WEIGHTS[weight];
+  }
 };
 
 bool is_log(int kind) { return kind <= INVERSE; }
 
 std::vector<Variant> all_variants() {
-  std::vector<Variant> list{{MAXIMUM, EXP, 0}};
+  std::vector<Variant> list{{Form::T_MAX, EXP, 0}};
   for (int kind = EXP; kind <= GAMMA; kind++) {
-    list.push_back({PLAIN_SUMS, kind, 0});
-    for (int weight = 0; weight < 3; weight++) list.push_back({GRAD, kind, weight});
-    if (is_log(kind))
-      for (int form : {LOG_SUMS_FIXED, LOG_SUMS_RUNNING, GRAD_FIXED}) list.push_back({form, kind, 0});
+    list.push_back({Form::PLAIN, kind, 0});
+    for (int weight = 0; weight < 3; weight++) list.push_back({Form::PLAIN, kind, weight, true});
+    if (!is_log(kind)) continue;
+    list.push_back({Form::CONSTANT, kind, 0});
+    list.push_back({Form::CONSTANT, kind, 0, true});
+    list.push_back({Form::ONLINE, kind, 0});
   }
   return list;
 }
@@ -338,13 +350,12 @@ struct Case {
   Variant v;
   Layout layout;
   int64_t lo = 0, hi = 0;
-  double tau = 1, middle = 0, params[3] = {0, 0, 0};
-  RowVector center, gain, shift, offset, level;
-  int rows_of_terms[TERM_COUNT] = {-1, -1, -1, -1, -1};
-  int terms = 0;  // rows of sums, without the base
-  bool gradient() const { return v.form == GRAD || v.form == GRAD_FIXED; }
-  bool log_sums() const { return v.form == LOG_SUMS_FIXED || v.form == LOG_SUMS_RUNNING; }
-  int64_t out_rows() const { return v.form == MAXIMUM ? 1 : terms + log_sums(); }
+  double tau = 1, constant_shift = 0, params[3] = {0, 0, 0};
+  RowVector moment_origin, row_weight, shift, argument_offset, baseline;
+  int rows_of_terms[SUM_COUNT] = {-1, -1, -1, -1, -1};
+  int terms = 0;  // rows of sums, without the shift
+  bool largest() const { return v.form == Form::T_MAX; }
+  bool log_sums() const { return !v.gradient && (v.form == Form::CONSTANT || v.form == Form::ONLINE); }
 };
 
 // Calls what(j) for all negatives of anchor i.
@@ -401,12 +412,12 @@ Pieces pieces(const Case& c, Wanted wanted, double u, double t, int64_t i) {
   Pieces y;
   const double* p = c.params;
   if (is_log(c.v.kind)) {
-    y.f = std::exp(log_f(c, t) - (c.v.form == LOG_SUMS_FIXED ? c.middle : c.shift[i]));
+    y.f = std::exp(log_f(c, t) - (c.log_sums() && c.v.form == Form::CONSTANT ? c.constant_shift : c.shift[i]));
     if (wanted.df) y.df = y.f * log_f_slope(c, t);
     if (wanted.dtau) y.dtau = y.f * log_f_tau(c, t);
     return y;
   }
-  const double x = t - c.shift[i] + c.offset[i];
+  const double x = t - c.shift[i] + c.argument_offset[i];
   switch (c.v.kind) {
     case HINGE:
       y.f = std::max(x + p[0], 0.0), y.df = x + p[0] > 0;
@@ -437,13 +448,13 @@ struct Expected {
   std::vector<Bounded> weight_sums;   // (n)
 };
 
-double term(int k, const Pieces& y, double u, double level) {
+double term(int k, const Pieces& y, double u, double baseline) {
   switch (k) {
     case F: return y.f;
     case DF: return y.df;
-    case FT: return y.f * u;
-    case DFT: return y.df * u;
-    default: return y.dtau * (u - level);
+    case F_MOMENT: return y.f * u;
+    case DF_MOMENT: return y.df * u;
+    default: return y.dtau * (u - baseline);
   }
 }
 
@@ -455,31 +466,31 @@ Expected expected(const Data& d, Case& c) {
   Expected e;
   const double* t_of = d.t.data();
 
-  if (c.v.form == MAXIMUM || c.log_sums())
+  if (c.largest() || c.log_sums())
     for (int64_t i = 0; i < anchors; i++) {
       double best = -INF;
       for_negatives(c.layout, n, i, [&](int64_t j) { best = std::max(best, t_of[i * n + j]); });
-      if (c.v.form != MAXIMUM) best = best == -INF ? best : log_f(c, best);
-      e.base.push_back(c.v.form == LOG_SUMS_FIXED ? c.middle : best);
+      if (!c.largest()) best = best == -INF ? best : log_f(c, best);
+      e.base.push_back(c.v.form == Form::CONSTANT ? c.constant_shift : best);
     }
-  if (c.v.form == MAXIMUM) return e;
-  if (c.v.form == LOG_SUMS_RUNNING) {  // sums are relative to the base, which takes the place of a shift
+  if (c.largest()) return e;
+  if (c.v.form == Form::ONLINE) {  // sums are relative to the base, which takes the place of a shift
     std::vector<double> base = e.base;
     for (double& b : base) b = b == -INF ? 0 : b;
     c.shift.values = base, c.shift.present = true;
   }
 
   std::vector<int> wanted_terms;
-  for (int k = 0; k < TERM_COUNT; k++)
+  for (int k = 0; k < SUM_COUNT; k++)
     if (c.rows_of_terms[k] >= 0) wanted_terms.push_back(k);
-  const bool gradient = c.gradient();
-  const Wanted wanted{c.rows_of_terms[DF] >= 0 || c.rows_of_terms[DFT] >= 0 || (gradient && c.v.weight != WEIGHT_F),
+  const bool gradient = c.v.gradient;
+  const Wanted wanted{c.rows_of_terms[DF] >= 0 || c.rows_of_terms[DF_MOMENT] >= 0 || (gradient && c.v.weight != WEIGHT_F),
                       c.rows_of_terms[DTAU] >= 0};
   e.sums.resize(size_t(c.terms * anchors));
   std::vector<Bounded> g(gradient ? size_t(n * n) : 0);
 
   for (int64_t i = 0; i < anchors; i++) {
-    const double center = c.center[i], level = c.level[i], gain = c.gain[i];
+    const double origin = c.moment_origin[i], baseline = c.baseline[i], row_weight = c.row_weight[i];
     for_negatives(c.layout, n, i, [&](int64_t j) {
       const double t = t_of[i * n + j];
       const Pieces y = pieces(c, wanted, u, t, i), low = pieces(c, wanted, u, t - d.delta, i),
@@ -487,28 +498,28 @@ Expected expected(const Data& d, Case& c) {
       // An exponential turns rounding of its argument into a relative error.
       double relative = of_sums;
       if (is_log(c.v.kind)) {
-        const double l = std::fabs(log_f(c, t)), shift = std::fabs(c.shift[i]), middle = std::fabs(c.middle);
-        relative += u * (8 + 4 * l + 4 * shift + 4 * middle);
+        const double l = std::fabs(log_f(c, t)), shift = std::fabs(c.shift[i]), constant = std::fabs(c.constant_shift);
+        relative += u * (8 + 4 * l + 4 * shift + 4 * constant);
       }
       auto slack = [&](double at, double below, double above, double magnitude) {
         return std::max(std::fabs(below - at), std::fabs(above - at)) + relative * magnitude;
       };
       for (int k : wanted_terms) {
-        const double at = term(k, y, t - center, level);
-        const double below = term(k, low, t - d.delta - center, level), above = term(k, high, t + d.delta - center, level);
-        const double noise = k == DF ? y.noise : k == DFT ? y.noise * std::fabs(t - center) : 0;
+        const double at = term(k, y, t - origin, baseline);
+        const double below = term(k, low, t - d.delta - origin, baseline), above = term(k, high, t + d.delta - origin, baseline);
+        const double noise = k == DF ? y.noise : k == DF_MOMENT ? y.noise * std::fabs(t - origin) : 0;
         e.sums[size_t(c.rows_of_terms[k] * anchors + i)].add(at, slack(at, below, above, std::fabs(at)) + noise);
       }
       if (!gradient) return;
       auto weight = [&](const Pieces& z, double s) {
-        const double v = s - center - level;
-        return gain * (c.v.weight == WEIGHT_F ? z.f : c.v.weight == WEIGHT_DF ? z.df : z.f + z.df * v);
+        const double v = s - origin - baseline;
+        return row_weight * (c.v.weight == WEIGHT_F ? z.f : c.v.weight == WEIGHT_DF ? z.df : z.f + z.df * v);
       };
-      const double factor = c.v.weight == WEIGHT_F ? 0 : c.v.weight == WEIGHT_DF ? 1 : std::fabs(t - center - level);
-      const double magnitude = std::fabs(gain) * (c.v.weight == WEIGHT_DF ? std::fabs(y.df) : y.f + std::fabs(y.df) * factor);
+      const double factor = c.v.weight == WEIGHT_F ? 0 : c.v.weight == WEIGHT_DF ? 1 : std::fabs(t - origin - baseline);
+      const double magnitude = std::fabs(row_weight) * (c.v.weight == WEIGHT_DF ? std::fabs(y.df) : y.f + std::fabs(y.df) * factor);
       const double at = weight(y, t);
       const double room =
-          slack(at, weight(low, t - d.delta), weight(high, t + d.delta), magnitude) + std::fabs(gain) * factor * y.noise;
+          slack(at, weight(low, t - d.delta), weight(high, t + d.delta), magnitude) + std::fabs(row_weight) * factor * y.noise;
       g[size_t(i * n + j)].add(at, room);
     });
   }
@@ -586,7 +597,7 @@ Case draw(Random& random, const Data& d, const Variant& v, const Layout& layout)
   const double top = *std::max_element(t.begin(), t.end());
 
   auto number = [&](double x) { return round_to(dtype, x); };
-  const bool fixed = v.form == LOG_SUMS_FIXED || v.form == GRAD_FIXED;
+  const bool constant = v.form == Form::CONSTANT;
   c.tau = number(random.pick({0.001, 0.02, 0.1, 0.5, 1.0, 7.0}));
   switch (v.kind) {
     case GIBBS: c.params[0] = random.pick({0.0, 1.0}); break;
@@ -604,14 +615,14 @@ Case draw(Random& random, const Data& d, const Variant& v, const Layout& layout)
 
   bool shifted = random.chance(0.8);
   if (is_log(v.kind)) {
-    const double room = is_double(dtype) ? 500 : 60;  // half of log f's range for a fixed middle, |log f| without a shift
+    const double room = is_double(dtype) ? 500 : 60;  // half of log f's range for a constant shift, |log f| without a shift
     for (;; c.tau *= 4) {
       double low = INF, high = -INF;
       for (double x : t) low = std::min(low, log_f(c, x)), high = std::max(high, log_f(c, x));
-      c.middle = fixed ? number((low + high) / 2) : 0;
-      const bool fits = !fixed || high - low < 2 * room, small = std::max(std::fabs(low), std::fabs(high)) < room / 2;
-      if (v.form == GRAD_FIXED && !small) shifted = true;
-      if (fits && (shifted || small || v.form != GRAD_FIXED)) {
+      c.constant_shift = constant ? number((low + high) / 2) : 0;
+      const bool fits = !constant || high - low < 2 * room, small = std::max(std::fabs(low), std::fabs(high)) < room / 2;
+      if (v.gradient && constant && !small) shifted = true;
+      if (fits && (shifted || small || !(v.gradient && constant))) {
         if (!small) shifted = true;
         break;
       }
@@ -620,7 +631,7 @@ Case draw(Random& random, const Data& d, const Variant& v, const Layout& layout)
   auto vector = [&](double p, double low, double high) {
     return random.chance(p) ? draw_vector(random, dtype, anchors, low, high) : RowVector();
   };
-  c.center = vector(0.8, -1, 1), c.level = vector(0.8, -1, 1);
+  c.moment_origin = vector(0.8, -1, 1), c.baseline = vector(0.8, -1, 1);
   if (is_log(v.kind) && !c.log_sums() && shifted) {
     std::vector<double> x;
     for (double best : row_max) x.push_back(log_f(c, best) + random.uniform(-1, 3));
@@ -634,30 +645,30 @@ Case draw(Random& random, const Data& d, const Variant& v, const Layout& layout)
       offset.push_back(below ? -random.uniform(0.02, 2) : random.uniform(-0.5, 0.5));
     }
     if (v.kind == GAMMA || shifted) c.shift = RowVector(dtype, shift);
-    if (v.kind == GAMMA || random.chance(0.7)) c.offset = RowVector(dtype, offset);
+    if (v.kind == GAMMA || random.chance(0.7)) c.argument_offset = RowVector(dtype, offset);
   }
 
   const bool has_dtau = v.kind != HINGE && v.kind != SIGMOID;
   std::vector<int> terms;
   if (c.log_sums()) {
     terms.push_back(F);
-    if (random.chance(0.5)) terms.push_back(FT);
-  } else if (v.form == PLAIN_SUMS || v.form == GRAD) {
+    if (random.chance(0.5)) terms.push_back(F_MOMENT);
+  } else if (v.form == Form::PLAIN) {
     const double p = random.pick({0.0, 0.4, 1.0});
-    for (int k = 0; k < TERM_COUNT; k++)
+    for (int k = 0; k < SUM_COUNT; k++)
       if ((k != DTAU || has_dtau) && random.chance(p)) terms.push_back(k);
-    if (terms.empty() && v.form == PLAIN_SUMS) terms.push_back(int(random.integer(F, has_dtau ? DTAU : DFT)));
+    if (terms.empty() && v.form == Form::PLAIN && !v.gradient) terms.push_back(int(random.integer(F, has_dtau ? DTAU : DF_MOMENT)));
     for (size_t k = terms.size(); k > 1; k--) std::swap(terms[k - 1], terms[size_t(random.integer(0, int64_t(k) - 1))]);
   }
   c.terms = int(terms.size());
   for (int row = 0; row < c.terms; row++) c.rows_of_terms[terms[size_t(row)]] = row;
 
-  if (c.gradient()) {
-    c.gain = random.chance(0.98) ? draw_vector(random, dtype, anchors, -1, 1) : RowVector();
-    if (random.chance(0.2) && c.gain.present) {  // an anchor that a reduction leaves out
-      std::vector<double> x = c.gain.values;
+  if (c.v.gradient) {
+    c.row_weight = random.chance(0.98) ? draw_vector(random, dtype, anchors, -1, 1) : RowVector();
+    if (random.chance(0.2) && c.row_weight.present) {  // an anchor that a reduction leaves out
+      std::vector<double> x = c.row_weight.values;
       x[size_t(random.integer(0, anchors - 1))] = 0;
-      c.gain = RowVector(dtype, x);
+      c.row_weight = RowVector(dtype, x);
     }
     c.lo = random.chance(0.5) ? 0 : random.integer(0, n), c.hi = random.chance(0.5) ? n : random.integer(c.lo, n);
   }
@@ -673,63 +684,64 @@ struct Setting {
 };
 
 template <class T> struct Outputs {
-  Exact<T> out, df, weight_sums, sums;
+  Exact<T> df, weight_sums, sums;
   Outputs(const Data& d, const Case& c)
-      : out(c.gradient() ? 0 : c.out_rows() * c.layout.anchors), df((c.hi - c.lo) * d.dim, c.hi % 4 == 1),
-        weight_sums(c.gradient() && d.bias.present ? d.n : 0), sums(c.gradient() ? c.terms * c.layout.anchors : 0) {
+      : df((c.hi - c.lo) * d.dim, c.hi % 4 == 1), weight_sums(c.v.gradient && d.bias.present ? d.n : 0),
+        sums((c.terms + c.log_sums() + c.largest()) * c.layout.anchors) {
     for (Exact<T>* x : all()) x->fill_with_nan();
   }
-  std::array<Exact<T>*, 4> all() { return {&out, &df, &weight_sums, &sums}; }
+  std::array<Exact<T>*, 3> all() { return {&df, &weight_sums, &sums}; }
 };
 
 Sweep sweep_of(const Data& d, const Case& c, const Setting& setting) {
   Sweep s{};
   s.f = d.raw.data, s.scale = d.scale.pointer(), s.bias = d.bias.pointer();
-  s.center = c.center.pointer(), s.gain = c.gain.pointer(), s.offset = c.offset.pointer(), s.level = c.level.pointer();
+  s.moment_origin = c.moment_origin.pointer(), s.row_weight = c.row_weight.pointer(), s.argument_offset = c.argument_offset.pointer(), s.baseline = c.baseline.pointer();
   s.shift = c.log_sums() ? nullptr : c.shift.pointer();
   s.n = d.n, s.dim = d.dim, s.row_stride = d.stride;
   s.split = c.layout.split, s.partner = c.layout.partner, s.anchors = c.layout.anchors;
   s.ids = c.layout.ids.empty() ? nullptr : c.layout.ids.data();
-  s.lo = c.lo, s.hi = c.hi, s.block = setting.block, s.tau = c.tau, s.middle = c.middle;
+  s.lo = c.lo, s.hi = c.hi, s.block = setting.block, s.tau = c.tau, s.constant_shift = c.constant_shift;
   for (int k = 0; k < 3; k++) s.params[k] = c.params[k];
-  s.dtype = d.dtype, s.kind = c.v.kind, s.form = c.v.form, s.weight = c.v.weight;
+  s.dtype = d.dtype, s.kind = c.v.kind, s.form = c.v.form, s.gradient = c.v.gradient, s.weight = c.v.weight;
   s.threads = setting.threads, s.instruction_set = setting.set;
-  for (int k = 0; k < TERM_COUNT; k++) s.rows_of_terms[k] = c.rows_of_terms[k] < 0 ? -1 : c.rows_of_terms[k] + c.log_sums();
+  for (int k = 0; k < SUM_COUNT; k++) s.rows_of_terms[k] = c.rows_of_terms[k] < 0 ? -1 : c.rows_of_terms[k] + c.log_sums();
+  s.rows_of_terms[SHIFT] = c.log_sums() ? 0 : -1, s.rows_of_terms[T_MAX] = c.largest() ? 0 : -1;
   return s;
 }
 
 template <class T> int run(const Data& d, const Case& c, const Setting& setting, Outputs<T>& o) {
   Sweep s = sweep_of(d, c, setting);
-  s.out = o.out.data, s.df = o.df.data, s.weight_sums = o.weight_sums.data, s.sums = o.sums.data;
+  s.df = o.df.data, s.weight_sums = o.weight_sums.data, s.sums = o.sums.data;
   return alphacl_cpu_sweep(&s);
 }
 
 std::string describe(const Data& d, const Case& c, const Setting& s) {
   char text[1000];
   std::string terms, vectors;
-  const char* const names[] = {"f", "df", "ft", "dft", "dtau"};
-  for (int k = 0; k < TERM_COUNT; k++)
+  const char* const names[] = {"f", "df", "f_moment", "df_moment", "dtau"};
+  for (int k = 0; k < SUM_COUNT; k++)
     if (c.rows_of_terms[k] >= 0) terms += std::string(" ") + names[k];
   auto vector = [&](const RowVector& v, const char* name) {
     if (v.present) vectors += std::string(" ") + name;
   };
   if (!c.layout.ids.empty()) vectors += " ids";
-  vector(d.scale, "scale"), vector(d.bias, "bias"), vector(c.center, "center"), vector(c.gain, "gain");
-  vector(c.shift, "shift"), vector(c.offset, "offset"), vector(c.level, "level");
+  vector(d.scale, "scale"), vector(d.bias, "bias"), vector(c.moment_origin, "moment_origin");
+  vector(c.row_weight, "row_weight"), vector(c.shift, "shift"), vector(c.argument_offset, "argument_offset");
+  vector(c.baseline, "baseline");
   std::snprintf(
       text, sizeof(text),
-      "%s, %s, %s, kind %s (%g, %g, %g), weight %s, terms:%s, n %lld, dim %lld, stride %lld, split %lld, partner %lld, "
-      "anchors %lld, [lo, hi) = [%lld, %lld), block %lld, threads %d, tau %g, middle %g, with%s",
-      SETS[s.set], DTYPES[d.dtype], FORMS[c.v.form], KINDS[c.v.kind], c.params[0], c.params[1], c.params[2],
-      WEIGHTS[c.v.weight], terms.c_str(), (long long)(d.n), (long long)(d.dim), (long long)(d.stride),
+      "%s, %s, %s (%g, %g, %g), terms:%s, n %lld, dim %lld, stride %lld, split %lld, partner %lld, "
+      "anchors %lld, [lo, hi) = [%lld, %lld), block %lld, threads %d, tau %g, constant shift %g, with%s",
+      SETS[s.set], DTYPES[d.dtype], c.v.name().c_str(), c.params[0], c.params[1], c.params[2], terms.c_str(), (long long)(d.n), (long long)(d.dim), (long long)(d.stride),
       (long long)(c.layout.split), (long long)(c.layout.partner), (long long)(c.layout.anchors), (long long)(c.lo),
-      (long long)(c.hi), (long long)(s.block), s.threads, c.tau, c.middle, vectors.c_str());
+      (long long)(c.hi), (long long)(s.block), s.threads, c.tau, c.constant_shift, vectors.c_str());
   return text;
 }
 
 struct Served {  // by which kernels a dtype is served when an instruction set is asked for
   int set;
-  std::string engine;
+  std::string kernels;
   bool bfloat16;  // they multiply bfloat16, so that weights of the gradient are rounded to it
 };
 
@@ -737,8 +749,8 @@ struct Statistics {
   int64_t cases = 0, sweeps = 0;
   double largest = 0;  // error in units of its tolerance
 };
-std::map<std::string, Statistics> statistics;  // by engine and dtype
-std::map<std::string, int64_t> coverage;       // of engine, dtype, form, kind, weight
+std::map<std::string, Statistics> statistics;  // by kernels and dtype
+std::map<std::string, int64_t> coverage;       // of kernels, dtype, form, kind, weight
 
 template <class T> struct Comparison {
   const Data& d;
@@ -765,25 +777,25 @@ template <class T> struct Comparison {
   void operator()(const Outputs<T>& o, const Expected& e, bool bfloat16) {
     const int64_t anchors = c.layout.anchors;
     const double u = unit(d.dtype);
-    if (c.v.form == MAXIMUM) {
-      for (int64_t i = 0; i < anchors; i++) check("out", i, o.out[i], e.base[size_t(i)], d.delta);
+    if (c.largest()) {
+      for (int64_t i = 0; i < anchors; i++) check("t_max", i, o.sums[i], e.base[size_t(i)], d.delta);
       return;
     }
-    const Exact<T>& sums = c.gradient() ? o.sums : o.out;
+    const Exact<T>& sums = o.sums;
     const int64_t first = c.log_sums() ? anchors : 0;
     for (int64_t i = 0; i < first; i++) {
       const double base = e.base[size_t(i)];
       double slack = 0;
-      if (c.v.form == LOG_SUMS_RUNNING && base > -INF) {
+      if (c.v.form == Form::ONLINE && base > -INF) {
         double t = -INF;
         for_negatives(c.layout, d.n, i, [&](int64_t j) { t = std::max(t, d.t[size_t(i * d.n + j)]); });
         slack = log_f(c, t + d.delta) - log_f(c, t - d.delta) + u * (16 + 8 * std::fabs(base));
       }
-      check("out", i, o.out[i], base, slack);
+      check("shift", i, sums[i], base, slack);
     }
     for (int64_t at = 0; at < int64_t(e.sums.size()); at++) {
       const double base = first ? e.base[size_t(at % anchors)] : 0;
-      const double factor = first && base > -INF ? std::exp(base - double(o.out[at % anchors])) : 1;  // to the kernel's base
+      const double factor = first && base > -INF ? std::exp(base - double(sums[at % anchors])) : 1;  // to the kernel's base
       const Bounded& s = e.sums[size_t(at)];
       if (base == -INF) check("sums", at, sums[first + at], 0, 0);
       else check("sums", at, sums[first + at], s.value * factor, s.slack * factor * 1.01);
@@ -797,14 +809,14 @@ template <class T> struct Comparison {
   }
 };
 
-std::string key(const Served& served, int dtype) { return served.engine + " " + DTYPES[dtype]; }
+std::string key(const Served& served, int dtype) { return served.kernels + " " + DTYPES[dtype]; }
 
 template <class T>
 void test_case(const Data& d, const Case& c, const Expected& e, const Served& served, int64_t block, const int* threads,
                int count) {
   Statistics& found = statistics[key(served, d.dtype)];
   found.cases++;
-  coverage[key(served, d.dtype) + " " + FORMS[c.v.form] + " " + KINDS[c.v.kind] + " " + WEIGHTS[c.v.weight]]++;
+  coverage[key(served, d.dtype) + " " + c.v.name()]++;
   std::vector<Outputs<T>> results;
   for (int k = 0; k < count; k++) {
     const Setting setting{served.set, block, threads[k]};
@@ -823,7 +835,7 @@ void test_case(const Data& d, const Case& c, const Expected& e, const Served& se
       if (!compare.good) return;
       continue;
     }
-    for (size_t x = 0; x < 4; x++) {
+    for (size_t x = 0; x < 3; x++) {
       const Exact<T>&a = *results[0].all()[x], &b = *o.all()[x];
       if (a.size && std::memcmp(a.data, b.data, size_t(a.size) * sizeof(T)) != 0) {
         fail("%d threads give other bits than %d\n        %s", threads[k], threads[0], describe(d, c, setting).c_str());
@@ -840,16 +852,17 @@ std::vector<Served> served(int dtype) {
   for (int set = 0; set < 6; set++) {
     if (!(mask >> (16 + set) & 1)) continue;
     int32_t multiple = 0, largest = 0;
-    const char* name = alphacl_cpu_engine(set, dtype, &multiple, &largest);
+    const char* name = alphacl_cpu_kernels(set, dtype, &multiple, &largest);
     if (!name || multiple <= 0 || largest <= 0 || largest % multiple != 0) {
-      fail("%s, %s: engine %s, multiple %d, largest %d", SETS[set], DTYPES[dtype], name ? name : "none", multiple, largest);
+      fail("%s, %s: served by %s, multiple %d, largest %d", SETS[set], DTYPES[dtype], name ? name : "none", multiple,
+           largest);
       continue;
     }
-    const std::string engine = name;
-    const bool known = std::any_of(list.begin(), list.end(), [&](const Served& s) { return s.engine == engine; });
+    const std::string kernels = name;
+    const bool known = std::any_of(list.begin(), list.end(), [&](const Served& s) { return s.kernels == kernels; });
     if (known) continue;
-    if (engine != SETS[set]) fail("%s, %s: first served by %s", SETS[set], DTYPES[dtype], name);
-    list.push_back({set, engine, engine == "avx512_bf16" || engine == "amx" || engine == "amx_emulated"});
+    if (kernels != SETS[set]) fail("%s, %s: first served by %s", SETS[set], DTYPES[dtype], name);
+    list.push_back({set, kernels, kernels == "avx512_bf16" || kernels == "amx" || kernels == "amx_emulated"});
   }
   return list;
 }
@@ -946,14 +959,15 @@ void test_corners(Random& random, bool thorough) {
 // Blocks of the greatest size, full, and one row more or less; more threads than blocks.
 void test_large_blocks(Random& random, bool thorough) {
   const int threads[] = {1, 17};
-  const Variant variants[] = {{LOG_SUMS_FIXED, EXP, 0}, {LOG_SUMS_RUNNING, POWER, 0}, {GRAD_FIXED, EXP, 0}, {GRAD, SQUARE, 2}};
+  const Variant variants[] = {{Form::CONSTANT, EXP, 0}, {Form::ONLINE, POWER, 0},
+                              {Form::CONSTANT, EXP, 0, true}, {Form::PLAIN, SQUARE, 2, true}};
   for (int64_t n : {191, 192, 193, 239, 240, 241, 480})
     for (int dtype : {FLOAT32, FLOAT64, BFLOAT16}) {
       if (!thorough && n != 193) continue;
       const Data d = make_data(random, dtype, n, 20, true);
       for (const Variant& v : variants) {
         Case c = draw(random, d, v, {0, 0, n});
-        if (c.gradient()) {  // rows around the border between two blocks
+        if (c.v.gradient) {  // rows around the border between two blocks
           c.lo = std::min<int64_t>(n, 192) - random.integer(0, 3);
           c.hi = std::min(n, c.lo + random.integer(0, 6));
         }
@@ -970,7 +984,7 @@ void test_coverage() {
   for (int dtype : {FLOAT32, FLOAT64, BFLOAT16, FLOAT16})
     for (const Served& s : served(dtype))
       for (const Variant& v : all_variants()) {
-        const std::string what = key(s, dtype) + " " + FORMS[v.form] + " " + KINDS[v.kind] + " " + WEIGHTS[v.weight];
+        const std::string what = key(s, dtype) + " " + v.name();
         if (!coverage[what]) fail("no case of: %s", what.c_str());
       }
 }
@@ -984,7 +998,7 @@ void test_pairs(Random& random, const Served& s, int dtype, int64_t n, int64_t d
   const double u = unit(dtype);
   const int64_t bytes = element_size(dtype), strides[2] = {dim + random.integer(0, 2), dim + random.integer(0, 2)};
   char what[300];
-  std::snprintf(what, sizeof(what), "rows: %s, %s, n %lld, dim %lld, size %g, %d threads", s.engine.c_str(), DTYPES[dtype],
+  std::snprintf(what, sizeof(what), "rows: %s, %s, n %lld, dim %lld, size %g, %d threads", s.kernels.c_str(), DTYPES[dtype],
                 (long long)(n), (long long)(dim), size, threads);
   watch(what);
   Exact<char> z[2] = {Exact<char>(((n - 1) * strides[0] + dim) * bytes, bytes),
@@ -1097,7 +1111,7 @@ void test_pair_rows(Random& random, bool thorough) {
 void test_callers(Random& random) {
   for (int dtype : {FLOAT32, FLOAT64, BFLOAT16})
     for (const Served& s : served(dtype))
-      for (const Variant& v : {Variant{LOG_SUMS_RUNNING, EXP, 0}, {GRAD, HINGE, 2}, {GRAD_FIXED, GIBBS, 0}}) {
+      for (const Variant& v : {Variant{Form::ONLINE, EXP, 0}, {Form::PLAIN, HINGE, 2, true}, {Form::CONSTANT, GIBBS, 0, true}}) {
         const Data d = make_data(random, dtype, 100, 20, true);
         const Case c = draw(random, d, v, {0, 50, 100});
         by_dtype(dtype, [&](auto zero) {
@@ -1113,7 +1127,7 @@ void test_callers(Random& random) {
             });
           for (auto& caller : callers) caller.join();
           for (size_t k = 0; k < 12; k++)
-            for (size_t x = 0; x < 4; x++) {
+            for (size_t x = 0; x < 3; x++) {
               const Exact<T>&a = *results[0].all()[x], &b = *results[k].all()[x];
               if (status[k] == OK && (!a.size || std::memcmp(a.data, b.data, size_t(a.size) * sizeof(T)) == 0)) continue;
               const std::string what = describe(d, c, {s.set, 24, 1 + int(k % 2)});
@@ -1150,32 +1164,32 @@ void reset(int answers) {
 
 void test_interruption() {
   constexpr int64_t n = 20000, dim = 64;  // seconds of work for the portable kernels
-  Exact<double> f(n * dim), gain(n), out(n), df(n * dim);
+  Exact<double> f(n * dim), row_weight(n), sums(n), df(n * dim);
   for (int64_t k = 0; k < n * dim; k++) f[k] = double(k % 7 - 3) / 16;
-  for (int64_t k = 0; k < n; k++) gain[k] = 1;
+  for (int64_t k = 0; k < n; k++) row_weight[k] = 1;
   Sweep s{};
-  s.f = f.data, s.gain = gain.data, s.out = out.data, s.df = df.data;
+  s.f = f.data, s.row_weight = row_weight.data, s.sums = sums.data, s.df = df.data;
   s.n = n, s.dim = dim, s.row_stride = dim, s.anchors = n, s.block = 240, s.tau = 1;
   s.dtype = FLOAT64, s.kind = EXP, s.instruction_set = 0;
   for (int& row : s.rows_of_terms) row = -1;
   s.release_lock = interpreter::release, s.take_lock = interpreter::take, s.check_signals = interpreter::check;
-  for (int form : {int(MAXIMUM), int(GRAD)})
+  for (bool gradient : {false, true})
     for (int threads : THREADS) {
-      s.form = form, s.threads = threads, s.hi = form == GRAD ? n : 0;
+      s.form = gradient ? Form::PLAIN : Form::T_MAX, s.gradient = gradient, s.threads = threads, s.hi = gradient ? n : 0;
       const int answers = threads == 2;  // the first time asked, or the second
       interpreter::reset(answers);
       watch("interruption");
       const auto start = std::chrono::steady_clock::now();
       const int status = alphacl_cpu_sweep(&s);
       const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-      const char* what = FORMS[form];
+      const char* what = gradient ? "gradient" : "largest t";
       if (status != INTERRUPTED || interpreter::asked != answers + 1)
         fail("interruption: status %d, asked %d times (%s, %d threads)", status, interpreter::asked, what, threads);
       if (seconds > 10) fail("interruption: %.1f s until the sweep ended (%s, %d threads)", seconds, what, threads);
       if (interpreter::broken || !interpreter::held)
         fail("interruption: lock not taken and given in turn (%s, %d threads)", what, threads);
     }
-  s.n = s.anchors = 500, s.hi = 0, s.form = MAXIMUM;  // the next sweep is none the worse
+  s.n = s.anchors = 500, s.hi = 0, s.form = Form::T_MAX, s.gradient = 0;  // the next sweep is none the worse
   interpreter::reset(1000000);
   if (alphacl_cpu_sweep(&s) != OK || interpreter::broken || !interpreter::held) fail("interruption: the sweep after it");
 }
@@ -1183,7 +1197,7 @@ void test_interruption() {
 void test_refusals() {
   float x = 1, y = 0;
   Sweep s{};
-  s.f = &x, s.out = &y, s.n = s.dim = s.row_stride = s.anchors = 1, s.block = 48, s.tau = 1, s.form = MAXIMUM;
+  s.f = &x, s.sums = &y, s.n = s.dim = s.row_stride = s.anchors = 1, s.block = 48, s.tau = 1, s.form = Form::T_MAX;
   for (int& row : s.rows_of_terms) row = -1;
   const int32_t mask = alphacl_cpu_instruction_sets();
   for (int set : {-1, 0, 1, 2, 3, 4, 5, 6, 1000}) {
@@ -1194,7 +1208,7 @@ void test_refusals() {
     if (set >= 0 && set < 6 && !here && !(mask >> set & 1)) continue;
     const int status = alphacl_cpu_sweep(&s);
     if (status != (here ? OK : UNSUPPORTED)) fail("instruction set %d: runs here %d, status %d", set, here, status);
-    if (!here && alphacl_cpu_engine(set, FLOAT32, &multiple, &largest)) fail("instruction set %d has an engine", set);
+    if (!here && alphacl_cpu_kernels(set, FLOAT32, &multiple, &largest)) fail("instruction set %d has kernels", set);
   }
   s.instruction_set = 0;
   s.n = s.anchors = int64_t(1) << 40;
@@ -1247,10 +1261,10 @@ template <class T> void test_function(int which, const std::vector<int>& dtypes,
         if (error != error) break;
       }
       const double argument = double(x[at]);
-      std::printf("%s of %s, %s, %s: at most %.3f ulp (at %.9g)\n", name, is_float ? "float" : "double", s.engine.c_str(),
+      std::printf("%s of %s, %s, %s: at most %.3f ulp (at %.9g)\n", name, is_float ? "float" : "double", s.kernels.c_str(),
                   DTYPES[dtype], worst, argument);
       if (!(worst <= 2))
-        fail("%s(%.17g) = %.17g, %.3f ulp off (%s, %s)", name, argument, double(out.data[at]), worst, s.engine.c_str(),
+        fail("%s(%.17g) = %.17g, %.3f ulp off (%s, %s)", name, argument, double(out.data[at]), worst, s.kernels.c_str(),
              DTYPES[dtype]);
 
       Aligned<T> special_in(16), special_out(16);
@@ -1262,7 +1276,7 @@ template <class T> void test_function(int which, const std::vector<int>& dtypes,
         bool good = std::isnan(right) ? std::isnan(y) : std::isinf(T(right)) ? y == T(right) : in_ulps(y, right) <= 2;
         if (!which && right < double(limits::min())) good = y == 0;
         if (!good)
-          fail("%s(%.9g) = %.9g, expected %.9g (%s, %s)", name, double(v), double(y), right, s.engine.c_str(), DTYPES[dtype]);
+          fail("%s(%.9g) = %.9g, expected %.9g (%s, %s)", name, double(v), double(y), right, s.kernels.c_str(), DTYPES[dtype]);
       }
     }
 }
@@ -1332,7 +1346,7 @@ int main(int argc, char** argv) {
   timed("functions");
   test_pair_rows(random, thorough);
   timed("rows");
-  // The driver keeps its largest work space, which is filled with NaN before every call: what needs much of it comes late.
+  // The driver keeps its largest workspace, which is filled with NaN before every call: what needs much of it comes late.
   test_corners(random, thorough);
   timed("corners");
   test_random(random, thorough ? 1 : 0.06);

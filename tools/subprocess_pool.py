@@ -1,7 +1,7 @@
-"""Runs tasks in child processes, so that a crash, a hang or a broken CUDA context costs one task and not the run.
+"""Run tasks in subprocesses, so that a crash, a hang or a broken CUDA context costs one task only.
 
-A task is a generator function, named "module:function", that yields rows (dicts). Rows arrive as they are made; what went
-wrong arrives as a row too, with ``status`` "error", "crashed" or "timeout".
+A task is a generator function, named "module:function", that yields rows (dicts). Rows arrive as
+they are produced. Failures arrive as rows too, with ``status`` "error", "crashed" or "timeout".
 """
 
 from __future__ import annotations
@@ -22,29 +22,28 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """A call of a generator function with keyword arguments; ``about`` goes into the rows that the task cannot write."""
+    """A call of a generator function."""
 
-    function: str
-    arguments: dict[str, Any] = field(default_factory=dict)
-    about: Row = field(default_factory=dict)
+    function: str  # "module:function"
+    arguments: dict[str, Any] = field(default_factory=dict)  # keyword arguments
+    about: Row = field(default_factory=dict)  # columns of the rows that report a failure
     limit: float = 60.0  # seconds
 
 
 def rows_of(task: Task) -> Iterator[Row]:
-    """The task's rows; an exception becomes the last of them."""
+    """Yield the task's rows; an exception becomes the last row."""
     try:
         module, _, function = task.function.partition(":")
         yield from getattr(importlib.import_module(module), function)(**task.arguments)
     except Exception as error:
         trace = traceback.extract_tb(error.__traceback__)[-1]
-        yield {
-            **task.about, "status": "error", "error": f"{type(error).__name__}: {str(error)[:600]}",
-            "where": f"{os.path.basename(trace.filename)}:{trace.lineno}",
-        }  # fmt: skip
+        text = f"{type(error).__name__}: {str(error)[:600]}"
+        where = f"{os.path.basename(trace.filename)}:{trace.lineno}"
+        yield {**task.about, "status": "error", "error": text, "where": where}
 
 
 def device_is_broken() -> bool:
-    """Whether an earlier error (an illegal address, say) has left this process without a working CUDA context."""
+    """Whether an earlier error, such as an illegal address, has broken the CUDA context."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return False
@@ -56,9 +55,13 @@ def device_is_broken() -> bool:
 
 
 def serve(connection: Connection, log: str) -> None:
-    """The child: answers each task with its rows, then with whether it can go on; ends if not, or when its parent is gone."""
+    """Serve tasks in the child process.
+
+    Each task is answered with its rows, then with whether the process is still usable. The process
+    ends if it is not, or when its parent is gone.
+    """
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):  # compilers and libraries write there
+    for stream in (1, 2):  # output of compilers and libraries goes to the log
         os.dup2(descriptor, stream)
     try:
         while True:
@@ -96,18 +99,25 @@ class _Worker:
 
 
 class Pool:
-    """``size`` child processes; 0 runs the tasks in this one, without protection or time limits."""
+    """A pool of ``size`` child processes; 0 runs tasks in this one, unprotected and unlimited."""
 
-    startup = 60.0  # more seconds for the first task of a process, which imports torch and opens the device
+    startup = 60.0  # extra seconds for a process's first task: importing torch, opening the device
 
     def __init__(self, size: int, log: str) -> None:
         self.size, self.log = size, log
         self.workers: list[_Worker] = []
 
     def run(self, tasks: Iterable[Task], until: float, emit: Callable[[Row], None]) -> bool:
-        """Runs tasks in their order while ``time.monotonic() < until``, handing every row to ``emit``.
+        """Run tasks in order, until a deadline.
 
-        Tasks under way at ``until`` are ended ("unfinished"). Returns whether all tasks were run to their end.
+        Args:
+            tasks: may be a generator; tasks are taken as processes become idle.
+            until: deadline on the clock `time.monotonic`; running tasks are then killed, and
+                reported as "unfinished".
+            emit: receives every row.
+
+        Returns:
+            Whether all tasks ran to their end.
         """
         if self.size == 0:
             for task in tasks:
@@ -121,19 +131,17 @@ class Pool:
         while True:
             now = time.monotonic()
             if now >= until:
-                busy = [worker for worker in self.workers if worker.task]
+                busy = self._busy()
                 for worker in busy:
-                    emit({**worker.task.about, "status": "unfinished"})
-                    self._drop(worker)
+                    self._fail(worker, emit, "unfinished")
                 return waiting is None and not busy
             while waiting and (worker := self._idle()):
                 try:
                     worker.start(waiting, self.startup)
-                except OSError as error:  # it has ended since its last task
-                    emit({**waiting.about, "status": "crashed", "error": str(error)})
-                    self._drop(worker)
+                except OSError as error:  # the process has ended since its last task
+                    self._fail(worker, emit, "crashed", error=str(error))
                 waiting = next(queue, None)
-            busy = [worker for worker in self.workers if worker.task]
+            busy = self._busy()
             if not busy:
                 return True
             first = min([until, *(worker.expires for worker in busy)])
@@ -142,11 +150,15 @@ class Pool:
                 if worker.connection in ready:
                     self._receive(worker, emit)
                 elif time.monotonic() >= worker.expires:
-                    emit({**worker.task.about, "status": "timeout", "error": f"not done in {worker.task.limit:.0f} s"})
-                    self._drop(worker)
+                    self._fail(
+                        worker, emit, "timeout", error=f"not done in {worker.task.limit:.0f} s"
+                    )
+
+    def _busy(self) -> list[_Worker]:
+        return [worker for worker in self.workers if worker.task]
 
     def _idle(self) -> _Worker | None:
-        """A worker without a task; a new one if there are fewer than wanted."""
+        """Return a worker without a task; start one if there are fewer than ``size``."""
         for worker in self.workers:
             if worker.task is None:
                 return worker
@@ -160,15 +172,19 @@ class Pool:
             message = worker.connection.recv()
         except (EOFError, OSError):
             worker.process.join(10)
-            emit({**worker.task.about, "status": "crashed", "error": f"the process ended with {worker.process.exitcode}"})
-            self._drop(worker)
-            return
+            why = f"the process ended with {worker.process.exitcode}"
+            return self._fail(worker, emit, "crashed", error=why)
         if isinstance(message, dict):
             emit(message)
         elif message:
             worker.task = None
         else:
             self._drop(worker)
+
+    def _fail(self, worker: _Worker, emit: Callable[[Row], None], status: str, **why: str) -> None:
+        """Report the worker's task as failed, and drop the worker."""
+        emit({**worker.task.about, "status": status, **why})
+        self._drop(worker)
 
     def _drop(self, worker: _Worker) -> None:
         self.workers.remove(worker)

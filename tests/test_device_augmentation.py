@@ -1,4 +1,4 @@
-"""Views in batched operations: each step against torchvision's functions, image by image; randomness; a run."""
+"""Device augmentation agrees with torchvision, step by step and image by image; a run uses it."""
 
 import itertools
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
-from alphacl_fast.train import Config, RunError, batched, data, train
-from alphacl_fast.train.world import World
+from alphacl_fast.train import Config, RunError, data, train
+from alphacl_fast.train import device_augmentation as augmentation
+from alphacl_fast.train.process_context import ProcessContext
 
 V = v2.functional
 
@@ -17,18 +18,25 @@ def pictures(n=12, size=32, seed=0):
 
 
 def test_crops_are_those_of_torchvision():
-    x, u = pictures(40), torch.rand(40, batched.NUMBERS, generator=torch.Generator().manual_seed(1))
-    boxes = batched.crop_boxes(u[:, : 4 * batched.TRIES], 32, 32)
+    x, u = (
+        pictures(40),
+        torch.rand(40, augmentation.NUMBERS, generator=torch.Generator().manual_seed(1)),
+    )
+    boxes = augmentation.crop_boxes(u[:, : 4 * augmentation.TRIES], 32, 32)
     for size in (32, 48):
-        ours = batched.resized_crops(x, boxes, size)
+        ours = augmentation.resized_crops(x, boxes, size)
         for image, box, view in zip(x, boxes.long().tolist(), ours, strict=True):
-            expected = V.resized_crop(image, *box, [size, size], InterpolationMode.BILINEAR, antialias=False)
+            expected = V.resized_crop(
+                image, *box, [size, size], InterpolationMode.BILINEAR, antialias=False
+            )
             torch.testing.assert_close(view, expected, rtol=0, atol=3e-5)
 
 
 def test_boxes_fit_and_have_torchvisions_distribution():
     n = 20_000
-    boxes = batched.crop_boxes(batched.uniform(7, torch.arange(n))[:, : 4 * batched.TRIES], 32, 32)
+    boxes = augmentation.crop_boxes(
+        augmentation.uniform(7, torch.arange(n))[:, : 4 * augmentation.TRIES], 32, 32
+    )
     top, left, h, w = boxes.unbind(1)
     assert (boxes == boxes.round()).all()
     assert (top >= 0).all()
@@ -39,8 +47,13 @@ def test_boxes_fit_and_have_torchvisions_distribution():
     image = torch.zeros(3, 32, 32)
     crop = v2.RandomResizedCrop(32, scale=(0.08, 1))
     torch.manual_seed(0)
-    drawn = [crop.make_params([image]) if hasattr(crop, "make_params") else crop._get_params([image]) for _ in range(4000)]
-    theirs = torch.tensor([[p["top"], p["left"], p["height"], p["width"]] for p in drawn], dtype=torch.float32)
+    drawn = [
+        crop.make_params([image]) if hasattr(crop, "make_params") else crop._get_params([image])
+        for _ in range(4000)
+    ]
+    theirs = torch.tensor(
+        [[p["top"], p["left"], p["height"], p["width"]] for p in drawn], dtype=torch.float32
+    )
     for ours, reference in zip(boxes.unbind(1), theirs.unbind(1), strict=True):
         error = (ours.var() / n + reference.var() / len(reference)).sqrt()
         assert abs(ours.mean() - reference.mean()) < 4 * error
@@ -51,7 +64,7 @@ def test_boxes_fit_and_have_torchvisions_distribution():
 def test_jitter_is_torchvisions(order):
     x = pictures()
     strength = torch.rand(len(x), 4, generator=torch.Generator().manual_seed(2))
-    ours = batched.jitter(x, torch.tensor(order).expand(len(x), 4), strength)
+    ours = augmentation.jitter(x, torch.tensor(order).expand(len(x), 4), strength)
     for image, numbers, view in zip(x, strength.tolist(), ours, strict=True):
         factors = [1 + 0.4 * (2 * number - 1) for number in numbers[:3]]
         expected = image
@@ -66,53 +79,72 @@ def test_jitter_is_torchvisions(order):
 
 def test_grayscale_and_gray_pixels():
     x = pictures()
-    torch.testing.assert_close(batched.grayscale(x), V.rgb_to_grayscale(x, 3), rtol=0, atol=1e-6)
-    gray = batched.grayscale(x)
-    assert torch.equal(batched.turned_hue(gray, torch.full((len(x), 1, 1), 0.07)), gray)
+    torch.testing.assert_close(
+        augmentation.grayscale(x), V.rgb_to_grayscale(x, 3), rtol=0, atol=1e-6
+    )
+    gray = augmentation.grayscale(x)
+    assert torch.equal(augmentation.turned_hue(gray, torch.full((len(x), 1, 1), 0.07)), gray)
 
 
 def test_numbers_are_uniform_and_belong_to_seed_image_and_place():
-    u = batched.uniform(3, torch.arange(20_000))
-    assert u.shape == (20_000, batched.NUMBERS)
+    u = augmentation.uniform(3, torch.arange(20_000))
+    assert u.shape == (20_000, augmentation.NUMBERS)
     assert (u >= 0).all()
     assert (u < 1).all()
     assert (u.mean(0) - 0.5).abs().max() < 4.5 * (1 / 12 / 20_000) ** 0.5
     assert (u.var(0) - 1 / 12).abs().max() < 0.003
-    correlation = torch.corrcoef(u.t()) - torch.eye(batched.NUMBERS)
+    correlation = torch.corrcoef(u.t()) - torch.eye(augmentation.NUMBERS)
     assert correlation.abs().max() < 5 / 20_000**0.5
     assert torch.corrcoef(torch.stack([u[:-1, 0], u[1:, 0]]))[0, 1].abs() < 0.03
-    assert torch.equal(batched.uniform(3, torch.tensor([70, 5])), u[[70, 5]])
-    assert (batched.uniform(4, torch.arange(20_000)) == u).float().mean() < 1e-3
+    assert torch.equal(augmentation.uniform(3, torch.tensor([70, 5])), u[[70, 5]])
+    assert (augmentation.uniform(4, torch.arange(20_000)) == u).float().mean() < 1e-3
 
 
 def test_views_do_not_depend_on_the_batch():
     images = (pictures(20) * 255).to(torch.uint8)
-    u = batched.uniform(1, torch.arange(20))
-    together = batched.views(images, u, 32)
+    u = augmentation.uniform(1, torch.arange(20))
+    together = augmentation.views(images, u, 32)
     assert together.dtype == torch.uint8
     assert together.shape == images.shape
     for part in torch.arange(20).split(7):
-        difference = batched.views(images[part], u[part], 32).int() - together[part].int()
+        difference = augmentation.views(images[part], u[part], 32).int() - together[part].int()
         assert difference.abs().max() <= 1  # a rounding of the last bit, at most
     assert (together != images).flatten(1).any(1).all()
     gray = (together == together[:, :1]).flatten(1).all(1)
     assert 0 < gray.sum() < 12
 
 
-FAKE = {"dataset": "fake", "image_size": 16, "width": 4, "batch_size": 256, "micro_batch": 100, "epochs": 1, "workers": 0,
-        "augment": "device", "eval_every": 0, "save_every": 2}  # fmt: skip
+FAKE = {
+    "dataset": "fake",
+    "image_size": 16,
+    "width": 4,
+    "batch_size": 256,
+    "micro_batch": 100,
+    "epochs": 1,
+    "workers": 0,
+    "augment": "device",
+    "eval_every": 0,
+    "save_every": 2,
+}
 
 
 def test_batches_go_on_anywhere_and_are_shared():
     config = Config.create(**FAKE)
-    images = batched.images_on(torch.device("cpu"), data.load(config).views, 16)
+    images = augmentation.images_on(torch.device("cpu"), data.load(config).views, 16)
     assert images.shape == (1024, 3, 16, 16)
-    steps = list(batched.training_batches(images, config, 0, 8))
+    steps = list(augmentation.training_batches(images, config, 0, 8))
     assert [[len(x) for x, _ in parts] for parts in steps] == [[100, 100, 56]] * 8
-    later = list(batched.training_batches(images, config, 5, 8))
+    later = list(augmentation.training_batches(images, config, 5, 8))
     for ours, theirs in zip(later, steps[5:], strict=True):
-        assert all(torch.equal(a[view], b[view]) for a, b in zip(ours, theirs, strict=True) for view in range(2))
-    shares = [next(batched.training_batches(images, config, 0, 1, World(rank, 3).share)) for rank in range(3)]
+        assert all(
+            torch.equal(a[view], b[view])
+            for a, b in zip(ours, theirs, strict=True)
+            for view in range(2)
+        )
+    shares = [
+        next(augmentation.training_batches(images, config, 0, 1, ProcessContext(rank, 3).share))
+        for rank in range(3)
+    ]
     for view in range(2):
         shared = torch.cat([part[view] for parts in shares for part in parts])
         whole = torch.cat([part[view] for part in steps[0]])
@@ -127,10 +159,19 @@ def test_a_run_with_views_made_on_the_device(tmp_path):
     assert (state["step"], state["epoch"]) == (4, 1)
 
 
-@pytest.mark.parametrize(("given", "message"), [
-    ({"dataset": "digits"}, "--augment device is for colour images up to 64 pixels, got digits of 8"),
-    ({"image_size": 96}, "--augment device is for colour images up to 64 pixels, got fake of 96"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"dataset": "digits"},
+            "--augment device is for colour images up to 64 pixels, got digits of 8",
+        ),
+        (
+            {"image_size": 96},
+            "--augment device is for colour images up to 64 pixels, got fake of 96",
+        ),
+    ],
+)
 def test_unsuitable_data_sets(given, message):
     defaults = {"dataset": "fake", "augment": "device"}
     with pytest.raises(RunError, match=message):
@@ -140,4 +181,4 @@ def test_unsuitable_data_sets(given, message):
 def test_larger_images_are_refused():
     config = Config.create(**FAKE)
     with pytest.raises(RunError, match=r"at most --image-size 8, got the shapes \(3, 16, 16\)"):
-        batched.images_on(torch.device("cpu"), data.load(config).views, 8)
+        augmentation.images_on(torch.device("cpu"), data.load(config).views, 8)

@@ -1,4 +1,4 @@
-"""The processes of a run: this one alone, or those that torchrun started, which share every step's batch."""
+"""The processes of a run: a single one, or torchrun's ranks, which share each step's batch."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ import torch.distributed as dist
 
 from .config import RunError
 
-#: Longest wait of one process for another: the first one evaluates and writes while the others wait.
+# Ranks wait for one another at most this long: rank 0 evaluates and writes while the others wait.
 TIMEOUT = datetime.timedelta(minutes=30)
 
 Value = TypeVar("Value")
 
 
-class World:
-    """``rank`` of ``size`` processes. With one process every method does nothing but return what it was given."""
+class ProcessContext:
+    """This process's ``rank`` among ``size`` ranks; collectives are no-ops in a single process."""
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0):
         self.rank, self.size, self.local_rank = rank, size, local_rank
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that writes, evaluates and talks."""
+        """Whether this is rank 0, which alone writes files, evaluates and logs."""
         return self.rank == 0
 
     def share(self, items: list) -> list:
-        """This process's part of a batch; parts differ by one at most."""
-        return items[len(items) * self.rank // self.size : len(items) * (self.rank + 1) // self.size]
+        """Return this rank's part of a batch; the sizes of the parts differ by at most one."""
+        n = len(items)
+        return items[n * self.rank // self.size : n * (self.rank + 1) // self.size]
 
-    def lead(self, function: Callable[[], Value]) -> Value:
-        """What ``function`` returns in the first process, or the RunError it raises, in every process."""
+    def on_rank_0(self, function: Callable[[], Value]) -> Value:
+        """Call ``function`` on rank 0 and broadcast its result, or the RunError that it raises."""
         if self.size == 1:
             return function()
         answer: list = [None, None]
@@ -50,8 +51,8 @@ class World:
             raise RunError(answer[1], shown=not self.leads)
         return answer[0]
 
-    def first(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Every tensor as the first process has it."""
+    def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Overwrite every tensor with rank 0's."""
         if self.size > 1:
             with peers(), torch.no_grad():
                 for tensor in tensors:
@@ -60,7 +61,7 @@ class World:
                     tensor.copy_(dense)
 
     def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Replace every gradient by the processes' mean: one all-reduce."""
+        """Average every gradient over the ranks, in one all-reduce."""
         if self.size == 1:
             return
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -72,8 +73,8 @@ class World:
         for parameter, grad, part in zip(parameters, grads, parts, strict=True):
             parameter.grad = grad.copy_(part.view(grad.shape))
 
-    def agreed(self, number: int) -> int:
-        """The largest of all processes' numbers."""
+    def all_reduce_max(self, number: int) -> int:
+        """Return the largest ``number`` of all ranks."""
         if self.size == 1:
             return number
         largest = torch.tensor(number)
@@ -83,18 +84,18 @@ class World:
 
 
 @contextmanager
-def joined() -> Iterator[World]:
-    """The world of this process, as torchrun's environment variables describe it; leaves it at the end."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        yield World()
+def joined() -> Iterator[ProcessContext]:
+    """Join the process group that torchrun's environment variables describe; leave it on exit."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield ProcessContext()
         return
     started = not dist.is_initialized()
     if started:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        yield ProcessContext(dist.get_rank(), dist.get_world_size(), local_rank)
     finally:
         if started:
             dist.destroy_process_group()
@@ -102,11 +103,14 @@ def joined() -> Iterator[World]:
 
 @contextmanager
 def peers():
-    """Within it, a failure of the connection to another process is a RunError; other errors pass."""
+    """Turn a lost connection to another process into a RunError; other errors pass through."""
     try:
         yield
     except RuntimeError as error:
         text = " ".join(str(error).split())
-        if not isinstance(error, getattr(dist, "DistError", ())) and "gloo" not in text and "NCCL" not in text:
+        lost = isinstance(error, getattr(dist, "DistError", ())) or "gloo" in text or "NCCL" in text
+        if not lost:
             raise
-        raise RunError(f"another process of this job has ended, or does not answer: {text[:200]}") from error
+        raise RunError(
+            f"another process of this job has ended, or does not answer: {text[:200]}"
+        ) from error

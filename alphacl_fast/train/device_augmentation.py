@@ -1,9 +1,10 @@
-"""Random views of many images at once, in tensor operations on the device that holds them.
+"""Batched augmentation: random views of many images by tensor operations on their device.
 
-The recipe is that of `augment` for colour images up to 64 pixels: a crop of random area and shape resized with bilinear
-interpolation, a flip, brightness, contrast, saturation and hue in random order, grayscale; each image has its own numbers.
-They are a hash of (seed, epoch, index of the image, view), so neither the batch, nor the number of processes, nor the moment
-of a stop matters. They are not the numbers of `augment`: the two give different views of the same distribution.
+The recipe equals `augment`'s for colour images up to 64 pixels: random resized crop (bilinear),
+horizontal flip, colour jitter in random order, grayscale. Each image draws its own random numbers,
+a hash of (seed, epoch, image index, view), so the views depend neither on the batch, nor on the
+number of processes, nor on where a run was stopped. `augment` draws other numbers: the two give
+different views from the same distribution.
 """
 
 from __future__ import annotations
@@ -20,38 +21,47 @@ from torchvision.transforms.v2 import functional as V
 from .config import Config, RunError
 from .data import mix, steps_of
 
-TRIES = 10  # crops drawn until one fits into the image, as torchvision's RandomResizedCrop does
-NUMBERS = 4 * TRIES + 11  # random numbers of a view
+TRIES = 10  # as many crops as torchvision's RandomResizedCrop draws before it gives up
+NUMBERS = 4 * TRIES + 11  # random numbers per view
 
 
 def images_on(device: torch.device, images: Dataset, size: int) -> Tensor:
-    """All images of a data set as uint8 (n, 3, H, W) on a device.
+    """Load a data set onto the device as uint8 (n, 3, H, W).
 
-    Raises RunError unless they are colour, of one shape and not larger than ``size``: crops are enlarged, never reduced, for
-    which bilinear interpolation would have to average.
+    Raises:
+        RunError: the images are not in colour, differ in shape, or are larger than ``size``.
+            Crops may only be enlarged: to shrink them, bilinear interpolation would need
+            antialiasing.
     """
     tensors = [V.pil_to_tensor(images[k][0]) for k in range(len(images))]
-    shapes = {tuple(x.shape) for x in tensors}
-    if len(shapes) > 1 or next(iter(shapes))[0] != 3 or max(next(iter(shapes))[1:]) > size:
-        raise RunError(f"--augment device needs colour images of one shape and at most --image-size {size}, got the shapes "
-                       f"{', '.join(map(str, sorted(shapes)[:3]))}")
+    shapes = sorted({tuple(x.shape) for x in tensors})
+    if len(shapes) > 1 or shapes[0][0] != 3 or max(shapes[0][1:]) > size:
+        raise RunError(
+            f"--augment device needs colour images of one shape and at most --image-size {size}, "
+            f"got the shapes {', '.join(map(str, shapes[:3]))}"
+        )
     return torch.stack(tensors).to(device)
 
 
 def training_batches(
-    images: Tensor, config: Config, start: int, stop: int, share: Callable[[list], list] = lambda keys: keys
+    images: Tensor,
+    config: Config,
+    start: int,
+    stop: int,
+    share: Callable[[list], list] = lambda keys: keys,
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """As `data.training_batches`, from images that are on the device already."""
+    """Yield what `data.training_batches` does, from images (n, 3, H, W) already on the device."""
     for keys in steps_of(len(images), config, start, stop):
-        epoch, indices = keys[0][0], torch.tensor([index for _, index in share(keys)], device=images.device)
+        indices = torch.tensor([index for _, index in share(keys)], device=images.device)
+        seeds = [mix(config.seed, keys[0][0], view) for view in range(2)]
         yield [
-            tuple(views(images[part], uniform(mix(config.seed, epoch, view), part), config.image_size) for view in range(2))
+            tuple(views(images[part], uniform(seed, part), config.image_size) for seed in seeds)
             for part in indices.split(config.micro_batch or len(indices))
         ]
 
 
 def uniform(seed: int, indices: Tensor) -> Tensor:
-    """(n,) → (n, NUMBERS) float32 in [0, 1): splitmix64 of a seed, an index and the number's place."""
+    """Hash (n,) indices to (n, NUMBERS) float32 in [0, 1): splitmix64 of seed, index, position."""
     place = torch.arange(NUMBERS, device=indices.device)
     z = (indices[:, None] * NUMBERS + place + 1) * _signed(0x9E3779B97F4A7C15) + seed
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
@@ -64,12 +74,12 @@ def _signed(x: int) -> int:
 
 
 def _shifted(z: Tensor, bits: int) -> Tensor:
-    """Of the 64 bits without a sign."""
+    """Shift right as unsigned 64-bit integers."""
     return (z >> bits) & (2 ** (64 - bits) - 1)
 
 
 def views(images: Tensor, u: Tensor, size: int) -> Tensor:
-    """uint8 (n, 3, H, W) and random numbers (n, NUMBERS) → uint8 (n, 3, size, size)."""
+    """Augment uint8 (n, 3, H, W) with random numbers (n, NUMBERS) to uint8 (n, 3, size, size)."""
     boxes = crop_boxes(u[:, : 4 * TRIES], *images.shape[2:])
     flip, apply, gray = u[:, 4 * TRIES : 4 * TRIES + 3, None, None, None].unbind(1)
     order, strength = u[:, 4 * TRIES + 3 :].split(4, 1)
@@ -81,23 +91,29 @@ def views(images: Tensor, u: Tensor, size: int) -> Tensor:
 
 
 def crop_boxes(u: Tensor, height: int, width: int) -> Tensor:
-    """(n, 4·TRIES) → (n, 4) top, left, height, width of a crop: area 8 to 100 %, shape 3:4 to 4:3, else the whole image."""
+    """Choose crops: random numbers (n, 4·TRIES) → (n, 4) top, left, height, width.
+
+    The area is 8 to 100 %, the aspect ratio 3:4 to 4:3; the whole image if no try fits.
+    """
     area, shape, row, column = u.view(len(u), 4, TRIES).unbind(1)
     area = (0.08 + 0.92 * area) * height * width
     shape = ((2 * shape - 1) * math.log(4 / 3)).exp()
     w, h = (area * shape).sqrt().round(), (area / shape).sqrt().round()
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    tried = torch.stack([(row * (height - h + 1)).floor(), (column * (width - w + 1)).floor(), h, w], 2)
+    tried = torch.stack(
+        [(row * (height - h + 1)).floor(), (column * (width - w + 1)).floor(), h, w], 2
+    )
     first = fits.to(torch.uint8).argmax(1)
     chosen = tried[torch.arange(len(u), device=u.device), first]
     return torch.where(fits.any(1, keepdim=True), chosen, chosen.new_tensor([0, 0, height, width]))
 
 
 def resized_crops(x: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Each image's box (top, left, height, width), resized to a square by bilinear interpolation."""
+    """Resize each image's box (top, left, height, width) to a square, bilinearly."""
     top, left, h, w = boxes[:, :, None].unbind(1)  # (n, 1) each
     centers = (torch.arange(size, device=x.device) + 0.5) / size
-    # A pixel outside the crop is never looked at: coordinates stop at the centres of its outermost pixels.
+    # Coordinates are clamped to the centres of the crop's outermost pixels, so that no pixel
+    # outside the crop is read.
     rows = top + (centers * h - 0.5).clamp(min=0).minimum(h - 1)
     columns = left + (centers * w - 0.5).clamp(min=0).minimum(w - 1)
     y = (2 * rows + 1) / x.shape[2] - 1
@@ -112,14 +128,22 @@ def grayscale(x: Tensor) -> Tensor:
 
 
 def jitter(x: Tensor, order: Tensor, strength: Tensor) -> Tensor:
-    """Brightness, contrast, saturation (.4) and hue (.1) of each image, in its own order (n, 4), numbers (n, 4) in [0, 1)."""
+    """Jitter brightness, contrast, saturation (±0.4) and hue (±0.1).
+
+    Args:
+        x: float32 (n, 3, H, W) in [0, 1].
+        order: (n, 4), each image's own permutation of the four operations.
+        strength: (n, 4) random numbers in [0, 1), one per operation.
+    """
     factors = 1 + 0.4 * (2 * strength[:, :3] - 1)
     shift = 0.1 * (2 * strength[:, 3, None, None] - 1)
     for turn in range(4):
         which = order[:, turn, None, None, None]
         now = grayscale(x)
-        # Each of the first three blends with black, with the mean gray, or with the gray image: one operation.
-        base = torch.where(which == 0, 0.0, torch.where(which == 1, now.mean((1, 2, 3), keepdim=True), now))
+        # The first three are one operation: a blend with black, the mean grey or the grey image.
+        base = torch.where(
+            which == 0, 0.0, torch.where(which == 1, now.mean((1, 2, 3), keepdim=True), now)
+        )
         factor = factors.gather(1, which.clamp(max=2).view(-1, 1)).view(-1, 1, 1, 1)
         blended = (factor * x + (1 - factor) * base).clamp(0, 1)
         x = torch.where(which == 3, turned_hue(x, shift), blended)
@@ -127,13 +151,14 @@ def jitter(x: Tensor, order: Tensor, strength: Tensor) -> Tensor:
 
 
 def turned_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Hue moved by a part of the circle, (n, 1, 1) each."""
+    """Rotate the hue by ``shift`` (n, 1, 1), in turns."""
     r, g, b = x.unbind(1)
     largest, smallest = x.amax(1), x.amin(1)
     span = largest - smallest
     safe = torch.where(span > 0, span, 1.0)
-    hue = torch.where(largest == r, (g - b) / safe, torch.where(largest == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    hue = hue / 6 + shift
-    # RGB of a hue at full saturation, as three tents of height 1, pulled towards white and down to the value.
-    tents = torch.stack([((hue + offset) % 1 * 6 - 3).abs() for offset in (0, 2 / 3, 1 / 3)], 1).sub(1).clamp(0, 1)
+    not_red = torch.where(largest == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
+    hue = torch.where(largest == r, (g - b) / safe, not_red) / 6 + shift
+    # A hue's RGB at full saturation is three tent functions; scale them by the chroma and shift.
+    tents = torch.stack([((hue + o) % 1 * 6 - 3).abs() for o in (0, 2 / 3, 1 / 3)], 1)
+    tents = tents.sub(1).clamp(0, 1)
     return (largest - span).unsqueeze(1) + span.unsqueeze(1) * tents

@@ -1,0 +1,46 @@
+// What the driver hands to the kernels of one instruction set. No functions here: this header is compiled
+// for every instruction set, and the linker would keep one copy for all.
+#pragma once
+
+#include "sweep.h"
+
+// Consecutive rows, packed for one table of kernels. Row r of the block is row `first + r` of the sweep
+// and element `at + r` of the padded row vectors.
+struct Block {
+  int64_t first, rows, stride, at;  // `rows` rows, padded to `stride`
+  void* packed;                     // operands of the matrix products, in the kernels' own layout
+  void* df;                         // accumulator of the gradient, in the kernels' own layout; null: not wanted
+  bool anchor, wanted;              // its rows are anchors; the gradient of some of them is wanted
+};
+
+// Row vectors, padded block by block, zero in the padding.
+struct RowVectors {
+  const void *moment_origin, *row_weight, *shift, *argument_offset, *baseline, *scale, *bias;
+  const void* ids;      // integers as wide as a number, or null
+  void* running_max;    // Form::ONLINE: of log f; Form::T_MAX: of t
+  double* sums;         // [SUM_COUNT][padded]
+  double* weight_sums;  // [padded], or null
+  int64_t padded;
+  double df_scale;  // the accumulators hold the gradient divided by this
+};
+
+// The functions of one instruction set for operands of one dtype.
+struct TileKernels {
+  const char* instruction_set;
+  Dtype operands;         // FLOAT32, FLOAT64 or BFLOAT16
+  Dtype accumulate;       // FLOAT32 or FLOAT64
+  int64_t row_multiple;   // blocks are padded to multiples of this …
+  int64_t largest_block;  // … and have at most so many rows
+  int64_t (*packed_bytes)(int64_t dim, int64_t stride, bool gradient);
+  int64_t (*df_bytes)(int64_t dim, int64_t stride);
+  int64_t (*workspace_bytes)(int64_t dim, int64_t stride);  // of one thread
+  void (*pack)(const Sweep&, const Block&, void* workspace);
+  void (*tile)(const Sweep&, const RowVectors&, const Block& i, const Block& j, void* workspace);
+  // Whether the accumulator of a full block has the size of its rows of df and may lie there until unpacked.
+  bool (*in_place)(int64_t dim, int64_t stride);
+  void (*unpack)(const Sweep&, const Block&, double scale, void* workspace);  // to df, times scale
+  void (*normalize)(const PairRows&, int64_t begin, int64_t end, void* workspace);  // of two rows
+  void (*finish)(const PairRows&, int64_t begin, int64_t end, void* workspace);
+  void (*exponential)(const void* x, void* y, int64_t n);  // for tests: the vector functions by themselves
+  void (*logarithm)(const void* x, void* y, int64_t n);
+};
