@@ -1,11 +1,12 @@
-# make demo | test | bench | lint | sanitize | soak | fuzz | docs      Everything lives in .venv beside this file; PYTHON chooses the base.
+# make demo | test | test-all | bench | lint | sanitize | soak | fuzz | docs      Everything lives in .venv beside this file; PYTHON chooses the base.
+# make mutants | same-bits OLD=checkout | same-speed OLD=checkout      Plants faults; compares with another, compiled checkout.
 # make gpu OUT=dir      Checks and times on a GPU, with PYTHON as it is: nothing is installed, and .venv is not used.
 PYTHON ?= python3
 BIN := .venv/bin/python
 STAMP := .venv/.installed
 OUT ?= benchmarks/results/gpu
 
-.PHONY: demo test bench gpu lint sanitize soak fuzz docs clean
+.PHONY: demo test test-all bench gpu lint sanitize soak fuzz mutants same-bits same-speed docs clean
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard tools/build_*.py csrc/*/*.*)
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: Python 3.10 or newer is needed (set PYTHON=...)"; exit 1; }
@@ -20,6 +21,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	"$(BIN)" -m pytest -n auto --dist loadgroup
+
+test-all: $(STAMP) # products of settings where `test` takes them in turn
+	ALPHACL_TEST_FULL=1 "$(BIN)" -m pytest -n auto --dist loadgroup
 
 bench: $(STAMP)
 	"$(BIN)" -m alphacl_fast.cli bench --negatives two_view,cross_view
@@ -42,6 +46,15 @@ soak: $(STAMP)
 
 fuzz: $(STAMP)
 	ALPHACL_FUZZ_EXAMPLES=2000 "$(BIN)" -m pytest -n auto tests/test_fuzz.py
+
+mutants: $(STAMP)
+	"$(BIN)" tests/mutants/run.py
+
+same-bits: $(STAMP)
+	"$(BIN)" tests/same_bits.py "$(OLD)"
+
+same-speed: $(STAMP)
+	"$(BIN)" tests/same_speed.py "$(OLD)"
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -4,6 +4,7 @@ import shlex
 import shutil
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels run on the CPU
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is: threads outnumber cores, so they had better not spin
 
 import pytest
 import torch
@@ -18,6 +19,9 @@ def _emulated_cuda_kernels():
 
 if "ALPHACL_CUDA_EMULATED" not in os.environ:
     os.environ["ALPHACL_CUDA_EMULATED"] = _emulated_cuda_kernels()
+
+#: Seconds after which a process that a test waits for hangs, on a machine however busy.
+WATCHDOG = 900
 
 # Small tensors run fastest on one thread, and a barrier per operation would make a busy machine's run take hours.
 torch.set_num_threads(1)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 #: Ranks of the world that form the group of each size. Within a sub-group no process has its rank of the world.
 GROUPS = {1: (2,), 2: (1, 3), 3: (1, 2, 3), 4: (0, 1, 2, 3)}
-TIMEOUT = 60  # seconds that any step may take, so that nothing can hang a run
+TIMEOUT = 900  # seconds that any step may take, so that nothing can hang a run
 
 
 class Failed(Exception):

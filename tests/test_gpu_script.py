@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+from conftest import WATCHDOG
 
 from alphacl_fast import objectives, ops
 from alphacl_fast.backend import blocked
@@ -31,8 +32,8 @@ def start(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "cases", lambda *args: iter(some[:30]))
 
     def run(phases, *more):
-        arguments = ["--out", str(tmp_path), "--device", "cpu", "--tiny", "--workers", "0", "--phases", phases, *more]
-        status = gpu.main(arguments)
+        arguments = ["--out", str(tmp_path), "--device", "cpu", "--tiny", "--workers", "0", "--phases", phases]
+        status = gpu.main([*arguments, "--minutes", "90", *more])
         return status, [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
 
     return run
@@ -119,15 +120,13 @@ def test_unrepeatable_bits_are_a_failure(monkeypatch):
 
 
 def test_without_time_everything_is_skipped(start):
-    begin = time.monotonic()
     status, rows = start("check,headline,plots", "--minutes", "0")
     assert status == 0
     assert [(row["benchmark"], row["status"]) for row in rows] == [("phase", "skipped")] * 3
-    assert time.monotonic() - begin < 10
 
 
 def test_time_runs_out_within_a_phase(start, monkeypatch, tmp_path):
-    monkeypatch.setitem(gpu.SECONDS, "check", 0.01)
+    monkeypatch.setitem(gpu.SECONDS, "check", 0.001)
     _, rows = start("check,profile")
     assert sum(row["benchmark"] == "check" for row in rows) < 4
     assert any(row["benchmark"] == "profile" for row in rows)
@@ -201,9 +200,9 @@ def test_what_the_sanitizer_watches():
 
 def test_logged_commands(tmp_path):
     log = tmp_path / "log"
-    assert gpu.logged([sys.executable, "-c", "print(7)"], 30, log) == ("ok", None)
-    assert gpu.logged([sys.executable, "-c", "raise SystemExit(4)"], 30, log)[0] == "error"
-    assert gpu.logged(["sleep", "30"], 0.1, log)[0] == "timeout"
+    assert gpu.logged([sys.executable, "-c", "print(7)"], WATCHDOG, log) == ("ok", None)
+    assert gpu.logged([sys.executable, "-c", "raise SystemExit(4)"], WATCHDOG, log)[0] == "error"
+    assert gpu.logged(["sleep", str(WATCHDOG)], 0.1, log)[0] == "timeout"
     assert "7" in log.read_text()
 
 
@@ -257,7 +256,7 @@ def raises():
     yield {"k": 0}
     raise ValueError("no")
 def hangs():
-    time.sleep(60)
+    time.sleep(3600)
     yield {}
 def dies():
     os._exit(3)
@@ -269,23 +268,22 @@ def test_pool_survives_what_its_children_do(tmp_path, monkeypatch):
     (tmp_path / "child_of_the_pool_test.py").write_text(CHILD)
     monkeypatch.syspath_prepend(str(tmp_path))
 
-    def task(name, **arguments):
-        limit = 0.3 if name == "hangs" else 60.0
-        return subprocess_pool.Task(f"child_of_the_pool_test:{name}", arguments, {"name": name}, limit)
+    def task(name, limit=WATCHDOG, **arguments):
+        function = f"child_of_the_pool_test:{name}"
+        return subprocess_pool.Task(function, arguments, {"name": name}, limit)
 
     rows = []
     children = subprocess_pool.Pool(1, str(tmp_path / "log"))
     try:
-        names = ("raises", "hangs", "dies")
-        tasks = [task("works", k=5), *map(task, names), task("works", k=8)]
-        assert children.run(tasks, time.monotonic() + 120, rows.append)
+        tasks = [task("works", k=5), task("raises"), task("hangs", 0.3), task("dies"), task("works", k=8)]
+        assert children.run(tasks, time.monotonic() + WATCHDOG, rows.append)
         assert [row.get("k") for row in rows] == [5, 6, 0, None, None, None, 8, 9]
         assert [row["status"] for row in rows if "status" in row] == ["error", "timeout", "crashed"]
         assert "ValueError: no" in rows[3]["error"]
         assert "ended with 3" in rows[5]["error"]
         rows.clear()
         children.startup = 0.0
-        assert not children.run([task("hangs"), task("works", k=1)], time.monotonic() + 0.1, rows.append)
+        assert not children.run([task("hangs"), task("works", k=1)], time.monotonic() + 1, rows.append)
         assert rows == [{"name": "hangs", "status": "unfinished"}]
     finally:
         children.close()
@@ -312,11 +310,13 @@ CUDA = torch.device("cuda")
 
 
 class Event:
+    clock = 0.0
+
     def __init__(self, enable_timing=False):
         assert enable_timing
 
     def record(self):
-        self.at = time.perf_counter()
+        self.at = Event.clock
 
     def elapsed_time(self, end):
         return (end.at - self.at) * 1e3
@@ -346,7 +346,8 @@ def fake_cuda(monkeypatch):
 
 
 def test_cuda_calls(fake_cuda, monkeypatch):
-    assert 0 < loss.seconds(lambda: time.sleep(0.01), CUDA, calls=2) < 0.1
+    steps = iter((1.0, 3.0))
+    assert loss.seconds(lambda: setattr(Event, "clock", Event.clock + next(steps)), CUDA, calls=2) == pytest.approx(2.0)
     assert gpu_tasks.peak_extra_bytes(lambda: None, CUDA) == 500
     with gpu_tasks.synchronization_forbidden(CUDA):
         assert fake_cuda[-1] == ("set_sync_debug_mode", "error")

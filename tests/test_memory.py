@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from conftest import WATCHDOG
 from family import MEMBERS, member_id, pair
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -73,6 +74,6 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 def test_peak_of_the_process(name):
     n = 12_288  # one (2N, 2N) float32 matrix: 2.4 GB
     out = subprocess.run(
-        [sys.executable, "-c", PEAK.format(n=n, name=name)], check=True, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", PEAK.format(n=n, name=name)], check=True, capture_output=True, text=True, timeout=WATCHDOG
     )
     assert float(out.stdout) < 100

@@ -69,6 +69,12 @@ def test_programs_share_a_ring(member, negatives, similarity, monkeypatch, poiso
     assert_equal(*pair(7, 6), member, negatives=negatives, similarity=similarity, tau=0.5)
 
 
+def test_parts_that_do_not_divide_a_ring(monkeypatch, poisoned):
+    set_tile(monkeypatch, 4, 4, 8, processors=10)
+    assert triton.parts_of(5, 5, torch.device("cpu")) == 2
+    assert_equal(*pair(9, 6), ("infonce", {}), tau=0.5)
+
+
 @pytest.mark.parametrize("member", FORMS, ids=member_id)
 @pytest.mark.parametrize(
     ("negatives", "symmetric", "similarity"),

@@ -1,0 +1,1174 @@
+"""The faults that the tests must find, by the file that they are planted in.
+
+A name says which formula is broken and how, in words that outlive a rewrite: whoever moves a
+formula plants its faults again where it now is. `run.py` tries them all; tests/test_mutants.py
+checks that every old text is still there.
+"""
+
+from __future__ import annotations
+
+from run import Mutant
+
+# --- members of the family, as the names of tests write them --------------------------------------
+
+INFONCE = "infonce(epsilon=1.0,temperature_scaled=False)"
+INFONCE_SMALL = "infonce(epsilon=0.3,temperature_scaled=False)"
+TRIPLET = "triplet(margin=1.0)"
+SOFT_TRIPLET = "soft_triplet(margin=1.0)"
+SQUARE = "alpha_square(detach_alpha=False)"
+GAMMA = "alpha_gamma(gamma=1.5,detach_alpha=False)"
+UNIFORM = "uniform()"
+ENTROPY = "alpha_entropy(alpha_eps=0.0,detach_alpha=True)"
+ENTROPY_PLUS = "alpha_entropy(alpha_eps=0.2,detach_alpha=True)"
+INVERSE = "alpha_inverse(exponent=3.0,order=2.0,normalized=True,alpha_eps=0.0,detach_alpha=False)"
+CUSTOM_LOSS = "PairLoss(phi=log1p_and_square,psi=exp_plus_sigmoid)"
+
+
+def direct(
+    exponent: float = 4.0,
+    alpha_eps: float = 0.0,
+    detach_alpha: bool = True,
+    normalized: bool = True,
+) -> str:
+    weights = f"exponent={exponent},normalized={normalized},alpha_eps={alpha_eps}"
+    return f"alpha_direct({weights},detach_alpha={detach_alpha})"
+
+
+DIRECT, THROUGH = direct(), direct(detach_alpha=False)
+
+
+def blocked(member: str, setting: str = "two_view-True-cosine") -> str:
+    return f"tests/test_backends.py::test_equals_reference[{member}-{setting}]"
+
+
+def one_sided(member: str, setting: str = "two_view-True-cosine") -> str:
+    return f"tests/test_backends.py::test_one_sided_gradient[{member}-{setting}]"
+
+
+def formula(member: str) -> str:
+    return f"tests/test_backends.py::test_derivatives_of_the_formulas[{member}]"
+
+
+def portable(member: str, rows: int = 7) -> str:
+    """On the CPU's portable instruction set, in blocks of 7 (four of them, the last one ragged) or
+    48 rows (three)."""
+    return f"tests/test_cpu.py::test_every_instruction_set[{member}-{rows}]"
+
+
+def half(case: str = "13-6-5") -> str:
+    test = "tests/test_cpu.py::test_half_precision_on_every_instruction_set"
+    return f"{test}[torch.bfloat16-{case}]"
+
+
+def triton(member: str) -> str:
+    return f"tests/test_triton.py::test_forms[7-two_view-True-{member}-False]"
+
+
+def shared_ring(member: str) -> str:
+    return f"tests/test_triton.py::test_programs_share_a_ring[two_view-euclidean-{member}]"
+
+
+def cuda(member: str, setting: str = "two_view-True") -> str:
+    return f"tests/test_cuda.py::test_float64[{setting}-{member}]"
+
+
+IDS, COMPAT, DISTRIBUTED = (
+    "tests/test_ids.py::",
+    "tests/test_compat.py::",
+    "tests/test_distributed.py::",
+)
+AGREE = f"{DISTRIBUTED}test_bad_input_on_one_process_raises_on_every_one"
+VERIFY = f"{DISTRIBUTED}test_verify_distributed"
+SPLIT = f"{DISTRIBUTED}test_every_objective_and_split"
+
+MUTANTS: list[Mutant] = []
+
+
+def plant(file: str, *faults: tuple[str, ...], variant: str = "") -> None:
+    """(name, old text, new text, test) of some faults in one file."""
+    MUTANTS.extend(Mutant(name, file, old, new, test, variant) for name, old, new, test in faults)
+
+
+# --- from embeddings to the sweeps, and back ------------------------------------------------------
+
+plant(
+    "alphacl_fast/call.py",
+    (
+        "reduction none: symmetric cross_view adds the two directions instead of averaging them",
+        "return row_losses.view(2, -1).mean(0) if self.two_directions",
+        "return row_losses.view(2, -1).sum(0) if self.two_directions",
+        blocked(INFONCE, "cross_view-True-cosine"),
+    ),
+    (
+        "reduction sum: symmetric cross_view counts both directions",
+        "return row_losses.sum() / 2 if self.two_directions else row_losses.sum()",
+        "return row_losses.sum()",
+        blocked(INFONCE, "cross_view-True-cosine"),
+    ),
+    (
+        "divisor of the row weights: 1 instead of 2 for symmetric cross_view summed",
+        "return 2 if self.two_directions else 1",
+        "return 1",
+        blocked(INFONCE, "cross_view-True-cosine"),
+    ),
+    (
+        "two_view: |Neg| counts the positive",
+        "return cls(2 * n, 0, n, 2 * n, 2 * n - 2, False)",
+        "return cls(2 * n, 0, n, 2 * n, 2 * n - 1, False)",
+        blocked(UNIFORM),
+    ),
+    (
+        "cross_view: |Neg| counts the positive",
+        "return cls(2 * n, n, n, loss.anchors(n), n - 1, True)",
+        "return cls(2 * n, n, n, loss.anchors(n), n, True)",
+        blocked(ENTROPY_PLUS, "cross_view-True-cosine"),
+    ),
+    (
+        "ids: |Neg| counts the anchor itself",
+        "return len(others) - sizes[anchors]",
+        "return len(others) - sizes[anchors] + 1",
+        f"{IDS}test_groups[False-40]",
+    ),
+    (
+        "ids: two ids that follow each other are taken for the same",
+        "torch.nn.functional.pad(in_order[1:] != in_order[:-1], (1, 0))",
+        "torch.nn.functional.pad(in_order[1:] > in_order[:-1] + 1, (1, 0))",
+        f"{IDS}test_loss_against_equals_a_loop[{INFONCE}-7]",
+    ),
+    (
+        "ids: the mean over the negatives counts those with the anchor's id",
+        "return rows.sum(0) - of_id.index_select(0, self.ids[anchors])",
+        "return rows.sum(0)",
+        f"{IDS}test_loss_against_equals_a_loop[{UNIFORM}-7]",
+    ),
+)
+plant(
+    "alphacl_fast/autograd.py",
+    (
+        "euclidean rows: the mean is not subtracted",
+        "centered = wide - (wide.mean(0) if center is None else center)",
+        "centered = wide",
+        "tests/test_numerics.py::test_euclidean_far_from_the_origin[blocked]",
+    ),
+    (
+        "euclidean bias: ‖f‖² without the factor −½",
+        "return cls(Rows(centered, None, centered.square().sum(1) / -2), None)",
+        "return cls(Rows(centered, None, -centered.square().sum(1)), None)",
+        blocked(INFONCE, "two_view-True-euclidean"),
+    ),
+    (
+        "euclidean positive similarity without the factor ½",
+        "return ((a - b).square().sum(1) / -2 if",
+        "return (-(a - b).square().sum(1) if",
+        blocked(INFONCE, "two_view-True-euclidean"),
+    ),
+    (
+        "cosine: an all-zero row has inverse norm 1",
+        "inv_norm = torch.where(zero, 0.0, (",
+        "inv_norm = torch.where(zero, 1.0, (",
+        "tests/test_numerics.py::test_zero_row_has_zero_gradient",
+    ),
+    (
+        "normalisation's derivative: the component along the row stays",
+        "return torch.addcmul(d, rows, along, value=-1)",
+        "return torch.addcmul(d, rows, along, value=0)",
+        blocked(INFONCE),
+    ),
+    (
+        "ids: a row without negatives keeps its positive term",
+        'for name in ("row_weight", "mass", "dtau", *more)',
+        'for name in ("row_weight", "dtau", *more)',
+        f"{IDS}test_some_anchors_without_negatives[blocked]",
+    ),
+    (
+        "ids: the running max of a row without negatives is not made finite",
+        "largest = torch.where(sums[:head] == -torch.inf, 0.0, sums[:head])",
+        "largest = sums[:head]",
+        f"{IDS}test_anchors_without_negatives[mean-blocked]",
+    ),
+    (
+        "gradient sweep: the moment is taken about t⁺ where the objective says another origin",
+        "origin = self.pos if solution.moment_origin is None else solution.moment_origin",
+        "origin = self.pos",
+        blocked(SQUARE),
+    ),
+    (
+        "mean over the negatives: the anchor's own pair is counted",
+        "sums = total(left, right) - own(left, right)\n",
+        "sums = total(left, right)\n",
+        blocked(UNIFORM),
+    ),
+    (
+        "mean over the negatives: the positive pair is counted",
+        "sums = sums - own(left, right.roll(layout.partner, 0))",
+        "sums = sums - 0",
+        blocked(UNIFORM),
+    ),
+    (
+        "reduction none: the incoming gradient is not halved for the two directions of cross_view",
+        "c = (grad / 2).repeat(2) if self.call.two_directions",
+        "c = grad.repeat(2) if self.call.two_directions",
+        blocked(INFONCE, "cross_view-True-cosine"),
+    ),
+    (
+        "reduction none: the positive term does not take the incoming gradient",
+        "return self._gradient(weighted(solution, lambda x: x * c), need)[1:]",
+        "return self._gradient(replace(solution, row_weight=solution.row_weight * c), need)[1:]",
+        blocked(INFONCE),
+    ),
+    (
+        "scalar loss: the incoming gradient is ignored",
+        "dz, dtau = (None if x is None else x * grad for x in tensors)",
+        "dz, dtau = (None if x is None else x for x in tensors)",
+        "tests/test_loss.py::TestAutograd::test_scaled_gradients_accumulate[infonce]",
+    ),
+    (
+        "∂L/∂τ from pairs: the row weight is left out",
+        "(solution.row_weight * sums[-1] if from_pairs",
+        "(sums[-1] if from_pairs",
+        blocked(THROUGH),
+    ),
+    (
+        "positive term: both anchors of a pair weigh as the first one",
+        "(q[:n] + q[n:]).unsqueeze(1)",
+        "(2 * q[:n]).unsqueeze(1)",
+        blocked(INFONCE, "two_view-True-euclidean"),
+    ),
+    (
+        "positive term dropped from dz2 of dot and cosine",
+        "d2.addcmul_(q, f1, value=-1)",
+        "d2.addcmul_(q, f1, value=0)",
+        blocked(INFONCE),
+    ),
+    (
+        "positive term dropped from dz1 of cross_view, first direction only",
+        "d1.addcmul_(q, f2, value=-1)",
+        "d1.addcmul_(q, f2, value=0)",
+        blocked(TRIPLET, "cross_view-False-dot"),
+    ),
+    (
+        "euclidean positive term: wrong sign in dz2",
+        "d2 -= apart",
+        "d2 += apart",
+        blocked(INFONCE, "one_view-True-euclidean"),
+    ),
+    (
+        "euclidean gradient: the sums of a row's weights times the row are not subtracted",
+        "d[used] -= weight_sums[used].unsqueeze(1) * rows[used]",
+        "d[used] -= 0 * rows[used]",
+        blocked(TRIPLET, "two_view-True-euclidean"),
+    ),
+    (
+        "one-sided gradient: rows that pairs do not reach begin as ones",
+        "d = self.tau.new_zeros(2 * n, self.features.rows.f.shape[1])",
+        "d = self.tau.new_ones(2 * n, self.features.rows.f.shape[1])",
+        blocked(INFONCE, "one_view-True-dot"),
+    ),
+)
+plant(
+    "alphacl_fast/explicit_negatives.py",
+    (
+        "explicit negatives: their gradient begins with the anchors'",
+        "dz[n if need_z else 0 :]",
+        "dz[0:]",
+        f"{COMPAT}test_loss_against[{INFONCE}-5]",
+    ),
+    (
+        "explicit negatives: ∂L/∂t⁺ has the wrong sign",
+        "-(saved.solution.mass * grad) if need_pos",
+        "(saved.solution.mass * grad) if need_pos",
+        f"{COMPAT}test_loss_against[{INFONCE}-5]",
+    ),
+    (
+        "explicit negatives: |Neg| among the anchors counts the anchor itself",
+        "else Layout(n, 0, 0, n, n - 1, False)",
+        "else Layout(n, 0, 0, n, n, False)",
+        f"{COMPAT}test_loss_against[{UNIFORM}-None]",
+    ),
+    (
+        "explicit negatives: ids of the anchors and of the negatives in the wrong order",
+        "ids = torch.cat([ids, functional.checked_ids(",
+        "ids = torch.cat([ids.flip(0), functional.checked_ids(",
+        f"{IDS}test_loss_against_equals_a_loop[{TRIPLET}-7]",
+    ),
+    (
+        "explicit negatives: ∂L/∂t⁺ ignores the incoming gradient",
+        "-(saved.solution.mass * grad) if need_pos",
+        "-saved.solution.mass if need_pos",
+        f"{COMPAT}test_loss_against[{INFONCE}-5]",
+    ),
+    (
+        "supervised contrastive: the anchor is one of its positives",
+        "positive = (rows * (sums[place] - rows)).sum(1)",
+        "positive = (rows * sums[place]).sum(1)",
+        f"{COMPAT}test_supcon_reductions_and_lonely_rows",
+    ),
+    (
+        "supervised contrastive: the mean counts rows without a positive",
+        "(others > 0).sum().clamp(min=1))",
+        "len(others))",
+        f"{COMPAT}test_supcon_reductions_and_lonely_rows",
+    ),
+)
+
+# --- formulas of the objectives -------------------------------------------------------------------
+
+plant(
+    "alphacl_fast/objectives.py",
+    (
+        "φ = log(ε + x): ε is ignored",
+        "lambda ell: torch.logaddexp(ell, torch.full_like(ell, shift)),",
+        "lambda ell: ell,",
+        blocked(INFONCE),
+    ),
+    (
+        "φ′ of log(ε + x): log ε is not subtracted",
+        "lambda ell: torch.sigmoid(ell - shift), legendre",
+        "lambda ell: torch.sigmoid(ell), legendre",
+        blocked(INFONCE_SMALL),
+    ),
+    (
+        "φ = max(log x, 0)²: the derivative without its factor 2",
+        "lambda ell: 2 * torch.relu(ell), lambda ell: -torch",
+        "lambda ell: torch.relu(ell), lambda ell: -torch",
+        blocked("lifted_structured(margin=1.0)"),
+    ),
+    (
+        "ψ = exp(Δ/τ + margin): the margin is left out",
+        "return ell + margin if margin else ell",
+        "return ell",
+        blocked(SOFT_TRIPLET),
+    ),
+    (
+        "∂ℓ/∂τ: wrong sign",
+        "*(row_weight * x / -s.tau for x in gap_sum)",
+        "*(row_weight * x / s.tau for x in gap_sum)",
+        blocked(INFONCE),
+    ),
+    (
+        "∂(τφ)/∂τ: φ − φ′ℓ is left out",
+        "return ((phi.legendre(ell) + phi.dphi(ell) * spread) / s.divisor,)",
+        "return ((phi.dphi(ell) * spread) / s.divisor,)",
+        blocked(SOFT_TRIPLET),
+    ),
+    (
+        "∂(τφ)/∂τ: the moment about the maximum is not divided by the sum",
+        "spread = p[1] + total.log() - moment / (total * s.tau)",
+        "spread = p[1] + total.log() - moment / s.tau",
+        blocked(SOFT_TRIPLET),
+    ),
+    (
+        "row weight of exp kinds: 1/τ missing",
+        "mass = _dphi(outer, ell, s.tau, p) / s.tau / s.divisor",
+        "mass = _dphi(outer, ell, s.tau, p) / s.divisor",
+        blocked(INFONCE),
+    ),
+    (
+        "hinge: its derivative's kink is at 0 instead of −margin",
+        "df=lambda x, tau, p: (x + p[0] > 0).to(x.dtype),",
+        "df=lambda x, tau, p: (x > 0).to(x.dtype),",
+        blocked(TRIPLET),
+    ),
+    (
+        "power: the derivative's factor q missing",
+        "return torch.where(d > 0, q * d.clamp(min=torch.finfo(d.dtype).tiny).pow(q - 1), 0.0)",
+        "return torch.where(d > 0, d.clamp(min=torch.finfo(d.dtype).tiny).pow(q - 1), 0.0)",
+        formula(direct(1.5, 0.1, False)),
+    ),
+    (
+        "power: a negative d² keeps its power",
+        "return torch.relu(d).square()\n    if q > 1.0:",
+        "return d.square()\n    if q > 1.0:",
+        f"tests/test_reference.py::test_definitions[dot-two_view-True-{DIRECT}]",
+    ),
+    (
+        "power: ∂ log f/∂τ has the wrong sign",
+        "dtau=lambda t, tau, p: _power(p[0] - t, p[1]) / tau.square(),",
+        "dtau=lambda t, tau, p: _power(p[0] - t, p[1]) / -tau.square(),",
+        blocked(THROUGH),
+    ),
+    (
+        "inverse: the derivative's factor k missing",
+        "df=lambda t, tau, p: _dpower(p[0] - t, p[1]) / (_power(p[0] - t, p[1]) + tau) * p[2],",
+        "df=lambda t, tau, p: _dpower(p[0] - t, p[1]) / (_power(p[0] - t, p[1]) + tau),",
+        blocked(INVERSE),
+    ),
+    (
+        "square: ∂h/∂τ has the wrong sign",
+        "dtau=lambda x, tau, p: torch.relu(x) / -tau.square(),",
+        "dtau=lambda x, tau, p: torch.relu(x) / tau.square(),",
+        blocked(SQUARE),
+    ),
+    (
+        "gamma: the derivative's factor 1/γ missing",
+        "df=lambda x, tau, p: h(x, tau, p) / (-p[0] * x),",
+        "df=lambda x, tau, p: h(x, tau, p) / -x,",
+        formula(GAMMA),
+    ),
+    (
+        "φ/ψ: φ′ is missing in the row weight",
+        "row_weight = rows.row_weight if self._phi is None else self.dphi(xi, p.tau) / p.divisor",
+        "row_weight = rows.row_weight",
+        blocked(CUSTOM_LOSS),
+    ),
+    (
+        "normalised weights: alpha_eps·|Neg| is not made relative to the row's shift",
+        "z = total + (extra * (-base[0]).exp() if base else extra)",
+        "z = total + extra",
+        blocked(ENTROPY_PLUS),
+    ),
+    (
+        "normalised weights through α: no baseline",
+        "return row_weight, total * row_weight, loss, loss",
+        "return row_weight, total * row_weight, loss, torch.zeros_like(loss)",
+        blocked(THROUGH),
+    ),
+    (
+        "normalised weights: a row whose weights are all 0 is divided by 0",
+        "usable = x >= torch.finfo(x.dtype).tiny\n",
+        "usable = x >= 0\n",
+        "tests/test_rows.py::test_row_step[5-torch.float64-weight]",
+    ),
+    (
+        "unnormalised weights: the positive term is not divided by the divisor",
+        "return replace(rows, mass=sums[0] / p.divisor, loss=sums[1])",
+        "return replace(rows, mass=sums[0], loss=sums[1])",
+        blocked(direct(normalized=False)),
+    ),
+    (
+        "Newton: the bracket keeps the wrong half",
+        "low, high = torch.where(below, y, low), torch.where(below, high, y)",
+        "low, high = torch.where(below, low, y), torch.where(below, y, high)",
+        blocked(SQUARE),
+    ),
+    (
+        "Newton: the bracket begins above the root of a flat row",
+        "for alpha in (1 / p.most_neg, 1.0))",
+        "for alpha in (2 / p.most_neg, 1.0))",
+        "tests/test_numerics.py::test_min_player_of_equal_similarities[alpha_square-blocked]",
+    ),
+    (
+        "Newton: it stops at Σh = 1 ± 1e-3",
+        "done = ((mass - 1).abs() <= 8 * eps)",
+        "done = ((mass - 1).abs() <= 1e-3)",
+        blocked(GAMMA),
+    ),
+    (
+        "min player: the loss keeps the moment about the maximum, not about t⁺",
+        "loss = moment + mass * (t_max - pos)",
+        "loss = moment",
+        blocked(SQUARE),
+    ),
+    (
+        "min player through α: the baseline is not divided by Σh′",
+        "baseline = (slopes[1] * _safe_inverse(slopes[0]),) if slopes else ()",
+        "baseline = (slopes[1],) if slopes else ()",
+        blocked(SQUARE),
+    ),
+    (
+        "constant α: per-negative weights are averaged",
+        "return n_neg if self._per_negative else 1.0",
+        "return 1.0",
+        blocked("triplet_contrastive()"),
+    ),
+)
+
+# --- the two sweeps as a loop over tiles ----------------------------------------------------------
+
+plant(
+    "alphacl_fast/backend/blocked.py",
+    (
+        "exclusion: the positive counts where it lies below the diagonal",
+        "([partner, -partner] if partner else [])",
+        "([partner] if partner else [])",
+        "tests/test_numerics.py::test_converged_regime[0.1-blocked]",
+    ),
+    (
+        "exclusion: the anchor itself counts",
+        "offsets = ([] if split else [0]) + (",
+        "offsets = ([] if split else []) + (",
+        blocked(INFONCE),
+    ),
+    (
+        "exclusion by ids: a pair with one id counts",
+        "return x if self.same_id is None else x.masked_fill_(self.same_id, value)",
+        "return x",
+        f"{IDS}test_equals_reference[{INFONCE}-two_view-True-cosine]",
+    ),
+    (
+        "row sums: the columns of off-diagonal tiles lose theirs",
+        "if j0 > i0 if not split else anchors > split:",
+        "if False if not split else anchors > split:",
+        blocked(INFONCE),
+    ),
+    (
+        "row sums: the second tower's anchors of a rectangle lose theirs",
+        "if j0 > i0 if not split else anchors > split:",
+        "if j0 > i0 if not split else False:",
+        blocked(INFONCE, "cross_view-True-cosine"),
+    ),
+    (
+        "online softmax: sums so far are not rescaled to the new maximum",
+        "sums *= (shift - _finite(new)).exp()",
+        "sums *= 1",
+        blocked(INFONCE, "two_view-True-dot"),
+    ),
+    (
+        "online softmax: partial sums of workers are added without a common shift",
+        "        _rescale(other_shift, other_sums, new)\n",
+        "",
+        "tests/test_backends.py::test_workers_share_the_tiles[False-3]",
+    ),
+    (
+        "row maxima: partial maxima of workers are added",
+        "out = torch.maximum(out, other) if form == Form.T_MAX else out.add_(other)",
+        "out = out.add_(other)",
+        "tests/test_backends.py::test_workers_share_the_tiles[False-3]",
+    ),
+    (
+        "constant shift: the row weight is not rescaled by exp(shift)",
+        "row_weight=scalars.row_weight * (shift - scalars.shift).exp()",
+        "row_weight=scalars.row_weight * 1",
+        blocked(DIRECT),
+    ),
+    (
+        "constant shift: the constant is not subtracted",
+        "return (log_f.sub_(shift) if shift else log_f).exp_()",
+        "return log_f.exp_()",
+        blocked(ENTROPY),
+    ),
+    (
+        "gradient: a diagonal tile's g_ji is forgotten",
+        "g = g + g.t()",
+        "g = g + 0",
+        blocked(INFONCE),
+    ),
+    (
+        "gradient: the columns' anchors do not weigh",
+        "for side in sides[1:]:",
+        "for side in sides[2:]:",
+        blocked(TRIPLET),
+    ),
+    (
+        "gradient: an off-diagonal tile adds to its rows only",
+        "_add_product(df, g.t(), sweep.rows[i0:i1], j0, j1, low, high)",
+        "_add_product(df, g.t(), sweep.rows[i0:i1], j0, j0, low, high)",
+        blocked(INFONCE),
+    ),
+    (
+        "gradient of some rows: weights of the tile's first rows instead of those in the range",
+        "df[a - low : b - low].addmm_(g[a - r0 : b - r0], rows)",
+        "df[a - low : b - low].addmm_(g[: b - a], rows)",
+        one_sided(INFONCE),
+    ),
+    (
+        "gradient through α: the baseline is ignored",
+        'return (values["f"] + values["df"] * tile.deviation(side)) * side.scalars.row_weight',
+        'return (values["f"] + values["df"] * tile.moment(side)) * side.scalars.row_weight',
+        blocked(THROUGH),
+    ),
+    (
+        "∂L/∂τ from pairs: the baseline is ignored",
+        "value = value * tile.deviation(side)",
+        "value = value * tile.moment(side)",
+        blocked(THROUGH),
+    ),
+    (
+        "moments: Σ f′·(t − origin) sums f",
+        'Term.DF_MOMENT: "df"',
+        'Term.DF_MOMENT: "f"',
+        blocked(SQUARE),
+    ),
+    (
+        "euclidean weight sums: the columns of off-diagonal tiles lose theirs",
+        "weight_sums[j0:j1] += g.sum(0)",
+        "weight_sums[j0:j1] += 0",
+        blocked(INFONCE, "two_view-True-euclidean"),
+    ),
+)
+
+# --- a batch over processes -----------------------------------------------------------------------
+
+plant(
+    "alphacl_fast/distributed.py",
+    (
+        "meetings: blocks half a ring apart are met whole by one process and half by the other",
+        "return [(slice(0, n), slice(0, m // 2), True)]",
+        "return [(slice(0, n), slice(0, m), True)]",
+        f"{DISTRIBUTED}test_the_shared_rectangle_is_cut_in_two",
+    ),
+    (
+        "meetings: cross_view's rectangles half a ring apart are computed by both processes",
+        "return [first] if shared else [first, ",
+        "return [first, ",
+        f"{DISTRIBUTED}test_no_pair_is_computed_twice[cross_view-True-ring]",
+    ),
+    (
+        "meetings: the farthest block of an odd ring is not met",
+        "return range(1, world // 2 + 1)",
+        "return range(1, (world + 1) // 2)",
+        f"{SPLIT}[2-sizes1-ring]",
+    ),
+    (
+        "agreement: temperatures are not compared",
+        "if abs(here - there) > 1e-6 * abs(here):",
+        "if abs(here - there) > 1e6 * abs(here):",
+        AGREE,
+    ),
+    ("agreement: similarities are not compared", "similarity={call.similarity!r}, ", "", AGREE),
+    ("agreement: strategies are not compared", ", strategy={strategy!r}", "", AGREE),
+    (
+        "agreement: a gradient that one process alone wants is not asked for",
+        "wanted |= header[4]",
+        "wanted = header[4]",
+        f"{DISTRIBUTED}test_one_process_may_want_no_gradient",
+    ),
+    (
+        "online softmax over processes: arriving sums are not rescaled",
+        "into[1:] += sums[1:] * (sums[0] - _finite(shift)).exp()",
+        "into[1:] += sums[1:]",
+        f"{VERIFY}",
+    ),
+    (
+        "online softmax over processes: sums so far are not rescaled",
+        "sums[1:] *= (sums[0] - _finite(shift)).exp()\n",
+        "",
+        f"{VERIFY}",
+    ),
+    (
+        "mean over processes: two_view's anchors are counted once",
+        'return total / (ranks.total * (2 if loss.negatives == "two_view" else 1))',
+        "return total / ranks.total",
+        f"{VERIFY}",
+    ),
+    (
+        "gradient of a shared loss: not multiplied by the number of processes",
+        "None if dz is None else dz.mul_(self.call.ranks.world)",
+        "dz",
+        f"{VERIFY}",
+    ),
+    (
+        "∂L/∂τ over processes: summed instead of averaged with reduction none",
+        'return total / ranks.world if self.call.reduction == "none" else total',
+        "return total",
+        f"{SPLIT}[2-sizes1-ring]",
+    ),
+    (
+        "exclusion: the positive counts in the process's own block",
+        "sweep.add(own, layout.split, layout.partner, [",
+        "sweep.add(own, layout.split, 0, [",
+        f"{VERIFY}",
+    ),
+    (
+        "euclidean: each process subtracts its own mean",
+        "return call.ranks.all_reduce(own) / (2 * call.ranks.total)",
+        "return own / (2 * len(z1))",
+        f"{SPLIT}[2-sizes1-ring]",
+    ),
+    (
+        "constant α over processes: the gradient that others send back through the sum is dropped",
+        "return [a + b for a, b in zip(direct[:2], through_sums, strict=True)]",
+        "return list(direct[:2])",
+        f"{VERIFY}",
+    ),
+    (
+        "ring: results of a block's earlier visits are dropped",
+        "theirs.add(sweep.result(self.layouts[other], behind.wait()))",
+        "behind.wait()",
+        f"{SPLIT}[4-sizes4-ring]",
+    ),
+)
+
+# --- the CPU kernels ------------------------------------------------------------------------------
+
+plant(
+    "csrc/cpu/driver.cpp",
+    (
+        "schedule: a rectangle's rounds step by two, so that some pairs of blocks never meet",
+        "i = k, j = (k + round) % m;",
+        "i = k, j = (k + 2 * round) % m;",
+        portable(INFONCE),
+    ),
+    (
+        "schedule: a rectangle's rounds go by its left side alone",
+        ": left > right ? left : right;",
+        ": left;",
+        "tests/test_cpu.py::test_rectangles_of_unequal_sides[cpu-20]",
+    ),
+    (
+        "constant shift: the row weight is rescaled without the constant",
+        "gain[r] *= std::exp(T(s.middle) - shift[r]);",
+        "gain[r] *= std::exp(-shift[r]);",
+        portable(ENTROPY),
+    ),
+    (
+        "collecting row sums: padded rows are not skipped",
+        "static_cast<T*>(to)[b.first + r] = T(from[b.packed + r]);",
+        "static_cast<T*>(to)[b.first + r] = T(from[b.first + r]);",
+        portable(TRIPLET),
+    ),
+    (
+        "online softmax: the moment is the sum",
+        "gather(sums + (running ? k == FT : k) * rows,",
+        "gather(sums + (running ? 0 : k) * rows,",
+        portable(INFONCE),
+    ),
+    (
+        "ids: every block has the ids of the first",
+        "ids[b.packed + r] = s.ids[b.first + r];",
+        "ids[b.packed + r] = s.ids[r];",
+        f"{IDS}test_many_tiles[member2-two_view-cosine]",
+    ),
+    (
+        "bfloat16 gradient: the largest row weight, divided out, is not multiplied back",
+        "df_scale = largest;",
+        "df_scale = 1;",
+        half(),
+    ),
+    (
+        "one-sided gradient: a block that straddles the first wanted row is left out",
+        "x.wanted = wants_df && x.first < s.hi && x.first + x.rows > s.lo;",
+        "x.wanted = wants_df && x.first < s.hi && x.first >= s.lo;",
+        "tests/test_cpu.py::test_gradients_of_whole_blocks[portable-dtype1-16-two_view-wanted2]",
+    ),
+)
+plant(
+    "csrc/cpu/tile.h",
+    (
+        "last partial vector of columns: one column too many counts",
+        "Mask<T> keep = lanes < I(p.cols - c);",
+        "Mask<T> keep = lanes < I(p.cols - c + 1);",
+        portable(INFONCE),
+    ),
+    (
+        "last partial panel of rows: one row too many counts",
+        "if (r >= p.rows) keep = Mask<T>{};",
+        "if (r > p.rows) keep = Mask<T>{};",
+        portable(INFONCE),
+    ),
+    (
+        "exclusion: a diagonal that begins in an earlier vector of columns is not masked",
+        "special |= p.diagonals[d] < c + L && p.diagonals[d] + PANEL_ROWS > c;",
+        "special |= p.diagonals[d] < c + L && p.diagonals[d] >= c;",
+        portable(INFONCE, 48),
+    ),
+    (
+        "constant shift: the columns lose their sums",
+        "    col_f += e;\n",
+        "",
+        portable(DIRECT),
+    ),
+    (
+        "constant shift: the columns' moment is about the row's origin",
+        "col_ft += e * (t - col_center);",
+        "col_ft += e * (t - p.row.center[r]);",
+        portable(DIRECT),
+    ),
+    (
+        "online softmax: the columns' terms are relative to the row's maximum",
+        "e = vexp<T>(log_f - load(p.col.base + c));",
+        "e = vexp<T>(log_f - p.row.base[r]);",
+        portable(INFONCE),
+    ),
+    (
+        "row maxima: the columns lose theirs",
+        "    col_best = largest<T>(t, col_best);\n",
+        "",
+        portable(SQUARE),
+    ),
+    (
+        "gradient through α: the baseline is ignored",
+        "return y.f + y.df * (u - level);",
+        "return y.f + y.df * u;",
+        portable(THROUGH),
+    ),
+    (
+        "∂L/∂τ from pairs: the baseline is ignored",
+        "default: return y.dtau * (u - level);",
+        "default: return y.dtau * u;",
+        portable(THROUGH),
+    ),
+    (
+        "constant shift: the columns' anchors do not weigh in the gradient",
+        "* (col_gain + p.row.gain[r]);",
+        "* (p.row.gain[r] + 0 * col_gain);",
+        portable(DIRECT),
+    ),
+    (
+        "linear kinds: the offset is not added to the argument",
+        "const Vec<T> x = (t - shift) + offset;",
+        "const Vec<T> x = t - shift;",
+        portable(SQUARE),
+    ),
+    (
+        "ids: the last row of a panel is not looked at",
+        "for (int r = 0; r < PANEL_ROWS; r++) equal |= ids == rows[r];",
+        "for (int r = 0; r < PANEL_ROWS - 1; r++) equal |= ids == rows[r];",
+        f"{IDS}test_many_tiles[member2-two_view-cosine]",
+    ),
+    variant="portable",
+)
+plant(
+    "csrc/cpu/kernels.cpp",
+    (
+        "online softmax: the moment so far is not rescaled to the new maximum",
+        "      totals[r + v.padded] *= factor;\n",
+        "",
+        portable(INFONCE),
+    ),
+    (
+        "sums of a diagonal tile are added for its rows and again for its columns",
+        "p.col_terms = p.two_sided && !diagonal;",
+        "p.col_terms = p.two_sided;",
+        portable(TRIPLET),
+    ),
+    (
+        "exclusion: the positive counts where it lies below the diagonal",
+        "if (s.partner) exclude(s.partner), exclude(-s.partner);",
+        "if (s.partner) exclude(s.partner);",
+        "tests/test_cpu.py::test_any_number_of_features[portable-dtype1-16]",
+    ),
+    (
+        "exclusion: the anchor itself counts",
+        "if (!s.split) exclude(0);",
+        "if (s.split) exclude(0);",
+        portable(INFONCE),
+    ),
+    (
+        "euclidean: rows beyond the first panel have its biases",
+        "t += load(bias + j.packed + c) + bias[i.packed + r0 + r];",
+        "t += load(bias + j.packed + c) + bias[i.packed + r];",
+        portable(INFONCE, 48),
+    ),
+    (
+        "euclidean weight sums: the columns lose theirs",
+        "    v.weight_sums[j.packed + c] += sum;\n",
+        "",
+        portable(INFONCE),
+    ),
+    (
+        "row maxima: a tile's maxima replace those so far",
+        "if (found[r] > best[at + r] || found[r] != found[r]) best[at + r] = found[r];",
+        "best[at + r] = found[r];",
+        portable(SQUARE),
+    ),
+    variant="portable",
+)
+plant(
+    "csrc/cpu/native.h",
+    (
+        "similarities of long rows: the last partial chain of features is left out",
+        "for (int64_t k = CHAIN; k < s.dim; k += CHAIN)",
+        "for (int64_t k = CHAIN; k + CHAIN <= s.dim; k += CHAIN)",
+        "tests/test_cpu.py::test_any_number_of_features[portable-dtype1-1000]",
+    ),
+    (
+        "gradient: the other side's product takes W instead of its transpose",
+        "if (j.wanted && !diagonal) add_product<1, LD>(s, tile, j.rows, i, j);",
+        "if (j.wanted && !diagonal) add_product<LD, 1>(s, tile, j.rows, i, j);",
+        portable(TRIPLET),
+    ),
+    (
+        "gradient: a diagonal tile's product is added twice",
+        "if (j.wanted && !diagonal) add_product<1, LD>(s, tile, j.rows, i, j);",
+        "if (j.wanted) add_product<1, LD>(s, tile, j.rows, i, j);",
+        portable(TRIPLET),
+    ),
+    variant="portable",
+)
+plant(
+    "csrc/cpu/rows.h",
+    (
+        "positive term: a row is pulled to itself instead of its partner",
+        "*partner = rows[1 - view];",
+        "*partner = rows[view];",
+        portable(INFONCE),
+    ),
+    (
+        "normalisation's derivative: the component along the row stays",
+        "d[k] = (d[k] - mine[k] * along) * inverse;",
+        "d[k] = d[k] * inverse;",
+        portable(INFONCE),
+    ),
+    (
+        "cosine: an all-zero row has inverse norm 1",
+        "if (largest == 0) return 0;",
+        "if (largest == 0) return 1;",
+        "tests/test_numerics.py::test_zero_row_has_zero_gradient",
+    ),
+    (
+        "cosine: the last features of a row, short of a vector, are left out of its norm",
+        "for (; k < dim; k++) rest += a[k] * b[k];",
+        "for (; k + L < dim; k++) rest += a[k] * b[k];",
+        portable(INFONCE),
+    ),
+    variant="portable",
+)
+plant(
+    "csrc/cpu/pairs.h",
+    (
+        "power: the derivative's factor q missing",
+        "else y = q * vpow(positive, double(q) - 1);",
+        "else y = vpow(positive, double(q) - 1);",
+        portable(direct(1.5, 0.1, False)),
+    ),
+    (
+        "hinge: its derivative's kink is at 0 instead of −margin",
+        "return x + n.p0 > 0 ? broadcast<T>(1)",
+        "return x > 0 ? broadcast<T>(1)",
+        portable(TRIPLET),
+    ),
+    (
+        "inverse: the derivative's factor k missing",
+        "/ inside(t, n) * n.p2;",
+        "/ inside(t, n);",
+        portable(INVERSE),
+    ),
+    (
+        "exp: ∂ log f/∂τ of the pair has the wrong sign in Gibbs weights",
+        "return (n.p0 - t) * (n.inv_tau * n.inv_tau);",
+        "return (t - n.p0) * (n.inv_tau * n.inv_tau);",
+        portable("alpha_entropy(alpha_eps=0.0,detach_alpha=False)"),
+    ),
+    variant="portable",
+)
+plant(
+    "csrc/cpu/dot.h",
+    (
+        "bfloat16 gradient: the last row of an odd number of rows is left out",
+        "const int64_t steps = (other.rows + 1) / 2;",
+        "const int64_t steps = other.rows / 2;",
+        half(),
+    ),
+    (
+        "bfloat16 similarities of long rows: scaled after every chain of features",
+        "first < used ? nullptr : rows, col_scale);",
+        "rows, col_scale);",
+        "tests/test_cpu.py::test_any_number_of_features[avx512_bf16-dtype2-1000]",
+    ),
+    variant="avx512_bf16",
+)
+plant(
+    "csrc/cpu/half.h",
+    (
+        "bfloat16 weights: the scales of two rows that share a word are swapped",
+        "_mm512_cvtne2ps_pbh(b * low, a * up)",
+        "_mm512_cvtne2ps_pbh(b * up, a * low)",
+        half(),
+    ),
+    (
+        "bfloat16 rows: the power of two of their scale is left out",
+        "const float once = scale == 0 ? 0.f : __builtin_ldexpf(1.f, half),",
+        "const float once = scale == 0 ? 0.f : 1.f,",
+        "tests/test_cpu.py::test_bfloat16_ignores_the_scale_of_rows[avx512_bf16-1e+18]",
+    ),
+    variant="avx512_bf16",
+)
+plant(
+    "csrc/cpu/amx.h",
+    (
+        "AMX gradient: rows beyond the last whole tile are left out",
+        "padded(other.rows, 32) / 32, c0, c1);",
+        "other.rows / 32, c0, c1);",
+        half(),
+    ),
+    (
+        "AMX gradient: the other side's product takes W instead of its transpose",
+        "if (j.wanted && !diagonal) add_product(s, transposed(scratch), i, j);",
+        "if (j.wanted && !diagonal) add_product(s, across(scratch), i, j);",
+        half(),
+    ),
+    (
+        "AMX similarities: the second tile of columns is the first",
+        "second(c), second(c + 16), n_pairs / 16,",
+        "second(c), second(c), n_pairs / 16,",
+        half("59-33-48"),
+    ),
+    variant="amx_emulated",
+)
+
+# --- the CUDA kernels, emulated -------------------------------------------------------------------
+
+plant(
+    "csrc/cuda/walk.h",
+    (
+        "last partial tile: columns that do not exist count",
+        "return at < special || (ragged && tile(at) == tiles - 1);",
+        "return at < special;",
+        cuda(INFONCE),
+    ),
+    (
+        "exclusion: neither the anchor itself nor its positive is masked",
+        "(block * row_pairs + row_pairs - 1) / col_pairs - first) + 1 : 0;",
+        "(block * row_pairs + row_pairs - 1) / col_pairs - first) : 0;",
+        cuda(INFONCE),
+    ),
+    variant="FLOAT64",
+)
+plant(
+    "csrc/cuda/sweeps.h",
+    (
+        "online softmax: sums so far are not rescaled to the new maximum",
+        "total(r, k) *= factor, lost(r, k) *= factor;",
+        "lost(r, k) *= factor;",
+        cuda(INFONCE),
+    ),
+    (
+        "∂L/∂τ from pairs: the baseline is ignored",
+        "sums[TERM_DTAU] += y.dtau * (u - level);",
+        "sums[TERM_DTAU] += y.dtau * u;",
+        cuda(THROUGH),
+    ),
+    (
+        "gradient: the columns' anchors do not weigh",
+        "w += weigh(y, x.t, side_j);",
+        "w += 0;",
+        cuda(TRIPLET),
+    ),
+    variant="FLOAT64",
+)
+plant(
+    "csrc/cuda/rows.h",
+    (
+        "positive term: both anchors of a pair weigh as the first one",
+        "weights[row[0]] + weights[row[1]]",
+        "2 * weights[row[0]]",
+        "tests/test_cuda.py::test_rows_steps",
+    ),
+    variant="FLOAT64",
+)
+
+# --- the Triton kernels, interpreted --------------------------------------------------------------
+
+plant(
+    "kernels/sweeps.py",
+    (
+        "split-K: the last column tiles are left out where the parts do not divide them",
+        "each = tl.cdiv(end - begin, parts)",
+        "each = (end - begin) // parts",
+        "tests/test_triton.py::test_parts_that_do_not_divide_a_ring",
+    ),
+    (
+        "last partial tile: columns that do not exist count",
+        "ragged = tl.where(n_cols % S.BLOCK_N != 0, (2 * tiles - 1 - first) % tiles, -1)",
+        "ragged = -1",
+        triton(INFONCE),
+    ),
+    (
+        "exclusion: the anchor itself and its positive count",
+        "keep = keep & (i.pair[:, None] != j.pair[None, :])",
+        "keep = keep",
+        triton(INFONCE),
+    ),
+    (
+        "exclusion by ids: a pair with one id counts",
+        "keep = keep & (i.ids[0][:, None] != j.ids[0][None, :])",
+        "keep = keep",
+        f"{IDS}test_forms_of_the_triton_kernels",
+    ),
+    (
+        "online softmax: a tile's sums are not rescaled to the common maximum",
+        "_times(sums, tl.exp(tile_base[0] - finite)))",
+        "sums)",
+        "tests/test_backends.py::test_rectangle_of_two_processes_rows[triton-7-19-True]",
+    ),
+    (
+        "∂L/∂τ from pairs: the baseline is ignored",
+        "return tl.sum(dtau[0] * _minus(_minus(t, side.center, axis), side.level, axis), axis)",
+        "return tl.sum(dtau[0] * _minus(t, side.center, axis), axis)",
+        triton(THROUGH),
+    ),
+    (
+        "gradient through α: the baseline is ignored",
+        "g = f[0] + df[0] * _minus(_minus(t, side.center, axis), side.level, axis)",
+        "g = f[0] + df[0] * _minus(t, side.center, axis)",
+        triton(THROUGH),
+    ),
+    (
+        "constant shift: the columns' anchors do not weigh in the gradient",
+        "return e * ((i.gain[0] * c.inv_unit)[:, None] + (j.gain[0] * c.inv_unit)[None, :])",
+        "return e * (i.gain[0] * c.inv_unit)[:, None]",
+        triton(INFONCE),
+    ),
+    (
+        "euclidean: the columns' bias is not added",
+        "t = t + (i.bias[0][:, None] + j.bias[0][None, :])",
+        "t = t + i.bias[0][:, None]",
+        shared_ring(INFONCE),
+    ),
+    (
+        "linear kinds: the offset is not added to the argument",
+        "x = x + tl.expand_dims(side.offset[0], axis)",
+        "x = x + 0",
+        triton(SQUARE),
+    ),
+)
+plant(
+    "kernels/rows.py",
+    (
+        "split-K reduction of the online softmax: parts are added without a common shift",
+        "                x *= libdevice.exp(own - finite[None, :])\n",
+        "                x *= 1\n",
+        "tests/test_rows.py::test_combine[2-running]",
+    ),
+    (
+        "split-K reduction: parts beyond the first sixteen are left out",
+        "y = tl.sum(x, 0) - lost",
+        "y = tl.sum(x, 0) * (first == 0) - lost",
+        "tests/test_rows.py::test_combine[37-plain]",
+    ),
+    (
+        "constant shift: the row weight is rescaled with the wrong sign",
+        "gain *= libdevice.exp(middle - tl.load(shift_ptr + row, mask=keep, other=0.0))",
+        "gain *= libdevice.exp(tl.load(shift_ptr + row, mask=keep, other=0.0) - middle)",
+        "tests/test_rows.py::test_gains[300-torch.float64]",
+    ),
+    (
+        "positive term: a row is pulled to itself instead of its partner",
+        "return u1, u2, g1 - q[:, None] * u2, g2 - q[:, None] * u1",
+        "return u1, u2, g1 - q[:, None] * u1, g2 - q[:, None] * u2",
+        "tests/test_rows.py::test_finish_rows[torch.float64-17-None]",
+    ),
+    (
+        "cosine in chunks of features: earlier squares are lowered once, not twice",
+        "squares = squares * (lowered * lowered)[:, None] + x * x",
+        "squares = squares * lowered[:, None] + x * x",
+        "tests/test_rows.py::test_unit_rows[torch.float64-96-32]",
+    ),
+)
+plant(
+    "kernels/trace.py",
+    (
+        "compiled formulas: an odd power loses its last factor",
+        "return _mul(square, a) if q % 2 else square",
+        "return square",
+        "tests/test_trace.py::test_operation[pow_3]",
+    ),
+    (
+        "compiled formulas: a difference ignores its factor alpha",
+        'return _Node("{} - {}", _real(a), _mul(b, alpha))',
+        'return _Node("{} - {}", _real(a), _real(b))',
+        "tests/test_trace.py::test_operation[sub]",
+    ),
+    (
+        "compiled formulas: a lower bound is ignored",
+        "a = a if min is None else _maximum(a, min)",
+        "a = a if min is None else a",
+        "tests/test_trace.py::test_operation[clamp]",
+    ),
+    (
+        "compiled formulas: division by a constant multiplies by it",
+        "return _mul(a, 1.0 / b) if",
+        "return _mul(a, b) if",
+        "tests/test_trace.py::test_operation[div]",
+    ),
+)
+plant(
+    "alphacl_fast/backend/triton.py",
+    (
+        "split-K: the gradient is the first part's",
+        "return tuple(x[0] if x.shape[0] == 1 else x.sum(0) for x in (df, w_sums, sums))",
+        "return tuple(x[0] for x in (df, w_sums, sums))",
+        shared_ring(TRIPLET),
+    ),
+)
