@@ -529,13 +529,13 @@ plant(
         "constant shift: the row weight is not rescaled by exp(shift)",
         "row_weight=scalars.row_weight * (shift - scalars.shift).exp()",
         "row_weight=scalars.row_weight * 1",
-        blocked(DIRECT),
+        blocked(direct(normalized=False)),
     ),
     (
         "constant shift: the constant is not subtracted",
         "return (log_f.sub_(shift) if shift else log_f).exp_()",
         "return log_f.exp_()",
-        blocked(ENTROPY),
+        blocked(ENTROPY_PLUS),
     ),
     (
         "gradient: a diagonal tile's g_ji is forgotten",
