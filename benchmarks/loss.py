@@ -1,12 +1,11 @@
 """Time one setting: loss, gradient or both of several implementations, interleaved in one process.
 
 An implementation is a backend of this package or a baseline of `benchmarks.baselines`, optionally
-with its own objective after a slash ("cpu/alpha_direct"); in rows and flags it is called a
-contestant. On a CPU only ratios are kept: every time is divided by that of a 4096³ GEMM of the same
-dtype in the same run. Work counts as 4n²D floating-point operations (two_view; 8N²D for
-cross_view), whatever an implementation does. An implementation whose gradient is wrong is not
-timed. `benchmarks.bench` measures a grid of settings with this module, and `tools.gpu` uses its
-functions on GPUs.
+with its own objective after a slash ("cpu/alpha_direct"); rows and flags call it a contestant. On a
+CPU only ratios are kept: every time is divided by the time of a 4096³ GEMM of the same dtype in the
+same run. Work counts as 4n²D floating-point operations (two_view; 8N²D for cross_view), whatever an
+implementation does. An implementation whose gradient is wrong is not timed. `benchmarks.bench`
+measures a grid of settings with this module, and `tools.gpu` uses its functions on GPUs.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def counted(threads: int) -> str:
 
 
 def groups(rows: list[Row], benchmark: str, keys: tuple[str, ...] = SHARED) -> dict[tuple, list[Row]]:
-    """Rows of one benchmark by everything that one table's rows share."""
+    """Group one benchmark's rows into tables."""
     found: dict[tuple, list[Row]] = {}
     for row in rows:
         if row["benchmark"] == benchmark:
@@ -168,7 +168,7 @@ def curves(rows: list[Row]) -> dict[str, list[tuple[int, float]]]:
 
 
 def plot(rows: list[Row], path: Path) -> bool:
-    """Time and peak memory over n, one column per mode; False where no contestant has two sizes."""
+    """Plot time and peak memory against n, one column per mode; False below two sizes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -204,7 +204,7 @@ def plot(rows: list[Row], path: Path) -> bool:
 
 
 def write(rows: list[Row], out: Path) -> list[Path]:
-    """tables.md and, where there is something to draw and matplotlib, growth.png."""
+    """Write tables.md and, given two sizes and matplotlib, growth.png; return the files."""
     (out / "tables.md").write_text(tables(rows))
     try:
         drawn = plot(rows, out / "growth.png")
@@ -213,11 +213,11 @@ def write(rows: list[Row], out: Path) -> list[Path]:
     return [out / "rows.jsonl", out / "tables.md", *([out / "growth.png"] if drawn else [])]
 
 
-# --- the documents ----------------------------------------------------------------------------------------------------
+# --- the documents --------------------------------------------------------------------------------
 
 
 def newest_machine(rows: list[Row]) -> list[Row]:
-    """Those of the device that was measured last, with the version of torch of most of them."""
+    """Select the last measured device's rows, with the torch version of most of them."""
     here = [row for row in rows if row["device"] == rows[-1]["device"]]
     torch = Counter(row["torch"] for row in here).most_common(1)[0][0]
     return [row for row in here if row["torch"] == torch]
@@ -280,7 +280,7 @@ def training(rows: list[Row]) -> str:
 
 
 def sections(rows: list[Row]) -> dict[Path, list[str]]:
-    """What stands between the marks of each document, in order."""
+    """Format the texts between the marks of each document, in order."""
     calls = [row for row in rows if row["benchmark"] != "training"]
     newest = newest_machine(calls)
     ours = next(row for row in reversed(newest) if row["kernels"])

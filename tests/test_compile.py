@@ -112,7 +112,7 @@ def test_operators_pass_opcheck():
     z1, z2 = pair(6, 4)
     tau, call = torch.tensor(0.3, dtype=torch.float64), ("cosine", "two_view", True)
     for reduction in ("mean", "none"):
-        rest = (0.3, objective.key, *call, reduction, "blocked", "", [True, True, False])
+        rest = (objective.key, *call, reduction, "blocked", 0.3, "", [True, True, False])
         torch.library.opcheck(torch.ops.alphacl_fast.loss.default, (z1, z2, tau, None, *rest), test_utils=(
             "test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
     grad = torch.ones(12, dtype=torch.float64)

@@ -228,6 +228,19 @@ def test_one_process_may_want_no_gradient(ranks):
     assert values == [values[0]] * 3
 
 
+def gradient_of_the_first(group):
+    rank = dist.get_rank(group)
+    z1, z2 = (z[4 * rank : 4 * rank + 4].clone() for z in pair(12, 3))
+    loss = alpha_cl_loss(z1.requires_grad_(rank == 0), z2, process_group=group)
+    return torch.autograd.grad(loss, z1)[0] if rank == 0 else None
+
+
+def test_one_process_alone_may_want_a_gradient(ranks):
+    z1, z2 = pair(12, 3)
+    (whole,) = torch.autograd.grad(alpha_cl_loss(z1.requires_grad_(), z2), z1)
+    torch.testing.assert_close(ranks.run(3, gradient_of_the_first)[0] / 3, whole[:4], rtol=1e-10, atol=1e-12)
+
+
 def test_verify_distributed(ranks):
     first, *others = ranks.run(3, verified)
     assert all(other == first for other in others)

@@ -1,13 +1,15 @@
-"""Everything worth knowing of a GPU that is at hand for minutes: `make gpu OUT=dir`. Offline; needs PyTorch and Triton alone.
+"""Check, time and profile the package on a GPU within minutes: `make gpu OUT=dir`.
 
     python -m tools.gpu --out dir [--minutes 9] [--phases check,headline,...]
     python -m tools.gpu --plots dir
 
-Checks against float64 and the headline table come first, so that a run cut short has them. Every row is in dir/rows.jsonl
-as soon as it is made; summary.txt, profile.txt, tuned.json, sanitize.txt and plots.png lie beside it. What runs on the
-device runs in child processes (`tools.subprocess_pool`): a kernel that hangs or breaks its context costs one row. Times are of
-loss + gradient, and fractions are of the rate of an 8192³ product of the same dtype in the same minute, for 4n²D operations
-(8N²D in cross_view). The exit status is 1 if one of the package's backends failed anywhere.
+The run is offline and needs only PyTorch and Triton. Checks against float64 and the headline table
+come first, so that a run that is cut short has them. Every row is appended to dir/rows.jsonl at
+once; summary.txt, profile.txt, tuned.json, sanitize.txt and plots.png are written beside it. Device
+work runs in child processes (`tools.subprocess_pool`), so a kernel that hangs or breaks its context
+costs one row. Times are for loss + gradient. Fractions are relative to the rate of an 8192³ GEMM
+of the same dtype in the same minute, and count 4n²D operations (8N²D in cross_view). The exit
+status is 1 if one of the package's backends fails anywhere.
 """
 
 from __future__ import annotations
@@ -40,16 +42,16 @@ from .gpu_tasks import DIMS, cases, provenance
 from .subprocess_pool import Pool, Row, Task
 
 TASKS = "tools.gpu_tasks"
-#: Most seconds of each phase in a run of nine minutes.
+#: Time limit of each phase in a run of nine minutes, in seconds.
 SECONDS = {"check": 150, "headline": 150, "tune": 110, "rivals": 60, "sanitize": 45, "profile": 20, "plots": 15}
-#: Seconds kept for the summary.
+#: Seconds reserved for the summary.
 RESERVE = 3.0
 BAD = ("failed", "error", "crashed", "timeout", "wrong")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a run: those of a GPU, or tiny ones that show on any machine that everything works."""
+    """Problem sizes of a run: for a GPU, or tiny ones to test every phase on any machine."""
 
     pairs: tuple[int, int] = (1000, 1537)
     dims: tuple[int, ...] = DIMS
@@ -69,7 +71,7 @@ TINY = Sizes((20, 33), (16, 24), 64, 1e-4, 0.02, (2, 2), 1024)
 
 
 class Report:
-    """Rows to a file, at once; lines to the screen and, in the end, to summary.txt."""
+    """Write rows to a file at once, and lines to the screen and finally to summary.txt."""
 
     def __init__(self, out: Path, machine: Row, backends: list[str]) -> None:
         out.mkdir(parents=True, exist_ok=True)
@@ -91,17 +93,17 @@ class Report:
             print(one_line(row), flush=True)
 
     def say(self, text: str, keep: bool = True) -> None:
-        """A line with the time; ``keep`` puts it into the summary."""
+        """Print a line with the time; ``keep`` adds it to the summary."""
         self.notes += [text] if keep else []
         print(f"[{time.monotonic() - self.start:5.0f} s] {text}", flush=True)
 
     def failure(self, row: Row) -> bool:
-        """Whether a backend of this package did something wrong (a rival's mistakes are its own)."""
+        """Whether one of this package's backends failed; baselines do not count."""
         who = row.get("backend", row.get("contestant"))
         return row.get("status") in BAD and (who is None or who in self.backends)
 
     def summary(self) -> str:
-        """Failures first, then the counts of the checks, the timings and the goals."""
+        """Summarise failures first, then counts of checks, timings and goals."""
         failures = [row for row in self.rows if self.failure(row)]
         lines = [f"=== {self.machine['device']}, torch {self.machine['torch']}, commit {self.machine['commit']} ==="]
         lines.append(f"{len(failures)} FAILURES" if failures else "no failures")
@@ -121,7 +123,7 @@ class Report:
         return "\n".join([*lines, *self.notes, *goals(self.rows)])
 
     def _belongs_in_summary(self, row: Row) -> bool:
-        """Whether a row that is no failure says something that no other line does."""
+        """Whether a row that did not fail adds information to the summary."""
         known = row["benchmark"] in ("check", "phase") or row.get("status") == "skipped" or self.failure(row)
         baseline = row.get("contestant") in ("eager", "compiled") and row.get("status") == "ok"
         return not known and not baseline
@@ -134,7 +136,7 @@ class Report:
 
 
 def one_line(row: Row) -> str:
-    """A row for people."""
+    """Format a row for the terminal."""
     who = row.get("contestant") or row.get("backend") or row.get("phase") or ""
     what = [row["benchmark"]] if row["benchmark"] != "loss+gradient" else []
     what += [who, row.get("objective", ""), row.get("dtype", ""), row.get("negatives", "")]
@@ -160,7 +162,7 @@ def one_line(row: Row) -> str:
     return " ".join(str(word) for word in what if word) + ": " + (", ".join(facts) or row.get("status", ""))
 
 
-#: (what, row filter, field, goal, whether larger is better), of the fastest backend.
+#: (text, row filter, column, goal, whether larger is better), for the fastest backend.
 GOALS: list[tuple[str, Row, str, float, bool]] = [
     ("n = 65,536", {"n": 65536, "dim": 128, "dtype": "bfloat16"}, "fraction_of_gemm_rate", 0.60, True),
     ("n = 16,384", {"n": 16384, "dim": 128, "dtype": "bfloat16"}, "fraction_of_gemm_rate", 0.50, True),
@@ -173,7 +175,7 @@ GOALS: list[tuple[str, Row, str, float, bool]] = [
 
 
 def goals(rows: list[Row]) -> list[str]:
-    """What was hoped for and what was measured, of infonce."""
+    """Compare goals with measurements of infonce."""
     measured = [
         row for row in rows
         if row["benchmark"] == "loss+gradient" and row.get("status") == "ok" and row["contestant"] in ops.SWEEP_BACKENDS
@@ -193,7 +195,7 @@ def goals(rows: list[Row]) -> list[str]:
 
 
 class Run:
-    """A run's choices, its clock and its child processes."""
+    """A run's options, clock and child processes."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.device, self.sizes = args, args.device, TINY if args.tiny else Sizes()
@@ -213,7 +215,7 @@ class Run:
         return str(self.args.out / "workers.log")
 
     def pool(self) -> Pool:
-        """One child for everything that is timed, so that nothing else uses the device."""
+        """Return the single child process for timings, so that nothing else uses the device."""
         if self._pool is None:
             self._pool = Pool(min(1, self.args.workers), self.log)
         return self._pool
@@ -244,7 +246,7 @@ class Run:
 
 
 def check(run: Run) -> None:
-    """Every backend × objective × dtype × mode against float64 until the phase's time is over; invariants of a step."""
+    """Check backends × objectives × dtypes × modes against float64 until time is over; invariants."""
     table = (
         Task(f"{TASKS}:check", {"case": case, "device": run.device}, {"benchmark": "check", **asdict(case)}, 45.0)
         for case in cases(run.backends, run.sizes.dims, run.sizes.pairs)
@@ -292,12 +294,12 @@ def headline_tasks(run: Run, label: Row) -> Iterator[Task]:
 
 
 def headline(run: Run) -> None:
-    """The table of loss + gradient, with the eager loss and torch.compile of it."""
+    """Time loss + gradient, with eager PyTorch and torch.compile as baselines."""
     run.timed(headline_tasks(run, {}))
 
 
 def tune(run: Run) -> None:
-    """Tunes the Triton kernels' tiles, then the headline table again with what was found, without the eager loss."""
+    """Tune the Triton kernels' tiles; repeat the headline table with them, without eager."""
     table = run.args.out / "tuned.json"
     seconds = 0.6 * run.left()
     command = [sys.executable, "-m", "alphacl_fast.cli", "tune", "--out", str(table)]
@@ -321,7 +323,7 @@ def tune(run: Run) -> None:
 
 
 def logged(command: list[str], limit: float, log: Path, **options: Any) -> tuple[str, str | None]:
-    """Runs a command with its output appended to a file: ("ok", None), or a status and what went wrong."""
+    """Run a command, appending its output to a file: ("ok", None), or a status and the error."""
     with log.open("a") as file:
         file.write(f"$ {' '.join(command)}\n")
         file.flush()
@@ -332,13 +334,13 @@ def logged(command: list[str], limit: float, log: Path, **options: Any) -> tuple
             return "timeout", f"not done in {limit:.0f} s"
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # with whatever it has started
+                os.killpg(process.pid, signal.SIGKILL)  # and its children
             process.wait()
     return ("ok", None) if code == 0 else ("error", f"exit status {code}, see {log.name}")
 
 
 def rivals(run: Run) -> None:
-    """Losses of other packages in cross_view, each beside the package's backends at the same precision."""
+    """Time other packages in cross_view, each beside our backends at the same precision."""
     ours = run.compiled or run.backends
     timed: dict[str, Row] = {}
 
@@ -366,7 +368,7 @@ def rivals(run: Run) -> None:
 
 
 def sanitize(run: Run) -> None:
-    """Small ragged shapes under compute-sanitizer: memcheck; racecheck of hand-written kernels."""
+    """Run small ragged shapes under compute-sanitizer: memcheck, racecheck for CUDA kernels."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         run.report.say("sanitize skipped: compute-sanitizer is not there")
@@ -380,7 +382,7 @@ def sanitize(run: Run) -> None:
             tool, "--tool", watch, "--target-processes", "application-only", "--report-api-errors", "no",
             "--print-limit", "10", sys.executable, "-m", TASKS, name, run.device, f"{share / 2:.0f}",
         ]  # fmt: skip
-        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that every tensor has bounds of its own
+        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # gives every tensor its own bounds
         status, error = logged(command, share, log, env=environment)
         found = [int(k) for k in re.findall(r"ERROR SUMMARY: (\d+) error", log.read_bytes()[at:].decode(errors="replace"))]
         if status == "ok" and (not found or sum(found)):
@@ -392,7 +394,7 @@ def sanitize(run: Run) -> None:
 
 
 def profile(run: Run) -> None:
-    """Kernels of one step, into profile.txt."""
+    """Write the kernels of one step to profile.txt."""
     arguments = {
         "setting": run.sizes.setting(16384), "backends": run.backends, "device": run.device,
         "out": str(run.args.out / "profile.txt"),
@@ -401,12 +403,12 @@ def profile(run: Run) -> None:
 
 
 def plots(run: Run) -> None:
-    """plots.png."""
+    """Draw plots.png."""
     run.report.say(draw(run.args.out), keep=False)
 
 
 def draw(out: Path) -> str:
-    """Draws plots.png from rows.jsonl; returns what was done."""
+    """Draw plots.png from rows.jsonl; return a message."""
     if importlib.util.find_spec("matplotlib") is None:
         return "plots skipped: matplotlib is not there"
     import matplotlib
@@ -436,7 +438,7 @@ def draw(out: Path) -> str:
 
 
 def _lines(axis: Any, rows: list[Row], x: str, y: str, label: str) -> None:
-    """One line per contestant, dtype and table of tiles; of repeated points the last."""
+    """Draw a line per implementation, dtype and tile table; repeated points keep the last."""
     keys = dict.fromkeys((row["contestant"], row["dtype"], bool(row.get("tuned"))) for row in rows)
     for contestant, dtype, tuned in keys:
         points = {
@@ -459,7 +461,7 @@ PHASES: dict[str, Callable[[Run], None]] = {
 
 
 def perform(run: Run, phases: list[str]) -> None:
-    """The phases in order, each within its time; one that raises does not stop the next."""
+    """Run the phases in order, each within its time limit; an error does not stop the next."""
     factor = run.args.minutes / 9
     for name in phases:
         now, end = time.monotonic(), run.deadline - RESERVE * min(1.0, factor)

@@ -1,10 +1,11 @@
-"""What `tools.gpu` does in its child processes: checks against float64, timings, profiles. Every task yields rows.
+"""The tasks that `tools.gpu` runs in child processes: checks against float64, timings, profiles.
 
-Tolerances: a float32 result may have twice the error of the dense loss in the same dtype (and at the same precision of matrix
-products) plus a band: four roundings where products are IEEE's, one rounding of an operand where they are TF32 or three
-products of bfloat16. For half-precision input the dense loss is computed in float32, so the gradient's band is a quarter of
-the dtype's eps. Scalars (a mean loss, a temperature's gradient) are single numbers, and get four bands: of two random
-errors one may be zero by luck.
+Every task yields rows. Tolerances: a float32 result may have twice the error of the dense loss in
+the same dtype (and the same GEMM precision) plus a band. The band is four roundings where GEMMs are
+IEEE, and one rounding of an operand where they use TF32 or three bfloat16 products. For
+half-precision input the dense loss is computed in float32, so the gradient's band is a quarter of
+the dtype's eps. Scalars (a mean loss, a temperature's gradient) get four bands, because one of two
+random errors may be zero by luck.
 """
 
 from __future__ import annotations
@@ -49,11 +50,11 @@ from alphacl_fast.functional import NEGATIVES, SIMILARITIES, alpha_cl_loss
 
 Row = dict[str, Any]
 
-# --- the device, with stand-ins for a CPU -----------------------------------------------------------------------------
+# --- the device, with substitutes on a CPU ---------------------------------------------------------
 
 
 def provenance(device: torch.device) -> Row:
-    """What every row of a run says of the machine."""
+    """Describe the machine; every row of a run contains this."""
     row = base_provenance(device)
     with contextlib.suppress(ImportError):
         import triton
@@ -70,7 +71,7 @@ def provenance(device: torch.device) -> Row:
 
 @contextlib.contextmanager
 def matmul_precision(dtype: str) -> Iterator[None]:
-    """torch's float32 products as "tf32" or, for every other name, as IEEE says."""
+    """Set torch's float32 GEMM precision: "tf32", or IEEE for every other name."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
     try:
@@ -81,7 +82,7 @@ def matmul_precision(dtype: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def deterministic(on: bool) -> Iterator[None]:
-    """Algorithms of a fixed order, and NaN in every allocation that nobody has written to."""
+    """Use deterministic algorithms, and fill new allocations with NaN."""
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(on)
@@ -93,7 +94,7 @@ def deterministic(on: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def synchronization_forbidden(device: torch.device) -> Iterator[None]:
-    """Waiting for the device raises."""
+    """Raise an error on any host–device synchronisation."""
     if device.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
@@ -104,7 +105,7 @@ def synchronization_forbidden(device: torch.device) -> Iterator[None]:
 
 
 def peak_extra_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
-    """`memory.peak_of_device`; on a CPU the call runs all the same, and nothing is known."""
+    """Measure `memory.peak_of_device`; on a CPU the call runs and the result is None."""
     if device.type == "cuda":
         return peak_of_device(run, device)
     run()
@@ -112,7 +113,10 @@ def peak_extra_bytes(run: Callable[[], Any], device: torch.device) -> int | None
 
 
 def captured(step: Callable[..., tuple[Tensor, ...]], views: tuple[Tensor, ...], device: torch.device) -> Callable:
-    """``step`` as a CUDA graph: a function of new views (or of none: the last ones). On a CPU it just runs again."""
+    """Capture ``step`` in a CUDA graph: a function of new views, or of none to reuse the last.
+
+    On a CPU the step just runs again.
+    """
     static = [z.detach().clone().requires_grad_() for z in views]
     outputs: tuple[Tensor, ...] = ()
     if device.type == "cuda":
@@ -139,7 +143,7 @@ def captured(step: Callable[..., tuple[Tensor, ...]], views: tuple[Tensor, ...],
 
 
 def device_events(run: Callable[[], Any], device: torch.device, steps: int = 3) -> list[tuple[str, float]]:
-    """(name, microseconds) of all that ran on the device in so many calls; on a CPU of PyTorch's operators."""
+    """List (name, microseconds) of the kernels, or on a CPU of PyTorch's operators, in a call."""
     wanted = ("kernel", "gpu_memcpy", "gpu_memset") if device.type == "cuda" else ("cpu_op",)
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
@@ -156,7 +160,7 @@ def device_events(run: Callable[[], Any], device: torch.device, steps: int = 3) 
     return [(event["name"], float(event["dur"])) for event in events if event.get("cat") in wanted and "dur" in event]
 
 
-# --- checks -----------------------------------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------
 
 MEMBERS: list[tuple[str, dict[str, Any]]] = [
     ("infonce", {}), ("alpha_direct", {}), ("triplet", {}), ("alpha_square", {}), ("modified_triplet", {}),
@@ -173,21 +177,21 @@ MEMBERS: list[tuple[str, dict[str, Any]]] = [
     ("alpha_inverse", {"detach_alpha": False, "order": 2, "exponent": 3}),
     ("alpha_inverse", {"normalized": False, "alpha_eps": 0.0}), ("alpha_inverse", {"exponent": 1, "alpha_eps": 0.5}),
 ]  # fmt: skip
-#: Users' functions, which a backend has to translate.
+#: Users' functions, which a backend must translate.
 CUSTOM = {
     "custom_loss": lambda: PairLoss(lambda xi: torch.log1p(xi) + xi.square() / 1e6, lambda gap: gap.exp() + gap.sigmoid()),
     "custom_weight": lambda: PairWeight(lambda d: 1 / (1 + d.square()), detach_alpha=False, alpha_eps=0.1),
     "custom_min_player": lambda: MinPlayer(lambda x: torch.relu(x + 0.2).square(), detach_alpha=False),
 }
-#: One member of each form of the sweeps.
+#: One objective for each form of the sweeps.
 REPRESENTATIVES = [("infonce", {}), ("alpha_direct", {}), ("triplet", {}), ("alpha_square", {})]
 MODES = [("two_view", True), ("cross_view", True), ("one_view", True), ("cross_view", False)]
-#: dtype and precision of matrix products by name.
+#: Name → dtype and GEMM precision.
 ARITHMETIC: dict[str, tuple[torch.dtype, str | None]] = {
     "bfloat16": (torch.bfloat16, None), "float32": (torch.float32, "ieee"), "tf32": (torch.float32, "tf32"),
     "bf16x3": (torch.float32, "bf16x3"), "float16": (torch.float16, None), "float64": (torch.float64, None),
 }  # fmt: skip
-#: Bands of loss and gradient.
+#: Tolerance bands of loss and gradient.
 BANDS = {
     "float64": (1e-10, 1e-10), "float32": (2**-21, 2**-21), "bf16x3": (2**-16, 2**-16), "tf32": (2**-11, 2**-11),
     "bfloat16": (2**-17, 2**-9), "float16": (2**-17, 2**-12),
@@ -197,7 +201,7 @@ DIMS = (64, 96, 128, 200, 256, 512, 1024, 4096)
 
 @dataclass(frozen=True)
 class Case:
-    """One check: a backend against float64."""
+    """One check of a backend against float64."""
 
     backend: str
     objective: str = "infonce"
@@ -219,14 +223,14 @@ class Case:
         return objectives.make(self.objective, dict(self.options))
 
     def sensible(self) -> bool:
-        """Whether the loss has the gradients asked for, and one that rounding leaves alone."""
-        # d² = 1 − t goes through 0 for "dot", where the slope of its lower powers has no bound
+        """Whether the requested gradients exist and are insensitive to rounding."""
+        # For "dot", d² = 1 − t crosses 0, where its lower powers have unbounded slope.
         steep = self.similarity == "dot" and dict(self.options).get("exponent", 4) < 2
         return not steep and (not self.learn_tau or has_tau_gradient(self.objective, self.options))
 
     @property
     def kinked(self) -> bool:
-        """Whether single pairs may fall on the other side of a kink in float32, which changes their whole weight."""
+        """Whether rounding may move single pairs across a kink, which changes their whole weight."""
         return self.objective in ("triplet", "custom_min_player") or (
             self.objective == "alpha_square" and not dict(self.options).get("detach_alpha", True)
         )
@@ -238,7 +242,7 @@ def has_tau_gradient(objective: str, options: tuple[tuple[str, Any], ...]) -> bo
 
 
 def cases(backends: list[str], dims: tuple[int, ...] = DIMS, pairs: tuple[int, int] = (1000, 1537)) -> Iterator[Case]:
-    """Distinct cases, the most important first, then the whole table in a random order; ends with it."""
+    """Yield distinct cases: the most important first, then the whole table in random order."""
     picks = random.Random(0)
     compiled = [name for name in backends if name != "blocked"] or backends
     middle = 128 if 128 in dims else dims[0]
@@ -288,9 +292,9 @@ def cases(backends: list[str], dims: tuple[int, ...] = DIMS, pairs: tuple[int, i
 
 
 def correlated_views(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two views whose positives are anything from unrelated to equal, so that no objective is all zero.
+    """Draw two views whose positives range from unrelated to equal, so no objective is zero.
 
-    Rows have length about 1 where they are not normalised, lest one pair decide a row.
+    Rows that are not normalised have length about 1, so that no single pair dominates a row.
     """
     generator = torch.Generator(device).manual_seed(case.pairs)
     z1, other = structured_rows(2, case.pairs, case.dim, device, torch.float64, generator)
@@ -302,7 +306,10 @@ def correlated_views(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def evaluate(case: Case, z1: Tensor, z2: Tensor, backend: str, precision: str | None) -> dict[str, Tensor]:
-    """Loss and gradients by name; row losses get fixed weights, a mean that of all rows, which float16 can hold."""
+    """Compute loss and gradients by name.
+
+    Row losses get fixed weights; a mean is scaled by the number of rows to suit float16.
+    """
     z1, z2 = z1.detach().clone().requires_grad_(), z2.detach().clone().requires_grad_()
     wide = torch.float64 if z1.dtype == torch.float64 else torch.float32
     temperature: float | Tensor = case.tau
@@ -321,10 +328,10 @@ def evaluate(case: Case, z1: Tensor, z2: Tensor, backend: str, precision: str | 
 
 
 def error_and_bound(name: str, case: Case, ours: Tensor, eager: Tensor, truth: Tensor) -> tuple[float, float, float]:
-    """(our error, the dense loss's, the bound), relative to the norm of the truth."""
+    """Compute (our error, the dense loss's, the bound), relative to the norm of the truth."""
     band = BANDS[case.dtype][name.startswith("dz")]
     size = truth.norm()
-    if name == "dtau":  # a sum of terms of either sign and order 1, and their rounding is not relative to it
+    if name == "dtau":  # terms of order 1 may cancel, so the error is not relative
         band, size = BANDS[case.dtype][0], size.clamp(min=0.1 * case.pairs)
     elif name == "loss":
         size = size.clamp(min=1e-3 * truth.numel() ** 0.5)
@@ -337,7 +344,10 @@ def error_and_bound(name: str, case: Case, ours: Tensor, eager: Tensor, truth: T
 
 
 def worst_row(name: str, case: Case, ours: Tensor, eager: Tensor, truth: Tensor) -> tuple[float, float, float]:
-    """The same of the worst row, relative to rows' root mean square; a norm over all would hide one wrong row in many."""
+    """Compute the same for the worst row, relative to the rows' root mean square.
+
+    A norm over all rows would hide a single wrong row.
+    """
     size = truth.norm() / truth.shape[0] ** 0.5
     mine, theirs = (float((x.double() - truth).norm(dim=1).max() / size) for x in (ours, eager))
     band = 16 * BANDS[case.dtype][1]
@@ -345,7 +355,7 @@ def worst_row(name: str, case: Case, ours: Tensor, eager: Tensor, truth: Tensor)
 
 
 def check(case: Case, device: str) -> Iterator[Row]:
-    """One row: errors of loss and gradients against float64, their bounds, and whether a second run gave the same bits."""
+    """Check loss and gradients against float64, and whether a second run gives the same bits."""
     start = time.perf_counter()
     here = torch.device(device)
     dtype, precision = ARITHMETIC[case.dtype]
@@ -374,7 +384,7 @@ def check(case: Case, device: str) -> Iterator[Row]:
 
 
 def no_synchronization(setting: Setting, backend: str, device: str) -> Iterator[Row]:
-    """One row: whether a step (loss and gradient) of a warm backend waits for the device."""
+    """Check that a warm step (loss and gradient) does not synchronise with the host."""
     here = torch.device(device)
     loss, views = make(backend, setting.objective, setting.negatives, setting.tau), setting.views(here)
     gradient(loss, *views)
@@ -385,7 +395,7 @@ def no_synchronization(setting: Setting, backend: str, device: str) -> Iterator[
 
 
 def graph_replay(setting: Setting, backend: str, device: str) -> Iterator[Row]:
-    """One row: whether a captured step gives for new inputs what an ordinary step gives."""
+    """Check that a captured step equals an ordinary step on new inputs."""
     here = torch.device(device)
     loss = make(backend, setting.objective, setting.negatives, setting.tau)
     replay = captured(lambda a, b: scaled_gradient(loss, a, b), setting.views(here), here)
@@ -402,7 +412,7 @@ def graph_replay(setting: Setting, backend: str, device: str) -> Iterator[Row]:
 
 
 def launches(setting: Setting, backend: str, device: str) -> Iterator[Row]:
-    """One row: what a step launches on the device."""
+    """Count the kernels that a step launches."""
     here = torch.device(device)
     loss, views = make(backend, setting.objective, setting.negatives, setting.tau), setting.views(here)
     names = Counter(name for name, _ in device_events(lambda: gradient(loss, *views), here))
@@ -413,11 +423,11 @@ def launches(setting: Setting, backend: str, device: str) -> Iterator[Row]:
     }  # fmt: skip
 
 
-# --- timings ----------------------------------------------------------------------------------------------------------
+# --- timings --------------------------------------------------------------------------------------
 
 
 def heading(setting: Setting, contestant: str, label: Row) -> Row:
-    """The beginning of a row that has no time of its own."""
+    """Start a row that has no time of its own."""
     return {"benchmark": "loss+gradient", "contestant": contestant, **asdict(setting), **label}
 
 
@@ -435,12 +445,20 @@ def measure(
     needs: str | None = None,
     label: Row | None = None,
 ) -> Iterator[Row]:
-    """One row per contestant: loss + gradient, in turn with each other and with a matrix product of the same dtype.
+    """Time loss + gradient, interleaved with a GEMM of the same dtype; one row per implementation.
 
-    A contestant whose gradient is off at that size (at ``gate_rows`` rows if that is less) is not timed. A sample is calls in
-    a row for ``sample`` seconds, over three sets of inputs; there are as many as fit into ``budget`` seconds, within
-    ``repeats``. ``graph`` times replays of a CUDA graph as well: what is left of a step when nothing has to be launched.
-    ``needs`` names a contestant without whom nobody is timed.
+    Args:
+        setting: the problem.
+        contestants: names of the implementations; one whose gradient is wrong is not timed.
+        device: where to run.
+        gemm_side: side of the GEMM's matrices.
+        sample: seconds of consecutive calls per measurement, over three sets of inputs.
+        budget: seconds that the measurements should fit into.
+        repeats: fewest and most measurements.
+        gate_rows: most rows at which the gradient is checked.
+        graph: whether to time replays of a CUDA graph too, which have no launch overhead.
+        needs: an implementation without which none is timed.
+        label: columns to add to the rows.
     """
     here = torch.device(device)
     torch.manual_seed(0)
@@ -462,7 +480,7 @@ def measure(
                 status = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "error"
                 yield {**about, "status": status, "error": f"{type(error).__name__}: {str(error)[:400]}"}
                 continue
-            gate = setting.gate / 4 if name in ops.SWEEP_BACKENDS else setting.gate  # rivals round normalised rows
+            gate = setting.gate / 4 if name in ops.SWEEP_BACKENDS else setting.gate  # baselines round unit rows
             if not errors[name] <= gate:
                 why = f"gradient error {errors[name]:.1e} > {gate:.1e}: not timed"
                 yield {**about, "status": "wrong", "error": why, "gradient_error": errors[name]}
@@ -474,7 +492,7 @@ def measure(
 
 
 def _timed(setting, losses, errors, device, gemm_side, sample, budget, repeats, graph, label) -> Iterator[Row]:
-    """`measure` for the contestants that have passed."""
+    """Time the implementations that have passed the check."""
     sets = [setting.views(device) for _ in range(3)]
     a, b = (torch.randn(gemm_side, gemm_side, device=device).to(setting.torch_dtype) for _ in range(2))
     turns = {name: itertools.cycle(sets) for name in losses}
@@ -484,7 +502,7 @@ def _timed(setting, losses, errors, device, gemm_side, sample, budget, repeats, 
     for name in list(losses):
         try:
             extra[name] = peak_extra_bytes(runs[name], device)
-        except torch.OutOfMemoryError as error:  # the gate's inputs were smaller, or fewer
+        except torch.OutOfMemoryError as error:  # the check's inputs were smaller
             del losses[name], runs[name]
             yield {**heading(setting, name, label), "status": "out of memory", "error": str(error)[:200]}
     rough = {name: seconds(run, device, 2) for name, run in runs.items()}
@@ -511,7 +529,7 @@ def _timed(setting, losses, errors, device, gemm_side, sample, budget, repeats, 
 
 
 def profile(setting: Setting, backends: list[str], device: str, out: str) -> Iterator[Row]:
-    """Writes the kernels of a step of each backend to a text file; one row per backend."""
+    """Write the kernels of each backend's step to a text file; one row per backend."""
     here = torch.device(device)
     lines = []
     for name in backends:
@@ -533,11 +551,11 @@ def profile(setting: Setting, backends: list[str], device: str, out: str) -> Ite
     Path(out).write_text("\n".join(lines))
 
 
-# --- what compute-sanitizer watches -----------------------------------------------------------------------------------
+# --- for compute-sanitizer ------------------------------------------------------------------------
 
 
 def small_shapes(backend: str, device: str, seconds: str) -> int:
-    """Runs every form of the sweeps on small ragged shapes, as many as there is time for; returns how many."""
+    """Run every form of the sweeps on small ragged shapes while time lasts; return the count."""
     here, end = torch.device(device), time.monotonic() + float(seconds)
     done = 0
     for (pairs, dim), dtype, (member, options), negatives in itertools.product(

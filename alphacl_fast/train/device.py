@@ -38,31 +38,29 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
 
 
 @contextmanager
-def one_thread():
-    """Run with one CPU thread: in very short operations, threads mostly wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def threads(count: int):
+    """Run with ``count`` CPU threads (0: as before) inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 @contextmanager
 def settings(config: Config):
     """Apply the config's thread count and deterministic algorithms; restore both on exit."""
-    threads, fill = torch.get_num_threads(), torch.utils.deterministic.fill_uninitialized_memory
+    fill = torch.utils.deterministic.fill_uninitialized_memory
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    if config.threads:
-        torch.set_num_threads(config.threads)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)  # warn if a layer has none
         torch.utils.deterministic.fill_uninitialized_memory = False  # only finds bugs, costs time
     try:
-        yield
+        with threads(config.threads):
+            yield
     finally:
-        torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = fill

@@ -20,7 +20,7 @@ from . import checkpoint, report
 from .augment import plain
 from .config import Config, RunError
 from .data import Data, load, plain_batches
-from .device import one_thread, pick_device, settings
+from .device import pick_device, settings, threads
 from .models import Encoder, build
 
 
@@ -123,7 +123,7 @@ def converged_probe(split: Split) -> float:
     return LogisticRegression(max_iter=3000).fit(train, train_labels).score(test, labels)
 
 
-@one_thread()
+@threads(1)  # in operations this short, threads mostly wait for one another
 def linear_probe(split: Split, epochs: int = 50) -> tuple[float, float]:
     """Fit a logistic regression on standardised features by the α-CL experiments' protocol.
 

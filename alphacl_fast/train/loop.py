@@ -172,7 +172,7 @@ def rehearse(config: Config, *, judged: bool) -> dict[str, float]:
 
 
 def due(epoch: int, every: int, epochs: int) -> bool:
-    """Whether to evaluate after ``epoch`` (from 1): each ``every`` epochs (0: never) and at the end."""
+    """Whether to evaluate after ``epoch`` (from 1): each ``every`` epochs (0: never), and last."""
     return bool(every) and (epoch % every == 0 or epoch == epochs)
 
 

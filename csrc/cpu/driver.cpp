@@ -1,5 +1,5 @@
-// A sweep from its plan to its results, and the plain C interface that backend/cpu.py loads with ctypes. No
-// header of torch or Python is needed: one binary serves every version of both.
+// A sweep from its plan to its results, and the plain C interface that backend/cpu.py loads with
+// ctypes. No header of torch or Python is needed: one binary serves every version of both.
 
 #include <chrono>
 #include <system_error>
@@ -122,8 +122,8 @@ int32_t alphacl_cpu_instruction_sets() {
   return mask;
 }
 
-// The instruction set whose kernels serve a dtype when sets up to `set` may be used, or null. Their blocks are
-// fastest at multiples of *multiple rows, up to *largest.
+// The instruction set whose kernels serve a dtype when sets up to `set` may be used, or null. Their
+// blocks are fastest at multiples of *multiple rows, up to *largest.
 const char* alphacl_cpu_kernels(int32_t set, int32_t dtype, int32_t* multiple, int32_t* largest) {
   const TileKernels* kernels = choose(set, dtype);
   if (!kernels) return nullptr;
@@ -141,8 +141,8 @@ int32_t alphacl_cpu_sweep(const Sweep* s) {
   }
 }
 
-// Cosine similarity: unit rows, their inverse norms and the positives' similarities; the last step of the
-// gradient.
+// Cosine similarity: unit rows, their inverse norms and the positives' similarities; the last step
+// of the gradient.
 int32_t alphacl_cpu_normalize(const PairRows* p) { return run_rows(*p, &TileKernels::normalize); }
 int32_t alphacl_cpu_finish(const PairRows* p) { return run_rows(*p, &TileKernels::finish); }
 

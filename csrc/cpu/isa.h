@@ -65,9 +65,10 @@ bool runs_here(int32_t set) {
   return set >= 0 && set < SET_COUNT && (sets >> set & 1);
 }
 
-// The kernels for a dtype where instruction sets up to `set` may be used; null if `set` does not run here.
-// Half precision without products of its own is multiplied as float32. Only a set that runs here is asked
-// for its kernels: even the function that names them is compiled with its instructions.
+// The kernels for a dtype where instruction sets up to `set` may be used; null if `set` does not
+// run here. Half precision without products of its own is multiplied as float32. Only a set that
+// runs here is asked for its kernels: even the function that names them is compiled with its
+// instructions.
 const TileKernels* choose(int32_t set, int32_t dtype) {
   auto best = [set](Dtype operands) -> const TileKernels* {
     for (int32_t other = set; other >= 0; other--)

@@ -1,11 +1,11 @@
-// What the driver hands to the kernels of one instruction set. No functions here: this header is compiled
-// for every instruction set, and the linker would keep one copy for all.
+// What the driver hands to the kernels of one instruction set. No functions here: this header is
+// compiled for every instruction set, and the linker would keep one copy for all.
 #pragma once
 
 #include "sweep.h"
 
-// Consecutive rows, packed for one table of kernels. Row r of the block is row `first + r` of the sweep
-// and element `at + r` of the padded row vectors.
+// Consecutive rows, packed for one table of kernels. Row r of the block is row `first + r` of the
+// sweep and element `at + r` of the padded row vectors.
 struct Block {
   int64_t first, rows, stride, at;  // `rows` rows, padded to `stride`
   void* packed;                     // operands of the matrix products, in the kernels' own layout
@@ -36,7 +36,8 @@ struct TileKernels {
   int64_t (*workspace_bytes)(int64_t dim, int64_t stride);  // of one thread
   void (*pack)(const Sweep&, const Block&, void* workspace);
   void (*tile)(const Sweep&, const RowVectors&, const Block& i, const Block& j, void* workspace);
-  // Whether the accumulator of a full block has the size of its rows of df and may lie there until unpacked.
+  // Whether the accumulator of a full block has the size of its rows of df and may lie there until
+  // unpacked.
   bool (*in_place)(int64_t dim, int64_t stride);
   void (*unpack)(const Sweep&, const Block&, double scale, void* workspace);  // to df, times scale
   void (*normalize)(const PairRows&, int64_t begin, int64_t end, void* workspace);  // of two rows

@@ -1,5 +1,5 @@
-// The plan of a sweep: which blocks there are and what lies where in the workspace. It follows from the
-// sweep's sizes and the kernels alone: nothing is read or allocated.
+// The plan of a sweep: which blocks there are and what lies where in the workspace. It follows from
+// the sweep's sizes and the kernels alone: nothing is read or allocated.
 #pragma once
 
 #include "kernels.h"
@@ -70,7 +70,8 @@ struct Plan {
   char* rows_of_df(const Block& x) const {
     return static_cast<char*>(sweep.df) + (x.first - sweep.lo) * sweep.dim * (kernels.accumulate == FLOAT64 ? 8 : 4);
   }
-  // They may hold the accumulator of a full block. Accumulators are the largest part of the workspace.
+  // They may hold the accumulator of a full block. Accumulators are the largest part of the
+  // workspace.
   bool in_place(const Block& x) const {
     const bool whole = x.rows == stride && x.first >= sweep.lo && x.first + x.rows <= sweep.hi;
     return whole && kernels.in_place(sweep.dim, stride) && reinterpret_cast<uintptr_t>(rows_of_df(x)) % 64 == 0;

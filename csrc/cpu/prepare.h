@@ -70,8 +70,8 @@ RowVectors pad_row_vectors(const Plan& plan, const std::vector<Block>& blocks, c
     for (int64_t r = 0; r < rows; r++)
       if (row_weight[r] != 0) row_weight[r] *= std::exp(T(s.constant_shift) - shift[r]);
   if (unscaled_rows && s.gradient) {
-    // Weights are rounded to bfloat16. Equal ones, as a hinge has them, become powers of two: their errors
-    // would not average out.
+    // Weights are rounded to bfloat16. Equal ones, as a hinge has them, become powers of two: their
+    // errors would not average out.
     T largest = 0;
     for (int64_t r = 0; r < rows; r++) largest = std::fmax(largest, std::fabs(row_weight[r]));
     if (largest > std::numeric_limits<T>::min() && largest < std::numeric_limits<T>::max()) {

@@ -1,11 +1,12 @@
 // The order of the tiles, and how threads wait for one another.
 //
-// With m blocks (one more, of no rows, to make m odd) round r pairs the blocks i + j ≡ r (mod m): every
-// block is in exactly one tile of a round, the block with 2i ≡ r in its own diagonal tile, and after m
-// rounds every pair has met once. A tile adds to the sums and the gradient of its two blocks, so the tiles
-// of a round are independent and each block's additions happen in the order of the rounds: no locks, no
-// copies for each thread, and the same bits whatever the number of threads. Nor is there a barrier: tiles
-// are dealt out in order, and each waits only until its two blocks have finished the round before.
+// With m blocks (one more, of no rows, to make m odd) round r pairs the blocks i + j ≡ r (mod m):
+// every block is in exactly one tile of a round, the block with 2i ≡ r in its own diagonal tile,
+// and after m rounds every pair has met once. A tile adds to the sums and the gradient of its two
+// blocks, so the tiles of a round are independent and each block's additions happen in the order of
+// the rounds: no locks, no copies for each thread, and the same bits whatever the number of
+// threads. Nor is there a barrier: tiles are dealt out in order, and each waits only until its two
+// blocks have finished the round before.
 #pragma once
 
 #include <atomic>
@@ -39,8 +40,9 @@ class Schedule {
       const int64_t j = (k + round) % m;
       return {round, k < left_ ? k : NO_BLOCK, j < right_ ? left_ + j : NO_BLOCK};
     }
-    // i + j ≡ round: the two blocks at distance k on either side of half = round/2 (mod m). The far pairs of
-    // one round hold the near blocks of the next: going to and fro keeps a round between the two.
+    // i + j ≡ round: the two blocks at distance k on either side of half = round/2 (mod m). The far
+    // pairs of one round hold the near blocks of the next: going to and fro keeps a round between
+    // the two.
     const int64_t half = round % 2 == 0 ? round / 2 : (round + m) / 2 % m;
     if (round % 2) k = per_round_ - 1 - k;
     int64_t i = (half - k + m) % m, j = (half + k) % m;
@@ -83,8 +85,8 @@ class Progress {
   std::atomic<Status> status_{OK};
 };
 
-// What one thread does in a sweep: packs blocks, works on tiles, unpacks gradients. `interrupted` is asked after
-// each tile.
+// What one thread does in a sweep: packs blocks, works on tiles, unpacks gradients. `interrupted`
+// is asked after each tile.
 template <class Pack, class OnTile, class Unpack, class Interrupted>
 void run_thread(const Plan& plan, const Schedule& schedule, Progress& progress, Pack pack, OnTile on_tile,
                 Unpack unpack, Interrupted interrupted) {

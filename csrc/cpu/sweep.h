@@ -1,6 +1,6 @@
-// What crosses the border between Python and C++: one struct for a sweep, one for the passes over the
-// rows before and after the sweeps. Both are mirrored field by field in backend/cpu.py. C++ checks only
-// what protects memory: Python has validated the arguments.
+// What crosses the border between Python and C++: one struct for a sweep, one for the passes over
+// the rows before and after the sweeps. Both are mirrored field by field in backend/cpu.py. C++
+// checks only what protects memory: Python has validated the arguments.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,8 @@ enum class Form : int32_t {
 enum Status : int32_t { OK, NO_MEMORY, INTERRUPTED, UNSUPPORTED };
 
 // One call of `row_sums` or, with `gradient`, of `pair_grad` (docs/design.md). Row vectors have the
-// accumulation dtype: double for float64, float otherwise. A null pointer stands for zeros (scale: ones).
+// accumulation dtype: double for float64, float otherwise. A null pointer stands for zeros (scale:
+// ones).
 struct Sweep {
   const void* f;      // (n, dim) rows, row_stride elements apart
   const void* scale;  // (n)
@@ -30,9 +31,9 @@ struct Sweep {
   void* df;            // (hi − lo, dim)
   void* weight_sums;   // (n), with a bias
   void* sums;          // (terms, anchors)
-  // Python's PyEval_SaveThread, PyEval_RestoreThread and PyErr_CheckSignals, or null: a sweep runs without
-  // the interpreter's lock. From time to time the calling thread asks whether a signal (Ctrl-C) has raised
-  // an exception, which ends the sweep.
+  // Python's PyEval_SaveThread, PyEval_RestoreThread and PyErr_CheckSignals, or null: a sweep runs
+  // without the interpreter's lock. From time to time the calling thread asks whether a signal
+  // (Ctrl-C) has raised an exception, which ends the sweep.
   void* (*release_lock)();
   void (*take_lock)(void*);
   int (*check_signals)();
@@ -45,7 +46,8 @@ struct Sweep {
   int32_t rows_of_terms[TERM_COUNT];  // row of `sums` in which a term ends up, −1: the term is not wanted
 };
 
-// The passes for cosine similarity. Rows i and n_pairs + i of f, d and inv_norm are a positive pair.
+// The passes for cosine similarity. Rows i and n_pairs + i of f, d and inv_norm are a positive
+// pair.
 struct PairRows {
   const void *z1, *z2;  // (n_pairs, dim) inputs, stride1 and stride2 elements apart
   void* f;         // (2·n_pairs, dim) unit rows in the accumulation dtype; half precision: the inputs, unchanged

@@ -12,8 +12,8 @@
 
 namespace {
 
-// One allocation, in huge pages if it is big. The last one is kept for the next call unless it is large:
-// faulting its pages in again would cost small batches half their time.
+// One allocation, in huge pages if it is big. The last one is kept for the next call unless it is
+// large: faulting its pages in again would cost small batches half their time.
 class Workspace {
  public:
   explicit Workspace(int64_t bytes) {

@@ -1,5 +1,5 @@
-// The pieces of the driver of csrc/cpu, each by itself: instruction sets, workspace, plan, prepare, schedule,
-// collect. The kernels here are stand-ins with sizes but no arithmetic.
+// The pieces of the driver of csrc/cpu, each by itself: instruction sets, workspace, plan, prepare,
+// schedule, collect. The kernels here are stand-ins with sizes but no arithmetic.
 
 #include <algorithm>
 #include <cstdio>
@@ -186,8 +186,8 @@ void test_pairs(const Case& c, const Plan& p) {
     }
 }
 
-// Runs the schedule and returns which blocks each block met, in order. The logs are written without a lock:
-// ThreadSanitizer reports it if two tiles of a block ever overlap.
+// Runs the schedule and returns which blocks each block met, in order. The logs are written without
+// a lock: ThreadSanitizer reports it if two tiles of a block ever overlap.
 std::vector<std::vector<int64_t>> logs_of(const Case& c, const Plan& plan, int threads, int64_t stop_after = -1) {
   const Schedule schedule(plan);
   const auto rounds = std::make_unique<std::atomic<int64_t>[]>(size_t(plan.blocks));

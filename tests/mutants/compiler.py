@@ -23,7 +23,13 @@ COMPILER = ["c++"]
 
 def main(arguments):
     sources = [a for a in arguments if a.startswith("csrc/")]
+    needed, mine = os.environ.get("MUTANTS_VARIANT"), variant(arguments)
     if "-c" not in arguments or not sources:  # a version, a probe, a link
+        # Of an inline function that several objects hold the linker takes the first.
+        objects = [a for a in arguments if a.endswith(".o")]
+        if "-shared" in arguments and needed:
+            objects.sort(key=lambda a: needed not in a)
+            arguments = [*objects, *(a for a in arguments if not a.endswith(".o"))]
         return subprocess.run([*COMPILER, *arguments]).returncode
     at = arguments.index("-o")
     output, options = Path(arguments[at + 1]), arguments[:at] + arguments[at + 2 :]
@@ -35,7 +41,6 @@ def main(arguments):
     command = [*COMPILER, *options, '-DALPHACL_SOURCES="planted"', quick]
     key = hashlib.sha256("\0".join(command).encode()).hexdigest()[:16]
     kept = Path(os.environ["MUTANTS_STORE"]) / f"{key}.o"
-    needed, mine = os.environ.get("MUTANTS_VARIANT"), variant(arguments)
     if needed is not None and mine not in (None, needed):
         shutil.copy(kept, output)
         return 0

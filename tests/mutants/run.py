@@ -309,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", default=[""], metavar="SUBSTRING", help=only)
     parser.add_argument("--list", action="store_true", help="print the faults and leave")
     options = parser.parse_args(arguments)
-    chosen = [m for m in MUTANTS if any(text in "\n".join(m[:5]) for text in options.only)]
+    chosen = [m for m in MUTANTS if any(t in f"{m.file}: {m.name}\n{m.test}" for t in options.only)]
     if options.list:
         for mutant in chosen:
             print(f"{mutant.file}: {mutant.name}\n    {mutant.test}")
