@@ -79,7 +79,8 @@ def setting_of(setting):
 @pytest.mark.parametrize("member", MEMBERS, ids=member_id)
 def test_one_sided_gradient(member, setting, small_tiles, poisoned):
     objective, views = objectives.make(*member), pair(7, 4)
-    reduction = ("none", "mean")[(MEMBERS.index(member) + every_setting().index(setting)) % 2]
+    turn = MEMBERS.index(member) + every_setting().index(setting)
+    reduction = ("none", "mean")[turn % 2]
 
     def one_sided(backend, side):
         leaves = [view.clone().requires_grad_(k == side) for k, view in enumerate(views)]
@@ -91,6 +92,8 @@ def test_one_sided_gradient(member, setting, small_tiles, poisoned):
     for side in (0, 1):
         expected = one_sided("reference", side)
         for backend in backends_for(member):
+            if backend in SLOW and turn % 3:
+                continue
             for ours, truth in zip(one_sided(backend, side), expected, strict=True):
                 assert relative_error(ours, truth) < 1e-10, (backend, side)
 
