@@ -68,24 +68,27 @@ def test_float32_as_good_as_eager(member, mode, medium_tiles, poisoned):
         assert_as_good_as_eager(slow, member, views[:3], **setting)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", NORMALIZED)
-@pytest.mark.parametrize("tau", [0.5, 0.05, 0.02])
-def test_half_precision_inputs(backend, dtype, name, tau, medium_tiles):
+@pytest.mark.parametrize("tau", TAUS := [0.5, 0.05, 0.02])
+def test_half_precision_inputs(dtype, name, tau, medium_tiles):
     """float32 loss, gradient of the input's dtype right to that dtype's rounding: normalised rows are never rounded."""
     z1, z2 = pair(40, 32, dtype)
     truth = loss_and_grads(z1.double(), z2.double(), name, tau=tau, backend="reference")
-    ours = loss_and_grads(z1, z2, name, tau=tau, backend=backend)
-    assert ours[0].dtype == torch.float32
-    assert ours[1].dtype == dtype
-    assert relative_error(ours[0], truth[0]) < 1e-5
-    tiny = torch.finfo(dtype).tiny  # below it a gradient has lost its digits to the dtype's range, not to us
-    for o, t in zip(ours[1:3], truth[1:3], strict=True):
-        representable = t.abs() > tiny
-        error = (o.double() - t)[representable].norm() / t[representable].norm().clamp(min=1e-30)
-        assert error < 0.5 * torch.finfo(dtype).eps
-        assert (o.double() - t)[~representable].abs().max() <= tiny if (~representable).any() else True
+    turn = NORMALIZED.index(name) + TAUS.index(tau) + (dtype == torch.float16)
+    for backend in BACKENDS:
+        if backend in SLOW and turn % 3:
+            continue
+        ours = loss_and_grads(z1, z2, name, tau=tau, backend=backend)
+        assert ours[0].dtype == torch.float32
+        assert ours[1].dtype == dtype
+        assert relative_error(ours[0], truth[0]) < 1e-5, backend
+        tiny = torch.finfo(dtype).tiny  # below it a gradient has lost its digits to the dtype's range, not to us
+        for o, t in zip(ours[1:3], truth[1:3], strict=True):
+            representable = t.abs() > tiny
+            error = (o.double() - t)[representable].norm() / t[representable].norm().clamp(min=1e-30)
+            assert error < 0.5 * torch.finfo(dtype).eps, backend
+            assert ((o.double() - t)[~representable].abs() <= tiny).all(), backend
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -6,17 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+from family import FULL
+
 ROOT = Path(__file__).parent.parent
 
 
 def test_kernels_compile_cleanly():
     """No spills, no serialised wgmma, shared memory within limits, matrix instructions."""
+    command = [sys.executable, "-m", "tools.triton_resources", *([] if FULL else ["--in-turn"])]
     run = subprocess.run(
-        [sys.executable, "-m", "tools.triton_resources"], cwd=ROOT, capture_output=True,
+        command, cwd=ROOT, capture_output=True,
         text=True, env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
-    assert int(re.search(r"(\d+) kernels compiled, 0 with problems", run.stdout)[1]) > 100
+    assert int(re.search(r"(\d+) kernels compiled, 0 with problems", run.stdout)[1]) > (100 if FULL else 50)
 
 
 BIND = """

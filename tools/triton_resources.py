@@ -1,6 +1,7 @@
 """Compiles every production configuration of the Triton kernels ahead of time, without a GPU, and checks the result.
 
     python -m tools.triton_resources
+    python -m tools.triton_resources --in-turn     # what `make test` runs
 
 A configuration is a call of the loss: the package's own launcher chooses kernels, tiles and static arguments, and instead of
 launching them this file compiles them for sm_80, sm_90 and sm_100, and prints a line for each. It fails on a spill, a
@@ -68,6 +69,15 @@ def configurations() -> list[Configuration]:
         Configuration("triplet", (), both_sides=True, **hopper),
     ]
     return plain + kinds + forms
+
+
+def in_turn(listed: list[Configuration]) -> list[Configuration]:
+    """Each configuration for one architecture, another one for the next; the first of dim 128 for all."""
+    default = next(c for c in listed if c.dim == 128)
+    return [
+        c if c is default else c._replace(capabilities=c.capabilities[k % len(c.capabilities) :][:1])
+        for k, c in enumerate(listed)
+    ]
 
 
 def launches(c: Configuration) -> Iterator[tuple[Any, tuple, Any]]:
@@ -165,11 +175,13 @@ def _row(c: Configuration, kernel: str, static: Any, launch: dict, made: Any, re
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.triton_resources", description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--in-turn", action="store_true", help="one architecture for each configuration")
     args = parser.parse_args(arguments)
     os.environ.pop("TRITON_INTERPRET", None)  # it would leave nothing to compile
     compiled, failed = 0, []
     with ProcessPoolExecutor(args.jobs) as pool:
-        futures = [(c, pool.submit(survey, c)) for c in configurations()]
+        chosen = in_turn(configurations()) if args.in_turn else configurations()
+        futures = [(c, pool.submit(survey, c)) for c in chosen]
         for c, future in futures:
             try:
                 rows = future.result()

@@ -55,9 +55,9 @@ def build(sanitize: str, programs: Sequence[str]) -> dict[str, Path]:
     builder = load_builder()
     compiler = builder.host_compiler()
     OBJECTS.mkdir(parents=True, exist_ok=True)
-    # Variables' places at every instruction would take a fifth of the time; a report needs lines.
+    # Places of variables would take a fifth of the time; a report needs lines.
     flags = [flag for flag in builder.COMMON if flag != "-O3"]
-    flags += ["-O1", "-g", "-fno-var-tracking", "-Wall", "-Wextra"]
+    flags += ["-O1", "-g1", "-Wall", "-Wextra"]
     # GCC's false alarms about vectors that are set lane by lane
     flags.append("-Wno-maybe-uninitialized")
     flags = [flag for flag in flags if builder.accepts(compiler, [flag], OBJECTS)]
