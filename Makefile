@@ -1,4 +1,4 @@
-# make demo | test | test-all | bench | lint | sanitize | soak | fuzz | docs      Everything lives in .venv beside this file; PYTHON chooses the base.
+# make demo | test | test-all | bench | lint | headers | sanitize | soak | fuzz | docs      Everything lives in .venv beside this file; PYTHON chooses the base.
 # make mutants | same-bits OLD=checkout | same-speed OLD=checkout      Plants faults; compares with another, compiled checkout.
 # make gpu OUT=dir      Checks and times on a GPU, with PYTHON as it is: nothing is installed, and .venv is not used.
 PYTHON ?= python3
@@ -6,7 +6,7 @@ BIN := .venv/bin/python
 STAMP := .venv/.installed
 OUT ?= benchmarks/results/gpu
 
-.PHONY: demo test test-all bench gpu lint sanitize soak fuzz mutants same-bits same-speed docs clean
+.PHONY: demo test test-all bench gpu lint headers sanitize soak fuzz mutants same-bits same-speed docs clean
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard tools/build_*.py csrc/*/*.*)
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: Python 3.10 or newer is needed (set PYTHON=...)"; exit 1; }
@@ -33,6 +33,9 @@ gpu:
 
 lint: $(STAMP)
 	"$(BIN)" -m ruff check .
+
+headers: $(STAMP)
+	"$(BIN)" -m tools.generate_headers
 
 sanitize: $(STAMP)
 	"$(BIN)" tests/cpp/run.py

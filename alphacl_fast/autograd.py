@@ -18,7 +18,7 @@ from torch import Tensor
 from . import ops
 from .bundles import PairFunction, Rows, RowScalars, Term, Weight
 from .call import BoundCall, Layout, Loss, SameId, accumulation_dtype, without_autocast
-from .objectives import ROW_STEPS, BatchNumbers, ClosedForm, Objective, RowSolution, kind
+from .objectives import BatchNumbers, ClosedForm, Objective, RowSolution, RowStep, kind
 
 Need = tuple[bool, bool, bool]  # whose gradients are wanted: z1, z2, τ
 
@@ -187,14 +187,15 @@ class Sweeps:
         """The result of a gradient sweep that nobody needs."""
         return (self.pos.new_empty(0),) * 3
 
-    def step(self, name: str, *vectors: Tensor, params: tuple[float, ...] = ()) -> dict[str, Tensor]:
-        function, outputs = ROW_STEPS[name]
+    def step(self, step: RowStep, *vectors: Tensor, **params: float) -> dict[str, Tensor]:
         tau, backend, anchors = self.function.tau, self.call.backend, self.layout.anchors
+        values = tuple(params[name] for name in step.parameters)
         if ops.has(backend, "row_step") and anchors and self.same_id is None:
-            values = ops.row_step(vectors, tau, self.n_neg, self.divisor, anchors, name, params, backend)
-            return dict(zip(outputs, values.unbind(0), strict=True))
-        values = function(vectors, BatchNumbers(tau, self.n_neg, self.divisor), params)
-        return dict(zip(outputs, values, strict=True))
+            numbers = (tau, self.n_neg, self.divisor, anchors)
+            outputs = ops.row_step(vectors, *numbers, step.name, values, backend).unbind(0)
+        else:
+            outputs = step(vectors, BatchNumbers(tau, self.n_neg, self.divisor), values)
+        return dict(zip(step.outputs, outputs, strict=True))
 
     def mean_negative(self) -> Tensor:
         return self._mean(1, self.same_id)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -91,3 +92,17 @@ class Form(enum.IntEnum):
 def summed(terms: tuple[Term, ...]) -> tuple[Term, ...]:
     """The terms that are sums."""
     return tuple(term for term in terms if term < Term.SHIFT)
+
+
+class Dtype(enum.IntEnum):
+    """Dtypes of rows in the C++ kernels, and TF32 as a way to multiply float32 rows."""
+
+    FLOAT32 = 0
+    FLOAT64 = 1
+    BFLOAT16 = 2
+    FLOAT16 = 3
+    TFLOAT32 = 4
+
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> Dtype:
+        return cls[str(dtype).removeprefix("torch.").upper()]

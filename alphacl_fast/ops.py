@@ -188,7 +188,7 @@ def log_range(name: str, params: tuple[float, ...], temperature: float) -> tuple
     """The bounds of log f over t in [−1, 1], where every similarity of unit rows lies."""
     ends = torch.tensor([-1.0, 1.0], dtype=torch.float64, device="cpu")
     tau = torch.tensor(temperature, dtype=torch.float64, device="cpu")
-    low, high = kind(name).f(ends, tau, params).tolist()
+    low, high = kind(name).bind(params).f(ends, tau).tolist()
     return low, high
 
 

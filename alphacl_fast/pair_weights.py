@@ -164,13 +164,14 @@ class Importances:
         objective = self.call.objective
         if isinstance(objective, ClosedForm):
             return torch.full_like(t, objective.weight(self.n_neg) / self.n_neg)
-        kind, params, tau = lookup(objective.kind), objective.params(self.call.c), objective.kind_tau(self.tau)
+        log, tau = lookup(objective.kind).log, objective.kind_tau(self.tau)
+        kind = lookup(objective.kind).bind(objective.params(self.call.c))
         solved = {name: x[anchors] for name, x in self._solved.items()}
-        if kind.log:
-            return (kind.f(t, tau, params) - solved["shift"]).exp() * solved["row_weight"]
+        if log:
+            return (kind.f(t, tau) - solved["shift"]).exp() * solved["row_weight"]
         x = t - solved["shift"] if "shift" in solved else t
         x = x + solved["argument_offset"] if "argument_offset" in solved else x
-        return (kind.df if objective.derivative else kind.f)(x, tau, params) * solved["row_weight"]
+        return (kind.df if objective.derivative else kind.f)(x, tau) * solved["row_weight"]
 
     def _of_the_oracle(self) -> Iterator[Tile]:
         t, alpha = self._dense

@@ -12,7 +12,7 @@ import torch
 from conftest import WATCHDOG
 from family import BUILT_IN, MODES, loss_and_grads, member_id, pair, relative_error
 
-from alphacl_fast import FusedAlphaCLLoss, PairLoss, objectives, ops
+from alphacl_fast import FusedAlphaCLLoss, PairLoss, ops
 from alphacl_fast.backend import cpu
 from alphacl_fast.bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight
 from alphacl_fast.functional import alpha_cl_loss
@@ -166,10 +166,6 @@ def test_a_nan_is_not_lost():
                     loss, d1, *_ = loss_and_grads(z1, z2, "infonce", similarity=similarity, backend="cpu")
                 assert loss.isnan(), (name, dtype, similarity)
                 assert d1[0].isnan().any(), (name, dtype, similarity)
-
-
-def test_every_kind_has_its_twin():
-    assert set(cpu._KINDS) == set(objectives.KINDS)
 
 
 def test_compiled_from_these_sources():

@@ -187,20 +187,19 @@ def test_as_the_cpu_backend_has_it():
 
 
 ROW_STEPS = {  # params and vectors
-    "exp log(ε + x)": [((1.0, 0.0, 0.0), 3), ((0.3, -0.5, 1.0), 3), ((0.0, 0.0, 0.0), 3)],
-    "exp log(ε + x), dτ": [((1.0, 0.0, 0.0), 4)],
-    "exp log(ε + x), dτ in front": [((1.0, 0.5, 1.0), 4), ((0.0, 0.0, 1.0), 4)],
-    "exp max(log x, 0)²": [((0.0, 1.0, 0.0), 3)],
-    "exp max(log x, 0)², dτ": [((0.0, 1.0, 0.0), 4)],
-    "exp max(log x, 0)², dτ in front": [((0.0, 1.0, 1.0), 4)],
-    "weight": [((0.0,), 2), ((0.0,), 3), ((0.1,), 2), ((0.1,), 3)],
-    "weight, through α": [((0.0,), 3), ((0.1,), 3)],
+    "exp_rows": [  # params: ε, margin, squared, τ in front
+        ((1.0, 0.0, 0.0, 0.0), 3), ((0.3, -0.5, 0.0, 1.0), 3), ((0.0, 0.0, 0.0, 0.0), 3), ((0.0, 1.0, 1.0, 0.0), 3),
+    ],
+    "exp_rows_with_dtau": [((1.0, 0.0, 0.0, 0.0), 4), ((0.0, 1.0, 1.0, 0.0), 4)],
+    "exp_dtau_in_front": [((1.0, 0.5, 0.0, 1.0), 4), ((0.0, 0.0, 0.0, 1.0), 4), ((0.0, 1.0, 1.0, 1.0), 4)],
+    "weight_rows": [((0.0,), 2), ((0.0,), 3), ((0.1,), 2), ((0.1,), 3)],
+    "weight_rows_through_alpha": [((0.0,), 3), ((0.1,), 3)],
     "newton": [((-1.0, -0.5), 5), ((2.0, 2.0), 5), ((1.3, 1.3), 5)],
-    "min player": [((), 4)],
-    "min player, through α": [((), 6)],
-    "start at the normal tail": [((), 5)],
-    "start at the mean": [((), 4)],
-}
+    "min_player_rows": [((), 4)],
+    "min_player_rows_through_alpha": [((), 6)],
+    "start_at_normal_tail": [((), 5)],
+    "start_at_mean": [((), 4)],
+}  # fmt: skip
 
 
 def row_vectors(step, count, n, dtype):
@@ -209,7 +208,7 @@ def row_vectors(step, count, n, dtype):
     if step == "newton":
         vectors[3], vectors[4] = vectors[2] - vectors[3], vectors[2] + vectors[4]
         vectors[0][:2] = 1.0  # done
-    if step == "start at the normal tail":
+    if step == "start_at_normal_tail":
         vectors[2] = vectors[1].square() + vectors[2] * 0.1
         vectors[3], vectors[4] = (torch.tensor(x, dtype=torch.float64).expand(n) for x in (0.01, 0.3))
     if step.startswith("weight"):
@@ -226,14 +225,15 @@ def test_every_row_step_is_listed():
 @pytest.mark.parametrize("n", [5, 200])
 def test_row_step(step, dtype, n, poisoned):
     """As the plain function has it: to rounding in float64, and in float32 as well as PyTorch has it."""
-    function, outputs = objectives.ROW_STEPS[step]
+    formula = objectives.ROW_STEPS[step]
+    outputs = formula.outputs
     for params, count in ROW_STEPS[step]:
         vectors = row_vectors(step, count, n, dtype)
         tau = torch.tensor(0.3, dtype=dtype)
         got = rows.row_step(tuple(vectors), tau, 30, 7, n, trace.row_function(step, params, count), len(outputs))
         assert got.shape == (len(outputs), n)
         exact, eager = (
-            function([v.to(d) for v in vectors], objectives.BatchNumbers(tau.to(d), 30, 7), params)
+            formula([v.to(d) for v in vectors], objectives.BatchNumbers(tau.to(d), 30, 7), params)
             for d in (torch.float64, dtype)
         )
         for name, ours, truth, theirs in zip(outputs, got, exact, eager, strict=True):
@@ -244,11 +244,11 @@ def test_row_step(step, dtype, n, poisoned):
 
 
 def test_row_step_reads_expanded_and_strided_vectors():
-    step, params = "start at the mean", ()
+    step, params = "start_at_mean", ()
     t_max, mean = torch.rand(2, 9), torch.rand(9, 2)
     vectors = (t_max[0], mean[:, 1], torch.tensor(-1.0).expand(9), torch.tensor(2.0).expand(9))
     ours = rows.row_step(vectors, torch.tensor(1.0), 3, 1, 9, trace.row_function(step, params, 4), 1)
-    theirs = objectives.ROW_STEPS[step].function(vectors, objectives.BatchNumbers(torch.tensor(1.0), 3, 1), params)
+    theirs = objectives.ROW_STEPS[step](vectors, objectives.BatchNumbers(torch.tensor(1.0), 3, 1), params)
     torch.testing.assert_close(ours[0], theirs[0])
 
 

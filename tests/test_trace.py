@@ -104,7 +104,8 @@ def test_every_built_in_kind_is_listed():
 @pytest.mark.parametrize(("name", "params"), KINDS, ids=str)
 @pytest.mark.parametrize("piece", ["f", "df", "dtau"])
 def test_built_in(name, params, piece):
-    function, fn = getattr(objectives.kind(name), piece), getattr(trace.pair_functions(name, params), piece)
+    function = getattr(objectives.kind(name).bind(params), piece)
+    fn = getattr(trace.pair_functions(name, params), piece)
     assert (fn is None) == (function is None)
     if fn is None:
         return
@@ -113,7 +114,7 @@ def test_built_in(name, params, piece):
     if name == "gamma":  # of negative numbers
         points, options = points[points < 0], {"limits": (-torch.inf, torch.nan)}
     for tau in (0.07, 1.0):
-        check(fn, lambda x, t: function(x, t, params), points, tau, **options)
+        check(fn, function, points, tau, **options)
 
 
 def constants(x):  # made on the way
@@ -274,17 +275,18 @@ OPTIONS = {
 @pytest.mark.parametrize("name", TABLE)
 def test_operation(name):
     loss = PairLoss(None, TABLE[name])
-    kind, fns = objectives.kind(loss.kind), trace.pair_functions(loss.kind, ())
+    kind, fns = objectives.kind(loss.kind).bind(()), trace.pair_functions(loss.kind, ())
     points = torch.tensor([0.1, 0.3, -0.5, 0.25, 0.7, 1.0, 6.5], dtype=torch.float64)
     points = torch.cat([torch.linspace(-3, 3, 49, dtype=torch.float64), points])
-    check(fns.f, lambda x, tau: kind.f(x, tau, ()), points, **OPTIONS.get(name, {}))
-    check(fns.df, lambda x, tau: kind.df(x, tau, ()), points, **OPTIONS.get(name, {}))
+    check(fns.f, kind.f, points, **OPTIONS.get(name, {}))
+    check(fns.df, kind.df, points, **OPTIONS.get(name, {}))
 
 
 @pytest.mark.parametrize("shape", ["scalar", (16,), (4, 8), (2, 4, 8)], ids=str)
 @pytest.mark.parametrize("name", ["power", "exp"])
 def test_any_shape(shape, name):
-    fns = trace.pair_functions(name, (1.0, 1.5) if name == "power" else ())
+    params = (1.0, 1.5) if name == "power" else ()
+    kind, fns = objectives.KINDS[name].bind(params), trace.pair_functions(name, params)
 
     @triton.jit
     def kernel(x_ptr, y_ptr, fn: tl.constexpr, SHAPE: tl.constexpr, SIZE: tl.constexpr):
@@ -300,7 +302,7 @@ def test_any_shape(shape, name):
     for piece in trace.Traced._fields:
         y = torch.full((size,), torch.nan, dtype=torch.float64)
         kernel[(1,)](x, y, getattr(fns, piece), shape, size)
-        expected = getattr(objectives.KINDS[name], piece)(x[-size:] if size > 1 else x[1:], x[0], (1.0, 1.5))
+        expected = getattr(kind, piece)(x[-size:] if size > 1 else x[1:], x[0])
         torch.testing.assert_close(y, expected, rtol=1e-14, atol=0)
 
 
@@ -319,8 +321,9 @@ def test_of_distance():
     kind, points = objectives.kind(weight.kind), torch.linspace(-1, 1, 33, dtype=torch.float64)
     for c in (1.0, 0.0):
         fns = trace.pair_functions(weight.kind, weight.params(c))
-        check(fns.f, lambda x, tau, c=c: kind.f(x, tau, (c,)), points)
-        check(fns.df, lambda x, tau, c=c: kind.df(x, tau, (c,)), points)
+        bound = kind.bind((c,))
+        check(fns.f, bound.f, points)
+        check(fns.df, bound.df, points)
 
 
 def test_min_player():
@@ -386,7 +389,7 @@ def test_nothing_is_computed_twice_or_for_nothing():
 def test_objectives_are_not_kept():
     loss = PairLoss(None, lambda x: x * 7)
     trace.pair_functions(loss.kind, ())
-    function = weakref.ref(objectives._CUSTOM[loss.kind])
+    function = weakref.ref(objectives.custom(loss.kind))
     del loss
     gc.collect()
     assert function() is None
@@ -450,15 +453,15 @@ def test_refused(name):
     loss = PairLoss(None, function)
     with pytest.raises(trace.UnsupportedFunction, match=message) as error:
         trace.pair_functions(loss.kind, ())
-    assert trace.problem(loss.kind, ()) == str(error.value)
+    assert trace.problem(loss.kind) == str(error.value)
 
 
 def test_problem():
-    assert trace.problem("exp", ()) is None
+    assert trace.problem("exp") is None
     weight = PairWeight(torch.special.i0)
-    assert trace.problem(weight.kind, (1.0,)).startswith("weight uses aten.i0")
+    assert trace.problem(weight.kind).startswith("weight uses aten.i0")
     with pytest.raises(KeyError):
-        trace.problem("custom:none", ())
+        trace.problem("custom:none")
 
 
 AHEAD_OF_TIME = [

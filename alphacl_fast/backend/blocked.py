@@ -94,7 +94,8 @@ class _Tile:
         self, product: Tensor, excluded: list[int], same_id: Tensor | None, function: PairFunction, need_t: bool
     ) -> None:
         self.excluded, self.same_id = excluded, same_id
-        self.kind, self.tau, self.params = lookup(function.kind), function.tau, function.params
+        self.kind, self.tau = lookup(function.kind), function.tau
+        self.bound = self.kind.bind(function.params)
         self._log_f: Tensor | None = None
         self.mask(product)  # the similarity of an excluded pair may be infinite, and 0·inf is not 0
         if self.kind.linear_in_t:
@@ -112,7 +113,7 @@ class _Tile:
     def log_f(self) -> Tensor:
         """log f of a log kind, −inf at excluded pairs."""
         if self._log_f is None:
-            self._log_f = self.mask(self.kind.f(self.t, self.tau, self.params), -torch.inf)
+            self._log_f = self.mask(self.bound.f(self.t, self.tau), -torch.inf)
         return self._log_f
 
     def exp(self, shift: float | Tensor) -> Tensor:
@@ -124,16 +125,14 @@ class _Tile:
 
     def values(self, side: _Side, pieces: set[str]) -> dict[str, Tensor]:
         """The named ones of f, df, dtau for one side's row scalars, 0 at excluded pairs."""
-        kind, tau, params, scalars = self.kind, self.tau, self.params, side.scalars
-        if kind.log:
+        functions, tau, scalars = self.bound._asdict(), self.tau, side.scalars
+        if self.kind.log:
             f = self.exp(scalars.shift)
-            return {
-                name: f if name == "f" else f * getattr(kind, name)(self.t, tau, params) for name in pieces
-            }
+            return {name: f if name == "f" else f * functions[name](self.t, tau) for name in pieces}
         x = self.t if scalars.shift is None else self.t - scalars.shift
         if scalars.argument_offset is not None:
             x = x + scalars.argument_offset
-        return {name: self.mask(_owned(getattr(kind, name)(x, tau, params), x)) for name in pieces}
+        return {name: self.mask(_owned(functions[name](x, tau), x)) for name in pieces}
 
     def moment(self, side: _Side) -> Tensor:
         """t − moment_origin, in a tensor of its own."""

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight
+from ..bundles import Dtype, PairFunction, Pairing, Rows, RowScalars, Term, Weight
+from ..objectives import KINDS
 from . import forms
 
 #: Optional operands that this backend serves.
@@ -30,8 +31,6 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_emu
 LIBRARY = Path(__file__).parent.parent / "_cpu.abi3.so"
 FAILURE = LIBRARY.with_name("_cpu_not_built.txt")
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_KINDS = {name: code for code, name in enumerate(("exp", "gibbs", "power", "inverse", "hinge", "sigmoid", "square", "gamma"))}
 _OK, _NO_MEMORY = 0, 1
 
 
@@ -162,7 +161,7 @@ def instruction_set() -> str:
 
 def kernels_for(dtype: torch.dtype) -> str:
     """The instruction set whose kernels serve inputs of a dtype."""
-    return _kernels(INSTRUCTION_SETS.index(instruction_set()), _DTYPES[dtype])[0]
+    return _kernels(INSTRUCTION_SETS.index(instruction_set()), Dtype.of(dtype))[0]
 
 
 @functools.cache
@@ -178,7 +177,7 @@ def unsupported(device: torch.device, dtype: torch.dtype, precision: str | None,
         return f"runs on cpu, not {device.type}"
     if _LOAD_ERROR is not None:
         return f"not compiled: {_LOAD_ERROR}"
-    if kind and kind not in _KINDS:
+    if kind and kind not in KINDS:
         return "compiled for the built-in pair functions, not for a user's own"
     if precision not in (None, "ieee"):
         return f"multiplies float32 as IEEE says, not precision={precision!r}"
@@ -216,15 +215,15 @@ def _run(
     isa, f = INSTRUCTION_SETS.index(instruction_set()), rows.f
     if f.stride(1) != 1 and f.shape[1] > 1:
         f = f.contiguous()
-    _, multiple, largest = _kernels(isa, _DTYPES[f.dtype])
+    _, multiple, largest = _kernels(isa, Dtype.of(f.dtype))
     vectors = {**rows._asdict(), **scalars._asdict(), "ids": pairing.ids, "f": None}
     kept = {name: x.contiguous() for name, x in vectors.items() if x is not None}
     sweep = _Sweep(
-        n=f.shape[0], dim=f.shape[1], row_stride=f.stride(0), dtype=_DTYPES[f.dtype], instruction_set=isa,
+        n=f.shape[0], dim=f.shape[1], row_stride=f.stride(0), dtype=Dtype.of(f.dtype), instruction_set=isa,
         split=pairing.split, partner=pairing.partner, anchors=pairing.anchors,
         block=block_rows(f.shape[0], multiple, largest),
         threads=_threads(*f.shape, pairing.split, "gradient" in fields),
-        tau=float(function.tau), kind=_KINDS[function.kind], params=(*function.params, 0.0, 0.0, 0.0)[:3],
+        tau=float(function.tau), kind=KINDS[function.kind].code, params=(*function.params, 0.0, 0.0, 0.0)[:3],
         rows_of_terms=tuple(terms.index(term) if term in terms else -1 for term in Term),
         **{name: x.data_ptr() for name, x in {**kept, **outputs, "f": f}.items()}, **fields, **_hooks(),
     )  # fmt: skip
@@ -281,7 +280,7 @@ _ELEMENTS_PER_THREAD = 32_768
 def _run_rows(function: str, dtype: torch.dtype, n_pairs: int, dim: int, stride: tuple[int, int], **tensors: Tensor) -> None:
     threads = max(1, min(torch.get_num_threads(), n_pairs * dim // _ELEMENTS_PER_THREAD))
     rows = _PairRows(
-        n_pairs=n_pairs, dim=dim, stride1=stride[0], stride2=stride[1], dtype=_DTYPES[dtype], threads=threads,
+        n_pairs=n_pairs, dim=dim, stride1=stride[0], stride2=stride[1], dtype=Dtype.of(dtype), threads=threads,
         instruction_set=INSTRUCTION_SETS.index(instruction_set()), **{name: x.data_ptr() for name, x in tensors.items()},
     )  # fmt: skip
     if getattr(_library(), function)(ctypes.byref(rows)) != _OK:

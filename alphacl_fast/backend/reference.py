@@ -53,15 +53,16 @@ def negatives_and_positives(
 
 def alpha(objective: PairWeight | MinPlayer, t: Tensor, tau: Tensor, c: float) -> Tensor:
     """(anchors, |Neg|) pairwise importances of negatives' similarities t, differentiable."""
-    kind, params = lookup(objective.kind), objective.params(c)
+    log = lookup(objective.kind).log
+    kind = lookup(objective.kind).bind(objective.params(c))
     if isinstance(objective, MinPlayer):
         return _min_player(objective, t - t.max(1, keepdim=True).values, tau)
     n_neg = t.shape[1]
-    if not kind.log:
-        w = kind.f(t, tau, params)
+    if not log:
+        w = kind.f(t, tau)
         total = w.sum(1, keepdim=True) + objective.alpha_eps * n_neg
         return w / total.masked_fill(total == 0, 1.0) if objective.normalized else w
-    log_w = kind.f(t, tau, params)
+    log_w = kind.f(t, tau)
     if not objective.normalized:
         return log_w.exp()
     if objective.alpha_eps:
@@ -72,18 +73,18 @@ def alpha(objective: PairWeight | MinPlayer, t: Tensor, tau: Tensor, c: float) -
 
 def _min_player(objective: MinPlayer, x: Tensor, tau: Tensor) -> Tensor:
     """h(y + x) with Σ_j h = 1; y by bisection, then one Newton step, which carries the exact derivative of y."""
-    kind, params = lookup(objective.kind), objective.params(0.0)
+    kind = lookup(objective.kind).bind(objective.params(0.0))
     with torch.no_grad():
         low = objective.inverse(1 / x.shape[1], tau).expand(x.shape[0], 1).clone()
         high = objective.inverse(1.0, tau).expand(x.shape[0], 1).clone()
         for _ in range(200 if x.dtype == torch.float64 else 60):
             y = (low + high) / 2
-            large = kind.f(y + x, tau, params).sum(1, keepdim=True) > 1
+            large = kind.f(y + x, tau).sum(1, keepdim=True) > 1
             low, high = torch.where(large, low, y), torch.where(large, y, high)
-        slope = kind.df(y + x, tau, params).sum(1, keepdim=True)
-    residual = kind.f(y + x, tau, params).sum(1, keepdim=True) - 1
+        slope = kind.df(y + x, tau).sum(1, keepdim=True)
+    residual = kind.f(y + x, tau).sum(1, keepdim=True) - 1
     y = y - torch.where(slope > 0, residual / slope.masked_fill(slope == 0, 1.0), 0.0)
-    return kind.f(y + x, tau, params)
+    return kind.f(y + x, tau)
 
 
 def importances(
@@ -153,5 +154,5 @@ def _of_gaps(objective: Objective, gap: Tensor, tau: Tensor, c: float) -> Tensor
     if isinstance(objective, ClosedForm):
         return gap.sum(1) if objective.name == "triplet_contrastive" else gap.mean(1)
     kind = lookup(objective.kind)
-    psi = kind.f(gap, objective.kind_tau(tau), objective.params(c))
+    psi = kind.bind(objective.params(c)).f(gap, objective.kind_tau(tau))
     return objective.phi(psi.logsumexp(1) + objective.margin if kind.log else psi.sum(1), tau)

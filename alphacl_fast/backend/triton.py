@@ -74,7 +74,7 @@ def unsupported(device: torch.device, dtype: torch.dtype, precision: str | None,
         return f"runs on GPUs, not {device.type}"
     elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return f"needs compute capability 8.0, not {'.'.join(map(str, torch.cuda.get_device_capability(device)))}"
-    return _missing() or (_kernels().trace.problem(kind, (1.0,)) if kind.startswith("custom") else None)
+    return _missing() or (_kernels().trace.problem(kind) if kind.startswith("custom") else None)
 
 
 # --- what a call comes to ---------------------------------------------------------------------------------------------

@@ -3,20 +3,8 @@
 // checks only what protects memory: Python has validated the arguments.
 #pragma once
 
-#include <cstdint>
+#include "../generated/codes.h"
 
-enum Dtype : int32_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
-enum KindCode : int32_t { EXP, GIBBS, POWER, INVERSE, HINGE, SIGMOID, SQUARE, GAMMA };
-// The first SUM_COUNT are sums over the negatives of an anchor.
-enum Term : int32_t { F, DF, F_MOMENT, DF_MOMENT, DTAU, SHIFT, T_MAX };
-constexpr int SUM_COUNT = 5, TERM_COUNT = 7;
-enum WeightCode : int32_t { WEIGHT_F, WEIGHT_DF, WEIGHT_F_DF };
-enum class Form : int32_t {
-  CONSTANT,  // exp(log f − constant_shift): one exponential serves both anchors of a pair
-  ONLINE,    // exp(log f − running maximum of the row): online softmax
-  PLAIN,     // exp(log f − shift) with the caller's shifts; linear kinds as they are
-  T_MAX,     // the largest t
-};
 enum Status : int32_t { OK, NO_MEMORY, INTERRUPTED, UNSUPPORTED };
 
 // One call of `row_sums` or, with `gradient`, of `pair_grad` (docs/design.md). Row vectors have the

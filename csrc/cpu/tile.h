@@ -269,32 +269,19 @@ template <class T, class K> PanelFunction<T> log_kind(const Sweep& s) {
 
 template <class T> PanelFunction<T> panel_function(const Sweep& s) {
   if (s.form == Form::T_MAX) return Maximum<T>::run;
-  switch (s.kind) {
-    case EXP: return log_kind<T, Exp<T>>(s);
-    case GIBBS: return log_kind<T, Gibbs<T>>(s);
-    case POWER: return s.params[1] == 2 ? log_kind<T, Power<T, 2>>(s) : log_kind<T, Power<T, 0>>(s);
-    case INVERSE: return log_kind<T, Inverse<T>>(s);
-    case HINGE: return linear_kind<T, Hinge<T>>(s);
-    case SIGMOID: return linear_kind<T, Sigmoid<T>>(s);
-    case SQUARE: return linear_kind<T, Square<T>>(s);
-    default: return linear_kind<T, Gamma<T>>(s);
-  }
+  return with_kind<T>(s, [&](auto kind) {
+    using K = decltype(kind);
+    if constexpr (K::log) return log_kind<T, K>(s);
+    else return linear_kind<T, K>(s);
+  });
 }
 
-// log f of the kind at n similarities (a multiple of a vector): the shifts of Form::ONLINE
+// log f of a log kind at n similarities (a multiple of a vector): the shifts of Form::ONLINE
 template <class T> void log_f_of(const Sweep& s, const T* t, T* y, int64_t n) {
   const Numbers<T> numbers(s);
-  for (int64_t c = 0; c < n; c += LANES<T>) {
-    const Vec<T> x = load(t + c);
-    Vec<T> l;
-    switch (s.kind) {
-      case EXP: l = Exp<T>::f(x, numbers); break;
-      case GIBBS: l = Gibbs<T>::f(x, numbers); break;
-      case POWER: l = Power<T, 0>::f(x, numbers); break;
-      default: l = Inverse<T>::f(x, numbers);
-    }
-    store(y + c, l);
-  }
+  with_kind<T>(s, [&](auto kind) {
+    for (int64_t c = 0; c < n; c += LANES<T>) store(y + c, decltype(kind)::f(load(t + c), numbers));
+  });
 }
 
 }  // namespace

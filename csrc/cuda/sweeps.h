@@ -39,7 +39,7 @@ struct FastExponential {
     affine = a.kind != POWER;
     slope = (affine ? n.inv_tau : -n.inv_tau) * LOG2_E;
     constant = -n.middle * LOG2_E;
-    c = a.kind == EXP ? 0.0f : n.p0;
+    c = a.kind == EXP ? 0.0f : n.params[0];
   }
   template <bool AFFINE> DEVICE float operator()(float t) const {
     if constexpr (AFFINE) return device::exp2_approx((t - c) * slope + constant);

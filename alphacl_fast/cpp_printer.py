@@ -1,0 +1,314 @@
+"""Graphs of formulas as C++: on vectors for the CPU kernels, on scalars for the CUDA kernels.
+
+The templates call hand-written primitives: csrc/cpu/vec.h and csrc/cpu/primitives.h, or
+csrc/cuda/primitives.h. Printed code has the accumulation type T as a template parameter.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .graph import OPERATORS, Branching, Node, Printer, Tracer, Value, is_number, mul, neg, real
+from .objectives import BoundKind, PairKind
+
+__all__ = ["CpuPrinter", "CudaPrinter", "branching_function", "pair_struct", "statements"]
+
+_ARITHMETIC = {"add", "sub", "mul", "div", "exact_div", "neg"}
+_COMMON = OPERATORS | {"div": "{} / {}", "neg": "-{}", "where": "{} ? {} : {}"}
+_OPERATORS = {*_COMMON.values(), "~{}", "!{}"}
+#: Functions of <cmath>, by their number of arguments.
+_STANDARD = {
+    1: "abs acos acosh asin asinh atan atanh ceil cos cosh erf erfc exp2 expm1 floor log10 log1p "
+    "log2 nearbyint sin sinh tan tanh trunc",
+    2: "atan2 copysign fmax fmin fmod hypot",
+}
+
+
+class CppPrinter(Printer):
+    """C++ expressions for values; a value that is used once is written where it is used."""
+
+    flags: str  #: of a kind, as a member of its struct
+    signature: str  #: of a static function ``piece`` of ``x`` and the numbers ``n``
+    function: str  #: head of a function ``name`` of x and q
+
+    def __init__(self, label: str, dtype: torch.dtype) -> None:
+        super().__init__(label)
+        self.smallest_normal = torch.finfo(dtype).tiny
+
+    def literal(self, number: float) -> str:
+        if number == self.smallest_normal:
+            return "SMALLEST_NORMAL<T>"
+        if math.isfinite(number):
+            return f"T({repr(number).removesuffix('.0')})"
+        return (
+            'T(__builtin_nan(""))'
+            if math.isnan(number)
+            else f"T({'-' * (number < 0)}__builtin_inf())"
+        )
+
+    def lower(self, node: Node, args: list[Value]) -> Value:
+        if node.op == "neg" and getattr(args[0], "op", None) == "mul":
+            a, b = args[0].args  # the sign goes to the scalar factor
+            if is_number(a) or not a.vector:
+                return mul(neg(a), b)
+        if node.op == "rsqrt":
+            return Node("div", 1.0, Node("sqrt", *args))
+        if node.op == "div" and (inverse := _inverse_of_tau(args[1])) is not None:
+            return mul(args[0], inverse)
+        if node.op == "maximum":
+            a, b = args if is_number(args[1]) else args[::-1]
+            return Node("at_least" if is_number(b) and b == b else "largest", a, b)
+        if node.op == "minimum":
+            return neg(self.lower(Node("maximum"), [neg(a) for a in args]))
+        return super().lower(node, args)
+
+    def operand(self, node: Node, a: Any, names: Mapping[Node, str]) -> str:
+        if isinstance(a, Node):
+            return names[a]
+        return str(a).lower() if isinstance(a, bool) else self.literal(a)
+
+    def type_of(self, node: Node) -> str:
+        raise NotImplementedError
+
+    def code(self, node: Node, names: Mapping[Node, str]) -> str:
+        template = self.template(node)
+        operands = (self.operand(node, a, names) for a in node.args)
+        return template.format(*(operands if template in _OPERATORS else map(_bare, operands)))
+
+    def print(self, values: list[Value]) -> tuple[list[str], list[str]]:
+        """Declarations and an expression for every value."""
+        values, nodes = self.lowered(values)
+        merged: dict[Any, Node] = {}  # equal operations on equal operands are one node
+        first: dict[Node, Node] = {}
+        uses: dict[Node, int] = {}
+        for node in nodes:
+            args = tuple(first[a] if isinstance(a, Node) else a for a in node.args)
+            first[node] = merged.setdefault((node.op, *map(_key, args)), node)
+            if first[node] is node:
+                node.args = args
+                for a in node.operands():
+                    uses[a] = uses.get(a, 0) + 1
+        values = [first[v] if isinstance(v, Node) else v for v in values]
+        names: dict[Node, str] = {}
+        declarations: list[str] = []
+        for node in merged.values():
+            if node.op == "argument":
+                names[node] = node.args[0]
+                continue
+            code = self.code(node, names)
+            if uses.get(node, 0) + values.count(node) == 1:
+                names[node] = f"({code})" if self.template(node) in _OPERATORS else code
+            else:
+                names[node] = f"v{len(declarations)}"
+                declarations.append(f"const {self.type_of(node)} {names[node]} = {code};")
+        return declarations, [_bare(self.result(v, names)) for v in values]
+
+    def result(self, value: Value, names: Mapping[Node, str]) -> str:
+        return names[value] if isinstance(value, Node) else self.literal(value)
+
+
+def _key(a: Any) -> Any:
+    return (type(a), repr(a)) if is_number(a) else a
+
+
+def _bare(code: str) -> str:
+    """An expression without the brackets around all of it."""
+    depth = 0
+    for k, letter in enumerate(code):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return code[1:-1] if code[0] == "(" and k == len(code) - 1 else code
+    return code
+
+
+def _inverse_of_tau(b: Value) -> Value | None:
+    """1/b if b is a product of temperatures, whose inverse a kernel computes once; else None."""
+    if not isinstance(b, Node):
+        return None
+    if b.op == "argument":
+        return Node("argument", "n.inv_tau") if b.args[0] == "n.tau" else None
+    if b.op not in ("neg", "mul"):
+        return None
+    inverses = [_inverse_of_tau(a) for a in b.args]
+    if None in inverses:
+        return None
+    return neg(*inverses) if b.op == "neg" else mul(*inverses)
+
+
+class CpuPrinter(CppPrinter):
+    """On vectors: `Vec<T>` values and `Mask<T>` conditions; scalars in arithmetic stay scalars."""
+
+    flags = "static constexpr bool log = {log}, linear_in_t = {linear};"
+    signature = "static ALPHACL_INLINE Vec<T> {piece}(Vec<T>{x}, const Numbers<T>&{n})"
+    function = "ALPHACL_INLINE Vec<T> {name}(Vec<T> x, T q)"
+
+    table = _COMMON | {
+        "not": "~{}", "to_x": "one_where<T>({})", "exp": "vexp<T>({})", "log": "vlog<T>({})",
+        "sqrt": "vsqrt<T>({})", "largest": "largest<T>({}, {})",
+        "at_least": "at_least<T>({}, {})", "pow": "vpow({}, {})", "to_double": "double({})",
+        "to_float32": "lanewise<T>([](T a) {{ return T(float(a)); }}, {})",
+        "lanewise_pow": "lanewise<T>([](T a, T b) {{ return std::pow(a, b); }}, {}, {})",
+    }  # fmt: skip
+    table |= {
+        f: f"lanewise<T>([](auto... a) {{{{ return std::{f}(a...); }}}}{', {}' * count})"
+        for count, functions in _STANDARD.items()
+        for f in functions.split()
+    }
+
+    def lower(self, node: Node, args: list[Value]) -> Value:
+        if node.op in ("to_x", "to_float32") and (node.op == "to_x" or args[0].dtype == "bool"):
+            return real(args[0])
+        if node.op == "pow":
+            a, q = args
+            if is_number(q):
+                fast = not math.isinf(q) and q != int(q)
+                return Node("pow" if fast else "lanewise_pow", a, q)
+            if q.vector:
+                return Node("lanewise_pow", a, q)
+            return Node("pow", a, _in_double(q), dtype="x")
+        return super().lower(node, args)
+
+    def is_vector(self, a: Value) -> bool:
+        if not isinstance(a, Node) or a.op == "argument":
+            return isinstance(a, Node) and a.vector
+        return a.dtype != "float64" and (
+            a.op not in _ARITHMETIC or any(map(self.is_vector, a.args))
+        )
+
+    def operand(self, node: Node, a: Any, names: Mapping[Node, str]) -> str:
+        if node.op.startswith("call ") and a is node.args[1]:
+            return names[a]
+        if node.dtype == "float64" or (
+            node.op == "pow" and a is node.args[1]
+        ):  # exponents are doubles
+            return repr(a).removesuffix(".0") if is_number(a) else names[a]
+        if node.op in _ARITHMETIC or self.is_vector(a) or (node.op == "at_least" and is_number(a)):
+            return super().operand(node, a, names)
+        if isinstance(a, bool):
+            return "~Mask<T>{}" if a else "Mask<T>{}"
+        if is_number(a) and a == 0:
+            return "Vec<T>{}"
+        return f"broadcast<T>({_bare(super().operand(node, a, names))})"
+
+    def result(self, value: Value, names: Mapping[Node, str]) -> str:
+        code = super().result(value, names)
+        return code if self.is_vector(value) else f"broadcast<T>({_bare(code)})"
+
+    def type_of(self, node: Node) -> str:
+        if node.dtype == "float64":
+            return "double"
+        return "Mask<T>" if node.dtype == "bool" else "Vec<T>" if self.is_vector(node) else "T"
+
+
+def _in_double(a: Value) -> Value:
+    """A scalar expression in double precision, of parameters that are rounded to T."""
+    if not isinstance(a, Node):
+        return a
+    if a.op == "argument":
+        return Node("to_double", a, dtype="float64")
+    return Node(a.op, *map(_in_double, a.args), dtype="float64")
+
+
+class CudaPrinter(CppPrinter):
+    """On one pair: every value is a T."""
+
+    flags = "static constexpr bool LOG = {log}, LINEAR = {linear};"
+    signature = "static DEVICE T {piece}(T{x}, const Numbers<T>&{n})"
+    function = "DEVICE T {name}(T x, T q)"
+
+    table = _COMMON | {
+        "not": "!{}", "to_x": "T({})", "exp": "exponential({})", "log": "logarithm({})",
+        "sqrt": "root({})", "at_least": "at_least({}, {})", "pow": "power_of({}, {})",
+    }  # fmt: skip
+
+    def type_of(self, node: Node) -> str:
+        return "bool" if node.dtype == "bool" else "T"
+
+
+# --- code -----------------------------------------------------------------------------------------
+
+_DTYPES = (torch.float32, torch.float64)
+
+
+def statements(
+    printer: type[CppPrinter], label: str, graphs: Sequence[list[Value]], result: str
+) -> list[str]:
+    """Statements that end in ``result`` with the values of the graphs in float32 and float64.
+
+    ``result`` is a template: "return {};", or "out[0] = {}; out[1] = {};".
+    """
+    printed = []
+    for dtype, graph in zip(_DTYPES, graphs, strict=True):
+        declarations, values = printer(label, dtype).print(graph)
+        printed.append([*declarations, result.format(*values)])
+    narrow, wide = printed
+    if narrow == wide:
+        return narrow
+    return [
+        "if constexpr (sizeof(T) == 4) {",
+        *_indented(narrow),
+        "} else {",
+        *_indented(wide),
+        "}",
+    ]
+
+
+def _indented(lines: Sequence[str]) -> list[str]:
+    return [f"  {line}" for line in lines]
+
+
+def branching_function(part: Branching, printer: type[CppPrinter]) -> str:
+    """A function of x and a parameter q, with a branch for every value that has its own formula."""
+    lines = [f"template <class T> {printer.function.format(name=part.name)} {{"]
+    for value in (*part.values, None):
+        formula = part.function if value is None else lambda x, q=value: part.function(x, q)
+        names = ["x"], ["q"] if value is None else []
+        graphs = [
+            Tracer(part.name, dtype, branching=True).trace(lambda *x, f=formula: [f(*x)], *names)
+            for dtype in _DTYPES
+        ]
+        body = statements(printer, part.name, graphs, "return {};")
+        lines += body if value is None else [f"if (q == T({value:g})) {{", *_indented(body), "}"]
+    return "\n".join([lines[0], *_indented(lines[1:]), "}"])
+
+
+def pair_struct(
+    name: str, kind: PairKind, printer: type[CppPrinter], fixed: Collection[str] = ()
+) -> str:
+    """A pair kind as a struct of static functions of x and `Numbers`.
+
+    A template argument may fix the parameters ``fixed`` to integers; 0 leaves them to run time.
+    """
+    log, linear = (str(flag).lower() for flag in (kind.log, kind.linear_in_t))
+    flags = printer.flags.format(log=log, linear=linear)
+    arguments = "".join(f", int {p.upper()} = 0" for p in fixed)
+    lines = [*(f"// {line.strip()}" for line in (kind.about or "").splitlines())]
+    lines += [f"template <class T{arguments}> struct {name} {{", f"  {flags}"]
+    for piece in BoundKind._fields:
+        function = getattr(kind, piece) or (lambda x, tau, **params: torch.zeros_like(x))
+        names = ["x"], ["n.tau"], kind.parameters
+        label = f"the pair kind {name}"
+        graphs = [
+            Tracer(label, dtype).trace(lambda *x, f=function, **p: [f(*x, **p)], *names)
+            for dtype in _DTYPES
+        ]
+        body = statements(printer, label, graphs, "return {};")
+        used = set(re.findall(r"[a-z_.]+", " ".join(body)))
+        values = [
+            f"{p} = " + f"{p.upper()} ? T({p.upper()}) : " * (p in fixed) + f"n.params[{k}]"
+            for k, p in enumerate(kind.parameters)
+            if p in used
+        ]
+        if values:
+            body = [f"const T {', '.join(values)};", *body]
+        x = " x" if "x" in used else ""
+        n = " n" if values or used & {"n.tau", "n.inv_tau"} else ""
+        lines.append(f"  {printer.signature.format(piece=piece, x=x, n=n)} {{")
+        lines += _indented(_indented(body))
+        lines.append("  }")
+    return "\n".join([*lines, "};"])
