@@ -289,8 +289,12 @@ def test_row_step_reads_expanded_and_strided_vectors():
     step, params = "start_at_mean", ()
     t_max, mean = torch.rand(2, 9), torch.rand(9, 2)
     vectors = (t_max[0], mean[:, 1], torch.tensor(-1.0).expand(9), torch.tensor(2.0).expand(9))
-    ours = rows.row_step(vectors, torch.tensor(1.0), 3, 1, 9, trace.row_function(step, params, 4), 1)
-    theirs = objectives.ROW_STEPS[step](vectors, objectives.BatchNumbers(torch.tensor(1.0), 3, 1), params)
+    ours = rows.row_step(
+        vectors, torch.tensor(1.0), 3, 1, 9, trace.row_function(step, params, 4), 1
+    )
+    theirs = objectives.ROW_STEPS[step](
+        vectors, objectives.BatchNumbers(torch.tensor(1.0), 3, 1), params
+    )
     torch.testing.assert_close(ours[0], theirs[0])
 
 
@@ -377,7 +381,10 @@ def compile_everything():
         for k, (fn, signature, constants) in enumerate(vector_kernels(kind)):
             if FULL or k % len(TARGETS) == turn:
                 r = compile_for(fn, signature, constants, capability, attrs={})
-                found[f"{r.name} {capability} {kind} {len(found)}"] = {"spills": r.spill_bytes, "stack": r.stack}
+                found[f"{r.name} {capability} {kind} {len(found)}"] = {
+                    "spills": r.spill_bytes,
+                    "stack": r.stack,
+                }
     return found
 
 
@@ -427,7 +434,9 @@ def compiled():
 
 
 def test_compiled_for_each_generation(compiled):
-    assert len(compiled) == 16 + (len(TARGETS) if FULL else 1) * (sum(map(len, ROW_STEPS.values())) + 6)
+    assert len(compiled) == 16 + (len(TARGETS) if FULL else 1) * (
+        sum(map(len, ROW_STEPS.values())) + 6
+    )
     for name, found in compiled.items():
         assert found["spills"] == found["stack"] == 0, name
         if "loads" in found:

@@ -78,7 +78,7 @@ def test_programs_share_a_ring(member, negatives, similarity, monkeypatch, poiso
 
 def test_parts_that_do_not_divide_a_ring(monkeypatch, poisoned):
     set_tile(monkeypatch, 4, 4, 8, processors=10)
-    assert triton.parts_of(5, 5, torch.device("cpu")) == 2
+    assert gpu.splits_of(5, 5, torch.device("cpu")) == 2
     assert_equal(*pair(9, 6), ("infonce", {}), tau=0.5)
 
 

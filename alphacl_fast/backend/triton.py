@@ -72,9 +72,7 @@ def unsupported(
     elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         return f"needs compute capability 8.0, not {capability}"
-    return _missing() or (
-        _kernels().trace.problem(kind) if kind.startswith("custom") else None
-    )
+    return _missing() or (_kernels().trace.problem(kind) if kind.startswith("custom") else None)
 
 
 # --- the sweeps -----------------------------------------------------------------------------------
