@@ -12,7 +12,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard tools/build_*.py cs
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: Python 3.10 or newer is needed (set PYTHON=...)"; exit 1; }
 	"$(PYTHON)" -m venv .venv
 	ALPHACL_CUDA=0 "$(BIN)" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,test]"
-	"$(BIN)" setup.py --quiet build_cuda # needs torch, which pip's isolated build does not have
+	"$(BIN)" setup.py --quiet build_cuda # in the working tree, where its objects are kept
 	touch "$(STAMP)"
 
 demo: $(STAMP)

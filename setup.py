@@ -1,7 +1,7 @@
 """The packages and the compiled backends; everything else is in pyproject.toml.
 
 ALPHACL_CPU=0 leaves the CPU backend out and 1 makes its absence an error; by default it is built
-where a compiler exists. ALPHACL_CUDA does the same, where nvcc and torch exist.
+where a compiler exists. ALPHACL_CUDA does the same, where nvcc exists.
 """
 
 import importlib.util
@@ -85,7 +85,7 @@ class BuildBackends(build_ext):
 
 
 class BuildCuda(Command):
-    """The CUDA library beside the sources, for pip's isolated environment has no torch."""
+    """The CUDA library beside the sources, without the rest of an installation."""
 
     description = "build the CUDA library in place, or for the host (--emulated)"
     user_options: ClassVar[list[tuple[str, str | None, str]]] = [

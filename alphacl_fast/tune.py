@@ -37,9 +37,9 @@ def candidates(sweep: str, mode: str, dim: int) -> Iterator[Tile]:
         chunks = [32, 64]  # weights are written, so rows need not fit
     forms = (True, False) if sweep == "row_sums" else (False,)
     choices = itertools.product(chunks, forms, sizes, sizes, (4, 8), (2, 3))
-    for chunk, both, rows, cols, warps, stages in choices:
-        if not both or rows == cols:
-            yield Tile(rows, cols, chunk, warps, stages, both_sides=both)
+    for chunk, symmetric, rows, cols, warps, stages in choices:
+        if not symmetric or rows == cols:
+            yield Tile(rows, cols, chunk, warps, stages, symmetric=symmetric)
 
 
 def measure(

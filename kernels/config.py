@@ -1,8 +1,9 @@
 """How a sweep is tiled: tuned tables by device, conservative defaults otherwise.
 
 A table is `tuned/<device>.json`, written by ``alphacl tune``: a list of entries
-``{"sweep", "mode", "dim", "rows", "tile": {…}}``. A call takes, among the entries of its sweep, its arithmetic and its power
-of two of features, the one nearest in log(rows). The environment variable ALPHACL_TUNED names a table to use instead.
+``{"sweep", "mode", "dim", "rows", "tile": {…}}``. Among the entries of its sweep, its arithmetic
+and its power of two of features a call takes the one nearest in log(rows). The environment
+variable ALPHACL_TUNED names another table.
 """
 
 from __future__ import annotations
@@ -29,9 +30,14 @@ class Tile:
     """Shape of a program's tile and the compiler's options.
 
     Attributes:
-        rows, cols: BLOCK_M, BLOCK_N. features: BLOCK_D; a row of more features is multiplied in chunks of so many, and its
-            gradient by a vendor product. warps, stages: as Triton means them. both_sides: the form that reads each
-            similarity once (docs/design.md); it needs rows = cols. max_registers: per thread, None leaves it to the compiler.
+        rows: BLOCK_M.
+        cols: BLOCK_N.
+        features: BLOCK_D. Longer rows are multiplied in chunks of so many features, and cuBLAS
+            computes their gradient.
+        warps: `num_warps` of Triton.
+        stages: `num_stages` of Triton.
+        symmetric: `row_sums` reads each similarity once (docs/design.md); needs rows = cols.
+        max_registers: per thread; None leaves it to the compiler.
     """
 
     rows: int
@@ -39,12 +45,14 @@ class Tile:
     features: int
     warps: int
     stages: int
-    both_sides: bool = False
+    symmetric: bool = False
     max_registers: int | None = None
 
     def __post_init__(self) -> None:
-        if self.both_sides and self.rows != self.cols:
-            raise ValueError(f"cols must equal rows ({self.rows}) in the both-sides form, got {self.cols}")
+        if self.symmetric and self.rows != self.cols:
+            raise ValueError(
+                f"cols must equal rows ({self.rows}) for symmetric tiles, got {self.cols}"
+            )
 
 
 def power_of_two(x: int, least: int = 16) -> int:
@@ -53,10 +61,10 @@ def power_of_two(x: int, least: int = 16) -> int:
 
 
 def default(sweep: str, mode: str, dim: int) -> Tile:
-    """A tile that compiles without spills for sm_80, sm_90 and sm_100 (``python -m tools.triton_resources``).
+    """A tile that compiles without spills for sm_80, sm_90 and sm_100 (tools/triton_resources.py).
 
-    ``sweep``: row_sums or pair_grad for one exponential a pair, row_sums_plain or pair_grad_plain for all else, which takes
-    more registers (several pieces of a pair, each with its own row scalars).
+    ``sweep`` is row_sums or pair_grad for one exponential a pair, else row_sums_plain or
+    pair_grad_plain, which take more registers (several values of a pair, each with row scalars).
     """
     features, plain = power_of_two(dim), sweep.endswith("_plain")
     if mode == "fp64":
@@ -70,7 +78,9 @@ def default(sweep: str, mode: str, dim: int) -> Tile:
     if mode == "bf16":
         if features > 256 or (plain and features > 128):
             return Tile(64, 64, 64, 8, 3)
-        if features > 128:  # one program per SM whatever it takes; left to itself ptxas spills at 128 registers on sm_100
+        if (
+            features > 128
+        ):  # one program per SM in any case; ptxas alone spills at 128 registers on sm_100
             return Tile(64, 64, features, 8, 2, max_registers=232)
         return Tile(64, 64, features, 8 if plain else 4, 2)
     if features > (64 if mode in ("fp32", "bf16x3") or plain else 128):
@@ -79,7 +89,7 @@ def default(sweep: str, mode: str, dim: int) -> Tile:
 
 
 def choose(sweep: str, mode: str, dim: int, rows: int, device: torch.device) -> Tile:
-    """The tile of a call: of the tuned entries for its rows of features the nearest in log(rows), or the default."""
+    """The tile of a call: the nearest tuned entry in log(rows) for its features, or the default."""
     if sweep in _forced:
         return _forced[sweep]
     tuned = (

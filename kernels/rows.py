@@ -1,11 +1,15 @@
-"""What is O(n·D) and O(n) around the sweeps, a launch each: `unit_rows`, `finish_rows`, `row_step` of docs/design.md, and
-what sweeps leave to be added up (`combine`) or want prepared (`gains`).
+"""The O(n·D) and O(n) work around the sweeps, a launch each.
 
-A program of the first two owns PAIRS positive pairs, both rows of each, and walks their features in chunks of BLOCK_D. Up to
-MAX_BLOCK_D features there is one chunk: the loops fold away, and with them the second read of a row.
+`unit_rows`, `finish_rows` and `row_step` are described in docs/design.md; `reduce_splits` adds the
+partial sums of a sweep, and `scaled_weights` prepares the row weights of the second sweep.
 
-Squares of a row could leave the range of its dtype, so it is first multiplied by the power of two that brings its largest
-element to [1, 2). That is exact, and so is taking it back, but where the result itself leaves the range.
+A program of the first two owns PAIRS positive pairs, both rows of each, and walks over their
+features in chunks of BLOCK_D. Up to MAX_BLOCK_D features there is one chunk: the loops fold away,
+and with them the second read of a row.
+
+Squares of a row could leave the range of its dtype, so it is first multiplied by the power of two
+that brings its largest element to [1, 2). That is exact, and so is undoing it, unless the result
+itself leaves the range.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ MAX_BLOCK_D = 4096
 
 @triton.jit
 def _lift(largest):
-    """Power of two that brings a magnitude to [1, 2), or near it where the power itself would leave the normal range."""
+    """Power of two that brings a magnitude to [1, 2), or near it where it would not be normal."""
     BITS: tl.constexpr = 52 if largest.dtype == tl.float64 else 23  # of the mantissa
     BIAS: tl.constexpr = 1023 if largest.dtype == tl.float64 else 127  # of the exponent
     INT: tl.constexpr = tl.int64 if largest.dtype == tl.float64 else tl.int32
@@ -47,18 +51,24 @@ def _inverse_of_root(x):
 def _load_chunk(row_ptr, keep, start, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """(PAIRS, BLOCK_D) features from ``start``; 0 outside."""
     offs_d = start + tl.arange(0, BLOCK_D)
-    return tl.load(row_ptr[:, None] + offs_d[None, :], mask=keep[:, None] & (offs_d < DIM)[None, :], other=0.0)
+    return tl.load(
+        row_ptr[:, None] + offs_d[None, :], mask=keep[:, None] & (offs_d < DIM)[None, :], other=0.0
+    )
 
 
 @triton.jit
 def _store_chunk(row_ptr, value, keep, start, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     offs_d = start + tl.arange(0, BLOCK_D)
-    tl.store(row_ptr[:, None] + offs_d[None, :], value, mask=keep[:, None] & (offs_d < DIM)[None, :])
+    tl.store(
+        row_ptr[:, None] + offs_d[None, :], value, mask=keep[:, None] & (offs_d < DIM)[None, :]
+    )
 
 
 @triton.jit
-def _measure(row_ptr, keep, WIDE: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(PAIRS,) of each row x: its lift 2^k, 1/‖2^k·x‖ and 1/‖x‖; the last two are 0 for an all-zero row."""
+def _measure(
+    row_ptr, keep, WIDE: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """(PAIRS,) of each row x: its lift 2^k, 1/‖2^k·x‖ and 1/‖x‖, both 0 for an all-zero row."""
     largest = tl.zeros((PAIRS,), WIDE)
     squares = tl.zeros((PAIRS, BLOCK_D), WIDE)
     lift = _lift(largest)
@@ -75,7 +85,9 @@ def _measure(row_ptr, keep, WIDE: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.con
     zero = total == 0
     inverse = tl.where(zero, 0.0, _inverse_of_root(tl.where(zero, 1.0, total)))
     inv_norm = inverse * lift
-    MOST: tl.constexpr = 1.7976931348623157e308 if lift.dtype == tl.float64 else 3.4028234663852886e38
+    MOST: tl.constexpr = (
+        1.7976931348623157e308 if lift.dtype == tl.float64 else 3.4028234663852886e38
+    )
     return lift, inverse, tl.where(inv_norm > MOST, MOST, inv_norm)
 
 
@@ -125,9 +137,19 @@ def unit_rows_kernel(
 
 @triton.jit
 def _load_pair(
-    d_ptr, f_ptr, pair, n_pairs, inv_norm1, inv_norm2, q, keep, start, DIM: tl.constexpr, BLOCK_D: tl.constexpr
+    d_ptr,
+    f_ptr,
+    pair,
+    n_pairs,
+    inv_norm1,
+    inv_norm2,
+    q,
+    keep,
+    start,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """(PAIRS, BLOCK_D) of a chunk: both unit rows, both gradients with what comes through the positive."""
+    """(PAIRS, BLOCK_D) of a chunk: both unit rows, both gradients with the positive's part."""
     WIDE: tl.constexpr = d_ptr.dtype.element_ty
     row1, row2 = pair * DIM, (pair + n_pairs) * DIM
     u1 = _load_chunk(f_ptr + row1, keep, start, DIM, BLOCK_D).to(WIDE)
@@ -165,20 +187,40 @@ def finish_rows_kernel(
     along1 = tl.zeros((PAIRS, BLOCK_D), WIDE)
     along2 = tl.zeros((PAIRS, BLOCK_D), WIDE)
     for start in range(0, DIM, BLOCK_D):
-        u1, u2, g1, g2 = _load_pair(d_ptr, f_ptr, pair, n_pairs, inv_norm1, inv_norm2, q, keep, start, DIM, BLOCK_D)
+        u1, u2, g1, g2 = _load_pair(
+            d_ptr, f_ptr, pair, n_pairs, inv_norm1, inv_norm2, q, keep, start, DIM, BLOCK_D
+        )
         along1 += u1 * g1
         along2 += u2 * g2
     sum1, sum2 = tl.sum(along1, 1)[:, None], tl.sum(along2, 1)[:, None]
     for start in range(0, DIM, BLOCK_D):
-        u1, u2, g1, g2 = _load_pair(d_ptr, f_ptr, pair, n_pairs, inv_norm1, inv_norm2, q, keep, start, DIM, BLOCK_D)
-        _store_chunk(d_ptr + pair * DIM, (g1 - u1 * sum1) * inv_norm1[:, None], keep, start, DIM, BLOCK_D)
-        _store_chunk(d_ptr + (pair + n_pairs) * DIM, (g2 - u2 * sum2) * inv_norm2[:, None], keep, start, DIM, BLOCK_D)
+        u1, u2, g1, g2 = _load_pair(
+            d_ptr, f_ptr, pair, n_pairs, inv_norm1, inv_norm2, q, keep, start, DIM, BLOCK_D
+        )
+        _store_chunk(
+            d_ptr + pair * DIM, (g1 - u1 * sum1) * inv_norm1[:, None], keep, start, DIM, BLOCK_D
+        )
+        _store_chunk(
+            d_ptr + (pair + n_pairs) * DIM,
+            (g2 - u2 * sum2) * inv_norm2[:, None],
+            keep,
+            start,
+            DIM,
+            BLOCK_D,
+        )
 
 
 def tile(dim: int) -> dict[str, int]:
-    """PAIRS, BLOCK_D and num_warps for rows of ``dim`` features: 16 elements of each view to a thread, or few rows."""
+    """PAIRS, BLOCK_D and num_warps for rows of ``dim`` features.
+
+    A thread has 16 elements of each view, or there are few rows.
+    """
     block_d = min(max(triton.next_power_of_2(dim), 16), MAX_BLOCK_D)
-    return {"PAIRS": min(max(1, 2048 // block_d), 32), "BLOCK_D": block_d, "num_warps": max(4, block_d // 512)}
+    return {
+        "PAIRS": min(max(1, 2048 // block_d), 32),
+        "BLOCK_D": block_d,
+        "num_warps": max(4, block_d // 512),
+    }
 
 
 def unit_rows(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,8 +230,9 @@ def unit_rows(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z1, z2: (N, D) float32, float64, bfloat16 or float16, any strides.
 
     Returns:
-        f (2N, D) in the inputs' dtype: unit rows, but as given in half precision; inv_norm (2N,) and pos (2N,), the same for
-        both rows of a pair, in float64 for float64, else float32. An all-zero row has inv_norm 0; inf and NaN make a row NaN.
+        f (2N, D) in the inputs' dtype: unit rows, in half precision the rows as given; inv_norm
+        (2N,) and pos (2N,), the same for both rows of a pair, in float64 for float64, else float32.
+        An all-zero row has inv_norm 0; inf and NaN make a row NaN.
     """
     z1, z2 = (z if z.stride(1) == 1 else z.contiguous() for z in (z1, z2))
     n, dim = z1.shape
@@ -220,25 +263,31 @@ def finish_rows(d: Tensor, f: Tensor, inv_norm: Tensor, q: Tensor) -> None:
         )
 
 
-# --- vectors of the anchors -------------------------------------------------------------------------------------------
+# --- vectors of the anchors -----------------------------------------------------------------------
 
-#: Anchors of a program. There are few, and every launch has one wave of programs at sizes where launches count.
+#: Anchors of a program: few, so that every launch has one wave of programs where launches count.
 BLOCK = 128
-#: Slots that a program reads at a time.
-BLOCK_SLOTS = 16
-
-
+#: Slices of a workspace that a program reads at a time.
+BLOCK_SLICES = 16
 #: Vectors that a row step takes at most.
 MOST_VECTORS = 6
 
 
 @triton.jit(
     do_not_specialize=["n_neg", "divisor", "anchors"],
-    do_not_specialize_on_alignment=["v0_ptr", "v1_ptr", "v2_ptr", "v3_ptr", "v4_ptr", "v5_ptr", "out_ptr"],
+    do_not_specialize_on_alignment=[
+        "v0_ptr",
+        "v1_ptr",
+        "v2_ptr",
+        "v3_ptr",
+        "v4_ptr",
+        "v5_ptr",
+        "out_ptr",
+    ],
 )
 def row_step_kernel(
     v0_ptr,  # (anchors,) float32 or float64, all of one dtype; None from number len(STRIDES) on
-    v1_ptr,  # (a tuple's members would be looked at for their alignment, which goes by the number of anchors)
+    v1_ptr,  # (members of a tuple are specialised on their alignment, which depends on the anchors)
     v2_ptr,
     v3_ptr,
     v4_ptr,
@@ -267,124 +316,167 @@ def row_step_kernel(
 
 
 def row_step(
-    vectors: tuple[Tensor, ...], tau: Tensor, n_neg: int, divisor: int, anchors: int, function: Any, outputs: int
+    vectors: tuple[Tensor, ...],
+    tau: Tensor,
+    n_neg: int,
+    divisor: int,
+    anchors: int,
+    function: Any,
+    outputs: int,
 ) -> Tensor:
-    """A traced row step of vectors (anchors,), or expanded to it, in the dtype of tau () → (outputs, anchors)."""
+    """The outputs (outputs, anchors) of a traced row step.
+
+    ``vectors`` are (anchors,), or expanded to it, in the dtype of tau ().
+    """
     vectors = tuple(v if v.stride(0) in (0, 1) else v.contiguous() for v in vectors)
     strides = tuple(v.stride(0) for v in vectors)
     out = tau.new_empty(outputs, anchors)
     absent = (None,) * (MOST_VECTORS - len(vectors))
     with torch.cuda.device_of(tau):
         row_step_kernel[(triton.cdiv(anchors, BLOCK),)](
-            *vectors, *absent, tau, n_neg, divisor, out, anchors, FUNCTION=function, STRIDES=strides, OUTPUTS=outputs,
-            BLOCK=BLOCK,
+            *vectors, *absent, tau, n_neg, divisor, out, anchors, FUNCTION=function, STRIDES=strides,
+            OUTPUTS=outputs, BLOCK=BLOCK,
         )  # fmt: skip
     return out
 
 
 @triton.jit
-def _slots(ptr, first, slots, slot_stride, row, keep, other, BLOCK_SLOTS: tl.constexpr):
-    """(BLOCK_SLOTS, BLOCK) of a row of slots, ``other`` where there is none."""
-    slot = first + tl.arange(0, BLOCK_SLOTS)
-    keep = (slot < slots)[:, None] & keep[None, :]
-    return tl.load(ptr + slot.to(tl.int64)[:, None] * slot_stride + row[None, :], mask=keep, other=other)
+def _slices(ptr, first, slices, stride, row, keep, other, BLOCK_SLICES: tl.constexpr):
+    """(BLOCK_SLICES, BLOCK) of a row of slices, ``other`` where there is none."""
+    number = first + tl.arange(0, BLOCK_SLICES)
+    keep = (number < slices)[:, None] & keep[None, :]
+    return tl.load(
+        ptr + number.to(tl.int64)[:, None] * stride + row[None, :], mask=keep, other=other
+    )
 
 
 @triton.jit(
-    do_not_specialize=["slots", "anchors", "slot_stride", "slot_row", "out_row", "middle"],
-    do_not_specialize_on_alignment=["slots_ptr", "out_ptr"],
+    do_not_specialize=[
+        "slices",
+        "anchors",
+        "slice_stride",
+        "slice_row",
+        "out_row",
+        "constant_shift",
+    ],
+    do_not_specialize_on_alignment=["slices_ptr", "out_ptr"],
 )
-def combine_kernel(
-    slots_ptr,  # (slots, [base,] SUMS, anchors), anchors next to each other; strides slot_stride, slot_row
-    out_ptr,  # ([base,] SUMS, anchors) out, with stride out_row
-    slots,
+def reduce_splits_kernel(
+    slices_ptr,  # (slices, [largest,] SUMS, anchors), anchors next to each other
+    out_ptr,  # ([shift,] SUMS, anchors) out, with stride out_row
+    slices,
     anchors,
-    slot_stride,
-    slot_row,
+    slice_stride,
+    slice_row,
     out_row,
-    middle,
-    FORM: tl.constexpr,  # as of the sweep; "fixed": the base is ``middle`` and slots have none
+    constant_shift,
+    FORM: tl.constexpr,  # of the sweep
     SUMS: tl.constexpr,
-    BLOCK_SLOTS: tl.constexpr,
+    BLOCK_SLICES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     ACC: tl.constexpr = out_ptr.dtype.element_ty
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = row < anchors
     out_row = out_row.to(tl.int64)
-    base = tl.full((BLOCK,), float("-inf"), ACC)
-    if FORM == "running" or FORM == "max":
-        for first in range(0, slots, BLOCK_SLOTS):
-            x = _slots(slots_ptr, first, slots, slot_stride, row, keep, float("-inf"), BLOCK_SLOTS)
-            base = tl.maximum(base, tl.max(x, 0))
-        tl.store(out_ptr + row, base, mask=keep)
-    if FORM == "fixed":
-        tl.store(out_ptr + row, tl.zeros((BLOCK,), ACC) + middle, mask=keep)
-    finite = tl.where(base > float("-inf"), base, 0.0)  # no pair of the row counts
-    IN: tl.constexpr = 1 if FORM == "running" else 0
-    OUT: tl.constexpr = 1 if FORM == "running" or FORM == "fixed" else 0
+    largest = tl.full((BLOCK,), float("-inf"), ACC)
+    if FORM == "ONLINE" or FORM == "T_MAX":
+        for first in range(0, slices, BLOCK_SLICES):
+            x = _slices(
+                slices_ptr, first, slices, slice_stride, row, keep, float("-inf"), BLOCK_SLICES
+            )
+            largest = tl.maximum(largest, tl.max(x, 0))
+        tl.store(out_ptr + row, largest, mask=keep)
+    if FORM == "CONSTANT":
+        tl.store(out_ptr + row, tl.zeros((BLOCK,), ACC) + constant_shift, mask=keep)
+    finite = tl.where(largest > float("-inf"), largest, 0.0)  # -inf: no pair of the row counts
+    IN: tl.constexpr = 1 if FORM == "ONLINE" else 0
+    OUT: tl.constexpr = 1 if FORM == "ONLINE" or FORM == "CONSTANT" else 0
     for k in tl.static_range(SUMS):
-        total, lost = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
-        for first in range(0, slots, BLOCK_SLOTS):
-            x = _slots(slots_ptr + (k + IN) * slot_row, first, slots, slot_stride, row, keep, 0.0, BLOCK_SLOTS)
-            if FORM == "running":
-                own = _slots(slots_ptr, first, slots, slot_stride, row, keep, float("-inf"), BLOCK_SLOTS)
+        total, comp = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
+        for first in range(0, slices, BLOCK_SLICES):
+            x = _slices(
+                slices_ptr + (k + IN) * slice_row,
+                first,
+                slices,
+                slice_stride,
+                row,
+                keep,
+                0.0,
+                BLOCK_SLICES,
+            )
+            if FORM == "ONLINE":
+                own = _slices(
+                    slices_ptr, first, slices, slice_stride, row, keep, float("-inf"), BLOCK_SLICES
+                )
                 x *= libdevice.exp(own - finite[None, :])
-            y = tl.sum(x, 0) - lost
+            y = tl.sum(x, 0) - comp
             new = total + y
-            lost = tl.where(tl.abs(new) < float("inf"), (new - total) - y, 0.0)
+            comp = tl.where(tl.abs(new) < float("inf"), (new - total) - y, 0.0)
             total = new
         tl.store(out_ptr + (k + OUT) * out_row + row, total, mask=keep)
 
 
-def combine(slots: Tensor, out: Tensor, form: str, middle: float = 0.0) -> None:
-    """out ([base,] sums, anchors) ← the sums of parts, slots (slots, [base,] sums, anchors), in their order.
+def reduce_splits(workspace: Tensor, out: Tensor, form: str, constant_shift: float) -> None:
+    """out ([shift,] sums, anchors) ← the sums of slices (slices, [largest,] sums, anchors).
 
-    ``form`` as of the sweep: "max" has the maximum alone; "running" sums relative to exp(base), each slot to its own; "fixed"
-    a base of ``middle`` in out alone; "plain" none. Neither tensor need be contiguous but in its last dimension.
+    Args:
+        form: of the sweep. T_MAX has the largest t alone; ONLINE: the sums of a slice are relative
+            to the exponential of its largest log f; CONSTANT: only out has a row of shifts.
     """
-    sums = {"max": 0, "running": slots.shape[1] - 1}.get(form, slots.shape[1])
+    sums = {"T_MAX": 0, "ONLINE": workspace.shape[1] - 1}.get(form, workspace.shape[1])
     anchors = out.shape[1]
     with torch.cuda.device_of(out):
-        combine_kernel[(triton.cdiv(anchors, BLOCK),)](
-            slots, out, slots.shape[0], anchors, slots.stride(0), slots.stride(1), out.stride(0), middle, FORM=form, SUMS=sums,
-            BLOCK_SLOTS=BLOCK_SLOTS, BLOCK=BLOCK,
+        reduce_splits_kernel[(triton.cdiv(anchors, BLOCK),)](
+            workspace, out, workspace.shape[0], anchors, workspace.stride(0), workspace.stride(1),
+            out.stride(0), constant_shift, FORM=form, SUMS=sums, BLOCK_SLICES=BLOCK_SLICES,
+            BLOCK=BLOCK,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["anchors", "middle"], do_not_specialize_on_alignment=["gain_ptr", "shift_ptr"])
-def gains_kernel(
-    gain_ptr,  # (anchors,)
+@triton.jit(
+    do_not_specialize=["anchors", "constant_shift"],
+    do_not_specialize_on_alignment=["weight_ptr", "shift_ptr"],
+)
+def scaled_weights_kernel(
+    weight_ptr,  # (anchors,)
     shift_ptr,  # (anchors,) or None
     out_ptr,  # (anchors,) out, with a shift
     largest_ptr,  # (programs,) out
     anchors,
-    middle,
+    constant_shift,
     ROWS: tl.constexpr,  # of a program
     BLOCK: tl.constexpr,
 ):
-    largest = tl.zeros((BLOCK,), gain_ptr.dtype.element_ty)
+    largest = tl.zeros((BLOCK,), weight_ptr.dtype.element_ty)
     for first in range(0, ROWS, BLOCK):
         row = tl.program_id(0) * ROWS + first + tl.arange(0, BLOCK)
         keep = row < anchors
-        gain = tl.load(gain_ptr + row, mask=keep, other=0.0)
+        weight = tl.load(weight_ptr + row, mask=keep, other=0.0)
         if shift_ptr is not None:
-            gain *= libdevice.exp(middle - tl.load(shift_ptr + row, mask=keep, other=0.0))
-            tl.store(out_ptr + row, gain, mask=keep)
-        largest = tl.maximum(largest, tl.abs(gain))
+            weight *= libdevice.exp(constant_shift - tl.load(shift_ptr + row, mask=keep, other=0.0))
+            tl.store(out_ptr + row, weight, mask=keep)
+        largest = tl.maximum(largest, tl.abs(weight))
     tl.store(largest_ptr + tl.program_id(0), tl.max(largest, 0))
 
 
-#: Anchors of a program of `gains`, which up to so many is one launch.
-ROWS_OF_GAINS, BLOCK_OF_GAINS = 4096, 1024
+#: Anchors of a program of `scaled_weights`: up to so many, it is one launch.
+ROWS_OF_WEIGHTS, BLOCK_OF_WEIGHTS = 4096, 1024
 
 
-def gains(gain: Tensor, shift: Tensor | None, middle: float) -> tuple[Tensor, Tensor]:
-    """gain·exp(middle − shift) (anchors,), or without a shift the gain itself, and its largest magnitude ()."""
-    programs = triton.cdiv(gain.shape[0], ROWS_OF_GAINS)
-    out, largest = gain if shift is None else gain.new_empty(gain.shape), gain.new_empty(programs)
-    with torch.cuda.device_of(gain):
-        gains_kernel[(programs,)](
-            gain, shift, out, largest, gain.shape[0], middle, ROWS=ROWS_OF_GAINS, BLOCK=BLOCK_OF_GAINS
-        )
+def scaled_weights(
+    weight: Tensor, shift: Tensor | None, constant_shift: float
+) -> tuple[Tensor, Tensor]:
+    """weight·exp(constant_shift − shift) (anchors,), and its largest magnitude ().
+
+    Without a shift it is the weight itself.
+    """
+    programs = triton.cdiv(weight.shape[0], ROWS_OF_WEIGHTS)
+    out = weight if shift is None else weight.new_empty(weight.shape)
+    largest = weight.new_empty(programs)
+    with torch.cuda.device_of(weight):
+        scaled_weights_kernel[(programs,)](
+            weight, shift, out, largest, weight.shape[0], constant_shift, ROWS=ROWS_OF_WEIGHTS,
+            BLOCK=BLOCK_OF_WEIGHTS,
+        )  # fmt: skip
     return out, largest[0] if programs == 1 else largest.amax()

@@ -1,18 +1,22 @@
-"""The two Triton kernels: `row_sums` and `pair_grad` of docs/design.md, for any pair kind, mode and device.
+"""The two Triton kernels, `row_sums` and `pair_grad` of docs/design.md, for every pair kind and mode.
 
-A program owns BLOCK_M rows "i" and walks the ring of column tiles, BLOCK_N rows "j" each, beginning at its diagonal:
+A program owns BLOCK_M rows "i" and walks over column tiles of BLOCK_N rows "j" each, in the order
+of a ring that begins at its diagonal (`_schedule`):
 
-* **Paired blocks.** In two_view a block of B rows holds B/2 rows of the first view and then their partners in the second.
-  Pairs that do not count (oneself, one's positive) thus lie in the first tiles of every ring. Only these and a ragged last
-  tile are masked, in a loop of their own; with ids, of which equal ones may meet anywhere, all tiles are. Beyond the last row
-  the last one is read again. (A branch in one loop would not do: the compiler turns it into selections, which every pair then
-  pays for.)
-* **Row-block form**: the program sees every column tile and writes each of its results once; the order of all additions is
-  fixed. Where there are too few row blocks several programs share a ring, and their parts are summed afterwards.
-* **Both-sides form** (BOTH, of `row_sums`): block I takes the ring distances 0 … tiles/2 only and serves the rows of block J
-  as well, whose sums it writes to slots of their own; their order is fixed.
+* **Paired blocks.** In two_view a block of B rows holds B/2 rows of the first view, then their
+  partners in the second. Pairs that do not meet (a row with itself or its positive) thus lie in the
+  first tiles of every schedule. Only these and a ragged last tile are masked, in a loop of their
+  own; with ids, where equal ones may meet anywhere, every tile is masked. Beyond the last row the
+  last one is read again. (A branch in one loop would not do: the compiler turns it into selections,
+  for which every pair pays.)
+* **Splits.** A program sees every column tile and writes each of its results once; the order of all
+  additions is fixed. Where there are too few row blocks several programs split a schedule
+  (split-K), and their results are added afterwards.
+* **Symmetric tiles** (SYMMETRIC, of `row_sums`): block I walks over half of the ring, and a tile
+  also serves its columns J, whose sums go to slices of their own; their order is fixed.
 
-An absent row scalar is an empty tuple, a present one a tuple of one vector, for Triton functions cannot return None.
+An absent row scalar is an empty tuple, a present one a tuple of one vector, for Triton functions
+cannot return None.
 """
 
 from typing import Any, NamedTuple
@@ -26,18 +30,19 @@ class Vectors(NamedTuple):
 
     scale: Any
     bias: Any
-    center: Any
-    gain: Any
+    moment_origin: Any
+    row_weight: Any
     shift: Any
-    offset: Any
-    level: Any
+    argument_offset: Any
+    baseline: Any
     ids: Any
 
 
 class Side(NamedTuple):
     """The rows of one side of a tile.
 
-    ``row = base + local`` are rows of f; ``pair`` says which rows of the other side do not count; ``keep`` which rows exist.
+    ``row = base + local`` are rows of f; rows of the two sides with the same ``pair`` do not meet;
+    ``keep`` says which rows exist.
     """
 
     base: Any
@@ -46,11 +51,11 @@ class Side(NamedTuple):
     keep: Any
     scale: Any
     bias: Any
-    center: Any
-    gain: Any
+    moment_origin: Any
+    row_weight: Any
     shift: Any
-    offset: Any
-    level: Any
+    argument_offset: Any
+    baseline: Any
     ids: Any
 
 
@@ -61,7 +66,7 @@ class Common(NamedTuple):
     stride: Any
     v: Any  # Vectors
     tau: Any
-    middle: Any
+    constant_shift: Any
     unit: Any
     inv_unit: Any
     out: Any
@@ -72,15 +77,20 @@ class Common(NamedTuple):
 
 
 class Static(NamedTuple):
-    """What a kernel is compiled for. F, DF, DTAU are Triton functions (x, τ) of a pair kind, or None where not needed."""
+    """What a kernel is compiled for.
+
+    F, DF and DTAU are Triton functions (x, τ) of a pair kind, None where they are not needed.
+    """
 
     F: Any
     DF: Any
     DTAU: Any
     LOG: bool  # F is log f, and DF, DTAU its derivatives
     LINEAR: bool  # log f = t/τ
-    FORM: str  # "fixed": exp(log f − middle); "running": relative to the row's maximum; "plain"; "max" (of t)
-    TERMS: tuple[str, ...]  # "f", "df", "ft", "dft", "dtau"
+    # As `Form`: CONSTANT: exp(log f − constant_shift); ONLINE: relative to the row's maximum;
+    # PLAIN; T_MAX.
+    FORM: str
+    TERMS: tuple[str, ...]  # as `Term`
     D: int
     BLOCK_M: int
     BLOCK_N: int
@@ -90,16 +100,18 @@ class Static(NamedTuple):
     UPCAST: bool  # multiply as float32 (the interpreter multiplies bfloat16 wrongly)
     EXCLUDE: bool  # rows of the same pair do not count
     TRIANGLE: bool  # both sides are the same rows
-    BOTH: bool  # a tile serves its columns too
+    SYMMETRIC: bool  # a tile serves its columns too
     ROWS_PAIRED: bool  # a block holds rows of both views
     COLS_PAIRED: bool
     ROWS_ANCHOR: bool = True
     COLS_ANCHOR: bool = True
-    WEIGHT: str = "f"  # "f", "df" or "f+df"
-    GRAD: str = "product"  # "product"; "weights": W itself, for a vendor product; "none": sums only
+    WEIGHT: str = "F"  # as `Weight`
+    GRADIENT: str = (
+        "PRODUCT"  # as `Gradient`: PRODUCT; WEIGHTS: W itself, for cuBLAS; NONE: sums only
+    )
     W_TYPE: Any = None  # to which weights are rounded for the second product
     W_PRECISION: str = "ieee"
-    IDS: bool = False  # rows of one id do not count for each other, in whatever tile they meet: all are masked
+    IDS: bool = False  # rows of one id do not meet: every tile is masked
 
     @property
     def cache_key(self) -> str:
@@ -107,15 +119,15 @@ class Static(NamedTuple):
         return "-".join(x.cache_key if hasattr(x, "cache_key") else str(x) for x in self)
 
 
-# --- rows and tiles ---------------------------------------------------------------------------------------------------
+# --- rows and tiles -------------------------------------------------------------------------------
 
 
 @triton.jit
 def _load(a_ptr, b_ptr, side):
     """Two row scalars, either of which may be absent, in one load.
 
-    A vector by itself would be loaded by every thread that needs it, 4 bytes at a time; of a (rows, 2) tile each thread loads
-    one element and shared memory spreads them.
+    Every thread that needs a vector would load it by itself, 4 bytes at a time; of a (rows, 2) tile
+    each thread loads one element, and shared memory spreads them.
     """
     if a_ptr is None and b_ptr is None:
         return (), ()
@@ -131,38 +143,69 @@ def _load(a_ptr, b_ptr, side):
 @triton.jit
 def _split(a_ptr, b_ptr, side):
     first = (tl.arange(0, 2) == 0)[None, :]
-    return tl.split(tl.load(tl.where(first, a_ptr + side.base, b_ptr + side.base) + side.local[:, None]))
+    return tl.split(
+        tl.load(tl.where(first, a_ptr + side.base, b_ptr + side.base) + side.local[:, None])
+    )
 
 
 @triton.jit
 def _side(v, block, n, start, half, SIZE: tl.constexpr, PAIRED: tl.constexpr, ANCHOR: tl.constexpr):
-    """Block number ``block`` of a side with n rows that begins at row ``start``; partners are ``half`` rows apart."""
+    """Block number ``block`` of a side with n rows from row ``start`` on.
+
+    Partners are ``half`` rows apart.
+    """
     offs = tl.arange(0, SIZE)
     if PAIRED:
         base, inside = block * (SIZE // 2), offs % (SIZE // 2)
         local = tl.minimum(inside, half - 1 - base) + offs // (SIZE // 2) * half
-        side = Side(start + base, local, base + inside, base + inside < half, (), (), (), (), (), (), (), ())
+        side = Side(
+            start + base, local, base + inside, base + inside < half, (), (), (), (), (), (), (), ()
+        )
     else:
         base = block * SIZE
         local = tl.minimum(offs, n - 1 - base)
-        side = Side(start + base, local, base + offs, base + offs < n, (), (), (), (), (), (), (), ())
+        side = Side(
+            start + base, local, base + offs, base + offs < n, (), (), (), (), (), (), (), ()
+        )
     ids, _ = _load(v.ids, None, side)
     if ANCHOR:
-        scale, gain = _load(v.scale, v.gain, side)
-        center, shift = _load(v.center, v.shift, side)
-        offset, level = _load(v.offset, v.level, side)
+        scale, row_weight = _load(v.scale, v.row_weight, side)
+        moment_origin, shift = _load(v.moment_origin, v.shift, side)
+        argument_offset, baseline = _load(v.argument_offset, v.baseline, side)
         bias, _ = _load(v.bias, None, side)
-        return Side(side.base, side.local, side.pair, side.keep, scale, bias, center, gain, shift, offset, level, ids)
+        return Side(
+            side.base,
+            side.local,
+            side.pair,
+            side.keep,
+            scale,
+            bias,
+            moment_origin,
+            row_weight,
+            shift,
+            argument_offset,
+            baseline,
+            ids,
+        )
     else:
         scale, bias = _load(v.scale, v.bias, side)
-        return Side(side.base, side.local, side.pair, side.keep, scale, bias, (), (), (), (), (), ids)
+        return Side(
+            side.base, side.local, side.pair, side.keep, scale, bias, (), (), (), (), (), ids
+        )
 
 
 @triton.jit
 def _features(f_ptr, stride, side, d, S: tl.constexpr):
-    """(rows, BLOCK_D) features from d on, 0 beyond D. 64-bit offsets: n·D passes 2³¹ at n = 4 M, D = 512."""
+    """(rows, BLOCK_D) features from d on, 0 beyond D.
+
+    Offsets have 64 bits: n·D passes 2³¹ at n = 4 M, D = 512.
+    """
     offs_d = d + tl.arange(0, S.BLOCK_D)
-    ptrs = f_ptr + side.base.to(tl.int64) * stride + (side.local.to(tl.int64)[:, None] * stride + offs_d[None, :])
+    ptrs = (
+        f_ptr
+        + side.base.to(tl.int64) * stride
+        + (side.local.to(tl.int64)[:, None] * stride + offs_d[None, :])
+    )
     if S.D % S.BLOCK_D != 0:
         return tl.load(ptrs, mask=(offs_d < S.D)[None, :], other=0.0)
     else:
@@ -190,7 +233,7 @@ def _scaled(t, i, j):
 
 @triton.jit
 def _similarities(f_ptr, stride, f_i, i, j, S: tl.constexpr):
-    """t (BLOCK_M, BLOCK_N), and f_j (BLOCK_N, BLOCK_D) where a row fits into one chunk of features."""
+    """t (BLOCK_M, BLOCK_N), and f_j (BLOCK_N, BLOCK_D) where a row fits into one chunk."""
     M: tl.constexpr = S.BLOCK_M
     N: tl.constexpr = S.BLOCK_N
     t = tl.zeros((M, N), S.ACC)
@@ -206,17 +249,20 @@ def _similarities(f_ptr, stride, f_i, i, j, S: tl.constexpr):
 
 
 @triton.jit
-def _ring(block_i, part, parts, n_rows, n_cols, begin, end, S: tl.constexpr):
-    """One of ``parts`` parts of the positions [begin, end) of block I's ring.
+def _schedule(block_i, split, splits, n_rows, n_cols, begin, end, S: tl.constexpr):
+    """Split ``split`` of the positions [begin, end) of block I's schedule, a ring of column tiles.
 
-    Returns the number of column tiles and the one at position 0, where the part begins, how many positions from there on are
-    masked, the one masked position beyond them (or -1), and how many are not masked.
+    Returns the number of column tiles, the tile at position 0, where the split begins, how many
+    positions from there on are masked, the one masked position beyond them (or -1), and how many
+    are not masked.
     """
     tiles = tl.cdiv(n_cols, S.BLOCK_N)
-    if S.TRIANGLE and S.BOTH:  # half way round an even ring both ends meet: the first half of the blocks serves that tile
+    if (
+        S.TRIANGLE and S.SYMMETRIC
+    ):  # half way round an even ring both ends meet: the first half of the blocks serves that tile
         end = tl.where((tiles % 2 == 0) & (block_i >= tiles // 2), tl.minimum(end, tiles // 2), end)
-    each = tl.cdiv(end - begin, parts)
-    begin = tl.minimum(begin + part * each, end)
+    each = tl.cdiv(end - begin, splits)
+    begin = tl.minimum(begin + split * each, end)
     end = tl.minimum(begin + each, end)
 
     ROW_PAIRS: tl.constexpr = S.BLOCK_M // 2 if S.ROWS_PAIRED else S.BLOCK_M
@@ -226,7 +272,7 @@ def _ring(block_i, part, parts, n_rows, n_cols, begin, end, S: tl.constexpr):
     if S.EXCLUDE:
         special = (block_i * ROW_PAIRS + ROW_PAIRS - 1) // COL_PAIRS - first + 1
     first = first % tiles
-    if S.BOTH:  # rows that do not exist, in a ragged block I, must not count for J
+    if S.SYMMETRIC:  # rows that do not exist, in a ragged block I, must not count for J
         special = tl.where((block_i + 1) * S.BLOCK_M > n_rows, end, special)
     if S.IDS:
         special = end
@@ -252,15 +298,18 @@ def _counted(x, other, i, j, S: tl.constexpr, MASKED: tl.constexpr):
 
 @triton.jit
 def _log_f(t, i, j, c, S: tl.constexpr, MASKED: tl.constexpr):
-    """log f, −inf where a pair does not count, and the t that moments take: of the exp kind τ·log f, for where |t|/τ is large
-    the two must have been rounded together."""
+    """log f, −inf where a pair does not count, and the t that moments take.
+
+    Of the exp kind that is τ·log f, for where |t|/τ is large the two must have been rounded
+    together.
+    """
     log_f = S.F(t, c.tau)
     if S.LINEAR:
         t = _counted(log_f * c.tau, 0.0, i, j, S, MASKED)
     return (_counted(log_f, float("-inf"), i, j, S, MASKED),), t
 
 
-# --- pieces and sums of a tile ----------------------------------------------------------------------------------------
+# --- pieces and sums of a tile --------------------------------------------------------------------
 
 
 @triton.jit
@@ -274,7 +323,7 @@ def _minus(t, v, axis: tl.constexpr):
 
 @triton.jit
 def _exp(x):
-    """exp x by the hardware's exp2; below 1e-38 it is 0, where tl.exp spends three more instructions."""
+    """exp x by the hardware's exp2; 0 below 1e-38, where tl.exp spends three more instructions."""
     if x.dtype == tl.float64:
         return tl.exp(x)
     else:
@@ -282,17 +331,17 @@ def _exp(x):
 
 
 @triton.jit
-def _exp_fixed(log_f, middle):
-    """exp(log f − middle) by one multiply-add and the hardware's exp2."""
+def _exp_constant(log_f, constant_shift):
+    """exp(log f − constant_shift) by one multiply-add and the hardware's exp2."""
     if log_f.dtype == tl.float64:
-        return tl.exp(log_f - middle)
+        return tl.exp(log_f - constant_shift)
     else:
-        return tl.exp2(log_f * 1.4426950408889634 - middle * 1.4426950408889634)
+        return tl.exp2(log_f * 1.4426950408889634 - constant_shift * 1.4426950408889634)
 
 
 @triton.jit
-def _pieces(t, log_f, i, j, side, tau, axis: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr):
-    """f, df and ∂f/∂τ with one side's row scalars, each in a tuple that is empty where the sweep does not need it."""
+def _values(t, log_f, i, j, side, tau, axis: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr):
+    """f, df and ∂f/∂τ with one side's row scalars, each in a tuple: empty where it is not needed."""
     f, df, dtau = (), (), ()
     if S.LOG:
         f = (_exp(_minus(log_f[0], side.shift, axis)),)
@@ -302,8 +351,8 @@ def _pieces(t, log_f, i, j, side, tau, axis: tl.constexpr, S: tl.constexpr, MASK
             dtau = (f[0] * S.DTAU(t, tau),)
     else:
         x = _minus(t, side.shift, axis)
-        if len(side.offset):
-            x = x + tl.expand_dims(side.offset[0], axis)
+        if len(side.argument_offset):
+            x = x + tl.expand_dims(side.argument_offset[0], axis)
         if S.F is not None:
             f = (_counted(S.F(x, tau), 0.0, i, j, S, MASKED),)
         if S.DF is not None:
@@ -315,18 +364,20 @@ def _pieces(t, log_f, i, j, side, tau, axis: tl.constexpr, S: tl.constexpr, MASK
 
 @triton.jit
 def _term(K: tl.constexpr, t, f, df, dtau, side, axis: tl.constexpr, S: tl.constexpr):
-    """Σ f, Σ f′, Σ f·(t − center), Σ f′·(t − center) or Σ ∂f/∂τ·(t − center − level) of one tile."""
+    """One of the sums of `Term`, over one tile."""
     NAME: tl.constexpr = S.TERMS[K]
-    if NAME == "f":
+    if NAME == "F":
         return tl.sum(f[0], axis)
-    elif NAME == "df":
+    elif NAME == "DF":
         return tl.sum(df[0], axis)
-    elif NAME == "ft":
-        return tl.sum(f[0] * _minus(t, side.center, axis), axis)
-    elif NAME == "dft":
-        return tl.sum(df[0] * _minus(t, side.center, axis), axis)
+    elif NAME == "F_MOMENT":
+        return tl.sum(f[0] * _minus(t, side.moment_origin, axis), axis)
+    elif NAME == "DF_MOMENT":
+        return tl.sum(df[0] * _minus(t, side.moment_origin, axis), axis)
     else:
-        return tl.sum(dtau[0] * _minus(_minus(t, side.center, axis), side.level, axis), axis)
+        return tl.sum(
+            dtau[0] * _minus(_minus(t, side.moment_origin, axis), side.baseline, axis), axis
+        )
 
 
 @triton.jit
@@ -346,16 +397,19 @@ def _zeros(SIZE: tl.constexpr, COUNT: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def _add(totals, losses, sums):
-    """Compensated totals + sums: a row's terms arrive over thousands of tiles. Infinite totals stay what they are."""
-    new_totals, new_losses = (), ()
+def _add(totals, comps, sums):
+    """totals + sums by Kahan's compensation, for a row's terms arrive over thousands of tiles.
+
+    Infinite totals stay what they are.
+    """
+    new_totals, new_comps = (), ()
     for k in tl.static_range(len(sums)):
-        y = sums[k] - losses[k]
+        y = sums[k] - comps[k]
         new = totals[k] + y
-        lost = (new - totals[k]) - y
+        comp = (new - totals[k]) - y
         new_totals = new_totals + (new,)
-        new_losses = new_losses + (tl.where(tl.abs(new) < float("inf"), lost, 0.0),)
-    return new_totals, new_losses
+        new_comps = new_comps + (tl.where(tl.abs(new) < float("inf"), comp, 0.0),)
+    return new_totals, new_comps
 
 
 @triton.jit
@@ -367,162 +421,199 @@ def _times(vectors, factor):
 
 
 @triton.jit
-def _store_sums(out_ptr, slot, anchors, side, keep, base, sums):
-    """One slot of ``out`` (slots, [base,] terms, anchors)."""
-    ptrs = out_ptr + slot.to(tl.int64) * (len(base) + len(sums)) * anchors + (side.base + side.local)
-    if len(base):
-        tl.store(ptrs, base[0], mask=keep)
+def _store_sums(out_ptr, number, anchors, side, keep, largest, sums):
+    """Slice ``number`` of a workspace (slices, [largest,] terms, anchors)."""
+    ptrs = (
+        out_ptr
+        + number.to(tl.int64) * (len(largest) + len(sums)) * anchors
+        + (side.base + side.local)
+    )
+    if len(largest):
+        tl.store(ptrs, largest[0], mask=keep)
     for k in tl.static_range(len(sums)):
-        tl.store(ptrs + (k + len(base)) * anchors.to(tl.int64), sums[k], mask=keep)
+        tl.store(ptrs + (k + len(largest)) * anchors.to(tl.int64), sums[k], mask=keep)
 
 
-# --- sweep 1 ----------------------------------------------------------------------------------------------------------
+# --- sweep 1 --------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _side_sums(t, log_f, e, i, j, side, tau, axis: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr):
-    """One side's base (running and max forms) and sums of a tile."""
-    if S.FORM == "max":
+def _side_sums(
+    t, log_f, e, i, j, side, tau, axis: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr
+):
+    """One side's largest log f (online) or t, and its sums of a tile."""
+    if S.FORM == "T_MAX":
         return (tl.max(_counted(t, float("-inf"), i, j, S, MASKED), axis),), ()
-    elif S.FORM == "fixed":
+    elif S.FORM == "CONSTANT":
         return (), _terms(t, e, (), (), side, axis, S)
-    elif S.FORM == "running":
-        base = tl.max(log_f[0], axis)
-        finite = tl.where(base > float("-inf"), base, 0.0)  # no pair of the row counts in this tile
-        return (base,), _terms(t, (_exp(_minus(log_f[0], (finite,), axis)),), (), (), side, axis, S)
+    elif S.FORM == "ONLINE":
+        largest = tl.max(log_f[0], axis)
+        finite = tl.where(
+            largest > float("-inf"), largest, 0.0
+        )  # no pair of the row counts in this tile
+        return (largest,), _terms(
+            t, (_exp(_minus(log_f[0], (finite,), axis)),), (), (), side, axis, S
+        )
     else:
-        f, df, dtau = _pieces(t, log_f, i, j, side, tau, axis, S, MASKED)
+        f, df, dtau = _values(t, log_f, i, j, side, tau, axis, S, MASKED)
         return (), _terms(t, f, df, dtau, side, axis, S)
 
 
 @triton.jit
-def _merge(base, totals, losses, tile_base, sums, S: tl.constexpr):
-    """Adds a tile's sums, in the running form each relative to its own base."""
-    if S.FORM == "max":
-        return (tl.maximum(base[0], tile_base[0]),), totals, losses
-    elif S.FORM == "running":
-        new = tl.maximum(base[0], tile_base[0])
+def _merge(largest, totals, comps, tile_largest, sums, S: tl.constexpr):
+    """Adds a tile's sums; online (as online softmax) each relative to its own largest log f."""
+    if S.FORM == "T_MAX":
+        return (tl.maximum(largest[0], tile_largest[0]),), totals, comps
+    elif S.FORM == "ONLINE":
+        new = tl.maximum(largest[0], tile_largest[0])
         finite = tl.where(new > float("-inf"), new, 0.0)
-        old = tl.exp(base[0] - finite)
-        totals, losses = _add(_times(totals, old), _times(losses, old), _times(sums, tl.exp(tile_base[0] - finite)))
-        return (new,), totals, losses
+        old = tl.exp(largest[0] - finite)
+        totals, comps = _add(
+            _times(totals, old), _times(comps, old), _times(sums, tl.exp(tile_largest[0] - finite))
+        )
+        return (new,), totals, comps
     else:
-        totals, losses = _add(totals, losses, sums)
-        return (), totals, losses
+        totals, comps = _add(totals, comps, sums)
+        return (), totals, comps
 
 
 @triton.jit
-def _sum_tile(base, totals, losses, tile, at, col_slot, i, f_i, c, S: tl.constexpr, MASKED: tl.constexpr):
-    """Adds a tile to the sums of rows I; in the both-sides form writes those of rows J to their slot."""
-    j = _side(c.v, tile, c.n_cols, c.col_start, c.half, S.BLOCK_N, S.COLS_PAIRED, S.BOTH)
+def _sum_tile(
+    largest, totals, comps, tile, at, column_slice, i, f_i, c, S: tl.constexpr, MASKED: tl.constexpr
+):
+    """Adds a tile to the sums of rows I; a symmetric tile's sums of rows J go to their own slice."""
+    j = _side(c.v, tile, c.n_cols, c.col_start, c.half, S.BLOCK_N, S.COLS_PAIRED, S.SYMMETRIC)
     t, _ = _similarities(c.f_ptr, c.stride, f_i, i, j, S)
-    t = _counted(t, 0.0, i, j, S, MASKED)  # an excluded pair's similarity may be infinite, and 0·inf is not 0
+    t = _counted(
+        t, 0.0, i, j, S, MASKED
+    )  # an excluded pair's similarity may be infinite, and 0·inf is not 0
     log_f, e = (), ()
     if S.LOG:
         log_f, t = _log_f(t, i, j, c, S, MASKED)
-        if S.FORM == "fixed":
-            e = (_exp_fixed(log_f[0], c.middle),)
-    tile_base, sums = _side_sums(t, log_f, e, i, j, i, c.tau, 1, S, MASKED)
-    base, totals, losses = _merge(base, totals, losses, tile_base, sums, S)
-    if S.BOTH:
+        if S.FORM == "CONSTANT":
+            e = (_exp_constant(log_f[0], c.constant_shift),)
+    tile_largest, sums = _side_sums(t, log_f, e, i, j, i, c.tau, 1, S, MASKED)
+    largest, totals, comps = _merge(largest, totals, comps, tile_largest, sums, S)
+    if S.SYMMETRIC:
         keep = j.keep
         if S.TRIANGLE:
             keep = keep & (at > 0)
-        tile_base, sums = _side_sums(t, log_f, e, i, j, j, c.tau, 0, S, MASKED)
-        _store_sums(c.out, col_slot + at, c.anchors, j, keep, tile_base, sums)
-    return base, totals, losses
+        tile_largest, sums = _side_sums(t, log_f, e, i, j, j, c.tau, 0, S, MASKED)
+        _store_sums(c.out, column_slice + at, c.anchors, j, keep, tile_largest, sums)
+    return largest, totals, comps
 
 
 @triton.jit(
     do_not_specialize=[
-        "n_rows", "n_cols", "row_start", "col_start", "half", "anchors", "begin", "end", "col_slot", "middle",
+        "n_rows", "n_cols", "row_start", "col_start", "half", "anchors", "begin", "end", "column_slice",
+        "constant_shift",
     ],
     do_not_specialize_on_alignment=["out_ptr"],
 )  # fmt: skip
 def row_sums(
-    f_ptr, v, tau_ptr, out_ptr, stride, n_rows, n_cols, row_start, col_start, half, anchors, begin, end, col_slot, middle,
-    S: tl.constexpr,
+    f_ptr, v, tau_ptr, out_ptr, stride, n_rows, n_cols, row_start, col_start, half, anchors, begin, end,
+    column_slice, constant_shift, S: tl.constexpr,
 ):  # fmt: skip
-    """Sums of S.TERMS over the ring positions [begin, end) of every row. Grid (row blocks, parts of a ring).
+    """Sums of S.TERMS over the positions [begin, end) of every block's schedule.
+
+    Grid (row blocks, splits).
 
     Args:
-        f_ptr: (rows, D) features with row stride ``stride``, unit column stride. v: `Vectors`, (rows,) or (anchors,) ACC each.
-        tau_ptr: () ACC. n_rows, n_cols: rows of the two sides, which begin at the physical rows row_start, col_start.
-        out_ptr: (slots, [base,] terms, anchors) ACC: a part's rows in slot ``part``, and in the both-sides form what the tiles
-            at ring distance t add to their columns' rows in slot ``col_slot + t`` (distance 0 of a triangle adds nothing).
-            Slots of the fixed both-sides form have no base.
-        middle: of the "fixed" form; float.
+        f_ptr: (rows, D) features with row stride ``stride``, unit column stride.
+        v: `Vectors`, (rows,) or (anchors,) ACC each.
+        tau_ptr: () ACC.
+        n_rows, n_cols: rows of the two sides, which begin at the rows row_start, col_start of f.
+        out_ptr: (slices, [largest,] terms, anchors) ACC: a split's rows in slice ``split``; what
+            symmetric tiles at ring distance t add to their columns in slice ``column_slice + t``
+            (distance 0 of a triangle adds nothing).
+        constant_shift: of the constant form; float.
     """
     tau = tl.load(tau_ptr)
-    c = Common(f_ptr, stride, v, tau, middle, (), (), out_ptr, anchors, n_cols, col_start, half)
-    block_i, part = tl.program_id(0), tl.program_id(1)
+    c = Common(
+        f_ptr, stride, v, tau, constant_shift, (), (), out_ptr, anchors, n_cols, col_start, half
+    )
+    block_i, split = tl.program_id(0), tl.program_id(1)
     M: tl.constexpr = S.BLOCK_M
     i = _side(v, block_i, n_rows, row_start, half, S.BLOCK_M, S.ROWS_PAIRED, True)
-    f_i, base = (), ()
+    f_i, largest = (), ()
     if S.D <= S.BLOCK_D:
         f_i = (_features(f_ptr, stride, i, 0, S),)
-    if S.FORM == "running" or S.FORM == "max":
-        base = (tl.full((M,), float("-inf"), S.ACC),)
-    totals, losses = _zeros(M, len(S.TERMS), S), _zeros(M, len(S.TERMS), S)
-    tiles, first, begin, masked, ragged, plain = _ring(block_i, part, tl.num_programs(1), n_rows, n_cols, begin, end, S)
+    if S.FORM == "ONLINE" or S.FORM == "T_MAX":
+        largest = (tl.full((M,), float("-inf"), S.ACC),)
+    totals, comps = _zeros(M, len(S.TERMS), S), _zeros(M, len(S.TERMS), S)
+    tiles, first, begin, masked, ragged, plain = _schedule(
+        block_i, split, tl.num_programs(1), n_rows, n_cols, begin, end, S
+    )
     for k in range(0, masked + tl.where(ragged >= 0, 1, 0)):
         at = tl.where(k < masked, begin + k, ragged)
-        base, totals, losses = _sum_tile(base, totals, losses, (first + at) % tiles, at, col_slot, i, f_i, c, S, True)
+        largest, totals, comps = _sum_tile(
+            largest, totals, comps, (first + at) % tiles, at, column_slice, i, f_i, c, S, True
+        )
     if not S.IDS:
         for k in range(begin + masked, begin + masked + plain):
             at = k + tl.where((ragged >= 0) & (k >= ragged), 1, 0)
-            base, totals, losses = _sum_tile(base, totals, losses, (first + at) % tiles, at, col_slot, i, f_i, c, S, False)
-    if S.FORM == "fixed" and not S.BOTH:
-        base = (tl.zeros((M,), S.ACC) + middle,)
-    _store_sums(out_ptr, part, anchors, i, i.keep, base, totals)
+            largest, totals, comps = _sum_tile(
+                largest, totals, comps, (first + at) % tiles, at, column_slice, i, f_i, c, S, False
+            )
+    _store_sums(out_ptr, split, anchors, i, i.keep, largest, totals)
 
 
-# --- sweep 2 ----------------------------------------------------------------------------------------------------------
+# --- sweep 2 --------------------------------------------------------------------------------------
 
 
 class Outputs(NamedTuple):
     """Where `pair_grad` writes; None where it does not."""
 
     df: Any
-    w_sums: Any
+    weight_sums: Any
     sums: Any
-    w: Any
+    weights: Any
 
 
 @triton.jit
-def _side_weights(t, log_f, i, j, side, c, axis: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr):
+def _side_weights(
+    t, log_f, i, j, side, c, axis: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr
+):
     """g of one side's anchors with their pieces."""
-    f, df, dtau = _pieces(t, log_f, i, j, side, c.tau, axis, S, MASKED)
-    if S.WEIGHT == "f":
+    f, df, dtau = _values(t, log_f, i, j, side, c.tau, axis, S, MASKED)
+    if S.WEIGHT == "F":
         g = f[0]
-    elif S.WEIGHT == "df":
+    elif S.WEIGHT == "DF":
         g = df[0]
     else:
-        g = f[0] + df[0] * _minus(_minus(t, side.center, axis), side.level, axis)
-    return g * tl.expand_dims(side.gain[0] * c.inv_unit, axis), f, df, dtau
+        g = f[0] + df[0] * _minus(_minus(t, side.moment_origin, axis), side.baseline, axis)
+    return g * tl.expand_dims(side.row_weight[0] * c.inv_unit, axis), f, df, dtau
 
 
 @triton.jit
-def _fixed_weights(log_f, i, j, c, S: tl.constexpr):
-    """g_ij + g_ji of the fixed form: one exponential serves both anchors of a pair."""
-    e = _exp_fixed(log_f, c.middle)
+def _constant_weights(log_f, i, j, c, S: tl.constexpr):
+    """g_ij + g_ji of the constant form: one exponential serves both anchors of a pair."""
+    e = _exp_constant(log_f, c.constant_shift)
     if S.ROWS_ANCHOR and S.COLS_ANCHOR:
-        return e * ((i.gain[0] * c.inv_unit)[:, None] + (j.gain[0] * c.inv_unit)[None, :])
+        return e * (
+            (i.row_weight[0] * c.inv_unit)[:, None] + (j.row_weight[0] * c.inv_unit)[None, :]
+        )
     elif S.ROWS_ANCHOR:
-        return e * (i.gain[0] * c.inv_unit)[:, None]
+        return e * (i.row_weight[0] * c.inv_unit)[:, None]
     else:
-        return e * (j.gain[0] * c.inv_unit)[None, :]
+        return e * (j.row_weight[0] * c.inv_unit)[None, :]
 
 
 @triton.jit
 def rounded_to_tf32(x):
-    """float32 with 10 bits of mantissa. The hardware would cut the others off, which makes every weight too small."""
+    """float32 with 10 bits of mantissa.
+
+    The hardware would cut the others off, which makes every weight too small.
+    """
     return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _factor(w, j, S: tl.constexpr):
-    """W as a factor of the product with rows J: times their scales, then rounded, so that normalised rows never are."""
+    """W as a factor of the product with rows J: times their scales, then rounded.
+
+    So normalised rows never are.
+    """
     if len(j.scale):
         w = w * j.scale[0][None, :]
     w = w.to(S.W_TYPE)
@@ -532,7 +623,20 @@ def _factor(w, j, S: tl.constexpr):
 
 
 @triton.jit
-def _grad_tile(acc, w_total, w_lost, totals, losses, tile, block_w, i, f_i, c, S: tl.constexpr, MASKED: tl.constexpr):
+def _grad_tile(
+    acc,
+    w_total,
+    w_comp,
+    totals,
+    comps,
+    tile,
+    block_w,
+    i,
+    f_i,
+    c,
+    S: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """Adds W·F_J of one tile to the gradient of rows I, or writes W."""
     j = _side(c.v, tile, c.n_cols, c.col_start, c.half, S.BLOCK_N, S.COLS_PAIRED, S.COLS_ANCHOR)
     t, f_j = _similarities(c.f_ptr, c.stride, f_i, i, j, S)
@@ -540,45 +644,55 @@ def _grad_tile(acc, w_total, w_lost, totals, losses, tile, block_w, i, f_i, c, S
     log_f = ()
     if S.LOG:
         log_f, t = _log_f(t, i, j, c, S, MASKED)
-    if S.FORM == "fixed":
-        w = _fixed_weights(log_f[0], i, j, c, S)
+    if S.FORM == "CONSTANT":
+        w = _constant_weights(log_f[0], i, j, c, S)
     else:
         w = tl.zeros(t.shape, S.ACC)
         if S.ROWS_ANCHOR:
             g, f, df, dtau = _side_weights(t, log_f, i, j, i, c, 1, S, MASKED)
-            totals, losses = _add(totals, losses, _terms(t, f, df, dtau, i, 1, S))
+            totals, comps = _add(totals, comps, _terms(t, f, df, dtau, i, 1, S))
             w += g
         if S.COLS_ANCHOR:
             g, f, df, dtau = _side_weights(t, log_f, i, j, j, c, 0, S, MASKED)
             w += g
     if len(w_total):
-        w_total, w_lost = _add(w_total, w_lost, (tl.sum(w, 1),))
-    if S.GRAD == "weights":
+        w_total, w_comp = _add(w_total, w_comp, (tl.sum(w, 1),))
+    if S.GRADIENT == "WEIGHTS":
         w_ptrs = block_w * S.BLOCK_M + tl.arange(0, S.BLOCK_M)
-        w_ptrs = c.out.w + w_ptrs.to(tl.int64)[:, None] * c.n_cols + (j.base + j.local - c.col_start)[None, :]
+        w_ptrs = (
+            c.out.weights
+            + w_ptrs.to(tl.int64)[:, None] * c.n_cols
+            + (j.base + j.local - c.col_start)[None, :]
+        )
         tl.store(w_ptrs, _factor(w, j, S), mask=i.keep[:, None] & j.keep[None, :])
-    elif S.GRAD == "product":
+    elif S.GRADIENT == "PRODUCT":
         acc = (_dot(_factor(w, j, S), f_j[0].to(S.W_TYPE), acc[0], S, True),)
-    return acc, w_total, w_lost, totals, losses
+    return acc, w_total, w_comp, totals, comps
 
 
 @triton.jit(
     do_not_specialize=[
-        "n_rows", "n_cols", "row_start", "col_start", "half", "anchors", "n", "n_out", "lo", "first_block", "middle",
+        "n_rows", "n_cols", "row_start", "col_start", "half", "anchors", "n", "n_out", "lo", "first_block",
+        "constant_shift",
     ]
 )  # fmt: skip
 def pair_grad(
-    f_ptr, v, tau_ptr, unit_ptr, out, stride, n_rows, n_cols, row_start, col_start, half, anchors, n, n_out, lo,
-    first_block, middle, S: tl.constexpr,
+    f_ptr, v, tau_ptr, unit_ptr, out, stride, n_rows, n_cols, row_start, col_start, half, anchors, n,
+    n_out, lo, first_block, constant_shift, S: tl.constexpr,
 ):  # fmt: skip
-    """df_i = Σ_j (g_ij + g_ji) F_j of every row, with the sums of S.TERMS over its pairs. Grid as of `row_sums`.
+    """df_i = Σ_j (g_ij + g_ji) F_j of every row, with the sums of S.TERMS over its pairs.
+
+    Grid (row blocks, splits).
 
     Args: as of `row_sums`, and
-        unit_ptr: () ACC or None: weights are divided by it before they are rounded, gradients multiplied by it.
-        out: `Outputs`, ACC but for w: df (parts, n_out, D), for the physical rows from ``lo`` on; w_sums (parts, n): sums of
-            g_ij + g_ji; sums (parts, terms, anchors); w (programs·BLOCK_M, n_cols) W_TYPE, a block's rows in its own order.
+        unit_ptr: () ACC or None: weights are divided by it before they are rounded, gradients
+            multiplied by it.
+        out: `Outputs`, ACC but for weights: df (splits, n_out, D), for the rows of f from ``lo``
+            on; weight_sums (splits, n): sums of g_ij + g_ji; sums (splits, terms, anchors); weights
+            (programs·BLOCK_M, n_cols) W_TYPE, a block's rows in its own order.
         first_block: the first row block of the launch.
-        middle: of the "fixed" form, in which v.gain already holds gain·exp(middle − shift).
+        constant_shift: of the constant form, in which v.row_weight already holds
+            row_weight·exp(constant_shift − shift).
     """
     tau = tl.load(tau_ptr)
     unit, inv_unit = 1.0, 1.0
@@ -586,8 +700,10 @@ def pair_grad(
         unit = tl.load(unit_ptr)
         unit = tl.where(unit > 0, unit, 1.0)
         inv_unit = 1.0 / unit
-    c = Common(f_ptr, stride, v, tau, middle, unit, inv_unit, out, anchors, n_cols, col_start, half)
-    block_w, part = tl.program_id(0), tl.program_id(1)
+    c = Common(
+        f_ptr, stride, v, tau, constant_shift, unit, inv_unit, out, anchors, n_cols, col_start, half
+    )
+    block_w, split = tl.program_id(0), tl.program_id(1)
     block_i = block_w + first_block
     M: tl.constexpr = S.BLOCK_M
     K: tl.constexpr = S.BLOCK_D
@@ -595,30 +711,46 @@ def pair_grad(
     f_i, acc = (), ()
     if S.D <= S.BLOCK_D:
         f_i = (_features(f_ptr, stride, i, 0, S),)
-    if S.GRAD == "product":
+    if S.GRADIENT == "PRODUCT":
         acc = (tl.zeros((M, K), S.ACC),)
-    HAS_W_SUMS: tl.constexpr = 0 if out.w_sums is None else 1
-    w_total, w_lost = _zeros(M, HAS_W_SUMS, S), _zeros(M, HAS_W_SUMS, S)
-    totals, losses = _zeros(M, len(S.TERMS), S), _zeros(M, len(S.TERMS), S)
-    tiles, first, begin, masked, ragged, plain = _ring(
-        block_i, part, tl.num_programs(1), n_rows, n_cols, 0, tl.cdiv(n_cols, S.BLOCK_N), S
+    HAS_W_SUMS: tl.constexpr = 0 if out.weight_sums is None else 1
+    w_total, w_comp = _zeros(M, HAS_W_SUMS, S), _zeros(M, HAS_W_SUMS, S)
+    totals, comps = _zeros(M, len(S.TERMS), S), _zeros(M, len(S.TERMS), S)
+    tiles, first, begin, masked, ragged, plain = _schedule(
+        block_i, split, tl.num_programs(1), n_rows, n_cols, 0, tl.cdiv(n_cols, S.BLOCK_N), S
     )
     for k in range(0, masked + tl.where(ragged >= 0, 1, 0)):
         at = tl.where(k < masked, begin + k, ragged)
-        acc, w_total, w_lost, totals, losses = _grad_tile(
-            acc, w_total, w_lost, totals, losses, (first + at) % tiles, block_w, i, f_i, c, S, True
+        acc, w_total, w_comp, totals, comps = _grad_tile(
+            acc, w_total, w_comp, totals, comps, (first + at) % tiles, block_w, i, f_i, c, S, True
         )
     if not S.IDS:
         for k in range(begin + masked, begin + masked + plain):
             at = k + tl.where((ragged >= 0) & (k >= ragged), 1, 0)
-            acc, w_total, w_lost, totals, losses = _grad_tile(
-                acc, w_total, w_lost, totals, losses, (first + at) % tiles, block_w, i, f_i, c, S, False
+            acc, w_total, w_comp, totals, comps = _grad_tile(
+                acc,
+                w_total,
+                w_comp,
+                totals,
+                comps,
+                (first + at) % tiles,
+                block_w,
+                i,
+                f_i,
+                c,
+                S,
+                False,
             )
-    if S.GRAD == "product":
+    if S.GRADIENT == "PRODUCT":
         offs_d = tl.arange(0, S.BLOCK_D)
-        ptrs = out.df + part.to(tl.int64) * n_out * S.D + (i.base + i.local - lo).to(tl.int64)[:, None] * S.D + offs_d[None, :]
+        ptrs = (
+            out.df
+            + split.to(tl.int64) * n_out * S.D
+            + (i.base + i.local - lo).to(tl.int64)[:, None] * S.D
+            + offs_d[None, :]
+        )
         tl.store(ptrs, acc[0] * unit, mask=i.keep[:, None] & (offs_d < S.D)[None, :])
     if len(w_total):
-        _store_sums(out.w_sums, part, n, i, i.keep, (), _times(w_total, unit))
+        _store_sums(out.weight_sums, split, n, i, i.keep, (), _times(w_total, unit))
     if len(S.TERMS):
-        _store_sums(out.sums, part, anchors, i, i.keep, (), totals)
+        _store_sums(out.sums, split, anchors, i, i.keep, (), totals)

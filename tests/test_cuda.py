@@ -1,4 +1,5 @@
-"""The CUDA kernels (csrc/cuda), compiled for the host and run by the emulated device layer, against the oracle."""
+"""The CUDA kernels (csrc/cuda), compiled for the host and run on an emulated GPU,
+against the oracle."""
 
 import ctypes
 import os
@@ -8,18 +9,26 @@ import torch
 from family import BUILT_IN, MODES, loss_and_grads, member_id, pair, relative_error
 
 from alphacl_fast import objectives, ops
-from alphacl_fast.backend import blocked, cuda, groups
+from alphacl_fast.backend import blocked, cuda, gpu
+from alphacl_fast.bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight
 from alphacl_fast.functional import REDUCTIONS, SIMILARITIES, alpha_cl_loss
 
-pytestmark = pytest.mark.skipif(not cuda.emulated(), reason="no emulated library (tests/conftest.py says why)")
+pytestmark = pytest.mark.skipif(
+    not cuda.emulated(), reason="no emulated library (tests/conftest.py says why)"
+)
 
 #: 140 rows: three tiles, the last one ragged, and a ring in parts.
 PAIRS = 70
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "tf32": torch.float32,
+    "fp32": torch.float32,
+}
 
 
 def schedule(seed):
-    """The order in which the emulated layer runs the threads of a block: 0 ascending, 1 descending, else random."""
+    """How the emulated GPU orders the threads of a block: 0 ascending, 1 descending, else random."""
     ctypes.CDLL(os.environ["ALPHACL_CUDA_EMULATED"]).alphacl_cuda_schedule(seed)
 
 
@@ -36,7 +45,9 @@ def test_float64(member, negatives, symmetric, poisoned):
     turn = BUILT_IN.index(member) + MODES.index((negatives, symmetric))
     for k, similarity in enumerate(SIMILARITIES):
         dim = (20, 40)[(turn + k) % 2]  # gradients in registers, or weights for a vendor product
-        views = [z if similarity == "cosine" else z / dim**0.5 for z in pair(PAIRS, dim)]  # of long rows one pair is all
+        views = [
+            z if similarity == "cosine" else z / dim**0.5 for z in pair(PAIRS, dim)
+        ]  # of long rows one pair is all
         errors = compared(
             *views, member, negatives=negatives, symmetric=symmetric, similarity=similarity,
             reduction=REDUCTIONS[(turn + k) % 3],
@@ -53,13 +64,20 @@ def test_other_dtypes(mode, member, poisoned):
         dim = (40, 100, 200, 300)[(turn + k) % 4]
         z1, z2 = pair(PAIRS, dim, DTYPES[mode])
         if member[1].get("exponent", 4) < 2:
-            z1, z2 = pair(PAIRS, dim, DTYPES[mode], noise=2.0)  # away from d² = 0, where the slope of (d²)^0.75 has no bound
-        setting = {"negatives": negatives, "symmetric": symmetric, "reduction": "sum"}  # a mean's leaves float16's range
+            z1, z2 = pair(
+                PAIRS, dim, DTYPES[mode], noise=2.0
+            )  # away from d² = 0, where the slope of (d²)^0.75 has no bound
+        setting = {
+            "negatives": negatives,
+            "symmetric": symmetric,
+            "reduction": "sum",
+        }  # a mean's leaves float16's range
         truth = loss_and_grads(z1.double(), z2.double(), *member, backend="reference", **setting)
         if mode == "tf32":
             setting["precision"] = "tf32"
         ours = loss_and_grads(z1, z2, *member, backend="cuda", **setting)
-        # Inputs are exact in half precision, and sums are float32; gradients are of the input's dtype.
+        # Inputs are exact in half precision, and sums are float32; gradients are of the input's
+        # dtype.
         bound = 2e-3 if mode == "tf32" else 2e-5
         assert relative_error(ours[0], truth[0], floor=0.1) < bound, (negatives, dim)
         for o, t in zip(ours[1:3], truth[1:3], strict=True):
@@ -73,32 +91,42 @@ def test_other_dtypes(mode, member, poisoned):
 @pytest.mark.parametrize("dim", [40, 200])
 @pytest.mark.parametrize("member", [m for m in BUILT_IN if objectives.make(*m).kind], ids=member_id)
 def test_forms_agree(member, dim):
-    """Sums by row blocks and of both sides are the same but for rounding."""
+    """Sums of symmetric tiles and of others are the same but for rounding."""
     for negatives, symmetric in MODES:
         for similarity in ("cosine", "euclidean")[: 1 + (negatives == "two_view")]:
             z1, z2 = pair(PAIRS, dim, torch.bfloat16)
-            setting = {"negatives": negatives, "symmetric": symmetric, "similarity": similarity, "backend": "cuda"}
-            with cuda.both_sides(False):
+            setting = {
+                "negatives": negatives,
+                "symmetric": symmetric,
+                "similarity": similarity,
+                "backend": "cuda",
+            }
+            with cuda.symmetric(False):
                 row_block = loss_and_grads(z1, z2, *member, **setting)
-            with cuda.both_sides(True):
+            with cuda.symmetric(True):
                 both = loss_and_grads(z1, z2, *member, **setting)
             for a, b in zip(both, row_block, strict=True):
-                assert relative_error(a, b) < (4e-3 if a.dtype == torch.bfloat16 else 1e-5), (negatives, similarity)
+                assert relative_error(a, b) < (4e-3 if a.dtype == torch.bfloat16 else 1e-5), (
+                    negatives,
+                    similarity,
+                )
 
 
 @pytest.mark.parametrize("negatives", ["two_view", "one_view", "cross_view"])
-def test_slots_come_in_runs(negatives, monkeypatch):
-    """Partial sums, and weights of wide rows, that do not fit into the scratch at once."""
+def test_slices_come_in_runs(negatives, monkeypatch):
+    """Partial sums, and weights of wide rows, that do not fit into the workspace at once."""
     z1, z2 = pair(200, 300, torch.bfloat16)
     whole = loss_and_grads(z1, z2, "infonce", backend="cuda", negatives=negatives)
-    monkeypatch.setattr(groups, "SCRATCH", 1)
+    monkeypatch.setattr(gpu, "WORKSPACE", 1)
     parts = loss_and_grads(z1, z2, "infonce", backend="cuda", negatives=negatives)
     for a, b in zip(parts, whole, strict=True):
         assert relative_error(a, b) < (4e-3 if a.dtype == torch.bfloat16 else 1e-6)
 
 
 @pytest.mark.parametrize("mode", ["bf16", "tf32", "fp64"])
-@pytest.mark.parametrize("member", [("infonce", {}), ("triplet", {}), ("alpha_square", {})], ids=member_id)
+@pytest.mark.parametrize(
+    "member", [("infonce", {}), ("triplet", {}), ("alpha_square", {})], ids=member_id
+)
 def test_results_do_not_depend_on_the_order_of_threads(mode, member, poisoned):
     """Bit for bit: what one thread leaves in shared memory another reads only behind a barrier."""
     dtype = {"fp64": torch.float64, **DTYPES}[mode]
@@ -115,7 +143,10 @@ def test_results_do_not_depend_on_the_order_of_threads(mode, member, poisoned):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("layout", ["odd row length", "odd offset", "columns of a wider matrix", "transposed", "expanded"])
+@pytest.mark.parametrize(
+    "layout",
+    ["odd row length", "odd offset", "columns of a wider matrix", "transposed", "expanded"],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_rows_in_memory(layout, dtype):
     """Rows that no 16-byte copy can read, and rows that are not next to each other."""
@@ -132,22 +163,34 @@ def test_rows_in_memory(layout, dtype):
     z1, z2 = (laid_out(z) for z in pair(20, 17, dtype))
     for similarity in ("cosine", "dot"):
         errors = compared(z1, z2, ("infonce", {}), similarity=similarity)
-        assert max(errors) < {torch.bfloat16: 4e-3, torch.float32: 1e-5, torch.float64: 1e-10}[dtype], similarity
+        assert (
+            max(errors) < {torch.bfloat16: 4e-3, torch.float32: 1e-5, torch.float64: 1e-10}[dtype]
+        ), similarity
 
 
 @pytest.mark.parametrize("mode", DTYPES)
 def test_small_shared_memory(mode, monkeypatch):
     """Rows that other GPUs hold whole come in chunks where there is less shared memory."""
     library = ctypes.CDLL(os.environ["ALPHACL_CUDA_EMULATED"])
-    assert {m: library.alphacl_cuda_largest_features(k) for k, m in enumerate(cuda._MODES)} == cuda.LARGEST
-    monkeypatch.setattr(cuda, "_in_chunks", lambda mode, dim, device: dim > cuda.LARGEST_OF_SMALL[mode])
+    assert {
+        m: library.alphacl_cuda_largest_features(k)
+        for k, m in enumerate(("fp32", "fp64", "bf16", "fp16", "tf32"))
+    } == cuda.LARGEST
+    monkeypatch.setattr(
+        cuda, "_in_chunks", lambda mode, dim, device: dim > cuda.LARGEST_OF_SMALL[mode]
+    )
     for dim in (cuda.LARGEST_OF_SMALL[mode], cuda.LARGEST_OF_SMALL[mode] + 9):
         setting = {"precision": "tf32"} if mode == "tf32" else {}
         z1, z2 = pair(PAIRS, dim, DTYPES[mode])
-        truth = loss_and_grads(z1.double(), z2.double(), "infonce", backend="reference", reduction="sum")
+        truth = loss_and_grads(
+            z1.double(), z2.double(), "infonce", backend="reference", reduction="sum"
+        )
         ours = loss_and_grads(z1, z2, "infonce", backend="cuda", reduction="sum", **setting)
         for o, t in zip(ours, truth, strict=True):
-            assert relative_error(o, t) < {"bf16": 4e-3, "fp16": 1e-3, "tf32": 2e-3, "fp32": 2e-5}[mode]
+            assert (
+                relative_error(o, t)
+                < {"bf16": 4e-3, "fp16": 1e-3, "tf32": 2e-3, "fp32": 2e-5}[mode]
+            )
 
 
 def test_one_sided_gradients(poisoned):
@@ -160,7 +203,12 @@ def test_one_sided_gradients(poisoned):
                     inputs = [z.double() if wide else z.clone() for z in views]
                     inputs[side].requires_grad_()
                     loss = alpha_cl_loss(
-                        *inputs, "alpha_direct", temperature=0.3, negatives=negatives, symmetric=symmetric, backend=backend
+                        *inputs,
+                        "alpha_direct",
+                        temperature=0.3,
+                        negatives=negatives,
+                        symmetric=symmetric,
+                        backend=backend,
                     )
                     grads += torch.autograd.grad(loss, inputs[side])
                 assert float((grads[1].double() - grads[0]).norm() / grads[0].norm()) < bound
@@ -177,7 +225,9 @@ def test_rows_steps():
         f, inv_norm, pos = cuda.unit_rows(z1, z2)
         rows = torch.nn.functional.normalize(torch.cat([z1, z2]).double(), dim=1, eps=0)
         rows = rows.nan_to_num(0.0)
-        ours = f.double() if f.dtype == inv_norm.dtype else f.double() * inv_norm.double().unsqueeze(1)
+        ours = (
+            f.double() if f.dtype == inv_norm.dtype else f.double() * inv_norm.double().unsqueeze(1)
+        )
         bound = 1e-13 if dtype == torch.float64 else 1e-6
         assert relative_error(ours, rows) < bound
         assert relative_error(pos, (rows[:9] * rows[9:]).sum(1).repeat(2)) < bound
@@ -185,7 +235,9 @@ def test_rows_steps():
         assert torch.isfinite(inv_norm).all()
         d, q = torch.randn(18, 37, dtype=inv_norm.dtype), torch.rand(9, dtype=inv_norm.dtype)
         expected = d.double() - torch.cat([q, q]).double().unsqueeze(1) * rows.roll(9, 0)
-        expected = (expected - rows * (rows * expected).sum(1, keepdim=True)) * inv_norm.double().unsqueeze(1)
+        expected = (
+            expected - rows * (rows * expected).sum(1, keepdim=True)
+        ) * inv_norm.double().unsqueeze(1)
         both_anchors = torch.cat([q / 4, q - q / 4])
         other = d.clone()
         cuda.finish_rows(other, f, inv_norm, both_anchors)
@@ -199,21 +251,29 @@ def test_sweeps_alone_agree_with_blocked():
     """Terms and outputs that no objective asks for in this combination."""
     f, n = torch.randn(150, 20, dtype=torch.float64) / 3, 150
     tau = torch.tensor(0.4, dtype=torch.float64)
-    gain, shift, offset, level, center = torch.rand(5, n, dtype=torch.float64)
+    scalars = RowScalars(*torch.rand(5, n, dtype=torch.float64))
     bias = -torch.rand(n, dtype=torch.float64)
     scale = torch.rand(n, dtype=torch.float64) + 0.5
-    kinds = {"square": (), "sigmoid": (2.0,), "gibbs": (1.0,), "hinge": (0.3,), "inverse": (4.0, 2.0, 1.0)}
+    kinds = {
+        "square": (),
+        "sigmoid": (2.0,),
+        "gibbs": (1.0,),
+        "hinge": (0.3,),
+        "inverse": (4.0, 2.0, 1.0),
+    }
     for split, partner, anchors in ((0, 75, n), (0, 0, n), (75, 75, n), (75, 0, 75), (60, 0, n)):
-        cut = slice(None, anchors)
+        pairing = Pairing(split, partner, anchors)
+        own = RowScalars(*(x[:anchors] for x in scalars))
         for kind, params in kinds.items():
-            terms = ("dtau", "dft", "f", "ft", "df")[kind in ("sigmoid", "hinge") :]
-            vectors = (center[cut], shift[cut], offset[cut])
-            arguments = (tau, kind, params, terms[-4:], split, partner, anchors, (), "")  # without a level there is no "dtau"
-            outs = [b.row_sums(f, scale, bias, *vectors, *arguments) for b in (blocked, cuda)]
+            terms = (Term.DTAU, Term.DF_MOMENT, Term.F, Term.F_MOMENT, Term.DF)[
+                kind in ("sigmoid", "hinge") :
+            ]
+            operands = Rows(f, scale, bias), pairing, PairFunction(kind, params, tau), own
+            outs = [b.row_sums(*operands, terms, "") for b in (blocked, cuda)]
             assert relative_error(outs[1], outs[0]) < 1e-12, (kind, split)
-            arguments = (tau, kind, params, "f+df", terms, split, partner, 0, n, (), "")
-            vectors = (center[cut], gain[cut], shift[cut], offset[cut], level[cut])
-            outs = [b.pair_grad(f, scale, bias, *vectors, *arguments) for b in (blocked, cuda)]
+            outs = [
+                b.pair_grad(*operands, Weight.F_PLUS_DF, terms, (0, n), "") for b in (blocked, cuda)
+            ]
             for a, b in zip(outs[1], outs[0], strict=True):
                 assert relative_error(a, b) < 1e-12, (kind, split)
 
@@ -223,12 +283,17 @@ def test_refusals(monkeypatch, tmp_path):
     assert "user's own" in cuda.unsupported(cpu, torch.float32, None, "custom:0")
     assert "bf16x3" in cuda.unsupported(cpu, torch.float32, "bf16x3", "exp")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "needs compute capability 8.0, not 7.5" in cuda.unsupported(gpu, torch.float32, None, "exp")
+    assert "needs compute capability 8.0, not 7.5" in cuda.unsupported(
+        gpu, torch.float32, None, "exp"
+    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    monkeypatch.setattr(cuda, "_load", lambda path, namespace: (None, None))
+    monkeypatch.setattr(cuda, "_load", lambda path: (None, None))
     monkeypatch.setattr(cuda, "_shared_memory", lambda device: 99 << 10)
     assert cuda.unsupported(gpu, torch.float32, None, "exp") is None
-    assert cuda.unsupported(gpu, torch.float64, None, "exp") == "needs 163 KB of shared memory a block for float64, got 99"
+    assert (
+        cuda.unsupported(gpu, torch.float64, None, "exp")
+        == "needs 163 KB of shared memory a block for float64, got 99"
+    )
     monkeypatch.setattr(cuda, "_shared_memory", lambda device: 64 << 10)
     assert "needs 99 KB of shared memory" in cuda.unsupported(gpu, torch.bfloat16, None, "exp")
     monkeypatch.undo()
@@ -237,15 +302,26 @@ def test_refusals(monkeypatch, tmp_path):
     assert "not mps" in cuda.unsupported(torch.device("mps"), torch.float32, None, "exp")
     load = cuda._load.__wrapped__
     monkeypatch.setattr(cuda, "FAILURE", tmp_path / "reason.txt")
-    assert load("/nowhere/_cuda.abi3.so", "alphacl_fast_cuda")[1].startswith("not compiled: no library beside the package")
+    assert load("/nowhere/_cuda.abi3.so")[1].startswith(
+        "not compiled: no library beside the package"
+    )
     cuda.FAILURE.write_text("no nvcc")
-    assert load("/nowhere/_cuda.abi3.so", "alphacl_fast_cuda")[1] == "not compiled: no nvcc; reinstall with nvcc on the PATH"
+    assert (
+        load("/nowhere/_cuda.abi3.so")[1]
+        == "not compiled: no nvcc; reinstall with nvcc on the PATH"
+    )
     (tmp_path / "no.so").write_text("nothing")
-    assert load(str(tmp_path / "no.so"), "alphacl_fast_cuda")[1].startswith("cannot be loaded: ")
+    assert load(str(tmp_path / "no.so"))[1].startswith("cannot be loaded: ")
     monkeypatch.setattr(torch, "__version__", "2.9.1")
-    assert load("/nowhere/other.so", "alphacl_fast_cuda")[1] == "needs torch 2.10, found 2.9.1"
-    with pytest.raises(ValueError, match="backend 'cuda' cannot serve this call: runs on GPUs, not cpu"):
+    monkeypatch.setenv("ALPHACL_CUDA_EMULATED", "/nowhere/other.so")
+    assert cuda.unsupported(cpu, torch.float32, None, "exp") == "needs torch 2.10, found 2.9.1"
+    monkeypatch.undo()
+    monkeypatch.setenv("ALPHACL_CUDA_EMULATED", "")
+    with pytest.raises(
+        ValueError, match="backend 'cuda' cannot serve this call: runs on GPUs, not cpu"
+    ):
         ops.choose("cuda", cpu, torch.float32, None, "exp")
-    rows, one = torch.empty(1).expand(2**31, 1), torch.ones(())
-    with pytest.raises(ValueError, match="at most 2147418112 rows"):
-        cuda.row_sums(rows, None, None, one, None, None, one, "exp", (), ("base", "f"), 0, 0, 1, (), "")
+    rows, one = Rows(torch.empty(1).expand(2**31, 1)), torch.ones(())
+    operands = rows, Pairing(0, 0, 1), PairFunction("exp", (), one), RowScalars(one)
+    with pytest.raises(ValueError, match="the cuda backend takes at most 2147418111 rows"):
+        cuda.row_sums(*operands, (Term.SHIFT, Term.F), "")

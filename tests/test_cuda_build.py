@@ -1,4 +1,4 @@
-"""The CUDA library as it is built, without a GPU: what the compiler made of it, what it needs, what its operators refuse."""
+"""The built CUDA library, without a GPU: what the compiler made of it, what it needs and refuses."""
 
 import ctypes
 import os
@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from alphacl_fast.backend import cuda
+from alphacl_fast.backend import cuda, gpu
+from alphacl_fast.bundles import Dtype, Form, PairFunction, Pairing, Rows, RowScalars, Term
 from tools import build_cuda as build
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +21,11 @@ ROOT = Path(__file__).parent.parent
 def why_not():
     """Why there is no library, or None."""
     if not cuda.LIBRARY.exists():
-        return cuda.FAILURE.read_text().strip() if cuda.FAILURE.exists() else "no library beside the package"
+        return (
+            cuda.FAILURE.read_text().strip()
+            if cuda.FAILURE.exists()
+            else "no library beside the package"
+        )
     return None
 
 
@@ -29,7 +34,11 @@ built = pytest.mark.skipif(why_not() is not None, reason=f"no compiled CUDA back
 
 def run_python(code, **environment):
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
     )
 
 
@@ -42,7 +51,7 @@ def test_there_is_a_library_where_there_is_nvcc():
 
 @built
 def test_compiled_from_these_sources():
-    """A library of other sources would be tested in vain: `make` or `python setup.py build_cuda` compiles again."""
+    """A library of other sources would be tested in vain; `python setup.py build_cuda` compiles again."""
     library = ctypes.CDLL(str(cuda.LIBRARY))
     library.alphacl_cuda_sources.restype = library.alphacl_cuda_build.restype = ctypes.c_char_p
     assert library.alphacl_cuda_sources().decode() == build.fingerprint()
@@ -75,30 +84,31 @@ def test_no_kernel_is_called_from_the_host():
     except RuntimeError as error:
         pytest.skip(str(error))
     for name, file in objects.items():
-        undefined = subprocess.run(["nm", "-u", str(file)], capture_output=True, text=True, check=True).stdout.split()
+        undefined = subprocess.run(
+            ["nm", "-u", str(file)], capture_output=True, text=True, check=True
+        ).stdout.split()
         assert "exit" not in undefined, name
         assert "__cudaLaunchKernel" in undefined, name
 
 
 @built
 def test_shared_memory(surveyed):
-    """Kernels that GPUs with 99 KB of shared memory a block are given, and all others of sm_80, find room."""
+    """Kernels for GPUs with 99 KB of shared memory a block, and all others of sm_80, find room."""
     for row in surveyed:
         large = any(part in row["kernel"] for part in ("<256, ", "double", "Tf32<128>"))
         if row["architecture"] == "sm_80":
-            assert row["shared"] <= (cuda.SHARED_MEMORY if large else cuda.SMALL_SHARED_MEMORY), row["kernel"]
+            assert row["shared"] <= (cuda.SHARED_MEMORY if large else cuda.SMALL_SHARED_MEMORY), (
+                row["kernel"]
+            )
 
 
-LOAD = f"""
-import torch
-torch.ops.load_library({str(cuda.LIBRARY)!r})
-operators = torch.ops.alphacl_fast_cuda
-print(operators.sweep.default._schema)
-print(operators.rows.default._schema)
-try:
-    operators.rows(True, None, None, torch.zeros(2, 3), torch.zeros(2), None, None, None)
-except NotImplementedError as error:
-    print(str(error).splitlines()[0])
+LOAD = """
+from alphacl_fast.backend import cuda, gpu
+from alphacl_fast.bundles import Dtype, Form, PairFunction, Pairing, Rows, RowScalars, Term
+library, reason = cuda._library("cuda")
+assert library, reason
+print(library.alphacl_cuda_has_hopper(), library.alphacl_cuda_sweep(cuda._SweepStruct(),
+None).decode())
 """
 
 
@@ -106,34 +116,45 @@ except NotImplementedError as error:
 def test_loads_without_a_gpu():
     run = run_python(LOAD, CUDA_VISIBLE_DEVICES="")
     assert run.returncode == 0, run.stderr
-    sweep, rows, refusal = run.stdout.splitlines()
-    assert sweep.startswith("alphacl_fast_cuda::sweep(Tensor f, ")
-    assert rows.startswith("alphacl_fast_cuda::rows(bool finish, ")
-    assert "'CPU' backend" in refusal
+    assert run.stdout.startswith("0 n_rows must lie in [1, ")
 
 
 @built
-def test_needs_torch_and_the_system_alone():
-    """No CUDA runtime, which is linked in; no libpython; of torch what the stable ABI is in."""
+def test_needs_the_system_alone():
+    """No CUDA runtime, which is linked in; no libpython; nothing of torch."""
     readelf = shutil.which("readelf")
     if not readelf:
         pytest.skip("no readelf")
 
     def read(*options):
-        return subprocess.run([readelf, *options, str(cuda.LIBRARY)], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [readelf, *options, str(cuda.LIBRARY)], capture_output=True, text=True, check=True
+        ).stdout
 
     text = read("-d")
     needed = set(re.findall(r"NEEDED.*\[(.*?)\.so", text))
-    system = {"libc", "libm", "libdl", "librt", "libpthread", "libstdc++", "libgcc_s", "ld-linux-x86-64", "ld-linux-aarch64"}
-    assert needed - system == {"libtorch_cuda", "libtorch_cpu"}
+    system = {
+        "libc",
+        "libm",
+        "libdl",
+        "librt",
+        "libpthread",
+        "libstdc++",
+        "libgcc_s",
+        "ld-linux-x86-64",
+        "ld-linux-aarch64",
+    }
+    assert needed <= system
     assert "RUNPATH" not in text
     assert "RPATH" not in text
     symbols = read("--dyn-syms", "-W").splitlines()
-    ours = {line.split()[-1] for line in symbols if " GLOBAL DEFAULT " in line and " UND " not in line}
+    ours = {
+        line.split()[-1] for line in symbols if " GLOBAL DEFAULT " in line and " UND " not in line
+    }
     assert {name for name in ours if not name.startswith("alphacl_cuda_")} == set()
 
 
-# --- the build --------------------------------------------------------------------------------------------------------
+# --- the build ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -150,7 +171,8 @@ def test_architectures(text, flags, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("Ampere", "capabilities such as 8.0.*got 'Ampere'"), ("7.0;7.5", "a capability from 8.0 on")]
+    ("text", "message"),
+    [("Ampere", "capabilities such as 8.0.*got 'Ampere'"), ("7.0;7.5", "a capability from 8.0 on")],
 )
 def test_architectures_that_are_none(text, message, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", text)
@@ -159,7 +181,7 @@ def test_architectures_that_are_none(text, message, monkeypatch):
 
 
 def test_what_is_missing_is_said(monkeypatch, tmp_path):
-    """By the name of the thing: the toolkit, torch, a torch that is too old, a torch without CUDA."""
+    """By the name of the thing: the toolkit that CUDA_HOME or the PATH lacks."""
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(RuntimeError, match=r"no nvcc in CUDA_HOME \("):
         build.nvcc()
@@ -167,15 +189,6 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="no nvcc on the PATH"):
         build.nvcc()
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match=r"torch is needed to build \(pip install --no-build-isolation\)"):
-        build.torch_folders(cuda=True)
-    spec = type("Spec", (), {"submodule_search_locations": [str(tmp_path)]})
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: spec)
-    for version, message in (("2.9.1", r"torch 2.10 is needed to build, found 2.9.1"), ("2.10.0+cpu", r"built without CUDA")):
-        (tmp_path / "version.py").write_text(f"__version__ = {version!r}\ncuda = None\n")
-        with pytest.raises(RuntimeError, match=message):
-            build.torch_folders(cuda=True)
 
 
 def test_without_nvcc_it_installs(tmp_path):
@@ -184,11 +197,19 @@ def test_without_nvcc_it_installs(tmp_path):
     subprocess.run(["git", "clone", "-q", str(ROOT), str(source)], check=True)
     command = [sys.executable, "setup.py", "-q", "build_cuda"]
     environment = {**os.environ, "CUDA_HOME": str(tmp_path), "ALPHACL_CUDA": "auto"}
-    run = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        command, cwd=source, env=environment, capture_output=True, text=True, check=True
+    )
     reason = f"no nvcc in CUDA_HOME ({tmp_path})"
     assert run.stderr == f"alphacl_fast: no compiled CUDA kernels: {reason}\n"
     assert (source / "alphacl_fast" / "_cuda_not_built.txt").read_text() == reason + "\n"
-    demanded = subprocess.run(command, cwd=source, env={**environment, "ALPHACL_CUDA": "1"}, capture_output=True, text=True)
+    demanded = subprocess.run(
+        command,
+        cwd=source,
+        env={**environment, "ALPHACL_CUDA": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert demanded.returncode != 0
     assert f"the CUDA kernels could not be built: {reason}" in demanded.stderr
 
@@ -208,134 +229,157 @@ def test_objects_are_compiled_again_when_what_they_include_changes(tmp_path, mon
     assert changes("pairs.h") == [True, True]
     assert changes("device_gpu.h") == [True, False]
     assert changes("device_host.h") == [False, True]
-    assert changes("binding.cpp") == [False, False]
+    assert changes("driver.cpp") == [False, False]
     assert build.key(kernels) != build.key(kernels._replace(command=("c++", "-O3")))
 
 
-# --- what the operators refuse ----------------------------------------------------------------------------------------
+# --- what the library refuses ---------------------------------------------------------------------
+
+N, D = 96, 24
 
 
 @pytest.fixture(scope="module")
-def operators():
-    path = os.environ["ALPHACL_CUDA_EMULATED"]  # tests/conftest.py compiles it
-    if not path:
+def library():
+    if not os.environ["ALPHACL_CUDA_EMULATED"]:  # tests/conftest.py compiles it
         pytest.skip("no C++ compiler")
-    torch.ops.load_library(path)
-    return torch.ops.alphacl_fast_cuda_emulated
+    found, reason = cuda._library("cpu")
+    assert found, reason
+    return found
 
 
-N, D = 96, 24
-NAMES = (
-    "gradient", "dtype", "row_blocks", "n_rows", "n_cols", "row_start", "col_start", "half", "anchors", "n", "n_out", "lo",
-    "first_block", "begin", "end", "col_slot", "parts", "kind", "form", "weight", "gradient_mode", "flags", "terms",
-)  # fmt: skip
-BOTH, ROWS_PAIRED, ROWS_ANCHOR, COLS_ANCHOR, IN_CHUNKS = 4, 8, 32, 64, 128
-VECTORS = ("scale", "bias", "center", "gain", "shift", "offset", "level")
-OUTPUTS = ("out", "df", "w_sums", "sums", "w")
+def held(x):
+    """Elements from a tensor's first one to the end of its memory."""
+    return x.untyped_storage().nbytes() // x.itemsize - x.storage_offset()
 
 
-def call(operators, *, f=None, tau=None, unit=None, rows=(0, -1, -1, -1, -1), constants=(0.0,) * 4, drop=0, **changes):
-    """A sweep over all pairs of N rows, with changes: vectors and outputs by name, numbers by name."""
-    given = {name: changes.pop(name, None) for name in (*VECTORS, *OUTPUTS)}
-    numbers = {
-        **dict.fromkeys(NAMES, 0), "dtype": 3, "row_blocks": 2, "n_rows": N, "n_cols": N, "half": N // 2, "anchors": N, "n": N,
-        "n_out": N, "end": 2, "parts": 1, "form": 2, "flags": ROWS_ANCHOR | COLS_ANCHOR, "terms": 1, **changes,
-    }  # fmt: skip
-    numbers = [*numbers.values(), *rows]
-    f, tau = torch.randn(N, D) if f is None else f, torch.ones(()) if tau is None else tau
-    operators.sweep(
-        f, *(given[name] for name in VECTORS), tau, unit, *(given[name] for name in OUTPUTS),
-        numbers[: len(numbers) - drop], list(constants),
+def call(library, *, f=None, rows=(0, -1, -1, -1, -1), **changes):
+    """What the library says of a sweep over all pairs of N rows; changes are buffers and numbers."""
+    buffers = {"f": torch.randn(N, D) if f is None else f, "tau": torch.ones(())}
+    buffers |= {name: changes.pop(name) for name in cuda._INPUTS + cuda._OUTPUTS if name in changes}
+    buffers = {name: x for name, x in buffers.items() if x is not None}
+    struct = cuda._SweepStruct(
+        **{name: x.data_ptr() for name, x in buffers.items()},
+        elements=tuple(held(buffers[x]) if x in buffers else 0 for x in cuda._INPUTS + cuda._OUTPUTS),
+        row_of_term=rows,
+        **{
+            "stride": buffers["f"].stride(0), "dim": D, "dtype": Dtype.FLOAT32, "row_blocks": 2, "splits": 1, "n": N,
+            "n_rows": N, "n_cols": N, "half": N // 2, "anchors": N, "n_out": N, "end": 2,
+            "form": Form.PLAIN, "rows_anchor": 1, "cols_anchor": 1, "terms": 1, **changes,
+        },
     )  # fmt: skip
+    error = library.alphacl_cuda_sweep(struct, None)
+    return None if error is None else error.decode()
 
 
 def sums(**changes):
-    return {"out": torch.empty(1, 1, N), **changes}
+    return {"sums": torch.empty(1, 1, N), **changes}
 
 
 def product(**changes):
-    return {"gradient": 1, "gradient_mode": 1, "df": torch.empty(1, N, D), "terms": 0, "rows": (-1,) * 5, **changes}
+    none = {"pair_grad": 1, "gradient": gpu.Gradient.PRODUCT, "terms": 0, "rows": (-1,) * 5}
+    return {**none, "df": torch.empty(1, N, D), "row_weight": torch.ones(N), **changes}
 
 
 def weights(**changes):
-    flags = ROWS_ANCHOR | COLS_ANCHOR | IN_CHUNKS
-    given = {"f": torch.randn(N, 80), "flags": flags, "gradient_mode": 2, "df": None, "w": torch.empty(2 * 64, N)}
-    return product(**{**given, **changes})
+    given = {
+        "f": torch.randn(N, 80),
+        "dim": 80,
+        "in_chunks": 1,
+        "gradient": gpu.Gradient.WEIGHTS,
+        "df": None,
+    }
+    return product(**{**given, "weights": torch.empty(2 * 64, N), **changes})
 
 
-def test_calls_that_are_served(operators):
-    gain = torch.ones(N)
-    for given in (sums(), sums(f=torch.randn(N, 2 * D)[:, 3 : D + 3]), product(gain=gain), weights(gain=gain)):
-        call(operators, **given)
+def test_calls_that_are_served(library):
+    for given in (sums(), sums(f=torch.randn(N, 2 * D)[:, :D]), product(), weights()):
+        assert call(library, **given) is None
 
 
 REFUSED = {
-    "numbers": (sums(drop=1), "numbers must be 28, got 27"),
-    "constants": (sums(constants=(0.0,) * 3), "constants must be 4, got 3"),
-    "f's dimensions": (sums(f=torch.randn(N)), "f must be 2-D, got 1 dimensions"),
-    "f's columns": (sums(f=torch.randn(D, N).t()), f"columns of f must have stride 1, got {N}"),
-    "f's type": (sums(f=torch.randn(N, D).half()), "f must be Float, got Half"),
+    "short f": (sums(f=torch.empty(1), stride=D), f"f must have {N * D} elements or more, got 1"),
+    "f's stride": (sums(stride=D + 1), f"f must have {(N - 1) * (D + 1) + D} elements or more"),
     "rows": (sums(n_rows=N + 1), f"rows must lie within the {N} rows of f, got {N + 1} from 0"),
     "first row": (sums(row_start=1), f"rows must lie within the {N} rows of f, got {N} from 1"),
     "columns": (sums(col_start=1), f"columns must lie within the {N} rows of f, got {N} from 1"),
     "far away": (sums(row_start=2**62, n_rows=2**62), "rows must lie within"),
-    "pairs": (sums(flags=ROWS_PAIRED | ROWS_ANCHOR, half=N), f"paired rows must be 2·half in number, got {N} with half = {N}"),
-    "no parts": (sums(parts=0), r"parts must lie in \[1, "),
-    "term": (sums(rows=(1, -1, -1, -1, -1)), r"row_of_term must lie in \[-1, 0\], got 1"),
-    "range": (sums(begin=2, end=1), r"end must lie in \[2, "),
-    "flag": (sums(flags=256), r"flags must lie in \[0, 255\], got 256"),
-    "number too large": (sums(parts=2**31), r"parts must lie in \[1, 2147483647\], got 2147483648"),
-    "vector": (sums(center=torch.zeros(N - 1)), f"center must have {N} elements or more, got {N - 1}"),
-    "vector's type": (sums(scale=torch.zeros(N).double()), "scale must be Float, got Double"),
-    "vector's strides": (sums(scale=torch.zeros(2 * N)[::2]), "scale must be contiguous"),
-    "tau": (sums(tau=torch.ones((), dtype=torch.float64)), "tau must be Float, got Double"),
-    "unit": (sums(unit=torch.ones(0)), "unit must have 1 elements or more, got 0"),
-    "no out": (sums(out=None), "out is missing"),
-    "out": (sums(parts=2), f"out must have {2 * N} elements or more, got {N}"),
-    "out's bases": (sums(form=1), f"out must have {2 * N} elements or more, got {N}"),
-    "slots of columns": (sums(flags=BOTH | 96, end=2, col_slot=1), f"out must have {3 * N} elements or more, got {N}"),
-    "anchors": (sums(anchors=N - 1), f"out hold results for rows 0 to {N - 1} of f, but the launch has some for others"),
+    "pairs": (sums(rows_paired=1, half=N), f"paired rows must be 2·half in number, got {N} with"),
+    "no rows": (sums(n_rows=0), "n_rows must lie in [1, "),
+    "no splits": (sums(splits=0), "splits must lie in [1, "),
+    "negative": (sums(row_start=-1), "starts and sizes must lie in [0, "),
+    "term": (sums(rows=(1, -1, -1, -1, -1)), "row_of_term must lie in [-1, 0], got 1"),
+    "range": (sums(begin=2, end=1), "end must lie in [2, "),
+    "dtype": (sums(dtype=5), "unknown dtype"),
+    "vector": (sums(moment_origin=torch.zeros(N - 1)), f"moment_origin must have {N} elements or more"),
+    "no tau": (sums(tau=None), "tau is missing"),
+    "no sums": (sums(sums=None), "sums is missing"),
+    "few sums": (sums(splits=2), f"sums must have {2 * N} elements or more, got {N}"),
+    "shifts": (sums(form=Form.ONLINE), f"sums must have {2 * N} elements or more, got {N}"),
+    "slices": (sums(symmetric=1, column_slice=1), f"sums must have {3 * N} elements or more"),
+    "anchors": (sums(anchors=N - 1), f"sums hold results for rows 0 to {N - 1} of f, but the launch"),
     "no df": (product(df=None), "df is missing"),
-    "df": (product(parts=2), f"df must have {2 * N * D} elements or more, got {N * D}"),
+    "df": (product(splits=2), f"df must have {2 * N * D} elements or more, got {N * D}"),
     "df's rows": (product(lo=1), f"df hold results for rows 1 to {N + 1} of f"),
-    "df's type": (product(df=torch.empty(1, N, D).bfloat16()), "df must be Float, got BFloat16"),
-    "no w": (weights(w=None), "w is missing"),
-    "w": (weights(row_blocks=3), f"w must have {3 * 64 * N} elements or more, got {2 * 64 * N}"),
-    "w's type": (weights(w=torch.empty(128, N).bfloat16()), "w must be Float, got BFloat16"),
-    "w_sums": (product(w_sums=torch.empty(N), parts=2, df=torch.empty(2, N, D)), f"w_sums must have {2 * N} elements"),
-    "w_sums' rows": (product(w_sums=torch.empty(N), n=N - 1), f"w_sums hold results for rows 0 to {N - 1} of f"),
-    "no sums": (product(terms=1, rows=(0, -1, -1, -1, -1)), "sums is missing"),
-    "sums": (product(terms=2, rows=(0, 1, -1, -1, -1), sums=torch.empty(N)), f"sums must have {2 * N} elements or more"),
-    "long rows": (sums(f=torch.randn(N, 80)), "rows of this length come in chunks of features"),
-    "the kernel's own": (weights(gradient_mode=1, df=torch.empty(1, N, 80)), "rows of this length take the other gradient"),
+    "no weights": (weights(weights=None), "weights is missing"),
+    "weights": (weights(row_blocks=3), f"weights must have {3 * 64 * N} elements or more"),
+    "weight sums": (
+        product(weight_sums=torch.empty(N), splits=2, df=torch.empty(2, N, D)),
+        f"weight_sums must have {2 * N} elements",
+    ),
+    "no sums of terms": (product(terms=1, rows=(0, -1, -1, -1, -1)), "sums is missing"),
+    "sums of terms": (
+        product(terms=2, rows=(0, 1, -1, -1, -1), sums=torch.empty(N)),
+        f"sums must have {2 * N} elements or more",
+    ),
+    "symmetric": (product(symmetric=1), "pair_grad has no symmetric tiles"),
+    "online": (
+        sums(symmetric=1, form=Form.ONLINE, sums=torch.empty(2, 2, N)),
+        "the online form has no symmetric tiles",
+    ),
+    "long rows": (sums(f=torch.randn(N, 80), dim=80), "rows of this length come in chunks"),
+    "the kernel's own": (
+        weights(gradient=gpu.Gradient.PRODUCT, df=torch.empty(1, N, 80)),
+        "rows of this length take the other gradient",
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("given", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_sweeps_that_would_leave_memory(given, message, operators):
-    with pytest.raises(RuntimeError, match=message):
-        call(operators, **given)
+def test_sweeps_that_would_leave_memory(given, message, library):
+    assert message in call(library, **given)
 
 
-def test_rows_that_would_leave_memory(operators):
-    z, f = torch.randn(5, 7), torch.empty(10, 7)
-    inv_norm, pos, q = torch.empty(10), torch.empty(10), torch.zeros(5)
-    operators.rows(False, z, z, f, inv_norm, pos, None, None)
-    for of_anchors in (q, torch.zeros(10)):
-        operators.rows(True, None, None, f, inv_norm, None, torch.zeros(10, 7), of_anchors)
-    for arguments, message in (
-        ((False, z, z, f[:9], inv_norm, pos, None, None), "f must have an even number of rows, got 9"),
-        ((False, z, z, f.int(), inv_norm, pos, None, None), "f must be BFloat16, Half, Float or Double, got Int"),
-        ((False, z, z, torch.empty(7, 10).t(), inv_norm, pos, None, None), "columns of f must have stride 1"),
-        ((False, z, z, torch.empty(10, 9)[:, :7], inv_norm, pos, None, None), "f must be contiguous"),
-        ((False, z, None, f, inv_norm, pos, None, None), "z2 is missing"),
-        ((False, z, z[:4], f, inv_norm, pos, None, None), r"z2 must be \(5, 7\), got \(4, 7\)"),
-        ((False, z, z.double(), f, inv_norm, pos, None, None), "z2 must be Float, got Double"),
-        ((False, z, z, f, inv_norm[:9], pos, None, None), "inv_norm must have 10 elements or more, got 9"),
-        ((False, z, z, f, inv_norm, pos[:9], None, None), "pos must have 10 elements or more, got 9"),
-        ((True, None, None, f, inv_norm, None, None, q), "d is missing"),
-        ((True, None, None, f, inv_norm, None, torch.zeros(9, 7), q), "d must have 70 elements or more, got 63"),
-        ((True, None, None, f, inv_norm, None, torch.zeros(10, 7), q[:4]), "q must have 5 elements or more, got 4"),
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scale": torch.ones(N).double()}, "scale must be torch.float32 on cpu, got torch.float64"),
+        ({"bias": torch.ones(N, device="meta")}, "bias must be torch.float32 on cpu, got .* on meta"),
+        ({"scale": torch.ones(N - 1)}, f"scale must have {N} elements or more, got {N - 1}"),
+    ],
+)  # fmt: skip
+def test_operands_of_another_kind(changes, message, library):
+    """The library sees no dtype and no device; Python does."""
+    one = torch.ones(N)
+    operands = (
+        Rows(torch.randn(N, D), **changes),
+        Pairing(0, 0, N),
+        PairFunction("exp", (), torch.ones(())),
+        RowScalars(one),
+    )
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        cuda.row_sums(*operands, (Term.SHIFT, Term.F), "")
+
+
+def test_rows_of_another_kind(library):
+    z = torch.randn(5, 7)
+    f, inv_norm, _ = cuda.unit_rows(z, z)
+    for d, q, message in (
+        (torch.zeros(10, 7).double(), torch.zeros(5), "d must be torch.float32 on cpu"),
+        (torch.zeros(7, 10).t(), torch.zeros(5), "d must be contiguous"),
+        (torch.zeros(9, 7), torch.zeros(5), r"d must have the shape \(10, 7\), got \(9, 7\)"),
+        (torch.zeros(10, 7), torch.zeros(4), r"q must have 5 or 10 elements, got 4"),
     ):
-        with pytest.raises(RuntimeError, match=message):
-            operators.rows(*arguments)
+        with pytest.raises(ValueError, match=message):
+            cuda.finish_rows(d, f, inv_norm, q)
+    with pytest.raises(ValueError, match=r"z2 must have the shape \(5, 7\), got \(4, 7\)"):
+        cuda.unit_rows(z, z[:4])

@@ -1,5 +1,5 @@
-"""The kernels of warpgroups (csrc/cuda/hopper.h), run by the emulated device layer, whose products and copies are done when it
-suits a kernel least."""
+"""The kernels of warpgroups (csrc/cuda/hopper.h), run by the emulated device layer, whose products
+and copies are done when it suits a kernel least."""
 
 import ctypes
 import os
@@ -8,12 +8,16 @@ import pytest
 import torch
 from family import MODES, loss_and_grads, member_id, pair, relative_error
 
-from alphacl_fast.backend import blocked, cuda
+from alphacl_fast.backend import blocked, cuda, gpu
+from alphacl_fast.bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight
 from alphacl_fast.functional import alpha_cl_loss
 
-pytestmark = pytest.mark.skipif(not cuda.emulated(), reason="no emulated library (tests/conftest.py says why)")
+pytestmark = pytest.mark.skipif(
+    not cuda.emulated(), reason="no emulated library (tests/conftest.py says why)"
+)
 
-#: 300 rows: three tiles of 128, of 64 five, the last one ragged, and more than there are stages for long rows.
+#: 300 rows: three tiles of 128, of 64 five, the last one ragged, and more than there are stages for
+#: long rows.
 PAIRS = 150
 #: One of each fast kind: exp, power, gibbs.
 MEMBERS = [("infonce", {}), ("alpha_direct", {}), ("alpha_entropy", {})]
@@ -30,8 +34,8 @@ def _required():
 
 @pytest.fixture
 def many_processors(monkeypatch):
-    """So that blocks share a ring."""
-    monkeypatch.setattr(cuda, "_processors", lambda device: 20)
+    """So that schedules have splits."""
+    monkeypatch.setattr(gpu, "processors", lambda device: 20)
 
 
 @pytest.fixture
@@ -57,7 +61,7 @@ def test_against_float64(member, dim, poisoned):
         truth = loss_and_grads(z1.double(), z2.double(), *member, backend="reference", **setting)
         ours = loss_and_grads(z1, z2, *member, backend="cuda", **setting)
         assert_close(ours, truth, setting)
-        with cuda.hopper(0), cuda.both_sides(False):
+        with cuda.hopper(0), cuda.symmetric(False):
             others = loss_and_grads(z1, z2, *member, backend="cuda", **setting)
         for a, b in zip(ours, others, strict=True):
             assert relative_error(a, b) < (2e-3 if a.dtype == torch.bfloat16 else 1e-6), setting
@@ -69,7 +73,9 @@ def test_sizes(pairs, many_processors, poisoned):
         z1, z2 = pair(pairs, 40, torch.bfloat16)
         setting = {"negatives": negatives, "symmetric": symmetric}
         truth = loss_and_grads(z1.double(), z2.double(), "infonce", backend="reference", **setting)
-        assert_close(loss_and_grads(z1, z2, "infonce", backend="cuda", **setting), truth, (pairs, setting))
+        assert_close(
+            loss_and_grads(z1, z2, "infonce", backend="cuda", **setting), truth, (pairs, setting)
+        )
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
@@ -102,7 +108,7 @@ def test_no_order_of_threads_changes_a_bit(member, dim, many_processors, schedul
 
 
 def test_one_sided_gradients(poisoned):
-    """Rows of one view against all of them: a block of rows next to each other, columns in pairs."""
+    """Rows of one view against all: a block of rows next to each other, columns in pairs."""
     for negatives, symmetric in MODES:
         views = pair(PAIRS, 64, torch.bfloat16)
         for side in (0, 1):
@@ -111,29 +117,34 @@ def test_one_sided_gradients(poisoned):
                 inputs = [z.double() if wide else z.clone() for z in views]
                 inputs[side].requires_grad_()
                 loss = alpha_cl_loss(
-                    *inputs, "alpha_direct", temperature=0.3, negatives=negatives, symmetric=symmetric, backend=backend
+                    *inputs,
+                    "alpha_direct",
+                    temperature=0.3,
+                    negatives=negatives,
+                    symmetric=symmetric,
+                    backend=backend,
                 )
                 grads += torch.autograd.grad(loss, inputs[side])
             assert float((grads[1].double() - grads[0]).norm() / grads[0].norm()) < 4e-3
 
 
-# --- the operators alone ----------------------------------------------------------------------------------------------
+# --- the operators alone --------------------------------------------------------------------------
 
-SPAN = (-4.0, 4.0)
+LOG_RANGE = (-4.0, 4.0)
+TERMS = (Term.SHIFT, Term.F, Term.F_MOMENT)
 
 
-def sweeps(backend, f, scale, kind, params, split, partner, anchors, terms=("base", "f", "ft"), rows=None):
-    """Both sweeps of one call; the gradient of the rows given, of all by default."""
-    generator = torch.Generator().manual_seed(1)
-    wide = torch.float32 if f.dtype == torch.bfloat16 else f.dtype
-    center, gain, shift = (torch.rand(f.shape[0], generator=generator).to(wide)[:anchors] for _ in range(3))
-    tau = torch.tensor(0.5, dtype=wide)
-    lo, hi = rows or (0, f.shape[0])
-    sums = backend.row_sums(
-        f, scale, None, center, None, None, tau, kind, params, terms, split, partner, anchors, SPAN, ""
-    )  # fmt: skip
+def sweeps(backend, rows, kind, params, pairing, wanted=None):
+    """Both sweeps of one call; the gradient of the ``wanted`` rows, of all by default."""
+    generator, n = torch.Generator().manual_seed(1), len(rows.f)
+    wide = torch.float32 if rows.f.dtype == torch.bfloat16 else rows.f.dtype
+    scalars = RowScalars(
+        *(torch.rand(n, generator=generator).to(wide)[: pairing.anchors] for _ in range(3))
+    )
+    function = PairFunction(kind, params, torch.tensor(0.5, dtype=wide), LOG_RANGE)
+    sums = backend.row_sums(rows, pairing, function, scalars._replace(shift=None), TERMS, "")
     df, _, _ = backend.pair_grad(
-        f, scale, None, center, gain, shift, None, None, tau, kind, params, "f", (), split, partner, lo, hi, SPAN, ""
+        rows, pairing, function, scalars, Weight.F, (), wanted or (0, n), ""
     )
     return sums, df
 
@@ -145,15 +156,17 @@ LAYOUTS = [(0, 75, 150), (0, 0, 150), (75, 75, 150), (75, 75, 75), (60, 0, 150),
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dim", [100, 250])
 def test_layouts(kind, dim, many_processors, poisoned):
-    """Every layout of groups; NaN between the rows, which are longer than their features, and behind the last one."""
+    """Every layout of regions; NaN between the features of two rows, and behind the last row."""
     n = 150
     wide = torch.full((n + 40, dim + 16 - dim % 8), torch.nan, dtype=torch.bfloat16)
     wide[:n, :dim] = torch.randn(n, dim) / dim**0.5
     f, scale = wide[:n, :dim], torch.rand(n) + 0.5
     for layout in LAYOUTS:
-        ours = sweeps(cuda, f, scale, kind, KINDS[kind], *layout)
-        truth = sweeps(blocked, f.double(), scale.double(), kind, KINDS[kind], *layout)
-        # Sums are relative to exp(base), which each backend chooses.
+        ours = sweeps(cuda, Rows(f, scale), kind, KINDS[kind], Pairing(*layout))
+        truth = sweeps(
+            blocked, Rows(f.double(), scale.double()), kind, KINDS[kind], Pairing(*layout)
+        )
+        # Sums are relative to exp(shift), which each backend chooses.
         ratio = (ours[0][0].double() - truth[0][0]).exp()
         for k in (1, 2):
             assert relative_error(ours[0][k].double() * ratio, truth[0][k]) < 2e-6, (layout, k)
@@ -163,10 +176,10 @@ def test_layouts(kind, dim, many_processors, poisoned):
 def test_rows_that_are_no_columns_do_not_leak(poisoned):
     """The last tile of a rectangle's first side reaches into the second side's rows."""
     f = torch.randn(200, 64).to(torch.bfloat16)
-    clean = sweeps(cuda, f, None, "exp", (), 70, 0, 200, rows=(70, 200))
+    clean = sweeps(cuda, Rows(f), "exp", (), Pairing(70, 0, 200), (70, 200))
     f[90] = torch.inf
     f[120] = torch.nan
-    spoilt = sweeps(cuda, f, None, "exp", (), 70, 0, 200, rows=(70, 200))
+    spoilt = sweeps(cuda, Rows(f), "exp", (), Pairing(70, 0, 200), (70, 200))
     others = [row for row in range(70, 200) if row not in (90, 120)]
     assert torch.equal(clean[0][:, others], spoilt[0][:, others])
     others = [row - 70 for row in others]
@@ -175,19 +188,22 @@ def test_rows_that_are_no_columns_do_not_leak(poisoned):
 
 def test_which_kernels_are_taken(monkeypatch):
     f, calls = torch.randn(40, 24).to(torch.bfloat16), []
-    original = cuda._sums_of_both_sides
-    monkeypatch.setattr(cuda, "_sums_of_both_sides", lambda *args: (calls.append(1), original(*args)))
+    original = gpu._symmetric_sums
+    monkeypatch.setattr(gpu, "_symmetric_sums", lambda *args: (calls.append(1), original(*args)))
     results = []
     for mode in (-1, 0, 1):
         with cuda.hopper(mode):
-            results.append(sweeps(cuda, f / 5, None, "exp", (), 0, 20, 40))
+            results.append(sweeps(cuda, Rows(f / 5), "exp", (), Pairing(0, 20, 40)))
         assert len(calls) == (0 if mode == -1 else 1)
     assert all(torch.equal(a, b) for a, b in zip(results[0], results[2], strict=True))
-    with cuda.both_sides(True):
-        sweeps(cuda, f / 5, None, "exp", (), 0, 20, 40)
+    with cuda.symmetric(True):
+        sweeps(cuda, Rows(f / 5), "exp", (), Pairing(0, 20, 40))
     assert len(calls) == 2
     odd = torch.randn(40, 25).to(torch.bfloat16)
-    with cuda.both_sides(False), pytest.raises(RuntimeError, match=r"required of the kernels of hopper\.h"):
-        sweeps(cuda, odd / 5, None, "exp", (), 0, 20, 40)
+    with (
+        cuda.symmetric(False),
+        pytest.raises(RuntimeError, match=r"required of the kernels of hopper\.h"),
+    ):
+        sweeps(cuda, Rows(odd / 5), "exp", (), Pairing(0, 20, 40))
     with cuda.hopper(-1):
-        sweeps(cuda, odd / 5, None, "exp", (), 0, 20, 40)
+        sweeps(cuda, Rows(odd / 5), "exp", (), Pairing(0, 20, 40))

@@ -212,7 +212,7 @@ def test_forms_of_the_triton_kernels(monkeypatch):
         (8, True, ("infonce", {}), "two_view", "cosine"), (8, True, square, "cross_view", "euclidean"),
         (4, False, ("infonce", {}), "cross_view", "euclidean"), (8, False, ("infonce", {}), "two_view", "cosine"),
     ):  # fmt: skip
-        shape = Tile(4, 4, features, warps=4, stages=1, both_sides=both)
+        shape = Tile(4, 4, features, warps=4, stages=1, symmetric=both)
         monkeypatch.setattr(triton, "tile", lambda sweep, mode, dim, n, device, shape=shape: shape)
         given = {"negatives": negatives, "similarity": similarity}
         truth = evaluate(z1, z2, member, IDS, backend="reference", **given)

@@ -170,11 +170,11 @@ print(alphacl_fast.FusedAlphaCLLoss("alpha_square")(torch.eye(4), torch.eye(4)).
 
 #: A module imports modules of the lines above its own, and none of its own line.
 LAYERS = """
-_version bundles backend.precision backend.groups kernels.config kernels.sweeps
+_version bundles backend.precision kernels.config kernels.sweeps
 objectives
 call backend.forms backend.reference kernels.trace
-backend.blocked backend.cpu backend.cuda kernels.rows
-backend.triton
+backend.blocked backend.cpu backend.gpu kernels.rows
+backend.cuda backend.triton
 ops
 autograd
 distributed compiled_op
@@ -194,6 +194,7 @@ WINGS = {
         "objectives",
         "ops",
         "plan",
+        "backend.gpu",
         "backend.triton",
         "benchmarks",
         "kernels",

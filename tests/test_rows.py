@@ -1,4 +1,4 @@
-"""The Triton kernels around the sweeps: normalisation and its derivative, interpreted, against the same in torch."""
+"""The Triton kernels around the sweeps, interpreted: normalisation and its derivative, against torch."""
 
 import json
 import os
@@ -22,12 +22,23 @@ from alphacl_fast.kernels import rows, trace
 
 pytestmark = [
     pytest.mark.xdist_group("rows"),  # one worker makes what its tests share
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of inf and NaN in the interpreter
+    pytest.mark.filterwarnings(
+        "ignore::RuntimeWarning"
+    ),  # numpy's, of inf and NaN in the interpreter
 ]
 
 ROOT = Path(__file__).parent.parent
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-SIZES = [(1, None), (3, None), (17, None), (96, None), (96, 32), (128, None), (1000, None), (1000, 256)]  # D, chunk
+SIZES = [
+    (1, None),
+    (3, None),
+    (17, None),
+    (96, None),
+    (96, 32),
+    (128, None),
+    (1000, None),
+    (1000, 256),
+]  # D, chunk
 EPS = {torch.float32: 6e-8, torch.float64: 2e-14}  # in float64 the oracle's own error is not known
 
 
@@ -47,7 +58,11 @@ def expected_gradient(d, unit, inv_norm, q):
 def error(got, want):
     """Largest error relative to the largest element of a row (of the vector)."""
     want = want.double()
-    return ((got.double() - want).abs() / want.abs().amax(-1, keepdim=True).clamp(min=1e-300)).max().item()
+    return (
+        ((got.double() - want).abs() / want.abs().amax(-1, keepdim=True).clamp(min=1e-300))
+        .max()
+        .item()
+    )
 
 
 def assert_close(got, want, eager, eps):
@@ -57,7 +72,9 @@ def assert_close(got, want, eager, eps):
 
 
 def views(n, dim, dtype):
-    return torch.randn(n, dim, dtype=torch.float64).to(dtype), (torch.randn(n, dim, dtype=torch.float64) * 3 + 1).to(dtype)
+    return torch.randn(n, dim, dtype=torch.float64).to(dtype), (
+        torch.randn(n, dim, dtype=torch.float64) * 3 + 1
+    ).to(dtype)
 
 
 @pytest.fixture(params=[None, 32])
@@ -115,10 +132,16 @@ def test_rows_of_any_stride(poisoned):
     wide = torch.randn(2, 11, 40)
     columns = torch.randn(40, 11)
     plain = [z.contiguous() for z in (wide[0, :, 3:20], columns.t()[:, :17])]
-    for a, b in zip(rows.unit_rows(wide[0, :, 3:20], columns.t()[:, :17]), rows.unit_rows(*plain), strict=True):
+    for a, b in zip(
+        rows.unit_rows(wide[0, :, 3:20], columns.t()[:, :17]), rows.unit_rows(*plain), strict=True
+    ):
         assert torch.equal(a, b)
     once = torch.randn(1, 17)
-    for a, b in zip(rows.unit_rows(once.expand(11, 17), plain[0]), rows.unit_rows(once.repeat(11, 1), plain[0]), strict=True):
+    for a, b in zip(
+        rows.unit_rows(once.expand(11, 17), plain[0]),
+        rows.unit_rows(once.repeat(11, 1), plain[0]),
+        strict=True,
+    ):
         assert torch.equal(a, b)
 
 
@@ -126,8 +149,12 @@ def test_rows_of_any_stride(poisoned):
 def test_sizes_at_the_ends_of_the_range(dtype, poisoned, chunk):
     """Zero, subnormal, tiny and huge rows: everything finite, and as exact as for others."""
     largest, tiny = torch.finfo(dtype).max, torch.finfo(dtype).tiny
-    below = 1 if dtype == torch.bfloat16 else 64  # the interpreter takes a subnormal bfloat16 for zero
-    sizes = torch.tensor([0, tiny / below, tiny, tiny * 64, 1, largest / 64, largest, largest], dtype=torch.float64)
+    below = (
+        1 if dtype == torch.bfloat16 else 64
+    )  # the interpreter takes a subnormal bfloat16 for zero
+    sizes = torch.tensor(
+        [0, tiny / below, tiny, tiny * 64, 1, largest / 64, largest, largest], dtype=torch.float64
+    )
     z1 = torch.randn(8, 80, dtype=torch.float64)
     z1 = z1 / z1.abs().amax(1, keepdim=True) * sizes.unsqueeze(1)
     z1 = torch.where(z1.abs() < tiny / below, 0, z1).to(dtype)
@@ -140,7 +167,9 @@ def test_sizes_at_the_ends_of_the_range(dtype, poisoned, chunk):
     assert pos[0] == pos[7] == 0
     assert not f[0].any()
     if dtype != torch.float64:
-        unit = torch.nn.functional.normalize(torch.cat([z1, z2]).double(), dim=1, eps=0).nan_to_num()
+        unit = torch.nn.functional.normalize(
+            torch.cat([z1, z2]).double(), dim=1, eps=0
+        ).nan_to_num()
         assert dtype != torch.float32 or error(f, unit) < 1e-6
         assert error(pos, (unit[:8] * unit[8:]).sum(1).repeat(2)) < 1e-6
     else:  # no wider dtype to compare with
@@ -171,7 +200,16 @@ def test_what_is_not_finite_stays_so(dtype, value, chunk):
     d[3, 7] = value
     rows.finish_rows(d, f, inv_norm, q)
     broken = d.isnan().any(1) | d.isinf().any(1)
-    assert broken.tolist() == [False, True, True, True, False, True, True, False]  # 1 and 6, their partners, and 3
+    assert broken.tolist() == [
+        False,
+        True,
+        True,
+        True,
+        False,
+        True,
+        True,
+        False,
+    ]  # 1 and 6, their partners, and 3
 
 
 def test_as_the_cpu_backend_has_it():
@@ -210,7 +248,9 @@ def row_vectors(step, count, n, dtype):
         vectors[0][:2] = 1.0  # done
     if step == "start_at_normal_tail":
         vectors[2] = vectors[1].square() + vectors[2] * 0.1
-        vectors[3], vectors[4] = (torch.tensor(x, dtype=torch.float64).expand(n) for x in (0.01, 0.3))
+        vectors[3], vectors[4] = (
+            torch.tensor(x, dtype=torch.float64).expand(n) for x in (0.01, 0.3)
+        )
     if step.startswith("weight"):
         vectors[-2][3] = 0.0  # no weight at all
     return [v.to(dtype) for v in vectors]
@@ -224,13 +264,15 @@ def test_every_row_step_is_listed():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("n", [5, 200])
 def test_row_step(step, dtype, n, poisoned):
-    """As the plain function has it: to rounding in float64, and in float32 as well as PyTorch has it."""
+    """As the plain function: to rounding in float64, and in float32 as well as PyTorch."""
     formula = objectives.ROW_STEPS[step]
     outputs = formula.outputs
     for params, count in ROW_STEPS[step]:
         vectors = row_vectors(step, count, n, dtype)
         tau = torch.tensor(0.3, dtype=dtype)
-        got = rows.row_step(tuple(vectors), tau, 30, 7, n, trace.row_function(step, params, count), len(outputs))
+        got = rows.row_step(
+            tuple(vectors), tau, 30, 7, n, trace.row_function(step, params, count), len(outputs)
+        )
         assert got.shape == (len(outputs), n)
         exact, eager = (
             formula([v.to(d) for v in vectors], objectives.BatchNumbers(tau.to(d), 30, 7), params)
@@ -247,50 +289,54 @@ def test_row_step_reads_expanded_and_strided_vectors():
     step, params = "start_at_mean", ()
     t_max, mean = torch.rand(2, 9), torch.rand(9, 2)
     vectors = (t_max[0], mean[:, 1], torch.tensor(-1.0).expand(9), torch.tensor(2.0).expand(9))
-    ours = rows.row_step(vectors, torch.tensor(1.0), 3, 1, 9, trace.row_function(step, params, 4), 1)
-    theirs = objectives.ROW_STEPS[step](vectors, objectives.BatchNumbers(torch.tensor(1.0), 3, 1), params)
+    ours = rows.row_step(
+        vectors, torch.tensor(1.0), 3, 1, 9, trace.row_function(step, params, 4), 1
+    )
+    theirs = objectives.ROW_STEPS[step](
+        vectors, objectives.BatchNumbers(torch.tensor(1.0), 3, 1), params
+    )
     torch.testing.assert_close(ours[0], theirs[0])
 
 
-@pytest.mark.parametrize("form", ["plain", "fixed", "running", "max"])
-@pytest.mark.parametrize("slots", [1, 2, 37])
-def test_combine(form, slots, poisoned):
-    n, sums = 200, 0 if form == "max" else 2
-    x = torch.rand(slots, sums + (form in ("running", "max")), n + 3, dtype=torch.float64)[:, :, 3:]
-    if form in ("running", "max"):
+@pytest.mark.parametrize("form", ["PLAIN", "CONSTANT", "ONLINE", "T_MAX"])
+@pytest.mark.parametrize("slices", [1, 2, 37])
+def test_reduce_splits(form, slices, poisoned):
+    n, sums, largest = 200, 0 if form == "T_MAX" else 2, form in ("ONLINE", "T_MAX")
+    x = torch.rand(slices, sums + largest, n + 3, dtype=torch.float64)[:, :, 3:]
+    if largest:
         x[:, 0] = x[:, 0] * 1000 - 500
-        x[0, :, 0] = 0  # a part that met no pair
+        x[0, :, 0] = 0  # a split that met no pair
         x[0, 0, 0] = -torch.inf
-    out = torch.empty(sums + (form != "plain"), 2 * n, dtype=torch.float64)[:, :n]
-    rows.combine(x, out, form, 0.25)
-    if form == "plain":
+    out = torch.empty(sums + (form != "PLAIN"), 2 * n, dtype=torch.float64)[:, :n]
+    rows.reduce_splits(x, out, form, 0.25)
+    if form == "PLAIN":
         want = x.sum(0)
-    elif form == "fixed":
+    elif form == "CONSTANT":
         want = torch.cat([torch.full((1, n), 0.25), x.sum(0)])
     else:
-        base = x[:, :1].amax(0)
-        factor = torch.where(base > -torch.inf, (x[:, :1] - base).exp(), 0.0)
-        want = torch.cat([base, (x[:, 1:] * factor).sum(0)])
+        top = x[:, :1].amax(0)
+        factor = torch.where(top > -torch.inf, (x[:, :1] - top).exp(), 0.0)
+        want = torch.cat([top, (x[:, 1:] * factor).sum(0)])
     torch.testing.assert_close(out, want.to(out.dtype), rtol=1e-13, atol=0)
 
 
-def test_sums_of_many_slots_are_compensated():
+def test_sums_of_many_slices_are_compensated():
     x = torch.rand(1000, 1, 5) + 100
     out = torch.empty(1, 5)
-    rows.combine(x, out, "plain")
+    rows.reduce_splits(x, out, "PLAIN", 0.0)
     assert error(out, x.double().sum(0)) <= 1.2e-7
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("n", [300, 5000])
-def test_gains(dtype, n, poisoned):
-    gain, shift = torch.randn(n, dtype=dtype), torch.rand(n, dtype=dtype)
-    out, largest = rows.gains(gain, shift, 0.5)
-    torch.testing.assert_close(out, gain * (0.5 - shift).exp())
+def test_scaled_weights(dtype, n, poisoned):
+    weight, shift = torch.randn(n, dtype=dtype), torch.rand(n, dtype=dtype)
+    out, largest = rows.scaled_weights(weight, shift, 0.5)
+    torch.testing.assert_close(out, weight * (0.5 - shift).exp())
     assert torch.equal(largest, out.abs().amax())
-    same, largest = rows.gains(gain, None, 0.0)
-    assert same is gain
-    assert torch.equal(largest, gain.abs().amax())
+    same, largest = rows.scaled_weights(weight, None, 0.0)
+    assert same is weight
+    assert torch.equal(largest, weight.abs().amax())
 
 
 #: Of the kernels for vectors: one each, in turn.
@@ -302,7 +348,11 @@ def compile_everything():
     from tools.resources import compile_for, occupancy
 
     cases = [(90, kind, 4096) for kind in ("bf16", "fp32", "fp64")]
-    cases += [(90, "fp64", 3), (90, "bf16", 65536), *((capability, "bf16", 128) for capability in (80, 90, 100))]
+    cases += [
+        (90, "fp64", 3),
+        (90, "bf16", 65536),
+        *((capability, "bf16", 128) for capability in (80, 90, 100)),
+    ]
     found = {}
     for capability, kind, dim in cases:
         config = rows.tile(dim)
@@ -316,17 +366,25 @@ def compile_everything():
             (rows.finish_rows_kernel, finish, {"BOTH": True}, ()),
         ):
             r = compile_for(
-                fn, signature, {"DIM": dim, **config, **fixed}, capability, num_warps=warps, divisible=divisible
+                fn,
+                signature,
+                {"DIM": dim, **config, **fixed},
+                capability,
+                num_warps=warps,
+                divisible=divisible,
             )
             found[f"{r.name} {capability} {kind} {dim}"] = {
-                "spills": r.spill_bytes, "stack": r.stack, "blocks": occupancy(r), "threads": r.threads,
-                "loads": r.count(r"^LDG\..*128"), "stores": r.count(r"^STG\..*128"),
+                "spills": r.spill_bytes, "stack": r.stack, "blocks": occupancy(r),
+                "threads": r.threads, "loads": r.count(r"^LDG\..*128"), "stores": r.count(r"^STG\..*128"),
             }  # fmt: skip
     for turn, (capability, kind) in enumerate(TARGETS):
         for k, (fn, signature, constants) in enumerate(vector_kernels(kind)):
             if FULL or k % len(TARGETS) == turn:
                 r = compile_for(fn, signature, constants, capability, attrs={})
-                found[f"{r.name} {capability} {kind} {len(found)}"] = {"spills": r.spill_bytes, "stack": r.stack}
+                found[f"{r.name} {capability} {kind} {len(found)}"] = {
+                    "spills": r.spill_bytes,
+                    "stack": r.stack,
+                }
     return found
 
 
@@ -342,28 +400,43 @@ def vector_kernels(kind):
                 "OUTPUTS": len(objectives.ROW_STEPS[step].outputs), "BLOCK": rows.BLOCK,
             }  # fmt: skip
             yield rows.row_step_kernel, signature, constants
-    numbers = dict.fromkeys(("slots", "anchors", "slot_stride", "slot_row", "out_row"), "i32") | {"middle": "fp32"}
-    for form, sums in (("max", 0), ("running", 2), ("fixed", 1), ("plain", 3)):
-        constants = {"FORM": form, "SUMS": sums, "BLOCK_SLOTS": rows.BLOCK_SLOTS, "BLOCK": rows.BLOCK}
-        yield rows.combine_kernel, {"slots_ptr": kind, "out_ptr": kind, **numbers}, constants
+    names = ("slices", "anchors", "slice_stride", "slice_row", "out_row")
+    numbers = dict.fromkeys(names, "i32") | {"constant_shift": "fp32"}
+    for form, sums in (("T_MAX", 0), ("ONLINE", 2), ("CONSTANT", 1), ("PLAIN", 3)):
+        constants = {
+            "FORM": form,
+            "SUMS": sums,
+            "BLOCK_SLICES": rows.BLOCK_SLICES,
+            "BLOCK": rows.BLOCK,
+        }
+        yield rows.reduce_splits_kernel, {"slices_ptr": kind, "out_ptr": kind, **numbers}, constants
     for shift in (kind, None):
-        signature = {"gain_ptr": kind, "shift_ptr": shift, "out_ptr": kind, "largest_ptr": kind}
-        constants = {"ROWS": rows.ROWS_OF_GAINS, "BLOCK": rows.BLOCK_OF_GAINS}
-        yield rows.gains_kernel, {**signature, "anchors": "i32", "middle": "fp32"}, constants
+        signature = {"weight_ptr": kind, "shift_ptr": shift, "out_ptr": kind, "largest_ptr": kind}
+        constants = {"ROWS": rows.ROWS_OF_WEIGHTS, "BLOCK": rows.BLOCK_OF_WEIGHTS}
+        yield (
+            rows.scaled_weights_kernel,
+            {**signature, "anchors": "i32", "constant_shift": "fp32"},
+            constants,
+        )
 
 
 @pytest.fixture(scope="module")
 def compiled():
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, __file__], env={**env, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        [sys.executable, __file__],
+        env={**env, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 
 
 def test_compiled_for_each_generation(compiled):
-    assert len(compiled) == 16 + (len(TARGETS) if FULL else 1) * (sum(map(len, ROW_STEPS.values())) + 6)
+    assert len(compiled) == 16 + (len(TARGETS) if FULL else 1) * (
+        sum(map(len, ROW_STEPS.values())) + 6
+    )
     for name, found in compiled.items():
         assert found["spills"] == found["stack"] == 0, name
         if "loads" in found:
@@ -375,7 +448,7 @@ def test_compiled_for_each_generation(compiled):
 
 @pytest.mark.parametrize(("kind", "bytes_per_number"), [("bf16", 2), ("fp32", 4), ("fp64", 8)])
 def test_a_row_that_fits_is_read_once(compiled, kind, bytes_per_number):
-    """At 4096 features a thread of 256 holds 16 numbers of each row: so many loads of 16 bytes, and not one more."""
+    """At 4096 features a thread of 256 holds 16 numbers of each row, in as few loads of 16 bytes."""
     loads = 2 * 16 * bytes_per_number // 16
     assert compiled[f"unit_rows_kernel 90 {kind} 4096"]["loads"] == loads
     gradient = 2 * 16 * max(bytes_per_number, 4) // 16

@@ -1,4 +1,4 @@
-"""Every production configuration of the Triton kernels, compiled ahead of time for sm_80, sm_90 and sm_100."""
+"""Every production configuration of the Triton kernels, compiled for sm_80, sm_90 and sm_100."""
 
 import os
 import re
@@ -13,13 +13,13 @@ ROOT = Path(__file__).parent.parent
 
 def test_kernels_compile_cleanly():
     """No spills, no serialised wgmma, shared memory within limits, matrix instructions."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tools.triton_resources", *([] if FULL else ["--in-turn"])]
-    run = subprocess.run(
-        command, cwd=ROOT, capture_output=True,
-        text=True, env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
-    )  # fmt: skip
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert int(re.search(r"(\d+) kernels compiled, 0 with problems", run.stdout)[1]) > (100 if FULL else 50)
+    assert int(re.search(r"(\d+) kernels compiled, 0 with problems", run.stdout)[1]) > (
+        100 if FULL else 50
+    )
 
 
 BIND = """
@@ -38,7 +38,7 @@ class Hopper:  # what a launch asks of a device before it runs a kernel
         return GPUTarget("cuda", 90, 32)
 
 driver.set_active(Hopper())
-from alphacl_fast.backend import triton as backend
+from alphacl_fast.backend import gpu
 from alphacl_fast.functional import alpha_cl_loss
 
 run = triton.runtime.jit.JITFunction.run
@@ -48,14 +48,15 @@ def compile_only(self, *arguments, grid, warmup, **options):
     return run(self, *arguments, grid=grid, warmup=True, **options)
 
 triton.runtime.jit.JITFunction.run = compile_only
-backend.pretend_gpu(multiprocessors=132)
+gpu.pretend_gpu(multiprocessors=132)
 compiled = {}
 for n in (512, 500, 333, 17):
     z1, z2 = (torch.randn(n, 64).bfloat16().requires_grad_() for _ in range(2))
     alpha_cl_loss(z1, z2, backend="triton")
 variants = {name: len(kernel.device_caches[0][0]) for name, kernel in compiled.items()}
 assert variants == dict.fromkeys((
-    "unit_rows_kernel", "row_sums", "combine_kernel", "row_step_kernel", "gains_kernel", "pair_grad", "finish_rows_kernel",
+    "unit_rows_kernel", "row_sums", "reduce_splits_kernel", "row_step_kernel",
+    "scaled_weights_kernel", "pair_grad", "finish_rows_kernel",
 ), 1), variants
 """
 
@@ -63,5 +64,7 @@ assert variants == dict.fromkeys((
 def test_launches_bind_and_compile_once_for_all_batch_sizes():
     """Through Triton's own launcher, up to the point where a GPU would be needed."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", BIND], cwd=ROOT, capture_output=True, text=True, env=environment)
+    run = subprocess.run(
+        [sys.executable, "-c", BIND], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
     assert run.returncode == 0, run.stderr

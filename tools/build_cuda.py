@@ -13,10 +13,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import os
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -33,7 +31,6 @@ DTYPES = ("BFLOAT16", "FLOAT16", "FLOAT64", "FLOAT32", "TFLOAT32")  # the longes
 #: Machine code for Ampere and Ada, and for Hopper; later GPUs compile the PTX for 8.0 at load time.
 ARCHITECTURES = "8.0+PTX;9.0a"
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden"]
-OLDEST_TORCH = (2, 10)
 #: Versions kept of each object.
 KEPT = 4
 
@@ -51,28 +48,19 @@ def library(output: Path) -> str:
     compiler fails.
     """
     compiler = nvcc()
-    headers, libraries = torch_folders(cuda=True)
     output = output.absolute()
     jobs, summary = kernel_jobs(compiler)
-    jobs += host_jobs([*COMMON, "-O2", "-DUSE_CUDA"], summary, headers)
-    # Nothing of the static runtime is exported, and torch's copy of it does not replace it.
+    jobs.append(driver([*COMMON, "-O2"], summary))
+    # The static runtime exports nothing, and torch's own copy of it is not taken in its place.
     closed = ["-Xlinker=-Bsymbolic", "-Xlinker=--exclude-libs=ALL"]
-    link = [*compiler, "-shared", "--cudart=static", *closed, f"-L{libraries}"]
     with locked("library"):
-        assemble(jobs, [*link, "-ltorch_cuda", "-ltorch_cpu"], output)
+        assemble(jobs, [*compiler, "-shared", "--cudart=static", *closed], output)
     return summary
 
 
 def emulated() -> Path:
     """The library for CPU tensors, built if it is not there yet."""
-    headers, libraries = torch_folders(cuda=False)
-    flags = [
-        *COMMON,
-        "-O2",
-        "-ffp-contract=off",
-        "-DALPHACL_EMULATED",
-        "-DALPHACL_NAMESPACE=alphacl_fast_cuda_emulated",
-    ]
+    flags = [*COMMON, "-O2", "-ffp-contract=off", "-DALPHACL_EMULATED"]
     jobs = [
         Object(
             f"emulated_{dtype}",
@@ -81,17 +69,8 @@ def emulated() -> Path:
         )
         for dtype in DTYPES
     ]
-    jobs += host_jobs(
-        flags, f"{version(host_compiler())}; {shlex.join(flags)}", headers, "emulated_"
-    )
-    link = [
-        *host_compiler(),
-        "-shared",
-        "-pthread",
-        "-Wl,-Bsymbolic",
-        f"-L{libraries}",
-        "-ltorch_cpu",
-    ]
+    jobs.append(driver(flags, f"{version(host_compiler())}; {shlex.join(flags)}", "emulated_"))
+    link = [*host_compiler(), "-shared", "-pthread", "-Wl,-Bsymbolic"]
     text = "\0".join([*map(key, jobs), *link])
     output = cache() / f"emulated-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
     with locked("emulated"):
@@ -118,15 +97,11 @@ def kernel_jobs(compiler: list[str]) -> tuple[list[Object], str]:
     ], summary
 
 
-def host_jobs(flags: list[str], summary: str, headers: Path, prefix: str = "") -> list[Object]:
-    """Driver and binding; torch's headers are limited to the stable ABI."""
+def driver(flags: list[str], summary: str, prefix: str = "") -> Object:
+    """The plain C interface."""
     text = summary.replace("\\", "\\\\").replace('"', '\\"')
     known = [f'-DALPHACL_BUILD="{text}"', f'-DALPHACL_SOURCES="{fingerprint()}"']
-    stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-isystem{headers}"]
-    return [
-        Object(f"{prefix}driver", (*host_compiler(), *flags), "driver.cpp"),
-        Object(f"{prefix}binding", (*host_compiler(), *flags, *known, *stable), "binding.cpp"),
-    ]
+    return Object(f"{prefix}driver", (*host_compiler(), *flags, *known), "driver.cpp")
 
 
 def logs() -> dict[str, Path]:
@@ -206,23 +181,7 @@ def gencode(architecture: str) -> list[str]:
     return ["-gencode", f"arch=compute_{number},code={kinds}"]
 
 
-def torch_folders(cuda: bool) -> tuple[Path, Path]:
-    """Torch's headers and libraries, found without importing it."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or not spec.submodule_search_locations:
-        raise RuntimeError("torch is needed to build (pip install --no-build-isolation)")
-    folder = Path(spec.submodule_search_locations[0])
-    about = runpy.run_path(str(folder / "version.py"))
-    found = about["__version__"]
-    if tuple(int(x) for x in found.split(".")[:2]) < OLDEST_TORCH:
-        oldest = ".".join(map(str, OLDEST_TORCH))
-        raise RuntimeError(f"torch {oldest} is needed to build, found {found}")
-    if cuda and not about.get("cuda"):
-        raise RuntimeError(f"torch {found} is built without CUDA")
-    return folder / "include", folder / "lib"
-
-
-# --- objects ---
+# --- objects ----------------------------------------------------------------------------------------------------------
 
 
 def cache() -> Path:

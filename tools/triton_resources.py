@@ -38,7 +38,7 @@ class Configuration(NamedTuple):
     precision: str | None = None
     negatives: str = "two_view"
     learn_tau: bool = False
-    both_sides: bool = False
+    symmetric: bool = False
     capabilities: tuple[int, ...] = CAPABILITIES
 
 
@@ -65,8 +65,8 @@ def configurations() -> list[Configuration]:
     forms = [
         Configuration("infonce", (), learn_tau=True, **hopper),
         Configuration("infonce", (), negatives="cross_view", learn_tau=True, **hopper),
-        Configuration("infonce", (), both_sides=True, **hopper),
-        Configuration("triplet", (), both_sides=True, **hopper),
+        Configuration("infonce", (), symmetric=True, **hopper),
+        Configuration("triplet", (), symmetric=True, **hopper),
     ]
     return plain + kinds + forms
 
@@ -84,7 +84,7 @@ def launches(c: Configuration) -> Iterator[tuple[Any, tuple, Any]]:
     """(kernel, arguments, options) of every sweep that a loss with its gradient launches."""
     from triton.runtime.jit import JITFunction
 
-    from alphacl_fast.backend import triton
+    from alphacl_fast.backend import gpu
     from alphacl_fast.kernels import config
     from alphacl_fast.kernels.config import Tile
 
@@ -92,12 +92,12 @@ def launches(c: Configuration) -> Iterator[tuple[Any, tuple, Any]]:
     JITFunction.run = lambda self, *arguments, grid, warmup, **options: recorded.append(
         (self, arguments, options)
     )
-    triton.pretend_gpu(multiprocessors=132)
+    gpu.pretend_gpu(multiprocessors=132)
     tiles = {}
-    if c.both_sides:
+    if c.symmetric:
         warps = 4 if c.objective == "infonce" else 8
         tiles = dict.fromkeys(
-            ("row_sums", "row_sums_plain"), Tile(64, 64, c.dim, warps, 2, both_sides=True)
+            ("row_sums", "row_sums_plain"), Tile(64, 64, c.dim, warps, 2, symmetric=True)
         )
     z1, z2 = (torch.randn(512, c.dim, dtype=getattr(torch, c.dtype)).requires_grad_() for _ in range(2))
     tau = torch.tensor(0.5, dtype=torch.float64 if c.dtype == "float64" else torch.float32)
@@ -161,7 +161,8 @@ def _row(c: Configuration, kernel: str, static: Any, launch: dict, made: Any, re
         "kernel": kernel, "architecture": f"sm_{made.capability}",
         "objective": f"{c.objective}({options})" if options else c.objective,
         "form": (
-            "both-sides " * static.BOTH + static.FORM + (f", {static.GRAD}" if kernel == "pair_grad" else "")
+            "symmetric " * static.SYMMETRIC + static.FORM
+            + (f", {static.GRADIENT}" if kernel == "pair_grad" else "")
         ),
         "dtype": c.dtype + (f" {c.precision}" if c.precision else ""), "D": c.dim,
         "tile": f"{static.BLOCK_M}×{static.BLOCK_N}×{static.BLOCK_D}, "

@@ -1,8 +1,9 @@
-"""The two sweeps in CUDA C++ (csrc/cuda): every built-in pair kind, on GPUs from sm_80 on, without Triton.
+"""The two sweeps in CUDA C++ (csrc/cuda): every built-in pair kind, from sm_80 on, without Triton.
 
-The library's operators are reached through libtorch's stable ABI, so one binary serves every torch from 2.10 on. The same
-kernel sources, compiled for the host, run on CPU tensors where ALPHACL_CUDA_EMULATED names such a library: that is how they
-are tested. This file chooses forms, allocates outputs, and reduces what blocks wrote in parts.
+`gpu` holds the host algorithm; here are the library, its structs and the launches. The library has
+a plain C interface and knows neither torch nor Python, so one binary serves every version of both.
+The same kernels, compiled for the host, run on CPU tensors where ALPHACL_CUDA_EMULATED names such a
+library: so they are tested.
 """
 
 from __future__ import annotations
@@ -13,49 +14,137 @@ import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..bundles import Form, PairFunction, Pairing, Rows, RowScalars, Term, Weight, summed
-from . import forms
-from .groups import Group, clear, fitting, groups_of, jobs_of, multiply_weights, row_runs
-from .precision import float32_precision
+from ..bundles import Dtype, Form, Term, Weight
+from ..objectives import KINDS
+from . import gpu
 
-#: The kernels' names of terms, weights and forms.
-_TERM_NAMES = dict(zip(Term, ("f", "df", "ft", "dft", "dtau", "base", "max"), strict=True))
-_WEIGHT_NAMES = dict(zip(Weight, ("f", "df", "f+df"), strict=True))
-_FORM_NAMES = dict(zip(Form, ("fixed", "running", "plain", "max"), strict=True))
 #: Optional operands that this backend serves.
 OPTIONAL_OPERANDS: set[str] = set()
 #: Where `setup.py` puts the library, or the reason why there is none.
 LIBRARY = Path(__file__).parent.parent / "_cuda.abi3.so"
 FAILURE = LIBRARY.with_name("_cuda_not_built.txt")
-#: The first torch whose stable ABI has all that the library uses.
+#: The first torch whose `mm` multiplies bfloat16 into float32, as the weights of long rows need.
 OLDEST = (2, 10)
-#: Rows and columns of a tile.
-SIDE = 64
-#: The longest rows whose gradient the kernels accumulate in registers (launch.h). Of longer ones chunks of features pass by,
-#: and for their gradient the kernels write the weights, which a vendor product multiplies with the rows: nothing is
-#: computed twice.
+#: Rows and columns of a tile, and of the blocks of hopper.h.
+SIDE, HOPPER_SIDE = 64, 128
+#: The longest rows whose gradient the kernels accumulate in registers (launch.h). Longer rows come
+#: in chunks of features, and cuBLAS multiplies their weights with the rows: nothing is computed
+#: twice.
 LARGEST = {"bf16": 256, "fp16": 256, "tf32": 128, "fp32": 64, "fp64": 32}
 #: The same where a block has less shared memory (sm_86, sm_89); float64 is not served there.
 LARGEST_OF_SMALL = {"bf16": 128, "fp16": 128, "tf32": 64, "fp32": 64}
-
 #: Bytes of shared memory that all kernels find room in, and those of `LARGEST_OF_SMALL`.
 SHARED_MEMORY, SMALL_SHARED_MEMORY = 163 << 10, 99 << 10
 
-_MODES = ("bf16", "fp16", "tf32", "fp32", "fp64")  # as `Dtype` of problem.h
-_KINDS = {name: code for code, name in enumerate(("exp", "gibbs", "power", "inverse", "hinge", "sigmoid", "square", "gamma"))}
-_AFFINE = (_KINDS["exp"], _KINDS["gibbs"])  # in t, their log f
-_TERMS = ("f", "df", "ft", "dft", "dtau")
-_WEIGHTS = {"f": 0, "df": 1, "f+df": 2}
-_FORMS = {"fixed": 0, "running": 1, "plain": 2, "max": 3}
-_GRADS = {"none": 0, "product": 1, "weights": 2}
-_EXCLUDE, _TRIANGLE, _BOTH, _ROWS_PAIRED, _COLS_PAIRED, _ROWS_ANCHOR, _COLS_ANCHOR, _IN_CHUNKS = (1 << k for k in range(8))
+
+# --- the structs of problem.h ---------------------------------------------------------------------
+
+_INPUTS = (
+    "f",
+    "scale",
+    "bias",
+    "moment_origin",
+    "row_weight",
+    "shift",
+    "argument_offset",
+    "baseline",
+    "tau",
+    "unit",
+)
+_OUTPUTS = ("sums", "df", "weight_sums", "weights")
+_REGION = ("exclude", "triangle", "rows_paired", "cols_paired", "rows_anchor", "cols_anchor")
 
 
-# --- the library ------------------------------------------------------------------------------------------------------
+def _fields(kind: Any, *names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names]
+
+
+class _SweepStruct(ctypes.Structure):
+    """`struct Sweep`."""
+
+    _fields_ = (
+        _fields(ctypes.c_void_p, *_INPUTS, *_OUTPUTS)
+        + [("elements", ctypes.c_int64 * len(_INPUTS + _OUTPUTS))]
+        + _fields(
+            ctypes.c_int64,
+            "stride",
+            "n_rows",
+            "n_cols",
+            "row_start",
+            "col_start",
+            "half",
+            "anchors",
+        )
+        + _fields(ctypes.c_int64, "n", "n_out", "lo")
+        + [("constant_shift", ctypes.c_double), ("params", ctypes.c_double * 3)]
+        + _fields(
+            ctypes.c_int32, "dtype", "dim", "row_blocks", "first_block", "splits", "begin", "end"
+        )
+        + _fields(
+            ctypes.c_int32,
+            "column_slice",
+            "kind",
+            "form",
+            "pair_grad",
+            "gradient",
+            "weight",
+            "terms",
+        )
+        + [("row_of_term", ctypes.c_int32 * Term.SHIFT)]
+        + _fields(ctypes.c_int32, "exclude", "triangle", "symmetric", "rows_paired", "cols_paired")
+        + _fields(ctypes.c_int32, "rows_anchor", "cols_anchor", "in_chunks", "aligned")
+    )
+
+
+class _PairRows(ctypes.Structure):
+    """`struct PairRows`."""
+
+    _fields_ = (
+        _fields(ctypes.c_void_p, "z1", "z2", "f", "inv_norm", "pos", "d", "q")
+        + _fields(ctypes.c_int64, "n_pairs", "stride1", "stride2")
+        + _fields(ctypes.c_int32, "dim", "dtype", "anchors")
+    )
+
+
+def _address(name: str, x: Tensor | None, dtype: torch.dtype, device: torch.device) -> int | None:
+    """Where a contiguous tensor begins.
+
+    Raises:
+        ValueError: wrong dtype, device or strides, which the library does not see.
+    """
+    if x is None:
+        return None
+    if (x.dtype, x.device) != (dtype, device):
+        raise ValueError(f"{name} must be {dtype} on {device}, got {x.dtype} on {x.device}")
+    if not x.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
+    return x.data_ptr()
+
+
+def _run(function: str, device: torch.device, *arguments: Any) -> None:
+    """Calls the library on a device's current stream.
+
+    Raises:
+        RuntimeError: the launch failed or would leave its buffers.
+    """
+    library, _ = _library(device.type)
+    if device.type == "cpu":
+        error = getattr(library, function)(*arguments, None)
+    else:
+        with torch.cuda.device(device):
+            error = getattr(library, function)(
+                *arguments, torch.cuda.current_stream(device).cuda_stream
+            )
+    if error:
+        raise RuntimeError(f"alphacl_fast: {function}: {error.decode()}")
+
+
+# --- the library ----------------------------------------------------------------------------------
 
 
 def emulated() -> bool:
@@ -64,30 +153,40 @@ def emulated() -> bool:
 
 
 @functools.cache
-def _load(path: str, namespace: str) -> tuple[object | None, str | None]:
-    """The library's operators, or why there are none."""
-    version = tuple(int(x) for x in torch.__version__.split(".")[:2])
-    if version < OLDEST:
-        return None, f"needs torch {'.'.join(map(str, OLDEST))}, found {torch.__version__}"
+def _load(path: str) -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or why there is none."""
     if not Path(path).exists():
-        reason = FAILURE.read_text().strip() if FAILURE.exists() else "no library beside the package"
+        reason = (
+            FAILURE.read_text().strip() if FAILURE.exists() else "no library beside the package"
+        )
         return None, f"not compiled: {reason}; reinstall with nvcc on the PATH"
     try:
-        torch.ops.load_library(path)
-        operators = getattr(torch.ops, namespace)
-        operators.sweep.default, operators.rows.default  # noqa: B018 - AttributeError where the library is another's
-    except (OSError, RuntimeError, AttributeError) as error:
+        library = ctypes.CDLL(path)
+        sizes = library.alphacl_cuda_sweep_size(), library.alphacl_cuda_rows_size()
+    except (OSError, AttributeError) as error:
         return None, f"cannot be loaded: {error}"
-    return operators, None
+    if sizes != (ctypes.sizeof(_SweepStruct), ctypes.sizeof(_PairRows)):
+        return None, f"cannot be loaded: {Path(path).name} does not fit this version of the package"
+    library.alphacl_cuda_sweep.argtypes = [ctypes.POINTER(_SweepStruct), ctypes.c_void_p]
+    library.alphacl_cuda_rows.argtypes = [
+        ctypes.c_int32,
+        ctypes.POINTER(_PairRows),
+        ctypes.c_void_p,
+    ]
+    for text in ("sweep", "rows", "build", "sources"):
+        getattr(library, f"alphacl_cuda_{text}").restype = ctypes.c_char_p
+    return library, None
 
 
-def _library(device_type: str) -> tuple[object | None, str | None]:
-    if device_type == "cpu":
-        return _load(os.environ.get("ALPHACL_CUDA_EMULATED", ""), "alphacl_fast_cuda_emulated")
-    return _load(str(LIBRARY), "alphacl_fast_cuda")
+def _library(device_type: str) -> tuple[ctypes.CDLL | None, str | None]:
+    return _load(
+        os.environ.get("ALPHACL_CUDA_EMULATED", "") if device_type == "cpu" else str(LIBRARY)
+    )
 
 
-def unsupported(device: torch.device, dtype: torch.dtype, precision: str | None, kind: str) -> str | None:
+def unsupported(
+    device: torch.device, dtype: torch.dtype, precision: str | None, kind: str
+) -> str | None:
     """Why this backend cannot serve a call, or None."""
     if device.type == "cpu":
         if not emulated():
@@ -95,45 +194,49 @@ def unsupported(device: torch.device, dtype: torch.dtype, precision: str | None,
     elif device.type != "cuda" or torch.version.hip is not None:
         return f"runs on NVIDIA GPUs, not {'ROCm' if device.type == 'cuda' else device.type}"
     elif torch.cuda.get_device_capability(device) < (8, 0):
-        return f"needs compute capability 8.0, not {'.'.join(map(str, torch.cuda.get_device_capability(device)))}"
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        return f"needs compute capability 8.0, not {capability}"
+    if tuple(int(x) for x in torch.__version__.split(".")[:2]) < OLDEST:
+        return f"needs torch {'.'.join(map(str, OLDEST))}, found {torch.__version__}"
     _, reason = _library(device.type)
     if reason:
         return reason
     least = SHARED_MEMORY if dtype == torch.float64 else SMALL_SHARED_MEMORY
     if device.type == "cuda" and (there := _shared_memory(device)) < least:
-        return f"needs {least >> 10} KB of shared memory a block for {str(dtype).removeprefix('torch.')}, got {there >> 10}"
-    if kind and kind not in _KINDS:
+        name = str(dtype).removeprefix("torch.")
+        return f"needs {least >> 10} KB of shared memory a block for {name}, got {there >> 10}"
+    if kind and kind not in KINDS:
         return "compiled for the built-in pair functions, not for a user's own"
     if precision == "bf16x3":
         return "multiplies float32 as IEEE or as TF32, not precision='bf16x3'"
     return None
 
 
-# --- what a call comes to ---------------------------------------------------------------------------------------------
+# --- which kernels are taken ----------------------------------------------------------------------
 
-#: Whether `row_sums` takes the form that reads each similarity once, where it is there (bfloat16).
-#: None: unless the device has kernels of warpgroups, which are of the row-block form.
-_both_sides: bool | None = None
+#: Whether `row_sums` reads each similarity once, where there are such kernels (bfloat16).
+#: None: unless the device has the kernels of hopper.h, which do not.
+_symmetric: bool | None = None
 
 
 @contextlib.contextmanager
-def both_sides(wanted: bool | None) -> Iterator[None]:
-    """Within the context `row_sums` takes the both-sides form or the row-block form."""
-    global _both_sides
-    before, _both_sides = _both_sides, wanted
+def symmetric(wanted: bool | None) -> Iterator[None]:
+    """Within the context `row_sums` takes symmetric tiles, or does not."""
+    global _symmetric
+    before, _symmetric = _symmetric, wanted
     try:
         yield
     finally:
-        _both_sides = before
+        _symmetric = before
 
 
 @contextlib.contextmanager
 def hopper(mode: int) -> Iterator[None]:
-    """Whether bfloat16 rows take the kernels of warpgroups (sm_90a), within the context.
+    """Whether bfloat16 rows take the kernels of warpgroups (hopper.h, sm_90a), within the context.
 
-    -1: where these serve a call; 0: never; 1: whatever the fast kernels serve by row blocks, which is refused if they cannot.
+    -1: where they serve a launch; 0: never; 1: always, and what they cannot serve is refused.
     """
-    libraries = [library for device in ("cuda", "cpu") if (library := _interface(device)) is not None]
+    libraries = [library for kind in ("cuda", "cpu") if (library := _library(kind)[0]) is not None]
     before = [library.alphacl_cuda_hopper(mode) for library in libraries]
     _has_hopper.cache_clear()
     try:
@@ -144,33 +247,12 @@ def hopper(mode: int) -> Iterator[None]:
         _has_hopper.cache_clear()
 
 
-def _interface(device_type: str) -> ctypes.CDLL | None:
-    """The plain C interface of a library that is loaded; None of one built before there were such kernels."""
-    operators, _ = _library(device_type)
-    path = os.environ.get("ALPHACL_CUDA_EMULATED", "") if device_type == "cpu" else str(LIBRARY)
-    library = ctypes.CDLL(path) if operators is not None else None
-    return library if hasattr(library, "alphacl_cuda_hopper") else None
-
-
 @functools.cache
 def _has_hopper(device: torch.device) -> bool:
-    """Whether a device takes the kernels of warpgroups, where they serve a call."""
-    library = _interface(device.type)
+    """Whether a device takes the kernels of hopper.h, where they serve a launch."""
+    library, _ = _library(device.type)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         return library is not None and bool(library.alphacl_cuda_has_hopper())
-
-
-def _mode(dtype: torch.dtype, precision: str, device: torch.device) -> str:
-    if dtype in (torch.bfloat16, torch.float16, torch.float64):
-        return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}[dtype]
-    precision = precision or float32_precision(device)
-    return "tf32" if precision in ("tf32", "bf16") else "fp32"
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    """Blocks that a GPU runs side by side, about; emulated, a ring is cut in two, to have it tested."""
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 6
 
 
 @functools.cache
@@ -180,235 +262,155 @@ def _shared_memory(device: torch.device) -> int:
 
 
 def _in_chunks(mode: str, dim: int, device: torch.device) -> bool:
-    """Whether chunks of features of the rows pass by."""
+    """Whether rows pass by in chunks of features."""
     small = device.type == "cuda" and _shared_memory(device) < SHARED_MEMORY
     return dim > (LARGEST_OF_SMALL if small else LARGEST)[mode]
 
 
-def _parts(blocks: int, tiles: int, device: torch.device) -> int:
-    """Blocks that share a ring: enough to fill the device, a function of the sizes and the device alone."""
-    return max(1, min(_processors(device) // blocks, tiles // 2))
+def _hopper_splits(region: gpu.Region, device: torch.device) -> int:
+    """Splits for the kernels of hopper.h, whose blocks have a multiprocessor each.
 
-
-def _hopper_parts(rows: int, cols: int, device: torch.device) -> int:
-    """The same for kernels of warpgroups, whose blocks of 128 rows have a multiprocessor each.
-
-    The last wave of blocks leaves processors idle: the number of parts that takes the fewest tiles, a part costing about two.
+    The last wave of blocks leaves processors idle: the number that takes the fewest tiles, where a
+    split costs about two.
     """
-    blocks, tiles, processors = -(-rows // 128), -(-cols // 128), max(1, _processors(device) // 2)
+    blocks, tiles = (-(-rows // HOPPER_SIDE) for rows in (region.n_rows, region.n_cols))
+    processors = max(1, gpu.processors(device) // 2)
 
-    def time(parts: int) -> int:
-        return -(-blocks * parts // processors) * (-(-tiles // parts) + 2)
+    def time(splits: int) -> int:
+        return -(-blocks * splits // processors) * (-(-tiles // splits) + 2)
 
-    most = max(processors // blocks, min(8, fitting(rows * 1024)))
+    most = max(processors // blocks, min(8, gpu.fitting(region.n_rows * 1024)))
     return min(range(1, max(1, min(most, tiles)) + 1), key=time)
 
 
-def _tiles(rows: int) -> int:
-    return -(-rows // SIDE)
+# --- the sweeps -----------------------------------------------------------------------------------
 
 
-class _Problem:
-    """One call's tensors and what both sweeps tell the kernels."""
+class _Sweep(gpu.Sweep):
+    backend = "cuda"
+    tile_rows = tile_cols = SIDE
 
-    def __init__(self, f: Tensor, tau: Tensor, kind: str, params: tuple[float, ...], precision: str, form: str, **vectors):
-        if f.shape[0] >= 2**31 - 2**16:
-            raise ValueError(f"the cuda backend takes at most {2**31 - 2**16} rows, got {f.shape[0]}")
-        self.f = f if f.stride(1) == 1 or f.shape[1] == 1 else f.contiguous()
-        self.n, self.dim = f.shape
-        self.tau, self.kind, self.form = tau, _KINDS[kind], form
-        self.params = (*params, 0.0, 0.0, 0.0)[:3]
-        self.mode = _mode(f.dtype, precision, f.device)
-        self.in_chunks = _in_chunks(self.mode, self.dim, f.device)
-        self.vectors = [
-            None if vectors.get(name) is None else vectors[name].contiguous()
-            for name in ("scale", "bias", "center", "gain", "shift", "offset", "level")
+    def __init__(self, *operands: Any) -> None:
+        super().__init__(*operands)
+        self.in_chunks = _in_chunks(self.arithmetic.mode, self.dim, self.f.device)
+        self.whole = not self.in_chunks
+        tf32 = self.arithmetic.mode == "tf32"
+        self.dtype = Dtype.TFLOAT32 if tf32 else Dtype.of(self.f.dtype)
+        self.hopper = self._on_hopper()
+        wanted = not self.hopper if _symmetric is None else _symmetric
+        self.symmetric = wanted and self.arithmetic.mode == "bf16" and self.form != Form.ONLINE
+
+    def _on_hopper(self) -> bool:
+        """Whether launches without symmetric tiles go to the kernels of hopper.h."""
+        f, kind, terms = self.f, self.function.kind, self.terms or (Term.F,)
+        fast = kind in ("exp", "gibbs") or (kind == "power" and self.function.params[1] == 2)
+        sums = Term.F in terms and set(terms) <= {Term.F, Term.F_MOMENT}
+        constant = self.form == Form.CONSTANT and self.rows.bias is None and sums
+        aligned = f.data_ptr() % 16 == 0 and f.stride(0) % 8 == 0 and f.stride(0) >= self.dim
+        fits = self.arithmetic.mode == "bf16" and aligned and self.dim <= LARGEST["bf16"]
+        return fast and constant and fits and _has_hopper(f.device)
+
+    def splits(self, region: gpu.Region) -> int:
+        return _hopper_splits(region, self.f.device) if self.hopper else super().splits(region)
+
+    def scale_weights(self) -> None:
+        weight, shift = self.scalars.row_weight, self.scalars.shift
+        if self.form == Form.CONSTANT:
+            weight = (self.shift - shift).exp_().mul_(weight)
+            self.scalars = self.scalars._replace(row_weight=weight, shift=None)
+        self.unit = weight.abs().amax() if self.arithmetic.rounds else None
+
+    def reduce(self, workspace: Tensor, out: Tensor) -> None:
+        if self.form == Form.T_MAX:
+            out.copy_(workspace.amax(0))
+        elif self.form == Form.ONLINE:
+            largest = workspace[:, 0].amax(0)
+            factor = (workspace[:, 0] - torch.where(largest > -torch.inf, largest, 0.0)).exp_()
+            out[0] = largest
+            out[1:] = (workspace[:, 1:] * factor.unsqueeze(1)).sum(0)
+        elif self.form == Form.CONSTANT:
+            out[0] = self.shift
+            out[1:] = workspace.sum(0)
+        else:
+            out.copy_(workspace.sum(0))
+
+    def launch(self, launch: gpu.Launch) -> None:
+        region, device, wide, low = launch.region, self.f.device, self.tau.dtype, launch.wanted[0]
+        half = self.arithmetic.weights if launch.weights is not None else wide
+        inputs = (None, *self.rows[1:], *self.scalars, self.tau, self.unit)
+        outputs = (launch.sums, launch.df, launch.weight_sums, launch.weights)
+        addresses = {
+            name: _address(name, x, half if name == "weights" else wide, device)
+            for name, x in zip(_INPUTS + _OUTPUTS, inputs + outputs, strict=True)
+        }
+        elements = [0 if x is None else x.numel() for x in inputs + outputs]
+        elements[0] = self.f.untyped_storage().nbytes() // self.f.itemsize - self.f.storage_offset()
+        row_of_term = [
+            launch.terms.index(term) if term in launch.terms else -1 for term in range(Term.SHIFT)
         ]
-        self.operators, _ = _library(f.device.type)
-
-    def on_hopper(self, terms: tuple[str, ...] = ("f",)) -> bool:
-        """Whether a row-block launch of the fixed form goes to the kernels of warpgroups (hopper.h says which)."""
-        fast = self.kind in _AFFINE or (self.kind == _KINDS["power"] and self.params[1] == 2)
-        fixed = self.form == "fixed" and self.vectors[1] is None and "f" in terms and set(terms) <= {"f", "ft"}
-        aligned = self.f.data_ptr() % 16 == 0 and self.f.stride(0) % 8 == 0 and self.f.stride(0) >= self.dim
-        return self.mode == "bf16" and fast and fixed and aligned and self.dim <= 256 and _has_hopper(self.f.device)
-
-    def parts(self, groups: list[Group], hopper: bool) -> int:
-        """Blocks that share a ring, of row-block launches for these groups."""
-        of = _hopper_parts if hopper else lambda rows, cols, device: _parts(_tiles(rows), _tiles(cols), device)
-        return min((of(g.n_rows, g.n_cols, self.f.device) for g in groups), default=1)
-
-    def launch(
-        self, group: Group, blocks: int, parts: int, anchors: int, terms: tuple[str, ...], *, middle: float = 0.0,
-        unit: Tensor | None = None, out: Tensor | None = None, df: Tensor | None = None, w_sums: Tensor | None = None,
-        sums: Tensor | None = None, w: Tensor | None = None, begin: int = 0, end: int = 0, col_slot: int = 0,
-        both: bool = False, gradient: bool = False, weight: str = "f", grad: str = "none", n_out: int = 0, lo: int = 0,
-        first_block: int = 0,
-    ) -> None:  # fmt: skip
-        flags = (
-            _EXCLUDE * group.exclude + _TRIANGLE * group.triangle + _BOTH * both + _ROWS_PAIRED * group.rows_paired
-            + _COLS_PAIRED * group.cols_paired + _ROWS_ANCHOR * group.rows_anchor + _COLS_ANCHOR * group.cols_anchor
-            + _IN_CHUNKS * self.in_chunks
+        struct = _SweepStruct(
+            **{**addresses, "f": self.f.data_ptr()}, elements=(*elements,), stride=self.f.stride(0),
+            half=self.n // 2, anchors=self.pairing.anchors, n=self.n,
+            n_out=launch.wanted[1] - low, lo=low,
+            constant_shift=self.shift, params=(*self.function.params, 0.0, 0.0, 0.0)[:3],
+            dtype=self.dtype, dim=self.dim, row_blocks=launch.blocks,
+            first_block=launch.first_block, splits=launch.splits, begin=launch.begin,
+            end=launch.end,
+            column_slice=launch.column_slice, kind=KINDS[self.function.kind].code, form=self.form,
+            pair_grad=self.weight is not None, gradient=launch.gradient,
+            weight=self.weight or Weight.F,
+            terms=len(launch.terms), row_of_term=(*row_of_term,), symmetric=launch.symmetric,
+            in_chunks=self.in_chunks, **region._asdict(),
         )  # fmt: skip
-        rows_of_terms = [terms.index(term) if term in terms else -1 for term in _TERMS]
-        numbers = [
-            gradient, _MODES.index(self.mode), blocks, group.n_rows, group.n_cols, group.row_start, group.col_start,
-            self.n // 2, anchors, self.n, n_out, lo, first_block, begin, end, col_slot, parts, self.kind,
-            _FORMS[self.form], _WEIGHTS[weight], _GRADS[grad], flags, len(terms), *rows_of_terms,
-        ]  # fmt: skip
-        self.operators.sweep.default(
-            self.f, *self.vectors, self.tau, unit, out, df, w_sums, sums, w, [int(x) for x in numbers], [middle, *self.params]
-        )
+        _run("alphacl_cuda_sweep", device, ctypes.byref(struct))
 
 
-# --- sweep 1 ----------------------------------------------------------------------------------------------------------
+#: The two sweeps, with the signatures that every backend has (docs/extending.md).
+row_sums = functools.partial(gpu.row_sums, _Sweep)
+pair_grad = functools.partial(gpu.pair_grad, _Sweep)
 
 
-def row_sums(
-    rows: Rows,
-    pairing: Pairing,
-    function: PairFunction,
-    scalars: RowScalars,
-    terms: tuple[Term, ...],
-    precision: str,
-) -> Tensor:
-    """(len(terms), anchors): every term summed over the negatives of every anchor."""
-    (f, scale, bias), (split, partner, anchors, _) = rows, pairing
-    kind_name, params, tau, _ = function
-    center, _, shift, offset, _ = scalars
-    form, middle = forms.of_row_sums(function, terms)
-    form = _FORM_NAMES[form]
-    sums = tuple(_TERM_NAMES[term] for term in summed(terms))
-    p = _Problem(f, tau, kind_name, params, precision, form, scale=scale, bias=bias, center=center, shift=shift, offset=offset)
-    groups = [g for g in groups_of(p.n, split, partner, anchors) if g.rows_anchor]
-    out = tau.new_empty(len(terms), anchors)
-    wanted = out
-    if form == "fixed":
-        out[0].fill_(middle)
-        wanted = out[1:]
-    on_hopper = p.on_hopper(sums)
-    wanted_both = not on_hopper if _both_sides is None else _both_sides
-    served = wanted_both and p.mode == "bf16" and form != "running"
-    if served and (not split or (anchors > split and p.n == 2 * split)):
-        _sums_of_both_sides(p, groups[0], sums, middle, wanted)
-        return out
-    parts = p.parts(groups, on_hopper)
-    slots = wanted.unsqueeze(0) if parts == 1 else tau.new_empty(parts, *wanted.shape)
-    for group in groups:
-        p.launch(group, _tiles(group.n_rows), parts, anchors, sums, middle=middle, out=slots, end=_tiles(group.n_cols))
-    if parts > 1:
-        wanted.copy_(_combined(slots, form))
-    return out
+# --- rows -----------------------------------------------------------------------------------------
 
 
-def _sums_of_both_sides(p: _Problem, group: Group, sums: tuple[str, ...], middle: float, out: Tensor) -> None:
-    """Fills out (K, anchors), reading every similarity once. Ring distances go in runs whose slots fit into the scratch."""
-    blocks, tiles = _tiles(group.n_rows), _tiles(group.n_cols)
-    distances = tiles // 2 + 1 if group.triangle else tiles
-    parts = _parts(blocks, distances, p.f.device)
-    run = min(distances, max(1, fitting(out.numel() * out.element_size()) - parts))
-    slots = out.new_empty(parts + run, *out.shape)
-    for begin in range(0, distances, run):
-        end = min(begin + run, distances)
-        if group.triangle and begin == 0:
-            clear(slots[parts], p.form)  # distance 0 is oneself,
-        if group.triangle and end == distances and tiles % 2 == 0:
-            clear(slots[parts + end - 1 - begin], p.form)  # and half way round an even ring only half of the blocks are met
-        p.launch(
-            group, blocks, parts, out.shape[1], sums, middle=middle, out=slots, begin=begin, end=end, col_slot=parts - begin,
-            both=True,
-        )  # fmt: skip
-        used = slots[: parts + end - begin]
-        if group.triangle:
-            new = _combined(used, p.form)
-        else:  # the first side's sums are those of rows, the second's those of columns
-            n = group.n_rows
-            new = torch.cat([_combined(used[:parts, :, :n], p.form), _combined(used[parts:, :, n:], p.form)], 1)
-        out.copy_(new if begin == 0 else _combined(torch.stack([out, new]), p.form))
-
-
-def _combined(slots: Tensor, form: str) -> Tensor:
-    """(slots, K, anchors) → (K, anchors): sums of parts, in their order."""
-    if form == "max":
-        return slots.amax(0)
-    if form != "running":
-        return slots.sum(0)
-    base = slots[:, 0].amax(0)
-    factor = (slots[:, 0] - torch.where(base > -torch.inf, base, 0.0)).exp_()
-    return torch.cat([base.unsqueeze(0), (slots[:, 1:] * factor.unsqueeze(1)).sum(0)])
-
-
-# --- sweep 2 ----------------------------------------------------------------------------------------------------------
-
-
-def pair_grad(
-    rows: Rows,
-    pairing: Pairing,
-    function: PairFunction,
-    scalars: RowScalars,
-    weight: Weight,
-    terms: tuple[Term, ...],
-    wanted: tuple[int, int],
-    precision: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ_j (g_ij + g_ji)·F_j of the ``wanted`` rows, sums of the weights (with a bias), sums of ``terms``."""
-    (f, scale, bias), (split, partner, _, _) = rows, pairing
-    kind_name, params, tau, _ = function
-    center, gain, shift, offset, level = scalars
-    lo, hi = wanted
-    form, middle = forms.of_pair_grad(function, scalars, weight, terms)
-    form, weight = _FORM_NAMES[form], _WEIGHT_NAMES[weight]
-    terms = tuple(_TERM_NAMES[term] for term in terms)
-    if form == "fixed":
-        gain, shift = (middle - shift).exp_().mul_(gain), None
-    p = _Problem(
-        f, tau, kind_name, params, precision, form, scale=scale, bias=bias, center=center,
-        gain=gain, shift=shift, offset=offset, level=level,
+def _run_rows(finish: bool, f: Tensor, inv_norm: Tensor, **fields: int | None) -> None:
+    """Runs `unit_rows` or `finish_rows`; ``fields`` are others of `struct PairRows`."""
+    struct = _PairRows(
+        f=_address("f", f, f.dtype, f.device),
+        inv_norm=_address("inv_norm", inv_norm, inv_norm.dtype, f.device),
+        n_pairs=len(f) // 2, dim=f.shape[1], dtype=Dtype.of(f.dtype), **fields,
     )  # fmt: skip
-    anchors, everything = gain.shape[0], (lo, hi) == (0, p.n)
-    groups = groups_of(p.n, split, partner, anchors)
-    unit = None if p.mode in ("fp32", "fp64") else gain.abs().amax()  # weights that are rounded are divided by it first
-    whole = not p.in_chunks
-    jobs = jobs_of(groups, p.n, lo, hi, bool(terms))
-    parts = p.parts([group for group, _ in jobs], form == "fixed" and p.on_hopper())
-    df = tau.new_empty(parts if whole else 1, hi - lo, p.dim)
-    w_sums = (tau.new_empty if everything else tau.new_zeros)(parts, p.n if bias is not None else 0)
-    sums = tau.new_empty(parts, len(terms), anchors)
-    for group, wants in jobs:
-        own_terms = terms if group.rows_anchor else ()
-        blocks, tiles = _tiles(group.n_rows), _tiles(group.n_cols)
-        common = {
-            "middle": middle, "unit": unit, "w_sums": w_sums if bias is not None else None,
-            "sums": sums if own_terms else None, "gradient": True, "weight": weight, "n_out": hi - lo, "lo": lo, "end": tiles,
-        }  # fmt: skip
-        if not wants or whole:
-            grad = "product" if wants else "none"
-            p.launch(group, blocks, parts, anchors, own_terms, grad=grad, df=df if wants else None, **common)
-            continue
-        wide = {"bf16": torch.bfloat16, "fp64": torch.float64}.get(p.mode, torch.float32)
-        products = "tf32" if p.mode in ("tf32", "fp16") else "ieee"  # float16 rows are exact in TF32
-        for first, count in row_runs(blocks, SIDE * group.n_cols * wide.itemsize):
-            w = f.new_empty(count * SIDE, group.n_cols, dtype=wide)
-            p.launch(group, count, parts, anchors, own_terms, grad="weights", w=w, first_block=first, **common)
-            multiply_weights(w, p.f, group, first, SIDE, products, df[0], lo)
-    if unit is not None and not whole:
-        df *= torch.where(unit > 0, unit, 1.0)
-    return tuple(x[0] if x.shape[0] == 1 else x.sum(0) for x in (df, w_sums, sums))
+    _run("alphacl_cuda_rows", f.device, int(finish), ctypes.byref(struct))
 
 
-# --- rows -------------------------------------------------------------------------------------------------------------
+def _same_shape(name: str, x: Tensor, shape: torch.Size) -> None:
+    if x.shape != shape:
+        raise ValueError(f"{name} must have the shape {tuple(shape)}, got {tuple(x.shape)}")
 
 
 def unit_rows(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Stacked rows (2N, D) as `autograd.Features` wants them for cosine, 1/‖z‖ and t⁺ (2N,) each, in one launch."""
+    """Stacked rows (2N, D) for cosine, 1/‖z‖ (2N,) and t⁺ (2N,), in one launch."""
+    _same_shape("z2", z2, z1.shape)
     z1, z2 = (z if z.stride(1) == 1 else z.contiguous() for z in (z1, z2))
-    n, dim = z1.shape
-    wide = torch.float64 if z1.dtype == torch.float64 else torch.float32
-    f, inv_norm, pos = z1.new_empty(2 * n, dim), z1.new_empty(2 * n, dtype=wide), z1.new_empty(2 * n, dtype=wide)
-    _library(z1.device.type)[0].rows.default(False, z1, z2, f, inv_norm, pos, None, None)
+    (n, dim), wide = z1.shape, torch.float64 if z1.dtype == torch.float64 else torch.float32
+    f, inv_norm, pos = (
+        z1.new_empty(2 * n, dim),
+        *(z1.new_empty(2 * n, dtype=wide) for _ in range(2)),
+    )
+    _run_rows(
+        False, f, inv_norm, z1=z1.data_ptr(), z2=z2.data_ptr(), pos=pos.data_ptr(),
+        stride1=z1.stride(0), stride2=z2.stride(0),
+    )  # fmt: skip
     return f, inv_norm, pos
 
 
 def finish_rows(d: Tensor, f: Tensor, inv_norm: Tensor, q: Tensor) -> None:
-    """d (2N, D) ← the gradient in z, from Σ_j (g_ij + g_ji) F_j and the anchors' q, (N,) or (2N,); in place, in one launch."""
-    _library(f.device.type)[0].rows.default(True, None, None, f, inv_norm, None, d, q.contiguous())
+    """d (2N, D) ← the gradient in z, from Σ_j (g_ij + g_ji)·F_j and q (N,) or (2N,)."""
+    _same_shape("d", d, f.shape)
+    anchors, q = 2 * len(q) // len(f), q.contiguous()
+    if anchors not in (1, 2) or 2 * len(q) != anchors * len(f):
+        raise ValueError(f"q must have {len(f) // 2} or {len(f)} elements, got {len(q)}")
+    addresses = {
+        name: _address(name, x, inv_norm.dtype, f.device) for name, x in (("d", d), ("q", q))
+    }
+    _run_rows(True, f, inv_norm, anchors=anchors, **addresses)

@@ -1,31 +1,128 @@
-// The plain C interface: binding.cpp calls it with torch's tensors, tests with their own memory.
+// The plain C interface, which backend/cuda.py calls through ctypes. Python checks dtypes, devices and strides, which are
+// not seen here; here is checked that no launch leaves the buffers it was given.
 #include "launch.h"
+
+#include <algorithm>
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+#include <string>
 
 #define ALPHACL_EXPORT extern "C" __attribute__((visibility("default")))
 
-namespace alphacl {
-#define ALPHACL_DECLARE(DTYPE)                                                   \
-  template <> const char* sweep<DTYPE>(bool, const Sweep&, int, void*);          \
-  template <> const char* rows<DTYPE>(bool, const PairRows&, void*);             \
-  template <> bool has_hopper<DTYPE>();
-ALPHACL_DECLARE(BFLOAT16)
-ALPHACL_DECLARE(FLOAT16)
-ALPHACL_DECLARE(TFLOAT32)
-ALPHACL_DECLARE(FLOAT32)
-ALPHACL_DECLARE(FLOAT64)
-#undef ALPHACL_DECLARE
-}  // namespace alphacl
+namespace {
 
-ALPHACL_EXPORT const char* alphacl_cuda_sweep(int32_t gradient, int32_t dtype, const Sweep* a, int32_t row_blocks, void* stream) {
+constexpr int64_t SIDE = 64, MOST = INT64_MAX;  // SIDE: rows and columns of a tile, as in engine.h
+
+template <class... Parts> [[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+// Of sizes that are not negative; MOST where the product is larger.
+int64_t product(std::initializer_list<int64_t> sizes) {
+  int64_t result = 1;
+  for (const int64_t size : sizes)
+    if (__builtin_mul_overflow(result, size, &result)) return MOST;
+  return result;
+}
+
+void within(const char* name, int64_t value, int64_t least, int64_t most) {
+  if (value < least || value > most) refuse(name, " must lie in [", least, ", ", most, "], got ", value);
+}
+
+// A present buffer holds `least` elements or more.
+void holds(const Sweep& a, Buffer buffer, const char* name, const void* data, int64_t least, bool needed = false) {
+  if (!data && needed) refuse(name, " is missing");
+  if (data && a.elements[int(buffer)] < least)
+    refuse(name, " must have ", least, " elements or more, got ", a.elements[int(buffer)]);
+}
+
+// The rows of one side of a launch exist.
+void side(const Sweep& a, const char* name, int64_t start, int64_t count, bool paired) {
+  if (paired && (a.half > MOST / 2 || count != 2 * a.half))
+    refuse("paired ", name, "s must be 2·half in number, got ", count, " with half = ", a.half);
+  if (count > a.n || start > a.n - count)
+    refuse(name, "s must lie within the ", a.n, " rows of f, got ", count, " from ", start);
+}
+
+void check(const Sweep& a) {
+  within("n_rows", a.n_rows, 1, MOST), within("n_cols", a.n_cols, 1, MOST), within("dim", a.dim, 1, INT32_MAX);
+  for (const int64_t x : {a.row_start, a.col_start, a.half, a.anchors, a.n, a.n_out, a.lo, int64_t(a.first_block)})
+    within("starts and sizes", x, 0, MOST);
+  within("splits", a.splits, 1, INT32_MAX), within("row_blocks", a.row_blocks, 1, INT32_MAX);
+  within("begin", a.begin, 0, INT32_MAX), within("end", a.end, a.begin, INT32_MAX);
+  within("column_slice", a.column_slice, -int64_t(a.begin), INT32_MAX);
+  within("terms", a.terms, 0, SUM_COUNT);
+  for (const int32_t row : a.row_of_term) within("row_of_term", row, -1, a.terms - 1);
+
+  side(a, "row", a.row_start, a.n_rows, a.rows_paired), side(a, "column", a.col_start, a.n_cols, a.cols_paired);
+  holds(a, Buffer::FEATURES, "f", a.f, product({a.n - 1, a.stride}) + a.dim, true);
+  const int64_t row_end = a.row_start + a.n_rows, column_end = a.col_start + a.n_cols, read = std::max(row_end, column_end);
+  const int64_t anchors = std::max(a.rows_anchor ? row_end : 0, a.cols_anchor ? column_end : 0);
+  holds(a, Buffer::SCALE, "scale", a.scale, read), holds(a, Buffer::BIAS, "bias", a.bias, read);
+  holds(a, Buffer::MOMENT_ORIGIN, "moment_origin", a.moment_origin, anchors);
+  holds(a, Buffer::ROW_WEIGHT, "row_weight", a.row_weight, anchors), holds(a, Buffer::SHIFT, "shift", a.shift, anchors);
+  holds(a, Buffer::ARGUMENT_OFFSET, "argument_offset", a.argument_offset, anchors);
+  holds(a, Buffer::BASELINE, "baseline", a.baseline, anchors);
+  holds(a, Buffer::TAU, "tau", a.tau, 1, true), holds(a, Buffer::UNIT, "unit", a.unit, 1);
+
+  // Results for rows of f in [from, to), and for the columns too where a tile serves both sides.
+  const auto results = [&](const char* name, int64_t from, int64_t to, bool of_columns) {
+    if (a.row_start < from || row_end > to || (of_columns && (a.col_start < from || column_end > to)))
+      refuse(name, " hold results for rows ", from, " to ", to, " of f, but the launch has some for others");
+  };
+  const bool wanted = std::any_of(a.row_of_term, a.row_of_term + SUM_COUNT, [](int32_t row) { return row >= 0; });
+  const int64_t shifts = !a.pair_grad && (a.form == Form::ONLINE || a.form == Form::T_MAX);
+  const int64_t slices = std::max<int64_t>(a.splits, a.symmetric ? int64_t(a.column_slice) + a.end : 0);
+  if (!a.pair_grad || (wanted && a.rows_anchor)) {
+    holds(a, Buffer::SUMS, "sums", a.sums, product({slices, shifts + a.terms, a.anchors}), true);
+    results("sums", 0, a.anchors, a.symmetric);
+  }
+  if (!a.pair_grad) return;
+  if (a.gradient == Gradient::PRODUCT) {
+    holds(a, Buffer::DF, "df", a.df, product({a.splits, a.n_out, a.dim}), true);
+    results("df", a.lo, a.n_out > MOST - a.lo ? MOST : a.lo + a.n_out, false);
+  }
+  if (a.gradient == Gradient::WEIGHTS)
+    holds(a, Buffer::WEIGHTS, "weights", a.weights, product({a.row_blocks, SIDE, a.n_cols}), true);
+  holds(a, Buffer::WEIGHT_SUMS, "weight_sums", a.weight_sums, product({a.splits, a.n}));
+}
+
+const char* start(const Sweep& a, void* stream) {
   using namespace alphacl;
-  switch (dtype) {
-    case BFLOAT16: return sweep<BFLOAT16>(gradient, *a, row_blocks, stream);
-    case FLOAT16: return sweep<FLOAT16>(gradient, *a, row_blocks, stream);
-    case TFLOAT32: return sweep<TFLOAT32>(gradient, *a, row_blocks, stream);
-    case FLOAT32: return sweep<FLOAT32>(gradient, *a, row_blocks, stream);
-    case FLOAT64: return sweep<FLOAT64>(gradient, *a, row_blocks, stream);
+  switch (a.dtype) {
+    case BFLOAT16: return sweep<BFLOAT16>(a, stream);
+    case FLOAT16: return sweep<FLOAT16>(a, stream);
+    case TFLOAT32: return sweep<TFLOAT32>(a, stream);
+    case FLOAT32: return sweep<FLOAT32>(a, stream);
+    case FLOAT64: return sweep<FLOAT64>(a, stream);
     default: return "unknown dtype";
   }
+}
+
+}  // namespace
+
+// Compiler, flags and architectures; the sources' fingerprint; sizes of the structs, which Python compares with its own.
+ALPHACL_EXPORT const char* alphacl_cuda_build() { return ALPHACL_BUILD; }
+ALPHACL_EXPORT const char* alphacl_cuda_sources() { return ALPHACL_SOURCES; }
+ALPHACL_EXPORT int32_t alphacl_cuda_sweep_size() { return sizeof(Sweep); }
+ALPHACL_EXPORT int32_t alphacl_cuda_rows_size() { return sizeof(PairRows); }
+
+// Both launch on the current device and return null, or what went wrong: a text good until this thread's next call.
+ALPHACL_EXPORT const char* alphacl_cuda_sweep(const Sweep* given, void* stream) {
+  static thread_local std::string error;
+  Sweep a = *given;
+  try {
+    check(a);
+  } catch (const std::runtime_error& refused) {
+    error = refused.what();
+    return error.c_str();
+  }
+  const int64_t itemsize = alphacl::is_half(Dtype(a.dtype)) ? 2 : a.dtype == FLOAT64 ? 8 : 4;
+  a.aligned = reinterpret_cast<uintptr_t>(a.f) % 16 == 0 && a.stride * itemsize % 16 == 0;
+  return start(a, stream);
 }
 
 ALPHACL_EXPORT const char* alphacl_cuda_rows(int32_t finish, const PairRows* a, void* stream) {

@@ -1,7 +1,6 @@
 // Matrix products of a tile of 64 × 64 pairs by four warps, for every dtype of the rows.
 //
-// An engine multiplies K features at a time. Warp w holds rows 16w … 16w + 15 of a tile, as m16n8 fragments: element
-// x[m][e] of lane 4g + t is row 16w + g + 8(e / 2), column 8m + 2t + e % 2.
+// An engine multiplies K features at a time. `Fragment` says which pairs of a tile a thread holds.
 //
 //   similarities(s, a, b)    s += A·Bᵀ for tiles a, b of rows in shared memory
 //   gradient(acc, w, b)      acc += W·B; w is already scaled and is rounded here, as the engine needs it
@@ -15,12 +14,23 @@ namespace alphacl {
 
 constexpr int SIDE = 64, WARPS = 4, THREADS = 32 * WARPS;
 
-struct Lane {
-  int warp, g, t, row;  // row: of the tile, of elements 0 and 1; elements 2 and 3 are 8 rows below
-  DEVICE Lane() {
-    const int lane = device::thread() % 32;
-    warp = device::thread() / 32, g = lane / 4, t = lane % 4, row = 16 * warp + g;
-  }
+// Which of a tile's 64 × 64 pairs this thread holds: two rows of sixteen columns, in the m16n8 fragments of the PTX manual.
+// Warp w has the rows 16w … 16w + 15, of which each group of four lanes (a quad) shares two.
+struct Fragment {
+  static constexpr int ROWS = 2, COLUMNS = 16;
+  int warp, group, quad;  // lane = 4·group + quad
+  DEVICE Fragment() : warp(device::thread() / 32), group(device::thread() % 32 / 4), quad(device::thread() % 4) {}
+  DEVICE int row(int r) const { return 16 * warp + group + 8 * r; }
+  DEVICE int column(int q) const { return 8 * (q / 2) + 2 * quad + q % 2; }
+  // The register of a pair: x[m][e], or number 4m + e of 32.
+  template <class T> static DEVICE T& at(T (&x)[8][4], int r, int q) { return x[q / 2][2 * r + q % 2]; }
+  static DEVICE int number(int r, int q) { return 4 * (q / 2) + 2 * r + q % 2; }
+  // An ldmatrix.x4 of 16-bit elements reads four 8 × 8 matrices; this lane gives the address of row `matrix_row` of matrix
+  // `matrix`. The matrices are stacked in rows first (as A of mma.sync wants them) or in columns first (as B does).
+  static DEVICE int matrix() { return device::thread() % 32 / 8; }
+  static DEVICE int matrix_row() { return device::thread() % 8; }
+  static DEVICE int rows_first(int pitch) { return (matrix() % 2 * 8 + matrix_row()) * pitch + matrix() / 2 * 16; }
+  static DEVICE int columns_first(int pitch) { return (matrix() / 2 * 8 + matrix_row()) * pitch + matrix() % 2 * 16; }
 };
 
 // float32 rounded to TF32, which the hardware would cut off: every product would be too small.
@@ -34,7 +44,7 @@ template <int FEATURES, bool BF16> struct Half {
   using T = float;
   using Element = uint16_t;
   static constexpr int K = FEATURES, PITCH = 2 * K + 16;
-  static constexpr bool TENSOR_CORES = true, BOTH_SIDES = BF16;
+  static constexpr bool TENSOR_CORES = true, IS_BF16 = BF16;
 
   static DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     if constexpr (BF16) device::mma_bf16(c, a, b0, b1);
@@ -42,9 +52,8 @@ template <int FEATURES, bool BF16> struct Half {
   }
 
   static DEVICE void similarities(float (&s)[8][4], const unsigned char* a, const unsigned char* b) {
-    const int lane = device::thread() % 32, m = lane / 8, r = lane % 8;
-    a += (16 * (device::thread() / 32) + m % 2 * 8 + r) * PITCH + m / 2 * 16;
-    b += (m / 2 * 8 + r) * PITCH + m % 2 * 16;
+    a += 16 * Fragment().warp * PITCH + Fragment::rows_first(PITCH);
+    b += Fragment::columns_first(PITCH);
 #pragma unroll
     for (int k = 0; k < K; k += 16) {
       uint32_t x[4], y[4];
@@ -60,8 +69,7 @@ template <int FEATURES, bool BF16> struct Half {
 
   static DEVICE void gradient(float (&acc)[K / 8][4], const float (&w)[8][4], const unsigned char* b) {
     if constexpr (BF16) {
-      const int lane = device::thread() % 32, m = lane / 8, r = lane % 8;
-      b += (m % 2 * 8 + r) * PITCH + m / 2 * 16;
+      b += Fragment::rows_first(PITCH);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {  // two neighbouring fragments of W are one operand of 16 columns
         const uint32_t x[4] = {device::pack_bf16(w[2 * j][0], w[2 * j][1]), device::pack_bf16(w[2 * j][2], w[2 * j][3]),
@@ -76,8 +84,8 @@ template <int FEATURES, bool BF16> struct Half {
         }
       }
     } else {
-      const Lane lane;
-      b += 2 * lane.t * PITCH + 2 * lane.g;
+      const Fragment fragment;
+      b += 2 * fragment.quad * PITCH + 2 * fragment.group;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {  // the order of a product's 8 terms is free: term t is column 2t, term t + 4 column 2t + 1
         const uint32_t x[4] = {rounded_to_tf32(w[j][0]), rounded_to_tf32(w[j][2]), rounded_to_tf32(w[j][1]),
@@ -99,14 +107,14 @@ template <int FEATURES> struct Tf32 {
   using T = float;
   using Element = float;
   static constexpr int K = FEATURES, PITCH = 4 * K + 32;
-  static constexpr bool TENSOR_CORES = true, BOTH_SIDES = false;
+  static constexpr bool TENSOR_CORES = true, IS_BF16 = false;
 
   static DEVICE uint32_t at(const unsigned char* p) { return rounded_to_tf32(*reinterpret_cast<const float*>(p)); }
 
   static DEVICE void similarities(float (&s)[8][4], const unsigned char* a, const unsigned char* b) {
-    const Lane lane;
-    a += lane.row * PITCH + 8 * lane.t;
-    b += lane.g * PITCH + 8 * lane.t;
+    const Fragment fragment;
+    a += fragment.row(0) * PITCH + 8 * fragment.quad;
+    b += fragment.group * PITCH + 8 * fragment.quad;
 #pragma unroll
     for (int k = 0; k < K; k += 8) {
       const unsigned char* x = a + 4 * k;
@@ -120,8 +128,8 @@ template <int FEATURES> struct Tf32 {
   }
 
   static DEVICE void gradient(float (&acc)[K / 8][4], const float (&w)[8][4], const unsigned char* b) {
-    const Lane lane;
-    b += 2 * lane.t * PITCH + 4 * lane.g;
+    const Fragment fragment;
+    b += 2 * fragment.quad * PITCH + 4 * fragment.group;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const uint32_t x[4] = {rounded_to_tf32(w[j][0]), rounded_to_tf32(w[j][2]), rounded_to_tf32(w[j][1]),
@@ -135,12 +143,12 @@ template <int FEATURES> struct Tf32 {
   }
 };
 
-// float and double rows by multiply-adds. W comes from shared memory (`Scratch`), for a lane needs those of its whole row.
+// float and double rows by multiply-adds. W comes from shared memory (`SharedTile`), for a lane needs those of its whole row.
 template <class Number, int FEATURES> struct Simt {
   using T = Number;
   using Element = Number;
   static constexpr int K = FEATURES, PITCH = K * int(sizeof(T)) + 16, VECTOR = 16 / int(sizeof(T));
-  static constexpr bool TENSOR_CORES = false, BOTH_SIDES = false;
+  static constexpr bool TENSOR_CORES = false, IS_BF16 = false;
   struct alignas(16) Vector {
     T x[VECTOR];
   };
@@ -148,9 +156,9 @@ template <class Number, int FEATURES> struct Simt {
 
   // Sums over a chunk of features begin at 0: one long chain would round in one direction where rows are nearly equal.
   static DEVICE void similarities(T (&s)[8][4], const unsigned char* a, const unsigned char* b) {
-    const Lane lane;
-    a += lane.row * PITCH;
-    b += 2 * lane.t * PITCH;
+    const Fragment fragment;
+    a += fragment.row(0) * PITCH;
+    b += 2 * fragment.quad * PITCH;
     T chunk[8][4] = {};
 #pragma unroll 1
     for (int k = 0; k < K; k += VECTOR) {
@@ -171,13 +179,13 @@ template <class Number, int FEATURES> struct Simt {
       for (int e = 0; e < 4; ++e) s[n][e] += chunk[n][e];
   }
 
-  static DEVICE void gradient(T (&acc)[K / 8][4], const T* scratch, const unsigned char* b) {
-    const Lane lane;
-    b += 2 * lane.t * sizeof(T);
-    scratch += 32 * lane.warp + 4 * lane.g;
+  static DEVICE void gradient(T (&acc)[K / 8][4], const T* tile, const unsigned char* b) {
+    const Fragment fragment;
+    b += 2 * fragment.quad * sizeof(T);
+    tile += 32 * fragment.warp + 4 * fragment.group;
 #pragma unroll 1
-    for (int j = 0; j < SIDE; ++j) {
-      const T* own = scratch + (j / 8 * 4 + j % 2) * THREADS + j % 8 / 2;
+    for (int j = 0; j < SIDE; ++j) {  // column j is that of lane j % 8 / 2 of this quad, its `column(2·(j / 8) + j % 2)`
+      const T* own = tile + Fragment::number(0, j / 8 * 2 + j % 2) * THREADS + j % 8 / 2;
       const T w0 = own[0], w1 = own[2 * THREADS];
 #pragma unroll
       for (int d = 0; d < K / 8; ++d) {
@@ -189,23 +197,23 @@ template <class Number, int FEATURES> struct Simt {
   }
 };
 
-// A tile's elements in shared memory, so that code which is too long to be unrolled can walk over them: element x[m][e] of a
-// thread is at (4m + e)·THREADS + thread, whose bank is the thread's own.
-template <class T> struct Scratch {
+// A tile in shared memory, for loops that are too long to be unrolled: pair `number` of a thread is at number·THREADS + thread,
+// whose bank is the thread's own.
+template <class T> struct SharedTile {
   T* x;
   static constexpr int BYTES = SIDE * SIDE * sizeof(T);
-  DEVICE T& at(int m, int e) const { return x[(4 * m + e) * THREADS + device::thread()]; }
+  DEVICE T& at(int r, int q) const { return x[Fragment::number(r, q) * THREADS + device::thread()]; }
   DEVICE void put(const T (&s)[8][4]) const {
 #pragma unroll
-    for (int m = 0; m < 8; ++m)
+    for (int q = 0; q < Fragment::COLUMNS; ++q)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) at(m, e) = s[m][e];
+      for (int r = 0; r < Fragment::ROWS; ++r) at(r, q) = Fragment::at(s, r, q);
   }
   DEVICE void get(T (&s)[8][4]) const {
 #pragma unroll
-    for (int m = 0; m < 8; ++m)
+    for (int q = 0; q < Fragment::COLUMNS; ++q)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) s[m][e] = at(m, e);
+      for (int r = 0; r < Fragment::ROWS; ++r) Fragment::at(s, r, q) = at(r, q);
   }
 };
 

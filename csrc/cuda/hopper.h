@@ -1,8 +1,8 @@
-// The fast kernels (sweeps.h) of bfloat16 rows for sm_90a, in the row-block form: products of whole warpgroups (wgmma), which
+// The fast kernels (sweeps.h) of bfloat16 rows for sm_90a, without symmetric tiles: products of whole warpgroups (wgmma), which
 // run while exponentials are computed.
 //
 // A block has 128 rows, 64 for each of two consumer warpgroups; a producer warpgroup copies the tiles of columns that they
-// walk over into a ring of stages. A stage is `full` when its copies and its columns' scalars have arrived, `empty` when both
+// walk over into stages of shared memory, one after the other. A stage is `full` when its copies and its columns' scalars have arrived, `empty` when both
 // consumers have read it. A consumer asks for the similarities S of the next tile before it takes this one's exponentials.
 // Its weights W are the other product's operand from registers, by quarters: one is computed while those before are being
 // multiplied, and the last ones still are when the next tile begins.
@@ -38,20 +38,20 @@ template <int SIZE> struct Tiling {
   DEVICE int row(int tile, int i) const { return start + pair(tile, i) + (paired && i >= SIZE / 2 ? half : 0); }
   DEVICE int y(int tile, int second) const { return tile * pairs + (paired ? 0 : second * (SIZE / 2)); }  // in its tensor map
 };
-DEVICE Tiling<BLOCK_ROWS> row_tiling(const Sweep& a) { return {a.n_rows, a.row_start, a.half, has(a, ROWS_PAIRED)}; }
+DEVICE Tiling<BLOCK_ROWS> row_tiling(const Sweep& a) { return {a.n_rows, a.row_start, a.half, a.rows_paired != 0}; }
 template <int N> DEVICE Tiling<N> column_tiling(const Sweep& a) {
-  return {a.n_cols, a.col_start, a.half, has(a, COLS_PAIRED)};
+  return {a.n_cols, a.col_start, a.half, a.cols_paired != 0};
 }
 
-// A block's part of its ring of column tiles, as `alphacl::Ring`.
-template <int N> struct Ring {
+// A split of a block's schedule, as `alphacl::Schedule`, and where in it the block is.
+template <int N> struct Schedule {
   int tiles, tile, at, end, special;  // now at position `at`, which is tile `tile`
   bool ragged;
-  DEVICE explicit Ring(const Sweep& a) {
+  DEVICE explicit Schedule(const Sweep& a) {
     const int block = device::block_x(), rows = row_tiling(a).pairs, cols = column_tiling<N>(a).pairs;
     tiles = int((a.n_cols + N - 1) / N);
-    const int first = block * rows / cols, each = (tiles + a.parts - 1) / a.parts;
-    special = has(a, EXCLUDE) ? (block * rows + rows - 1) / cols - first + 1 : 0;
+    const int first = block * rows / cols, each = (tiles + a.splits - 1) / a.splits;
+    special = a.exclude ? (block * rows + rows - 1) / cols - first + 1 : 0;
     ragged = a.n_cols % N != 0;
     at = int(device::block_y()) * each < tiles ? int(device::block_y()) * each : tiles;
     end = at + each < tiles ? at + each : tiles;
@@ -73,7 +73,7 @@ template <int N> struct Mask {
     const Tiling<BLOCK_ROWS> rows = row_tiling(a);
     const Tiling<N> cols = column_tiling<N>(a);
     const int from = cols.pair(tile, 0) + 2 * (device::thread() % 4);
-    for (int r = 0; r < 2; ++r) own[r] = has(a, EXCLUDE) ? rows.pair(device::block_x(), row + 8 * r) - from : -1;
+    for (int r = 0; r < 2; ++r) own[r] = a.exclude ? rows.pair(device::block_x(), row + 8 * r) - from : -1;
     last = cols.count - 1 - from;
     apart = cols.paired ? N / 2 : 0;
   }
@@ -83,12 +83,13 @@ template <int N> struct Mask {
   }
 };
 
-// A place in the ring of stages, and one in that of scalars: a stage may be filled again while its scalars are still read.
-template <int STAGES> struct Place {
-  int stage = 0, phase = 0, slot = 0;
+// The stage of a tile, and the place of its columns' scalars, of which there is one more: a stage may be filled again while its
+// scalars are still read.
+template <int STAGES> struct StageOf {
+  int stage = 0, phase = 0, scalars = 0;
   DEVICE void next() {
     if (++stage == STAGES) stage = 0, phase ^= 1;
-    if (++slot == STAGES + 1) slot = 0;
+    if (++scalars == STAGES + 1) scalars = 0;
   }
 };
 
@@ -107,8 +108,8 @@ template <int K, int N, int STAGES, class Scalars> struct Memory {
   static constexpr int BYTES = BARRIERS_AT + (1 + 2 * STAGES) * int(sizeof(uint64_t));
   static DEVICE unsigned char* rows(int group) { return device::shared() + group * (GROUP_ROWS * BOXES * LINE); }
   static DEVICE unsigned char* stage(int k) { return device::shared() + ROWS + k * STAGE; }
-  static DEVICE Scalars* scalars(int slot) {
-    return reinterpret_cast<Scalars*>(device::shared() + VECTORS_AT + slot * VECTORS);
+  static DEVICE Scalars* scalars(int place) {
+    return reinterpret_cast<Scalars*>(device::shared() + VECTORS_AT + place * VECTORS);
   }
   static DEVICE uint64_t* rows_full() { return reinterpret_cast<uint64_t*>(device::shared() + BARRIERS_AT); }
   static DEVICE uint64_t* full(int k) { return rows_full() + 1 + k; }
@@ -131,8 +132,8 @@ template <int K, int N, int STAGES, class Scalars> struct Memory {
     const Sweep& a = args.sweep;
     const int thread = device::thread() - CONSUMERS * GROUP;
     const Tiling<N> cols = column_tiling<N>(a);
-    Ring<N> ring(a);
-    if (thread >= N || ring.none()) return;
+    Schedule<N> schedule(a);
+    if (thread >= N || schedule.none()) return;
     if (thread == 0) {
       const Tiling<BLOCK_ROWS> tiling = row_tiling(a);
       constexpr int RUN = N / 2;  // rows of a box
@@ -146,28 +147,28 @@ template <int K, int N, int STAGES, class Scalars> struct Memory {
     const auto scalars_of = [&](int tile) {
       const bool exists = cols.pair(tile, thread) < cols.count;
       const int64_t row = exists ? cols.row(tile, thread) : cols.start;
-      return alphacl::scalars<float, 2>(a, row, has(a, COLS_ANCHOR), 0.0f, inv_unit);
+      return alphacl::scalars<float, FAST_SCALARS>(a, row, a.cols_anchor, 0.0f, inv_unit);
     };
-    Place<STAGES> place;
-    alphacl::Scalars<float, 2> ahead = scalars_of(ring.tile);
+    StageOf<STAGES> now;
+    alphacl::Scalars<float, FAST_SCALARS> ahead = scalars_of(schedule.tile);
 #pragma unroll 1
-    while (!ring.none()) {
-      device::barrier_wait(empty(place.stage), place.phase ^ 1);  // of a fresh barrier the phase before its first is over
+    while (!schedule.none()) {
+      device::barrier_wait(empty(now.stage), now.phase ^ 1);  // of a fresh barrier the phase before its first is over
       if (thread == 0) {
-        device::barrier_expect(full(place.stage), STAGE);
+        device::barrier_expect(full(now.stage), STAGE);
         for (int second = 0; second < 2; ++second)
           for (int box = 0; box < BOXES; ++box)
-            device::tensor_copy(stage(place.stage) + (box * N + second * (N / 2)) * LINE, &args.cols[second], 64 * box,
-                                cols.y(ring.tile, second), full(place.stage));
+            device::tensor_copy(stage(now.stage) + (box * N + second * (N / 2)) * LINE, &args.cols[second], 64 * box,
+                                cols.y(schedule.tile, second), full(now.stage));
       }
-      Scalars& to = scalars(place.slot)[thread / 2];
+      Scalars& to = scalars(now.scalars)[thread / 2];
       to.x[thread % 2] = ahead.x[SCALE];
-      if constexpr (sizeof(Scalars) == sizeof(Four)) to.x[2 + thread % 2] = ahead.x[1] * ahead.x[SCALE];
+      if constexpr (sizeof(Scalars) == sizeof(Four)) to.x[2 + thread % 2] = ahead.x[SECOND] * ahead.x[SCALE];
       device::sync_warp();
-      if (thread % 32 == 0) device::barrier_arrive(full(place.stage));
-      ring.next();
-      place.next();
-      if (!ring.none()) ahead = scalars_of(ring.tile);
+      if (thread % 32 == 0) device::barrier_arrive(full(now.stage));
+      schedule.next();
+      now.next();
+      if (!schedule.none()) ahead = scalars_of(schedule.tile);
     }
   }
 
@@ -192,7 +193,7 @@ template <int K, int N, int STAGES, class Scalars> struct Memory {
   }
 };
 
-// exp(log f − middle) of t = u·scale_i, where u is the product of two rows times scale_j.
+// exp(log f − constant_shift) of t = u·scale_i, where u is the product of two rows times scale_j.
 template <bool AFFINE> struct Exponential {
   float c, slope, constant;
   DEVICE explicit Exponential(const Sweep& a) {
@@ -207,18 +208,17 @@ template <bool AFFINE> struct Exponential {
   }
 };
 
-// This thread's two rows of its block: rows `row` and `row` + 8.
+// This thread's two rows of its block, those of `Fragment::row`: the warps of both consumers are numbered through.
 struct Row {
-  int row;
-  DEVICE Row() : row(device::thread() / 32 * 16 + device::thread() % 32 / 4) {}
+  int row = Fragment().row(0);
   DEVICE bool exists(const Sweep& a, int r) const {
     const Tiling<BLOCK_ROWS> tiling = row_tiling(a);
     return tiling.pair(device::block_x(), row + 8 * r) < tiling.count;
   }
   DEVICE int64_t number(const Sweep& a, int r) const { return row_tiling(a).row(device::block_x(), row + 8 * r); }
-  DEVICE alphacl::Scalars<float, 2> scalars(const Sweep& a, int r, float inv_unit) const {
+  DEVICE alphacl::Scalars<float, FAST_SCALARS> scalars(const Sweep& a, int r, float inv_unit) const {
     const int64_t at = exists(a, r) ? number(a, r) : a.row_start;
-    return alphacl::scalars<float, 2>(a, at, has(a, ROWS_ANCHOR), 0.0f, inv_unit);
+    return alphacl::scalars<float, FAST_SCALARS>(a, at, a.rows_anchor, 0.0f, inv_unit);
   }
 };
 
@@ -247,11 +247,11 @@ template <int K, bool AFFINE, bool MOMENT> struct RowSums {
     const int group = device::thread() / GROUP;
     const Row row;
     const Exponential<AFFINE> exponential(a);
-    float scale[2], slope[2], center[2], total[2][2] = {}, lost[2][2] = {};  // Σf, Σf·(t − center)
+    float scale[2], slope[2], origin[2], total[2][2] = {}, comp[2][2] = {};  // Σf, Σf·(t − moment_origin)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const auto s = row.scalars(a, r, 1.0f);
-      scale[r] = s.x[SCALE], center[r] = s.x[1], slope[r] = exponential.of_row(s.x[SCALE]);
+      scale[r] = s.x[SCALE], origin[r] = s.x[SECOND], slope[r] = exponential.of_row(s.x[SCALE]);
     }
     const auto tile_sums = [&](auto masked, const float(&s)[N / 2], const Two* cols, int tile) {
       const Mask<N> mask(a, tile, row.row);
@@ -266,34 +266,34 @@ template <int K, bool AFFINE, bool MOMENT> struct RowSums {
           const float product = s[4 * m + e] * scale_j.x[p], u = counts ? product : 0.0f;
           const float f = counts ? exponential(u, slope[r]) : 0.0f;
           sums[r][0] += f;
-          if (MOMENT) sums[r][1] += f * (u * scale[r] - center[r]);
+          if (MOMENT) sums[r][1] += f * (u * scale[r] - origin[r]);
         }
       }
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        add(total[r][0], lost[r][0], sums[r][0]);
-        if (MOMENT) add(total[r][1], lost[r][1], sums[r][1]);
+        add(total[r][0], comp[r][0], sums[r][0]);
+        if (MOMENT) add(total[r][1], comp[r][1], sums[r][1]);
       }
     };
 
-    Ring<N> ring(a);
-    Place<STAGES> place;
+    Schedule<N> schedule(a);
+    StageOf<STAGES> now;
     // Takes the sums of the tile whose S is there, while the next one's is on its way; the last one's is asked for once more.
     const auto step = [&](const float(&s)[N / 2], float(&next)[N / 2]) {
-      const bool last = ring.last(), masked = ring.masked();
-      const int tile = ring.tile;
-      const Two* cols = M::scalars(place.slot);
-      M::release(place.stage);
-      ring.next();
-      if (!last) place.next();
-      device::barrier_wait(M::full(place.stage), place.phase);
-      M::similarities(next, group, place.stage);
+      const bool last = schedule.last(), masked = schedule.masked();
+      const int tile = schedule.tile;
+      const Two* cols = M::scalars(now.scalars);
+      M::release(now.stage);
+      schedule.next();
+      if (!last) now.next();
+      device::barrier_wait(M::full(now.stage), now.phase);
+      M::similarities(next, group, now.stage);
       if (masked) tile_sums(True{}, s, cols, tile);
       else tile_sums(False{}, s, cols, tile);
       device::product_wait<0>();
       return last;
     };
-    if (!ring.none()) {
+    if (!schedule.none()) {
       float even[N / 2], odd[N / 2];
       device::barrier_wait(M::rows_full(), 0);
       device::barrier_wait(M::full(0), 0);
@@ -304,13 +304,13 @@ template <int K, bool AFFINE, bool MOMENT> struct RowSums {
       }
     }
 
-    float* out = slot<float>(a, a.out, device::block_y(), 0);
+    float* out = slice<float>(a, device::block_y(), 0);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float f = row_sum(total[r][0]), ft = row_sum(total[r][1]);
+      const float f = row_sum(total[r][0]), f_moment = row_sum(total[r][1]);
       if (row.exists(a, r) && device::thread() % 4 == 0) {
-        out[a.row_of_term[TERM_F] * a.anchors + row.number(a, r)] = f;
-        if (MOMENT) out[a.row_of_term[TERM_FT] * a.anchors + row.number(a, r)] = ft;
+        out[a.row_of_term[F] * a.anchors + row.number(a, r)] = f;
+        if (MOMENT) out[a.row_of_term[F_MOMENT] * a.anchors + row.number(a, r)] = f_moment;
       }
     }
   }
@@ -342,12 +342,12 @@ template <int K, bool AFFINE> struct PairGrad {
     const int group = device::thread() / GROUP;
     const Row row;
     const Exponential<AFFINE> exponential(a);
-    float slope[2], gain[2], acc[K / 2] = {};
+    float slope[2], weight[2], acc[K / 2] = {};
     uint32_t w[PIECES][STEPS][4];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const auto s = row.scalars(a, r, 1 / unit_of<float>(a));
-      slope[r] = exponential.of_row(s.x[SCALE]), gain[r] = s.x[1];
+      slope[r] = exponential.of_row(s.x[SCALE]), weight[r] = s.x[SECOND];
     }
     // Weights times the columns' scales, as operand of 16 columns a step.
     const auto weights = [&](auto masked, uint32_t(&to)[STEPS][4], int piece, const float(&s)[N / 2], const Four* cols,
@@ -361,7 +361,7 @@ template <int K, bool AFFINE> struct PairGrad {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int r = e / 2, p = e % 2;
-          const float f = exponential(s[4 * m + e] * column.x[p], slope[r]), g = gain[r] * column.x[p] + column.x[2 + p];
+          const float f = exponential(s[4 * m + e] * column.x[p], slope[r]), g = weight[r] * column.x[p] + column.x[2 + p];
           x[e] = !masked.value || mask.counts(r, 8 * m + p) ? f * g : 0.0f;
         }
         to[k / 2][k % 2 * 2] = device::pack_bf16(x[0], x[1]), to[k / 2][k % 2 * 2 + 1] = device::pack_bf16(x[2], x[3]);
@@ -376,18 +376,18 @@ template <int K, bool AFFINE> struct PairGrad {
       device::product_commit();
     };
 
-    Ring<N> ring(a);
-    Place<STAGES> place;
+    Schedule<N> schedule(a);
+    StageOf<STAGES> now;
     int before = -1;  // stage of the tile whose W·F is under way
     // Adds the tile whose S is there, while the next one's is on its way; the last one's is asked for once more.
     const auto step = [&](const float(&s)[N / 2], float(&next)[N / 2]) {
-      const bool last = ring.last(), masked = ring.masked();
-      const int tile = ring.tile, stage = place.stage;
-      const Four* cols = M::scalars(place.slot);
-      ring.next();
-      if (!last) place.next();
-      device::barrier_wait(M::full(place.stage), place.phase);
-      M::similarities(next, group, place.stage);
+      const bool last = schedule.last(), masked = schedule.masked();
+      const int tile = schedule.tile, stage = now.stage;
+      const Four* cols = M::scalars(now.scalars);
+      schedule.next();
+      if (!last) now.next();
+      device::barrier_wait(M::full(now.stage), now.phase);
+      M::similarities(next, group, now.stage);
       device::product_wait<1>();  // the tile before has been multiplied
       if (before >= 0) M::release(before);
       before = stage;
@@ -400,7 +400,7 @@ template <int K, bool AFFINE> struct PairGrad {
       device::product_wait<PENDING>();
       return last;
     };
-    if (!ring.none()) {
+    if (!schedule.none()) {
       float even[N / 2], odd[N / 2];
       device::barrier_wait(M::rows_full(), 0);
       device::barrier_wait(M::full(0), 0);
@@ -430,14 +430,14 @@ template <int K, bool AFFINE> struct PairGrad {
 
 // --- launches ----------------------------------------------------------------------------------------------------------
 
-// Starts a kernel for `rows` row blocks of 64, and returns null or what went wrong; nothing where another one is to serve the
-// launch. What these kernels serve is all rows against all columns.
-template <class Kernel> std::optional<const char*> start(const Sweep& a, int rows, void* stream) {
-  if (hopper_mode == 0 || (a.flags & BOTH)) return {};
+// Starts a kernel and returns null or what went wrong; nothing where another one is to serve the launch. These kernels serve
+// all rows of a region against all columns.
+template <class Kernel> std::optional<const char*> start(const Sweep& a, void* stream) {
+  if (hopper_mode == 0 || a.symmetric) return {};
   const int64_t most = INT32_MAX - 256;
   const bool all_columns = a.begin == 0 && a.end == (a.n_cols + SIDE - 1) / SIDE;
-  const bool all = all_columns && a.first_block == 0 && rows == (a.n_rows + SIDE - 1) / SIDE;
-  const bool fits = (a.flags & ALIGNED) && a.stride >= a.dim && a.row_start + a.n_rows < most && a.col_start + a.n_cols < most;
+  const bool all = all_columns && a.first_block == 0 && a.row_blocks == (a.n_rows + SIDE - 1) / SIDE;
+  const bool fits = a.aligned && a.stride >= a.dim && a.row_start + a.n_rows < most && a.col_start + a.n_cols < most;
   if (!all || !fits || !device::runs_hopper<Kernel>()) {
     if (hopper_mode == 1) return "required of the kernels of hopper.h, which cannot serve this launch";
     return {};
@@ -451,22 +451,22 @@ template <class Kernel> std::optional<const char*> start(const Sweep& a, int row
     }
     return nullptr;
   };
-  if (const char* error = describe(args.rows, a.row_start, a.n_rows, a.flags & ROWS_PAIRED)) return error;
-  if (const char* error = describe(args.cols, a.col_start, a.n_cols, a.flags & COLS_PAIRED)) return error;
-  return device::launch<Kernel>(int((a.n_rows + BLOCK_ROWS - 1) / BLOCK_ROWS), a.parts, Kernel::SHARED, args, stream);
+  if (const char* error = describe(args.rows, a.row_start, a.n_rows, a.rows_paired)) return error;
+  if (const char* error = describe(args.cols, a.col_start, a.n_cols, a.cols_paired)) return error;
+  return device::launch<Kernel>(int((a.n_rows + BLOCK_ROWS - 1) / BLOCK_ROWS), a.splits, Kernel::SHARED, args, stream);
 }
 
 // Of a call that the fast kernels serve.
-template <int K> std::optional<const char*> row_sums(const Sweep& a, int rows, void* stream) {
-  const bool affine = a.kind != POWER, moment = a.row_of_term[TERM_FT] >= 0;
-  if (affine && moment) return start<RowSums<K, true, true>>(a, rows, stream);
-  if (affine) return start<RowSums<K, true, false>>(a, rows, stream);
-  if (moment) return start<RowSums<K, false, true>>(a, rows, stream);
-  return start<RowSums<K, false, false>>(a, rows, stream);
+template <int K> std::optional<const char*> row_sums(const Sweep& a, void* stream) {
+  const bool affine = a.kind != POWER, moment = a.row_of_term[F_MOMENT] >= 0;
+  if (affine && moment) return start<RowSums<K, true, true>>(a, stream);
+  if (affine) return start<RowSums<K, true, false>>(a, stream);
+  if (moment) return start<RowSums<K, false, true>>(a, stream);
+  return start<RowSums<K, false, false>>(a, stream);
 }
-template <int K> std::optional<const char*> pair_grad(const Sweep& a, int rows, void* stream) {
-  if (a.kind != POWER) return start<PairGrad<K, true>>(a, rows, stream);
-  return start<PairGrad<K, false>>(a, rows, stream);
+template <int K> std::optional<const char*> pair_grad(const Sweep& a, void* stream) {
+  if (a.kind != POWER) return start<PairGrad<K, true>>(a, stream);
+  return start<PairGrad<K, false>>(a, stream);
 }
 
 }  // namespace alphacl::hopper

@@ -28,65 +28,61 @@ template <> struct Engines<FLOAT64> {
   using Row = double;
 };
 
-template <class K> const char* start(const Sweep& a, int rows, void* stream) {
-  return device::launch<K>(rows, a.parts, K::SHARED, a, stream);
+template <class K> const char* start(const Sweep& a, void* stream) {
+  return device::launch<K>(a.row_blocks, a.splits, K::SHARED, a, stream);
 }
 
-template <class E, bool CHUNKS> const char* sums(const Sweep& a, int rows, void* stream) {
+template <class E, bool CHUNKS> const char* row_sums(const Sweep& a, void* stream) {
   if constexpr (E::TENSOR_CORES) {
-    const int32_t known = (a.row_of_term[TERM_F] >= 0) + (a.row_of_term[TERM_FT] >= 0);
-    if (a.form == FIXED && is_fast(a) && !a.bias && a.row_of_term[TERM_F] >= 0 && known == a.terms) {
-      if constexpr (E::BOTH_SIDES && !CHUNKS) {
-        if (const auto started = hopper::row_sums<E::K>(a, rows, stream)) return *started;
+    const bool f = a.row_of_term[F] >= 0, f_moment = a.row_of_term[F_MOMENT] >= 0;
+    if (a.form == Form::CONSTANT && is_fast(a) && !a.bias && f && f + f_moment == a.terms) {
+      if constexpr (E::IS_BF16 && !CHUNKS) {
+        if (const auto started = hopper::row_sums<E::K>(a, stream)) return *started;
       }
-      if (!(a.flags & BOTH)) return start<FastRowSums<E, CHUNKS, false>>(a, rows, stream);
-      if constexpr (E::BOTH_SIDES) return start<FastRowSums<E, CHUNKS, true>>(a, rows, stream);
+      if (!a.symmetric) return start<FastRowSums<E, CHUNKS, false>>(a, stream);
+      if constexpr (E::IS_BF16) return start<FastRowSums<E, CHUNKS, true>>(a, stream);
     }
   }
-  if ((a.flags & BOTH) && a.form == RUNNING) return "the running form has no both-sides form";
-  return start<RowSums<E, CHUNKS>>(a, rows, stream);
+  if (a.symmetric && a.form == Form::ONLINE) return "the online form has no symmetric tiles";
+  return start<RowSums<E, CHUNKS>>(a, stream);
 }
 
-template <class E, bool CHUNKS> const char* gradient(const Sweep& a, int rows, void* stream) {
-  if (a.gradient != NO_GRADIENT && a.gradient != (CHUNKS ? WEIGHTS : PRODUCT)) return "rows of this length take the other gradient";
-  if (a.flags & BOTH) return "pair_grad has no both-sides form";
+template <class E, bool CHUNKS> const char* pair_grad(const Sweep& a, void* stream) {
+  const bool sums_only = a.gradient == Gradient::NONE;
+  if (!sums_only && a.gradient != (CHUNKS ? Gradient::WEIGHTS : Gradient::PRODUCT))
+    return "rows of this length take the other gradient";
+  if (a.symmetric) return "pair_grad has no symmetric tiles";
   if constexpr (E::TENSOR_CORES) {
-    if (a.form == FIXED && is_fast(a) && !a.bias && !a.terms && !a.w_sums && a.weight == WEIGHT_F && a.gradient != NO_GRADIENT) {
-      if constexpr (E::BOTH_SIDES && !CHUNKS) {
-        if (const auto started = hopper::pair_grad<E::K>(a, rows, stream)) return *started;
+    const bool gradient_alone = !a.terms && !a.weight_sums && !sums_only;
+    if (a.form == Form::CONSTANT && is_fast(a) && !a.bias && a.weight == WEIGHT_F && gradient_alone) {
+      if constexpr (E::IS_BF16 && !CHUNKS) {
+        if (const auto started = hopper::pair_grad<E::K>(a, stream)) return *started;
       }
-      return start<FastPairGrad<E, CHUNKS>>(a, rows, stream);
+      return start<FastPairGrad<E, CHUNKS>>(a, stream);
     }
   }
-  return start<PairGrad<E, CHUNKS>>(a, rows, stream);
+  return start<PairGrad<E, CHUNKS>>(a, stream);
 }
 
-template <class E, bool CHUNKS> const char* either(bool grad, const Sweep& a, int rows, void* stream) {
-  return grad ? gradient<E, CHUNKS>(a, rows, stream) : sums<E, CHUNKS>(a, rows, stream);
+template <class E, bool CHUNKS> const char* either(const Sweep& a, void* stream) {
+  return a.pair_grad ? pair_grad<E, CHUNKS>(a, stream) : row_sums<E, CHUNKS>(a, stream);
 }
 
-template <> const char* sweep<ALPHACL_DTYPE>(bool grad, const Sweep& a, int rows, void* stream) {
-  using Choice = Engines<ALPHACL_DTYPE>;
-  constexpr int LARGEST = largest_features(ALPHACL_DTYPE);
-  using Chunk = typename Choice::template Engine<chunk_features(ALPHACL_DTYPE)>;
-  if (a.flags & IN_CHUNKS) return either<Chunk, true>(grad, a, rows, stream);
-  if constexpr (LARGEST == 32) {
-    if (a.dim <= 32) return either<typename Choice::template Engine<32>, false>(grad, a, rows, stream);
-  }
-  if constexpr (LARGEST >= 64) {
-    if (a.dim <= 64) return either<typename Choice::template Engine<64>, false>(grad, a, rows, stream);
-  }
-  if constexpr (LARGEST >= 128) {
-    if (a.dim <= 128) return either<typename Choice::template Engine<128>, false>(grad, a, rows, stream);
-  }
-  if constexpr (LARGEST >= 256) {
-    if (a.dim <= 256) return either<typename Choice::template Engine<256>, false>(grad, a, rows, stream);
-  }
+// The kernels whose tiles hold the fewest features from K on that rows of this length fit into.
+template <int K> const char* whole_rows(const Sweep& a, void* stream) {
+  if (a.dim <= K) return either<typename Engines<ALPHACL_DTYPE>::template Engine<K>, false>(a, stream);
+  if constexpr (2 * K <= largest_features(ALPHACL_DTYPE)) return whole_rows<2 * K>(a, stream);
   return "rows of this length come in chunks of features";
 }
 
+template <> const char* sweep<ALPHACL_DTYPE>(const Sweep& a, void* stream) {
+  constexpr int CHUNK = chunk_features(ALPHACL_DTYPE), LARGEST = largest_features(ALPHACL_DTYPE);
+  if (a.in_chunks) return either<typename Engines<ALPHACL_DTYPE>::template Engine<CHUNK>, true>(a, stream);
+  return whole_rows<LARGEST < 64 ? LARGEST : 64>(a, stream);
+}
+
 template <class E> bool device_has_hopper() {
-  if constexpr (E::BOTH_SIDES) return device::runs_hopper<hopper::PairGrad<64, true>>();
+  if constexpr (E::IS_BF16) return device::runs_hopper<hopper::PairGrad<64, true>>();
   return false;
 }
 template <> bool has_hopper<ALPHACL_DTYPE>() { return device_has_hopper<Engines<ALPHACL_DTYPE>::Engine<64>>(); }

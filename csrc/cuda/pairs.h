@@ -27,10 +27,9 @@ template <class T> DEVICE T positive(T x) { return x < 0 ? T(0) : x; }  // NaN s
 
 // One call's constants.
 template <class T> struct Numbers {
-  T tau, inv_tau, params[3], middle;
+  T tau, inv_tau, params[3];
   DEVICE Numbers(const Sweep& s)
-      : tau(*static_cast<const T*>(s.tau)), inv_tau(1 / tau), params{T(s.params[0]), T(s.params[1]), T(s.params[2])},
-        middle(T(s.middle)) {}
+      : tau(*static_cast<const T*>(s.tau)), inv_tau(1 / tau), params{T(s.params[0]), T(s.params[1]), T(s.params[2])} {}
 };
 
 }  // namespace alphacl

@@ -1,50 +1,59 @@
-// What the host tells a kernel. Row vectors are of the accumulation type T: double for float64 rows, float otherwise.
+// What crosses the border between Python and CUDA: one struct for a launch of a sweep, one for the passes over the
+// rows before and after the sweeps. backend/cuda.py mirrors both field by field. Row vectors have the accumulation
+// type T: double for float64 rows, float otherwise. A null pointer is an absent vector.
 #pragma once
 
 #include <cstdint>
 
-enum Dtype : int32_t { BFLOAT16 = 0, FLOAT16 = 1, TFLOAT32 = 2, FLOAT32 = 3, FLOAT64 = 4 };  // rows and how they are multiplied
-enum KindCode : int32_t { EXP = 0, GIBBS = 1, POWER = 2, INVERSE = 3, HINGE = 4, SIGMOID = 5, SQUARE = 6, GAMMA = 7 };
-enum Term : int32_t { TERM_F = 0, TERM_DF = 1, TERM_FT = 2, TERM_DFT = 3, TERM_DTAU = 4, TERM_COUNT = 5 };
-enum WeightCode : int32_t { WEIGHT_F = 0, WEIGHT_DF = 1, WEIGHT_F_DF = 2 };
-enum Form : int32_t { FIXED = 0, RUNNING = 1, PLAIN = 2, MAXIMUM = 3 };  // docs/design.md
-enum Gradient : int32_t { NO_GRADIENT = 0, PRODUCT = 1, WEIGHTS = 2 };
-enum Flag : int32_t {
-  EXCLUDE = 1,       // rows of the same pair do not count
-  TRIANGLE = 2,      // both sides are the same rows
-  BOTH = 4,          // a tile serves its columns too
-  ROWS_PAIRED = 8,   // a block holds rows of one view and then their partners
-  COLS_PAIRED = 16,
-  ROWS_ANCHOR = 32,
-  COLS_ANCHOR = 64,
-  IN_CHUNKS = 128,   // rows are longer than a tile holds, or than the device has shared memory for: chunks of features pass by
-  ALIGNED = 256,     // every row of f begins at a multiple of 16 bytes and its features end at one
+#include "../generated/codes.h"
+
+enum class Gradient : int32_t { NONE = 0, PRODUCT = 1, WEIGHTS = 2 };
+
+// The buffers of a launch, in the order in which `Sweep` points to them.
+enum class Buffer : int32_t {
+  FEATURES, SCALE, BIAS, MOMENT_ORIGIN, ROW_WEIGHT, SHIFT, ARGUMENT_OFFSET, BASELINE, TAU, UNIT,
+  SUMS, DF, WEIGHT_SUMS, WEIGHTS, COUNT
 };
 
-// One launch of a sweep: a group of rows against the columns they meet (docs/design.md). Null pointers are absent vectors.
+// A region of rows against the columns that they meet (docs/design.md).
 struct Sweep {
-  const void* f;  // (rows, dim) features, `stride` elements apart
-  const void *scale, *bias, *center, *gain, *shift, *offset, *level;  // (anchors), scale and bias (rows)
-  const void *tau, *unit;  // scalars; weights are divided by `unit` before they are rounded, gradients multiplied by it
-  void* out;     // row_sums: (slots, [base,] terms, anchors)
-  void* df;      // pair_grad: (parts, n_out, dim) for the rows from `lo` on
-  void* w_sums;  // (parts, n)
-  void* sums;    // (parts, terms, anchors)
-  void* w;       // (row blocks of the launch · 64, n_cols): weights instead of their product with the rows
+  const void* f;  // (rows, dim), `stride` elements apart
+  const void *scale, *bias;  // (rows)
+  const void *moment_origin, *row_weight, *shift, *argument_offset, *baseline;  // (anchors)
+  const void *tau, *unit;  // (): weights are divided by `unit` before they are rounded, gradients multiplied by it
+  void* sums;         // (splits [+ ring distances], [shift,] terms, anchors)
+  void* df;           // (splits, n_out, dim) for the rows from `lo` on
+  void* weight_sums;  // (splits, n)
+  void* weights;      // (row_blocks·64, n_cols) weights, in place of their product with the rows
+  int64_t elements[int(Buffer::COUNT)];  // in each buffer; of f: those of all rows
   int64_t stride, n_rows, n_cols, row_start, col_start, half, anchors, n, n_out, lo;
-  double middle, params[3];
-  int32_t dim, first_block, begin, end, col_slot, parts, kind, form, weight, gradient, flags, terms;
-  int32_t row_of_term[TERM_COUNT];  // among the terms, −1 where it is not wanted
+  double constant_shift, params[3];
+  int32_t dtype, dim, row_blocks, first_block, splits;
+  int32_t begin, end;    // column tiles of a block's schedule
+  int32_t column_slice;  // symmetric: the sums of the columns at ring distance t go to slice column_slice + t
+  int32_t kind;
+  Form form;
+  int32_t pair_grad;  // which sweep: 1 pair_grad, 0 row_sums
+  Gradient gradient;
+  int32_t weight, terms;
+  int32_t row_of_term[SUM_COUNT];  // among the terms, −1: the term is not wanted
+  int32_t exclude;      // rows of the same pair do not meet
+  int32_t triangle;     // both sides are the same rows
+  int32_t symmetric;    // row_sums: a tile serves its columns too
+  int32_t rows_paired;  // a block holds rows of one view, then their partners
+  int32_t cols_paired, rows_anchor, cols_anchor;
+  int32_t in_chunks;  // rows do not fit into a tile: chunks of their features pass by
+  int32_t aligned;    // set by the library: every row of f begins at a multiple of 16 bytes
 };
 
-// What lies before and after the sweeps for cosine similarity. Rows i and n_pairs + i of f, d, inv_norm are a positive pair.
+// The passes for cosine similarity. Rows i and n_pairs + i of f, d and inv_norm are a positive pair.
 struct PairRows {
   const void *z1, *z2;  // (n_pairs, dim) inputs, stride1 and stride2 elements apart
-  void* f;              // (2·n_pairs, dim) unit rows of the accumulation type, or for half precision the inputs as they came
+  void* f;              // (2·n_pairs, dim) unit rows in the accumulation type; half precision: the inputs, unchanged
   void* inv_norm;       // (2·n_pairs) 1/‖z‖, 0 for an all-zero row
   void* pos;            // (2·n_pairs) similarity of each row's positive pair
   void* d;              // (2·n_pairs, dim) in: Σ_j (g_ij + g_ji) F_j; out: the gradient in z
-  const void* q;        // what the positive pair weighs: (n_pairs), or (2·n_pairs) where each of its rows is an anchor
+  const void* q;        // weight of the positive pair: (n_pairs), or (2·n_pairs) where both of its rows are anchors
   int64_t n_pairs, stride1, stride2;
-  int32_t dim, dtype, anchors;  // of a pair: 1 or 2
+  int32_t dim, dtype, anchors;  // anchors of a pair: 1 or 2
 };

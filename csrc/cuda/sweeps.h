@@ -1,20 +1,25 @@
-// The two sweeps. Fast kernels serve the fixed form of kinds whose log f is affine in t or a square, with one exponential a
-// pair, all in registers; general kernels serve every kind, form and term, pair by pair from shared memory.
+// The two sweeps. Fast kernels serve the constant form of kinds whose log f is affine in t or a square, with one exponential
+// a pair, all in registers; general kernels serve every kind, form and term, pair by pair from shared memory.
 #pragma once
 
 #include "walk.h"
 
 namespace alphacl {
 
-// One slot of `out` (slots, [base,] terms, anchors).
-template <class T> DEVICE T* slot(const Sweep& a, void* out, int64_t number, int bases) {
-  return static_cast<T*>(out) + number * (bases + a.terms) * a.anchors;
+// A slice of a workspace (slices, [shift,] terms, anchors).
+template <class T> DEVICE T* slice(const Sweep& a, int64_t number, int shifts) {
+  return static_cast<T*>(a.sums) + number * (shifts + a.terms) * a.anchors;
 }
 
 template <class T> DEVICE T unit_of(const Sweep& a) {
   const T unit = a.unit ? *static_cast<const T*>(a.unit) : T(1);
   return unit > 0 ? unit : T(1);
 }
+
+DEVICE bool wants(const Sweep& a, Term term) { return a.row_of_term[term] >= 0; }
+
+// Whether a tile serves its columns too. Tile 0 of a triangle holds the rows themselves.
+DEVICE bool serves_columns(const Sweep& a, int position) { return !(a.triangle && position == 0); }
 
 // Whether a tile is masked, or log f affine, as types: what is compiled for each is without a choice.
 struct True {
@@ -30,16 +35,16 @@ template <class Use> DEVICE void with_choices(bool affine, bool masked, Use&& us
   else use(False{}, True{});
 }
 
-// exp(log f − middle) by one exponential, of log f = (t − c)/τ or −max(c − t, 0)²/τ.
+// exp(log f − constant_shift) by one exponential, of log f = (t − c)/τ or −max(c − t, 0)²/τ.
 struct FastExponential {
   bool affine;
-  float c, slope, constant, to_moment;
+  float c, slope, constant;
   DEVICE FastExponential(const Sweep& a) {
-    const Numbers<float> n(a);
+    const float inv_tau = 1 / *static_cast<const float*>(a.tau);
     affine = a.kind != POWER;
-    slope = (affine ? n.inv_tau : -n.inv_tau) * LOG2_E;
-    constant = -n.middle * LOG2_E;
-    c = a.kind == EXP ? 0.0f : n.params[0];
+    slope = (affine ? inv_tau : -inv_tau) * LOG2_E;
+    constant = -float(a.constant_shift) * LOG2_E;
+    c = a.kind == EXP ? 0.0f : float(a.params[0]);
   }
   template <bool AFFINE> DEVICE float operator()(float t) const {
     if constexpr (AFFINE) return device::exp2_approx((t - c) * slope + constant);
@@ -50,92 +55,104 @@ struct FastExponential {
 // Asked on the host, where nvcc makes of a device function one that ends the process.
 inline bool is_fast(const Sweep& a) { return a.kind == EXP || a.kind == GIBBS || (a.kind == POWER && a.params[1] == 2); }
 
+// A thread's two rows as the fast kernels want them: their scales and the second scalars.
+struct FastRows {
+  float scale[2], second[2];
+  DEVICE FastRows(const float* scalars, const Fragment& fragment) {
+#pragma unroll
+    for (int r = 0; r < Fragment::ROWS; ++r)
+      scale[r] = scalars[fragment.row(r)], second[r] = scalars[SECOND * SIDE + fragment.row(r)];
+  }
+};
+
 // --- sweep 1 -----------------------------------------------------------------------------------------------------------
 
-template <class E, bool CHUNKS, bool BOTH> struct FastRowSums {
+template <class E, bool CHUNKS, bool SYMMETRIC> struct FastRowSums {
   using Args = Sweep;
-  using M = Memory<E, CHUNKS, 2>;
+  using M = Memory<E, CHUNKS, FAST_SCALARS>;
   static constexpr int THREADS = alphacl::THREADS, BLOCKS = 2;
-  static constexpr int SHARED = M::REST + (BOTH ? WARPS * 2 * SIDE * int(sizeof(float)) : 0);
+  static constexpr int SHARED = M::REST + (SYMMETRIC ? WARPS * 2 * SIDE * int(sizeof(float)) : 0);
 
   static DEVICE void body(const Sweep& a) {
-    const Lane lane;
+    const Fragment fragment;
     const int64_t block = device::block_x();
-    const Ring ring(a, block, device::block_y());
-    const FastExponential fast(a);
-    const bool moment = a.row_of_term[TERM_FT] >= 0;
-    float total[2][2] = {}, lost[2][2] = {};  // of rows lane.row, lane.row + 8: Σf, Σf·(t − center)
+    const Schedule schedule(a, block, device::block_y());
+    const FastExponential exponential(a);
+    const bool moment = wants(a, F_MOMENT);
+    float total[2][2] = {}, comp[2][2] = {};  // of each row: Σf, Σf·(t − moment_origin)
 
-    const auto tile_sums = [&](auto affine, auto masked, const float(&s)[8][4], const TileAt<float>& tile) {
-      const uint32_t keep = masked.value ? counted(a, block, tile.tile) : ~0u;
-      const float* rows = M::row_scalars();
-      const float scale[2] = {rows[lane.row], rows[lane.row + 8]}, center[2] = {rows[SIDE + lane.row], rows[SIDE + lane.row + 8]};
-      float sums[2][2] = {}, column[2][16];
+    const auto tile_sums = [&](auto affine, auto masked, float(&s)[8][4], const TileAt<float>& tile) {
+      const Meeting meet = masked.value ? Meeting::of(a, block, tile.tile) : Meeting{};
+      const FastRows rows(M::row_scalars(), fragment);
+      float sums[2][2] = {}, column[2][Fragment::COLUMNS];
 #pragma unroll
-      for (int m = 0; m < 8; ++m)
+      for (int q = 0; q < Fragment::COLUMNS; ++q) {
+        const int j = fragment.column(q);
+        const float scale_j = tile.cols[j], origin_j = SYMMETRIC ? tile.cols[SECOND * SIDE + j] : 0.0f;
+        float f[2], moment_j[2];
 #pragma unroll
-        for (int p = 0; p < 2; ++p) {
-          const int j = 8 * m + 2 * lane.t + p;
-          const float scale_j = tile.cols[j], center_j = BOTH ? tile.cols[SIDE + j] : 0.0f;
-          float f[2], ft[2];
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            const bool counts = !masked.value || (keep >> (4 * m + 2 * r + p) & 1);
-            const float t = counts ? s[m][2 * r + p] * (scale[r] * scale_j) : 0.0f;
-            f[r] = counts ? fast.template operator()<affine.value>(t) : 0.0f;
-            sums[r][0] += f[r];
-            if (moment) sums[r][1] += f[r] * (t - center[r]);
-            if (BOTH) ft[r] = f[r] * (t - center_j);
-          }
-          if (BOTH) column[0][2 * m + p] = f[0] + f[1], column[1][2 * m + p] = ft[0] + ft[1];
+        for (int r = 0; r < Fragment::ROWS; ++r) {
+          const bool counts = !masked.value || meet(r, q);
+          const float t = counts ? Fragment::at(s, r, q) * (rows.scale[r] * scale_j) : 0.0f;
+          f[r] = counts ? exponential.template operator()<affine.value>(t) : 0.0f;
+          sums[r][0] += f[r];
+          if (moment) sums[r][1] += f[r] * (t - rows.second[r]);
+          if (SYMMETRIC) moment_j[r] = f[r] * (t - origin_j);
         }
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        add(total[r][0], lost[r][0], sums[r][0]);
-        if (moment) add(total[r][1], lost[r][1], sums[r][1]);
+        if (SYMMETRIC) column[0][q] = f[0] + f[1], column[1][q] = moment_j[0] + moment_j[1];
       }
-      if constexpr (BOTH) {
-        auto* spread = reinterpret_cast<float*>(M::rest());  // (warps, 2, columns)
 #pragma unroll
-        for (int k = 0; k < 2; ++k)
-          if (k == 0 || moment) {
-            column_sums(column[k]);
-            float* to = spread + (2 * lane.warp + k) * SIDE + 8 * lane.g + 2 * lane.t;
-            to[0] = column[k][0], to[1] = column[k][1];
-          }
-        device::sync();
-        const int j = device::thread() % SIDE, k = device::thread() / SIDE;
-        const Place place = column_place(a, tile.tile, j);
-        if (place.keep && !(has(a, TRIANGLE) && tile.at == 0) && (k == 0 || moment)) {
-          float sum = 0;
-          for (int w = 0; w < WARPS; ++w) sum += spread[(2 * w + k) * SIDE + j];
-          const int row = a.row_of_term[k == 0 ? TERM_F : TERM_FT];
-          slot<float>(a, a.out, a.col_slot + tile.at, 0)[row * a.anchors + place.row] = sum;
-        }
+      for (int r = 0; r < Fragment::ROWS; ++r) {
+        add(total[r][0], comp[r][0], sums[r][0]);
+        if (moment) add(total[r][1], comp[r][1], sums[r][1]);
       }
+      if constexpr (SYMMETRIC) write_columns(a, tile, fragment, moment, column);
     };
-    walk<E, CHUNKS, 2>(a, ring, block, 0.0f, 1.0f, [&](const float(&s)[8][4], const TileAt<float>& tile) {
-      with_choices(fast.affine, tile.masked, [&](auto affine, auto masked) { tile_sums(affine, masked, s, tile); });
+    walk<E, CHUNKS, FAST_SCALARS>(a, schedule, block, 0.0f, 1.0f, [&](float(&s)[8][4], const TileAt<float>& tile) {
+      with_choices(exponential.affine, tile.masked, [&](auto affine, auto masked) { tile_sums(affine, masked, s, tile); });
     });
-    float* out = slot<float>(a, a.out, device::block_y(), 0);
+    float* out = slice<float>(a, device::block_y(), 0);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const Place place = row_place(a, block, lane.row + 8 * r);
-      const float f = row_sum(total[r][0]), ft = row_sum(total[r][1]);
-      if (place.keep && lane.t == 0) {
-        out[a.row_of_term[TERM_F] * a.anchors + place.row] = f;
-        if (moment) out[a.row_of_term[TERM_FT] * a.anchors + place.row] = ft;
+    for (int r = 0; r < Fragment::ROWS; ++r) {
+      const Place place = row_place(a, block, fragment.row(r));
+      const float f = row_sum(total[r][0]), f_moment = row_sum(total[r][1]);
+      if (place.keep && fragment.quad == 0) {
+        out[a.row_of_term[F] * a.anchors + place.row] = f;
+        if (moment) out[a.row_of_term[F_MOMENT] * a.anchors + place.row] = f_moment;
       }
+    }
+  }
+
+  // Adds a tile's column sums up over the warps and writes them to the slice of their ring distance.
+  static DEVICE void write_columns(
+      const Sweep& a, const TileAt<float>& tile, const Fragment& fragment, bool moment, float (&column)[2][Fragment::COLUMNS]) {
+    auto* spread = reinterpret_cast<float*>(M::rest());  // (warps, 2, columns)
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+      if (k == 0 || moment) {
+        column_sums(column[k]);
+        float* to = spread + (2 * fragment.warp + k) * SIDE + 8 * fragment.group + 2 * fragment.quad;
+        to[0] = column[k][0], to[1] = column[k][1];
+      }
+    device::sync();
+    const int j = device::thread() % SIDE, k = device::thread() / SIDE;
+    const Place place = column_place(a, tile.tile, j);
+    if (place.keep && serves_columns(a, tile.position) && (k == 0 || moment)) {
+      float sum = 0;
+      for (int w = 0; w < WARPS; ++w) sum += spread[(2 * w + k) * SIDE + j];
+      const int row = a.row_of_term[k == 0 ? F : F_MOMENT];
+      slice<float>(a, a.column_slice + tile.position, 0)[row * a.anchors + place.row] = sum;
     }
   }
 };
 
-// What one side of a pair asks of a kind: t with the side's scalars.
+// The row scalars of one side of a pair.
 template <class T> struct Side {
-  T scale, bias, center, gain, shift, offset, level;
+  T scale, bias, moment_origin, row_weight, shift, argument_offset, baseline;
   DEVICE Side(const T* v, int i)
-      : scale(v[SCALE * SIDE + i]), bias(v[BIAS * SIDE + i]), center(v[CENTER * SIDE + i]), gain(v[GAIN * SIDE + i]),
-        shift(v[SHIFT * SIDE + i]), offset(v[OFFSET * SIDE + i]), level(v[LEVEL * SIDE + i]) {}
+      : scale(v[SCALE * SIDE + i]), bias(v[BIAS * SIDE + i]), moment_origin(v[MOMENT_ORIGIN * SIDE + i]),
+        row_weight(v[ROW_WEIGHT * SIDE + i]), shift(v[SHIFT * SIDE + i]), argument_offset(v[ARGUMENT_OFFSET * SIDE + i]),
+        baseline(v[BASELINE * SIDE + i]) {}
 };
 
 // Row scalars meet first: t_ij and t_ji must agree to the last bit.
@@ -157,206 +174,218 @@ template <class Kind, class T> DEVICE Pair<T> pair(T t, bool counts, const Numbe
   return x;
 }
 
-template <class T> struct Pieces {
+// f, ∂f/∂x and ∂f/∂τ of a pair with one side's row scalars.
+template <class T> struct Values {
   T f, df, dtau;
 };
 template <class Kind, class T>
-DEVICE Pieces<T> pieces(const Pair<T>& x, T shift, T offset, bool need_df, bool need_dtau, const Numbers<T>& n) {
-  Pieces<T> y{0, 0, 0};
+DEVICE Values<T> values(const Pair<T>& x, T shift, T argument_offset, bool need_df, bool need_dtau, const Numbers<T>& n) {
+  Values<T> y{0, 0, 0};
   if (!x.counts) return y;
   if constexpr (Kind::LOG) {
     y.f = exponential(x.log_f - shift);
     if (need_df) y.df = y.f * Kind::df(x.t, n);
     if (need_dtau) y.dtau = y.f * Kind::dtau(x.t, n);
   } else {
-    const T argument = (x.t - shift) + offset;
+    const T argument = (x.t - shift) + argument_offset;
     y.f = Kind::f(argument, n);
     if (need_df) y.df = Kind::df(argument, n);
     if (need_dtau) y.dtau = Kind::dtau(argument, n);
   }
   return y;
 }
-template <class T> DEVICE void add_terms(T (&sums)[TERM_COUNT], const Pieces<T>& y, T t, T center, T level) {
-  const T u = t - center;
-  sums[TERM_F] += y.f;
-  sums[TERM_DF] += y.df;
-  sums[TERM_FT] += y.f * u;
-  sums[TERM_DFT] += y.df * u;
-  sums[TERM_DTAU] += y.dtau * (u - level);
+template <class T> DEVICE void add_terms(T (&sums)[SUM_COUNT], const Values<T>& y, T t, const Side<T>& side) {
+  const T moment = t - side.moment_origin;
+  sums[F] += y.f;
+  sums[DF] += y.df;
+  sums[F_MOMENT] += y.f * moment;
+  sums[DF_MOMENT] += y.df * moment;
+  sums[DTAU] += y.dtau * (moment - side.baseline);
 }
-DEVICE bool wants(const Sweep& a, Term term) { return a.row_of_term[term] >= 0; }
+
+// Kahan sums of a thread's two rows in shared memory, its own words: beside a tile there are no registers for them.
+template <class T, int COUNT> struct Totals {
+  static constexpr int BYTES = 4 * COUNT * THREADS * int(sizeof(T));
+  T* x;
+  DEVICE explicit Totals(int offset) : x(reinterpret_cast<T*>(device::shared() + offset) + device::thread()) {
+    for (int k = 0; k < 4 * COUNT; ++k) x[k * THREADS] = 0;
+  }
+  DEVICE T& total(int r, int k) const { return x[(r * COUNT + k) * THREADS]; }
+  DEVICE T& comp(int r, int k) const { return x[((2 + r) * COUNT + k) * THREADS]; }
+  DEVICE void add(int r, int k, T value) const { alphacl::add(total(r, k), comp(r, k), value); }
+  DEVICE void scale(int r, T factor) const {
+    for (int k = 0; k < COUNT; ++k) total(r, k) *= factor, comp(r, k) *= factor;
+  }
+};
 
 template <class E, bool CHUNKS> struct RowSums {
   using Args = Sweep;
   using T = typename E::T;
   using M = Memory<E, CHUNKS, ALL_SCALARS>;
   static constexpr int THREADS = alphacl::THREADS, BLOCKS = 1;
-  static constexpr int SPREAD = M::REST + Scratch<T>::BYTES;
-  static constexpr int TOTALS_AT = SPREAD + WARPS * (TERM_COUNT + 1) * SIDE * int(sizeof(T));
-  static constexpr int SHARED = TOTALS_AT + 4 * TERM_COUNT * THREADS * int(sizeof(T));
+  static constexpr int SPREAD = M::REST + SharedTile<T>::BYTES;  // (warps, terms + 1, columns)
+  static constexpr int TOTALS_AT = SPREAD + WARPS * (SUM_COUNT + 1) * SIDE * int(sizeof(T));
+  static constexpr int SHARED = TOTALS_AT + Totals<T, SUM_COUNT>::BYTES;
+
+  static DEVICE T& spread(int warp, int k, int j) {
+    return reinterpret_cast<T*>(device::shared() + SPREAD)[(warp * (SUM_COUNT + 1) + k) * SIDE + j];
+  }
 
   static DEVICE void body(const Sweep& a) {
-    const Lane lane;
+    const Fragment fragment;
     const int64_t block = device::block_x();
-    const Ring ring(a, block, device::block_y());
+    const Schedule schedule(a, block, device::block_y());
     const Numbers<T> n(a);
-    const Scratch<T> scratch{reinterpret_cast<T*>(M::rest())};
-    auto* spread = reinterpret_cast<T*>(device::shared() + SPREAD);  // (warps, terms + 1, columns)
-    const bool both = has(a, BOTH), need_df = wants(a, TERM_DF) || wants(a, TERM_DFT), need_dtau = wants(a, TERM_DTAU);
-    const int bases = a.form == RUNNING || a.form == MAXIMUM;
-    T base[2] = {-INFINITE<T>, -INFINITE<T>};
-    // As in PairGrad.
-    auto* totals = reinterpret_cast<T*>(device::shared() + TOTALS_AT) + device::thread();
-    const auto total = [&](int r, int k) -> T& { return totals[(r * TERM_COUNT + k) * THREADS]; };
-    const auto lost = [&](int r, int k) -> T& { return totals[((2 + r) * TERM_COUNT + k) * THREADS]; };
-    for (int k = 0; k < 4 * TERM_COUNT; ++k) totals[k * THREADS] = 0;
+    const SharedTile<T> products{reinterpret_cast<T*>(M::rest())};
+    const bool need_df = wants(a, DF) || wants(a, DF_MOMENT), need_dtau = wants(a, DTAU);
+    const int shifts = a.form == Form::ONLINE || a.form == Form::T_MAX;
+    T shift[2] = {-INFINITE<T>, -INFINITE<T>};  // largest log f (online), or largest t
+    const Totals<T, SUM_COUNT> totals(TOTALS_AT);
 
-    const auto maxima = [&](uint32_t keep, const T* cols) {
+    const auto row_scalars = [&](int r) { return Side<T>(M::row_scalars(), fragment.row(r)); };
+    const auto t_of = [&](int r, int q, const Side<T>& i, const Side<T>& j) { return similarity(products.at(r, q), i, j); };
+
+    const auto maxima = [&](const Meeting& meet, const T* cols) {
       T largest[2] = {-INFINITE<T>, -INFINITE<T>};
 #pragma unroll 1
-      for (int q = 0; q < 16; ++q) {
-        const int j = 8 * (q / 2) + 2 * lane.t + q % 2;
+      for (int q = 0; q < Fragment::COLUMNS; ++q) {
+        const int j = fragment.column(q);
         const Side<T> side_j(cols, j);
         T column = -INFINITE<T>;
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const Side<T> side_i(M::row_scalars(), lane.row + 8 * r);
-          const bool counts = keep >> (4 * (q / 2) + 2 * r + q % 2) & 1;
-          const T t = counts ? similarity(scratch.at(q / 2, 2 * r + q % 2), side_i, side_j) : -INFINITE<T>;
+        for (int r = 0; r < Fragment::ROWS; ++r) {
+          const T t = meet(r, q) ? t_of(r, q, row_scalars(r), side_j) : -INFINITE<T>;
           largest[r] = larger(largest[r], t), column = larger(column, t);
         }
-        if (both) {
-          for (int lanes = 4; lanes <= 16; lanes *= 2) column = larger(column, device::shuffle_xor(column, lanes));
-          if (lane.g == 0) spread[lane.warp * (TERM_COUNT + 1) * SIDE + j] = column;
+        if (a.symmetric) {
+          column = column_max(column);
+          if (fragment.group == 0) spread(fragment.warp, 0, j) = column;
         }
       }
 #pragma unroll
-      for (int r = 0; r < 2; ++r) base[r] = larger(base[r], row_max(largest[r]));
+      for (int r = 0; r < Fragment::ROWS; ++r) shift[r] = larger(shift[r], row_max(largest[r]));
     };
 
-    const auto sums_of = [&](auto kind, uint32_t keep, const T* cols) {
-      using Kind = decltype(kind);
-      T shift[2];  // what is subtracted from log f, or from t
-      if constexpr (Kind::LOG) {
-        if (a.form == RUNNING) {  // relative to the largest log f so far
-          T largest[2] = {-INFINITE<T>, -INFINITE<T>};
+    // Online softmax: makes the sums so far relative to the largest log f of the rows with this tile.
+    const auto rescale = [&](auto kind, const Meeting& meet, const T* cols, T(&finite)[2]) {
+      T largest[2] = {-INFINITE<T>, -INFINITE<T>};
 #pragma unroll 1
-          for (int q = 0; q < 16; ++q) {
-            const Side<T> side_j(cols, 8 * (q / 2) + 2 * lane.t + q % 2);
+      for (int q = 0; q < Fragment::COLUMNS; ++q) {
+        const Side<T> side_j(cols, fragment.column(q));
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
-              const Side<T> side_i(M::row_scalars(), lane.row + 8 * r);
-              const T t = similarity(scratch.at(q / 2, 2 * r + q % 2), side_i, side_j);
-              largest[r] = larger(largest[r], pair<Kind>(t, keep >> (4 * (q / 2) + 2 * r + q % 2) & 1, n).log_f);
-            }
-          }
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            const T after = larger(base[r], row_max(largest[r]));
-            const T finite = after > -INFINITE<T> ? after : T(0);  // no pair of the row counted yet
-            const T factor = exponential(base[r] - finite);
-            for (int k = 0; k < TERM_COUNT; ++k) total(r, k) *= factor, lost(r, k) *= factor;
-            base[r] = after, shift[r] = finite;
-          }
-        } else {
-          for (int r = 0; r < 2; ++r) shift[r] = M::row_scalars()[SHIFT * SIDE + lane.row + 8 * r];
+        for (int r = 0; r < Fragment::ROWS; ++r) {
+          const T t = t_of(r, q, row_scalars(r), side_j);
+          largest[r] = larger(largest[r], pair<decltype(kind)>(t, meet(r, q), n).log_f);
         }
-      } else {
-        for (int r = 0; r < 2; ++r) shift[r] = M::row_scalars()[SHIFT * SIDE + lane.row + 8 * r];
       }
-      T sums[2][TERM_COUNT] = {};
+#pragma unroll
+      for (int r = 0; r < Fragment::ROWS; ++r) {
+        const T after = larger(shift[r], row_max(largest[r]));
+        finite[r] = after > -INFINITE<T> ? after : T(0);  // no pair of the row counted yet
+        totals.scale(r, exponential(shift[r] - finite[r]));
+        shift[r] = after;
+      }
+    };
+
+    const auto sums_of = [&](auto kind, const Meeting& meet, const T* cols) {
+      using Kind = decltype(kind);
+      T subtracted[2] = {row_scalars(0).shift, row_scalars(1).shift};  // from log f, or from t
+      if constexpr (Kind::LOG) {
+        if (a.form == Form::ONLINE) rescale(kind, meet, cols, subtracted);
+      }
+      T sums[2][SUM_COUNT] = {};
 #pragma unroll 1
-      for (int q = 0; q < 16; ++q) {
-        const int j = 8 * (q / 2) + 2 * lane.t + q % 2;
+      for (int q = 0; q < Fragment::COLUMNS; ++q) {
+        const int j = fragment.column(q);
         const Side<T> side_j(cols, j);
-        T column[TERM_COUNT] = {};
+        T column[SUM_COUNT] = {};
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const Side<T> side_i(M::row_scalars(), lane.row + 8 * r);
-          const T t = similarity(scratch.at(q / 2, 2 * r + q % 2), side_i, side_j);
-          const Pair<T> x = pair<Kind>(t, keep >> (4 * (q / 2) + 2 * r + q % 2) & 1, n);
-          add_terms(sums[r], pieces<Kind>(x, shift[r], side_i.offset, need_df, need_dtau, n), x.t, side_i.center, side_i.level);
-          if (both)
-            add_terms(column, pieces<Kind>(x, side_j.shift, side_j.offset, need_df, need_dtau, n), x.t, side_j.center, side_j.level);
+        for (int r = 0; r < Fragment::ROWS; ++r) {
+          const Side<T> side_i = row_scalars(r);
+          const Pair<T> x = pair<Kind>(t_of(r, q, side_i, side_j), meet(r, q), n);
+          add_terms(sums[r], values<Kind>(x, subtracted[r], side_i.argument_offset, need_df, need_dtau, n), x.t, side_i);
+          if (a.symmetric)
+            add_terms(column, values<Kind>(x, side_j.shift, side_j.argument_offset, need_df, need_dtau, n), x.t, side_j);
         }
-        if (both) {
+        if (a.symmetric) {
 #pragma unroll
-          for (int k = 0; k < TERM_COUNT; ++k)
+          for (int k = 0; k < SUM_COUNT; ++k)
             if (a.row_of_term[k] >= 0) {
               const T sum = column_sum(column[k]);
-              if (lane.g == 0) spread[(lane.warp * (TERM_COUNT + 1) + k) * SIDE + j] = sum;
+              if (fragment.group == 0) spread(fragment.warp, k, j) = sum;
             }
         }
       }
 #pragma unroll
-      for (int r = 0; r < 2; ++r)
+      for (int r = 0; r < Fragment::ROWS; ++r)
 #pragma unroll
-        for (int k = 0; k < TERM_COUNT; ++k) add(total(r, k), lost(r, k), sums[r][k]);
+        for (int k = 0; k < SUM_COUNT; ++k) totals.add(r, k, sums[r][k]);
     };
 
-    // In the fixed form `middle` takes the place of a shift.
-    walk<E, CHUNKS, ALL_SCALARS>(a, ring, block, T(a.form == FIXED ? n.middle : 0), T(1), [&](const T(&s)[8][4], const TileAt<T>& tile) {
-      const uint32_t keep = tile.masked ? counted(a, block, tile.tile) : ~0u;
-      scratch.put(s);  // each lane reads its own elements only
-      if (a.form == MAXIMUM) maxima(keep, tile.cols);
-      else with_kind<T>(a.kind, [&](auto kind) { sums_of(kind, keep, tile.cols); });
-      if (!both) return;
-      device::sync();
-      const int j = device::thread();
-      if (j >= SIDE) return;
-      const Place place = column_place(a, tile.tile, j);
-      if (!place.keep || (has(a, TRIANGLE) && tile.at == 0)) return;
-      T* out = slot<T>(a, a.out, a.col_slot + tile.at, bases);
-      if (a.form == MAXIMUM) {
-        T largest = spread[j];
-        for (int w = 1; w < WARPS; ++w) largest = larger(largest, spread[w * (TERM_COUNT + 1) * SIDE + j]);
-        out[place.row] = largest;
-      }
-      for (int k = 0; k < TERM_COUNT; ++k)
-        if (a.row_of_term[k] >= 0) {
-          T sum = 0;
-          for (int w = 0; w < WARPS; ++w) sum += spread[(w * (TERM_COUNT + 1) + k) * SIDE + j];
-          out[a.row_of_term[k] * a.anchors + place.row] = sum;
-        }
+    const T no_shift = T(a.form == Form::CONSTANT ? a.constant_shift : 0);
+    walk<E, CHUNKS, ALL_SCALARS>(a, schedule, block, no_shift, T(1), [&](const T(&s)[8][4], const TileAt<T>& tile) {
+      const Meeting meet = tile.masked ? Meeting::of(a, block, tile.tile) : Meeting{};
+      products.put(s);  // each lane reads its own elements only
+      if (a.form == Form::T_MAX) maxima(meet, tile.cols);
+      else with_kind<T>(a.kind, [&](auto kind) { sums_of(kind, meet, tile.cols); });
+      if (a.symmetric) write_columns(a, tile, shifts);
     });
 
-    T* out = slot<T>(a, a.out, device::block_y(), bases);
+    T* out = slice<T>(a, device::block_y(), shifts);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const Place place = row_place(a, block, lane.row + 8 * r);
-      const bool writes = place.keep && lane.t == 0;
-      if (bases && writes) out[place.row] = base[r];
+    for (int r = 0; r < Fragment::ROWS; ++r) {
+      const Place place = row_place(a, block, fragment.row(r));
+      const bool writes = place.keep && fragment.quad == 0;
+      if (shifts && writes) out[place.row] = shift[r];
 #pragma unroll
-      for (int k = 0; k < TERM_COUNT; ++k) {
-        const T sum = row_sum(total(r, k));
-        if (writes && a.row_of_term[k] >= 0) out[(bases + a.row_of_term[k]) * a.anchors + place.row] = sum;
+      for (int k = 0; k < SUM_COUNT; ++k) {
+        const T sum = row_sum(totals.total(r, k));
+        if (writes && a.row_of_term[k] >= 0) out[(shifts + a.row_of_term[k]) * a.anchors + place.row] = sum;
       }
     }
+  }
+
+  // Adds a tile's column results up over the warps and writes them to the slice of their ring distance.
+  static DEVICE void write_columns(const Sweep& a, const TileAt<T>& tile, int shifts) {
+    device::sync();
+    const int j = device::thread();
+    if (j >= SIDE) return;
+    const Place place = column_place(a, tile.tile, j);
+    if (!place.keep || !serves_columns(a, tile.position)) return;
+    T* out = slice<T>(a, a.column_slice + tile.position, shifts);
+    if (a.form == Form::T_MAX) {
+      T largest = spread(0, 0, j);
+      for (int w = 1; w < WARPS; ++w) largest = larger(largest, spread(w, 0, j));
+      out[place.row] = largest;
+    }
+    for (int k = 0; k < SUM_COUNT; ++k)
+      if (a.row_of_term[k] >= 0) {
+        T sum = 0;
+        for (int w = 0; w < WARPS; ++w) sum += spread(w, k, j);
+        out[a.row_of_term[k] * a.anchors + place.row] = sum;
+      }
   }
 };
 
 // --- sweep 2 -----------------------------------------------------------------------------------------------------------
 
-// Writes a block's weights w (already times the columns' scales) for a vendor product.
-template <class E> DEVICE void write_weights(const Sweep& a, int64_t tile, const typename E::T (&w)[8][4]) {
-  const Lane lane;
+// Writes a block's weights w (already times the columns' scales) for a cuBLAS product.
+template <class E> DEVICE void write_weights(const Sweep& a, int64_t tile, typename E::T (&w)[8][4]) {
+  const Fragment fragment;
 #pragma unroll 1
-  for (int r = 0; r < 2; ++r) {
-    const int i = lane.row + 8 * r;
+  for (int r = 0; r < Fragment::ROWS; ++r) {
+    const int i = fragment.row(r);
     if (!row_place(a, device::block_x() + a.first_block, i).keep) continue;
     const int64_t row = (int64_t(device::block_x()) * SIDE + i) * a.n_cols;
 #pragma unroll
-    for (int q = 0; q < 16; ++q) {
-      const Place j = column_place(a, tile, 8 * (q / 2) + 2 * lane.t + q % 2);
+    for (int q = 0; q < Fragment::COLUMNS; ++q) {
+      const Place j = column_place(a, tile, fragment.column(q));
       if (!j.keep) continue;
-      const auto value = r == 0 ? w[q / 2][q % 2] : w[q / 2][2 + q % 2];
-      if constexpr (E::TENSOR_CORES && E::BOTH_SIDES) {
-        static_cast<uint16_t*>(a.w)[row + j.row - a.col_start] = uint16_t(device::pack_bf16(value, 0.0f));
-      } else if constexpr (E::TENSOR_CORES) {
-        static_cast<float*>(a.w)[row + j.row - a.col_start] = device::from_bits(rounded_to_tf32(value));
-      } else {
-        static_cast<typename E::T*>(a.w)[row + j.row - a.col_start] = value;
-      }
+      const auto value = r == 0 ? Fragment::at(w, 0, q) : Fragment::at(w, 1, q);  // r is no constant, and registers have no index
+      const int64_t at = row + j.row - a.col_start;
+      if constexpr (E::IS_BF16) static_cast<uint16_t*>(a.weights)[at] = uint16_t(device::pack_bf16(value, 0.0f));
+      else if constexpr (E::TENSOR_CORES) static_cast<float*>(a.weights)[at] = device::from_bits(rounded_to_tf32(value));
+      else static_cast<typename E::T*>(a.weights)[at] = value;
     }
   }
 }
@@ -364,62 +393,53 @@ template <class E> DEVICE void write_weights(const Sweep& a, int64_t tile, const
 // Writes acc·unit, rows of the gradient, to `df`.
 template <class E> DEVICE void write_gradient(const Sweep& a, int64_t block, const typename E::T (&acc)[E::K / 8][4]) {
   using T = typename E::T;
-  const Lane lane;
+  const Fragment fragment;
   const T unit = unit_of<T>(a);
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const Place place = row_place(a, block, lane.row + 8 * r);
+  for (int r = 0; r < Fragment::ROWS; ++r) {
+    const Place place = row_place(a, block, fragment.row(r));
     if (!place.keep) continue;
     T* row = static_cast<T*>(a.df) + (device::block_y() * a.n_out + place.row - a.lo) * a.dim;
 #pragma unroll
-    for (int d = 0; d < E::K / 8; ++d)
-#pragma unroll
-      for (int p = 0; p < 2; ++p) {
-        const int feature = 8 * d + 2 * lane.t + p;
-        if (feature < a.dim) row[feature] = acc[d][2 * r + p] * unit;
-      }
+    for (int q = 0; q < E::K / 4; ++q) {
+      const int feature = fragment.column(q);
+      if (feature < a.dim) row[feature] = acc[q / 2][2 * r + q % 2] * unit;
+    }
   }
 }
 
 template <class E, bool CHUNKS> struct FastPairGrad {
   using Args = Sweep;
-  using M = Memory<E, CHUNKS, 2>;
-  static constexpr int THREADS = alphacl::THREADS, BLOCKS = E::K <= 128 ? 2 : 1;
-  static constexpr int SHARED = M::REST;
+  using M = Memory<E, CHUNKS, FAST_SCALARS>;
+  static constexpr int THREADS = alphacl::THREADS, BLOCKS = E::K <= 128 ? 2 : 1, SHARED = M::REST;
 
   static DEVICE void body(const Sweep& a) {
-    const Lane lane;
+    const Fragment fragment;
     const int64_t block = int64_t(device::block_x()) + a.first_block;
-    const Ring ring(a, block, device::block_y());
-    const FastExponential fast(a);
+    const Schedule schedule(a, block, device::block_y());
+    const FastExponential exponential(a);
     float acc[CHUNKS ? 1 : E::K / 8][4] = {};
 
-    const auto weights = [&](auto affine, auto masked, float(&s)[8][4], const TileAt<float>& tile) {
-      const uint32_t keep = masked.value ? counted(a, block, tile.tile) : ~0u;
-      const float* rows = M::row_scalars();
-      const float scale[2] = {rows[lane.row], rows[lane.row + 8]}, gain[2] = {rows[SIDE + lane.row], rows[SIDE + lane.row + 8]};
+    // Turns products into weights times the columns' scales.
+    const auto weigh = [&](auto affine, auto masked, float(&s)[8][4], const TileAt<float>& tile) {
+      const Meeting meet = masked.value ? Meeting::of(a, block, tile.tile) : Meeting{};
+      const FastRows rows(M::row_scalars(), fragment);
 #pragma unroll
-      for (int m = 0; m < 8; ++m) {
+      for (int q = 0; q < Fragment::COLUMNS; ++q) {
+        const int j = fragment.column(q);
+        const float scale_j = tile.cols[j], weight_j = tile.cols[SECOND * SIDE + j];
 #pragma unroll
-        for (int p = 0; p < 2; ++p) {
-          const int j = 8 * m + 2 * lane.t + p;
-          const float scale_j = tile.cols[j], gain_j = tile.cols[SIDE + j];
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            const bool counts = !masked.value || (keep >> (4 * m + 2 * r + p) & 1);
-            const float t = counts ? s[m][2 * r + p] * (scale[r] * scale_j) : 0.0f;
-            s[m][2 * r + p] = counts ? fast.template operator()<affine.value>(t) * (gain[r] + gain_j) : 0.0f;
-          }
-        }
-#pragma unroll
-        for (int p = 0; p < 2; ++p) {
-          const float scale_j = tile.cols[8 * m + 2 * lane.t + p];
-          s[m][p] *= scale_j, s[m][2 + p] *= scale_j;
+        for (int r = 0; r < Fragment::ROWS; ++r) {
+          const bool counts = !masked.value || meet(r, q);
+          float& x = Fragment::at(s, r, q);
+          const float t = counts ? x * (rows.scale[r] * scale_j) : 0.0f;
+          x = counts ? exponential.template operator()<affine.value>(t) * (rows.second[r] + weight_j) : 0.0f;
+          x *= scale_j;
         }
       }
     };
-    walk<E, CHUNKS, 2>(a, ring, block, 0.0f, 1 / unit_of<float>(a), [&](float(&s)[8][4], const TileAt<float>& tile) {
-      with_choices(fast.affine, tile.masked, [&](auto affine, auto masked) { weights(affine, masked, s, tile); });
+    walk<E, CHUNKS, FAST_SCALARS>(a, schedule, block, 0.0f, 1 / unit_of<float>(a), [&](float(&s)[8][4], const TileAt<float>& tile) {
+      with_choices(exponential.affine, tile.masked, [&](auto affine, auto masked) { weigh(affine, masked, s, tile); });
       if constexpr (CHUNKS) write_weights<E>(a, tile.tile, s);
       else E::gradient(acc, s, tile.features);
     });
@@ -431,97 +451,93 @@ template <class E, bool CHUNKS> struct PairGrad {
   using Args = Sweep;
   using T = typename E::T;
   using M = Memory<E, CHUNKS, ALL_SCALARS>;
-  static constexpr int THREADS = alphacl::THREADS, BLOCKS = 1;
-  static constexpr int TOTALS_AT = M::REST + Scratch<T>::BYTES;
-  static constexpr int SHARED = TOTALS_AT + 4 * (TERM_COUNT + 1) * THREADS * int(sizeof(T));
+  static constexpr int THREADS = alphacl::THREADS, BLOCKS = 1, OF_WEIGHTS = SUM_COUNT;  // the totals' last: Σ_j (g_ij + g_ji)
+  static constexpr int TOTALS_AT = M::REST + SharedTile<T>::BYTES;
+  static constexpr int SHARED = TOTALS_AT + Totals<T, SUM_COUNT + 1>::BYTES;
 
   static DEVICE void body(const Sweep& a) {
-    const Lane lane;
+    const Fragment fragment;
     const int64_t block = int64_t(device::block_x()) + a.first_block;
-    const Ring ring(a, block, device::block_y());
+    const Schedule schedule(a, block, device::block_y());
     const Numbers<T> n(a);
-    const Scratch<T> scratch{reinterpret_cast<T*>(M::rest())};
-    const bool need_dtau = wants(a, TERM_DTAU);
-    const bool need_df = a.weight != WEIGHT_F || wants(a, TERM_DF) || wants(a, TERM_DFT);
+    const SharedTile<T> elements{reinterpret_cast<T*>(M::rest())};  // products, then weights
+    const bool need_dtau = wants(a, DTAU);
+    const bool need_df = a.weight != WEIGHT_F || wants(a, DF) || wants(a, DF_MOMENT);
     T acc[CHUNKS ? 1 : E::K / 8][4] = {};
-    // Totals live in shared memory, a thread's own words: beside the gradient there are no registers for them.
-    auto* totals = reinterpret_cast<T*>(device::shared() + TOTALS_AT) + device::thread();
-    const auto total = [&](int r, int k) -> T& { return totals[(r * (TERM_COUNT + 1) + k) * THREADS]; };
-    const auto lost = [&](int r, int k) -> T& { return totals[((2 + r) * (TERM_COUNT + 1) + k) * THREADS]; };
-    for (int k = 0; k < 4 * (TERM_COUNT + 1); ++k) totals[k * THREADS] = 0;
+    const Totals<T, SUM_COUNT + 1> totals(TOTALS_AT);
 
-    const auto weigh = [&](const Pieces<T>& y, T t, const Side<T>& side) {
-      const T g = a.weight == WEIGHT_F ? y.f : a.weight == WEIGHT_DF ? y.df : y.f + y.df * ((t - side.center) - side.level);
-      return g * side.gain;
+    const auto weigh = [&](const Values<T>& y, T t, const Side<T>& side) {
+      const T g = a.weight == WEIGHT_F    ? y.f
+                  : a.weight == WEIGHT_DF ? y.df
+                                          : y.f + y.df * ((t - side.moment_origin) - side.baseline);
+      return g * side.row_weight;
     };
-    const auto weights_of = [&](auto kind, uint32_t keep, const TileAt<T>& tile) {
+    const auto weights_of = [&](auto kind, const Meeting& meet, const TileAt<T>& tile) {
       using Kind = decltype(kind);
-      T sums[2][TERM_COUNT] = {}, w_sums[2] = {};
+      T sums[2][SUM_COUNT] = {}, weight_sums[2] = {};
 #pragma unroll 1
-      for (int q = 0; q < 16; ++q) {
-        const int j = 8 * (q / 2) + 2 * lane.t + q % 2;
-        const Side<T> side_j(tile.cols, j);
+      for (int q = 0; q < Fragment::COLUMNS; ++q) {
+        const Side<T> side_j(tile.cols, fragment.column(q));
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const Side<T> side_i(M::row_scalars(), lane.row + 8 * r);
-          T& element = scratch.at(q / 2, 2 * r + q % 2);
-          const bool counts = keep >> (4 * (q / 2) + 2 * r + q % 2) & 1;
-          const Pair<T> x = pair<Kind>(similarity(element, side_i, side_j), counts, n);
+        for (int r = 0; r < Fragment::ROWS; ++r) {
+          const Side<T> side_i(M::row_scalars(), fragment.row(r));
+          T& element = elements.at(r, q);
+          const Pair<T> x = pair<Kind>(similarity(element, side_i, side_j), meet(r, q), n);
           T w = 0;
-          if (has(a, ROWS_ANCHOR)) {
-            const Pieces<T> y = pieces<Kind>(x, side_i.shift, side_i.offset, need_df, need_dtau, n);
-            add_terms(sums[r], y, x.t, side_i.center, side_i.level);
+          if (a.rows_anchor) {
+            const Values<T> y = values<Kind>(x, side_i.shift, side_i.argument_offset, need_df, need_dtau, n);
+            add_terms(sums[r], y, x.t, side_i);
             w += weigh(y, x.t, side_i);
           }
-          if (has(a, COLS_ANCHOR)) {
-            const Pieces<T> y = pieces<Kind>(x, side_j.shift, side_j.offset, need_df, need_dtau, n);
+          if (a.cols_anchor) {
+            const Values<T> y = values<Kind>(x, side_j.shift, side_j.argument_offset, need_df, need_dtau, n);
             w += weigh(y, x.t, side_j);
           }
-          if (!counts) w = 0;  // 0·∞ where a gain or a level is infinite
-          w_sums[r] += w;
+          if (!x.counts) w = 0;  // 0·∞ where a row weight or a baseline is infinite
+          weight_sums[r] += w;
           element = w * side_j.scale;
         }
       }
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        add(total(r, TERM_COUNT), lost(r, TERM_COUNT), w_sums[r]);
+      for (int r = 0; r < Fragment::ROWS; ++r) {
+        totals.add(r, OF_WEIGHTS, weight_sums[r]);
 #pragma unroll
-        for (int k = 0; k < TERM_COUNT; ++k) add(total(r, k), lost(r, k), sums[r][k]);
+        for (int k = 0; k < SUM_COUNT; ++k) totals.add(r, k, sums[r][k]);
       }
     };
 
-    const T no_shift = a.form == FIXED ? n.middle : T(0);
-    walk<E, CHUNKS, ALL_SCALARS>(a, ring, block, no_shift, 1 / unit_of<T>(a), [&](T(&s)[8][4], const TileAt<T>& tile) {
-      const uint32_t keep = tile.masked ? counted(a, block, tile.tile) : ~0u;
-      scratch.put(s);
-      with_kind<T>(a.kind, [&](auto kind) { weights_of(kind, keep, tile); });
-      if (a.gradient == NO_GRADIENT) return;
+    const T no_shift = a.form == Form::CONSTANT ? T(a.constant_shift) : T(0);
+    walk<E, CHUNKS, ALL_SCALARS>(a, schedule, block, no_shift, 1 / unit_of<T>(a), [&](T(&s)[8][4], const TileAt<T>& tile) {
+      const Meeting meet = tile.masked ? Meeting::of(a, block, tile.tile) : Meeting{};
+      elements.put(s);
+      with_kind<T>(a.kind, [&](auto kind) { weights_of(kind, meet, tile); });
+      if (a.gradient == Gradient::NONE) return;
       if constexpr (CHUNKS) {
-        scratch.get(s);
+        elements.get(s);
         write_weights<E>(a, tile.tile, s);
       } else if constexpr (E::TENSOR_CORES) {
-        scratch.get(s);
+        elements.get(s);
         E::gradient(acc, s, tile.features);
       } else {
         device::sync_warp();  // the weights of a row are in four lanes
-        E::gradient(acc, scratch.x, tile.features);
+        E::gradient(acc, elements.x, tile.features);
       }
     });
     if constexpr (!CHUNKS) {
-      if (a.gradient == PRODUCT) write_gradient<E>(a, block, acc);
+      if (a.gradient == Gradient::PRODUCT) write_gradient<E>(a, block, acc);
     }
     const T unit = unit_of<T>(a);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const Place place = row_place(a, block, lane.row + 8 * r);
-      const bool writes = place.keep && lane.t == 0;
-      const T w = row_sum(total(r, TERM_COUNT)) * unit;
-      if (writes && a.w_sums) static_cast<T*>(a.w_sums)[device::block_y() * a.n + place.row] = w;
+    for (int r = 0; r < Fragment::ROWS; ++r) {
+      const Place place = row_place(a, block, fragment.row(r));
+      const bool writes = place.keep && fragment.quad == 0;
+      const T weights = row_sum(totals.total(r, OF_WEIGHTS)) * unit;
+      if (writes && a.weight_sums) static_cast<T*>(a.weight_sums)[device::block_y() * a.n + place.row] = weights;
 #pragma unroll
-      for (int k = 0; k < TERM_COUNT; ++k) {
-        const T sum = row_sum(total(r, k));
-        if (writes && a.row_of_term[k] >= 0 && has(a, ROWS_ANCHOR))
-          slot<T>(a, a.sums, device::block_y(), 0)[a.row_of_term[k] * a.anchors + place.row] = sum;
+      for (int k = 0; k < SUM_COUNT; ++k) {
+        const T sum = row_sum(totals.total(r, k));
+        if (writes && a.row_of_term[k] >= 0 && a.rows_anchor)
+          slice<T>(a, device::block_y(), 0)[a.row_of_term[k] * a.anchors + place.row] = sum;
       }
     }
   }

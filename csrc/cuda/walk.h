@@ -7,13 +7,11 @@
 
 namespace alphacl {
 
-constexpr int STAGES = 2;  // tiles in shared memory: one being multiplied, one on its way
-
-DEVICE bool has(const Sweep& a, int32_t flag) { return (a.flags & flag) != 0; }
+constexpr int STAGES = 2;  // tiles in shared memory: one is multiplied while the other is being copied
 
 // Where a row of a block is: of two views a block holds 32 pairs, first the rows of one view, then their partners.
 struct Place {
-  int64_t row;   // physical; of a row that does not exist some other's
+  int64_t row;   // of f; of a row that does not exist some other's
   int64_t pair;  // rows of the two sides with the same number are the same pair
   bool keep;     // the row exists
   DEVICE Place(int64_t block, int i, int64_t n, int64_t start, int64_t half, bool paired) {
@@ -24,58 +22,61 @@ struct Place {
   }
 };
 DEVICE Place row_place(const Sweep& a, int64_t block, int i) {
-  return Place(block, i, a.n_rows, a.row_start, a.half, has(a, ROWS_PAIRED));
+  return Place(block, i, a.n_rows, a.row_start, a.half, a.rows_paired);
 }
 DEVICE Place column_place(const Sweep& a, int64_t tile, int j) {
-  return Place(tile, j, a.n_cols, a.col_start, a.half, has(a, COLS_PAIRED));
+  return Place(tile, j, a.n_cols, a.col_start, a.half, a.cols_paired);
 }
 
-// The positions [begin, end) of a part of a block's ring of column tiles; position 0 is the tile that begins with the block's
-// first pair. The first `special` positions hold pairs that do not count.
-struct Ring {
+// The order in which a block meets the column tiles: a ring that starts with the tile of the block's first pair. A split takes
+// the positions [begin, end). The first `special` positions hold pairs that do not meet.
+struct Schedule {
   int64_t tiles, first;
   int begin, end, special;
   bool ragged;  // the last tile holds columns that do not exist
-  DEVICE Ring(const Sweep& a, int64_t block, int part) {
-    const int row_pairs = has(a, ROWS_PAIRED) ? SIDE / 2 : SIDE, col_pairs = has(a, COLS_PAIRED) ? SIDE / 2 : SIDE;
+  DEVICE Schedule(const Sweep& a, int64_t block, int split) {
+    const int row_pairs = a.rows_paired ? SIDE / 2 : SIDE, column_pairs = a.cols_paired ? SIDE / 2 : SIDE;
     tiles = (a.n_cols + SIDE - 1) / SIDE;
-    first = block * row_pairs / col_pairs;
-    special = has(a, EXCLUDE) ? int((block * row_pairs + row_pairs - 1) / col_pairs - first) + 1 : 0;
+    first = block * row_pairs / column_pairs;
+    special = a.exclude ? int((block * row_pairs + row_pairs - 1) / column_pairs - first) + 1 : 0;
     first %= tiles;
     begin = a.begin, end = a.end;
     // Half way round an even ring both ends meet: the first half of the blocks serves that tile.
-    if (has(a, TRIANGLE) && has(a, BOTH) && tiles % 2 == 0 && block >= tiles / 2 && end > tiles / 2) end = int(tiles / 2);
-    if (has(a, BOTH) && (block + 1) * SIDE > a.n_rows) special = end;  // rows that do not exist must not count for columns
-    const int each = (end - begin + a.parts - 1) / a.parts;
-    begin = begin + part * each < end ? begin + part * each : end;
+    if (a.triangle && a.symmetric && tiles % 2 == 0 && block >= tiles / 2 && end > tiles / 2) end = int(tiles / 2);
+    if (a.symmetric && (block + 1) * SIDE > a.n_rows) special = end;  // rows that do not exist must not count for columns
+    const int each = (end - begin + a.splits - 1) / a.splits;
+    begin = begin + split * each < end ? begin + split * each : end;
     end = begin + each < end ? begin + each : end;
     ragged = a.n_cols % SIDE != 0;
   }
-  DEVICE int64_t tile(int at) const { return (first + at) % tiles; }
-  DEVICE bool masked(int at) const { return at < special || (ragged && tile(at) == tiles - 1); }
+  DEVICE int64_t tile(int position) const { return (first + position) % tiles; }
+  DEVICE bool masked(int position) const { return position < special || (ragged && tile(position) == tiles - 1); }
 };
 
-// Row scalars of one side in shared memory: vector v of row i at v·SIDE + i.
-enum Scalar : int { SCALE = 0, BIAS = 1, CENTER = 2, GAIN = 3, SHIFT = 4, OFFSET = 5, LEVEL = 6, ALL_SCALARS = 7 };
+// Row scalars of one side in shared memory: vector v of row i is at v·SIDE + i.
+enum Scalar : int {
+  SCALE = 0, BIAS = 1, MOMENT_ORIGIN = 2, ROW_WEIGHT = 3, SHIFT = 4, ARGUMENT_OFFSET = 5, BASELINE = 6, ALL_SCALARS = 7
+};
+// Fast kernels need two: the scale, and the row weight (pair_grad) or the moment's origin (row_sums).
+constexpr int FAST_SCALARS = 2, SECOND = 1;
 
 template <class T, int COUNT> struct Scalars {
   T x[COUNT];
 };
-// Fast kernels need the scale and one vector more, the others all.
 template <class T, int COUNT> DEVICE Scalars<T, COUNT> scalars(const Sweep& a, int64_t row, bool anchor, T no_shift, T inv_unit) {
   const auto get = [row](const void* v, T absent) { return v ? static_cast<const T*>(v)[row] : absent; };
   const auto of_anchor = [&](const void* v, T absent) { return anchor ? get(v, absent) : absent; };
   Scalars<T, COUNT> s;
   s.x[SCALE] = get(a.scale, 1);
-  if constexpr (COUNT == 2) {
-    s.x[1] = a.gain ? of_anchor(a.gain, 0) * inv_unit : of_anchor(a.center, 0);
+  if constexpr (COUNT == FAST_SCALARS) {
+    s.x[SECOND] = a.pair_grad ? of_anchor(a.row_weight, 0) * inv_unit : of_anchor(a.moment_origin, 0);
   } else {
     s.x[BIAS] = get(a.bias, 0);
-    s.x[CENTER] = of_anchor(a.center, 0);
-    s.x[GAIN] = of_anchor(a.gain, 0) * inv_unit;
+    s.x[MOMENT_ORIGIN] = of_anchor(a.moment_origin, 0);
+    s.x[ROW_WEIGHT] = of_anchor(a.row_weight, 0) * inv_unit;
     s.x[SHIFT] = of_anchor(a.shift, no_shift);
-    s.x[OFFSET] = of_anchor(a.offset, 0);
-    s.x[LEVEL] = of_anchor(a.level, 0);
+    s.x[ARGUMENT_OFFSET] = of_anchor(a.argument_offset, 0);
+    s.x[BASELINE] = of_anchor(a.baseline, 0);
   }
   return s;
 }
@@ -105,7 +106,7 @@ template <class E, class Where> DEVICE void fetch(const Sweep& a, unsigned char*
   for (int i = device::thread() / CHUNKS; i < SIDE; i += STEP) {
     const Element* source = f + place(i).row * a.stride + feature;
     unsigned char* target = to + i * E::PITCH + 16 * chunk;
-    if (has(a, ALIGNED)) {
+    if (a.aligned) {
       device::copy16(target, left > 0 ? source : f, left >= PER ? 16 : left > 0 ? left * int(sizeof(Element)) : 0);
     } else {
       for (int e = 0; e < PER; ++e) reinterpret_cast<Element*>(target)[e] = e < left ? source[e] : Element(0);
@@ -113,24 +114,24 @@ template <class E, class Where> DEVICE void fetch(const Sweep& a, unsigned char*
   }
 }
 
-// One tile, when its similarities are there.
+// A tile whose similarities are there.
 template <class T> struct TileAt {
   int64_t tile;
-  int at;
-  bool masked;  // some of its pairs do not count
+  int position;
+  bool masked;  // some of its pairs do not meet
   const T* cols;  // the columns' scalars
   const unsigned char* features;  // of its columns, where whole rows fit
 };
 
-// Calls use(s, tile) for every tile of this block's part of the ring, s the products ⟨f_i, f_j⟩. Between two calls all threads
-// pass a barrier.
+// Calls use(s, tile) for every tile of this block's part of the schedule; s holds the products ⟨f_i, f_j⟩. Between two calls
+// all threads pass a barrier.
 template <class E, bool CHUNKS, int SCALARS, class Use>
-DEVICE void walk(const Sweep& a, const Ring& ring, int64_t block, typename E::T no_shift, typename E::T inv_unit, Use&& use) {
+DEVICE void walk(const Sweep& a, const Schedule& schedule, int64_t block, typename E::T no_shift, typename E::T inv_unit, Use&& use) {
   using T = typename E::T;
   using M = Memory<E, CHUNKS, SCALARS>;
   const int thread = device::thread(), chunks = CHUNKS ? (a.dim + E::K - 1) / E::K : 1;
-  const int steps = (ring.end - ring.begin) * chunks;
-  const auto tile_of = [&](int step) { return ring.tile(ring.begin + step / chunks); };
+  const int steps = (schedule.end - schedule.begin) * chunks;
+  const auto tile_of = [&](int step) { return schedule.tile(schedule.begin + step / chunks); };
 
   const auto start = [&](int step) {
     const int stage = step % STAGES, from = step % chunks * E::K;
@@ -139,7 +140,7 @@ DEVICE void walk(const Sweep& a, const Ring& ring, int64_t block, typename E::T 
     if (CHUNKS || step == 0) fetch<E>(a, M::rows(stage), from, [&](int i) { return row_place(a, block, i); });
   };
   const auto column_scalars = [&](int step) {
-    return scalars<T, SCALARS>(a, column_place(a, tile_of(step), thread).row, has(a, COLS_ANCHOR), no_shift, inv_unit);
+    return scalars<T, SCALARS>(a, column_place(a, tile_of(step), thread).row, a.cols_anchor, no_shift, inv_unit);
   };
   const auto put = [&](T* to, const Scalars<T, SCALARS>& s) {
 #pragma unroll
@@ -147,7 +148,7 @@ DEVICE void walk(const Sweep& a, const Ring& ring, int64_t block, typename E::T 
   };
 
   if (thread < SIDE)
-    put(M::row_scalars(), scalars<T, SCALARS>(a, row_place(a, block, thread).row, has(a, ROWS_ANCHOR), no_shift, inv_unit));
+    put(M::row_scalars(), scalars<T, SCALARS>(a, row_place(a, block, thread).row, a.rows_anchor, no_shift, inv_unit));
   for (int step = 0; step < STAGES - 1; ++step) {
     if (step < steps) {
       start(step);
@@ -174,8 +175,9 @@ DEVICE void walk(const Sweep& a, const Ring& ring, int64_t block, typename E::T 
     }
     E::similarities(s, M::rows(step % STAGES), M::cols(step % STAGES));
     if (step % chunks == chunks - 1) {
-      const int at = ring.begin + step / chunks;
-      use(s, TileAt<T>{ring.tile(at), at, ring.masked(at), M::col_scalars(step / chunks % STAGES), M::cols(step % STAGES)});
+      const int at = schedule.begin + step / chunks;
+      const T* cols = M::col_scalars(step / chunks % STAGES);
+      use(s, TileAt<T>{schedule.tile(at), at, schedule.masked(at), cols, M::cols(step % STAGES)});
     }
     if (scalars_too) put(M::col_scalars(next / chunks % STAGES), ahead);
   }
@@ -183,29 +185,32 @@ DEVICE void walk(const Sweep& a, const Ring& ring, int64_t block, typename E::T 
   device::sync();  // the row scalars are there even where there is no tile
 }
 
-// Which of a thread's 32 pairs count: bit 4m + e.
-DEVICE uint32_t counted(const Sweep& a, int64_t block, int64_t tile) {
-  const Lane lane;
-  uint32_t keep = 0;
-#pragma unroll 1
-  for (int r = 0; r < 2; ++r) {
-    const Place i = row_place(a, block, lane.row + 8 * r);
-#pragma unroll 1
-    for (int m = 0; m < 8; ++m)
-#pragma unroll 1
-      for (int p = 0; p < 2; ++p) {
-        const Place j = column_place(a, tile, 8 * m + 2 * lane.t + p);
-        if (i.keep && j.keep && !(has(a, EXCLUDE) && i.pair == j.pair)) keep |= 1u << (4 * m + 2 * r + p);
-      }
-  }
-  return keep;
-}
+// Which of a thread's 32 pairs meet.
+struct Meeting {
+  uint32_t bits = ~0u;
+  DEVICE bool operator()(int r, int q) const { return bits >> Fragment::number(r, q) & 1; }
 
-// A sum over a row arrives in thousands of parts: compensated. An infinite total stays what it is.
-template <class T> DEVICE void add(T& total, T& lost, T x) {
-  const T y = x - lost, sum = total + y, rest = (sum - total) - y;
+  static DEVICE Meeting of(const Sweep& a, int64_t block, int64_t tile) {
+    const Fragment fragment;
+    Meeting meeting{0};
+#pragma unroll 1
+    for (int r = 0; r < Fragment::ROWS; ++r) {
+      const Place i = row_place(a, block, fragment.row(r));
+#pragma unroll 1
+      for (int q = 0; q < Fragment::COLUMNS; ++q) {
+        const Place j = column_place(a, tile, fragment.column(q));
+        if (i.keep && j.keep && !(a.exclude && i.pair == j.pair)) meeting.bits |= 1u << Fragment::number(r, q);
+      }
+    }
+    return meeting;
+  }
+};
+
+// A sum over a row arrives in thousands of parts: Kahan's compensated sum. An infinite total stays what it is.
+template <class T> DEVICE void add(T& total, T& comp, T x) {
+  const T y = x - comp, sum = total + y, rest = (sum - total) - y;
   total = sum;
-  lost = sum - sum == 0 ? rest : T(0);
+  comp = sum - sum == 0 ? rest : T(0);
 }
 // Over the four lanes that share a row.
 template <class T> DEVICE T row_sum(T x) {
@@ -222,8 +227,12 @@ template <class T> DEVICE T column_sum(T x) {
   x += device::shuffle_xor(x, 8);
   return x + device::shuffle_xor(x, 16);
 }
-// Of 16 columns at once, each lane keeping two of them: x[2m + p] of column 8m + 2t + p in, of columns 8g + 2t + p out. HALF
-// values are sent to the lane that keeps them in each of three exchanges.
+template <class T> DEVICE T column_max(T x) {
+  for (int lanes = 4; lanes <= 16; lanes *= 2) x = larger(x, device::shuffle_xor(x, lanes));
+  return x;
+}
+// Of a thread's 16 columns at once (recursive halving): x[q] of column `column(q)` comes in, x[p] of column 8·group + 2·quad + p
+// goes out, p = 0, 1. HALF values are sent to the lane that keeps them in each of three exchanges.
 template <int HALF = 8, class T> DEVICE void column_sums(T (&x)[16]) {
   const bool upper = (device::thread() % 32 & 2 * HALF) != 0;
 #pragma unroll

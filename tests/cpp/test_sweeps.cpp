@@ -18,14 +18,6 @@
 
 using namespace alphacl;
 
-namespace alphacl {
-template <> const char* sweep<BFLOAT16>(bool, const Sweep&, int, void*);
-template <> const char* sweep<TFLOAT32>(bool, const Sweep&, int, void*);
-template <> const char* sweep<FLOAT64>(bool, const Sweep&, int, void*);
-template <> const char* rows<BFLOAT16>(bool, const PairRows&, void*);
-template <> const char* rows<FLOAT64>(bool, const PairRows&, void*);
-}  // namespace alphacl
-
 namespace {
 
 constexpr double NONE = std::numeric_limits<double>::quiet_NaN();
@@ -48,7 +40,7 @@ template <Dtype DTYPE> struct Batch {
   bool cross;
   std::vector<Element> f;
   std::vector<double> x;  // (n, dim) the features' values
-  std::vector<T> scale, center, gain, shift;
+  std::vector<T> scale, moment_origin, row_weight, shift;
   T tau = T(0.4), unit = 1;
 
   Batch(int half, int dim, bool cross) : half(half), n(2 * half), dim(dim), cross(cross) {
@@ -65,8 +57,8 @@ template <Dtype DTYPE> struct Batch {
       }
     }
     for (int i = 0; i < n; ++i) {
-      scale.push_back(T(uniform(0.5, 1.5))), center.push_back(T(uniform(-1, 1)));
-      gain.push_back(T(uniform(0.1, 1))), shift.push_back(T(uniform(-1, 1)));
+      scale.push_back(T(uniform(0.5, 1.5))), moment_origin.push_back(T(uniform(-1, 1)));
+      row_weight.push_back(T(uniform(0.1, 1))), shift.push_back(T(uniform(-1, 1)));
     }
   }
 
@@ -81,19 +73,19 @@ template <Dtype DTYPE> struct Batch {
     Sweep a{};
     a.f = f.data(), a.stride = a.dim = dim, a.n = n, a.half = half, a.anchors = n, a.tau = &tau;
     if (DTYPE == BFLOAT16) a.scale = scale.data();
-    a.center = center.data(), a.parts = 2, a.params[0] = 0.2, a.params[1] = 2, a.params[2] = 1;
+    a.moment_origin = moment_origin.data(), a.splits = 2, a.params[0] = 0.2, a.params[1] = 2, a.params[2] = 1;
     for (int& row : a.row_of_term) row = -1;
     const bool aligned = reinterpret_cast<uintptr_t>(a.f) % 16 == 0 && dim * sizeof(Element) % 16 == 0;
-    a.flags = EXCLUDE | ROWS_ANCHOR | COLS_ANCHOR | (aligned ? ALIGNED : 0) | (dim > largest_features(DTYPE) ? IN_CHUNKS : 0);
+    a.exclude = a.rows_anchor = a.cols_anchor = 1, a.aligned = aligned, a.in_chunks = dim > largest_features(DTYPE);
     return a;
   }
-  // Calls use(arguments, row blocks) for each group of rows.
-  void each_group(Sweep a, const std::function<void(Sweep&, int)>& use) const {
+  // Calls use(arguments) for each region.
+  void each_region(Sweep a, const std::function<void(Sweep&)>& use) const {
     for (int side = 0; side < (cross ? 2 : 1); ++side) {
       a.n_rows = a.n_cols = cross ? half : n;
       a.row_start = side * half, a.col_start = cross ? half - side * half : 0;
-      if (!cross) a.flags |= TRIANGLE | ROWS_PAIRED | COLS_PAIRED;
-      use(a, int((a.n_rows + 63) / 64));
+      a.triangle = a.rows_paired = a.cols_paired = !cross, a.row_blocks = int((a.n_rows + 63) / 64);
+      use(a);
     }
   }
 };
@@ -108,74 +100,70 @@ void fine(const std::string& what, const char* error) {
 
 double log_f(int kind, double t, double tau) { return kind == EXP ? t / tau : -std::log(std::pow(std::max(0.2 - t, 0.0), 2) + tau); }
 
-// Sums of f and f·(t − center) of log kinds, and of max(x + 0.2, 0) and its derivative.
-template <Dtype DTYPE> void sums(const Batch<DTYPE>& b, int kind, int form, bool both, double bound) {
+// Sums of f and f·(t − moment_origin) of log kinds, and of max(x + 0.2, 0) and its derivative.
+template <Dtype DTYPE> void sums(const Batch<DTYPE>& b, int kind, Form form, bool symmetric, double bound) {
   using T = typename Batch<DTYPE>::T;
   const std::string name = "row_sums dtype " + std::to_string(DTYPE) + " kind " + std::to_string(kind) + " form " +
-                           std::to_string(form) + (both ? " both" : "") + (b.cross ? " cross" : "");
-  const int bases = form == RUNNING || form == MAXIMUM, terms = form == MAXIMUM ? 0 : 2;
-  const int tiles = int(((b.cross ? b.half : b.n) + 63) / 64), slots = 2 + (both ? tiles : 0);
-  std::vector<T> out(size_t(slots) * (bases + terms) * b.n, T(NONE));
+                           std::to_string(int(form)) + (symmetric ? " symmetric" : "") + (b.cross ? " cross" : "");
+  const int shifts = form == Form::ONLINE || form == Form::T_MAX, terms = form == Form::T_MAX ? 0 : 2;
+  const int tiles = int(((b.cross ? b.half : b.n) + 63) / 64), slices = 2 + (symmetric ? tiles : 0);
+  std::vector<T> out(size_t(slices) * (shifts + terms) * b.n, T(NONE));
   Sweep a = b.arguments();
-  a.out = out.data(), a.kind = kind, a.form = form, a.terms = terms, a.middle = 0.1;
-  if (form == PLAIN) a.shift = b.shift.data();
-  if (terms) a.row_of_term[TERM_F] = 1, a.row_of_term[TERM_FT] = 0;
-  int groups = 0;
-  b.each_group(a, [&](Sweep& s, int blocks) {
-    if (both && groups++) return;  // one launch serves both sides
-    s.end = both && !b.cross ? tiles / 2 + 1 : tiles, s.col_slot = 2;
-    if (both) s.flags |= BOTH;
-    fine(name, sweep<DTYPE>(false, s, blocks, nullptr));
+  a.sums = out.data(), a.kind = kind, a.form = form, a.terms = terms, a.constant_shift = 0.1;
+  if (form == Form::PLAIN) a.shift = b.shift.data();
+  if (terms) a.row_of_term[F] = 1, a.row_of_term[F_MOMENT] = 0;
+  int regions = 0;
+  b.each_region(a, [&](Sweep& s) {
+    if (symmetric && regions++) return;  // one launch serves symmetric sides
+    s.end = symmetric && !b.cross ? tiles / 2 + 1 : tiles, s.column_slice = 2;
+    s.symmetric = symmetric;
+    fine(name, sweep<DTYPE>(s, nullptr));
   });
-  const auto at = [&](int slot, int k, int i) { return double(out[(size_t(slot) * (bases + terms) + k) * b.n + i]); };
+  const auto at = [&](int slice, int k, int i) { return double(out[(size_t(slice) * (shifts + terms) + k) * b.n + i]); };
   for (int i = 0; i < b.n; ++i) {
     double f = 0, ft = 0, largest = -INFINITY;
     for (int j = 0; j < b.n; ++j) {
       if (!b.counts(i, j)) continue;
       const double t = b.similarity(i, j);
-      const double value = kind == HINGE ? std::max(t - b.shift[i] + 0.2, 0.0) : std::exp(log_f(kind, t, b.tau) - (form == FIXED ? 0.1 : 0.0));
-      f += value, ft += value * (t - b.center[i]), largest = std::max(largest, t);
+      const double value = kind == HINGE ? std::max(t - b.shift[i] + 0.2, 0.0) : std::exp(log_f(kind, t, b.tau) - (form == Form::CONSTANT ? 0.1 : 0.0));
+      f += value, ft += value * (t - b.moment_origin[i]), largest = std::max(largest, t);
     }
     double got_f = 0, got_ft = 0, got_max = -INFINITY;
-    for (int slot = 0; slot < slots; ++slot) {
+    for (int slice = 0; slice < slices; ++slice) {
       // Distance 0 of a triangle serves rows only, half way round an even ring only half of the blocks do.
-      const bool empty = both && (b.cross ? (slot < 2) != (i < b.half) : slot == 2 || (tiles % 2 == 0 && slot == slots - 1));
-      if (both && !b.cross && slot > 2 + tiles / 2) continue;
-      if (empty && (slot == 2 || b.cross)) continue;
-      const double factor = bases && terms ? std::exp(at(slot, 0, i)) : 1.0;
-      if (bases) got_max = std::max(got_max, at(slot, 0, i));
-      if (terms && factor > 0) got_ft += at(slot, bases, i) * factor, got_f += at(slot, bases + 1, i) * factor;
+      const bool empty = symmetric && (b.cross ? (slice < 2) != (i < b.half) : slice == 2 || (tiles % 2 == 0 && slice == slices - 1));
+      if (symmetric && !b.cross && slice > 2 + tiles / 2) continue;
+      if (empty && (slice == 2 || b.cross)) continue;
+      const double factor = shifts && terms ? std::exp(at(slice, 0, i)) : 1.0;
+      if (shifts) got_max = std::max(got_max, at(slice, 0, i));
+      if (terms && factor > 0) got_ft += at(slice, shifts, i) * factor, got_f += at(slice, shifts + 1, i) * factor;
     }
-    if (form == MAXIMUM) expect(name, got_max, largest, bound);
+    if (form == Form::T_MAX) expect(name, got_max, largest, bound);
     if (terms) expect(name, got_f, f, bound), expect(name, got_ft, ft, bound * std::max(1.0, f));
   }
 }
 
-template <Dtype DTYPE> void gradients(const Batch<DTYPE>& b, int kind, int form, bool both, double bound) {
+template <Dtype DTYPE> void gradients(const Batch<DTYPE>& b, int kind, Form form, double bound) {
   using T = typename Batch<DTYPE>::T;
   const std::string name = "pair_grad dtype " + std::to_string(DTYPE) + " kind " + std::to_string(kind) + " form " +
-                           std::to_string(form) + (both ? " both" : "") + (b.cross ? " cross" : "");
+                           std::to_string(int(form)) + (b.cross ? " cross" : "");
   const bool product = b.dim <= largest_features(DTYPE);
-  const int parts = both ? 1 : 2, terms = form == FIXED ? 0 : 1;
-  std::vector<T> df(product ? size_t(parts) * b.n * b.dim : 0, both ? T(0) : T(NONE));
-  std::vector<T> term_sums(size_t(parts) * terms * b.n, both ? T(0) : T(NONE));
+  const int splits = 2, terms = form == Form::CONSTANT ? 0 : 1;
+  std::vector<T> df(product ? size_t(splits) * b.n * b.dim : 0, T(NONE));
+  std::vector<T> term_sums(size_t(splits) * terms * b.n, T(NONE));
   std::vector<double> total(size_t(b.n) * b.dim, 0.0);
   using W = std::conditional_t<DTYPE == BFLOAT16, uint16_t, T>;
   Sweep a = b.arguments();
-  a.kind = kind, a.form = form, a.gain = b.gain.data(), a.unit = &b.unit, a.n_out = b.n, a.middle = 0.1, a.parts = parts;
-  a.df = df.data(), a.terms = terms, a.gradient = product ? PRODUCT : WEIGHTS, a.weight = WEIGHT_F;
-  if (terms) a.sums = term_sums.data(), a.row_of_term[TERM_F] = 0;
-  if (form == PLAIN) a.shift = b.shift.data();
-  int groups = 0;
-  b.each_group(a, [&](Sweep& s, int blocks) {
-    if (both && groups++) return;
-    const int tiles = int((s.n_cols + 63) / 64);
-    s.end = both && !b.cross ? tiles / 2 + 1 : tiles;
-    if (both) s.flags |= BOTH;
-    std::vector<W> w(product ? 0 : size_t(blocks) * 64 * s.n_cols);
-    s.w = w.data();
-    fine(name, sweep<DTYPE>(true, s, blocks, nullptr));
-    for (size_t k = 0; k < w.size(); ++k) {  // the vendor product's place
+  a.kind = kind, a.form = form, a.row_weight = b.row_weight.data(), a.unit = &b.unit, a.n_out = b.n, a.constant_shift = 0.1, a.splits = splits;
+  a.df = df.data(), a.terms = terms, a.pair_grad = 1, a.gradient = product ? Gradient::PRODUCT : Gradient::WEIGHTS, a.weight = WEIGHT_F;
+  if (terms) a.sums = term_sums.data(), a.row_of_term[F] = 0;
+  if (form == Form::PLAIN) a.shift = b.shift.data();
+  b.each_region(a, [&](Sweep& s) {
+    s.end = int((s.n_cols + 63) / 64);
+    std::vector<W> w(product ? 0 : size_t(s.row_blocks) * 64 * s.n_cols);
+    s.weights = w.data();
+    fine(name, sweep<DTYPE>(s, nullptr));
+    for (size_t k = 0; k < w.size(); ++k) {  // the cuBLAS product's place
       const int block = int(k / s.n_cols) / 64, l = int(k / s.n_cols) % 64, j = int(s.col_start) + int(k % s.n_cols);
       const int pair = b.cross ? block * 64 + l : block * 32 + l % 32;
       if (pair >= b.half) continue;
@@ -185,7 +173,7 @@ template <Dtype DTYPE> void gradients(const Batch<DTYPE>& b, int kind, int form,
     }
   });
   for (size_t k = 0; k < total.size() && product; ++k)
-    for (int part = 0; part < parts; ++part) total[k] += double(df[part * total.size() + k]);
+    for (int split = 0; split < splits; ++split) total[k] += double(df[split * total.size() + k]);
   for (int i = 0; i < b.n; ++i) {
     std::vector<double> row(b.dim, 0.0);
     double sum = 0, size = 0;
@@ -194,15 +182,15 @@ template <Dtype DTYPE> void gradients(const Batch<DTYPE>& b, int kind, int form,
       const double t = b.similarity(i, j);
       const auto g = [&](int side) {
         if (kind == HINGE) return std::max(t - b.shift[side] + 0.2, 0.0);
-        return std::exp(log_f(kind, t, b.tau) - (form == FIXED ? 0.1 : double(b.shift[side])));
+        return std::exp(log_f(kind, t, b.tau) - (form == Form::CONSTANT ? 0.1 : double(b.shift[side])));
       };
-      const double w = g(i) * b.gain[i] + g(j) * b.gain[j];
+      const double w = g(i) * b.row_weight[i] + g(j) * b.row_weight[j];
       sum += g(i), size += w;
       for (int d = 0; d < b.dim; ++d) row[d] += w * b.x[j * b.dim + d] * (DTYPE == BFLOAT16 ? double(b.scale[j]) : 1.0);
     }
     for (int d = 0; d < b.dim; ++d) expect(name, total[size_t(i) * b.dim + d], row[d], bound * std::max(1.0, size));
     double got = 0;
-    for (int part = 0; part < parts && terms; ++part) got += double(term_sums[size_t(part) * b.n + i]);
+    for (int split = 0; split < splits && terms; ++split) got += double(term_sums[size_t(split) * b.n + i]);
     if (terms) expect(name, got, sum, std::min(bound, 1e-3));
   }
 }
@@ -211,19 +199,17 @@ template <Dtype DTYPE> void all(std::initializer_list<int> dims, double sum_boun
   for (int dim : dims)
     for (bool cross : {false, true}) {
       const Batch<DTYPE> b(cross ? 70 : 67, dim, cross);
-      const bool product = dim <= largest_features(DTYPE);
-      for (bool both : {false, true}) {
-        if (both && DTYPE != BFLOAT16) continue;
-        sums(b, EXP, FIXED, both, sum_bound);
-        sums(b, INVERSE, FIXED, both, sum_bound);
-        sums(b, HINGE, PLAIN, both, sum_bound);
-        sums(b, EXP, MAXIMUM, both, sum_bound);
-        if (both && !product) continue;
-        gradients(b, EXP, FIXED, both, gradient_bound);
-        gradients(b, EXP, PLAIN, both, gradient_bound);
-        gradients(b, HINGE, PLAIN, both, gradient_bound);
+      for (bool symmetric : {false, true}) {
+        if (symmetric && DTYPE != BFLOAT16) continue;
+        sums(b, EXP, Form::CONSTANT, symmetric, sum_bound);
+        sums(b, INVERSE, Form::CONSTANT, symmetric, sum_bound);
+        sums(b, HINGE, Form::PLAIN, symmetric, sum_bound);
+        sums(b, EXP, Form::T_MAX, symmetric, sum_bound);
       }
-      sums(b, EXP, RUNNING, false, sum_bound);
+      gradients(b, EXP, Form::CONSTANT, gradient_bound);
+      gradients(b, EXP, Form::PLAIN, gradient_bound);
+      gradients(b, HINGE, Form::PLAIN, gradient_bound);
+      sums(b, EXP, Form::ONLINE, false, sum_bound);
     }
 }
 
@@ -235,13 +221,13 @@ int main(int count, char** arguments) {
   hopper_mode = 1;
   all<BFLOAT16>({24, 300}, 1e-5, 4e-3);
   const Batch<BFLOAT16> many_tiles(260, 136, false);  // so many that the stages of the Hopper kernels go round
-  sums(many_tiles, EXP, FIXED, false, 1e-5);
-  gradients(many_tiles, EXP, FIXED, false, 4e-3);
+  sums(many_tiles, EXP, Form::CONSTANT, false, 1e-5);
+  gradients(many_tiles, EXP, Form::CONSTANT, 4e-3);
   hopper_mode = 0;
   for (bool cross : {false, true}) {
     const Batch<BFLOAT16> b(cross ? 70 : 67, 24, cross);
-    sums(b, EXP, FIXED, false, 1e-5);
-    gradients(b, EXP, FIXED, false, 4e-3);
+    sums(b, EXP, Form::CONSTANT, false, 1e-5);
+    gradients(b, EXP, Form::CONSTANT, 4e-3);
   }
   all<TFLOAT32>({20, 140}, 1e-3, 2e-3);
   all<FLOAT64>({20, 40}, 1e-12, 1e-12);

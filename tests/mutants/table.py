@@ -993,14 +993,14 @@ plant(
     "csrc/cuda/walk.h",
     (
         "last partial tile: columns that do not exist count",
-        "return at < special || (ragged && tile(at) == tiles - 1);",
-        "return at < special;",
+        "return position < special || (ragged && tile(position) == tiles - 1);",
+        "return position < special;",
         cuda(INFONCE),
     ),
     (
         "exclusion: neither the anchor itself nor its positive is masked",
-        "(block * row_pairs + row_pairs - 1) / col_pairs - first) + 1 : 0;",
-        "(block * row_pairs + row_pairs - 1) / col_pairs - first) : 0;",
+        "(block * row_pairs + row_pairs - 1) / column_pairs - first) + 1 : 0;",
+        "(block * row_pairs + row_pairs - 1) / column_pairs - first) : 0;",
         cuda(INFONCE),
     ),
     variant="FLOAT64",
@@ -1009,14 +1009,14 @@ plant(
     "csrc/cuda/sweeps.h",
     (
         "online softmax: sums so far are not rescaled to the new maximum",
-        "total(r, k) *= factor, lost(r, k) *= factor;",
-        "lost(r, k) *= factor;",
+        "total(r, k) *= factor, comp(r, k) *= factor;",
+        "comp(r, k) *= factor;",
         cuda(INFONCE),
     ),
     (
         "∂L/∂τ from pairs: the baseline is ignored",
-        "sums[TERM_DTAU] += y.dtau * (u - level);",
-        "sums[TERM_DTAU] += y.dtau * u;",
+        "sums[DTAU] += y.dtau * (moment - side.baseline);",
+        "sums[DTAU] += y.dtau * moment;",
         cuda(THROUGH),
     ),
     (
@@ -1043,9 +1043,9 @@ plant(
 plant(
     "kernels/sweeps.py",
     (
-        "split-K: the last column tiles are left out where the parts do not divide them",
-        "each = tl.cdiv(end - begin, parts)",
-        "each = (end - begin) // parts",
+        "split-K: the last column tiles are left out where the splits do not divide them",
+        "each = tl.cdiv(end - begin, splits)",
+        "each = (end - begin) // splits",
         "tests/test_triton.py::test_parts_that_do_not_divide_a_ring",
     ),
     (
@@ -1068,26 +1068,26 @@ plant(
     ),
     (
         "online softmax: a tile's sums are not rescaled to the common maximum",
-        "_times(sums, tl.exp(tile_base[0] - finite)))",
-        "sums)",
+        "_times(sums, tl.exp(tile_largest[0] - finite))",
+        "sums",
         "tests/test_backends.py::test_rectangle_of_two_processes_rows[triton-7-19-True]",
     ),
     (
         "∂L/∂τ from pairs: the baseline is ignored",
-        "return tl.sum(dtau[0] * _minus(_minus(t, side.center, axis), side.level, axis), axis)",
-        "return tl.sum(dtau[0] * _minus(t, side.center, axis), axis)",
+        "dtau[0] * _minus(_minus(t, side.moment_origin, axis), side.baseline, axis), axis",
+        "dtau[0] * _minus(t, side.moment_origin, axis), axis",
         triton(THROUGH),
     ),
     (
         "gradient through α: the baseline is ignored",
-        "g = f[0] + df[0] * _minus(_minus(t, side.center, axis), side.level, axis)",
-        "g = f[0] + df[0] * _minus(t, side.center, axis)",
+        "g = f[0] + df[0] * _minus(_minus(t, side.moment_origin, axis), side.baseline, axis)",
+        "g = f[0] + df[0] * _minus(t, side.moment_origin, axis)",
         triton(THROUGH),
     ),
     (
         "constant shift: the columns' anchors do not weigh in the gradient",
-        "return e * ((i.gain[0] * c.inv_unit)[:, None] + (j.gain[0] * c.inv_unit)[None, :])",
-        "return e * (i.gain[0] * c.inv_unit)[:, None]",
+        "(i.row_weight[0] * c.inv_unit)[:, None] + (j.row_weight[0] * c.inv_unit)[None, :]",
+        "(i.row_weight[0] * c.inv_unit)[:, None]",
         triton(INFONCE),
     ),
     (
@@ -1098,7 +1098,7 @@ plant(
     ),
     (
         "linear kinds: the offset is not added to the argument",
-        "x = x + tl.expand_dims(side.offset[0], axis)",
+        "x = x + tl.expand_dims(side.argument_offset[0], axis)",
         "x = x + 0",
         triton(SQUARE),
     ),
@@ -1106,22 +1106,22 @@ plant(
 plant(
     "kernels/rows.py",
     (
-        "split-K reduction of the online softmax: parts are added without a common shift",
+        "split-K reduction of the online softmax: splits are added without a common shift",
         "                x *= libdevice.exp(own - finite[None, :])\n",
         "                x *= 1\n",
-        "tests/test_rows.py::test_combine[2-running]",
+        "tests/test_rows.py::test_reduce_splits[2-ONLINE]",
     ),
     (
-        "split-K reduction: parts beyond the first sixteen are left out",
-        "y = tl.sum(x, 0) - lost",
-        "y = tl.sum(x, 0) * (first == 0) - lost",
-        "tests/test_rows.py::test_combine[37-plain]",
+        "split-K reduction: slices beyond the first sixteen are left out",
+        "y = tl.sum(x, 0) - comp",
+        "y = tl.sum(x, 0) * (first == 0) - comp",
+        "tests/test_rows.py::test_reduce_splits[37-PLAIN]",
     ),
     (
         "constant shift: the row weight is rescaled with the wrong sign",
-        "gain *= libdevice.exp(middle - tl.load(shift_ptr + row, mask=keep, other=0.0))",
-        "gain *= libdevice.exp(tl.load(shift_ptr + row, mask=keep, other=0.0) - middle)",
-        "tests/test_rows.py::test_gains[300-torch.float64]",
+        "weight *= libdevice.exp(constant_shift - tl.load(shift_ptr + row, mask=keep, other=0.0))",
+        "weight *= libdevice.exp(tl.load(shift_ptr + row, mask=keep, other=0.0) - constant_shift)",
+        "tests/test_rows.py::test_scaled_weights[300-torch.float64]",
     ),
     (
         "positive term: a row is pulled to itself instead of its partner",
@@ -1164,11 +1164,11 @@ plant(
     ),
 )
 plant(
-    "alphacl_fast/backend/triton.py",
+    "alphacl_fast/backend/gpu.py",
     (
-        "split-K: the gradient is the first part's",
-        "return tuple(x[0] if x.shape[0] == 1 else x.sum(0) for x in (df, w_sums, sums))",
-        "return tuple(x[0] for x in (df, w_sums, sums))",
+        "split-K: the gradient is the first split's",
+        "return tuple(x[0] if x.shape[0] == 1 else x.sum(0) for x in (df, weight_sums, sums))",
+        "return tuple(x[0] for x in (df, weight_sums, sums))",
         shared_ring(TRIPLET),
     ),
 )
