@@ -321,7 +321,7 @@ class Tracer(TorchDispatchMode):
 
     def trace(
         self,
-        function: Callable[..., Sequence[Tensor]],
+        function: Callable[..., Tensor | Sequence[Tensor]],
         vectors: Sequence[str],
         scalars: Sequence[str],
         parameters: Sequence[str] = (),
@@ -340,7 +340,7 @@ class Tracer(TorchDispatchMode):
             by_name = {name: arguments.pop(name) for name in parameters}
             with self:
                 results = function(*arguments.values(), **by_name)
-        values = [self.value(y) for y in results]
+        values = [self.value(y) for y in ([results] if isinstance(results, Tensor) else results)]
         for value in values:
             if isinstance(value, _Refused):
                 raise UnsupportedFunction(f"{self.label} uses {value.reason}")
