@@ -32,6 +32,7 @@ _STANDARD = {
 class CppPrinter(Printer):
     """C++ expressions for values; a value that is used once is written where it is used."""
 
+    language = "C++"
     flags: str  #: of a kind, as a member of its struct
     signature: str  #: of a static function ``piece`` of ``x`` and the numbers ``n``
     function: str  #: head of a function ``name`` of x and q
@@ -74,6 +75,11 @@ class CppPrinter(Printer):
 
     def type_of(self, node: Node) -> str:
         raise NotImplementedError
+
+    def template(self, node: Node) -> str:
+        if node.op.startswith("call "):  # of a `Branching`
+            return f"{node.op[5:]}<T>({{}}, {{}})"
+        return super().template(node)
 
     def code(self, node: Node, names: Mapping[Node, str]) -> str:
         template = self.template(node)
@@ -217,6 +223,7 @@ def _in_double(a: Value) -> Value:
 class CudaPrinter(CppPrinter):
     """On one pair: every value is a T."""
 
+    language = "CUDA"
     flags = "static constexpr bool LOG = {log}, LINEAR = {linear};"
     signature = "static DEVICE T {piece}(T{x}, const Numbers<T>&{n})"
     function = "DEVICE T {name}(T x, T q)"
@@ -282,7 +289,7 @@ def pair_struct(
     log, linear = (str(flag).lower() for flag in (kind.log, kind.linear_in_t))
     flags = printer.flags.format(log=log, linear=linear)
     arguments = "".join(f", int {p.upper()} = 0" for p in fixed)
-    lines = [*(f"// {line.strip()}" for line in (kind.about or "").splitlines())]
+    lines = [*(f"// {line.strip()}" for line in kind.about.splitlines())]
     lines += [f"template <class T{arguments}> struct {name} {{", f"  {flags}"]
     for piece in BoundKind._fields:
         function = getattr(kind, piece) or (lambda x, tau, **params: torch.zeros_like(x))

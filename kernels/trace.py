@@ -121,7 +121,7 @@ def _in_float32(number: float) -> bool:
 
 
 class _Triton(Printer):
-    table = _TABLE
+    language, table = "Triton", _TABLE
 
     def lower(self, node: Node, args: list[Value]) -> Value:
         if node.op != "div":

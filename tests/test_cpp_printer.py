@@ -170,11 +170,11 @@ def test_operation(library, name, piece):
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_by_name(name):
     with pytest.raises(
-        UnsupportedFunction, match=f"psi_{name} uses {REFUSED[name]}, which is not there"
+        UnsupportedFunction, match=f"psi_{name} uses {REFUSED[name]}: not in C\\+\\+"
     ):
         printed(f"psi_{name}", psi(name, "f"), 1, 1)
 
 
 def test_cuda_refuses_by_name():
-    with pytest.raises(UnsupportedFunction, match="psi uses tanh"):
+    with pytest.raises(UnsupportedFunction, match="psi uses tanh: not in CUDA"):
         statements(CudaPrinter, "psi", psi("tanh", "f"), (["x"], ["tau"]))
