@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ _STANDARD = {
 class CppPrinter(Printer):
     """C++ expressions for values; a value that is used once is written where it is used."""
 
+    language = "C++"
     flags: str  #: of a kind, as a member of its struct
     signature: str  #: of a static function ``piece`` of ``x`` and the numbers ``n``
     function: str  #: head of a function ``name`` of x and q
@@ -74,6 +75,11 @@ class CppPrinter(Printer):
 
     def type_of(self, node: Node) -> str:
         raise NotImplementedError
+
+    def template(self, node: Node) -> str:
+        if node.op.startswith("call "):  # of a `Branching`
+            return f"{node.op[5:]}<T>({{}}, {{}})"
+        return super().template(node)
 
     def code(self, node: Node, names: Mapping[Node, str]) -> str:
         template = self.template(node)
@@ -217,6 +223,7 @@ def _in_double(a: Value) -> Value:
 class CudaPrinter(CppPrinter):
     """On one pair: every value is a T."""
 
+    language = "CUDA"
     flags = "static constexpr bool LOG = {log}, LINEAR = {linear};"
     signature = "static DEVICE T {piece}(T{x}, const Numbers<T>&{n})"
     function = "DEVICE T {name}(T x, T q)"
@@ -232,30 +239,29 @@ class CudaPrinter(CppPrinter):
 
 # --- code -----------------------------------------------------------------------------------------
 
-_DTYPES = (torch.float32, torch.float64)
-
 
 def statements(
-    printer: type[CppPrinter], label: str, graphs: Sequence[list[Value]], result: str
+    printer: type[CppPrinter],
+    label: str,
+    function: Callable[..., Any],
+    names: Sequence[Sequence[str]],
+    result: str = "return {};",
+    branching: bool = False,
 ) -> list[str]:
-    """Statements that end in ``result`` with the values of the graphs in float32 and float64.
+    """Statements of a function of ``names``: vectors, scalars and parameters, as of `Tracer.trace`.
 
-    ``result`` is a template: "return {};", or "out[0] = {}; out[1] = {};".
+    They end in ``result``, a template for the values: "return {};", or "a = {}; b = {};".
     """
     printed = []
-    for dtype, graph in zip(_DTYPES, graphs, strict=True):
+    for dtype in (torch.float32, torch.float64):
+        graph = Tracer(label, dtype, branching).trace(function, *names)
         declarations, values = printer(label, dtype).print(graph)
         printed.append([*declarations, result.format(*values)])
     narrow, wide = printed
     if narrow == wide:
         return narrow
-    return [
-        "if constexpr (sizeof(T) == 4) {",
-        *_indented(narrow),
-        "} else {",
-        *_indented(wide),
-        "}",
-    ]
+    branches = [*_indented(narrow), "} else {", *_indented(wide)]
+    return ["if constexpr (sizeof(T) == 4) {", *branches, "}"]
 
 
 def _indented(lines: Sequence[str]) -> list[str]:
@@ -268,11 +274,7 @@ def branching_function(part: Branching, printer: type[CppPrinter]) -> str:
     for value in (*part.values, None):
         formula = part.function if value is None else lambda x, q=value: part.function(x, q)
         names = ["x"], ["q"] if value is None else []
-        graphs = [
-            Tracer(part.name, dtype, branching=True).trace(lambda *x, f=formula: [f(*x)], *names)
-            for dtype in _DTYPES
-        ]
-        body = statements(printer, part.name, graphs, "return {};")
+        body = statements(printer, part.name, formula, names, branching=True)
         lines += body if value is None else [f"if (q == T({value:g})) {{", *_indented(body), "}"]
     return "\n".join([lines[0], *_indented(lines[1:]), "}"])
 
@@ -287,17 +289,12 @@ def pair_struct(
     log, linear = (str(flag).lower() for flag in (kind.log, kind.linear_in_t))
     flags = printer.flags.format(log=log, linear=linear)
     arguments = "".join(f", int {p.upper()} = 0" for p in fixed)
-    lines = [*(f"// {line.strip()}" for line in (kind.about or "").splitlines())]
+    lines = [*(f"// {line.strip()}" for line in kind.about.splitlines())]
     lines += [f"template <class T{arguments}> struct {name} {{", f"  {flags}"]
     for piece in BoundKind._fields:
         function = getattr(kind, piece) or (lambda x, tau, **params: torch.zeros_like(x))
         names = ["x"], ["n.tau"], kind.parameters
-        label = f"the pair kind {name}"
-        graphs = [
-            Tracer(label, dtype).trace(lambda *x, f=function, **p: [f(*x, **p)], *names)
-            for dtype in _DTYPES
-        ]
-        body = statements(printer, label, graphs, "return {};")
+        body = statements(printer, f"the pair kind {name}", function, names)
         used = set(re.findall(r"[a-z_.]+", " ".join(body)))
         values = [
             f"{p} = " + f"{p.upper()} ? T({p.upper()}) : " * (p in fixed) + f"n.params[{k}]"

@@ -321,7 +321,7 @@ class Tracer(TorchDispatchMode):
 
     def trace(
         self,
-        function: Callable[..., Sequence[Tensor]],
+        function: Callable[..., Tensor | Sequence[Tensor]],
         vectors: Sequence[str],
         scalars: Sequence[str],
         parameters: Sequence[str] = (),
@@ -340,7 +340,7 @@ class Tracer(TorchDispatchMode):
             by_name = {name: arguments.pop(name) for name in parameters}
             with self:
                 results = function(*arguments.values(), **by_name)
-        values = [self.value(y) for y in results]
+        values = [self.value(y) for y in ([results] if isinstance(results, Tensor) else results)]
         for value in values:
             if isinstance(value, _Refused):
                 raise UnsupportedFunction(f"{self.label} uses {value.reason}")
@@ -532,6 +532,7 @@ OPERATORS = {
 class Printer:
     """Writes values as statements of a language, from a table of templates."""
 
+    language: str
     #: Operation → template with places for its operands, or a function of the node that chooses
     #: one.
     table: Mapping[str, str | Callable[[Node], str]]
@@ -561,14 +562,10 @@ class Printer:
         return template.format(*(self.operand(node, a, names) for a in node.args))
 
     def template(self, node: Node) -> str:
-        if node.op.startswith("call "):
-            return f"{node.op[5:]}<T>({{}}, {{}})"
         entry = self.table.get(node.op)
         if entry is None:
             operation = node.op.replace("to_", "a conversion to ")
-            raise UnsupportedFunction(
-                f"{self.label} uses {operation}, which is not there in this language"
-            )
+            raise UnsupportedFunction(f"{self.label} uses {operation}: not in {self.language}")
         return entry if isinstance(entry, str) else entry(node)
 
 

@@ -68,9 +68,16 @@ class BoundKind(NamedTuple):
 class PairKind(NamedTuple):
     """A pointwise function of a pair and its derivatives, ``f(x, tau, *, parameters)``.
 
-    ``log`` kinds give log f, its derivatives included. ``linear_in_t`` marks log f(t) = t/τ, whose
-    scale a backend may fold into the matrix product. A compiled backend may have a version of its
-    own for the ``common`` value of a parameter.
+    Attributes:
+        f: the function; for ``log`` kinds, its logarithm.
+        df: ∂f/∂x.
+        dtau: ∂f/∂τ, or None.
+        log: f, df and dtau belong to log f.
+        linear_in_t: log f(t) = t/τ, whose scale a backend may fold into the matrix product.
+        parameters: names of the floats in `PairFunction.params`, in their order.
+        code: the kind's number in the compiled backends; -1 if they do not have it.
+        common: values of parameters for which they have a version of their own.
+        about: the formula in words, for the generated headers.
     """
 
     f: Callable[..., Tensor]
@@ -78,12 +85,10 @@ class PairKind(NamedTuple):
     dtau: Callable[..., Tensor] | None = None
     log: bool = False
     linear_in_t: bool = False
+    parameters: tuple[str, ...] = ()
+    code: int = -1
     common: Mapping[str, float] = {}
-    code: int = -1  #: in the compiled backends, which have no user's kinds
-    parameters: tuple[
-        str, ...
-    ] = ()  #: names of the floats in `PairFunction.params`, in their order
-    about: str | None = None
+    about: str = ""
 
     def bind(self, params: tuple[float, ...]) -> BoundKind:
         values = dict(zip(self.parameters, params, strict=True))
@@ -105,14 +110,9 @@ def pair_kind(**options: Any) -> Callable[[type], PairKind]:
 
     def register(cls: type) -> PairKind:
         pieces = {name: piece for name, piece in vars(cls).items() if name in BoundKind._fields}
-        KINDS[cls.__name__.lower()] = made = PairKind(
-            **pieces,
-            **options,
-            code=len(KINDS),
-            parameters=_keywords(cls.f),
-            about=cls.__doc__,
-        )
-        return made
+        named = {"parameters": _keywords(cls.f), "code": len(KINDS), "about": cls.__doc__}
+        kind = KINDS[cls.__name__.lower()] = PairKind(**pieces, **named, **options)
+        return kind
 
     return register
 

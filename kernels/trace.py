@@ -121,7 +121,7 @@ def _in_float32(number: float) -> bool:
 
 
 class _Triton(Printer):
-    table = _TABLE
+    language, table = "Triton", _TABLE
 
     def lower(self, node: Node, args: list[Value]) -> Value:
         if node.op != "div":
@@ -206,9 +206,7 @@ def _compiled(label: str, kind: objectives.PairKind, params: tuple[float, ...]) 
     def piece(name: str, function: Any) -> Any:
         if function is None:
             return None
-        traced = [
-            Tracer(label, d).trace(lambda *x: [function(*x)], ["x"], ["tau"]) for d in _DTYPES
-        ]
+        traced = [Tracer(label, dtype).trace(function, ["x"], ["tau"]) for dtype in _DTYPES]
         return _device_function(f"pair_{name}", tuple(map(_Triton(label).body, traced)))
 
     return Traced(*(piece(*item) for item in kind.bind(params)._asdict().items()))

@@ -177,7 +177,7 @@ def unsupported(device: torch.device, dtype: torch.dtype, precision: str | None,
         return f"runs on cpu, not {device.type}"
     if _LOAD_ERROR is not None:
         return f"not compiled: {_LOAD_ERROR}"
-    if kind and kind not in KINDS:
+    if kind and (kind not in KINDS or KINDS[kind].code < 0):
         return "compiled for the built-in pair functions, not for a user's own"
     if precision not in (None, "ieee"):
         return f"multiplies float32 as IEEE says, not precision={precision!r}"
