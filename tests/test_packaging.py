@@ -170,9 +170,9 @@ print(alphacl_fast.FusedAlphaCLLoss("alpha_square")(torch.eye(4), torch.eye(4)).
 
 #: A module imports modules of the lines above its own, and none of its own line.
 LAYERS = """
-_version bundles backend.precision kernels.config kernels.sweeps
+_version bundles graph backend.precision kernels.config kernels.sweeps
 objectives
-call backend.forms backend.reference kernels.trace
+call cpp_printer backend.forms backend.reference kernels.trace
 backend.blocked backend.cpu backend.gpu kernels.rows
 backend.cuda backend.triton
 ops

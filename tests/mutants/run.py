@@ -165,6 +165,8 @@ class Checkout:
             yield f"stale: the old text occurs {text.count(mutant.old)} times in {mutant.file}"
             return
         library, folder = self.root / CPU_LIBRARY, os.path.dirname(mutant.file)
+        if folder == "csrc/generated":  # a header of one library
+            folder = f"csrc/{Path(mutant.file).name.split('_')[0]}"
         compiled = library.read_bytes() if folder == "csrc/cpu" else None
         emulated = self.environment["ALPHACL_CUDA_EMULATED"]
         file.write_text(broken)

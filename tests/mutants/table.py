@@ -433,7 +433,7 @@ plant(
         "unnormalised weights: the positive term is not divided by the divisor",
         "return replace(rows, mass=sums[0] / p.divisor, loss=sums[1])",
         "return replace(rows, mass=sums[0], loss=sums[1])",
-        blocked(direct(normalized=False)),
+        blocked(direct(normalized=False), "two_view-True-dot"),
     ),
     (
         "Newton: the bracket keeps the wrong half",
