@@ -282,7 +282,8 @@ function, terms = PairFunction("exp", (), torch.tensor(0.2), (-5.0, 5.0)), (Term
 row_sums(Rows(small), Pairing(0, 4, 8), function, RowScalars(center[:8]), terms, "", "cpu")
 before, pairing = peak(), Pairing(0, n // 2, n)
 base, total = row_sums(Rows(f), pairing, function, RowScalars(center), terms, "", "cpu")
-df, *_ = pair_grad(Rows(f), pairing, function, RowScalars(center, gain, base), Weight.F, (), (0, n), "", "cpu")
+scalars = RowScalars(center, gain, base)
+df, *_ = pair_grad(Rows(f), pairing, function, scalars, Weight.F, (), (0, n), "", "cpu")
 print(peak() - before, float(total.min()) > 0, bool(df.isfinite().all()))
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout.split()
@@ -367,7 +368,8 @@ def test_half_precision_subnormals_survive_flushing():
 def test_no_illegal_instruction_on_an_older_processor():
     code = f"""
 import ctypes
-ctypes.CDLL("libgomp.so.1", ctypes.RTLD_GLOBAL)  # torch's place is taken: torch itself would run for minutes here
+# In torch's place: torch itself would run for minutes here.
+ctypes.CDLL("libgomp.so.1", ctypes.RTLD_GLOBAL)
 library = ctypes.CDLL({str(cpu.LIBRARY)!r})
 mask = library.alphacl_cpu_instruction_sets()
 a, b = ctypes.c_int32(), ctypes.c_int32()

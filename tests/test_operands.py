@@ -16,12 +16,13 @@ from alphacl_fast.functional import alpha_cl_loss
 z1, z2 = torch.randn(2, 9, 4, dtype=torch.float64)
 truth = alpha_cl_loss(z1, z2, backend="reference")
 for backend in (name for name, reason in ops.backends().items() if reason is None):
-    torch.testing.assert_close(alpha_cl_loss(z1, z2, backend=backend), truth)  # the operand is absent
+    torch.testing.assert_close(alpha_cl_loss(z1, z2, backend=backend), truth)  # without the operand
 bucket, zero = torch.tensor([0, 1, 1, 0, 2, 0, 1, 2, 0], dtype=torch.int32), z1.new_zeros(9)
 function = PairFunction("exp", (), torch.tensor(0.5, dtype=torch.float64))
-operands = Rows(z1), Pairing(0, 0, 9, bucket=bucket), function, RowScalars(zero), (Term.SHIFT, Term.F)
-shift, total = ops.row_sums(*operands, "", "blocked")
-t = (z1 @ z1.t() / 0.5).masked_fill((bucket[:, None] != bucket) | torch.eye(9, dtype=torch.bool), -torch.inf)
+operands = Rows(z1), Pairing(0, 0, 9, bucket=bucket), function, RowScalars(zero)
+shift, total = ops.row_sums(*operands, (Term.SHIFT, Term.F), "", "blocked")
+excluded = (bucket[:, None] != bucket) | torch.eye(9, dtype=torch.bool)
+t = (z1 @ z1.t() / 0.5).masked_fill(excluded, -torch.inf)
 torch.testing.assert_close(shift + total.log(), t.logsumexp(1))
 place = torch.device("cpu"), torch.float64, None, "exp", ("bucket",)
 print(ops.choose("auto", *place)[0], ops.unsupported("cpu", *place))
