@@ -143,8 +143,8 @@ class Sweeps:
         sums = self.row_sums(terms, RowScalars(origin, shift=shift, argument_offset=argument_offset))
         if self.same_id is None:
             return sums
-        # Sums over no negatives become those of one pair with f = 1: every formula is finite there, and
-        # `solve` drops the result.
+        # An empty sum becomes the sum over one pair with f = 1, where every formula is finite; `solve` drops
+        # the result.
         head = sum(term >= Term.SHIFT for term in terms)
         largest = torch.where(sums[:head] == -torch.inf, 0.0, sums[:head])
         return torch.cat([largest, torch.where(self.same_id.empty, 1.0, sums[head:])])
@@ -243,8 +243,8 @@ def mean_negative(
     It costs O(n·D) for the first power and O(n·D²) for the second.
 
     Args:
-        all_reduce_sum: adds up what other holders of rows have: negatives are all rows, ``rows`` those of
-            this process.
+        all_reduce_sum: adds a tensor up over the ranks: all their rows are negatives, ``rows`` holds the
+            rows of this one.
         same_id: rows with the anchor's id do not count (power 1 only); the mean is 0 where none is left.
     """
     left, right = rows, rows

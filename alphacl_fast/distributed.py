@@ -1,6 +1,6 @@
 """One batch over many processes: every rank passes its own pairs and gets the loss of all of them.
 
-Each rank's gradient is that of Σ_r L_r: `FusedAlphaCLLoss(process_group=…)` gives rank r of P the derivative of
+Each rank differentiates Σ_r L_r: `FusedAlphaCLLoss(process_group=…)` gives rank r of P the derivative of
 Σ_r′ L_r′ in its own rows. With "mean" and "sum" every L_r′ is the loss of the whole batch, so the gradient is P
 times that of one process, and the average that DDP and FSDP take of the parameters' gradients is exact.
 

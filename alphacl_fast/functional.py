@@ -66,7 +66,7 @@ def alpha_cl_loss(
         process_group: a `torch.distributed.ProcessGroup` or "world", whose ranks share one batch. Each
             rank passes its own pairs (any number) and receives the loss of the whole batch or, with
             reduction="none", the losses of its own anchors. All ranks must make the same call. Each
-            rank's gradient is that of Σ_r L_r, so DDP's or FSDP's averaging gives the gradient of the
+            rank differentiates Σ_r L_r, so DDP's or FSDP's averaging gives the gradient of the
             whole batch; the temperature's gradient is that average on every rank. Unless
             reduction="none", the incoming gradient must be the same on all ranks. None: this process
             alone.

@@ -51,7 +51,7 @@ class Tile(NamedTuple):
 class Importances:
     """The solved pair weights of one batch: a few numbers per anchor, from which any α_ij follows.
 
-    The arguments are those of `alphacl_fast.functional.alpha_cl_loss`; z1, z2 (N, D) are detached.
+    Arguments: see `alphacl_fast.functional.alpha_cl_loss`; z1, z2 (N, D) are detached.
 
     Attributes:
         anchors: 2N for two_view and symmetric cross_view (both towers, [z1; z2]); else N.

@@ -1,4 +1,4 @@
-"""`verify_distributed`: the loss of a live process group against that of one process.
+"""`verify_distributed`: compares a live process group's loss with one process's.
 
     torchrun --nproc-per-node=4 -m alphacl_fast.verify
 

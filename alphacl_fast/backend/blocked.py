@@ -1,12 +1,14 @@
-"""The two sweeps as a loop over tiles of vendor matrix products: any device, any pair kind, O(n·(D + tile)) memory.
+"""The two sweeps as a loop over tiles of matrix products: any device, any pair kind, O(n·(D + tile)) memory.
 
-A tile (I, J) of similarities t is computed once per sweep. In a triangle sweep (``split == 0``) it serves the anchors
-of I by reduction over its columns and those of J by reduction over its rows; so it does in a rectangle sweep
-(rows [0, split) against [split, n)) when the second block's rows are anchors too. Arguments: docs/design.md.
+A sweep computes each tile (I, J) of similarities t once. In a triangle sweep (``split == 0``) the tile serves
+the anchors of I by reduction over its columns and the anchors of J by reduction over its rows. In a rectangle
+sweep (rows [0, split) against [split, n)) it does so when the second block's rows are anchors too. Operands:
+docs/design.md.
 
-On a CPU a few workers take the tiles in turn, each with one thread (or its share of them) and accumulators of its own: a
-tile stays in one core's cache, and nobody waits at a barrier per operation, which on a busy machine costs a factor of
-five. Tiles are dealt out by number and results merged in order, so a fixed thread count gives the same bits every time.
+On a CPU a few workers take the tiles in turn, each with one thread (or its share of the threads) and its own
+accumulators. A tile stays in one core's cache, and no operation ends at a barrier, which would cost a factor
+of five on a busy machine. Tiles are dealt out by number and results merged in order, so a fixed thread count
+gives the same bits every time.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ SIDE, HOPPER_SIDE = 64, 128
 LARGEST = {"bf16": 256, "fp16": 256, "tf32": 128, "fp32": 64, "fp64": 32}
 #: The same where a block has less shared memory (sm_86, sm_89); float64 is not served there.
 LARGEST_OF_SMALL = {"bf16": 128, "fp16": 128, "tf32": 64, "fp32": 64}
-#: Bytes of shared memory that all kernels find room in, and those of `LARGEST_OF_SMALL`.
+#: Bytes of shared memory that all kernels fit into, and the kernels of `LARGEST_OF_SMALL`.
 SHARED_MEMORY, SMALL_SHARED_MEMORY = 163 << 10, 99 << 10
 
 

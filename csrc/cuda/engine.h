@@ -143,7 +143,7 @@ template <int FEATURES> struct Tf32 {
   }
 };
 
-// float and double rows by multiply-adds. W comes from shared memory (`SharedTile`), for a lane needs those of its whole row.
+// float and double rows by multiply-adds. W comes from shared memory (`SharedTile`), because a lane needs the weights of its whole row.
 template <class Number, int FEATURES> struct Simt {
   using T = Number;
   using Element = Number;

@@ -21,7 +21,7 @@ DEVICE bool wants(const Sweep& a, Term term) { return a.row_of_term[term] >= 0; 
 // Whether a tile serves its columns too. Tile 0 of a triangle holds the rows themselves.
 DEVICE bool serves_columns(const Sweep& a, int position) { return !(a.triangle && position == 0); }
 
-// Whether a tile is masked, or log f affine, as types: what is compiled for each is without a choice.
+// Whether a tile is masked, or log f affine, as types: each is compiled without branches.
 struct True {
   static constexpr bool value = true;
 };
