@@ -132,7 +132,7 @@ def splits_of(blocks: int, tiles: int, device: torch.device) -> int:
 
 def regions_of(n: int, pairing: Pairing) -> list[Region]:
     """All rows: of a triangle one region, of a rectangle one per side."""
-    split, partner, anchors, _ = pairing
+    split, partner, anchors = pairing.split, pairing.partner, pairing.anchors
     if split:
         if partner not in (0, split):
             raise ValueError(f"partner must be 0 or split ({split}) in a rectangle, got {partner}")
