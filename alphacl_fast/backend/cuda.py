@@ -337,7 +337,7 @@ class _Sweep(gpu.Sweep):
     def launch(self, launch: gpu.Launch) -> None:
         region, device, wide, low = launch.region, self.f.device, self.tau.dtype, launch.wanted[0]
         half = self.arithmetic.weights if launch.weights is not None else wide
-        inputs = (None, *self.rows[1:], *self.scalars, self.tau, self.unit)
+        inputs = (None, *self.vectors(_INPUTS[1:-2]), self.tau, self.unit)
         outputs = (launch.sums, launch.df, launch.weight_sums, launch.weights)
         addresses = {
             name: _address(name, x, half if name == "weights" else wide, device)

@@ -228,6 +228,11 @@ class Sweep(abc.ABC):
         self.arithmetic = arithmetic(f.dtype, precision, f.device)
         self.unit: Tensor | None = None
 
+    def vectors(self, names: tuple[str, ...]) -> tuple[Tensor | None, ...]:
+        """The row vectors of these names, from the bundles; ids are for backends that serve them."""
+        known = {**self.rows._asdict(), **self.scalars._asdict(), "ids": self.pairing.ids}
+        return tuple(known[name] for name in names)
+
     @abc.abstractmethod
     def launch(self, launch: Launch) -> None:
         """Starts the kernel."""

@@ -119,7 +119,7 @@ class _Sweep(gpu.Sweep):
 
     def launch(self, launch: gpu.Launch) -> None:
         kernels, region = _kernels().sweeps, launch.region
-        vectors = kernels.Vectors(*self.rows[1:], *self.scalars, self.pairing.ids)
+        vectors = kernels.Vectors(*self.vectors(kernels.Vectors._fields))
         sides = region.n_rows, region.n_cols, region.row_start, region.col_start
         place = self.f.stride(0), *sides, self.n // 2, self.pairing.anchors
         if self.weight is None:
