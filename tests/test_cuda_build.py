@@ -215,20 +215,22 @@ def test_without_nvcc_it_installs(tmp_path):
 
 
 def test_objects_are_compiled_again_when_what_they_include_changes(tmp_path, monkeypatch):
-    shutil.copytree(ROOT / build.SOURCES, tmp_path / build.SOURCES)
+    emulator = Path("tests") / "emulator"
+    for folder in (build.SOURCES, emulator):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     monkeypatch.setattr(build, "ROOT", tmp_path)
     kernels = build.Object("FLOAT64", ("c++", "-O2"), "kernels.cu")
     host = build.Object("host", ("c++", "-O2", "-DALPHACL_EMULATED"), "kernels.cu")
 
-    def changes(name):
+    def changes(name, folder=build.SOURCES):
         before = build.key(kernels), build.key(host)
-        with (tmp_path / build.SOURCES / name).open("a") as file:
+        with (tmp_path / folder / name).open("a") as file:
             file.write("\n")
         return [a != b for a, b in zip(before, (build.key(kernels), build.key(host)), strict=True)]
 
     assert changes("pairs.h") == [True, True]
     assert changes("device_gpu.h") == [True, False]
-    assert changes("device_host.h") == [False, True]
+    assert changes("device_host.h", emulator) == [False, True]
     assert changes("driver.cpp") == [False, False]
     assert build.key(kernels) != build.key(kernels._replace(command=("c++", "-O3")))
 

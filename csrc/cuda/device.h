@@ -1,5 +1,5 @@
 // What kernel bodies may use of a GPU: nothing else of CUDA appears in them, so that a compiler for the host can build the
-// very same bodies. device_gpu.h implements it by PTX, device_host.h by fibres (ALPHACL_EMULATED).
+// very same bodies. device_gpu.h implements it by PTX, tests/emulator/device_host.h by fibres (ALPHACL_EMULATED).
 //
 //   thread(), block_x(), block_y()        position; lanes are threads modulo 32
 //   shared()                              the block's dynamic shared memory, aligned to 1024 bytes
@@ -44,7 +44,7 @@
 #include <cstdint>
 
 #ifdef ALPHACL_EMULATED
-#include "device_host.h"
+#include "../../tests/emulator/device_host.h"
 #else
 #include "device_gpu.h"
 #endif

@@ -1,4 +1,4 @@
-// The GPU as csrc/cuda/device_host.h emulates it: that primitives do what device.h and the PTX manual say, that misuse is
+// The GPU as tests/emulator/device_host.h emulates it: that primitives do what device.h and the PTX manual say, that misuse is
 // noticed, and that the order of threads is what device::schedule() says.
 //
 //   test_device                all of that
