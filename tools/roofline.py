@@ -11,9 +11,13 @@ two tiles at a time lies between ("overlapped").
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
+
+from alphacl_fast.benchmarks.report import filled, markdown
 
 SIZES = (1024, 4096, 16384, 65536, 262144, 1048576)
 DIMS = (64, 96, 128, 256, 512, 1024)
@@ -87,20 +91,17 @@ class Work:
 
     def seconds(self, device: Device) -> dict[str, float]:
         """Of each resource alone; those of an SM stand still where no program runs."""
-        of_sms = [amount / self.fill for amount in (self.flop, self.exp, self.issue, self.shuffle, self.shared)]
-        amounts = (*of_sms, self.l2, self.hbm)
-        return {name: amount / rate for (name, rate), amount in zip(device.rates().items(), amounts, strict=True)}
+        *amounts, fill = astuple(self)
+        return {
+            name: amount / rate / (1 if name in ("L2", "HBM") else fill)
+            for (name, rate), amount in zip(device.rates().items(), amounts, strict=True)
+        }
 
     def time(self, device: Device, overlap: float) -> float:
         """Seconds where a share of what can be hidden is hidden: 1 is the bound, 0 in order."""
         t = self.seconds(device)
         dependent = (t["tensor"], max(t["exp"], t["issue"]), t["shuffle"])
-        longest = max(dependent)
-        return max(*t.values(), longest + (1 - overlap) * (sum(dependent) - longest))
-
-    def binding(self, device: Device) -> str:
-        t = self.seconds(device)
-        return max(t, key=t.__getitem__)
+        return max(*t.values(), overlap * max(dependent) + (1 - overlap) * sum(dependent))
 
 
 # --- counts -------------------------------------------------------------------------------------------------------------
@@ -190,145 +191,137 @@ def forms(n: int, dim: int, device: Device, engine: str) -> tuple[dict[str, list
     return sums, gradient
 
 
-@dataclass(frozen=True)
-class Step:
-    """A predicted step: its forms, the times in seconds, and the fraction of the product's rate on 4n²D."""
+class Step(NamedTuple):
+    """A predicted step.
 
-    sums: str
-    gradient: str
-    binding: tuple[str, str]
+    Attributes:
+        time: seconds.
+        fraction: fraction of the product's rate on 4n²D.
+        sums: form of the first sweep, and the resource that limits its slowest kernel.
+        gradient: the same of the second sweep.
+    """
+
     time: float
     fraction: float
+    sums: str
+    gradient: str
 
 
 def step(n: int, dim: int, device: Device, overlap: float) -> Step:
     """The fastest combination of forms for n rows of ``dim`` features; in order (0) all kernels are plain Triton."""
-
-    def fastest(choices: dict[str, list[Work]]) -> tuple[float, str, str]:
-        times = {name: sum(w.time(device, overlap) for w in works) for name, works in choices.items()}
-        name = min(times, key=times.__getitem__)
-        slowest = max(choices[name], key=lambda w: w.time(device, overlap))
-        return times[name], name, slowest.binding(device)
-
+    total, chosen = LAUNCHES * device.gap, []
     engine = "hopper" if overlap and dim in HOPPER_DIMS else "triton"
-    sums, gradient = map(fastest, forms(n, dim, device, engine))
-    rows = sum(w.time(device, overlap) for w in row_kernels(n, dim).values())
-    total = sums[0] + gradient[0] + rows + LAUNCHES * device.gap
-    return Step(sums[1], gradient[1], (sums[2], gradient[2]), total, 4 * n * n * dim / total / device.gemm)
+    for choices in (*forms(n, dim, device, engine), {"rows": list(row_kernels(n, dim).values())}):
+        times = {name: [w.time(device, overlap) for w in works] for name, works in choices.items()}
+        name = min(times, key=lambda name: sum(times[name]))
+        total += sum(times[name])
+        slowest = choices[name][times[name].index(max(times[name]))].seconds(device)
+        chosen.append(f"{name} ({max(slowest, key=slowest.__getitem__)})")
+    return Step(total, 4 * n * n * dim / total / device.gemm, *chosen[:2])
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------------
 
-
-def _line(*cells: object) -> str:
-    return f"| {' | '.join(str(cell) for cell in cells)} |"
-
-
-def _header(*cells: str) -> list[str]:
-    return [_line(*cells), _line(*("---" for _ in cells))]
+#: Names of the degrees of overlap.
+LEVELS = {"bound": 1, "overlapped": OVERLAP, "in order": 0}
+TARGETS = ((65536, 128, 0.60), (16384, 128, 0.50), (16384, 512, 0.60), (65536, 512, 0.60))
 
 
 def _duration(seconds: float) -> str:
     ms = 1e3 * seconds
-    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}" if ms else "–"
 
 
 def _amount(x: float) -> str:
-    if not x:
-        return "–"
-    power = int(math.log10(x) // 3 * 3)
-    return f"{x / 10**power:.3g} {dict(zip(range(0, 18, 3), ' kMGTP', strict=True))[power]}"
+    power = int(math.log10(x or 1) // 3)
+    return f"{x / 1000**power:.3g} {' kMGTP'[power]}" if x else "–"
 
 
 def kernel_tables(n: int, dim: int, device: Device) -> list[str]:
     """What each kernel asks of each resource, and how long that alone would take."""
     kernels = {}
-    for engine in ("triton", *(["hopper"] if dim in HOPPER_DIMS else [])):
-        for sums_or_gradient, works in zip(("sums", "gradient"), forms(n, dim, device, engine), strict=True):
-            own = works if engine == "triton" else {"row-block": works["row-block"]}
-            kernels |= {f"{sums_or_gradient}, {form}, {engine}": w for form, w in own.items()}
-    kernels |= {name: [work] for name, work in row_kernels(n, dim).items()}
-    lines = [f"Amounts, n = {n:,}, D = {dim}:", ""]
-    amounts = ("FLOP", "exp", "instructions × lanes", "shuffles", "shared B", "L2 B", "HBM B")
-    lines += _header("kernel", *amounts, "SMs filled")
-    for name, works in kernels.items():
-        w = works[0]
-        cells = map(_amount, (w.flop, w.exp, w.issue, w.shuffle, w.shared, w.l2, w.hbm))
-        lines.append(_line(name, *cells, f"{w.fill:.2f}"))
-    lines += ["", "Milliseconds of each resource alone, and of the kernel (predictions):", ""]
-    lines += _header("kernel", *device.rates(), "bound", "overlapped", "in order")
-    for name, works in kernels.items():
-        w = works[0]
-        times = [_duration(t) if t else "–" for t in w.seconds(device).values()]
-        lines.append(_line(name, *times, *(_duration(w.time(device, overlap)) for overlap in (1, OVERLAP, 0))))
-    return lines
-
-
-def step_table(device: Device) -> list[str]:
-    lines = [f"Step times in ms and fractions of the product's rate on 4n²D, {device.name} (predictions):", ""]
-    levels = ("bound", "overlapped", "in order")
-    lines += _header("D", "n", "sums (limit)", "gradient (limit)", *levels, *(f"fraction, {level}" for level in levels))
-    for dim in DIMS:
-        for n in SIZES:
-            best, overlapped, ordered = (step(n, dim, device, overlap) for overlap in (1, OVERLAP, 0))
-            chosen = (f"{overlapped.sums} ({overlapped.binding[0]})", f"{overlapped.gradient} ({overlapped.binding[1]})")
-            lines.append(_line(
-                dim, f"{n:,}", *chosen, *(_duration(s.time) for s in (best, overlapped, ordered)),
-                *(f"{s.fraction:.2f}" for s in (best, overlapped, ordered)),
-            ))  # fmt: skip
-    return lines
-
-
-TARGETS = ((65536, 128, 0.60), (16384, 128, 0.50), (16384, 512, 0.60), (65536, 512, 0.60))
-
-
-def target_table(device: Device) -> list[str]:
-    lines = ["Against the project's targets (predictions):", ""]
-    lines += _header("n", "D", "target", "bound", "overlapped", "in order", "reached in order", "reached overlapped")
-    for n, dim, target in TARGETS:
-        fractions = [step(n, dim, device, overlap).fraction for overlap in (1, OVERLAP, 0)]
-        verdicts = ("yes" if fraction >= target else "no" for fraction in (fractions[2], fractions[1]))
-        lines.append(_line(f"{n:,}", dim, f"{target:.2f}", *(f"{fraction:.2f}" for fraction in fractions), *verdicts))
-    return lines
+    for engine in ("triton", "hopper") if dim in HOPPER_DIMS else ("triton",):
+        for sweep_name, works in zip(("sums", "gradient"), forms(n, dim, device, engine), strict=True):
+            for form, (work, *_) in works.items():
+                if engine == "triton" or form == "row-block":
+                    kernels[f"{sweep_name}, {form}, {engine}"] = work
+    kernels |= row_kernels(n, dim)
+    amounts, times = [], []
+    for name, work in kernels.items():
+        *asked, fill = astuple(work)
+        amounts.append([name, *map(_amount, asked), f"{fill:.2f}"])
+        levels = [work.time(device, overlap) for overlap in LEVELS.values()]
+        times.append([name, *map(_duration, (*work.seconds(device).values(), *levels))])
+    columns = "FLOP", "exp", "instructions × lanes", "shuffles", "shared B", "L2 B", "HBM B"
+    return [
+        f"Amounts, n = {n:,}, D = {dim}:",
+        "",
+        *markdown(["kernel", *columns, "SMs filled"], amounts),
+        "",
+        "Milliseconds of each resource alone, and of the kernel (predictions):",
+        "",
+        *markdown(["kernel", *device.rates(), *LEVELS], times),
+    ]
 
 
 def tables(device: Device) -> str:
-    parts = [target_table(device), step_table(device), kernel_tables(65536, 128, device), kernel_tables(65536, 512, device)]
-    return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
+    def steps(n: int, dim: int) -> list[Step]:
+        return [step(n, dim, device, overlap) for overlap in LEVELS.values()]
+
+    targets, every = [], []
+    for n, dim, target in TARGETS:
+        fractions = [s.fraction for s in steps(n, dim)]
+        verdicts = ["yes" if fraction >= target else "no" for fraction in fractions[:0:-1]]
+        shown = [f"{fraction:.2f}" for fraction in (target, *fractions)]
+        targets.append([f"{n:,}", dim, *shown, *verdicts])
+    for dim, n in itertools.product(DIMS, SIZES):
+        found = steps(n, dim)
+        fractions = [f"{s.fraction:.2f}" for s in found]
+        times = [_duration(s.time) for s in found]
+        every.append([dim, f"{n:,}", found[1].sums, found[1].gradient, *times, *fractions])
+    reached = "reached in order", "reached overlapped"
+    lines = [
+        "Against the project's targets (predictions):",
+        "",
+        *markdown(["n", "D", "target", *LEVELS, *reached], targets),
+        "",
+        f"Step times in ms and fractions of the product's rate on 4n²D, {device.name} (predictions):",
+        "",
+        *markdown(
+            ["D", "n", "sums (limit)", "gradient (limit)", *LEVELS, *(f"fraction, {x}" for x in LEVELS)],
+            every,
+        ),
+    ]
+    for dim in (128, 512):
+        lines += ["", *kernel_tables(65536, dim, device)]
+    return "\n".join(lines) + "\n"
 
 
-BEGIN, END = "<!-- tables: python -m tools.roofline -->\n", "<!-- end of tables -->\n"
+MARKS = "<!-- tables: python -m tools.roofline -->", "<!-- end of tables -->"
 
 
 def renewed(page: str, device: Device) -> str:
-    """A page with the tables between its markers written anew; ValueError if there are none."""
-    if BEGIN not in page or END not in page:
-        raise ValueError(f"page must hold the markers {BEGIN.strip()} and {END.strip()}, got neither or one")
-    return page.split(BEGIN)[0] + BEGIN + "\n" + tables(device) + "\n" + END + page.split(END)[1]
+    """A page with the tables between its marks written anew; ValueError if there are none."""
+    return filled(page, [tables(device)], *MARKS)
 
 
-def _parse(argv: list[str] | None) -> tuple[Device, Path | None]:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.roofline", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=sorted(DEVICES), default="H200")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a number of the device")
     parser.add_argument("--write", type=Path, metavar="FILE", help="page whose tables are renewed")
     args = parser.parse_args(argv)
     device = DEVICES[args.device]
+    numbers = {field: type(known) for field, known in vars(device).items() if field != "name"}
     for change in args.set:
         name, _, value = change.partition("=")
-        if not isinstance(getattr(device, name, None), int | float):
-            numbers = [field for field, known in vars(device).items() if isinstance(known, int | float)]
+        if name not in numbers:
             parser.error(f"--set must name one of {', '.join(numbers)}, got {name!r}")
-        device = replace(device, **{name: type(getattr(device, name))(float(value))})
-    return device, args.write
-
-
-def main(argv: list[str] | None = None) -> None:
-    device, page = _parse(argv)
-    if page is None:
+        device = replace(device, **{name: numbers[name](float(value))})
+    if args.write is None:
         print(tables(device))
     else:
-        page.write_text(renewed(page.read_text(), device))
+        args.write.write_text(renewed(args.write.read_text(), device))
 
 
 if __name__ == "__main__":
