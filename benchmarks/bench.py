@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import sys
 import time
@@ -33,13 +32,16 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 DENSE_MATRICES = 8
 
 
+def refusals(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+    """Say of each sweep backend why it does not serve a device and dtype, or None."""
+    modules = ops.SWEEP_BACKENDS.items()
+    return {name: module.unsupported(device, dtype, None, "exp") for name, module in modules}
+
+
 def default_contestants(device: torch.device) -> list[str]:
     """List the package's usable sweep backends, and the baselines for this kind of device."""
-    names = [
-        name
-        for name, module in ops.SWEEP_BACKENDS.items()
-        if module.unsupported(device, torch.float32, None, "exp") is None
-    ]
+    refused = refusals(device, torch.float32)
+    names = [name for name, reason in refused.items() if reason is None]
     gpu = device.type == "cuda"
     return names + [name for name, found in BASELINES.items() if gpu or not found.gpu_only]
 
@@ -206,23 +208,20 @@ def run(given: argparse.Namespace, fail: Callable[[str], Any], say: Callable[[st
     grid = itertools.product(given.negatives, given.objective, given.dtype, given.dim, given.n)
     settings = [loss.Setting(*reversed(point), given.tau) for point in grid]
     contestants = given.contestants or default_contestants(device)
-    start, made = time.monotonic(), 0
+    start, made, file = time.monotonic(), 0, given.out / "rows.jsonl"
     try:
         given.out.mkdir(parents=True, exist_ok=True)
-        file = (given.out / "rows.jsonl").open("a")
+        file.touch()
     except OSError as error:
         fail(f"cannot write to {given.out}: {error.strerror}")
-    with file:
-        repeats = given.repeats[0], given.repeats[-1]
-        effort = loss.Effort(repeats, given.budget, loss.GEMM)
-        for row in rows(settings, contestants, given.measure, device, effort, say):
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            made += 1
-            say(f"[{time.monotonic() - start:5.0f} s] {report.one_line(row)}")
+    effort = loss.Effort((given.repeats[0], given.repeats[-1]), given.budget, loss.GEMM)
+    for row in rows(settings, contestants, given.measure, device, effort, say):
+        report.append(file, row)
+        made += 1
+        say(f"[{time.monotonic() - start:5.0f} s] {report.one_line(row)}")
     if not made:
         fail("nothing was measured: no contestant computes these settings here")
-    written = report.write(report.read(given.out / "rows.jsonl"), given.out)
+    written = report.write(report.read(file), given.out)
     print((given.out / "tables.md").read_text())
     print(f"written: {', '.join(map(str, written))}")
     return 0

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
-import json
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +70,12 @@ def measure(
         except torch.OutOfMemoryError as problem:
             error = str(problem)[:200]
     else:
-        threads = str(torch.get_num_threads())
-        command = [sys.executable, "-m", __name__]
-        command += [json.dumps(asdict(setting)), name, str(device), threads]
+        call = f"memory.peak_extra_bytes(loss.{setting!r}, {name!r}, torch.{device!r})"
+        code = f"import torch\nfrom {__package__} import loss, memory\n"
+        code += f"torch.set_num_threads({torch.get_num_threads()})\nprint({call})"
+        command, pipes = [sys.executable, "-c", code], {"capture_output": True, "text": True}
         try:
-            child = subprocess.run(
-                command, capture_output=True, text=True, timeout=timeout, cwd=FOLDER
-            )
+            child = subprocess.run(command, **pipes, timeout=timeout, cwd=FOLDER)
             if child.returncode == 0:
                 peak = int(child.stdout.splitlines()[-1])
             else:  # killed for lack of memory, or an exception
@@ -87,19 +84,3 @@ def measure(
         except subprocess.TimeoutExpired:
             error = f"more than {timeout:g} s"
     return {**row, "peak_extra_bytes": peak, "error": error, **loss.provenance(device)}
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("setting", type=json.loads, help='such as {"n": 4096, "dim": 128}')
-    parser.add_argument("contestant")
-    parser.add_argument("device")
-    parser.add_argument("threads", type=int)
-    given = parser.parse_args(arguments)
-    torch.set_num_threads(given.threads)
-    setting = loss.Setting(**given.setting)
-    print(peak_extra_bytes(setting, given.contestant, torch.device(given.device)))
-
-
-if __name__ == "__main__":
-    main()

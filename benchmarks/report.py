@@ -12,7 +12,7 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +30,50 @@ HEADLINE_FROM = 1024
 FIT_FROM = 2048
 
 
+def lines_of(file: Path) -> list[Row]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def append(file: Path, row: Row) -> None:
+    """Append a row to a file at once."""
+    with file.open("a") as stream:
+        stream.write(json.dumps(row) + "\n")
+
+
 def read(file: Path) -> list[Row]:
     """Read the rows of a file; of repeated measurements only the newest."""
     newest: dict[tuple, Row] = {}
-    for line in file.read_text().splitlines():
-        row = json.loads(line)
+    for row in lines_of(file):
         newest[tuple(map(row.get, ("benchmark", "contestant", "n", *SHARED)))] = row
     return list(newest.values())
 
 
+#: Columns of a row's line, with their formats.
+FORMATS = {
+    "where": "{}", "median_in_gemms": "{:.4g} GEMMs", "fraction_of_gemm_rate": "{:.3f} of GEMM",
+    "median_ms": "{:.3f} ms",
+    "p20_ms": "p20 {:.3f}", "p80_ms": "p80 {:.3f}",
+    "graph_over_launched": "{:.2f} of a launched step", "speedup_over_eager": "{:.1f}x eager",
+    "speedup_over_compiled": "{:.1f}x compiled", "speedup_over_rival": "{:.2f}x as fast",
+    "launches": "{:.1f} launches", "microseconds": "{:.0f} µs", "errors_found": "{} errors",
+    "peak_extra_bytes": "+{:.2e} bytes", "gradient_error": "err {:.0e}",
+}  # fmt: skip
+
+
 def one_line(row: Row) -> str:
     """Format a row for the terminal."""
-    what = f"{row['benchmark']:13} {row['contestant']:28} {row['objective']} {row['negatives']} "
-    what += f"n={row['n']} D={row['dim']} {row['dtype']}"
-    if row["benchmark"] == "memory":
-        peak = row["peak_extra_bytes"]
-        return f"{what}: " + (f"{peak / 1e6:,.1f} MB" if peak is not None else row["error"])
-    parts = [f"{row['median_in_gemms']:.4g} of a GEMM"]
-    parts += [f"{row['median_ms']:.3f} ms"] if row.get("median_ms") else []
-    parts += [f"{row['speedup_over_eager']:.2f}x eager"] if row.get("speedup_over_eager") else []
-    return f"{what}: {', '.join(parts)}, gradient error {row['gradient_error']:.0e}"
+    who = row.get("contestant") or row.get("backend") or row.get("phase")
+    what = [row["benchmark"] if row["benchmark"] != "loss+gradient" else "", who]
+    what += [row.get(name) for name in ("objective", "dtype", "negatives")]
+    named = ["n", "dim"]
+    if row["benchmark"] == "check":
+        named += ["options", "similarity", "symmetric", "reduction", "tau"]
+    what += [f"{name}={row[name]}" for name in named if name in row]
+    what += [name for name in ("learn_tau", "deterministic", "tuned") if row.get(name)]
+    status = row.get("status", "")
+    facts = [] if status == "ok" else [f"{status.upper()} {row.get('error') or ''}".strip()[:300]]
+    facts += [form.format(row[name]) for name, form in FORMATS.items() if row.get(name) is not None]
+    return f"{' '.join(str(word) for word in what if word)}: {', '.join(filter(None, facts)) or status}"
 
 
 def best(rows: Iterable[Row], field: str) -> Row | None:
@@ -58,9 +82,9 @@ def best(rows: Iterable[Row], field: str) -> Row | None:
     return min(known, key=lambda row: row[field], default=None)
 
 
-def fitted_power(points: list[tuple[int, float]]) -> float | None:
+def fitted_power(points: dict[int, float]) -> float | None:
     """Fit p in time ∝ n^p by least squares on logarithms, n ≥ FIT_FROM; None below two points."""
-    logs = [(math.log(n), math.log(t)) for n, t in points if n >= FIT_FROM]
+    logs = [(math.log(n), math.log(t)) for n, t in points.items() if n >= FIT_FROM]
     if len(logs) < 2:
         return None
     return statistics.linear_regression(*zip(*logs, strict=True)).slope
@@ -167,7 +191,7 @@ def tables(rows: list[Row]) -> str:
         out += [*table(those, "peak_extra_bytes", megabytes), ""]
     for those in groups(rows, "loss+gradient").values():
         points = curves(those, "median_in_gemms")
-        powers = {name: fitted_power(list(curve.items())) for name, curve in points.items()}
+        powers = {name: fitted_power(curve) for name, curve in points.items()}
         shown = [f"`{name}` {power:.2f}" for name, power in powers.items() if power is not None]
         if shown:
             fit = f"with p fitted over n ≥ {FIT_FROM:,} ({problem(those[0])})"
@@ -195,42 +219,51 @@ def by_objective(rows: list[Row]) -> tuple[list[Row], list[str]]:
     return alone, lines
 
 
-def plot(rows: list[Row], path: Path) -> bool:
-    """Plot time and peak memory against n, one column per mode; False below two sizes."""
+@contextlib.contextmanager
+def figure(path: Path, rows: int, columns: int, width: float, height: float) -> Iterator[Any]:
+    """Give an array of axes, each so many inches large, to draw on, and write the figure."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
+    size = width * columns, height * rows
+    drawn, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    yield axes
+    drawn.savefig(path, dpi=110)
+    pyplot.close(drawn)
+
+
+def plot(rows: list[Row], path: Path) -> bool:
+    """Plot time and peak memory against n, one column per mode; False below two sizes."""
+    from matplotlib import colormaps
 
     timed = groups(rows, "loss+gradient")
     timed = {key: those for key, those in timed.items() if len({row["n"] for row in those}) > 1}
     if not timed:
         return False
     remembered = groups(rows, "memory")
-    figure, axes = pyplot.subplots(
-        2, len(timed), figsize=(5.2 * len(timed), 7.6), layout="constrained", squeeze=False
-    )
     names = {row["contestant"] for those in timed.values() for row in those}
     order = sorted(names, key=lambda name: (name not in OURS, name))
-    for (time, memory), (key, those) in zip(axes.T, timed.items(), strict=True):
-        peaks = curves(remembered.get(key, []), "peak_extra_bytes")
-        for name, points in curves(those, "median_in_gemms").items():
-            style = {
-                "color": pyplot.get_cmap("tab20")(order.index(name) % 20),
-                "linewidth": 2.2 if name in OURS else 1, "marker": "o", "markersize": 3,
-            }  # fmt: skip
-            power = fitted_power(list(points.items()))
-            label = f"{name}, n^{power:.2f}" if power is not None else name
-            time.loglog(*zip(*points.items(), strict=True), label=label, **style)
-            memory.loglog(*zip(*((n, y / 1e6) for n, y in peaks.get(name, {}).items() if y)), **style)
-        title = problem(those[0]).replace("`", "")
-        time.set(title=title, ylabel="loss + gradient, relative to a 4096³ GEMM")
-        memory.set(xlabel="n (rows of both views)", ylabel="peak memory on top of the inputs, MB")
-        for axis in (time, memory):
-            axis.grid(alpha=0.3)
-        time.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with figure(path, 2, len(timed), 5.2, 3.8) as axes:
+        for (time, memory), (key, those) in zip(axes.T, timed.items(), strict=True):
+            peaks = curves(remembered.get(key, []), "peak_extra_bytes")
+            for name, points in curves(those, "median_in_gemms").items():
+                style = {
+                    "color": colormaps["tab20"](order.index(name) % 20), "marker": "o", "markersize": 3,
+                    "linewidth": 2.2 if name in OURS else 1,
+                }  # fmt: skip
+                power = fitted_power(points)
+                label = f"{name}, n^{power:.2f}" if power is not None else name
+                time.loglog(points.keys(), points.values(), label=label, **style)
+                used = {n: peak / 1e6 for n, peak in peaks.get(name, {}).items() if peak}
+                memory.loglog(used.keys(), used.values(), **style)
+            title, unit = problem(those[0]).replace("`", ""), "relative to a 4096³ GEMM"
+            time.set(title=title, ylabel=f"loss + gradient, {unit}")
+            memory.set(xlabel="n (rows of both views)", ylabel="peak memory on top of the inputs, MB")
+            for axis in (time, memory):
+                axis.grid(alpha=0.3)
+            time.legend(fontsize=7)
     return True
 
 

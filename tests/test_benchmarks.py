@@ -301,8 +301,8 @@ def row(contestant, n, gemms, **other):
 
 
 def test_growth_is_fitted():
-    assert report.fitted_power([(2048, 3.0), (4096, 12.0), (8192, 48.0)]) == pytest.approx(2)
-    assert report.fitted_power([(256, 1.0), (2048, 3.0)]) is None  # one size of those that count
+    assert report.fitted_power({2048: 3.0, 4096: 12.0, 8192: 48.0}) == pytest.approx(2)
+    assert report.fitted_power({256: 1.0, 2048: 3.0}) is None  # one size of those that count
 
 
 def test_headline_compares_with_the_best_of_each_kind():

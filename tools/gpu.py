@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import importlib.util
 import itertools
-import json
 import os
 import re
 import shutil
@@ -37,7 +36,9 @@ import torch
 
 from alphacl_fast import ops
 from alphacl_fast.benchmarks.baselines import PACKAGES, serves
+from alphacl_fast.benchmarks.bench import refusals
 from alphacl_fast.benchmarks.loss import Effort, Setting
+from alphacl_fast.benchmarks.report import append, figure, lines_of, one_line
 
 from .gpu_tasks import DIMS, cases, provenance
 from .subprocess_pool import Pool, Row, Task
@@ -83,13 +84,11 @@ class Report:
         self.notes: list[str] = []
         self.shown = 0
         self.start = time.monotonic()
-        self.file = (out / "rows.jsonl").open("a")
 
     def add(self, row: Row) -> None:
         row = {**self.machine, "at_s": round(time.monotonic() - self.start, 2), **row}
         self.rows.append(row)
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        append(self.out / "rows.jsonl", row)
         interesting = row["benchmark"] != "check" and row.get("status") != "unfinished"
         if interesting or (self.failure(row) and self.shown < 12):
             self.shown += self.failure(row)
@@ -139,38 +138,10 @@ class Report:
         text = self.summary()
         (self.out / "summary.txt").write_text(text + "\n")
         print("\n" + text, flush=True)
-        self.file.close()
 
 
 def tally(counts: Counter[str]) -> str:
     return ", ".join(f"{k} {status}" for status, k in sorted(counts.items()))
-
-
-#: Columns of a row's line, with their formats.
-FORMATS = {
-    "where": "{}", "fraction_of_gemm_rate": "{:.3f} of GEMM", "median_ms": "{:.3f} ms",
-    "p20_ms": "p20 {:.3f}", "p80_ms": "p80 {:.3f}",
-    "graph_over_launched": "{:.2f} of a launched step", "speedup_over_eager": "{:.1f}x eager",
-    "speedup_over_compiled": "{:.1f}x compiled", "speedup_over_rival": "{:.2f}x as fast",
-    "launches": "{:.1f} launches", "microseconds": "{:.0f} µs", "errors_found": "{} errors",
-    "peak_extra_bytes": "+{:.2e} bytes", "gradient_error": "err {:.0e}",
-}  # fmt: skip
-
-
-def one_line(row: Row) -> str:
-    """Format a row for the terminal."""
-    who = row.get("contestant") or row.get("backend") or row.get("phase")
-    what = [row["benchmark"] if row["benchmark"] != "loss+gradient" else "", who]
-    what += [row.get(name) for name in ("objective", "dtype", "negatives")]
-    named = ["n", "dim"]
-    if row["benchmark"] == "check":
-        named += ["options", "similarity", "symmetric", "reduction", "tau"]
-    what += [f"{name}={row[name]}" for name in named if name in row]
-    what += [name for name in ("learn_tau", "deterministic", "tuned") if row.get(name)]
-    status = row.get("status", "")
-    facts = [] if status == "ok" else [f"{status.upper()} {row.get('error') or ''}"[:300]]
-    facts += [form.format(row[name]) for name, form in FORMATS.items() if row.get(name) is not None]
-    return f"{' '.join(str(word) for word in what if word)}: {', '.join(facts) or status}"
 
 
 #: (text, row filter, column, goal), for the fastest backend; bytes are to be fewer.
@@ -183,8 +154,7 @@ GOALS: list[tuple[str, Row, str, float]] = [
     ("over torch.compile", {"n": 16384}, "speedup_over_compiled", 6.0),
     ("extra bytes at n = 1,048,576", {"n": 1 << 20}, "peak_extra_bytes", 4e9),
     *(
-        (f"over {rival}", {"benchmark": "rival", "rival": rival, "negatives": "cross_view"},
-         "speedup_over_rival", 3.0)
+        (f"over {rival}", {"rival": rival}, "speedup_over_rival", 3.0)
         for rival in ("inf_cl", "cut_cross_entropy")
     ),
 ]  # fmt: skip
@@ -192,18 +162,15 @@ GOALS: list[tuple[str, Row, str, float]] = [
 
 def goals(rows: list[Row]) -> list[str]:
     """Compare goals with measurements of infonce."""
-    common = {
-        "benchmark": "loss+gradient", "objective": "infonce", "negatives": "two_view",
-        "dtype": "bfloat16", "status": "ok",
-    }  # fmt: skip
+    common = {"benchmark": "loss+gradient", "objective": "infonce", "negatives": "two_view"}
+    common |= {"dtype": "bfloat16", "status": "ok"}
     lines = []
     for what, selection, name, goal in GOALS:
-        wanted = {**common, **selection}
+        wanted = selection if "rival" in selection else {**common, **selection}
         values = [
             row[name] for row in rows
-            if wanted.items() <= {key: row.get(key) for key in wanted}.items()
+            if wanted.items() <= row.items() and row.get(name) is not None
             and row.get("contestant", row.get("backend")) in ops.SWEEP_BACKENDS
-            and row.get(name) is not None
         ]  # fmt: skip
         fewer = name == "peak_extra_bytes"
         best = (min if fewer else max)(values, default=None)
@@ -221,10 +188,7 @@ class Run:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.device, self.sizes = args, args.device, TINY if args.tiny else Sizes()
         here = torch.device(args.device)
-        why_not = {
-            name: module.unsupported(here, torch.bfloat16, None, "exp")
-            for name, module in ops.SWEEP_BACKENDS.items()
-        }
+        why_not = refusals(here, torch.bfloat16)
         self.backends = [name for name, reason in why_not.items() if reason is None]
         self.compiled = [name for name in self.backends if name != "blocked"]
         self.report = Report(args.out, provenance(here), self.backends)
@@ -433,42 +397,36 @@ def draw(out: Path) -> str:
     """Draw plots.png from rows.jsonl; return a message."""
     if importlib.util.find_spec("matplotlib") is None:
         return "plots skipped: matplotlib is not there"
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shown = {"benchmark": "loss+gradient", "status": "ok", "objective": "infonce", "negatives": "two_view"}
-    rows = map(json.loads, (out / "rows.jsonl").read_text().splitlines())
-    rows = [row for row in rows if shown.items() <= row.items()]
+    shown = {
+        "benchmark": "loss+gradient", "status": "ok", "objective": "infonce",
+        "negatives": "two_view",
+    }  # fmt: skip
+    rows = [row for row in lines_of(out / "rows.jsonl") if shown.items() <= row.items()]
     if not rows:
         return "plots skipped: no timings"
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5))
     dim = statistics.mode(row["dim"] for row in rows)
     n = statistics.mode([row["n"] for row in rows if row["dim"] != dim] or [None])
     rate, speedup = "fraction_of_gemm_rate", "speedup_over_eager"
-    for axis, fixed, x, y, label in (
-        (axes[0], {"dim": dim}, "n", rate, f"rows n, D = {dim}"),
-        (axes[1], {"n": n}, "dim", rate, f"features D, n = {n}"),
-        (axes[2], {"dim": dim}, "n", speedup, "rows n"),
-    ):
-        lines: dict[str, dict[int, float]] = defaultdict(dict)
-        for row in rows:  # of repeated points the last counts
-            drawn = y != speedup or row["contestant"] != "eager"
-            if drawn and fixed.items() <= row.items() and row[y] is not None:
-                name = f"{row['contestant']} {row['dtype']}{' tuned' * row.get('tuned', False)}"
-                lines[name][row[x]] = row[y]
-        for name, points in lines.items():
-            axis.plot(*zip(*sorted(points.items()), strict=True), marker="o", label=name)
-        axis.set(xscale="log", xlabel=label, ylabel=y.replace("_", " "))
-        axis.set_ylim(bottom=0)
-        if lines:
-            axis.legend(fontsize=7)
-    axes[2].axhline(1.0, color="grey", linewidth=0.8)
-    figure.suptitle(f"InfoNCE, two_view, loss + gradient; {rows[0]['device']}, torch {rows[0]['torch']}")
-    figure.tight_layout()
-    figure.savefig(out / "plots.png", dpi=110)
-    plt.close(figure)
+    with figure(out / "plots.png", 1, 3, 5, 4.5) as axes:
+        for axis, fixed, x, y, label in (
+            (axes[0, 0], {"dim": dim}, "n", rate, f"rows n, D = {dim}"),
+            (axes[0, 1], {"n": n}, "dim", rate, f"features D, n = {n}"),
+            (axes[0, 2], {"dim": dim}, "n", speedup, "rows n"),
+        ):
+            lines: dict[str, dict[int, float]] = defaultdict(dict)
+            for row in rows:  # of repeated points the last counts
+                drawn = y != speedup or row["contestant"] != "eager"
+                if drawn and fixed.items() <= row.items() and row[y] is not None:
+                    name = f"{row['contestant']} {row['dtype']}{' tuned' * row.get('tuned', False)}"
+                    lines[name][row[x]] = row[y]
+            for name, points in lines.items():
+                axis.plot(*zip(*sorted(points.items()), strict=True), marker="o", label=name)
+            axis.set(xscale="log", xlabel=label, ylabel=y.replace("_", " "))
+            axis.set_ylim(bottom=0)
+            if lines:
+                axis.legend(fontsize=7)
+        where = f"{rows[0]['device']}, torch {rows[0]['torch']}"
+        axes[0, 1].set_title(f"InfoNCE, two_view, loss + gradient; {where}")
     return "plots.png drawn"
 
 

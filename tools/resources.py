@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch.utils._pytree import tree_map
+
 _PTX_MMA = ("wgmma.mma_async", "mma.sync", "tcgen05.mma")
 _OPCODE = re.compile(
     r"^\s*/\*[0-9a-f]+\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE
@@ -145,7 +147,9 @@ def compile_for(
         named = {at[name] for name in divisible}
         aligned = [path for path, kind in types.items() if path in named or "*" in (kind or "")]
         attrs = {path: [["tt.divisibility", 16]] for path in aligned}
-    ordered = {name: _with_constants(given[name]) for name in fn.arg_names}
+    ordered = {
+        name: tree_map(lambda kind: kind or "constexpr", given[name]) for name in fn.arg_names
+    }
     source = ASTSource(fn, ordered, constants, dict(attrs))
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return inspect_ptx(
@@ -164,14 +168,6 @@ def _leaves(kind: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...],
             yield from _leaves(member, (*path, i))
     else:
         yield path, kind
-
-
-def _with_constants(kind: Any) -> Any:
-    """A type with "constexpr" in the place of None."""
-    if not isinstance(kind, tuple):
-        return "constexpr" if kind is None else kind
-    members = [_with_constants(member) for member in kind]
-    return type(kind)(*members) if hasattr(kind, "_fields") else tuple(members)
 
 
 def inspect_ptx(ptx: str, capability: int, *, shared: int, threads: int, tensor_memory: int = 0) -> Resources:

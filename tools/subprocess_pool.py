@@ -131,10 +131,10 @@ class Pool:
         while True:
             now = time.monotonic()
             if now >= until:
-                busy = self._busy()
-                for worker in busy:
+                unfinished = self._busy()
+                for worker in unfinished:
                     self._fail(worker, emit, "unfinished")
-                return waiting is None and not busy
+                return waiting is None and not unfinished
             while waiting and (worker := self._idle()):
                 try:
                     worker.start(waiting, self.startup)
@@ -159,13 +159,11 @@ class Pool:
 
     def _idle(self) -> _Worker | None:
         """Return a worker without a task; start one if there are fewer than ``size``."""
-        for worker in self.workers:
-            if worker.task is None:
-                return worker
-        if len(self.workers) == self.size:
-            return None
-        self.workers.append(_Worker(self.log))
-        return self.workers[-1]
+        idle = next((worker for worker in self.workers if worker.task is None), None)
+        if idle is None and len(self.workers) < self.size:
+            idle = _Worker(self.log)
+            self.workers.append(idle)
+        return idle
 
     def _receive(self, worker: _Worker, emit: Callable[[Row], None]) -> None:
         try:

@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_map
 
 from alphacl_fast import objectives
 from alphacl_fast.functional import alpha_cl_loss
@@ -116,11 +117,9 @@ def launches(c: Configuration) -> Iterator[tuple[Any, tuple, Any]]:
             yield kernel, arguments, options
 
 
-def _type(x: Any) -> Any:
+def _type(x: Any) -> str | None:
     if isinstance(x, torch.Tensor):
         return _TYPES[x.dtype]
-    if isinstance(x, tuple):
-        return type(x)(*map(_type, x))
     return None if x is None else "fp32" if isinstance(x, float) else "i32"
 
 
@@ -130,7 +129,7 @@ def survey(c: Configuration) -> list[dict[str, Any]]:
     rows = []
     for kernel, arguments, launch in launches(c):
         signature = {
-            name: _type(x)
+            name: tree_map(_type, x)
             for name, x in zip(kernel.arg_names, arguments, strict=True)
             if name != "S"
         }
