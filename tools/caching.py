@@ -8,6 +8,7 @@ small one, on random images.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import platform
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for batch in given.batches:
             row = pool.apply(measure, (batch, given.micro_batch, given.size, given.channels))
-            print(row, flush=True)
+            print(json.dumps(row), flush=True)
             append(RESULTS, row)
 
 

@@ -74,21 +74,79 @@ TINY = Sizes(
 )
 
 
-class Report:
-    """Write rows to a file at once, and lines to the screen and finally to summary.txt."""
+def tally(counts: Counter[str]) -> str:
+    return ", ".join(f"{k} {status}" for status, k in sorted(counts.items()))
 
-    def __init__(self, out: Path, machine: Row, backends: list[str]) -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        self.out, self.machine, self.backends = out, machine, backends
+
+#: (text, row filter, column, goal), for the fastest backend; bytes are to be fewer.
+GOALS: list[tuple[str, Row, str, float]] = [
+    ("n = 65,536", {"n": 65536, "dim": 128}, "fraction_of_gemm_rate", 0.60),
+    ("n = 16,384", {"n": 16384, "dim": 128}, "fraction_of_gemm_rate", 0.50),
+    ("D = 512", {"n": 32768, "dim": 512}, "fraction_of_gemm_rate", 0.60),
+    ("TF32", {"n": 16384, "dtype": "tf32"}, "fraction_of_gemm_rate", 0.50),
+    ("over eager", {"n": 16384}, "speedup_over_eager", 10.0),
+    ("over torch.compile", {"n": 16384}, "speedup_over_compiled", 6.0),
+    ("extra bytes at n = 1,048,576", {"n": 1 << 20}, "peak_extra_bytes", 4e9),
+    *(
+        (f"over {rival}", {"rival": rival}, "speedup_over_rival", 3.0)
+        for rival in ("inf_cl", "cut_cross_entropy")
+    ),
+]  # fmt: skip
+
+
+def goals(rows: list[Row]) -> list[str]:
+    """Compare goals with measurements of infonce."""
+    common = {"benchmark": "loss+gradient", "objective": "infonce", "negatives": "two_view"}
+    common |= {"dtype": "bfloat16", "status": "ok"}
+    lines = []
+    for what, selection, name, goal in GOALS:
+        wanted = selection if "rival" in selection else {**common, **selection}
+        values = [
+            row[name] for row in rows
+            if wanted.items() <= row.items() and row.get(name) is not None
+            and row.get("contestant", row.get("backend")) in ops.SWEEP_BACKENDS
+        ]  # fmt: skip
+        fewer = name == "peak_extra_bytes"
+        best = (min if fewer else max)(values, default=None)
+        verdict = "not measured"
+        if best is not None:
+            reached = best < goal if fewer else best >= goal
+            verdict = f"{best:.3g} {'reached' if reached else 'missed'}"
+        lines.append(f"goal {what}: {name} {'<' if fewer else '>='} {goal:g}: {verdict}")
+    return lines
+
+
+class Run:
+    """A run's options, clock, child process for timings, and rows.
+
+    Rows are written to a file at once, lines to the screen and finally to summary.txt.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        self.args, self.device, self.sizes = args, args.device, TINY if args.tiny else Sizes()
+        here = torch.device(args.device)
+        why_not = refusals(here, torch.bfloat16)
+        self.backends = [name for name, reason in why_not.items() if reason is None]
+        self.compiled = [name for name in self.backends if name != "blocked"]
+        self.ours = self.compiled or self.backends
+        self.machine = provenance(here)
         self.rows: list[Row] = []
         self.notes: list[str] = []
         self.shown = 0
         self.start = time.monotonic()
+        self.deadline = self.start + 60 * args.minutes
+        self.until, self.phase = self.deadline, ""
+        self.log = args.out / "workers.log"
+        # A single process, so that nothing else uses the device.
+        self.pool = Pool(min(1, args.workers), str(self.log))
+        for name, reason in why_not.items():
+            self.say(f"backend {name}: {reason or 'will be checked'}", keep=False)
 
     def add(self, row: Row) -> None:
         row = {**self.machine, "at_s": round(time.monotonic() - self.start, 2), **row}
         self.rows.append(row)
-        append(self.out / "rows.jsonl", row)
+        append(self.args.out / "rows.jsonl", row)
         interesting = row["benchmark"] != "check" and row.get("status") != "unfinished"
         if interesting or (self.failure(row) and self.shown < 12):
             self.shown += self.failure(row)
@@ -135,87 +193,14 @@ class Report:
         return "\n".join([*lines, *others, *self.notes, *goals(self.rows)])
 
     def close(self) -> None:
+        self.pool.close()
         text = self.summary()
-        (self.out / "summary.txt").write_text(text + "\n")
+        (self.args.out / "summary.txt").write_text(text + "\n")
         print("\n" + text, flush=True)
 
-
-def tally(counts: Counter[str]) -> str:
-    return ", ".join(f"{k} {status}" for status, k in sorted(counts.items()))
-
-
-#: (text, row filter, column, goal), for the fastest backend; bytes are to be fewer.
-GOALS: list[tuple[str, Row, str, float]] = [
-    ("n = 65,536", {"n": 65536, "dim": 128}, "fraction_of_gemm_rate", 0.60),
-    ("n = 16,384", {"n": 16384, "dim": 128}, "fraction_of_gemm_rate", 0.50),
-    ("D = 512", {"n": 32768, "dim": 512}, "fraction_of_gemm_rate", 0.60),
-    ("TF32", {"n": 16384, "dtype": "tf32"}, "fraction_of_gemm_rate", 0.50),
-    ("over eager", {"n": 16384}, "speedup_over_eager", 10.0),
-    ("over torch.compile", {"n": 16384}, "speedup_over_compiled", 6.0),
-    ("extra bytes at n = 1,048,576", {"n": 1 << 20}, "peak_extra_bytes", 4e9),
-    *(
-        (f"over {rival}", {"rival": rival}, "speedup_over_rival", 3.0)
-        for rival in ("inf_cl", "cut_cross_entropy")
-    ),
-]  # fmt: skip
-
-
-def goals(rows: list[Row]) -> list[str]:
-    """Compare goals with measurements of infonce."""
-    common = {"benchmark": "loss+gradient", "objective": "infonce", "negatives": "two_view"}
-    common |= {"dtype": "bfloat16", "status": "ok"}
-    lines = []
-    for what, selection, name, goal in GOALS:
-        wanted = selection if "rival" in selection else {**common, **selection}
-        values = [
-            row[name] for row in rows
-            if wanted.items() <= row.items() and row.get(name) is not None
-            and row.get("contestant", row.get("backend")) in ops.SWEEP_BACKENDS
-        ]  # fmt: skip
-        fewer = name == "peak_extra_bytes"
-        best = (min if fewer else max)(values, default=None)
-        verdict = "not measured"
-        if best is not None:
-            reached = best < goal if fewer else best >= goal
-            verdict = f"{best:.3g} {'reached' if reached else 'missed'}"
-        lines.append(f"goal {what}: {name} {'<' if fewer else '>='} {goal:g}: {verdict}")
-    return lines
-
-
-class Run:
-    """A run's options, clock and child processes."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.device, self.sizes = args, args.device, TINY if args.tiny else Sizes()
-        here = torch.device(args.device)
-        why_not = refusals(here, torch.bfloat16)
-        self.backends = [name for name, reason in why_not.items() if reason is None]
-        self.compiled = [name for name in self.backends if name != "blocked"]
-        self.report = Report(args.out, provenance(here), self.backends)
-        self.deadline = self.report.start + 60 * args.minutes
-        self.until, self.phase = self.deadline, ""
-        for name, reason in why_not.items():
-            self.report.say(f"backend {name}: {reason or 'will be checked'}", keep=False)
-        self._pool: Pool | None = None
-
-    @property
-    def log(self) -> str:
-        return str(self.args.out / "workers.log")
-
-    def pool(self) -> Pool:
-        """Return the single child process for timings, so that nothing else uses the device."""
-        if self._pool is None:
-            self._pool = Pool(min(1, self.args.workers), self.log)
-        return self._pool
-
-    def close_pool(self) -> None:
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
-
     def timed(self, tasks: Iterable[Task], emit: Callable[[Row], None] | None = None) -> None:
-        if not self.pool().run(tasks, self.until, emit or self.report.add):
-            self.report.say(f"{self.phase}: out of time, the rest was not run")
+        if not self.pool.run(tasks, self.until, emit or self.add):
+            self.say(f"{self.phase}: out of time, the rest was not run")
 
     def left(self) -> float:
         return self.until - time.monotonic()
@@ -251,18 +236,15 @@ def check(run: Run) -> None:
                 yield run.task(test, setting=run.sizes.setting(n, objective=objective), backend=name)
         yield from table
 
-    pool = Pool(run.args.workers, run.log)
-    try:
-        finished = pool.run(tasks(), run.until, run.report.add)
-    finally:
-        pool.close()
-    counts = Counter(row["status"] for row in run.report.rows if row["benchmark"] == "check")
+    with contextlib.closing(Pool(run.args.workers, str(run.log))) as pool:
+        finished = pool.run(tasks(), run.until, run.add)
+    counts = Counter(row["status"] for row in run.rows if row["benchmark"] == "check")
     not_run = 0 if finished else sum(1 for _ in cases(*every)) - counts.total()
-    run.report.say(f"check: {tally(counts)}; {not_run} cases of the table not run for want of time")
+    run.say(f"check: {tally(counts)}; {not_run} cases of the table not run for want of time")
 
 
 def headline_tasks(run: Run) -> Iterator[Task]:
-    size, ours = run.sizes.setting, run.compiled or run.backends
+    size, ours = run.sizes.setting, run.ours
     everyone = [*ours, "eager"]
     quick = {"effort": replace(run.sizes.effort, repeats=(2, 2))}
     for setting, contestants, options in (
@@ -292,11 +274,11 @@ def tune(run: Run) -> None:
     seconds = 0.6 * run.left()
     command = [sys.executable, "-m", "alphacl_fast.cli", "tune", "--out", str(table)]
     command += ["--minutes", f"{seconds / 60:.2f}"]
-    status, error = logged(command, seconds + 10, Path(run.log))
-    run.report.add({"benchmark": "tune", "backend": "triton", "status": status, "error": error})
+    status, error = logged(command, seconds + 10, run.log)
+    run.add({"benchmark": "tune", "backend": "triton", "status": status, "error": error})
     if not table.exists():
         return
-    run.close_pool()
+    run.pool.close()
     os.environ["ALPHACL_TUNED"] = str(table.resolve())
     try:
         for task in headline_tasks(run):
@@ -304,11 +286,11 @@ def tune(run: Run) -> None:
             ours = [name for name in given if name in run.compiled]
             if ours and "compiled" not in given:
                 task = replace(task, arguments={**task.arguments, "contestants": ours})
-                run.timed([task], lambda row: run.report.add({**row, "tuned": True}))
+                run.timed([task], lambda row: run.add({**row, "tuned": True}))
             if run.left() < 1:
                 break
     finally:
-        run.close_pool()
+        run.pool.close()
         del os.environ["ALPHACL_TUNED"]
 
 
@@ -331,11 +313,11 @@ def logged(command: list[str], limit: float, log: Path, **options: Any) -> tuple
 
 def rivals(run: Run) -> None:
     """Time other packages in cross_view, each beside our backends at the same precision."""
-    ours = run.compiled or run.backends
+    ours = run.ours
     timed: dict[str, Row] = {}
 
     def emit(row: Row) -> None:
-        run.report.add(row)
+        run.add(row)
         rival = row["contestant"]
         if row.get("status") == "ok":
             timed[rival] = row
@@ -344,7 +326,7 @@ def rivals(run: Run) -> None:
             for name in (name for name in ours if name in timed):
                 ratio = row["median_in_gemms"] / timed[name]["median_in_gemms"]
                 about = {"benchmark": "rival", "rival": rival, "backend": name}
-                run.report.add({**shared, **about, "speedup_over_rival": ratio})
+                run.add({**shared, **about, "speedup_over_rival": ratio})
             timed.clear()
 
     tasks = []
@@ -359,7 +341,7 @@ def sanitize(run: Run) -> None:
     """Run small ragged shapes under compute-sanitizer: memcheck, racecheck for CUDA kernels."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
-        run.report.say("sanitize skipped: compute-sanitizer is not there")
+        run.say("sanitize skipped: compute-sanitizer is not there")
         return
     log = run.args.out / "sanitize.txt"
     watches = [(name, "memcheck") for name in run.compiled] + [("cuda", "racecheck")] * ("cuda" in run.compiled)
@@ -376,7 +358,7 @@ def sanitize(run: Run) -> None:
         found = [int(k) for k in re.findall(r"ERROR SUMMARY: (\d+) error", said)]
         if status == "ok" and (not found or sum(found)):
             status, error = "failed", f"{sum(found)} errors, see {log.name}" if found else "no summary"
-        run.report.add({
+        run.add({
             "benchmark": "sanitize", "backend": name, "tool": watch, "status": status, "error": error,
             "errors_found": sum(found) if found else None,
         })  # fmt: skip
@@ -390,7 +372,7 @@ def profile(run: Run) -> None:
 
 def plots(run: Run) -> None:
     """Draw plots.png."""
-    run.report.say(draw(run.args.out), keep=False)
+    run.say(draw(run.args.out), keep=False)
 
 
 def draw(out: Path) -> str:
@@ -441,8 +423,8 @@ def perform(run: Run, phases: list[str]) -> None:
     end = run.deadline - RESERVE * min(1.0, factor)
 
     def stopped(status: str, verb: str, why: str) -> None:
-        run.report.add({"benchmark": "phase", "phase": run.phase, "status": status, "error": why})
-        run.report.say(f"{run.phase} {verb} {why}")
+        run.add({"benchmark": "phase", "phase": run.phase, "status": status, "error": why})
+        run.say(f"{run.phase} {verb} {why}")
 
     for run.phase in phases:
         now, share = time.monotonic(), SECONDS[run.phase] * factor
@@ -450,7 +432,7 @@ def perform(run: Run, phases: list[str]) -> None:
         if run.until - now < 0.15 * share:
             stopped("skipped", "skipped:", f"{max(0.0, end - now):.0f} s left")
             continue
-        run.report.say(f"{run.phase}: at most {run.until - now:.0f} s", keep=False)
+        run.say(f"{run.phase}: at most {run.until - now:.0f} s", keep=False)
         try:
             PHASES[run.phase](run)
         except Exception as error:
@@ -483,10 +465,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         perform(run, args.phases)
     finally:
-        run.close_pool()
-        run.report.close()
+        run.close()
         signal.signal(signal.SIGTERM, before)
-    return int(any(map(run.report.failure, run.report.rows)))
+    return int(any(map(run.failure, run.rows)))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -210,61 +210,56 @@ def has_tau_gradient(objective: str, options: tuple[tuple[str, Any], ...]) -> bo
     return Case("", objective, options).member().tau_gradient is not None
 
 
+def grid(**axes: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    for values in itertools.product(*axes.values()):
+        yield dict(zip(axes, values, strict=True))
+
+
 def cases(
     backends: list[str], dims: tuple[int, ...] = DIMS, pairs: tuple[int, int] = (1000, 1537)
 ) -> Iterator[Case]:
     """Yield distinct cases: the most important first, then the whole table in random order."""
     picks = random.Random(0)
     compiled = [name for name in backends if name != "blocked"] or backends
-    middle = 128 if 128 in dims else dims[0]
-
-    def sized(
-        backend: str, dtype: str, member: tuple[str, dict] = ("infonce", {}), **fields: Any
-    ) -> Case:
-        if "mode" in fields:
-            fields["negatives"], fields["symmetric"] = fields.pop("mode")
-        fields = {"pairs": picks.randint(*pairs), "dim": middle, **fields}
-        return Case(backend, member[0], tuple(member[1].items()), dtype, **fields)
-
-    def ordered() -> Iterator[Case]:
-        for name, dtype in itertools.product(backends, ARITHMETIC):
-            yield sized(name, dtype)
-            yield sized(name, dtype, deterministic=True, reduction="none", learn_tau=True)
-        every = [*MEMBERS, *((name, {}) for name in CUSTOM)]
-        for dtype, name in itertools.product(("bfloat16", "float32"), compiled):
-            for k, member in enumerate(every):
-                reduction = ("none", "mean")[k % 2]
-                yield sized(name, dtype, member, deterministic=k % 2 == 0, reduction=reduction)
-        for dtype, member, mode, similarity in itertools.product(
-            ("bfloat16", "float32"), REPRESENTATIVES, MODES, SIMILARITIES
-        ):
-            for name in backends if dtype == "float32" else compiled:
-                yield sized(
-                    name, dtype, member, mode=mode, similarity=similarity,
-                    reduction=picks.choice(("mean", "none")), deterministic=picks.random() < 0.5,
-                )  # fmt: skip
-        half = ("bfloat16", "float32", "tf32", "float16")
-        for dtype, dim, name in itertools.product(half, dims, compiled):
-            yield sized(name, dtype, (picks.choice(("infonce", "triplet")), {}), dim=dim)
-        for tau, dtype, name in itertools.product((0.05, 0.01), ("bfloat16", "float32"), compiled):
-            yield sized(name, dtype, tau=tau)
-            yield sized(name, dtype, tau=tau, learn_tau=True, negatives="cross_view")
-        axes = every, ARITHMETIC, MODES, SIMILARITIES, ("mean", "none"), (False, True)
-        table = list(itertools.product(*axes))
-        picks.shuffle(table)
-        for k, (member, dtype, mode, similarity, reduction, learn_tau) in enumerate(table):
-            for name in backends if k % 10 == 0 else compiled:
-                yield sized(
-                    name, dtype, member, mode=mode, similarity=similarity, reduction=reduction,
-                    learn_tau=learn_tau, dim=picks.choice(dims), deterministic=k % 2 == 0,
-                )  # fmt: skip
-
+    every = [*MEMBERS, *((name, {}) for name in CUSTOM)]
+    both, reductions, either = ("bfloat16", "float32"), ("mean", "none"), (False, True)
+    axes = {"mode": MODES, "similarity": SIMILARITIES}
+    table = list(
+        grid(member=every, dtype=ARITHMETIC, **axes, reduction=reductions, learn_tau=either)
+    )
+    picks.shuffle(table)
+    careful = {"reduction": "none", "deterministic": True, "learn_tau": True}
     seen: set[Case] = set()
-    for case in ordered():
-        anonymous = replace(case, pairs=0)
-        if anonymous not in seen and case.sensible():
-            seen.add(anonymous)
-            yield case
+    for fields in itertools.chain(
+        (
+            {**fields, **more}
+            for fields in grid(backend=backends, dtype=ARITHMETIC)
+            for more in ({"reduction": "mean", "deterministic": False}, careful)
+        ),
+        grid(dtype=both, backend=compiled, member=every),
+        grid(dtype=["bfloat16"], member=REPRESENTATIVES, **axes, backend=compiled),
+        grid(dtype=["float32"], member=REPRESENTATIVES, **axes, backend=backends),
+        grid(dtype=(*both, "tf32", "float16"), dim=dims, backend=compiled, member=MEMBERS[:3:2]),
+        grid(tau=(0.05, 0.01), dtype=both, backend=compiled, learn_tau=either),
+        (
+            {**fields, "dim": picks.choice(dims), "backend": name}
+            for k, fields in enumerate(table)
+            for name in (backends if k % 10 == 0 else compiled)
+        ),
+    ):  # fmt: skip
+        member, options = fields.pop("member", MEMBERS[0])
+        negatives, symmetric = fields.pop("mode", MODES[0])
+        drawn = {
+            "reduction": picks.choice(reductions), "deterministic": picks.random() < 0.5,
+            "dim": 128 if 128 in dims else dims[0],
+        }  # fmt: skip
+        case = Case(
+            objective=member, options=tuple(options.items()), negatives=negatives,
+            symmetric=symmetric, pairs=0, **drawn | fields,
+        )  # fmt: skip
+        if case not in seen and case.sensible():
+            seen.add(case)
+            yield replace(case, pairs=picks.randint(*pairs))
 
 
 def correlated_views(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -296,9 +291,9 @@ def evaluate(
         tau = torch.tensor(case.tau, dtype=wide, device=z1.device)
         inputs["dtau"] = tau.requires_grad_()
     loss = alpha_cl_loss(
-        z1, z2, case.member(), temperature=inputs.get("dtau", case.tau),
-        similarity=case.similarity, negatives=case.negatives, symmetric=case.symmetric,
-        reduction=case.reduction, backend=backend, precision=precision,
+        z1, z2, case.member(), temperature=inputs.get("dtau", case.tau), backend=backend,
+        precision=precision, similarity=case.similarity, negatives=case.negatives,
+        symmetric=case.symmetric, reduction=case.reduction,
     )  # fmt: skip
     weights = torch.full_like(loss, case.pairs)
     if case.reduction == "none":

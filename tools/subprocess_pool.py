@@ -131,10 +131,10 @@ class Pool:
         while True:
             now = time.monotonic()
             if now >= until:
-                unfinished = self._busy()
-                for worker in unfinished:
+                busy = self._busy()
+                for worker in busy:
                     self._fail(worker, emit, "unfinished")
-                return waiting is None and not unfinished
+                return waiting is None and not busy
             while waiting and (worker := self._idle()):
                 try:
                     worker.start(waiting, self.startup)
@@ -159,11 +159,13 @@ class Pool:
 
     def _idle(self) -> _Worker | None:
         """Return a worker without a task; start one if there are fewer than ``size``."""
-        idle = next((worker for worker in self.workers if worker.task is None), None)
-        if idle is None and len(self.workers) < self.size:
-            idle = _Worker(self.log)
-            self.workers.append(idle)
-        return idle
+        for worker in self.workers:
+            if worker.task is None:
+                return worker
+        if len(self.workers) == self.size:
+            return None
+        self.workers.append(_Worker(self.log))
+        return self.workers[-1]
 
     def _receive(self, worker: _Worker, emit: Callable[[Row], None]) -> None:
         try:
