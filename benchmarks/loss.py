@@ -73,8 +73,7 @@ class Setting:
     def views(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Draw two (N, D) views that require a gradient."""
         views = structured_rows(2, self.n // 2, self.dim, device, torch.float32)
-        z1, z2 = (z.to(self.torch_dtype).requires_grad_() for z in views)
-        return z1, z2
+        return tuple(z.to(self.torch_dtype).requires_grad_() for z in views)
 
 
 @dataclass(frozen=True)
@@ -382,9 +381,10 @@ def run(
     """
     torch.manual_seed(0)
     with matmul_precision(setting.dtype):
-        losses, rows = {}, {}
+        losses, owns, rows = {}, {}, {}
         for contestant in contestants:
             name, own = parse(contestant, setting)
+            owns[contestant] = own
             loss, found = checked(name, own, device, effort)
             rows[contestant] = {**heading(measure, name, own, device), **found}
             if loss is None:
@@ -417,7 +417,7 @@ def run(
         gemms = times.pop("gemm")
         medians = {key: statistics.median(took) for key, took in times.items()}
         for key, took in times.items():
-            row = rows[key] | statistics_of(parse(key, setting)[1], took, gemms, side)
+            row = rows[key] | statistics_of(owns[key], took, gemms, side)
             if measure != "loss+gradient":
                 row["fraction_of_gemm_rate"] = None
             if device.type != "cuda":  # absolute times only from a machine that runs nothing else

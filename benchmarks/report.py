@@ -144,12 +144,17 @@ def table(rows: list[Row], field: str, show: Callable[[Row], str]) -> list[str]:
     )
 
 
+def section(
+    what: str, end: str, rows: list[Row], field: str, show: Callable[[Row], str]
+) -> list[str]:
+    """Format a table with a heading; ``rows`` share their problem and place."""
+    row = rows[0]
+    about = f"{problem(row)}, {counted(row['threads'])}, {row['device']}, torch {row['torch']}"
+    return [f"**{what}{about}{end}.", "", *table(rows, field, show), ""]
+
+
 def problem(row: Row) -> str:
     return f"{row['objective']}, `{row['negatives']}`, D = {row['dim']}, {row['dtype']}"
-
-
-def place(row: Row) -> str:
-    return f"{counted(row['threads'])}, {row['device']}, torch {row['torch']}"
 
 
 def times(row: Row, base: float = 1.0) -> str:
@@ -180,15 +185,14 @@ def tables(rows: list[Row]) -> str:
                     n, took = row["n"], row["median_in_gemms"]
                     bases[n] = min(took, bases.get(n, took))
             unit = "this package's fastest backend" if bases else "a 4096³ GEMM"
-            about = f"**{what}**: {problem(those[0])}, {place(those[0])}"
-            out += [f"{about}; run time relative to {unit}.", ""]
-            show = lambda row, bases=bases: times(row, bases.get(row["n"], 1.0))  # noqa: E731
-            out += [*table(those, "median_in_gemms", show), ""]
+            out += section(
+                f"{what}**: ", f"; run time relative to {unit}", those, "median_in_gemms",
+                lambda row, bases=bases: times(row, bases.get(row["n"], 1.0)),
+            )  # fmt: skip
     out += lines
     for those in groups(rows, "memory").values():
-        about = f"{problem(those[0])}, {place(those[0])}."
-        out += [f"**Peak memory** on top of the inputs, in MB: {about}", ""]
-        out += [*table(those, "peak_extra_bytes", megabytes), ""]
+        what = "Peak memory** on top of the inputs, in MB: "
+        out += section(what, "", those, "peak_extra_bytes", megabytes)
     for those in groups(rows, "loss+gradient").values():
         points = curves(those, "median_in_gemms")
         powers = {name: fitted_power(curve) for name, curve in points.items()}
@@ -211,11 +215,12 @@ def by_objective(rows: list[Row]) -> tuple[list[Row], list[str]]:
         name = those[0]["contestant"]
         if name in OURS and bases:
             alone += others
-            about = problem({**those[0], "objective": f"loss and gradient with `{name}`"})
-            about += f", {place(those[0])}; run time relative to a 4096³ GEMM."
-            shown = [{**row, "contestant": row["objective"]} for row in (*bases, *others)]
-            lines += [f"**Objectives**: {about}", ""]
-            lines += [*table(shown, "median_in_gemms", times), ""]
+            what, end = f"loss and gradient with `{name}`", "; run time relative to a 4096³ GEMM"
+            shown = [
+                {**row, "contestant": row["objective"], "objective": what}
+                for row in (*bases, *others)
+            ]
+            lines += section("Objectives**: ", end, shown, "median_in_gemms", times)
     return alone, lines
 
 
