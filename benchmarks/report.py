@@ -1,7 +1,7 @@
 """Turn rows of `benchmarks.bench` into tables and plots, also README.md's and docs/benchmarks.md's.
 
-    python -m benchmarks.report            # print the documents' tables
-    python -m benchmarks.report --write    # write them, from benchmarks/results/cpu.jsonl
+python -m benchmarks.report            # print the documents' tables
+python -m benchmarks.report --write    # write them, from benchmarks/results/cpu.jsonl
 """
 
 from __future__ import annotations
@@ -265,7 +265,9 @@ def plot(rows: list[Row], path: Path) -> bool:
                 memory.loglog(used.keys(), used.values(), **style)
             title, unit = problem(those[0]).replace("`", ""), "relative to a 4096³ GEMM"
             time.set(title=title, ylabel=f"loss + gradient, {unit}")
-            memory.set(xlabel="n (rows of both views)", ylabel="peak memory on top of the inputs, MB")
+            memory.set(
+                xlabel="n (rows of both views)", ylabel="peak memory on top of the inputs, MB"
+            )
             for axis in (time, memory):
                 axis.grid(alpha=0.3)
             time.legend(fontsize=7)
@@ -309,7 +311,9 @@ def headline(rows: list[Row]) -> str:
             continue
         others = (row for name, row in timed.items() if name not in (*OURS, *PLAIN))
         compared = [*map(timed.get, PLAIN), best(others, "median_in_gemms")]
-        ratios = [row and f"{row['median_in_gemms'] / ours['median_in_gemms']:.1f}" for row in compared]
+        ratios = [
+            row and f"{row['median_in_gemms'] / ours['median_in_gemms']:.1f}" for row in compared
+        ]
         least = best((row for name, row in peaks.items() if name not in OURS), "peak_extra_bytes")
         bytes_of = [peaks.get(ours["contestant"]), least]
         memory = [row and f"{row['peak_extra_bytes'] / 1e6:,.1f}" for row in bytes_of]
@@ -380,7 +384,10 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"--- {file.name}\n" + "\n".join(parts))
     if given.write:
         calls = newest_machine([row for row in rows if row["benchmark"] != "training"])
-        plot([row for row in calls if row["dim"] == 128 and row["dtype"] == "float32"], ROOT / "docs" / "benchmarks.png")
+        plot(
+            [row for row in calls if row["dim"] == 128 and row["dtype"] == "float32"],
+            ROOT / "docs" / "benchmarks.png",
+        )
 
 
 if __name__ == "__main__":

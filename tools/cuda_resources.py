@@ -45,7 +45,9 @@ def kernels_of(log: str) -> dict[tuple[str, str], dict[str, int]]:
 
 def short_names(symbols: list[str]) -> dict[str, str]:
     """What `device::entry` is instantiated with in each symbol, without namespaces."""
-    text = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        ["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True
+    ).stdout
     names = [re.search(r"entry<(.*?)\s?>\(", line)[1] for line in text.splitlines()]
     short = (re.sub(r"\((?:int|bool)\)|alphacl::", "", x).replace(" >", ">") for x in names)
     return dict(zip(symbols, short, strict=True))
@@ -53,19 +55,26 @@ def short_names(symbols: list[str]) -> dict[str, str]:
 
 def launches(names: list[str]) -> dict[str, tuple[int, int]]:
     """Threads and bytes of dynamic shared memory of a block, by a program that has the kernels' own constants printed."""
-    includes = re.findall(r'#include "(.*)"', (build.ROOT / build.SOURCES / "kernels.cu").read_text())
+    includes = re.findall(
+        r'#include "(.*)"', (build.ROOT / build.SOURCES / "kernels.cu").read_text()
+    )
     lines = [f'#include "{build.ROOT / build.SOURCES / name}"' for name in ["device.h", *includes]]
     lines += ["#include <cstdio>", "using namespace alphacl;"]
     lines += ["template <class K> auto shared(int) -> decltype(K::SHARED) { return K::SHARED; }"]
     lines += ["template <class K> int shared(...) { return 0; }", "int main() {"]
-    lines += [f'  std::printf("%d %d\\n", int({name}::THREADS), int(shared<{name}>(0)));' for name in names]
+    lines += [
+        f'  std::printf("%d %d\\n", int({name}::THREADS), int(shared<{name}>(0)));'
+        for name in names
+    ]
     with tempfile.TemporaryDirectory() as folder:
         source, program = Path(folder) / "launches.cpp", Path(folder) / "launches"
         source.write_text("\n".join([*lines, "}"]))
         flags = ["-std=c++17", "-DALPHACL_EMULATED", "-w", "-pthread"]
         build.run([*build.host_compiler(), *flags, str(source), "-o", str(program)])
         printed = build.run([str(program)]).splitlines()
-    return {name: tuple(int(x) for x in line.split()) for name, line in zip(names, printed, strict=True)}
+    return {
+        name: tuple(int(x) for x in line.split()) for name, line in zip(names, printed, strict=True)
+    }
 
 
 def instructions(file: Path) -> dict[tuple[str, str], Counter[str]]:
@@ -75,7 +84,9 @@ def instructions(file: Path) -> dict[tuple[str, str], Counter[str]]:
         counts: dict[str, Counter[str]] = {}
         architecture, current = "", Counter()
         command = [cuobjdump(), "-sass", str(file)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as run:
             for line in run.stdout:  # sixty megabytes
                 if found := resources._OPCODE.match(line):
                     current[found[1].split(".")[0]] += 1
@@ -87,7 +98,9 @@ def instructions(file: Path) -> dict[tuple[str, str], Counter[str]]:
         if run.returncode:
             raise RuntimeError(f"cuobjdump failed: {said.strip()}")
         kept.write_text(json.dumps(counts))
-    return {tuple(key.split()): Counter(found) for key, found in json.loads(kept.read_text()).items()}
+    return {
+        tuple(key.split()): Counter(found) for key, found in json.loads(kept.read_text()).items()
+    }
 
 
 def cuobjdump() -> str:
@@ -129,7 +142,9 @@ def survey() -> list[dict[str, Any]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.cuda_resources", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.cuda_resources", description=__doc__.splitlines()[0]
+    )
     parser.parse_args(arguments)
     try:
         return resources.report(survey())

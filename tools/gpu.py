@@ -45,7 +45,15 @@ from .subprocess_pool import Pool, Row, Task
 
 TASKS = "tools.gpu_tasks"
 #: Time limit of each phase in a run of nine minutes, in seconds.
-SECONDS = {"check": 150, "headline": 150, "tune": 110, "rivals": 60, "sanitize": 45, "profile": 20, "plots": 15}
+SECONDS = {
+    "check": 150,
+    "headline": 150,
+    "tune": 110,
+    "rivals": 60,
+    "sanitize": 45,
+    "profile": 20,
+    "plots": 15,
+}
 #: Seconds reserved for the summary.
 RESERVE = 3.0
 BAD = ("failed", "error", "crashed", "timeout", "wrong")
@@ -69,9 +77,7 @@ class Sizes:
         return Setting(n, dim, dtype, **other)
 
 
-TINY = Sizes(
-    (16, 24), (20, 33), 1024, replace(EFFORT, repeats=(2, 2), gemm_side=64, sample=1e-4)
-)
+TINY = Sizes((16, 24), (20, 33), 1024, replace(EFFORT, repeats=(2, 2), gemm_side=64, sample=1e-4))
 
 
 def tally(counts: Counter[str]) -> str:
@@ -182,7 +188,9 @@ class Run:
                 row.get("contestant") in ("eager", "compiled") and status == "ok"
             ):
                 others.append(one_line(row))
-        lines = [f"=== {machine['device']}, torch {machine['torch']}, commit {machine['commit']} ==="]
+        lines = [
+            f"=== {machine['device']}, torch {machine['torch']}, commit {machine['commit']} ==="
+        ]
         lines.append(f"{len(failures)} FAILURES" if failures else "no failures")
         lines += [f"  {line}" for line in failures[:20]]
         if len(failures) > 20:
@@ -232,8 +240,14 @@ def check(run: Run) -> None:
         yield from itertools.islice(table, 12 * len(run.backends))
         objectives = ("infonce", "alpha_direct", "triplet")
         for name, objective in itertools.product(run.compiled, objectives):
-            for test, n in (("no_synchronization", 2048), ("graph_replay", 2046), ("launches", 1024)):
-                yield run.task(test, setting=run.sizes.setting(n, objective=objective), backend=name)
+            for test, n in (
+                ("no_synchronization", 2048),
+                ("graph_replay", 2046),
+                ("launches", 1024),
+            ):
+                yield run.task(
+                    test, setting=run.sizes.setting(n, objective=objective), backend=name
+                )
         yield from table
 
     with contextlib.closing(Pool(run.args.workers, str(run.log))) as pool:
@@ -299,7 +313,9 @@ def logged(command: list[str], limit: float, log: Path, **options: Any) -> tuple
     with log.open("a") as file:
         file.write(f"$ {' '.join(command)}\n")
         file.flush()
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, **options)
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, **options
+        )
         try:
             code = process.wait(max(1.0, limit))
         except subprocess.TimeoutExpired:
@@ -344,7 +360,9 @@ def sanitize(run: Run) -> None:
         run.say("sanitize skipped: compute-sanitizer is not there")
         return
     log = run.args.out / "sanitize.txt"
-    watches = [(name, "memcheck") for name in run.compiled] + [("cuda", "racecheck")] * ("cuda" in run.compiled)
+    watches = [(name, "memcheck") for name in run.compiled] + [("cuda", "racecheck")] * (
+        "cuda" in run.compiled
+    )
     for k, (name, watch) in enumerate(watches):
         share = run.left() / (len(watches) - k)
         at = log.stat().st_size if log.exists() else 0
@@ -352,12 +370,18 @@ def sanitize(run: Run) -> None:
             tool, "--tool", watch, "--target-processes", "application-only", "--report-api-errors", "no",
             "--print-limit", "10", sys.executable, "-m", TASKS, name, run.device, f"{share / 2:.0f}",
         ]  # fmt: skip
-        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # gives every tensor its own bounds
+        environment = {
+            **os.environ,
+            "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+        }  # gives every tensor its own bounds
         status, error = logged(command, share, log, env=environment)
         said = log.read_bytes()[at:].decode(errors="replace")
         found = [int(k) for k in re.findall(r"ERROR SUMMARY: (\d+) error", said)]
         if status == "ok" and (not found or sum(found)):
-            status, error = "failed", f"{sum(found)} errors, see {log.name}" if found else "no summary"
+            status, error = (
+                "failed",
+                f"{sum(found)} errors, see {log.name}" if found else "no summary",
+            )
         run.add({
             "benchmark": "sanitize", "backend": name, "tool": watch, "status": status, "error": error,
             "errors_found": sum(found) if found else None,
@@ -440,8 +464,12 @@ def perform(run: Run, phases: list[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu"), help="folder of the results")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.gpu", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/gpu"), help="folder of the results"
+    )
     parser.add_argument("--minutes", type=float, default=9.0, help="of the whole run (default: 9)")
     parser.add_argument("--phases", default=",".join(PHASES), type=lambda text: text.split(","))
     parser.add_argument("--device", default="cuda")
@@ -449,8 +477,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) // 2)),
         help="child processes of the checks; 0 runs everything in this process, without time limits",
     )  # fmt: skip
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the script on any machine")
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="only draw the plots of an earlier run")
+    parser.add_argument(
+        "--tiny", action="store_true", help="tiny sizes, to try the script on any machine"
+    )
+    parser.add_argument(
+        "--plots", type=Path, metavar="DIR", help="only draw the plots of an earlier run"
+    )
     args = parser.parse_args(arguments)
     if args.plots is not None:
         print(draw(args.plots))
@@ -459,7 +491,9 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"--phases must be among {','.join(PHASES)}, got {','.join(unknown)}")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("--device must be a device that PyTorch sees, got cuda on a machine without a GPU (or its driver)")
+        parser.error(
+            "--device must be a device that PyTorch sees, got cuda on a machine without a GPU (or its driver)"
+        )
     run = Run(args)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

@@ -46,7 +46,10 @@ def provenance(device: torch.device) -> Row:
 
         row["triton"] = triton.__version__
     if device.type == "cuda":
-        row |= {"capability": ".".join(map(str, torch.cuda.get_device_capability(device))), "cuda": torch.version.cuda}
+        row |= {
+            "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
+            "cuda": torch.version.cuda,
+        }
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
             lines = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.split()
@@ -111,7 +114,9 @@ def captured(
     return replay
 
 
-def device_events(run: Callable[[], Any], device: torch.device, steps: int = 3) -> list[tuple[str, float]]:
+def device_events(
+    run: Callable[[], Any], device: torch.device, steps: int = 3
+) -> list[tuple[str, float]]:
     """List (name, microseconds) of the kernels, or on a CPU of PyTorch's operators, in a call."""
     wanted = ("kernel", "gpu_memcpy", "gpu_memset") if device.type == "cuda" else ("cpu_op",)
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -126,7 +131,11 @@ def device_events(run: Callable[[], Any], device: torch.device, steps: int = 3) 
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    return [(event["name"], float(event["dur"])) for event in events if event.get("cat") in wanted and "dur" in event]
+    return [
+        (event["name"], float(event["dur"]))
+        for event in events
+        if event.get("cat") in wanted and "dur" in event
+    ]
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -150,9 +159,15 @@ MEMBERS: list[tuple[str, dict[str, Any]]] = [
 ]  # fmt: skip
 #: Users' functions, which a backend must translate.
 CUSTOM = {
-    "custom_loss": lambda: PairLoss(lambda xi: torch.log1p(xi) + xi.square() / 1e6, lambda gap: gap.exp() + gap.sigmoid()),
-    "custom_weight": lambda: PairWeight(lambda d: 1 / (1 + d.square()), detach_alpha=False, alpha_eps=0.1),
-    "custom_min_player": lambda: MinPlayer(lambda x: torch.relu(x + 0.2).square(), detach_alpha=False),
+    "custom_loss": lambda: PairLoss(
+        lambda xi: torch.log1p(xi) + xi.square() / 1e6, lambda gap: gap.exp() + gap.sigmoid()
+    ),
+    "custom_weight": lambda: PairWeight(
+        lambda d: 1 / (1 + d.square()), detach_alpha=False, alpha_eps=0.1
+    ),
+    "custom_min_player": lambda: MinPlayer(
+        lambda x: torch.relu(x + 0.2).square(), detach_alpha=False
+    ),
 }
 MODES = [("two_view", True), ("cross_view", True), ("one_view", True), ("cross_view", False)]
 #: Name → dtype and GEMM precision.
@@ -352,7 +367,11 @@ def check(case: Case, device: str) -> Iterator[Row]:
             again = evaluate(case, z1, z2, case.backend, precision) if case.deterministic else ours
     same = all(torch.equal(x, again[name]) for name, x in ours.items())
     errors = compared(case, ours, eager, truth)
-    wrong = [f"{name} {mine:.1e} > {bound:.1e}" for name, (mine, _, bound) in errors.items() if not mine <= bound]
+    wrong = [
+        f"{name} {mine:.1e} > {bound:.1e}"
+        for name, (mine, _, bound) in errors.items()
+        if not mine <= bound
+    ]
     if not same:
         wrong.append("a second run gave other bits")
     yield {

@@ -132,10 +132,14 @@ def compile_for(
     from triton.runtime.jit import JITFunction
 
     if not isinstance(fn, JITFunction):
-        raise TypeError(f"fn must be a jitted function, got {type(fn).__name__} (is TRITON_INTERPRET set?)")
+        raise TypeError(
+            f"fn must be a jitted function, got {type(fn).__name__} (is TRITON_INTERPRET set?)"
+        )
     given = {**signature, **dict.fromkeys(constexprs, "constexpr")}
     if set(given) != set(fn.arg_names):
-        raise ValueError(f"arguments of {fn.__name__} must be {sorted(fn.arg_names)}, got {sorted(given)}")
+        raise ValueError(
+            f"arguments of {fn.__name__} must be {sorted(fn.arg_names)}, got {sorted(given)}"
+        )
     at = {name: (i,) for i, name in enumerate(fn.arg_names)}
     if not set(divisible) <= at.keys():
         known = f"arguments of {fn.__name__} ({sorted(at)})"
@@ -170,7 +174,9 @@ def _leaves(kind: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...],
         yield path, kind
 
 
-def inspect_ptx(ptx: str, capability: int, *, shared: int, threads: int, tensor_memory: int = 0) -> Resources:
+def inspect_ptx(
+    ptx: str, capability: int, *, shared: int, threads: int, tensor_memory: int = 0
+) -> Resources:
     """Assembles PTX as Triton does and reads the result; ``shared`` is the dynamic shared memory of a launch in bytes.
 
     Raises ValueError with ptxas' words if it refuses the program.
@@ -229,7 +235,9 @@ def occupancy(resources: Resources) -> int:
     # An SM has 1 KB more than a block may have, and each block has 1 KB of the system's.
     shared = (sm.shared_per_block + _KB) // (resources.shared + _KB)
     columns = 512 // (resources.tensor_memory or 1)
-    return min(sm.blocks_per_sm, sm.threads_per_sm // (32 * warps), 256 // registers, shared, columns)
+    return min(
+        sm.blocks_per_sm, sm.threads_per_sm // (32 * warps), 256 // registers, shared, columns
+    )
 
 
 def described(found: Resources, matrix: str, required: bool) -> dict[str, Any]:

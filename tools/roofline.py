@@ -119,7 +119,11 @@ def parts(n: int, tile: Tile, both: bool, device: Device) -> tuple[int, float]:
     ring = blocks // 2 + 1 if both else math.ceil(n / tile.cols)
 
     def fill(count: int) -> float:
-        return blocks * ring / (math.ceil(blocks * count / device.sms) * math.ceil(ring / count) * device.sms)
+        return (
+            blocks
+            * ring
+            / (math.ceil(blocks * count / device.sms) * math.ceil(ring / count) * device.sms)
+        )
 
     best = max(map(fill, range(1, min(ring, 32) + 1)))
     count = next(count for count in range(1, ring + 1) if fill(count) >= 0.95 * best)
@@ -127,15 +131,31 @@ def parts(n: int, tile: Tile, both: bool, device: Device) -> tuple[int, float]:
 
 
 def sweep(
-    n: int, dim: int, tile: Tile, gradient: bool, both: bool, device: Device, engine: str = "triton", product: bool = True
+    n: int,
+    dim: int,
+    tile: Tile,
+    gradient: bool,
+    both: bool,
+    device: Device,
+    engine: str = "triton",
+    product: bool = True,
 ) -> Work:
     """One sweep, of which the sums alone have a both-sides form.
 
     Without ``product`` a gradient sweep writes W in bfloat16 instead of multiplying it.
     """
-    held = 1 << (dim - 1).bit_length()  # features of a tile in shared memory and products; zeros beyond dim
-    tiles, (count, fill), blocks = tile_count(n, tile, both), parts(n, tile, both, device), math.ceil(n / tile.rows)
-    area, groups = tile.rows * tile.cols, math.ceil(tile.rows / 64)  # a warpgroup multiplies 64 rows at a time
+    held = (
+        1 << (dim - 1).bit_length()
+    )  # features of a tile in shared memory and products; zeros beyond dim
+    tiles, (count, fill), blocks = (
+        tile_count(n, tile, both),
+        parts(n, tile, both, device),
+        math.ceil(n / tile.rows),
+    )
+    area, groups = (
+        tile.rows * tile.cols,
+        math.ceil(tile.rows / 64),
+    )  # a warpgroup multiplies 64 rows at a time
     own_bytes, cols_bytes = 2 * tile.rows * held, 2 * tile.cols * held
     stays = own_bytes <= RESIDENT
     products, shuffle = 1, 0.0
@@ -146,14 +166,22 @@ def sweep(
         products += 1
         shared += groups * cols_bytes
     elif both:
-        shuffle = tiles * 32 * tile.warps * 3 * tile.cols / 4  # 3 steps, in which a thread has a quarter of the columns
+        shuffle = (
+            tiles * 32 * tile.warps * 3 * tile.cols / 4
+        )  # 3 steps, in which a thread has a quarter of the columns
         slots += blocks // 2
-    written = 2 * n * n if not product else 4 * n * width * (1 if slots == 1 else 2 * slots + 1)  # parts are read and added
-    waves = math.ceil(blocks * count / device.sms)  # rings in step with each other read a row from memory once
+    written = (
+        2 * n * n if not product else 4 * n * width * (1 if slots == 1 else 2 * slots + 1)
+    )  # parts are read and added
+    waves = math.ceil(
+        blocks * count / device.sms
+    )  # rings in step with each other read a row from memory once
     return Work(
         flop=tiles * products * 2 * area * held,
         exp=tiles * area,
-        issue=tiles * area * ISSUE[engine, ("gradient" if gradient else "sums") + " of both sides" * both],
+        issue=tiles
+        * area
+        * ISSUE[engine, ("gradient" if gradient else "sums") + " of both sides" * both],
         shuffle=shuffle,
         shared=tiles * shared,
         l2=tiles * 2 * dim * (tile.cols + (not stays) * tile.rows),
@@ -174,10 +202,14 @@ def row_kernels(n: int, dim: int) -> dict[str, Work]:
 # --- kernels of a step ----------------------------------------------------------------------------------------------------
 
 
-def forms(n: int, dim: int, device: Device, engine: str) -> tuple[dict[str, list[Work]], dict[str, list[Work]]]:
+def forms(
+    n: int, dim: int, device: Device, engine: str
+) -> tuple[dict[str, list[Work]], dict[str, list[Work]]]:
     """Sweep 1 and sweep 2 in every form that fits into registers and shared memory; ``engine`` of the row-block forms."""
     square = Tile(128, 128)
-    wide = square if dim <= 512 else Tile(128, 256)  # rows too long to stay are read for every tile: the larger the better
+    wide = (
+        square if dim <= 512 else Tile(128, 256)
+    )  # rows too long to stay are read for every tile: the larger the better
     sums = {
         "row-block": [sweep(n, dim, wide, False, False, device, engine)],
         "both sides": [sweep(n, dim, Tile(128, 128, warps=4), False, True, device)],
@@ -187,7 +219,10 @@ def forms(n: int, dim: int, device: Device, engine: str) -> tuple[dict[str, list
         own = square if dim <= 128 else Tile(128, 64) if dim <= 256 else Tile(64, 64)
         gradient["row-block"] = [sweep(n, dim, own, True, False, device, engine)]
     if dim >= 256:
-        gradient["W in memory"] = [sweep(n, dim, wide, True, False, device, product=False), vendor_product(n, dim)]
+        gradient["W in memory"] = [
+            sweep(n, dim, wide, True, False, device, product=False),
+            vendor_product(n, dim),
+        ]
     return sums, gradient
 
 
@@ -241,7 +276,9 @@ def kernel_tables(n: int, dim: int, device: Device) -> list[str]:
     """What each kernel asks of each resource, and how long that alone would take."""
     kernels = {}
     for engine in ("triton", "hopper") if dim in HOPPER_DIMS else ("triton",):
-        for sweep_name, works in zip(("sums", "gradient"), forms(n, dim, device, engine), strict=True):
+        for sweep_name, works in zip(
+            ("sums", "gradient"), forms(n, dim, device, engine), strict=True
+        ):
             for form, (work, *_) in works.items():
                 if engine == "triton" or form == "row-block":
                     kernels[f"{sweep_name}, {form}, {engine}"] = work
@@ -288,7 +325,14 @@ def tables(device: Device) -> str:
         f"Step times in ms and fractions of the product's rate on 4n²D, {device.name} (predictions):",
         "",
         *markdown(
-            ["D", "n", "sums (limit)", "gradient (limit)", *LEVELS, *(f"fraction, {x}" for x in LEVELS)],
+            [
+                "D",
+                "n",
+                "sums (limit)",
+                "gradient (limit)",
+                *LEVELS,
+                *(f"fraction, {x}" for x in LEVELS),
+            ],
             every,
         ),
     ]
@@ -306,9 +350,13 @@ def renewed(page: str, device: Device) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.roofline", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.roofline", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--device", choices=sorted(DEVICES), default="H200")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a number of the device")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a number of the device"
+    )
     parser.add_argument("--write", type=Path, metavar="FILE", help="page whose tables are renewed")
     args = parser.parse_args(argv)
     device = DEVICES[args.device]
