@@ -73,7 +73,8 @@ def one_line(row: Row) -> str:
     status = row.get("status", "")
     facts = [] if status == "ok" else [f"{status.upper()} {row.get('error') or ''}".strip()[:300]]
     facts += [form.format(row[name]) for name, form in FORMATS.items() if row.get(name) is not None]
-    return f"{' '.join(str(word) for word in what if word)}: {', '.join(filter(None, facts)) or status}"
+    told = ", ".join(filter(None, facts)) or status
+    return f"{' '.join(str(word) for word in what if word)}: {told}"
 
 
 def best(rows: Iterable[Row], field: str) -> Row | None:
@@ -204,7 +205,7 @@ def tables(rows: list[Row]) -> str:
 
 
 def by_objective(rows: list[Row]) -> tuple[list[Row], list[str]]:
-    """Rows of objectives that the package alone computes, and lines of their tables with InfoNCE's."""
+    """Rows of objectives that the package alone computes, and their tables beside InfoNCE."""
     keys = tuple(key for key in SHARED if key != "objective")
     alone: list[Row] = []
     lines: list[str] = []
@@ -255,7 +256,8 @@ def plot(rows: list[Row], path: Path) -> bool:
             peaks = curves(remembered.get(key, []), "peak_extra_bytes")
             for name, points in curves(those, "median_in_gemms").items():
                 style = {
-                    "color": colormaps["tab20"](order.index(name) % 20), "marker": "o", "markersize": 3,
+                    "color": colormaps["tab20"](order.index(name) % 20), "marker": "o",
+                    "markersize": 3,
                     "linewidth": 2.2 if name in OURS else 1,
                 }  # fmt: skip
                 power = fitted_power(points)
@@ -294,9 +296,9 @@ def newest_machine(rows: list[Row]) -> list[Row]:
 
 
 def headline(rows: list[Row]) -> str:
-    """Format the README's table: the fastest backend beside eager, torch.compile and the best other package.
+    """Format the README's table: float32 InfoNCE of 128 features, in every mode.
 
-    It has float32 InfoNCE of 128 features, in every mode.
+    It compares the fastest backend with eager, torch.compile and the best other package.
     """
     lines = []
     fixed = {"dim": 128, "dtype": "float32", "objective": "infonce"}

@@ -1,11 +1,12 @@
-"""What the compiler made of the CUDA kernels (csrc/cuda), read without a GPU, and checks of it.
+"""Check what the compiler made of the CUDA kernels (csrc/cuda), without a GPU.
 
     python setup.py build_cuda              # if need be
     python -m tools.cuda_resources
 
-Prints registers and shared memory (from ptxas' log) and instruction counts (from the machine code) of every kernel and
-architecture in the library. It fails on a spill, a stack frame, a serialised wgmma, a block that does not fit on a
-multiprocessor, or missing matrix instructions (HGMMA in hopper.h, whose kernels are for sm_90a alone; HMMA elsewhere).
+prints registers and shared memory (from ptxas' log) and instruction counts (from the machine code)
+of every kernel and architecture in the library. It fails on a spill, a stack frame, a serialised
+wgmma, a block that does not fit on a multiprocessor, or missing matrix instructions (HGMMA in
+hopper.h, whose kernels are for sm_90a alone; HMMA elsewhere).
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def short_names(symbols: list[str]) -> dict[str, str]:
 
 
 def launches(names: list[str]) -> dict[str, tuple[int, int]]:
-    """Threads and bytes of dynamic shared memory of a block, by a program that has the kernels' own constants printed."""
+    """Ask a program that prints the kernels' constants for threads and dynamic shared memory."""
     includes = re.findall(
         r'#include "(.*)"', (build.ROOT / build.SOURCES / "kernels.cu").read_text()
     )
@@ -78,7 +79,7 @@ def launches(names: list[str]) -> dict[str, tuple[int, int]]:
 
 
 def instructions(file: Path) -> dict[tuple[str, str], Counter[str]]:
-    """Machine instructions by name without modifiers, by kernel and architecture; kept beside the object."""
+    """Count machine instructions by kernel and architecture; the counts stay beside the object."""
     kept = file.with_suffix(".json")
     if not kept.exists():
         counts: dict[str, Counter[str]] = {}

@@ -228,11 +228,11 @@ class Run:
         return replace(task, about=about)
 
 
-# --- phases -----------------------------------------------------------------------------------------------------------
+# --- phases ---------------------------------------------------------------------------------------
 
 
 def check(run: Run) -> None:
-    """Check backends × objectives × dtypes × modes against float64 until time is over; invariants."""
+    """Check invariants, and backends × objectives × dtypes × modes against float64 in the time."""
     every = run.backends, run.sizes.dims, run.sizes.pairs
     table = (run.task("check", 45.0, case=case) for case in cases(*every))
 
@@ -367,8 +367,9 @@ def sanitize(run: Run) -> None:
         share = run.left() / (len(watches) - k)
         at = log.stat().st_size if log.exists() else 0
         command = [
-            tool, "--tool", watch, "--target-processes", "application-only", "--report-api-errors", "no",
-            "--print-limit", "10", sys.executable, "-m", TASKS, name, run.device, f"{share / 2:.0f}",
+            tool, "--tool", watch, "--target-processes", "application-only",
+            "--report-api-errors", "no", "--print-limit", "10",
+            sys.executable, "-m", TASKS, name, run.device, f"{share / 2:.0f}",
         ]  # fmt: skip
         environment = {
             **os.environ,
@@ -383,8 +384,8 @@ def sanitize(run: Run) -> None:
                 f"{sum(found)} errors, see {log.name}" if found else "no summary",
             )
         run.add({
-            "benchmark": "sanitize", "backend": name, "tool": watch, "status": status, "error": error,
-            "errors_found": sum(found) if found else None,
+            "benchmark": "sanitize", "backend": name, "tool": watch, "status": status,
+            "error": error, "errors_found": sum(found) if found else None,
         })  # fmt: skip
 
 
@@ -475,7 +476,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument(
         "--workers", type=int, default=max(1, min(8, (os.cpu_count() or 2) // 2)),
-        help="child processes of the checks; 0 runs everything in this process, without time limits",
+        help="child processes of the checks; 0 runs all in this process, without time limits",
     )  # fmt: skip
     parser.add_argument(
         "--tiny", action="store_true", help="tiny sizes, to try the script on any machine"
@@ -492,7 +493,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--phases must be among {','.join(PHASES)}, got {','.join(unknown)}")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(
-            "--device must be a device that PyTorch sees, got cuda on a machine without a GPU (or its driver)"
+            "--device must be a device that PyTorch sees, got cuda on a machine without a GPU "
+            "(or its driver)"
         )
     run = Run(args)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -35,7 +35,7 @@ from alphacl_fast.benchmarks import loss as benchmark
 from alphacl_fast.benchmarks.loss import Effort, Row, Setting, gradient, scaled_gradient
 from alphacl_fast.functional import NEGATIVES, SIMILARITIES, alpha_cl_loss
 
-# --- the device, with substitutes on a CPU ---------------------------------------------------------
+# --- the device, with substitutes on a CPU --------------------------------------------------------
 
 
 def provenance(device: torch.device) -> Row:
@@ -172,12 +172,15 @@ CUSTOM = {
 MODES = [("two_view", True), ("cross_view", True), ("one_view", True), ("cross_view", False)]
 #: Name → dtype and GEMM precision.
 ARITHMETIC: dict[str, tuple[torch.dtype, str | None]] = {
-    "bfloat16": (torch.bfloat16, None), "float32": (torch.float32, "ieee"), "tf32": (torch.float32, "tf32"),
-    "bf16x3": (torch.float32, "bf16x3"), "float16": (torch.float16, None), "float64": (torch.float64, None),
+    "bfloat16": (torch.bfloat16, None), "float32": (torch.float32, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "bf16x3": (torch.float32, "bf16x3"), "float16": (torch.float16, None),
+    "float64": (torch.float64, None),
 }  # fmt: skip
 #: Tolerance bands of loss and gradient.
 BANDS = {
-    "float64": (1e-10, 1e-10), "float32": (2**-21, 2**-21), "bf16x3": (2**-16, 2**-16), "tf32": (2**-11, 2**-11),
+    "float64": (1e-10, 1e-10), "float32": (2**-21, 2**-21), "bf16x3": (2**-16, 2**-16),
+    "tf32": (2**-11, 2**-11),
     "bfloat16": (2**-17, 2**-9), "float16": (2**-17, 2**-12),
 }  # fmt: skip
 DIMS = (64, 96, 128, 200, 256, 512, 1024, 4096)
@@ -214,7 +217,7 @@ class Case:
 
     @property
     def kinked(self) -> bool:
-        """Whether rounding may move single pairs across a kink, which changes their whole weight."""
+        """Whether rounding may move single pairs across a kink, which changes their weight."""
         return self.objective in ("triplet", "custom_min_player") or (
             self.objective == "alpha_square" and not dict(self.options).get("detach_alpha", True)
         )

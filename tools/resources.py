@@ -1,8 +1,9 @@
-"""What the compiler makes of a kernel, without a GPU: registers, spills, shared memory, instructions, occupancy.
+"""Read what the compiler made of a kernel, without a GPU: registers, spills, shared memory, …
 
-ptxas serialises the warp-group products of many tile shapes ("wgmma.mma_async instructions are serialized") without an
-error and often without a spill, so that every product is waited for; this is where such a shape shows before it is timed.
-Kernels must be compiled functions: the interpreter (TRITON_INTERPRET=1) leaves nothing to look at.
+ptxas serialises the warp-group products of many tile shapes ("wgmma.mma_async instructions are
+serialized") without an error and often without a spill. Every product is then waited for. This
+module shows such a shape before it is timed. Kernels must be compiled functions: the interpreter
+(TRITON_INTERPRET=1) leaves nothing to look at.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _KB = 1024
 
 
 class Limits(NamedTuple):
-    """What a block may have of the shared memory, in bytes, and how much fits on a multiprocessor."""
+    """Bytes of shared memory that a block may have, and what fits on a multiprocessor (SM)."""
 
     shared_per_block: int
     threads_per_sm: int = 2048
@@ -93,7 +94,7 @@ class Resources:
         return counts
 
     def count(self, pattern: str) -> int:
-        r"""Number of instructions whose full name contains a regular expression, as in ``count(r"^LDG\..*128")``."""
+        r"""Count the instructions whose full name contains a pattern such as r"^LDG\..*128"."""
         return sum(number for opcode, number in self.opcodes.items() if re.search(pattern, opcode))
 
 
@@ -177,7 +178,9 @@ def _leaves(kind: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...],
 def inspect_ptx(
     ptx: str, capability: int, *, shared: int, threads: int, tensor_memory: int = 0
 ) -> Resources:
-    """Assembles PTX as Triton does and reads the result; ``shared`` is the dynamic shared memory of a launch in bytes.
+    """Assembles PTX as Triton does and reads the result.
+
+    ``shared`` is the dynamic shared memory of a launch in bytes.
 
     Raises ValueError with ptxas' words if it refuses the program.
     """

@@ -1,11 +1,12 @@
-"""Predicted times of the GPU kernels from counts and rates: nothing here is measured but the rates that say so.
+"""Predict times of the GPU kernels from counts and rates; only some of the rates are measured.
 
-``python -m tools.roofline`` prints the tables of docs/roofline.md; ``--write FILE`` renews them there, between the
-markers; ``--device`` and ``--set gemm=6e14`` change the machine. Work is two_view InfoNCE, bfloat16, loss and gradient.
+``python -m tools.roofline`` prints the tables of docs/roofline.md, and ``--write FILE`` renews them
+there, between the marks; ``--device`` and ``--set gemm=6e14`` change the machine. The work is one
+step of two_view InfoNCE, bfloat16, loss and gradient.
 
-A kernel's time is that of its busiest resource where everything overlaps ("bound"). Products, pointwise work and shuffles of a
-tile depend on each other, so that a program that does one after the other takes their sum ("in order"), and one that works on
-two tiles at a time lies between ("overlapped").
+If everything overlaps, a kernel takes the time of its busiest resource ("bound"). Products,
+pointwise work and shuffles of a tile depend on each other: a program that does one after the other
+takes their sum ("in order"), and one that works on two tiles at a time lies between ("overlapped").
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ DIMS = (64, 96, 128, 256, 512, 1024)
 
 @dataclass(frozen=True)
 class Device:
-    """Rates of a GPU per second, all multiprocessors (SM) together; docs/roofline.md says where each comes from."""
+    """Rates per second of all multiprocessors (SM); docs/roofline.md gives their sources."""
 
     name: str
     sms: int
@@ -44,9 +45,9 @@ class Device:
         """What each resource of `Work` does in a second."""
         clocks = self.sms * self.clock
         return {
-            "tensor": self.gemm, "exp": clocks * self.exp_per_clock, "issue": clocks * self.issue_per_clock,
-            "shuffle": clocks * self.shuffle_per_clock, "shared": clocks * self.shared_per_clock, "L2": self.l2,
-            "HBM": self.hbm,
+            "tensor": self.gemm, "exp": clocks * self.exp_per_clock,
+            "issue": clocks * self.issue_per_clock, "shuffle": clocks * self.shuffle_per_clock,
+            "shared": clocks * self.shared_per_clock, "L2": self.l2, "HBM": self.hbm,
         }  # fmt: skip
 
 
@@ -54,16 +55,18 @@ DEVICES = {
     "H200": Device("H200", 132, 1.98e9, 788e12, 4.3e12, 5.5e12, 50e6),
     "H100": Device("H100", 132, 1.98e9, 798e12, 3.0e12, 5.5e12, 40e6),
 }
-#: Launches of a step that is not captured in a CUDA graph: two row kernels, two sweeps, and PyTorch operations on row scalars.
+#: Launches of a step that is not captured in a CUDA graph: two row kernels, two sweeps, and
+#: PyTorch operations on row scalars.
 LAUNCHES = 37
 #: Share of the shorter resources' time that the overlapped kernels hide.
 OVERLAP = 0.7
 #: Features for which csrc/cuda/hopper.h has kernels, which overlap; they are of the row-block form.
 HOPPER_DIMS = (64, 128, 256)
-#: Instructions per pair of a sweep's inner loop at D = 128, read from the kernels as triton 3.6.0 and nvcc 13.0 compile them.
+#: Instructions per pair of a sweep's inner loop at D = 128, read from the kernels as triton 3.6.0
+#: and nvcc 13.0 compile them.
 ISSUE = {
-    ("hopper", "sums"): 5.5, ("hopper", "gradient"): 7.5, ("triton", "sums"): 9.5, ("triton", "gradient"): 12.3,
-    ("triton", "sums of both sides"): 15.7,
+    ("hopper", "sums"): 5.5, ("hopper", "gradient"): 7.5, ("triton", "sums"): 9.5,
+    ("triton", "gradient"): 12.3, ("triton", "sums of both sides"): 15.7,
 }  # fmt: skip
 #: Bytes of rows that stay in shared memory beside the ring of column tiles.
 RESIDENT = 128 * 1024
@@ -78,7 +81,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Work:
-    """What a kernel asks of each resource, and the share of the SMs' time that its programs fill."""
+    """What a kernel asks of each resource, and the share of the SMs' time that it fills."""
 
     flop: float = 0
     exp: float = 0
@@ -104,17 +107,17 @@ class Work:
         return max(*t.values(), overlap * max(dependent) + (1 - overlap) * sum(dependent))
 
 
-# --- counts -------------------------------------------------------------------------------------------------------------
+# --- counts ---------------------------------------------------------------------------------------
 
 
 def tile_count(n: int, tile: Tile, both: bool) -> int:
-    """Tiles of a sweep over all pairs of n rows: the square, or (both sides) a triangle with its diagonal."""
+    """Count the tiles of a sweep over n² pairs: the square, or (both sides) a triangle."""
     blocks = math.ceil(n / tile.rows)
     return blocks * (blocks + 1) // 2 if both else blocks * math.ceil(n / tile.cols)
 
 
 def parts(n: int, tile: Tile, both: bool, device: Device) -> tuple[int, float]:
-    """Programs among which a ring is shared, and the share of the SMs' time they fill: the fewest near the best."""
+    """Choose how many programs share a row block, and the share of the SMs' time they fill."""
     blocks = math.ceil(n / tile.rows)
     ring = blocks // 2 + 1 if both else math.ceil(n / tile.cols)
 
@@ -199,13 +202,13 @@ def row_kernels(n: int, dim: int) -> dict[str, Work]:
     return {"unit_rows": Work(hbm=4 * n * dim), "finish_rows": Work(hbm=10 * n * dim)}
 
 
-# --- kernels of a step ----------------------------------------------------------------------------------------------------
+# --- kernels of a step ----------------------------------------------------------------------------
 
 
 def forms(
     n: int, dim: int, device: Device, engine: str
 ) -> tuple[dict[str, list[Work]], dict[str, list[Work]]]:
-    """Sweep 1 and sweep 2 in every form that fits into registers and shared memory; ``engine`` of the row-block forms."""
+    """List both sweeps in every form that fits; ``engine`` has the row-block forms."""
     square = Tile(128, 128)
     wide = (
         square if dim <= 512 else Tile(128, 256)
@@ -243,7 +246,7 @@ class Step(NamedTuple):
 
 
 def step(n: int, dim: int, device: Device, overlap: float) -> Step:
-    """The fastest combination of forms for n rows of ``dim`` features; in order (0) all kernels are plain Triton."""
+    """Choose the fastest forms for n rows of ``dim`` features; in order (0) all are Triton's."""
     total, chosen = LAUNCHES * device.gap, []
     engine = "hopper" if overlap and dim in HOPPER_DIMS else "triton"
     for choices in (*forms(n, dim, device, engine), {"rows": list(row_kernels(n, dim).values())}):
@@ -255,7 +258,7 @@ def step(n: int, dim: int, device: Device, overlap: float) -> Step:
     return Step(total, 4 * n * n * dim / total / device.gemm, *chosen[:2])
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 #: Names of the degrees of overlap.
 LEVELS = {"bound": 1, "overlapped": OVERLAP, "in order": 0}
@@ -322,7 +325,8 @@ def tables(device: Device) -> str:
         "",
         *markdown(["n", "D", "target", *LEVELS, *reached], targets),
         "",
-        f"Step times in ms and fractions of the product's rate on 4n²D, {device.name} (predictions):",
+        "Step times in ms and fractions of the product's rate on 4n²D, "
+        f"{device.name} (predictions):",
         "",
         *markdown(
             [

@@ -1,11 +1,12 @@
-"""Compiles every production configuration of the Triton kernels ahead of time, without a GPU, and checks the result.
+"""Compile every production configuration of the Triton kernels, without a GPU, and check it.
 
     python -m tools.triton_resources
     python -m tools.triton_resources --in-turn     # what `make test` runs
 
-A configuration is a call of the loss: the package's own launcher chooses kernels, tiles and static arguments, and instead of
-launching them this file compiles them for sm_80, sm_90 and sm_100, and prints a line for each. It fails on a spill, a
-stack frame, a serialised wgmma, a block that does not fit on a multiprocessor, or missing matrix instructions.
+A configuration is a call of the loss: the package's own launcher chooses kernels, tiles and static
+arguments, and instead of launching them this file compiles them for sm_80, sm_90 and sm_100, and
+prints a line for each. It fails on a spill, a stack frame, a serialised wgmma, a block that does
+not fit on a multiprocessor, or missing matrix instructions.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ from alphacl_fast.functional import alpha_cl_loss
 from . import resources
 
 CAPABILITIES = (80, 90, 100)
-_TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+_TYPES = {
+    torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"
+}  # fmt: skip
 #: Matrix instructions; products of IEEE float32 have none.
 _MATRIX = {80: "^(HMMA|DMMA)", 90: "^(HGMMA|DMMA)", 100: "^(UTC|DMMA)"}
 
 
 class Configuration(NamedTuple):
-    """A call: objective with options, dtype, features, precision of float32 products, negatives, τ known on the host."""
+    """What distinguishes a call; ``dim`` counts features."""
 
     objective: str
     options: tuple[tuple[str, Any], ...]
@@ -46,7 +49,7 @@ class Configuration(NamedTuple):
 
 
 def configurations() -> list[Configuration]:
-    """Every arithmetic and row width with InfoNCE on all architectures; every pair kind and form with bfloat16 on Hopper."""
+    """InfoNCE in every dtype and width on all architectures; pair kinds and forms on Hopper."""
     plain = [
         Configuration("infonce", (), dtype, dim, precision)
         for dtype, precision, dims in (
@@ -59,7 +62,7 @@ def configurations() -> list[Configuration]:
     hopper = {"dtype": "bfloat16", "dim": 128, "capabilities": (90,)}
     through = (("detach_alpha", False),)
     kinds = [
-        *((name, through) for name in ("alpha_direct", "alpha_inverse", "alpha_square", "alpha_gamma")),
+        *((f"alpha_{name}", through) for name in ("direct", "inverse", "square", "gamma")),
         *((name, ()) for name in ("alpha_direct", "alpha_entropy", "triplet", "modified_triplet")),
     ]
     forms = [
@@ -72,10 +75,12 @@ def configurations() -> list[Configuration]:
 
 
 def in_turn(listed: list[Configuration]) -> list[Configuration]:
-    """Each configuration for one architecture, another one for the next; the first of dim 128 for all."""
+    """Give each configuration one architecture in turn; the first of dim 128 keeps all."""
     default = next(c for c in listed if c.dim == 128)
     return [
-        c if c is default else c._replace(capabilities=c.capabilities[k % len(c.capabilities) :][:1])
+        c
+        if c is default
+        else c._replace(capabilities=(c.capabilities[k % len(c.capabilities)],))
         for k, c in enumerate(listed)
     ]
 
@@ -161,9 +166,11 @@ def _about(c: Configuration, kernel: str, static: Any, launch: dict) -> dict[str
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.triton_resources", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.triton_resources", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--in-turn", action="store_true", help="one architecture for each configuration")
+    parser.add_argument("--in-turn", action="store_true", help="one architecture for each")
     args = parser.parse_args(arguments)
     os.environ.pop("TRITON_INTERPRET", None)  # it would leave nothing to compile
     rows, failed = [], []
