@@ -513,17 +513,22 @@ def profile(setting: Setting, backends: list[str], device: str, out: str) -> Ite
 def small_shapes(backend: str, device: str, seconds: str) -> int:
     """Run every form of the sweeps on small ragged shapes while time lasts; return the count."""
     here, end = torch.device(device), time.monotonic() + float(seconds)
-    shapes = ((65, 128), (3, 128), (130, 200))
-    table = itertools.product(shapes, ("bfloat16", "float32"), REPRESENTATIVES, NEGATIVES)
-    for done, ((pairs, dim), dtype, (member, options), negatives) in enumerate(table):
-        reduction = ("mean", "none")[done % 2]
-        case = Case(backend, member, tuple(options.items()), dtype, negatives, pairs=pairs, dim=dim)
-        case = replace(case, reduction=reduction)
+    table = grid(
+        shape=((65, 128), (3, 128), (130, 200)), dtype=("bfloat16", "float32"),
+        member=REPRESENTATIVES, negatives=NEGATIVES,
+    )  # fmt: skip
+    for done, fields in enumerate(table, 1):
+        pairs, dim = fields.pop("shape")
+        member, options = fields.pop("member")
+        case = Case(
+            backend, member, tuple(options.items()), pairs=pairs, dim=dim,
+            reduction=("none", "mean")[done % 2], **fields,
+        )  # fmt: skip
         evaluate(case, *correlated_views(case, here), backend, None)
         benchmark.synchronize(here)
         if time.monotonic() > end:
             break
-    return done + 1
+    return done
 
 
 if __name__ == "__main__":

@@ -104,8 +104,9 @@ def launches(c: Configuration) -> Iterator[tuple[Any, tuple, Any]]:
         tiles = dict.fromkeys(
             ("row_sums", "row_sums_plain"), Tile(64, 64, c.dim, warps, 2, symmetric=True)
         )
-    z1, z2 = (torch.randn(512, c.dim, dtype=getattr(torch, c.dtype)).requires_grad_() for _ in range(2))
-    tau = torch.tensor(0.5, dtype=torch.float64 if c.dtype == "float64" else torch.float32)
+    dtype = getattr(torch, c.dtype)
+    z1, z2 = (torch.randn(512, c.dim, dtype=dtype).requires_grad_() for _ in range(2))
+    tau = torch.tensor(0.5, dtype=torch.promote_types(dtype, torch.float32))
     objective = objectives.make(c.objective, dict(c.options))
     objective.max_sweeps = 1  # a min player would go on: nothing is computed
     with config.forced(**tiles):
@@ -140,7 +141,12 @@ def survey(c: Configuration) -> list[dict[str, Any]]:
         }
         static = arguments[-1]
         exact = static.PRECISION == "ieee" and c.dtype not in ("bfloat16", "float16")
-        about = _about(c, kernel.__name__, static, launch)
+        tile = static.BLOCK_M, static.BLOCK_N, static.BLOCK_D, *launch.values()
+        about = {
+            "kernel": f"{kernel.__name__} {static.FORM} {static.GRADIENT}",
+            "call": " ".join(str(x) for x in c[:-1] if x not in ((), None, False)),
+            "tile, warps, stages": "×".join(map(str, tile)),
+        }
         for capability in c.capabilities:
             made = resources.compile_for(
                 kernel, signature, {"S": static}, capability, **launch, divisible=("stride",)
@@ -148,21 +154,6 @@ def survey(c: Configuration) -> list[dict[str, Any]]:
             found = resources.described(made, _MATRIX[capability], required=not exact)
             rows.append({**about, "architecture": f"sm_{capability}", **found})
     return rows
-
-
-def _about(c: Configuration, kernel: str, static: Any, launch: dict) -> dict[str, Any]:
-    options = ", ".join(f"{k}={v}" for k, v in c.options)
-    return {
-        "kernel": kernel,
-        "objective": f"{c.objective}({options})" if options else c.objective,
-        "form": (
-            "symmetric " * static.SYMMETRIC + static.FORM
-            + (f", {static.GRADIENT}" if kernel == "pair_grad" else "")
-        ),
-        "dtype": c.dtype + (f" {c.precision}" if c.precision else ""), "D": c.dim,
-        "tile": f"{static.BLOCK_M}×{static.BLOCK_N}×{static.BLOCK_D}, "
-        f"{launch['num_warps']} warps, {launch['num_stages']} stages",
-    }  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
