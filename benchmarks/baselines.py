@@ -47,16 +47,19 @@ def _normalized(*views: Tensor) -> list[Tensor]:
     return [F.normalize(z, dim=1) for z in views]
 
 
+def _rows(z: Tensor) -> Tensor:
+    return torch.arange(z.shape[0], device=z.device)
+
+
 def _infonce(z1: Tensor, z2: Tensor, negatives: str, tau: float) -> Tensor:
     """Compute InfoNCE the usual way: cross-entropy on the (masked) similarity matrix."""
-    n = z1.shape[0]
+    a, b = _normalized(z1, z2)
     if negatives == "cross_view":
-        logits = F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).t() / tau
-        labels = torch.arange(n, device=z1.device)
+        logits, labels = a @ b.t() / tau, _rows(a)
         return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)) / 2
-    f = F.normalize(torch.cat([z1, z2]), dim=1)
+    f = torch.cat([a, b])
     logits = (f @ f.t() / tau).fill_diagonal_(float("-inf"))
-    return F.cross_entropy(logits, torch.arange(2 * n, device=z1.device).roll(n))
+    return F.cross_entropy(logits, _rows(f).roll(len(a)))
 
 
 @baseline("two_view", "cross_view")
@@ -87,9 +90,7 @@ def pytorch_metric_learning(negatives: str, tau: float) -> Loss:
     from pytorch_metric_learning.losses import SupConLoss
 
     loss = SupConLoss(temperature=tau)
-    return lambda z1, z2: loss(
-        torch.cat([z1, z2]), torch.arange(z1.shape[0], device=z1.device).repeat(2)
-    )
+    return lambda z1, z2: loss(torch.cat([z1, z2]), _rows(z1).repeat(2))
 
 
 @baseline("two_view", "cross_view", package="pykeops")
@@ -109,7 +110,7 @@ def keops(negatives: str, tau: float) -> Loss:
             return ((s.logsumexp(1)[:, 0] + s.logsumexp(0)[:, 0]) / 2 - positive).mean()
         f = torch.cat([a, b])
         # Mask the diagonal; row numbers in the rows' dtype are exact far beyond any n used here.
-        at = torch.arange(f.shape[0], device=f.device, dtype=f.dtype)[:, None]
+        at = _rows(f).to(f.dtype)[:, None]
         apart = (LazyTensor(at[:, None]) - LazyTensor(at[None])).square() - 0.5
         s = apart.ifelse(similarities(f, f), apart * 1e9)
         return (s.logsumexp(1)[:, 0] - positive.repeat(2)).mean()
@@ -129,9 +130,7 @@ def _both_directions(one_way: Loss, normalize: bool = True) -> Loss:
 
 def _linear(cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor], tau: float) -> Loss:
     """Express InfoNCE as a linear cross-entropy: one tower's rows are the other's classes."""
-    return _both_directions(
-        lambda a, b: cross_entropy(a / tau, b, torch.arange(a.shape[0], device=a.device))
-    )
+    return _both_directions(lambda a, b: cross_entropy(a / tau, b, _rows(a)))
 
 
 @baseline("cross_view", package="inf-cl", gpu_only=True)

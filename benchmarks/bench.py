@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from alphacl_fast import objectives, ops
+from alphacl_fast.functional import NEGATIVES
 
 from . import loss, memory, report
 from .baselines import BASELINES, missing, serves
@@ -32,13 +32,16 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 DENSE_MATRICES = 8
 
 
+def refusals(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+    """Say of each sweep backend why it does not serve a device and dtype, or None."""
+    modules = ops.SWEEP_BACKENDS.items()
+    return {name: module.unsupported(device, dtype, None, "exp") for name, module in modules}
+
+
 def default_contestants(device: torch.device) -> list[str]:
     """List the package's usable sweep backends, and the baselines for this kind of device."""
-    served = {
-        name: module.unsupported(device, torch.float32, None, "exp")
-        for name, module in ops.SWEEP_BACKENDS.items()
-    }
-    names = [name for name, reason in served.items() if reason is None]
+    refused = refusals(device, torch.float32)
+    names = [name for name, reason in refused.items() if reason is None]
     gpu = device.type == "cuda"
     return names + [name for name, found in BASELINES.items() if gpu or not found.gpu_only]
 
@@ -72,25 +75,25 @@ def rows(
     contestants: list[str],
     measures: list[str],
     device: torch.device,
-    repeats: tuple[int, int],
-    budget: float,
+    effort: loss.Effort,
     say: Callable[[str], None],
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[loss.Row]:
     """Yield all rows of a grid as they are measured.
 
     Args:
         settings: the problems.
         contestants: "NAME" or "NAME/OBJECTIVE" of each implementation.
         measures: of `benchmarks.loss.MEASURES` and "memory".
-        device, repeats, budget: as in `benchmarks.loss.run`.
+        device, effort: as in `benchmarks.loss.run`.
         say: receives one line per implementation that is skipped, with the reason.
     """
-    said: set[tuple[str, str]] = set()
+    said: set[str] = set()
 
     def skip(contestant: str, why: str) -> None:
-        if (contestant, why) not in said:
-            said.add((contestant, why))
-            say(f"{contestant} skipped: {why}")
+        line = f"{contestant} skipped: {why}"
+        if line not in said:
+            said.add(line)
+            say(line)
 
     for setting in settings:
         here = []
@@ -104,7 +107,12 @@ def rows(
                 here.append(contestant)
         for measure in measures:
             if measure != "memory":
-                yield from loss.run(setting, here, repeats, device, budget, measure, skip)
+                for row in loss.run(setting, here, device, effort, measure):
+                    if row["status"] == "ok":
+                        where = loss.provenance(device)
+                        yield {**row, "load_before": os.getloadavg()[0], **where}
+                    else:
+                        skip(row["contestant"], row["error"])
             elif not memory.supported(device):
                 skip("memory", f"peaks cannot be read on {sys.platform}")
             else:
@@ -113,14 +121,12 @@ def rows(
                     yield memory.measure(own, name, device)
 
 
-def _list(kind: type, valid: tuple | None = None):
+def _list(kind: type, valid: Sequence[str] = ()):
     def parse(text: str) -> list:
         values = [kind(part) for part in text.split(",") if part]
         for value in values:
-            if valid is not None and value not in valid:
-                raise argparse.ArgumentTypeError(
-                    f"{value!r} is none of {', '.join(map(str, valid))}"
-                )
+            if valid and value not in valid:
+                raise argparse.ArgumentTypeError(f"{value!r} is none of {', '.join(valid)}")
         if not values:
             raise argparse.ArgumentTypeError("at least one value is needed")
         return values
@@ -130,8 +136,6 @@ def _list(kind: type, valid: tuple | None = None):
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    modes = ("two_view", "one_view", "cross_view")
-    names = ", ".join(BASELINES)
     for flag, parse, default, text in (
         ("n", _list(int), "1024,4096", "rows 2N; every list is separated by commas"),
         ("dim", _list(int), "128", "features"),
@@ -142,7 +146,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             "infonce",
             "names of objectives; baselines compute infonce only",
         ),
-        ("negatives", _list(str, modes), "two_view", f"out of {', '.join(modes)}"),
+        ("negatives", _list(str, NEGATIVES), "two_view", f"out of {', '.join(NEGATIVES)}"),
         (
             "measure",
             _list(str, (*loss.MEASURES, "memory")),
@@ -160,7 +164,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--contestants",
         type=_list(str),
-        help=f"backends, or {names} (default: all that run on the device)",
+        help=f"backends, or {', '.join(BASELINES)} (default: all that run on the device)",
     )
     parser.add_argument("--threads", type=int, help="torch's threads (default: its own choice)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -201,28 +205,23 @@ def run(given: argparse.Namespace, fail: Callable[[str], Any], say: Callable[[st
         fail(f"--device {given.device}: {str(error).splitlines()[0]}")
     if given.threads is not None:
         torch.set_num_threads(given.threads)
-    grid = itertools.product(given.negatives, given.dtype, given.objective, given.dim, given.n)
-    settings = [
-        loss.Setting(n, dim, dtype, objective, negatives, given.tau)
-        for negatives, dtype, objective, dim, n in grid
-    ]
+    grid = itertools.product(given.negatives, given.objective, given.dtype, given.dim, given.n)
+    settings = [loss.Setting(*reversed(point), given.tau) for point in grid]
     contestants = given.contestants or default_contestants(device)
-    start, made = time.monotonic(), 0
+    start, made, file = time.monotonic(), 0, given.out / "rows.jsonl"
     try:
         given.out.mkdir(parents=True, exist_ok=True)
-        file = (given.out / "rows.jsonl").open("a")
+        file.touch()
     except OSError as error:
         fail(f"cannot write to {given.out}: {error.strerror}")
-    with file:
-        repeats, budget = (given.repeats[0], given.repeats[-1]), given.budget
-        for row in rows(settings, contestants, given.measure, device, repeats, budget, say):
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            made += 1
-            say(f"[{time.monotonic() - start:5.0f} s] {report.one_line(row)}")
+    effort = loss.Effort((given.repeats[0], given.repeats[-1]), given.budget, loss.GEMM)
+    for row in rows(settings, contestants, given.measure, device, effort, say):
+        report.append(file, row)
+        made += 1
+        say(f"[{time.monotonic() - start:5.0f} s] {report.one_line(row)}")
     if not made:
         fail("nothing was measured: no contestant computes these settings here")
-    written = report.write(report.read(given.out / "rows.jsonl"), given.out)
+    written = report.write(report.read(file), given.out)
     print((given.out / "tables.md").read_text())
     print(f"written: {', '.join(map(str, written))}")
     return 0

@@ -5,20 +5,21 @@ with its own objective after a slash ("cpu/alpha_direct"); rows and flags call i
 CPU only ratios are kept: every time is divided by the time of a 4096³ GEMM of the same dtype in the
 same run. Work counts as 4n²D floating-point operations (two_view; 8N²D for cross_view), whatever an
 implementation does. An implementation whose gradient is wrong is not timed. `benchmarks.bench`
-measures a grid of settings with this module, and `tools.gpu` uses its functions on GPUs.
+measures a grid of settings with this module, and `tools.gpu` its own list of them on GPUs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,10 @@ from torch import Tensor
 import alphacl_fast
 from alphacl_fast import ops
 from alphacl_fast.backend import cpu
-from alphacl_fast.functional import alpha_cl_loss
 
-from .baselines import BASELINES, Loss, make
+from .baselines import BASELINES, Loss, make, missing
 
+Row = dict[str, Any]
 GEMM = 4096
 
 
@@ -65,12 +66,27 @@ class Setting:
         low = {"tf32": 2**-7, "bfloat16": 2**-5, "float16": 2**-8}
         return low.get(self.dtype, 64 * torch.finfo(self.torch_dtype).eps)
 
-    def views(self, device: torch.device, pairs: int | None = None) -> tuple[Tensor, Tensor]:
+    def loss(self, name: str) -> Loss:
+        """Build the loss of a baseline, or of a backend of this package."""
+        return make(name, self.objective, self.negatives, self.tau)
+
+    def views(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Draw two (N, D) views that require a gradient."""
-        pairs = self.n // 2 if pairs is None else pairs
-        views = structured_rows(2, pairs, self.dim, device, torch.float32)
-        z1, z2 = (z.to(self.torch_dtype).requires_grad_() for z in views)
-        return z1, z2
+        views = structured_rows(2, self.n // 2, self.dim, device, torch.float32)
+        return tuple(z.to(self.torch_dtype).requires_grad_() for z in views)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long, and on which data, the implementations of a table are checked and timed."""
+
+    repeats: tuple[int, int] = (5, 25)  # fewest and most rounds
+    budget: float = 30.0  # seconds that the rounds should fit into
+    gemm_side: int = GEMM  # side of the GEMM's matrices
+    sample: float = 0.02  # seconds of consecutive calls per measurement
+    inputs: int = 1  # sets of inputs, which successive calls take in turn
+    checked_rows: int = 1024  # most rows on which gradients are checked
+    own_gate: float = 1.0  # this package's backends may have so much of the gate; baselines all
 
 
 def structured_rows(
@@ -119,28 +135,53 @@ def seconds(run: Callable[[], Any], device: torch.device, calls: int = 1) -> flo
     return begin.elapsed_time(end) / 1e3 / calls
 
 
+@contextlib.contextmanager
+def matmul_precision(dtype: str) -> Iterator[None]:
+    """Set torch's float32 GEMM precision: "tf32", or IEEE for every other name."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def peak_extra_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
+    """Measure a call's peak GPU memory, in bytes on top of earlier allocations.
+
+    On a CPU the call runs and the result is None.
+    """
+    if device.type != "cuda":
+        run()
+        return None
+    synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
 def interleaved(
     runs: Mapping[str, Callable[[], Any]],
     device: torch.device,
     repeats: int,
-    calls: Mapping[str, int] | None = None,
-    seldom: tuple[str, ...] = (),
+    calls: Mapping[str, int],
 ) -> dict[str, list[float]]:
     """Time each run ``repeats`` times, in turn, after a warm-up round.
 
     Args:
-        runs: name → function.
+        runs: name → function; "gemm" takes part in a fifth of the rounds only.
         device: where they run.
         repeats: number of rounds.
-        calls: name → calls per measurement (default 1).
-        seldom: names that take part in a fifth of the rounds only.
+        calls: name → calls per measurement.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
-            if name in seldom and repeat % max(1, repeats // 5):
+            if name == "gemm" and repeat % max(1, repeats // 5):
                 continue
-            took = seconds(run, device, (calls or {}).get(name, 1))
+            took = seconds(run, device, calls[name])
             if repeat:
                 times[name].append(took)
     return times
@@ -184,38 +225,23 @@ def scaled_gradient(loss: Loss, z1: Tensor, z2: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(result, [z1, z2], torch.full_like(result, z1.shape[0]))
 
 
-def oracle(
-    setting: Setting, z1: Tensor, z2: Tensor, backend: str = "reference"
-) -> tuple[Tensor, ...]:
-    """Compute `scaled_gradient` in float64."""
-    wide = [z.detach().double().requires_grad_() for z in (z1, z2)]
-    fixed = {"temperature": setting.tau, "negatives": setting.negatives, "backend": backend}
-    loss = functools.partial(alpha_cl_loss, objective=setting.objective, **fixed)
-    return scaled_gradient(loss, *wide)
-
-
 def relative_error(ours: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
     return max(float((o.double() - t).norm() / t.norm()) for o, t in zip(ours, truth, strict=True))
 
 
-class WrongGradient(Exception):
-    """The gradient's error exceeds what the dtype explains."""
+@functools.lru_cache(maxsize=2)
+def _solved(setting: Setting, device: torch.device) -> tuple[tuple[Tensor, ...], ...]:
+    """Draw views, and compute `scaled_gradient` on them in float64."""
+    views = setting.views(device)
+    wide = [z.detach().double().requires_grad_() for z in views]
+    exact = setting.loss("blocked" if setting.n > 4096 else "reference")
+    return views, scaled_gradient(exact, *wide)
 
 
-def verify(loss: Loss, setting: Setting, device: torch.device) -> float:
-    """Compare the gradient with the float64 oracle on the same inputs, at a small size.
-
-    Returns:
-        The relative error.
-
-    Raises:
-        WrongGradient: the error is larger than the dtype explains.
-    """
-    views = setting.views(device, min(setting.n // 2, 512))
-    error = relative_error(scaled_gradient(loss, *views), oracle(setting, *views))
-    if not error <= setting.gate:
-        raise WrongGradient(f"gradient error {error:.2e} exceeds {setting.gate:.2e}: not timed")
-    return error
+def gradient_error(loss: Loss, setting: Setting, device: torch.device, rows: int = 1024) -> float:
+    """Compare the gradient with float64 on the same inputs, of ``rows`` rows at most."""
+    views, truth = _solved(replace(setting, n=min(setting.n, rows)), device)
+    return relative_error(scaled_gradient(loss, *views), truth)
 
 
 def commit() -> str | None:
@@ -277,104 +303,126 @@ def parse(contestant: str, setting: Setting) -> tuple[str, Setting]:
     return name, replace(setting, objective=objective or setting.objective)
 
 
-def heading(benchmark: str, name: str, setting: Setting, device: torch.device) -> dict[str, Any]:
+def heading(benchmark: str, name: str, setting: Setting, device: torch.device) -> Row:
     """Start the row of one implementation: the columns that all benchmarks share."""
     return {
         "benchmark": benchmark,
         "contestant": name,
         "version": version(name),
-        "objective": setting.objective,
-        "negatives": setting.negatives,
         "kernels": kernels(name, setting, device),
-        "n": setting.n,
-        "dim": setting.dim,
-        "dtype": setting.dtype,
+        **asdict(setting),
     }
 
 
-def result(
-    setting: Setting,
-    name: str,
-    times: Mapping[str, list[float]],
-    key: str,
-    device: torch.device,
-    gemm_side: int,
-    measure: str = "loss+gradient",
-) -> dict[str, Any]:
-    """Build the row of one implementation.
+def statistics_of(setting: Setting, took: list[float], gemms: list[float], side: int) -> Row:
+    """Compute the columns of one implementation's times.
 
     Args:
         setting: the problem that it solved.
-        name: name of the implementation.
-        times: seconds of its calls, under ``key``, and of GEMMs in the same run, under "gemm".
-        key: see ``times``.
-        device: where it ran.
-        gemm_side: side of the GEMMs' matrices.
-        measure: one of ``MEASURES``.
+        took: seconds of its calls.
+        gemms: seconds of GEMMs in the same run.
+        side: side of the GEMMs' matrices.
     """
-    quantiles = torch.tensor(times[key]).quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()
+    quantiles = torch.tensor(took).quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()
     found = dict(zip(("median", "p20", "p80"), quantiles, strict=True))
-    gemm = statistics.median(times["gemm"])
-    rate = setting.work / found["median"] / (2 * gemm_side**3 / gemm)
-    row = heading(measure, name, setting, device) | {"repeats": len(times[key])}
-    row |= {f"{label}_in_gemms": took / gemm for label, took in found.items()}
-    row["fraction_of_gemm_rate"] = rate if measure == "loss+gradient" else None
-    for label, took in {**found, "gemm": gemm}.items():
-        # Absolute times are kept only from a machine that runs nothing else.
-        row[f"{label}_ms"] = 1e3 * took if device.type == "cuda" else None
-    return row
+    gemm = statistics.median(gemms)
+    return {
+        "repeats": len(took),
+        **{f"{label}_in_gemms": value / gemm for label, value in found.items()},
+        "fraction_of_gemm_rate": setting.work / found["median"] / (2 * side**3 / gemm),
+        **{f"{label}_ms": 1e3 * value for label, value in {**found, "gemm": gemm}.items()},
+    }
+
+
+def checked(
+    name: str, setting: Setting, device: torch.device, effort: Effort
+) -> tuple[Loss | None, Row]:
+    """Build an implementation and check its gradient.
+
+    Returns:
+        The loss, None if it cannot be timed; and the columns that say so.
+    """
+    if absent := missing(name):
+        return None, {"status": "skipped", "error": absent}
+    try:
+        loss = setting.loss(name)
+        error = gradient_error(loss, setting, device, effort.checked_rows)
+    except Exception as problem:
+        return None, failure(problem)
+    gate = setting.gate * (effort.own_gate if name in ops.SWEEP_BACKENDS else 1)
+    if error <= gate:
+        return loss, {"status": "ok", "gradient_error": error}
+    why = f"gradient error {error:.2e} of {setting.objective} exceeds {gate:.2e}: not timed"
+    return None, {"status": "wrong", "error": why, "gradient_error": error}
+
+
+def failure(error: Exception) -> Row:
+    status = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "error"
+    return {"status": status, "error": f"{type(error).__name__}: {str(error)[:400]}"}
 
 
 def run(
     setting: Setting,
     contestants: list[str],
-    repeats: tuple[int, int],
     device: torch.device,
-    budget: float = 30.0,
+    effort: Effort,
     measure: str = "loss+gradient",
-    skipped: Callable[[str, str], None] = lambda contestant, why: None,
-) -> list[dict[str, Any]]:
-    """Time one setting; returns one row per implementation.
+    needs: str | None = None,
+) -> Iterator[Row]:
+    """Check and time one setting; yields one row per implementation, with its ``status``.
 
     Args:
         setting: the problem.
         contestants: "NAME" or "NAME/OBJECTIVE" of each implementation.
-        repeats: fewest and most rounds.
         device: where to run.
-        budget: seconds that the rounds should fit into.
+        effort: how long to measure.
         measure: one of ``MEASURES``.
-        skipped: called with an implementation whose gradient is wrong, and the error.
+        needs: an implementation without which none is timed.
     """
     torch.manual_seed(0)
-    views = setting.views(device)
-    losses, errors = {}, {}
-    for contestant in contestants:
-        name, own = parse(contestant, setting)
-        loss = make(name, own.objective, own.negatives, own.tau)
-        try:
-            errors[contestant] = verify(loss, own, device)
-        except WrongGradient as error:
-            skipped(contestant, str(error))
-            continue
-        losses[contestant] = loss
-    if not losses:
-        return []
-    a = torch.randn(GEMM, GEMM, device=device).to(setting.torch_dtype)
-    runs = {"gemm": lambda: a @ a}
-    runs |= {key: timed(measure, loss, *views) for key, loss in losses.items()}
-    for run in runs.values():  # torch.compile compiles for these sizes
-        run()
-    rough = {key: seconds(run, device) for key, run in runs.items()}
-    calls = {key: max(1, round(0.02 / took)) for key, took in rough.items()}
-    one_round = sum(calls[key] * took for key, took in rough.items() if key != "gemm")
-    rounds = max(repeats[0], min(repeats[1], int(budget / one_round)))
-    times = interleaved(runs, device, rounds, calls, seldom=("gemm",))
-    eager = statistics.median(times["eager"]) if "eager" in times else None
-    rows = []
-    for key in losses:
-        name, own = parse(key, setting)
-        row = result(own, name, times, key, device, GEMM, measure)
-        row["gradient_error"] = errors[key]
-        row["speedup_over_eager"] = eager and eager / statistics.median(times[key])
-        rows.append({**row, "load_before": os.getloadavg()[0], **provenance(device)})
-    return rows
+    with matmul_precision(setting.dtype):
+        losses, owns, rows = {}, {}, {}
+        for contestant in contestants:
+            name, own = parse(contestant, setting)
+            owns[contestant] = own
+            loss, found = checked(name, own, device, effort)
+            rows[contestant] = {**heading(measure, name, own, device), **found}
+            if loss is None:
+                yield rows[contestant]
+            else:
+                losses[contestant] = loss
+        _solved.cache_clear()
+        if not losses or needs not in (None, *losses):
+            return
+        sets = [setting.views(device) for _ in range(effort.inputs)]
+        side = effort.gemm_side
+        a, b = (torch.randn(side, side, device=device).to(setting.torch_dtype) for _ in range(2))
+        runs: dict[str, Callable[[], Any]] = {"gemm": lambda: a @ b}
+        for key, loss in losses.items():
+            try:
+                turns = itertools.cycle([timed(measure, loss, *views) for views in sets])
+                runs[key] = lambda turns=turns: next(turns)()
+                # The first call also loads kernels, and compiles for these sizes.
+                rows[key]["peak_extra_bytes"] = peak_extra_bytes(runs[key], device)
+            except torch.OutOfMemoryError as problem:  # the check's inputs were smaller
+                runs.pop(key, None)
+                yield {**rows[key], **failure(problem)}
+        runs["gemm"]()
+        rough = {key: seconds(run, device) for key, run in runs.items()}
+        calls = {key: max(1, round(effort.sample / took)) for key, took in rough.items()}
+        one_round = sum(calls[key] * took for key, took in rough.items() if key != "gemm")
+        fewest, most = effort.repeats
+        rounds = max(fewest, min(most, int(effort.budget / one_round)))
+        times = interleaved(runs, device, rounds, calls)
+        gemms = times.pop("gemm")
+        medians = {key: statistics.median(took) for key, took in times.items()}
+        for key, took in times.items():
+            row = rows[key] | statistics_of(owns[key], took, gemms, side)
+            if measure != "loss+gradient":
+                row["fraction_of_gemm_rate"] = None
+            if device.type != "cuda":  # absolute times only from a machine that runs nothing else
+                row |= {label: None for label in row if label.endswith("_ms")}
+            for other in ("eager", "compiled"):
+                base = medians.get(other)
+                row[f"speedup_over_{other}"] = base and base / medians[key]
+            yield {**row, "calls_per_sample": calls[key]}

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
-import json
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +14,7 @@ import torch
 
 import alphacl_fast
 
-from .baselines import make
-from .loss import Setting, gradient, heading, provenance, synchronize
+from . import loss
 
 #: The folder in which a child process finds the package, installed or not.
 FOLDER = Path(alphacl_fast.__file__).parents[1]
@@ -36,34 +32,24 @@ def process_bytes(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def peak_of_device(run: Callable[[], Any], device: torch.device) -> int:
-    """Measure a call's peak GPU memory, in bytes on top of earlier allocations."""
-    synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    run()
-    synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def peak_extra_bytes(setting: Setting, name: str, device: torch.device) -> int:
+def peak_extra_bytes(setting: loss.Setting, name: str, device: torch.device) -> int:
     """Measure loss and gradient in this process: peak bytes, including gradients, not inputs."""
-    loss = make(name, setting.objective, setting.negatives, setting.tau)
-    gradient(loss, *replace(setting, n=64).views(device))  # does the first call's loading
-    views = setting.views(device)
+    function = setting.loss(name)
+    loss.gradient(function, *replace(setting, n=64).views(device))  # does the first call's loading
+    step = loss.timed("loss+gradient", function, *setting.views(device))
     if device.type == "cuda":
-        return peak_of_device(lambda: gradient(loss, *views), device)
+        return loss.peak_extra_bytes(step, device)
     with contextlib.suppress(OSError, AttributeError):
         # Return memory freed by the first call to the system: reusing it would not be counted.
         ctypes.CDLL(None).malloc_trim(0)
     before = process_bytes("VmRSS")
     RESET.write_text("5")  # resets the peak to the current resident set
-    gradient(loss, *views)
+    step()
     return max(0, process_bytes("VmHWM") - before)
 
 
 def measure(
-    setting: Setting, name: str, device: torch.device, timeout: float = 600.0
+    setting: loss.Setting, name: str, device: torch.device, timeout: float = 600.0
 ) -> dict[str, Any]:
     """Measure one implementation.
 
@@ -76,7 +62,7 @@ def measure(
     Returns:
         One row; if the implementation fails, ``peak_extra_bytes`` is None and ``error`` says why.
     """
-    row = heading("memory", name, setting, device)
+    row = loss.heading("memory", name, setting, device)
     peak = error = None
     if device.type == "cuda":
         try:
@@ -84,13 +70,12 @@ def measure(
         except torch.OutOfMemoryError as problem:
             error = str(problem)[:200]
     else:
-        threads = str(torch.get_num_threads())
-        command = [sys.executable, "-m", __name__]
-        command += [json.dumps(asdict(setting)), name, str(device), threads]
+        call = f"memory.peak_extra_bytes(loss.{setting!r}, {name!r}, torch.{device!r})"
+        code = f"import torch\nfrom {__package__} import loss, memory\n"
+        code += f"torch.set_num_threads({torch.get_num_threads()})\nprint({call})"
+        command, pipes = [sys.executable, "-c", code], {"capture_output": True, "text": True}
         try:
-            child = subprocess.run(
-                command, capture_output=True, text=True, timeout=timeout, cwd=FOLDER
-            )
+            child = subprocess.run(command, **pipes, timeout=timeout, cwd=FOLDER)
             if child.returncode == 0:
                 peak = int(child.stdout.splitlines()[-1])
             else:  # killed for lack of memory, or an exception
@@ -98,19 +83,4 @@ def measure(
                 error = f"exit status {child.returncode}: {last[:200]}"
         except subprocess.TimeoutExpired:
             error = f"more than {timeout:g} s"
-    return {**row, "peak_extra_bytes": peak, "error": error, **provenance(device)}
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("setting", type=json.loads, help='such as {"n": 4096, "dim": 128}')
-    parser.add_argument("contestant")
-    parser.add_argument("device")
-    parser.add_argument("threads", type=int)
-    given = parser.parse_args(arguments)
-    torch.set_num_threads(given.threads)
-    print(peak_extra_bytes(Setting(**given.setting), given.contestant, torch.device(given.device)))
-
-
-if __name__ == "__main__":
-    main()
+    return {**row, "peak_extra_bytes": peak, "error": error, **loss.provenance(device)}

@@ -1,17 +1,18 @@
 """Turn rows of `benchmarks.bench` into tables and plots, also README.md's and docs/benchmarks.md's.
 
-    python -m benchmarks.report            # print the documents' tables
-    python -m benchmarks.report --write    # write them, from benchmarks/results/cpu.jsonl
+python -m benchmarks.report            # print the documents' tables
+python -m benchmarks.report --write    # write them, from benchmarks/results/cpu.jsonl
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,42 +22,70 @@ RESULTS = ROOT / "benchmarks" / "results" / "cpu.jsonl"
 BEGIN, END = "<!-- from rows: python -m benchmarks.report --write -->", "<!-- end of rows -->"
 #: The package's backends; every other implementation is a baseline.
 OURS = ("cpu", "triton", "cuda", "blocked", "reference")
+PLAIN = ("eager", "compiled")
+NEGATIVES = ("two_view", "cross_view", "one_view")
 #: Smallest n of the README's table.
 HEADLINE_FROM = 1024
 #: Smallest n that enters the fit of the growth: below it, launches and caches dominate.
 FIT_FROM = 2048
 
 
+def lines_of(file: Path) -> list[Row]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def append(file: Path, row: Row) -> None:
+    """Append a row to a file at once."""
+    with file.open("a") as stream:
+        stream.write(json.dumps(row) + "\n")
+
+
 def read(file: Path) -> list[Row]:
     """Read the rows of a file; of repeated measurements only the newest."""
     newest: dict[tuple, Row] = {}
-    for line in file.read_text().splitlines():
-        row = json.loads(line)
-        newest[tuple(row.get(key) for key in ("benchmark", "contestant", "n", *SHARED))] = row
+    for row in lines_of(file):
+        newest[tuple(map(row.get, ("benchmark", "contestant", "n", *SHARED)))] = row
     return list(newest.values())
+
+
+#: Columns of a row's line, with their formats.
+FORMATS = {
+    "where": "{}", "median_in_gemms": "{:.4g} GEMMs", "fraction_of_gemm_rate": "{:.3f} of GEMM",
+    "median_ms": "{:.3f} ms",
+    "p20_ms": "p20 {:.3f}", "p80_ms": "p80 {:.3f}",
+    "graph_over_launched": "{:.2f} of a launched step", "speedup_over_eager": "{:.1f}x eager",
+    "speedup_over_compiled": "{:.1f}x compiled", "speedup_over_rival": "{:.2f}x as fast",
+    "launches": "{:.1f} launches", "microseconds": "{:.0f} µs", "errors_found": "{} errors",
+    "peak_extra_bytes": "+{:.2e} bytes", "gradient_error": "err {:.0e}",
+}  # fmt: skip
 
 
 def one_line(row: Row) -> str:
     """Format a row for the terminal."""
-    what = f"{row['benchmark']:13} {row['contestant']:28} {row['objective']} {row['negatives']} "
-    what += f"n={row['n']} D={row['dim']} {row['dtype']}"
-    if row["benchmark"] == "memory":
-        peak = row["peak_extra_bytes"]
-        return f"{what}: " + (f"{peak / 1e6:,.1f} MB" if peak is not None else row["error"])
-    parts = [f"{row['median_in_gemms']:.4g} of a GEMM"]
-    parts += [f"{row['median_ms']:.3f} ms"] if row.get("median_ms") else []
-    parts += [f"{row['speedup_over_eager']:.2f}x eager"] if row.get("speedup_over_eager") else []
-    return f"{what}: {', '.join(parts)}, gradient error {row['gradient_error']:.0e}"
+    who = row.get("contestant") or row.get("backend") or row.get("phase")
+    what = [row["benchmark"] if row["benchmark"] != "loss+gradient" else "", who]
+    what += [row.get(name) for name in ("objective", "dtype", "negatives")]
+    named = ["n", "dim"]
+    if row["benchmark"] == "check":
+        named += ["options", "similarity", "symmetric", "reduction", "tau"]
+    what += [f"{name}={row[name]}" for name in named if name in row]
+    what += [name for name in ("learn_tau", "deterministic", "tuned") if row.get(name)]
+    status = row.get("status", "")
+    facts = [] if status == "ok" else [f"{status.upper()} {row.get('error') or ''}".strip()[:300]]
+    facts += [form.format(row[name]) for name, form in FORMATS.items() if row.get(name) is not None]
+    told = ", ".join(filter(None, facts)) or status
+    return f"{' '.join(str(word) for word in what if word)}: {told}"
 
 
 def best(rows: Iterable[Row], field: str) -> Row | None:
     """Find the row with the smallest value of a column."""
-    return min((row for row in rows if row.get(field) is not None), key=lambda row: row[field], default=None)
+    known = (row for row in rows if row.get(field) is not None)
+    return min(known, key=lambda row: row[field], default=None)
 
 
-def fitted_power(points: list[tuple[int, float]]) -> float | None:
+def fitted_power(points: dict[int, float]) -> float | None:
     """Fit p in time ∝ n^p by least squares on logarithms, n ≥ FIT_FROM; None below two points."""
-    logs = [(math.log(n), math.log(t)) for n, t in points if n >= FIT_FROM]
+    logs = [(math.log(n), math.log(t)) for n, t in points.items() if n >= FIT_FROM]
     if len(logs) < 2:
         return None
     return statistics.linear_regression(*zip(*logs, strict=True)).slope
@@ -70,7 +99,9 @@ def counted(threads: int) -> str:
     return f"{threads} thread{'s' * (threads != 1)}"
 
 
-def groups(rows: list[Row], benchmark: str, keys: tuple[str, ...] = SHARED) -> dict[tuple, list[Row]]:
+def groups(
+    rows: Iterable[Row], benchmark: str, keys: tuple[str, ...] = SHARED
+) -> dict[tuple, list[Row]]:
     """Group one benchmark's rows into tables."""
     found: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -79,138 +110,179 @@ def groups(rows: list[Row], benchmark: str, keys: tuple[str, ...] = SHARED) -> d
     return found
 
 
-def table(rows: list[Row], field: str, show) -> list[str]:
+def curves(rows: list[Row], field: str) -> dict[str, dict[int, float]]:
+    """Collect n → value of every implementation; None values are left out."""
+    found: dict[str, dict[int, float]] = {}
+    for row in sorted(rows, key=lambda row: row["n"]):
+        if row[field] is not None:
+            found.setdefault(row["contestant"], {})[row["n"]] = row[field]
+    return found
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
+    """Format the lines of a table."""
+    header = list(header)
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (header, *rows)]
+    return [lines[0], "|" + "---|" * len(header), *lines[1:]]
+
+
+def table(rows: list[Row], field: str, show: Callable[[Row], str]) -> list[str]:
     """Format implementations × n: the package's first, the others by the last column."""
+    found = {(row["contestant"], row["n"]): row for row in rows}
+    last = {row["contestant"]: row for row in sorted(rows, key=lambda row: row["n"])}
+
+    def order(name: str) -> tuple:
+        value = last[name].get(field)
+        return name not in OURS, -last[name]["n"], math.inf if value is None else value
+
     sizes = sorted({row["n"] for row in rows})
-    names: dict[str, dict[int, Row]] = {}
-    for row in rows:
-        names.setdefault(row["contestant"], {})[row["n"]] = row
+    return markdown(
+        ["", *(f"n = {n:,}" for n in sizes)],
+        (
+            [f"`{name}`", *(show(found[name, n]) if (name, n) in found else "" for n in sizes)]
+            for name in sorted(dict.fromkeys(row["contestant"] for row in rows), key=order)
+        ),
+    )
 
-    def last(name: str) -> float:
-        value = names[name].get(max(names[name]), {}).get(field)
-        return math.inf if value is None else value
 
-    order = sorted(names, key=lambda name: (name not in OURS, -max(names[name]), last(name)))
-    lines = [f"| | {' | '.join(f'n = {n:,}' for n in sizes)} |", "|---|" + "---|" * len(sizes)]
-    for name in order:
-        lines.append(f"| `{name}` | " + " | ".join(show(names[name].get(n)) for n in sizes) + " |")
-    return lines
+def section(
+    what: str, end: str, rows: list[Row], field: str, show: Callable[[Row], str]
+) -> list[str]:
+    """Format a table with a heading; ``rows`` share their problem and place."""
+    row = rows[0]
+    about = f"{problem(row)}, {counted(row['threads'])}, {row['device']}, torch {row['torch']}"
+    return [f"**{what}{about}{end}.", "", *table(rows, field, show), ""]
+
+
+def problem(row: Row) -> str:
+    return f"{row['objective']}, `{row['negatives']}`, D = {row['dim']}, {row['dtype']}"
+
+
+def times(row: Row, base: float = 1.0) -> str:
+    return f"{row['median_in_gemms'] / base:.3g}"
+
+
+def megabytes(row: Row) -> str:
+    peak = row["peak_extra_bytes"]
+    if peak is None:
+        return "did not run"
+    return f"{peak / 1e6:,.0f}" if peak >= 1e7 else f"{peak / 1e6:.1f}"
 
 
 def tables(rows: list[Row]) -> str:
-    """Markdown: times as multiples of the package's fastest backend, memory in MB, exponents of the growth."""
+    """Format run times relative to the package's fastest backend, memory in MB, and growth."""
     out: list[str] = []
     alone, lines = by_objective(rows)
     compared = [row for row in rows if row not in alone]
-    for benchmark, what in (("loss+gradient", "Loss and gradient"), ("loss", "Loss alone"), ("backward", "Backward alone")):
-        for (negatives, objective, dtype, dim, threads, device, torch), those in groups(compared, benchmark).items():
-            ours = {n: best((r for r in those if r["n"] == n and r["contestant"] in OURS), "median_in_gemms")
-                    for n in {r["n"] for r in those}}  # fmt: skip
-
-            def show(row: Row | None, ours=ours) -> str:
-                if row is None:
-                    return ""
-                base = ours[row["n"]]
-                if base is None:
-                    return f"{row['median_in_gemms']:.3g}"
-                return f"{row['median_in_gemms'] / base['median_in_gemms']:.3g}"
-
-            unit = "this package's fastest backend" if any(ours.values()) else "a 4096³ GEMM"
-            out += [f"**{what}**: {objective}, `{negatives}`, D = {dim}, {dtype}, {counted(threads)}, {device}, "
-                    f"torch {torch}; run time relative to {unit}.", ""]  # fmt: skip
-            out += [*table(those, "median_in_gemms", show), ""]
+    for benchmark, what in (
+        ("loss+gradient", "Loss and gradient"),
+        ("loss", "Loss alone"),
+        ("backward", "Backward alone"),
+    ):
+        for those in groups(compared, benchmark).values():
+            bases: dict[int, float] = {}
+            for row in those:
+                if row["contestant"] in OURS:
+                    n, took = row["n"], row["median_in_gemms"]
+                    bases[n] = min(took, bases.get(n, took))
+            unit = "this package's fastest backend" if bases else "a 4096³ GEMM"
+            out += section(
+                f"{what}**: ", f"; run time relative to {unit}", those, "median_in_gemms",
+                lambda row, bases=bases: times(row, bases.get(row["n"], 1.0)),
+            )  # fmt: skip
     out += lines
-    for (negatives, objective, dtype, dim, _, device, torch), those in groups(rows, "memory").items():
-        out += [f"**Peak memory** on top of the inputs, in MB: {objective}, `{negatives}`, D = {dim}, {dtype}, {device}, "
-                f"torch {torch}.", ""]  # fmt: skip
-
-        def megabytes(row: Row | None) -> str:
-            if row is None:
-                return ""
-            peak = row["peak_extra_bytes"]
-            return "did not run" if peak is None else f"{peak / 1e6:,.0f}" if peak >= 1e7 else f"{peak / 1e6:.1f}"
-
-        out += [*table(those, "peak_extra_bytes", megabytes), ""]
-    for (negatives, objective, dtype, dim, *_), those in groups(rows, "loss+gradient").items():
-        powers = [(name, fitted_power(points)) for name, points in curves(those).items()]
-        shown = [f"`{name}` {power:.2f}" for name, power in powers if power is not None]
+    for those in groups(rows, "memory").values():
+        what = "Peak memory** on top of the inputs, in MB: "
+        out += section(what, "", those, "peak_extra_bytes", megabytes)
+    for those in groups(rows, "loss+gradient").values():
+        points = curves(those, "median_in_gemms")
+        powers = {name: fitted_power(curve) for name, curve in points.items()}
+        shown = [f"`{name}` {power:.2f}" for name, power in powers.items() if power is not None]
         if shown:
-            out += [f"Run time grows as n^p, with p fitted over n ≥ {FIT_FROM:,} ({objective}, `{negatives}`, D = {dim}, "
-                    f"{dtype}): {', '.join(shown)}.", ""]  # fmt: skip
+            fit = f"with p fitted over n ≥ {FIT_FROM:,} ({problem(those[0])})"
+            out += [f"Run time grows as n^p, {fit}: {', '.join(shown)}.", ""]
     return "\n".join(out)
 
 
 def by_objective(rows: list[Row]) -> tuple[list[Row], list[str]]:
-    """Rows of the package alone, of objectives that it alone computes, and lines of tables of them with InfoNCE's beside."""
+    """Rows of objectives that the package alone computes, and their tables beside InfoNCE."""
     keys = tuple(key for key in SHARED if key != "objective")
     alone: list[Row] = []
     lines: list[str] = []
-    for values, those in groups(rows, "loss+gradient", ("contestant", *keys)).items():
-        contestant, negatives, dtype, dim, threads, device, torch = values
+    for those in groups(rows, "loss+gradient", ("contestant", *keys)).values():
         others = [row for row in those if row["objective"] != "infonce"]
         sizes = {row["n"] for row in others}
         bases = [row for row in those if row["objective"] == "infonce" and row["n"] in sizes]
-        if contestant in OURS and bases:
+        name = those[0]["contestant"]
+        if name in OURS and bases:
             alone += others
-            shown = [{**row, "contestant": row["objective"]} for row in (*bases, *others)]
-            lines += [f"**Objectives**: loss and gradient with `{contestant}`, `{negatives}`, D = {dim}, {dtype}, "
-                      f"{counted(threads)}, {device}, torch {torch}; run time relative to a 4096³ GEMM.", ""]  # fmt: skip
-            lines += [*table(shown, "median_in_gemms", lambda row: f"{row['median_in_gemms']:.3g}" if row else ""), ""]
+            what, end = f"loss and gradient with `{name}`", "; run time relative to a 4096³ GEMM"
+            shown = [
+                {**row, "contestant": row["objective"], "objective": what}
+                for row in (*bases, *others)
+            ]
+            lines += section("Objectives**: ", end, shown, "median_in_gemms", times)
     return alone, lines
 
 
-def curves(rows: list[Row]) -> dict[str, list[tuple[int, float]]]:
-    """Collect (n, time in GEMMs) of every implementation."""
-    found: dict[str, list[tuple[int, float]]] = {}
-    for row in sorted(rows, key=lambda row: row["n"]):
-        found.setdefault(row["contestant"], []).append((row["n"], row["median_in_gemms"]))
-    return found
-
-
-def plot(rows: list[Row], path: Path) -> bool:
-    """Plot time and peak memory against n, one column per mode; False below two sizes."""
+@contextlib.contextmanager
+def figure(path: Path, rows: int, columns: int, width: float, height: float) -> Iterator[Any]:
+    """Give an array of axes, each so many inches large, to draw on, and write the figure."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    timed = {k: v for k, v in groups(rows, "loss+gradient").items() if len({r["n"] for r in v}) > 1}
+    size = width * columns, height * rows
+    drawn, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    yield axes
+    drawn.savefig(path, dpi=110)
+    pyplot.close(drawn)
+
+
+def plot(rows: list[Row], path: Path) -> bool:
+    """Plot time and peak memory against n, one column per mode; False below two sizes."""
+    from matplotlib import colormaps
+
+    timed = groups(rows, "loss+gradient")
+    timed = {key: those for key, those in timed.items() if len({row["n"] for row in those}) > 1}
     if not timed:
         return False
     remembered = groups(rows, "memory")
-    figure, axes = pyplot.subplots(2, len(timed), figsize=(5.2 * len(timed), 7.6), layout="constrained", squeeze=False)
-    names = sorted({row["contestant"] for those in timed.values() for row in those}, key=lambda name: (name not in OURS, name))
-    colors = {name: pyplot.get_cmap("tab20")(k % 20) for k, name in enumerate(names)}
-    for column, (key, those) in enumerate(timed.items()):
-        negatives, objective, dtype, dim, *_ = key
-        time, memory = axes[:, column]
-        for name, points in curves(those).items():
-            power = fitted_power(points)
-            label = f"{name}, n^{power:.2f}" if power is not None else name
-            style = {"color": colors[name], "linewidth": 2.2 if name in OURS else 1, "marker": "o", "markersize": 3}
-            time.loglog(*zip(*points, strict=True), label=label, **style)
-            peaks = [(r["n"], r["peak_extra_bytes"] / 1e6) for r in sorted(remembered.get(key, []), key=lambda r: r["n"])
-                     if r["contestant"] == name and r["peak_extra_bytes"]]  # fmt: skip
-            if peaks:
-                memory.loglog(*zip(*peaks, strict=True), **style)
-        time.set(title=f"{objective}, {negatives}, D = {dim}, {dtype}", ylabel="loss + gradient, relative to a 4096³ GEMM")
-        memory.set(xlabel="n (rows of both views)", ylabel="peak memory on top of the inputs, MB")
-        for axis in (time, memory):
-            axis.grid(alpha=0.3)
-        time.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    names = {row["contestant"] for those in timed.values() for row in those}
+    order = sorted(names, key=lambda name: (name not in OURS, name))
+    with figure(path, 2, len(timed), 5.2, 3.8) as axes:
+        for (time, memory), (key, those) in zip(axes.T, timed.items(), strict=True):
+            peaks = curves(remembered.get(key, []), "peak_extra_bytes")
+            for name, points in curves(those, "median_in_gemms").items():
+                style = {
+                    "color": colormaps["tab20"](order.index(name) % 20), "marker": "o",
+                    "markersize": 3,
+                    "linewidth": 2.2 if name in OURS else 1,
+                }  # fmt: skip
+                power = fitted_power(points)
+                label = f"{name}, n^{power:.2f}" if power is not None else name
+                time.loglog(points.keys(), points.values(), label=label, **style)
+                used = {n: peak / 1e6 for n, peak in peaks.get(name, {}).items() if peak}
+                memory.loglog(used.keys(), used.values(), **style)
+            title, unit = problem(those[0]).replace("`", ""), "relative to a 4096³ GEMM"
+            time.set(title=title, ylabel=f"loss + gradient, {unit}")
+            memory.set(
+                xlabel="n (rows of both views)", ylabel="peak memory on top of the inputs, MB"
+            )
+            for axis in (time, memory):
+                axis.grid(alpha=0.3)
+            time.legend(fontsize=7)
     return True
 
 
 def write(rows: list[Row], out: Path) -> list[Path]:
     """Write tables.md and, given two sizes and matplotlib, growth.png; return the files."""
     (out / "tables.md").write_text(tables(rows))
-    try:
-        drawn = plot(rows, out / "growth.png")
-    except ImportError:
-        drawn = False
-    return [out / "rows.jsonl", out / "tables.md", *([out / "growth.png"] if drawn else [])]
+    files = [out / "rows.jsonl", out / "tables.md"]
+    with contextlib.suppress(ImportError):
+        files += [out / "growth.png"] if plot(rows, out / "growth.png") else []
+    return files
 
 
 # --- the documents --------------------------------------------------------------------------------
@@ -223,60 +295,53 @@ def newest_machine(rows: list[Row]) -> list[Row]:
     return [row for row in here if row["torch"] == torch]
 
 
-def headline(rows: list[Row], dim: int = 128, dtype: str = "float32", objective: str = "infonce") -> str:
-    """The README's table: the fastest backend beside eager, torch.compile and the best other package, in every mode."""
-    lines = [
-        "| mode | n = 2N | fraction of GEMM rate | eager (×) | torch.compile (×) | fastest other package (×) "
-        "| memory (MB) | best alternative (MB) |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    fixed = {"dim": dim, "dtype": dtype, "objective": objective}
+def headline(rows: list[Row]) -> str:
+    """Format the README's table: float32 InfoNCE of 128 features, in every mode.
+
+    It compares the fastest backend with eager, torch.compile and the best other package.
+    """
+    lines = []
+    fixed = {"dim": 128, "dtype": "float32", "objective": "infonce"}
     here = [row for row in rows if fixed.items() <= row.items() and row["n"] >= HEADLINE_FROM]
-    for negatives in ("two_view", "cross_view"):
-        for n in sorted({row["n"] for row in here if row["negatives"] == negatives}):
-            those = [row for row in here if (row["negatives"], row["n"]) == (negatives, n)]
-            timed = [row for row in those if row["benchmark"] == "loss+gradient"]
-            ours = best((row for row in timed if row["contestant"] in OURS), "median_in_gemms")
-            if ours is None:
-                continue
-
-            def over(row: Row | None, name: bool = False, ours: Row = ours) -> str:
-                if row is None:
-                    return ""
-                text = f"{row['median_in_gemms'] / ours['median_in_gemms']:.1f}"
-                return f"{text} ({row['contestant']})" if name else text
-
-            others = [row for row in timed if row["contestant"] not in (*OURS, "eager", "compiled")]
-            named = {row["contestant"]: row for row in timed}
-            peaks = [row for row in those if row["benchmark"] == "memory"]
-            mine = next((row for row in peaks if row["contestant"] == ours["contestant"]), None)
-            least = best((row for row in peaks if row["contestant"] not in OURS), "peak_extra_bytes")
-            cells = (
-                negatives, f"{n:,}", f"{ours['fraction_of_gemm_rate']:.2f}", over(named.get("eager")),
-                over(named.get("compiled")), over(best(others, "median_in_gemms"), True),
-                f"{mine['peak_extra_bytes'] / 1e6:,.1f}" if mine else "",
-                f"{least['peak_extra_bytes'] / 1e6:,.1f} ({least['contestant']})" if least else "",
-            )  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def machine(row: Row) -> str:
-    return (f"{row['device']}, {counted(row['threads'])}, kernels `{row['kernels']}`, torch {row['torch']}, "
-            f"Python {row['python']}, commit {row['commit']}")  # fmt: skip
+    where = {(row["negatives"], row["n"]): None for row in here}
+    for negatives, n in sorted(where, key=lambda key: (NEGATIVES.index(key[0]), key[1])):
+        those = [row for row in here if (row["negatives"], row["n"]) == (negatives, n)]
+        timed = {row["contestant"]: row for row in those if row["benchmark"] == "loss+gradient"}
+        peaks = {row["contestant"]: row for row in those if row["benchmark"] == "memory"}
+        ours = best((timed[name] for name in OURS if name in timed), "median_in_gemms")
+        if ours is None:
+            continue
+        others = (row for name, row in timed.items() if name not in (*OURS, *PLAIN))
+        compared = [*map(timed.get, PLAIN), best(others, "median_in_gemms")]
+        ratios = [
+            row and f"{row['median_in_gemms'] / ours['median_in_gemms']:.1f}" for row in compared
+        ]
+        least = best((row for name, row in peaks.items() if name not in OURS), "peak_extra_bytes")
+        bytes_of = [peaks.get(ours["contestant"]), least]
+        memory = [row and f"{row['peak_extra_bytes'] / 1e6:,.1f}" for row in bytes_of]
+        for cells, row in ((ratios, compared[-1]), (memory, least)):
+            cells[-1] = row and f"{cells[-1]} ({row['contestant']})"
+        rate = f"{ours['fraction_of_gemm_rate']:.2f}"
+        lines.append([negatives, f"{n:,}", rate, *(cell or "" for cell in (*ratios, *memory))])
+    header = (
+        "mode", "n = 2N", "fraction of GEMM rate", "eager (×)", "torch.compile (×)",
+        "fastest other package (×)", "memory (MB)", "best alternative (MB)",
+    )  # fmt: skip
+    return "\n".join(markdown(header, lines)) + "\n"
 
 
 def training(rows: list[Row]) -> str:
-    """Throughput of `alphacl train` by backend, and the loss's share of the step."""
-    lines = [
-        "| batch | n | backend | throughput relative to `reference` | share of the step spent in the loss |",
-        "|---|---|---|---|---|",
-    ]
+    """Format the throughput of `alphacl train` by backend, and the loss's share of the step."""
+    header = (
+        "batch", "n", "backend", "throughput relative to `reference`",
+        "share of the step spent in the loss",
+    )  # fmt: skip
+    lines = []
     for row in (row for row in rows if row["benchmark"] == "training"):
         ratio = f"{row['speedup_over_reference']:.2f}" if row["speedup_over_reference"] else ""
-        cells = f"{row['batch_size']:,}", f"{row['n']:,}", f"`{row['contestant']}`", ratio, f"{row['loss_share']:.1%}"
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        sizes = [f"{row[key]:,}" for key in ("batch_size", "n")]
+        lines.append([*sizes, f"`{row['contestant']}`", ratio, f"{row['loss_share']:.1%}"])
+    return "\n".join(markdown(header, lines)) + "\n"
 
 
 def sections(rows: list[Row]) -> dict[Path, list[str]]:
@@ -284,27 +349,28 @@ def sections(rows: list[Row]) -> dict[Path, list[str]]:
     calls = [row for row in rows if row["benchmark"] != "training"]
     newest = newest_machine(calls)
     ours = next(row for row in reversed(newest) if row["kernels"])
-    where = f"Measured on {machine(ours)}.\n"
+    where = f"{ours['device']}, {counted(ours['threads'])}, kernels `{ours['kernels']}`, torch "
+    where += f"{ours['torch']}, Python {ours['python']}, commit {ours['commit']}"
     older = [row for row in calls if row not in newest]
     return {
         ROOT / "README.md": [headline(newest)],
         ROOT / "docs" / "benchmarks.md": [
-            f"{where}\n{tables(newest)}", training(rows), f"{tables(older)}" if older else "",
+            f"Measured on {where}.\n\n{tables(newest)}", training(rows), tables(older),
         ],
     }  # fmt: skip
 
 
-def filled(text: str, parts: list[str]) -> str:
+def filled(text: str, parts: list[str], begin: str = BEGIN, end_mark: str = END) -> str:
     """Replace the text between a document's marks by ``parts``."""
-    pieces = text.split(BEGIN)
+    pieces = text.split(begin)
     if len(pieces) != len(parts) + 1:
         raise ValueError(f"{len(parts)} marks are expected, found {len(pieces) - 1}")
     out = pieces[0]
     for piece, part in zip(pieces[1:], parts, strict=True):
-        _, end, rest = piece.partition(END)
+        _, end, rest = piece.partition(end_mark)
         if not end:
-            raise ValueError(f"a mark is not closed by {END}")
-        out += f"{BEGIN}\n\n{part.strip()}\n\n{END}{rest}"
+            raise ValueError(f"a mark is not closed by {end_mark}")
+        out += f"{begin}\n\n{part.strip()}\n\n{end_mark}{rest}"
     return out
 
 
@@ -320,7 +386,10 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"--- {file.name}\n" + "\n".join(parts))
     if given.write:
         calls = newest_machine([row for row in rows if row["benchmark"] != "training"])
-        plot([row for row in calls if row["dim"] == 128 and row["dtype"] == "float32"], ROOT / "docs" / "benchmarks.png")
+        plot(
+            [row for row in calls if row["dim"] == 128 and row["dtype"] == "float32"],
+            ROOT / "docs" / "benchmarks.png",
+        )
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from alphacl_fast.benchmarks import loss
 from tools import gpu, gpu_tasks, subprocess_pool
 
 ROOT = Path(__file__).parent.parent
+FEW = loss.Effort((2, 2), gemm_side=16, sample=1e-4, own_gate=0.25)
 
 
 @pytest.fixture
@@ -224,8 +225,7 @@ def unusable(name):
 def test_interpreted_triton():
     (row,) = gpu_tasks.check(gpu_tasks.Case("triton", pairs=20, dim=16, deterministic=True), "cpu")
     assert (row["status"], row["repeatable"]) == ("ok", True)
-    few = {"gemm_side": 16, "sample": 1e-4, "repeats": (2, 2), "graph": True}
-    rows = list(gpu_tasks.measure(loss.Setting(16, 16, "bfloat16"), ["triton"], "cpu", **few))
+    rows = list(gpu_tasks.measure(loss.Setting(16, 16, "bfloat16"), ["triton"], "cpu", FEW, graph=True))
     assert [(row["benchmark"], row["status"]) for row in rows] == [("loss+gradient", "ok"), ("graph replay", "ok")]
 
 
@@ -348,7 +348,7 @@ def fake_cuda(monkeypatch):
 def test_cuda_calls(fake_cuda, monkeypatch):
     steps = iter((1.0, 3.0))
     assert loss.seconds(lambda: setattr(Event, "clock", Event.clock + next(steps)), CUDA, calls=2) == pytest.approx(2.0)
-    assert gpu_tasks.peak_extra_bytes(lambda: None, CUDA) == 500
+    assert loss.peak_extra_bytes(lambda: None, CUDA) == 500
     with gpu_tasks.synchronization_forbidden(CUDA):
         assert fake_cuda[-1] == ("set_sync_debug_mode", "error")
     assert fake_cuda[-1] == ("set_sync_debug_mode", "default")
@@ -365,8 +365,7 @@ def test_cuda_calls(fake_cuda, monkeypatch):
     monkeypatch.setattr(loss.subprocess, "run", lambda *args, **options: found)
     row = gpu_tasks.provenance(CUDA)
     assert (row["device"], row["capability"], row["driver"]) == ("a GPU", "9.0", "580.1")
-    times = {"gemm": [1.0, 1.0], "triton": [2.0, 3.0]}
-    row = loss.result(loss.Setting(64, 16), "triton", times, "triton", CUDA, 8192)
+    row = loss.statistics_of(loss.Setting(64, 16), [2.0, 3.0], [1.0, 1.0], 8192)
     assert (row["median_ms"], row["gemm_ms"]) == (2500.0, 1000.0)
 
 
@@ -389,10 +388,10 @@ def test_out_of_memory_is_a_row(monkeypatch):
     def exhausted(z1, z2):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    real = gpu_tasks.make
-    monkeypatch.setattr(gpu_tasks, "make", lambda name, *args: exhausted if name == "eager" else real(name, *args))
+    real = loss.make
+    monkeypatch.setattr(loss, "make", lambda name, *args: exhausted if name == "eager" else real(name, *args))
     setting = loss.Setting(32, 8)
-    rows = list(gpu_tasks.measure(setting, ["blocked", "eager"], "cpu", gemm_side=16, sample=1e-4, repeats=(2, 2)))
+    rows = list(gpu_tasks.measure(setting, ["blocked", "eager"], "cpu", FEW))
     assert [(row["contestant"], row["status"]) for row in rows] == [("eager", "out of memory"), ("blocked", "ok")]
 
 

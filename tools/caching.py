@@ -8,7 +8,6 @@ small one, on random images.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -18,8 +17,9 @@ from pathlib import Path
 import torch
 
 from alphacl_fast.benchmarks.memory import process_bytes
+from alphacl_fast.benchmarks.report import append
 
-from .training import Step, random_views
+from .training import Step, flags, random_views
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "caching.jsonl"
 
@@ -44,18 +44,14 @@ def measure(batch: int, micro_batch: int, size: int, channels: int) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batches", type=int, nargs="+", default=[2048, 8192, 32_768])
-    parser.add_argument("--micro-batch", type=int, default=512)
-    parser.add_argument("--size", type=int, default=8, help="side of the images")
+    parser = flags(__doc__, [2048, 8192, 32_768])
     parser.add_argument("--channels", type=int, default=1, choices=(1, 3))
     given = parser.parse_args(arguments)
-    processes = multiprocessing.get_context("spawn")
-    with open(RESULTS, "a") as file, processes.Pool(1, maxtasksperchild=1) as pool:
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for batch in given.batches:
             row = pool.apply(measure, (batch, given.micro_batch, given.size, given.channels))
             print(json.dumps(row), flush=True)
-            file.write(json.dumps(row) + "\n")
+            append(RESULTS, row)
 
 
 if __name__ == "__main__":

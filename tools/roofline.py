@@ -1,19 +1,24 @@
-"""Predicted times of the GPU kernels from counts and rates: nothing here is measured but the rates that say so.
+"""Predict times of the GPU kernels from counts and rates; only some of the rates are measured.
 
-``python -m tools.roofline`` prints the tables of docs/roofline.md; ``--write FILE`` renews them there, between the
-markers; ``--device`` and ``--set gemm=6e14`` change the machine. Work is two_view InfoNCE, bfloat16, loss and gradient.
+``python -m tools.roofline`` prints the tables of docs/roofline.md, and ``--write FILE`` renews them
+there, between the marks; ``--device`` and ``--set gemm=6e14`` change the machine. The work is one
+step of two_view InfoNCE, bfloat16, loss and gradient.
 
-A kernel's time is that of its busiest resource where everything overlaps ("bound"). Products, pointwise work and shuffles of a
-tile depend on each other, so that a program that does one after the other takes their sum ("in order"), and one that works on
-two tiles at a time lies between ("overlapped").
+If everything overlaps, a kernel takes the time of its busiest resource ("bound"). Products,
+pointwise work and shuffles of a tile depend on each other: a program that does one after the other
+takes their sum ("in order"), and one that works on two tiles at a time lies between ("overlapped").
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
+
+from alphacl_fast.benchmarks.report import filled, markdown
 
 SIZES = (1024, 4096, 16384, 65536, 262144, 1048576)
 DIMS = (64, 96, 128, 256, 512, 1024)
@@ -21,7 +26,7 @@ DIMS = (64, 96, 128, 256, 512, 1024)
 
 @dataclass(frozen=True)
 class Device:
-    """Rates of a GPU per second, all multiprocessors (SM) together; docs/roofline.md says where each comes from."""
+    """Rates per second of all multiprocessors (SM); docs/roofline.md gives their sources."""
 
     name: str
     sms: int
@@ -40,9 +45,9 @@ class Device:
         """What each resource of `Work` does in a second."""
         clocks = self.sms * self.clock
         return {
-            "tensor": self.gemm, "exp": clocks * self.exp_per_clock, "issue": clocks * self.issue_per_clock,
-            "shuffle": clocks * self.shuffle_per_clock, "shared": clocks * self.shared_per_clock, "L2": self.l2,
-            "HBM": self.hbm,
+            "tensor": self.gemm, "exp": clocks * self.exp_per_clock,
+            "issue": clocks * self.issue_per_clock, "shuffle": clocks * self.shuffle_per_clock,
+            "shared": clocks * self.shared_per_clock, "L2": self.l2, "HBM": self.hbm,
         }  # fmt: skip
 
 
@@ -50,16 +55,18 @@ DEVICES = {
     "H200": Device("H200", 132, 1.98e9, 788e12, 4.3e12, 5.5e12, 50e6),
     "H100": Device("H100", 132, 1.98e9, 798e12, 3.0e12, 5.5e12, 40e6),
 }
-#: Launches of a step that is not captured in a CUDA graph: two row kernels, two sweeps, and PyTorch operations on row scalars.
+#: Launches of a step that is not captured in a CUDA graph: two row kernels, two sweeps, and
+#: PyTorch operations on row scalars.
 LAUNCHES = 37
 #: Share of the shorter resources' time that the overlapped kernels hide.
 OVERLAP = 0.7
 #: Features for which csrc/cuda/hopper.h has kernels, which overlap; they are of the row-block form.
 HOPPER_DIMS = (64, 128, 256)
-#: Instructions per pair of a sweep's inner loop at D = 128, read from the kernels as triton 3.6.0 and nvcc 13.0 compile them.
+#: Instructions per pair of a sweep's inner loop at D = 128, read from the kernels as triton 3.6.0
+#: and nvcc 13.0 compile them.
 ISSUE = {
-    ("hopper", "sums"): 5.5, ("hopper", "gradient"): 7.5, ("triton", "sums"): 9.5, ("triton", "gradient"): 12.3,
-    ("triton", "sums of both sides"): 15.7,
+    ("hopper", "sums"): 5.5, ("hopper", "gradient"): 7.5, ("triton", "sums"): 9.5,
+    ("triton", "gradient"): 12.3, ("triton", "sums of both sides"): 15.7,
 }  # fmt: skip
 #: Bytes of rows that stay in shared memory beside the ring of column tiles.
 RESIDENT = 128 * 1024
@@ -74,7 +81,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Work:
-    """What a kernel asks of each resource, and the share of the SMs' time that its programs fill."""
+    """What a kernel asks of each resource, and the share of the SMs' time that it fills."""
 
     flop: float = 0
     exp: float = 0
@@ -87,38 +94,39 @@ class Work:
 
     def seconds(self, device: Device) -> dict[str, float]:
         """Of each resource alone; those of an SM stand still where no program runs."""
-        of_sms = [amount / self.fill for amount in (self.flop, self.exp, self.issue, self.shuffle, self.shared)]
-        amounts = (*of_sms, self.l2, self.hbm)
-        return {name: amount / rate for (name, rate), amount in zip(device.rates().items(), amounts, strict=True)}
+        *amounts, fill = astuple(self)
+        return {
+            name: amount / rate / (1 if name in ("L2", "HBM") else fill)
+            for (name, rate), amount in zip(device.rates().items(), amounts, strict=True)
+        }
 
     def time(self, device: Device, overlap: float) -> float:
         """Seconds where a share of what can be hidden is hidden: 1 is the bound, 0 in order."""
         t = self.seconds(device)
         dependent = (t["tensor"], max(t["exp"], t["issue"]), t["shuffle"])
-        longest = max(dependent)
-        return max(*t.values(), longest + (1 - overlap) * (sum(dependent) - longest))
-
-    def binding(self, device: Device) -> str:
-        t = self.seconds(device)
-        return max(t, key=t.__getitem__)
+        return max(*t.values(), overlap * max(dependent) + (1 - overlap) * sum(dependent))
 
 
-# --- counts -------------------------------------------------------------------------------------------------------------
+# --- counts ---------------------------------------------------------------------------------------
 
 
 def tile_count(n: int, tile: Tile, both: bool) -> int:
-    """Tiles of a sweep over all pairs of n rows: the square, or (both sides) a triangle with its diagonal."""
+    """Count the tiles of a sweep over n² pairs: the square, or (both sides) a triangle."""
     blocks = math.ceil(n / tile.rows)
     return blocks * (blocks + 1) // 2 if both else blocks * math.ceil(n / tile.cols)
 
 
 def parts(n: int, tile: Tile, both: bool, device: Device) -> tuple[int, float]:
-    """Programs among which a ring is shared, and the share of the SMs' time they fill: the fewest near the best."""
+    """Choose how many programs share a row block, and the share of the SMs' time they fill."""
     blocks = math.ceil(n / tile.rows)
     ring = blocks // 2 + 1 if both else math.ceil(n / tile.cols)
 
     def fill(count: int) -> float:
-        return blocks * ring / (math.ceil(blocks * count / device.sms) * math.ceil(ring / count) * device.sms)
+        return (
+            blocks
+            * ring
+            / (math.ceil(blocks * count / device.sms) * math.ceil(ring / count) * device.sms)
+        )
 
     best = max(map(fill, range(1, min(ring, 32) + 1)))
     count = next(count for count in range(1, ring + 1) if fill(count) >= 0.95 * best)
@@ -126,15 +134,31 @@ def parts(n: int, tile: Tile, both: bool, device: Device) -> tuple[int, float]:
 
 
 def sweep(
-    n: int, dim: int, tile: Tile, gradient: bool, both: bool, device: Device, engine: str = "triton", product: bool = True
+    n: int,
+    dim: int,
+    tile: Tile,
+    gradient: bool,
+    both: bool,
+    device: Device,
+    engine: str = "triton",
+    product: bool = True,
 ) -> Work:
     """One sweep, of which the sums alone have a both-sides form.
 
     Without ``product`` a gradient sweep writes W in bfloat16 instead of multiplying it.
     """
-    held = 1 << (dim - 1).bit_length()  # features of a tile in shared memory and products; zeros beyond dim
-    tiles, (count, fill), blocks = tile_count(n, tile, both), parts(n, tile, both, device), math.ceil(n / tile.rows)
-    area, groups = tile.rows * tile.cols, math.ceil(tile.rows / 64)  # a warpgroup multiplies 64 rows at a time
+    held = (
+        1 << (dim - 1).bit_length()
+    )  # features of a tile in shared memory and products; zeros beyond dim
+    tiles, (count, fill), blocks = (
+        tile_count(n, tile, both),
+        parts(n, tile, both, device),
+        math.ceil(n / tile.rows),
+    )
+    area, groups = (
+        tile.rows * tile.cols,
+        math.ceil(tile.rows / 64),
+    )  # a warpgroup multiplies 64 rows at a time
     own_bytes, cols_bytes = 2 * tile.rows * held, 2 * tile.cols * held
     stays = own_bytes <= RESIDENT
     products, shuffle = 1, 0.0
@@ -145,14 +169,22 @@ def sweep(
         products += 1
         shared += groups * cols_bytes
     elif both:
-        shuffle = tiles * 32 * tile.warps * 3 * tile.cols / 4  # 3 steps, in which a thread has a quarter of the columns
+        shuffle = (
+            tiles * 32 * tile.warps * 3 * tile.cols / 4
+        )  # 3 steps, in which a thread has a quarter of the columns
         slots += blocks // 2
-    written = 2 * n * n if not product else 4 * n * width * (1 if slots == 1 else 2 * slots + 1)  # parts are read and added
-    waves = math.ceil(blocks * count / device.sms)  # rings in step with each other read a row from memory once
+    written = (
+        2 * n * n if not product else 4 * n * width * (1 if slots == 1 else 2 * slots + 1)
+    )  # parts are read and added
+    waves = math.ceil(
+        blocks * count / device.sms
+    )  # rings in step with each other read a row from memory once
     return Work(
         flop=tiles * products * 2 * area * held,
         exp=tiles * area,
-        issue=tiles * area * ISSUE[engine, ("gradient" if gradient else "sums") + " of both sides" * both],
+        issue=tiles
+        * area
+        * ISSUE[engine, ("gradient" if gradient else "sums") + " of both sides" * both],
         shuffle=shuffle,
         shared=tiles * shared,
         l2=tiles * 2 * dim * (tile.cols + (not stays) * tile.rows),
@@ -170,13 +202,17 @@ def row_kernels(n: int, dim: int) -> dict[str, Work]:
     return {"unit_rows": Work(hbm=4 * n * dim), "finish_rows": Work(hbm=10 * n * dim)}
 
 
-# --- kernels of a step ----------------------------------------------------------------------------------------------------
+# --- kernels of a step ----------------------------------------------------------------------------
 
 
-def forms(n: int, dim: int, device: Device, engine: str) -> tuple[dict[str, list[Work]], dict[str, list[Work]]]:
-    """Sweep 1 and sweep 2 in every form that fits into registers and shared memory; ``engine`` of the row-block forms."""
+def forms(
+    n: int, dim: int, device: Device, engine: str
+) -> tuple[dict[str, list[Work]], dict[str, list[Work]]]:
+    """List both sweeps in every form that fits; ``engine`` has the row-block forms."""
     square = Tile(128, 128)
-    wide = square if dim <= 512 else Tile(128, 256)  # rows too long to stay are read for every tile: the larger the better
+    wide = (
+        square if dim <= 512 else Tile(128, 256)
+    )  # rows too long to stay are read for every tile: the larger the better
     sums = {
         "row-block": [sweep(n, dim, wide, False, False, device, engine)],
         "both sides": [sweep(n, dim, Tile(128, 128, warps=4), False, True, device)],
@@ -186,149 +222,158 @@ def forms(n: int, dim: int, device: Device, engine: str) -> tuple[dict[str, list
         own = square if dim <= 128 else Tile(128, 64) if dim <= 256 else Tile(64, 64)
         gradient["row-block"] = [sweep(n, dim, own, True, False, device, engine)]
     if dim >= 256:
-        gradient["W in memory"] = [sweep(n, dim, wide, True, False, device, product=False), vendor_product(n, dim)]
+        gradient["W in memory"] = [
+            sweep(n, dim, wide, True, False, device, product=False),
+            vendor_product(n, dim),
+        ]
     return sums, gradient
 
 
-@dataclass(frozen=True)
-class Step:
-    """A predicted step: its forms, the times in seconds, and the fraction of the product's rate on 4n²D."""
+class Step(NamedTuple):
+    """A predicted step.
 
-    sums: str
-    gradient: str
-    binding: tuple[str, str]
+    Attributes:
+        time: seconds.
+        fraction: fraction of the product's rate on 4n²D.
+        sums: form of the first sweep, and the resource that limits its slowest kernel.
+        gradient: the same of the second sweep.
+    """
+
     time: float
     fraction: float
+    sums: str
+    gradient: str
 
 
 def step(n: int, dim: int, device: Device, overlap: float) -> Step:
-    """The fastest combination of forms for n rows of ``dim`` features; in order (0) all kernels are plain Triton."""
-
-    def fastest(choices: dict[str, list[Work]]) -> tuple[float, str, str]:
-        times = {name: sum(w.time(device, overlap) for w in works) for name, works in choices.items()}
-        name = min(times, key=times.__getitem__)
-        slowest = max(choices[name], key=lambda w: w.time(device, overlap))
-        return times[name], name, slowest.binding(device)
-
+    """Choose the fastest forms for n rows of ``dim`` features; in order (0) all are Triton's."""
+    total, chosen = LAUNCHES * device.gap, []
     engine = "hopper" if overlap and dim in HOPPER_DIMS else "triton"
-    sums, gradient = map(fastest, forms(n, dim, device, engine))
-    rows = sum(w.time(device, overlap) for w in row_kernels(n, dim).values())
-    total = sums[0] + gradient[0] + rows + LAUNCHES * device.gap
-    return Step(sums[1], gradient[1], (sums[2], gradient[2]), total, 4 * n * n * dim / total / device.gemm)
+    for choices in (*forms(n, dim, device, engine), {"rows": list(row_kernels(n, dim).values())}):
+        times = {name: [w.time(device, overlap) for w in works] for name, works in choices.items()}
+        name = min(times, key=lambda name: sum(times[name]))
+        total += sum(times[name])
+        slowest = choices[name][times[name].index(max(times[name]))].seconds(device)
+        chosen.append(f"{name} ({max(slowest, key=slowest.__getitem__)})")
+    return Step(total, 4 * n * n * dim / total / device.gemm, *chosen[:2])
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
-
-def _line(*cells: object) -> str:
-    return f"| {' | '.join(str(cell) for cell in cells)} |"
-
-
-def _header(*cells: str) -> list[str]:
-    return [_line(*cells), _line(*("---" for _ in cells))]
+#: Names of the degrees of overlap.
+LEVELS = {"bound": 1, "overlapped": OVERLAP, "in order": 0}
+TARGETS = ((65536, 128, 0.60), (16384, 128, 0.50), (16384, 512, 0.60), (65536, 512, 0.60))
 
 
 def _duration(seconds: float) -> str:
     ms = 1e3 * seconds
-    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}" if ms else "–"
 
 
 def _amount(x: float) -> str:
-    if not x:
-        return "–"
-    power = int(math.log10(x) // 3 * 3)
-    return f"{x / 10**power:.3g} {dict(zip(range(0, 18, 3), ' kMGTP', strict=True))[power]}"
+    power = int(math.log10(x or 1) // 3)
+    return f"{x / 1000**power:.3g} {' kMGTP'[power]}" if x else "–"
 
 
 def kernel_tables(n: int, dim: int, device: Device) -> list[str]:
     """What each kernel asks of each resource, and how long that alone would take."""
     kernels = {}
-    for engine in ("triton", *(["hopper"] if dim in HOPPER_DIMS else [])):
-        for sums_or_gradient, works in zip(("sums", "gradient"), forms(n, dim, device, engine), strict=True):
-            own = works if engine == "triton" else {"row-block": works["row-block"]}
-            kernels |= {f"{sums_or_gradient}, {form}, {engine}": w for form, w in own.items()}
-    kernels |= {name: [work] for name, work in row_kernels(n, dim).items()}
-    lines = [f"Amounts, n = {n:,}, D = {dim}:", ""]
-    amounts = ("FLOP", "exp", "instructions × lanes", "shuffles", "shared B", "L2 B", "HBM B")
-    lines += _header("kernel", *amounts, "SMs filled")
-    for name, works in kernels.items():
-        w = works[0]
-        cells = map(_amount, (w.flop, w.exp, w.issue, w.shuffle, w.shared, w.l2, w.hbm))
-        lines.append(_line(name, *cells, f"{w.fill:.2f}"))
-    lines += ["", "Milliseconds of each resource alone, and of the kernel (predictions):", ""]
-    lines += _header("kernel", *device.rates(), "bound", "overlapped", "in order")
-    for name, works in kernels.items():
-        w = works[0]
-        times = [_duration(t) if t else "–" for t in w.seconds(device).values()]
-        lines.append(_line(name, *times, *(_duration(w.time(device, overlap)) for overlap in (1, OVERLAP, 0))))
-    return lines
-
-
-def step_table(device: Device) -> list[str]:
-    lines = [f"Step times in ms and fractions of the product's rate on 4n²D, {device.name} (predictions):", ""]
-    levels = ("bound", "overlapped", "in order")
-    lines += _header("D", "n", "sums (limit)", "gradient (limit)", *levels, *(f"fraction, {level}" for level in levels))
-    for dim in DIMS:
-        for n in SIZES:
-            best, overlapped, ordered = (step(n, dim, device, overlap) for overlap in (1, OVERLAP, 0))
-            chosen = (f"{overlapped.sums} ({overlapped.binding[0]})", f"{overlapped.gradient} ({overlapped.binding[1]})")
-            lines.append(_line(
-                dim, f"{n:,}", *chosen, *(_duration(s.time) for s in (best, overlapped, ordered)),
-                *(f"{s.fraction:.2f}" for s in (best, overlapped, ordered)),
-            ))  # fmt: skip
-    return lines
-
-
-TARGETS = ((65536, 128, 0.60), (16384, 128, 0.50), (16384, 512, 0.60), (65536, 512, 0.60))
-
-
-def target_table(device: Device) -> list[str]:
-    lines = ["Against the project's targets (predictions):", ""]
-    lines += _header("n", "D", "target", "bound", "overlapped", "in order", "reached in order", "reached overlapped")
-    for n, dim, target in TARGETS:
-        fractions = [step(n, dim, device, overlap).fraction for overlap in (1, OVERLAP, 0)]
-        verdicts = ("yes" if fraction >= target else "no" for fraction in (fractions[2], fractions[1]))
-        lines.append(_line(f"{n:,}", dim, f"{target:.2f}", *(f"{fraction:.2f}" for fraction in fractions), *verdicts))
-    return lines
+    for engine in ("triton", "hopper") if dim in HOPPER_DIMS else ("triton",):
+        for sweep_name, works in zip(
+            ("sums", "gradient"), forms(n, dim, device, engine), strict=True
+        ):
+            for form, (work, *_) in works.items():
+                if engine == "triton" or form == "row-block":
+                    kernels[f"{sweep_name}, {form}, {engine}"] = work
+    kernels |= row_kernels(n, dim)
+    amounts, times = [], []
+    for name, work in kernels.items():
+        *asked, fill = astuple(work)
+        amounts.append([name, *map(_amount, asked), f"{fill:.2f}"])
+        levels = [work.time(device, overlap) for overlap in LEVELS.values()]
+        times.append([name, *map(_duration, (*work.seconds(device).values(), *levels))])
+    columns = "FLOP", "exp", "instructions × lanes", "shuffles", "shared B", "L2 B", "HBM B"
+    return [
+        f"Amounts, n = {n:,}, D = {dim}:",
+        "",
+        *markdown(["kernel", *columns, "SMs filled"], amounts),
+        "",
+        "Milliseconds of each resource alone, and of the kernel (predictions):",
+        "",
+        *markdown(["kernel", *device.rates(), *LEVELS], times),
+    ]
 
 
 def tables(device: Device) -> str:
-    parts = [target_table(device), step_table(device), kernel_tables(65536, 128, device), kernel_tables(65536, 512, device)]
-    return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
+    def steps(n: int, dim: int) -> list[Step]:
+        return [step(n, dim, device, overlap) for overlap in LEVELS.values()]
+
+    targets, every = [], []
+    for n, dim, target in TARGETS:
+        fractions = [s.fraction for s in steps(n, dim)]
+        verdicts = ["yes" if fraction >= target else "no" for fraction in fractions[:0:-1]]
+        shown = [f"{fraction:.2f}" for fraction in (target, *fractions)]
+        targets.append([f"{n:,}", dim, *shown, *verdicts])
+    for dim, n in itertools.product(DIMS, SIZES):
+        found = steps(n, dim)
+        fractions = [f"{s.fraction:.2f}" for s in found]
+        times = [_duration(s.time) for s in found]
+        every.append([dim, f"{n:,}", found[1].sums, found[1].gradient, *times, *fractions])
+    reached = "reached in order", "reached overlapped"
+    lines = [
+        "Against the project's targets (predictions):",
+        "",
+        *markdown(["n", "D", "target", *LEVELS, *reached], targets),
+        "",
+        "Step times in ms and fractions of the product's rate on 4n²D, "
+        f"{device.name} (predictions):",
+        "",
+        *markdown(
+            [
+                "D",
+                "n",
+                "sums (limit)",
+                "gradient (limit)",
+                *LEVELS,
+                *(f"fraction, {x}" for x in LEVELS),
+            ],
+            every,
+        ),
+    ]
+    for dim in (128, 512):
+        lines += ["", *kernel_tables(65536, dim, device)]
+    return "\n".join(lines) + "\n"
 
 
-BEGIN, END = "<!-- tables: python -m tools.roofline -->\n", "<!-- end of tables -->\n"
+MARKS = "<!-- tables: python -m tools.roofline -->", "<!-- end of tables -->"
 
 
 def renewed(page: str, device: Device) -> str:
-    """A page with the tables between its markers written anew; ValueError if there are none."""
-    if BEGIN not in page or END not in page:
-        raise ValueError(f"page must hold the markers {BEGIN.strip()} and {END.strip()}, got neither or one")
-    return page.split(BEGIN)[0] + BEGIN + "\n" + tables(device) + "\n" + END + page.split(END)[1]
-
-
-def _parse(argv: list[str] | None) -> tuple[Device, Path | None]:
-    parser = argparse.ArgumentParser(prog="python -m tools.roofline", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=sorted(DEVICES), default="H200")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a number of the device")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="page whose tables are renewed")
-    args = parser.parse_args(argv)
-    device = DEVICES[args.device]
-    for change in args.set:
-        name, _, value = change.partition("=")
-        if not isinstance(getattr(device, name, None), int | float):
-            numbers = [field for field, known in vars(device).items() if isinstance(known, int | float)]
-            parser.error(f"--set must name one of {', '.join(numbers)}, got {name!r}")
-        device = replace(device, **{name: type(getattr(device, name))(float(value))})
-    return device, args.write
+    """A page with the tables between its marks written anew; ValueError if there are none."""
+    return filled(page, [tables(device)], *MARKS)
 
 
 def main(argv: list[str] | None = None) -> None:
-    device, page = _parse(argv)
-    if page is None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.roofline", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--device", choices=sorted(DEVICES), default="H200")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a number of the device"
+    )
+    parser.add_argument("--write", type=Path, metavar="FILE", help="page whose tables are renewed")
+    args = parser.parse_args(argv)
+    device = DEVICES[args.device]
+    numbers = {field: type(known) for field, known in vars(device).items() if field != "name"}
+    for change in args.set:
+        name, _, value = change.partition("=")
+        if name not in numbers:
+            parser.error(f"--set must name one of {', '.join(numbers)}, got {name!r}")
+        device = replace(device, **{name: numbers[name](float(value))})
+    if args.write is None:
         print(tables(device))
     else:
-        page.write_text(renewed(page.read_text(), device))
+        args.write.write_text(renewed(args.write.read_text(), device))
 
 
 if __name__ == "__main__":

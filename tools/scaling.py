@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from unittest import mock
@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 
+from alphacl_fast.benchmarks.report import figure, lines_of, markdown
 from alphacl_fast.functional import alpha_cl_loss
 from alphacl_fast.plan import messages, plan, traffic
 
@@ -49,26 +50,25 @@ def recorder():
     """Count the bytes handed to `torch.distributed` inside, like `alphacl_fast.plan.messages`."""
     sent: Counter[str] = Counter()
 
-    def counting(original, label, size):
+    def counting(name, label, size):
+        original = getattr(dist, name)
+
         def call(*arguments, **options):
-            sent[label] += size(arguments)
+            sent[label] += size(*arguments[:2])
             return original(*arguments, **options)
 
-        return call
+        return mock.patch.object(dist, name, call)
 
-    with ExitStack() as stack:
-        for name, label, size in (
-            ("all_gather_into_tensor", "all_gather", lambda given: given[1].nbytes),
-            ("reduce_scatter_tensor", "reduce_scatter", lambda given: given[1].nbytes),
-            ("all_reduce", "all_reduce", lambda given: given[0].nbytes),
-            (
-                "batch_isend_irecv",
-                "isend",
-                lambda given: sum(o.tensor.nbytes for o in given[0] if o.op is dist.isend),
-            ),
-        ):
-            replacement = counting(getattr(dist, name), label, size)
-            stack.enter_context(mock.patch.object(dist, name, replacement))
+    with (
+        counting("all_gather_into_tensor", "all_gather", lambda out, mine: mine.nbytes),
+        counting("reduce_scatter_tensor", "reduce_scatter", lambda out, mine: mine.nbytes),
+        counting("all_reduce", "all_reduce", lambda mine, *_: mine.nbytes),
+        counting(
+            "batch_isend_irecv",
+            "isend",
+            lambda steps: sum(o.tensor.nbytes for o in steps if o.op is dist.isend),
+        ),
+    ):
         yield sent
 
 
@@ -117,7 +117,7 @@ def simulate(worlds: range = range(2, 9)) -> None:
             rows.append({
                 "processes": world, "rank": rank, "pairs": sizes, "dim": SIMULATED, "dtype": dtype,
                 "strategy": strategy, "negatives": negatives, "sent": sent,
-                "predicted": dict(expected), "torch": torch.__version__,
+                "predicted": expected, "torch": torch.__version__,
             })  # fmt: skip
         print(f"{world} processes: {16 * world} counts equal", flush=True)
     RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -125,57 +125,51 @@ def simulate(worlds: range = range(2, 9)) -> None:
 
 def tables() -> str:
     """Format the computed part of docs/scaling.md."""
-    lines = [
-        "| pairs | devices | strategy | memory (GB) | work (TFLOP) | messages (GB) | step (s) "
-        "| waiting |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for batch, gpus in SCALES:
-        for p in plan(batch, DIM, gpus, **MACHINE):
-            lines.append(
-                f"| {batch:,} | {gpus:,} | {p.strategy} | {p.memory / 1e9:,.2f} "
-                f"| {p.flops / 1e12:,.1f} | {p.sent / 1e9:,.2f} | {p.seconds:,.3g} "
-                f"| {100 * p.exposed:.1f} % |"
-            )
-    lines += [
-        "",
-        "Bytes that all processes sent in one step (64 pairs each, 32 features), recorded and "
-        "predicted:",
-        "",
-        "| processes | strategy | rows | recorded | predicted |",
-        "|---|---|---|---|---|",
-    ]
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    even = [row for row in rows if row["negatives"] == "two_view" and set(row["pairs"]) == {64}]
-    worlds = sorted({row["processes"] for row in rows})
-    for case in itertools.product(worlds, STRATEGIES, DTYPES):
-        chosen = [r for r in even if (r["processes"], r["strategy"], r["dtype"]) == case]
-        totals = (
-            sum(traffic(Counter(row[kind]), case[0]) for row in chosen)
-            for kind in ("sent", "predicted")
+    header = (
+        "pairs", "devices", "strategy", "memory (GB)", "work (TFLOP)", "messages (GB)", "step (s)",
+        "waiting",
+    )  # fmt: skip
+    plans = [
+        (
+            f"{batch:,}", f"{gpus:,}", p.strategy, f"{p.memory / 1e9:,.2f}",
+            f"{p.flops / 1e12:,.1f}", f"{p.sent / 1e9:,.2f}", f"{p.seconds:,.3g}",
+            f"{100 * p.exposed:.1f} %",
         )
-        cells = [*map(str, case), *(f"{total:,.0f}" for total in totals)]
-        lines.append(f"| {' | '.join(cells)} |")
+        for batch, gpus in SCALES
+        for p in plan(batch, DIM, gpus, **MACHINE)
+    ]  # fmt: skip
+    totals: dict[tuple, Counter[str]] = {}
+    for row in lines_of(RESULTS):
+        if row["negatives"] == "two_view" and set(row["pairs"]) == {64}:
+            case = row["processes"], row["strategy"], row["dtype"]
+            total = totals.setdefault(case, Counter())
+            for kind in ("sent", "predicted"):
+                total[kind] += traffic(Counter(row[kind]), case[0])
+    order = [*STRATEGIES, *DTYPES]
+    cases = sorted(totals, key=lambda case: (case[0], *map(order.index, case[1:])))
+    lines = [
+        *markdown(header, plans), "",
+        "Bytes that all processes sent in one step (64 pairs each, 32 features), recorded and "
+        "predicted:", "",
+        *markdown(
+            ("processes", "strategy", "rows", "recorded", "predicted"),
+            ((*case, *(f"{total:,.0f}" for total in totals[case].values())) for case in cases),
+        ),
+    ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
 def plot(path: Path) -> None:
     """Plot the predicted step time of 4 M pairs against the number of devices."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     devices = [2**k for k in range(3, 11)]
-    figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
     plans = [plan(4_000_000, DIM, gpus, **MACHINE) for gpus in devices]
-    for k, strategy in enumerate(STRATEGIES):
-        axes.loglog(devices, [p[k].seconds for p in plans], "o-", base=2, label=strategy)
-    axes.loglog(devices, [p[0].compute for p in plans], "k:", base=2, label="work alone")
-    title = "4 M pairs, 512 features, bfloat16"
-    axes.set(xlabel="devices", ylabel="predicted seconds per step", title=title)
-    axes.legend()
-    figure.savefig(path, dpi=110)
+    with figure(path, 1, 1, 6, 3.6) as ((axis,),):
+        for k, strategy in enumerate(STRATEGIES):
+            axis.loglog(devices, [p[k].seconds for p in plans], "o-", base=2, label=strategy)
+        axis.loglog(devices, [p[0].compute for p in plans], "k:", base=2, label="work alone")
+        title = "4 M pairs, 512 features, bfloat16"
+        axis.set(xlabel="devices", ylabel="predicted seconds per step", title=title)
+        axis.legend()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -11,9 +11,9 @@ loss in plain PyTorch, in the same run.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ import torch
 
 from alphacl_fast import FusedAlphaCLLoss
 from alphacl_fast.benchmarks.loss import provenance, synchronize
+from alphacl_fast.benchmarks.report import append
 from alphacl_fast.train import Config, gradient, models
 
-BACKENDS = ("reference", "blocked", "auto")
 DATASETS = {1: "digits", 3: "cifar10"}  # number of channels → a data set that has it
 
 Views = tuple[torch.Tensor, torch.Tensor]
@@ -62,64 +62,56 @@ class Step:
         return time.perf_counter() - start, in_loss
 
 
-def run(
-    batch: int, micro_batch: int, backends: list[str], repeats: int, objective: str, size: int
-) -> list[dict[str, Any]]:
-    """Measure one batch size; returns one row per backend.
-
-    Args:
-        batch: images per step.
-        micro_batch: images per forward pass.
-        backends: names of backends.
-        repeats: timed steps per backend.
-        objective: name of an objective.
-        size: side of the images.
-    """
+def run(batch: int, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Measure a batch size with the command's flags; yields one row per backend."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    parts = random_views(batch, micro_batch, 1, size)
+    parts = random_views(batch, given.micro_batch, 1, given.size)
     views = [(x1.to(device), x2.to(device)) for x1, x2 in parts]
-    steps = {name: Step(views, name, objective) for name in backends}
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in backends}
-    for repeat in range(repeats + 1):
+    steps = {name: Step(views, name, given.objective) for name in given.backends}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    for repeat in range(given.repeats + 1):
         for name, step in steps.items():
             took = step()
             if repeat:  # the first round warms up
                 times[name].append(took)
     medians = {name: statistics.median(s for s, _ in values) for name, values in times.items()}
-    dense, cpu, rows = medians.get("reference"), device.type == "cpu", []
+    dense, cpu = medians.get("reference"), device.type == "cpu"
     for name, values in times.items():
         share = statistics.median(in_loss / seconds for seconds, in_loss in values)
-        rows.append({
-            "benchmark": "training", "contestant": name, "objective": objective,
-            "negatives": "two_view", "batch_size": batch, "micro_batch": micro_batch,
-            "image_size": size, "n": 2 * batch, "dim": 128, "dtype": "float32", "repeats": repeats,
-            "speedup_over_reference": dense and dense / medians[name],
+        yield {
+            "benchmark": "training", "contestant": name, "objective": given.objective,
+            "negatives": "two_view", "batch_size": batch, "micro_batch": given.micro_batch,
+            "image_size": given.size, "n": 2 * batch, "dim": 128, "dtype": "float32",
+            "repeats": given.repeats, "speedup_over_reference": dense and dense / medians[name],
             "loss_share": share if cpu else None,  # a GPU host's clock sees launches only
             "images_per_s": None if cpu else batch / medians[name], **provenance(device),
-        })  # fmt: skip
-    return rows
+        }  # fmt: skip
+
+
+def flags(description: str, batches: list[int]) -> argparse.ArgumentParser:
+    """Build a parser with the flags that say how large a step is."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--batches", type=int, nargs="+", default=batches)
+    parser.add_argument("--micro-batch", type=int, default=512)
+    parser.add_argument("--size", type=int, default=8, help="side of the images")
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batches", type=int, nargs="+", default=[512, 2048])
-    parser.add_argument("--micro-batch", type=int, default=512)
-    parser.add_argument("--backends", nargs="+", default=list(BACKENDS))
+    parser = flags(__doc__, [512, 2048])
+    parser.add_argument("--backends", nargs="+", default=["reference", "blocked", "auto"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--objective", default="infonce")
-    parser.add_argument("--size", type=int, default=8, help="side of the images")
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
     given = parser.parse_args(arguments)
-    fixed = given.backends, given.repeats, given.objective, given.size
     for batch in given.batches:
-        for row in run(batch, given.micro_batch, *fixed):
+        for row in run(batch, given):
             share, speedup = row["loss_share"], row["speedup_over_reference"]
             text = f"{speedup:.2f} x reference" if speedup else "no reference"
             text += f", {share:.1%} of the step in the loss" if share is not None else ""
             print(f"batch {batch} {row['contestant']}: {text}", flush=True)
             if given.out:
-                with given.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                append(given.out, row)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Compiles every production configuration of the Triton kernels ahead of time, without a GPU, and checks the result.
+"""Compile every production configuration of the Triton kernels, without a GPU, and check it.
 
     python -m tools.triton_resources
     python -m tools.triton_resources --in-turn     # what `make test` runs
 
-A configuration is a call of the loss: the package's own launcher chooses kernels, tiles and static arguments, and instead of
-launching them this file compiles them for sm_80, sm_90 and sm_100, and prints a line for each. It fails on a spill, a
-serialised wgmma, more shared memory than a block can have, or missing matrix instructions.
+A configuration is a call of the loss: the package's own launcher chooses kernels, tiles and static
+arguments, and instead of launching them this file compiles them for sm_80, sm_90 and sm_100, and
+prints a line for each. It fails on a spill, a stack frame, a serialised wgmma, a block that does
+not fit on a multiprocessor, or missing matrix instructions.
 """
 
 from __future__ import annotations
@@ -18,18 +19,23 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_map
 
 from alphacl_fast import objectives
 from alphacl_fast.functional import alpha_cl_loss
 
+from . import resources
+
 CAPABILITIES = (80, 90, 100)
-_TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-#: Matrix instructions of half-precision and TF32 products. IEEE float32 has none.
-_MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTC"}
+_TYPES = {
+    torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"
+}  # fmt: skip
+#: Matrix instructions; products of IEEE float32 have none.
+_MATRIX = {80: "^(HMMA|DMMA)", 90: "^(HGMMA|DMMA)", 100: "^(UTC|DMMA)"}
 
 
 class Configuration(NamedTuple):
-    """A call: objective with options, dtype, features, precision of float32 products, negatives, τ known on the host."""
+    """What distinguishes a call; ``dim`` counts features."""
 
     objective: str
     options: tuple[tuple[str, Any], ...]
@@ -43,7 +49,7 @@ class Configuration(NamedTuple):
 
 
 def configurations() -> list[Configuration]:
-    """Every arithmetic and row width with InfoNCE on all architectures; every pair kind and form with bfloat16 on Hopper."""
+    """InfoNCE in every dtype and width on all architectures; pair kinds and forms on Hopper."""
     plain = [
         Configuration("infonce", (), dtype, dim, precision)
         for dtype, precision, dims in (
@@ -54,28 +60,27 @@ def configurations() -> list[Configuration]:
         for dim in dims
     ]  # fmt: skip
     hopper = {"dtype": "bfloat16", "dim": 128, "capabilities": (90,)}
+    through = (("detach_alpha", False),)
     kinds = [
-        Configuration(name, options, **hopper)
-        for name, options in (
-            ("alpha_direct", ()), ("alpha_direct", (("detach_alpha", False),)), ("alpha_inverse", (("detach_alpha", False),)),
-            ("alpha_entropy", ()), ("triplet", ()), ("modified_triplet", ()), ("alpha_square", (("detach_alpha", False),)),
-            ("alpha_gamma", (("detach_alpha", False),)),
-        )
-    ]  # fmt: skip
+        *((f"alpha_{name}", through) for name in ("direct", "inverse", "square", "gamma")),
+        *((name, ()) for name in ("alpha_direct", "alpha_entropy", "triplet", "modified_triplet")),
+    ]
     forms = [
         Configuration("infonce", (), learn_tau=True, **hopper),
         Configuration("infonce", (), negatives="cross_view", learn_tau=True, **hopper),
         Configuration("infonce", (), symmetric=True, **hopper),
         Configuration("triplet", (), symmetric=True, **hopper),
     ]
-    return plain + kinds + forms
+    return [*plain, *(Configuration(*kind, **hopper) for kind in kinds), *forms]
 
 
 def in_turn(listed: list[Configuration]) -> list[Configuration]:
-    """Each configuration for one architecture, another one for the next; the first of dim 128 for all."""
+    """Give each configuration one architecture in turn; the first of dim 128 keeps all."""
     default = next(c for c in listed if c.dim == 128)
     return [
-        c if c is default else c._replace(capabilities=c.capabilities[k % len(c.capabilities) :][:1])
+        c
+        if c is default
+        else c._replace(capabilities=(c.capabilities[k % len(c.capabilities)],))
         for k, c in enumerate(listed)
     ]
 
@@ -99,8 +104,9 @@ def launches(c: Configuration) -> Iterator[tuple[Any, tuple, Any]]:
         tiles = dict.fromkeys(
             ("row_sums", "row_sums_plain"), Tile(64, 64, c.dim, warps, 2, symmetric=True)
         )
-    z1, z2 = (torch.randn(512, c.dim, dtype=getattr(torch, c.dtype)).requires_grad_() for _ in range(2))
-    tau = torch.tensor(0.5, dtype=torch.float64 if c.dtype == "float64" else torch.float32)
+    dtype = getattr(torch, c.dtype)
+    z1, z2 = (torch.randn(512, c.dim, dtype=dtype).requires_grad_() for _ in range(2))
+    tau = torch.tensor(0.5, dtype=torch.promote_types(dtype, torch.float32))
     objective = objectives.make(c.objective, dict(c.options))
     objective.max_sweeps = 1  # a min player would go on: nothing is computed
     with config.forced(**tiles):
@@ -117,87 +123,57 @@ def launches(c: Configuration) -> Iterator[tuple[Any, tuple, Any]]:
             yield kernel, arguments, options
 
 
-def _type(x: Any) -> Any:
+def _type(x: Any) -> str | None:
     if isinstance(x, torch.Tensor):
         return _TYPES[x.dtype]
-    if isinstance(x, tuple):
-        return type(x)(*map(_type, x))
     return None if x is None else "fp32" if isinstance(x, float) else "i32"
 
 
 def survey(c: Configuration) -> list[dict[str, Any]]:
     """A row for each kernel and architecture."""
-    from . import resources
-
     os.environ.pop("TRITON_INTERPRET", None)
     rows = []
-    for kernel, arguments, options in launches(c):
-        signature = {name: _type(x) for name, x in zip(kernel.arg_names, arguments, strict=True) if name != "S"}
+    for kernel, arguments, launch in launches(c):
+        signature = {
+            name: tree_map(_type, x)
+            for name, x in zip(kernel.arg_names, arguments, strict=True)
+            if name != "S"
+        }
+        static = arguments[-1]
+        exact = static.PRECISION == "ieee" and c.dtype not in ("bfloat16", "float16")
+        tile = static.BLOCK_M, static.BLOCK_N, static.BLOCK_D, *launch.values()
+        about = {
+            "kernel": f"{kernel.__name__} {static.FORM} {static.GRADIENT}",
+            "call": " ".join(str(x) for x in c[:-1] if x not in ((), None, False)),
+            "tile, warps, stages": "×".join(map(str, tile)),
+        }
         for capability in c.capabilities:
             made = resources.compile_for(
-                kernel, signature, {"S": arguments[-1]}, capability, **options,
-                divisible=("stride",),
-            )  # fmt: skip
-            rows.append(_row(c, kernel.__name__, arguments[-1], options, made, resources))
+                kernel, signature, {"S": static}, capability, **launch, divisible=("stride",)
+            )
+            found = resources.described(made, _MATRIX[capability], required=not exact)
+            rows.append({**about, "architecture": f"sm_{capability}", **found})
     return rows
 
 
-def _row(c: Configuration, kernel: str, static: Any, launch: dict, made: Any, resources: Any) -> dict[str, Any]:
-    counts = made.instructions
-    matrix = sum(number for name, number in counts.items() if name.startswith((_MATRIX[made.capability], "DMMA")))
-    problems = []
-    if made.spill_bytes:
-        problems.append(f"spills {made.spill_bytes} bytes")
-    if made.serialized:
-        problems.append("serialised wgmma")
-    if made.shared > resources.limits(made.capability).shared_per_block:
-        problems.append(f"{made.shared} bytes of shared memory")
-    if not matrix and static.PRECISION == "ieee" and c.dtype in ("bfloat16", "float16"):
-        problems.append(f"no {_MATRIX[made.capability]} instruction")
-    if not matrix and static.PRECISION in ("tf32", "bf16x3"):
-        problems.append(f"no {_MATRIX[made.capability]} instruction")
-    options = ", ".join(f"{k}={v}" for k, v in c.options)
-    return {
-        "kernel": kernel, "architecture": f"sm_{made.capability}",
-        "objective": f"{c.objective}({options})" if options else c.objective,
-        "form": (
-            "symmetric " * static.SYMMETRIC + static.FORM
-            + (f", {static.GRADIENT}" if kernel == "pair_grad" else "")
-        ),
-        "dtype": c.dtype + (f" {c.precision}" if c.precision else ""), "D": c.dim,
-        "tile": f"{static.BLOCK_M}×{static.BLOCK_N}×{static.BLOCK_D}, "
-        f"{launch['num_warps']} warps, {launch['num_stages']} stages",
-        "registers": made.registers, "spilled": made.spill_bytes, "shared": made.shared,
-        "blocks per SM": resources.occupancy(made), "matrix": matrix, "MUFU": counts.get("MUFU", 0),
-        "instructions": counts["total"], "problems": problems,
-    }  # fmt: skip
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.triton_resources", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.triton_resources", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--in-turn", action="store_true", help="one architecture for each configuration")
+    parser.add_argument("--in-turn", action="store_true", help="one architecture for each")
     args = parser.parse_args(arguments)
     os.environ.pop("TRITON_INTERPRET", None)  # it would leave nothing to compile
-    compiled, failed = 0, []
+    rows, failed = [], []
     with ProcessPoolExecutor(args.jobs) as pool:
         chosen = in_turn(configurations()) if args.in_turn else configurations()
         futures = [(c, pool.submit(survey, c)) for c in chosen]
         for c, future in futures:
             try:
-                rows = future.result()
-            except Exception as error:  # reported with its configuration, after all others have been tried
+                rows += future.result()
+            except Exception as error:  # reported after all others have been tried
                 failed.append(f"{c}: {type(error).__name__}: {str(error)[-300:]}")
-                continue
-            for row in rows:
-                problems = row.pop("problems")
-                line = ", ".join(f"{name} {value}" for name, value in row.items())
-                print(line)
-                failed += [f"{line}: {', '.join(problems)}"] * bool(problems)
-            compiled += len(rows)
-    print(f"{compiled} kernels compiled, {len(failed)} with problems")
-    print("\n".join(failed))
-    return int(bool(failed))
+    return resources.report(rows, failed)
 
 
 if __name__ == "__main__":
