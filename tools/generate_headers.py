@@ -4,8 +4,6 @@ The headers are committed, so that a build needs neither torch nor the package. 
 nothing and fails if a header is not current.
 """
 
-from __future__ import annotations
-
 import enum
 import sys
 from pathlib import Path
@@ -69,18 +67,8 @@ def pairs(printer: type[cpp_printer.CppPrinter], namespace: str, signature: str,
         "// Calls `use` with the kind of a code.", f"template <class T, class Use> {signature} {{",
         f"  switch ({code}) {{", *cases, "  }", "}",
     ]  # fmt: skip
-    return "\n".join(
-        [
-            HEAD.format(source="objectives.py"),
-            f"{namespace} {{\n",
-            *structs,
-            "",
-            *switch,
-            "",
-            "}",
-            "",
-        ]
-    )
+    head = [HEAD.format(source="objectives.py"), f"{namespace} {{\n"]
+    return "\n".join([*head, *structs, "", *switch, "", "}", ""])
 
 
 def headers() -> dict[str, str]:
@@ -105,8 +93,8 @@ def stale() -> list[str]:
 
 def main() -> None:
     if "--check" in sys.argv:
-        if stale():
-            sys.exit(f"csrc/generated is not current (run `make headers`): {', '.join(stale())}")
+        if names := stale():
+            sys.exit(f"csrc/generated is not current (run `make headers`): {', '.join(names)}")
         return
     FOLDER.mkdir(exist_ok=True)
     for name, text in headers().items():
