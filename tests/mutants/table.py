@@ -497,14 +497,14 @@ plant(
     ),
     (
         "row sums: the columns of off-diagonal tiles lose theirs",
-        "if j0 > i0 if not split else anchors > split:",
-        "if False if not split else anchors > split:",
+        "if pairing.anchors > pairing.split if pairing.split else j0 > i0:",
+        "if pairing.anchors > pairing.split if pairing.split else False:",
         blocked(INFONCE),
     ),
     (
         "row sums: the second tower's anchors of a rectangle lose theirs",
-        "if j0 > i0 if not split else anchors > split:",
-        "if j0 > i0 if not split else False:",
+        "if pairing.anchors > pairing.split if pairing.split else j0 > i0:",
+        "if False if pairing.split else j0 > i0:",
         blocked(INFONCE, "cross_view-True-cosine"),
     ),
     (
@@ -682,54 +682,63 @@ plant(
 # --- the CPU kernels ------------------------------------------------------------------------------
 
 plant(
-    "csrc/cpu/driver.cpp",
+    "csrc/cpu/schedule.h",
     (
         "schedule: a rectangle's rounds step by two, so that some pairs of blocks never meet",
-        "i = k, j = (k + round) % m;",
-        "i = k, j = (k + 2 * round) % m;",
+        "const int64_t j = (k + round) % m;",
+        "const int64_t j = (k + 2 * round) % m;",
         portable(INFONCE),
     ),
     (
         "schedule: a rectangle's rounds go by its left side alone",
-        ": left > right ? left : right;",
-        ": left;",
+        ": left_ > right_ ? left_ : right_;",
+        ": left_;",
         "tests/test_cpu.py::test_rectangles_of_unequal_sides[cpu-20]",
     ),
+)
+plant(
+    "csrc/cpu/plan.h",
+    (
+        "one-sided gradient: a block that straddles the first wanted row is left out",
+        "x.first < s.hi && x.first + x.rows > s.lo;",
+        "x.first < s.hi && x.first >= s.lo;",
+        "tests/test_cpu.py::test_gradients_of_whole_blocks[portable-dtype1-16-two_view-wanted2]",
+    ),
+)
+plant(
+    "csrc/cpu/prepare.h",
     (
         "constant shift: the row weight is rescaled without the constant",
-        "gain[r] *= std::exp(T(s.middle) - shift[r]);",
-        "gain[r] *= std::exp(-shift[r]);",
+        "row_weight[r] *= std::exp(T(s.constant_shift) - shift[r]);",
+        "row_weight[r] *= std::exp(-shift[r]);",
         portable(ENTROPY),
     ),
     (
-        "collecting row sums: padded rows are not skipped",
-        "static_cast<T*>(to)[b.first + r] = T(from[b.packed + r]);",
-        "static_cast<T*>(to)[b.first + r] = T(from[b.first + r]);",
-        portable(TRIPLET),
-    ),
-    (
-        "online softmax: the moment is the sum",
-        "gather(sums + (running ? k == FT : k) * rows,",
-        "gather(sums + (running ? 0 : k) * rows,",
-        portable(INFONCE),
-    ),
-    (
         "ids: every block has the ids of the first",
-        "ids[b.packed + r] = s.ids[b.first + r];",
-        "ids[b.packed + r] = s.ids[r];",
+        "to[b.at + r] = from[b.first + r];",
+        "to[b.at + r] = from[(from == (const void*)s.ids ? 0 : b.first) + r];",
         f"{IDS}test_many_tiles[member2-two_view-cosine]",
     ),
     (
         "bfloat16 gradient: the largest row weight, divided out, is not multiplied back",
-        "df_scale = largest;",
-        "df_scale = 1;",
+        "v.df_scale = largest;",
+        "v.df_scale = 1;",
         half(),
     ),
+)
+plant(
+    "csrc/cpu/collect.h",
     (
-        "one-sided gradient: a block that straddles the first wanted row is left out",
-        "x.wanted = wants_df && x.first < s.hi && x.first + x.rows > s.lo;",
-        "x.wanted = wants_df && x.first < s.hi && x.first >= s.lo;",
-        "tests/test_cpu.py::test_gradients_of_whole_blocks[portable-dtype1-16-two_view-wanted2]",
+        "collecting row sums: padded rows are not skipped",
+        "to[b.first + r] = T(from[b.at + r]);",
+        "to[b.first + r] = T(from[b.first + r]);",
+        portable(TRIPLET),
+    ),
+    (
+        "online softmax: the moment is the sum",
+        "gather(v.sums + term * v.padded, out, s.anchors);",
+        "gather(v.sums + (s.form == Form::ONLINE ? F : term) * v.padded, out, s.anchors);",
+        portable(INFONCE),
     ),
 )
 plant(
@@ -760,14 +769,14 @@ plant(
     ),
     (
         "constant shift: the columns' moment is about the row's origin",
-        "col_ft += e * (t - col_center);",
-        "col_ft += e * (t - p.row.center[r]);",
+        "col_ft += e * (t - col_origin);",
+        "col_ft += e * (t - p.row.moment_origin[r]);",
         portable(DIRECT),
     ),
     (
         "online softmax: the columns' terms are relative to the row's maximum",
-        "e = vexp<T>(log_f - load(p.col.base + c));",
-        "e = vexp<T>(log_f - p.row.base[r]);",
+        "e = vexp<T>(log_f - load(p.col.online_shift + c));",
+        "e = vexp<T>(log_f - p.row.online_shift[r]);",
         portable(INFONCE),
     ),
     (
@@ -778,20 +787,20 @@ plant(
     ),
     (
         "gradient through α: the baseline is ignored",
-        "return y.f + y.df * (u - level);",
+        "return y.f + y.df * (u - baseline);",
         "return y.f + y.df * u;",
         portable(THROUGH),
     ),
     (
         "∂L/∂τ from pairs: the baseline is ignored",
-        "default: return y.dtau * (u - level);",
+        "default: return y.dtau * (u - baseline);",
         "default: return y.dtau * u;",
         portable(THROUGH),
     ),
     (
         "constant shift: the columns' anchors do not weigh in the gradient",
-        "* (col_gain + p.row.gain[r]);",
-        "* (p.row.gain[r] + 0 * col_gain);",
+        "* (col_weight + p.row.row_weight[r]);",
+        "* (p.row.row_weight[r] + 0 * col_weight);",
         portable(DIRECT),
     ),
     (
@@ -812,7 +821,7 @@ plant(
     "csrc/cpu/kernels.cpp",
     (
         "online softmax: the moment so far is not rescaled to the new maximum",
-        "      totals[r + v.padded] *= factor;\n",
+        "      moments[r] *= factor;\n",
         "",
         portable(INFONCE),
     ),
@@ -836,13 +845,13 @@ plant(
     ),
     (
         "euclidean: rows beyond the first panel have its biases",
-        "t += load(bias + j.packed + c) + bias[i.packed + r0 + r];",
-        "t += load(bias + j.packed + c) + bias[i.packed + r];",
+        "t += load(bias + j.at + c) + bias[i.at + r0 + r];",
+        "t += load(bias + j.at + c) + bias[i.at + r];",
         portable(INFONCE, 48),
     ),
     (
         "euclidean weight sums: the columns lose theirs",
-        "    v.weight_sums[j.packed + c] += sum;\n",
+        "    v.weight_sums[j.at + c] += sum;\n",
         "",
         portable(INFONCE),
     ),
@@ -974,8 +983,8 @@ plant(
     ),
     (
         "AMX gradient: the other side's product takes W instead of its transpose",
-        "if (j.wanted && !diagonal) add_product(s, transposed(scratch), i, j);",
-        "if (j.wanted && !diagonal) add_product(s, across(scratch), i, j);",
+        "if (j.wanted && !diagonal) add_product(s, transposed(workspace), i, j);",
+        "if (j.wanted && !diagonal) add_product(s, across(workspace), i, j);",
         half(),
     ),
     (
