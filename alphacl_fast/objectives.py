@@ -145,7 +145,7 @@ def _power(d, q):
 def _power_slope(d, q):
     """The derivative of `_power`: q·d^{q−1} for d > 0, else 0."""
     if q == 1:
-        return torch.where(d > 0, 1.0, torch.relu(d))
+        return (d > 0).to(d.dtype)  # NaN comes back through f, by which a log kind multiplies this
     if q == 2:
         return 2 * torch.relu(d)
     slope = q * d.clamp(min=torch.finfo(d.dtype).tiny).pow(q - 1)

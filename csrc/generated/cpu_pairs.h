@@ -25,7 +25,7 @@ template <class T> ALPHACL_INLINE Vec<T> power_slope(Vec<T> x, T q) {
     return (x > Vec<T>{}) ? (T(0.5) * (T(1) / vsqrt<T>(at_least<T>(x, SMALLEST_NORMAL<T>)))) : at_least<T>(x, T(0));
   }
   if (q == T(1)) {
-    return (x > Vec<T>{}) ? broadcast<T>(T(1)) : at_least<T>(x, T(0));
+    return one_where<T>(x > Vec<T>{});
   }
   if (q == T(1.5)) {
     return (x > Vec<T>{}) ? (T(1.5) * vsqrt<T>(at_least<T>(x, SMALLEST_NORMAL<T>))) : at_least<T>(x, T(0));

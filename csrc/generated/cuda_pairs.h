@@ -25,7 +25,7 @@ template <class T> DEVICE T power_slope(T x, T q) {
     return (x > T(0)) ? (T(0.5) * (T(1) / root(at_least(x, SMALLEST_NORMAL<T>)))) : at_least(x, T(0));
   }
   if (q == T(1)) {
-    return (x > T(0)) ? T(1) : at_least(x, T(0));
+    return T(x > T(0));
   }
   if (q == T(1.5)) {
     return (x > T(0)) ? (T(1.5) * root(at_least(x, SMALLEST_NORMAL<T>))) : at_least(x, T(0));
