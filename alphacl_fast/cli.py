@@ -9,95 +9,102 @@ import os
 import platform
 import shlex
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 from alphacl_cli import Parser, fail, main
 
 
-def _parser(command: str, description: str, **options) -> Parser:
-    return Parser(prog=f"alphacl {command}", description=description, allow_abbrev=False, **options)
+#: Settings of the run that a command may override.
+_OVERRIDES = {
+    "--data-root": (str, "folder of the data set (default: the run's)"),
+    "--device": (str, "auto, cpu, cuda or cuda:N (default: the run's)"),
+    "--workers": (int, "loader processes (default: the run's)"),
+}
 
 
-def _import_train():
+def _parser(command: str, description: str, flags: dict[str, tuple] | None = None, **options):
+    """The parser of a command; ``flags``: name → (type, help) or (type, help, metavar)."""
+    parser = Parser(
+        prog=f"alphacl {command}", description=description, allow_abbrev=False, **options
+    )
+    for name, (kind, text, *metavar) in (flags or {}).items():
+        parser.add_argument(name, type=kind, help=text, metavar=metavar[0] if metavar else None)
+    return parser
+
+
+@contextmanager
+def _train_package():
+    """Yields `alphacl_fast.train`; its RunError inside ends the process with exit code 2."""
     try:
         from alphacl_fast import train
     except (ImportError, RuntimeError) as error:
         # torchvision built for another torch raises RuntimeError
         fail(" ".join(str(error).split()))
-    return train
+    try:
+        yield train
+    except train.RunError as error:
+        if error.shown:
+            raise SystemExit(2) from None
+        fail(str(error))
 
 
 def _train(arguments: list[str]) -> int:
-    module = _import_train()
-    parser = _parser(
-        "train",
-        "Train an encoder. Defaults depend on the data set and the encoder.",
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument(
-        "--out",
-        metavar="RUN",
-        help="run folder, new or empty (default: runs/DATASET-OBJECTIVE-SEED)",
-    )
-    parser.add_argument(
-        "--resume",
-        metavar="RUN",
-        nargs="?",
-        const=None,
-        help="go on with this run; without a name: with the run in --out, if there is one",
-    )
-    _add_flags(parser, module.Config)
-    given = vars(parser.parse_args(arguments))
-    out, resume = given.pop("out", None), "resume" in given
-    folder = given.pop("resume", None)
-    if folder and out and Path(folder) != Path(out):
-        fail(f"--resume {folder} and --out {out} name different folders")
-    try:
+    with _train_package() as train:
+        parser = _parser(
+            "train",
+            "Train an encoder. Defaults depend on the data set and the encoder.",
+            {"--out": (str, "run folder, new or empty (default: runs/DATASET-OBJECTIVE-SEED)", "RUN")},
+            argument_default=argparse.SUPPRESS,
+        )
+        parser.add_argument(
+            "--resume",
+            metavar="RUN",
+            nargs="?",
+            help="go on with this run; without a name: with the run in --out, if there is one",
+        )
+        _add_config(parser, train.Config)
+        given = vars(parser.parse_args(arguments))
+        out, resume = given.pop("out", None), "resume" in given
+        folder = given.pop("resume", None)
+        if folder and out and Path(folder) != Path(out):
+            fail(f"--resume {folder} and --out {out} name different folders")
         if "option" in given:
             given["option"] = dict(given["option"])
         out = folder or out
         if resume and out and (folder or (Path(out) / "config.json").exists()):
-            config = dataclasses.replace(module.Config.read(Path(out) / "config.json"), **given)
+            config = dataclasses.replace(train.Config.read(Path(out) / "config.json"), **given)
         else:
-            config, resume = module.Config.create(**given), False
+            config, resume = train.Config.create(**given), False
             out = out or f"runs/{config.dataset}-{config.objective}-{config.seed}"
-        outcome = module.train(config, out, resume=resume)
-    except module.RunError as error:
-        if error.shown:
-            return 2
-        fail(str(error))
-    if not outcome.leads:
-        return 128 + outcome.signal if outcome.signal else 0
-    if outcome.signal:
+        outcome = train.train(config, out, resume=resume)
+    if outcome.signal and outcome.leads:
         print(
             f"alphacl: stopped after {outcome.epochs} of {config.epochs} epochs, state saved; "
             f"go on with: alphacl train --resume {outcome.out}",
             file=sys.stderr,
         )
-        return 128 + outcome.signal
-    done = "was already finished" if outcome.already else "finished"
-    print(
-        f"{outcome.out} {done}: {outcome.epochs} epochs; judge it with: alphacl eval {outcome.out}"
-    )
-    return 0
+    elif outcome.leads:
+        done = "was already finished" if outcome.already else "finished"
+        print(
+            f"{outcome.out} {done}: {outcome.epochs} epochs; "
+            f"judge it with: alphacl eval {outcome.out}"
+        )
+    return 128 + outcome.signal if outcome.signal else 0
 
 
-def _add_flags(parser: argparse.ArgumentParser, config, without: tuple[str, ...] = ()) -> None:
+def _add_config(parser: Parser, config, without: tuple[str, ...] = ()) -> None:
+    """A flag for every field of the config."""
     for field in dataclasses.fields(config):
         if field.name in without:
             continue
-        name = "--" + field.name.replace("_", "-")
-        text = field.metadata["help"]
+        options = {"type": type(field.default), "choices": field.metadata.get("choices")}
         if field.name == "option":
-            parser.add_argument(
-                name, metavar="KEY=VALUE", action="append", type=_key_value, help=text
-            )
+            options = {"metavar": "KEY=VALUE", "action": "append", "type": _key_value}
         elif isinstance(field.default, bool):
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            parser.add_argument(
-                name, type=type(field.default), choices=field.metadata["choices"], help=text
-            )
+            options = {"action": argparse.BooleanOptionalAction}
+        name = "--" + field.name.replace("_", "-")
+        parser.add_argument(name, help=field.metadata["help"], **options)
 
 
 def _key_value(text: str):
@@ -111,27 +118,19 @@ def _key_value(text: str):
 
 
 def _eval(arguments: list[str]) -> int:
-    module = _import_train()
-    parser = _parser(
-        "eval",
-        "Evaluate a run: kNN and linear probe on raw pixels, untrained and trained encoder.",
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument("run", metavar="RUN", help="run folder")
-    parser.add_argument(
-        "--few-label", type=int, help="labels per class in the few-label columns (default: 5)"
-    )
-    parser.add_argument(
-        "--draws", type=int, help="random label subsets they are averaged over (default: 10)"
-    )
-    parser.add_argument("--data-root", help="folder of the data set (default: the run's)")
-    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: the run's)")
-    parser.add_argument("--workers", type=int, help="loader processes (default: the run's)")
-    given = vars(parser.parse_args(arguments))
-    try:
-        result = module.evaluate(**given)
-    except module.RunError as error:
-        fail(str(error))
+    with _train_package() as train:
+        parser = _parser(
+            "eval",
+            "Evaluate a run: kNN and linear probe on raw pixels, untrained and trained encoder.",
+            {
+                "run": (str, "run folder", "RUN"),
+                "--few-label": (int, "labels per class in the few-label columns (default: 5)"),
+                "--draws": (int, "random label subsets they are averaged over (default: 10)"),
+                **_OVERRIDES,
+            },
+            argument_default=argparse.SUPPRESS,
+        )
+        result = train.evaluate(**vars(parser.parse_args(arguments)))
     from alphacl_fast.train.report import table
 
     print(
@@ -140,40 +139,34 @@ def _eval(arguments: list[str]) -> int:
         f"and {result['test_images']} test images; accuracy in %\n"
     )
     print(table(result))
-    print(f"\nwritten: {Path(given['run']) / 'eval.json'}, {Path(given['run']) / 'embedding.png'}")
+    print(f"\nwritten: {Path(result['run']) / 'eval.json'}, {Path(result['run']) / 'embedding.png'}")
     return 0
 
 
 def _inspect(arguments: list[str]) -> int:
-    module = _import_train()
-    parser = _parser(
-        "inspect",
-        "Plot pair weights of a run's embeddings over distance, and its hardest pairs.",
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument("run", metavar="CHECKPOINT", help="run folder, or its checkpoint.pt")
-    parser.add_argument(
-        "--objective",
-        dest="objectives",
-        action="append",
-        metavar="NAME",
-        help="compare with the run's own; repeatable "
-        "(default: infonce, alpha_direct, alpha_square, uniform)",
-    )
-    parser.add_argument("--pairs", type=int, help="images to embed, two views each (default: 1024)")
-    parser.add_argument("--thumbnails", type=int, help="nearest pairs to draw (default: 12)")
-    parser.add_argument(
-        "--out", metavar="FOLDER", help="for inspect.png and inspect.json (default: RUN)"
-    )
-    parser.add_argument("--data-root", help="folder of the data set (default: the run's)")
-    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: the run's)")
-    parser.add_argument("--workers", type=int, help="loader processes (default: the run's)")
-    given = vars(parser.parse_args(arguments))
-    given["objectives"] = tuple(given.get("objectives", ()))
-    try:
-        result = module.inspect(**given)
-    except module.RunError as error:
-        fail(str(error))
+    with _train_package() as train:
+        parser = _parser(
+            "inspect",
+            "Plot pair weights of a run's embeddings over distance, and its hardest pairs.",
+            {
+                "run": (str, "run folder, or its checkpoint.pt", "CHECKPOINT"),
+                "--pairs": (int, "images to embed, two views each (default: 1024)"),
+                "--thumbnails": (int, "nearest pairs to draw (default: 12)"),
+                "--out": (str, "for inspect.png and inspect.json (default: RUN)", "FOLDER"),
+                **_OVERRIDES,
+            },
+            argument_default=argparse.SUPPRESS,
+        )
+        parser.add_argument(
+            "--objective",
+            dest="objectives",
+            action="append",
+            metavar="NAME",
+            help="compare with the run's own; repeatable "
+            "(default: infonce, alpha_direct, alpha_square, uniform)",
+        )
+        given = vars(parser.parse_args(arguments))
+        result = train.inspect(**given)
     names = result["objectives"]
     width = max(map(len, names))
     print(
@@ -201,19 +194,19 @@ def _theory(arguments: list[str]) -> int:
     from alphacl_fast import checks
 
     parser = _parser(
-        "theory", "Check the theorems of arXiv:2201.12680 numerically; exit code 1 if one fails."
-    )
+        "theory",
+        "Check the theorems of arXiv:2201.12680 numerically; exit code 1 if one fails.",
+        {
+            "--seeds": (int, "random seeds for data and weights"),
+            "--out": (str, "where to write theory.json and plots of the energy over the steps",
+                      "FOLDER"),
+        },
+    )  # fmt: skip
     parser.add_argument(
         "claim",
         choices=(*checks.CHECKS, "all"),
         help="pca: deep linear networks find the top eigenvector; rank: a condition fails; "
         "relu: ranks with ReLU; gradient: the gradient theorem, and alternating players",
-    )
-    parser.add_argument("--seeds", type=int, help="random seeds for data and weights")
-    parser.add_argument(
-        "--out",
-        metavar="FOLDER",
-        help="where to write theory.json and plots of the energy over the steps",
     )
     given = parser.parse_args(arguments)
     if given.seeds is not None and given.seeds < 1:
@@ -263,52 +256,43 @@ def _tune(arguments: list[str]) -> int:
 
 
 def _reproduce(arguments: list[str]) -> int:
-    _import_train()
-    from alphacl_fast.train import Config, RunError, reproduce
-
-    parser = _parser(
-        "reproduce",
-        "table: train every row of the paper's comparison with every seed, or continue, and show "
-        "mean and standard deviation. recipes: the commands for the published experiments.",
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument("what", choices=("table", "recipes"))
-    parser.add_argument(
-        "--out",
-        metavar="DIR",
-        help="folder of the table and its runs (default: runs/table-DATASET-ENCODER)",
-    )
-    parser.add_argument(
-        "--rows",
-        type=lambda text: tuple(text.split(",")),
-        metavar="A,B,…",
-        help=f"of {', '.join(reproduce.ROWS)} (default: all but "
-        f"{', '.join(row for row in reproduce.ROWS if row not in reproduce.DEFAULT_ROWS)})",
-    )
-    parser.add_argument("--seeds", type=int, help="runs per row, with seeds 1, 2, … (default: 5)")
-    parser.add_argument(
-        "--budget",
-        metavar="TIME",
-        help="600s, 45m or 2h for everything on this machine; sets the number of epochs",
-    )
-    _add_flags(parser, Config, without=reproduce.OF_A_ROW)
-    given = vars(parser.parse_args(arguments))
-    if given.pop("what") == "recipes":
-        if given:
-            flags = ", ".join("--" + name.replace("_", "-") for name in given)
-            fail(f"recipes takes no flags, got {flags}")
-        print(reproduce.recipes())
-        return 0
     again = f"go on with: alphacl reproduce {shlex.join(arguments)}"
-    try:
+    with _train_package() as train:
+        from alphacl_fast.train import reproduce
+
+        others = ", ".join(row for row in reproduce.ROWS if row not in reproduce.DEFAULT_ROWS)
+        parser = _parser(
+            "reproduce",
+            "table: train every row of the paper's comparison with every seed, or continue, and "
+            "show mean and standard deviation. recipes: the commands for the published "
+            "experiments.",
+            {
+                "--out": (str, "folder of the table and its runs "
+                          "(default: runs/table-DATASET-ENCODER)", "DIR"),
+                "--rows": (lambda text: tuple(text.split(",")),
+                           f"of {', '.join(reproduce.ROWS)} (default: all but {others})", "A,B,…"),
+                "--seeds": (int, "runs per row, with seeds 1, 2, … (default: 5)"),
+                "--budget": (str, "600s, 45m or 2h for everything on this machine; sets the "
+                             "number of epochs", "TIME"),
+            },
+            argument_default=argparse.SUPPRESS,
+        )  # fmt: skip
+        parser.add_argument("what", choices=("table", "recipes"))
+        _add_config(parser, train.Config, without=reproduce.OF_A_ROW)
+        given = vars(parser.parse_args(arguments))
+        if given.pop("what") == "recipes":
+            if given:
+                flags = ", ".join("--" + name.replace("_", "-") for name in given)
+                fail(f"recipes takes no flags, got {flags}")
+            print(reproduce.recipes())
+            return 0
         if "budget" in given:
             given["budget"] = reproduce.seconds(given["budget"])
-        progress = reproduce.table(**given)
-    except RunError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        print(f"alphacl: interrupted; {again}", file=sys.stderr)
-        return 130
+        try:
+            progress = reproduce.table(**given)
+        except KeyboardInterrupt:
+            print(f"alphacl: interrupted; {again}", file=sys.stderr)
+            return 130
     if progress.signal:
         where = f" in {progress.run}" if progress.run else ""
         print(
@@ -326,40 +310,29 @@ def _reproduce(arguments: list[str]) -> int:
 
 def _plan(arguments: list[str]) -> int:
     parser = _parser(
-        "plan", "Predict memory, work, messages and time of one InfoNCE step (loss and gradient)."
-    )
-    parser.add_argument(
-        "--batch",
-        type=_count,
-        required=True,
-        metavar="PAIRS",
-        help="over all devices: 65536, 64K, 4M",
-    )
-    parser.add_argument("--dim", type=int, required=True, help="features")
-    parser.add_argument("--gpus", type=int, required=True, help="devices")
-    parser.add_argument(
-        "--rate",
-        type=float,
-        metavar="TFLOPS",
-        help="per device, counting 8·DIM per pair of rows (default: measured here in 2 s)",
-    )
-    parser.add_argument(
-        "--bandwidth",
-        type=float,
-        default=50.0,
-        metavar="GB/S",
-        help="per device and direction (default: 50, a 400 Gb/s port)",
-    )
-    parser.add_argument(
-        "--latency", type=float, default=20.0, metavar="US", help="per message (default: 20)"
-    )
-    parser.add_argument("--memory", type=float, metavar="GB", help="per device, for the loss")
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32", "float64"), default="bfloat16"
-    )
-    parser.add_argument(
-        "--negatives", choices=("two_view", "one_view", "cross_view"), default="two_view"
-    )
+        "plan",
+        "Predict memory, work, messages and time of one InfoNCE step (loss and gradient).",
+        {
+            "--rate": (float, "per device, counting 8·DIM per pair of rows "
+                       "(default: measured here in 2 s)", "TFLOPS"),
+            "--bandwidth": (float, "per device and direction (default: 50, a 400 Gb/s port)",
+                            "GB/S"),
+            "--latency": (float, "per message (default: 20)", "US"),
+            "--memory": (float, "per device, for the loss", "GB"),
+        },
+    )  # fmt: skip
+    parser.set_defaults(bandwidth=50.0, latency=20.0)
+    for name, (kind, text, metavar) in {
+        "--batch": (_count, "over all devices: 65536, 64K, 4M", "PAIRS"),
+        "--dim": (int, "features", None),
+        "--gpus": (int, "devices", None),
+    }.items():
+        parser.add_argument(name, type=kind, help=text, metavar=metavar, required=True)
+    for name, choices in (
+        ("--dtype", ("bfloat16", "float16", "float32", "float64")),
+        ("--negatives", ("two_view", "one_view", "cross_view")),
+    ):
+        parser.add_argument(name, choices=choices, default=choices[0])
     given = parser.parse_args(arguments)
     import torch
 

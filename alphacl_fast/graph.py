@@ -28,8 +28,6 @@ from torch._decomp import decomposition_table
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["Branching", "Node", "Printer", "Tracer", "UnsupportedFunction", "Value"]
-
 
 class UnsupportedFunction(ValueError):
     """A user's function cannot be compiled; the message names the function and the operation."""
@@ -199,10 +197,6 @@ def _index_put(a: Value, indices: list[Any], values: Value, accumulate: bool = F
     return _where(indices[0], values, a)
 
 
-def _like(number: float, *args: Any, **options: Any) -> Value:
-    return number
-
-
 #: aten operation → value. Names that begin a comparison, a mask operation or a function are the
 #: graph's.
 _PRIMITIVES: dict[str, Callable[..., Value]] = {
@@ -220,17 +214,16 @@ _PRIMITIVES: dict[str, Callable[..., Value]] = {
     "bitwise_not": lambda a: Node("not", a) if _is_bool(a) else _Refused("of integers"),
     "masked_fill": lambda a, mask, value: _where(mask, value, a),
     "copy": lambda a, source, non_blocking=False: source,
-    "fill": lambda a, value: value, "zero": lambda a: 0.0, "clone": lambda a, **options: a,
-    "zeros_like": partial(_like, 0.0), "ones_like": partial(_like, 1.0),
-    "new_zeros": partial(_like, 0.0), "new_ones": partial(_like, 1.0),
-    "full_like": lambda a, value, **options: value,
-    "new_full": lambda a, size, value, **options: value,
+    "clone": lambda a, **options: a, "new_full": lambda a, size, value, **options: value,
     # of every derivative; its decomposition would import for seconds
     "sum": lambda a, *args, **options: _NOT_ELEMENTWISE,
 }  # fmt: skip
 _PRIMITIVES |= {name: partial(_compare, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
 _PRIMITIVES |= {f"logical_{op}": partial(_logical, op) for op in ("and", "or", "xor")}
 _PRIMITIVES |= {f"bitwise_{op}": partial(_bitwise, op) for op in ("and", "or", "xor")}
+_PRIMITIVES |= dict.fromkeys(("zero", "zeros_like", "new_zeros"), lambda *args, **options: 0.0)
+_PRIMITIVES |= dict.fromkeys(("ones_like", "new_ones"), lambda *args, **options: 1.0)
+_PRIMITIVES |= dict.fromkeys(("fill", "full_like"), lambda a, value, **options: value)
 _FUNCTIONS = """
     abs acos acosh asin asinh atan atan2 atanh ceil copysign cos cosh erf erfc erfinv exp exp2
     expm1 floor fmax fmin fmod hypot log log10 log1p log2 maximum minimum rsqrt sin sinh sqrt tan
@@ -239,29 +232,11 @@ _FUNCTIONS = """
 _PRIMITIVES |= {name: partial(_function, name) for name in _FUNCTIONS.split()}
 
 #: Do not read the values of their first argument.
-_UNREAD = {
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "new_zeros",
-    "new_ones",
-    "new_full",
-    "fill",
-    "zero",
-    "copy",
-}
+_UNREAD = "zeros_like ones_like full_like new_zeros new_ones new_full fill zero copy".split()
 #: Give their argument another shape, or none.
-_ALIASES = {
-    "alias",
-    "as_strided",
-    "conj_physical",
-    "detach",
-    "expand",
-    "squeeze",
-    "unsqueeze",
-    "view",
-    "_unsafe_view",
-}
+_ALIASES = (
+    "alias as_strided conj_physical detach expand squeeze unsqueeze view _unsafe_view".split()
+)
 
 
 def _gelu(x: Tensor, approximate: str = "none") -> Tensor:
@@ -293,9 +268,10 @@ _DECOMPOSITIONS: dict[str, Callable[..., Any]] = {
     "remainder": _remainder,
     "div": lambda a, b, rounding_mode: torch.floor_divide(a, b),
     "floor_divide": lambda a, b: torch.round((a - torch.remainder(a, b)) / b),
-    "hardshrink_backward": lambda grad, x, lambd: torch.where(x.abs() <= lambd, 0.0, grad),
-    "softshrink_backward": lambda grad, x, lambd: torch.where(x.abs() <= lambd, 0.0, grad),
-}
+} | dict.fromkeys(
+    ("hardshrink_backward", "softshrink_backward"),
+    lambda grad, x, lambd: torch.where(x.abs() <= lambd, 0.0, grad),
+)
 
 
 # --- tracing --------------------------------------------------------------------------------------
@@ -378,12 +354,8 @@ class Tracer(TorchDispatchMode):
         inputs = [self.value(a) for a in leaves]
         if base in _ALIASES:
             out = func(*args, **kwargs)
-            same = (
-                out.stride() == args[0].stride()
-                if base == "as_strided"
-                else out.numel() == args[0].numel()
-            )
-            if same or is_number(inputs[0]) or args[0].numel() == 1:
+            size = Tensor.stride if base == "as_strided" else Tensor.numel
+            if size(out) == size(args[0]) or is_number(inputs[0]) or args[0].numel() == 1:
                 self.cells[id(out)] = out, self.cells[id(args[0])][1]
                 return out
             return self.define(out, self.explained(_NOT_ELEMENTWISE, func))
@@ -424,23 +396,20 @@ class Tracer(TorchDispatchMode):
     def operation(self, func: Any, base: str, args: Any, kwargs: Any, inputs: list[Value]) -> Any:
         """The value of an operation none of whose operands is refused."""
         in_place = base != func.overloadpacket.__name__
-        if torch.Tag.nondeterministic_seeded in func.tags or (
-            func._schema.is_mutable and not in_place
-        ):
+        writes_elsewhere = func._schema.is_mutable and not in_place
+        if torch.Tag.nondeterministic_seeded in func.tags or writes_elsewhere:
             return _NOT_ELEMENTWISE
         if not inputs or (torch.Tag.pointwise in func.tags and all(map(is_number, inputs))):
-            return _constant(
-                func(*tree_map(self.in_float64, args), **tree_map(self.in_float64, kwargs))
-            )
+            args, kwargs = tree_map(self.in_float64, (args, kwargs))
+            return _constant(func(*args, **kwargs))
         values, options = tree_map(self.value, (args, kwargs))
         if base in ("_to_copy", "to", "convert_element_type"):
             dtypes = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.dtype)]
             return self.cast(values[0], dtypes[0] if dtypes else self.dtype)
         if base in _PRIMITIVES and options.get("rounding_mode") != "floor":
             return _PRIMITIVES[base](*values, **options)
-        functional = func
-        if in_place:
-            functional = getattr(getattr(torch.ops.aten, base, None), func._overloadname, func)
+        packet = getattr(torch.ops.aten, base, None)
+        functional = getattr(packet, func._overloadname, func) if in_place else func
         decomposition = _DECOMPOSITIONS.get(base) or decomposition_table.get(
             functional, func.decompose
         )
@@ -467,12 +436,10 @@ class Tracer(TorchDispatchMode):
     def cast(self, a: Value, dtype: torch.dtype) -> Value:
         if dtype == torch.bool:
             return _bool(a)
-        if is_number(a) or (dtype == self.dtype and a.dtype == "x"):
+        if is_number(a):
             return a
-        if dtype == self.dtype:
-            return Node("to_x", a, dtype="x")
         if dtype in (torch.float32, torch.float64):
-            name = str(dtype).removeprefix("torch.")
+            name = "x" if dtype == self.dtype else str(dtype).removeprefix("torch.")
             return a if a.dtype == name else Node(f"to_{name}", a, dtype=name)
         if dtype in (torch.int32, torch.int64):  # whole numbers stay in floating point
             return real(a) if a.dtype == "bool" else _function("trunc", a)

@@ -32,9 +32,9 @@ import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from numbers import Real
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -484,7 +484,6 @@ class Objective:
     kind: str = ""
     uses_temperature = False
     tau_gradient: str | None = None
-    tau_in_front = False
     one_sweep = False
     derivative = False
     terms: tuple[Term, ...] = ()
@@ -603,8 +602,8 @@ class _LinearPairLoss(PairLoss):
 
     one_sweep = True
 
-    def __init__(self, name: str, options: dict[str, Any], kind: str, parameter: float) -> None:
-        self.name, self.options, self.kind, self._parameter = name, options, kind, parameter
+    def __init__(self, kind: str, parameter: float) -> None:
+        self.kind, self._parameter = kind, parameter
 
     def params(self, c: float) -> tuple[float, ...]:
         return (self._parameter,)
@@ -617,10 +616,10 @@ class _Outer(NamedTuple):
     The fields are floats because they are row steps' parameters.
     """
 
-    epsilon: float
-    margin: float
-    squared: float
-    tau_in_front: float
+    epsilon: float = 0.0
+    margin: float = 0.0
+    squared: float = 0.0
+    tau_in_front: float = 0.0
 
     def phi(self, ell: Tensor) -> Tensor:
         if self.squared:
@@ -689,24 +688,9 @@ class _ExpPairLoss(Objective):
 
     kind = "exp"
 
-    def __init__(
-        self,
-        name: str,
-        options: dict[str, Any],
-        *,
-        epsilon: float = 0.0,
-        margin: float = 0.0,
-        squared: bool = False,
-        uses_temperature: bool = False,
-        tau_in_front: bool = False,
-    ) -> None:
-        self.name, self.options = name, options
-        self._outer = _Outer(epsilon, margin, float(squared), float(tau_in_front))
-        self.margin, self.uses_temperature, self.tau_in_front = (
-            margin,
-            uses_temperature,
-            tau_in_front,
-        )
+    def __init__(self, uses_temperature: bool = False, **outer: float) -> None:
+        self._outer = _Outer(**outer)
+        self.margin, self.uses_temperature = self._outer.margin, uses_temperature
         self.tau_gradient = "rows" if uses_temperature else None
 
     def kind_tau(self, tau: Tensor) -> Tensor:
@@ -720,7 +704,7 @@ class _ExpPairLoss(Objective):
 
     def solve(self, p: Pairs, learn_tau: bool) -> RowSolution:
         outer = self._outer._asdict()
-        if learn_tau and not self.tau_in_front:
+        if learn_tau and not self._outer.tau_in_front:
             sums = p.sums((Term.SHIFT, Term.F, Term.F_MOMENT))
             return RowSolution(shift=sums[0], **p.step(exp_rows_with_dtau, p.pos, *sums, **outer))
         shift, total = p.sums((Term.SHIFT, Term.F))
@@ -781,23 +765,16 @@ class PairWeight(Objective):
         alpha_eps: float = 0.0,
         detach_alpha: bool = True,
     ) -> None:
+        options = {
+            "normalized": normalized, "alpha_eps": alpha_eps, "detach_alpha": detach_alpha,
+        }  # fmt: skip
+        self._configure(**_checked("PairWeight", options))
+        self.name, self.options = "PairWeight", {"weight": weight, **options}
         self.functions = (_CustomFunction(weight, "weight", of_distance=True),)
         self.kind = self.functions[0].key
-        options = {
-            "weight": weight, "normalized": normalized, "alpha_eps": alpha_eps,
-            "detach_alpha": detach_alpha,
-        }  # fmt: skip
-        self._configure("PairWeight", options)
 
-    def _configure(self, name: str, options: dict[str, Any]) -> None:
-        self.name, self.options = name, options
-        self.normalized = _flag(name, "normalized", options.get("normalized", True))
-        self.alpha_eps = _number(name, "alpha_eps", options["alpha_eps"], minimum=0.0)
-        self.detach_alpha = _flag(name, "detach_alpha", options["detach_alpha"])
-        if self.alpha_eps and not self.normalized:
-            raise ValueError(
-                f"{name}: alpha_eps must be 0 with normalized=False, got {self.alpha_eps}"
-            )
+    def _configure(self, normalized: bool, alpha_eps: float, detach_alpha: bool) -> None:
+        self.normalized, self.alpha_eps, self.detach_alpha = normalized, alpha_eps, detach_alpha
         self.one_sweep = not self.normalized
         if self.uses_temperature and not self.detach_alpha:
             self.tau_gradient = "pairs"
@@ -828,9 +805,9 @@ class PairWeight(Objective):
 class _NamedPairWeight(PairWeight):
     uses_temperature = True
 
-    def __init__(self, name: str, options: dict[str, Any], kind: str, *parameters: float) -> None:
+    def __init__(self, kind: str, parameters: Sequence[float], *options: Any) -> None:
         self.kind, self._parameters = kind, parameters
-        self._configure(name, options)
+        self._configure(*options)
 
     def params(self, c: float) -> tuple[float, ...]:
         return (c, *self._parameters)
@@ -927,12 +904,12 @@ class MinPlayer(Objective):
     def __init__(self, h: Callable[[Tensor], Tensor], *, detach_alpha: bool = True) -> None:
         self.functions = (_CustomFunction(h, "h"),)
         self.kind = self.functions[0].key
-        self._configure("MinPlayer", {"h": h, "detach_alpha": detach_alpha})
+        self.name, self.options = "MinPlayer", {"h": h, "detach_alpha": detach_alpha}
+        self._configure(**_checked("MinPlayer", {"detach_alpha": detach_alpha}))
         self._numeric_inverse(1.0)
 
-    def _configure(self, name: str, options: dict[str, Any]) -> None:
-        self.name, self.options = name, options
-        self.detach_alpha = _flag(name, "detach_alpha", options.get("detach_alpha", True))
+    def _configure(self, detach_alpha: bool) -> None:
+        self.detach_alpha = detach_alpha
         if self.uses_temperature and not self.detach_alpha:
             self.tau_gradient = "pairs"
 
@@ -989,8 +966,8 @@ class MinPlayer(Objective):
 class _AlphaSquare(MinPlayer):
     kind, uses_temperature = "square", True
 
-    def __init__(self, options: dict[str, Any]) -> None:
-        self._configure("alpha_square", options)
+    def __init__(self, detach_alpha: bool) -> None:
+        self._configure(detach_alpha)
 
     def inverse(self, alpha: float, tau: Tensor) -> Tensor:
         return alpha * tau
@@ -1002,9 +979,8 @@ class _AlphaSquare(MinPlayer):
 class _AlphaGamma(MinPlayer):
     kind, uses_temperature = "gamma", True
 
-    def __init__(self, options: dict[str, Any]) -> None:
-        self._configure("alpha_gamma", options)
-        gamma = _number("alpha_gamma", "gamma", options["gamma"], above=1.0)
+    def __init__(self, gamma: float, detach_alpha: bool) -> None:
+        self._configure(detach_alpha)
         self.newton_power = self.far_power = gamma
 
     def params(self, c: float) -> tuple[float, ...]:
@@ -1035,8 +1011,8 @@ class _AlphaGamma(MinPlayer):
 class ClosedForm(Objective):
     """Constant α_ij: ``L_i = weight·(mean_j t_ij − t⁺_i)`` without pairwise work."""
 
-    def __init__(self, name: str, per_negative: bool) -> None:
-        self.name, self.options, self._per_negative = name, {}, per_negative
+    def __init__(self, per_negative: bool) -> None:
+        self._per_negative = per_negative
 
     def weight(self, n_neg: int | Tensor) -> int | float | Tensor:
         """Σ_j α_ij."""
@@ -1046,30 +1022,60 @@ class ClosedForm(Objective):
 # --- the named members ----------------------------------------------------------------------------
 
 
-def _number(
-    owner: str, name: str, value: Any, *, minimum: float | None = None, above: float | None = None
-) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{owner}: {name} must be a number, got {type(value).__name__}")
-    small = (minimum is not None and value < minimum) or (above is not None and value <= above)
-    if not math.isfinite(value) or small:
-        least = (
-            f" ≥ {minimum:g}"
-            if minimum is not None
-            else f" > {above:g}"
-            if above is not None
-            else ""
+#: Numeric options: what each must be at least, or above; all other options are flags.
+_NUMBERS = {
+    "epsilon": "≥ 0", "alpha_eps": "≥ 0", "margin": "", "scale": "> 0", "exponent": "> 0",
+    "order": "> 0", "gamma": "> 1",
+}  # fmt: skip
+
+
+def _checked(owner: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with numbers as floats; TypeError or ValueError where one is unusable."""
+    checked = {}
+    for name, value in options.items():
+        if name not in _NUMBERS:
+            if not isinstance(value, bool):
+                raise TypeError(f"{owner}: {name} must be True or False, got {value!r}")
+            checked[name] = value
+            continue
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{owner}: {name} must be a number, got {type(value).__name__}")
+        relation, _, bound = _NUMBERS[name].partition(" ")
+        small = bound and (value < float(bound) or (relation == ">" and value == float(bound)))
+        if not math.isfinite(value) or small:
+            expected = f"a finite number {_NUMBERS[name]}".rstrip()
+            raise ValueError(f"{owner}: {name} must be {expected}, got {value}")
+        checked[name] = float(value)
+    if checked.get("alpha_eps") and not checked.get("normalized", True):
+        raise ValueError(
+            f"{owner}: alpha_eps must be 0 with normalized=False, got {checked['alpha_eps']}"
         )
-        raise ValueError(f"{owner}: {name} must be a finite number{least}, got {value}")
-    return float(value)
+    return checked
 
 
-def _flag(owner: str, name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{owner}: {name} must be True or False, got {value!r}")
-    return value
+_Factory = TypeVar("_Factory", bound=Callable[..., Any])
+#: The functions that make the named members.
+_FACTORIES: dict[str, Callable[..., Objective]] = {}
 
 
+def _named(function: _Factory) -> _Factory:
+    """Registers a function of checked options as the objective of its name."""
+    name, signature = function.__name__, inspect.signature(function)
+
+    @wraps(function)
+    def factory(*args: Any, **options: Any) -> Objective:
+        given = signature.bind(*args, **options)
+        given.apply_defaults()
+        checked = _checked(name, given.arguments)
+        objective = function(**checked)
+        objective.name, objective.options = name, checked
+        return objective
+
+    _FACTORIES[name] = factory
+    return factory
+
+
+@_named
 def infonce(epsilon: float = 1.0, temperature_scaled: bool = False) -> Objective:
     """φ = log(ε + x), ψ = exp(x/τ).
 
@@ -1079,22 +1085,18 @@ def infonce(epsilon: float = 1.0, temperature_scaled: bool = False) -> Objective
 
     Source: arXiv:2201.12680; arXiv:2002.05709; arXiv:2110.06848.
     """
-    epsilon = _number("infonce", "epsilon", epsilon, minimum=0.0)
-    scaled = _flag("infonce", "temperature_scaled", temperature_scaled)
     return _ExpPairLoss(
-        "infonce",
-        {"epsilon": epsilon, "temperature_scaled": scaled},
-        epsilon=epsilon,
-        uses_temperature=True,
-        tau_in_front=scaled,
+        uses_temperature=True, epsilon=epsilon, tau_in_front=float(temperature_scaled)
     )
 
 
+@_named
 def mine() -> Objective:
     """φ = log x, ψ = exp(x); no temperature. Source: arXiv:2201.12680; arXiv:1801.04062."""
-    return _ExpPairLoss("mine", {})
+    return _ExpPairLoss()
 
 
+@_named
 def triplet(margin: float = 1.0) -> Objective:
     """φ = x, ψ = max(x + margin, 0), on ½-squared distances; no temperature.
 
@@ -1103,10 +1105,10 @@ def triplet(margin: float = 1.0) -> Objective:
 
     Source: arXiv:2201.12680; arXiv:1503.03832.
     """
-    margin = _number("triplet", "margin", margin)
-    return _LinearPairLoss("triplet", {"margin": margin}, "hinge", margin)
+    return _LinearPairLoss("hinge", margin)
 
 
+@_named
 def soft_triplet(margin: float = 1.0) -> Objective:
     """φ = τ·log(1 + x), ψ = exp(x/τ + margin).
 
@@ -1115,22 +1117,16 @@ def soft_triplet(margin: float = 1.0) -> Objective:
 
     Source: arXiv:2201.12680 (φ/ψ family).
     """
-    margin = _number("soft_triplet", "margin", margin)
-    return _ExpPairLoss(
-        "soft_triplet",
-        {"margin": margin},
-        epsilon=1.0,
-        margin=margin,
-        uses_temperature=True,
-        tau_in_front=True,
-    )
+    return _ExpPairLoss(uses_temperature=True, epsilon=1.0, margin=margin, tau_in_front=1.0)
 
 
+@_named
 def n_plus_1_tuplet() -> Objective:
     """φ = log(1 + x), ψ = exp(x); no temperature. Source: arXiv:2201.12680; Sohn, NeurIPS 2016."""
-    return _ExpPairLoss("n_plus_1_tuplet", {}, epsilon=1.0)
+    return _ExpPairLoss(epsilon=1.0)
 
 
+@_named
 def lifted_structured(margin: float = 1.0) -> Objective:
     """φ = max(log x, 0)², ψ = exp(x + margin); no temperature.
 
@@ -1139,10 +1135,10 @@ def lifted_structured(margin: float = 1.0) -> Objective:
 
     Source: arXiv:2201.12680; arXiv:1511.06452.
     """
-    margin = _number("lifted_structured", "margin", margin)
-    return _ExpPairLoss("lifted_structured", {"margin": margin}, margin=margin, squared=True)
+    return _ExpPairLoss(margin=margin, squared=1.0)
 
 
+@_named
 def modified_triplet(scale: float = 1.0) -> Objective:
     """φ = x, ψ = sigmoid(scale·x); no temperature.
 
@@ -1151,20 +1147,16 @@ def modified_triplet(scale: float = 1.0) -> Objective:
 
     Source: arXiv:2201.12680 (φ/ψ family).
     """
-    scale = _number("modified_triplet", "scale", scale, above=0.0)
-    return _LinearPairLoss("modified_triplet", {"scale": scale}, "sigmoid", scale)
+    return _LinearPairLoss("sigmoid", scale)
 
 
+@_named
 def triplet_contrastive() -> Objective:
     """φ = x, ψ = x: L_i = Σ_j Δ_ij in O(n·D); no temperature. Source: arXiv:2201.12680."""
-    return ClosedForm("triplet_contrastive", per_negative=True)
+    return ClosedForm(per_negative=True)
 
 
-def uniform() -> Objective:
-    """α_ij = 1/|Neg| (the paper's quadratic loss): L_i = mean_j t_ij − t⁺_i, in O(n·D)."""
-    return ClosedForm("uniform", per_negative=False)
-
-
+@_named
 def alpha_direct(
     exponent: float = 4,
     normalized: bool = True,
@@ -1181,16 +1173,11 @@ def alpha_direct(
 
     Source: arXiv:2201.12680, α-CL-direct.
     """
-    exponent = _number("alpha_direct", "exponent", exponent, above=0.0)
-    options = {
-        "exponent": exponent, "normalized": normalized, "alpha_eps": alpha_eps,
-        "detach_alpha": detach_alpha,
-    }  # fmt: skip
-    if exponent == 2.0:
-        return _NamedPairWeight("alpha_direct", options, "gibbs")
-    return _NamedPairWeight("alpha_direct", options, "power", exponent / 2)
+    kind, *parameters = ("gibbs",) if exponent == 2 else ("power", exponent / 2)
+    return _NamedPairWeight(kind, parameters, normalized, alpha_eps, detach_alpha)
 
 
+@_named
 def alpha_entropy(alpha_eps: float = 0.0, detach_alpha: bool = True) -> Objective:
     """Min player of R = −τ·Σα log α, a softmax: α_ij ∝ exp(−d²_ij/τ).
 
@@ -1202,10 +1189,10 @@ def alpha_entropy(alpha_eps: float = 0.0, detach_alpha: bool = True) -> Objectiv
 
     Source: arXiv:2201.12680, the entropy regulariser.
     """
-    options = {"alpha_eps": alpha_eps, "detach_alpha": detach_alpha}
-    return _NamedPairWeight("alpha_entropy", options, "gibbs")
+    return _NamedPairWeight("gibbs", (), True, alpha_eps, detach_alpha)
 
 
+@_named
 def alpha_inverse(
     exponent: float = 2,
     order: float = 1,
@@ -1224,15 +1211,18 @@ def alpha_inverse(
 
     Source: arXiv:2201.12680, the code of its experiments.
     """
-    exponent = _number("alpha_inverse", "exponent", exponent, above=0.0)
-    order = _number("alpha_inverse", "order", order, above=0.0)
-    options = {
-        "exponent": exponent, "order": order, "normalized": normalized, "alpha_eps": alpha_eps,
-        "detach_alpha": detach_alpha,
-    }  # fmt: skip
-    return _NamedPairWeight("alpha_inverse", options, "inverse", exponent / 2, order)
+    return _NamedPairWeight(
+        "inverse", (exponent / 2, order), normalized, alpha_eps, detach_alpha
+    )
 
 
+@_named
+def uniform() -> Objective:
+    """α_ij = 1/|Neg| (the paper's quadratic loss): L_i = mean_j t_ij − t⁺_i, in O(n·D)."""
+    return ClosedForm(per_negative=False)
+
+
+@_named
 def alpha_square(detach_alpha: bool = True) -> Objective:
     """Exact min player of R = −(τ/2)·Σα²: α_ij = max(μ_i − d²_ij, 0)/τ (sparsemax).
 
@@ -1241,9 +1231,10 @@ def alpha_square(detach_alpha: bool = True) -> Objective:
 
     Source: arXiv:2201.12680 r_s; arXiv:1602.02068.
     """
-    return _AlphaSquare({"detach_alpha": detach_alpha})
+    return _AlphaSquare(detach_alpha)
 
 
+@_named
 def alpha_gamma(gamma: float = 2.0, detach_alpha: bool = True) -> Objective:
     """Exact min player of R = τ/(1−γ)·Σα^{1−γ}: α_ij = (τ/(d²_ij − μ_i))^{1/γ}.
 
@@ -1255,18 +1246,9 @@ def alpha_gamma(gamma: float = 2.0, detach_alpha: bool = True) -> Objective:
 
     Source: arXiv:2201.12680 r_γ.
     """
-    gamma = _number("alpha_gamma", "gamma", gamma, above=1.0)
-    return _AlphaGamma({"gamma": gamma, "detach_alpha": detach_alpha})
+    return _AlphaGamma(gamma, detach_alpha)
 
 
-_FACTORIES: dict[str, Callable[..., Objective]] = {
-    f.__name__: f
-    for f in (
-        infonce, mine, triplet, soft_triplet, n_plus_1_tuplet, lifted_structured, modified_triplet,
-        triplet_contrastive, alpha_direct, alpha_entropy, alpha_inverse, uniform, alpha_square,
-        alpha_gamma,
-    )
-}  # fmt: skip
 __all__ += list(_FACTORIES)
 #: Every built-in objective with its default options.
 DEFAULTS: dict[str, Objective] = {name: factory() for name, factory in _FACTORIES.items()}

@@ -69,18 +69,8 @@ def pairs(printer: type[cpp_printer.CppPrinter], namespace: str, signature: str,
         "// Calls `use` with the kind of a code.", f"template <class T, class Use> {signature} {{",
         f"  switch ({code}) {{", *cases, "  }", "}",
     ]  # fmt: skip
-    return "\n".join(
-        [
-            HEAD.format(source="objectives.py"),
-            f"{namespace} {{\n",
-            *structs,
-            "",
-            *switch,
-            "",
-            "}",
-            "",
-        ]
-    )
+    head = [HEAD.format(source="objectives.py"), f"{namespace} {{\n"]
+    return "\n".join([*head, *structs, "", *switch, "", "}", ""])
 
 
 def headers() -> dict[str, str]:
@@ -105,8 +95,8 @@ def stale() -> list[str]:
 
 def main() -> None:
     if "--check" in sys.argv:
-        if stale():
-            sys.exit(f"csrc/generated is not current (run `make headers`): {', '.join(stale())}")
+        if names := stale():
+            sys.exit(f"csrc/generated is not current (run `make headers`): {', '.join(names)}")
         return
     FOLDER.mkdir(exist_ok=True)
     for name, text in headers().items():
