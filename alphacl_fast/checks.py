@@ -71,11 +71,9 @@ def pca(seeds: int = 5) -> Check:
     eigenvector. α is the exact min player on the data themselves.
     """
     fixed = {"temperature": 1.0, "similarity": "euclidean"}
+    of_seeds = map(_views, range(seeds))
     covariance = torch.stack(
-        [
-            theory.contrastive_covariance(*_views(seed), "alpha_entropy", **fixed)
-            for seed in range(seeds)
-        ]
+        [theory.contrastive_covariance(*views, "alpha_entropy", **fixed) for views in of_seeds]
     )
     covariance /= torch.linalg.matrix_norm(covariance, 2, keepdim=True)  # one step size fits all
     values, vectors = torch.linalg.eigh(covariance)
@@ -138,17 +136,16 @@ def relu(seeds: int = 10) -> Check:
     """
     categories, hidden = 8, 4
     x = torch.eye(categories, dtype=torch.float64)
-    a = torch.rand(
-        categories, categories, generator=torch.Generator().manual_seed(1), dtype=torch.float64
-    )
+    generator = torch.Generator().manual_seed(1)
+    a = torch.rand(x.shape, generator=generator, dtype=torch.float64)
     covariance = theory.contrastive_covariance(x, x, a)
     top = torch.linalg.eigvalsh(covariance)[-1]
     rows, curves = [], {}
     for norm in theory.NORMS:
-        for kind, value in (
-            ("ReLU", theory.relu_energy(x, x, a)),
-            ("linear", theory.linear_energy(covariance)),
-        ):
+        energies = {
+            "ReLU": theory.relu_energy(x, x, a), "linear": theory.linear_energy(covariance),
+        }  # fmt: skip
+        for kind, value in energies.items():
             start = theory.random_weights([categories, hidden, hidden], norm, range(seeds))
             end = theory.ascend(value, start, norm, rate=0.5, steps=2000)
             ranks, second = (torch.linalg.matrix_rank(w, rtol=1e-4).tolist() for w in end.weights)
@@ -186,13 +183,9 @@ def gradient(seeds: int = 3) -> Check:
             z1, z2 = (net(x) for x in _views(seed))
             a = alpha(z1, z2, name, **SETTINGS)
             values = alpha_cl_loss(z1, z2, name, **SETTINGS), -theory.energy(z1, z2, a) / PAIRS
+            weights = [*net.parameters()]
             ours, theirs = (
-                torch.cat(
-                    [
-                        g.flatten()
-                        for g in torch.autograd.grad(v, net.parameters(), retain_graph=True)
-                    ]
-                )
+                nn.utils.parameters_to_vector(torch.autograd.grad(v, weights, retain_graph=True))
                 for v in values
             )
             worst = max(worst, ((ours - theirs).norm() / theirs.norm()).item())
@@ -254,12 +247,7 @@ def _counts(values: list[int]) -> str:
     return ", ".join(f"{value} ({count})" for value, count in sorted(Counter(values).items()))
 
 
-CHECKS: dict[str, Callable[..., Check]] = {
-    "pca": pca,
-    "rank": rank,
-    "relu": relu,
-    "gradient": gradient,
-}
+CHECKS: dict[str, Callable[..., Check]] = {f.__name__: f for f in (pca, rank, relu, gradient)}
 
 
 def table(check: Check) -> str:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from alphacl_cli import Parser, fail, main
 
-
 #: Settings of the run that a command may override.
 _OVERRIDES = {
     "--data-root": (str, "folder of the data set (default: the run's)"),

@@ -21,8 +21,8 @@ protocol.
 from __future__ import annotations
 
 import math
+import pickle
 import re
-import struct
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable
@@ -149,10 +149,20 @@ class Arrival:
 
 # --- agreeing on a call -----------------------------------------------------------------------------------------------
 
-_HEADER = struct.Struct("<5qd")  # error, pairs, features, dtype, wanted gradients; temperature (NaN: not known on the host)
 STATEMENT_BYTES = 1024
 _ERRORS: tuple[type[Exception], ...] = (TypeError, ValueError, RuntimeError)
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Statement(NamedTuple):
+    """A rank's statement of its arguments."""
+
+    error: type[Exception] | None
+    text: str  #: of the error, or of the call
+    pairs: int = 0
+    dim: int = 0
+    dtype: torch.dtype | None = None
+    wanted: tuple[bool, ...] = ()  #: the gradients in z1, z2, τ
+    temperature: float = 0.0  #: NaN: not known on the host
 
 
 def agree(
@@ -176,57 +186,55 @@ def agree(
     handle = group.handle()
     rank, world = dist.get_rank(handle), dist.get_world_size(handle)
     if failure is None:
-        fields, text = _statement(z1, z2, tau, call, group.strategy)
+        statement = _statement(z1, z2, tau, call, group.strategy)
     else:
-        code = next(k for k, kind in enumerate(_ERRORS) if isinstance(failure, kind) or kind is RuntimeError)
-        fields, text = (1 + code, 0, 0, 0, 0, 0.0), str(failure) or type(failure).__name__
-    message = _HEADER.pack(*fields) + text.encode()[: STATEMENT_BYTES - _HEADER.size]
-    sent = torch.frombuffer(bytearray(message.ljust(STATEMENT_BYTES, b"\0")), dtype=torch.uint8)
+        kind = next(k for k in _ERRORS if isinstance(failure, k) or k is RuntimeError)
+        statement = Statement(kind, str(failure) or type(failure).__name__)
+    data = statement.text.encode()
+    if len(data) > 700:
+        text = f"{data[:700].decode(errors='ignore')}… (crc {zlib.crc32(data):08x})"
+        statement = statement._replace(text=text)
+    message = pickle.dumps(statement).ljust(STATEMENT_BYTES, b"\0")
+    sent = torch.frombuffer(bytearray(message), dtype=torch.uint8)
     received = torch.empty(world * STATEMENT_BYTES, dtype=torch.uint8)
-    if "cpu" in dist.get_backend_config(handle):
-        dist.all_gather_into_tensor(received, sent, group=handle)
-    else:  # such a group makes the host wait for the device here
-        on_device = received.cuda()
-        dist.all_gather_into_tensor(on_device, sent.cuda(), group=handle)
-        received = on_device.cpu()
-    statements = received.numpy().tobytes()
-    headers = [_HEADER.unpack_from(statements, r * STATEMENT_BYTES) for r in range(world)]
-
-    def raw(r: int) -> bytes:
-        return statements[r * STATEMENT_BYTES + _HEADER.size : (r + 1) * STATEMENT_BYTES]
-
-    def text_of(r: int) -> str:
-        return raw(r).rstrip(b"\0").decode(errors="ignore")
-
-    failed = [r for r, header in enumerate(headers) if header[0]]
-    if failed:
-        reasons = "; ".join(f"rank {r}: {text_of(r)}" for r in failed)
-        raise _ERRORS[headers[failed[0]][0] - 1](reasons) from failure
-    for r in range(1, world):
-        if headers[r][2:] == headers[0][2:] and raw(r) == raw(0):
-            continue
+    if "cpu" not in dist.get_backend_config(handle):
+        sent, received = sent.cuda(), received.cuda()
+    dist.all_gather_into_tensor(received, sent, group=handle)
+    received = received.cpu()  # of a group without gloo: the host waits for the device
+    statements = [pickle.loads(x.numpy().tobytes()) for x in received.split(STATEMENT_BYTES)]
+    if failed := [r for r, statement in enumerate(statements) if statement.error]:
+        reasons = "; ".join(f"rank {r}: {statements[r].text}" for r in failed)
+        raise statements[failed[0]].error(reasons) from failure
+    first = statements[0]
+    for r, other in enumerate(statements):
         for what, here, there in (
-            ("number of features D", headers[0][2], headers[r][2]),
-            ("dtype", _DTYPES[headers[0][3]], _DTYPES[headers[r][3]]),
-            ("call", text_of(0), text_of(r)),
+            ("number of features D", first.dim, other.dim),
+            ("dtype", first.dtype, other.dtype),
+            ("call", first.text, other.text),
         ):
             if here != there:
-                raise ValueError(f"every rank must pass the same {what}, got {here} on rank 0 and {there} on rank {r}")
-        here, there = headers[0][5], headers[r][5]
+                raise ValueError(
+                    f"every rank must pass the same {what}, "
+                    f"got {here} on rank 0 and {there} on rank {r}"
+                )
+        here, there = first.temperature, other.temperature
         if abs(here - there) > 1e-6 * abs(here):  # false for NaN
-            raise ValueError(f"every rank must pass the same temperature, got {here} on rank 0 and {there} on rank {r}")
-        if call.reduction == "none" and bool(headers[0][4]) != bool(headers[r][4]):
             raise ValueError(
-                "with reduction='none' every rank must want a gradient or none (the backward is a common step), got "
-                f"{bool(headers[0][4])} on rank 0 and {bool(headers[r][4])} on rank {r}"
+                "every rank must pass the same temperature, "
+                f"got {here} on rank 0 and {there} on rank {r}"
             )
-    sizes = tuple(header[1] for header in headers)
+        here, there = any(first.wanted), any(other.wanted)
+        if call.reduction == "none" and here != there:
+            raise ValueError(
+                "with reduction='none' every rank must want a gradient or none (the backward is a "
+                f"common step), got {here} on rank 0 and {there} on rank {r}"
+            )
+    sizes = tuple(statement.pairs for statement in statements)
     if sum(sizes) < 2:
-        raise ValueError(f"all ranks together must have at least 2 pairs (one pair has no negatives), got {sizes}")
-    wanted = 0
-    for header in headers:
-        wanted |= header[4]
-    want = bool(wanted & 1), bool(wanted & 2), bool(wanted & 4)
+        raise ValueError(
+            f"all ranks together must have at least 2 pairs (one pair has no negatives), got {sizes}"
+        )
+    want = tuple(map(any, zip(*(statement.wanted for statement in statements), strict=True)))
     strategy = group.strategy
     if strategy == "auto":
         strategy = auto_strategy(Layout.of(call, sum(sizes)).rows, z1.shape[1], z1.dtype)
@@ -235,19 +243,15 @@ def agree(
 
 def _statement(
     z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, strategy: str
-) -> tuple[tuple[Any, ...], str]:
-    """A rank's statement of its arguments."""
-    needs = [x.requires_grad and torch.is_grad_enabled() for x in (z1, z2, tau)]
-    temperature = float("nan") if call.temperature is None else call.temperature
+) -> Statement:
+    wanted = tuple(x.requires_grad and torch.is_grad_enabled() for x in (z1, z2, tau))
+    temperature = math.nan if call.temperature is None else call.temperature
     text = (
-        f"{call.objective}, similarity={call.similarity!r}, negatives={call.negatives!r}, symmetric={call.symmetric}, "
-        f"reduction={call.reduction!r}, strategy={strategy!r}"
+        f"{call.objective}, similarity={call.similarity!r}, negatives={call.negatives!r}, "
+        f"symmetric={call.symmetric}, reduction={call.reduction!r}, strategy={strategy!r}"
     )
-    text = re.sub(r" at 0x[0-9a-f]+", "", text)  # the address of a user's unnamed callable differs between ranks
-    if len(text) > 800:
-        text = f"{text[:800]}… (crc {zlib.crc32(text.encode()):08x})"
-    bits = sum(need << k for k, need in enumerate(needs))
-    return (0, *z1.shape, _DTYPES.index(z1.dtype), bits, temperature), text
+    text = re.sub(r" at 0x[0-9a-f]+", "", text)  # an unnamed callable's address differs
+    return Statement(None, text, *z1.shape, z1.dtype, wanted, temperature)
 
 
 def auto_strategy(rows: int, dim: int, dtype: torch.dtype) -> str:
@@ -340,12 +344,6 @@ def unpack(message: Tensor, like: list[tuple[Tensor | None, int]]) -> list[Tenso
     return tensors
 
 
-def _split(tensors: list[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """The row scalars and the rows of a block's message."""
-    scalars = len(RowScalars._fields)
-    return tensors[:scalars], tensors[scalars:]
-
-
 def _bytes(x: Tensor | None, rows: int) -> int:
     """The size of a tensor like x with this many rows."""
     return 0 if x is None else rows * math.prod(x.shape[1:]) * x.element_size()
@@ -358,11 +356,11 @@ class Result:
         sums: (terms, anchors); df: (rows, D) and weight_sums: (rows,), both with 0 rows where not wanted.
     """
 
-    def __init__(self, flat: Tensor, terms: tuple[Term, ...], anchors: int, rows: int, dim: int, weighted: bool) -> None:
-        self.flat, self.terms = flat, terms
-        sizes = (len(terms) * anchors, rows * dim, rows if weighted else 0)
-        sums, df, self.weight_sums = flat[: sum(sizes)].split(sizes)
-        self.sums, self.df = sums.view(len(terms), anchors), df.view(rows, dim)
+    def __init__(self, sweep: _Sweep, layout: Layout, flat: Tensor) -> None:
+        self.flat, self.terms = flat, sweep.terms
+        sums, df, self.weight_sums = flat.split(sweep.sizes(layout))
+        self.sums = sums.view(len(sweep.terms), layout.anchors)
+        self.df = df.view(sweep.gradient_rows(layout), sweep.dim)
 
     def add_sums(self, sums: Tensor, anchors: slice) -> None:
         """Merges sums over other negatives of some anchors."""
@@ -411,21 +409,20 @@ class _Sweep:
     dim: int
     euclidean: bool
 
-    def size(self, layout: Layout) -> int:
-        """Elements of a block's result."""
+    def sizes(self, layout: Layout) -> tuple[int, int, int]:
+        """Elements of the three parts of a block's result."""
         rows = self.gradient_rows(layout)
-        return len(self.terms) * layout.anchors + rows * self.dim + (rows if self.euclidean else 0)
+        return len(self.terms) * layout.anchors, rows * self.dim, rows if self.euclidean else 0
+
+    def size(self, layout: Layout) -> int:
+        return sum(self.sizes(layout))
 
     def gradient_rows(self, layout: Layout) -> int:
         return layout.rows if self.weight is not None and any(self.want) else 0
 
-    def result(self, layout: Layout, flat: Tensor) -> Result:
-        """A block's result that has arrived."""
-        return Result(flat, self.terms, layout.anchors, self.gradient_rows(layout), self.dim, self.euclidean)
-
     def nothing(self, layout: Layout, zeros: Tensor) -> Result:
         """A block's result before anything is added to it."""
-        result = self.result(layout, zeros)
+        result = Result(self, layout, zeros)
         if starts_at_minus_infinity(self.terms):
             result.sums[0].fill_(-torch.inf)
         return result
@@ -494,10 +491,9 @@ class GlobalSweeps(Sweeps):
     def _sweep(self, terms: tuple[Term, ...], weight: Weight | None, scalars: RowScalars) -> Result:
         """One sweep over the pairs of all ranks; the result for this rank's rows."""
         rows, gradient = self.rows, weight is not None
-        sweep = _Sweep(
-            self.function, self.call, terms, weight, self.ranks.want[:2], rows.f.shape[1] if gradient else 0,
-            gradient and rows.bias is not None,
-        )  # fmt: skip
+        dim, euclidean = rows.f.shape[1] if gradient else 0, gradient and rows.bias is not None
+        want = self.ranks.want[:2]
+        sweep = _Sweep(self.function, self.call, terms, weight, want, dim, euclidean)
         own = Block(rows, scalars)
         return self._ring(sweep, own) if self.ranks.strategy == "ring" else self._gather(sweep, own)
 
@@ -553,19 +549,20 @@ class GlobalSweeps(Sweeps):
             message = block.wait()
             if step < last:
                 block = ranks.exchange(message, rank - 1, message_bytes(other + 1), rank + 1, 0)
-            scalars, (*others, f) = _split(unpack(message, self._like(own, other)))
-            visitor = Block(Rows(f, *others), RowScalars(*scalars))
+            *vectors, f = unpack(message, self._like(own, other))
+            count = len(RowScalars._fields)
+            visitor = Block(Rows(f, *vectors[count:]), RowScalars(*vectors[:count]))
             theirs = sweep.nothing(self.layouts[other], zeros(size(other)))
             self._meet(sweep, own, result, {other: visitor}, {other: theirs})
-            del message, visitor, scalars, others, f
+            del message, visitor, vectors, f
             if behind is not None:
-                theirs.add(sweep.result(self.layouts[other], behind.wait()))
+                theirs.add(Result(sweep, self.layouts[other], behind.wait()))
             if step < last:
                 behind = ranks.exchange(theirs.flat, rank - 1, size(other + 1), rank + 1, 1)
             else:
                 home = ranks.exchange(theirs.flat, other, size(rank), rank - last, 1)
         if last:
-            result.add(sweep.result(self.layout, home.wait()))
+            result.add(Result(sweep, self.layout, home.wait()))
         return result
 
     def _gather(self, sweep: _Sweep, own: Block) -> Result:
@@ -575,17 +572,16 @@ class GlobalSweeps(Sweeps):
             self._among_own(sweep, own, result)
             return result
         f, *others = own.rows
-        features = [(x, "rows") for x in (*others, f)]
-        scalars = [(x, "anchors") for x in own.scalars]
+        features, scalars = (*others, f), own.scalars
         if self._gathered is None:  # rows once for all sweeps, row scalars for each
-            self._gathered = self._gather_blocks(features)
-        messages = self._gather_blocks(scalars)
+            self._gathered = self._gather_blocks(features, [n.rows for n in self.layouts])
+        messages = self._gather_blocks(scalars, [n.anchors for n in self.layouts])
         blocks = {}
         for step in steps(ranks.world):
             other = (ranks.rank + step) % ranks.world
             layout = self.layouts[other]
-            *others, f = unpack(self._gathered[other], [(x, layout.rows) for x, _ in features])
-            vectors = unpack(messages[other], [(x, layout.anchors) for x, _ in scalars])
+            *others, f = unpack(self._gathered[other], [(x, layout.rows) for x in features])
+            vectors = unpack(messages[other], [(x, layout.anchors) for x in scalars])
             blocks[other] = Block(Rows(f, *others), RowScalars(*vectors))
         flat = self.tau.new_zeros(ranks.world, max(sweep.size(layout) for layout in self.layouts))
         results = [sweep.nothing(layout, flat[r, : sweep.size(layout)]) for r, layout in enumerate(self.layouts)]
@@ -593,7 +589,7 @@ class GlobalSweeps(Sweeps):
         self._among_own(sweep, own, mine)
         self._meet(sweep, own, mine, blocks, dict(enumerate(results)))
         if not starts_at_minus_infinity(sweep.terms):
-            return sweep.result(self.layout, ranks.reduce_scatter(flat)[: sweep.size(self.layout)])
+            return Result(sweep, self.layout, ranks.reduce_scatter(flat)[: mine.flat.numel()])
         top = self.tau.new_full((ranks.world, max(layout.anchors for layout in self.layouts)), -torch.inf)
         for row, result in zip(top, results, strict=True):
             row[: result.sums.shape[1]] = result.sums[0]
@@ -606,13 +602,11 @@ class GlobalSweeps(Sweeps):
         mine.sums[0] = top[ranks.rank, : mine.sums.shape[1]]
         return mine
 
-    def _gather_blocks(self, tensors: list[tuple[Tensor | None, str]]) -> Tensor:
-        """(P, bytes): everyone's tensors, each message as long as the longest, and aligned."""
-        largest = max(
-            sum(_bytes(x, getattr(layout, count)) for x, count in tensors) for layout in self.layouts
-        )
+    def _gather_blocks(self, tensors: tuple[Tensor | None, ...], lengths: list[int]) -> Tensor:
+        """(P, bytes): everyone's tensors of these lengths, in aligned messages of equal length."""
+        largest = sum(_bytes(x, max(lengths)) for x in tensors)
         message = torch.zeros(-(-largest // 16) * 16, dtype=torch.uint8, device=self.tau.device)
-        mine = pack([x for x, _ in tensors])
+        mine = pack(tensors)
         message[: mine.numel()] = mine
         return self.ranks.all_gather(message)
 

@@ -19,7 +19,14 @@ from .objectives import DEFAULTS, ClosedForm, Objective, make
 SIMILARITIES = ("cosine", "dot", "euclidean")
 NEGATIVES = ("two_view", "one_view", "cross_view")
 REDUCTIONS = ("mean", "sum", "none")
-PRECISIONS = (None, "ieee", "tf32", "bf16x3")
+#: The values that each setting may have.
+VALID = {
+    "similarity": SIMILARITIES,
+    "negatives": NEGATIVES,
+    "reduction": REDUCTIONS,
+    "backend": ops.BACKEND_NAMES,
+    "precision": (None, "ieee", "tf32", "bf16x3"),
+}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -118,29 +125,24 @@ def make_call(
     objective: str | Objective,
     options: dict[str, Any],
     *,
-    similarity: str,
-    negatives: str,
-    symmetric: bool,
-    reduction: str,
-    backend: str,
-    precision: str | None,
     process_group: distributed.ProcessGroup | None = None,
+    symmetric: bool = True,
+    **settings: Any,
 ) -> Call:
-    """Checks every argument but the tensors."""
-    _one_of("similarity", similarity, SIMILARITIES)
-    _one_of("negatives", negatives, NEGATIVES)
-    _one_of("reduction", reduction, REDUCTIONS)
-    _one_of("backend", backend, ops.BACKEND_NAMES)
-    _one_of("precision", precision, PRECISIONS)
+    """Checks every argument but the tensors; ``settings``: the other fields of `Call`."""
+    for name, value in settings.items():
+        _one_of(name, value, VALID[name])
     if not isinstance(symmetric, bool):
         raise TypeError(f"symmetric must be True or False, got {symmetric!r}")
-    if process_group is not None and backend == "reference":
-        raise ValueError("backend must not be 'reference' with a process_group: the oracle is of one process")
-    if not options and isinstance(objective, str):  # a compiled graph may use existing objects, but not make any
+    if process_group is not None and settings["backend"] == "reference":
+        raise ValueError(
+            "backend must not be 'reference' with a process_group: the oracle is of one process"
+        )
+    if not options and isinstance(objective, str):
+        # A compiled graph may use existing objects, but not make any.
         objective = DEFAULTS.get(objective, objective)
-    return Call(
-        make(objective, options), similarity, negatives, symmetric, reduction, backend, precision, process_group
-    )
+    made = make(objective, options)
+    return Call(made, symmetric=symmetric, process_group=process_group, **settings)
 
 
 def check_temperature(temperature: float | Tensor, objective: Objective) -> None:
@@ -186,10 +188,10 @@ def evaluate(
 def _loss(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, ids: Tensor | None) -> Tensor:
     wide = accumulation_dtype(z1.dtype)
     if call.backend == "reference":
+        operands = (x.to(wide) for x in (z1, z2, tau))
         losses = reference.row_losses(
-            z1.to(wide), z2.to(wide), tau.to(wide), call.objective, call.similarity, call.negatives,
-            call.symmetric, ids,
-        )  # fmt: skip
+            *operands, call.objective, call.similarity, call.negatives, call.symmetric, ids
+        )
         return call.reduce(losses)
     if isinstance(call.objective, ClosedForm):
         same_id = SameId.of_views(ids, call, z1.shape[0], wide)
@@ -208,7 +210,10 @@ def _evaluate_over_ranks(
     tau, bound, why, failure = None, None, "", None
     try:
         if ids is not None:
-            raise ValueError("ids must be None with a process_group: negatives of other processes are not left out by id")
+            raise ValueError(
+                "ids must be None with a process_group: "
+                "negatives of other processes are not left out by id"
+            )
         tau, bound, why = bind(z1, z2, temperature, call)
     except Exception as error:  # the other processes wait for this one, so they must learn of any error
         failure = error
@@ -282,13 +287,13 @@ def check_rows(name: str, z: Tensor, fewest: int = 0) -> None:
 
 def checked_ids(name: str, ids: Tensor, rows: Tensor) -> Tensor:
     """The ids on the device of rows (n, D); raises unless they are n integers."""
-    shape = tuple(rows.shape[:1])
+    expected = f"{name} must be an integer tensor of shape {tuple(rows.shape[:1])}, got"
     if not isinstance(ids, Tensor):
-        raise TypeError(f"{name} must be an integer tensor of shape {shape}, got {type(ids).__name__}")
+        raise TypeError(f"{expected} {type(ids).__name__}")
     if ids.dtype not in INTEGERS:
-        raise TypeError(f"{name} must be an integer tensor of shape {shape}, got {str(ids.dtype).removeprefix('torch.')}")
+        raise TypeError(f"{expected} {str(ids.dtype).removeprefix('torch.')}")
     if ids.shape != rows.shape[:1]:
-        raise ValueError(f"{name} must be an integer tensor of shape {shape}, got shape {tuple(ids.shape)}")
+        raise ValueError(f"{expected} shape {tuple(ids.shape)}")
     return ids.to(rows.device)
 
 

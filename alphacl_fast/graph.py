@@ -75,8 +75,8 @@ def _is_bool(a: Value) -> bool:
     return isinstance(a, bool) or (isinstance(a, Node) and a.dtype == "bool")
 
 
-def _both_masks(a: Value, b: Value) -> bool:
-    return not (is_number(a) or is_number(b)) and _is_bool(a) and _is_bool(b)
+def _both_masks(*values: Value) -> bool:
+    return all(isinstance(a, Node) and a.dtype == "bool" for a in values)
 
 
 def real(a: Value) -> Value:
@@ -232,11 +232,15 @@ _FUNCTIONS = """
 _PRIMITIVES |= {name: partial(_function, name) for name in _FUNCTIONS.split()}
 
 #: Do not read the values of their first argument.
-_UNREAD = "zeros_like ones_like full_like new_zeros new_ones new_full fill zero copy".split()
+_UNREAD = {
+    "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "fill", "zero",
+    "copy",
+}  # fmt: skip
 #: Give their argument another shape, or none.
-_ALIASES = (
-    "alias as_strided conj_physical detach expand squeeze unsqueeze view _unsafe_view".split()
-)
+_ALIASES = {
+    "alias", "as_strided", "conj_physical", "detach", "expand", "squeeze", "unsqueeze", "view",
+    "_unsafe_view",
+}  # fmt: skip
 
 
 def _gelu(x: Tensor, approximate: str = "none") -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import functional, ops
 from .objectives import Objective
-from .pair_weights import AlphaSummary, alpha_summary
+from .pair_weights import SETTINGS, AlphaSummary, alpha_summary
 
 
 class FusedAlphaCLLoss(nn.Module):
@@ -112,8 +112,8 @@ class FusedAlphaCLLoss(nn.Module):
         """
         call = self._call
         return alpha_summary(
-            z1, z2, call.objective, k=k, bins=bins, temperature=self.temperature, similarity=call.similarity,
-            negatives=call.negatives, symmetric=call.symmetric, backend=call.backend, precision=call.precision,
+            z1, z2, call.objective, k=k, bins=bins, temperature=self.temperature,
+            **{name: getattr(call, name) for name in SETTINGS},
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -487,6 +487,7 @@ class Objective:
     one_sweep = False
     derivative = False
     terms: tuple[Term, ...] = ()
+    parameters: Sequence[float] = ()  # of the pair kind, besides c
     functions: tuple[_CustomFunction, ...] = ()  # the user's
     key: str  # finds the living object (`registered`); crosses an operator schema
 
@@ -511,7 +512,7 @@ class Objective:
 
     def params(self, c: float) -> tuple[float, ...]:
         """Parameters of the pair kind, given d² = c − t."""
-        return ()
+        return tuple(self.parameters)
 
     def kind_tau(self, tau: Tensor) -> Tensor:
         """The temperature that the pair kind sees."""
@@ -603,10 +604,7 @@ class _LinearPairLoss(PairLoss):
     one_sweep = True
 
     def __init__(self, kind: str, parameter: float) -> None:
-        self.kind, self._parameter = kind, parameter
-
-    def params(self, c: float) -> tuple[float, ...]:
-        return (self._parameter,)
+        self.kind, self.parameters = kind, (parameter,)
 
 
 class _Outer(NamedTuple):
@@ -780,7 +778,7 @@ class PairWeight(Objective):
             self.tau_gradient = "pairs"
 
     def params(self, c: float) -> tuple[float, ...]:
-        return (c,)
+        return (c, *self.parameters)
 
     def solve(self, p: Pairs, learn_tau: bool) -> RowSolution:
         if not self.normalized:
@@ -806,11 +804,8 @@ class _NamedPairWeight(PairWeight):
     uses_temperature = True
 
     def __init__(self, kind: str, parameters: Sequence[float], *options: Any) -> None:
-        self.kind, self._parameters = kind, parameters
+        self.kind, self.parameters = kind, parameters
         self._configure(*options)
-
-    def params(self, c: float) -> tuple[float, ...]:
-        return (c, *self._parameters)
 
 
 # --- (c) α as the exact min player ----------------------------------------------------------------
@@ -982,9 +977,7 @@ class _AlphaGamma(MinPlayer):
     def __init__(self, gamma: float, detach_alpha: bool) -> None:
         self._configure(detach_alpha)
         self.newton_power = self.far_power = gamma
-
-    def params(self, c: float) -> tuple[float, ...]:
-        return (self.newton_power,)
+        self.parameters = (gamma,)
 
     def inverse(self, alpha: float, tau: Tensor) -> Tensor:
         # (1/α)^γ; half of the dtype's range is left for τ and for differences of the sums

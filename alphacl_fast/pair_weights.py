@@ -26,6 +26,11 @@ from .objectives import ClosedForm, Objective, infonce
 from .objectives import kind as lookup
 
 MAX_ELEMENTS = 2**28
+#: The settings of a call that α depends on, and the choice of a backend.
+SETTINGS = {
+    "similarity": "cosine", "negatives": "two_view", "symmetric": True, "backend": "auto",
+    "precision": None,
+}  # fmt: skip
 Result = TypeVar("Result")
 
 
@@ -72,17 +77,10 @@ class Importances:
         objective: str | Objective = "infonce",
         *,
         temperature: float | Tensor = 0.5,
-        similarity: str = "cosine",
-        negatives: str = "two_view",
-        symmetric: bool = True,
-        backend: str = "auto",
-        precision: str | None = None,
         **options: Any,
     ) -> None:
-        call = functional.make_call(
-            objective, options, similarity=similarity, negatives=negatives, symmetric=symmetric, reduction="sum",
-            backend=backend, precision=precision,
-        )  # fmt: skip
+        settings = {name: options.pop(name) for name in [*options] if name in SETTINGS}
+        call = functional.make_call(objective, options, reduction="sum", **SETTINGS | settings)
         if isinstance(temperature, Tensor):
             temperature = temperature.detach()
         tau, call, self.why = functional.bind(z1, z2, temperature, call)
@@ -103,16 +101,12 @@ class Importances:
                 self._solved = None if isinstance(call.objective, ClosedForm) else self._solve(features, pos)
             self.features, self.rows, self.positive = features, features.wide(), pos[: self.anchors]
 
-    def _solve(self, features: Features, pos: Tensor) -> dict[str, Tensor]:
+    def _solve(self, features: Features, pos: Tensor) -> list[Tensor | None]:
         """row_weight (of L_i itself), shift and argument_offset as columns."""
         solved = Problem(features, pos, self.tau, self.call).solve(learn_tau=False)
-        divisor = self.call.divisor(pos.shape[0] // 2)
-        columns = {
-            "row_weight": solved.row_weight * divisor,
-            "shift": solved.shift,
-            "argument_offset": solved.argument_offset,
-        }
-        return {name: x.unsqueeze(1) for name, x in columns.items() if x is not None}
+        weight = solved.row_weight * self.call.divisor(pos.shape[0] // 2)
+        columns = (weight, solved.shift, solved.argument_offset)
+        return [None if x is None else x.unsqueeze(1) for x in columns]
 
     def distances(self, start: int, stop: int, first: int, last: int) -> Tensor:
         """(stop − start, last − first) d² of rows of the stacked views."""
@@ -166,12 +160,12 @@ class Importances:
             return torch.full_like(t, objective.weight(self.n_neg) / self.n_neg)
         log, tau = lookup(objective.kind).log, objective.kind_tau(self.tau)
         kind = lookup(objective.kind).bind(objective.params(self.call.c))
-        solved = {name: x[anchors] for name, x in self._solved.items()}
+        weight, shift, offset = (None if x is None else x[anchors] for x in self._solved)
         if log:
-            return (kind.f(t, tau) - solved["shift"]).exp() * solved["row_weight"]
-        x = t - solved["shift"] if "shift" in solved else t
-        x = x + solved["argument_offset"] if "argument_offset" in solved else x
-        return (kind.df if objective.derivative else kind.f)(x, tau) * solved["row_weight"]
+            return (kind.f(t, tau) - shift).exp() * weight
+        x = t if shift is None else t - shift
+        x = x if offset is None else x + offset
+        return (kind.df if objective.derivative else kind.f)(x, tau) * weight
 
     def _of_the_oracle(self) -> Iterator[Tile]:
         t, alpha = self._dense
@@ -297,16 +291,16 @@ class AlphaSummary:
 
     def scalars(self) -> dict[str, float]:
         """Means over the anchors, as logged during training."""
-        return {
-            "alpha_sum": self.row_sum.mean().item(),
-            "alpha_entropy": self.entropy.mean().item(),
-            "effective_negatives": self.effective_negatives.mean().item(),
-            "hardest_alpha": self.hardest_alpha[:, 0].mean().item(),
-            "hardest_distance": self.hardest_distance[:, 0].mean().item(),
-            "positive_similarity": self.positive_similarity,
-            "alignment": self.alignment,
-            "uniformity": self.uniformity,
+        of_anchors = {
+            "alpha_sum": self.row_sum,
+            "alpha_entropy": self.entropy,
+            "effective_negatives": self.effective_negatives,
+            "hardest_alpha": self.hardest_alpha[:, 0],
+            "hardest_distance": self.hardest_distance[:, 0],
         }
+        of_batch = ("positive_similarity", "alignment", "uniformity")
+        means = {name: x.mean().item() for name, x in of_anchors.items()}
+        return means | {name: getattr(self, name) for name in of_batch}
 
     def __str__(self) -> str:
         values = self.scalars()

@@ -52,10 +52,11 @@ def measure(
     dtype = _DTYPES.get(mode, torch.float32)
     precision = {"fp32": "ieee", "tf32": "tf32", "bf16x3": "bf16x3"}.get(mode)
     z1, z2 = (
-        torch.randn(rows // 2, dim, device="cuda", generator=generator).to(dtype) for _ in range(2)
+        torch.randn(rows // 2, dim, device="cuda", generator=generator)
+        .to(dtype)
+        .requires_grad_(gradient)
+        for _ in range(2)
     )
-    if gradient:
-        z1, z2 = z1.requires_grad_(), z2.requires_grad_()
 
     def run() -> torch.Tensor:
         with config.forced(**tiles):
@@ -104,13 +105,13 @@ def tune(mode: str, dim: int, rows: int, deadline: float, say=print) -> list[dic
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``alphacl tune``; commas separate the values of a list."""
-    lists = {"modes": (str, "bf16,tf32,fp32", f"of {', '.join(config.MODES)}"),
-             "dims": (int, "128,512,256,64", "feature dimensions"),
-             "rows": (int, "65536,16384,1024", "rows 2N")}  # fmt: skip
-    for name, (kind, default, text) in lists.items():
-        parser.add_argument(
-            f"--{name}", type=_list(kind), default=default, help=f"{text} (default: {default})"
-        )
+    for name, kind, default, text in (
+        ("--modes", str, "bf16,tf32,fp32", f"of {', '.join(config.MODES)}"),
+        ("--dims", int, "128,512,256,64", "feature dimensions"),
+        ("--rows", int, "65536,16384,1024", "rows 2N"),
+    ):
+        text += f" (default: {default})"
+        parser.add_argument(name, type=_list(kind), default=default, help=text)
     parser.add_argument("--minutes", type=float, default=10.0, help="time limit (default: 10)")
     parser.add_argument("--out", type=Path, help="default: this device's table in the package")
 

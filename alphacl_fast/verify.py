@@ -70,18 +70,18 @@ def verify_distributed(
                 truth = [whole[0], whole[1][mine], whole[2][mine], *whole[3:]]
                 residual = torch.stack([_difference(a, b) for a, b in zip(here, truth, strict=True)]).max()
                 dist.all_reduce(residual, dist.ReduceOp.MAX, group=handle)
-                rows.append(
-                    {"objective": objective, "negatives": negatives, "strategy": strategy, "residual": residual.item()}
-                )
+                setting = {"objective": objective, "negatives": negatives, "strategy": strategy}
+                rows.append({**setting, "residual": residual.item()})
     if print is not None and rank == 0:
-        print(f"{world} processes with {', '.join(map(str, sizes))} pairs of {dim} features, {dtype}, {device}")
+        pairs_of_each = ", ".join(map(str, sizes))
+        print(f"{world} processes with {pairs_of_each} pairs of {dim} features, {dtype}, {device}")
         for row in rows:
-            print(f"{row['objective']:22} {row['negatives']:12} {row['strategy']:8} {row['residual']:.1e}")
+            print("{objective:22} {negatives:12} {strategy:8} {residual:.1e}".format(**row))
     worst = max(rows, key=lambda row: row["residual"])
     if not worst["residual"] <= tolerance:
+        where = "{objective} ({negatives}, {strategy})".format(**worst)
         raise RuntimeError(
-            f"residual of {worst['objective']} ({worst['negatives']}, {worst['strategy']}) must be at most {tolerance:g}, "
-            f"got {worst['residual']:.3g}"
+            f"residual of {where} must be at most {tolerance:g}, got {worst['residual']:.3g}"
         )
     return rows
 
@@ -106,7 +106,8 @@ def _difference(value: Tensor, truth: Tensor) -> Tensor:
 
 def main() -> int:
     """What `torchrun -m alphacl_fast.verify` runs in each process."""
-    on_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    on_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= local_world
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")

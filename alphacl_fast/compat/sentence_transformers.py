@@ -81,13 +81,11 @@ class MultipleNegativesRankingLoss(nn.Module):
             shapes = ", ".join(str(tuple(e.shape)) for e in embeddings)
             raise ValueError(f"embeddings must be two columns or more of one shape, got {shapes}")
         anchors, positives, *hard = embeddings
-        settings = {"temperature": 1 / self.scale, "backend": "auto"}
+        tau = 1 / self.scale
         among_batch = {
-            **settings,
-            "similarity": self.similarity,
-            "negatives": "cross_view",
+            "temperature": tau, "similarity": self.similarity, "negatives": "cross_view",
             "symmetric": False,
-        }
+        }  # fmt: skip
         if not hard:
             return alpha_cl_loss(anchors, positives, **among_batch)
         # log Σ over the others' positives and log Σ over the hard negatives, each relative to the
@@ -97,7 +95,6 @@ class MultipleNegativesRankingLoss(nn.Module):
         if self.similarity == "cosine":
             anchors, positives, *hard = (unit_rows(e) for e in embeddings)
         own = (anchors * positives).sum(1)
-        total = torch.logaddexp(
-            batch, loss_against(anchors, torch.cat(hard), own, **settings, **alone)
-        )
+        others = loss_against(anchors, torch.cat(hard), own, temperature=tau, **alone)
+        total = torch.logaddexp(batch, others)
         return torch.logaddexp(total, torch.zeros_like(total)).mean()

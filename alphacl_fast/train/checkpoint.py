@@ -23,18 +23,25 @@ from .config import Config, RunError
 CONFIG, CHECKPOINT, METRICS = "config.json", "checkpoint.pt", "metrics.jsonl"
 
 
+@contextmanager
+def writing(where: str | Path):
+    """Turn an OSError inside into a RunError that names the file or folder."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot write to {where}: {error.strerror}") from error
+
+
 def begin(out: Path, config: Config, device: torch.device) -> None:
     """Create the run folder ``out`` and its config.json.
 
     Raises:
         RunError: the folder cannot be written.
     """
-    try:
+    with writing(f"the run folder {out}"):
         out.mkdir(parents=True, exist_ok=True)
         saved = {"config": dataclasses.asdict(config), "environment": environment(device)}
         (out / CONFIG).write_text(json.dumps(saved, indent=2) + "\n")
-    except OSError as error:
-        raise RunError(f"cannot write to the run folder {out}: {error.strerror}") from error
 
 
 def environment(device: torch.device) -> dict:
@@ -93,8 +100,7 @@ def read(out: Path, config: Config) -> dict | None:
     except Exception as error:  # unpickling a damaged file can raise almost anything
         reason = " ".join(str(error).split())[:200]
         raise RunError(f"cannot read {path}: {type(error).__name__}: {reason}") from error
-    differing = Config.from_dict(saved, path).differences(dataclasses.asdict(config))
-    if differing:
+    if differing := Config.from_dict(saved, path).differences(dataclasses.asdict(config)):
         raise RunError(f"{path} is the checkpoint of another config: {'; '.join(differing)}")
     return state
 
@@ -139,7 +145,7 @@ class Metrics:
     """
 
     def __init__(self, out: Path):
-        self.path = out / METRICS
+        self.path, self.length = out / METRICS, 0
 
     def cut(self, length: int) -> None:
         """Truncate the file to its length at the checkpoint that a killed run resumes from."""
@@ -148,22 +154,15 @@ class Metrics:
             raise RunError(
                 f"{self.path} is shorter than the checkpoint says ({found} of {length} bytes)"
             )
-        with self._open() as file:
-            file.truncate(length)
+        with writing(self.path), open(self.path, "ab") as file:
+            self.length = file.truncate(length)
 
     def write(self, **row) -> int:
-        """Append one line and return the new length of the file."""
-        with self._open() as file:
+        """Append one line; the new length of the file."""
+        with writing(self.path), open(self.path, "ab") as file:
             file.write(json.dumps(row).encode() + b"\n")
-            return file.tell()
-
-    @contextmanager
-    def _open(self):
-        try:
-            with open(self.path, "ab") as file:
-                yield file
-        except OSError as error:
-            raise RunError(f"cannot write {self.path}: {error.strerror}") from error
+            self.length = file.tell()
+        return self.length
 
 
 def _rng_state() -> dict:

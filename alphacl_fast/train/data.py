@@ -39,7 +39,7 @@ STATISTICS = {
 
 @dataclass
 class Data:
-    """Map-style data sets of (PIL image, label).
+    """Map-style data sets of (PIL image, label), with a run's settings and device.
 
     Training draws its views from ``views``; evaluation fits on ``train`` and scores on ``test``.
     """
@@ -48,16 +48,19 @@ class Data:
     train: Dataset
     test: Dataset
     classes: list[str]
+    config: Config
+    device: torch.device
 
 
-def load(config: Config) -> Data:
-    """Open the data set of ``config``.
+def load(config: Config, device: torch.device | None = None) -> Data:
+    """Open the data set of ``config``, to be used on ``device`` (default: the CPU).
 
     Raises:
         RunError: the data set is missing, broken or too small.
     """
     try:
-        data = _OPEN[config.dataset](config)
+        found = _OPEN[config.dataset](config)
+        data = Data(*found, config, device or torch.device("cpu"))
     except RunError:
         raise
     except (OSError, RuntimeError, ValueError) as error:
@@ -78,30 +81,30 @@ def load(config: Config) -> Data:
     return data
 
 
-def _digits(config: Config) -> Data:
+def _digits(config: Config) -> tuple:
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)
     samples = list(zip(map(Image.fromarray, images), digits.target.tolist(), strict=True))
     train, test = train_test_split(samples, test_size=500, random_state=0, stratify=digits.target)
-    return Data(train, train, test, [str(name) for name in digits.target_names])
+    return train, train, test, [str(name) for name in digits.target_names]
 
 
-def _cifar(config: Config) -> Data:
+def _cifar(config: Config) -> tuple:
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[config.dataset]
     train, test = (kind(config.data_root, part, download=config.download) for part in (True, False))
-    return Data(train, train, test, train.classes)
+    return train, train, test, train.classes
 
 
-def _stl10(config: Config) -> Data:
+def _stl10(config: Config) -> tuple:
     views, train, test = (
         datasets.STL10(config.data_root, split, download=config.download)
         for split in ("train+unlabeled", "train", "test")
     )
     views.targets, train.targets = views.labels.tolist(), train.labels.tolist()
-    return Data(views, train, test, train.classes)
+    return views, train, test, train.classes
 
 
-def _imagefolder(config: Config) -> Data:
+def _imagefolder(config: Config) -> tuple:
     root = Path(config.data_root)
     tests = [root / name for name in ("test", "val") if (root / name).is_dir()]
     if not (root / "train").is_dir() or not tests:
@@ -118,18 +121,19 @@ def _imagefolder(config: Config) -> Data:
             f"{root / 'train'} and {tests[0]} must hold the same classes, "
             f"but differ in {', '.join(odd)}"
         )
-    return Data(train, train, test, train.classes)
+    return train, train, test, train.classes
 
 
-def _fake(config: Config) -> Data:
+def _fake(config: Config) -> tuple:
     def fake(size, offset):
         shape = (3, config.image_size, config.image_size)
         return datasets.FakeData(size, shape, 10, random_offset=offset)
 
     train = fake(1024, 0)
-    return Data(train, train, fake(256, 1024), [str(name) for name in range(10)])
+    return train, train, fake(256, 1024), [str(name) for name in range(10)]
 
 
+#: Each returns the first four fields of `Data`.
 _OPEN = {
     "digits": _digits,
     "cifar10": _cifar,

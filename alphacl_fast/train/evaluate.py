@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, Subset
 
 from . import checkpoint, report
 from .augment import plain
-from .config import Config, RunError
+from .config import RunError
 from .data import Data, load, plain_batches
 from .device import pick_device, settings, threads
 from .models import Encoder, build
@@ -46,16 +46,17 @@ def raw_pixels(images):
 
 @torch.no_grad()
 def extract(
-    images: Dataset, encoders: dict[str, Callable], config: Config, device: torch.device
+    images: Dataset, encoders: dict[str, Callable], data: Data
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Compute every encoder's features of all images.
+    """Compute every encoder's features of all images, with the settings and device of ``data``.
 
     Returns:
-        Encoder name → float32 (n, f), and labels (n,), both on ``device``.
+        Encoder name → float32 (n, f), and labels (n,), both on the device.
 
     Raises:
         RunError: an image is unreadable; the message names the file.
     """
+    config, device = data.config, data.device
     features, labels = {name: [] for name in encoders}, []
     modules = [encoder for encoder in encoders.values() if isinstance(encoder, nn.Module)]
     modes = [module.training for module in modules]
@@ -74,12 +75,10 @@ def extract(
     return features, torch.cat(labels).to(device)
 
 
-def splits(
-    encoders: dict[str, Callable], data: Data, config: Config, device: torch.device
-) -> dict[str, Split]:
+def splits(encoders: dict[str, Callable], data: Data) -> dict[str, Split]:
     """Compute every encoder's features of the training and test images: name → Split."""
-    train, train_labels = extract(data.train, encoders, config, device)
-    test, labels = extract(data.test, encoders, config, device)
+    train, train_labels = extract(data.train, encoders, data)
+    test, labels = extract(data.test, encoders, data)
     return {
         name: Split(train[name], train_labels, test[name], labels, len(data.classes))
         for name in encoders
@@ -217,22 +216,19 @@ def score(split: Split, few_label: int, draws: int) -> dict:
     return row
 
 
-def figures(
-    encoder: Encoder, data: Data, config: Config, device: torch.device, *, knn: bool, probed: bool
-) -> dict:
+def figures(encoder: Encoder, data: Data, *, knn: bool, probed: bool) -> dict:
     """Evaluate an encoder during training.
 
     Args:
         encoder: the encoder, whose training mode is preserved.
         data: fits on ``data.train``, scores on ``data.test``.
-        config, device: as in :func:`extract`.
         knn: whether to compute "knn".
         probed: whether to compute "probe" (last epoch) and "probe_best".
 
     Returns:
         The accuracies that were asked for.
     """
-    split, found = splits({"": encoder}, data, config, device)[""], {}
+    split, found = splits({"": encoder}, data)[""], {}
     if knn:
         found["knn"] = knn_accuracy(split)
     if probed:
@@ -240,9 +236,7 @@ def figures(
     return found
 
 
-def picture(
-    encoder: Encoder, data: Data, config: Config, device: torch.device, path: Path, most: int = 2000
-) -> None:
+def picture(encoder: Encoder, data: Data, path: Path, most: int = 2000) -> None:
     """Plot up to ``most`` test images by two principal components of their features.
 
     The untrained encoder is drawn beside the trained one.
@@ -250,9 +244,9 @@ def picture(
     images = data.test
     if len(images) > most:
         images = Subset(images, torch.linspace(0, len(images) - 1, most).long().tolist())
-    untrained = build(config).encoder.to(device)
+    untrained = build(data.config).encoder.to(data.device)
     encoders = {"untrained encoder": untrained, "trained encoder": encoder}
-    features, labels = extract(images, encoders, config, device)
+    features, labels = extract(images, encoders, data)
     report.embedding(features, labels, data.classes, path)
 
 
@@ -280,20 +274,19 @@ def evaluate(run: str | Path, *, few_label: int = 5, draws: int = 10, **changes)
     if few_label < 1 or draws < 1:
         raise RunError(f"--few-label and --draws must be at least 1, got {few_label} and {draws}")
     with settings(config):
-        return _evaluate(run, config, state, few_label, draws)
+        return _evaluate(run, load(config, pick_device(config.device)), state, few_label, draws)
 
 
-def _evaluate(run: Path, config: Config, state: dict, few_label: int, draws: int) -> dict:
-    device = pick_device(config.device)
-    data = load(config)
-    trained, untrained = build(config), build(config)
+def _evaluate(run: Path, data: Data, state: dict, few_label: int, draws: int) -> dict:
+    config = data.config
+    trained, untrained = (build(config).to(data.device) for _ in range(2))
     trained.load_state_dict(state["model"])
     encoders = {
         "raw pixels": raw_pixels,
-        "untrained encoder": untrained.encoder.to(device),
-        "trained encoder": trained.encoder.to(device),
+        "untrained encoder": untrained.encoder,
+        "trained encoder": trained.encoder,
     }
-    found = splits(encoders, data, config, device)
+    found = splits(encoders, data)
     first = found["raw pixels"]
     result = {
         "run": str(run),
@@ -306,9 +299,7 @@ def _evaluate(run: Path, config: Config, state: dict, few_label: int, draws: int
         "few_label": few_label,
         "rows": {name: score(split, few_label, draws) for name, split in found.items()},
     }
-    try:
+    with checkpoint.writing(run):
         (run / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
-        picture(trained.encoder, data, config, device, run / "embedding.png")
-    except OSError as error:
-        raise RunError(f"cannot write to {run}: {error.strerror}") from error
+        picture(trained.encoder, data, run / "embedding.png")
     return result

@@ -100,9 +100,8 @@ def _statistics_kept(net: nn.Module):
 
 
 def _rng_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(
-        device
-    ) if device.type == "cuda" else None
+    gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), gpu
 
 
 def _set_rng_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:

@@ -85,13 +85,11 @@ def inspect(
             for i, j, d, a in nearest
         ],
     }
-    try:
+    with checkpoint.writing(out):
         out.mkdir(parents=True, exist_ok=True)
         (out / "inspect.json").write_text(json.dumps(result, indent=2) + "\n")
         names = [classes[row] for row in rows]
         _draw(config, summaries, nearest, views, names, out / "inspect.png")
-    except OSError as error:
-        raise RunError(f"cannot write to {out}: {error.strerror}") from error
     return result
 
 
@@ -99,8 +97,8 @@ def _embed(
     config: Config, state: dict, pairs: int
 ) -> tuple[Tensor, list[int], list[str], list[Tensor]]:
     """Compute views uint8 (2·n, C, H, W), labels (n), class names, two embeddings (n, 128)."""
-    device, data = pick_device(config.device), load(config)
-    net = build(config)
+    device = pick_device(config.device)
+    data, net = load(config, device), build(config)
     net.load_state_dict(state["model"])
     net.to(device).eval()
     size = min(pairs, len(data.views))

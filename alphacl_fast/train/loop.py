@@ -103,9 +103,9 @@ def _train(config: Config, out: Path, resume: bool, context: ProcessContext) -> 
     device = pick_device(config.device, context.local_rank if context.size > 1 else None)
     if config.download:  # once, not in every process
         context.on_rank_0(lambda: len(load(config).views))
-    data = load(config)
+    data = load(config, device)
     with settings(config):
-        run = _Run(config, out, device, data, context)
+        run = _Run(data, out, context)
         if context.leads and not (out / checkpoint.CONFIG).exists():
             checkpoint.begin(out, config, device)
         run.restore(state)
@@ -114,7 +114,7 @@ def _train(config: Config, out: Path, resume: bool, context: ProcessContext) -> 
         if stopped_by is None and context.leads:
             title = f"{config.objective} on {config.dataset}"
             report.curves(out / checkpoint.METRICS, out / "curves.png", title)
-            picture(run.net.encoder, data, config, device, out / "embedding.png")
+            picture(run.net.encoder, data, out / "embedding.png")
     late = None if stopped_by else next(iter(caught), None)
     return Outcome(out, run.epoch, signal=stopped_by, leads=context.leads, late=late)
 
@@ -148,9 +148,9 @@ def rehearse(config: Config, *, judged: bool) -> dict[str, float]:
         and "end": seconds of the plots.
     """
     begun = time.perf_counter()
-    device, data = pick_device(config.device), load(config)
+    data = load(config, pick_device(config.device))
     with settings(config), tempfile.TemporaryDirectory() as folder:
-        run = _Run(config, Path(folder), device, data, ProcessContext())
+        run = _Run(data, Path(folder), ProcessContext())
         batches = run.batches(WARMUP_STEPS + REHEARSED_STEPS)
         run.net.train()
         for step in range(WARMUP_STEPS + REHEARSED_STEPS):
@@ -164,9 +164,9 @@ def rehearse(config: Config, *, judged: bool) -> dict[str, float]:
         batches.close()  # ends the loader's processes
         if judged:
             before = time.perf_counter()
-            figures(run.net.encoder, data, config, device, knn=True, probed=True)
+            figures(run.net.encoder, data, knn=True, probed=True)
             found["evaluation"] = time.perf_counter() - before
-            picture(run.net.encoder, data, config, device, Path(folder) / "embedding.png")
+            picture(run.net.encoder, data, Path(folder) / "embedding.png")
             found["end"] = time.perf_counter() - before - found["evaluation"]
     return found
 
@@ -187,11 +187,9 @@ def learning_rate(config: Config, step: int, per_epoch: int) -> float:
 class _Run:
     """The state of a run: ``step`` steps are done, ``epoch`` epochs are evaluated and logged."""
 
-    def __init__(
-        self, config: Config, out: Path, device: torch.device, data: Data, context: ProcessContext
-    ):
-        self.config, self.out, self.device, self.data = config, out, device, data
-        self.context = context
+    def __init__(self, data: Data, out: Path, context: ProcessContext):
+        self.data, self.out, self.context = data, out, context
+        self.config, self.device = config, device = data.config, data.device
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
@@ -203,7 +201,7 @@ class _Run:
         self.epoch = self.step = self.saved_step = 0
         # The epoch's summed loss stays on the device and is read at sync points only.
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        self.metrics, self.metrics_length = checkpoint.Metrics(out), 0
+        self.metrics = checkpoint.Metrics(out)
 
     def restore(self, state: dict | None) -> None:
         """Load a checkpoint, or write the first one."""
@@ -213,9 +211,8 @@ class _Run:
                 f"{self.out} was started with {state['images']} training images, "
                 f"the data set has {images}"
             )
-        self.metrics_length = state["metrics"] if state else 0
         if self.context.leads:
-            self.metrics.cut(self.metrics_length)
+            self.metrics.cut(state["metrics"] if state else 0)
         if state is None:
             self.seed_rank()
             self.context.broadcast([*self.net.state_dict().values()])
@@ -249,7 +246,7 @@ class _Run:
                 "step": self.step,
                 "loss_sum": self.loss_sum,
                 "images": len(self.data.views),
-                "metrics": self.metrics_length,
+                "metrics": self.metrics.length,
             }
             checkpoint.save(self.out, state)
 
@@ -261,12 +258,12 @@ class _Run:
         return total
 
     def fail(self, what: str):
-        text = (
+        raise Diverged(
             f"{what} in epoch {self.epoch + 1}, by step {self.step}; the last good checkpoint, "
             f"step {self.saved_step}, is kept in {self.out}; a lower --lr or a higher "
-            "--temperature may help"
+            "--temperature may help",
+            shown=not self.context.leads,
         )
-        raise Diverged(text, shown=not self.context.leads)
 
     def batches(self, stop: int):
         """Yield the micro-batches of every step up to ``stop``, counted over all epochs."""
@@ -322,7 +319,7 @@ class _Run:
 
     def log(self, **row) -> None:
         if self.context.leads:
-            self.metrics_length = self.metrics.write(**row)
+            self.metrics.write(**row)
 
     def embed(self, views):
         """Map two uint8 views (n, C, H, W) to two embeddings (n, 128), in one forward pass."""
@@ -397,9 +394,7 @@ class _Run:
         if knn or probed:
             self.save()  # a second Ctrl-C during the evaluation then loses nothing
             if self.context.leads:
-                found = figures(
-                    self.net.encoder, self.data, config, self.device, knn=knn, probed=probed
-                )
+                found = figures(self.net.encoder, self.data, knn=knn, probed=probed)
                 row.update(found)
                 for key, name in (("knn", "kNN"), ("probe", "probe")):
                     text += f"  {name} {100 * found[key]:.1f} %" if key in found else ""

@@ -62,13 +62,9 @@ def build(config: Config) -> Net:
         torch.default_generator.manual_seed(config.seed)
         mean, std = STATISTICS[config.dataset]
         norm = {"batch": nn.BatchNorm2d, "group": _group_norm}[config.norm]
-        if config.encoder == "small":
-            body, planes = _small(len(mean), config.width, norm)
-            cells = 2  # digits differ in where their strokes are
-        else:
-            small_images = config.image_size <= 64
-            body, planes = _resnet(config.encoder, len(mean), config.width, norm, small_images)
-            cells = 1
+        small = config.encoder == "small"
+        body, planes = (_small if small else _resnet)(config, len(mean), norm)
+        cells = 2 if small else 1  # digits differ in where their strokes are
         for module in body.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -81,9 +77,12 @@ def _group_norm(planes: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(planes, max(1, planes // 16)), planes)
 
 
-def _small(channels: int, width: int, norm: Callable[[int], nn.Module]) -> tuple[nn.Module, int]:
+Norm = Callable[[int], nn.Module]
+
+
+def _small(config: Config, channels: int, norm: Norm) -> tuple[nn.Module, int]:
     """Build four 3x3 convolutions, two of them strided, for 8x8 digits; (network, channels)."""
-    layers = []
+    layers, width = [], config.width
     for planes, stride in ((width, 1), (2 * width, 1), (4 * width, 2), (8 * width, 2)):
         layers += [nn.Conv2d(channels, planes, 3, stride, padding=1, bias=False)]
         layers += [norm(planes), nn.ReLU(True)]
@@ -91,9 +90,7 @@ def _small(channels: int, width: int, norm: Callable[[int], nn.Module]) -> tuple
     return nn.Sequential(*layers), channels
 
 
-def _resnet(
-    name: str, channels: int, width: int, norm: Callable[[int], nn.Module], small_images: bool
-) -> tuple[nn.Module, int]:
+def _resnet(config: Config, channels: int, norm: Norm) -> tuple[nn.Module, int]:
     """Build ResNet-18 or -50 of any width from torchvision's blocks; (network, channels).
 
     Small images get the CIFAR stem (3x3, no pooling), larger ones the usual ImageNet stem.
@@ -101,7 +98,8 @@ def _resnet(
     block, depths = {
         "resnet18": (BasicBlock, (2, 2, 2, 2)),
         "resnet50": (Bottleneck, (3, 4, 6, 3)),
-    }[name]
+    }[config.encoder]
+    width, small_images = config.width, config.image_size <= 64
     side, stride = (3, 1) if small_images else (7, 2)
     layers = [nn.Conv2d(channels, width, side, stride, padding=side // 2, bias=False)]
     layers += [norm(width), nn.ReLU(True)]

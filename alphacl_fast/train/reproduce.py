@@ -70,7 +70,8 @@ class Published(NamedTuple):
     checked: bool = False
 
     def __str__(self) -> str:
-        return f"{_text(self.mean, self.std, 2)} {'[log]' if self.checked else '[recalled]'}"
+        spread = "" if self.std is None else f" ± {self.std:.2f}"
+        return f"{self.mean:.2f}{spread} {'[log]' if self.checked else '[recalled]'}"
 
 
 #: (data set, encoder of width 64, epochs, row) → accuracy on the test images, best training epoch
@@ -174,16 +175,14 @@ def table(
             (nothing is changed then).
     """
     _check(rows, seeds, budget, given)
-    out = Path(
-        out or f"runs/table-{given.get('dataset', 'digits')}-{Config.create(**given).encoder}"
-    )
+    config = _config(given)
+    out = Path(out or f"runs/table-{config.dataset}-{config.encoder}")
     state = _read(out)
     if state is not None:
         config = _config(given, state["plan"] and state["plan"]["epochs"])
         _check_same(out, state, config, rows, seeds, budget)
         return _run_all(out, state, config)
     state = {"rows": [*rows], "seeds": seeds, "budget": budget, "plan": None, "runs": {}}
-    config = _config(given)
     configs = {row: _of(config, row, 1) for row in rows}
     try_out([*configs.values()])
     if budget is not None:
@@ -289,8 +288,7 @@ def render(state: dict, brief: bool = False) -> str:
     lines = [("row", "seeds", "probe, last", "probe, best", "kNN", "published")]
     notes, marks = [], set()
     for row in state["rows"]:
-        names = (_name(row, seed) for seed in range(1, state["seeds"] + 1))
-        runs = {name: state["runs"][name] for name in names if name in state["runs"]}
+        runs = {name: run for name, run in state["runs"].items() if run["row"] == row}
         good = [run for run in runs.values() if run["status"] == "finished"]
         notes += [
             f"{name} failed: {run['reason']}"
@@ -459,14 +457,12 @@ def _one(folder: Path, config: Config, before: dict) -> tuple[dict, int | None]:
 
 def _write(out: Path, state: dict) -> None:
     """Replace table.json and table.md atomically."""
-    try:
+    with checkpoint.writing(out):
         out.mkdir(parents=True, exist_ok=True)
         for name, text in ((TABLE, json.dumps(state, indent=2) + "\n"), (TEXT, render(state))):
             temporary = out / f"{name}.tmp"
             temporary.write_text(text)
             os.replace(temporary, out / name)
-    except OSError as error:
-        raise RunError(f"cannot write to {out}: {error.strerror}") from error
 
 
 def _setting(config: Config) -> str:
@@ -479,12 +475,8 @@ def _setting(config: Config) -> str:
     )
 
 
-def _text(mean: float, std: float | None, digits: int) -> str:
-    return f"{mean:.{digits}f}" if std is None else f"{mean:.{digits}f} ± {std:.{digits}f}"
-
-
 def _mean_std(values: list[float | None]) -> str:
     if not values or None in values:
         return "–"
     percent = 100 * torch.tensor(values, dtype=torch.float64)
-    return _text(percent.mean().item(), percent.std().item() if len(values) > 1 else None, 1)
+    return f"{percent.mean():.1f}" + (f" ± {percent.std():.1f}" if len(values) > 1 else "")
