@@ -260,12 +260,11 @@ def mean_negative(
     def own(a: Tensor, b: Tensor) -> Tensor:  # one excluded pair of each row
         return (a * b).sum(1).pow(power)
 
-    two_sided = layout.rectangle and layout.anchors > layout.split
     if same_id is not None:
         every = slice(None)
         a, b = (slice(layout.split), slice(layout.split, None)) if layout.rectangle else (every, every)
         sums = [(left[a] * same_id.sums_with_other_ids(a, b, right[b])).sum(1)]
-        if two_sided:
+        if layout.rectangle and layout.anchors > layout.split:
             sums.append((left[b] * same_id.sums_with_other_ids(b, a, right[a])).sum(1))
         return torch.where(same_id.empty, 0.0, torch.cat(sums) / same_id.n_neg)
     if layout.rectangle:
@@ -274,8 +273,9 @@ def mean_negative(
         sums = total(left_a, right_b)
         if layout.partner:
             sums = sums - own(left_a, right_b)
-        if two_sided:
-            sums = torch.cat([sums, total(left_b, right_a) - own(left_b, right_a)])
+        if layout.partner or not layout.rows:  # a rank without rows takes part in every all-reduce
+            others = total(left_b, right_a) - own(left_b, right_a)
+            sums = torch.cat([sums, others])[: layout.anchors]
         return sums / layout.n_neg
     sums = total(left, right) - own(left, right)
     if layout.partner:
