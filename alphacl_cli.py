@@ -4,8 +4,6 @@ It is a module of its own because importing `alphacl_fast` imports torch, which 
 a version or a misspelt command should not cost that much.
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import importlib.util

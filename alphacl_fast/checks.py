@@ -5,8 +5,6 @@ computations are small, in float64, and determined by the seeds. Source of the t
 arXiv:2201.12680.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Callable

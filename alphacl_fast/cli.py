@@ -1,7 +1,5 @@
 """The commands of ``alphacl``, one function each; `alphacl_cli` is the entry point."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 import dataclasses

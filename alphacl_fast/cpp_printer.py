@@ -4,8 +4,6 @@ The templates call hand-written primitives: csrc/cpu/vec.h and csrc/cpu/primitiv
 csrc/cuda/primitives.h. Printed code has the accumulation type T as a template parameter.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence

@@ -1,7 +1,5 @@
 """`alpha_cl_loss`: the loss as a function, and the checks of every argument."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from numbers import Real

@@ -6,8 +6,6 @@ sweeps; every α_ij is then pointwise in t_ij, so one more walk over tiles of an
 them and keeps none.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace

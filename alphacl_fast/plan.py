@@ -5,8 +5,6 @@ the count against real processes, byte for byte). Memory is a count of the block
 the rate of one device, messages at a stated bandwidth, a stated latency for each. The objective is InfoNCE: two sweeps.
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from dataclasses import dataclass

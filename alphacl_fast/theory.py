@@ -15,8 +15,6 @@ C_α = Xᵀdiag(r + c)X − Xᵀ(A + Aᵀ)X − (X − X′)ᵀdiag(r)(X − X�
 (A + Aᵀ)X in O(n·D) memory.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import reduce

@@ -5,8 +5,6 @@ needs more than a block may have or gives other numbers is reported and left out
 rewritten after every size, so an interrupted run keeps its results.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

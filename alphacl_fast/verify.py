@@ -5,8 +5,6 @@
 checks gloo, or NCCL where every process has a GPU; in a script, call `verify_distributed` between its own steps.
 """
 
-from __future__ import annotations
-
 import builtins
 import os
 import sys

@@ -3,8 +3,6 @@
 setup.py and tests/cpp/run.py load this file by path; it imports the standard library alone.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shlex

@@ -8,8 +8,6 @@ again when a source, a flag or the compiler has changed. setup.py loads this fil
 imports the standard library alone.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

@@ -4,8 +4,6 @@ The headers are committed, so that a build needs neither torch nor the package. 
 nothing and fails if a header is not current.
 """
 
-from __future__ import annotations
-
 import enum
 import sys
 from pathlib import Path

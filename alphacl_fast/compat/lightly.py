@@ -1,7 +1,5 @@
 """A drop-in replacement for ``lightly.loss.NTXentLoss``, including its memory bank."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """A drop-in replacement for ``open_clip.loss.ClipLoss``."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from ..functional import alpha_cl_loss

@@ -1,7 +1,5 @@
 """Drop-in replacements for ``NTXentLoss`` and ``SupConLoss`` of pytorch_metric_learning.losses."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

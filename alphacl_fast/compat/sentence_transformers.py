@@ -1,7 +1,5 @@
 """A drop-in replacement for ``sentence_transformers.losses.MultipleNegativesRankingLoss``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Random views of one image: PIL in, uint8 tensor out. The encoder normalises, once per batch."""
 
-from __future__ import annotations
-
 from contextlib import contextmanager
 
 import torch

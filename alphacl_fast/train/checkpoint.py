@@ -1,7 +1,5 @@
 """A run's files: config.json, checkpoint.pt (replaced atomically), metrics.jsonl (appended)."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

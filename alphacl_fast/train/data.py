@@ -4,8 +4,6 @@ A run can therefore stop after any step and resume later, with any number of loa
 still see the same images.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import os

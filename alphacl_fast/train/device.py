@@ -1,7 +1,5 @@
 """The device of a run, and its reproducibility settings."""
 
-from __future__ import annotations
-
 import os
 from contextlib import contextmanager
 

@@ -7,8 +7,6 @@ number of processes, nor on where a run was stopped. `augment` draws other numbe
 different views from the same distribution.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 

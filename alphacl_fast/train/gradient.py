@@ -12,8 +12,6 @@ one pass over the whole batch; its gradient is still exact. Running statistics a
 second pass only.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager

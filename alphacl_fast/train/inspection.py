@@ -1,7 +1,5 @@
 """Inspection of a trained encoder's pair weights α: one page of plots and the nearest pairs."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

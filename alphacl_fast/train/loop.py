@@ -5,8 +5,6 @@ the whole batch's, and gradients are averaged in one all-reduce. Only rank 0 wri
 and logs.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import random

@@ -1,7 +1,5 @@
 """Encoders and the projector. The encoder takes uint8 images and normalises them itself."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

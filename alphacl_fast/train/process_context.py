@@ -1,7 +1,5 @@
 """The processes of a run: a single one, or torchrun's ranks, which share each step's batch."""
 
-from __future__ import annotations
-
 import datetime
 import os
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """The plots and the result table of a run."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

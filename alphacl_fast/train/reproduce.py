@@ -4,8 +4,6 @@ This module does not decide how a run trains: recipes are the defaults of :class
 runs of a table share every setting except objective, its options and seed.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -288,7 +286,8 @@ def render(state: dict, brief: bool = False) -> str:
     lines = [("row", "seeds", "probe, last", "probe, best", "kNN", "published")]
     notes, marks = [], set()
     for row in state["rows"]:
-        runs = {name: run for name, run in state["runs"].items() if run["row"] == row}
+        names = (_name(row, seed) for seed in range(1, state["seeds"] + 1))
+        runs = {name: state["runs"][name] for name in names if name in state["runs"]}
         good = [run for run in runs.values() if run["status"] == "finished"]
         notes += [
             f"{name} failed: {run['reason']}"
