@@ -517,7 +517,7 @@ plant(
         "online softmax: partial sums of workers are added without a common shift",
         "        _rescale(other_shift, other_sums, new)\n",
         "",
-        "tests/test_backends.py::test_workers_share_the_tiles[False-3]",
+        "tests/test_backends.py::test_workers_share_the_tiles[False-10]",
     ),
     (
         "row maxima: partial maxima of workers are added",
