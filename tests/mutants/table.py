@@ -164,8 +164,8 @@ plant(
     ),
     (
         "cosine: an all-zero row has inverse norm 1",
-        "inv_norm = torch.where(zero, 0.0, (",
-        "inv_norm = torch.where(zero, 1.0, (",
+        "zero, 0.0, ((1 / norm) / safe)",
+        "zero, 1.0, ((1 / norm) / safe)",
         "tests/test_numerics.py::test_zero_row_has_zero_gradient",
     ),
     (
@@ -655,8 +655,8 @@ plant(
     ),
     (
         "exclusion: the positive counts in the process's own block",
-        "sweep.add(own, layout.split, layout.partner, [",
-        "sweep.add(own, layout.split, 0, [",
+        "own, layout.split, layout.partner, [(",
+        "own, layout.split, 0, [(",
         f"{VERIFY}",
     ),
     (
