@@ -108,10 +108,10 @@ def test_a_fault_in_a_formula_is_found_and_another_comment_is_not(runner):
     test = "tests/test_loss.py::test_default_is_simclr"
     file, line = (
         "alphacl_fast/objectives.py",
-        "lambda ell: torch.logaddexp(ell, torch.full_like(ell, shift)),",
+        "torch.logaddexp(ell, torch.full_like(ell, math.log(self.epsilon)))",
     )
-    comment = "# torch's softplus would turn linear at 20, an error of 2e-9"
-    fault = runner.Mutant("ε is ignored", file, line, "lambda ell: ell,", test)
+    comment = "# torch's softplus turns linear at 20, an error of 2e-9"
+    fault = runner.Mutant("ε is ignored", file, line, "ell", test)
     same = runner.Mutant("another comment", file, comment, "# (softplus: 2e-9)", test)
     assert runner.run([fault, same], 1, say=lambda line: None) == {
         fault: "killed",
