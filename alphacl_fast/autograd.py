@@ -1,7 +1,8 @@
 """From embeddings to loss and gradient: the O(n·D) work around the two sweeps.
 
 When the loss is a scalar, both sweeps run in the forward and the backward only scales; with
-``reduction="none"`` the second sweep waits for the incoming row gradient. Derivation: docs/mathematics.md.
+``reduction="none"`` the second sweep waits for the incoming row gradient. Derivation:
+docs/mathematics.md.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from .objectives import BatchNumbers, ClosedForm, Objective, RowSolution, RowSte
 
 Need = tuple[bool, bool, bool]  # whose gradients are wanted: z1, z2, τ
 
-# --- rows ---------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 
 class Features(NamedTuple):
     """The stacked views as the sweeps see them, with the rows' normalisation.
 
-    Half-precision cosine rows stay raw, because rounding a normalised row would cost 1.7e-3 … 4e-2 of the
-    gradient; ``rows.scale`` then normalises the similarities.
+    Half-precision cosine rows stay raw, because rounding a normalised row would cost 1.7e-3 … 4e-2
+    of the gradient; ``rows.scale`` then normalises the similarities.
     """
 
     rows: Rows  # f (2N, D), scale and bias (2N,)
@@ -37,21 +38,29 @@ class Features(NamedTuple):
 
     @classmethod
     def make(cls, z: Tensor, similarity: str, center: Tensor | None = None) -> Features:
-        """From the stacked views; ``center`` (D,) is subtracted from euclidean rows, by default their mean."""
+        """From the stacked views.
+
+        ``center`` (D,) is subtracted from euclidean rows, by default their mean.
+        """
         accumulate = accumulation_dtype(z.dtype)
         if similarity == "dot":
             return cls(Rows(z), None)
         wide = z.to(accumulate)
         if similarity == "euclidean":
-            # t does not change under a common shift, but its float32 error does: 0.37 → 3e-6 at an offset of 100.
+            # t does not change under a common shift, but its float32 error does: 0.37 → 3e-6 at an
+            # offset of 100.
             centered = wide - (wide.mean(0) if center is None else center)
             return cls(Rows(centered, None, centered.square().sum(1) / -2), None)
-        largest = wide.abs().amax(1)  # squares of the rows themselves could leave the range of the dtype
+        largest = wide.abs().amax(
+            1
+        )  # squares of the rows themselves could leave the range of the dtype
         zero = largest == 0
         safe = torch.where(zero, 1.0, largest)
         scaled = wide / safe.unsqueeze(1)
         norm = torch.where(zero, 1.0, torch.linalg.vector_norm(scaled, dim=1))
-        inv_norm = torch.where(zero, 0.0, ((1 / norm) / safe).clamp(max=torch.finfo(accumulate).max))
+        inv_norm = torch.where(
+            zero, 0.0, ((1 / norm) / safe).clamp(max=torch.finfo(accumulate).max)
+        )
         if z.dtype == accumulate:
             return cls(Rows(scaled / norm.unsqueeze(1)), inv_norm)
         return cls(Rows(z, inv_norm), inv_norm)
@@ -85,7 +94,7 @@ def positives(rows: Tensor, similarity: str) -> Tensor:
     return ((a - b).square().sum(1) / -2 if similarity == "euclidean" else (a * b).sum(1)).repeat(2)
 
 
-# --- the sweeps of one batch --------------------------------------------------------------------------
+# --- the sweeps of one batch ----------------------------------------------------------------------
 
 
 def pair_function(tau: Tensor, call: BoundCall) -> PairFunction:
@@ -99,7 +108,9 @@ def pair_function(tau: Tensor, call: BoundCall) -> PairFunction:
 
 
 class Sweeps:
-    """One batch bound to its operators: the `Pairs` that an objective solves on, and the gradient sweep."""
+    """One batch bound to its operators: the `Pairs` that an objective solves on, and the
+    gradient sweep.
+    """
 
     def __init__(
         self,
@@ -140,11 +151,13 @@ class Sweeps:
         moment_origin: Tensor | None = None,
     ) -> Tensor:
         origin = self.pos if moment_origin is None else moment_origin
-        sums = self.row_sums(terms, RowScalars(origin, shift=shift, argument_offset=argument_offset))
+        sums = self.row_sums(
+            terms, RowScalars(origin, shift=shift, argument_offset=argument_offset)
+        )
         if self.same_id is None:
             return sums
-        # An empty sum becomes the sum over one pair with f = 1, where every formula is finite; `solve` drops
-        # the result.
+        # An empty sum becomes the sum over one pair with f = 1, where every formula is finite;
+        # `solve` drops the result.
         head = sum(term >= Term.SHIFT for term in terms)
         largest = torch.where(sums[:head] == -torch.inf, 0.0, sums[:head])
         return torch.cat([largest, torch.where(self.same_id.empty, 1.0, sums[head:])])
@@ -180,8 +193,16 @@ class Sweeps:
             return self.nothing()
         call = self.call
         return ops.pair_grad(
-            self.rows, self.pairing, self.function, scalars, weight, terms, wanted, call.precision, call.backend
-        )  # fmt: skip
+            self.rows,
+            self.pairing,
+            self.function,
+            scalars,
+            weight,
+            terms,
+            wanted,
+            call.precision,
+            call.backend,
+        )
 
     def nothing(self) -> tuple[Tensor, Tensor, Tensor]:
         """The result of a gradient sweep that nobody needs."""
@@ -227,7 +248,7 @@ def weighted(solution: RowSolution, change: Callable[[Tensor], Tensor], *more: s
     return replace(solution, **changed)
 
 
-# --- constant α ---------------------------------------------------------------------------------------
+# --- constant α -----------------------------------------------------------------------------------
 
 
 def mean_negative(
@@ -243,9 +264,10 @@ def mean_negative(
     It costs O(n·D) for the first power and O(n·D²) for the second.
 
     Args:
-        all_reduce_sum: adds a tensor up over the ranks: all their rows are negatives, ``rows`` holds the
-            rows of this one.
-        same_id: rows with the anchor's id do not count (power 1 only); the mean is 0 where none is left.
+        all_reduce_sum: adds a tensor up over the ranks: all their rows are negatives, ``rows``
+            holds the rows of this one.
+        same_id: rows with the anchor's id do not count (power 1 only); the mean is 0 where none is
+            left.
     """
     left, right = rows, rows
     if bias is not None:  # t_ij = ⟨[F_i, b_i, 1], [F_j, 1, b_j]⟩
@@ -253,16 +275,20 @@ def mean_negative(
         left, right = torch.cat([rows, b, one], 1), torch.cat([rows, one, b], 1)
 
     def total(a: Tensor, b: Tensor) -> Tensor:  # Σ_j over all rows of b
-        # Not a @ Σb: its backward adds n equal numbers one after the other, which rounds in one direction
-        # (1e-5 at n = 2,566).
-        return (a * (all_reduce_sum(b.sum(0)) if power == 1 else a @ all_reduce_sum(b.t() @ b))).sum(1)
+        # Not a @ Σb: its backward adds n equal numbers one after the other, which rounds in one
+        # direction (1e-5 at n = 2,566).
+        return (
+            a * (all_reduce_sum(b.sum(0)) if power == 1 else a @ all_reduce_sum(b.t() @ b))
+        ).sum(1)
 
     def own(a: Tensor, b: Tensor) -> Tensor:  # one excluded pair of each row
         return (a * b).sum(1).pow(power)
 
     if same_id is not None:
         every = slice(None)
-        a, b = (slice(layout.split), slice(layout.split, None)) if layout.rectangle else (every, every)
+        a, b = (
+            (slice(layout.split), slice(layout.split, None)) if layout.rectangle else (every, every)
+        )
         sums = [(left[a] * same_id.sums_with_other_ids(a, b, right[b])).sum(1)]
         if layout.rectangle and layout.anchors > layout.split:
             sums.append((left[b] * same_id.sums_with_other_ids(b, a, right[a])).sum(1))
@@ -292,7 +318,10 @@ def closed_form(
     all_reduce_sum: Callable[[Tensor], Tensor] = lambda x: x,
     same_id: SameId | None = None,
 ) -> Tensor:
-    """(anchors,) losses of a constant-α objective by autograd through O(n·D) sums; arguments as above."""
+    """(anchors,) losses of a constant-α objective by autograd through O(n·D) sums.
+
+    Arguments as above.
+    """
     z = torch.cat([z1, z2])
     rows = unit_rows(z) if loss.similarity == "cosine" else z.to(accumulation_dtype(z.dtype))
     bias = None
@@ -313,7 +342,7 @@ def constant_alpha(
     return torch.where(same_id.empty, 0.0, objective.weight(same_id.n_neg) * mean_gap)
 
 
-# --- normalisation, differentiable --------------------------------------------------------------------
+# --- normalisation, differentiable ----------------------------------------------------------------
 
 
 def through_normalization(d: Tensor, rows: Tensor, inv_norm: Tensor) -> Tensor:
@@ -323,7 +352,10 @@ def through_normalization(d: Tensor, rows: Tensor, inv_norm: Tensor) -> Tensor:
 
 
 class UnitRows(torch.autograd.Function):
-    """(n, D) → rows of unit length in the accumulation dtype; finite gradients for zero and for tiny rows."""
+    """(n, D) → rows of unit length in the accumulation dtype.
+
+    Finite gradients for zero and for tiny rows.
+    """
 
     @staticmethod
     def forward(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -340,7 +372,9 @@ class UnitRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor | None, *of_saved: Tensor | None) -> Tensor | None:
-        if torch.compiler.is_compiling():  # it materialises absent gradients as zeros, and has no second derivatives
+        if (
+            torch.compiler.is_compiling()
+        ):  # it materialises absent gradients as zeros, and has no second derivatives
             return through_normalization(grad, *ctx.saved_tensors).to(ctx.dtype)
         if not first_derivative(grad, of_saved):
             return None
@@ -354,7 +388,7 @@ def unit_rows(z: Tensor) -> Tensor:
     return UnitRows.apply(z)[0]
 
 
-# --- a batch from sums to gradients -------------------------------------------------------------------
+# --- a batch from sums to gradients ---------------------------------------------------------------
 
 _SOLVED = tuple(field.name for field in fields(RowSolution) if field.name != "loss")
 
@@ -368,7 +402,10 @@ class Saved(NamedTuple):
     same_id: SameId | None
 
     def flatten(self) -> tuple[Tensor | None, ...]:
-        """Always as many entries; each a tensor of its own, as autograd tells outputs apart by identity."""
+        """Always as many entries.
+
+        Each a tensor of its own, as autograd tells outputs apart by identity.
+        """
         tensors = (
             *self.features.rows,
             self.features.inv_norm,
@@ -382,13 +419,18 @@ class Saved(NamedTuple):
     def unflatten(cls, tensors: tuple[Tensor | None, ...]) -> Saved:
         rest = iter(tensors)
         features = Features(Rows._make(islice(rest, len(Rows._fields))), next(rest))
-        pos, solution = next(rest), RowSolution(**dict(zip(_SOLVED, islice(rest, len(_SOLVED)), strict=True)))
+        pos, solution = (
+            next(rest),
+            RowSolution(**dict(zip(_SOLVED, islice(rest, len(_SOLVED)), strict=True))),
+        )
         same_id = SameId._make(rest)
         return cls(features, pos, solution, None if same_id.ids is None else same_id)
 
 
 class Problem:
-    """A batch, an objective and a temperature: solves the rows, then the gradient for given row weights."""
+    """A batch, an objective and a temperature: solves the rows, then the gradient for given row
+    weights.
+    """
 
     def __init__(
         self,
@@ -399,7 +441,13 @@ class Problem:
         same_id: SameId | None = None,
         sweeps: Sweeps | None = None,
     ) -> None:
-        self.features, self.pos, self.tau, self.call, self.same_id = features, pos, tau, call, same_id
+        self.features, self.pos, self.tau, self.call, self.same_id = (
+            features,
+            pos,
+            tau,
+            call,
+            same_id,
+        )
         self.n_first = pos.shape[0] // 2  # rows of the first view
         self.sweeps = sweeps or Sweeps(features.rows, pos, tau, call, same_id=same_id)
 
@@ -471,23 +519,32 @@ class Problem:
         if need_1 or need_2:
             dz = self._to_views(df, solution.mass, weight_sums, slice(low, high), views)
         if need_tau:
-            dtau = self.total((solution.row_weight * sums[-1] if from_pairs else solution.dtau).sum())
+            dtau = self.total(
+                (solution.row_weight * sums[-1] if from_pairs else solution.dtau).sum()
+            )
         return solution, dz, dtau
 
-    def _to_views(self, df: Tensor, q: Tensor, weight_sums: Tensor, used: slice, views: slice) -> Tensor:
+    def _to_views(
+        self, df: Tensor, q: Tensor, weight_sums: Tensor, used: slice, views: slice
+    ) -> Tensor:
         """Gradient in some rows of the stacked views.
 
-        It comes from the sweep's, of the rows ``used``, and through the positives, from the masses q (anchors,).
+        It comes from the sweep's, of the rows ``used``, and through the positives, from the masses
+        q (anchors,).
         """
         n, inv_norm = self.n_first, self.features.inv_norm
         d = df
-        if used.stop - used.start < 2 * n:  # the other rows receive only what comes through their positive
+        if (
+            used.stop - used.start < 2 * n
+        ):  # the other rows receive only what comes through their positive
             d = self.tau.new_zeros(2 * n, self.features.rows.f.shape[1])
             d[used] = df.view(-1, d.shape[1])
         if inv_norm is not None and ops.has(self.call.backend, "unit_rows"):
             ops.finish_rows(d, self.features.rows.f, inv_norm, q, self.call.backend)
             return d[views]
-        q = q.unsqueeze(1) if q.shape[0] == n else (q[:n] + q[n:]).unsqueeze(1)  # both anchors of a positive pair
+        q = (
+            q.unsqueeze(1) if q.shape[0] == n else (q[:n] + q[n:]).unsqueeze(1)
+        )  # both anchors of a positive pair
         rows = self.features.wide()
         (f1, f2), (d1, d2) = rows.chunk(2), d.chunk(2)
         if self.call.similarity == "euclidean":
@@ -501,9 +558,12 @@ class Problem:
         return (d if inv_norm is None else through_normalization(d, rows, inv_norm))[views]
 
 
-# --- autograd -----------------------------------------------------------------------------------------
+# --- autograd -------------------------------------------------------------------------------------
 
-SECOND_DERIVATIVE = "a second derivative of the loss was asked for (create_graph=True or torch.func), it has first ones only"
+SECOND_DERIVATIVE = (
+    "a second derivative of the loss was asked for (create_graph=True or "
+    "torch.func), it has first ones only"
+)
 
 
 def first_derivative(grad: Tensor | None, of_saved: tuple[Tensor | None, ...]) -> bool:
@@ -519,7 +579,9 @@ def first_derivative(grad: Tensor | None, of_saved: tuple[Tensor | None, ...]) -
 def only_once(
     gradients: tuple[Tensor | None, ...], sources: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    """``gradients``, made of ``sources`` without a graph: to differentiate them again is an error, not 0."""
+    """``gradients``, made of ``sources`` without a graph: to differentiate them again is an
+    error, not 0.
+    """
     if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in sources)):
         return gradients
     floating = [x for x in sources if x is not None and x.is_floating_point()]
@@ -550,8 +612,8 @@ def views_of(dz: Tensor | None, need: Need) -> tuple[Tensor | None, Tensor | Non
 class AlphaCLFunction(torch.autograd.Function):
     """(loss(z1, z2, τ), what the backward reads) through the sweeps; first derivatives only.
 
-    Saved tensors are returned as extra outputs because torch.func requires a separate setup_context. A
-    gradient that arrives at them belongs to a second derivative, which raises.
+    Saved tensors are returned as extra outputs because torch.func requires a separate
+    setup_context. A gradient that arrives at them belongs to a second derivative, which raises.
     """
 
     @staticmethod
@@ -586,7 +648,8 @@ class AlphaCLFunction(torch.autograd.Function):
                 problem = Problem.of_saved(saved, tensors[-1], ctx.call)
                 dz, dtau = problem.gradient(saved.solution, grad, ctx.need)
             else:
-                # float32 until it is scaled: a half-precision gradient of 1e-8 would vanish before GradScaler sees it
+                # float32 until it is scaled: a half-precision gradient of 1e-8 would vanish before
+                # GradScaler sees it
                 dz, dtau = (None if x is None else x * grad for x in tensors)
             dz = None if dz is None else dz.to(dz_dtype)
             dtau = None if dtau is None else dtau.to(tau_dtype)

@@ -1,8 +1,10 @@
 """The operands of the two sweeps, by name.
 
-`row_sums` and `pair_grad` take four bundles. A bundle is flattened once, where it crosses the operator
-schema (`ops`), and nowhere else: autograd, explicit negatives, processes and backends pass it whole.
-An operand is therefore added in three places: a field here, from whose annotation the schema follows,
+`row_sums` and `pair_grad` take four bundles. A bundle is flattened once, where it crosses the
+operator schema (`ops`), and nowhere else: autograd, explicit negatives, processes and backends pass
+it whole.
+An operand is therefore added in three places: a field here, from whose annotation the schema
+    follows,
 the code that fills it, and the backends that use it (docs/extending.md).
 """
 
@@ -26,12 +28,14 @@ class Rows(NamedTuple):
 class Pairing(NamedTuple):
     """Which rows meet which. With ``split`` = 0 all rows meet one another: a triangle of tiles.
 
-    Otherwise the rows [0, split) meet the rows [split, n): a rectangle. The first ``anchors`` rows have
-    sums of their own; the other rows are negatives only.
+    Otherwise the rows [0, split) meet the rows [split, n): a rectangle. The first ``anchors`` rows
+    have sums of their own; the other rows are negatives only.
     """
 
     split: int
-    partner: int  # row i and row i ± partner are a positive pair and do not meet; 0: no pair is left out
+    partner: (
+        int  # row i and row i ± partner are a positive pair and do not meet; 0: no pair is left out
+    )
     anchors: int
     ids: Tensor | None = None  # (n,) int32; two rows with the same id do not meet
 
@@ -42,15 +46,17 @@ class PairFunction(NamedTuple):
     kind: str  # name under which `objectives.kind` finds it
     params: tuple[float, ...]  # values of the kind's named parameters, in their order
     tau: Tensor  # () temperature, in the accumulation dtype
-    log_range: tuple[float, float] | None = None  # bounds of log f, where they are known on the host
+    log_range: tuple[float, float] | None = (
+        None  # bounds of log f, where they are known on the host
+    )
 
 
 class RowScalars(NamedTuple):
     """Row vectors (anchors,) in the accumulation dtype that turn a pair's function into its term.
 
-    Linear kinds see x = (t − shift_i) + argument_offset_i; log kinds see t, and exp(log f − shift_i) is
-    what is summed. Moments are taken of t − moment_origin_i, and g_ij = row_weight_i·(f or f′), or
-    row_weight_i·(f + f′·(t − moment_origin_i − baseline_i)).
+    Linear kinds see x = (t − shift_i) + argument_offset_i; log kinds see t, and exp(log f −
+    shift_i) is what is summed. Moments are taken of t − moment_origin_i, and g_ij = row_weight_i·(f
+    or f′), or row_weight_i·(f + f′·(t − moment_origin_i − baseline_i)).
     """
 
     moment_origin: Tensor
@@ -61,7 +67,10 @@ class RowScalars(NamedTuple):
 
 
 class Term(enum.IntEnum):
-    """What is summed over the negatives of an anchor. The values are the order of the C++ kernels."""
+    """What is summed over the negatives of an anchor.
+
+    The values are the order of the C++ kernels.
+    """
 
     F = 0  # f
     DF = 1  # ∂f/∂x

@@ -38,7 +38,10 @@ class Loss:
         return 2 * n_pairs if self.negatives == "two_view" or self.two_directions else n_pairs
 
     def reduce(self, row_losses: Tensor) -> Tensor:
-        """(anchors,) → () or one value per pair or anchor; symmetric cross_view averages both directions."""
+        """(anchors,) → () or one value per pair or anchor.
+
+        Symmetric cross_view averages both directions.
+        """
         if self.reduction == "none":
             return row_losses.view(2, -1).mean(0) if self.two_directions else row_losses
         if self.reduction == "mean":
@@ -46,7 +49,9 @@ class Loss:
         return row_losses.sum() / 2 if self.two_directions else row_losses.sum()
 
     def divisor(self, n_pairs: int) -> int:
-        """The number that divides the sum of all row losses, where the reduced loss is one number."""
+        """The number that divides the sum of all row losses, where the reduced loss is one
+        number.
+        """
         if self.reduction == "none":
             return 1
         if self.reduction == "mean":
@@ -60,15 +65,27 @@ class Call(Loss):
 
     backend: str = "auto"
     precision: str | None = None  # of float32 products; None follows torch
-    process_group: Any = None  # `distributed.ProcessGroup`, whose processes each hold a part of the batch
+    process_group: Any = (
+        None  # `distributed.ProcessGroup`, whose processes each hold a part of the batch
+    )
 
-    def bind(self, backend: str, temperature: float | None, reduction: str | None = None) -> BoundCall:
-        """The call with the backend that serves it and the temperature, where its value is known on the host."""
+    def bind(
+        self, backend: str, temperature: float | None, reduction: str | None = None
+    ) -> BoundCall:
+        """The call with the backend that serves it and the temperature, where its value is known
+        on the host.
+        """
         reduction = reduction or self.reduction
         return BoundCall(
-            self.objective, self.similarity, self.negatives, self.symmetric, reduction, backend, temperature,
+            self.objective,
+            self.similarity,
+            self.negatives,
+            self.symmetric,
+            reduction,
+            backend,
+            temperature,
             self.precision or "",
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)
@@ -102,11 +119,15 @@ class Layout(NamedTuple):
 
     def pairing(self, same_id: SameId | None = None) -> Pairing:
         """The operators' bundle."""
-        return Pairing(self.split, self.partner, self.anchors, None if same_id is None else same_id.ids)
+        return Pairing(
+            self.split, self.partner, self.anchors, None if same_id is None else same_id.ids
+        )
 
 
 class SameId(NamedTuple):
-    """Rows with equal ids are no negatives of each other (false-negative elimination, arXiv:2011.11765)."""
+    """Rows with equal ids are no negatives of each other (false-negative elimination,
+    arXiv:2011.11765).
+    """
 
     ids: Tensor  # (rows,) int32, numbered from 0, of the rows that the sweeps see
     n_neg: Tensor  # (anchors,) |Neg(i)| in the accumulation dtype; 1 where there is none
@@ -114,7 +135,10 @@ class SameId(NamedTuple):
 
     @classmethod
     def make(cls, ids: Tensor, layout: Layout, dtype: torch.dtype) -> SameId:
-        """From the ids (rows,), any integers. No shape depends on a value, so the host does not wait."""
+        """From the ids (rows,), any integers.
+
+        No shape depends on a value, so the host does not wait.
+        """
         in_order, order = ids.sort()
         first = torch.nn.functional.pad(in_order[1:] != in_order[:-1], (1, 0))
         number = torch.empty_like(order).scatter_(0, order, first.cumsum(0))
@@ -141,7 +165,10 @@ class SameId(NamedTuple):
         return cls.make(ids.repeat(2)[: layout.rows], layout, dtype)
 
     def sums_with_other_ids(self, anchors: slice, others: slice, rows: Tensor) -> Tensor:
-        """(anchors, D) sums of the ``rows`` (others, D) whose id differs from the anchor's; differentiable."""
+        """(anchors, D) sums of the ``rows`` (others, D) whose id differs from the anchor's.
+
+        Differentiable.
+        """
         of_id = rows.new_zeros(len(self.ids), rows.shape[1]).index_add(0, self.ids[others], rows)
         return rows.sum(0) - of_id.index_select(0, self.ids[anchors])
 

@@ -51,7 +51,13 @@ def _train(arguments: list[str]) -> int:
         parser = _parser(
             "train",
             "Train an encoder. Defaults depend on the data set and the encoder.",
-            {"--out": (str, "run folder, new or empty (default: runs/DATASET-OBJECTIVE-SEED)", "RUN")},
+            {
+                "--out": (
+                    str,
+                    "run folder, new or empty (default: runs/DATASET-OBJECTIVE-SEED)",
+                    "RUN",
+                )
+            },
             argument_default=argparse.SUPPRESS,
         )
         parser.add_argument(
@@ -136,7 +142,9 @@ def _eval(arguments: list[str]) -> int:
         f"and {result['test_images']} test images; accuracy in %\n"
     )
     print(table(result))
-    print(f"\nwritten: {Path(result['run']) / 'eval.json'}, {Path(result['run']) / 'embedding.png'}")
+    print(
+        f"\nwritten: {Path(result['run']) / 'eval.json'}, {Path(result['run']) / 'embedding.png'}"
+    )
     return 0
 
 

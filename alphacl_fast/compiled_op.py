@@ -1,8 +1,10 @@
-"""The loss as one operator for torch.compile: a graph holds it as a whole, for any batch size and objective.
+"""The loss as one operator for torch.compile: a graph holds it as a whole, for any batch size and
+objective.
 
-If dynamo traced the loss piece by piece, the sizes that the sweeps compare would become guards of the graph,
-and a min player's iteration would break it. Eager calls do not come here: they need no operator around the
-loss, and they save the solution of ``reduction="none"``, which a graph recomputes in its backward.
+If dynamo traced the loss piece by piece, the sizes that the sweeps compare would become guards of
+the graph, and a min player's iteration would break it. Eager calls do not come here: they need no
+operator around the loss, and they save the solution of ``reduction="none"``, which a graph
+recomputes in its backward.
 """
 
 from __future__ import annotations
@@ -34,7 +36,10 @@ class _Options(NamedTuple):
     need: list[bool]
 
     def call(self) -> BoundCall:
-        """The call; checks the objective, whose attributes may have changed since the graph was made."""
+        """The call.
+
+        Checks the objective, whose attributes may have changed since the graph was made.
+        """
         objective = registered(self.objective)
         objective.check()
         return BoundCall(objective, *self[1:-1])
@@ -48,7 +53,8 @@ _LIBRARY.define(
     f"loss(Tensor z1, Tensor z2, Tensor tau, Tensor? ids, {_SCHEMA}) -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
-    f"loss_grad(Tensor z1, Tensor z2, Tensor tau, Tensor? ids, Tensor grad, {_SCHEMA}) -> (Tensor, Tensor)"
+    f"loss_grad(Tensor z1, Tensor z2, Tensor tau, Tensor? ids, Tensor grad, {_SCHEMA}) -> "
+    "(Tensor, Tensor)"
 )
 
 
@@ -56,18 +62,30 @@ def loss(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, ids: Tensor | Non
     """() or one value per anchor, differentiable; called inside torch.compile only."""
     grad = torch.is_grad_enabled()
     options = _Options(
-        call.objective.key, call.similarity, call.negatives, call.symmetric, call.reduction, call.backend,
-        call.temperature, call.precision, [grad and x.requires_grad for x in (z1, z2, tau)],
-    )  # fmt: skip
+        call.objective.key,
+        call.similarity,
+        call.negatives,
+        call.symmetric,
+        call.reduction,
+        call.backend,
+        call.temperature,
+        call.precision,
+        [grad and x.requires_grad for x in (z1, z2, tau)],
+    )
     return torch.ops.alphacl_fast.loss(z1, z2, tau, ids, *options)[0]
 
 
 def _on_its_own(function):
-    """Runs an operator outside autocast and with the dispatch keys that users' functions need for autograd."""
+    """Runs an operator outside autocast and with the dispatch keys that users' functions need
+    for autograd.
+    """
 
     @functools.wraps(function)
     def run(z1, *arguments):
-        included, none = torch._C._dispatch_tls_local_include_set(), torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
+        included, none = (
+            torch._C._dispatch_tls_local_include_set(),
+            torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined),
+        )
         keys = torch._C._ForceDispatchKeyGuard(included, none)
         with keys, torch.autocast(z1.device.type, enabled=False), torch.no_grad():
             return function(z1, *arguments)
@@ -130,7 +148,10 @@ def _backward(ctx, grad, *_):
     z1, z2, tau, ids, *gradients = ctx.saved_tensors
     need = ctx.options.need
     if torch.is_grad_enabled():
-        raise RuntimeError("a second derivative of the loss was asked for (create_graph=True), it has first ones only")
+        raise RuntimeError(
+            "a second derivative of the loss was asked for (create_graph=True), it has first ones "
+            "only"
+        )
     if gradients:
         dz, dtau = (x * grad for x in gradients)
     else:
@@ -140,7 +161,10 @@ def _backward(ctx, grad, *_):
     return *views_of(dz, need), dtau, None, *(None for _ in ctx.options)
 
 
-for _name, _function, _fake in (("loss", _loss, _loss_fake), ("loss_grad", _loss_grad, _loss_grad_fake)):
+for _name, _function, _fake in (
+    ("loss", _loss, _loss_fake),
+    ("loss_grad", _loss_grad, _loss_grad_fake),
+):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"alphacl_fast::{_name}", _fake, lib=_LIBRARY)
 torch.library.register_autograd("alphacl_fast::loss", _backward, setup_context=_setup, lib=_LIBRARY)

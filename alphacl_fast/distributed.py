@@ -1,19 +1,21 @@
 """One batch over many processes: every rank passes its own pairs and gets the loss of all of them.
 
-Each rank differentiates Σ_r L_r: `FusedAlphaCLLoss(process_group=…)` gives rank r of P the derivative of
-Σ_r′ L_r′ in its own rows. With "mean" and "sum" every L_r′ is the loss of the whole batch, so the gradient is P
-times that of one process, and the average that DDP and FSDP take of the parameters' gradients is exact.
+Each rank differentiates Σ_r L_r: `FusedAlphaCLLoss(process_group=…)` gives rank r of P the
+    derivative of
+Σ_r′ L_r′ in its own rows. With "mean" and "sum" every L_r′ is the loss of the whole batch, so the
+gradient is P times that of one process, and the average that DDP and FSDP take of the parameters'
+gradients is exact.
 
-**No pair is computed twice.** A rank holds one block of rows. Block b meets the blocks b + 1, …, b + ⌊P/2⌋
-(mod P) at rank b, and itself; with P even, blocks that are P/2 apart meet half at one rank and half at the
-other. A meeting of two blocks is a rectangle for the two operators, both of whose sides are anchors, so one
-tile serves both ranks.
+**No pair is computed twice.** A rank holds one block of rows. Block b meets the blocks b + 1, …, b
++ ⌊P/2⌋ (mod P) at rank b, and itself; with P even, blocks that are P/2 apart meet half at one rank
+and half at the other. A meeting of two blocks is a rectangle for the two operators, both of whose
+sides are anchors, so one tile serves both ranks.
 
-**Two strategies.** "gather": every rank receives all rows at once (all-gather), and results go home by
-reduce-scatter; O(n·D) memory, few messages. "ring": a block travels from rank to rank against their order, the
-next one arriving while one is at work, and its results travel behind it, last of all home; O(local·D) memory.
-Row scalars stay with their rows in both, so an objective solves its own anchors and sees only the `Pairs`
-protocol.
+**Two strategies.** "gather": every rank receives all rows at once (all-gather), and results go home
+by reduce-scatter; O(n·D) memory, few messages. "ring": a block travels from rank to rank against
+their order, the next one arriving while one is at work, and its results travel behind it, last of
+all home; O(local·D) memory. Row scalars stay with their rows in both, so an objective solves its
+own anchors and sees only the `Pairs` protocol.
 
 ``torchrun --nproc-per-node=4 -m alphacl_fast.verify`` checks a machine or a cluster.
 """
@@ -41,11 +43,12 @@ from .call import BoundCall, Layout, Loss, accumulation_dtype, without_autocast
 from .objectives import ClosedForm
 
 STRATEGIES = ("auto", "gather", "ring")
-#: "auto" gathers while all rows of the batch and their gradient together take no more bytes than this.
+#: "auto" gathers while all rows of the batch and their gradient together take no more bytes than
+#: this.
 GATHER_BYTES = 256 * 2**20
 
 
-# --- the processes ----------------------------------------------------------------------------------------------------
+# --- the processes --------------------------------------------------------------------------------
 
 
 class ProcessGroup:
@@ -53,15 +56,22 @@ class ProcessGroup:
 
     def __init__(self, process_group: Any, strategy: str) -> None:
         if not dist.is_available():
-            raise ValueError("process_group must be None: this build of torch has no torch.distributed")
+            raise ValueError(
+                "process_group must be None: this build of torch has no torch.distributed"
+            )
         if process_group != "world" and not isinstance(process_group, dist.ProcessGroup):
             raise TypeError(
-                f"process_group must be None, 'world' or a torch.distributed ProcessGroup, got {process_group!r}"
+                "process_group must be None, 'world' or a torch.distributed ProcessGroup, got "
+                f"{process_group!r}"
             )
         self.process_group, self.strategy = process_group, strategy
 
     def __repr__(self) -> str:
-        name = "'world'" if self.process_group == "world" else f"<{self.process_group.size()} processes>"
+        name = (
+            "'world'"
+            if self.process_group == "world"
+            else f"<{self.process_group.size()} processes>"
+        )
         return f"{name}, strategy={self.strategy!r}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProcessGroup:
@@ -69,10 +79,16 @@ class ProcessGroup:
 
     def handle(self) -> dist.ProcessGroup:
         if not dist.is_initialized():
-            raise ValueError("process_group needs torch.distributed to be initialised, got a call before init_process_group")
+            raise ValueError(
+                "process_group needs torch.distributed to be initialised, got a call before "
+                "init_process_group"
+            )
         handle = dist.group.WORLD if self.process_group == "world" else self.process_group
         if dist.get_rank(handle) < 0:
-            raise ValueError(f"process_group must contain this process, got one without rank {dist.get_rank()} of the world")
+            raise ValueError(
+                f"process_group must contain this process, got one without rank {dist.get_rank()} "
+                "of the world"
+            )
         return handle
 
 
@@ -82,7 +98,8 @@ class Ranks:
 
     Attributes:
         sizes: pairs of each process, in the order of the ranks.
-        want: whether any rank wants the gradient in z1, z2, τ. All do the same work, so that none waits.
+        want: whether any rank wants the gradient in z1, z2, τ. All do the same work, so that none
+            waits.
     """
 
     handle: dist.ProcessGroup
@@ -123,11 +140,22 @@ class Ranks:
         return out
 
     def exchange(self, outgoing: Tensor, to: int, size: int, source: int, tag: int) -> Arrival:
-        """Starts to send a flat tensor to one rank and to receive one of ``size`` elements from another."""
+        """Starts to send a flat tensor to one rank and to receive one of ``size`` elements from
+        another.
+        """
         incoming = outgoing.new_empty(size)
         operations = [
-            dist.P2POp(function, tensor, dist.get_global_rank(self.handle, peer % self.world), self.handle, tag)
-            for function, tensor, peer in ((dist.isend, outgoing, to), (dist.irecv, incoming, source))
+            dist.P2POp(
+                function,
+                tensor,
+                dist.get_global_rank(self.handle, peer % self.world),
+                self.handle,
+                tag,
+            )
+            for function, tensor, peer in (
+                (dist.isend, outgoing, to),
+                (dist.irecv, incoming, source),
+            )
             if tensor.numel()
         ]
         works = dist.batch_isend_irecv(operations) if operations else []
@@ -135,7 +163,10 @@ class Ranks:
 
 
 class Arrival:
-    """A message under way. It keeps the outgoing tensor alive until `wait`, and nothing afterwards."""
+    """A message under way.
+
+    It keeps the outgoing tensor alive until `wait`, and nothing afterwards.
+    """
 
     def __init__(self, incoming: Tensor, outgoing: Tensor, works: list[Any]) -> None:
         self._state = incoming, outgoing, works
@@ -147,7 +178,7 @@ class Arrival:
         return incoming
 
 
-# --- agreeing on a call -----------------------------------------------------------------------------------------------
+# --- agreeing on a call ---------------------------------------------------------------------------
 
 STATEMENT_BYTES = 1024
 _ERRORS: tuple[type[Exception], ...] = (TypeError, ValueError, RuntimeError)
@@ -173,13 +204,15 @@ def agree(
     call: BoundCall | None,
     failure: Exception | None,
 ) -> Ranks:
-    """One small all-gather: either all ranks go on with the same call, or all raise with the reason.
+    """One small all-gather: either all ranks go on with the same call, or all raise with the
+    reason.
 
     Args:
         failure: the error of this rank's arguments; the other arguments may then be anything.
 
     Raises:
-        TypeError, ValueError, RuntimeError: on every rank; names the ranks whose arguments are bad, or differ.
+        TypeError, ValueError, RuntimeError: on every rank; names the ranks whose arguments are bad,
+            or differ.
     """
     if failure is not None and not dist.is_initialized():
         raise failure
@@ -232,7 +265,8 @@ def agree(
     sizes = tuple(statement.pairs for statement in statements)
     if sum(sizes) < 2:
         raise ValueError(
-            f"all ranks together must have at least 2 pairs (one pair has no negatives), got {sizes}"
+            "all ranks together must have at least 2 pairs (one pair has no negatives), got "
+            f"{sizes}"
         )
     want = tuple(map(any, zip(*(statement.wanted for statement in statements), strict=True)))
     strategy = group.strategy
@@ -241,9 +275,7 @@ def agree(
     return Ranks(handle, rank, world, sizes, want, strategy)
 
 
-def _statement(
-    z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, strategy: str
-) -> Statement:
+def _statement(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, strategy: str) -> Statement:
     wanted = tuple(x.requires_grad and torch.is_grad_enabled() for x in (z1, z2, tau))
     temperature = math.nan if call.temperature is None else call.temperature
     text = (
@@ -256,10 +288,14 @@ def _statement(
 
 def auto_strategy(rows: int, dim: int, dtype: torch.dtype) -> str:
     """The strategy for a batch of this many rows."""
-    return "gather" if rows * dim * (dtype.itemsize + accumulation_dtype(dtype).itemsize) <= GATHER_BYTES else "ring"
+    return (
+        "gather"
+        if rows * dim * (dtype.itemsize + accumulation_dtype(dtype).itemsize) <= GATHER_BYTES
+        else "ring"
+    )
 
 
-# --- who computes which pairs -----------------------------------------------------------------------------------------
+# --- who computes which pairs ---------------------------------------------------------------------
 
 
 def steps(world: int) -> range:
@@ -289,7 +325,7 @@ def meetings(
     return [(slice(n // 2, n), slice(0, m), True)]
 
 
-# --- blocks and their results -----------------------------------------------------------------------------------------
+# --- blocks and their results ---------------------------------------------------------------------
 
 
 class Block(NamedTuple):
@@ -307,7 +343,9 @@ class Block(NamedTuple):
         return self.scalars.moment_origin.shape[0]
 
     def part(self, where: slice) -> Block:
-        return Block(*(type(bundle)(*(None if x is None else x[where] for x in bundle)) for bundle in self))
+        return Block(
+            *(type(bundle)(*(None if x is None else x[where] for x in bundle)) for bundle in self)
+        )
 
     @staticmethod
     def join(blocks: list[Block]) -> Block:
@@ -324,10 +362,15 @@ class Block(NamedTuple):
 
 
 def pack(tensors: Iterable[Tensor | None]) -> Tensor:
-    """The bytes of some tensors as one message; wide dtypes come first, to be aligned when unpacked."""
+    """The bytes of some tensors as one message.
+
+    Wide dtypes come first, to be aligned when unpacked.
+    """
     whole = (x.contiguous() for x in tensors if x is not None)
     # A single number that was expanded counts as contiguous, but cannot be seen as bytes.
-    dense = (x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format) for x in whole)
+    dense = (
+        x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format) for x in whole
+    )
     return torch.cat([x.view(-1).view(torch.uint8) for x in dense])
 
 
@@ -350,10 +393,12 @@ def _bytes(x: Tensor | None, rows: int) -> int:
 
 
 class Result:
-    """Sums and gradient rows of one block, as views of one flat tensor that can travel in one message.
+    """Sums and gradient rows of one block, as views of one flat tensor that can travel in one
+    message.
 
     Attributes:
-        sums: (terms, anchors); df: (rows, D) and weight_sums: (rows,), both with 0 rows where not wanted.
+        sums: (terms, anchors); df: (rows, D) and weight_sums: (rows,), both with 0 rows where not
+            wanted.
     """
 
     def __init__(self, sweep: _Sweep, layout: Layout, flat: Tensor) -> None:
@@ -427,11 +472,15 @@ class _Sweep:
             result.sums[0].fill_(-torch.inf)
         return result
 
-    def add(self, block: Block, split: int, partner: int, into: list[tuple[Result, slice, int]]) -> None:
-        """Runs the operator on a block's triangle or rectangle and adds its output to the results of the parts.
+    def add(
+        self, block: Block, split: int, partner: int, into: list[tuple[Result, slice, int]]
+    ) -> None:
+        """Runs the operator on a block's triangle or rectangle and adds its output to the results
+        of the parts.
 
         Args:
-            into: for consecutive rows of the block: their result, their rows in it, and the number of anchors.
+            into: for consecutive rows of the block: their result, their rows in it, and the number
+                of anchors.
         """
         operands = block.rows, Pairing(split, partner, block.anchors), self.function, block.scalars
         served = self.call.precision, self.call.backend
@@ -440,14 +489,20 @@ class _Sweep:
             lo = hi = 0
         else:
             lo, hi = (0, block.n_rows) if any(self.want) else (0, 0)
-            if self.call.negatives == "cross_view":  # the product for a tower that needs no gradient is left out
+            if (
+                self.call.negatives == "cross_view"
+            ):  # the product for a tower that needs no gradient is left out
                 lo, hi = (0 if self.want[0] else split), (block.n_rows if self.want[1] else split)
-            df, weight_sums, sums = ops.pair_grad(*operands, self.weight, self.terms, (lo, hi), *served)
+            df, weight_sums, sums = ops.pair_grad(
+                *operands, self.weight, self.terms, (lo, hi), *served
+            )
         row = anchor = 0
         for result, rows, anchors in into:
             count = rows.stop - rows.start
             if anchors and self.terms:
-                result.add_sums(sums[:, anchor : anchor + anchors], slice(rows.start, rows.start + anchors))
+                result.add_sums(
+                    sums[:, anchor : anchor + anchors], slice(rows.start, rows.start + anchors)
+                )
             first, last = max(row, lo), min(row + count, hi)
             if first < last:
                 here = slice(rows.start + first - row, rows.start + last - row)
@@ -500,12 +555,22 @@ class GlobalSweeps(Sweeps):
     def _among_own(self, sweep: _Sweep, own: Block, result: Result) -> None:
         if self.ranks.sizes[self.ranks.rank] > 1:  # one pair has no negatives in its own block
             layout = self.layout
-            sweep.add(own, layout.split, layout.partner, [(result, slice(0, own.n_rows), own.anchors)])
+            sweep.add(
+                own, layout.split, layout.partner, [(result, slice(0, own.n_rows), own.anchors)]
+            )
 
     def _meet(
-        self, sweep: _Sweep, own: Block, result: Result, others: dict[int, Block], results: dict[int, Result]
+        self,
+        sweep: _Sweep,
+        own: Block,
+        result: Result,
+        others: dict[int, Block],
+        results: dict[int, Result],
     ) -> None:
-        """The own block against others that are here; rectangles with the same own rows become one."""
+        """The own block against others that are here.
+
+        Rectangles with the same own rows become one.
+        """
         rank, world, sizes = self.ranks.rank, self.ranks.world, self.ranks.sizes
         rectangles: dict[tuple[int, int, bool], list[tuple[int, slice]]] = defaultdict(list)
         for other in others:
@@ -515,19 +580,27 @@ class GlobalSweeps(Sweeps):
         for (start, stop, left), guests in rectangles.items():
             mine = own.part(slice(start, stop))
             parts = [others[other].part(rows) for other, rows in guests]
-            into = [(results[other], rows, block.anchors) for (other, rows), block in zip(guests, parts, strict=True)]
+            into = [
+                (results[other], rows, block.anchors)
+                for (other, rows), block in zip(guests, parts, strict=True)
+            ]
             split = mine.n_rows if left else sum(block.n_rows for block in parts)
             here = (result, slice(start, stop), mine.anchors)
-            parts, into = ([mine, *parts], [here, *into]) if left else ([*parts, mine], [*into, here])
+            parts, into = (
+                ([mine, *parts], [here, *into]) if left else ([*parts, mine], [*into, here])
+            )
             sweep.add(Block.join(parts), split, 0, into)
 
     def _like(self, block: Block, rank: int) -> list[tuple[Tensor | None, int]]:
-        """The tensors of a message that holds a block, with the number of rows they have for a process.
+        """The tensors of a message that holds a block, with the number of rows they have for a
+        process.
 
         The rows come last, because they may be narrow.
         """
         layout, (f, *others) = self.layouts[rank], block.rows
-        return [(x, layout.anchors) for x in block.scalars] + [(x, layout.rows) for x in (*others, f)]
+        return [(x, layout.anchors) for x in block.scalars] + [
+            (x, layout.rows) for x in (*others, f)
+        ]
 
     def _ring(self, sweep: _Sweep, own: Block) -> Result:
         ranks, zeros = self.ranks, self.tau.new_zeros
@@ -541,9 +614,17 @@ class GlobalSweeps(Sweeps):
 
         result, last = sweep.nothing(self.layout, zeros(size(rank))), world // 2
         if last:
-            block = ranks.exchange(pack([x for x, _ in self._like(own, rank)]), rank - 1, message_bytes(rank + 1), rank + 1, 0)
+            block = ranks.exchange(
+                pack([x for x, _ in self._like(own, rank)]),
+                rank - 1,
+                message_bytes(rank + 1),
+                rank + 1,
+                0,
+            )
         self._among_own(sweep, own, result)
-        behind: Arrival | None = None  # results of the block at hand from the processes it has visited
+        behind: Arrival | None = (
+            None  # results of the block at hand from the processes it has visited
+        )
         for step in steps(world):
             other = (rank + step) % world
             message = block.wait()
@@ -584,13 +665,18 @@ class GlobalSweeps(Sweeps):
             vectors = unpack(messages[other], [(x, layout.anchors) for x in scalars])
             blocks[other] = Block(Rows(f, *others), RowScalars(*vectors))
         flat = self.tau.new_zeros(ranks.world, max(sweep.size(layout) for layout in self.layouts))
-        results = [sweep.nothing(layout, flat[r, : sweep.size(layout)]) for r, layout in enumerate(self.layouts)]
+        results = [
+            sweep.nothing(layout, flat[r, : sweep.size(layout)])
+            for r, layout in enumerate(self.layouts)
+        ]
         mine = results[ranks.rank]
         self._among_own(sweep, own, mine)
         self._meet(sweep, own, mine, blocks, dict(enumerate(results)))
         if not starts_at_minus_infinity(sweep.terms):
             return Result(sweep, self.layout, ranks.reduce_scatter(flat)[: mine.flat.numel()])
-        top = self.tau.new_full((ranks.world, max(layout.anchors for layout in self.layouts)), -torch.inf)
+        top = self.tau.new_full(
+            (ranks.world, max(layout.anchors for layout in self.layouts)), -torch.inf
+        )
         for row, result in zip(top, results, strict=True):
             row[: result.sums.shape[1]] = result.sums[0]
         top = ranks.all_reduce(top, dist.ReduceOp.MAX)
@@ -611,40 +697,50 @@ class GlobalSweeps(Sweeps):
         return self.ranks.all_gather(message)
 
 
-# --- autograd ---------------------------------------------------------------------------------------------------------
+# --- autograd -------------------------------------------------------------------------------------
 
 
 class GlobalProblem(Problem):
     """This rank's part of a batch: solves its rows, then their gradient."""
 
     def __init__(self, features: Features, pos: Tensor, tau: Tensor, call: BoundCall) -> None:
-        super().__init__(features, pos, tau, call, sweeps=GlobalSweeps(features.rows, pos, tau, call))
+        super().__init__(
+            features, pos, tau, call, sweeps=GlobalSweeps(features.rows, pos, tau, call)
+        )
 
     def reduce(self, row_losses: Tensor) -> Tensor:
         return global_reduce(row_losses, self.call, self.call.ranks)
 
     def total(self, x: Tensor) -> Tensor:
-        # With "none" each process has an objective and a copy of τ of its own, so the result is their average; a
-        # shared loss is its own average.
+        # With "none" each process has an objective and a copy of τ of its own, so the result is
+        # their average; a shared loss is its own average.
         ranks = self.call.ranks
         total = ranks.all_reduce(x)
         return total / ranks.world if self.call.reduction == "none" else total
 
     def loss_and_gradient(self, need: Need) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """As for one process, except that dz belongs to the sum over all ranks' results, P times the loss."""
+        """As for one process, except that dz belongs to the sum over all ranks' results, P times
+        the loss.
+        """
         loss, dz, dtau = super().loss_and_gradient(need)
         return loss, None if dz is None else dz.mul_(self.call.ranks.world), dtau
 
 
 def global_weights(grad: Tensor, loss: Loss, ranks: Ranks) -> Tensor:
-    """(anchors,) of this process: derivative in its row losses of the sum over all ranks' results."""
+    """(anchors,) of this process: derivative in its row losses of the sum over all ranks'
+    results.
+    """
     if loss.reduction == "none":
         return (grad / 2).repeat(2) if loss.two_directions else grad
-    return (grad * (ranks.world / loss.divisor(ranks.total))).expand(loss.anchors(ranks.sizes[ranks.rank]))
+    return (grad * (ranks.world / loss.divisor(ranks.total))).expand(
+        loss.anchors(ranks.sizes[ranks.rank])
+    )
 
 
 def global_reduce(row_losses: Tensor, loss: Loss, ranks: Ranks) -> Tensor:
-    """(anchors,) of this process → its own values with reduction "none", else the loss of the whole batch."""
+    """(anchors,) of this process → its own values with reduction "none", else the loss of the
+    whole batch.
+    """
     if loss.reduction == "none":
         return loss.reduce(row_losses)
     total = ranks.all_reduce(replace(loss, reduction="sum").reduce(row_losses))
@@ -654,7 +750,9 @@ def global_reduce(row_losses: Tensor, loss: Loss, ranks: Ranks) -> Tensor:
 
 
 class GlobalClosedForm(torch.autograd.Function):
-    """Loss of a constant-α objective over all ranks' pairs: one sum of rows goes around, its gradient back."""
+    """Loss of a constant-α objective over all ranks' pairs: one sum of rows goes around, its
+    gradient back.
+    """
 
     @staticmethod
     def forward(ctx, z1: Tensor, z2: Tensor, call: BoundCall) -> Tensor:
@@ -664,7 +762,9 @@ class GlobalClosedForm(torch.autograd.Function):
             ctx.save_for_backward(z1, z2)
         elif any(ranks.want):
             grads = closed.gradient(closed.losses.new_ones(()))
-            ctx.save_for_backward(*(g if need else None for g, need in zip(grads, ctx.need, strict=True)))
+            ctx.save_for_backward(
+                *(g if need else None for g, need in zip(grads, ctx.need, strict=True))
+            )
         return global_reduce(closed.losses.detach(), call, ranks)
 
     @staticmethod
@@ -680,9 +780,11 @@ class GlobalClosedForm(torch.autograd.Function):
 
 
 class _ClosedProblem:
-    """Row losses of this rank and their gradient: autograd on both sides of the all-reduced sums, which are leaves.
+    """Row losses of this rank and their gradient: autograd on both sides of the all-reduced sums,
+    which are leaves.
 
-    A sum inside the graph would be a message that autograd sends at a time of its own, and never without rows.
+    A sum inside the graph would be a message that autograd sends at a time of its own, and never
+    without rows.
     """
 
     def __init__(self, z1: Tensor, z2: Tensor, call: BoundCall) -> None:
@@ -705,8 +807,13 @@ class _ClosedProblem:
     def gradient(self, grad: Tensor) -> list[Tensor]:
         """dz1, dz2 in the accumulation dtype for an incoming gradient."""
         weights = global_weights(grad.to(self.losses.dtype), self.call, self.ranks)
-        options = {"allow_unused": True, "materialize_grads": True}  # one_view's negatives are z1 alone
-        direct = torch.autograd.grad(self.losses, (*self.views, *self.all_sums), weights, retain_graph=True, **options)
+        options = {
+            "allow_unused": True,
+            "materialize_grads": True,
+        }  # one_view's negatives are z1 alone
+        direct = torch.autograd.grad(
+            self.losses, (*self.views, *self.all_sums), weights, retain_graph=True, **options
+        )
         back = [self.ranks.all_reduce(g) for g in direct[2:]]
         through_sums = torch.autograd.grad(self.own_sums, self.views, back, **options)
         return [a + b for a, b in zip(direct[:2], through_sums, strict=True)]

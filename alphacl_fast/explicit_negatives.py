@@ -1,8 +1,10 @@
 """`loss_against` and `supcon_loss`: losses with explicit negatives and given positive similarities.
 
-`alpha_cl_loss` derives negatives and positives from two views. Memory banks (MoCo), several positives per
-anchor (supervised contrastive) and more candidates than anchors (retrieval) need the same sums over other
-pairs: anchors z (N, D) meet all rows of ``negatives`` (M, D), or one another, and t⁺ (N,) is given. The same
+`alpha_cl_loss` derives negatives and positives from two views. Memory banks (MoCo), several
+positives per anchor (supervised contrastive) and more candidates than anchors (retrieval) need the
+same sums over other
+pairs: anchors z (N, D) meet all rows of ``negatives`` (M, D), or one another, and t⁺ (N,) is given.
+    The same
 two sweeps serve them on every backend; t_ij = ⟨z_i, y_j⟩ with rows as given.
 """
 
@@ -50,20 +52,23 @@ def loss_against(
     Gradients flow to z, negatives, positive and a tensor temperature.
 
     Args:
-        z: (N, D) anchors, N ≥ 1, float32, float64, bfloat16 or float16. Rows are used as given: normalise
-            them for cosine similarity.
+        z: (N, D) anchors, N ≥ 1, float32, float64, bfloat16 or float16. Rows are used as given:
+            normalise them for cosine similarity.
         negatives: (M, D) with the dtype and device of z, M ≥ 1. None: the other rows of z, N ≥ 2.
-        positive: (N,) similarity t⁺ of every anchor with its positive, float32 (float64 for float64 z).
+        positive: (N,) similarity t⁺ of every anchor with its positive, float32 (float64 for float64
+            z).
         objective: a name listed by `alphacl_fast.objectives.names`, or an `Objective`; d² = 1 − t.
         temperature: τ > 0, a float or a tensor with one element.
         reduction: "mean", "sum" or "none".
         backend: "auto" or the name of a sweep backend. There is no oracle: "reference" is refused.
-        precision: arithmetic of float32 matrix products, as of `alphacl_fast.functional.alpha_cl_loss`.
-        ids: (N,) integers, moved to z's device if necessary. A row of ``negatives`` (or of z) that has
-            the anchor's id is not its negative: in a queue, an earlier key of the same sample or class.
-            An anchor that has no negatives left has loss 0 and no gradient, and "mean" still counts it.
-        negative_ids: (M,) integers, the ids of ``negatives``; required exactly if both ``negatives`` and
-            ``ids`` are given.
+        precision: arithmetic of float32 matrix products, as of
+            `alphacl_fast.functional.alpha_cl_loss`.
+        ids: (N,) integers, moved to z's device if necessary. A row of ``negatives`` (or of z) that
+            has the anchor's id is not its negative: in a queue, an earlier key of the same sample
+            or class. An anchor that has no negatives left has loss 0 and no gradient, and "mean"
+            still counts it.
+        negative_ids: (M,) integers, the ids of ``negatives``; required exactly if both
+            ``negatives`` and ``ids`` are given.
         **options: options of the objective, by its own names.
 
     Returns:
@@ -73,13 +78,20 @@ def loss_against(
         TypeError, ValueError: a bad argument; the message names it, what was expected and what was
             received.
 
-    Source: arXiv:1911.05722 (queue of negatives); arXiv:2004.11362 (several positives: t⁺ is their mean,
+    Source: arXiv:1911.05722 (queue of negatives); arXiv:2004.11362 (several positives: t⁺ is their
+        mean,
     epsilon=0).
     """
     call = functional.make_call(
-        objective, options, similarity="dot", negatives="one_view", symmetric=True, reduction=reduction, backend=backend,
+        objective,
+        options,
+        similarity="dot",
+        negatives="one_view",
+        symmetric=True,
+        reduction=reduction,
+        backend=backend,
         precision=precision,
-    )  # fmt: skip
+    )
     if backend == "reference":
         raise ValueError("backend must not be 'reference': the oracle has two views")
     other = z if negatives is None else negatives
@@ -87,15 +99,28 @@ def loss_against(
     functional.check_rows("negatives", other, fewest=1)
     if (other.shape[1], other.dtype, other.device) != (z.shape[1], z.dtype, z.device):
         raise ValueError(
-            f"negatives must have the width, dtype and device of z ({z.shape[1]}, {z.dtype}, {z.device}), "
+            f"negatives must have the width, dtype and device of z ({z.shape[1]}, {z.dtype}, "
+            f"{z.device}), "
             f"got {other.shape[1]}, {other.dtype}, {other.device}"
         )
     wide = accumulation_dtype(z.dtype)
-    if not isinstance(positive, Tensor) or positive.shape != z.shape[:1] or positive.device != z.device:
-        got = f"{tuple(positive.shape)} on {positive.device}" if isinstance(positive, Tensor) else type(positive).__name__
-        raise ValueError(f"positive must be a tensor of shape {tuple(z.shape[:1])} on {z.device}, got {got}")
+    if (
+        not isinstance(positive, Tensor)
+        or positive.shape != z.shape[:1]
+        or positive.device != z.device
+    ):
+        got = (
+            f"{tuple(positive.shape)} on {positive.device}"
+            if isinstance(positive, Tensor)
+            else type(positive).__name__
+        )
+        raise ValueError(
+            f"positive must be a tensor of shape {tuple(z.shape[:1])} on {z.device}, got {got}"
+        )
     functional.check_temperature(temperature, call.objective)
-    tau, bound, _ = functional.bind_temperature(z, temperature, call, ids is not None, reduction="none")
+    tau, bound, _ = functional.bind_temperature(
+        z, temperature, call, ids is not None, reduction="none"
+    )
     layout = _layout(len(z), len(z) if negatives is None else len(z) + len(negatives))
     same_id = _same_id(z, negatives, ids, negative_ids, layout)
     with without_autocast(z.device):
@@ -106,25 +131,33 @@ def loss_against(
             losses = constant_alpha(call.objective, mean - positive, layout, same_id)
         else:
             learn_tau = tau.requires_grad and torch.is_grad_enabled()
-            losses = _ExplicitNegatives.apply(z, negatives, positive, tau, bound, same_id, learn_tau)[0]
+            losses = _ExplicitNegatives.apply(
+                z, negatives, positive, tau, bound, same_id, learn_tau
+            )[0]
     return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
 
 
 def supcon_loss(
-    z: Tensor, ids: Tensor, *, temperature: float | Tensor = 0.1, reduction: str = "mean", backend: str = "auto",
+    z: Tensor,
+    ids: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    reduction: str = "mean",
+    backend: str = "auto",
     precision: str | None = None,
 ) -> Tensor:
     """Supervised contrastive loss: the positives of a row are all other rows with its id.
 
-    L_i = log Σ_{a≠i} exp(s_ia/τ) − mean_{p≠i, id_p = id_i} s_ip/τ with the cosine s: InfoNCE (ε = 0) against
-    all other rows, where t⁺ is the mean over the positives. The mean is one product with the sum of the
-    rows of an id, so memory is O(n·D).
+    L_i = log Σ_{a≠i} exp(s_ia/τ) − mean_{p≠i, id_p = id_i} s_ip/τ with the cosine s: InfoNCE (ε =
+    0) against all other rows, where t⁺ is the mean over the positives. The mean is one product with
+    the sum of the rows of an id, so memory is O(n·D).
 
     Args:
         z: (n, D) embeddings of all views, n ≥ 2; they are normalised here.
         ids: (n,) integers, the labels.
         temperature: τ > 0, a float or a tensor with one element.
-        reduction: "mean" or "sum" over the rows that have a positive, or "none": (n,), 0 for rows without.
+        reduction: "mean" or "sum" over the rows that have a positive, or "none": (n,), 0 for rows
+            without.
         backend: as of `loss_against`.
         precision: as of `loss_against`.
 
@@ -134,20 +167,35 @@ def supcon_loss(
     Source: Khosla et al., arXiv:2004.11362, L_out.
     """
     functional.check_rows("z", z, fewest=2)
-    if not isinstance(ids, Tensor) or ids.shape != z.shape[:1] or ids.is_floating_point() or ids.is_complex():
+    if (
+        not isinstance(ids, Tensor)
+        or ids.shape != z.shape[:1]
+        or ids.is_floating_point()
+        or ids.is_complex()
+    ):
         got = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(f"ids must be integers of shape {tuple(z.shape[:1])}, got {got}")
     if reduction not in functional.REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(map(repr, functional.REDUCTIONS))}, got {reduction!r}")
+        raise ValueError(
+            f"reduction must be one of {', '.join(map(repr, functional.REDUCTIONS))}, got "
+            f"{reduction!r}"
+        )
     rows = unit_rows(z)
     labels, place, sizes = ids.to(z.device).unique(return_inverse=True, return_counts=True)
     others = sizes[place] - 1
     sums = rows.new_zeros(len(labels), rows.shape[1]).index_add(0, place, rows)
     positive = (rows * (sums[place] - rows)).sum(1) / others.clamp(min=1)
     losses = loss_against(
-        rows, None, positive, "infonce", epsilon=0.0, temperature=temperature, reduction="none", backend=backend,
+        rows,
+        None,
+        positive,
+        "infonce",
+        epsilon=0.0,
+        temperature=temperature,
+        reduction="none",
+        backend=backend,
         precision=precision,
-    )  # fmt: skip
+    )
     losses = torch.where(others > 0, losses, 0.0)
     if reduction == "none":
         return losses
@@ -168,7 +216,11 @@ def _same_id(
 ) -> SameId | None:
     """The ids of all rows that the sweeps see, from ids that are checked here."""
     if (negative_ids is None) != (ids is None or negatives is None):
-        given = "got None" if negative_ids is None else f"got them with {'ids' if ids is None else 'negatives'}=None"
+        given = (
+            "got None"
+            if negative_ids is None
+            else f"got them with {'ids' if ids is None else 'negatives'}=None"
+        )
         raise ValueError(f"negative_ids must be given exactly if negatives and ids are, {given}")
     if ids is None:
         return None
@@ -179,7 +231,10 @@ def _same_id(
 
 
 class _GivenPositives(Problem):
-    """A problem whose positives' similarities t⁺ (N,) are given; rows are as given, [z; negatives]."""
+    """A problem whose positives' similarities t⁺ (N,) are given; rows are as given, [z.
+
+    Negatives].
+    """
 
     def __init__(
         self, features: Features, pos: Tensor, tau: Tensor, call: BoundCall, same_id: SameId | None
@@ -189,7 +244,9 @@ class _GivenPositives(Problem):
         super().__init__(features, pos, tau, call, same_id, sweeps)
         self.n_first = len(pos)
 
-    def _to_views(self, df: Tensor, q: Tensor, weight_sums: Tensor, used: slice, views: slice) -> Tensor:
+    def _to_views(
+        self, df: Tensor, q: Tensor, weight_sums: Tensor, used: slice, views: slice
+    ) -> Tensor:
         return df.view(-1, self.features.rows.f.shape[1])
 
 
@@ -232,7 +289,9 @@ class _ExplicitNegatives(torch.autograd.Function):
             dz, dtau = problem.gradient(saved.solution, grad, (need_z, need_negatives, need_tau))
             gradients = (
                 dz[:n].to(saved.features.rows.f.dtype) if need_z else None,
-                dz[n if need_z else 0 :].to(saved.features.rows.f.dtype) if need_negatives else None,
+                dz[n if need_z else 0 :].to(saved.features.rows.f.dtype)
+                if need_negatives
+                else None,
                 -(saved.solution.mass * grad) if need_pos else None,
                 dtau.to(tau.dtype) if need_tau else None,
             )

@@ -46,43 +46,45 @@ def alpha_cl_loss(
     ids: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """Contrastive loss of a batch of positive pairs, differentiable in z1, z2 and a tensor temperature.
+    """Contrastive loss of a batch of positive pairs, differentiable in z1, z2 and a tensor
+    temperature.
 
     Args:
-        z1: (N, D) embeddings of the first view, N ≥ 2, in float32, float64, bfloat16 or float16. Any
-            strides are accepted.
-        z2: (N, D) embeddings of the second view, with the dtype and device of z1; rows i of both are a
-            positive pair.
+        z1: (N, D) embeddings of the first view, N ≥ 2, in float32, float64, bfloat16 or float16.
+            Any strides are accepted.
+        z2: (N, D) embeddings of the second view, with the dtype and device of z1; rows i of both
+            are a positive pair.
         objective: a name listed by `alphacl_fast.objectives.names`, or an `Objective`.
         temperature: τ > 0, a float or a tensor with one element, differentiable where the objective
             allows it. The host never reads a tensor on an accelerator, so its value is not checked.
-        similarity: "cosine" (rows are normalised here; an all-zero row has gradient 0), "dot" (rows as
-            given) or "euclidean" (t = −½‖z_i − z_j‖²).
-        negatives: "two_view" (2N anchors against all other rows but the positive), "one_view" (anchors
-            and negatives are the rows of z1) or "cross_view" (anchors z1 against z2).
+        similarity: "cosine" (rows are normalised here; an all-zero row has gradient 0), "dot" (rows
+            as given) or "euclidean" (t = −½‖z_i − z_j‖²).
+        negatives: "two_view" (2N anchors against all other rows but the positive), "one_view"
+            (anchors and negatives are the rows of z1) or "cross_view" (anchors z1 against z2).
         symmetric: with "cross_view", whether the rows of z2 are anchors too; both directions are
             averaged. Ignored unless negatives="cross_view".
         reduction: "mean" or "sum" over the anchors, or "none": (2N,) for two_view, else (N,).
-        backend: "auto", "cpu" (compiled C++), "triton" (GPUs), "cuda" (compiled CUDA C++, NVIDIA GPUs),
-            "blocked" (PyTorch operations, any device) or "reference" (dense: the oracle).
+        backend: "auto", "cpu" (compiled C++), "triton" (GPUs), "cuda" (compiled CUDA C++, NVIDIA
+            GPUs), "blocked" (PyTorch operations, any device) or "reference" (dense: the oracle).
         precision: arithmetic of float32 matrix products. None follows
-            `torch.get_float32_matmul_precision`; "ieee", "tf32" or "bf16x3" (three products of bfloat16
-            halves) demands one, and a backend that lacks it refuses the call.
-        process_group: a `torch.distributed.ProcessGroup` or "world", whose ranks share one batch. Each
-            rank passes its own pairs (any number) and receives the loss of the whole batch or, with
-            reduction="none", the losses of its own anchors. All ranks must make the same call. Each
-            rank differentiates Σ_r L_r, so DDP's or FSDP's averaging gives the gradient of the
+            `torch.get_float32_matmul_precision`; "ieee", "tf32" or "bf16x3" (three products of
+            bfloat16 halves) demands one, and a backend that lacks it refuses the call.
+        process_group: a `torch.distributed.ProcessGroup` or "world", whose ranks share one batch.
+            Each rank passes its own pairs (any number) and receives the loss of the whole batch or,
+            with reduction="none", the losses of its own anchors. All ranks must make the same call.
+            Each rank differentiates Σ_r L_r, so DDP's or FSDP's averaging gives the gradient of the
             whole batch; the temperature's gradient is that average on every rank. Unless
-            reduction="none", the incoming gradient must be the same on all ranks. None: this process
-            alone.
-        strategy: how ranks exchange rows: "gather" (all-gather and reduce-scatter; few messages), "ring"
-            (messages overlap with computation; memory for a few local blocks) or "auto" (gather while
-            the whole batch takes at most 256 MiB). Only with a process group.
-        ids: (N,) integers, moved to z1's device if necessary. Samples with equal ids are not negatives of
-            each other in either view (false-negative elimination, arXiv:2011.11765). Pass labels, or the
-            index of the instance that was augmented. An anchor that has no negatives left has loss 0 and
-            no gradient, and "mean" still counts it. Not supported with a process group or
-            backend="cuda". None: only the anchor and its positive are excluded.
+            reduction="none", the incoming gradient must be the same on all ranks. None: this
+            process alone.
+        strategy: how ranks exchange rows: "gather" (all-gather and reduce-scatter; few messages),
+            "ring" (messages overlap with computation; memory for a few local blocks) or "auto"
+            (gather while the whole batch takes at most 256 MiB). Only with a process group.
+        ids: (N,) integers, moved to z1's device if necessary. Samples with equal ids are not
+            negatives of each other in either view (false-negative elimination, arXiv:2011.11765).
+            Pass labels, or the index of the instance that was augmented. An anchor that has no
+            negatives left has loss 0 and no gradient, and "mean" still counts it. Not supported
+            with a process group or backend="cuda". None: only the anchor and its positive are
+            excluded.
         **options: options of the objective, by its own names.
 
     Returns:
@@ -99,9 +101,16 @@ def alpha_cl_loss(
     group = make_group(process_group, strategy)
     try:
         call = make_call(
-            objective, options, similarity=similarity, negatives=negatives, symmetric=symmetric, reduction=reduction,
-            backend=backend, precision=precision, process_group=group,
-        )  # fmt: skip
+            objective,
+            options,
+            similarity=similarity,
+            negatives=negatives,
+            symmetric=symmetric,
+            reduction=reduction,
+            backend=backend,
+            precision=precision,
+            process_group=group,
+        )
     except (TypeError, ValueError) as error:
         if group is not None:
             distributed.agree(group, None, None, None, None, error)  # raises
@@ -147,7 +156,9 @@ def check_temperature(temperature: float | Tensor, objective: Objective) -> None
     """Raises unless τ is finite and positive, and has a gradient wherever it requires one."""
     if isinstance(temperature, Tensor):
         if temperature.numel() != 1:
-            raise ValueError(f"temperature must have one element, got shape {tuple(temperature.shape)}")
+            raise ValueError(
+                f"temperature must have one element, got shape {tuple(temperature.shape)}"
+            )
         if not temperature.is_floating_point():
             raise TypeError(f"temperature must be a floating-point tensor, got {temperature.dtype}")
         if temperature.requires_grad and objective.tau_gradient is None:
@@ -161,7 +172,9 @@ def check_temperature(temperature: float | Tensor, objective: Objective) -> None
             return
         value = temperature.detach().item()
     elif isinstance(temperature, bool) or not isinstance(temperature, Real):
-        raise TypeError(f"temperature must be a float or a tensor, got {type(temperature).__name__}")
+        raise TypeError(
+            f"temperature must be a float or a tensor, got {type(temperature).__name__}"
+        )
     else:
         value = temperature
     if not value > 0 or value == math.inf:
@@ -173,7 +186,10 @@ def check_temperature(temperature: float | Tensor, objective: Objective) -> None
 def evaluate(
     z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, ids: Tensor | None = None
 ) -> tuple[Tensor, str, str]:
-    """The loss, the backend that computed it and why; checks everything that `make_call` has not checked."""
+    """The loss, the backend that computed it and why.
+
+    Checks everything that `make_call` has not checked.
+    """
     if call.process_group is not None:
         return _evaluate_over_ranks(z1, z2, temperature, call, ids)
     tau, bound, why = bind(z1, z2, temperature, call, ids is not None)
@@ -213,7 +229,9 @@ def _evaluate_over_ranks(
                 "negatives of other processes are not left out by id"
             )
         tau, bound, why = bind(z1, z2, temperature, call)
-    except Exception as error:  # the other processes wait for this one, so they must learn of any error
+    except (
+        Exception
+    ) as error:  # the other processes wait for this one, so they must learn of any error
         failure = error
     ranks = distributed.agree(call.process_group, z1, z2, tau, bound, failure)
     loss = distributed.global_loss(z1, z2, tau, replace(bound, ranks=ranks))
@@ -223,7 +241,10 @@ def _evaluate_over_ranks(
 def bind(
     z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, with_ids: bool = False
 ) -> tuple[Tensor, BoundCall, str]:
-    """Checks embeddings and temperature; τ as a tensor, the call bound to its backend, and why that backend."""
+    """Checks embeddings and temperature.
+
+    Τ as a tensor, the call bound to its backend, and why that backend.
+    """
     check_temperature(temperature, call.objective)
     check_embeddings(z1, z2, fewest=2 if call.process_group is None else 0)
     return bind_temperature(z1, temperature, call, with_ids)
@@ -232,7 +253,10 @@ def bind(
 def bind_temperature(
     z1: Tensor, temperature: float | Tensor, call: Call, with_ids: bool = False, **changes: Any
 ) -> tuple[Tensor, BoundCall, str]:
-    """As `bind`, for embeddings and a temperature that have been checked; ``changes`` to the call."""
+    """As `bind`, for embeddings and a temperature that have been checked.
+
+    ``changes`` to the call.
+    """
     if not torch.compiler.is_compiling():  # else the operator checks
         call.objective.check()
     operands = ("ids",) if with_ids else ()
@@ -251,7 +275,9 @@ def bind_temperature(
 
 
 def check_embeddings(z1: Tensor, z2: Tensor, fewest: int = 2) -> None:
-    """Raises unless z1 and z2 are (N, D) float tensors of one shape, dtype and device with N ≥ ``fewest``."""
+    """Raises unless z1 and z2 are (N, D) float tensors of one shape, dtype and device with N ≥
+    ``fewest``.
+    """
     check_rows("z1", z1)
     check_rows("z2", z2)
     if z2.shape != z1.shape:
@@ -261,7 +287,9 @@ def check_embeddings(z1: Tensor, z2: Tensor, fewest: int = 2) -> None:
     if z2.device != z1.device:
         raise ValueError(f"z2 must be on the device of z1 ({z1.device}), got {z2.device}")
     if z1.shape[0] < fewest:
-        raise ValueError(f"z1 must have at least 2 rows (one pair has no negatives), got shape {tuple(z1.shape)}")
+        raise ValueError(
+            f"z1 must have at least 2 rows (one pair has no negatives), got shape {tuple(z1.shape)}"
+        )
     if z1.shape[1] < 1:
         raise ValueError(f"z1 must have at least 1 column, got shape {tuple(z1.shape)}")
 
@@ -271,16 +299,23 @@ def check_rows(name: str, z: Tensor, fewest: int = 0) -> None:
     if not isinstance(z, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(z).__name__}")
     if hasattr(z, "device_mesh"):
-        raise TypeError(f"{name} must be a plain tensor, got a DTensor (pass z.to_local() or z.full_tensor())")
+        raise TypeError(
+            f"{name} must be a plain tensor, got a DTensor (pass z.to_local() or z.full_tensor())"
+        )
     if z.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got {z.layout}")
     if z.dtype not in DTYPES:
         expected = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-        raise TypeError(f"{name} must have one of the dtypes {expected}, got {str(z.dtype).removeprefix('torch.')}")
+        raise TypeError(
+            f"{name} must have one of the dtypes {expected}, got "
+            f"{str(z.dtype).removeprefix('torch.')}"
+        )
     if z.dim() != 2:
         raise ValueError(f"{name} must have shape (N, D), got {tuple(z.shape)}")
     if z.shape[0] < fewest or (fewest and z.shape[1] < 1):
-        raise ValueError(f"{name} must have at least {fewest} rows and 1 column, got shape {tuple(z.shape)}")
+        raise ValueError(
+            f"{name} must have at least {fewest} rows and 1 column, got shape {tuple(z.shape)}"
+        )
 
 
 def checked_ids(name: str, ids: Tensor, rows: Tensor) -> Tensor:
@@ -297,4 +332,6 @@ def checked_ids(name: str, ids: Tensor, rows: Tensor) -> Tensor:
 
 def _one_of(name: str, value: Any, valid: tuple[Any, ...]) -> None:
     if value not in valid:
-        raise ValueError(f"{name} must be one of {', '.join(repr(v) for v in valid)}, got {value!r}")
+        raise ValueError(
+            f"{name} must be one of {', '.join(repr(v) for v in valid)}, got {value!r}"
+        )

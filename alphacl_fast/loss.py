@@ -13,22 +13,24 @@ from .pair_weights import SETTINGS, AlphaSummary, alpha_summary
 
 
 class FusedAlphaCLLoss(nn.Module):
-    """Contrastive loss of the α-CL family that never stores the N×N matrix. Call it as ``loss(z1, z2)``.
+    """Contrastive loss of the α-CL family that never stores the N×N matrix. Call it as ``loss(z1,
+    z2)``.
 
     Args:
         objective: a name listed by `alphacl_fast.objectives.names`, or an `Objective`.
-        temperature: τ as a float, a tensor or an ``nn.Parameter``. A parameter is learnt with its exact
-            gradient, where the objective has one; a tensor becomes a buffer.
+        temperature: τ as a float, a tensor or an ``nn.Parameter``. A parameter is learnt with its
+            exact gradient, where the objective has one; a tensor becomes a buffer.
         similarity: "cosine", "dot" or "euclidean", as of `alphacl_fast.functional.alpha_cl_loss`.
         negatives: "two_view", "one_view" or "cross_view", likewise.
         symmetric: whether "cross_view" averages both directions.
         reduction: "mean", "sum" or "none".
         backend: "auto" or the name of a backend.
         precision: arithmetic of float32 matrix products; None follows torch.
-        process_group: None, "world" or a `torch.distributed.ProcessGroup` whose ranks share one batch.
+        process_group: None, "world" or a `torch.distributed.ProcessGroup` whose ranks share one
+            batch.
         strategy: how those ranks exchange rows: "auto", "gather" or "ring".
-        temperature_range: (low, high) to which a learnable temperature is clamped in place before each
-            use, as CLIP clamps its scale; None leaves it alone.
+        temperature_range: (low, high) to which a learnable temperature is clamped in place before
+            each use, as CLIP clamps its scale; None leaves it alone.
         **options: options of the objective, by its own names.
 
     Shape:
@@ -38,9 +40,9 @@ class FusedAlphaCLLoss(nn.Module):
           float64 input).
 
     Raises:
-        TypeError, ValueError: the constructor raises on bad options, the call on bad embeddings or ids
-            (with a process group: on every rank). The message has the name, what was expected and what
-            was received.
+        TypeError, ValueError: the constructor raises on bad options, the call on bad embeddings or
+            ids (with a process group: on every rank). The message has the name, what was expected
+            and what was received.
 
     Source: Y. Tian, "Understanding Deep Contrastive Learning via Coordinate-wise Optimization",
     NeurIPS 2022, arXiv:2201.12680.
@@ -64,16 +66,33 @@ class FusedAlphaCLLoss(nn.Module):
     ) -> None:
         super().__init__()
         self._call = functional.make_call(
-            objective, options, similarity=similarity, negatives=negatives, symmetric=symmetric, reduction=reduction,
-            backend=backend, precision=precision, process_group=functional.make_group(process_group, strategy),
-        )  # fmt: skip
+            objective,
+            options,
+            similarity=similarity,
+            negatives=negatives,
+            symmetric=symmetric,
+            reduction=reduction,
+            backend=backend,
+            precision=precision,
+            process_group=functional.make_group(process_group, strategy),
+        )
         functional.check_temperature(temperature, self._call.objective)
         if isinstance(temperature, Tensor) and not temperature.is_leaf:
-            raise ValueError("temperature must be a leaf tensor or an nn.Parameter, got the result of an operation")
+            raise ValueError(
+                "temperature must be a leaf tensor or an nn.Parameter, got the result of an "
+                "operation"
+            )
         if temperature_range is not None and not isinstance(temperature, Tensor):
-            raise ValueError(f"temperature_range must be None with a fixed temperature, got {temperature_range!r}")
+            raise ValueError(
+                "temperature_range must be None with a fixed temperature, got "
+                f"{temperature_range!r}"
+            )
         self.temperature_range = _checked_range(temperature_range)
-        if isinstance(temperature, Tensor) and not isinstance(temperature, nn.Parameter) and not temperature.requires_grad:
+        if (
+            isinstance(temperature, Tensor)
+            and not isinstance(temperature, nn.Parameter)
+            and not temperature.requires_grad
+        ):
             self.register_buffer("temperature", temperature.clone())
         else:
             self.temperature = temperature
@@ -102,7 +121,8 @@ class FusedAlphaCLLoss(nn.Module):
         return loss
 
     def alpha_summary(self, z1: Tensor, z2: Tensor, *, k: int = 8, bins: int = 40) -> AlphaSummary:
-        """Statistics of α on these embeddings (`alphacl_fast.alpha_summary`), for this process's pairs alone.
+        """Statistics of α on these embeddings (`alphacl_fast.alpha_summary`), for this process's
+        pairs alone.
 
         Args:
             z1: (N, D) embeddings of the first view.
@@ -120,7 +140,11 @@ class FusedAlphaCLLoss(nn.Module):
         """Every setting, and the backend with the reason for its choice."""
         call = self._call
         tau = self.temperature
-        shown = f"{tau.item():.6g} (tensor)" if isinstance(tau, Tensor) and tau.device.type == "cpu" else tau
+        shown = (
+            f"{tau.item():.6g} (tensor)"
+            if isinstance(tau, Tensor) and tau.device.type == "cpu"
+            else tau
+        )
         parts = [str(call.objective), f"temperature={shown}", f"similarity={call.similarity!r}"]
         parts += [f"negatives={call.negatives!r}"]
         if call.negatives == "cross_view":
@@ -134,7 +158,13 @@ class FusedAlphaCLLoss(nn.Module):
             chosen = "last call: " + ", ".join(self._served)
         else:
             try:
-                name, why = ops.choose(call.backend, torch.device("cpu"), torch.float32, call.precision, call.objective.kind)
+                name, why = ops.choose(
+                    call.backend,
+                    torch.device("cpu"),
+                    torch.float32,
+                    call.precision,
+                    call.objective.kind,
+                )
                 chosen = f"on a CPU: {name}, {why}"
             except ValueError as error:
                 chosen = str(error)
@@ -147,7 +177,9 @@ def _checked_range(value: Any) -> tuple[float, float] | None:
     try:
         low, high = (float(v) for v in value)
     except (TypeError, ValueError):
-        raise TypeError(f"temperature_range must be None or two numbers (low, high), got {value!r}") from None
+        raise TypeError(
+            f"temperature_range must be None or two numbers (low, high), got {value!r}"
+        ) from None
     if not 0 < low <= high:
         raise ValueError(f"temperature_range must satisfy 0 < low ≤ high, got {value!r}")
     return low, high

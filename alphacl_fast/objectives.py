@@ -1204,9 +1204,7 @@ def alpha_inverse(
 
     Source: arXiv:2201.12680, the code of its experiments.
     """
-    return _NamedPairWeight(
-        "inverse", (exponent / 2, order), normalized, alpha_eps, detach_alpha
-    )
+    return _NamedPairWeight("inverse", (exponent / 2, order), normalized, alpha_eps, detach_alpha)
 
 
 @_named

@@ -1,7 +1,8 @@
-"""The two operators `row_sums` and `pair_grad`, the O(n·D) steps around them, and the choice of a backend.
+"""The two operators `row_sums` and `pair_grad`, the O(n·D) steps around them, and the choice of a
+backend.
 
-The schema follows from the bundles (`bundles`), which are flattened here and nowhere else; docs/design.md
-says what each operand means.
+The schema follows from the bundles (`bundles`), which are flattened here and nowhere else;
+docs/design.md says what each operand means.
 """
 
 from __future__ import annotations
@@ -19,11 +20,16 @@ from .bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight
 from .objectives import ROW_STEPS, kind
 
 #: Sweep backends in the order in which "auto" tries them.
-SWEEP_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "cuda": cuda, "blocked": blocked}
+SWEEP_BACKENDS: dict[str, ModuleType] = {
+    "cpu": cpu,
+    "triton": triton,
+    "cuda": cuda,
+    "blocked": blocked,
+}
 #: Every name that ``backend=`` accepts.
 BACKEND_NAMES = ("auto", "reference", *SWEEP_BACKENDS)
 
-# --- the schema ---------------------------------------------------------------------------------------
+# --- the schema -----------------------------------------------------------------------------------
 
 _BUNDLES = (Rows, Pairing, PairFunction, RowScalars)
 _TYPES = {
@@ -50,7 +56,12 @@ def _unflatten(operands: tuple[Any, ...]) -> tuple[Rows, Pairing, PairFunction, 
         start = stop
     rows, pairing, function, scalars = bundles
     log_range = None if function.log_range is None else tuple(function.log_range)
-    return rows, pairing, function._replace(params=tuple(function.params), log_range=log_range), scalars
+    return (
+        rows,
+        pairing,
+        function._replace(params=tuple(function.params), log_range=log_range),
+        scalars,
+    )
 
 
 _LIBRARY = torch.library.Library("alphacl_fast", "DEF")
@@ -65,7 +76,7 @@ def _define(schema: str, function: Any, fake: Any) -> Any:
     return getattr(torch.ops.alphacl_fast, name).default
 
 
-# --- the sweeps ---------------------------------------------------------------------------------------
+# --- the sweeps -----------------------------------------------------------------------------------
 
 
 def _row_sums(*arguments):
@@ -83,7 +94,9 @@ def _row_sums_fake(*arguments):
 def _pair_grad(*arguments):
     *operands, weight, terms, low, high, precision, backend = arguments
     sweep = SWEEP_BACKENDS[backend].pair_grad
-    return sweep(*_unflatten(operands), Weight(weight), tuple(map(Term, terms)), (low, high), precision)
+    return sweep(
+        *_unflatten(operands), Weight(weight), tuple(map(Term, terms)), (low, high), precision
+    )
 
 
 def _pair_grad_fake(*arguments):
@@ -98,10 +111,13 @@ def _pair_grad_fake(*arguments):
 
 
 ROW_SUMS = _define(
-    f"row_sums({_OPERANDS}, int[] terms, str precision, str backend) -> Tensor", _row_sums, _row_sums_fake
+    f"row_sums({_OPERANDS}, int[] terms, str precision, str backend) -> Tensor",
+    _row_sums,
+    _row_sums_fake,
 )
 PAIR_GRAD = _define(
-    f"pair_grad({_OPERANDS}, int weight, int[] terms, int low, int high, str precision, str backend)"
+    f"pair_grad({_OPERANDS}, int weight, int[] terms, int low, int high, str precision, str "
+    "backend)"
     " -> (Tensor, Tensor, Tensor)",
     _pair_grad,
     _pair_grad_fake,
@@ -136,12 +152,15 @@ def pair_grad(
 
     Returns:
         df (high − low, D), Σ_j (g_ij + g_ji)·F_j of the rows ``wanted`` = (low, high); (n,) sums
-        of the weights g_ij + g_ji where rows have a bias, else (0,); (len(terms), anchors) sums as of `row_sums`.
+        of the weights g_ij + g_ji where rows have a bias, else (0,); (len(terms), anchors) sums as
+        of `row_sums`.
     """
-    return PAIR_GRAD(*rows, *pairing, *function, *scalars, weight, terms, *wanted, precision, backend)
+    return PAIR_GRAD(
+        *rows, *pairing, *function, *scalars, weight, terms, *wanted, precision, backend
+    )
 
 
-# --- O(n·D) steps, for backends that have them --------------------------------------------------------
+# --- O(n·D) steps, for backends that have them ----------------------------------------------------
 
 
 def _unit_rows_fake(z1, z2, backend):
@@ -150,13 +169,15 @@ def _unit_rows_fake(z1, z2, backend):
     return z1.new_empty((2 * n, dim)), *(z1.new_empty((2 * n,), dtype=wide) for _ in range(2))
 
 
-#: z1, z2 (N, D) → the stacked rows (2N, D) of unit length (raw for half precision), 1/‖z‖ and t⁺, (2N,) each.
+#: z1, z2 (N, D) → the stacked rows (2N, D) of unit length (raw for half precision), 1/‖z‖ and t⁺,
+#: (2N,) each.
 unit_rows = _define(
     "unit_rows(Tensor z1, Tensor z2, str backend) -> (Tensor, Tensor, Tensor)",
     lambda z1, z2, backend: SWEEP_BACKENDS[backend].unit_rows(z1, z2),
     _unit_rows_fake,
 )
-#: d (2N, D) ← the gradient in z: adds the positives' part, q (anchors,), and differentiates the normalisation.
+#: d (2N, D) ← the gradient in z: adds the positives' part, q (anchors,), and differentiates the
+#: normalisation.
 finish_rows = _define(
     "finish_rows(Tensor(a!) d, Tensor f, Tensor inv_norm, Tensor q, str backend) -> ()",
     lambda d, f, inv_norm, q, backend: SWEEP_BACKENDS[backend].finish_rows(d, f, inv_norm, q),
@@ -164,11 +185,12 @@ finish_rows = _define(
 )
 #: The outputs (K, anchors) of a row step of `objectives`, for vectors (anchors,).
 row_step = _define(
-    "row_step(Tensor[] vectors, Tensor tau, int n_neg, int divisor, int anchors, str step, float[] params, "
+    "row_step(Tensor[] vectors, Tensor tau, int n_neg, int divisor, int anchors, str step, "
+    "float[] params, "
     "str backend) -> Tensor",
-    lambda vectors, tau, n_neg, divisor, anchors, step, params, backend: SWEEP_BACKENDS[backend].row_step(
-        tuple(vectors), tau, n_neg, divisor, anchors, step, tuple(params)
-    ),
+    lambda vectors, tau, n_neg, divisor, anchors, step, params, backend: SWEEP_BACKENDS[
+        backend
+    ].row_step(tuple(vectors), tau, n_neg, divisor, anchors, step, tuple(params)),
     lambda vectors, tau, n_neg, divisor, anchors, step, params, backend: tau.new_empty(
         (len(ROW_STEPS[step].outputs), anchors)
     ),
@@ -180,7 +202,7 @@ def has(backend: str, step: str) -> bool:
     return hasattr(SWEEP_BACKENDS[backend], step)
 
 
-# --- operands -----------------------------------------------------------------------------------------
+# --- operands -------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=1024)
@@ -192,34 +214,52 @@ def log_range(name: str, params: tuple[float, ...], temperature: float) -> tuple
     return low, high
 
 
-# --- the choice of a backend --------------------------------------------------------------------------
+# --- the choice of a backend ----------------------------------------------------------------------
 
 
 def unsupported(
-    backend: str, device: torch.device, dtype: torch.dtype, precision: str | None, pair_kind: str = "",
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: str | None,
+    pair_kind: str = "",
     operands: tuple[str, ...] = (),
-) -> str | None:  # fmt: skip
-    """Why a sweep backend cannot serve a call, or None. ``operands``: the optional ones that the call has."""
+) -> str | None:
+    """Why a sweep backend cannot serve a call, or None. ``operands``: the optional ones that the
+    call has.
+    """
     module = SWEEP_BACKENDS[backend]
     missing = set(operands) - module.OPTIONAL_OPERANDS
     if missing:
-        able = [name for name, other in SWEEP_BACKENDS.items() if other.OPTIONAL_OPERANDS.issuperset(operands)]
+        able = [
+            name
+            for name, other in SWEEP_BACKENDS.items()
+            if other.OPTIONAL_OPERANDS.issuperset(operands)
+        ]
         return f"{', '.join(sorted(missing))}: not in this backend; use {' or '.join(able)}"
     return module.unsupported(device, dtype, precision, pair_kind)
 
 
-@torch.compiler.assume_constant_result  # it looks for packages and devices, and runs a user's function
+# it looks for packages and devices, and runs a user's function
+@torch.compiler.assume_constant_result
 def choose(
-    backend: str, device: torch.device, dtype: torch.dtype, precision: str | None, pair_kind: str = "",
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: str | None,
+    pair_kind: str = "",
     operands: tuple[str, ...] = (),
-) -> tuple[str, str]:  # fmt: skip
-    """The backend for a call with a pair kind ("": no pairwise work) and optional operands, and why it was chosen.
+) -> tuple[str, str]:
+    """The backend for a call with a pair kind ("": no pairwise work) and optional operands, and why
+    it was chosen.
 
     Raises:
         ValueError: no backend (or not the one asked for) can serve the call; the message says why.
     """
     if backend == "reference":
-        reason = blocked.unsupported(device, dtype, precision, pair_kind)  # the oracle multiplies through torch as well
+        reason = blocked.unsupported(
+            device, dtype, precision, pair_kind
+        )  # the oracle multiplies through torch as well
         if reason:
             raise ValueError(f"backend 'reference' cannot serve this call: {reason}")
         return "reference", "as asked"
@@ -235,12 +275,20 @@ def choose(
             reason = "only interpreted here, which is slow: to be asked for by name"
         if reason is None:
             skipped = f"; skipped {'; '.join(reasons)}" if reasons else ""
-            return name, f"first that serves {str(dtype).removeprefix('torch.')} on {device.type}{skipped}"
+            return (
+                name,
+                f"first that serves {str(dtype).removeprefix('torch.')} on {device.type}{skipped}",
+            )
         reasons.append(f"{name}: {reason}")
     raise ValueError(f"no backend can serve this call: {'; '.join(reasons)}")
 
 
 def backends() -> dict[str, str | None]:
-    """Every backend of this installation: None where it can be used here, else the reason why not."""
+    """Every backend of this installation: None where it can be used here, else the reason why
+    not.
+    """
     here = (torch.device("cpu"), torch.float32, None, "")
-    return {"reference": None, **{name: module.unsupported(*here) for name, module in SWEEP_BACKENDS.items()}}
+    return {
+        "reference": None,
+        **{name: module.unsupported(*here) for name, module in SWEEP_BACKENDS.items()},
+    }

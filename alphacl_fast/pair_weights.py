@@ -1,9 +1,10 @@
-"""The min player made visible: the pair weights α of a batch, as a matrix or as statistics in O(N·(D + k)).
+"""The min player made visible: the pair weights α of a batch, as a matrix or as statistics in
+O(N·(D + k)).
 
-α_ij = ∂L_i/∂Δ_ij with a designed α held fixed (arXiv:2201.12680, Theorem 1 and the pair-weighted family): for
-φ/ψ losses φ′(ξ_i)·ψ′(Δ_ij), for the others the α of their definition. The row scalars come from the loss's own
-sweeps; every α_ij is then pointwise in t_ij, so one more walk over tiles of anchors × candidates sees each of
-them and keeps none.
+α_ij = ∂L_i/∂Δ_ij with a designed α held fixed (arXiv:2201.12680, Theorem 1 and the pair-weighted
+family): for φ/ψ losses φ′(ξ_i)·ψ′(Δ_ij), for the others the α of their definition. The row scalars
+come from the loss's own sweeps; every α_ij is then pointwise in t_ij, so one more walk over tiles
+of anchors × candidates sees each of them and keeps none.
 """
 
 import math
@@ -60,8 +61,8 @@ class Importances:
         anchors: 2N for two_view and symmetric cross_view (both towers, [z1; z2]); else N.
         candidates: columns of α: 2N for two_view, else N.
         n_neg: |Neg(i)|.
-        rows: (2N, D) rows whose similarities count: of unit length for cosine, centred for euclidean, else
-            as given.
+        rows: (2N, D) rows whose similarities count: of unit length for cosine, centred for
+            euclidean, else as given.
         positive: (anchors,) t⁺_i.
 
     Raises:
@@ -92,11 +93,19 @@ class Importances:
                 z1, z2 = z1.detach().to(self.tau.dtype), z2.detach().to(self.tau.dtype)
                 features, pos = Features.of_views(z1, z2, replace(call, backend="blocked"))
                 self._dense = reference.importances(
-                    z1, z2, self.tau, call.objective, call.similarity, call.negatives, call.symmetric
+                    z1,
+                    z2,
+                    self.tau,
+                    call.objective,
+                    call.similarity,
+                    call.negatives,
+                    call.symmetric,
                 )
             else:
                 features, pos = Features.of_views(z1.detach(), z2.detach(), call)
-                self._solved = None if isinstance(call.objective, ClosedForm) else self._solve(features, pos)
+                self._solved = (
+                    None if isinstance(call.objective, ClosedForm) else self._solve(features, pos)
+                )
             self.features, self.rows, self.positive = features, features.wide(), pos[: self.anchors]
 
     def _solve(self, features: Features, pos: Tensor) -> list[Tensor | None]:
@@ -124,23 +133,30 @@ class Importances:
             return [work(self._of_the_oracle())]
         blocks = list(self.blocks(tile_size(self.layout.rows, self.rows.device)))
         return deal(
-            len(blocks), self.rows.device,
-            lambda worker, workers: work(tile for block in blocks[worker::workers] for tile in self._tiles_of(*block)),
-        )  # fmt: skip
+            len(blocks),
+            self.rows.device,
+            lambda worker, workers: work(
+                tile for block in blocks[worker::workers] for tile in self._tiles_of(*block)
+            ),
+        )
 
     def _tiles_of(self, start: int, stop: int, low: int, high: int) -> Iterator[Tile]:
         side = tile_size(self.layout.rows, self.rows.device)
         for first in range(low, high, side):
             last = min(first + side, high)
             distance = self.distances(start, stop, first, last)
-            excluded = excluded_diagonals(start, stop, first, last, self.layout.split, self.layout.partner)
+            excluded = excluded_diagonals(
+                start, stop, first, last, self.layout.split, self.layout.partner
+            )
             alpha = self._alpha(self.call.c - distance, slice(start, stop))
             for diagonal in excluded:
                 alpha.diagonal(diagonal).zero_()
             yield Tile(start, stop, first, last, distance, alpha, excluded)
 
     def blocks(self, side: int) -> Iterator[tuple[int, int, int, int]]:
-        """(start, stop) of a block of anchors and (first, last) of its candidates, in the stacked views."""
+        """(start, stop) of a block of anchors and (first, last) of its candidates, in the
+        stacked views.
+        """
         split, rows = self.layout.split, self.layout.rows
         for start in range(0, self.anchors, side):
             stop = min(start + side, self.anchors)
@@ -168,7 +184,9 @@ class Importances:
     def _of_the_oracle(self) -> Iterator[Tile]:
         t, alpha = self._dense
         for start, stop, first, last in self.blocks(self.anchors):
-            excluded = excluded_diagonals(start, stop, first, last, self.layout.split, self.layout.partner)
+            excluded = excluded_diagonals(
+                start, stop, first, last, self.layout.split, self.layout.partner
+            )
             there = torch.ones(stop - start, last - first, dtype=torch.bool, device=t.device)
             for diagonal in excluded:
                 there.diagonal(diagonal).zero_()
@@ -191,13 +209,20 @@ class Importances:
 
     @torch.no_grad()
     def both_ways(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(A + Aᵀ)·x for x (N, d), with the row and column sums (N,) of A, in x's dtype; only for one_view."""
+        """(A + Aᵀ)·x for x (N, d), with the row and column sums (N,) of A, in x's dtype.
+
+        Only for one_view.
+        """
         self.check_one_view()
 
         def multiply(tiles: Iterator[Tile]) -> tuple[Tensor, Tensor, Tensor]:
             y, row_sums, col_sums = torch.zeros_like(x), x.new_zeros(len(x)), x.new_zeros(len(x))
             for tile in tiles:
-                i, j, a = slice(tile.start, tile.stop), slice(tile.first, tile.last), tile.alpha.to(x.dtype)
+                i, j, a = (
+                    slice(tile.start, tile.stop),
+                    slice(tile.first, tile.last),
+                    tile.alpha.to(x.dtype),
+                )
                 y[i] += a @ x[j]
                 y[j] += a.t() @ x[i]
                 row_sums[i] += a.sum(1)
@@ -232,11 +257,18 @@ class Importances:
     def check_one_view(self) -> None:
         """Raises ValueError unless negatives="one_view", the setting of the max player's theory."""
         if self.call.negatives != "one_view":
-            raise ValueError(f"alpha must be of negatives='one_view' here, got {self.call.negatives!r}")
+            raise ValueError(
+                f"alpha must be of negatives='one_view' here, got {self.call.negatives!r}"
+            )
 
 
 def alpha(
-    z1: Tensor, z2: Tensor, objective: str | Objective = "infonce", *, max_elements: int = MAX_ELEMENTS, **settings: Any
+    z1: Tensor,
+    z2: Tensor,
+    objective: str | Objective = "infonce",
+    *,
+    max_elements: int = MAX_ELEMENTS,
+    **settings: Any,
 ) -> Tensor:
     """The pair weights α of a batch as a matrix, without a gradient.
 
@@ -244,14 +276,15 @@ def alpha(
         z1: (N, D) embeddings of the first view, as of `alphacl_fast.functional.alpha_cl_loss`.
         z2: (N, D) embeddings of the second view.
         objective: a name or an `Objective`.
-        max_elements: number of elements of the largest matrix to make; `alpha_summary` needs no matrix.
+        max_elements: number of elements of the largest matrix to make; `alpha_summary` needs no
+            matrix.
         **settings: the other arguments of `alpha_cl_loss`, except reduction, process_group and ids.
 
     Returns:
-        (anchors, candidates), float32 (float64 for float64 input), 0 where a pair is not a negative:
-        (2N, 2N) for two_view, (N, N) for one_view and cross_view, (2N, N) for symmetric cross_view (z1
-        against z2, then z2 against z1). Where α is designed, L_i = Σ_j α_ij·Δ_ij; for φ/ψ losses
-        ∂L_i/∂Δ_ij = α_ij.
+        (anchors, candidates), float32 (float64 for float64 input), 0 where a pair is not a
+        negative: (2N, 2N) for two_view, (N, N) for one_view and cross_view, (2N, N) for symmetric
+        cross_view (z1 against z2, then z2 against z1). Where α is designed, L_i = Σ_j α_ij·Δ_ij;
+        for φ/ψ losses ∂L_i/∂Δ_ij = α_ij.
 
     Raises:
         TypeError, ValueError: as of `alpha_cl_loss`, and for a matrix larger than ``max_elements``.
@@ -262,7 +295,8 @@ def alpha(
         rows = z1.shape[0] * (2 if settings.get("negatives", "two_view") == "two_view" else 1)
         if rows * rows > max_elements:
             raise ValueError(
-                f"alpha must have at most max_elements={max_elements:,} numbers, got {rows:,} × {rows:,}; "
+                f"alpha must have at most max_elements={max_elements:,} numbers, got {rows:,} × "
+                f"{rows:,}; "
                 "alpha_summary needs no such matrix"
             )
     return Importances(z1, z2, objective, **settings).dense()
@@ -270,13 +304,18 @@ def alpha(
 
 @dataclass(frozen=True)
 class AlphaSummary:
-    """Statistics of α in a batch, made by `alpha_summary`; tensors have one entry per anchor unless noted."""
+    """Statistics of α in a batch, made by `alpha_summary`.
+
+    Tensors have one entry per anchor unless noted.
+    """
 
     objective: str
     n_neg: int
     row_sum: Tensor  #: (anchors,) Σ_j α_ij; below, p_ij = α_ij / Σ_j α_ij
     entropy: Tensor  #: (anchors,) −Σ p log p, nats; log |Neg| for a uniform α
-    effective_negatives: Tensor  #: (anchors,) 1/Σp²; |Neg| for a uniform α, 0 for a row without weight
+    effective_negatives: (
+        Tensor  #: (anchors,) 1/Σp²; |Neg| for a uniform α, 0 for a row without weight
+    )
     hardest: Tensor  #: (anchors, k) int64, rows of [z1; z2], nearest negatives first
     hardest_distance: Tensor  #: (anchors, k) d²
     hardest_alpha: Tensor  #: (anchors, k)
@@ -285,7 +324,9 @@ class AlphaSummary:
     mass: Tensor  #: (bins,) Σ α of the pairs in the bin
     positive_similarity: float  #: mean t⁺
     alignment: float  #: mean ‖x − x⁺‖² of unit rows (Wang and Isola 2020)
-    uniformity: float  #: log mean exp(−2‖x − y‖²) over pairs of a view, mean of the two views (ibid.)
+    uniformity: (
+        float  #: log mean exp(−2‖x − y‖²) over pairs of a view, mean of the two views (ibid.)
+    )
 
     def scalars(self) -> dict[str, float]:
         """Means over the anchors, as logged during training."""
@@ -303,8 +344,13 @@ class AlphaSummary:
     def __str__(self) -> str:
         values = self.scalars()
         width = max(map(len, values))
-        lines = [f"{self.objective}, {len(self.row_sum):,} anchors with {self.n_neg:,} negatives each; means over the anchors"]
-        return "\n".join([*lines, *(f"  {name:{width}}  {value:.6g}" for name, value in values.items())])
+        lines = [
+            f"{self.objective}, {len(self.row_sum):,} anchors with {self.n_neg:,} negatives each; "
+            "means over the anchors"
+        ]
+        return "\n".join(
+            [*lines, *(f"  {name:{width}}  {value:.6g}" for name, value in values.items())]
+        )
 
 
 @torch.no_grad()
@@ -318,7 +364,8 @@ def alpha_summary(
     distance_range: tuple[float, float] | None = None,
     **settings: Any,
 ) -> AlphaSummary:
-    """Statistics of α in O(N·(D + k)) memory: entropy, effective negatives, hardest negatives, α by distance.
+    """Statistics of α in O(N·(D + k)) memory: entropy, effective negatives, hardest negatives, α by
+    distance.
 
     Args:
         z1: (N, D) embeddings of the first view, as of `alphacl_fast.functional.alpha_cl_loss`.
@@ -326,8 +373,8 @@ def alpha_summary(
         objective: a name or an `Objective`.
         k: nearest negatives to keep per anchor, at least 1; fewer are kept where there are fewer.
         bins: bins of the histogram of d².
-        distance_range: range of the histogram. None: (0, 2) for cosine, and otherwise the range of the
-            batch's distances, which costs one more pass.
+        distance_range: range of the histogram. None: (0, 2) for cosine, and otherwise the range of
+            the batch's distances, which costs one more pass.
         **settings: the other arguments of `alpha_cl_loss`, except reduction, process_group and ids.
 
     Raises:
@@ -338,8 +385,13 @@ def alpha_summary(
     for name, value in (("k", k), ("bins", bins)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    if distance_range is not None and not -math.inf < distance_range[0] < distance_range[1] < math.inf:
-        raise ValueError(f"distance_range must be two finite numbers in order, got {distance_range!r}")
+    if (
+        distance_range is not None
+        and not -math.inf < distance_range[0] < distance_range[1] < math.inf
+    ):
+        raise ValueError(
+            f"distance_range must be two finite numbers in order, got {distance_range!r}"
+        )
     solved = Importances(z1, z2, objective, **settings)
     low, high = distance_range or _range(solved)
     rows, k = solved.rows, min(k, solved.n_neg)
@@ -374,13 +426,23 @@ def alpha_summary(
     weight = torch.where(total > 0, total, 1.0)
     align, uniform = _alignment_and_uniformity(z1, z2, solved.call)
     return AlphaSummary(
-        objective=str(solved.call.objective), n_neg=solved.n_neg, row_sum=total,
+        objective=str(solved.call.objective),
+        n_neg=solved.n_neg,
+        row_sum=total,
         entropy=torch.where(total > 0, weight.log() - with_log / weight, 0.0),
-        effective_negatives=torch.where(total > 0, total.square() / torch.where(square > 0, square, 1.0), 0.0),
-        hardest=which, hardest_distance=nearest, hardest_alpha=of_nearest,
-        edges=torch.linspace(low, high, bins + 1, dtype=torch.float64), pairs=pairs, mass=mass,
-        positive_similarity=solved.positive.mean().item(), alignment=align, uniformity=uniform,
-    )  # fmt: skip
+        effective_negatives=torch.where(
+            total > 0, total.square() / torch.where(square > 0, square, 1.0), 0.0
+        ),
+        hardest=which,
+        hardest_distance=nearest,
+        hardest_alpha=of_nearest,
+        edges=torch.linspace(low, high, bins + 1, dtype=torch.float64),
+        pairs=pairs,
+        mass=mass,
+        positive_similarity=solved.positive.mean().item(),
+        alignment=align,
+        uniformity=uniform,
+    )
 
 
 def _range(solved: Importances) -> tuple[float, float]:
@@ -405,14 +467,20 @@ def _range(solved: Importances) -> tuple[float, float]:
 
 
 def _alignment_and_uniformity(z1: Tensor, z2: Tensor, call: BoundCall) -> tuple[float, float]:
-    """Both for unit rows, whatever the similarity; uniformity is one sweep per view: ‖x − y‖² = 2 − 2·cos."""
+    """Both for unit rows, whatever the similarity; uniformity is one sweep per view: ‖x − y‖² =
+    2 − 2·cos.
+    """
     tau = torch.full((), 0.25, dtype=accumulation_dtype(z1.dtype), device=z1.device)
     backend = "blocked" if call.backend == "reference" else call.backend
-    call = BoundCall(infonce(epsilon=0.0), "cosine", "one_view", True, "sum", backend, 0.25, call.precision)
+    call = BoundCall(
+        infonce(epsilon=0.0), "cosine", "one_view", True, "sum", backend, 0.25, call.precision
+    )
     values, align = [], 0.0
     for a, b in ((z1, z2), (z2, z1)):
         features, pos = Features.of_views(a.detach(), b.detach(), call)
         shift, total = Sweeps(features.rows, pos, tau, call).sums((Term.SHIFT, Term.F))
-        values.append((shift + total.log()).logsumexp(0).item() - math.log(len(a) * (len(a) - 1)) - 4)
+        values.append(
+            (shift + total.log()).logsumexp(0).item() - math.log(len(a) * (len(a) - 1)) - 4
+        )
         align = 2 - 2 * pos.mean().item()
     return align, sum(values) / 2

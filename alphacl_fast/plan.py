@@ -1,8 +1,10 @@
-"""What a loss over many processes will cost: memory, work, messages and time of a step, for both strategies.
+"""What a loss over many processes will cost: memory, work, messages and time of a step, for both
+strategies.
 
-Messages are counted exactly, operation by operation, as `alphacl_fast.distributed` sends them (`tools/scaling.py` holds
-the count against real processes, byte for byte). Memory is a count of the blocks that live at once. Time is a model: work at
-the rate of one device, messages at a stated bandwidth, a stated latency for each. The objective is InfoNCE: two sweeps.
+Messages are counted exactly, operation by operation, as `alphacl_fast.distributed` sends them
+(`tools/scaling.py` holds the count against real processes, byte for byte). Memory is a count of the
+blocks that live at once. Time is a model: work at the rate of one device, messages at a stated
+bandwidth, a stated latency for each. The objective is InfoNCE: two sweeps.
 """
 
 import time
@@ -16,16 +18,25 @@ from .distributed import STATEMENT_BYTES, steps
 from .functional import alpha_cl_loss
 from .objectives import make
 
-#: Scalars per anchor that go with the rows: t⁺; in the gradient also gain and shift. Sums that come back: base and Σ.
+#: Scalars per anchor that go with the rows: t⁺; in the gradient also gain and shift. Sums that come
+#: back: base and Σ.
 SCALARS, SUMS = (1, 3), 2
-#: Of the floor of 8·D operations per pair, this part is the first sweep's; the gradient has three products.
+#: Of the floor of 8·D operations per pair, this part is the first sweep's; the gradient has three
+#: products.
 FIRST_SWEEP = 1 / 4
 
 
 def messages(
-    strategy: str, rank: int, sizes: tuple[int, ...], dim: int, dtype: torch.dtype, negatives: str, symmetric: bool = True
+    strategy: str,
+    rank: int,
+    sizes: tuple[int, ...],
+    dim: int,
+    dtype: torch.dtype,
+    negatives: str,
+    symmetric: bool = True,
 ) -> Counter[str]:
-    """Bytes that a process hands to each operation of `torch.distributed` in one step of InfoNCE with a fixed temperature.
+    """Bytes that a process hands to each operation of `torch.distributed` in one step of InfoNCE
+    with a fixed temperature.
 
     all_gather, all_reduce: of its own tensor; reduce_scatter: of everyone's; isend: sent.
     """
@@ -46,7 +57,9 @@ def messages(
         for sweep in range(2):
             for step in steps(world):
                 block, visitor = layouts[(rank + step - 1) % world], layouts[(rank + step) % world]
-                sent["isend"] += rows(block) + SCALARS[sweep] * block.anchors * wide + results(visitor)[sweep]
+                sent["isend"] += (
+                    rows(block) + SCALARS[sweep] * block.anchors * wide + results(visitor)[sweep]
+                )
         return sent
     if world == 1:
         return sent
@@ -64,10 +77,15 @@ def messages(
 
 
 def traffic(sent: Counter[str], world: int) -> float:
-    """Bytes that leave a process, where collectives are as good as they can be: rings of P − 1 steps."""
+    """Bytes that leave a process, where collectives are as good as they can be: rings of P − 1
+    steps.
+    """
     part = (world - 1) / world
     return (
-        sent["isend"] + sent["all_gather"] * (world - 1) + sent["reduce_scatter"] * part + sent["all_reduce"] * 2 * part
+        sent["isend"]
+        + sent["all_gather"] * (world - 1)
+        + sent["reduce_scatter"] * part
+        + sent["all_reduce"] * 2 * part
     )
 
 
@@ -103,7 +121,8 @@ def plan(
 
     Args:
         batch: pairs of all devices together.
-        rate: FLOP/s of one device, counted as 8·D per pair of rows (measure it with `measured_rate`).
+        rate: FLOP/s of one device, counted as 8·D per pair of rows (measure it with
+            `measured_rate`).
         bandwidth: bytes/s that leave a device while as many arrive.
         latency: seconds until a message begins to flow.
 
@@ -121,14 +140,23 @@ def plan(
     pairs = {"two_view": 2 * batch**2, "one_view": batch**2 / 2, "cross_view": batch**2}[negatives]
     flops = 8 * dim * pairs / gpus
     compute = flops / rate
-    wide, narrow = accumulation_dtype(dtype).itemsize * dim * rows, dtype.itemsize * dim * rows  # bytes of a block
+    wide, narrow = (
+        accumulation_dtype(dtype).itemsize * dim * rows,
+        dtype.itemsize * dim * rows,
+    )  # bytes of a block
     plans = []
     for strategy in ("gather", "ring"):
         sent = traffic(messages(strategy, 0, (here,) * gpus, dim, dtype, negatives), gpus)
         last = gpus // 2
-        if strategy == "gather":  # everyone's rows and results, and half of them once more beside the own block
+        if (
+            strategy == "gather"
+        ):  # everyone's rows and results, and half of them once more beside the own block
             memory = narrow * (2 + gpus + last + 1) + wide * (gpus + last + 1 + 2)
-            seconds = compute + sent / bandwidth + 6 * latency * max(1, gpus.bit_length() - 1) * (gpus > 1)
+            seconds = (
+                compute
+                + sent / bandwidth
+                + 6 * latency * max(1, gpus.bit_length() - 1) * (gpus > 1)
+            )
         else:
             memory = narrow * 6 + wide * 8
             seconds = _ring_seconds(compute, gpus, rows, dim, dtype, bandwidth, latency)
@@ -137,9 +165,17 @@ def plan(
 
 
 def _ring_seconds(
-    compute: float, gpus: int, rows: int, dim: int, dtype: torch.dtype, bandwidth: float, latency: float
+    compute: float,
+    gpus: int,
+    rows: int,
+    dim: int,
+    dtype: torch.dtype,
+    bandwidth: float,
+    latency: float,
 ) -> float:
-    """Per sweep: the own block beside the first message, rectangles beside the next one's, the last result alone."""
+    """Per sweep: the own block beside the first message, rectangles beside the next one's, the
+    last result alone.
+    """
     last = gpus // 2
     if not last:
         return compute
@@ -150,19 +186,32 @@ def _ring_seconds(
         block = latency + rows * dim * dtype.itemsize / bandwidth
         back = latency + results / bandwidth
         final = rectangle / 2 if gpus % 2 == 0 else rectangle
-        total += max(rectangle / 2, block) + (last - 1) * max(rectangle, block + back) + final + back
+        total += (
+            max(rectangle / 2, block) + (last - 1) * max(rectangle, block + back) + final + back
+        )
     return total
 
 
 def recommended(plans: list[Plan], memory: float | None) -> str:
-    """The faster one of the strategies that fit into the memory of a device, or why there is none."""
+    """The faster one of the strategies that fit into the memory of a device, or why there is
+    none.
+    """
     fitting = [p for p in plans if memory is None or p.memory <= memory]
     return min(fitting, key=lambda p: p.seconds).strategy if fitting else "neither fits"
 
 
-def measured_rate(dim: int, dtype: torch.dtype, device: torch.device, pairs: int = 4096, seconds: float = 2.0) -> float:
-    """FLOP/s, counted as 8·D per pair of rows, of loss and gradient on this device, at a batch that keeps it busy."""
-    z1, z2 = torch.randn(2, pairs, dim, device=device, dtype=torch.float32).to(dtype).requires_grad_().unbind()
+def measured_rate(
+    dim: int, dtype: torch.dtype, device: torch.device, pairs: int = 4096, seconds: float = 2.0
+) -> float:
+    """FLOP/s, counted as 8·D per pair of rows, of loss and gradient on this device, at a batch
+    that keeps it busy.
+    """
+    z1, z2 = (
+        torch.randn(2, pairs, dim, device=device, dtype=torch.float32)
+        .to(dtype)
+        .requires_grad_()
+        .unbind()
+    )
 
     def step() -> None:
         torch.autograd.grad(alpha_cl_loss(z1, z2), (z1, z2))

@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node=4 -m alphacl_fast.verify
 
-checks gloo, or NCCL where every process has a GPU; in a script, call `verify_distributed` between its own steps.
+checks gloo, or NCCL where every process has a GPU; in a script, call `verify_distributed` between
+its own steps.
 """
 
 import builtins
@@ -31,10 +32,11 @@ def verify_distributed(
     tolerance: float = 1e-10,
     print: Callable[[str], None] | None = builtins.print,
 ) -> list[dict[str, Any]]:
-    """Compares loss, gradients and temperature gradient of a group with one process's; every process must call it.
+    """Compares loss, gradients and temperature gradient of a group with one process's; every
+    process must call it.
 
-    Each process has its own number of pairs, up to ``pairs``, and computes the whole batch by itself as well. Gradients
-    are compared after averaging, as DDP does it.
+    Each process has its own number of pairs, up to ``pairs``, and computes the whole batch by
+    itself as well. Gradients are compared after averaging, as DDP does it.
 
     Args:
         process_group: as of `alphacl_fast.functional.alpha_cl_loss`.
@@ -44,7 +46,8 @@ def verify_distributed(
         print: receives a table, line by line, on the group's first process; None for silence.
 
     Returns:
-        One dict per objective, negatives and strategy, with the largest ``residual`` of all processes; the same everywhere.
+        One dict per objective, negatives and strategy, with the largest ``residual`` of all
+        processes; the same everywhere.
 
     Raises:
         RuntimeError: on every process, if a residual exceeds ``tolerance``; names the worst.
@@ -66,7 +69,9 @@ def verify_distributed(
                 loss, dz1, dz2, *dtau = _differentiate(z1[mine], z2[mine], objective, **options)
                 here = [loss, dz1 / world, dz2 / world, *dtau]
                 truth = [whole[0], whole[1][mine], whole[2][mine], *whole[3:]]
-                residual = torch.stack([_difference(a, b) for a, b in zip(here, truth, strict=True)]).max()
+                residual = torch.stack(
+                    [_difference(a, b) for a, b in zip(here, truth, strict=True)]
+                ).max()
                 dist.all_reduce(residual, dist.ReduceOp.MAX, group=handle)
                 setting = {"objective": objective, "negatives": negatives, "strategy": strategy}
                 rows.append({**setting, "residual": residual.item()})
@@ -99,7 +104,9 @@ def _difference(value: Tensor, truth: Tensor) -> Tensor:
     if not truth.numel():
         return truth.new_zeros((), dtype=torch.float64)
     value, truth = value.to(torch.float64), truth.to(torch.float64)
-    return ((value - truth).abs().max() / truth.abs().max().clamp(min=1.0)).nan_to_num(nan=torch.inf)
+    return ((value - truth).abs().max() / truth.abs().max().clamp(min=1.0)).nan_to_num(
+        nan=torch.inf
+    )
 
 
 def main() -> int:

@@ -1,4 +1,7 @@
-"""Sphinx: the pages of this folder and the reference made of the docstrings; `make docs` builds it into build/docs."""
+"""Sphinx: the pages of this folder and the reference made of the docstrings.
+
+`make docs` builds it into build/docs.
+"""
 
 import dataclasses
 import re
@@ -27,9 +30,15 @@ python_maximum_signature_line_length = 100
 
 
 def _bars(app, what, name, obj, options, lines):
-    """|Neg| is a number here, not a substitution of reStructuredText; what stands in ``…`` is left alone."""
+    """|Neg| is a number here, not a substitution of reStructuredText.
+
+    What stands in ``…`` is left alone.
+    """
     lines[:] = [
-        "".join(part if part.startswith("``") else part.replace("|", r"\|") for part in re.split(r"(``.*?``)", line))
+        "".join(
+            part if part.startswith("``") else part.replace("|", r"\|")
+            for part in re.split(r"(``.*?``)", line)
+        )
         for line in lines
     ]
 

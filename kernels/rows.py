@@ -334,9 +334,18 @@ def row_step(
     absent = (None,) * (MOST_VECTORS - len(vectors))
     with torch.cuda.device_of(tau):
         row_step_kernel[(triton.cdiv(anchors, BLOCK),)](
-            *vectors, *absent, tau, n_neg, divisor, out, anchors, FUNCTION=function, STRIDES=strides,
-            OUTPUTS=outputs, BLOCK=BLOCK,
-        )  # fmt: skip
+            *vectors,
+            *absent,
+            tau,
+            n_neg,
+            divisor,
+            out,
+            anchors,
+            FUNCTION=function,
+            STRIDES=strides,
+            OUTPUTS=outputs,
+            BLOCK=BLOCK,
+        )
     return out
 
 

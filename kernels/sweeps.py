@@ -1,4 +1,5 @@
-"""The two Triton kernels, `row_sums` and `pair_grad` of docs/design.md, for every pair kind and mode.
+"""The two Triton kernels, `row_sums` and `pair_grad` of docs/design.md, for every pair kind and
+mode.
 
 A program owns BLOCK_M rows "i" and walks over column tiles of BLOCK_N rows "j" each, in the order
 of a ring that begins at its diagonal (`_schedule`):
@@ -341,7 +342,9 @@ def _exp_constant(log_f, constant_shift):
 
 @triton.jit
 def _values(t, log_f, i, j, side, tau, axis: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr):
-    """f, df and ∂f/∂τ with one side's row scalars, each in a tuple: empty where it is not needed."""
+    """f, df and ∂f/∂τ with one side's row scalars, each in a tuple: empty where it is not
+    needed.
+    """
     f, df, dtau = (), (), ()
     if S.LOG:
         f = (_exp(_minus(log_f[0], side.shift, axis)),)
@@ -481,7 +484,10 @@ def _merge(largest, totals, comps, tile_largest, sums, S: tl.constexpr):
 def _sum_tile(
     largest, totals, comps, tile, at, column_slice, i, f_i, c, S: tl.constexpr, MASKED: tl.constexpr
 ):
-    """Adds a tile to the sums of rows I; a symmetric tile's sums of rows J go to their own slice."""
+    """Adds a tile to the sums of rows I.
+
+    A symmetric tile's sums of rows J go to their own slice.
+    """
     j = _side(c.v, tile, c.n_cols, c.col_start, c.half, S.BLOCK_N, S.COLS_PAIRED, S.SYMMETRIC)
     t, _ = _similarities(c.f_ptr, c.stride, f_i, i, j, S)
     t = _counted(
@@ -505,15 +511,37 @@ def _sum_tile(
 
 @triton.jit(
     do_not_specialize=[
-        "n_rows", "n_cols", "row_start", "col_start", "half", "anchors", "begin", "end", "column_slice",
+        "n_rows",
+        "n_cols",
+        "row_start",
+        "col_start",
+        "half",
+        "anchors",
+        "begin",
+        "end",
+        "column_slice",
         "constant_shift",
     ],
     do_not_specialize_on_alignment=["out_ptr"],
-)  # fmt: skip
+)
 def row_sums(
-    f_ptr, v, tau_ptr, out_ptr, stride, n_rows, n_cols, row_start, col_start, half, anchors, begin, end,
-    column_slice, constant_shift, S: tl.constexpr,
-):  # fmt: skip
+    f_ptr,
+    v,
+    tau_ptr,
+    out_ptr,
+    stride,
+    n_rows,
+    n_cols,
+    row_start,
+    col_start,
+    half,
+    anchors,
+    begin,
+    end,
+    column_slice,
+    constant_shift,
+    S: tl.constexpr,
+):
     """Sums of S.TERMS over the positions [begin, end) of every block's schedule.
 
     Grid (row blocks, splits).
@@ -672,14 +700,39 @@ def _grad_tile(
 
 @triton.jit(
     do_not_specialize=[
-        "n_rows", "n_cols", "row_start", "col_start", "half", "anchors", "n", "n_out", "lo", "first_block",
+        "n_rows",
+        "n_cols",
+        "row_start",
+        "col_start",
+        "half",
+        "anchors",
+        "n",
+        "n_out",
+        "lo",
+        "first_block",
         "constant_shift",
     ]
-)  # fmt: skip
+)
 def pair_grad(
-    f_ptr, v, tau_ptr, unit_ptr, out, stride, n_rows, n_cols, row_start, col_start, half, anchors, n,
-    n_out, lo, first_block, constant_shift, S: tl.constexpr,
-):  # fmt: skip
+    f_ptr,
+    v,
+    tau_ptr,
+    unit_ptr,
+    out,
+    stride,
+    n_rows,
+    n_cols,
+    row_start,
+    col_start,
+    half,
+    anchors,
+    n,
+    n_out,
+    lo,
+    first_block,
+    constant_shift,
+    S: tl.constexpr,
+):
     """df_i = Σ_j (g_ij + g_ji) F_j of every row, with the sums of S.TERMS over its pairs.
 
     Grid (row blocks, splits).

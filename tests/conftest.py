@@ -5,7 +5,9 @@ import shutil
 import signal
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels run on the CPU
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is: threads outnumber cores, so they had better not spin
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch is: threads outnumber cores, so they had better not spin
 
 import pytest
 import torch
@@ -15,19 +17,26 @@ from tools import build_cuda
 
 def _emulated_cuda_kernels():
     """csrc/cuda compiled for the host; "" without a compiler."""
-    return str(build_cuda.emulated()) if shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0]) else ""
+    return (
+        str(build_cuda.emulated())
+        if shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0])
+        else ""
+    )
 
 
 if "ALPHACL_CUDA_EMULATED" not in os.environ:
     os.environ["ALPHACL_CUDA_EMULATED"] = _emulated_cuda_kernels()
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job; tests send it
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # as in a shell's background job; tests send it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 #: Seconds after which a process that a test waits for hangs, on a machine however busy.
 WATCHDOG = 900
 
-# Small tensors run fastest on one thread, and a barrier per operation would make a busy machine's run take hours.
+# Small tensors run fastest on one thread, and a barrier per operation would make a busy machine's
+# run take hours.
 torch.set_num_threads(1)
 
 
@@ -54,12 +63,18 @@ def poisoned():
 
 
 def set_tiles(monkeypatch, rows):
-    """Tiles of so many rows in every backend (of the interpreter, which is slow, two by two tiles, the last ones ragged)."""
+    """Tiles of so many rows in every backend (of the interpreter, which is slow, two by two
+    tiles, the last ones ragged).
+    """
     from alphacl_fast.backend import blocked, cpu, triton
 
     monkeypatch.setattr(blocked, "tile_size", lambda n, device: min(n, rows))
     monkeypatch.setattr(cpu, "block_rows", lambda n, multiple, largest: min(n, rows))
-    monkeypatch.setattr(triton, "tile", lambda sweep, mode, dim, n, device: square_tile(max(8, power_of_two(n) // 2), dim))
+    monkeypatch.setattr(
+        triton,
+        "tile",
+        lambda sweep, mode, dim, n, device: square_tile(max(8, power_of_two(n) // 2), dim),
+    )
 
 
 def power_of_two(x):
@@ -77,7 +92,11 @@ def _large_interpreted_tiles(monkeypatch):
     """The interpreter's time goes by the number of tiles."""
     from alphacl_fast.backend import triton
 
-    monkeypatch.setattr(triton, "tile", lambda sweep, mode, dim, n, device: square_tile(min(512, power_of_two(n)), dim))
+    monkeypatch.setattr(
+        triton,
+        "tile",
+        lambda sweep, mode, dim, n, device: square_tile(min(512, power_of_two(n)), dim),
+    )
 
 
 @pytest.fixture
@@ -88,15 +107,22 @@ def small_tiles(monkeypatch):
 
 @pytest.fixture
 def medium_tiles(monkeypatch):
-    """Tiles of 16 rows: a few tiles, for tests that measure rounding (one tile of the interpreter's)."""
+    """Tiles of 16 rows: a few tiles, for tests that measure rounding (one tile of the
+    interpreter's).
+    """
     from alphacl_fast.backend import triton
 
     set_tiles(monkeypatch, 16)
-    monkeypatch.setattr(triton, "tile", lambda sweep, mode, dim, n, device: square_tile(power_of_two(n), dim))
+    monkeypatch.setattr(
+        triton, "tile", lambda sweep, mode, dim, n, device: square_tile(power_of_two(n), dim)
+    )
 
 
 def _patch_once_a_launch():
-    """Triton's interpreter patches its language again for each device function called; once a launch will do."""
+    """Triton's interpreter patches its language again for each device function called.
+
+    Once a launch will do.
+    """
     try:
         import triton.language as tl
         from triton.runtime import interpreter
@@ -108,7 +134,9 @@ def _patch_once_a_launch():
     def patch_missing(fn):
         modules = modules_of.get(id(fn.__globals__))
         if modules is None:
-            found = (x for x in fn.__globals__.values() if inspect.ismodule(x) and x in (tl, tl.core))
+            found = (
+                x for x in fn.__globals__.values() if inspect.ismodule(x) and x in (tl, tl.core)
+            )
             modules = modules_of[id(fn.__globals__)] = {id(x) for x in found}
         if not modules <= patched:
             patched.update(modules)
@@ -122,9 +150,11 @@ def _patch_once_a_launch():
 
 
 def _multiply_as_a_gpu_does():
-    """A float32 product's elements all round alike, whichever place they have in a tile: t_ij = t_ji to the last bit.
+    """A float32 product's elements all round alike, whichever place they have in a tile: t_ij =
+    t_ji to the last bit.
 
-    NumPy's library adds up differently at the edges of a matrix, and where |t|/τ is large one rounding of t is much.
+    NumPy's library adds up differently at the edges of a matrix, and where |t|/τ is large one
+    rounding of t is much.
     """
     try:
         from triton.runtime import interpreter

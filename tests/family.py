@@ -76,16 +76,23 @@ def member_id(member) -> str:
 
 
 #: Sweep backends that can be used here.
-BACKENDS = [name for name, reason in ops.backends().items() if name != "reference" and reason is None]
+BACKENDS = [
+    name for name, reason in ops.backends().items() if name != "reference" and reason is None
+]
 
 
 def served_by(backend, members=MEMBERS):
-    """The members that a backend serves; every one has the built-in members, not every one a user's functions."""
+    """The members that a backend serves.
+
+    Every one has the built-in members, not every one a user's functions.
+    """
     unsupported = ops.SWEEP_BACKENDS[backend].unsupported
     built_in = [member for member in members if member in BUILT_IN]
     custom = [member for member in members if member not in BUILT_IN]
     here = (torch.device("cpu"), torch.float64, None)
-    return built_in + [member for member in custom if unsupported(*here, objectives.make(*member).kind) is None]
+    return built_in + [
+        member for member in custom if unsupported(*here, objectives.make(*member).kind) is None
+    ]
 
 
 #: (backend, member) wherever the backend serves the member.
@@ -95,20 +102,30 @@ SERVED_IDS = [f"{backend}-{member_id(member)}" for backend, member in SERVED]
 SLOW = ("triton", "cuda")
 #: Products of settings in place of `rotated` ones.
 FULL = os.environ.get("ALPHACL_TEST_FULL") == "1"
-#: Of the members these, one for each form of a sweep, are enough where a test that all backends share would take the
-#: interpreter of the Triton kernels an hour.
+#: Of the members these, one for each form of a sweep, are enough where a test that all backends
+#: share would take the interpreter of the Triton kernels an hour.
 REPRESENTATIVE = [("infonce", {}), ("triplet", {}), ("alpha_direct", {"detach_alpha": False})]
 
 
 def sampled(members=MEMBERS):
-    """SERVED for some members, with fewer of them for slow backends; as arguments of ``parametrize``."""
+    """SERVED for some members, with fewer of them for slow backends.
+
+    As arguments of ``parametrize``.
+    """
     served = [(backend, member) for member in members for backend in backends_for(member)]
-    return {"argvalues": served, "ids": [f"{backend}-{member_id(member)}" for backend, member in served]}
+    return {
+        "argvalues": served,
+        "ids": [f"{backend}-{member_id(member)}" for backend, member in served],
+    }
 
 
 def backends_for(member):
     """The backends that serve a member; slow ones if it is representative."""
-    return [name for name, other in SERVED if other is member and (name not in SLOW or member in REPRESENTATIVE)]
+    return [
+        name
+        for name, other in SERVED
+        if other is member and (name not in SLOW or member in REPRESENTATIVE)
+    ]
 
 
 def every_setting():
@@ -117,9 +134,11 @@ def every_setting():
 
 
 def rotated(members=MEMBERS):
-    """(member, negatives, symmetric, similarity, reduction): each member in each mode, the others in turn.
+    """(member, negatives, symmetric, similarity, reduction): each member in each mode, the others
+    in turn.
 
-    Every pair of values occurs, which finds the defects that their product finds (`make test-all`) in a ninth of the time.
+    Every pair of values occurs, which finds the defects that their product finds (`make test-all`)
+    in a ninth of the time.
     """
     if FULL:
         for member, setting, reduction in itertools.product(members, every_setting(), REDUCTIONS):
@@ -138,7 +157,9 @@ def pair(n, d, dtype=torch.float64, noise=0.5, seed=0):
     return z1.to(dtype), z2.to(dtype)
 
 
-def loss_and_grads(z1, z2, objective, options=None, *, tau=0.3, learn_tau=None, weights=None, **kwargs):
+def loss_and_grads(
+    z1, z2, objective, options=None, *, tau=0.3, learn_tau=None, weights=None, **kwargs
+):
     """[loss, dz1, dz2(, dτ)] for a fixed random row weighting of the output."""
     objective = objectives.make(objective, options)
     z1, z2 = z1.detach().clone().requires_grad_(), z2.detach().clone().requires_grad_()
@@ -155,13 +176,18 @@ def loss_and_grads(z1, z2, objective, options=None, *, tau=0.3, learn_tau=None, 
 def assert_same_gradients(ours, truth, weights, leaves, bound=1e-10):
     """Row losses (anchors,) of the same leaves: values, and gradients of their weighted sums."""
     assert relative_error(ours.detach(), truth.detach()) < bound
-    found, expected = (torch.autograd.grad((x * weights).sum(), leaves, allow_unused=True, materialize_grads=True)
-                       for x in (ours, truth))
+    found, expected = (
+        torch.autograd.grad((x * weights).sum(), leaves, allow_unused=True, materialize_grads=True)
+        for x in (ours, truth)
+    )
     for f, e in zip(found, expected, strict=True):
         assert relative_error(f, e) < bound
 
 
 def relative_error(value, truth, floor=1e-3):
-    """‖value − truth‖/‖truth‖; below ``floor`` (against values of order 1) the error counts as absolute."""
+    """‖value − truth‖/‖truth‖.
+
+    Below ``floor`` (against values of order 1) the error counts as absolute.
+    """
     truth = truth.to(torch.float64)
     return float((value.to(torch.float64) - truth).norm() / truth.norm().clamp(min=floor))

@@ -13,7 +13,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-#: Ranks of the world that form the group of each size. Within a sub-group no process has its rank of the world.
+#: Ranks of the world that form the group of each size. Within a sub-group no process has its rank
+#: of the world.
 GROUPS = {1: (2,), 2: (1, 3), 3: (1, 2, 3), 4: (0, 1, 2, 3)}
 TIMEOUT = 900  # seconds that any step may take, so that nothing can hang a run
 
@@ -25,9 +26,16 @@ class Failed(Exception):
 def _work(rank, store, pipe):
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", rank=rank, world_size=4, timeout=timedelta(seconds=TIMEOUT), store=dist.FileStore(store, 4)
+        "gloo",
+        rank=rank,
+        world_size=4,
+        timeout=timedelta(seconds=TIMEOUT),
+        store=dist.FileStore(store, 4),
     )
-    groups = {size: dist.new_group(members) if size < 4 else dist.group.WORLD for size, members in GROUPS.items()}
+    groups = {
+        size: dist.new_group(members) if size < 4 else dist.group.WORLD
+        for size, members in GROUPS.items()
+    }
     pipe.send((True, "ready"))
     while True:
         function, size, arguments = pipe.recv()
@@ -39,7 +47,11 @@ def _work(rank, store, pipe):
 
 
 class Ranks:
-    """Four processes. ``run(size, function, …)`` calls ``function(group, …)`` in those of a group, returns their results."""
+    """Four processes.
+
+    ``run(size, function, …)`` calls ``function(group, …)`` in those of a group, returns their
+    results.
+    """
 
     def __enter__(self):
         self._start()
@@ -81,7 +93,9 @@ class Ranks:
             waiting = [pipe for pipe in pipes if pipe not in answers]
             ready = multiprocessing.connection.wait(waiting, timeout=deadline - time.monotonic())
             if not ready:
-                raise TimeoutError(f"{len(waiting)} of {len(pipes)} processes did not answer within {TIMEOUT} s")
+                raise TimeoutError(
+                    f"{len(waiting)} of {len(pipes)} processes did not answer within {TIMEOUT} s"
+                )
             for pipe in ready:
                 good, answers[pipe] = pipe.recv()
                 if not good:

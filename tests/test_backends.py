@@ -1,4 +1,6 @@
-"""The sweep backends against the oracle, from one table: every objective × mode × similarity × reduction."""
+"""The sweep backends against the oracle, from one table: every objective × mode × similarity ×
+reduction.
+"""
 
 import itertools
 
@@ -50,12 +52,20 @@ def reductions_of(member, setting):
 
 
 def test_every_pair_of_values_occurs():
-    axes = zip(*((member, (negatives, symmetric), *rest) for member, negatives, symmetric, *rest in ROTATED), strict=True)
+    axes = zip(
+        *(
+            (member, (negatives, symmetric), *rest)
+            for member, negatives, symmetric, *rest in ROTATED
+        ),
+        strict=True,
+    )
     for first, second in itertools.combinations(axes, 2):
         assert {*zip(first, second, strict=True)} == {*itertools.product(first, second)}
 
 
-@pytest.mark.parametrize("setting", every_setting(), ids=lambda setting: "-".join(map(str, setting)))
+@pytest.mark.parametrize(
+    "setting", every_setting(), ids=lambda setting: "-".join(map(str, setting))
+)
 @pytest.mark.parametrize("member", MEMBERS, ids=member_id)
 def test_equals_reference(member, setting, small_tiles, poisoned):
     z1, z2 = pair(9, 6)
@@ -67,7 +77,9 @@ def test_equals_reference(member, setting, small_tiles, poisoned):
             for name, a, b in zip(("loss", "dz1", "dz2", "dtau"), ours, truth, strict=False):
                 assert relative_error(a, b) < 1e-10, (backend, name, reduction)
             with torch.no_grad():
-                value = alpha_cl_loss(z1, z2, objectives.make(*member), temperature=0.3, backend=backend, **given)
+                value = alpha_cl_loss(
+                    z1, z2, objectives.make(*member), temperature=0.3, backend=backend, **given
+                )
             assert relative_error(value, truth[0]) < 1e-10, (backend, reduction)
 
 
@@ -75,7 +87,9 @@ def setting_of(setting):
     return dict(zip(("negatives", "symmetric", "similarity"), setting, strict=True))
 
 
-@pytest.mark.parametrize("setting", every_setting(), ids=lambda setting: "-".join(map(str, setting)))
+@pytest.mark.parametrize(
+    "setting", every_setting(), ids=lambda setting: "-".join(map(str, setting))
+)
 @pytest.mark.parametrize("member", MEMBERS, ids=member_id)
 def test_one_sided_gradient(member, setting, small_tiles, poisoned):
     objective, views = objectives.make(*member), pair(7, 4)
@@ -85,7 +99,12 @@ def test_one_sided_gradient(member, setting, small_tiles, poisoned):
     def one_sided(backend, side):
         leaves = [view.clone().requires_grad_(k == side) for k, view in enumerate(views)]
         loss = alpha_cl_loss(
-            *leaves, objective, temperature=0.3, reduction=reduction, backend=backend, **setting_of(setting)
+            *leaves,
+            objective,
+            temperature=0.3,
+            reduction=reduction,
+            backend=backend,
+            **setting_of(setting),
         )
         return loss.detach(), *torch.autograd.grad(loss.sum(), leaves[side])
 
@@ -102,10 +121,16 @@ def test_one_sided_gradient(member, setting, small_tiles, poisoned):
 def test_any_shape(backend):
     @settings(max_examples=20 if backend in SLOW else 60, deadline=None)
     @given(
-        n=st.integers(2, 23), d=st.integers(1, 9), tile=st.integers(1, 12), member=st.sampled_from(served_by(backend)),
-        negatives=st.sampled_from(NEGATIVES), similarity=st.sampled_from(SIMILARITIES),
-        reduction=st.sampled_from(REDUCTIONS), tau=st.floats(0.02, 5.0), symmetric=st.booleans(),
-    )  # fmt: skip
+        n=st.integers(2, 23),
+        d=st.integers(1, 9),
+        tile=st.integers(1, 12),
+        member=st.sampled_from(served_by(backend)),
+        negatives=st.sampled_from(NEGATIVES),
+        similarity=st.sampled_from(SIMILARITIES),
+        reduction=st.sampled_from(REDUCTIONS),
+        tau=st.floats(0.02, 5.0),
+        symmetric=st.booleans(),
+    )
     def search(n, d, tile, member, **setting):
         with pytest.MonkeyPatch.context() as patch:
             set_tiles(patch, tile)
@@ -140,7 +165,9 @@ def test_derivatives_of_the_formulas(member):
             xi = xi.abs() + 0.1
         xi.requires_grad_()
         (dphi,) = torch.autograd.grad(objective.phi(xi, tau.detach()).sum(), xi)
-        torch.testing.assert_close(objective.dphi(xi.detach(), tau.detach()), dphi, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(
+            objective.dphi(xi.detach(), tau.detach()), dphi, rtol=1e-12, atol=1e-14
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -149,9 +176,16 @@ def test_batch_order_does_not_matter(backend, symmetric, small_tiles):
     z1, z2 = pair(14, 5)
     order = torch.randperm(14)
     for negatives in NEGATIVES:
-        a = loss_and_grads(z1, z2, "alpha_direct", backend=backend, negatives=negatives, symmetric=symmetric)
+        a = loss_and_grads(
+            z1, z2, "alpha_direct", backend=backend, negatives=negatives, symmetric=symmetric
+        )
         b = loss_and_grads(
-            z1[order], z2[order], "alpha_direct", backend=backend, negatives=negatives, symmetric=symmetric
+            z1[order],
+            z2[order],
+            "alpha_direct",
+            backend=backend,
+            negatives=negatives,
+            symmetric=symmetric,
         )
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x[order] if x.dim() else x, y, rtol=1e-11, atol=1e-13)
@@ -161,7 +195,9 @@ def test_batch_order_does_not_matter(backend, symmetric, small_tiles):
 def test_bitwise_repeatable(backend):
     z1, z2 = pair(300 if backend in SLOW else 600, 16, torch.float32)
     for member in served_by(backend) if backend not in SLOW else REPRESENTATIVE:
-        first, second = (loss_and_grads(z1, z2, *member, backend=backend, learn_tau=False) for _ in range(2))
+        first, second = (
+            loss_and_grads(z1, z2, *member, backend=backend, learn_tau=False) for _ in range(2)
+        )
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), member_id(member)
 
 
@@ -180,9 +216,14 @@ def test_closed_forms_do_no_pairwise_work(backend, name, monkeypatch):
 
 
 SWEEPS = {  # objective: (row_sums, pair_grad) calls of loss + gradient
-    "triplet": (0, 1), "modified_triplet": (0, 1), "infonce": (1, 1), "soft_triplet": (1, 1), "alpha_direct": (1, 1),
-    "alpha_entropy": (1, 1), "alpha_inverse": (1, 1),
-}  # fmt: skip
+    "triplet": (0, 1),
+    "modified_triplet": (0, 1),
+    "infonce": (1, 1),
+    "soft_triplet": (1, 1),
+    "alpha_direct": (1, 1),
+    "alpha_entropy": (1, 1),
+    "alpha_inverse": (1, 1),
+}
 
 
 @pytest.mark.parametrize("name", SWEEPS)
@@ -207,18 +248,27 @@ def test_number_of_sweeps(name, monkeypatch):
 @pytest.mark.parametrize("threads", [2, 3, 10])
 @pytest.mark.parametrize("inference", [False, True])
 def test_workers_share_the_tiles(threads, inference, small_tiles, poisoned):
-    """Several workers, each with its own accumulators: same numbers, same bits every time, settings restored."""
+    """Several workers, each with its own accumulators: same numbers, same bits every time,
+    settings restored.
+    """
     z1, z2 = pair(31, 6, torch.float64)
     before = torch.get_num_threads()
-    similarities = ({"similarity": "cosine"}, {"similarity": "euclidean", "negatives": "cross_view"})
+    similarities = (
+        {"similarity": "cosine"},
+        {"similarity": "euclidean", "negatives": "cross_view"},
+    )
     members = [*REPRESENTATIVE, ("alpha_square", {}), MEMBERS[-1]]
-    for member, setting in list(itertools.product(members, similarities))[(threads + inference) % 3 :: 3]:
+    for member, setting in list(itertools.product(members, similarities))[
+        (threads + inference) % 3 :: 3
+    ]:
 
         def run(member=member, setting=setting):
             if not inference:
                 return loss_and_grads(z1, z2, *member, backend="blocked", **setting)
             with torch.inference_mode():
-                return [alpha_cl_loss(z1, z2, objectives.make(*member), backend="blocked", **setting)]
+                return [
+                    alpha_cl_loss(z1, z2, objectives.make(*member), backend="blocked", **setting)
+                ]
 
         one = run()
         torch.set_num_threads(threads)
@@ -255,7 +305,10 @@ def test_error_in_a_worker_reaches_the_caller(small_tiles):
 @pytest.mark.parametrize(("left", "right"), [(7, 19), (19, 7), (1, 12), (12, 1)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rectangle_of_two_processes_rows(backend, left, right, both, small_tiles):
-    """Sides of different lengths, no excluded pairs: what losses over several processes consist of. Against dense sums."""
+    """Sides of different lengths, no excluded pairs: what losses over several processes consist of.
+
+    Against dense sums.
+    """
     rows = pair(left + right, 6)[0] / 4
     t = rows[:left] @ rows[left:].t()
     anchors = left + right if both else left
@@ -267,10 +320,16 @@ def test_rectangle_of_two_processes_rows(backend, left, right, both, small_tiles
         first = of(t, center[:left, None], gain[:left, None])
         return [first, of(t.t(), center[left:, None], gain[left:, None])] if both else [first]
 
-    pairing, exp, hinge_kind = Pairing(left, 0, anchors), PairFunction("exp", (), tau), PairFunction("hinge", (0.1,), tau)
+    pairing, exp, hinge_kind = (
+        Pairing(left, 0, anchors),
+        PairFunction("exp", (), tau),
+        PairFunction("hinge", (0.1,), tau),
+    )
 
     def sums_of(function, terms, **scalars):
-        return ops.row_sums(Rows(rows), pairing, function, RowScalars(center, **scalars), terms, "", backend)
+        return ops.row_sums(
+            Rows(rows), pairing, function, RowScalars(center, **scalars), terms, "", backend
+        )
 
     base, total, moment = sums_of(exp, (Term.SHIFT, Term.F, Term.F_MOMENT))
     log_sum = torch.cat([(x / tau).logsumexp(1) for x in sides(lambda t, c, g: t)])
@@ -283,13 +342,27 @@ def test_rectangle_of_two_processes_rows(backend, left, right, both, small_tiles
     g = weights[0] + weights[1].t() if both else weights[0]
     expected = torch.cat([g @ rows[left:], g.t() @ rows[:left]])
     df, _, _ = ops.pair_grad(
-        Rows(rows), pairing, exp, RowScalars(center, gain, shift), Weight.F, (), (0, left + right), "", backend
+        Rows(rows),
+        pairing,
+        exp,
+        RowScalars(center, gain, shift),
+        Weight.F,
+        (),
+        (0, left + right),
+        "",
+        backend,
     )
     torch.testing.assert_close(df, expected, rtol=1e-11, atol=1e-12)
 
     hinge = sides(lambda t, c, g: torch.relu(t - c + 0.1))
     sums = sums_of(hinge_kind, (Term.F, Term.DF), shift=center)
-    torch.testing.assert_close(sums[0], torch.cat([x.sum(1) for x in hinge]), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(sums[1], torch.cat([(x > 0).double().sum(1) for x in hinge]), rtol=0, atol=0)
+    torch.testing.assert_close(
+        sums[0], torch.cat([x.sum(1) for x in hinge]), rtol=1e-12, atol=1e-12
+    )
+    torch.testing.assert_close(
+        sums[1], torch.cat([(x > 0).double().sum(1) for x in hinge]), rtol=0, atol=0
+    )
     (largest,) = sums_of(hinge_kind, (Term.T_MAX,))
-    torch.testing.assert_close(largest, torch.cat([x.amax(1) for x in sides(lambda t, c, g: t)]), rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(
+        largest, torch.cat([x.amax(1) for x in sides(lambda t, c, g: t)]), rtol=1e-13, atol=1e-14
+    )

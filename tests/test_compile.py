@@ -25,8 +25,12 @@ def gradients(value, leaves):
 def compare(loss, compiled, sizes=(12, 9, 17), dtype=torch.float64, dims=5):
     for n in sizes:
         leaves = [z.requires_grad_() for z in pair(n, dims, dtype)]
-        leaves_and_tau = leaves + [p for p in getattr(loss, "parameters", list)() if p.requires_grad]
-        for a, b in zip(*(gradients(f(*leaves), leaves_and_tau) for f in (loss, compiled)), strict=True):
+        leaves_and_tau = leaves + [
+            p for p in getattr(loss, "parameters", list)() if p.requires_grad
+        ]
+        for a, b in zip(
+            *(gradients(f(*leaves), leaves_and_tau) for f in (loss, compiled)), strict=True
+        ):
             assert a.dtype == b.dtype
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
@@ -48,11 +52,17 @@ def test_modes_and_reductions(negatives, symmetric, reduction):
     tau = torch.nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
     turn = MODES.index((negatives, symmetric)) + ("mean", "sum", "none").index(reduction)
     name, temperature = (("infonce", tau), ("alpha_square", 0.3))[turn % 2]
-    loss = FusedAlphaCLLoss(name, temperature=temperature, negatives=negatives, symmetric=symmetric, reduction=reduction)
-    compare(loss, torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager"), sizes=(12, 9))
+    loss = FusedAlphaCLLoss(
+        name, temperature=temperature, negatives=negatives, symmetric=symmetric, reduction=reduction
+    )
+    compare(
+        loss, torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager"), sizes=(12, 9)
+    )
 
 
-@pytest.mark.skipif(" " in torch.__file__, reason="torch's inductor does not quote the path of its headers")
+@pytest.mark.skipif(
+    " " in torch.__file__, reason="torch's inductor does not quote the path of its headers"
+)
 def test_inductor():
     loss = FusedAlphaCLLoss("alpha_direct", temperature=0.2)
 
@@ -85,7 +95,13 @@ def test_one_sided_half_and_no_grad(dtype):
 
 def test_functional_and_custom_objectives():
     custom = PairLoss(phi=torch.log1p, psi=lambda gap: torch.exp(2 * gap))
-    for objective in ("infonce", objectives.make("infonce", {"epsilon": 0.0}), custom, MinPlayer(quadratic_h)):
+    for objective in (
+        "infonce",
+        objectives.make("infonce", {"epsilon": 0.0}),
+        custom,
+        MinPlayer(quadratic_h),
+    ):
+
         def loss(z1, z2, objective=objective):
             return alpha_cl_loss(z1, z2, objective, temperature=0.4)
 
@@ -113,12 +129,19 @@ def test_operators_pass_opcheck():
     tau, call = torch.tensor(0.3, dtype=torch.float64), ("cosine", "two_view", True)
     for reduction in ("mean", "none"):
         rest = (objective.key, *call, reduction, "blocked", 0.3, "", [True, True, False])
-        torch.library.opcheck(torch.ops.alphacl_fast.loss.default, (z1, z2, tau, None, *rest), test_utils=(
-            "test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+        torch.library.opcheck(
+            torch.ops.alphacl_fast.loss.default,
+            (z1, z2, tau, None, *rest),
+            test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+        )
     grad = torch.ones(12, dtype=torch.float64)
-    torch.library.opcheck(torch.ops.alphacl_fast.loss_grad.default, (z1, z2, tau, None, grad, *rest))
+    torch.library.opcheck(
+        torch.ops.alphacl_fast.loss_grad.default, (z1, z2, tau, None, grad, *rest)
+    )
     z1.requires_grad_()
-    torch.library.opcheck(torch.ops.alphacl_fast.loss.default, (z1, z2, tau, None, *rest[:-1], [True, False, False]))
+    torch.library.opcheck(
+        torch.ops.alphacl_fast.loss.default, (z1, z2, tau, None, *rest[:-1], [True, False, False])
+    )
 
 
 def test_objectives_are_found_while_they_live():

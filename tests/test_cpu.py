@@ -1,4 +1,6 @@
-"""The compiled CPU backend: every instruction set this machine has, threads, signals, and what happens without it."""
+"""The compiled CPU backend: every instruction set this machine has, threads, signals, and what
+happens without it.
+"""
 
 import itertools
 import os
@@ -45,26 +47,44 @@ def test_every_instruction_set(member, rows, monkeypatch, poisoned):
                 assert relative_error(o, t) < 1e-10, (name, setting)
 
 
-@pytest.mark.parametrize(("pairs", "dim", "rows"), [(13, 6, 5), (59, 33, 48), (130, 40, 31), (150, 70, 96), (210, 128, 240)])
+@pytest.mark.parametrize(
+    ("pairs", "dim", "rows"),
+    [(13, 6, 5), (59, 33, 48), (130, 40, 31), (150, 70, 96), (210, 128, 240)],
+)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_half_precision_on_every_instruction_set(dtype, pairs, dim, rows, monkeypatch, poisoned):
-    """Against float64 on the same rows: the gradient is as exact as its dtype, whatever multiplies it."""
+    """Against float64 on the same rows: the gradient is as exact as its dtype, whatever
+    multiplies it.
+    """
     set_blocks(monkeypatch, rows)
-    members = BUILT_IN if pairs == 13 else [("infonce", {}), ("alpha_square", {}), ("alpha_direct", {"detach_alpha": False})]
-    for (m, member), (k, (negatives, symmetric)) in itertools.product(enumerate(members), enumerate(MODES)):
+    members = (
+        BUILT_IN
+        if pairs == 13
+        else [("infonce", {}), ("alpha_square", {}), ("alpha_direct", {"detach_alpha": False})]
+    )
+    for (m, member), (k, (negatives, symmetric)) in itertools.product(
+        enumerate(members), enumerate(MODES)
+    ):
         if member == ("triplet", {"margin": 0.1}):
             continue  # with 26 rows a whole row's hinges can be inactive
         similarity = ("cosine", "dot")[(m + k + HALF.index(dtype)) % 2]
         z1, z2 = pair(pairs, dim, dtype)
         if similarity == "dot":
             z1, z2 = z1 / 4, z2 / 4
-        setting = {"negatives": negatives, "symmetric": symmetric, "similarity": similarity, "reduction": "none"}
+        setting = {
+            "negatives": negatives,
+            "symmetric": symmetric,
+            "similarity": similarity,
+            "reduction": "none",
+        }
         truth = loss_and_grads(z1.double(), z2.double(), *member, backend="reference", **setting)
         for name in SETS:
             with cpu.forced_instruction_set(name):
                 ours = loss_and_grads(z1, z2, *member, backend="cpu", **setting)
             assert ours[0].dtype == torch.float32
-            for what, o, t, bound in zip(("loss", "dz1", "dz2"), ours, truth, (3e-5, 4e-3, 4e-3), strict=False):
+            for what, o, t, bound in zip(
+                ("loss", "dz1", "dz2"), ours, truth, (3e-5, 4e-3, 4e-3), strict=False
+            ):
                 error = float((o.double() - t).norm() / t.norm().clamp(min=1e-12))
                 assert error < bound, (name, member, setting, what)
 
@@ -88,7 +108,13 @@ def test_same_bits_for_any_number_of_threads(member, dtype, monkeypatch):
     z1, z2 = pair(333, 24, dtype)
     negatives = ("two_view", "cross_view")[(BUILT_IN.index(member) + dtype.itemsize // 4) % 2]
     results = []
-    for threads in (1, 2, 2, 3, 8):  # of the sweeps; PyTorch's own sums between them may depend on its setting
+    for threads in (
+        1,
+        2,
+        2,
+        3,
+        8,
+    ):  # of the sweeps; PyTorch's own sums between them may depend on its setting
         monkeypatch.setattr(cpu, "_threads", lambda *args, threads=threads: threads)
         results.append(loss_and_grads(z1, z2, *member, backend="cpu", negatives=negatives))
     for other in results:
@@ -122,10 +148,14 @@ def test_any_number_of_features(name, dtype, dim):
     z1, z2 = pair(26, dim, dtype)
     with cpu.forced_instruction_set(name):
         ours = loss_and_grads(z1, z2, "infonce", backend="cpu", similarity="cosine")
-    truth = loss_and_grads(z1.double(), z2.double(), "infonce", backend="reference", similarity="cosine")
+    truth = loss_and_grads(
+        z1.double(), z2.double(), "infonce", backend="reference", similarity="cosine"
+    )
     for o, t in zip(ours[:3], truth[:3], strict=True):
         error = float((o.double() - t).norm() / t.norm().clamp(min=1e-9))
-        assert error < {torch.float32: 1e-5, torch.float64: 1e-12}.get(dtype, 5e-3) or dim == 1  # D = 1: the gradient is 0
+        assert (
+            error < {torch.float32: 1e-5, torch.float64: 1e-12}.get(dtype, 5e-3) or dim == 1
+        )  # D = 1: the gradient is 0
 
 
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
@@ -134,7 +164,9 @@ def test_any_number_of_features(name, dtype, dim):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", SETS)
 def test_gradients_of_whole_blocks(name, dtype, dim, negatives, wanted):
-    """A whole block of rows whose width needs no padding has its gradient added up where it ends."""
+    """A whole block of rows whose width needs no padding has its gradient added up where it
+    ends.
+    """
     views = pair(290, dim, dtype)
     found = []
     for backend, precise in (("cpu", dtype), ("reference", torch.float64)):
@@ -143,14 +175,22 @@ def test_gradients_of_whole_blocks(name, dtype, dim, negatives, wanted):
             loss = alpha_cl_loss(z1, z2, temperature=0.1, negatives=negatives, backend=backend)
             found.append(torch.autograd.grad(loss, [z for z in (z1, z2) if z.requires_grad]))
     for ours, truth in zip(*found, strict=True):
-        assert relative_error(ours, truth, floor=1e-9) < {torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+        assert (
+            relative_error(ours, truth, floor=1e-9)
+            < {torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+        )
 
 
 def test_strided_expanded_and_transposed_inputs():
     base = torch.randn(6, 40, dtype=torch.float64)
-    strided, row = torch.randn(40, 12, dtype=torch.float64)[:, ::2], torch.randn(1, 6, dtype=torch.float64)
+    strided, row = (
+        torch.randn(40, 12, dtype=torch.float64)[:, ::2],
+        torch.randn(1, 6, dtype=torch.float64),
+    )
     for z in (base.t(), strided, row.expand(40, 6)):
-        truth = loss_and_grads(z.contiguous(), z.flip(0).contiguous(), "infonce", similarity="dot", backend="reference")
+        truth = loss_and_grads(
+            z.contiguous(), z.flip(0).contiguous(), "infonce", similarity="dot", backend="reference"
+        )
         ours = loss_and_grads(z, z.flip(0), "infonce", similarity="dot", backend="cpu")
         for o, t in zip(ours, truth, strict=True):
             assert relative_error(o, t) < 1e-10
@@ -163,13 +203,17 @@ def test_a_nan_is_not_lost():
                 z1, z2 = pair(60, 20, dtype)
                 z1[7, 3] = torch.nan
                 with cpu.forced_instruction_set(name):
-                    loss, d1, *_ = loss_and_grads(z1, z2, "infonce", similarity=similarity, backend="cpu")
+                    loss, d1, *_ = loss_and_grads(
+                        z1, z2, "infonce", similarity=similarity, backend="cpu"
+                    )
                 assert loss.isnan(), (name, dtype, similarity)
                 assert d1[0].isnan().any(), (name, dtype, similarity)
 
 
 def test_compiled_from_these_sources():
-    """A library of other sources would be tested in vain: `make` or `pip install -e .` compiles again."""
+    """A library of other sources would be tested in vain: `make` or `pip install -e .` compiles
+    again.
+    """
     assert cpu._library().alphacl_cpu_sources().decode() == build_cpu.fingerprint()
 
 
@@ -182,8 +226,10 @@ def test_the_driver_piece_by_piece():
 
 
 def test_wrong_instruction_set_is_refused():
-    with pytest.raises(ValueError, match=r"instruction set must be one of \['portable'.*got 'sse9'"), \
-            cpu.forced_instruction_set("sse9"):
+    with (
+        pytest.raises(ValueError, match=r"instruction set must be one of \['portable'.*got 'sse9'"),
+        cpu.forced_instruction_set("sse9"),
+    ):
         pass  # fmt: skip
 
 
@@ -198,14 +244,22 @@ def test_instruction_set_from_the_environment(monkeypatch):
 
 def test_what_it_refuses():
     z1, z2 = pair(4, 3, torch.float32)
-    with pytest.raises(ValueError, match="backend 'cpu' cannot serve this call: compiled for the built-in pair functions"):
+    with pytest.raises(
+        ValueError,
+        match="backend 'cpu' cannot serve this call: compiled for the built-in pair functions",
+    ):
         FusedAlphaCLLoss(PairLoss(None, torch.exp), backend="cpu")(z1, z2)
     with pytest.raises(ValueError, match="precision='tf32'"):
         FusedAlphaCLLoss(backend="cpu", precision="tf32")(z1, z2)
-    assert "runs on cpu, not cuda" in ops.SWEEP_BACKENDS["cpu"].unsupported(torch.device("cuda"), torch.float32, None, "")
+    assert "runs on cpu, not cuda" in ops.SWEEP_BACKENDS["cpu"].unsupported(
+        torch.device("cuda"), torch.float32, None, ""
+    )
     loss = FusedAlphaCLLoss(PairLoss(None, torch.exp))
     loss(z1, z2)
-    assert "blocked, first that serves float32 on cpu; skipped cpu: compiled for the built-in" in repr(loss)
+    assert (
+        "blocked, first that serves float32 on cpu; skipped cpu: compiled for the built-in"
+        in repr(loss)
+    )
 
 
 def test_without_the_library(monkeypatch, tmp_path):
@@ -249,7 +303,9 @@ except KeyboardInterrupt:
     print("stopped")
 print(float(alpha_cl_loss(torch.eye(3), torch.eye(3), backend="cpu")) > 0)
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=WATCHDOG)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=WATCHDOG
+    )
     assert run.stdout.splitlines() == ["stopped", "True"], run.stderr
 
 
@@ -260,14 +316,18 @@ def test_several_python_threads_at_once():
     z1, z2 = pair(150, 16)
     truth = loss_and_grads(z1, z2, "alpha_direct", backend="reference")
     with ThreadPoolExecutor(4) as pool:
-        futures = [pool.submit(loss_and_grads, z1, z2, "alpha_direct", backend="cpu") for _ in range(12)]
+        futures = [
+            pool.submit(loss_and_grads, z1, z2, "alpha_direct", backend="cpu") for _ in range(12)
+        ]
         for future in futures:
             for o, t in zip(future.result(), truth, strict=True):
                 assert relative_error(o, t) < 1e-10
 
 
 def test_work_space_at_a_large_batch():
-    """n = 65,536, D = 16 (one eager n × n matrix: 17 GB): less than 50 MB beyond inputs, outputs and normalised rows."""
+    """n = 65,536, D = 16 (one eager n × n matrix: 17 GB): less than 50 MB beyond inputs, outputs
+    and normalised rows.
+    """
     code = """
 import resource, torch
 from alphacl_fast.backend import cpu
@@ -286,7 +346,9 @@ scalars = RowScalars(center, gain, base)
 df, *_ = pair_grad(Rows(f), pairing, function, scalars, Weight.F, (), (0, n), "", "cpu")
 print(peak() - before, float(total.min()) > 0, bool(df.isfinite().all()))
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout.split()
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    ).stdout.split()
     assert float(out[0]) < 50
     assert out[1:] == ["True", "True"]
 
@@ -294,7 +356,9 @@ print(peak() - before, float(total.min()) > 0, bool(df.isfinite().all()))
 @pytest.mark.parametrize("split", [1, 3, 20, 39, 58])
 @pytest.mark.parametrize("backend", ["cpu", "blocked"])
 def test_rectangles_of_unequal_sides(backend, split, small_tiles, monkeypatch):
-    """Rows [0, split) against the rest, as a rank of a distributed batch has them: against dense sums."""
+    """Rows [0, split) against the rest, as a rank of a distributed batch has them: against dense
+    sums.
+    """
     monkeypatch.setattr(cpu, "_threads", lambda *args: 3)
     n, tau = 60, torch.tensor(0.4, dtype=torch.float64)
     f = torch.nn.functional.normalize(torch.randn(n, 7, dtype=torch.float64))
@@ -309,8 +373,12 @@ def test_rectangles_of_unequal_sides(backend, split, small_tiles, monkeypatch):
     gain = torch.rand(n, dtype=torch.float64)
     scalars = RowScalars(center, gain, lse)
     df, *_ = ops.pair_grad(Rows(f), pairing, function, scalars, Weight.F, (), (0, n), "", backend)
-    g = (gain[:split] / lse[:split].exp()).unsqueeze(1) * (t / tau).exp() + (t / tau).exp() * (gain / lse.exp())[split:]
-    torch.testing.assert_close(df, torch.cat([g @ f[split:], g.t() @ f[:split]]), rtol=1e-11, atol=1e-12)
+    g = (gain[:split] / lse[:split].exp()).unsqueeze(1) * (t / tau).exp() + (t / tau).exp() * (
+        gain / lse.exp()
+    )[split:]
+    torch.testing.assert_close(
+        df, torch.cat([g @ f[split:], g.t() @ f[:split]]), rtol=1e-11, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("backend", ["cpu", "blocked"])
@@ -320,7 +388,9 @@ def test_infinite_similarity_of_an_excluded_pair(backend):
     z1[3, 0] = 3e19  # only its product with itself leaves float32 …
     z1[:3, 0] = z1[4:, 0] = z2[:, 0] = 0.0  # … and no other row meets it
     for name in ("alpha_square", "alpha_direct", "triplet"):
-        truth = loss_and_grads(z1.double(), z2.double(), name, similarity="dot", backend="reference")
+        truth = loss_and_grads(
+            z1.double(), z2.double(), name, similarity="dot", backend="reference"
+        )
         ours = loss_and_grads(z1, z2, name, similarity="dot", backend=backend)
         assert torch.isfinite(ours[0])
         assert relative_error(ours[0], truth[0]) < 1e-5, name
@@ -332,7 +402,9 @@ def test_nearly_equal_rows_of_many_features(name, dim):
     """Rounding along a long sum goes the same way for all of them and must not add up."""
     row = torch.randn(1, dim, dtype=torch.float64)
     z1, z2 = ((row + 1e-3 * torch.randn(40, dim, dtype=torch.float64)).float() for _ in range(2))
-    truth = loss_and_grads(z1.double(), z2.double(), "alpha_direct", tau=0.07, backend="reference", reduction="none")
+    truth = loss_and_grads(
+        z1.double(), z2.double(), "alpha_direct", tau=0.07, backend="reference", reduction="none"
+    )
     with cpu.forced_instruction_set(name):
         ours = loss_and_grads(z1, z2, "alpha_direct", tau=0.07, backend="cpu", reduction="none")
     eager = loss_and_grads(z1, z2, "alpha_direct", tau=0.07, backend="reference", reduction="none")
@@ -341,10 +413,15 @@ def test_nearly_equal_rows_of_many_features(name, dim):
 
 
 def test_equal_weights_are_not_rounded():
-    """A hinge weighs all active pairs alike; 1/2N as a bfloat16 would be off by the same 0.2 % everywhere."""
+    """A hinge weighs all active pairs alike.
+
+    1/2N as a bfloat16 would be off by the same 0.2 % everywhere.
+    """
     row = torch.randn(1, 32)
     z1, z2 = ((row + 0.05 * torch.randn(60, 32)).bfloat16() for _ in range(2))
-    truth = loss_and_grads(z1.double(), z2.double(), "triplet", similarity="dot", backend="reference")
+    truth = loss_and_grads(
+        z1.double(), z2.double(), "triplet", similarity="dot", backend="reference"
+    )
     for name in SETS:
         with cpu.forced_instruction_set(name):
             ours = loss_and_grads(z1, z2, "triplet", similarity="dot", backend="cpu")
@@ -359,12 +436,18 @@ def test_half_precision_subnormals_survive_flushing():
     try:
         for name in SETS:
             with cpu.forced_instruction_set(name):
-                assert relative_error(loss_and_grads(z1, z2, "infonce", backend="cpu")[0], base[0]) < 1e-6
+                assert (
+                    relative_error(loss_and_grads(z1, z2, "infonce", backend="cpu")[0], base[0])
+                    < 1e-6
+                )
     finally:
         torch.set_flush_denormal(False)
 
 
-@pytest.mark.skipif(shutil.which("valgrind") is None, reason="needs valgrind, whose processor has AVX2 but no AVX-512")
+@pytest.mark.skipif(
+    shutil.which("valgrind") is None,
+    reason="needs valgrind, whose processor has AVX2 but no AVX-512",
+)
 def test_no_illegal_instruction_on_an_older_processor():
     code = f"""
 import ctypes
@@ -376,5 +459,7 @@ a, b = ctypes.c_int32(), ctypes.c_int32()
 library.alphacl_cpu_kernels.restype = ctypes.c_char_p
 print(mask >> 16, library.alphacl_cpu_kernels(1, 0, ctypes.byref(a), ctypes.byref(b)))
 """
-    run = subprocess.run(["valgrind", "-q", sys.executable, "-c", code], capture_output=True, text=True)
+    run = subprocess.run(
+        ["valgrind", "-q", sys.executable, "-c", code], capture_output=True, text=True
+    )
     assert run.stdout.split() == ["3", "b'avx2'"], run.stderr[-500:]

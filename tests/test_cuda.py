@@ -28,7 +28,9 @@ DTYPES = {
 
 
 def schedule(seed):
-    """How the emulated GPU orders the threads of a block: 0 ascending, 1 descending, else random."""
+    """How the emulated GPU orders the threads of a block: 0 ascending, 1 descending, else
+    random.
+    """
     ctypes.CDLL(os.environ["ALPHACL_CUDA_EMULATED"]).alphacl_cuda_schedule(seed)
 
 

@@ -1,4 +1,6 @@
-"""The built CUDA library, without a GPU: what the compiler made of it, what it needs and refuses."""
+"""The built CUDA library, without a GPU: what the compiler made of it, what it needs and
+refuses.
+"""
 
 import ctypes
 import os
@@ -51,7 +53,10 @@ def test_there_is_a_library_where_there_is_nvcc():
 
 @built
 def test_compiled_from_these_sources():
-    """A library of other sources would be tested in vain; `python setup.py build_cuda` compiles again."""
+    """A library of other sources would be tested in vain.
+
+    `python setup.py build_cuda` compiles again.
+    """
     library = ctypes.CDLL(str(cuda.LIBRARY))
     library.alphacl_cuda_sources.restype = library.alphacl_cuda_build.restype = ctypes.c_char_p
     assert library.alphacl_cuda_sources().decode() == build.fingerprint()
@@ -255,20 +260,39 @@ def held(x):
 
 
 def call(library, *, f=None, rows=(0, -1, -1, -1, -1), **changes):
-    """What the library says of a sweep over all pairs of N rows; changes are buffers and numbers."""
+    """What the library says of a sweep over all pairs of N rows.
+
+    Changes are buffers and numbers.
+    """
     buffers = {"f": torch.randn(N, D) if f is None else f, "tau": torch.ones(())}
     buffers |= {name: changes.pop(name) for name in cuda._INPUTS + cuda._OUTPUTS if name in changes}
     buffers = {name: x for name, x in buffers.items() if x is not None}
     struct = cuda._SweepStruct(
         **{name: x.data_ptr() for name, x in buffers.items()},
-        elements=tuple(held(buffers[x]) if x in buffers else 0 for x in cuda._INPUTS + cuda._OUTPUTS),
+        elements=tuple(
+            held(buffers[x]) if x in buffers else 0 for x in cuda._INPUTS + cuda._OUTPUTS
+        ),
         row_of_term=rows,
         **{
-            "stride": buffers["f"].stride(0), "dim": D, "dtype": Dtype.FLOAT32, "row_blocks": 2, "splits": 1, "n": N,
-            "n_rows": N, "n_cols": N, "half": N // 2, "anchors": N, "n_out": N, "end": 2,
-            "form": Form.PLAIN, "rows_anchor": 1, "cols_anchor": 1, "terms": 1, **changes,
+            "stride": buffers["f"].stride(0),
+            "dim": D,
+            "dtype": Dtype.FLOAT32,
+            "row_blocks": 2,
+            "splits": 1,
+            "n": N,
+            "n_rows": N,
+            "n_cols": N,
+            "half": N // 2,
+            "anchors": N,
+            "n_out": N,
+            "end": 2,
+            "form": Form.PLAIN,
+            "rows_anchor": 1,
+            "cols_anchor": 1,
+            "terms": 1,
+            **changes,
         },
-    )  # fmt: skip
+    )
     error = library.alphacl_cuda_sweep(struct, None)
     return None if error is None else error.decode()
 
@@ -312,13 +336,19 @@ REFUSED = {
     "term": (sums(rows=(1, -1, -1, -1, -1)), "row_of_term must lie in [-1, 0], got 1"),
     "range": (sums(begin=2, end=1), "end must lie in [2, "),
     "dtype": (sums(dtype=5), "unknown dtype"),
-    "vector": (sums(moment_origin=torch.zeros(N - 1)), f"moment_origin must have {N} elements or more"),
+    "vector": (
+        sums(moment_origin=torch.zeros(N - 1)),
+        f"moment_origin must have {N} elements or more",
+    ),
     "no tau": (sums(tau=None), "tau is missing"),
     "no sums": (sums(sums=None), "sums is missing"),
     "few sums": (sums(splits=2), f"sums must have {2 * N} elements or more, got {N}"),
     "shifts": (sums(form=Form.ONLINE), f"sums must have {2 * N} elements or more, got {N}"),
     "slices": (sums(symmetric=1, column_slice=1), f"sums must have {3 * N} elements or more"),
-    "anchors": (sums(anchors=N - 1), f"sums hold results for rows 0 to {N - 1} of f, but the launch"),
+    "anchors": (
+        sums(anchors=N - 1),
+        f"sums hold results for rows 0 to {N - 1} of f, but the launch",
+    ),
     "no df": (product(df=None), "df is missing"),
     "df": (product(splits=2), f"df must have {2 * N * D} elements or more, got {N * D}"),
     "df's rows": (product(lo=1), f"df hold results for rows 1 to {N + 1} of f"),
@@ -343,7 +373,7 @@ REFUSED = {
         weights(gradient=gpu.Gradient.PRODUCT, df=torch.empty(1, N, 80)),
         "rows of this length take the other gradient",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("given", "message"), REFUSED.values(), ids=REFUSED.keys())
@@ -354,11 +384,17 @@ def test_sweeps_that_would_leave_memory(given, message, library):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scale": torch.ones(N).double()}, "scale must be torch.float32 on cpu, got torch.float64"),
-        ({"bias": torch.ones(N, device="meta")}, "bias must be torch.float32 on cpu, got .* on meta"),
+        (
+            {"scale": torch.ones(N).double()},
+            "scale must be torch.float32 on cpu, got torch.float64",
+        ),
+        (
+            {"bias": torch.ones(N, device="meta")},
+            "bias must be torch.float32 on cpu, got .* on meta",
+        ),
         ({"scale": torch.ones(N - 1)}, f"scale must have {N} elements or more, got {N - 1}"),
     ],
-)  # fmt: skip
+)
 def test_operands_of_another_kind(changes, message, library):
     """The library sees no dtype and no device; Python does."""
     one = torch.ones(N)

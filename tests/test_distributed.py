@@ -1,4 +1,6 @@
-"""Several processes against one, float64 over gloo: every objective, mode and strategy, unequal batches, sub-groups."""
+"""Several processes against one, float64 over gloo: every objective, mode and strategy, unequal
+batches, sub-groups.
+"""
 
 import copy
 import itertools
@@ -28,21 +30,29 @@ def ranks():
 
 
 def residual(value, truth):
-    return float((value - truth).abs().max() / truth.abs().max().clamp(min=1.0)) if truth.numel() else 0.0
+    return (
+        float((value - truth).abs().max() / truth.abs().max().clamp(min=1.0))
+        if truth.numel()
+        else 0.0
+    )
 
 
 def differentiate(z1, z2, member, tau, reduction, weights, **options):
     """[loss, dz1, dz2(, dτ)] for given weights of the output."""
     objective = objectives.make(*member)
     z1, z2 = z1.clone().requires_grad_(), z2.clone().requires_grad_()
-    temperature = torch.tensor(tau, dtype=torch.float64, requires_grad=objective.tau_gradient is not None)
+    temperature = torch.tensor(
+        tau, dtype=torch.float64, requires_grad=objective.tau_gradient is not None
+    )
     loss = alpha_cl_loss(z1, z2, objective, temperature=temperature, reduction=reduction, **options)
     inputs = [z1, z2] + ([temperature] if temperature.requires_grad else [])
     return [loss.detach(), *torch.autograd.grad((loss * weights).sum(), inputs)]
 
 
 def residuals(group, cases, sizes, strategy, dim=5, tau=0.3, dtype=torch.float64):
-    """Largest residual of each case (member, negatives, symmetric, similarity, reduction), gradients after averaging."""
+    """Largest residual of each case (member, negatives, symmetric, similarity, reduction),
+    gradients after averaging.
+    """
     rank, world = dist.get_rank(group), len(sizes)
     total, first = sum(sizes), sum(sizes[:rank])
     mine = slice(first, first + sizes[rank])
@@ -56,15 +66,28 @@ def residuals(group, cases, sizes, strategy, dim=5, tau=0.3, dtype=torch.float64
         here = weights
         if reduction == "none":
             weights = torch.linspace(-0.5, 1.5, views * total, dtype=torch.float64)
-            here = weights.view(views, total)[:, mine].flatten() * world  # each process's own objective is averaged
+            here = (
+                weights.view(views, total)[:, mine].flatten() * world
+            )  # each process's own objective is averaged
         truth = differentiate(z1, z2, member, tau, reduction, weights, **options)
         result = differentiate(
-            z1[mine], z2[mine], member, tau, reduction, here, process_group=group, strategy=strategy, **options
+            z1[mine],
+            z2[mine],
+            member,
+            tau,
+            reduction,
+            here,
+            process_group=group,
+            strategy=strategy,
+            **options,
         )
         if reduction == "none":
             truth[0] = truth[0].view(views, total)[:, mine].flatten()
         worst = [residual(result[0], truth[0])]
-        worst += [residual(value / world, whole[mine]) for value, whole in zip(result[1:3], truth[1:3], strict=True)]
+        worst += [
+            residual(value / world, whole[mine])
+            for value, whole in zip(result[1:3], truth[1:3], strict=True)
+        ]
         if len(truth) == 4:
             worst.append(residual(result[3], truth[3]))
             gathered = [torch.empty_like(result[3]) for _ in sizes]
@@ -82,27 +105,45 @@ def names(cases):
 def check(ranks, size, cases, sizes, strategy, limit=LIMIT, **options):
     results = ranks.run(size, residuals, cases=cases, sizes=sizes, strategy=strategy, **options)
     worst = [max(each) for each in zip(*results, strict=True)]
-    bad = [f"{name}: {value:.1e}" for name, value in zip(names(cases), worst, strict=True) if value > limit]
+    bad = [
+        f"{name}: {value:.1e}"
+        for name, value in zip(names(cases), worst, strict=True)
+        if value > limit
+    ]
     print(f"largest residual of {len(cases)} cases, {sizes}, {strategy}: {max(worst):.1e}")
     assert not bad, "\n".join(bad)
 
 
-
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_objective_and_setting(ranks, strategy):
-    """Half of the cases by one strategy, half by the other; which half, changes from member to member."""
-    cases = [case for k, case in enumerate(rotated()) if (k + k // len(MODES)) % 2 == STRATEGIES.index(strategy)]
+    """Half of the cases by one strategy, half by the other.
+
+    Which half, changes from member to member.
+    """
+    cases = [
+        case
+        for k, case in enumerate(rotated())
+        if (k + k // len(MODES)) % 2 == STRATEGIES.index(strategy)
+    ]
     check(ranks, 3, cases, (7, 1, 4), strategy)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(("size", "sizes"), [(size, split) for size, splits in SPLITS.items() for split in splits])
+@pytest.mark.parametrize(
+    ("size", "sizes"), [(size, split) for size, splits in SPLITS.items() for split in splits]
+)
 def test_every_objective_and_split(ranks, size, sizes, strategy):
-    """Half of the members in one setting each, others for another split or strategy, so that all settings occur."""
+    """Half of the members in one setting each, others for another split or strategy, so that all
+    settings occur.
+    """
     settings = every_setting()
     shift = sum(sizes) + size + (strategy == "ring")
     cases = [
-        (member, *settings[(5 * k + shift) % len(settings)], ("mean", "none", "sum")[(k + shift) % 3])
+        (
+            member,
+            *settings[(5 * k + shift) % len(settings)],
+            ("mean", "none", "sum")[(k + shift) % 3],
+        )
         for k, member in enumerate(MEMBERS)
         if (k + shift) % 2
     ]
@@ -128,9 +169,12 @@ def count_pairs(group, sizes, strategy, negatives, symmetric):
     try:
         with torch.no_grad():
             alpha_cl_loss(
-                *pair(sizes[dist.get_rank(group)], 3), negatives=negatives, symmetric=symmetric, process_group=group,
+                *pair(sizes[dist.get_rank(group)], 3),
+                negatives=negatives,
+                symmetric=symmetric,
+                process_group=group,
                 strategy=strategy,
-            )  # fmt: skip
+            )
     finally:
         ops.row_sums = original
     return sum(pairs)
@@ -141,16 +185,30 @@ def count_pairs(group, sizes, strategy, negatives, symmetric):
 def test_no_pair_is_computed_twice(ranks, strategy, negatives, symmetric):
     for sizes in ((5, 3), (7, 1, 4), (3, 1, 4, 2), (8, 8, 8, 8)):
         counts = ranks.run(
-            len(sizes), count_pairs, sizes=sizes, strategy=strategy, negatives=negatives, symmetric=symmetric
+            len(sizes),
+            count_pairs,
+            sizes=sizes,
+            strategy=strategy,
+            negatives=negatives,
+            symmetric=symmetric,
         )
         n = sum(sizes)
-        assert sum(counts) == {"two_view": n * (2 * n - 2), "one_view": n * (n - 1) // 2, "cross_view": n * (n - 1)}[negatives]
+        assert (
+            sum(counts)
+            == {
+                "two_view": n * (2 * n - 2),
+                "one_view": n * (n - 1) // 2,
+                "cross_view": n * (n - 1),
+            }[negatives]
+        )
         if sizes[0] == 8:
             assert max(counts) <= 1.01 * min(counts)
 
 
 def test_the_shared_rectangle_is_cut_in_two():
-    """Each pair of two blocks that are half the ring apart lies in exactly one of the two processes' rectangles."""
+    """Each pair of two blocks that are half the ring apart lies in exactly one of the two
+    processes' rectangles.
+    """
     for negatives, views in (("two_view", 2), ("one_view", 1)):
         seen = torch.zeros(3 * views, 5 * views)
         (mine, theirs, left), *more = distributed.meetings(0, 1, 2, negatives, (3, 5))
@@ -195,19 +253,55 @@ def outcome(group, changes):
 
 A, B = pair(4, 3)
 BAD = [
-    ({1: {"z": (A, B[:3])}}, ValueError, r"^rank 1: z2 must have the shape of z1 \(4, 3\), got \(3, 3\)$"),
-    ({0: {"z": (A.int(), B)}, 2: {"temperature": -1.0}}, ValueError, r"^rank 0: z1 must .* rank 2: temperature must"),
-    ({1: {"z": (A[:, :2], B[:, :2])}}, ValueError, "same number of features D, got 3 on rank 0 and 2 on rank 1"),
-    ({2: {"z": (A.float(), B.float())}}, ValueError, "same dtype, got torch.float64 on rank 0 and torch.float32 on rank 2"),
-    ({1: {"objective": "mine"}}, ValueError, r"same call, got infonce\(.* on rank 0 and mine\(\).* on rank 1"),
+    (
+        {1: {"z": (A, B[:3])}},
+        ValueError,
+        r"^rank 1: z2 must have the shape of z1 \(4, 3\), got \(3, 3\)$",
+    ),
+    (
+        {0: {"z": (A.int(), B)}, 2: {"temperature": -1.0}},
+        ValueError,
+        r"^rank 0: z1 must .* rank 2: temperature must",
+    ),
+    (
+        {1: {"z": (A[:, :2], B[:, :2])}},
+        ValueError,
+        "same number of features D, got 3 on rank 0 and 2 on rank 1",
+    ),
+    (
+        {2: {"z": (A.float(), B.float())}},
+        ValueError,
+        "same dtype, got torch.float64 on rank 0 and torch.float32 on rank 2",
+    ),
+    (
+        {1: {"objective": "mine"}},
+        ValueError,
+        r"same call, got infonce\(.* on rank 0 and mine\(\).* on rank 1",
+    ),
     ({1: {"objective": "none of these"}}, ValueError, "^rank 1: objective must be one of"),
     ({1: {"similarity": "dot"}}, ValueError, "same call"),
     ({1: {"strategy": "ring"}}, ValueError, "same call"),
-    ({2: {"temperature": 0.4}}, ValueError, "same temperature, got 0.5 on rank 0 and 0.4 on rank 2"),
-    ({r: {"z": (A[: r == 1], B[: r == 1])} for r in range(3)}, ValueError, r"at least 2 pairs .*got \(0, 1, 0\)"),
-    ({0: {"objective": objectives.PairLoss(None, torch.sin), "backend": "cpu"}}, ValueError, "^rank 0: backend 'cpu' cannot"),
-    ({r: {"reduction": "none", "grad": r == 1} for r in range(3)}, ValueError, "'none' every rank must want a gradient or"),
-]  # fmt: skip
+    (
+        {2: {"temperature": 0.4}},
+        ValueError,
+        "same temperature, got 0.5 on rank 0 and 0.4 on rank 2",
+    ),
+    (
+        {r: {"z": (A[: r == 1], B[: r == 1])} for r in range(3)},
+        ValueError,
+        r"at least 2 pairs .*got \(0, 1, 0\)",
+    ),
+    (
+        {0: {"objective": objectives.PairLoss(None, torch.sin), "backend": "cpu"}},
+        ValueError,
+        "^rank 0: backend 'cpu' cannot",
+    ),
+    (
+        {r: {"reduction": "none", "grad": r == 1} for r in range(3)},
+        ValueError,
+        "'none' every rank must want a gradient or",
+    ),
+]
 
 
 def test_bad_input_on_one_process_raises_on_every_one(ranks):
@@ -238,7 +332,9 @@ def gradient_of_the_first(group):
 def test_one_process_alone_may_want_a_gradient(ranks):
     z1, z2 = pair(12, 3)
     (whole,) = torch.autograd.grad(alpha_cl_loss(z1.requires_grad_(), z2), z1)
-    torch.testing.assert_close(ranks.run(3, gradient_of_the_first)[0] / 3, whole[:4], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        ranks.run(3, gradient_of_the_first)[0] / 3, whole[:4], rtol=1e-10, atol=1e-12
+    )
 
 
 def test_verify_distributed(ranks):
@@ -282,7 +378,9 @@ def encoder():
 
 
 def trained(group, sizes, strategy, wrap, steps=3):
-    """Largest difference of parameters and losses from those of one process, after a few steps of SGD."""
+    """Largest difference of parameters and losses from those of one process, after a few steps
+    of SGD.
+    """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
@@ -295,7 +393,9 @@ def trained(group, sizes, strategy, wrap, steps=3):
     for who, rows in (("one", slice(None)), ("all", mine)):
         model, temperature = encoder(), torch.nn.Parameter(torch.tensor(0.4, dtype=torch.float64))
         options = {"process_group": group, "strategy": strategy} if who == "all" else {}
-        loss = FusedAlphaCLLoss("infonce", temperature=temperature, temperature_range=(0.01, 1.0), **options)
+        loss = FusedAlphaCLLoss(
+            "infonce", temperature=temperature, temperature_range=(0.01, 1.0), **options
+        )
         forward = model
         if who == "all" and wrap == "ddp":
             forward = DistributedDataParallel(model, process_group=group)
@@ -327,7 +427,10 @@ def half_precision(group, strategy, dtype, negatives):
     mine = slice(rank * size, (rank + 1) * size)
     z1, z2 = pair(3 * size, 16, dtype)
     results = []
-    for rows, options in ((slice(None), {}), (mine, {"process_group": group, "strategy": strategy})):
+    for rows, options in (
+        (slice(None), {}),
+        (mine, {"process_group": group, "strategy": strategy}),
+    ):
         z = [x[rows].clone().requires_grad_() for x in (z1, z2)]
         loss = alpha_cl_loss(*z, "alpha_direct", negatives=negatives, **options)
         (loss * 3).backward()
@@ -344,7 +447,9 @@ def half_precision(group, strategy, dtype, negatives):
 def test_other_dtypes(ranks, dtype):
     limit = 2 * torch.finfo(dtype).eps
     for strategy, negatives in itertools.product(STRATEGIES, ("two_view", "cross_view")):
-        for loss, grads in ranks.run(3, half_precision, strategy=strategy, dtype=dtype, negatives=negatives):
+        for loss, grads in ranks.run(
+            3, half_precision, strategy=strategy, dtype=dtype, negatives=negatives
+        ):
             assert loss < 3e-6
             assert grads < max(limit, 3e-6)
 
@@ -374,7 +479,9 @@ class Scaled:
 
 
 def nameless(group):
-    loss = FusedAlphaCLLoss(objectives.PairLoss(None, Scaled(0.5 + dist.get_rank(group) * 0)), process_group=group)
+    loss = FusedAlphaCLLoss(
+        objectives.PairLoss(None, Scaled(0.5 + dist.get_rank(group) * 0)), process_group=group
+    )
     return float(loss(*pair(3, 4)))
 
 
@@ -405,7 +512,9 @@ def peak(group, strategy, pairs, dim):
     """Growth of this process's memory in a call, in bytes."""
     import ctypes
 
-    ctypes.CDLL(None).mallopt(-3, 65536)  # what is freed goes back to the system at once, so that the peak is what is in use
+    ctypes.CDLL(None).mallopt(
+        -3, 65536
+    )  # what is freed goes back to the system at once, so that the peak is what is in use
 
     def status(name):
         with open("/proc/self/status") as file:
@@ -426,8 +535,15 @@ def peak(group, strategy, pairs, dim):
 def test_the_ring_needs_memory_for_a_few_local_blocks(ranks):
     pairs, dim = 256, 4096
     block = 2 * pairs * dim * 4
-    two, four = (max(ranks.run(size, peak, strategy="ring", pairs=pairs, dim=dim)) for size in (2, 4))
+    two, four = (
+        max(ranks.run(size, peak, strategy="ring", pairs=pairs, dim=dim)) for size in (2, 4)
+    )
     gathered = max(ranks.run(4, peak, strategy="gather", pairs=pairs, dim=dim))
-    print(f"local blocks: ring of 2 {two / block:.1f}, of 4 {four / block:.1f}, gathered from 4 {gathered / block:.1f}")
-    assert four < 20 * block  # however many processes there are: a ring of 4 passes blocks on, as every longer one does
+    print(
+        f"local blocks: ring of 2 {two / block:.1f}, of 4 {four / block:.1f}, gathered from 4 "
+        f"{gathered / block:.1f}"
+    )
+    assert (
+        four < 20 * block
+    )  # however many processes there are: a ring of 4 passes blocks on, as every longer one does
     assert four < two + 5 * block < gathered + 2 * block

@@ -39,7 +39,9 @@ def test_shell_block(code):
             continue
         if words[0] == "make":
             assert {word for word in words[1:] if "=" not in word} <= targets, line
-        elif words[0] == "alphacl" or (words[:2] == ["python", "-m"] and words[2].startswith(("benchmarks.", "tools."))):
+        elif words[0] == "alphacl" or (
+            words[:2] == ["python", "-m"] and words[2].startswith(("benchmarks.", "tools."))
+        ):
             command = cli.main if words[0] == "alphacl" else importlib.import_module(words[2]).main
             with pytest.raises(SystemExit) as stopped:  # it exists, and has these flags
                 command([*(words[1:] if words[0] == "alphacl" else words[3:]), "--help"])
@@ -54,4 +56,6 @@ def test_guarantees_name_tests_that_exist():
     named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs/guarantees.md").read_text())
     assert len(named) > 50
     for file, name in named:
-        assert re.search(rf"^\s*def {name}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE), f"{file}::{name}"
+        assert re.search(rf"^\s*def {name}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE), (
+            f"{file}::{name}"
+        )

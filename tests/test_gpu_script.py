@@ -1,4 +1,6 @@
-"""`make gpu` on a machine without a GPU: tiny sizes and stand-ins, so that the first minute on a GPU is not spent on typos."""
+"""`make gpu` on a machine without a GPU: tiny sizes and stand-ins, so that the first minute on a
+GPU is not spent on typos.
+"""
 
 import contextlib
 import json
@@ -25,17 +27,38 @@ FEW = loss.Effort((2, 2), gemm_side=16, sample=1e-4, own_gate=0.25)
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """Runs the script in this process, on the CPU backends, with a few cases; returns its exit status and its rows."""
-    here = {name: module for name, module in ops.SWEEP_BACKENDS.items() if name in ("cpu", "blocked")}
+    """Runs the script in this process, on the CPU backends, with a few cases.
+
+    Returns its exit status and its rows.
+    """
+    here = {
+        name: module for name, module in ops.SWEEP_BACKENDS.items() if name in ("cpu", "blocked")
+    }
     monkeypatch.setattr(ops, "SWEEP_BACKENDS", here)
     monkeypatch.setattr(torch, "compile", lambda function=None, **options: function)
-    some = [case for k, case in enumerate(gpu_tasks.cases(["cpu", "blocked"], (16, 24), (20, 33))) if k % 97 == 0 or k < 4]
+    some = [
+        case
+        for k, case in enumerate(gpu_tasks.cases(["cpu", "blocked"], (16, 24), (20, 33)))
+        if k % 97 == 0 or k < 4
+    ]
     monkeypatch.setattr(gpu, "cases", lambda *args: iter(some[:30]))
 
     def run(phases, *more):
-        arguments = ["--out", str(tmp_path), "--device", "cpu", "--tiny", "--workers", "0", "--phases", phases]
+        arguments = [
+            "--out",
+            str(tmp_path),
+            "--device",
+            "cpu",
+            "--tiny",
+            "--workers",
+            "0",
+            "--phases",
+            phases,
+        ]
         status = gpu.main([*arguments, "--minutes", "90", *more])
-        return status, [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+        return status, [
+            json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()
+        ]
 
     return run
 
@@ -43,7 +66,10 @@ def start(tmp_path, monkeypatch):
 def test_smoke(start, tmp_path, monkeypatch, capsys):
     tool = tmp_path / "bin" / "compute-sanitizer"
     tool.parent.mkdir()
-    tool.write_text('#!/bin/sh\nwhile [ "$1" != "-m" ]; do shift; done\nshift; echo "$@"; echo "ERROR SUMMARY: 0 errors"\n')
+    tool.write_text(
+        '#!/bin/sh\nwhile [ "$1" != "-m" ]; do shift; done\nshift; echo "$@"; echo "ERROR '
+        'SUMMARY: 0 errors"\n'
+    )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tool.parent), prepend=":")
     status, rows = start("check,headline,rivals,sanitize,profile,plots")
@@ -54,17 +80,39 @@ def test_smoke(start, tmp_path, monkeypatch, capsys):
         assert {"device", "torch", "triton", "commit", "capability", "at_s", "status"} <= row.keys()
     assert {row["status"] for row in by_kind["check"]} <= {"ok", "refused"}
     for row in by_kind["check"]:
-        assert {"backend", "objective", "dtype", "negatives", "similarity", "n", "dim", "tau"} <= row.keys()
+        assert {
+            "backend",
+            "objective",
+            "dtype",
+            "negatives",
+            "similarity",
+            "n",
+            "dim",
+            "tau",
+        } <= row.keys()
         if row["status"] == "ok":
             assert all(mine <= bound for mine, _, bound in row["errors"].values())
-    assert {"synchronization", "graph", "launches", "graph replay", "sanitize", "profile"} <= by_kind.keys()
+    assert {
+        "synchronization",
+        "graph",
+        "launches",
+        "graph replay",
+        "sanitize",
+        "profile",
+    } <= by_kind.keys()
     timed = [row for row in by_kind["loss+gradient"] if row["status"] == "ok"]
     assert {"cpu", "blocked", "eager", "compiled"} <= {row["contestant"] for row in timed}
     for row in timed:
         assert row["fraction_of_gemm_rate"] > 0
         assert row["p20_in_gemms"] <= row["median_in_gemms"] <= row["p80_in_gemms"]
         assert row["median_ms"] is None  # only from a GPU
-        assert {"kernels", "peak_extra_bytes", "gradient_error", "speedup_over_eager", "speedup_over_compiled"} <= row.keys()
+        assert {
+            "kernels",
+            "peak_extra_bytes",
+            "gradient_error",
+            "speedup_over_eager",
+            "speedup_over_compiled",
+        } <= row.keys()
     assert any(row["speedup_over_compiled"] for row in timed)
     assert by_kind["sanitize"][0]["errors_found"] == 0
     assert "µs/step" in (tmp_path / "profile.txt").read_text()
@@ -92,13 +140,19 @@ def test_wrong_gradient_is_a_failure_and_not_timed(start, monkeypatch, capsys):
     (row,) = gpu_tasks.check(case, "cpu")
     assert row["status"] == "failed"
     assert "worst row of dz2" in row["error"]
-    assert "dz2 " not in row["error"].replace("of dz2", "")  # the norm over all rows does not see it
+    assert "dz2 " not in row["error"].replace(
+        "of dz2", ""
+    )  # the norm over all rows does not see it
     (row,) = gpu_tasks.check(gpu_tasks.Case("blocked", dtype="float32", pairs=40, dim=16), "cpu")
     assert "dz2 " in row["error"].replace("of dz2", "")
     monkeypatch.setattr(ops.SWEEP_BACKENDS["cpu"], "unsupported", lambda *args: "left out")
     status, rows = start("headline")
     assert status == 1
-    mine = [row for row in rows if row.get("contestant") == "blocked" and row["n"] == 16 and row["objective"] == "infonce"]
+    mine = [
+        row
+        for row in rows
+        if row.get("contestant") == "blocked" and row["n"] == 16 and row["objective"] == "infonce"
+    ]
     assert mine
     for row in mine:
         assert row["status"] == "wrong"
@@ -114,7 +168,9 @@ def test_unrepeatable_bits_are_a_failure(monkeypatch):
         return right(*args) * (1 + 1e-15 * next(calls))
 
     monkeypatch.setattr(blocked, "row_sums", drifting)
-    (row,) = gpu_tasks.check(gpu_tasks.Case("blocked", dtype="float64", pairs=20, dim=16, deterministic=True), "cpu")
+    (row,) = gpu_tasks.check(
+        gpu_tasks.Case("blocked", dtype="float64", pairs=20, dim=16, deterministic=True), "cpu"
+    )
     assert row["status"] == "failed"
     assert "other bits" in row["error"]
     assert not torch.are_deterministic_algorithms_enabled()
@@ -218,34 +274,54 @@ def test_a_rival_is_measured_beside_the_backends(start, monkeypatch):
 
 def unusable(name):
     module = ops.SWEEP_BACKENDS.get(name)
-    return "absent" if module is None else module.unsupported(torch.device("cpu"), torch.bfloat16, None, "exp")
+    return (
+        "absent"
+        if module is None
+        else module.unsupported(torch.device("cpu"), torch.bfloat16, None, "exp")
+    )
 
 
 @pytest.mark.skipif(unusable("triton") is not None, reason=str(unusable("triton")))
 def test_interpreted_triton():
     (row,) = gpu_tasks.check(gpu_tasks.Case("triton", pairs=20, dim=16, deterministic=True), "cpu")
     assert (row["status"], row["repeatable"]) == ("ok", True)
-    rows = list(gpu_tasks.measure(loss.Setting(16, 16, "bfloat16"), ["triton"], "cpu", FEW, graph=True))
-    assert [(row["benchmark"], row["status"]) for row in rows] == [("loss+gradient", "ok"), ("graph replay", "ok")]
+    rows = list(
+        gpu_tasks.measure(loss.Setting(16, 16, "bfloat16"), ["triton"], "cpu", FEW, graph=True)
+    )
+    assert [(row["benchmark"], row["status"]) for row in rows] == [
+        ("loss+gradient", "ok"),
+        ("graph replay", "ok"),
+    ]
 
 
 def test_the_table_of_checks():
-    """Every objective, mode, similarity, dtype and reduction is in it, once, and the headline case comes first."""
+    """Every objective, mode, similarity, dtype and reduction is in it, once, and the headline
+    case comes first.
+    """
     table = list(gpu_tasks.cases(["triton", "blocked"]))
-    assert (table[0].backend, table[0].objective, table[0].dtype, table[0].dim) == ("triton", "infonce", "bfloat16", 128)
+    assert (table[0].backend, table[0].objective, table[0].dtype, table[0].dim) == (
+        "triton",
+        "infonce",
+        "bfloat16",
+        128,
+    )
     assert len(set(table)) == len(table)
     assert {case.objective for case in table} == {*objectives.names(), *gpu_tasks.CUSTOM}
     assert {case.dim for case in table} == set(gpu_tasks.DIMS)
     assert all(1000 <= case.pairs <= 1537 for case in table)
     early = table[:400]
     for field, values in (
-        ("dtype", set(gpu_tasks.ARITHMETIC)), ("similarity", {"cosine", "dot", "euclidean"}), ("reduction", {"mean", "none"}),
-        ("negatives", {"two_view", "one_view", "cross_view"}), ("learn_tau", {True, False}), ("dim", set(gpu_tasks.DIMS)),
-    ):  # fmt: skip
+        ("dtype", set(gpu_tasks.ARITHMETIC)),
+        ("similarity", {"cosine", "dot", "euclidean"}),
+        ("reduction", {"mean", "none"}),
+        ("negatives", {"two_view", "one_view", "cross_view"}),
+        ("learn_tau", {True, False}),
+        ("dim", set(gpu_tasks.DIMS)),
+    ):
         assert {getattr(case, field) for case in early} == values
 
 
-# --- child processes --------------------------------------------------------------------------------------------------
+# --- child processes ------------------------------------------------------------------------------
 
 CHILD = """
 import os, time
@@ -275,7 +351,13 @@ def test_pool_survives_what_its_children_do(tmp_path, monkeypatch):
     rows = []
     children = subprocess_pool.Pool(1, str(tmp_path / "log"))
     try:
-        tasks = [task("works", k=5), task("raises"), task("hangs", 0.3), task("dies"), task("works", k=8)]
+        tasks = [
+            task("works", k=5),
+            task("raises"),
+            task("hangs", 0.3),
+            task("dies"),
+            task("works", k=8),
+        ]
         assert children.run(tasks, time.monotonic() + WATCHDOG, rows.append)
         assert [row.get("k") for row in rows] == [5, 6, 0, None, None, None, 8, 9]
         assert [row["status"] for row in rows if "status" in row] == ["error", "timeout", "crashed"]
@@ -283,7 +365,9 @@ def test_pool_survives_what_its_children_do(tmp_path, monkeypatch):
         assert "ended with 3" in rows[5]["error"]
         rows.clear()
         children.startup = 0.0
-        assert not children.run([task("hangs"), task("works", k=1)], time.monotonic() + 1, rows.append)
+        assert not children.run(
+            [task("hangs"), task("works", k=1)], time.monotonic() + 1, rows.append
+        )
         assert rows == [{"name": "hangs", "status": "unfinished"}]
     finally:
         children.close()
@@ -294,17 +378,21 @@ def test_a_broken_device_ends_the_child(monkeypatch):
     """An illegal address stays with its process, so the next task must get a new one."""
     assert not subprocess_pool.device_is_broken()
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "synchronize", mock.Mock(side_effect=RuntimeError("an illegal memory access")))
+    monkeypatch.setattr(
+        torch.cuda, "synchronize", mock.Mock(side_effect=RuntimeError("an illegal memory access"))
+    )
     assert subprocess_pool.device_is_broken()
     sent = []
-    connection = SimpleNamespace(recv=lambda: subprocess_pool.Task("tools.nothing:at_all"), send=sent.append)
+    connection = SimpleNamespace(
+        recv=lambda: subprocess_pool.Task("tools.nothing:at_all"), send=sent.append
+    )
     monkeypatch.setattr(subprocess_pool.os, "dup2", lambda *args: None)
     subprocess_pool.serve(connection, "/dev/null")
     assert [type(message) for message in sent] == [dict, bool]
     assert sent[-1] is False
 
 
-# --- what only a GPU executes, with stand-ins that check the calls ----------------------------------------------------
+# --- what only a GPU executes, with stand-ins that check the calls --------------------------------
 
 CUDA = torch.device("cuda")
 
@@ -328,14 +416,22 @@ def fake_cuda(monkeypatch):
     calls = []
 
     def stand_in(name, result=None):
-        spec = mock.create_autospec(getattr(torch.cuda, name), side_effect=lambda *args: calls.append((name, *args)) or result)
+        spec = mock.create_autospec(
+            getattr(torch.cuda, name),
+            side_effect=lambda *args: calls.append((name, *args)) or result,
+        )
         monkeypatch.setattr(torch.cuda, name, spec)
 
     for name, result in (
-        ("synchronize", None), ("reset_peak_memory_stats", None), ("memory_allocated", 1000), ("max_memory_allocated", 1500),
-        ("set_sync_debug_mode", None), ("get_device_name", "a GPU"), ("get_device_capability", (9, 0)),
+        ("synchronize", None),
+        ("reset_peak_memory_stats", None),
+        ("memory_allocated", 1000),
+        ("max_memory_allocated", 1500),
+        ("set_sync_debug_mode", None),
+        ("get_device_name", "a GPU"),
+        ("get_device_capability", (9, 0)),
         ("current_stream", mock.Mock()),
-    ):  # fmt: skip
+    ):
         stand_in(name, result)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "Stream", mock.Mock())
@@ -347,7 +443,9 @@ def fake_cuda(monkeypatch):
 
 def test_cuda_calls(fake_cuda, monkeypatch):
     steps = iter((1.0, 3.0))
-    assert loss.seconds(lambda: setattr(Event, "clock", Event.clock + next(steps)), CUDA, calls=2) == pytest.approx(2.0)
+    assert loss.seconds(
+        lambda: setattr(Event, "clock", Event.clock + next(steps)), CUDA, calls=2
+    ) == pytest.approx(2.0)
     assert loss.peak_extra_bytes(lambda: None, CUDA) == 500
     with gpu_tasks.synchronization_forbidden(CUDA):
         assert fake_cuda[-1] == ("set_sync_debug_mode", "error")
@@ -370,15 +468,21 @@ def test_cuda_calls(fake_cuda, monkeypatch):
 
 
 def test_device_events_of_a_trace(fake_cuda, monkeypatch):
-    trace = {"traceEvents": [
-        {"ph": "X", "cat": "kernel", "name": "sweep", "dur": 12}, {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "dur": 3},
-        {"ph": "X", "cat": "gpu_memset", "name": "Memset", "dur": 1.5}, {"ph": "M", "name": "process_name"},
-    ]}  # fmt: skip
+    trace = {
+        "traceEvents": [
+            {"ph": "X", "cat": "kernel", "name": "sweep", "dur": 12},
+            {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "dur": 3},
+            {"ph": "X", "cat": "gpu_memset", "name": "Memset", "dur": 1.5},
+            {"ph": "M", "name": "process_name"},
+        ]
+    }
 
     @contextlib.contextmanager
     def profile(activities):
         assert len(activities) == 2
-        yield SimpleNamespace(export_chrome_trace=lambda path: Path(path).write_text(json.dumps(trace)))
+        yield SimpleNamespace(
+            export_chrome_trace=lambda path: Path(path).write_text(json.dumps(trace))
+        )
 
     monkeypatch.setattr(torch.profiler, "profile", profile)
     assert gpu_tasks.device_events(lambda: None, CUDA) == [("sweep", 12.0), ("Memset", 1.5)]
@@ -389,10 +493,15 @@ def test_out_of_memory_is_a_row(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     real = loss.make
-    monkeypatch.setattr(loss, "make", lambda name, *args: exhausted if name == "eager" else real(name, *args))
+    monkeypatch.setattr(
+        loss, "make", lambda name, *args: exhausted if name == "eager" else real(name, *args)
+    )
     setting = loss.Setting(32, 8)
     rows = list(gpu_tasks.measure(setting, ["blocked", "eager"], "cpu", FEW))
-    assert [(row["contestant"], row["status"]) for row in rows] == [("eager", "out of memory"), ("blocked", "ok")]
+    assert [(row["contestant"], row["status"]) for row in rows] == [
+        ("eager", "out of memory"),
+        ("blocked", "ok"),
+    ]
 
 
 def test_no_gpu_is_said(capsys, monkeypatch):
@@ -407,6 +516,11 @@ def test_no_gpu_is_said(capsys, monkeypatch):
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 def test_make_target():
-    done = subprocess.run(["make", "-n", "gpu", "OUT=somewhere", "PYTHON=py"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "-n", "gpu", "OUT=somewhere", "PYTHON=py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert '"py" -m tools.gpu --out "somewhere"' in done.stdout
     assert ".venv" not in done.stdout

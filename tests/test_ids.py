@@ -1,4 +1,6 @@
-"""False negatives by ids: rows with one id are no negatives of each other, in every backend as in a plain loop."""
+"""False negatives by ids: rows with one id are no negatives of each other, in every backend as
+in a plain loop.
+"""
 
 import pytest
 import torch
@@ -37,9 +39,14 @@ def evaluate(z1, z2, member, ids, *, tau=0.3, **setting):
     learn_tau = objective.tau_gradient is not None
     wide = torch.float64 if z1.dtype == torch.float64 else torch.float32
     temperature = torch.tensor(tau, dtype=wide, requires_grad=learn_tau)
-    loss = alpha_cl_loss(*leaves, objective, temperature=temperature if learn_tau else tau, ids=ids, **setting)
+    loss = alpha_cl_loss(
+        *leaves, objective, temperature=temperature if learn_tau else tau, ids=ids, **setting
+    )
     weights = torch.linspace(-0.5, 1.5, loss.numel(), dtype=loss.dtype).view(loss.shape)
-    return [loss.detach(), *torch.autograd.grad((loss * weights).sum(), leaves + [temperature] * learn_tau)]
+    return [
+        loss.detach(),
+        *torch.autograd.grad((loss * weights).sum(), leaves + [temperature] * learn_tau),
+    ]
 
 
 def assert_same(ours, truth, bound=1e-10):
@@ -51,31 +58,58 @@ def assert_same(ours, truth, bound=1e-10):
 def backends_of(member, setting):
     """Slow backends meet the settings of a member in turn."""
     turn = BUILT_IN.index(member) + every_setting().index(setting)
-    return [name for name in WITH_IDS if name not in SLOW or turn % (4 if member in REPRESENTATIVE else 12) == 0]
+    return [
+        name
+        for name in WITH_IDS
+        if name not in SLOW or turn % (4 if member in REPRESENTATIVE else 12) == 0
+    ]
 
 
-@pytest.mark.parametrize("setting", every_setting(), ids=lambda setting: "-".join(map(str, setting)))
+@pytest.mark.parametrize(
+    "setting", every_setting(), ids=lambda setting: "-".join(map(str, setting))
+)
 @pytest.mark.parametrize("member", BUILT_IN, ids=member_id)
 def test_equals_reference(member, setting, small_tiles, poisoned):
     z1, z2 = pair(len(IDS), 6)
     negatives, symmetric, similarity = setting
     given = {"negatives": negatives, "symmetric": symmetric, "similarity": similarity}
-    truth = {x: evaluate(z1, z2, member, IDS, backend="reference", reduction=x, **given) for x in ("mean", "none")}
+    truth = {
+        x: evaluate(z1, z2, member, IDS, backend="reference", reduction=x, **given)
+        for x in ("mean", "none")
+    }
     truth["sum"] = [x * truth["none"][0].numel() for x in truth["mean"]]
     for backend in backends_of(member, setting):
-        for reduction in REDUCTIONS if backend not in SLOW else REDUCTIONS[BUILT_IN.index(member) % 3 :][:1]:
-            assert_same(evaluate(z1, z2, member, IDS, backend=backend, reduction=reduction, **given), truth[reduction])
+        for reduction in (
+            REDUCTIONS if backend not in SLOW else REDUCTIONS[BUILT_IN.index(member) % 3 :][:1]
+        ):
+            assert_same(
+                evaluate(z1, z2, member, IDS, backend=backend, reduction=reduction, **given),
+                truth[reduction],
+            )
 
 
-CUSTOM = [(backend, member) for backend, member in SERVED if member not in BUILT_IN and backend in WITH_IDS]
+CUSTOM = [
+    (backend, member)
+    for backend, member in SERVED
+    if member not in BUILT_IN and backend in WITH_IDS
+]
 
 
-@pytest.mark.parametrize(("backend", "member"), CUSTOM, ids=[f"{b}-{member_id(m)}" for b, m in CUSTOM])
+@pytest.mark.parametrize(
+    ("backend", "member"), CUSTOM, ids=[f"{b}-{member_id(m)}" for b, m in CUSTOM]
+)
 def test_users_functions(backend, member, small_tiles):
     z1, z2 = pair(len(IDS), 6)
     turn = MEMBERS.index(member)
-    for negatives, symmetric, similarity in every_setting()[turn % 5 :: 12 if backend in SLOW else 5]:
-        given = {"negatives": negatives, "symmetric": symmetric, "similarity": similarity, "reduction": REDUCTIONS[turn % 3]}
+    for negatives, symmetric, similarity in every_setting()[
+        turn % 5 :: 12 if backend in SLOW else 5
+    ]:
+        given = {
+            "negatives": negatives,
+            "symmetric": symmetric,
+            "similarity": similarity,
+            "reduction": REDUCTIONS[turn % 3],
+        }
         truth = evaluate(z1, z2, member, IDS, backend="reference", **given)
         assert_same(evaluate(z1, z2, member, IDS, backend=backend, **given), truth)
 
@@ -87,8 +121,12 @@ def test_the_oracle_leaves_out_what_is_said():
     expected = []
     for i in range(12):
         negatives = torch.stack([both[j] for j in range(12) if ids[j % 6] != ids[i % 6]])
-        expected.append(torch.log1p(((negatives @ both[i] - both[i] @ both[(i + 6) % 12]) / 0.2).exp().sum()))
-    got = alpha_cl_loss(z1, z2, temperature=0.2, reduction="none", backend="reference", ids=torch.tensor(ids))
+        expected.append(
+            torch.log1p(((negatives @ both[i] - both[i] @ both[(i + 6) % 12]) / 0.2).exp().sum())
+        )
+    got = alpha_cl_loss(
+        z1, z2, temperature=0.2, reduction="none", backend="reference", ids=torch.tensor(ids)
+    )
     torch.testing.assert_close(got, torch.stack(expected), rtol=1e-12, atol=1e-14)
 
 
@@ -98,7 +136,12 @@ def test_distinct_ids_change_nothing(backend):
     members = BUILT_IN if backend not in SLOW else REPRESENTATIVE
     for k, member in enumerate(members):
         negatives, symmetric, similarity = every_setting()[k % 12]
-        given = {"negatives": negatives, "symmetric": symmetric, "similarity": similarity, "backend": backend}
+        given = {
+            "negatives": negatives,
+            "symmetric": symmetric,
+            "similarity": similarity,
+            "backend": backend,
+        }
         ours = evaluate(z1, z2, member, torch.randperm(14) * 1000, **given)
         assert_same(ours, evaluate(z1, z2, member, None, **given), 1e-12)
 
@@ -106,12 +149,21 @@ def test_distinct_ids_change_nothing(backend):
 @pytest.mark.parametrize("backend", WITH_IDS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_anchors_without_negatives(backend, reduction):
-    """All of one id: nothing to learn. All but one: that one's rows are the negatives of the others."""
+    """All of one id: nothing to learn. All but one: that one's rows are the negatives of the
+    others.
+    """
     z1, z2 = pair(9, 5)
     turn = REDUCTIONS.index(reduction)
-    for k, member in enumerate(BUILT_IN[turn::3] if backend not in SLOW else REPRESENTATIVE[turn:][:1]):
+    for k, member in enumerate(
+        BUILT_IN[turn::3] if backend not in SLOW else REPRESENTATIVE[turn:][:1]
+    ):
         negatives, symmetric, similarity = every_setting()[(5 * k + 2) % 12]
-        given = {"negatives": negatives, "symmetric": symmetric, "similarity": similarity, "reduction": reduction}
+        given = {
+            "negatives": negatives,
+            "symmetric": symmetric,
+            "similarity": similarity,
+            "reduction": reduction,
+        }
         for x in evaluate(z1, z2, member, torch.full((9,), 4), backend=backend, **given):
             assert not x.any(), member_id(member)
         ids = torch.tensor([0] * 8 + [1])
@@ -121,51 +173,104 @@ def test_anchors_without_negatives(backend, reduction):
 
 @pytest.mark.parametrize("backend", WITH_IDS)
 def test_some_anchors_without_negatives(backend):
-    """In loss_against an anchor may have none while others have some: its loss is 0, and "mean" counts it."""
+    """In loss_against an anchor may have none while others have some: its loss is 0, and "mean"
+    counts it.
+    """
     z, queue = (F.normalize(x) for x in pair(8, 5))
     positive = torch.linspace(-0.5, 0.9, 8, dtype=torch.float64)
     ids, queue_ids = torch.tensor([0, 1, 0, 2, 0, 3, 0, 0]), torch.zeros(8, dtype=torch.long)
-    for member in MEMBERS if backend == "blocked" else [*REPRESENTATIVE, ("alpha_square", {}), ("uniform", {})]:
+    for member in (
+        MEMBERS
+        if backend == "blocked"
+        else [*REPRESENTATIVE, ("alpha_square", {}), ("uniform", {})]
+    ):
         objective = objectives.make(*member)
         learn_tau = objective.tau_gradient is not None
         leaves = [x.clone().requires_grad_() for x in (z, queue, positive)]
         tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=learn_tau)
-        losses = loss_against(*leaves, objective, temperature=tau, reduction="none", backend=backend, ids=ids,
-                              negative_ids=queue_ids)
+        losses = loss_against(
+            *leaves,
+            objective,
+            temperature=tau,
+            reduction="none",
+            backend=backend,
+            ids=ids,
+            negative_ids=queue_ids,
+        )
         assert torch.equal(losses == 0, ids == 0), member_id(member)
-        total = loss_against(*leaves, objective, temperature=tau, backend=backend, ids=ids, negative_ids=queue_ids)
+        total = loss_against(
+            *leaves, objective, temperature=tau, backend=backend, ids=ids, negative_ids=queue_ids
+        )
         torch.testing.assert_close(total, losses.mean())
         grads = torch.autograd.grad(losses.sum(), leaves + [tau] * learn_tau)
         assert all(x.isfinite().all() for x in grads)
         assert not grads[0][ids == 0].any()
         assert not grads[2][ids == 0].any()
         some = [x[ids != 0].detach().requires_grad_() for x in (z, positive)]
-        others = loss_against(some[0], leaves[1], some[1], objective, temperature=tau, reduction="none", backend=backend)
+        others = loss_against(
+            some[0],
+            leaves[1],
+            some[1],
+            objective,
+            temperature=tau,
+            reduction="none",
+            backend=backend,
+        )
         torch.testing.assert_close(losses[ids != 0], others, rtol=1e-10, atol=1e-12)
-        expected = torch.autograd.grad(others.sum(), [some[0], leaves[1], some[1]] + [tau] * learn_tau)
-        for a, b in zip((grads[0][ids != 0], grads[1], grads[2][ids != 0], *grads[3:]), expected, strict=True):
+        expected = torch.autograd.grad(
+            others.sum(), [some[0], leaves[1], some[1]] + [tau] * learn_tau
+        )
+        for a, b in zip(
+            (grads[0][ids != 0], grads[1], grads[2][ids != 0], *grads[3:]), expected, strict=True
+        ):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize(("member", "negatives", "similarity"), [
-    (("infonce", {}), "two_view", "cosine"), (("infonce", {}), "cross_view", "euclidean"),
-    (("triplet", {}), "two_view", "cosine"), (("alpha_direct", {"detach_alpha": False}), "cross_view", "euclidean"),
-    (("alpha_square", {}), "two_view", "cosine"), (("uniform", {}), "cross_view", "euclidean"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("member", "negatives", "similarity"),
+    [
+        (("infonce", {}), "two_view", "cosine"),
+        (("infonce", {}), "cross_view", "euclidean"),
+        (("triplet", {}), "two_view", "cosine"),
+        (("alpha_direct", {"detach_alpha": False}), "cross_view", "euclidean"),
+        (("alpha_square", {}), "two_view", "cosine"),
+        (("uniform", {}), "cross_view", "euclidean"),
+    ],
+)
 def test_many_tiles(member, negatives, similarity):
-    """Sizes beyond one tile of the compiled kernels, ragged; ids by class, by instance, and one large group."""
+    """Sizes beyond one tile of the compiled kernels, ragged.
+
+    Ids by class, by instance, and one large group.
+    """
     n = 601
     z1, z2 = pair(n, 8)
-    for ids in (torch.arange(n) % 10, torch.arange(n) // 2 * 7, (torch.arange(n) * (torch.arange(n) < 90))):
-        results = [evaluate(z1, z2, member, ids, tau=0.2, backend=name, negatives=negatives, similarity=similarity)
-                   for name in ("cpu", "blocked")]
+    for ids in (
+        torch.arange(n) % 10,
+        torch.arange(n) // 2 * 7,
+        (torch.arange(n) * (torch.arange(n) < 90)),
+    ):
+        results = [
+            evaluate(
+                z1,
+                z2,
+                member,
+                ids,
+                tau=0.2,
+                backend=name,
+                negatives=negatives,
+                similarity=similarity,
+            )
+            for name in ("cpu", "blocked")
+        ]
         assert_same(*results, 1e-9)
     if member[0] != "alpha_square":
         assert_same(results[0], dense(z1, z2, member, ids, 0.2, negatives, similarity), 1e-9)
 
 
 def dense(z1, z2, member, ids, tau, negatives, similarity):
-    """The same with all pairs that do not count at a similarity of their own: the oracle's loop would take minutes."""
+    """The same with all pairs that do not count at a similarity of their own: the oracle's loop
+    would take minutes.
+    """
     objective = objectives.make(*member)
     leaves = [z.detach().clone().requires_grad_() for z in (z1, z2)]
     learn_tau = objective.tau_gradient is not None
@@ -178,9 +283,16 @@ def dense(z1, z2, member, ids, tau, negatives, similarity):
         both, names, other_names = torch.cat(rows), ids.repeat(2), ids.repeat(2)
         t, pos = reference.similarities(both, both, similarity), pos.repeat(2)
     else:
-        t, pos, names, other_names = torch.cat([cross, cross.t()]), pos.repeat(2), ids.repeat(2), ids
+        t, pos, names, other_names = (
+            torch.cat([cross, cross.t()]),
+            pos.repeat(2),
+            ids.repeat(2),
+            ids,
+        )
     losses = []
-    for size in (names[:, None] != other_names).sum(1).unique():  # rows with as many negatives at a time
+    for size in (
+        (names[:, None] != other_names).sum(1).unique()
+    ):  # rows with as many negatives at a time
         rows = ((names[:, None] != other_names).sum(1) == size).nonzero()[:, 0]
         kept = t[rows][names[rows, None] != other_names].view(len(rows), -1)
         losses.append(reference.of_similarities(objective, kept, pos[rows], temperature, c).sum())
@@ -200,8 +312,11 @@ def test_dtypes(backend, dtype):
             ours = evaluate(z1, z2, member, ids, tau=tau, backend=backend)
             assert ours[1].dtype == dtype
             for a, b in zip(ours, truth, strict=True):
-                assert relative_error(a, b) < {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype] * (
-                    1 if tau > 0.1 else 3)
+                assert relative_error(a, b) < {
+                    torch.float32: 1e-5,
+                    torch.bfloat16: 8e-3,
+                    torch.float16: 1e-3,
+                }[dtype] * (1 if tau > 0.1 else 3)
 
 
 def test_forms_of_the_triton_kernels(monkeypatch):
@@ -209,9 +324,11 @@ def test_forms_of_the_triton_kernels(monkeypatch):
     z1, z2 = pair(len(IDS), 6)
     square = ("alpha_square", {"detach_alpha": False})
     for features, both, member, negatives, similarity in (
-        (8, True, ("infonce", {}), "two_view", "cosine"), (8, True, square, "cross_view", "euclidean"),
-        (4, False, ("infonce", {}), "cross_view", "euclidean"), (8, False, ("infonce", {}), "two_view", "cosine"),
-    ):  # fmt: skip
+        (8, True, ("infonce", {}), "two_view", "cosine"),
+        (8, True, square, "cross_view", "euclidean"),
+        (4, False, ("infonce", {}), "cross_view", "euclidean"),
+        (8, False, ("infonce", {}), "two_view", "cosine"),
+    ):
         shape = Tile(4, 4, features, warps=4, stages=1, symmetric=both)
         monkeypatch.setattr(triton, "tile", lambda sweep, mode, dim, n, device, shape=shape: shape)
         given = {"negatives": negatives, "similarity": similarity}
@@ -219,7 +336,7 @@ def test_forms_of_the_triton_kernels(monkeypatch):
         assert_same(evaluate(z1, z2, member, IDS, backend="triton", **given), truth)
 
 
-# --- anchors against any negatives ------------------------------------------------------------------------------------
+# --- anchors against any negatives ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("m", [None, 7])
@@ -227,24 +344,38 @@ def test_forms_of_the_triton_kernels(monkeypatch):
 def test_loss_against_equals_a_loop(member, m):
     objective = objectives.make(*member)
     generator = torch.Generator().manual_seed(3)
-    z, other = (torch.randn(k, 4, generator=generator, dtype=torch.float64) / 2 for k in (9, m or 1))
+    z, other = (
+        torch.randn(k, 4, generator=generator, dtype=torch.float64) / 2 for k in (9, m or 1)
+    )
     positive, weights = torch.randn(2, 9, generator=generator, dtype=torch.float64)
     ids, other_ids = torch.tensor([0, 5, 2, 5, 1, 0, 0, 4, 8]), torch.tensor([5, 0, 0, 2, 9, 0, 3])
     tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=objective.tau_gradient is not None)
-    leaves = [x.requires_grad_() for x in ([z, positive] if m is None else [z, positive, other])] + [tau] * tau.requires_grad
+    leaves = [
+        x.requires_grad_() for x in ([z, positive] if m is None else [z, positive, other])
+    ] + [tau] * tau.requires_grad
     rows, names = (z, ids) if m is None else (other, other_ids)
-    truth = torch.stack([
-        reference.of_similarities(objective, (rows[names != ids[i]] @ z[i])[None], positive[i : i + 1], tau, 1.0)[0]
-        for i in range(9)
-    ])  # fmt: skip
+    truth = torch.stack(
+        [
+            reference.of_similarities(
+                objective, (rows[names != ids[i]] @ z[i])[None], positive[i : i + 1], tau, 1.0
+            )[0]
+            for i in range(9)
+        ]
+    )
     ours = loss_against(
-        z, None if m is None else other, positive, objective, temperature=tau, reduction="none", ids=ids,
+        z,
+        None if m is None else other,
+        positive,
+        objective,
+        temperature=tau,
+        reduction="none",
+        ids=ids,
         negative_ids=None if m is None else other_ids,
-    )  # fmt: skip
+    )
     assert_same_gradients(ours, truth, weights, leaves)
 
 
-# --- everything around ------------------------------------------------------------------------------------------------
+# --- everything around ----------------------------------------------------------------------------
 
 
 def test_module_and_integer_types():
@@ -269,7 +400,7 @@ def test_groups(rectangle, anchors):
     assert groups.ids.dtype == torch.int32
     assert int(groups.ids.min()) == 0
     assert int(groups.ids.max()) == len(ids.unique()) - 1
-    side = (torch.arange(40) < split)
+    side = torch.arange(40) < split
     strangers = ids[:, None] != ids
     if rectangle:
         strangers &= side[:, None] != side
@@ -278,7 +409,9 @@ def test_groups(rectangle, anchors):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "blocked"])
-@pytest.mark.parametrize("member", [*REPRESENTATIVE, ("alpha_square", {}), ("uniform", {})], ids=member_id)
+@pytest.mark.parametrize(
+    "member", [*REPRESENTATIVE, ("alpha_square", {}), ("uniform", {})], ids=member_id
+)
 def test_no_matrix_of_all_pairs(member, backend, monkeypatch):
     n, d, tile = 512, 8, 64
     monkeypatch.setattr(blocked, "tile_size", lambda rows, device: tile)
@@ -308,28 +441,38 @@ def test_what_lies_in_a_pair_left_out_does_not_matter(backend):
         z1[k, 0] = 3e38
     ids = torch.tensor([0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 9, 10])
     ours = evaluate(z1, z2, ("triplet", {}), ids, similarity="dot", backend=backend)
-    truth = evaluate(z1.double(), z2.double(), ("triplet", {}), ids, similarity="dot", backend="reference")
+    truth = evaluate(
+        z1.double(), z2.double(), ("triplet", {}), ids, similarity="dot", backend="reference"
+    )
     assert relative_error(ours[1], truth[1]) < 1e-5
-    assert not evaluate(z1, z2, ("triplet", {}), None, similarity="dot", backend=backend)[0].isfinite()
+    assert not evaluate(z1, z2, ("triplet", {}), None, similarity="dot", backend=backend)[
+        0
+    ].isfinite()
 
 
 def test_one_grouping_per_step(monkeypatch):
     """Ids are put in order once, and nothing of it is read on the host."""
     calls = []
     make = SameId.make.__func__
-    monkeypatch.setattr(SameId, "make", classmethod(lambda cls, *a: calls.append(1) or make(cls, *a)))
+    monkeypatch.setattr(
+        SameId, "make", classmethod(lambda cls, *a: calls.append(1) or make(cls, *a))
+    )
     z1, z2 = pair(len(IDS), 4)
     for reduction in REDUCTIONS:
         for name in ("infonce", "alpha_square", "uniform"):
             calls.clear()
             evaluate(z1, z2, (name, {}), IDS, reduction=reduction)
             assert len(calls) == 1
-    meta = SameId.make(torch.empty(9, dtype=torch.long, device="meta"), Layout(9, 0, 0, 9, 8, False), torch.float32)
+    meta = SameId.make(
+        torch.empty(9, dtype=torch.long, device="meta"), Layout(9, 0, 0, 9, 8, False), torch.float32
+    )
     assert meta.n_neg.shape == (9,)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("member", [*REPRESENTATIVE, ("alpha_square", {}), ("uniform", {})], ids=member_id)
+@pytest.mark.parametrize(
+    "member", [*REPRESENTATIVE, ("alpha_square", {}), ("uniform", {})], ids=member_id
+)
 @pytest.mark.filterwarnings("ignore")
 def test_in_a_compiled_graph(member, reduction):
     torch._dynamo.reset()
@@ -338,7 +481,9 @@ def test_in_a_compiled_graph(member, reduction):
     for n in (10, 13):
         ids = torch.arange(n) // 3
         leaves = [z.requires_grad_() for z in pair(n, 4)]
-        a, b = (torch.autograd.grad(f(*leaves, ids).square().sum(), leaves) for f in (loss, compiled))
+        a, b = (
+            torch.autograd.grad(f(*leaves, ids).square().sum(), leaves) for f in (loss, compiled)
+        )
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
     torch._dynamo.reset()
@@ -347,9 +492,22 @@ def test_in_a_compiled_graph(member, reduction):
 def test_operators_pass_opcheck():
     objective, z1, z2 = objectives.make("alpha_direct"), *pair(6, 4)
     tau, ids = torch.tensor(0.3, dtype=torch.float64), torch.tensor([0, 1, 0, 2, 3, 1])
-    rest = (objective.key, "cosine", "two_view", True, "mean", "blocked", 0.3, "", [True, True, False])
-    torch.library.opcheck(torch.ops.alphacl_fast.loss.default, (z1, z2, tau, ids, *rest), test_utils=(
-        "test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+    rest = (
+        objective.key,
+        "cosine",
+        "two_view",
+        True,
+        "mean",
+        "blocked",
+        0.3,
+        "",
+        [True, True, False],
+    )
+    torch.library.opcheck(
+        torch.ops.alphacl_fast.loss.default,
+        (z1, z2, tau, ids, *rest),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
     row = torch.zeros(6, dtype=torch.float64)
     pairing, function = Pairing(0, 0, 6, ids.int()), PairFunction("exp", (), tau, (-4.0, 4.0))
     operands = *Rows(F.normalize(z1)), *pairing, *function
@@ -369,7 +527,11 @@ def test_errors():
         (ids.float(), TypeError, r"ids must be an integer tensor of shape \(6,\), got float32"),
         (ids == 2, TypeError, r"ids must be an integer tensor of shape \(6,\), got bool"),
         (ids[:5], ValueError, r"ids must be an integer tensor of shape \(6,\), got shape \(5,\)"),
-        (ids[:, None], ValueError, r"ids must be an integer tensor of shape \(6,\), got shape \(6, 1\)"),
+        (
+            ids[:, None],
+            ValueError,
+            r"ids must be an integer tensor of shape \(6,\), got shape \(6, 1\)",
+        ),
     ):
         for backend in ("auto", "reference"):
             with pytest.raises(error, match=message):
@@ -377,14 +539,28 @@ def test_errors():
         with pytest.raises(error, match=message):
             loss_against(z1, None, z1[:, 0], ids=given)
     for given, message in (
-        ({"negatives": None, "ids": ids, "negative_ids": ids}, "negative_ids must be given exactly .* with negatives=None"),
-        ({"negatives": z2, "negative_ids": ids}, "negative_ids must be given exactly .* with ids=None"),
-        ({"negatives": z2, "ids": ids}, "negative_ids must be given exactly if negatives and ids are, got None"),
-        ({"negatives": z2, "ids": ids, "negative_ids": ids[:4]}, r"negative_ids must be an integer tensor of shape \(6,\)"),
+        (
+            {"negatives": None, "ids": ids, "negative_ids": ids},
+            "negative_ids must be given exactly .* with negatives=None",
+        ),
+        (
+            {"negatives": z2, "negative_ids": ids},
+            "negative_ids must be given exactly .* with ids=None",
+        ),
+        (
+            {"negatives": z2, "ids": ids},
+            "negative_ids must be given exactly if negatives and ids are, got None",
+        ),
+        (
+            {"negatives": z2, "ids": ids, "negative_ids": ids[:4]},
+            r"negative_ids must be an integer tensor of shape \(6,\)",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             loss_against(z1, positive=z1[:, 0], **given)
-    refusal = "'cuda' cannot serve this call: ids: not in this backend; use cpu or triton or blocked"
+    refusal = (
+        "'cuda' cannot serve this call: ids: not in this backend; use cpu or triton or blocked"
+    )
     with pytest.raises(ValueError, match=refusal):
         alpha_cl_loss(z1, z2, ids=ids, backend="cuda")
 
@@ -418,7 +594,11 @@ def test_a_mask_that_forgets_is_found(monkeypatch):
 
     monkeypatch.setattr(blocked, "equal_ids", forgetful)
     z1, z2 = pair(len(IDS), 6)
-    for member in (("infonce", {}), ("alpha_direct", {"detach_alpha": False}), ("alpha_entropy", {})):
+    for member in (
+        ("infonce", {}),
+        ("alpha_direct", {"detach_alpha": False}),
+        ("alpha_entropy", {}),
+    ):
         truth = evaluate(z1, z2, member, IDS, backend="reference")
         with pytest.raises(AssertionError):
             assert_same(evaluate(z1, z2, member, IDS, backend="blocked"), truth, 1e-6)

@@ -10,7 +10,16 @@ import pytest
 import torch
 from family import MEMBERS, loss_and_grads, member_id, pair, relative_error, smooth_hinge
 
-from alphacl_fast import FusedAlphaCLLoss, MinPlayer, PairLoss, PairWeight, loss_against, objectives, ops, supcon_loss
+from alphacl_fast import (
+    FusedAlphaCLLoss,
+    MinPlayer,
+    PairLoss,
+    PairWeight,
+    loss_against,
+    objectives,
+    ops,
+    supcon_loss,
+)
 from alphacl_fast.bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight
 from alphacl_fast.functional import alpha_cl_loss
 
@@ -24,11 +33,15 @@ def test_default_is_simclr():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize(("negatives", "anchors"), [("two_view", 12), ("one_view", 6), ("cross_view", 6)])
+@pytest.mark.parametrize(
+    ("negatives", "anchors"), [("two_view", 12), ("one_view", 6), ("cross_view", 6)]
+)
 def test_shapes(reduction, negatives, anchors):
     for name in ("infonce", "uniform", "triplet"):
         for backend in ("auto", "reference"):
-            loss = FusedAlphaCLLoss(name, reduction=reduction, negatives=negatives, backend=backend)(*pair(6, 3))
+            loss = FusedAlphaCLLoss(
+                name, reduction=reduction, negatives=negatives, backend=backend
+            )(*pair(6, 3))
             assert loss.shape == ((anchors,) if reduction == "none" else ())
 
 
@@ -36,26 +49,66 @@ TAU = torch.tensor(0.5)
 BAD_ARGUMENTS = [
     ({"objective": "infonse"}, ValueError, "objective must be one of infonce, .*got 'infonse'"),
     ({"objective": 3}, TypeError, "objective must be a name or an Objective, got int"),
-    ({"objective": "infonce", "margin": 1.0}, ValueError, "options of infonce must be one of epsilon.*got margin"),
+    (
+        {"objective": "infonce", "margin": 1.0},
+        ValueError,
+        "options of infonce must be one of epsilon.*got margin",
+    ),
     ({"objective": "uniform", "alpha_eps": 1.0}, ValueError, "options of uniform must be none"),
-    ({"objective": objectives.infonce(), "epsilon": 0.0}, TypeError, "options must be given to the objective"),
+    (
+        {"objective": objectives.infonce(), "epsilon": 0.0},
+        TypeError,
+        "options must be given to the objective",
+    ),
     ({"epsilon": -1.0}, ValueError, "epsilon must be a finite number ≥ 0, got -1"),
     ({"epsilon": "1"}, TypeError, "epsilon must be a number, got str"),
-    ({"objective": "alpha_gamma", "gamma": 1.0}, ValueError, "gamma must be a finite number > 1, got 1"),
-    ({"objective": "alpha_direct", "exponent": 0}, ValueError, "exponent must be a finite number > 0, got 0"),
-    ({"objective": "alpha_direct", "normalized": 1}, TypeError, "normalized must be True or False, got 1"),
-    ({"objective": "alpha_direct", "normalized": False, "alpha_eps": 0.1}, ValueError, "alpha_eps must be 0"),
-    ({"objective": "triplet", "margin": float("nan")}, ValueError, "margin must be a finite number, got nan"),
+    (
+        {"objective": "alpha_gamma", "gamma": 1.0},
+        ValueError,
+        "gamma must be a finite number > 1, got 1",
+    ),
+    (
+        {"objective": "alpha_direct", "exponent": 0},
+        ValueError,
+        "exponent must be a finite number > 0, got 0",
+    ),
+    (
+        {"objective": "alpha_direct", "normalized": 1},
+        TypeError,
+        "normalized must be True or False, got 1",
+    ),
+    (
+        {"objective": "alpha_direct", "normalized": False, "alpha_eps": 0.1},
+        ValueError,
+        "alpha_eps must be 0",
+    ),
+    (
+        {"objective": "triplet", "margin": float("nan")},
+        ValueError,
+        "margin must be a finite number, got nan",
+    ),
     ({"temperature": 0.0}, ValueError, "temperature must be finite and > 0, got 0.0"),
     ({"temperature": -1}, ValueError, "temperature must be finite and > 0, got -1"),
     ({"temperature": float("nan")}, ValueError, "temperature must be finite and > 0, got nan"),
     ({"temperature": float("inf")}, ValueError, "temperature must be finite and > 0, got inf"),
-    ({"temperature": torch.tensor(float("nan"))}, ValueError, "temperature must be finite and > 0, got nan"),
+    (
+        {"temperature": torch.tensor(float("nan"))},
+        ValueError,
+        "temperature must be finite and > 0, got nan",
+    ),
     ({"temperature": 1e-46}, ValueError, "temperature must be between 1e-15 and 1e15, got 1e-46"),
     ({"temperature": 10**400}, ValueError, "temperature must be between 1e-15 and 1e15"),
     ({"temperature": "0.5"}, TypeError, "temperature must be a float or a tensor, got str"),
-    ({"temperature": torch.ones(2)}, ValueError, r"temperature must have one element, got shape \(2,\)"),
-    ({"temperature": torch.tensor(1)}, TypeError, "temperature must be a floating-point tensor, got torch.int64"),
+    (
+        {"temperature": torch.ones(2)},
+        ValueError,
+        r"temperature must have one element, got shape \(2,\)",
+    ),
+    (
+        {"temperature": torch.tensor(1)},
+        TypeError,
+        "temperature must be a floating-point tensor, got torch.int64",
+    ),
     ({"similarity": "cos"}, ValueError, "similarity must be one of 'cosine', .*got 'cos'"),
     ({"negatives": "both"}, ValueError, "negatives must be one of 'two_view', .*got 'both'"),
     ({"reduction": "avg"}, ValueError, "reduction must be one of 'mean', .*got 'avg'"),
@@ -65,14 +118,34 @@ BAD_ARGUMENTS = [
     ({"process_group": object()}, TypeError, "process_group must be None, 'world' or"),
     ({"strategy": "ring"}, ValueError, "strategy must be 'auto' without"),
     ({"process_group": "world", "strategy": "star"}, ValueError, "strategy must be one of"),
-    ({"process_group": "world", "backend": "reference"}, ValueError, "backend must not be 'reference'"),
-    ({"temperature": TAU, "temperature_range": (1.0, 0.5)}, ValueError, "temperature_range must satisfy 0 < low ≤ high"),
-    ({"temperature": TAU, "temperature_range": 1.0}, TypeError, "temperature_range must be None or two numbers"),
-    ({"temperature_range": (0.1, 1.0)}, ValueError, "temperature_range must be None with a fixed temperature"),
-]  # fmt: skip
+    (
+        {"process_group": "world", "backend": "reference"},
+        ValueError,
+        "backend must not be 'reference'",
+    ),
+    (
+        {"temperature": TAU, "temperature_range": (1.0, 0.5)},
+        ValueError,
+        "temperature_range must satisfy 0 < low ≤ high",
+    ),
+    (
+        {"temperature": TAU, "temperature_range": 1.0},
+        TypeError,
+        "temperature_range must be None or two numbers",
+    ),
+    (
+        {"temperature_range": (0.1, 1.0)},
+        ValueError,
+        "temperature_range must be None with a fixed temperature",
+    ),
+]
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), BAD_ARGUMENTS, ids=lambda x: re.sub(r" at 0x\w+", "", str(x))[:40])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    BAD_ARGUMENTS,
+    ids=lambda x: re.sub(r" at 0x\w+", "", str(x))[:40],
+)
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         FusedAlphaCLLoss(**arguments)
@@ -91,7 +164,11 @@ BAD_EMBEDDINGS = [
     ((Z[:, :0], Z[:, :0]), ValueError, r"at least 1 column, got shape \(4, 0\)"),
     ((Z[0], Z[0]), ValueError, r"z1 must have shape \(N, D\), got \(3,\)"),
     ((Z, Z[None]), ValueError, r"z2 must have shape \(N, D\), got \(1, 4, 3\)"),
-    ((Z, Z.double()), TypeError, r"z2 must have the dtype of z1 \(torch.float32\), got torch.float64"),
+    (
+        (Z, Z.double()),
+        TypeError,
+        r"z2 must have the dtype of z1 \(torch.float32\), got torch.float64",
+    ),
     ((Z.int(), Z.int()), TypeError, "z1 must have one of the dtypes float32.*got int32"),
     ((Z.to(torch.complex64), Z), TypeError, "z1 must have one of the dtypes.*got complex64"),
     ((Z, Z.to("meta")), ValueError, r"z2 must be on the device of z1 \(cpu\), got meta"),
@@ -100,7 +177,9 @@ BAD_EMBEDDINGS = [
 ]
 
 
-@pytest.mark.parametrize(("embeddings", "error", "message"), BAD_EMBEDDINGS, ids=lambda x: str(x)[-30:])
+@pytest.mark.parametrize(
+    ("embeddings", "error", "message"), BAD_EMBEDDINGS, ids=lambda x: str(x)[-30:]
+)
 def test_bad_embeddings(embeddings, error, message):
     with pytest.raises(error, match=message):
         FusedAlphaCLLoss()(*embeddings)
@@ -110,14 +189,26 @@ def test_bad_embeddings(embeddings, error, message):
     ("make", "message"),
     [
         (lambda: PairLoss(None, 3), "psi must be a function of one tensor, got int"),
-        (lambda: PairLoss(None, lambda x: x.sum()), r"psi must map a tensor elementwise to \(2, 3\).*got \(\)"),
-        (lambda: PairLoss(lambda x: 1.0, torch.exp), "phi must map a tensor elementwise.*got float"),
-        (lambda: PairWeight(lambda d: d > 0), "weight must map a tensor elementwise.*got .*torch.bool"),
+        (
+            lambda: PairLoss(None, lambda x: x.sum()),
+            r"psi must map a tensor elementwise to \(2, 3\).*got \(\)",
+        ),
+        (
+            lambda: PairLoss(lambda x: 1.0, torch.exp),
+            "phi must map a tensor elementwise.*got float",
+        ),
+        (
+            lambda: PairWeight(lambda d: d > 0),
+            "weight must map a tensor elementwise.*got .*torch.bool",
+        ),
         (lambda: PairWeight(lambda d: d * PARAMETER), "closes over a tensor"),
         (lambda: PairLoss(None, lambda x: x - x.mean()), "psi must be elementwise"),
         (lambda: PairLoss(torch.log, lambda x: x.softmax(-1)), "psi must be elementwise"),
         (lambda: PairLoss(None, lambda x: x.relu_()), "psi must be a differentiable function"),
-        (lambda: MinPlayer(lambda x: torch.sigmoid(x) / 2), "h must pass 1 somewhere, got smaller values only"),
+        (
+            lambda: MinPlayer(lambda x: torch.sigmoid(x) / 2),
+            "h must pass 1 somewhere, got smaller values only",
+        ),
     ],
 )
 def test_bad_custom_functions(make, message):
@@ -135,7 +226,9 @@ def test_temperature_without_gradient_is_refused():
 
 
 def test_learnable_temperature_and_clamping():
-    loss = FusedAlphaCLLoss(temperature=torch.nn.Parameter(torch.tensor(0.5)), temperature_range=(0.01, 1.0))
+    loss = FusedAlphaCLLoss(
+        temperature=torch.nn.Parameter(torch.tensor(0.5)), temperature_range=(0.01, 1.0)
+    )
     assert [name for name, _ in loss.named_parameters()] == ["temperature"]
     z1, z2 = pair(32, 8, torch.float32, noise=0.1)
     optimizer = torch.optim.SGD(loss.parameters(), lr=50.0)
@@ -161,13 +254,20 @@ def test_tensor_temperature_is_a_buffer():
     loss = FusedAlphaCLLoss(temperature=torch.tensor([0.2]))
     assert list(loss.state_dict()) == ["temperature"]
     z1, z2 = pair(8, 4)
-    torch.testing.assert_close(loss(z1, z2), alpha_cl_loss(z1, z2, temperature=0.2), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        loss(z1, z2), alpha_cl_loss(z1, z2, temperature=0.2), rtol=1e-6, atol=0
+    )
     loss.load_state_dict({"temperature": torch.tensor([0.4])})
-    torch.testing.assert_close(loss(z1, z2), alpha_cl_loss(z1, z2, temperature=0.4), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        loss(z1, z2), alpha_cl_loss(z1, z2, temperature=0.4), rtol=1e-6, atol=0
+    )
 
 
 def test_parameter_that_becomes_trainable_later():
-    """A closed-over parameter gets no gradient; that must not go unnoticed when it is unfrozen after construction."""
+    """A closed-over parameter gets no gradient.
+
+    That must not go unnoticed when it is unfrozen after construction.
+    """
     scale = torch.ones((), requires_grad=False)
     loss = FusedAlphaCLLoss(PairLoss(None, lambda x: (scale * x).exp()))
     loss(*pair(4, 3))
@@ -194,12 +294,16 @@ def test_temperature_set_later_is_checked():
 
 def test_gamma_that_leaves_the_range_of_the_dtype():
     z1, z2 = pair(100, 8, torch.float32)
-    with pytest.raises(ValueError, match=r"gamma must be at most 8.39 with 198 negatives in float32.*got 17"):
+    with pytest.raises(
+        ValueError, match=r"gamma must be at most 8.39 with 198 negatives in float32.*got 17"
+    ):
         alpha_cl_loss(z1, z2, "alpha_gamma", gamma=17.0)
     assert torch.isfinite(alpha_cl_loss(z1.double(), z2.double(), "alpha_gamma", gamma=17.0))
 
 
-@pytest.mark.parametrize("name", ["uniform", "triplet_contrastive", "infonce", "alpha_direct", "triplet"])
+@pytest.mark.parametrize(
+    "name", ["uniform", "triplet_contrastive", "infonce", "alpha_direct", "triplet"]
+)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_torch_compile_gives_the_same_numbers(name, reduction):
     loss = FusedAlphaCLLoss(name, reduction=reduction)
@@ -214,10 +318,13 @@ def test_torch_compile_gives_the_same_numbers(name, reduction):
 
 def test_new_precision_settings():
     code = (
-        "import torch; from alphacl_fast import FusedAlphaCLLoss as L; torch.backends.cuda.matmul.fp32_precision = 'tf32'; "
+        "import torch; from alphacl_fast import FusedAlphaCLLoss as L; "
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'; "
         "z = torch.eye(4); print(L()(z, z).item(), L(precision='ieee')(z, z).item())"
     )
-    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    out = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout.split()
     assert out[0] == out[1]
 
 
@@ -274,7 +381,9 @@ class TestAutograd:
         assert torch.isfinite(FusedAlphaCLLoss(name)(expanded, z2))
 
     def test_scaled_gradients_accumulate(self, name):
-        """GradScaler, gradient accumulation, retain_graph: the incoming gradient counts every time."""
+        """GradScaler, gradient accumulation, retain_graph: the incoming gradient counts every
+        time.
+        """
         z1, z2 = (z.requires_grad_() for z in pair(8, 4))
         loss = FusedAlphaCLLoss(name)(z1, z2)
         (loss * 3.0).backward(retain_graph=True)
@@ -297,7 +406,10 @@ class TestAutograd:
 
     def test_autocast_changes_nothing(self, name):
         z1, z2 = pair(40, 16, torch.float32)
-        for backend in ("auto", "blocked"):  # the second multiplies through torch, whose products autocast rounds
+        for backend in (
+            "auto",
+            "blocked",
+        ):  # the second multiplies through torch, whose products autocast rounds
             for reduction in ("mean", "none"):
                 plain = loss_and_grads(z1, z2, name, backend=backend, reduction=reduction)
                 with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -305,7 +417,9 @@ class TestAutograd:
                 assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             inside = FusedAlphaCLLoss(name, temperature=0.3, backend="reference")(z1, z2)
-        assert torch.equal(inside, FusedAlphaCLLoss(name, temperature=0.3, backend="reference")(z1, z2))
+        assert torch.equal(
+            inside, FusedAlphaCLLoss(name, temperature=0.3, backend="reference")(z1, z2)
+        )
 
     def test_no_grad_does_no_gradient_work(self, name, monkeypatch):
         from alphacl_fast.backend import blocked
@@ -328,7 +442,10 @@ class TestAutograd:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", ["infonce", "triplet", "alpha_direct", "alpha_square", "uniform"])
 def test_functional_gradients(name, reduction):
-    """torch.func.grad and vjp give what backward gives, to the last bit; a second derivative raises."""
+    """torch.func.grad and vjp give what backward gives, to the last bit.
+
+    A second derivative raises.
+    """
     z1, z2 = pair(6, 3)
 
     def loss(z1, z2):
@@ -337,7 +454,10 @@ def test_functional_gradients(name, reduction):
     leaves = [z.clone().requires_grad_() for z in (z1, z2)]
     truth = torch.autograd.grad(loss(*leaves), leaves)
     pull = torch.func.vjp(loss, z1, z2)[1]
-    for found in (torch.func.grad(loss, argnums=(0, 1))(z1, z2), pull(torch.ones((), dtype=z1.dtype))):
+    for found in (
+        torch.func.grad(loss, argnums=(0, 1))(z1, z2),
+        pull(torch.ones((), dtype=z1.dtype)),
+    ):
         assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
     assert torch.equal(torch.func.grad(loss)(z1, leaves[1]), truth[0])  # z2 requires grad outside
     with pytest.raises(RuntimeError, match="first ones only"):
@@ -349,7 +469,9 @@ def test_functional_gradients_of_a_module_and_of_other_negatives():
     module = FusedAlphaCLLoss(temperature=torch.nn.Parameter(torch.tensor(0.3)))
     module(z1, z2).backward()
     held = {"temperature": module.temperature.detach()}
-    found = torch.func.grad(lambda values: torch.func.functional_call(module, values, (z1, z2)))(held)
+    found = torch.func.grad(lambda values: torch.func.functional_call(module, values, (z1, z2)))(
+        held
+    )
     assert torch.equal(found["temperature"], module.temperature.grad)
     ids = torch.tensor([0, 0, 1, 1, 2, 3])
     for loss in (
@@ -367,7 +489,9 @@ def test_functional_gradients_of_a_module_and_of_other_negatives():
 def test_functional_transforms_of_users_functions_raise():
     z1, z2 = pair(6, 3)
     with pytest.raises(ValueError, match="functorch transform"):
-        torch.func.grad(lambda z: alpha_cl_loss(z, z2, PairLoss(phi=torch.log1p, psi=torch.exp)))(z1)
+        torch.func.grad(lambda z: alpha_cl_loss(z, z2, PairLoss(phi=torch.log1p, psi=torch.exp)))(
+            z1
+        )
 
 
 @pytest.mark.parametrize("name", ["infonce", "uniform"])
@@ -389,7 +513,9 @@ def test_a_dtensor_is_refused():
         z1, z2 = pair(6, 3)
         sharded = DTensor.from_local(z1, DeviceMesh("cpu", [0]))
         for views in ((sharded, z2), (z1, sharded)):
-            with pytest.raises(TypeError, match=r"must be a plain tensor, got a DTensor \(pass z.to_local\(\)"):
+            with pytest.raises(
+                TypeError, match=r"must be a plain tensor, got a DTensor \(pass z.to_local\(\)"
+            ):
                 FusedAlphaCLLoss()(*views)
     finally:
         dist.destroy_process_group()
@@ -415,7 +541,9 @@ def test_functional_equals_module():
     z1, z2 = pair(6, 3)
     custom = PairLoss(None, smooth_hinge)
     for arguments in ({"objective": "alpha_inverse", "order": 2.0}, {"objective": custom}):
-        assert torch.equal(FusedAlphaCLLoss(**arguments)(z1, z2), alpha_cl_loss(z1, z2, **arguments))
+        assert torch.equal(
+            FusedAlphaCLLoss(**arguments)(z1, z2), alpha_cl_loss(z1, z2, **arguments)
+        )
 
 
 def test_operators_pass_opcheck():
@@ -425,7 +553,9 @@ def test_operators_pass_opcheck():
     terms = [Term.SHIFT, Term.F, Term.F_MOMENT]
     torch.library.opcheck(ops.ROW_SUMS, (*operands, *RowScalars(pos), terms, "", "blocked"))
     scalars = RowScalars(pos, pos, pos)
-    torch.library.opcheck(ops.PAIR_GRAD, (*operands, *scalars, Weight.F, [Term.F], 0, 8, "", "blocked"))
+    torch.library.opcheck(
+        ops.PAIR_GRAD, (*operands, *scalars, Weight.F, [Term.F], 0, 8, "", "blocked")
+    )
 
 
 def test_row_operators_pass_opcheck():

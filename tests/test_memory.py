@@ -1,4 +1,6 @@
-"""O(n·D) memory: what autograd keeps, the largest tensor that is ever made, and the process's peak."""
+"""O(n·D) memory: what autograd keeps, the largest tensor that is ever made, and the process's
+peak.
+"""
 
 import subprocess
 import sys
@@ -44,7 +46,9 @@ def test_saved_bytes_and_largest_tensor(member, reduction, monkeypatch):
         loss = FusedAlphaCLLoss(objectives.make(*member), reduction=reduction)(z1, z2)
         loss.sum().backward()
     rows_bytes = 2 * n * d * 4
-    assert sum(saved.values()) <= 8 * rows_bytes  # the closed forms keep a few (2N, D) intermediates
+    assert (
+        sum(saved.values()) <= 8 * rows_bytes
+    )  # the closed forms keep a few (2N, D) intermediates
     assert largest.bytes <= max(tile * tile * 4, 2 * rows_bytes)
     assert largest.bytes < (2 * n) ** 2 * 4 / 16
 
@@ -52,7 +56,9 @@ def test_saved_bytes_and_largest_tensor(member, reduction, monkeypatch):
 def test_scalar_loss_saves_only_the_gradients():
     z1, z2 = (z.requires_grad_() for z in pair(300, 8, torch.float32))
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.nbytes) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: saved.append(x.nbytes) or x, lambda x: x
+    ):
         FusedAlphaCLLoss("alpha_direct")(z1, z2)
     assert sum(saved) == 2 * 300 * 8 * 4
 
@@ -74,6 +80,10 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 def test_peak_of_the_process(name):
     n = 12_288  # one (2N, 2N) float32 matrix: 2.4 GB
     out = subprocess.run(
-        [sys.executable, "-c", PEAK.format(n=n, name=name)], check=True, capture_output=True, text=True, timeout=WATCHDOG
+        [sys.executable, "-c", PEAK.format(n=n, name=name)],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=WATCHDOG,
     )
     assert float(out.stdout) < 100

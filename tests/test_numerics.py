@@ -1,4 +1,6 @@
-"""Rounding, extreme temperatures, degenerate rows: against the float64 oracle on the same (rounded) inputs."""
+"""Rounding, extreme temperatures, degenerate rows: against the float64 oracle on the same
+(rounded) inputs.
+"""
 
 import math
 
@@ -23,14 +25,24 @@ from alphacl_fast import objectives
 from alphacl_fast.bundles import Term
 from alphacl_fast.functional import NEGATIVES, SIMILARITIES, alpha_cl_loss
 
-NORMALIZED = ["infonce", "alpha_direct", "alpha_entropy", "alpha_inverse", "alpha_square", "alpha_gamma", "soft_triplet"]
+NORMALIZED = [
+    "infonce",
+    "alpha_direct",
+    "alpha_entropy",
+    "alpha_inverse",
+    "alpha_square",
+    "alpha_gamma",
+    "soft_triplet",
+]
 
 
 def assert_as_good_as_eager(backends, member, batches, factor=2.0, **setting):
-    """Over some float32 batches our RMS error is at most ``factor`` × eager's (the dense loss, same dtype) + one rounding.
+    """Over some float32 batches our RMS error is at most ``factor`` × eager's (the dense loss, same
+    dtype) + one rounding.
 
-    One batch would compare two random numbers. Row losses and gradients are vectors; dτ is a single number per batch, whose
-    RMS over a dozen batches is itself only known within a factor of 2, hence twice the bound.
+    One batch would compare two random numbers. Row losses and gradients are vectors; dτ is a single
+    number per batch, whose RMS over a dozen batches is itself only known within a factor of 2,
+    hence twice the bound.
     """
     errors = {}
     for z1, z2 in batches:
@@ -40,13 +52,16 @@ def assert_as_good_as_eager(backends, member, batches, factor=2.0, **setting):
             found = loss_and_grads(z1, z2, *member, backend=backend, reduction="none", **setting)
             for name, x, t in zip(("loss", "dz1", "dz2", "dtau"), found, truth, strict=False):
                 assert backend == "reference" or torch.isfinite(x).all(), (backend, name)
-                # dτ is a sum of terms of either sign and order 1: its rounding is not relative to its value.
+                # dτ is a sum of terms of either sign and order 1: its rounding is not relative to
+                # its value.
                 floor = 0.1 if name == "dtau" else 1e-3
                 errors.setdefault((backend, name), []).append(relative_error(x, t, floor) ** 2)
     rms = {key: (sum(squares) / len(squares)) ** 0.5 for key, squares in errors.items()}
     for (backend, name), ours in rms.items():
         eager = rms["reference", name]
-        bound = (2 * factor if name == "dtau" else factor) * eager + 4 * torch.finfo(torch.float32).eps
+        bound = (2 * factor if name == "dtau" else factor) * eager + 4 * torch.finfo(
+            torch.float32
+        ).eps
         assert ours <= bound, (backend, name, setting, ours, eager)
 
 
@@ -56,14 +71,20 @@ def test_float32_as_good_as_eager(member, mode, medium_tiles, poisoned):
     """In one similarity, another one for another mode."""
     similarity = SIMILARITIES[(MEMBERS.index(member) + MODES.index(mode)) % 3]
     if similarity == "dot" and member[1].get("exponent", 4) < 2:
-        return  # d² = 1 − t goes through 0, where the slope of (d²)^0.75 has no bound: one pair's rounding decides
-    # The hinge and the power weights have kinks at which float32 and float64 may differ; random data stays away.
+        # d² = 1 − t goes through 0, where the slope of (d²)^0.75 has no bound: one pair's rounding
+        # decides
+        return
+    # The hinge and the power weights have kinks at which float32 and float64 may differ; random
+    # data stays away.
     batches = [pair(20, 12, torch.float32, seed=seed) for seed in range(12)]
-    # Rows of length about 1: with long ones a single pair carries each row's weight, and its rounding is pure luck.
+    # Rows of length about 1: with long ones a single pair carries each row's weight, and its
+    # rounding is pure luck.
     views = batches if similarity == "cosine" else [(z1 / 3, z2 / 3) for z1, z2 in batches]
     setting = {"negatives": mode[0], "symmetric": mode[1], "similarity": similarity}
     slow = [name for name in backends_for(member) if name in SLOW]
-    assert_as_good_as_eager([name for name in backends_for(member) if name not in SLOW], member, views, **setting)
+    assert_as_good_as_eager(
+        [name for name in backends_for(member) if name not in SLOW], member, views, **setting
+    )
     if slow:
         assert_as_good_as_eager(slow, member, views[:3], **setting)
 
@@ -72,7 +93,9 @@ def test_float32_as_good_as_eager(member, mode, medium_tiles, poisoned):
 @pytest.mark.parametrize("name", NORMALIZED)
 @pytest.mark.parametrize("tau", TAUS := [0.5, 0.05, 0.02])
 def test_half_precision_inputs(dtype, name, tau, medium_tiles):
-    """float32 loss, gradient of the input's dtype right to that dtype's rounding: normalised rows are never rounded."""
+    """float32 loss, gradient of the input's dtype right to that dtype's rounding: normalised
+    rows are never rounded.
+    """
     z1, z2 = pair(40, 32, dtype)
     truth = loss_and_grads(z1.double(), z2.double(), name, tau=tau, backend="reference")
     turn = NORMALIZED.index(name) + TAUS.index(tau) + (dtype == torch.float16)
@@ -83,10 +106,14 @@ def test_half_precision_inputs(dtype, name, tau, medium_tiles):
         assert ours[0].dtype == torch.float32
         assert ours[1].dtype == dtype
         assert relative_error(ours[0], truth[0]) < 1e-5, backend
-        tiny = torch.finfo(dtype).tiny  # below it a gradient has lost its digits to the dtype's range, not to us
+        tiny = torch.finfo(
+            dtype
+        ).tiny  # below it a gradient has lost its digits to the dtype's range, not to us
         for o, t in zip(ours[1:3], truth[1:3], strict=True):
             representable = t.abs() > tiny
-            error = (o.double() - t)[representable].norm() / t[representable].norm().clamp(min=1e-30)
+            error = (o.double() - t)[representable].norm() / t[representable].norm().clamp(
+                min=1e-30
+            )
             assert error < 0.5 * torch.finfo(dtype).eps, backend
             assert ((o.double() - t)[~representable].abs() <= tiny).all(), backend
 
@@ -96,7 +123,8 @@ def test_half_precision_inputs(dtype, name, tau, medium_tiles):
 def test_converged_regime(backend, tau):
     """Positives all but coincide, negatives are orthogonal: the loss goes from 1e-2 to 1e-19.
 
-    `softmax − onehot` cancels here (cross-entropy is off by 5 % at τ = 0.05 and by all of it at τ = 0.03).
+    `softmax − onehot` cancels here (cross-entropy is off by 5 % at τ = 0.05 and by all of it at τ =
+    0.03).
     """
     q, _ = torch.linalg.qr(torch.randn(140, 140, dtype=torch.float64))
     z1 = q[:128].float()
@@ -122,16 +150,22 @@ def test_temperatures(member, tau, small_tiles):
     truth = loss_and_grads(z1, z2, *member, tau=tau, backend="reference")
     rounded = None
     if member[0] == "infonce":
-        rounded = loss_and_grads(z1.float().double(), z2.float().double(), *member, tau=tau, backend="reference")
+        rounded = loss_and_grads(
+            z1.float().double(), z2.float().double(), *member, tau=tau, backend="reference"
+        )
     for backend in backends_for(member):
         ours = loss_and_grads(z1, z2, *member, tau=tau, backend=backend)
         for o, t in zip(ours, truth, strict=True):
-            assert relative_error(o, t, floor=max(1e-3, float(t.abs().max()) * 1e-3)) < 1e-8, backend
+            assert relative_error(o, t, floor=max(1e-3, float(t.abs().max()) * 1e-3)) < 1e-8, (
+                backend
+            )
         single = loss_and_grads(z1.float(), z2.float(), *member, tau=tau, backend=backend)
         assert all(torch.isfinite(x).all() for x in single), backend
         if rounded:
             for o, t in zip(single, rounded, strict=True):
-                assert relative_error(o, t) < 2e-6 + 2e-7 / tau, backend  # α itself is only that good in float32
+                assert relative_error(o, t) < 2e-6 + 2e-7 / tau, (
+                    backend
+                )  # α itself is only that good in float32
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -147,9 +181,12 @@ def test_cosine_ignores_the_scale_of_rows(backend, scale):
 
 
 LARGE_LOGITS = [
-    ("alpha_square", {"detach_alpha": False}), ("alpha_gamma", {"detach_alpha": False}), ("alpha_entropy", {}),
-    ("soft_triplet", {}), ("infonce", {"epsilon": 0.0, "temperature_scaled": True}),
-]  # fmt: skip
+    ("alpha_square", {"detach_alpha": False}),
+    ("alpha_gamma", {"detach_alpha": False}),
+    ("alpha_entropy", {}),
+    ("soft_triplet", {}),
+    ("infonce", {"epsilon": 0.0, "temperature_scaled": True}),
+]
 
 
 @pytest.mark.parametrize("member", LARGE_LOGITS, ids=member_id)
@@ -157,20 +194,31 @@ LARGE_LOGITS = [
 @pytest.mark.parametrize("scale", [1.0, 10.0])
 def test_small_temperatures_and_long_rows_in_float32(member, tau, scale):
     """Where |t|/τ is large, terms of size |t|/τ must not be subtracted from each other."""
-    batches = [(z1 * scale, z2 * scale) for z1, z2 in (pair(30, 16, torch.float32, seed=seed) for seed in range(8))]
+    batches = [
+        (z1 * scale, z2 * scale)
+        for z1, z2 in (pair(30, 16, torch.float32, seed=seed) for seed in range(8))
+    ]
     many_sweeps = member[0].startswith(("alpha_s", "alpha_g"))  # and the interpreter is slow
     turn = LARGE_LOGITS.index(member) + 2 * (tau == 0.05) + (scale == 10)
     for k, similarity in enumerate(SIMILARITIES):
         interpreted = (k + turn) % 3 == 0 and (not many_sweeps or (tau, scale) == (1e-3, 1.0))
         backends = [name for name in BACKENDS if name not in SLOW or interpreted]
-        assert_as_good_as_eager(backends, member, batches, factor=3.0, tau=tau, similarity=similarity)
+        assert_as_good_as_eager(
+            backends, member, batches, factor=3.0, tau=tau, similarity=similarity
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_min_player_of_enormous_similarities(backend):
     z1, z2 = pair(8, 4, torch.float32)
     out = loss_and_grads(z1 * 1e10, z2 * 1e10, "alpha_square", similarity="dot", backend=backend)
-    truth = loss_and_grads(z1.double() * 1e10, z2.double() * 1e10, "alpha_square", similarity="dot", backend="reference")
+    truth = loss_and_grads(
+        z1.double() * 1e10,
+        z2.double() * 1e10,
+        "alpha_square",
+        similarity="dot",
+        backend="reference",
+    )
     for o, t in zip(out, truth, strict=True):
         assert relative_error(o, t) < 1e-5
 
@@ -180,7 +228,9 @@ def test_min_player_of_enormous_similarities(backend):
 def test_min_player_of_equal_similarities(backend, name):
     """Every negative weighs 1/|Neg|: the root lies at the very end of Newton's bracket."""
     z1, z2 = torch.ones(12, 6, dtype=torch.float64), pair(12, 6)[1]
-    losses = alpha_cl_loss(z1, z2, name, temperature=0.3, negatives="one_view", reduction="none", backend=backend)
+    losses = alpha_cl_loss(
+        z1, z2, name, temperature=0.3, negatives="one_view", reduction="none", backend=backend
+    )
     torch.testing.assert_close(losses, 1 - F.cosine_similarity(z1, z2), rtol=1e-10, atol=1e-12)
 
 
@@ -215,7 +265,10 @@ def test_degenerate_rows_stay_finite(backend, member, tau, small_tiles):
 @pytest.mark.parametrize("similarity", ["dot", "euclidean"])
 def test_degenerate_rows_unnormalized(backend, similarity, member, small_tiles):
     for case, (z1, z2) in degenerate_batches().items():
-        if case in ("huge", "largest"):  # t ~ 1e36: exp(t − 1) of an unnormalised weight is infinite by definition
+        if case in (
+            "huge",
+            "largest",
+        ):  # t ~ 1e36: exp(t − 1) of an unnormalised weight is infinite by definition
             continue
         out = loss_and_grads(z1, z2, *member, tau=0.05, similarity=similarity, backend=backend)
         overflow = member[1].get("normalized") is False and similarity == "dot"
@@ -236,7 +289,9 @@ def test_zero_row_has_zero_gradient():
 def test_euclidean_far_from_the_origin(backend):
     z1, z2 = pair(40, 16)
     z1, z2 = (z1 + 100).float(), (z2 + 100).float()
-    truth = loss_and_grads(z1.double(), z2.double(), "infonce", similarity="euclidean", backend="reference")
+    truth = loss_and_grads(
+        z1.double(), z2.double(), "infonce", similarity="euclidean", backend="reference"
+    )
     ours = loss_and_grads(z1, z2, "infonce", similarity="euclidean", backend=backend)
     for o, t in zip(ours, truth, strict=True):
         assert relative_error(o, t) < 1e-4  # a plain Gram matrix of the rows as given: 0.3
@@ -263,16 +318,25 @@ def test_float32_min_players_sum_to_one(backend, name, tau, monkeypatch):
     assert float((masses[0] - 1).abs().max()) < 2e-6
 
 
-@pytest.mark.parametrize("name", ["infonce", "alpha_direct", "alpha_square", "modified_triplet", "mine"])
+@pytest.mark.parametrize(
+    "name", ["infonce", "alpha_direct", "alpha_square", "modified_triplet", "mine"]
+)
 def test_float32_at_real_size(name):
-    """More tiles than one, at sizes where float32 sums could drift. (Of 9 million hinges some flip in the last digit.)"""
-    assert_as_good_as_eager(BACKENDS, (name, {}), [pair(700, 24, torch.float32, seed=seed) for seed in range(3)])
+    """More tiles than one, at sizes where float32 sums could drift.
+
+    (Of 9 million hinges some flip in the last digit.)
+    """
+    assert_as_good_as_eager(
+        BACKENDS, (name, {}), [pair(700, 24, torch.float32, seed=seed) for seed in range(3)]
+    )
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize("name", ["uniform", "triplet_contrastive"])
 def test_closed_forms_do_not_round_in_one_direction(name, similarity):
-    """Sums over n equal numbers: one after the other they lose 1e-5 of the gradient at this size."""
+    """Sums over n equal numbers: one after the other they lose 1e-5 of the gradient at this
+    size.
+    """
     z1, z2 = pair(1283, 16, torch.float32)
     truth = loss_and_grads(z1.double(), z2.double(), name, similarity=similarity)
     ours = loss_and_grads(z1, z2, name, similarity=similarity)

@@ -1,4 +1,6 @@
-"""An operand is added in the schema's bundle and in the backends that use it, as docs/extending.md says, and nowhere else."""
+"""An operand is added in the schema's bundle and in the backends that use it, as
+docs/extending.md says, and nowhere else.
+"""
 
 import re
 import shutil
@@ -30,20 +32,31 @@ print(ops.choose("auto", *place)[0], ops.unsupported("cpu", *place))
 
 
 def test_an_operand_is_added_where_the_documents_say(tmp_path):
-    shutil.copytree(ROOT / "alphacl_fast", tmp_path / "alphacl_fast", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "alphacl_fast",
+        tmp_path / "alphacl_fast",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
     for folder in ("kernels", "benchmarks"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     text = (ROOT / "docs" / "extending.md").read_text()
     section = text[text.index("## Add an operand") : text.index("## Add a backend")]
     blocks = re.findall(r"```diff\n--- (\S+)\n(.*?)```", section, re.DOTALL)
-    assert {name for name, _ in blocks} == {"alphacl_fast/bundles.py", "alphacl_fast/backend/blocked.py"}
+    assert {name for name, _ in blocks} == {
+        "alphacl_fast/bundles.py",
+        "alphacl_fast/backend/blocked.py",
+    }
     for name, diff in blocks:
         lines = diff.splitlines(keepends=True)
         old, new = ("".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +"))
         source = (tmp_path / name).read_text()
-        assert source.count(old) == 1, f"docs/extending.md shows lines that {name} does not have:\n{old}"
+        assert source.count(old) == 1, (
+            f"docs/extending.md shows lines that {name} does not have:\n{old}"
+        )
         (tmp_path / name).write_text(source.replace(old, new))
     environment = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin", "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "blocked bucket: not in this backend; use blocked"

@@ -1,10 +1,21 @@
-"""The min player made visible: α of every member, its statistics, its memory, and what is refused."""
+"""The min player made visible: α of every member, its statistics, its memory, and what is
+refused.
+"""
 
 import math
 
 import pytest
 import torch
-from family import BACKENDS, MEMBERS, MODES, SIMILARITIES, gaussian_weight, member_id, pair, relative_error
+from family import (
+    BACKENDS,
+    MEMBERS,
+    MODES,
+    SIMILARITIES,
+    gaussian_weight,
+    member_id,
+    pair,
+    relative_error,
+)
 
 from alphacl_fast import FusedAlphaCLLoss, MinPlayer, PairWeight, alpha, alpha_summary, objectives
 from alphacl_fast.backend import reference
@@ -39,18 +50,26 @@ def test_alpha_equals_the_oracle(member):
 def test_every_backend(name, backend):
     z1, z2 = pair(21, 8, torch.float32)
     theirs = alpha(z1.double(), z2.double(), name, temperature=0.3, backend="reference")
-    assert relative_error(alpha(z1, z2, name, temperature=0.3, backend=backend).double(), theirs) < 1e-5
+    assert (
+        relative_error(alpha(z1, z2, name, temperature=0.3, backend=backend).double(), theirs)
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize("member", MEMBERS, ids=member_id)
 @pytest.mark.parametrize("mode", ALL_MODES, ids=lambda mode: "-".join(map(str, mode.values())))
 def test_alpha_gives_the_loss(member, mode):
-    """L_i = Σ α Δ where α is designed, and the row's derivative otherwise: both from the loss itself."""
+    """L_i = Σ α Δ where α is designed, and the row's derivative otherwise: both from the loss
+    itself.
+    """
     objective = objectives.make(*member)
     z1, z2 = pair(9, 5)
     a = Importances(z1, z2, objective, similarity="dot", **mode)
     if mode["negatives"] == "cross_view":
-        gaps = [z1 @ z2.t() - (z1 * z2).sum(1, keepdim=True), z2 @ z1.t() - (z1 * z2).sum(1, keepdim=True)]
+        gaps = [
+            z1 @ z2.t() - (z1 * z2).sum(1, keepdim=True),
+            z2 @ z1.t() - (z1 * z2).sum(1, keepdim=True),
+        ]
         gap = torch.cat(gaps if mode["symmetric"] else gaps[:1])
     else:
         rows = torch.cat([z1, z2])[: a.anchors]
@@ -61,31 +80,49 @@ def test_alpha_gives_the_loss(member, mode):
             expected = expected.view(2, -1).mean(0)
         losses = alpha_cl_loss(z1, z2, objective, similarity="dot", reduction="none", **mode)
         torch.testing.assert_close(losses, expected, rtol=1e-10, atol=1e-12)
-    else:  # dL/dt⁺ = −Σ α: a common change of the positives' similarity, which dot products allow through z2 = z1 + …
+    # dL/dt⁺ = −Σ α: a common change of the positives' similarity, which dot products allow through
+    # z2 = z1 + …
+    else:
         step = 1e-6
         there = ~excluded(9, mode["negatives"], a.anchors)
-        moved = [reference._of_gaps(objective, (gap[there].view(a.anchors, -1) + s), a.tau, 1.0) for s in (step, -step)]
-        torch.testing.assert_close((moved[0] - moved[1]) / (2 * step), a.dense().sum(1), rtol=1e-5, atol=1e-7)
+        moved = [
+            reference._of_gaps(objective, (gap[there].view(a.anchors, -1) + s), a.tau, 1.0)
+            for s in (step, -step)
+        ]
+        torch.testing.assert_close(
+            (moved[0] - moved[1]) / (2 * step), a.dense().sum(1), rtol=1e-5, atol=1e-7
+        )
 
 
 def test_rows_of_a_normalised_alpha_sum_to_one():
     z1, z2 = pair(33, 6)
-    for name in ("alpha_direct", "alpha_entropy", "alpha_inverse", "alpha_square", "alpha_gamma", "uniform"):
-        torch.testing.assert_close(alpha(z1, z2, name, temperature=0.1).sum(1), torch.ones(66).double(), rtol=1e-10, atol=0)
+    for name in (
+        "alpha_direct",
+        "alpha_entropy",
+        "alpha_inverse",
+        "alpha_square",
+        "alpha_gamma",
+        "uniform",
+    ):
+        torch.testing.assert_close(
+            alpha(z1, z2, name, temperature=0.1).sum(1), torch.ones(66).double(), rtol=1e-10, atol=0
+        )
 
 
 def test_square_player_satisfies_kkt():
     z1, z2 = pair(30, 6)
     a = Importances(z1, z2, "alpha_square", temperature=0.2)
     dense, d = a.dense(), a.distances(0, 60, 0, 60)
-    price = d + 0.2 * dense  # the derivative of Σ α d² + (τ/2) Σ α²: equal where α > 0, and nowhere smaller
+    price = (
+        d + 0.2 * dense
+    )  # the derivative of Σ α d² + (τ/2) Σ α²: equal where α > 0, and nowhere smaller
     there = ~excluded(30, "two_view", 60)
     least = price.masked_fill(~there, math.inf).amin(1, keepdim=True)
     assert (price - least)[dense > 0].abs().max() < 1e-12
     assert 1 < (dense > 0).sum(1).double().mean() < 58  # sparse, and not by being zero
 
 
-# --- statistics -------------------------------------------------------------------------------------------------------
+# --- statistics -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
@@ -106,7 +143,9 @@ def test_summary_equals_the_dense_statistics(name, mode, similarity, monkeypatch
     p = (a / a.sum(1, keepdim=True)).nan_to_num()  # rows of hinges may be all zero
     torch.testing.assert_close(s.row_sum, a.sum(1))
     torch.testing.assert_close(s.entropy, -torch.xlogy(p, p).sum(1))
-    torch.testing.assert_close(s.effective_negatives, (1 / p.square().sum(1)).nan_to_num(posinf=0.0))
+    torch.testing.assert_close(
+        s.effective_negatives, (1 / p.square().sum(1)).nan_to_num(posinf=0.0)
+    )
     nearest, at = d.sort(1)
     torch.testing.assert_close(s.hardest_distance, nearest[:, :k])
     torch.testing.assert_close(s.hardest_alpha, a.gather(1, at)[:, :k])
@@ -114,10 +153,14 @@ def test_summary_equals_the_dense_statistics(name, mode, similarity, monkeypatch
     if mode["negatives"] == "cross_view":
         base[:n] = n
     assert torch.equal(s.hardest, (at + base)[:, :k])
-    low, high = (0.0, 2.0) if similarity == "cosine" else (d[there].min().item(), d[there].max().item())
+    low, high = (
+        (0.0, 2.0) if similarity == "cosine" else (d[there].min().item(), d[there].max().item())
+    )
     assert (s.edges[0].item(), s.edges[-1].item()) == pytest.approx((low, high), rel=1e-12)
     place = ((d[there] - low) * (bins / (high - low))).clamp(0, bins - 1).long()
-    assert abs(s.pairs - torch.bincount(place, minlength=bins)).sum() <= 2  # a distance on an edge may round to either side
+    assert (
+        abs(s.pairs - torch.bincount(place, minlength=bins)).sum() <= 2
+    )  # a distance on an edge may round to either side
     assert s.pairs.sum() == there.sum()
     assert s.mass.sum().item() == pytest.approx(a.sum().item(), rel=1e-12)
     assert s.n_neg == there.sum(1)[0]
@@ -154,7 +197,9 @@ def test_threads_and_the_module_see_the_same(monkeypatch):
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            seen.append(alpha_summary(z1, z2, "alpha_direct", temperature=0.2, negatives="cross_view", k=3))
+            seen.append(
+                alpha_summary(z1, z2, "alpha_direct", temperature=0.2, negatives="cross_view", k=3)
+            )
             assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(threads)
@@ -183,7 +228,9 @@ def test_smallest_and_degenerate_batches():
             s = alpha_summary(z, z, "alpha_square", k=8, **mode)
             assert s.hardest.shape[1] == s.n_neg
             assert s.row_sum.mean().item() == pytest.approx(1)
-    equal = alpha_summary(torch.ones(4, 3), torch.ones(4, 3), "infonce", similarity="euclidean")  # no range of distances
+    equal = alpha_summary(
+        torch.ones(4, 3), torch.ones(4, 3), "infonce", similarity="euclidean"
+    )  # no range of distances
     assert equal.pairs.sum() == 8 * 6
     zero = alpha_summary(torch.zeros(4, 3), torch.randn(4, 3), "infonce")
     assert zero.entropy.isfinite().all()
@@ -191,7 +238,10 @@ def test_smallest_and_degenerate_batches():
 
 def test_bad_arguments():
     z1, z2 = pair(8, 4)
-    with pytest.raises(ValueError, match=r"at most max_elements=100 numbers, got 16 × 16; alpha_summary needs no such"):
+    with pytest.raises(
+        ValueError,
+        match=r"at most max_elements=100 numbers, got 16 × 16; alpha_summary needs no such",
+    ):
         alpha(z1, z2, max_elements=100)
     assert alpha(z1, z2, negatives="one_view", max_elements=64).shape == (8, 8)
     for arguments, message in (
@@ -236,4 +286,6 @@ def test_memory_is_linear():
             alpha_summary(z1, z2, "alpha_direct", k=4)
     finally:
         torch.set_num_threads(threads)
-    assert 2**20 <= largest <= 2**22  # a tile of 512 × 512 in float32 or int64; the matrix would have 64 MiB
+    assert (
+        2**20 <= largest <= 2**22
+    )  # a tile of 512 × 512 in float32 or int64; the matrix would have 64 MiB

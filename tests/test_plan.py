@@ -105,8 +105,7 @@ def test_command(capsys):
     printed = capsys.readouterr().out
     assert (
         "4,000,000 pairs of 512 features, bfloat16, two_view, on 64 devices of 300 TFLOP/s "
-        "(as given), 50 GB/s"
-        in printed
+        "(as given), 50 GB/s" in printed
     )
     assert re.search(r"^gather +38\.02 GB +2,048\.0 TFLOP ", printed, re.M)
     assert 'faster and within the memory: ring; strategy="auto" takes ring' in printed

@@ -23,14 +23,20 @@ def anchors_and_negatives(z1, z2, similarity, negatives, symmetric):
 
     n = len(z1)
     out = []
-    towers = [(0, 1)] if negatives == "one_view" or (negatives == "cross_view" and not symmetric) else [(0, 1), (1, 0)]
+    towers = (
+        [(0, 1)]
+        if negatives == "one_view" or (negatives == "cross_view" and not symmetric)
+        else [(0, 1), (1, 0)]
+    )
     for own, other in towers:
         for i in range(n):
             a = unit[own][i]
             if negatives == "two_view":
                 others = [unit[v][j] for v in (0, 1) for j in range(n) if j != i]
             else:
-                others = [unit[own if negatives == "one_view" else other][j] for j in range(n) if j != i]
+                others = [
+                    unit[own if negatives == "one_view" else other][j] for j in range(n) if j != i
+                ]
             out.append((t(a, unit[other][i]), torch.stack([t(a, b) for b in others])))
     return out
 
@@ -60,7 +66,9 @@ def naive_row(name, o, gap, d, tau):
         a = min_player(name, o, d, tau)
     else:
         if name == "alpha_direct":
-            w = torch.exp(-(d if o["exponent"] == 2 else d.clamp(min=0) ** (o["exponent"] / 2)) / tau)
+            w = torch.exp(
+                -(d if o["exponent"] == 2 else d.clamp(min=0) ** (o["exponent"] / 2)) / tau
+            )
         elif name == "alpha_entropy":
             w = torch.exp(-d / tau)
         else:
@@ -70,7 +78,10 @@ def naive_row(name, o, gap, d, tau):
 
 
 def min_player(name, o, d, tau):
-    """Sparsemax by sorting (Martins and Astudillo 2016); α_gamma by bisection with an exactly differentiated root."""
+    """Sparsemax by sorting (Martins and Astudillo 2016).
+
+    Α_gamma by bisection with an exactly differentiated root.
+    """
     if name == "alpha_square":
         z = -d / tau
         ordered = z.sort(descending=True).values
@@ -98,12 +109,18 @@ def test_definitions(member, negatives, symmetric, similarity):
     c = 0.0 if similarity == "euclidean" else 1.0
     rows = anchors_and_negatives(z1, z2, similarity, negatives, symmetric)
     tau = torch.tensor(TAU, dtype=torch.float64, requires_grad=True)
-    truth = torch.stack([naive_row(objective.name, objective.options, t - p, c - t, tau) for p, t in rows])
+    truth = torch.stack(
+        [naive_row(objective.name, objective.options, t - p, c - t, tau) for p, t in rows]
+    )
     ours = reference.row_losses(z1, z2, tau, objective, similarity, negatives, symmetric)
     torch.testing.assert_close(ours, truth, rtol=1e-11, atol=1e-12)
     weights = torch.randn_like(truth)
-    expected = torch.autograd.grad((truth * weights).sum(), [z1, z2, tau], allow_unused=True, materialize_grads=True)
-    actual = torch.autograd.grad((ours * weights).sum(), [z1, z2, tau], allow_unused=True, materialize_grads=True)
+    expected = torch.autograd.grad(
+        (truth * weights).sum(), [z1, z2, tau], allow_unused=True, materialize_grads=True
+    )
+    actual = torch.autograd.grad(
+        (ours * weights).sum(), [z1, z2, tau], allow_unused=True, materialize_grads=True
+    )
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-11)
 
@@ -118,10 +135,17 @@ def test_infonce_is_cross_entropy():
     clip = F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).t() / TAU
     labels = torch.arange(20)
     truth = (F.cross_entropy(clip, labels) + F.cross_entropy(clip.t(), labels)) / 2
-    assert abs(alpha_cl_loss(z1, z2, temperature=TAU, negatives="cross_view", backend="reference") - truth) <= 1e-14
+    assert (
+        abs(
+            alpha_cl_loss(z1, z2, temperature=TAU, negatives="cross_view", backend="reference")
+            - truth
+        )
+        <= 1e-14
+    )
 
 
-# A detached α is a constant that finite differences cannot hold fixed; test_definitions covers those.
+# A detached α is a constant that finite differences cannot hold fixed; test_definitions covers
+# those.
 DIFFERENTIABLE = [m for m in MEMBERS if not getattr(objectives.make(*m), "detach_alpha", False)]
 
 
@@ -130,7 +154,9 @@ def test_gradcheck(member):
     objective = objectives.make(*member)
     for negatives, symmetric in MODES:
         z1, z2 = (z.requires_grad_() for z in pair(4, 3, seed=3))
-        tau = torch.tensor(0.4, dtype=torch.float64, requires_grad=objective.tau_gradient is not None)
+        tau = torch.tensor(
+            0.4, dtype=torch.float64, requires_grad=objective.tau_gradient is not None
+        )
 
         def loss(z1, z2, tau, negatives=negatives, symmetric=symmetric):
             return reference.row_losses(z1, z2, tau, objective, "cosine", negatives, symmetric)
@@ -147,10 +173,19 @@ def energy_terms(z1, z2, tau):
 
 
 def test_infonce_is_the_minimum_over_alpha():
-    """L_infonce(ε=0, scaled) = −min_α [E_α − R_H], R_H = τ·entropy: equality at the softmax, inequality elsewhere."""
+    """L_infonce(ε=0, scaled) = −min_α [E_α − R_H], R_H = τ·entropy: equality at the softmax,
+    inequality elsewhere.
+    """
     z1, z2 = pair(10, 6)
     loss = alpha_cl_loss(
-        z1, z2, "infonce", epsilon=0.0, temperature_scaled=True, temperature=TAU, reduction="none", backend="reference"
+        z1,
+        z2,
+        "infonce",
+        epsilon=0.0,
+        temperature_scaled=True,
+        temperature=TAU,
+        reduction="none",
+        backend="reference",
     )
     gap, alpha, entropy = energy_terms(z1, z2, TAU)
     # E_α = Σ α (d² − d²_i) = −Σ α Δ
@@ -185,24 +220,32 @@ def test_uniform_is_difference_of_means():
 @pytest.mark.parametrize(
     "objective",
     [
-        objectives.alpha_direct(), objectives.alpha_entropy(), objectives.alpha_inverse(), objectives.alpha_square(),
-        objectives.alpha_gamma(), objectives.PairWeight(lambda d: torch.exp(-d)),
+        objectives.alpha_direct(),
+        objectives.alpha_entropy(),
+        objectives.alpha_inverse(),
+        objectives.alpha_square(),
+        objectives.alpha_gamma(),
+        objectives.PairWeight(lambda d: torch.exp(-d)),
     ],
     ids=str,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("tau", [1e-3, 0.05, 0.5, 5.0])
 def test_normalized_alpha_sums_to_one(objective, tau):
     z1, z2 = pair(30, 8)
     t, _ = reference.negatives_and_positives(z1, z2, "cosine", "two_view", True)
     alpha = reference.alpha(objective, t, torch.tensor(tau, dtype=torch.float64), 1.0)
     assert (alpha >= 0).all()
-    torch.testing.assert_close(alpha.sum(1), torch.ones(60, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        alpha.sum(1), torch.ones(60, dtype=torch.float64), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("tau", [1e-3, 0.05, 0.5, 5.0])
 @pytest.mark.parametrize(
     ("objective", "slope"),
-    [  # r′(α) of the separable regulariser: d² − r′(α) is one constant per row where α > 0 and larger where α = 0
+    # r′(α) of the separable regulariser: d² − r′(α) is one constant per row where α > 0 and larger
+    # where α = 0
+    [
         (objectives.alpha_square(), lambda a, tau: -tau * a),
         (objectives.alpha_gamma(gamma=2.0), lambda a, tau: tau * a**-2),
         (objectives.alpha_entropy(), lambda a, tau: -tau * (a.log() + 1)),

@@ -15,7 +15,12 @@ import alphacl_fast
 ROOT = Path(__file__).parent.parent
 MODULES = [
     *("objectives", "pair_weights", "theory", "plan", "train"),
-    *("compat.lightly", "compat.open_clip", "compat.pytorch_metric_learning", "compat.sentence_transformers"),
+    *(
+        "compat.lightly",
+        "compat.open_clip",
+        "compat.pytorch_metric_learning",
+        "compat.sentence_transformers",
+    ),
 ]
 
 
@@ -23,19 +28,38 @@ MODULES = [
 def documented(tmp_path_factory):
     """Every name that the pages of docs/ can be searched for."""
     out = tmp_path_factory.mktemp("docs")
-    command = [sys.executable, "-m", "sphinx", "-q", "-b", "html", "-W", "--keep-going", "-d", str(out / "cache")]
-    run = subprocess.run([*command, str(ROOT / "docs"), str(out / "html")], capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-q",
+        "-b",
+        "html",
+        "-W",
+        "--keep-going",
+        "-d",
+        str(out / "cache"),
+    ]
+    run = subprocess.run(
+        [*command, str(ROOT / "docs"), str(out / "html")], capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     inventory = (out / "html" / "objects.inv").read_bytes().split(b"\n", 4)[4]
     return set(re.findall(r"^(\S+) py:", zlib.decompress(inventory).decode(), re.MULTILINE))
 
 
 def public(module):
-    """Names of the functions and classes that a module defines, or of all that it offers in ``__all__``."""
+    """Names of the functions and classes that a module defines, or of all that it offers in
+    ``__all__``.
+    """
     if hasattr(module, "__all__"):
         return set(module.__all__)
     own = {name for name, x in vars(module).items() if inspect.isroutine(x) or inspect.isclass(x)}
-    return {name for name in own if not name.startswith("_") and vars(module)[name].__module__ == module.__name__}
+    return {
+        name
+        for name in own
+        if not name.startswith("_") and vars(module)[name].__module__ == module.__name__
+    }
 
 
 def test_every_public_name_is_documented(documented):

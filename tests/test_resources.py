@@ -1,4 +1,6 @@
-"""What tools/resources.py reports. Kernels are compiled in a process of its own: in this one triton interprets them."""
+"""What tools/resources.py reports. Kernels are compiled in a process of its own: in this one
+triton interprets them.
+"""
 
 import json
 import os
@@ -24,7 +26,9 @@ ROOT = Path(__file__).parent.parent
 
 
 @triton.jit
-def product(a_ptr, b_ptr, c_ptr, n, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):  # c (M, N) = a (M, n) · b (N, n)ᵀ
+def product(
+    a_ptr, b_ptr, c_ptr, n, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr
+):  # c (M, N) = a (M, n) · b (N, n)ᵀ
     rows, columns, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
     total = tl.zeros((M, N), tl.float32)
     for i in range(0, n, K):
@@ -35,7 +39,9 @@ def product(a_ptr, b_ptr, c_ptr, n, M: tl.constexpr, N: tl.constexpr, K: tl.cons
 
 
 @triton.jit
-def chained(f_ptr, out_ptr, n, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):  # exp2(F·Fᵀ)·F, as a sweep has it
+def chained(
+    f_ptr, out_ptr, n, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr
+):  # exp2(F·Fᵀ)·F, as a sweep has it
     rows, d = tl.program_id(0) * M + tl.arange(0, M), tl.arange(0, D)
     mine = tl.load(f_ptr + rows[:, None] * D + d[None, :])
     total = tl.zeros((M, D), tl.float32)
@@ -84,7 +90,9 @@ def compile_everything():
     }
     cases["unaligned"] = compile_for(product, inputs, tile, 80, attrs={})
     cases["fits"] = compile_for(chained, sweep, {"M": 64, "N": 64, "D": 128}, 90, num_stages=2)
-    cases["too large"] = compile_for(chained, sweep, {"M": 128, "N": 128, "D": 128}, 90, num_stages=2)
+    cases["too large"] = compile_for(
+        chained, sweep, {"M": 128, "N": 128, "D": 128}, 90, num_stages=2
+    )
     cases["starved"] = compile_for(product, inputs, {"M": 64, "N": 128, "K": 32}, 80, maxnreg=64)
     cases["mapped"] = compile_for(mapped, {"x_ptr": "*fp32", "n": "i32"}, vector, 90)
     vectors = {"v": Vectors("*fp32", None, "*fp32"), "y_ptr": "*fp32"}
@@ -93,14 +101,21 @@ def compile_everything():
     refused = {}
     for name, call in {
         "missing": lambda: compile_for(mapped, {"x_ptr": "*fp32"}, vector, 90),
-        "divisible": lambda: compile_for(mapped, {"x_ptr": "*fp32", "n": "i32"}, vector, 90, divisible=("m",)),
-        "ptxas": lambda: inspect_ptx(cases["mapped"].ptx.replace("st.global", "st.nowhere"), 90, shared=0, threads=128),
+        "divisible": lambda: compile_for(
+            mapped, {"x_ptr": "*fp32", "n": "i32"}, vector, 90, divisible=("m",)
+        ),
+        "ptxas": lambda: inspect_ptx(
+            cases["mapped"].ptx.replace("st.global", "st.nowhere"), 90, shared=0, threads=128
+        ),
     }.items():
         try:
             call()
         except ValueError as error:
             refused[name] = str(error)
-    return {"cases": {name: asdict(replace(r, ptx="")) for name, r in cases.items()}, "refused": refused}
+    return {
+        "cases": {name: asdict(replace(r, ptx="")) for name, r in cases.items()},
+        "refused": refused,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +148,9 @@ def test_tensor_cores_of_each_generation(compiled, capability, opcode, ptx):
 
 def test_alignment_reaches_the_compiler(compiled):
     assert compiled["cases"]["product 80"].count(r"^LDGSTS.*\.128") > 0
-    assert compiled["cases"]["unaligned"].count(r"^LD.*\.128") < compiled["cases"]["product 80"].count(r"^LD.*\.128")
+    assert compiled["cases"]["unaligned"].count(r"^LD.*\.128") < compiled["cases"][
+        "product 80"
+    ].count(r"^LD.*\.128")
 
 
 def test_totals_are_sums(compiled):
@@ -167,7 +184,10 @@ def test_functions_and_warps(compiled):
 
 
 def test_refusals(compiled):
-    assert "arguments of mapped must be ['BLOCK', 'function', 'n', 'x_ptr'], got" in compiled["refused"]["missing"]
+    assert (
+        "arguments of mapped must be ['BLOCK', 'function', 'n', 'x_ptr'], got"
+        in compiled["refused"]["missing"]
+    )
     assert "divisible must name arguments of mapped" in compiled["refused"]["divisible"]
     assert "ptxas --gpu-name=sm_90a failed" in compiled["refused"]["ptxas"]
     with pytest.raises(TypeError, match="fn must be a jitted function, got InterpretedFunction"):

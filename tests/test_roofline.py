@@ -1,4 +1,6 @@
-"""The counts of tools/roofline.py against a walk over every tile, and what must hold of any prediction."""
+"""The counts of tools/roofline.py against a walk over every tile, and what must hold of any
+prediction.
+"""
 
 import itertools
 import math
@@ -22,7 +24,9 @@ def walked(n, tile, both):
             yield from ((i, j, 1) for j in range(cols))
             continue
         for distance in range(rows // 2 + 1):
-            if 2 * distance != rows or i < rows // 2:  # half way round an even ring only half of the blocks are met
+            if (
+                2 * distance != rows or i < rows // 2
+            ):  # half way round an even ring only half of the blocks are met
                 yield i, (i + distance) % rows, distance
 
 
@@ -32,7 +36,9 @@ def test_counts_by_enumeration(n, both):
     dim, tile = 32, Tile(16, 16) if both else Tile(16, 8)
     tiles = list(walked(n, tile, both))
     met = {pair for i, j, _ in tiles for pair in ((i, j), (j, i) if both else (i, j))}
-    assert len(met) == math.ceil(n / tile.rows) * math.ceil(n / tile.cols)  # every block meets every other,
+    assert len(met) == math.ceil(n / tile.rows) * math.ceil(
+        n / tile.cols
+    )  # every block meets every other,
     assert len(tiles) == len(set(tiles)) == roofline.tile_count(n, tile, both)  # once
     pairs = sum(tile.rows * tile.cols for _ in tiles)
     for gradient in (False,) if both else (False, True):
@@ -45,7 +51,9 @@ def test_counts_by_enumeration(n, both):
 
 
 def test_rows_that_do_not_stay_are_read_again():
-    kept, read = (roofline.sweep(1024, dim, Tile(128, 128), False, False, H200) for dim in (512, 1024))
+    kept, read = (
+        roofline.sweep(1024, dim, Tile(128, 128), False, False, H200) for dim in (512, 1024)
+    )
     assert kept.l2 == 64 * 128 * 512 * 2
     assert read.l2 == 64 * 256 * 1024 * 2
 
@@ -53,19 +61,26 @@ def test_rows_that_do_not_stay_are_read_again():
 def test_weights_in_memory_do_the_same_work():
     n, dim = 4096, 512
     whole = roofline.sweep(n, dim, Tile(128, 128), True, False, H200)
-    parts = [roofline.sweep(n, dim, Tile(128, 128), True, False, H200, product=False), roofline.vendor_product(n, dim)]
+    parts = [
+        roofline.sweep(n, dim, Tile(128, 128), True, False, H200, product=False),
+        roofline.vendor_product(n, dim),
+    ]
     assert sum(part.flop for part in parts) == whole.flop
     assert sum(part.hbm for part in parts) > 4 * n * n
 
 
-@pytest.mark.parametrize(("blocks", "sms"), list(itertools.product((1, 3, 8, 128, 132, 133, 512), (1, 8, 132))))
+@pytest.mark.parametrize(
+    ("blocks", "sms"), list(itertools.product((1, 3, 8, 128, 132, 133, 512), (1, 8, 132)))
+)
 def test_programs_fill_the_device(blocks, sms):
     device, tile = replace(H200, sms=sms), Tile(128, 128)
     for both in (False, True):
         count, fill = roofline.parts(128 * blocks, tile, both, device)
         assert 1 <= count <= blocks
         assert 0 < fill <= 1
-        assert fill > 0.6 or blocks * (blocks // 2 + 1) < 8 * sms  # only where there is too little work
+        assert (
+            fill > 0.6 or blocks * (blocks // 2 + 1) < 8 * sms
+        )  # only where there is too little work
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -82,7 +97,10 @@ def test_predictions_are_monotone(dim):
         assert 0 < steps[2].fraction <= steps[0].fraction <= 1
         for name in ("clock", "gemm", "hbm", "l2"):
             faster = replace(H200, **{name: 2 * getattr(H200, name)})
-            assert all(roofline.step(n, dim, faster, o).time <= s.time for o, s in zip(LEVELS, steps, strict=True))
+            assert all(
+                roofline.step(n, dim, faster, o).time <= s.time
+                for o, s in zip(LEVELS, steps, strict=True)
+            )
 
 
 def test_page_is_current(tmp_path):

@@ -1,4 +1,6 @@
-"""The Triton kernels around the sweeps, interpreted: normalisation and its derivative, against torch."""
+"""The Triton kernels around the sweeps, interpreted: normalisation and its derivative, against
+torch.
+"""
 
 import json
 import os
@@ -226,10 +228,17 @@ def test_as_the_cpu_backend_has_it():
 
 ROW_STEPS = {  # params and vectors
     "exp_rows": [  # params: ε, margin, squared, τ in front
-        ((1.0, 0.0, 0.0, 0.0), 3), ((0.3, -0.5, 0.0, 1.0), 3), ((0.0, 0.0, 0.0, 0.0), 3), ((0.0, 1.0, 1.0, 0.0), 3),
+        ((1.0, 0.0, 0.0, 0.0), 3),
+        ((0.3, -0.5, 0.0, 1.0), 3),
+        ((0.0, 0.0, 0.0, 0.0), 3),
+        ((0.0, 1.0, 1.0, 0.0), 3),
     ],
     "exp_rows_with_dtau": [((1.0, 0.0, 0.0, 0.0), 4), ((0.0, 1.0, 1.0, 0.0), 4)],
-    "exp_dtau_in_front": [((1.0, 0.5, 0.0, 1.0), 4), ((0.0, 0.0, 0.0, 1.0), 4), ((0.0, 1.0, 1.0, 1.0), 4)],
+    "exp_dtau_in_front": [
+        ((1.0, 0.5, 0.0, 1.0), 4),
+        ((0.0, 0.0, 0.0, 1.0), 4),
+        ((0.0, 1.0, 1.0, 1.0), 4),
+    ],
     "weight_rows": [((0.0,), 2), ((0.0,), 3), ((0.1,), 2), ((0.1,), 3)],
     "weight_rows_through_alpha": [((0.0,), 3), ((0.1,), 3)],
     "newton": [((-1.0, -0.5), 5), ((2.0, 2.0), 5), ((1.3, 1.3), 5)],
@@ -237,7 +246,7 @@ ROW_STEPS = {  # params and vectors
     "min_player_rows_through_alpha": [((), 6)],
     "start_at_normal_tail": [((), 5)],
     "start_at_mean": [((), 4)],
-}  # fmt: skip
+}
 
 
 def row_vectors(step, count, n, dtype):
@@ -374,9 +383,13 @@ def compile_everything():
                 divisible=divisible,
             )
             found[f"{r.name} {capability} {kind} {dim}"] = {
-                "spills": r.spill_bytes, "stack": r.stack, "blocks": occupancy(r),
-                "threads": r.threads, "loads": r.count(r"^LDG\..*128"), "stores": r.count(r"^STG\..*128"),
-            }  # fmt: skip
+                "spills": r.spill_bytes,
+                "stack": r.stack,
+                "blocks": occupancy(r),
+                "threads": r.threads,
+                "loads": r.count(r"^LDG\..*128"),
+                "stores": r.count(r"^STG\..*128"),
+            }
     for turn, (capability, kind) in enumerate(TARGETS):
         for k, (fn, signature, constants) in enumerate(vector_kernels(kind)):
             if FULL or k % len(TARGETS) == turn:
@@ -448,7 +461,9 @@ def test_compiled_for_each_generation(compiled):
 
 @pytest.mark.parametrize(("kind", "bytes_per_number"), [("bf16", 2), ("fp32", 4), ("fp64", 8)])
 def test_a_row_that_fits_is_read_once(compiled, kind, bytes_per_number):
-    """At 4096 features a thread of 256 holds 16 numbers of each row, in as few loads of 16 bytes."""
+    """At 4096 features a thread of 256 holds 16 numbers of each row, in as few loads of 16
+    bytes.
+    """
     loads = 2 * 16 * bytes_per_number // 16
     assert compiled[f"unit_rows_kernel 90 {kind} 4096"]["loads"] == loads
     gradient = 2 * 16 * max(bytes_per_number, 4) // 16

@@ -39,8 +39,12 @@ def test_draws_are_repeatable_and_cover_the_options():
     calls = [soak.draw(random.Random(seed)) for seed in range(300)]
     again = [soak.draw(random.Random(seed)) for seed in range(300)]
     assert [str(call) for call in calls] == [str(call) for call in again]
-    for name, values in (("reduction", {"mean", "sum", "none"}), ("strides", {"plain", "columns", "rows"}),
-                         ("dtype", {*soak.TOLERANCES}), ("negatives", {"two_view", "one_view", "cross_view"})):
+    for name, values in (
+        ("reduction", {"mean", "sum", "none"}),
+        ("strides", {"plain", "columns", "rows"}),
+        ("dtype", {*soak.TOLERANCES}),
+        ("negatives", {"two_view", "one_view", "cross_view"}),
+    ):
         assert {call[name] for call in calls} == values
     assert len({str(call["objective"]) for call in calls}) > 30
     assert soak.TOLERANCES[torch.float64] < 1e-8

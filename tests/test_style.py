@@ -10,7 +10,11 @@ MOST_POSITIONAL = 10
 def test_no_function_takes_many_positional_parameters():
     """Facts travel by name; kernels are excepted, since Triton passes what they read one by one."""
     files = [
-        *(file for top in ("alphacl_fast", "benchmarks", "tools") for file in (ROOT / top).rglob("*.py")),
+        *(
+            file
+            for top in ("alphacl_fast", "benchmarks", "tools")
+            for file in (ROOT / top).rglob("*.py")
+        ),
         *ROOT.glob("*.py"),
     ]
     assert len(files) > 50

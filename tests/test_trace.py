@@ -1,4 +1,6 @@
-"""Pair kinds as Triton functions: in the interpreter against torch, and compiled ahead of time for three architectures."""
+"""Pair kinds as Triton functions: in the interpreter against torch, and compiled ahead of time
+for three architectures.
+"""
 
 import gc
 import inspect
@@ -33,7 +35,9 @@ EPS = torch.finfo(torch.float32).eps
 
 
 @triton.jit
-def apply_kernel(x_ptr, tau_ptr, y_ptr, fn: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def apply_kernel(
+    x_ptr, tau_ptr, y_ptr, fn: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     offs = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     y = fn(tl.load(x_ptr + offs), tl.load(tau_ptr))  # (ROWS, COLUMNS)
     tl.store(y_ptr + offs, y)
@@ -50,7 +54,16 @@ def apply(fn, x, tau=0.3, rows=8):
 
 
 @triton.jit
-def loop_kernel(x_ptr, tau_ptr, y_ptr, n, f: tl.constexpr, df: tl.constexpr, dtau: tl.constexpr, BLOCK: tl.constexpr):
+def loop_kernel(
+    x_ptr,
+    tau_ptr,
+    y_ptr,
+    n,
+    f: tl.constexpr,
+    df: tl.constexpr,
+    dtau: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     tau = tl.load(tau_ptr)
     for start in range(0, n, BLOCK):
         offs = start + tl.arange(0, BLOCK)
@@ -72,8 +85,18 @@ def source(fn):
     return inspect.getsource(fn.fn)
 
 
-def check(fn, reference, points, tau=0.3, limits=(0.0, torch.inf, -torch.inf, torch.nan), ulps=4, rtol=1e-13):
-    """``fn`` against ``reference(x, tau)`` of torch, both dtypes, and in float32 at the limits, too."""
+def check(
+    fn,
+    reference,
+    points,
+    tau=0.3,
+    limits=(0.0, torch.inf, -torch.inf, torch.nan),
+    ulps=4,
+    rtol=1e-13,
+):
+    """``fn`` against ``reference(x, tau)`` of torch, both dtypes, and in float32 at the limits,
+    too.
+    """
     wide = apply(fn, points, tau)
     expected = reference(points, torch.tensor(tau, dtype=torch.float64))
     torch.testing.assert_close(wide, expected, rtol=rtol, atol=1e-15, equal_nan=True)
@@ -86,15 +109,33 @@ def check(fn, reference, points, tau=0.3, limits=(0.0, torch.inf, -torch.inf, to
     ulp = EPS * exact[finite].abs() + torch.finfo(torch.float32).tiny
     error, eager_error = (((y[finite] - exact[finite]).abs() / ulp).max() for y in (ours, eager))
     assert error <= max(ulps, 2 * eager_error), f"{error:.1f} ulp, torch {eager_error:.1f}"
-    torch.testing.assert_close(ours[~finite].float(), exact[~finite].float(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        ours[~finite].float(), exact[~finite].float(), rtol=0, atol=0, equal_nan=True
+    )
 
 
 KINDS = [
-    ("exp", ()), ("gibbs", (1.0,)), ("gibbs", (0.0,)), ("power", (1.0, 0.5)), ("power", (1.0, 0.7)), ("power", (1.0, 1.0)),
-    ("power", (1.0, 1.5)), ("power", (0.0, 2.0)), ("power", (1.0, 3.0)), ("inverse", (1.0, 0.35, 1.0)),
-    ("inverse", (0.0, 1.0, 2.0)), ("inverse", (1.0, 2.0, 0.5)), ("hinge", (0.25,)), ("hinge", (-0.1,)), ("sigmoid", (1.0,)),
-    ("sigmoid", (5.5,)), ("square", ()), ("gamma", (2.0,)), ("gamma", (3.0,)), ("gamma", (1.5,)),
-]  # fmt: skip
+    ("exp", ()),
+    ("gibbs", (1.0,)),
+    ("gibbs", (0.0,)),
+    ("power", (1.0, 0.5)),
+    ("power", (1.0, 0.7)),
+    ("power", (1.0, 1.0)),
+    ("power", (1.0, 1.5)),
+    ("power", (0.0, 2.0)),
+    ("power", (1.0, 3.0)),
+    ("inverse", (1.0, 0.35, 1.0)),
+    ("inverse", (0.0, 1.0, 2.0)),
+    ("inverse", (1.0, 2.0, 0.5)),
+    ("hinge", (0.25,)),
+    ("hinge", (-0.1,)),
+    ("sigmoid", (1.0,)),
+    ("sigmoid", (5.5,)),
+    ("square", ()),
+    ("gamma", (2.0,)),
+    ("gamma", (3.0,)),
+    ("gamma", (1.5,)),
+]
 
 
 def test_every_built_in_kind_is_listed():
@@ -109,7 +150,12 @@ def test_built_in(name, params, piece):
     assert (fn is None) == (function is None)
     if fn is None:
         return
-    points = torch.cat([torch.linspace(-1.1, 1.1, 45, dtype=torch.float64), torch.tensor([-1.0, -0.25, 0.1, 1.0]).double()])
+    points = torch.cat(
+        [
+            torch.linspace(-1.1, 1.1, 45, dtype=torch.float64),
+            torch.tensor([-1.0, -0.25, 0.1, 1.0]).double(),
+        ]
+    )
     options = {}
     if name == "gamma":  # of negative numbers
         points, options = points[points < 0], {"limits": (-torch.inf, torch.nan)}
@@ -118,7 +164,12 @@ def test_built_in(name, params, piece):
 
 
 def constants(x):  # made on the way
-    return x * torch.tensor(0.5, dtype=x.dtype) + torch.ones_like(x) - x.new_full((), 0.1) + torch.full((), 0.3, dtype=x.dtype)
+    return (
+        x * torch.tensor(0.5, dtype=x.dtype)
+        + torch.ones_like(x)
+        - x.new_full((), 0.1)
+        + torch.full((), 0.3, dtype=x.dtype)
+    )
 
 
 def in_place(x):
@@ -224,12 +275,26 @@ TABLE = {
     "maximum": lambda x: torch.maximum(x, 0.5 * x),
     "minimum": lambda x: torch.minimum(x, x * x),
     "fmax": lambda x: torch.fmax(x, 0.5 * x),
-    "where": lambda x: torch.where(x > 0.1, x * x, 0.1) + torch.where(x == 0.1, 1.0, torch.zeros_like(x)),
-    "compare": lambda x: x * (x >= 0.1) + x * ((x < -0.3) | (x != 1)) + x * (~(x <= 0.1) & (x > 0)).to(x.dtype),
-    "logical": lambda x: x * torch.logical_and(x, x > 0.1) + x * torch.logical_xor(x > 0, x < 1) + x * torch.logical_not(x),
-    "masks": lambda x: x * (x > 0).int() + x * ((x > 0).float() * 2).to(x.dtype) + x * (x > 0).bool(),
+    "where": lambda x: (
+        torch.where(x > 0.1, x * x, 0.1) + torch.where(x == 0.1, 1.0, torch.zeros_like(x))
+    ),
+    "compare": lambda x: (
+        x * (x >= 0.1) + x * ((x < -0.3) | (x != 1)) + x * (~(x <= 0.1) & (x > 0)).to(x.dtype)
+    ),
+    "logical": lambda x: (
+        x * torch.logical_and(x, x > 0.1)
+        + x * torch.logical_xor(x > 0, x < 1)
+        + x * torch.logical_not(x)
+    ),
+    "masks": lambda x: (
+        x * (x > 0).int() + x * ((x > 0).float() * 2).to(x.dtype) + x * (x > 0).bool()
+    ),
     "truth_values": lambda x: x * ((x > 0) * (x < 1)) + x * ((x > 0.1) + (x < -0.1)),
-    "nonfinite": lambda x: x * torch.isfinite(x) + x * (1 - torch.isnan(x).to(x.dtype)) + torch.nan_to_num(x, 0.0, 3.0, -3.0),
+    "nonfinite": lambda x: (
+        x * torch.isfinite(x)
+        + x * (1 - torch.isnan(x).to(x.dtype))
+        + torch.nan_to_num(x, 0.0, 3.0, -3.0)
+    ),
     "floor": lambda x: x * torch.floor(3 * x),
     "ceil": lambda x: x * torch.ceil(3 * x),
     "round": lambda x: x * torch.round(2 * x),
@@ -265,10 +330,14 @@ OPTIONS = {
     "hardsigmoid": {"rtol": 1e-7},  # torch takes 1/6 as a float32
     "int": {"limits": ()},  # undefined
     "mish": {"ulps": 40},  # the derivative has a zero
-    "pow_-half": {"limits": (0.0, torch.inf, torch.nan)},  # pow(−inf, ·) of C, where the square root is nan
+    "pow_-half": {
+        "limits": (0.0, torch.inf, torch.nan)
+    },  # pow(−inf, ·) of C, where the square root is nan
     "pow_negative": {"limits": (0.0, torch.inf, torch.nan)},
     "pow_1.3": {"limits": (0.0, torch.inf, torch.nan)},
-    "smooth_l1": {"limits": (0.0, torch.inf, -torch.inf)},  # PyTorch's decomposition takes nan for 0
+    "smooth_l1": {
+        "limits": (0.0, torch.inf, -torch.inf)
+    },  # PyTorch's decomposition takes nan for 0
 }
 
 
@@ -367,7 +436,9 @@ def test_source_is_the_same_in_every_process():
         "from alphacl_fast.kernels import trace; import inspect; "
         "print(inspect.getsource(trace.pair_functions('inverse', (1.0, 0.7, 2.0)).df.fn), end='')"
     )
-    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert run.stdout == source(trace.pair_functions("inverse", (1.0, 0.7, 2.0)).df)
 
 
@@ -399,10 +470,16 @@ def test_a_repeat_makes_no_new_function():
     loss = PairLoss(None, lambda x: torch.exp(2 * x) + 1)
     first, again = (trace.pair_functions(loss.kind, ()) for _ in range(2))
     assert all(a is b for a, b in zip(first, again, strict=True))
-    assert trace.pair_functions("gibbs", (1.0,)) is trace.pair_functions("gibbs", (1.0,))  # not even traced again
+    assert trace.pair_functions("gibbs", (1.0,)) is trace.pair_functions(
+        "gibbs", (1.0,)
+    )  # not even traced again
 
 
-MODES = {"inference": torch.inference_mode(), "no_grad": torch.no_grad(), "meta": torch.device("meta")}
+MODES = {
+    "inference": torch.inference_mode(),
+    "no_grad": torch.no_grad(),
+    "meta": torch.device("meta"),
+}
 
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
@@ -425,7 +502,10 @@ def other_view(x):
 
 REFUSED = {
     "view": (other_view, "psi uses aten.add_, which is none of"),
-    "sort": (lambda x: x.flatten().sort()[0].view(x.shape) * 0 + x, "psi uses aten.sort, which is none of the elementwise"),
+    "sort": (
+        lambda x: x.flatten().sort()[0].view(x.shape) * 0 + x,
+        "psi uses aten.sort, which is none of the elementwise",
+    ),
     "sum": (lambda x: x + 0 * x.sum(), "psi uses aten.sum, which is none of"),
     "matmul": (lambda x: x + 0 * x.sum() * (x @ x.mT).sum(), "psi uses aten.sum"),
     "random": (lambda x: x + 0 * torch.rand_like(x), "psi uses aten.rand_like, which is none of"),
@@ -434,16 +514,31 @@ REFUSED = {
         lambda x: x + 0 * torch.arange(x.shape[-1], dtype=x.dtype),
         "psi uses aten.arange, a tensor of several numbers",
     ),
-    "several": (lambda x: x + 0 * torch.tensor([[1.0, 2.0]]).sum(), "psi uses aten.lift_fresh, a tensor of several numbers"),
-    "out": (lambda x: torch.exp(x.detach(), out=torch.zeros_like(x)) + x, "psi uses aten.exp, which is none of"),
-    "half": (lambda x: x.half().to(x.dtype), "psi uses aten._to_copy, a conversion to torch.float16"),
+    "several": (
+        lambda x: x + 0 * torch.tensor([[1.0, 2.0]]).sum(),
+        "psi uses aten.lift_fresh, a tensor of several numbers",
+    ),
+    "out": (
+        lambda x: torch.exp(x.detach(), out=torch.zeros_like(x)) + x,
+        "psi uses aten.exp, which is none of",
+    ),
+    "half": (
+        lambda x: x.half().to(x.dtype),
+        "psi uses aten._to_copy, a conversion to torch.float16",
+    ),
     "integers": (lambda x: x * ((3 * x).int() & 1), "psi uses aten.bitwise_and, of integers"),
-    "tensor": (lambda x: OUTSIDE * x, "psi closes over a tensor, whose later changes .* use Python numbers"),
+    "tensor": (
+        lambda x: OUTSIDE * x,
+        "psi closes over a tensor, whose later changes .* use Python numbers",
+    ),
     "choice": (
         lambda x: x if x.isnan().any() else 2 * x,
         r"psi decides by values of its argument \(aten._local_scalar_dense\)",
     ),
-    "equal": (lambda x: x if torch.equal(x, x + 1) else 2 * x, r"psi decides by values of its argument \(aten.equal\)"),
+    "equal": (
+        lambda x: x if torch.equal(x, x + 1) else 2 * x,
+        r"psi decides by values of its argument \(aten.equal\)",
+    ),
 }
 
 
@@ -465,9 +560,19 @@ def test_problem():
 
 
 AHEAD_OF_TIME = [
-    "constants", "elu", "erfc", "gelu", "in_place", "limits", "logsigmoid", "mish", "pow_0.3", "pow_tensor", "round",
+    "constants",
+    "elu",
+    "erfc",
+    "gelu",
+    "in_place",
+    "limits",
+    "logsigmoid",
+    "mish",
+    "pow_0.3",
+    "pow_tensor",
+    "round",
     "softplus",
-]  # fmt: skip
+]
 
 
 def loop(ptx):
@@ -478,7 +583,10 @@ def loop(ptx):
 
 
 def compile_ahead_of_time():
-    """Spills of all functions in one kernel; divisions in a loop around those of a kind. As JSON."""
+    """Spills of all functions in one kernel; divisions in a loop around those of a kind.
+
+    As JSON.
+    """
     losses = {name: PairLoss(None, TABLE[name]) for name in AHEAD_OF_TIME}
     kinds = {f"{name} {params}": (name, params) for name, params in KINDS}
     kinds |= {name: (loss.kind, ()) for name, loss in losses.items()}
@@ -488,10 +596,21 @@ def compile_ahead_of_time():
     for dtype, capability in (("fp32", 80), ("fp32", 90), ("fp32", 100), ("fp64", 90)):
         pointers = dict.fromkeys(("x_ptr", "tau_ptr", "y_ptr"), f"*{dtype}")
         result = compile_for(all_kernel, pointers, {"FNS": functions, "BLOCK": 128}, capability)
-        report[f"{dtype} {capability}"] = {"spill_bytes": result.spill_bytes, "total": result.count("")}
+        report[f"{dtype} {capability}"] = {
+            "spill_bytes": result.spill_bytes,
+            "total": result.count(""),
+        }
     signature = dict.fromkeys(("x_ptr", "tau_ptr", "y_ptr"), "*fp32") | {"n": "i32"}
     signature |= dict.fromkeys(("f", "df", "dtau", "BLOCK"), "constexpr")
-    for name in ("exp ()", "gibbs (1.0,)", "power (1.0, 1.5)", "hinge (0.25,)", "square ()", "sigmoid (1.0,)", "constants"):
+    for name in (
+        "exp ()",
+        "gibbs (1.0,)",
+        "power (1.0, 1.5)",
+        "hinge (0.25,)",
+        "square ()",
+        "sigmoid (1.0,)",
+        "constants",
+    ):
         source = ASTSource(loop_kernel, signature, {**traced[name]._asdict(), "BLOCK": 512})
         kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32))
         text = loop(kernel.asm["ptx"])
@@ -504,7 +623,9 @@ def compile_ahead_of_time():
 def test_compiles_ahead_of_time():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
-    run = subprocess.run([sys.executable, __file__], cwd=ROOT, env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, __file__], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout)
     assert report.pop("functions") > 60
@@ -512,7 +633,9 @@ def test_compiles_ahead_of_time():
     divisions = {name: count for name, count in report.items() if isinstance(count, int)}
     assert divisions.pop("sigmoid (1.0,)") > 0
     assert set(divisions.values()) == {0}
-    assert [result["spill_bytes"] for result in report.values() if isinstance(result, dict)] == [0] * 4
+    assert [result["spill_bytes"] for result in report.values() if isinstance(result, dict)] == [
+        0
+    ] * 4
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The training package in one process: settings, data, models, evaluation, a run's files, errors."""
+"""The training package in one process: settings, data, models, evaluation, a run's files,
+errors.
+"""
 
 import dataclasses
 import importlib

@@ -1,4 +1,7 @@
-"""The Triton kernels, interpreted: forms, tiles, splits, wide rows, dtypes; test_backends has the rest."""
+"""The Triton kernels, interpreted: forms, tiles, splits, wide rows, dtypes.
+
+Test_backends has the rest.
+"""
 
 import copy
 import inspect
@@ -91,7 +94,9 @@ def test_parts_that_do_not_divide_a_ring(monkeypatch, poisoned):
     ],
 )  # fmt: skip
 def test_wide_rows(member, negatives, symmetric, similarity, monkeypatch, poisoned):
-    """More features than a tile holds: similarities in chunks, weights for cuBLAS in runs of blocks."""
+    """More features than a tile holds: similarities in chunks, weights for cuBLAS in runs of
+    blocks.
+    """
     set_tile(monkeypatch, 4, 4, 4, processors=7)
     monkeypatch.setattr(gpu, "WORKSPACE", 2 * 4 * 14 * 8)  # two row blocks
     setting = {"negatives": negatives, "symmetric": symmetric, "similarity": similarity, "tau": 0.5}
@@ -140,7 +145,9 @@ def test_dtypes(dtype, bound, features, symmetric_tiles, monkeypatch):
 
 
 def test_equal_weights_stay_equal_in_bfloat16(monkeypatch):
-    """Weights are divided by the largest row weight before rounding: constant weights lose nothing."""
+    """Weights are divided by the largest row weight before rounding: constant weights lose
+    nothing.
+    """
     set_tile(monkeypatch, 16, 16, 16)
     f = torch.nn.functional.normalize(torch.randn(40, 16, dtype=torch.float64), dim=1).bfloat16()
     constant = PairWeight(lambda d: torch.ones_like(d) / 3, normalized=False)
@@ -264,7 +271,10 @@ def test_weights_are_rounded_to_tf32():
 
 
 def test_nothing_is_compiled_again_for_another_batch_size(monkeypatch):
-    """What a kernel is compiled for does not change with n; integers that do are not specialised on."""
+    """What a kernel is compiled for does not change with n.
+
+    Integers that do are not specialised on.
+    """
     from alphacl_fast.kernels import config, sweeps
 
     monkeypatch.setattr(
@@ -294,12 +304,25 @@ def test_nothing_is_compiled_again_for_another_batch_size(monkeypatch):
 
 
 class _Launches(TorchDispatchMode):
-    """Names of what launches on a GPU: kernels, and PyTorch's operations inside and outside of ours."""
+    """Names of what launches on a GPU: kernels, and PyTorch's operations inside and outside of
+    ours.
+    """
 
     NONE = (
-        "view", "detach", "split", "select", "slice", "expand", "unsqueeze", "t", "transpose", "alias",
-        "empty", "new_empty", "unbind",
-    )  # fmt: skip
+        "view",
+        "detach",
+        "split",
+        "select",
+        "slice",
+        "expand",
+        "unsqueeze",
+        "t",
+        "transpose",
+        "alias",
+        "empty",
+        "new_empty",
+        "unbind",
+    )
 
     def __init__(self, monkeypatch):
         super().__init__()

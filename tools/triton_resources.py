@@ -78,9 +78,7 @@ def in_turn(listed: list[Configuration]) -> list[Configuration]:
     """Give each configuration one architecture in turn; the first of dim 128 keeps all."""
     default = next(c for c in listed if c.dim == 128)
     return [
-        c
-        if c is default
-        else c._replace(capabilities=(c.capabilities[k % len(c.capabilities)],))
+        c if c is default else c._replace(capabilities=(c.capabilities[k % len(c.capabilities)],))
         for k, c in enumerate(listed)
     ]
 

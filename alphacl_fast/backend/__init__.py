@@ -1,1 +1,4 @@
-"""Backends: each a module with `row_sums`, `pair_grad` and `unsupported` (docs/design.md); they never import each other."""
+"""Backends: each a module with `row_sums`, `pair_grad` and `unsupported` (docs/design.md).
+
+They never import each other.
+"""

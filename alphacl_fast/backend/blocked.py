@@ -1,14 +1,15 @@
-"""The two sweeps as a loop over tiles of matrix products: any device, any pair kind, O(n·(D + tile)) memory.
+"""The two sweeps as a loop over tiles of matrix products: any device, any pair kind, O(n·(D +
+tile)) memory.
 
-A sweep computes each tile (I, J) of similarities t once. In a triangle sweep (``split == 0``) the tile serves
-the anchors of I by reduction over its columns and the anchors of J by reduction over its rows. In a rectangle
-sweep (rows [0, split) against [split, n)) it does so when the second block's rows are anchors too. Operands:
-docs/design.md.
+A sweep computes each tile (I, J) of similarities t once. In a triangle sweep (``split == 0``) the
+tile serves the anchors of I by reduction over its columns and the anchors of J by reduction over
+its rows. In a rectangle sweep (rows [0, split) against [split, n)) it does so when the second
+block's rows are anchors too. Operands: docs/design.md.
 
-On a CPU a few workers take the tiles in turn, each with one thread (or its share of the threads) and its own
-accumulators. A tile stays in one core's cache, and no operation ends at a barrier, which would cost a factor
-of five on a busy machine. Tiles are dealt out by number and results merged in order, so a fixed thread count
-gives the same bits every time.
+On a CPU a few workers take the tiles in turn, each with one thread (or its share of the threads)
+and its own accumulators. A tile stays in one core's cache, and no operation ends at a barrier,
+which would cost a factor of five on a busy machine. Tiles are dealt out by number and results
+merged in order, so a fixed thread count gives the same bits every time.
 """
 
 from __future__ import annotations
@@ -30,15 +31,22 @@ from .precision import float32_precision
 OPTIONAL_OPERANDS = {"ids"}
 
 
-def unsupported(device: torch.device, dtype: torch.dtype, precision: str | None, kind: str) -> str | None:
+def unsupported(
+    device: torch.device, dtype: torch.dtype, precision: str | None, kind: str
+) -> str | None:
     """Why this backend cannot serve a call, or None."""
     if precision is None or (dtype == torch.float64 and precision == "ieee"):
         return None
     now = "ieee" if dtype == torch.float64 else float32_precision(device)
-    return None if precision == now else f"multiplies as torch is set to ({now} on {device.type}), not precision={precision!r}"
+    return (
+        None
+        if precision == now
+        else f"multiplies as torch is set to ({now} on {device.type}), not precision={precision!r}"
+    )
 
 
-#: Most workers of a sweep on a CPU. Each has a gradient accumulator of n·D; with more cores a worker gets more threads.
+#: Most workers of a sweep on a CPU. Each has a gradient accumulator of n·D; with more cores a
+#: worker gets more threads.
 MAX_WORKERS = 4
 
 Result = TypeVar("Result")
@@ -46,7 +54,9 @@ Tiles = Iterator[tuple[int, int, int, int]]
 
 
 def deal(enough: int, device: torch.device, work: Callable[[int, int], Result]) -> list[Result]:
-    """``work(k, workers)`` for every worker k, in this thread or on a CPU in up to ``enough`` of them; in their order."""
+    """``work(k, workers)`` for every worker k, in this thread or on a CPU in up to ``enough`` of
+    them; in their order.
+    """
     threads = torch.get_num_threads()
     workers = min(threads, enough, MAX_WORKERS) if device.type == "cpu" else 1
     if workers < 2:
@@ -66,14 +76,19 @@ def deal(enough: int, device: torch.device, work: Callable[[int, int], Result]) 
 
 
 def tile_size(n: int, device: torch.device) -> int:
-    """Rows of a tile. On a CPU a float32 tile and its companion stay in the second-level cache; a GPU wants work."""
+    """Rows of a tile. On a CPU a float32 tile and its companion stay in the second-level cache.
+
+    A GPU wants work.
+    """
     if device.type == "cpu":
         return min(n, 512)
     return min(n, 4096)
 
 
 class _Side:
-    """Row scalars of a tile's anchors, as columns (rows of I) or as a row (rows of J), and the reduction over the rest."""
+    """Row scalars of a tile's anchors, as columns (rows of I) or as a row (rows of J), and the
+    reduction over the rest.
+    """
 
     def __init__(self, start: int, stop: int, dim: int, scalars: RowScalars) -> None:
         self.slice, self.dim = slice(start, stop), dim
@@ -88,12 +103,17 @@ class _Side:
 class _Tile:
     """Similarities t of one tile (I, J), with the pair kind's functions for one side at a time.
 
-    A kind that is linear in t gets t/τ from the matrix product: one pass over the tile less, and every sweep rounds
-    log f in the same way. t itself is then made only where a caller needs it.
+    A kind that is linear in t gets t/τ from the matrix product: one pass over the tile less, and
+    every sweep rounds log f in the same way. t itself is then made only where a caller needs it.
     """
 
     def __init__(
-        self, product: Tensor, excluded: list[int], same_id: Tensor | None, function: PairFunction, need_t: bool
+        self,
+        product: Tensor,
+        excluded: list[int],
+        same_id: Tensor | None,
+        function: PairFunction,
+        need_t: bool,
     ) -> None:
         self.excluded, self.same_id = excluded, same_id
         self.kind, self.tau = lookup(function.kind), function.tau
@@ -107,7 +127,10 @@ class _Tile:
             self.t = product
 
     def mask(self, x: Tensor, value: float = 0.0) -> Tensor:
-        """Writes ``value`` where a pair is the anchor itself, its positive or has one id; in place."""
+        """Writes ``value`` where a pair is the anchor itself, its positive or has one id.
+
+        In place.
+        """
         for diagonal in self.excluded:
             x.diagonal(diagonal).fill_(value)
         return x if self.same_id is None else x.masked_fill_(self.same_id, value)
@@ -146,7 +169,9 @@ class _Tile:
 
 
 def _owned(y: Tensor, x: Tensor) -> Tensor:
-    """y as a tensor that may be written to: a user's function may return its argument or an expanded constant."""
+    """y as a tensor that may be written to: a user's function may return its argument or an
+    expanded constant.
+    """
     return y.clone() if y.data_ptr() == x.data_ptr() or 0 in y.stride() or y.requires_grad else y
 
 
@@ -169,13 +194,19 @@ def equal_ids(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Sweep:
-    """What the tiles of one sweep share; calling it yields a worker's tiles with the anchors that they serve.
+    """What the tiles of one sweep share; calling it yields a worker's tiles with the anchors that
+    they serve.
 
     Rows I are always anchors' rows; rows J are, unless the tile is diagonal or they are no anchors.
     """
 
     def __init__(
-        self, rows: Rows, pairing: Pairing, function: PairFunction, scalars: RowScalars, need_t: bool
+        self,
+        rows: Rows,
+        pairing: Pairing,
+        function: PairFunction,
+        scalars: RowScalars,
+        need_t: bool,
     ) -> None:
         wide = rows.f.to(function.tau.dtype)
         self.rows = wide if rows.scale is None else wide * rows.scale.unsqueeze(1)
@@ -193,7 +224,9 @@ class _Sweep:
             lambda worker, workers: work(islice(_tiles(*tiles), worker, None, workers)),
         )  # fmt: skip
 
-    def __call__(self, tiles: Tiles) -> Iterator[tuple[tuple[int, int, int, int], _Tile, list[_Side]]]:
+    def __call__(
+        self, tiles: Tiles
+    ) -> Iterator[tuple[tuple[int, int, int, int], _Tile, list[_Side]]]:
         """Computes t (or t/τ, see `_Tile`) of tile after tile into one buffer."""
         linear, tau = lookup(self.function.kind).linear_in_t, self.function.tau
         left, bias = self.rows, self.bias
@@ -231,7 +264,7 @@ def _add_terms(
         out[k, side.slice] += value.sum(side.dim)
 
 
-# --- sweep 1 ----------------------------------------------------------------------------------------------------------
+# --- sweep 1 --------------------------------------------------------------------------------------
 
 
 def row_sums(
@@ -245,7 +278,9 @@ def row_sums(
     """(len(terms), anchors): every term summed over the negatives of every anchor."""
     form, shift = forms.of_row_sums(function, terms)
     if form in (Form.CONSTANT, Form.ONLINE):
-        return _log_sums(rows, pairing, function, scalars, terms, shift if form == Form.CONSTANT else None)
+        return _log_sums(
+            rows, pairing, function, scalars, terms, shift if form == Form.CONSTANT else None
+        )
     sweep = _Sweep(rows, pairing, function, scalars, need_t=True)
 
     def work(tiles: Tiles) -> Tensor:
@@ -257,7 +292,9 @@ def row_sums(
                     best = out[0, side.slice]
                     torch.maximum(best, tile.mask(tile.t, -torch.inf).amax(side.dim), out=best)
                 else:
-                    _add_terms(out, tile, side, terms, tile.values(side, {_PIECE[term] for term in terms}))
+                    _add_terms(
+                        out, tile, side, terms, tile.values(side, {_PIECE[term] for term in terms})
+                    )
         return out
 
     out, *others = sweep.share(work)
@@ -274,13 +311,17 @@ def _log_sums(
     terms: tuple[Term, ...],
     constant: float | None,
 ) -> Tensor:
-    """shift_i, Σ_j exp(log f − shift_i) and, where asked for, Σ_j exp(log f − shift_i)·(t − moment_origin)."""
+    """shift_i, Σ_j exp(log f − shift_i) and, where asked for, Σ_j exp(log f − shift_i)·(t −
+    moment_origin).
+    """
     with_moment = len(terms) == 3
     sweep = _Sweep(rows, pairing, function, scalars, need_t=with_moment)
 
     def work(tiles: Tiles) -> tuple[Tensor, Tensor]:
         sums = sweep.rows.new_zeros(1 + with_moment, pairing.anchors)
-        shift = sweep.rows.new_full((pairing.anchors,), -torch.inf if constant is None else constant)
+        shift = sweep.rows.new_full(
+            (pairing.anchors,), -torch.inf if constant is None else constant
+        )
         for _, tile, sides in sweep(tiles):
             e = None if constant is None else tile.exp(constant)
             for side in sides:
@@ -313,7 +354,7 @@ def _rescale(shift: Tensor, sums: Tensor, new: Tensor) -> None:
     shift.copy_(new)
 
 
-# --- sweep 2 ----------------------------------------------------------------------------------------------------------
+# --- sweep 2 --------------------------------------------------------------------------------------
 
 
 def pair_grad(
@@ -326,7 +367,9 @@ def pair_grad(
     wanted: tuple[int, int],
     precision: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ_j (g_ij + g_ji)·F_j of the ``wanted`` rows, sums of the weights (with a bias), sums of ``terms``."""
+    """Σ_j (g_ij + g_ji)·F_j of the ``wanted`` rows, sums of the weights (with a bias), sums of
+    ``terms``.
+    """
     low, high = wanted
     form, shift = forms.of_pair_grad(function, scalars, weight, terms)
     if form == Form.CONSTANT:
@@ -369,7 +412,9 @@ def pair_grad(
     return total
 
 
-def _weights(tile: _Tile, side: _Side, weight: Weight, terms: tuple[Term, ...], sums: Tensor) -> Tensor:
+def _weights(
+    tile: _Tile, side: _Side, weight: Weight, terms: tuple[Term, ...], sums: Tensor
+) -> Tensor:
     """g of one side of a tile; adds the sums of ``terms`` on the way."""
     values = tile.values(side, _PIECES[weight] | {_PIECE[term] for term in terms})
     if terms:
@@ -379,7 +424,9 @@ def _weights(tile: _Tile, side: _Side, weight: Weight, terms: tuple[Term, ...], 
     return values["f" if weight == Weight.F else "df"] * side.scalars.row_weight
 
 
-def _add_product(df: Tensor, g: Tensor, rows: Tensor, r0: int, r1: int, low: int, high: int) -> None:
+def _add_product(
+    df: Tensor, g: Tensor, rows: Tensor, r0: int, r1: int, low: int, high: int
+) -> None:
     """df[r0:r1] += g @ rows, for the part of [r0, r1) inside [low, high)."""
     a, b = max(r0, low), min(r1, high)
     if a < b:

@@ -1,8 +1,9 @@
-"""The two sweeps in C++ (csrc/cpu): every built-in pair kind, float32, float64, bfloat16 and float16, on any CPU.
+"""The two sweeps in C++ (csrc/cpu): every built-in pair kind, float32, float64, bfloat16 and
+float16, on any CPU.
 
-The library has a plain C interface and knows neither torch nor Python, so one binary serves every version of both; it is
-loaded with this module. Threads are torch's own OpenMP threads, as many as `torch.get_num_threads`. Results do not depend
-on their number, nor on which thread took which tile.
+The library has a plain C interface and knows neither torch nor Python, so one binary serves every
+version of both; it is loaded with this module. Threads are torch's own OpenMP threads, as many as
+`torch.get_num_threads`. Results do not depend on their number, nor on which thread took which tile.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from . import forms
 #: Optional operands that this backend serves.
 OPTIONAL_OPERANDS = {"ids"}
 
-#: Instruction sets in the order of preference; the environment variable ALPHACL_CPU_ISA names the highest to use.
+#: Instruction sets in the order of preference; the environment variable ALPHACL_CPU_ISA names the
+#: highest to use.
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
 #: Where `setup.py` puts the library, or the reason why there is none.
 LIBRARY = Path(__file__).parent.parent / "_cpu.abi3.so"
@@ -38,19 +40,59 @@ class _Sweep(ctypes.Structure):
     """`struct Sweep` of csrc/cpu/sweep.h."""
 
     _fields_ = (
-        [(name, ctypes.c_void_p) for name in (
-            "f", "scale", "bias", "moment_origin", "row_weight", "shift", "argument_offset", "baseline", "ids",
-            "df", "weight_sums", "sums", "release_lock", "take_lock", "check_signals",
-        )]
-        + [(name, ctypes.c_int64) for name in (
-            "n", "dim", "row_stride", "split", "partner", "anchors", "lo", "hi", "block",
-        )]
-        + [("tau", ctypes.c_double), ("constant_shift", ctypes.c_double), ("params", ctypes.c_double * 3)]
-        + [(name, ctypes.c_int32) for name in (
-            "dtype", "kind", "form", "gradient", "weight", "threads", "instruction_set",
-        )]
+        [
+            (name, ctypes.c_void_p)
+            for name in (
+                "f",
+                "scale",
+                "bias",
+                "moment_origin",
+                "row_weight",
+                "shift",
+                "argument_offset",
+                "baseline",
+                "ids",
+                "df",
+                "weight_sums",
+                "sums",
+                "release_lock",
+                "take_lock",
+                "check_signals",
+            )
+        ]
+        + [
+            (name, ctypes.c_int64)
+            for name in (
+                "n",
+                "dim",
+                "row_stride",
+                "split",
+                "partner",
+                "anchors",
+                "lo",
+                "hi",
+                "block",
+            )
+        ]
+        + [
+            ("tau", ctypes.c_double),
+            ("constant_shift", ctypes.c_double),
+            ("params", ctypes.c_double * 3),
+        ]
+        + [
+            (name, ctypes.c_int32)
+            for name in (
+                "dtype",
+                "kind",
+                "form",
+                "gradient",
+                "weight",
+                "threads",
+                "instruction_set",
+            )
+        ]
         + [("rows_of_terms", ctypes.c_int32 * len(Term))]
-    )  # fmt: skip
+    )
 
 
 class _PairRows(ctypes.Structure):
@@ -67,9 +109,11 @@ class _PairRows(ctypes.Structure):
 _HOOKS = {
     name: ctypes.cast(getattr(ctypes.pythonapi, function), ctypes.c_void_p).value
     for name, function in (
-        ("release_lock", "PyEval_SaveThread"), ("take_lock", "PyEval_RestoreThread"), ("check_signals", "PyErr_CheckSignals"),
+        ("release_lock", "PyEval_SaveThread"),
+        ("take_lock", "PyEval_RestoreThread"),
+        ("check_signals", "PyErr_CheckSignals"),
     )
-}  # fmt: skip
+}
 
 
 def _hooks() -> dict[str, int | None]:
@@ -82,16 +126,24 @@ def _load() -> tuple[ctypes.PyDLL | None, str | None]:
     """The compiled library, or why there is none."""
     try:
         if not LIBRARY.exists():
-            raise OSError(FAILURE.read_text().strip() if FAILURE.exists() else "no library beside the package")
-        library = ctypes.PyDLL(str(LIBRARY))  # not CDLL: an exception that a signal raised comes through
+            raise OSError(
+                FAILURE.read_text().strip() if FAILURE.exists() else "no library beside the package"
+            )
+        library = ctypes.PyDLL(
+            str(LIBRARY)
+        )  # not CDLL: an exception that a signal raised comes through
         sizes = library.alphacl_cpu_sweep_size(), library.alphacl_cpu_rows_size()
         if sizes != (ctypes.sizeof(_Sweep), ctypes.sizeof(_PairRows)):
             raise OSError(f"{LIBRARY.name} does not fit this version of the package")
         library.alphacl_cpu_build.restype = library.alphacl_cpu_sources.restype = ctypes.c_char_p
         library.alphacl_cpu_kernels.restype = ctypes.c_char_p
         library.alphacl_cpu_sweep.argtypes = [ctypes.POINTER(_Sweep)]
-        library.alphacl_cpu_normalize.argtypes = library.alphacl_cpu_finish.argtypes = [ctypes.POINTER(_PairRows)]
-        library.alphacl_cpu_function.argtypes = [ctypes.c_int32] * 3 + [ctypes.c_void_p] * 2 + [ctypes.c_int64]
+        library.alphacl_cpu_normalize.argtypes = library.alphacl_cpu_finish.argtypes = [
+            ctypes.POINTER(_PairRows)
+        ]
+        library.alphacl_cpu_function.argtypes = (
+            [ctypes.c_int32] * 3 + [ctypes.c_void_p] * 2 + [ctypes.c_int64]
+        )
     except (OSError, AttributeError) as error:
         return None, f"{error}; reinstall with a C++ compiler (GCC or clang)"
     return library, None
@@ -119,7 +171,9 @@ def build() -> str:
 def instruction_sets() -> dict[str, bool]:
     """Instruction sets the library was compiled for, and whether this CPU has them."""
     mask = _library().alphacl_cpu_instruction_sets()
-    return {name: bool(mask >> (16 + k) & 1) for k, name in enumerate(INSTRUCTION_SETS) if mask >> k & 1}
+    return {
+        name: bool(mask >> (16 + k) & 1) for k, name in enumerate(INSTRUCTION_SETS) if mask >> k & 1
+    }
 
 
 _forced: str | None = None
@@ -127,7 +181,8 @@ _forced: str | None = None
 
 @contextlib.contextmanager
 def forced_instruction_set(name: str) -> Iterator[None]:
-    """Within the context no instruction beyond the named set is used (as ALPHACL_CPU_ISA does for a process).
+    """Within the context no instruction beyond the named set is used (as ALPHACL_CPU_ISA does for a
+    process).
 
     Raises ValueError for an unknown set, or one this CPU or this build does not have.
     """
@@ -151,7 +206,9 @@ def _default_instruction_set() -> str:
     requested = os.environ.get("ALPHACL_CPU_ISA")
     if requested:
         return _checked(requested, "ALPHACL_CPU_ISA")
-    return [name for name, here in instruction_sets().items() if here and name != "amx_emulated"][-1]
+    return [name for name, here in instruction_sets().items() if here and name != "amx_emulated"][
+        -1
+    ]
 
 
 def instruction_set() -> str:
@@ -171,7 +228,9 @@ def _kernels(isa: int, dtype: int) -> tuple[str, int, int]:
     return name.decode(), multiple.value, largest.value
 
 
-def unsupported(device: torch.device, dtype: torch.dtype, precision: str | None, kind: str) -> str | None:
+def unsupported(
+    device: torch.device, dtype: torch.dtype, precision: str | None, kind: str
+) -> str | None:
     """Why this backend cannot serve a call, or None."""
     if device.type != "cpu":
         return f"runs on cpu, not {device.type}"
@@ -185,9 +244,11 @@ def unsupported(device: torch.device, dtype: torch.dtype, precision: str | None,
 
 
 def block_rows(n: int, multiple: int, largest: int) -> int:
-    """Rows of a block: large ones reuse the caches best, but there must be enough tiles for the threads.
+    """Rows of a block: large ones reuse the caches best, but there must be enough tiles for the
+    threads.
 
-    A function of n alone: the order of all additions, and with it every bit of the result, follows from the blocks.
+    A function of n alone: the order of all additions, and with it every bit of the result, follows
+        from the blocks.
     """
     return max(multiple, min(largest, n // 16 // multiple * multiple))
 
@@ -219,17 +280,29 @@ def _run(
     vectors = {**rows._asdict(), **scalars._asdict(), "ids": pairing.ids, "f": None}
     kept = {name: x.contiguous() for name, x in vectors.items() if x is not None}
     sweep = _Sweep(
-        n=f.shape[0], dim=f.shape[1], row_stride=f.stride(0), dtype=Dtype.of(f.dtype), instruction_set=isa,
-        split=pairing.split, partner=pairing.partner, anchors=pairing.anchors,
+        n=f.shape[0],
+        dim=f.shape[1],
+        row_stride=f.stride(0),
+        dtype=Dtype.of(f.dtype),
+        instruction_set=isa,
+        split=pairing.split,
+        partner=pairing.partner,
+        anchors=pairing.anchors,
         block=block_rows(f.shape[0], multiple, largest),
         threads=_threads(*f.shape, pairing.split, "gradient" in fields),
-        tau=float(function.tau), kind=KINDS[function.kind].code, params=(*function.params, 0.0, 0.0, 0.0)[:3],
+        tau=float(function.tau),
+        kind=KINDS[function.kind].code,
+        params=(*function.params, 0.0, 0.0, 0.0)[:3],
         rows_of_terms=tuple(terms.index(term) if term in terms else -1 for term in Term),
-        **{name: x.data_ptr() for name, x in {**kept, **outputs, "f": f}.items()}, **fields, **_hooks(),
-    )  # fmt: skip
+        **{name: x.data_ptr() for name, x in {**kept, **outputs, "f": f}.items()},
+        **fields,
+        **_hooks(),
+    )
     status = _library().alphacl_cpu_sweep(ctypes.byref(sweep))
     if status == _NO_MEMORY:
-        raise MemoryError(f"not enough memory for the workspace of {f.shape[0]} rows of {f.shape[1]} features")
+        raise MemoryError(
+            f"not enough memory for the workspace of {f.shape[0]} rows of {f.shape[1]} features"
+        )
     if status != _OK:
         raise RuntimeError(f"the CPU kernels cannot serve {f.dtype} with {instruction_set()}")
 
@@ -259,7 +332,9 @@ def pair_grad(
     wanted: tuple[int, int],
     precision: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ_j (g_ij + g_ji)·F_j of the ``wanted`` rows, sums of the weights (with a bias), sums of ``terms``."""
+    """Σ_j (g_ij + g_ji)·F_j of the ``wanted`` rows, sums of the weights (with a bias), sums of
+    ``terms``.
+    """
     (n, dim), (low, high), tau = rows.f.shape, wanted, function.tau
     df = tau.new_empty((high - low, dim))
     weight_sums = tau.new_empty(n if rows.bias is not None else 0)
@@ -277,33 +352,61 @@ def pair_grad(
 _ELEMENTS_PER_THREAD = 32_768
 
 
-def _run_rows(function: str, dtype: torch.dtype, n_pairs: int, dim: int, stride: tuple[int, int], **tensors: Tensor) -> None:
+def _run_rows(
+    function: str,
+    dtype: torch.dtype,
+    n_pairs: int,
+    dim: int,
+    stride: tuple[int, int],
+    **tensors: Tensor,
+) -> None:
     threads = max(1, min(torch.get_num_threads(), n_pairs * dim // _ELEMENTS_PER_THREAD))
     rows = _PairRows(
-        n_pairs=n_pairs, dim=dim, stride1=stride[0], stride2=stride[1], dtype=Dtype.of(dtype), threads=threads,
-        instruction_set=INSTRUCTION_SETS.index(instruction_set()), **{name: x.data_ptr() for name, x in tensors.items()},
-    )  # fmt: skip
+        n_pairs=n_pairs,
+        dim=dim,
+        stride1=stride[0],
+        stride2=stride[1],
+        dtype=Dtype.of(dtype),
+        threads=threads,
+        instruction_set=INSTRUCTION_SETS.index(instruction_set()),
+        **{name: x.data_ptr() for name, x in tensors.items()},
+    )
     if getattr(_library(), function)(ctypes.byref(rows)) != _OK:
         raise MemoryError(f"not enough memory for {n_pairs} pairs of {dim} features")
 
 
 def unit_rows(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Stacked rows (2N, D) as `autograd.Features` wants them for cosine, 1/‖z‖ and t⁺ (2N,) each, in one pass."""
+    """Stacked rows (2N, D) as `autograd.Features` wants them for cosine, 1/‖z‖ and t⁺ (2N,)
+    each, in one pass.
+    """
     z1, z2 = (z if z.stride(1) == 1 else z.contiguous() for z in (z1, z2))
     n, dim = z1.shape
     wide = torch.float64 if z1.dtype == torch.float64 else torch.float32
     f = z1.new_empty((2 * n, dim))
     inv_norm, pos = z1.new_empty(2 * n, dtype=wide), z1.new_empty(2 * n, dtype=wide)
     _run_rows(
-        "alphacl_cpu_normalize", z1.dtype, n, dim, (z1.stride(0), z2.stride(0)), z1=z1, z2=z2, f=f, inv_norm=inv_norm,
+        "alphacl_cpu_normalize",
+        z1.dtype,
+        n,
+        dim,
+        (z1.stride(0), z2.stride(0)),
+        z1=z1,
+        z2=z2,
+        f=f,
+        inv_norm=inv_norm,
         pos=pos,
-    )  # fmt: skip
+    )
     pos[n:] = pos[:n]
     return f, inv_norm, pos
 
 
 def finish_rows(d: Tensor, f: Tensor, inv_norm: Tensor, q: Tensor) -> None:
-    """d (2N, D) ← the gradient in z, from Σ_j (g_ij + g_ji) F_j and the anchors' q, (N,) or (2N,); in place."""
+    """d (2N, D) ← the gradient in z, from Σ_j (g_ij + g_ji) F_j and the anchors' q, (N,) or (2N,).
+
+    In place.
+    """
     n = f.shape[0] // 2
     q = q.contiguous() if q.shape[0] == n else q[:n] + q[n:]  # both anchors of a positive pair
-    _run_rows("alphacl_cpu_finish", f.dtype, n, f.shape[1], (0, 0), f=f, inv_norm=inv_norm, d=d, q=q)
+    _run_rows(
+        "alphacl_cpu_finish", f.dtype, n, f.shape[1], (0, 0), f=f, inv_norm=inv_norm, d=d, q=q
+    )

@@ -7,16 +7,21 @@ import torch
 from ..bundles import Form, PairFunction, RowScalars, Term, Weight
 from ..objectives import kind
 
-#: Largest |log f − shift| for which a constant shift will do: n·e^±64 (n·e^±600) stays a normal number.
+#: Largest |log f − shift| for which a constant shift will do: n·e^±64 (n·e^±600) stays a normal
+#: number.
 CONSTANT_SHIFT_RANGE = {torch.float32: 64.0, torch.float64: 600.0}
 
 
 def constant_shift(function: PairFunction) -> float | None:
-    """The middle of log f's range where exp(log f − middle) stays in range for every pair, else None."""
+    """The middle of log f's range where exp(log f − middle) stays in range for every pair, else
+    None.
+    """
     if function.log_range is None:
         return None
     low, high = function.log_range
-    return (low + high) / 2 if (high - low) / 2 <= CONSTANT_SHIFT_RANGE[function.tau.dtype] else None
+    return (
+        (low + high) / 2 if (high - low) / 2 <= CONSTANT_SHIFT_RANGE[function.tau.dtype] else None
+    )
 
 
 def of_row_sums(function: PairFunction, terms: tuple[Term, ...]) -> tuple[Form, float]:
@@ -34,7 +39,8 @@ def of_pair_grad(
 ) -> tuple[Form, float]:
     """The form of a `pair_grad` sweep, and its constant shift (0 in the plain form).
 
-    With a constant shift g_ij = row_weight_i·exp(shift − shift_i)·exp(log f − shift): one factor per row.
+    With a constant shift g_ij = row_weight_i·exp(shift − shift_i)·exp(log f − shift): one factor
+    per row.
     """
     shift = None
     if weight == Weight.F and not terms and scalars.shift is not None and kind(function.kind).log:

@@ -229,7 +229,10 @@ class Sweep(abc.ABC):
         self.unit: Tensor | None = None
 
     def vectors(self, names: tuple[str, ...]) -> tuple[Tensor | None, ...]:
-        """The row vectors of these names, from the bundles; ids are for backends that serve them."""
+        """The row vectors of these names, from the bundles.
+
+        Ids are for backends that serve them.
+        """
         known = {**self.rows._asdict(), **self.scalars._asdict(), "ids": self.pairing.ids}
         return tuple(known[name] for name in names)
 
@@ -351,7 +354,9 @@ def pair_grad(
     backend: type[Sweep], rows: Rows, pairing: Pairing, function: PairFunction, scalars: RowScalars,
     weight: Weight, terms: tuple[Term, ...], wanted: tuple[int, int], precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Σ_j (g_ij + g_ji)·F_j of ``wanted`` rows, sums of the weights (with a bias) and of ``terms``."""
+    """Σ_j (g_ij + g_ji)·F_j of ``wanted`` rows, sums of the weights (with a bias) and of
+    ``terms``.
+    """
     s = backend(rows, pairing, function, scalars, weight, terms, precision)
     s.scale_weights()
     regions = regions_with_gradient(regions_of(s.n, pairing), s.n, wanted, bool(terms))

@@ -1,7 +1,8 @@
 """The oracle: the family in dense PyTorch, gradient by autograd, O(n²) memory, any float dtype.
 
-It shares the pointwise formulas φ, ψ, w, h of `alphacl_fast.objectives` with the other backends and nothing else: no
-sweeps, no derivatives, no log-domain row scalars, no closed forms. Min players are solved by bisection.
+It shares the pointwise formulas φ, ψ, w, h of `alphacl_fast.objectives` with the other backends and
+nothing else: no sweeps, no derivatives, no log-domain row scalars, no closed forms. Min players are
+solved by bisection.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ def normalized(z: Tensor) -> Tensor:
     """Rows of unit length; an all-zero row stays zero with zero gradient."""
     norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
     zero = norm == 0
-    return torch.where(zero, torch.zeros_like(z), z / norm.masked_fill(zero, 1.0)) if bool(zero.any()) else z / norm
+    return (
+        torch.where(zero, torch.zeros_like(z), z / norm.masked_fill(zero, 1.0))
+        if bool(zero.any())
+        else z / norm
+    )
 
 
 def similarities(a: Tensor, b: Tensor, similarity: str) -> Tensor:
@@ -32,7 +37,10 @@ def similarities(a: Tensor, b: Tensor, similarity: str) -> Tensor:
 def negatives_and_positives(
     z1: Tensor, z2: Tensor, similarity: str, negatives: str, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
-    """(anchors, |Neg|) t of the negatives and (anchors,) t of the positive; symmetric cross_view has 2N anchors."""
+    """(anchors, |Neg|) t of the negatives and (anchors,) t of the positive.
+
+    Symmetric cross_view has 2N anchors.
+    """
     n = z1.shape[0]
     if similarity == "cosine":
         z1, z2 = normalized(z1), normalized(z2)
@@ -42,7 +50,9 @@ def negatives_and_positives(
     if negatives == "two_view":
         both = torch.cat([z1, z2])
         mask = others.repeat(2, 2)  # neither oneself nor the partner
-        return similarities(both, both, similarity)[mask].view(2 * n, 2 * n - 2), torch.cat([pos, pos])
+        return similarities(both, both, similarity)[mask].view(2 * n, 2 * n - 2), torch.cat(
+            [pos, pos]
+        )
     if negatives == "one_view":
         return similarities(z1, z1, similarity)[others].view(n, n - 1), pos
     forward = cross[others].view(n, n - 1)
@@ -72,7 +82,10 @@ def alpha(objective: PairWeight | MinPlayer, t: Tensor, tau: Tensor, c: float) -
 
 
 def _min_player(objective: MinPlayer, x: Tensor, tau: Tensor) -> Tensor:
-    """h(y + x) with Σ_j h = 1; y by bisection, then one Newton step, which carries the exact derivative of y."""
+    """h(y + x) with Σ_j h = 1.
+
+    Y by bisection, then one Newton step, which carries the exact derivative of y.
+    """
     kind = lookup(objective.kind).bind(objective.params(0.0))
     with torch.no_grad():
         low = objective.inverse(1 / x.shape[1], tau).expand(x.shape[0], 1).clone()
@@ -88,9 +101,18 @@ def _min_player(objective: MinPlayer, x: Tensor, tau: Tensor) -> Tensor:
 
 
 def importances(
-    z1: Tensor, z2: Tensor, tau: Tensor, objective: Objective, similarity: str, negatives: str, symmetric: bool
+    z1: Tensor,
+    z2: Tensor,
+    tau: Tensor,
+    objective: Objective,
+    similarity: str,
+    negatives: str,
+    symmetric: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(anchors, |Neg|) t of the negatives and α_ij = ∂L_i/∂Δ_ij, with a designed α held fixed; by autograd for φ/ψ."""
+    """(anchors, |Neg|) t of the negatives and α_ij = ∂L_i/∂Δ_ij, with a designed α held fixed.
+
+    By autograd for φ/ψ.
+    """
     c = 0.0 if similarity == "euclidean" else 1.0
     t, pos = negatives_and_positives(z1.detach(), z2.detach(), similarity, negatives, symmetric)
     if isinstance(objective, (PairWeight, MinPlayer)):
@@ -102,9 +124,15 @@ def importances(
 
 
 def row_losses(
-    z1: Tensor, z2: Tensor, tau: Tensor, objective: Objective, similarity: str, negatives: str, symmetric: bool,
+    z1: Tensor,
+    z2: Tensor,
+    tau: Tensor,
+    objective: Objective,
+    similarity: str,
+    negatives: str,
+    symmetric: bool,
     ids: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """(anchors,) losses L_i; symmetric cross_view gives the 2N anchors of both towers.
 
     Args:
@@ -115,33 +143,52 @@ def row_losses(
     c = 0.0 if similarity == "euclidean" else 1.0
     if ids is not None:
         return _one_by_one(z1, z2, tau, objective, similarity, negatives, symmetric, ids)
-    return of_similarities(objective, *negatives_and_positives(z1, z2, similarity, negatives, symmetric), tau, c)
+    return of_similarities(
+        objective, *negatives_and_positives(z1, z2, similarity, negatives, symmetric), tau, c
+    )
 
 
 def _one_by_one(
-    z1: Tensor, z2: Tensor, tau: Tensor, objective: Objective, similarity: str, negatives: str, symmetric: bool, ids: Tensor
+    z1: Tensor,
+    z2: Tensor,
+    tau: Tensor,
+    objective: Objective,
+    similarity: str,
+    negatives: str,
+    symmetric: bool,
+    ids: Tensor,
 ) -> Tensor:
     """(anchors,) losses, each anchor with a list of negatives of its own; 0 where that is empty."""
     c = 0.0 if similarity == "euclidean" else 1.0
     if similarity == "cosine":
         z1, z2 = normalized(z1), normalized(z2)
-    sides = [(z1, z2), (z2, z1)] if negatives == "two_view" or (negatives == "cross_view" and symmetric) else [(z1, z2)]
+    sides = (
+        [(z1, z2), (z2, z1)]
+        if negatives == "two_view" or (negatives == "cross_view" and symmetric)
+        else [(z1, z2)]
+    )
     losses = []
     for anchors, positives in sides:
         others = {"two_view": [*z1, *z2], "one_view": [*z1], "cross_view": [*positives]}[negatives]
         names = ids.tolist() * (len(others) // len(anchors))
         for anchor, positive, name in zip(anchors, positives, ids.tolist(), strict=True):
-            mine = [other for other, its_name in zip(others, names, strict=True) if its_name != name]
+            mine = [
+                other for other, its_name in zip(others, names, strict=True) if its_name != name
+            ]
             if mine:
                 t = similarities(anchor[None], torch.stack(mine), similarity)
-                losses += of_similarities(objective, t, similarities(anchor[None], positive[None], similarity)[0], tau, c)
+                losses += of_similarities(
+                    objective, t, similarities(anchor[None], positive[None], similarity)[0], tau, c
+                )
             else:
                 losses.append((anchor * 0).sum())
     return torch.stack(losses)
 
 
 def of_similarities(objective: Objective, t: Tensor, pos: Tensor, tau: Tensor, c: float) -> Tensor:
-    """(anchors,) losses from t (anchors, |Neg|) of the negatives and (anchors,) of the positives."""
+    """(anchors,) losses from t (anchors, |Neg|) of the negatives and (anchors,) of the
+    positives.
+    """
     gap = t - pos[:, None]
     if isinstance(objective, (PairWeight, MinPlayer)):
         a = alpha(objective, t, tau, c)

@@ -1,4 +1,5 @@
-"""The two sweeps as Triton kernels (kernels/sweeps.py): all pair kinds, users' own too; from sm_80 on.
+"""The two sweeps as Triton kernels (kernels/sweeps.py): all pair kinds, users' own too; from sm_80
+on.
 
 `gpu` holds the host algorithm; here are the choice of tiles and the launches. Triton is imported
 with the first call. With TRITON_INTERPRET=1 the same kernels run on CPU tensors, slowly: so they

@@ -1,4 +1,6 @@
-"""`alphacl bench`: beside this file in a wheel, in the top-level folder `benchmarks/` of a checkout."""
+"""`alphacl bench`: beside this file in a wheel, in the top-level folder `benchmarks/` of a
+checkout.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""The Triton kernels: beside this file in a wheel, in the top-level folder `kernels/` of a checkout."""
+"""The Triton kernels: beside this file in a wheel, in the top-level folder `kernels/` of a
+checkout.
+"""
 
 from pathlib import Path
 
