@@ -84,9 +84,9 @@ SPLIT = f"{DISTRIBUTED}test_every_objective_and_split"
 MUTANTS: list[Mutant] = []
 
 
-def plant(file: str, *faults: tuple[str, ...], variant: str = "") -> None:
+def plant(file: str, *faults: tuple[str, ...], variant: str = "", hangs: bool = False) -> None:
     """(name, old text, new text, test) of some faults in one file."""
-    MUTANTS.extend(Mutant(name, file, old, new, test, variant) for name, old, new, test in faults)
+    MUTANTS.extend(Mutant(name, file, *texts, variant, hangs) for name, *texts in faults)
 
 
 # --- from embeddings to the sweeps, and back ------------------------------------------------------
@@ -616,7 +616,6 @@ plant(
         AGREE,
     ),
     ("agreement: similarities are not compared", "similarity={call.similarity!r}, ", "", AGREE),
-    ("agreement: strategies are not compared", ", strategy={strategy!r}", "", AGREE),
     (
         "agreement: a gradient that one process alone wants is not asked for",
         "want = tuple(map(any, zip(",
@@ -677,6 +676,11 @@ plant(
         "behind.wait()",
         f"{SPLIT}[4-sizes4-ring]",
     ),
+)
+plant(
+    "alphacl_fast/distributed.py",
+    ("agreement: strategies are not compared", ", strategy={strategy!r}", "", AGREE),
+    hangs=True,  # the process with the other strategy waits for messages that nobody sends
 )
 
 # --- the CPU kernels ------------------------------------------------------------------------------
