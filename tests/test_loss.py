@@ -567,6 +567,6 @@ def test_row_operators_pass_opcheck():
     torch.library.opcheck(ops.finish_rows, (torch.randn(8, 3), f, inv_norm, torch.rand(8), backend))
     if ops.has(backend, "row_step"):
         vectors, tau = [pos, torch.zeros(8), torch.rand(8) + 1], torch.tensor(0.5)
-        arguments = vectors, tau, 6, 8, 8, "exp log(ε + x)", [1.0, 0.0, 0.0], backend
+        arguments = vectors, tau, 6, 8, 8, "exp_rows", [1.0, 0.0, 0.0, 0.0], backend
         assert ops.row_step(*arguments).shape == (3, 8)
         torch.library.opcheck(ops.row_step, arguments)
