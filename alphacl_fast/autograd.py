@@ -320,7 +320,7 @@ def closed_form(
 ) -> Tensor:
     """(anchors,) losses of a constant-α objective by autograd through O(n·D) sums.
 
-    Arguments as above.
+    For the arguments see `mean_negative`.
     """
     z = torch.cat([z1, z2])
     rows = unit_rows(z) if loss.similarity == "cosine" else z.to(accumulation_dtype(z.dtype))
@@ -354,7 +354,7 @@ def through_normalization(d: Tensor, rows: Tensor, inv_norm: Tensor) -> Tensor:
 class UnitRows(torch.autograd.Function):
     """(n, D) → rows of unit length in the accumulation dtype.
 
-    Finite gradients for zero and for tiny rows.
+    Gradients stay finite for zero and for tiny rows.
     """
 
     @staticmethod
@@ -402,9 +402,9 @@ class Saved(NamedTuple):
     same_id: SameId | None
 
     def flatten(self) -> tuple[Tensor | None, ...]:
-        """Always as many entries.
+        """The number of entries is always the same.
 
-        Each a tensor of its own, as autograd tells outputs apart by identity.
+        Each is a tensor of its own, because autograd tells outputs apart by identity.
         """
         tensors = (
             *self.features.rows,

@@ -167,7 +167,7 @@ class SameId(NamedTuple):
     def sums_with_other_ids(self, anchors: slice, others: slice, rows: Tensor) -> Tensor:
         """(anchors, D) sums of the ``rows`` (others, D) whose id differs from the anchor's.
 
-        Differentiable.
+        They are differentiable.
         """
         of_id = rows.new_zeros(len(self.ids), rows.shape[1]).index_add(0, self.ids[others], rows)
         return rows.sum(0) - of_id.index_select(0, self.ids[anchors])

@@ -38,7 +38,7 @@ class _Options(NamedTuple):
     def call(self) -> BoundCall:
         """The call.
 
-        Checks the objective, whose attributes may have changed since the graph was made.
+        It checks the objective, whose attributes may have changed since the graph was made.
         """
         objective = registered(self.objective)
         objective.check()

@@ -231,9 +231,9 @@ def _same_id(
 
 
 class _GivenPositives(Problem):
-    """A problem whose positives' similarities t⁺ (N,) are given; rows are as given, [z.
+    """A problem with given similarities t⁺ (N,) of the positives.
 
-    Negatives].
+    Its rows are [z; negatives], as given.
     """
 
     def __init__(

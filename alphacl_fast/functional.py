@@ -188,7 +188,7 @@ def evaluate(
 ) -> tuple[Tensor, str, str]:
     """The loss, the backend that computed it and why.
 
-    Checks everything that `make_call` has not checked.
+    It checks everything that `make_call` has not checked.
     """
     if call.process_group is not None:
         return _evaluate_over_ranks(z1, z2, temperature, call, ids)
@@ -243,7 +243,7 @@ def bind(
 ) -> tuple[Tensor, BoundCall, str]:
     """Checks embeddings and temperature.
 
-    Τ as a tensor, the call bound to its backend, and why that backend.
+    Returns τ as a tensor, the call bound to its backend, and why that backend.
     """
     check_temperature(temperature, call.objective)
     check_embeddings(z1, z2, fewest=2 if call.process_group is None else 0)
@@ -255,7 +255,7 @@ def bind_temperature(
 ) -> tuple[Tensor, BoundCall, str]:
     """As `bind`, for embeddings and a temperature that have been checked.
 
-    ``changes`` to the call.
+    ``changes`` apply to the call.
     """
     if not torch.compiler.is_compiling():  # else the operator checks
         call.objective.check()

@@ -211,7 +211,7 @@ class Importances:
     def both_ways(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(A + Aᵀ)·x for x (N, d), with the row and column sums (N,) of A, in x's dtype.
 
-        Only for one_view.
+        It serves one_view only.
         """
         self.check_one_view()
 

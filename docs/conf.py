@@ -32,7 +32,7 @@ python_maximum_signature_line_length = 100
 def _bars(app, what, name, obj, options, lines):
     """|Neg| is a number here, not a substitution of reStructuredText.
 
-    What stands in ``…`` is left alone.
+    Text in ``…`` is left alone.
     """
     lines[:] = [
         "".join(

@@ -110,7 +110,7 @@ REPRESENTATIVE = [("infonce", {}), ("triplet", {}), ("alpha_direct", {"detach_al
 def sampled(members=MEMBERS):
     """SERVED for some members, with fewer of them for slow backends.
 
-    As arguments of ``parametrize``.
+    The result is the arguments of ``parametrize``.
     """
     served = [(backend, member) for member in members for backend in backends_for(member)]
     return {

@@ -80,7 +80,7 @@ def naive_row(name, o, gap, d, tau):
 def min_player(name, o, d, tau):
     """Sparsemax by sorting (Martins and Astudillo 2016).
 
-    Α_gamma by bisection with an exactly differentiated root.
+    The weights of α_gamma follow by bisection with an exactly differentiated root.
     """
     if name == "alpha_square":
         z = -d / tau

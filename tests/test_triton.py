@@ -1,6 +1,6 @@
 """The Triton kernels, interpreted: forms, tiles, splits, wide rows, dtypes.
 
-Test_backends has the rest.
+The other tests are in test_backends.
 """
 
 import copy

@@ -78,7 +78,7 @@ def deal(enough: int, device: torch.device, work: Callable[[int, int], Result]) 
 def tile_size(n: int, device: torch.device) -> int:
     """Rows of a tile. On a CPU a float32 tile and its companion stay in the second-level cache.
 
-    A GPU wants work.
+    A GPU needs larger tiles to be busy.
     """
     if device.type == "cpu":
         return min(n, 512)
@@ -129,7 +129,7 @@ class _Tile:
     def mask(self, x: Tensor, value: float = 0.0) -> Tensor:
         """Writes ``value`` where a pair is the anchor itself, its positive or has one id.
 
-        In place.
+        It changes x in place.
         """
         for diagonal in self.excluded:
             x.diagonal(diagonal).fill_(value)

@@ -403,7 +403,7 @@ def unit_rows(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def finish_rows(d: Tensor, f: Tensor, inv_norm: Tensor, q: Tensor) -> None:
     """d (2N, D) ← the gradient in z, from Σ_j (g_ij + g_ji) F_j and the anchors' q, (N,) or (2N,).
 
-    In place.
+    It changes d in place.
     """
     n = f.shape[0] // 2
     q = q.contiguous() if q.shape[0] == n else q[:n] + q[n:]  # both anchors of a positive pair

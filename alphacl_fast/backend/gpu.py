@@ -231,7 +231,7 @@ class Sweep(abc.ABC):
     def vectors(self, names: tuple[str, ...]) -> tuple[Tensor | None, ...]:
         """The row vectors of these names, from the bundles.
 
-        Ids are for backends that serve them.
+        The ids are for backends that serve them.
         """
         known = {**self.rows._asdict(), **self.scalars._asdict(), "ids": self.pairing.ids}
         return tuple(known[name] for name in names)

@@ -84,7 +84,7 @@ def alpha(objective: PairWeight | MinPlayer, t: Tensor, tau: Tensor, c: float) -
 def _min_player(objective: MinPlayer, x: Tensor, tau: Tensor) -> Tensor:
     """h(y + x) with Σ_j h = 1.
 
-    Y by bisection, then one Newton step, which carries the exact derivative of y.
+    Bisection finds y; one Newton step then carries its exact derivative.
     """
     kind = lookup(objective.kind).bind(objective.params(0.0))
     with torch.no_grad():
@@ -111,7 +111,7 @@ def importances(
 ) -> tuple[Tensor, Tensor]:
     """(anchors, |Neg|) t of the negatives and α_ij = ∂L_i/∂Δ_ij, with a designed α held fixed.
 
-    By autograd for φ/ψ.
+    For φ/ψ losses autograd computes α.
     """
     c = 0.0 if similarity == "euclidean" else 1.0
     t, pos = negatives_and_positives(z1.detach(), z2.detach(), similarity, negatives, symmetric)
