@@ -16,7 +16,8 @@ import torch.distributed as dist
 #: Ranks of the world that form the group of each size. Within a sub-group no process has its rank
 #: of the world.
 GROUPS = {1: (2,), 2: (1, 3), 3: (1, 2, 3), 4: (0, 1, 2, 3)}
-TIMEOUT = 900  # seconds that any step may take, so that nothing can hang a run
+#: Seconds that any step may take, so that nothing can hang a run.
+TIMEOUT = int(os.environ.get("ALPHACL_RANKS_TIMEOUT", "900"))
 
 
 class Failed(Exception):

@@ -113,6 +113,7 @@ class Checkout:
         compiler.chmod(0o755)
         self.environment = {
             **os.environ,
+            "ALPHACL_RANKS_TIMEOUT": "45",
             **ENVIRONMENT,
             "PYTHONPATH": str(root),
             "CXX": str(compiler),
