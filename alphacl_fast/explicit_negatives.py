@@ -78,9 +78,8 @@ def loss_against(
         TypeError, ValueError: a bad argument; the message names it, what was expected and what was
             received.
 
-    Source: arXiv:1911.05722 (queue of negatives); arXiv:2004.11362 (several positives: t⁺ is their
-        mean,
-    epsilon=0).
+    Source: arXiv:1911.05722 (queue of negatives); arXiv:2004.11362 (several positives, whose mean
+    is t⁺, with epsilon=0).
     """
     call = functional.make_call(
         objective,

@@ -22,7 +22,6 @@ VALID = {
     "similarity": SIMILARITIES,
     "negatives": NEGATIVES,
     "reduction": REDUCTIONS,
-    "backend": ops.BACKEND_NAMES,
     "precision": (None, "ieee", "tf32", "bf16x3"),
 }
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -137,8 +136,9 @@ def make_call(
     **settings: Any,
 ) -> Call:
     """Checks every argument but the tensors; ``settings``: the other fields of `Call`."""
+    valid = {**VALID, "backend": ops.BACKEND_NAMES}
     for name, value in settings.items():
-        _one_of(name, value, VALID[name])
+        _one_of(name, value, valid[name])
     if not isinstance(symmetric, bool):
         raise TypeError(f"symmetric must be True or False, got {symmetric!r}")
     if process_group is not None and settings["backend"] == "reference":
