@@ -11,6 +11,7 @@ the code that fills it, and the backends that use it (docs/extending.md).
 from __future__ import annotations
 
 import enum
+import functools
 from typing import NamedTuple
 
 import torch
@@ -113,5 +114,6 @@ class Dtype(enum.IntEnum):
     TFLOAT32 = 4
 
     @classmethod
+    @functools.cache
     def of(cls, dtype: torch.dtype) -> Dtype:
         return cls[str(dtype).removeprefix("torch.").upper()]

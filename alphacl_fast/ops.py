@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import typing
+from itertools import accumulate
 from types import ModuleType
 from typing import Any
 
@@ -47,23 +48,21 @@ _OPERANDS = ", ".join(
 )
 
 
+_ENDS = list(accumulate(len(bundle._fields) for bundle in _BUNDLES))
+_MAKERS = [
+    (bundle._make, slice(end - len(bundle._fields), end))
+    for bundle, end in zip(_BUNDLES, _ENDS, strict=True)
+]
+
+
 def _unflatten(operands: tuple[Any, ...]) -> tuple[Rows, Pairing, PairFunction, RowScalars]:
     """The bundles of a flat list of operands; the dispatcher makes lists of tuples."""
-    bundles, start = [], 0
-    for bundle in _BUNDLES:
-        stop = start + len(bundle._fields)
-        bundles.append(bundle._make(operands[start:stop]))
-        start = stop
-    rows, pairing, function, scalars = bundles
-    log_range = None if function.log_range is None else tuple(function.log_range)
-    return (
-        rows,
-        pairing,
-        function._replace(params=tuple(function.params), log_range=log_range),
-        scalars,
-    )
+    operands = [tuple(x) if type(x) is list else x for x in operands]
+    return tuple([make(operands[where]) for make, where in _MAKERS])
 
 
+#: By their values; a call of the enum takes several times as long.
+_TERMS, _WEIGHTS = tuple(Term), tuple(Weight)
 _LIBRARY = torch.library.Library("alphacl_fast", "DEF")
 
 
@@ -76,13 +75,17 @@ def _define(schema: str, function: Any, fake: Any) -> Any:
     return getattr(torch.ops.alphacl_fast, name).default
 
 
+def _as_terms(terms: list[int]) -> tuple[Term, ...]:
+    return tuple([_TERMS[term] for term in terms])
+
+
 # --- the sweeps -----------------------------------------------------------------------------------
 
 
 def _row_sums(*arguments):
     *operands, terms, precision, backend = arguments
     sweep = SWEEP_BACKENDS[backend].row_sums
-    return sweep(*_unflatten(operands), tuple(map(Term, terms)), precision)
+    return sweep(*_unflatten(operands), _as_terms(terms), precision)
 
 
 def _row_sums_fake(*arguments):
@@ -95,7 +98,11 @@ def _pair_grad(*arguments):
     *operands, weight, terms, low, high, precision, backend = arguments
     sweep = SWEEP_BACKENDS[backend].pair_grad
     return sweep(
-        *_unflatten(operands), Weight(weight), tuple(map(Term, terms)), (low, high), precision
+        *_unflatten(operands),
+        _WEIGHTS[weight],
+        _as_terms(terms),
+        (low, high),
+        precision,
     )
 
 

@@ -263,6 +263,12 @@ def _threads(n: int, dim: int, split: int, gradient: bool) -> int:
     return max(1, min(torch.get_num_threads(), work // WORK_PER_THREAD))
 
 
+@functools.cache
+def _rows_of_terms(terms: tuple[Term, ...]) -> tuple[int, ...]:
+    """For each term its row among the sums, -1 if it is not wanted."""
+    return tuple(terms.index(term) if term in terms else -1 for term in Term)
+
+
 def _run(
     rows: Rows,
     pairing: Pairing,
@@ -293,7 +299,7 @@ def _run(
         tau=float(function.tau),
         kind=KINDS[function.kind].code,
         params=(*function.params, 0.0, 0.0, 0.0)[:3],
-        rows_of_terms=tuple(terms.index(term) if term in terms else -1 for term in Term),
+        rows_of_terms=_rows_of_terms(terms),
         **{name: x.data_ptr() for name, x in {**kept, **outputs, "f": f}.items()},
         **fields,
         **_hooks(),
