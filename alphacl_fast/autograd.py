@@ -83,9 +83,11 @@ class Features(NamedTuple):
         return wide if scale is None else wide * scale.unsqueeze(1)
 
 
-def part(rows: Rows, where: slice) -> Rows:
-    """Some of the rows."""
-    return Rows(*(None if x is None else x[where] for x in rows))
+def first(rows: Rows, count: int) -> Rows:
+    """The first rows."""
+    if count == rows.f.shape[0]:
+        return rows
+    return Rows._make([None if x is None else x[:count] for x in rows])
 
 
 def positives(rows: Tensor, similarity: str) -> Tensor:
@@ -124,8 +126,9 @@ class Sweeps:
         """``rows`` and ``pos`` may have more rows than the layout, which come behind."""
         self.layout = Layout.of(call, pos.shape[0] // 2) if layout is None else layout
         self.same_id, self.call = same_id, call
-        self.rows = part(rows, slice(self.layout.rows))
-        self.pos, self.tau = pos[: self.layout.anchors], tau
+        self.rows = first(rows, self.layout.rows)
+        anchors = self.layout.anchors
+        self.pos, self.tau = pos if len(pos) == anchors else pos[:anchors], tau
         self.n_neg = self.layout.n_neg if same_id is None else same_id.n_neg
         self.divisor = call.divisor(pos.shape[0] // 2)
         self.function = pair_function(tau, call)

@@ -263,6 +263,10 @@ def _threads(n: int, dim: int, split: int, gradient: bool) -> int:
     return max(1, min(torch.get_num_threads(), work // WORK_PER_THREAD))
 
 
+#: Row vectors, by the names of `_Sweep`.
+_VECTORS = (*Rows._fields[1:], *RowScalars._fields, "ids")
+
+
 @functools.cache
 def _rows_of_terms(terms: tuple[Term, ...]) -> tuple[int, ...]:
     """For each term its row among the sums, -1 if it is not wanted."""
@@ -283,8 +287,9 @@ def _run(
     if f.stride(1) != 1 and f.shape[1] > 1:
         f = f.contiguous()
     _, multiple, largest = _kernels(isa, Dtype.of(f.dtype))
-    vectors = {**rows._asdict(), **scalars._asdict(), "ids": pairing.ids, "f": None}
-    kept = {name: x.contiguous() for name, x in vectors.items() if x is not None}
+    vectors = zip(_VECTORS, (*rows[1:], *scalars, pairing.ids), strict=True)
+    kept = {name: x.contiguous() for name, x in vectors if x is not None}
+    kept.update(outputs, f=f)
     sweep = _Sweep(
         n=f.shape[0],
         dim=f.shape[1],
@@ -300,7 +305,7 @@ def _run(
         kind=KINDS[function.kind].code,
         params=(*function.params, 0.0, 0.0, 0.0)[:3],
         rows_of_terms=_rows_of_terms(terms),
-        **{name: x.data_ptr() for name, x in {**kept, **outputs, "f": f}.items()},
+        **{name: x.data_ptr() for name, x in kept.items()},
         **fields,
         **_hooks(),
     )
