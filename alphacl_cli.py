@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run ``alphacl`` with ``arguments`` (default: the process's own).
 
     Returns the exit code: 0 for success; 1 if a theorem check fails; 2 after an error, which is one
-    line on stderr; 130 or 143 after SIGINT or SIGTERM; 141 if nobody reads its output any more.
+    line on stderr; 130 or 143 after SIGINT or SIGTERM; 141 after a broken pipe (`… | head`).
     """
     command, rest = _parse(arguments)
     try:

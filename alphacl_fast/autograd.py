@@ -208,7 +208,7 @@ class Sweeps:
         )
 
     def nothing(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The result of a gradient sweep that nobody needs."""
+        """The empty result of a gradient sweep that is skipped."""
         return (self.pos.new_empty(0),) * 3
 
     def step(self, step: RowStep, *vectors: Tensor, **params: float) -> dict[str, Tensor]:

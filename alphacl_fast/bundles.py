@@ -2,10 +2,8 @@
 
 `row_sums` and `pair_grad` take four bundles. A bundle is flattened once, where it crosses the
 operator schema (`ops`), and nowhere else: autograd, explicit negatives, processes and backends pass
-it whole.
-An operand is therefore added in three places: a field here, from whose annotation the schema
-    follows,
-the code that fills it, and the backends that use it (docs/extending.md).
+it whole. To add an operand, add a field here, from whose annotation the schema follows, the code
+that fills it, and its use in the backends that serve it (docs/extending.md).
 """
 
 from __future__ import annotations

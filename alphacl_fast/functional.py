@@ -45,8 +45,9 @@ def alpha_cl_loss(
     ids: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """Contrastive loss of a batch of positive pairs, differentiable in z1, z2 and a tensor
-    temperature.
+    """Contrastive loss of a batch of positive pairs.
+
+    Gradients flow to z1, z2 and a tensor temperature.
 
     Args:
         z1: (N, D) embeddings of the first view, N ≥ 2, in float32, float64, bfloat16 or float16.
@@ -143,7 +144,7 @@ def make_call(
         raise TypeError(f"symmetric must be True or False, got {symmetric!r}")
     if process_group is not None and settings["backend"] == "reference":
         raise ValueError(
-            "backend must not be 'reference' with a process_group: the oracle is of one process"
+            "backend must not be 'reference' with a process_group: the oracle runs in one process"
         )
     if not options and isinstance(objective, str):
         # A compiled graph may use existing objects, but not make any.

@@ -13,8 +13,9 @@ from .pair_weights import SETTINGS, AlphaSummary, alpha_summary
 
 
 class FusedAlphaCLLoss(nn.Module):
-    """Contrastive loss of the α-CL family that never stores the N×N matrix. Call it as ``loss(z1,
-    z2)``.
+    """Contrastive loss of the α-CL family that never stores the N×N matrix.
+
+    Call it as ``loss(z1, z2)``.
 
     Args:
         objective: a name listed by `alphacl_fast.objectives.names`, or an `Objective`.
@@ -121,8 +122,9 @@ class FusedAlphaCLLoss(nn.Module):
         return loss
 
     def alpha_summary(self, z1: Tensor, z2: Tensor, *, k: int = 8, bins: int = 40) -> AlphaSummary:
-        """Statistics of α on these embeddings (`alphacl_fast.alpha_summary`), for this process's
-        pairs alone.
+        """Statistics of α on these embeddings (`alphacl_fast.alpha_summary`).
+
+        With a process group they cover this rank's pairs alone.
 
         Args:
             z1: (N, D) embeddings of the first view.

@@ -285,8 +285,7 @@ def registered(key: str) -> Objective:
 
 
 class _CustomFunction:
-    """A user's pointwise function as a linear pair kind; its derivative by automatic
-    differentiation.
+    """A user's pointwise function as a linear pair kind, differentiated automatically.
 
     Functions ``of_distance`` are applied to d² = c − x. `key` finds the object and crosses the
     operator schema; the objective that owns the object keeps it alive.
@@ -555,8 +554,9 @@ def _safe_inverse(x: Tensor) -> Tensor:
 
 
 class PairLoss(Objective):
-    """``L_i = φ(Σ_j ψ(Δ_ij))`` from plain Python functions; derivatives by automatic
-    differentiation.
+    """``L_i = φ(Σ_j ψ(Δ_ij))`` from plain Python functions.
+
+    Derivatives come from automatic differentiation.
 
     Args:
         phi: elementwise function of ξ, (n,) → (n,); None is the identity, which saves one of two
@@ -608,8 +608,9 @@ class _LinearPairLoss(PairLoss):
 
 
 class _Outer(NamedTuple):
-    """φ of ψ = exp(Δ/τ + margin), as a function of ℓ = log ξ: log(ε + ξ), or max(log ξ, 0)² if
-    squared.
+    """φ of ψ = exp(Δ/τ + margin), as a function of ℓ = log ξ.
+
+    It is log(ε + ξ), or max(log ξ, 0)² if squared.
 
     The fields are floats because they are row steps' parameters.
     """
@@ -869,8 +870,7 @@ def start_at_mean(t_max, mean, low, high, *, numbers):
 
 
 class MinPlayer(Objective):
-    """``L_i = Σ_j α_ij Δ_ij`` with the exact min player of a separable concave regulariser R = Σ_j
-    r(α_ij).
+    """``L_i = Σ_j α_ij Δ_ij`` with the exact min player of a concave R = Σ_j r(α_ij).
 
     α_i = argmin_{α≥0, Σα=1} Σ_j α_j d²_ij − Σ_j r(α_j) has α_ij = h(μ_i − d²_ij): h(x) solves
     r′(α) = −x (clipped to α ≥ 0), and the scalar μ_i follows from Σ_j α_ij = 1. One safeguarded
@@ -1273,7 +1273,7 @@ def make(objective: str | Objective, options: Mapping[str, Any] | None = None) -
         if options:
             raise TypeError(
                 "options must be given to the objective object itself, "
-                f"got {', '.join(options)} beside it"
+                f"got an object and {', '.join(options)}"
             )
         return objective
     if not isinstance(objective, str):

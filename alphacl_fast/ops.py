@@ -291,9 +291,7 @@ def choose(
 
 
 def backends() -> dict[str, str | None]:
-    """Every backend of this installation: None where it can be used here, else the reason why
-    not.
-    """
+    """Every backend: None where it can be used here, else the reason why not."""
     here = (torch.device("cpu"), torch.float32, None, "")
     return {
         "reference": None,

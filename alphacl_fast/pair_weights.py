@@ -364,8 +364,9 @@ def alpha_summary(
     distance_range: tuple[float, float] | None = None,
     **settings: Any,
 ) -> AlphaSummary:
-    """Statistics of α in O(N·(D + k)) memory: entropy, effective negatives, hardest negatives, α by
-    distance.
+    """Statistics of α in O(N·(D + k)) memory.
+
+    They are entropy, effective number of negatives, hardest negatives, and α by distance.
 
     Args:
         z1: (N, D) embeddings of the first view, as of `alphacl_fast.functional.alpha_cl_loss`.

@@ -35,8 +35,9 @@ def messages(
     negatives: str,
     symmetric: bool = True,
 ) -> Counter[str]:
-    """Bytes that a process hands to each operation of `torch.distributed` in one step of InfoNCE
-    with a fixed temperature.
+    """Bytes that one step of InfoNCE passes to each operation of `torch.distributed`.
+
+    The temperature is fixed.
 
     all_gather, all_reduce: of its own tensor; reduce_scatter: of everyone's; isend: sent.
     """
@@ -193,9 +194,7 @@ def _ring_seconds(
 
 
 def recommended(plans: list[Plan], memory: float | None) -> str:
-    """The faster one of the strategies that fit into the memory of a device, or why there is
-    none.
-    """
+    """The fastest strategy that fits into a device's memory, or why there is none."""
     fitting = [p for p in plans if memory is None or p.memory <= memory]
     return min(fitting, key=lambda p: p.seconds).strategy if fitting else "neither fits"
 
@@ -203,8 +202,9 @@ def recommended(plans: list[Plan], memory: float | None) -> str:
 def measured_rate(
     dim: int, dtype: torch.dtype, device: torch.device, pairs: int = 4096, seconds: float = 2.0
 ) -> float:
-    """FLOP/s, counted as 8·D per pair of rows, of loss and gradient on this device, at a batch
-    that keeps it busy.
+    """The rate of loss and gradient on this device, in FLOP/s at 8·D per pair of rows.
+
+    The batch is large enough to keep the device busy.
     """
     z1, z2 = (
         torch.randn(2, pairs, dim, device=device, dtype=torch.float32)

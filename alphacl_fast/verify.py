@@ -32,8 +32,7 @@ def verify_distributed(
     tolerance: float = 1e-10,
     print: Callable[[str], None] | None = builtins.print,
 ) -> list[dict[str, Any]]:
-    """Compares loss, gradients and temperature gradient of a group with one process's; every
-    process must call it.
+    """Compares a group's loss and gradients with one process's; every rank must call it.
 
     Each process has its own number of pairs, up to ``pairs``, and computes the whole batch by
     itself as well. Gradients are compared after averaging, as DDP does it.

@@ -137,7 +137,7 @@ class _Sweep(gpu.Sweep):
             )  # fmt: skip
 
     def static(self, launch: gpu.Launch):
-        """`kernels.sweeps.Static` of a launch; derivatives that nobody asks for are left out."""
+        """`kernels.sweeps.Static` of a launch; unused derivatives are None."""
         tl, arithmetic, form, region = _kernels().tl, self.arithmetic, self.form, launch.region
         if (
             interpreted()

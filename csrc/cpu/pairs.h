@@ -20,7 +20,7 @@ template <class T> constexpr T SMALLEST_NORMAL = T(sizeof(T) == 4 ? 1.17549435e-
 template <class T> ALPHACL_INLINE Vec<T> at_least(Vec<T> x, T least) { return x < least ? broadcast<T>(least) : x; }  // keeps NaN
 template <class T> ALPHACL_INLINE Vec<T> one_where(Mask<T> m) { return m ? broadcast<T>(1) : Vec<T>{}; }
 
-// A function of numbers, lane by lane: for those of <cmath> that have no vector version.
+// Applies a scalar function lane by lane, where <cmath> has no vector version of it.
 template <class T, class Function, class... Vectors> ALPHACL_INLINE Vec<T> lanewise(Function f, Vectors... x) {
   Vec<T> y;
   for (int i = 0; i < LANES<T>; i++) y[i] = f(x[i]...);

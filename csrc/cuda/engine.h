@@ -15,7 +15,7 @@ namespace alphacl {
 constexpr int SIDE = 64, WARPS = 4, THREADS = 32 * WARPS;
 
 // Which of a tile's 64 × 64 pairs this thread holds: two rows of sixteen columns, in the m16n8 fragments of the PTX manual.
-// Warp w has the rows 16w … 16w + 15, of which each group of four lanes (a quad) shares two.
+// Warp w holds the rows 16w … 16w + 15; the four lanes of a group share two of them.
 struct Fragment {
   static constexpr int ROWS = 2, COLUMNS = 16;
   int warp, group, quad;  // lane = 4·group + quad
@@ -184,7 +184,7 @@ template <class Number, int FEATURES> struct Simt {
     b += 2 * fragment.quad * sizeof(T);
     tile += 32 * fragment.warp + 4 * fragment.group;
 #pragma unroll 1
-    for (int j = 0; j < SIDE; ++j) {  // column j is that of lane j % 8 / 2 of this quad, its `column(2·(j / 8) + j % 2)`
+    for (int j = 0; j < SIDE; ++j) {  // lane j % 8 / 2 of this group holds column j
       const T* own = tile + Fragment::number(0, j / 8 * 2 + j % 2) * THREADS + j % 8 / 2;
       const T w0 = own[0], w1 = own[2 * THREADS];
 #pragma unroll

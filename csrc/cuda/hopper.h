@@ -83,8 +83,8 @@ template <int N> struct Mask {
   }
 };
 
-// The stage of a tile, and the place of its columns' scalars, of which there is one more: a stage may be filled again while its
-// scalars are still read.
+// A tile's stage in shared memory and the slot of its columns' scalars. Scalars have one slot more than
+// there are stages, because a stage may be refilled while its scalars are still being read.
 template <int STAGES> struct StageOf {
   int stage = 0, phase = 0, scalars = 0;
   DEVICE void next() {
@@ -100,7 +100,7 @@ struct alignas(8) Two {
   float x[2];
 };
 
-// Shared memory. K features, N columns in a tile; Scalars are those of two neighbouring columns.
+// Shared memory. K features, N columns in a tile; Scalars holds two neighbouring columns.
 template <int K, int N, int STAGES, class Scalars> struct Memory {
   static constexpr int BOXES = K / 64, ROWS = BLOCK_ROWS * BOXES * LINE, STAGE = N * BOXES * LINE;
   static constexpr int VECTORS = N / 2 * int(sizeof(Scalars));
@@ -208,7 +208,7 @@ template <bool AFFINE> struct Exponential {
   }
 };
 
-// This thread's two rows of its block, those of `Fragment::row`: the warps of both consumers are numbered through.
+// This thread's two rows of its block (`Fragment::row`); warps are numbered across both consumers.
 struct Row {
   int row = Fragment().row(0);
   DEVICE bool exists(const Sweep& a, int r) const {

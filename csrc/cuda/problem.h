@@ -25,7 +25,7 @@ struct Sweep {
   void* df;           // (splits, n_out, dim) for the rows from `lo` on
   void* weight_sums;  // (splits, n)
   void* weights;      // (row_blocks·64, n_cols) weights, in place of their product with the rows
-  int64_t elements[int(Buffer::COUNT)];  // in each buffer; of f: those of all rows
+  int64_t elements[int(Buffer::COUNT)];  // in each buffer; f counts all its rows
   int64_t stride, n_rows, n_cols, row_start, col_start, half, anchors, n, n_out, lo;
   double constant_shift, params[3];
   int32_t dtype, dim, row_blocks, first_block, splits;
