@@ -1,15 +1,14 @@
 """One batch over many processes: every rank passes its own pairs and gets the loss of all of them.
 
 Each rank differentiates Σ_r L_r: `FusedAlphaCLLoss(process_group=…)` gives rank r of P the
-    derivative
-of Σ_r′ L_r′ in its own rows. With "mean" and "sum" every L_r′ is the loss of the whole batch, so
-the gradient is P times a single process's. DDP and FSDP average the parameters' gradients, which
-makes them exact.
+derivative of Σ_r′ L_r′ in its own rows. With "mean" and "sum" every L_r′ is the loss of the whole
+batch, so the gradient is P times a single process's. DDP and FSDP average the parameters'
+gradients, which makes them exact.
 
 **No pair is computed twice.** A rank holds one block of rows. Block b meets itself and the
 blocks b + 1, …, b + ⌊P/2⌋ (mod P) at rank b; with P even, blocks that are P/2 apart meet half at
-one rank and half at the other. A meeting of two blocks is a rectangle for the two operators, both
-of whose sides are anchors, so one tile serves both ranks.
+one rank and half at the other. Two blocks meet in a rectangle whose sides are both anchors, so one
+tile serves both ranks.
 
 **Two strategies.** "gather": every rank receives all rows at once (all-gather), and results go home
 by reduce-scatter; O(n·D) memory, few messages. "ring": a block travels from rank to rank against

@@ -2,10 +2,9 @@
 
 `alpha_cl_loss` derives negatives and positives from two views. Memory banks (MoCo), several
 positives per anchor (supervised contrastive) and more candidates than anchors (retrieval) need the
-same sums
-over other pairs: anchors z (N, D) meet all rows of ``negatives`` (M, D), or one another, and the
-positive similarities t⁺ (N,) are given. The same two sweeps serve them on every backend, with
-t_ij = ⟨z_i, y_j⟩ of the rows as given.
+same sums over other pairs: anchors z (N, D) meet all rows of ``negatives`` (M, D), or one another,
+and the positive similarities t⁺ (N,) are given. The same two sweeps serve them on every backend,
+with t_ij = ⟨z_i, y_j⟩ of the rows as given.
 """
 
 from __future__ import annotations
