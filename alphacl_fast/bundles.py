@@ -97,6 +97,14 @@ class Form(enum.IntEnum):
     T_MAX = 3  # the largest t
 
 
+class Gradient(enum.IntEnum):
+    """What a GPU launch of `pair_grad` does with the weights of its pairs."""
+
+    NONE = 0  # adds up the sums only
+    PRODUCT = 1  # multiplies the weights with the rows
+    WEIGHTS = 2  # writes the weights
+
+
 def summed(terms: tuple[Term, ...]) -> tuple[Term, ...]:
     """The terms that are sums."""
     return tuple(term for term in terms if term < Term.SHIFT)

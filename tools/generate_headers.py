@@ -41,6 +41,7 @@ def codes() -> str:
             f"constexpr int SUM_COUNT = {sums}, TERM_COUNT = {len(bundles.Term)};",
             _enum("WeightCode", _values(bundles.Weight, "WEIGHT_")),
             _enum("class Form", _values(bundles.Form)),
+            _enum("class Gradient", _values(bundles.Gradient)),
             "",
         )
     )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import enum
 import functools
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..bundles import Form, PairFunction, Pairing, Rows, RowScalars, Term, Weight, summed
+from ..bundles import Form, Gradient, PairFunction, Pairing, Rows, RowScalars, Term, Weight, summed
 from . import forms
 from .precision import float32_precision
 
@@ -26,14 +25,6 @@ from .precision import float32_precision
 WORKSPACE = 256 << 20
 #: Most rows of a sweep: kernels count them in 32 bits.
 MOST_ROWS = 2**31 - 2**16 - 1
-
-
-class Gradient(enum.IntEnum):
-    """What a launch of `pair_grad` does with the weights of its pairs."""
-
-    NONE = 0  # sums only
-    PRODUCT = 1  # multiplies them with the rows
-    WEIGHTS = 2  # writes them
 
 
 class Region(NamedTuple):

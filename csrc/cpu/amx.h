@@ -1,10 +1,11 @@
 // Matrix products of bfloat16 by AMX tiles of 16 rows × 32 bfloat16, accumulated in float32.
 //
-// The first operand of a tile product is row-major, the second one in pairs along the summed dimension. So a block has a third
-// layout, `rows` [stride][dim], and weights are kept as W and as Wᵀ, both row-major.
+// The first operand of a tile product is row-major, the second one in pairs along the summed
+// dimension. So a block has a third layout, `rows` [stride][dim], and weights are kept as W and as
+// Wᵀ, both row-major.
 //
-// ALPHACL_AMX_EMULATED replaces the tile instructions by loops that do what Intel's manual says, so that these kernels'
-// logic runs in the tests of any machine with AVX512_BF16.
+// ALPHACL_AMX_EMULATED replaces the tile instructions by loops that do what Intel's manual says, so
+// that these kernels' logic runs in the tests of any machine with AVX512_BF16.
 #pragma once
 
 #include "half.h"
@@ -52,13 +53,15 @@ struct UsingTiles {
 #define TILE_LOAD(t, p, stride) _tile_loadd(t, p, stride)
 #define TILE_STORE(t, p, stride) _tile_stored(t, p, stride)
 #define TILE_PRODUCT(c, a, b) _tile_dpbf16ps(c, a, b)
-// Configures the tiles and leaves them as they were found: other libraries of the process cache what they have set.
+// Configures the tiles and leaves them as they were found: other libraries of the process cache
+// what they have set.
 struct UsingTiles {
   alignas(64) char before[64];
   UsingTiles() {
     const TileConfiguration mine;
     _tile_storeconfig(before);
-    __asm__ volatile("" : : "r"(&mine) : "memory");  // GCC's intrinsics do not say what memory they read
+    // GCC's intrinsics do not say what memory they read
+    __asm__ volatile("" : : "r"(&mine) : "memory");
     _tile_loadconfig(&mine);
   }
   ~UsingTiles() {
@@ -74,7 +77,8 @@ struct Place {
   int64_t stride;  // bytes
 };
 
-// C (32 × 32, four tiles) = [C +] A (32 rows, a_stride bytes apart)·B; step k moves A by 64 bytes and B by 16 rows.
+// C (32 × 32, four tiles) = [C +] A (32 rows, a_stride bytes apart)·B; step k moves A by 64 bytes
+// and B by 16 rows.
 template <bool Add>
 ALPHACL_INLINE void multiply_tiles(const char* a, int64_t a_stride, Place b0, Place b1, int64_t steps, Place c0, Place c1) {
   char *c00 = static_cast<char*>(c0.at), *c01 = static_cast<char*>(c1.at);
@@ -110,7 +114,8 @@ ALPHACL_INLINE void multiply_tiles(const char* a, int64_t a_stride, Place b0, Pl
 
 struct AmxProducts : HalfProducts {
   static constexpr bool SCALES = false;
-  static constexpr int64_t SIMILARITY_ROWS = 32, MULTIPLE = 96, LARGEST = 192;  // multiples of 32 and of 48
+  // multiples of 32 and of 48
+  static constexpr int64_t SIMILARITY_ROWS = 32, MULTIPLE = 96, LARGEST = 192;
 
   // The panels of d for an even number of tiles: the last one may be padding.
   static int64_t wide_dim(int64_t dim) { return padded(FeaturePanels<float>(dim).padded_dim(), 32); }
@@ -161,7 +166,8 @@ struct AmxProducts : HalfProducts {
     round_weights(v, i, j, r0, w, across(workspace), down(workspace));
     const int64_t end = r0 + PANEL_ROWS;
     if (end % 32 && end < i.rows) return;
-    // 32 rows are complete (the rest of the last ones are 0): their transpose, and zeros up to whole tiles.
+    // 32 rows are complete (the rest of the last ones are 0): their transpose, and zeros up to
+    // whole tiles.
     const int64_t first = r0 / 32 * 32;
     for (int64_t r = end; r % 32; r += 2) std::memset(down(workspace) + r / 2 * LD, 0, padded(j.rows, 32) * 4);
     if (padded(j.rows, 16) % 32) {
@@ -187,7 +193,8 @@ struct AmxProducts : HalfProducts {
     const int64_t stride = mine.stride, vectors = wide_dim(s.dim) / 16;
     auto* by_row = static_cast<uint32_t*>(other.packed) + 2 * by_feature_size(s.dim, stride);
     auto* df = static_cast<float*>(mine.df);
-    auto places = [&](int64_t v, int64_t r, Place& b, Place& c) {  // of the 16 columns of vector v; rows from r on
+    // of the 16 columns of vector v; rows from r on
+    auto places = [&](int64_t v, int64_t r, Place& b, Place& c) {
       int64_t p = v * panels.count / panels.vectors;
       while (p + 1 < panels.count && panels.first(p + 1) <= v) p++;
       const bool real = v < panels.vectors;

@@ -5,8 +5,8 @@
 
 namespace {
 
-// C (R × V vectors) = [C +] Σ_k a_k ⊗ b_k over pairs, the whole times the scales of rows and columns if there are any;
-// a of row r and pair k is at a[r·A_ROW + k·A_STEP].
+// C (R × V vectors) = [C +] Σ_k a_k ⊗ b_k over pairs, the whole times the scales of rows and
+// columns if there are any; a of row r and pair k is at a[r·A_ROW + k·A_STEP].
 template <int R, int V, int64_t A_ROW, int64_t A_STEP, bool Add>
 __attribute__((noinline)) void multiply_pairs(const uint32_t* __restrict a, const uint32_t* __restrict b, int64_t ldb,
                                               int64_t steps, float* __restrict c, int64_t ldc,
@@ -41,7 +41,8 @@ __attribute__((noinline)) void multiply_pairs(const uint32_t* __restrict a, cons
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 3
-      for (int v = 0; v < V; v++)  // the product of the scales first: t_ij and t_ji must be the same number
+      // the product of the scales first: t_ij and t_ji must be the same number
+      for (int v = 0; v < V; v++)
         acc[r][v] *= _mm512_set1_ps(row_scale[r]) * _mm512_load_ps(col_scale + v * PAIR_LANES);
   }
 #pragma GCC unroll 8

@@ -1,8 +1,10 @@
-// What the two sets of bfloat16 products share: packing of pairs, weights rounded to bfloat16, the gradient's accumulator.
+// What the two sets of bfloat16 products share: packing of pairs, weights rounded to bfloat16, the
+// gradient's accumulator.
 //
-// Rows are multiplied as they came, not normalised (a normalised row would lose 2⁻⁹ of each similarity), but for a power of
-// two: row r of an operand is 2^e·f_r and what is left of its scale, in [½, 1), multiplies similarities and weights in
-// float32. Instructions take pairs of bfloat16 that are neighbours along the summed dimension:
+// Rows are multiplied as they came, not normalised (a normalised row would lose 2⁻⁹ of each
+// similarity), but for a power of two: row r of an operand is 2^e·f_r and what is left of its
+// scale, in [½, 1), multiplies similarities and weights in float32. Instructions take pairs of
+// bfloat16 that are neighbours along the summed dimension:
 //   `by_feature` [stride/48][pairs of d][48]      S = F_I·F_Jᵀ
 //   `by_row`     [panel of d][stride/2][width]    dF += W·F: pairs of rows
 #pragma once
@@ -70,8 +72,8 @@ ALPHACL_INLINE void pack_pairs(const Sweep& s, const Block& block, int64_t r0, i
   }
 }
 
-// Weights of one panel as bfloat16: `across` (row, column), for W·F_J and so times the scales of J, and `down`
-// (row pair, column, 2), for Wᵀ·F_I and so times the scales of I.
+// Weights of one panel as bfloat16: `across` (row, column), for W·F_J and so times the scales of J,
+// and `down` (row pair, column, 2), for Wᵀ·F_I and so times the scales of I.
 ALPHACL_INLINE void round_weights(const RowVectors& v, const Block& i, const Block& j, int64_t r0, const float* w,
                                   uint16_t* across, uint32_t* down) {
   const float* scale = static_cast<const float*>(v.scale);

@@ -1,7 +1,8 @@
 // The kernels of one instruction set; compiled once for each, with ALPHACL_ISA its name.
 //
-// A tile (I, J) goes through: similarities of PANEL_ROWS rows → their pair kind, sums and weights while they are in the
-// first-level cache → after the last panel the two products with F, from the weights in the second-level cache.
+// A tile (I, J) goes through: similarities of PANEL_ROWS rows → their pair kind, sums and weights
+// while they are in the first-level cache → after the last panel the two products with F, from the
+// weights in the second-level cache.
 
 #if defined(ALPHACL_USE_AMX)
 #include "amx.h"
@@ -54,7 +55,8 @@ template <class T> void scale_and_shift(const RowVectors& v, bool scales, const 
 template <class T> void add_weight_sums(const RowVectors& v, const Block& i, const Block& j, int64_t r0, int64_t rows, bool diagonal, const T* w) {
   for (int64_t r = 0; r < rows; r++) {
     Vec<T> sum{};
-    for (int64_t c = 0; c < j.rows; c += LANES<T>) sum += load(w + r * LD + c);  // 0 beyond the last column
+    // 0 beyond the last column
+    for (int64_t c = 0; c < j.rows; c += LANES<T>) sum += load(w + r * LD + c);
     v.weight_sums[i.at + r0 + r] += double(sum_of<T>(sum));
   }
   if (diagonal) return;
@@ -65,8 +67,8 @@ template <class T> void add_weight_sums(const RowVectors& v, const Block& i, con
   }
 }
 
-// Updates the running maxima of rows [at, at + n) from the largest similarity of this tile and rescales the
-// sums so far.
+// Updates the running maxima of rows [at, at + n) from the largest similarity of this tile and
+// rescales the sums so far.
 template <class T>
 void rescale(const Sweep& s, const RowVectors& v, int64_t at, int64_t n, T* largest, T* shift) {
   log_f_of<T>(s, largest, shift, padded(n, LANES<T>));

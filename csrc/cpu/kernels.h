@@ -9,7 +9,8 @@
 struct Block {
   int64_t first, rows, stride, at;  // `rows` rows, padded to `stride`
   void* packed;                     // operands of the matrix products, in the kernels' own layout
-  void* df;                         // accumulator of the gradient, in the kernels' own layout; null: not wanted
+  // accumulator of the gradient, in the kernels' own layout; null: not wanted
+  void* df;
   bool anchor, wanted;              // its rows are anchors; the gradient of some of them is wanted
 };
 
@@ -42,6 +43,7 @@ struct TileKernels {
   void (*unpack)(const Sweep&, const Block&, double scale, void* workspace);  // to df, times scale
   void (*normalize)(const PairRows&, int64_t begin, int64_t end, void* workspace);  // of two rows
   void (*finish)(const PairRows&, int64_t begin, int64_t end, void* workspace);
-  void (*exponential)(const void* x, void* y, int64_t n);  // for tests: the vector functions by themselves
+  // for tests: the vector functions by themselves
+  void (*exponential)(const void* x, void* y, int64_t n);
   void (*logarithm)(const void* x, void* y, int64_t n);
 };

@@ -40,8 +40,9 @@ __attribute__((noinline)) void multiply(const T* __restrict a, const T* __restri
     for (int v = 0; v < V; v++) store(c + r * ldc + v * L, Add ? acc[r][v] + load(c + r * ldc + v * L) : acc[r][v]);
 }
 
-// Terms of a similarity that are added in a row. One long chain rounds in the same direction for rows that are nearly equal:
-// at D = 4096 it would be off by 3e-6, ten times as much as a vendor's product.
+// Terms of a similarity that are added in a row. One long chain rounds in the same direction for
+// rows that are nearly equal: at D = 4096 it would be off by 3e-6, ten times as much as a vendor's
+// product.
 constexpr int64_t CHAIN = 128;
 
 // The columns of F in panels of one to three vectors, as even as they come.
@@ -63,7 +64,8 @@ template <class Scalar> struct NativeProducts {
   static constexpr int REGISTER_ROWS = WIDE % 4 == 0 ? 4 : 2;
 #endif
   static_assert(WIDE % REGISTER_ROWS == 0 && ROW_MULTIPLE % WIDE == 0 && PANEL_ROWS % REGISTER_ROWS == 0);
-  static constexpr bool WEIGHTS_IN_PLACE = true, SCALES = true;  // weights stay in the tile; scales are applied
+  // weights stay in the tile; scales are applied
+  static constexpr bool WEIGHTS_IN_PLACE = true, SCALES = true;
   static constexpr int64_t SIMILARITY_ROWS = PANEL_ROWS, MULTIPLE = ROW_MULTIPLE, LARGEST = MAX_BLOCK;
 
   static int64_t left_size(int64_t dim, int64_t stride) { return stride * dim; }
@@ -159,7 +161,8 @@ template <class Scalar> struct NativeProducts {
   static void unpack(const Sweep& s, const Block& block, double scale, T* tile) {
     const FeaturePanels<T> panels(s.dim);
     const T* df = static_cast<const T*>(block.df);
-    if (df == static_cast<const T*>(s.df) + (block.first - s.lo) * s.dim) {  // in place: panels become rows
+    // in place: panels become rows
+    if (df == static_cast<const T*>(s.df) + (block.first - s.lo) * s.dim) {
       std::memcpy(tile, df, df_bytes(s.dim, block.stride));
       df = tile;
     }

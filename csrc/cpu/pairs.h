@@ -1,5 +1,5 @@
-// Pair kinds on vectors: the numbers of a call, the primitives that printed formulas use beside vec.h,
-// and the formulas themselves, printed from alphacl_fast/objectives.py.
+// Pair kinds on vectors: the numbers of a call, the primitives that printed formulas use beside
+// vec.h, and the formulas themselves, printed from alphacl_fast/objectives.py.
 #pragma once
 
 #include <cmath>
@@ -17,7 +17,8 @@ template <class T> struct Numbers {  // one call's constants
 
 template <class T> constexpr T SMALLEST_NORMAL = T(sizeof(T) == 4 ? 1.17549435e-38 : 2.2250738585072014e-308);
 
-template <class T> ALPHACL_INLINE Vec<T> at_least(Vec<T> x, T least) { return x < least ? broadcast<T>(least) : x; }  // keeps NaN
+// keeps NaN
+template <class T> ALPHACL_INLINE Vec<T> at_least(Vec<T> x, T least) { return x < least ? broadcast<T>(least) : x; }
 template <class T> ALPHACL_INLINE Vec<T> one_where(Mask<T> m) { return m ? broadcast<T>(1) : Vec<T>{}; }
 
 // Applies a scalar function lane by lane, where <cmath> has no vector version of it.

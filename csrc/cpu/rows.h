@@ -19,7 +19,8 @@ ALPHACL_INLINE uint32_t to_bits32(float x) {
   return u;
 }
 ALPHACL_INLINE float from_bfloat16(uint16_t h) { return from_bits32(uint32_t(h) << 16); }
-ALPHACL_INLINE float from_float16(uint16_t h) {  // subnormals through an integer: a thread may flush those of float
+// subnormals through an integer: a thread may flush those of float
+ALPHACL_INLINE float from_float16(uint16_t h) {
   const float magnitude =
       h & 0x7c00 ? from_bits32(uint32_t(h & 0x7fff) << 13) * 0x1p112f : float(int32_t(h & 0x3ff)) * 0x1p-24f;
   const uint32_t special = (h & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
@@ -48,7 +49,7 @@ template <class T> void read_row(const Sweep& s, int64_t r, T* y) {
   widen<T>(s.f, s.dtype, r * s.row_stride, s.dim, s.scale ? static_cast<const T*>(s.scale)[r] : T(1), y);
 }
 
-// --- before and after the sweeps ------------------------------------------------------------------------------------
+// --- before and after the sweeps -----------------------------------------------------------------
 
 template <class T> T dot(const T* a, const T* b, int64_t dim) {
   constexpr int L = LANES<T>;
@@ -69,8 +70,8 @@ ALPHACL_INLINE double root(double x) { return __builtin_sqrt(x); }
 template <class T> T normalize_row(T* y, int64_t dim) {
   T square = dot(y, y, dim);
   T largest = 1;
-  // Squares that left the range of the dtype, or came near its end: once more, of the row over its largest element. What
-  // underflows in a sum of this size is far below its last place.
+  // Squares that left the range of the dtype, or came near its end: once more, of the row over its
+  // largest element. What underflows in a sum of this size is far below its last place.
   if (!(square > T(0x1p-60) && square < T(0x1p60))) {
     largest = 0;
     for (int64_t k = 0; k < dim; k++) {

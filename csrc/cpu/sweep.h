@@ -31,14 +31,16 @@ struct Sweep {
   int32_t dtype, kind;
   Form form;
   int32_t gradient, weight, threads, instruction_set;
-  int32_t rows_of_terms[TERM_COUNT];  // row of `sums` in which a term ends up, −1: the term is not wanted
+  // row of `sums` in which a term ends up, −1: the term is not wanted
+  int32_t rows_of_terms[TERM_COUNT];
 };
 
 // The passes for cosine similarity. Rows i and n_pairs + i of f, d and inv_norm are a positive
 // pair.
 struct PairRows {
   const void *z1, *z2;  // (n_pairs, dim) inputs, stride1 and stride2 elements apart
-  void* f;         // (2·n_pairs, dim) unit rows in the accumulation dtype; half precision: the inputs, unchanged
+  // (2·n_pairs, dim) unit rows in the accumulation dtype; half precision: the inputs, unchanged
+  void* f;
   void* inv_norm;  // (2·n_pairs) 1/‖z‖, 0 for an all-zero row
   void* pos;       // (n_pairs) similarity of each positive pair
   void* d;         // (2·n_pairs, dim) in: Σ_j (g_ij + g_ji) F_j; out: the gradient in z

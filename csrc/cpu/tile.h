@@ -1,8 +1,9 @@
-// What happens to a panel of similarities: the pair kind, sums over rows and columns, the weights of the gradient.
+// What happens to a panel of similarities: the pair kind, sums over rows and columns, the weights
+// of the gradient.
 //
-// A panel is PANEL_ROWS rows of a tile (I, J), hot in the first-level cache. Rows are anchors of I; columns
-// are anchors of J, for which a pair (i, j) is read as (j, i): the similarity is the same, the row
-// scalars are not.
+// A panel is PANEL_ROWS rows of a tile (I, J), hot in the first-level cache. Rows are anchors of I;
+// columns are anchors of J, for which a pair (i, j) is read as (j, i): the similarity is the same,
+// the row scalars are not.
 #pragma once
 
 #include "pairs.h"
@@ -10,14 +11,17 @@
 namespace {
 
 constexpr int PANEL_ROWS = 8;
-constexpr int64_t ROW_MULTIPLE = 48;  // blocks are padded to it: a multiple of PANEL_ROWS and of every register tile
+// blocks are padded to it: a multiple of PANEL_ROWS and of every register tile
+constexpr int64_t ROW_MULTIPLE = 48;
 constexpr int64_t MAX_BLOCK = 240;
-constexpr int64_t LD = MAX_BLOCK + 32;  // row stride of a tile: rows must not all fall into the same sets of the cache
+// row stride of a tile: rows must not all fall into the same sets of the cache
+constexpr int64_t LD = MAX_BLOCK + 32;
 constexpr int64_t TILE_SIZE = (MAX_BLOCK + 32) * LD;
 
 ALPHACL_INLINE int64_t padded(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
-template <class T> struct SideScalars {  // one side's row vectors, from the panel's first row (column) on
+// one side's row vectors, from the panel's first row (column) on
+template <class T> struct SideScalars {
   const T *moment_origin, *row_weight, *shift, *argument_offset, *baseline, *online_shift;
 };
 
@@ -34,15 +38,16 @@ template <class T> struct Panel {
   T* col_max;
   T* row_max;
   bool two_sided;   // the columns are anchors of their own
-  bool col_terms;   // … and their terms are summed here (not in a diagonal tile, whose pairs appear twice)
+  // … and their terms are summed here (not in a diagonal tile, whose pairs appear twice)
+  bool col_terms;
   int weight;
   bool need_f, need_df, need_dtau, terms;
   Numbers<T> numbers;
   explicit Panel(const Sweep& sweep) : numbers(sweep) {}
 };
 
-// Which vectors of columns hold the id of one of the panel's rows. It is found out before the panel is gone through: there, without
-// ids, this costs a test for each vector of columns.
+// Which vectors of columns hold the id of one of the panel's rows. It is found out before the panel
+// is gone through: there, without ids, this costs a test for each vector of columns.
 template <class T> void find_clashes(const Int<T>* rows, const Int<T>* columns, int64_t cols, bool* clash) {
   for (int64_t c = 0; c < cols; c += LANES<T>) {
     const Mask<T> ids = load_mask<T>(columns + c);
@@ -52,7 +57,8 @@ template <class T> void find_clashes(const Int<T>* rows, const Int<T>* columns, 
   }
 }
 
-// Calls op.pair<masked>(r, c, t, mask) for all vectors of the panel; only vectors that hold an excluded pair or an edge are masked.
+// Calls op.pair<masked>(r, c, t, mask) for all vectors of the panel; only vectors that hold an
+// excluded pair or an edge are masked.
 template <class T, class Op> ALPHACL_INLINE void for_pairs(const Panel<T>& p, Op& op) {
   constexpr int L = LANES<T>;
   const Mask<T> lanes = lane_numbers<T>();
@@ -72,7 +78,8 @@ template <class T, class Op> ALPHACL_INLINE void for_pairs(const Panel<T>& p, Op
         if (r >= p.rows) keep = Mask<T>{};
         for (int d = 0; d < p.excluded; d++) keep &= lanes != I(r + p.diagonals[d] - c);
         const Vec<T> t = load(p.s + r * LD + c);
-        op.template pair<true>(r, c, keep ? t : Vec<T>{}, keep);  // an excluded similarity may be infinite, and 0·inf is not 0
+        // an excluded similarity may be infinite, and 0·inf is not 0
+        op.template pair<true>(r, c, keep ? t : Vec<T>{}, keep);
       }
     }
     op.end(c);
@@ -208,7 +215,8 @@ template <class T, class K, bool Gradient> struct General {
   template <bool Masked> ALPHACL_INLINE void pair(int r, int64_t c, Vec<T> t, Mask<T> keep) {
     Vec<T> log_f{};
     if constexpr (K::log) log_f = rounded<T>(K::f(t, p.numbers));
-    // A centre may be τ·(log f of another pair): t is then taken as τ·log f too, so that equal pairs differ by exactly 0.
+    // A centre may be τ·(log f of another pair): t is then taken as τ·log f too, so that equal
+    // pairs differ by exactly 0.
     if constexpr (K::linear_in_t) t = rounded<T>(log_f * p.numbers.tau);
     const Vec<T> zero{};
     PairValues<T> y = pair_values<T, K, Masked>(p, t, log_f, zero + p.row.shift[r], zero + p.row.argument_offset[r], keep);
@@ -236,8 +244,8 @@ template <class T, class K, bool Gradient> struct General {
   }
 };
 
-// g_ij + g_ji = exp(log f − constant_shift)·(row_weight_i + row_weight_j); rows that are no anchors have
-// weight 0
+// g_ij + g_ji = exp(log f − constant_shift)·(row_weight_i + row_weight_j); rows that are no anchors
+// have weight 0
 template <class T, class K> struct ConstantShiftGradient {
   const Panel<T>& p;
   Vec<T> col_weight;

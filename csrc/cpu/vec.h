@@ -1,7 +1,9 @@
-// Vectors of the widest register of the instruction set a file is compiled for, through the compiler's vector
-// extensions (GCC >= 9, clang): one source for AVX-512, AVX2 and any other architecture.
+// Vectors of the widest register of the instruction set a file is compiled for, through the
+// compiler's vector extensions (GCC >= 9, clang): one source for AVX-512, AVX2 and any other
+// architecture.
 //
-// Everything is in an unnamed namespace: a file compiled for AVX-512 must not lend a function to one that is not.
+// Everything is in an unnamed namespace: a file compiled for AVX-512 must not lend a function to
+// one that is not.
 #pragma once
 
 #include <cstdint>
@@ -66,11 +68,13 @@ template <class T> ALPHACL_INLINE Vec<T> from_bits(Mask<T> m) {
 }
 
 template <class T> ALPHACL_INLINE Vec<T> vmax(Vec<T> a, Vec<T> b) { return a > b ? a : b; }
-template <class T> ALPHACL_INLINE Vec<T> largest(Vec<T> a, Vec<T> b) { return (a > b) | (a != a) ? a : b; }  // NaN wins
-template <class T> ALPHACL_INLINE Vec<T> relu(Vec<T> a) { return a < 0 ? Vec<T>{} : a; }  // keeps NaN
+// NaN wins
+template <class T> ALPHACL_INLINE Vec<T> largest(Vec<T> a, Vec<T> b) { return (a > b) | (a != a) ? a : b; }
+// keeps NaN
+template <class T> ALPHACL_INLINE Vec<T> relu(Vec<T> a) { return a < 0 ? Vec<T>{} : a; }
 
-// x itself, as a rounded number: keeps the compiler from fusing the product it came from into a later sum. Where sweeps must
-// agree to the last bit on a quantity, it goes through here.
+// x itself, as a rounded number: keeps the compiler from fusing the product it came from into a
+// later sum. Where sweeps must agree to the last bit on a quantity, it goes through here.
 template <class T> ALPHACL_INLINE Vec<T> rounded(Vec<T> x) {
 #if defined(__AVX512F__)
   __asm__("" : "+v"(x));
@@ -112,15 +116,18 @@ template <class T> ALPHACL_INLINE T max_of(Vec<T> v) {
   return best;
 }
 
-// --- elementary functions -------------------------------------------------------------------------------------------
+// --- elementary functions ------------------------------------------------------------------------
 //
-// exp: x = k·ln 2 + r, |r| <= ln 2 / 2, with ln 2 in two parts; e^r by a polynomial; 2^k by adding k to the exponent. At most 1 ulp (float) and 1 ulp (double), measured in
-// tests/cpp/test_kernels.cpp. Results below the smallest normal number are 0, above the largest one infinite.
+// exp: x = k·ln 2 + r, |r| <= ln 2 / 2, with ln 2 in two parts; e^r by a polynomial; 2^k by adding
+// k to the exponent. At most 1 ulp (float) and 1 ulp (double), measured in
+// tests/cpp/test_kernels.cpp. Results below the smallest normal number are 0, above the largest one
+// infinite.
 
 template <class T> struct ExpConstants;
 template <> struct ExpConstants<float> {
   static constexpr float log2e = 1.44269504088896341f, ln2_high = 0.693145751953125f, ln2_low = 1.42860682030941723212e-6f;
-  static constexpr float magic = 12582912.f;  // 1.5·2^23: adding it rounds to an integer, which is then in the low bits
+  // 1.5·2^23: adding it rounds to an integer, which is then in the low bits
+  static constexpr float magic = 12582912.f;
   static constexpr float lowest = -87.33f, highest = 88.72283f;
   static constexpr int mantissa = 23;
 };
@@ -169,7 +176,8 @@ template <class T> ALPHACL_INLINE Vec<T> vexp(Vec<T> x) {
   return x != x ? x : y;
 }
 
-// exp where |x| < 87 (float) or 700 (double), or NaN: 2^k as a number of its own, no ends to look after.
+// exp where |x| < 87 (float) or 700 (double), or NaN: 2^k as a number of its own, no ends to look
+// after.
 template <class T> ALPHACL_INLINE Vec<T> vexp_bounded(Vec<T> x) {
   using C = ExpConstants<T>;
   constexpr T biased = C::magic + T((1 << (sizeof(T) == 4 ? 7 : 10)) - 1);
@@ -180,8 +188,9 @@ template <class T> ALPHACL_INLINE Vec<T> vexp_bounded(Vec<T> x) {
   return exp_polynomial(r) * from_bits<T>((Mask<T>)((Word<T>)bits<T>(shifted) << C::mantissa));
 }
 
-// log of a positive normal number (0 → −inf, inf → inf, NaN and negative → NaN): x = 2^k·m, m in [√½, √2),
-// log m = 2·atanh(s), s = (m − 1)/(m + 1). The doubles' series is also what float's powers go through.
+// log of a positive normal number (0 → −inf, inf → inf, NaN and negative → NaN): x = 2^k·m, m in
+// [√½, √2), log m = 2·atanh(s), s = (m − 1)/(m + 1). The doubles' series is also what float's
+// powers go through.
 ALPHACL_INLINE Vec<double> log_series(Vec<double> s2) {
   Vec<double> p = s2 * 1.479819860511658591e-01 + 1.531383769920937332e-01;
   p = p * s2 + 1.818357216161805012e-01;
@@ -203,7 +212,8 @@ template <class T> ALPHACL_INLINE Vec<T> vlog(Vec<T> x) {
   using I = typename VectorOf<T>::Int;
   const I root_half = I(sizeof(T) == 4 ? 0x3f3504f3 : 0x3fe6a09e667f3bcd);
   const Mask<T> ix = bits<T>(x);
-  const Mask<T> k = (Mask<T>)((Word<T>)ix - (Word<T>)(Mask<T>{} + root_half)) >> C::mantissa;  // arithmetic: floor
+  // arithmetic: floor
+  const Mask<T> k = (Mask<T>)((Word<T>)ix - (Word<T>)(Mask<T>{} + root_half)) >> C::mantissa;
   const Vec<T> m = from_bits<T>((Mask<T>)((Word<T>)ix - ((Word<T>)k << C::mantissa)));
   const Vec<T> f = m - 1, s = f / (m + 1), half = f * f * T(0.5);
   const Vec<T> kf = __builtin_convertvector(k, Vec<T>);
@@ -245,9 +255,10 @@ ALPHACL_INLINE Vec<float> vpow(Vec<float> x, double q) {
   return y;
 }
 
-// --- transposition --------------------------------------------------------------------------------------------------
+// --- transposition -------------------------------------------------------------------------------
 
-template <int H, int L> struct Butterfly {  // lanes of (a, b): low takes a[l], b[l − H]; high takes a[l + H], b[l]
+// lanes of (a, b): low takes a[l], b[l − H]; high takes a[l + H], b[l]
+template <int H, int L> struct Butterfly {
   static constexpr int low(int l) { return (l & H) ? L + l - H : l; }
   static constexpr int high(int l) { return (l & H) ? L + l : l + H; }
 };

@@ -1,5 +1,6 @@
-// What kernel bodies may use of a GPU: nothing else of CUDA appears in them, so that a compiler for the host can build the
-// very same bodies. device_gpu.h implements it by PTX, tests/emulator/device_host.h by fibres (ALPHACL_EMULATED).
+// What kernel bodies may use of a GPU: nothing else of CUDA appears in them, so that a compiler for
+// the host can build the very same bodies. device_gpu.h implements it by PTX,
+// tests/emulator/device_host.h by fibres (ALPHACL_EMULATED).
 //
 //   thread(), block_x(), block_y()        position; lanes are threads modulo 32
 //   shared()                              the block's dynamic shared memory, aligned to 1024 bytes
@@ -20,8 +21,9 @@
 //   exp2_approx                           one instruction; denormal operands and results are 0
 //   from_f16(bits), from_bits, to_bits    a float16's value; a float's bit pattern and back
 //
-// A kernel is a struct K with `Args`, `THREADS`, `BLOCKS` (at least so many resident on a multiprocessor) and a static
-// `body(const Args&)`; launch<K>(grid_x, grid_y, shared_bytes, args, stream) starts it and returns null or what went wrong.
+// A kernel is a struct K with `Args`, `THREADS`, `BLOCKS` (at least so many resident on a
+// multiprocessor) and a static `body(const Args&)`; launch<K>(grid_x, grid_y, shared_bytes, args,
+// stream) starts it and returns null or what went wrong.
 //
 // Only for sm_90a (hopper.h):
 //   barrier_init(b, arrivals), barrier_publish()       mbarrier in shared memory; the fence after all inits, before sync()
@@ -36,9 +38,10 @@
 //   registers_more<N>(), registers_less<N>()           setmaxnreg of a warpgroup
 //   sync_some(id, threads)                             named barrier 1 … 15
 //
-// and for the host: tensor_map(map, base, columns, rows, pitch, box_rows) describes a tensor of bfloat16, `pitch` bytes from
-// row to row, for boxes of 64 columns × box_rows, and returns null or what went wrong. HOPPER says whether the code that is
-// being compiled may use all this, runs_hopper<K>() whether the current device would run a K that was compiled so.
+// and for the host: tensor_map(map, base, columns, rows, pitch, box_rows) describes a tensor of
+// bfloat16, `pitch` bytes from row to row, for boxes of 64 columns × box_rows, and returns null or
+// what went wrong. HOPPER says whether the code that is being compiled may use all this,
+// runs_hopper<K>() whether the current device would run a K that was compiled so.
 #pragma once
 
 #include <cstdint>

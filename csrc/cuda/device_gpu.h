@@ -72,7 +72,7 @@ DEVICE float exp2_approx(float x) {
   return y;
 }
 
-// --- sm_90a ------------------------------------------------------------------------------------------------------------
+// --- sm_90a --------------------------------------------------------------------------------------
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr bool HOPPER = true;
@@ -117,7 +117,8 @@ template <int N> DEVICE void product_wait() { asm volatile("wgmma.wait_group.syn
 template <int N> DEVICE void registers_more() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
 template <int N> DEVICE void registers_less() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
 
-template <int N, int TRANS_B> struct Product;  // N = 64, 128, 256; the assembler wants every accumulator by name
+// N = 64, 128, 256; the assembler wants every accumulator by name
+template <int N, int TRANS_B> struct Product;
 
 #define ALPHACL_TEN(T) "%" #T "0, %" #T "1, %" #T "2, %" #T "3, %" #T "4, %" #T "5, %" #T "6, %" #T "7, %" #T "8, %" #T "9"
 #define ALPHACL_8(C, I)                                                                                                       \
@@ -168,7 +169,7 @@ template <int N, int TRANS_B> DEVICE void product_rs(float (&c)[N / 2], const ui
 
 DEVICE void sync_some(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
-// --- launch ------------------------------------------------------------------------------------------------------------
+// --- launch --------------------------------------------------------------------------------------
 
 template <class K>
 __global__ void __launch_bounds__(K::THREADS, K::BLOCKS) entry(const __grid_constant__ typename K::Args args) {

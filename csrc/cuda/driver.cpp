@@ -1,5 +1,6 @@
-// The plain C interface, which backend/cuda.py calls through ctypes. Python checks dtypes, devices and strides, which are
-// not seen here; here is checked that no launch leaves the buffers it was given.
+// The plain C interface, which backend/cuda.py calls through ctypes. Python checks dtypes, devices
+// and strides, which are not seen here; here is checked that no launch leaves the buffers it was
+// given.
 #include "launch.h"
 
 #include <algorithm>
@@ -104,13 +105,15 @@ const char* start(const Sweep& a, void* stream) {
 
 }  // namespace
 
-// Compiler, flags and architectures; the sources' fingerprint; sizes of the structs, which Python compares with its own.
+// Compiler, flags and architectures; the sources' fingerprint; sizes of the structs, which Python
+// compares with its own.
 ALPHACL_EXPORT const char* alphacl_cuda_build() { return ALPHACL_BUILD; }
 ALPHACL_EXPORT const char* alphacl_cuda_sources() { return ALPHACL_SOURCES; }
 ALPHACL_EXPORT int32_t alphacl_cuda_sweep_size() { return sizeof(Sweep); }
 ALPHACL_EXPORT int32_t alphacl_cuda_rows_size() { return sizeof(PairRows); }
 
-// Both launch on the current device and return null, or what went wrong: a text good until this thread's next call.
+// Both launch on the current device and return null, or what went wrong: a text good until this
+// thread's next call.
 ALPHACL_EXPORT const char* alphacl_cuda_sweep(const Sweep* given, void* stream) {
   static thread_local std::string error;
   Sweep a = *given;

@@ -14,8 +14,9 @@ namespace alphacl {
 
 constexpr int SIDE = 64, WARPS = 4, THREADS = 32 * WARPS;
 
-// Which of a tile's 64 × 64 pairs this thread holds: two rows of sixteen columns, in the m16n8 fragments of the PTX manual.
-// Warp w holds the rows 16w … 16w + 15; the four lanes of a group share two of them.
+// Which of a tile's 64 × 64 pairs this thread holds: two rows of sixteen columns, in the m16n8
+// fragments of the PTX manual. Warp w holds the rows 16w … 16w + 15; the four lanes of a group
+// share two of them.
 struct Fragment {
   static constexpr int ROWS = 2, COLUMNS = 16;
   int warp, group, quad;  // lane = 4·group + quad
@@ -25,8 +26,9 @@ struct Fragment {
   // The register of a pair: x[m][e], or number 4m + e of 32.
   template <class T> static DEVICE T& at(T (&x)[8][4], int r, int q) { return x[q / 2][2 * r + q % 2]; }
   static DEVICE int number(int r, int q) { return 4 * (q / 2) + 2 * r + q % 2; }
-  // An ldmatrix.x4 of 16-bit elements reads four 8 × 8 matrices; this lane gives the address of row `matrix_row` of matrix
-  // `matrix`. The matrices are stacked in rows first (as A of mma.sync wants them) or in columns first (as B does).
+  // An ldmatrix.x4 of 16-bit elements reads four 8 × 8 matrices; this lane gives the address of row
+  // `matrix_row` of matrix `matrix`. The matrices are stacked in rows first (as A of mma.sync wants
+  // them) or in columns first (as B does).
   static DEVICE int matrix() { return device::thread() % 32 / 8; }
   static DEVICE int matrix_row() { return device::thread() % 8; }
   static DEVICE int rows_first(int pitch) { return (matrix() % 2 * 8 + matrix_row()) * pitch + matrix() / 2 * 16; }
@@ -38,8 +40,8 @@ DEVICE uint32_t rounded_to_tf32(float x) { return (device::to_bits(x) + 0x1000u)
 
 DEVICE uint32_t word(const unsigned char* p) { return *reinterpret_cast<const uint32_t*>(p); }
 
-// bfloat16 and float16 rows. Weights of float16 rows may leave float16's range, so their product with the rows is TF32, in
-// which float16 is exact.
+// bfloat16 and float16 rows. Weights of float16 rows may leave float16's range, so their product
+// with the rows is TF32, in which float16 is exact.
 template <int FEATURES, bool BF16> struct Half {
   using T = float;
   using Element = uint16_t;
@@ -71,7 +73,8 @@ template <int FEATURES, bool BF16> struct Half {
     if constexpr (BF16) {
       b += Fragment::rows_first(PITCH);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {  // two neighbouring fragments of W are one operand of 16 columns
+      // two neighbouring fragments of W are one operand of 16 columns
+      for (int j = 0; j < 4; ++j) {
         const uint32_t x[4] = {device::pack_bf16(w[2 * j][0], w[2 * j][1]), device::pack_bf16(w[2 * j][2], w[2 * j][3]),
                                device::pack_bf16(w[2 * j + 1][0], w[2 * j + 1][1]),
                                device::pack_bf16(w[2 * j + 1][2], w[2 * j + 1][3])};
@@ -87,7 +90,8 @@ template <int FEATURES, bool BF16> struct Half {
       const Fragment fragment;
       b += 2 * fragment.quad * PITCH + 2 * fragment.group;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {  // the order of a product's 8 terms is free: term t is column 2t, term t + 4 column 2t + 1
+      // the order of a product's 8 terms is free: term t is column 2t, term t + 4 column 2t + 1
+      for (int j = 0; j < 8; ++j) {
         const uint32_t x[4] = {rounded_to_tf32(w[j][0]), rounded_to_tf32(w[j][2]), rounded_to_tf32(w[j][1]),
                                rounded_to_tf32(w[j][3])};
 #pragma unroll
@@ -102,7 +106,8 @@ template <int FEATURES, bool BF16> struct Half {
   }
 };
 
-// float32 rows multiplied as TF32. The order of a product's 8 terms is free: term t is feature 2t, term t + 4 feature 2t + 1.
+// float32 rows multiplied as TF32. The order of a product's 8 terms is free: term t is feature 2t,
+// term t + 4 feature 2t + 1.
 template <int FEATURES> struct Tf32 {
   using T = float;
   using Element = float;
@@ -143,7 +148,8 @@ template <int FEATURES> struct Tf32 {
   }
 };
 
-// float and double rows by multiply-adds. W comes from shared memory (`SharedTile`), because a lane needs the weights of its whole row.
+// float and double rows by multiply-adds. W comes from shared memory (`SharedTile`), because a lane
+// needs the weights of its whole row.
 template <class Number, int FEATURES> struct Simt {
   using T = Number;
   using Element = Number;
@@ -154,7 +160,8 @@ template <class Number, int FEATURES> struct Simt {
   };
   static DEVICE Vector vector(const unsigned char* p) { return *reinterpret_cast<const Vector*>(p); }
 
-  // Sums over a chunk of features begin at 0: one long chain would round in one direction where rows are nearly equal.
+  // Sums over a chunk of features begin at 0: one long chain would round in one direction where
+  // rows are nearly equal.
   static DEVICE void similarities(T (&s)[8][4], const unsigned char* a, const unsigned char* b) {
     const Fragment fragment;
     a += fragment.row(0) * PITCH;
@@ -197,8 +204,8 @@ template <class Number, int FEATURES> struct Simt {
   }
 };
 
-// A tile in shared memory, for loops that are too long to be unrolled: pair `number` of a thread is at number·THREADS + thread,
-// whose bank is the thread's own.
+// A tile in shared memory, for loops that are too long to be unrolled: pair `number` of a thread is
+// at number·THREADS + thread, whose bank is the thread's own.
 template <class T> struct SharedTile {
   T* x;
   static constexpr int BYTES = SIDE * SIDE * sizeof(T);

@@ -1,14 +1,16 @@
-// The fast kernels (sweeps.h) of bfloat16 rows for sm_90a, without symmetric tiles: products of whole warpgroups (wgmma), which
-// run while exponentials are computed.
+// The fast kernels (sweeps.h) of bfloat16 rows for sm_90a, without symmetric tiles: products of
+// whole warpgroups (wgmma), which run while exponentials are computed.
 //
-// A block has 128 rows, 64 for each of two consumer warpgroups; a producer warpgroup copies the tiles of columns that they
-// walk over into stages of shared memory, one after the other. A stage is `full` when its copies and its columns' scalars have arrived, `empty` when both
-// consumers have read it. A consumer asks for the similarities S of the next tile before it takes this one's exponentials.
-// Its weights W are the other product's operand from registers, by quarters: one is computed while those before are being
-// multiplied, and the last ones still are when the next tile begins.
+// A block has 128 rows, 64 for each of two consumer warpgroups; a producer warpgroup copies the
+// tiles of columns that they walk over into stages of shared memory, one after the other. A stage
+// is `full` when its copies and its columns' scalars have arrived, `empty` when both consumers have
+// read it. A consumer asks for the similarities S of the next tile before it takes this one's
+// exponentials. Its weights W are the other product's operand from registers, by quarters: one is
+// computed while those before are being multiplied, and the last ones still are when the next tile
+// begins.
 //
-// ptxas decides whether products really overlap with anything: it must not find them "serialized" (`python -m
-// tools.cuda_resources`). The places of the waits were chosen by that.
+// ptxas decides whether products really overlap with anything: it must not find them "serialized"
+// (`python -m tools.cuda_resources`). The places of the waits were chosen by that.
 #pragma once
 
 #include <optional>
@@ -20,15 +22,16 @@ namespace alphacl::hopper {
 
 constexpr int GROUP = 128, CONSUMERS = 2, GROUP_ROWS = 64, BLOCK_ROWS = CONSUMERS * GROUP_ROWS;
 constexpr int THREADS = (CONSUMERS + 1) * GROUP;
-constexpr int LINE = 128;  // bytes of a row in shared memory: 64 features; a tile of more is several such boxes
+// bytes of a row in shared memory: 64 features; a tile of more is several such boxes
+constexpr int LINE = 128;
 
 struct Args {
   Sweep sweep;
   device::TensorMap rows[2], cols[2];  // of a tile's first half and of its second
 };
 
-// Where the rows of a side's tiles are: of two views a tile of SIZE rows holds SIZE/2 pairs, first the rows of one view, then
-// their partners. Rows that do not exist are zeros in shared memory.
+// Where the rows of a side's tiles are: of two views a tile of SIZE rows holds SIZE/2 pairs, first
+// the rows of one view, then their partners. Rows that do not exist are zeros in shared memory.
 template <int SIZE> struct Tiling {
   int count, start, half, pairs;  // pair numbers in all, and in a tile
   bool paired;
@@ -36,7 +39,8 @@ template <int SIZE> struct Tiling {
       : count(int(paired ? half : n)), start(int(start)), half(int(half)), pairs(paired ? SIZE / 2 : SIZE), paired(paired) {}
   DEVICE int pair(int tile, int i) const { return tile * pairs + (paired ? i % (SIZE / 2) : i); }
   DEVICE int row(int tile, int i) const { return start + pair(tile, i) + (paired && i >= SIZE / 2 ? half : 0); }
-  DEVICE int y(int tile, int second) const { return tile * pairs + (paired ? 0 : second * (SIZE / 2)); }  // in its tensor map
+  // in its tensor map
+  DEVICE int y(int tile, int second) const { return tile * pairs + (paired ? 0 : second * (SIZE / 2)); }
 };
 DEVICE Tiling<BLOCK_ROWS> row_tiling(const Sweep& a) { return {a.n_rows, a.row_start, a.half, a.rows_paired != 0}; }
 template <int N> DEVICE Tiling<N> column_tiling(const Sweep& a) {
@@ -55,7 +59,8 @@ template <int N> struct Schedule {
     ragged = a.n_cols % N != 0;
     at = int(device::block_y()) * each < tiles ? int(device::block_y()) * each : tiles;
     end = at + each < tiles ? at + each : tiles;
-    tile = int((unsigned(first) + unsigned(at)) % unsigned(tiles));  // of 64 bits it were a call, with too many registers
+    // of 64 bits it were a call, with too many registers
+    tile = int((unsigned(first) + unsigned(at)) % unsigned(tiles));
   }
   DEVICE bool none() const { return at >= end; }
   DEVICE bool last() const { return at == end - 1; }
@@ -66,7 +71,8 @@ template <int N> struct Schedule {
   }
 };
 
-// Which pairs of a tile count, of a consumer's thread, whose columns are 8m + 2t + p: by distances from its first column.
+// Which pairs of a tile count, of a consumer's thread, whose columns are 8m + 2t + p: by distances
+// from its first column.
 template <int N> struct Mask {
   int own[2], last, apart;  // apart: by how much the second half's columns are numbered too high
   DEVICE Mask(const Sweep& a, int tile, int row) {
@@ -83,8 +89,8 @@ template <int N> struct Mask {
   }
 };
 
-// A tile's stage in shared memory and the slot of its columns' scalars. Scalars have one slot more than
-// there are stages, because a stage may be refilled while its scalars are still being read.
+// A tile's stage in shared memory and the slot of its columns' scalars. Scalars have one slot more
+// than there are stages, because a stage may be refilled while its scalars are still being read.
 template <int STAGES> struct StageOf {
   int stage = 0, phase = 0, scalars = 0;
   DEVICE void next() {
@@ -127,7 +133,8 @@ template <int K, int N, int STAGES, class Scalars> struct Memory {
     device::sync();
   }
 
-  // The producer warpgroup: a thread of the first N for each column, of which one starts the copies.
+  // The producer warpgroup: a thread of the first N for each column, of which one starts the
+  // copies.
   static DEVICE void produce(const Args& args, float inv_unit) {
     const Sweep& a = args.sweep;
     const int thread = device::thread() - CONSUMERS * GROUP;
@@ -153,7 +160,8 @@ template <int K, int N, int STAGES, class Scalars> struct Memory {
     alphacl::Scalars<float, FAST_SCALARS> ahead = scalars_of(schedule.tile);
 #pragma unroll 1
     while (!schedule.none()) {
-      device::barrier_wait(empty(now.stage), now.phase ^ 1);  // of a fresh barrier the phase before its first is over
+      // of a fresh barrier the phase before its first is over
+      device::barrier_wait(empty(now.stage), now.phase ^ 1);
       if (thread == 0) {
         device::barrier_expect(full(now.stage), STAGE);
         for (int second = 0; second < 2; ++second)
@@ -180,7 +188,8 @@ template <int K, int N, int STAGES, class Scalars> struct Memory {
 
   // Starts S (64, N) = a warpgroup's rows · a stage's columns.
   static DEVICE void similarities(float (&s)[N / 2], int group, int k) {
-    // Told anew for every tile that all lanes agree, or eight descriptors of the rows would stay in registers.
+    // Told anew for every tile that all lanes agree, or eight descriptors of the rows would stay in
+    // registers.
     const uint64_t a = device::matrix_descriptor(rows(device::uniform(group)), 0, 8 * LINE);
     const uint64_t b = device::matrix_descriptor(stage(k), 0, 8 * LINE);
     device::product_begin();
@@ -222,7 +231,7 @@ struct Row {
   }
 };
 
-// --- sweep 1 -----------------------------------------------------------------------------------------------------------
+// --- sweep 1 -------------------------------------------------------------------------------------
 
 template <int K, bool AFFINE, bool MOMENT> struct RowSums {
   using Args = hopper::Args;
@@ -247,7 +256,8 @@ template <int K, bool AFFINE, bool MOMENT> struct RowSums {
     const int group = device::thread() / GROUP;
     const Row row;
     const Exponential<AFFINE> exponential(a);
-    float scale[2], slope[2], origin[2], total[2][2] = {}, comp[2][2] = {};  // Σf, Σf·(t − moment_origin)
+    // Σf, Σf·(t − moment_origin)
+    float scale[2], slope[2], origin[2], total[2][2] = {}, comp[2][2] = {};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const auto s = row.scalars(a, r, 1.0f);
@@ -278,7 +288,8 @@ template <int K, bool AFFINE, bool MOMENT> struct RowSums {
 
     Schedule<N> schedule(a);
     StageOf<STAGES> now;
-    // Takes the sums of the tile whose S is there, while the next one's is on its way; the last one's is asked for once more.
+    // Takes the sums of the tile whose S is there, while the next one's is on its way; the last
+    // one's is asked for once more.
     const auto step = [&](const float(&s)[N / 2], float(&next)[N / 2]) {
       const bool last = schedule.last(), masked = schedule.masked();
       const int tile = schedule.tile;
@@ -316,12 +327,13 @@ template <int K, bool AFFINE, bool MOMENT> struct RowSums {
   }
 };
 
-// --- sweep 2 -----------------------------------------------------------------------------------------------------------
+// --- sweep 2 -------------------------------------------------------------------------------------
 
 template <int K, bool AFFINE> struct PairGrad {
   using Args = hopper::Args;
   static constexpr int N = K <= 128 ? 128 : 64, STAGES = 4, PIECES = 4, STEPS = N / 16 / PIECES;
-  static constexpr int PENDING = K == 64 ? 2 : 1;  // pieces still being multiplied when a tile ends: registers allow no more
+  // pieces still being multiplied when a tile ends: registers allow no more
+  static constexpr int PENDING = K == 64 ? 2 : 1;
   using M = Memory<K, N, STAGES, Four>;
   static constexpr int THREADS = hopper::THREADS, BLOCKS = 1, SHARED = M::BYTES;
 
@@ -379,7 +391,8 @@ template <int K, bool AFFINE> struct PairGrad {
     Schedule<N> schedule(a);
     StageOf<STAGES> now;
     int before = -1;  // stage of the tile whose W·F is under way
-    // Adds the tile whose S is there, while the next one's is on its way; the last one's is asked for once more.
+    // Adds the tile whose S is there, while the next one's is on its way; the last one's is asked
+    // for once more.
     const auto step = [&](const float(&s)[N / 2], float(&next)[N / 2]) {
       const bool last = schedule.last(), masked = schedule.masked();
       const int tile = schedule.tile, stage = now.stage;
@@ -428,10 +441,10 @@ template <int K, bool AFFINE> struct PairGrad {
   }
 };
 
-// --- launches ----------------------------------------------------------------------------------------------------------
+// --- launches ------------------------------------------------------------------------------------
 
-// Starts a kernel and returns null or what went wrong; nothing where another one is to serve the launch. These kernels serve
-// all rows of a region against all columns.
+// Starts a kernel and returns null or what went wrong; nothing where another one is to serve the
+// launch. These kernels serve all rows of a region against all columns.
 template <class Kernel> std::optional<const char*> start(const Sweep& a, void* stream) {
   if (hopper_mode == 0 || a.symmetric) return {};
   const int64_t most = INT32_MAX - 256;

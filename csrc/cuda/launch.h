@@ -8,7 +8,8 @@
 namespace alphacl {
 
 constexpr bool is_half(Dtype dtype) { return dtype == BFLOAT16 || dtype == FLOAT16; }
-// The longest rows whose gradient a kernel accumulates in registers; longer ones take chunks of features and write weights.
+// The longest rows whose gradient a kernel accumulates in registers; longer ones take chunks of
+// features and write weights.
 constexpr int largest_features(Dtype dtype) {
   return is_half(dtype) ? 256 : dtype == FLOAT64 ? 32 : dtype == TFLOAT32 ? 128 : 64;
 }
@@ -20,7 +21,8 @@ template <Dtype> const char* rows(bool finish, const PairRows& a, void* stream);
 
 // Whether the current device has the kernels of hopper.h for rows of this dtype.
 template <Dtype> __attribute__((visibility("hidden"))) bool has_hopper();
-// Whether they are taken: −1 where they serve a launch, 0 never, 1 always: what they cannot serve is then refused.
+// Whether they are taken: −1 where they serve a launch, 0 never, 1 always: what they cannot serve
+// is then refused.
 inline std::atomic<int> hopper_mode{-1};
 
 #define ALPHACL_DECLARE(DTYPE)                                          \

@@ -1,13 +1,12 @@
-// What crosses the border between Python and CUDA: one struct for a launch of a sweep, one for the passes over the
-// rows before and after the sweeps. backend/cuda.py mirrors both field by field. Row vectors have the accumulation
-// type T: double for float64 rows, float otherwise. A null pointer is an absent vector.
+// What crosses the border between Python and CUDA: one struct for a launch of a sweep, one for the
+// passes over the rows before and after the sweeps. backend/cuda.py mirrors both field by field.
+// Row vectors have the accumulation type T: double for float64 rows, float otherwise. A null
+// pointer is an absent vector.
 #pragma once
 
 #include <cstdint>
 
 #include "../generated/codes.h"
-
-enum class Gradient : int32_t { NONE = 0, PRODUCT = 1, WEIGHTS = 2 };
 
 // The buffers of a launch, in the order in which `Sweep` points to them.
 enum class Buffer : int32_t {
@@ -20,7 +19,8 @@ struct Sweep {
   const void* f;  // (rows, dim), `stride` elements apart
   const void *scale, *bias;  // (rows)
   const void *moment_origin, *row_weight, *shift, *argument_offset, *baseline;  // (anchors)
-  const void *tau, *unit;  // (): weights are divided by `unit` before they are rounded, gradients multiplied by it
+  // (): weights are divided by `unit` before they are rounded, gradients multiplied by it
+  const void *tau, *unit;
   void* sums;         // (splits [+ ring distances], [shift,] terms, anchors)
   void* df;           // (splits, n_out, dim) for the rows from `lo` on
   void* weight_sums;  // (splits, n)
@@ -30,7 +30,8 @@ struct Sweep {
   double constant_shift, params[3];
   int32_t dtype, dim, row_blocks, first_block, splits;
   int32_t begin, end;    // column tiles of a block's schedule
-  int32_t column_slice;  // symmetric: the sums of the columns at ring distance t go to slice column_slice + t
+  // symmetric: the sums of the columns at ring distance t go to slice column_slice + t
+  int32_t column_slice;
   int32_t kind;
   Form form;
   int32_t pair_grad;  // which sweep: 1 pair_grad, 0 row_sums
@@ -46,14 +47,17 @@ struct Sweep {
   int32_t aligned;    // set by the library: every row of f begins at a multiple of 16 bytes
 };
 
-// The passes for cosine similarity. Rows i and n_pairs + i of f, d and inv_norm are a positive pair.
+// The passes for cosine similarity. Rows i and n_pairs + i of f, d and inv_norm are a positive
+// pair.
 struct PairRows {
   const void *z1, *z2;  // (n_pairs, dim) inputs, stride1 and stride2 elements apart
-  void* f;              // (2·n_pairs, dim) unit rows in the accumulation type; half precision: the inputs, unchanged
+  // (2·n_pairs, dim) unit rows in the accumulation type; half precision: the inputs, unchanged
+  void* f;
   void* inv_norm;       // (2·n_pairs) 1/‖z‖, 0 for an all-zero row
   void* pos;            // (2·n_pairs) similarity of each row's positive pair
   void* d;              // (2·n_pairs, dim) in: Σ_j (g_ij + g_ji) F_j; out: the gradient in z
-  const void* q;        // weight of the positive pair: (n_pairs), or (2·n_pairs) where both of its rows are anchors
+  // weight of the positive pair: (n_pairs), or (2·n_pairs) where both of its rows are anchors
+  const void* q;
   int64_t n_pairs, stride1, stride2;
   int32_t dim, dtype, anchors;  // anchors of a pair: 1 or 2
 };

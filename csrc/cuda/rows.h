@@ -1,4 +1,5 @@
-// Normalisation with the positives' similarities before the sweeps, and its derivative after them: a warp per positive pair.
+// Normalisation with the positives' similarities before the sweeps, and its derivative after them:
+// a warp per positive pair.
 #pragma once
 
 #include "pairs.h"
@@ -33,7 +34,8 @@ template <class T> DEVICE T warp_max(T x) {
   return x;
 }
 
-// X is what a row is made of. Unit rows of the accumulation type; half precision rows stay as they are.
+// X is what a row is made of. Unit rows of the accumulation type; half precision rows stay as they
+// are.
 template <class X> struct UnitRows {
   using Args = PairRows;
   using T = typename Wide<X>::T;
@@ -47,7 +49,8 @@ template <class X> struct UnitRows {
     if (i >= a.n_pairs) return;
     const X* z[2] = {static_cast<const X*>(a.z1) + i * a.stride1, static_cast<const X*>(a.z2) + i * a.stride2};
     T safe[2], norm[2], inverse[2];
-    for (int v = 0; v < 2; ++v) {  // squares of the rows themselves could leave the range of the type
+    // squares of the rows themselves could leave the range of the type
+    for (int v = 0; v < 2; ++v) {
       T largest = 0;
       for (int d = lane; d < a.dim; d += 32) {
         const T x = wide(z[v][d]);

@@ -1,5 +1,6 @@
-// The two sweeps. Fast kernels serve the constant form of kinds whose log f is affine in t or a square, with one exponential
-// a pair, all in registers; general kernels serve every kind, form and term, pair by pair from shared memory.
+// The two sweeps. Fast kernels serve the constant form of kinds whose log f is affine in t or a
+// square, with one exponential a pair, all in registers; general kernels serve every kind, form and
+// term, pair by pair from shared memory.
 #pragma once
 
 #include "walk.h"
@@ -65,7 +66,7 @@ struct FastRows {
   }
 };
 
-// --- sweep 1 -----------------------------------------------------------------------------------------------------------
+// --- sweep 1 -------------------------------------------------------------------------------------
 
 template <class E, bool CHUNKS, bool SYMMETRIC> struct FastRowSums {
   using Args = Sweep;
@@ -123,7 +124,8 @@ template <class E, bool CHUNKS, bool SYMMETRIC> struct FastRowSums {
     }
   }
 
-  // Adds a tile's column sums up over the warps and writes them to the slice of their ring distance.
+  // Adds a tile's column sums up over the warps and writes them to the slice of their ring
+  // distance.
   static DEVICE void write_columns(
       const Sweep& a, const TileAt<float>& tile, const Fragment& fragment, bool moment, float (&column)[2][Fragment::COLUMNS]) {
     auto* spread = reinterpret_cast<float*>(M::rest());  // (warps, 2, columns)
@@ -161,7 +163,9 @@ template <class T> DEVICE T similarity(T product, const Side<T>& i, const Side<T
 }
 
 template <class T> struct Pair {
-  T t, log_f;  // t as moments take it: of the exp kind τ·log f, for where |t|/τ is large both must have been rounded together
+  // t as moments take it: of the exp kind τ·log f, for where |t|/τ is large both must have been
+  // rounded together
+  T t, log_f;
   bool counts;
 };
 template <class Kind, class T> DEVICE Pair<T> pair(T t, bool counts, const Numbers<T>& n) {
@@ -203,7 +207,8 @@ template <class T> DEVICE void add_terms(T (&sums)[SUM_COUNT], const Values<T>& 
   sums[DTAU] += y.dtau * (moment - side.baseline);
 }
 
-// Kahan sums of a thread's two rows in shared memory, its own words: beside a tile there are no registers for them.
+// Kahan sums of a thread's two rows in shared memory, its own words: beside a tile there are no
+// registers for them.
 template <class T, int COUNT> struct Totals {
   static constexpr int BYTES = 4 * COUNT * THREADS * int(sizeof(T));
   T* x;
@@ -266,7 +271,8 @@ template <class E, bool CHUNKS> struct RowSums {
       for (int r = 0; r < Fragment::ROWS; ++r) shift[r] = larger(shift[r], row_max(largest[r]));
     };
 
-    // Online softmax: makes the sums so far relative to the largest log f of the rows with this tile.
+    // Online softmax: makes the sums so far relative to the largest log f of the rows with this
+    // tile.
     const auto rescale = [&](auto kind, const Meeting& meet, const T* cols, T(&finite)[2]) {
       T largest[2] = {-INFINITE<T>, -INFINITE<T>};
 #pragma unroll 1
@@ -345,7 +351,8 @@ template <class E, bool CHUNKS> struct RowSums {
     }
   }
 
-  // Adds a tile's column results up over the warps and writes them to the slice of their ring distance.
+  // Adds a tile's column results up over the warps and writes them to the slice of their ring
+  // distance.
   static DEVICE void write_columns(const Sweep& a, const TileAt<T>& tile, int shifts) {
     device::sync();
     const int j = device::thread();
@@ -367,7 +374,7 @@ template <class E, bool CHUNKS> struct RowSums {
   }
 };
 
-// --- sweep 2 -----------------------------------------------------------------------------------------------------------
+// --- sweep 2 -------------------------------------------------------------------------------------
 
 // Writes a block's weights w (already times the columns' scales) for a cuBLAS product.
 template <class E> DEVICE void write_weights(const Sweep& a, int64_t tile, typename E::T (&w)[8][4]) {
@@ -381,7 +388,8 @@ template <class E> DEVICE void write_weights(const Sweep& a, int64_t tile, typen
     for (int q = 0; q < Fragment::COLUMNS; ++q) {
       const Place j = column_place(a, tile, fragment.column(q));
       if (!j.keep) continue;
-      const auto value = r == 0 ? Fragment::at(w, 0, q) : Fragment::at(w, 1, q);  // r is no constant, and registers have no index
+      // r is no constant, and registers have no index
+      const auto value = r == 0 ? Fragment::at(w, 0, q) : Fragment::at(w, 1, q);
       const int64_t at = row + j.row - a.col_start;
       if constexpr (E::IS_BF16) static_cast<uint16_t*>(a.weights)[at] = uint16_t(device::pack_bf16(value, 0.0f));
       else if constexpr (E::TENSOR_CORES) static_cast<float*>(a.weights)[at] = device::from_bits(rounded_to_tf32(value));
@@ -451,7 +459,8 @@ template <class E, bool CHUNKS> struct PairGrad {
   using Args = Sweep;
   using T = typename E::T;
   using M = Memory<E, CHUNKS, ALL_SCALARS>;
-  static constexpr int THREADS = alphacl::THREADS, BLOCKS = 1, OF_WEIGHTS = SUM_COUNT;  // the totals' last: Σ_j (g_ij + g_ji)
+  // the totals' last: Σ_j (g_ij + g_ji)
+  static constexpr int THREADS = alphacl::THREADS, BLOCKS = 1, OF_WEIGHTS = SUM_COUNT;
   static constexpr int TOTALS_AT = M::REST + SharedTile<T>::BYTES;
   static constexpr int SHARED = TOTALS_AT + Totals<T, SUM_COUNT + 1>::BYTES;
 

@@ -1,4 +1,5 @@
-// How a block walks over the tiles of its rows: which tiles, how they come into shared memory, their similarities.
+// How a block walks over the tiles of its rows: which tiles, how they come into shared memory,
+// their similarities.
 #pragma once
 
 #include "engine.h"
@@ -7,9 +8,11 @@
 
 namespace alphacl {
 
-constexpr int STAGES = 2;  // tiles in shared memory: one is multiplied while the other is being copied
+// tiles in shared memory: one is multiplied while the other is being copied
+constexpr int STAGES = 2;
 
-// Where a row of a block is: of two views a block holds 32 pairs, first the rows of one view, then their partners.
+// Where a row of a block is: of two views a block holds 32 pairs, first the rows of one view, then
+// their partners.
 struct Place {
   int64_t row;   // of f; of a row that does not exist some other's
   int64_t pair;  // rows of the two sides with the same number are the same pair
@@ -28,8 +31,9 @@ DEVICE Place column_place(const Sweep& a, int64_t tile, int j) {
   return Place(tile, j, a.n_cols, a.col_start, a.half, a.cols_paired);
 }
 
-// The order in which a block meets the column tiles: a ring that starts with the tile of the block's first pair. A split takes
-// the positions [begin, end). The first `special` positions hold pairs that do not meet.
+// The order in which a block meets the column tiles: a ring that starts with the tile of the
+// block's first pair. A split takes the positions [begin, end). The first `special` positions hold
+// pairs that do not meet.
 struct Schedule {
   int64_t tiles, first;
   int begin, end, special;
@@ -43,7 +47,8 @@ struct Schedule {
     begin = a.begin, end = a.end;
     // Half way round an even ring both ends meet: the first half of the blocks serves that tile.
     if (a.triangle && a.symmetric && tiles % 2 == 0 && block >= tiles / 2 && end > tiles / 2) end = int(tiles / 2);
-    if (a.symmetric && (block + 1) * SIDE > a.n_rows) special = end;  // rows that do not exist must not count for columns
+    // rows that do not exist must not count for columns
+    if (a.symmetric && (block + 1) * SIDE > a.n_rows) special = end;
     const int each = (end - begin + a.splits - 1) / a.splits;
     begin = begin + split * each < end ? begin + split * each : end;
     end = begin + each < end ? begin + each : end;
@@ -57,7 +62,8 @@ struct Schedule {
 enum Scalar : int {
   SCALE = 0, BIAS = 1, MOMENT_ORIGIN = 2, ROW_WEIGHT = 3, SHIFT = 4, ARGUMENT_OFFSET = 5, BASELINE = 6, ALL_SCALARS = 7
 };
-// Fast kernels need two: the scale, and the row weight (pair_grad) or the moment's origin (row_sums).
+// Fast kernels need two: the scale, and the row weight (pair_grad) or the moment's origin
+// (row_sums).
 constexpr int FAST_SCALARS = 2, SECOND = 1;
 
 template <class T, int COUNT> struct Scalars {
@@ -81,7 +87,8 @@ template <class T, int COUNT> DEVICE Scalars<T, COUNT> scalars(const Sweep& a, i
   return s;
 }
 
-// A block's shared memory. E is the engine; with CHUNKS, rows are longer than E::K features and tiles of both sides pass by.
+// A block's shared memory. E is the engine; with CHUNKS, rows are longer than E::K features and
+// tiles of both sides pass by.
 template <class E, bool CHUNKS, int SCALARS> struct Memory {
   using T = typename E::T;
   static constexpr int TILE = SIDE * E::PITCH, VECTORS = SCALARS * SIDE * int(sizeof(T));
@@ -123,8 +130,8 @@ template <class T> struct TileAt {
   const unsigned char* features;  // of its columns, where whole rows fit
 };
 
-// Calls use(s, tile) for every tile of this block's part of the schedule; s holds the products ⟨f_i, f_j⟩. Between two calls
-// all threads pass a barrier.
+// Calls use(s, tile) for every tile of this block's part of the schedule; s holds the products
+// ⟨f_i, f_j⟩. Between two calls all threads pass a barrier.
 template <class E, bool CHUNKS, int SCALARS, class Use>
 DEVICE void walk(const Sweep& a, const Schedule& schedule, int64_t block, typename E::T no_shift, typename E::T inv_unit, Use&& use) {
   using T = typename E::T;
@@ -206,7 +213,8 @@ struct Meeting {
   }
 };
 
-// A sum over a row arrives in thousands of parts: Kahan's compensated sum. An infinite total stays what it is.
+// A sum over a row arrives in thousands of parts: Kahan's compensated sum. An infinite total stays
+// what it is.
 template <class T> DEVICE void add(T& total, T& comp, T x) {
   const T y = x - comp, sum = total + y, rest = (sum - total) - y;
   total = sum;
@@ -231,8 +239,9 @@ template <class T> DEVICE T column_max(T x) {
   for (int lanes = 4; lanes <= 16; lanes *= 2) x = larger(x, device::shuffle_xor(x, lanes));
   return x;
 }
-// Of a thread's 16 columns at once (recursive halving): x[q] of column `column(q)` comes in, x[p] of column 8·group + 2·quad + p
-// goes out, p = 0, 1. HALF values are sent to the lane that keeps them in each of three exchanges.
+// Of a thread's 16 columns at once (recursive halving): x[q] of column `column(q)` comes in, x[p]
+// of column 8·group + 2·quad + p goes out, p = 0, 1. HALF values are sent to the lane that keeps
+// them in each of three exchanges.
 template <int HALF = 8, class T> DEVICE void column_sums(T (&x)[16]) {
   const bool upper = (device::thread() % 32 & 2 * HALF) != 0;
 #pragma unroll

@@ -10,3 +10,4 @@ enum Term : int32_t { F = 0, DF = 1, F_MOMENT = 2, DF_MOMENT = 3, DTAU = 4, SHIF
 constexpr int SUM_COUNT = 5, TERM_COUNT = 7;
 enum WeightCode : int32_t { WEIGHT_F = 0, WEIGHT_DF = 1, WEIGHT_F_PLUS_DF = 2 };
 enum class Form : int32_t { CONSTANT = 0, ONLINE = 1, PLAIN = 2, T_MAX = 3 };
+enum class Gradient : int32_t { NONE = 0, PRODUCT = 1, WEIGHTS = 2 };

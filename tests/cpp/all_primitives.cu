@@ -1,5 +1,5 @@
-// Kernels that call every primitive of csrc/cuda/device.h: that the assembler takes them, for sm_80 and, with -DWITH_HOPPER, for
-// sm_90a.
+// Kernels that call every primitive of csrc/cuda/device.h: that the assembler takes them, for sm_80
+// and, with -DWITH_HOPPER, for sm_90a.
 #include "../../csrc/cuda/device.h"
 
 struct Everywhere {

@@ -1,5 +1,6 @@
-// The GPU as tests/emulator/device_host.h emulates it: that primitives do what device.h and the PTX manual say, that misuse is
-// noticed, and that the order of threads is what device::schedule() says.
+// The GPU as tests/emulator/device_host.h emulates it: that primitives do what device.h and the PTX
+// manual say, that misuse is noticed, and that the order of threads is what device::schedule()
+// says.
 //
 //   test_device                all of that
 //   test_device --race NAME    a kernel with a race, for ThreadSanitizer to object to; `--races` lists the names
@@ -57,11 +58,12 @@ template <int THREADS, class Body> void expect_error(const char* wanted, size_t 
     const std::string error = launch<THREADS>(1, 1, shared_bytes, body);
     if (error.find(wanted) == std::string::npos) fail("'%s' instead of '%s', seed %d", error.c_str(), wanted, seed);
   }
-  const std::string after = launch<THREADS>(1, 1, 0, [] { device::sync(); });  // a launch that failed leaves nothing behind
+  // a launch that failed leaves nothing behind
+  const std::string after = launch<THREADS>(1, 1, 0, [] { device::sync(); });
   if (!after.empty()) fail("after '%s': %s", wanted, after.c_str());
 }
 
-// --- numbers -----------------------------------------------------------------------------------------------------------
+// --- numbers -------------------------------------------------------------------------------------
 
 double value_f16(uint32_t bits) {  // by its definition
   const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
@@ -80,7 +82,8 @@ template <class Value> uint32_t nearest(float x, uint32_t infinity, Value value)
     const uint32_t middle = (low + high) / 2;
     (value(middle) <= wanted ? low : high) = middle;
   }
-  const double beyond = high == infinity ? 2 * value(low) - value(low - 1) : value(high);  // as if exponents went on
+  // as if exponents went on
+  const double beyond = high == infinity ? 2 * value(low) - value(low - 1) : value(high);
   const double below = wanted - value(low), above = beyond - wanted;
   const bool up = std::isinf(wanted) || above < below || (above == below && low % 2);
   return (up ? high : low) | (std::signbit(x) ? 0x8000 : 0);
@@ -113,7 +116,7 @@ void test_numbers() {
   CHECK(device::exp2_approx(3.0f) == 8.0f && device::exp2_approx(-INFINITY) == 0.0f && std::isnan(device::exp2_approx(NAN)));
 }
 
-// --- threads -----------------------------------------------------------------------------------------------------------
+// --- threads -------------------------------------------------------------------------------------
 
 void test_order() {
   std::set<std::vector<int>> orders;
@@ -222,7 +225,7 @@ void test_errors() {
   CHECK(none == "a grid without blocks");
 }
 
-// --- copies ------------------------------------------------------------------------------------------------------------
+// --- copies --------------------------------------------------------------------------------------
 
 void test_copies() {
   for (const int seed : SEEDS) {
@@ -255,7 +258,7 @@ void test_copies() {
   }
 }
 
-// --- matrices ----------------------------------------------------------------------------------------------------------
+// --- matrices ------------------------------------------------------------------------------------
 
 void test_loading() {
   for (const int seed : SEEDS) {
@@ -340,11 +343,12 @@ void test_products(Format format) {
   }
 }
 
-// --- mbarriers and tensor copies ---------------------------------------------------------------------------------------
+// --- mbarriers and tensor copies -----------------------------------------------------------------
 
 constexpr int STAGE = 8 * 128;  // bytes of a box of 8 rows of 64 elements
 
-// A warp copies the boxes of a column of `image` one after the other into two stages, a warpgroup reads them.
+// A warp copies the boxes of a column of `image` one after the other into two stages, a warpgroup
+// reads them.
 struct Ring {
   int pitch, boxes;
   std::vector<uint16_t> image;
@@ -404,10 +408,10 @@ void test_ring() {
   }
 }
 
-// --- products of a warpgroup -------------------------------------------------------------------------------------------
+// --- products of a warpgroup ---------------------------------------------------------------------
 
-// Operands of 64 values of k as device_host_hopper.h says they lie: the 16-byte piece at row (K-major) or k (MN-major)
-// modulo 8, exclusive-or, of its line.
+// Operands of 64 values of k as device_host_hopper.h says they lie: the 16-byte piece at row
+// (K-major) or k (MN-major) modulo 8, exclusive-or, of its line.
 void place_k_major(unsigned char* to, int i, int k, uint16_t bits) {
   std::memcpy(to + i * 128 + (k / 8 ^ i % 8) * 16 + k % 8 * 2, &bits, 2);
 }
@@ -417,7 +421,8 @@ void place_mn_major(unsigned char* to, int leading, int k, int j, uint16_t bits)
 
 enum Hurry { NO, C_TOO_EARLY, OPERAND_TOO_EARLY, A_TOO_EARLY };
 
-// 64 × N from k = 64, by two warpgroups of which the second has twice the A; what a hurried one gets is garbage.
+// 64 × N from k = 64, by two warpgroups of which the second has twice the A; what a hurried one
+// gets is garbage.
 template <int N, int TRANS_B> void test_product(bool registers, Hurry hurry) {
   constexpr int A = 64 * 128, B = N * 128;
   std::vector<float> left(64 * 64), right(64 * N), before(64 * N), wanted(2 * 64 * N);
@@ -579,7 +584,7 @@ void test_hopper_errors() {
   });
 }
 
-// --- races ---------------------------------------------------------------------------------------------------------------
+// --- races ---------------------------------------------------------------------------------------
 
 struct Race {
   const char* name;
@@ -617,7 +622,7 @@ const Race RACES[] = {
     {"operand", [] { test_product<64, 0>(false, OPERAND_TOO_EARLY); }},
 };
 
-// ------------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 
 void time_block() {
   device::schedule(0);

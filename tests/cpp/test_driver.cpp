@@ -184,7 +184,8 @@ void test_pairs(const Case& c, const Plan& p) {
     for (int64_t s = r + 1; s < c.n; s++) {
       const int64_t same_block = !c.split && p.block(r / p.block_rows).first == p.block(s / p.block_rows).first;
       const bool meet = !c.split || (r < c.split && s >= c.split);
-      CHECK(met[size_t(r * c.n + s)] == meet + same_block, c.name());  // a diagonal tile is a full square
+      // a diagonal tile is a full square
+      CHECK(met[size_t(r * c.n + s)] == meet + same_block, c.name());
     }
 }
 

@@ -1,12 +1,15 @@
-// The kernels of csrc/cpu through their C interface, against plain loops written from the definitions in docs/design.md.
+// The kernels of csrc/cpu through their C interface, against plain loops written from the
+// definitions in docs/design.md.
 //
-// The reference shares no code with the kernels. It evaluates every pair three times, at t and at t ± the most that a
-// similarity can be off by in the dtype that sums are made in: what a result may differ by follows from that (a kink in
-// reach, a steep exponential), plus the rounding of the sums themselves. So a tolerance is neither a guess nor a matter of
-// luck with the seed; `run.py` compiles this file and the kernels with sanitizers.
+// The reference shares no code with the kernels. It evaluates every pair three times, at t and at t
+// ± the most that a similarity can be off by in the dtype that sums are made in: what a result may
+// differ by follows from that (a kink in reach, a steep exponential), plus the rounding of the sums
+// themselves. So a tolerance is neither a guess nor a matter of luck with the seed; `run.py`
+// compiles this file and the kernels with sanitizers.
 //
-// Every output and input is an allocation of its own of exactly the size that the interface promises, outputs hold NaN
-// before each call, and so does the driver's workspace where the linker can wrap its allocation (ALPHACL_WRAPPED).
+// Every output and input is an allocation of its own of exactly the size that the interface
+// promises, outputs hold NaN before each call, and so does the driver's workspace where the linker
+// can wrap its allocation (ALPHACL_WRAPPED).
 
 #include <algorithm>
 #include <array>
@@ -69,7 +72,8 @@ __attribute__((format(printf, 1, 2))) void fail(const char* format, ...) {
   }
 }
 
-// A tile that waits for ever is a failure, too: `alarm` ends the test with the name of what was under way.
+// A tile that waits for ever is a failure, too: `alarm` ends the test with the name of what was
+// under way.
 char under_way[1500] = "nothing";
 void watch(const std::string& what, unsigned seconds = 900) {
   std::snprintf(under_way, sizeof(under_way), "FAILED: does not end: %s\n", what.c_str());
@@ -80,7 +84,7 @@ extern "C" void give_up(int) {
   _exit(1);
 }
 
-// --- chance, the same everywhere ------------------------------------------------------------------------------------
+// --- chance, the same everywhere -----------------------------------------------------------------
 
 class Random {
  public:
@@ -92,7 +96,8 @@ class Random {
     return z ^ z >> 31;
   }
   double uniform(double low, double high) { return low + (high - low) * double(bits() >> 11) * 0x1p-53; }
-  int64_t integer(int64_t low, int64_t high) { return low + int64_t(bits() % uint64_t(high - low + 1)); }  // both included
+  // both included
+  int64_t integer(int64_t low, int64_t high) { return low + int64_t(bits() % uint64_t(high - low + 1)); }
   bool chance(double p) { return uniform(0, 1) < p; }
   double normal() {
     const double r = std::sqrt(-2 * std::log(uniform(1e-300, 1)));
@@ -105,7 +110,7 @@ class Random {
   uint64_t state_;
 };
 
-// --- memory ---------------------------------------------------------------------------------------------------------
+// --- memory --------------------------------------------------------------------------------------
 
 #if defined(ALPHACL_WRAPPED)
 extern "C" int __real_posix_memalign(void** p, size_t alignment, size_t size);
@@ -113,8 +118,9 @@ extern "C" int __real_posix_memalign(void** p, size_t alignment, size_t size);
 int __real_posix_memalign(void** p, size_t alignment, size_t size) { return posix_memalign(p, alignment, size); }
 #endif
 
-// Exactly `size` elements: the sanitizer's red zone begins at the next byte. They are aligned as torch aligns a tensor, or
-// start `skip` elements later, because rows of a caller's matrix are aligned to their elements and to nothing more.
+// Exactly `size` elements: the sanitizer's red zone begins at the next byte. They are aligned as
+// torch aligns a tensor, or start `skip` elements later, because rows of a caller's matrix are
+// aligned to their elements and to nothing more.
 template <class T> class Exact {
  public:
   explicit Exact(int64_t size = 0, int64_t skip = 0)
@@ -144,8 +150,8 @@ template <class T> class Exact {
 };
 
 #if defined(ALPHACL_WRAPPED)
-// The driver's workspace, NaN when it comes and again before every call (the driver keeps it from one call to the next):
-// a kernel that reads what it has not written shows.
+// The driver's workspace, NaN when it comes and again before every call (the driver keeps it from
+// one call to the next): a kernel that reads what it has not written shows.
 std::mutex workspace_mutex;
 std::map<void*, size_t> workspace;
 extern "C" void __real_free(void* p);
@@ -171,7 +177,7 @@ void poison_workspace() {
 void poison_workspace() {}
 #endif
 
-// --- dtypes ---------------------------------------------------------------------------------------------------------
+// --- dtypes --------------------------------------------------------------------------------------
 
 uint16_t to_bfloat16(double x) {  // truncated: which neighbour it is does not matter
   const float y = float(x);
@@ -190,7 +196,8 @@ uint16_t to_float16(double x) {  // truncated, finite
   int exponent;
   std::frexp(a, &exponent);
   const int e = std::max(exponent - 1, -14);  // 2^e <= a, or the subnormals' exponent
-  const auto steps = uint32_t(std::ldexp(a, 10 - e));  // in units of 2^(e − 10), with the leading one of a normal number
+  // in units of 2^(e − 10), with the leading one of a normal number
+  const auto steps = uint32_t(std::ldexp(a, 10 - e));
   const uint32_t magnitude = steps < 1024 ? steps : (uint32_t(e + 15) << 10 | (steps - 1024));
   return uint16_t(magnitude | (std::signbit(x) ? 0x8000u : 0u));
 }
@@ -203,10 +210,11 @@ double from_float16(uint16_t h) {
 bool is_double(int dtype) { return dtype == FLOAT64; }
 bool is_half(int dtype) { return dtype == BFLOAT16 || dtype == FLOAT16; }
 int64_t element_size(int dtype) { return dtype == FLOAT64 ? 8 : dtype == FLOAT32 ? 4 : 2; }
-double unit(int dtype) { return is_double(dtype) ? 0x1p-53 : 0x1p-24; }  // half an ulp of 1, of the accumulation dtype
+// half an ulp of 1, of the accumulation dtype
+double unit(int dtype) { return is_double(dtype) ? 0x1p-53 : 0x1p-24; }
 double round_to(int dtype, double x) { return is_double(dtype) ? x : double(float(x)); }
 
-// --- inputs ---------------------------------------------------------------------------------------------------------
+// --- inputs --------------------------------------------------------------------------------------
 
 // A row vector as the interface takes it; absent: a null pointer.
 class RowVector {
@@ -266,7 +274,8 @@ Data make_data(Random& random, int dtype, int64_t n, int64_t dim, bool extra) {
       row[size_t(k)] = mean[size_t(k)] + spread * random.normal();
       square += row[size_t(k)] * row[size_t(k)];
     }
-    // Rows of any length where their scale makes up for it; float16 reaches its subnormal numbers, bfloat16 goes far beyond.
+    // Rows of any length where their scale makes up for it; float16 reaches its subnormal numbers,
+    // bfloat16 goes far beyond.
     const int64_t exponent = random.integer(-1, 1) * (dtype == FLOAT16 ? 7 : 70);
     const double length = scaled ? std::ldexp(random.uniform(0.5, 1), int(exponent)) : 1;
     for (int64_t k = 0; k < dim; k++) {
@@ -315,7 +324,7 @@ Data make_data(Random& random, int dtype, int64_t n, int64_t dim, bool extra) {
   return d;
 }
 
-// --- a case -----------------------------------------------------------------------------------------------------------
+// --- a case --------------------------------------------------------------------------------------
 
 struct Variant {
   Form form;
@@ -365,7 +374,7 @@ template <class Function> void for_negatives(const Layout& l, int64_t n, int64_t
     if (j != i && (l.partner == 0 || std::llabs(i - j) != l.partner) && (l.ids.empty() || l.ids[i] != l.ids[j])) what(j);
 }
 
-// --- the definitions ------------------------------------------------------------------------------------------------
+// --- the definitions -----------------------------------------------------------------------------
 
 double power(double d, double q) { return d > 0 ? std::pow(d, q) : 0; }
 double power_slope(double d, double q) { return d > 0 ? q * std::pow(d, q - 1) : 0; }
@@ -458,7 +467,8 @@ double term(int k, const Pieces& y, double u, double baseline) {
   }
 }
 
-// The most that a kernel's number may be away from what the definition says where its similarities are off by up to delta.
+// The most that a kernel's number may be away from what the definition says where its similarities
+// are off by up to delta.
 Expected expected(const Data& d, Case& c) {
   const int64_t n = d.n, anchors = c.layout.anchors;
   const double u = unit(d.dtype), tiny = is_double(d.dtype) ? 1e-290 : 1e-30;
@@ -474,7 +484,8 @@ Expected expected(const Data& d, Case& c) {
       e.base.push_back(c.v.form == Form::CONSTANT ? c.constant_shift : best);
     }
   if (c.largest()) return e;
-  if (c.v.form == Form::ONLINE) {  // sums are relative to the base, which takes the place of a shift
+  // sums are relative to the base, which takes the place of a shift
+  if (c.v.form == Form::ONLINE) {
     std::vector<double> base = e.base;
     for (double& b : base) b = b == -INF ? 0 : b;
     c.shift.values = base, c.shift.present = true;
@@ -563,7 +574,7 @@ Expected expected(const Data& d, Case& c) {
   return e;
 }
 
-// --- drawing a case ---------------------------------------------------------------------------------------------------
+// --- drawing a case ------------------------------------------------------------------------------
 
 RowVector draw_vector(Random& random, int dtype, int64_t size, double low, double high) {
   std::vector<double> x;
@@ -571,7 +582,8 @@ RowVector draw_vector(Random& random, int dtype, int64_t size, double low, doubl
   return RowVector(dtype, std::move(x));
 }
 
-// A point in the middle of the widest gap between similarities, or beyond all of them: a kink there touches no pair.
+// A point in the middle of the widest gap between similarities, or beyond all of them: a kink there
+// touches no pair.
 double in_a_gap(Random& random, std::vector<double> t) {
   std::sort(t.begin(), t.end());
   const double beyond = t.back() + random.pick({0.05, 0.3, 1.0});
@@ -615,7 +627,8 @@ Case draw(Random& random, const Data& d, const Variant& v, const Layout& layout)
 
   bool shifted = random.chance(0.8);
   if (is_log(v.kind)) {
-    const double room = is_double(dtype) ? 500 : 60;  // half of log f's range for a constant shift, |log f| without a shift
+    // half of log f's range for a constant shift, |log f| without a shift
+    const double room = is_double(dtype) ? 500 : 60;
     for (;; c.tau *= 4) {
       double low = INF, high = -INF;
       for (double x : t) low = std::min(low, log_f(c, x)), high = std::max(high, log_f(c, x));
@@ -675,7 +688,7 @@ Case draw(Random& random, const Data& d, const Variant& v, const Layout& layout)
   return c;
 }
 
-// --- running and comparing ----------------------------------------------------------------------------------------------
+// --- running and comparing -----------------------------------------------------------------------
 
 struct Setting {
   int set;
@@ -795,7 +808,8 @@ template <class T> struct Comparison {
     }
     for (int64_t at = 0; at < int64_t(e.sums.size()); at++) {
       const double base = first ? e.base[size_t(at % anchors)] : 0;
-      const double factor = first && base > -INF ? std::exp(base - double(sums[at % anchors])) : 1;  // to the kernel's base
+      // to the kernel's base
+      const double factor = first && base > -INF ? std::exp(base - double(sums[at % anchors])) : 1;
       const Bounded& s = e.sums[size_t(at)];
       if (base == -INF) check("sums", at, sums[first + at], 0, 0);
       else check("sums", at, sums[first + at], s.value * factor, s.slack * factor * 1.01);
@@ -935,7 +949,8 @@ void test_random(Random& random, double share) {
         }
 }
 
-// Sizes where something ends: no negatives, one row against many, blocks that are full to the last row or begin with one.
+// Sizes where something ends: no negatives, one row against many, blocks that are full to the last
+// row or begin with one.
 void test_corners(Random& random, bool thorough) {
   const struct { int64_t n, dim; Layout layout; std::vector<int64_t> blocks; } corners[] = {
       {1, 1, {0, 0, 1}, {5, 48}},           {2, 1, {0, 1, 2}, {1, 48}},         {2, 3, {1, 0, 1}, {5, 240}},
@@ -989,7 +1004,7 @@ void test_coverage() {
       }
 }
 
-// --- before and after the sweeps ----------------------------------------------------------------------------------------
+// --- before and after the sweeps -----------------------------------------------------------------
 
 // Unit rows, inverse norms and positives; then the gradient's last step. `size` scales all rows.
 template <class T>
@@ -1105,7 +1120,7 @@ void test_pair_rows(Random& random, bool thorough) {
         }
 }
 
-// --- several callers, interruption, refusals ------------------------------------------------------------------------------
+// --- several callers, interruption, refusals -----------------------------------------------------
 
 // Sweeps run without the interpreter's lock, so Python's threads may be in the library at once.
 void test_callers(Random& random) {
@@ -1163,7 +1178,8 @@ void reset(int answers) {
 }  // namespace interpreter
 
 void test_interruption() {
-  constexpr int64_t n = 1000000, dim = 4;  // hours of work with sanitizers: only the watchdog would end it
+  // hours of work with sanitizers: only the watchdog would end it
+  constexpr int64_t n = 1000000, dim = 4;
   Exact<double> f(n * dim), row_weight(n), sums(n), df(n * dim);
   for (int64_t k = 0; k < n * dim; k++) f[k] = double(k % 7 - 3) / 16;
   for (int64_t k = 0; k < n; k++) row_weight[k] = 1;
@@ -1186,7 +1202,8 @@ void test_interruption() {
       if (interpreter::broken || !interpreter::held)
         fail("interruption: lock not taken and given in turn (%s, %d threads)", what, threads);
     }
-  s.n = s.anchors = 500, s.hi = 0, s.form = Form::T_MAX, s.gradient = 0;  // the next sweep is none the worse
+  // the next sweep is none the worse
+  s.n = s.anchors = 500, s.hi = 0, s.form = Form::T_MAX, s.gradient = 0;
   interpreter::reset(1000000);
   if (alphacl_cpu_sweep(&s) != OK || interpreter::broken || !interpreter::held) fail("interruption: the sweep after it");
 }
@@ -1201,7 +1218,8 @@ void test_refusals() {
     const bool here = set >= 0 && set < 6 && (mask >> (16 + set) & 1);
     s.instruction_set = set;
     int32_t multiple, largest;
-    // A set the compiler did not have falls back to the one before; what the processor lacks is refused.
+    // A set the compiler did not have falls back to the one before; what the processor lacks is
+    // refused.
     if (set >= 0 && set < 6 && !here && !(mask >> set & 1)) continue;
     const int status = alphacl_cpu_sweep(&s);
     if (status != (here ? OK : UNSUPPORTED)) fail("instruction set %d: runs here %d, status %d", set, here, status);
@@ -1215,7 +1233,7 @@ void test_refusals() {
   if (!*alphacl_cpu_build() || !*alphacl_cpu_sources()) fail("the library does not say what it was built from");
 }
 
-// --- elementary functions ---------------------------------------------------------------------------------------------
+// --- elementary functions ------------------------------------------------------------------------
 
 template <class T> struct Aligned {  // as the interface asks: 64 bytes, a multiple of 16 numbers
   explicit Aligned(size_t n) : data(static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64)))) {}
@@ -1278,7 +1296,8 @@ template <class T> void test_function(int which, const std::vector<int>& dtypes,
     }
 }
 
-template <class T> std::vector<T> positive_numbers(Random& random, int count) {  // all exponents alike
+// all exponents alike
+template <class T> std::vector<T> positive_numbers(Random& random, int count) {
   std::vector<T> x;
   using limits = std::numeric_limits<T>;
   for (int k = 0; k < count; k++) {
@@ -1343,7 +1362,8 @@ int main(int argc, char** argv) {
   timed("functions");
   test_pair_rows(random, thorough);
   timed("rows");
-  // The driver keeps its largest workspace, which is filled with NaN before every call: what needs much of it comes late.
+  // The driver keeps its largest workspace, which is filled with NaN before every call: what needs
+  // much of it comes late.
   test_corners(random, thorough);
   timed("corners");
   test_random(random, thorough ? 1 : 0.06);

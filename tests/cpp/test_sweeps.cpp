@@ -1,6 +1,7 @@
-// The CUDA kernels on the emulated GPU, against plain loops written from the definitions in docs/design.md. pytest compares far
-// more (tests/test_cuda.py); this program is for sanitizers: every tensor is an allocation of exactly its size, and with
-// ThreadSanitizer each thread of a block is one to it, so that a missing barrier is a reported race.
+// The CUDA kernels on the emulated GPU, against plain loops written from the definitions in
+// docs/design.md. pytest compares far more (tests/test_cuda.py); this program is for sanitizers:
+// every tensor is an allocation of exactly its size, and with ThreadSanitizer each thread of a
+// block is one to it, so that a missing barrier is a reported race.
 
 #include <cmath>
 #include <cstdio>
@@ -130,7 +131,8 @@ template <Dtype DTYPE> void sums(const Batch<DTYPE>& b, int kind, Form form, boo
     }
     double got_f = 0, got_ft = 0, got_max = -INFINITY;
     for (int slice = 0; slice < slices; ++slice) {
-      // Distance 0 of a triangle serves rows only, half way round an even ring only half of the blocks do.
+      // Distance 0 of a triangle serves rows only, half way round an even ring only half of the
+      // blocks do.
       const bool empty = symmetric && (b.cross ? (slice < 2) != (i < b.half) : slice == 2 || (tiles % 2 == 0 && slice == slices - 1));
       if (symmetric && !b.cross && slice > 2 + tiles / 2) continue;
       if (empty && (slice == 2 || b.cross)) continue;
@@ -220,7 +222,8 @@ int main(int count, char** arguments) {
   device::schedule(seed);
   hopper_mode = 1;
   all<BFLOAT16>({24, 300}, 1e-5, 4e-3);
-  const Batch<BFLOAT16> many_tiles(260, 136, false);  // so many that the stages of the Hopper kernels go round
+  // so many that the stages of the Hopper kernels go round
+  const Batch<BFLOAT16> many_tiles(260, 136, false);
   sums(many_tiles, EXP, Form::CONSTANT, false, 1e-5);
   gradients(many_tiles, EXP, Form::CONSTANT, 4e-3);
   hopper_mode = 0;

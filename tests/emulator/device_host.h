@@ -1,16 +1,20 @@
-// device.h on the host: the threads of a block are fibres of one thread of the operating system, blocks run one after the
-// other. Whatever hardware leaves open is chosen against the kernel:
+// device.h on the host: the threads of a block are fibres of one thread of the operating system,
+// blocks run one after the other. Whatever hardware leaves open is chosen against the kernel:
 //
-// - schedule(seed) orders lanes, warps and blocks: 0 ascending, 1 descending, else pseudo-random. A warp runs until it has to
+// - schedule(seed) orders lanes, warps and blocks: 0 ascending, 1 descending, else pseudo-random. A
+// warp runs until it has to
 //   wait for another one, so a missing barrier shows as a result that depends on the seed.
-// - Shared memory is an allocation of exactly the size asked for, filled with NaN before each block.
-// - Asynchronous copies arrive only where the kernel waits for them; until then their destination holds NaN.
-// - Under ThreadSanitizer each fibre counts as a thread of its own, which nothing orders after another but what orders memory
+// - Shared memory is an allocation of exactly the size asked for, filled with NaN before each
+// block.
+// - Asynchronous copies arrive only where the kernel waits for them; until then their destination
+// holds NaN.
+// - Under ThreadSanitizer each fibre counts as a thread of its own, which nothing orders after
+// another but what orders memory
 //   on the GPU: sync(), sync_some(), sync_warp(), mbarriers, the start and the end of a launch. As in CUDA, neither shuffles
 //   nor matrix operations do. Blocks of one launch are unordered too.
 //
-// Misuse (a barrier that not all reach, lanes of a warp at different operations, misaligned addresses, copies never waited
-// for…) ends the launch, which returns what went wrong.
+// Misuse (a barrier that not all reach, lanes of a warp at different operations, misaligned
+// addresses, copies never waited for…) ends the launch, which returns what went wrong.
 //
 // Matrix operations add up in float64 and round once to float32.
 #pragma once
@@ -26,7 +30,7 @@
 
 namespace device {
 
-// --- position, barriers, shuffles --------------------------------------------------------------------------------------
+// --- position, barriers, shuffles ----------------------------------------------------------------
 
 // The order of whatever happens at once: 0 ascending, 1 descending, else pseudo-random.
 inline void schedule(int seed) { emulation::seed() = seed; }
@@ -69,7 +73,7 @@ DEVICE int uniform(int x) {
   return x;
 }
 
-// --- asynchronous copies -----------------------------------------------------------------------------------------------
+// --- asynchronous copies -------------------------------------------------------------------------
 
 DEVICE void copy16(void* to, const void* from, int bytes) {
   using namespace emulation;
@@ -100,7 +104,7 @@ template <int N> DEVICE void copy_wait() {
   copies.erase(copies.begin(), copies.begin() + std::ptrdiff_t(done));
 }
 
-// --- numbers -----------------------------------------------------------------------------------------------------------
+// --- numbers -------------------------------------------------------------------------------------
 
 DEVICE float from_bits(uint32_t bits) {
   float x;
@@ -135,7 +139,8 @@ inline uint32_t to_f16(float x) {
   const uint32_t bits = to_bits(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
   if (x != x) return 0x7fffu;
   if (magnitude >= 0x477ff000u) return sign | 0x7c00u;  // 65520 and more round to infinity
-  if (magnitude < 0x38800000u)                          // below 2^-14: units of 2^-24, rounded by the addition
+  // below 2^-14: units of 2^-24, rounded by the addition
+  if (magnitude < 0x38800000u)
     return sign | (to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000u);
   return sign | ((magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13);
 }
@@ -150,7 +155,7 @@ DEVICE float exp2_approx(float x) {
   return y < 0x1p-126f ? 0.0f : y;
 }
 
-// --- matrices ----------------------------------------------------------------------------------------------------------
+// --- matrices ------------------------------------------------------------------------------------
 
 namespace emulation {
 
@@ -179,12 +184,14 @@ struct Fragments {
   uint32_t b[2];
 };
 
-// c += a · b for one warp; lane 4i + j holds a (i + 8m, 2j … of half h), b (2j … of half h, i) and c (i + 8m, 2j …).
+// c += a · b for one warp; lane 4i + j holds a (i + 8m, 2j … of half h), b (2j … of half h, i) and
+// c (i + 8m, 2j …).
 template <int K, class Unpack> void multiply(const char* name, float* c, const uint32_t* a, const uint32_t* b, Unpack unpack) {
   Fragments mine{c, a, {b[0], b[1]}};
   together(name, &mine, [&](Fragments** lanes) {
     constexpr int EACH = K / 8;  // elements in a register
-    using Pair = double __attribute__((vector_size(16), may_alias));  // which every processor has registers for
+    // which every processor has registers for
+    using Pair = double __attribute__((vector_size(16), may_alias));
     alignas(16) double sum[16][8], left[16][K], right[K][8];
     for (int lane = 0; lane < 32; lane++) {
       const Fragments& f = *lanes[lane];
@@ -238,7 +245,7 @@ DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
   emulation::multiply<8>("mma_tf32", c, a, b, [](uint32_t x, int) { return from_bits(x & ~0x1fffu); });
 }
 
-// --- launch ------------------------------------------------------------------------------------------------------------
+// --- launch --------------------------------------------------------------------------------------
 
 // Null, or what went wrong: a text that is good until this thread's next launch.
 template <class K>

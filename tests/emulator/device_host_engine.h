@@ -1,4 +1,5 @@
-// How device_host.h runs a kernel's threads: fibres, the order in which they take turns, and what they wait for.
+// How device_host.h runs a kernel's threads: fibres, the order in which they take turns, and what
+// they wait for.
 #pragma once
 
 #include <algorithm>
@@ -39,9 +40,10 @@ void __tsan_read_range(void* start, unsigned long bytes);
 }
 #endif
 
-// --- fibres ------------------------------------------------------------------------------------------------------------
+// --- fibres --------------------------------------------------------------------------------------
 
-// alphacl_switch(&from, to) saves the registers that a callee must preserve on the stack, whose pointer goes to `from`.
+// alphacl_switch(&from, to) saves the registers that a callee must preserve on the stack, whose
+// pointer goes to `from`.
 #if defined(__linux__) && defined(__x86_64__)
 #define ALPHACL_SAVED_REGISTERS 6
 asm(R"(
@@ -141,7 +143,8 @@ struct Fibre {
     stack = static_cast<unsigned char*>(memory) + GUARD;
     size = STACK;
 #ifdef ALPHACL_SAVED_REGISTERS
-    void** top = reinterpret_cast<void**>(stack + size);  // fresh memory is zero: registers, and the end of backtraces
+    // fresh memory is zero: registers, and the end of backtraces
+    void** top = reinterpret_cast<void**>(stack + size);
 #ifdef __x86_64__
     top[-2] = reinterpret_cast<void*>(entry);
     pointer = top - 2 - ALPHACL_SAVED_REGISTERS;
@@ -219,7 +222,7 @@ inline void acquire(void*) {}
 inline void release(void*) {}
 #endif
 
-// --- a block -----------------------------------------------------------------------------------------------------------
+// --- a block -------------------------------------------------------------------------------------
 
 struct Stop {};  // thrown through kernel bodies to end a launch
 
@@ -353,7 +356,8 @@ inline thread_local Thread* self = nullptr;
   throw Stop{};
 }
 
-// Lets others run. Whoever calls it has seen to it that somebody wakes this thread. Call it in a Quiet scope.
+// Lets others run. Whoever calls it has seen to it that somebody wakes this thread. Call it in a
+// Quiet scope.
 inline void wait(const char* operation) {
   Thread* const me = self;
   me->awaits = operation;
@@ -493,7 +497,8 @@ inline Engine& own_engine() {
   return *(engine = &of_this_thread);
 }
 
-// All lanes of a warp come here, each with a T of its own; the last to come calls execute(operands by lane).
+// All lanes of a warp come here, each with a T of its own; the last to come calls execute(operands
+// by lane).
 template <class T, class Execute> void together(const char* operation, T* operands, Execute execute) {
   Quiet quiet;
   Thread& me = *self;

@@ -1,20 +1,21 @@
 // What device.h has for sm_90a only, on the host.
 //
-// A tensor copy arrives as late as it can (schedule 0), at once (1), at any time (even schedules) or late and out of order
-// (odd); a product reads its operands and writes c when it is waited for, or earlier if the schedule is pseudo-random. Until
-// then their destinations hold NaN.
+// A tensor copy arrives as late as it can (schedule 0), at once (1), at any time (even schedules)
+// or late and out of order (odd); a product reads its operands and writes c when it is waited for,
+// or earlier if the schedule is pseudo-random. Until then their destinations hold NaN.
 //
-// Operands in shared memory lie in lines of 128 bytes (64 elements), of which eight, 1024 bytes, are one unit of the swizzle:
-// the address's bits 4 … 6, a 16-byte piece's place in its line, are exclusive-ored with bits 7 … 9, the line's place in its
-// unit. With addresses before that step:
+// Operands in shared memory lie in lines of 128 bytes (64 elements), of which eight, 1024 bytes,
+// are one unit of the swizzle: the address's bits 4 … 6, a 16-byte piece's place in its line, are
+// exclusive-ored with bits 7 … 9, the line's place in its unit. With addresses before that step:
 //
 //   K-major (A always, B without TRANS_B): row i has a line for 64 elements of k. Element (i, k) is at
 //     start + i / 8 · stride + i % 8 · 128 + 2k;   the next 16 of k follow at start + 32
 //   MN-major (B with TRANS_B): each k has lines for the N columns, 64 in a line. Element (k, j) is at
 //     start + j / 64 · leading + k / 8 · stride + k % 8 · 128 + j % 64 · 2
 //
-// A box of a tensor map arrives as such lines one after the other, so a box of 64 elements × n rows is a K-major operand of n
-// rows (stride 1024), and as well an MN-major one of n values of k (stride 1024; leading is the distance to the next box).
+// A box of a tensor map arrives as such lines one after the other, so a box of 64 elements × n rows
+// is a K-major operand of n rows (stride 1024), and as well an MN-major one of n values of k
+// (stride 1024; leading is the distance to the next box).
 #pragma once
 
 #include <deque>
@@ -24,7 +25,8 @@
 
 namespace device {
 
-// A two-dimensional tensor as cuTensorMapEncodeTiled describes it, with boxes of 128 bytes × box_rows.
+// A two-dimensional tensor as cuTensorMapEncodeTiled describes it, with boxes of 128 bytes ×
+// box_rows.
 struct TensorMap {
   const void* base;
   int element;  // bytes
@@ -147,7 +149,8 @@ inline Hopper& hopper() {
 }
 
 inline Mbarrier& find(const char* operation, uint64_t* b) {
-  if (b == nullptr || *b != MBARRIER) fail("%s at what is no mbarrier", operation);  // a read that races with a late init
+  // a read that races with a late init
+  if (b == nullptr || *b != MBARRIER) fail("%s at what is no mbarrier", operation);
   Quiet quiet;
   Hopper& h = hopper();
   const auto found = h.barriers.find(b);
@@ -175,7 +178,7 @@ inline void arrive(const char* operation, uint64_t* b, int bytes) {
 
 }  // namespace emulation
 
-// --- mbarriers and tensor copies ---------------------------------------------------------------------------------------
+// --- mbarriers and tensor copies -----------------------------------------------------------------
 
 DEVICE void barrier_init(uint64_t* b, int arrivals) {
   using namespace emulation;
@@ -237,7 +240,7 @@ DEVICE void tensor_copy(void* to, const TensorMap* map, int x, int y, uint64_t* 
   if (seed() == 1) deliver(hopper(), hopper().copies.size() - 1);
 }
 
-// --- products of a warpgroup -------------------------------------------------------------------------------------------
+// --- products of a warpgroup ---------------------------------------------------------------------
 
 // As PTX packs it: address, distances in units of 16 bytes, the kind of swizzle.
 DEVICE uint64_t matrix_descriptor(const void* start, int leading, int stride) {
@@ -371,7 +374,8 @@ template <int N> DEVICE void product_wait() {
     finish_products(products, products.group - N);
     release(&products.token);
   });
-  acquire(&hopper().products[self->warp].token);  // who knows that the wait is over knows that operands have been read
+  // who knows that the wait is over knows that operands have been read
+  acquire(&hopper().products[self->warp].token);
 }
 
 constexpr bool HOPPER = true;
