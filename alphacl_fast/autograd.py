@@ -51,9 +51,8 @@ class Features(NamedTuple):
             # offset of 100.
             centered = wide - (wide.mean(0) if center is None else center)
             return cls(Rows(centered, None, centered.square().sum(1) / -2), None)
-        largest = wide.abs().amax(
-            1
-        )  # squares of the rows themselves could leave the range of the dtype
+        # squares of the rows themselves could leave the range of the dtype
+        largest = wide.abs().amax(1)
         zero = largest == 0
         safe = torch.where(zero, 1.0, largest)
         scaled = wide / safe.unsqueeze(1)
@@ -375,9 +374,8 @@ class UnitRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor | None, *of_saved: Tensor | None) -> Tensor | None:
-        if (
-            torch.compiler.is_compiling()
-        ):  # it materialises absent gradients as zeros, and has no second derivatives
+        # torch.compile materialises absent gradients as zeros, and has no second derivatives
+        if torch.compiler.is_compiling():
             return through_normalization(grad, *ctx.saved_tensors).to(ctx.dtype)
         if not first_derivative(grad, of_saved):
             return None
@@ -537,17 +535,15 @@ class Problem:
         """
         n, inv_norm = self.n_first, self.features.inv_norm
         d = df
-        if (
-            used.stop - used.start < 2 * n
-        ):  # the other rows receive only what comes through their positive
+        # the other rows receive only what comes through their positive
+        if used.stop - used.start < 2 * n:
             d = self.tau.new_zeros(2 * n, self.features.rows.f.shape[1])
             d[used] = df.view(-1, d.shape[1])
         if inv_norm is not None and ops.has(self.call.backend, "unit_rows"):
             ops.finish_rows(d, self.features.rows.f, inv_norm, q, self.call.backend)
             return d[views]
-        q = (
-            q.unsqueeze(1) if q.shape[0] == n else (q[:n] + q[n:]).unsqueeze(1)
-        )  # both anchors of a positive pair
+        # both anchors of a positive pair
+        q = q.unsqueeze(1) if q.shape[0] == n else (q[:n] + q[n:]).unsqueeze(1)
         rows = self.features.wide()
         (f1, f2), (d1, d2) = rows.chunk(2), d.chunk(2)
         if self.call.similarity == "euclidean":

@@ -187,9 +187,8 @@ class CpuPrinter(CppPrinter):
     def operand(self, node: Node, a: Any, names: Mapping[Node, str]) -> str:
         if node.op.startswith("call ") and a is node.args[1]:
             return names[a]
-        if node.dtype == "float64" or (
-            node.op == "pow" and a is node.args[1]
-        ):  # exponents are doubles
+        # exponents are doubles
+        if node.dtype == "float64" or (node.op == "pow" and a is node.args[1]):
             return repr(a).removesuffix(".0") if is_number(a) else names[a]
         if node.op in _ARITHMETIC or self.is_vector(a) or (node.op == "at_least" and is_number(a)):
             return super().operand(node, a, names)

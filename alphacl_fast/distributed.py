@@ -488,9 +488,8 @@ class _Sweep:
             lo = hi = 0
         else:
             lo, hi = (0, block.n_rows) if any(self.want) else (0, 0)
-            if (
-                self.call.negatives == "cross_view"
-            ):  # the product for a tower that needs no gradient is left out
+            # the product for a tower that needs no gradient is left out
+            if self.call.negatives == "cross_view":
                 lo, hi = (0 if self.want[0] else split), (block.n_rows if self.want[1] else split)
             df, weight_sums, sums = ops.pair_grad(
                 *operands, self.weight, self.terms, (lo, hi), *served
@@ -806,10 +805,11 @@ class _ClosedProblem:
     def gradient(self, grad: Tensor) -> list[Tensor]:
         """dz1, dz2 in the accumulation dtype for an incoming gradient."""
         weights = global_weights(grad.to(self.losses.dtype), self.call, self.ranks)
+        # one_view's negatives are z1 alone
         options = {
             "allow_unused": True,
             "materialize_grads": True,
-        }  # one_view's negatives are z1 alone
+        }
         direct = torch.autograd.grad(
             self.losses, (*self.views, *self.all_sums), weights, retain_graph=True, **options
         )

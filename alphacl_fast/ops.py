@@ -264,9 +264,8 @@ def choose(
         ValueError: no backend (or not the one asked for) can serve the call; the message says why.
     """
     if backend == "reference":
-        reason = blocked.unsupported(
-            device, dtype, precision, pair_kind
-        )  # the oracle multiplies through torch as well
+        # the oracle multiplies through torch as well
+        reason = blocked.unsupported(device, dtype, precision, pair_kind)
         if reason:
             raise ValueError(f"backend 'reference' cannot serve this call: {reason}")
         return "reference", "as asked"

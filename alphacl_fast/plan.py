@@ -141,17 +141,17 @@ def plan(
     pairs = {"two_view": 2 * batch**2, "one_view": batch**2 / 2, "cross_view": batch**2}[negatives]
     flops = 8 * dim * pairs / gpus
     compute = flops / rate
+    # bytes of a block
     wide, narrow = (
         accumulation_dtype(dtype).itemsize * dim * rows,
         dtype.itemsize * dim * rows,
-    )  # bytes of a block
+    )
     plans = []
     for strategy in ("gather", "ring"):
         sent = traffic(messages(strategy, 0, (here,) * gpus, dim, dtype, negatives), gpus)
         last = gpus // 2
-        if (
-            strategy == "gather"
-        ):  # everyone's rows and results, and half of them once more beside the own block
+        # everyone's rows and results, and half of them once more beside the own block
+        if strategy == "gather":
             memory = narrow * (2 + gpus + last + 1) + wide * (gpus + last + 1 + 2)
             seconds = (
                 compute

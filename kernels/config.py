@@ -78,9 +78,8 @@ def default(sweep: str, mode: str, dim: int) -> Tile:
     if mode == "bf16":
         if features > 256 or (plain and features > 128):
             return Tile(64, 64, 64, 8, 3)
-        if (
-            features > 128
-        ):  # one program per SM in any case; ptxas alone spills at 128 registers on sm_100
+        # one program per SM in any case; ptxas alone spills at 128 registers on sm_100
+        if features > 128:
             return Tile(64, 64, features, 8, 2, max_registers=232)
         return Tile(64, 64, features, 8 if plain else 4, 2)
     if features > (64 if mode in ("fp32", "bf16x3") or plain else 128):

@@ -258,9 +258,8 @@ def _schedule(block_i, split, splits, n_rows, n_cols, begin, end, S: tl.constexp
     are not masked.
     """
     tiles = tl.cdiv(n_cols, S.BLOCK_N)
-    if (
-        S.TRIANGLE and S.SYMMETRIC
-    ):  # half way round an even ring both ends meet: the first half of the blocks serves that tile
+    # half way round an even ring both ends meet: the first half of the blocks serves that tile
+    if S.TRIANGLE and S.SYMMETRIC:
         end = tl.where((tiles % 2 == 0) & (block_i >= tiles // 2), tl.minimum(end, tiles // 2), end)
     each = tl.cdiv(end - begin, splits)
     begin = tl.minimum(begin + split * each, end)
@@ -451,9 +450,8 @@ def _side_sums(
         return (), _terms(t, e, (), (), side, axis, S)
     elif S.FORM == "ONLINE":
         largest = tl.max(log_f[0], axis)
-        finite = tl.where(
-            largest > float("-inf"), largest, 0.0
-        )  # no pair of the row counts in this tile
+        # no pair of the row counts in this tile
+        finite = tl.where(largest > float("-inf"), largest, 0.0)
         return (largest,), _terms(
             t, (_exp(_minus(log_f[0], (finite,), axis)),), (), (), side, axis, S
         )
@@ -490,9 +488,8 @@ def _sum_tile(
     """
     j = _side(c.v, tile, c.n_cols, c.col_start, c.half, S.BLOCK_N, S.COLS_PAIRED, S.SYMMETRIC)
     t, _ = _similarities(c.f_ptr, c.stride, f_i, i, j, S)
-    t = _counted(
-        t, 0.0, i, j, S, MASKED
-    )  # an excluded pair's similarity may be infinite, and 0·inf is not 0
+    # an excluded pair's similarity may be infinite, and 0·inf is not 0
+    t = _counted(t, 0.0, i, j, S, MASKED)
     log_f, e = (), ()
     if S.LOG:
         log_f, t = _log_f(t, i, j, c, S, MASKED)

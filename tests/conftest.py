@@ -5,9 +5,8 @@ import shutil
 import signal
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels run on the CPU
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # before torch is: threads outnumber cores, so they had better not spin
+# before torch is: threads outnumber cores, so they had better not spin
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
@@ -27,9 +26,8 @@ def _emulated_cuda_kernels():
 if "ALPHACL_CUDA_EMULATED" not in os.environ:
     os.environ["ALPHACL_CUDA_EMULATED"] = _emulated_cuda_kernels()
 
-if (
-    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-):  # as in a shell's background job; tests send it
+# as in a shell's background job; tests send it
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 #: Seconds after which a process that a test waits for hangs, on a machine however busy.

@@ -85,9 +85,8 @@ def views(call: dict, seed: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     z1 = torch.randn(call["n"], call["d"], generator=generator)
     z2 = z1 + call["noise"] * torch.randn(call["n"], call["d"], generator=generator)
-    scale = (
-        1.0 if call["similarity"] == "cosine" else call["d"] ** -0.5
-    )  # so that exp(t/τ) has a meaning
+    # so that exp(t/τ) has a meaning
+    scale = 1.0 if call["similarity"] == "cosine" else call["d"] ** -0.5
     laid_out = []
     for z, wanted in zip((z1, z2), call["wanted"], strict=True):
         z = (z * scale).to(call["dtype"])
@@ -144,9 +143,8 @@ def step(seed: int) -> str:
     )
     made_of = scale / call["tau"] / max(shortest, 1e-6)
     tolerance = TOLERANCES[call["dtype"]]
-    if (
-        call["objective"].options.get("exponent", 2) < 2
-    ):  # (d²)^½ of equal rows makes 1e-8 of a rounding of 1e-16
+    # (d²)^½ of equal rows makes 1e-8 of a rounding of 1e-16
+    if call["objective"].options.get("exponent", 2) < 2:
         tolerance = max(tolerance, 1e-6)
     for name, a, b in zip(("loss", "first", "second", "third"), ours, truth, strict=False):
         floor = (

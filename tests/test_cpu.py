@@ -108,13 +108,14 @@ def test_same_bits_for_any_number_of_threads(member, dtype, monkeypatch):
     z1, z2 = pair(333, 24, dtype)
     negatives = ("two_view", "cross_view")[(BUILT_IN.index(member) + dtype.itemsize // 4) % 2]
     results = []
+    # of the sweeps; PyTorch's own sums between them may depend on its setting
     for threads in (
         1,
         2,
         2,
         3,
         8,
-    ):  # of the sweeps; PyTorch's own sums between them may depend on its setting
+    ):
         monkeypatch.setattr(cpu, "_threads", lambda *args, threads=threads: threads)
         results.append(loss_and_grads(z1, z2, *member, backend="cpu", negatives=negatives))
     for other in results:
@@ -153,9 +154,8 @@ def test_any_number_of_features(name, dtype, dim):
     )
     for o, t in zip(ours[:3], truth[:3], strict=True):
         error = float((o.double() - t).norm() / t.norm().clamp(min=1e-9))
-        assert (
-            error < {torch.float32: 1e-5, torch.float64: 1e-12}.get(dtype, 5e-3) or dim == 1
-        )  # D = 1: the gradient is 0
+        # D = 1: the gradient is 0
+        assert error < {torch.float32: 1e-5, torch.float64: 1e-12}.get(dtype, 5e-3) or dim == 1
 
 
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])

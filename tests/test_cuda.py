@@ -47,9 +47,8 @@ def test_float64(member, negatives, symmetric, poisoned):
     turn = BUILT_IN.index(member) + MODES.index((negatives, symmetric))
     for k, similarity in enumerate(SIMILARITIES):
         dim = (20, 40)[(turn + k) % 2]  # gradients in registers, or weights for a vendor product
-        views = [
-            z if similarity == "cosine" else z / dim**0.5 for z in pair(PAIRS, dim)
-        ]  # of long rows one pair is all
+        # of long rows one pair is all
+        views = [z if similarity == "cosine" else z / dim**0.5 for z in pair(PAIRS, dim)]
         errors = compared(
             *views, member, negatives=negatives, symmetric=symmetric, similarity=similarity,
             reduction=REDUCTIONS[(turn + k) % 3],
@@ -66,14 +65,14 @@ def test_other_dtypes(mode, member, poisoned):
         dim = (40, 100, 200, 300)[(turn + k) % 4]
         z1, z2 = pair(PAIRS, dim, DTYPES[mode])
         if member[1].get("exponent", 4) < 2:
-            z1, z2 = pair(
-                PAIRS, dim, DTYPES[mode], noise=2.0
-            )  # away from d² = 0, where the slope of (d²)^0.75 has no bound
+            # away from d² = 0, where the slope of (d²)^0.75 has no bound
+            z1, z2 = pair(PAIRS, dim, DTYPES[mode], noise=2.0)
+        # a mean's leaves float16's range
         setting = {
             "negatives": negatives,
             "symmetric": symmetric,
             "reduction": "sum",
-        }  # a mean's leaves float16's range
+        }
         truth = loss_and_grads(z1.double(), z2.double(), *member, backend="reference", **setting)
         if mode == "tf32":
             setting["precision"] = "tf32"

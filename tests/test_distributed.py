@@ -66,9 +66,8 @@ def residuals(group, cases, sizes, strategy, dim=5, tau=0.3, dtype=torch.float64
         here = weights
         if reduction == "none":
             weights = torch.linspace(-0.5, 1.5, views * total, dtype=torch.float64)
-            here = (
-                weights.view(views, total)[:, mine].flatten() * world
-            )  # each process's own objective is averaged
+            # each process's own objective is averaged
+            here = weights.view(views, total)[:, mine].flatten() * world
         truth = differentiate(z1, z2, member, tau, reduction, weights, **options)
         result = differentiate(
             z1[mine],
@@ -512,9 +511,8 @@ def peak(group, strategy, pairs, dim):
     """Growth of this process's memory in a call, in bytes."""
     import ctypes
 
-    ctypes.CDLL(None).mallopt(
-        -3, 65536
-    )  # what is freed goes back to the system at once, so that the peak is what is in use
+    # what is freed goes back to the system at once, so that the peak is what is in use
+    ctypes.CDLL(None).mallopt(-3, 65536)
 
     def status(name):
         with open("/proc/self/status") as file:
@@ -543,7 +541,6 @@ def test_the_ring_needs_memory_for_a_few_local_blocks(ranks):
         f"local blocks: ring of 2 {two / block:.1f}, of 4 {four / block:.1f}, gathered from 4 "
         f"{gathered / block:.1f}"
     )
-    assert (
-        four < 20 * block
-    )  # however many processes there are: a ring of 4 passes blocks on, as every longer one does
+    # however many processes there are: a ring of 4 passes blocks on, as every longer one does
+    assert four < 20 * block
     assert four < two + 5 * block < gathered + 2 * block

@@ -140,9 +140,8 @@ def test_wrong_gradient_is_a_failure_and_not_timed(start, monkeypatch, capsys):
     (row,) = gpu_tasks.check(case, "cpu")
     assert row["status"] == "failed"
     assert "worst row of dz2" in row["error"]
-    assert "dz2 " not in row["error"].replace(
-        "of dz2", ""
-    )  # the norm over all rows does not see it
+    # the norm over all rows does not see it
+    assert "dz2 " not in row["error"].replace("of dz2", "")
     (row,) = gpu_tasks.check(gpu_tasks.Case("blocked", dtype="float32", pairs=40, dim=16), "cpu")
     assert "dz2 " in row["error"].replace("of dz2", "")
     monkeypatch.setattr(ops.SWEEP_BACKENDS["cpu"], "unsupported", lambda *args: "left out")

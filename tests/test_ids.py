@@ -290,9 +290,8 @@ def dense(z1, z2, member, ids, tau, negatives, similarity):
             ids,
         )
     losses = []
-    for size in (
-        (names[:, None] != other_names).sum(1).unique()
-    ):  # rows with as many negatives at a time
+    # rows with as many negatives at a time
+    for size in (names[:, None] != other_names).sum(1).unique():
         rows = ((names[:, None] != other_names).sum(1) == size).nonzero()[:, 0]
         kept = t[rows][names[rows, None] != other_names].view(len(rows), -1)
         losses.append(reference.of_similarities(objective, kept, pos[rows], temperature, c).sum())

@@ -59,9 +59,8 @@ def test_weights_are_logged_on_request(run, tmp_path):
     )
     assert logged(plain) == []
     states = [torch.load(out / "checkpoint.pt", weights_only=True)["model"] for out in (run, plain)]
-    assert all(
-        torch.equal(states[0][name], states[1][name]) for name in states[0]
-    )  # looking changes nothing
+    # looking changes nothing
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_logged_weights_are_those_of_the_batch(tmp_path, monkeypatch):

@@ -406,10 +406,11 @@ class TestAutograd:
 
     def test_autocast_changes_nothing(self, name):
         z1, z2 = pair(40, 16, torch.float32)
+        # the second multiplies through torch, whose products autocast rounds
         for backend in (
             "auto",
             "blocked",
-        ):  # the second multiplies through torch, whose products autocast rounds
+        ):
             for reduction in ("mean", "none"):
                 plain = loss_and_grads(z1, z2, name, backend=backend, reduction=reduction)
                 with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -46,9 +46,8 @@ def test_saved_bytes_and_largest_tensor(member, reduction, monkeypatch):
         loss = FusedAlphaCLLoss(objectives.make(*member), reduction=reduction)(z1, z2)
         loss.sum().backward()
     rows_bytes = 2 * n * d * 4
-    assert (
-        sum(saved.values()) <= 8 * rows_bytes
-    )  # the closed forms keep a few (2N, D) intermediates
+    # the closed forms keep a few (2N, D) intermediates
+    assert sum(saved.values()) <= 8 * rows_bytes
     assert largest.bytes <= max(tile * tile * 4, 2 * rows_bytes)
     assert largest.bytes < (2 * n) ** 2 * 4 / 16
 

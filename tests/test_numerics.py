@@ -163,9 +163,8 @@ def test_temperatures(member, tau, small_tiles):
         assert all(torch.isfinite(x).all() for x in single), backend
         if rounded:
             for o, t in zip(single, rounded, strict=True):
-                assert relative_error(o, t) < 2e-6 + 2e-7 / tau, (
-                    backend
-                )  # α itself is only that good in float32
+                # α itself is only that good in float32
+                assert relative_error(o, t) < 2e-6 + 2e-7 / tau, backend
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -265,10 +264,11 @@ def test_degenerate_rows_stay_finite(backend, member, tau, small_tiles):
 @pytest.mark.parametrize("similarity", ["dot", "euclidean"])
 def test_degenerate_rows_unnormalized(backend, similarity, member, small_tiles):
     for case, (z1, z2) in degenerate_batches().items():
+        # t ~ 1e36: exp(t − 1) of an unnormalised weight is infinite by definition
         if case in (
             "huge",
             "largest",
-        ):  # t ~ 1e36: exp(t − 1) of an unnormalised weight is infinite by definition
+        ):
             continue
         out = loss_and_grads(z1, z2, *member, tau=0.05, similarity=similarity, backend=backend)
         overflow = member[1].get("normalized") is False and similarity == "dot"

@@ -113,9 +113,8 @@ def test_square_player_satisfies_kkt():
     z1, z2 = pair(30, 6)
     a = Importances(z1, z2, "alpha_square", temperature=0.2)
     dense, d = a.dense(), a.distances(0, 60, 0, 60)
-    price = (
-        d + 0.2 * dense
-    )  # the derivative of Σ α d² + (τ/2) Σ α²: equal where α > 0, and nowhere smaller
+    # the derivative of Σ α d² + (τ/2) Σ α²: equal where α > 0, and nowhere smaller
+    price = d + 0.2 * dense
     there = ~excluded(30, "two_view", 60)
     least = price.masked_fill(~there, math.inf).amin(1, keepdim=True)
     assert (price - least)[dense > 0].abs().max() < 1e-12
@@ -158,9 +157,8 @@ def test_summary_equals_the_dense_statistics(name, mode, similarity, monkeypatch
     )
     assert (s.edges[0].item(), s.edges[-1].item()) == pytest.approx((low, high), rel=1e-12)
     place = ((d[there] - low) * (bins / (high - low))).clamp(0, bins - 1).long()
-    assert (
-        abs(s.pairs - torch.bincount(place, minlength=bins)).sum() <= 2
-    )  # a distance on an edge may round to either side
+    # a distance on an edge may round to either side
+    assert abs(s.pairs - torch.bincount(place, minlength=bins)).sum() <= 2
     assert s.pairs.sum() == there.sum()
     assert s.mass.sum().item() == pytest.approx(a.sum().item(), rel=1e-12)
     assert s.n_neg == there.sum(1)[0]
@@ -228,9 +226,8 @@ def test_smallest_and_degenerate_batches():
             s = alpha_summary(z, z, "alpha_square", k=8, **mode)
             assert s.hardest.shape[1] == s.n_neg
             assert s.row_sum.mean().item() == pytest.approx(1)
-    equal = alpha_summary(
-        torch.ones(4, 3), torch.ones(4, 3), "infonce", similarity="euclidean"
-    )  # no range of distances
+    # no range of distances
+    equal = alpha_summary(torch.ones(4, 3), torch.ones(4, 3), "infonce", similarity="euclidean")
     assert equal.pairs.sum() == 8 * 6
     zero = alpha_summary(torch.zeros(4, 3), torch.randn(4, 3), "infonce")
     assert zero.entropy.isfinite().all()
@@ -286,6 +283,5 @@ def test_memory_is_linear():
             alpha_summary(z1, z2, "alpha_direct", k=4)
     finally:
         torch.set_num_threads(threads)
-    assert (
-        2**20 <= largest <= 2**22
-    )  # a tile of 512 × 512 in float32 or int64; the matrix would have 64 MiB
+    # a tile of 512 × 512 in float32 or int64; the matrix would have 64 MiB
+    assert 2**20 <= largest <= 2**22

@@ -374,9 +374,8 @@ def test_a_row_that_diverges_is_recorded_and_the_others_go_on(tmp_path, monkeypa
                 and torch.is_grad_enabled()
             )
             self.calls = getattr(self, "calls", 0) + 1
-            return super().forward(z1, z2) * (
-                float("nan") if broken and self.calls == 4 else 1
-            )  # 1: the trial
+            # 1: the trial
+            return super().forward(z1, z2) * (float("nan") if broken and self.calls == 4 else 1)
 
     monkeypatch.setattr(loop, "FusedAlphaCLLoss", Breaks)
     out = tmp_path / "table"

@@ -26,9 +26,8 @@ ROOT = Path(__file__).parent.parent
 
 
 @triton.jit
-def product(
-    a_ptr, b_ptr, c_ptr, n, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr
-):  # c (M, N) = a (M, n) · b (N, n)ᵀ
+# c (M, N) = a (M, n) · b (N, n)ᵀ
+def product(a_ptr, b_ptr, c_ptr, n, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
     rows, columns, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
     total = tl.zeros((M, N), tl.float32)
     for i in range(0, n, K):
@@ -39,9 +38,8 @@ def product(
 
 
 @triton.jit
-def chained(
-    f_ptr, out_ptr, n, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr
-):  # exp2(F·Fᵀ)·F, as a sweep has it
+# exp2(F·Fᵀ)·F, as a sweep has it
+def chained(f_ptr, out_ptr, n, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
     rows, d = tl.program_id(0) * M + tl.arange(0, M), tl.arange(0, D)
     mine = tl.load(f_ptr + rows[:, None] * D + d[None, :])
     total = tl.zeros((M, D), tl.float32)

@@ -24,9 +24,8 @@ def walked(n, tile, both):
             yield from ((i, j, 1) for j in range(cols))
             continue
         for distance in range(rows // 2 + 1):
-            if (
-                2 * distance != rows or i < rows // 2
-            ):  # half way round an even ring only half of the blocks are met
+            # half way round an even ring only half of the blocks are met
+            if 2 * distance != rows or i < rows // 2:
                 yield i, (i + distance) % rows, distance
 
 
@@ -36,9 +35,8 @@ def test_counts_by_enumeration(n, both):
     dim, tile = 32, Tile(16, 16) if both else Tile(16, 8)
     tiles = list(walked(n, tile, both))
     met = {pair for i, j, _ in tiles for pair in ((i, j), (j, i) if both else (i, j))}
-    assert len(met) == math.ceil(n / tile.rows) * math.ceil(
-        n / tile.cols
-    )  # every block meets every other,
+    # every block meets every other,
+    assert len(met) == math.ceil(n / tile.rows) * math.ceil(n / tile.cols)
     assert len(tiles) == len(set(tiles)) == roofline.tile_count(n, tile, both)  # once
     pairs = sum(tile.rows * tile.cols for _ in tiles)
     for gradient in (False,) if both else (False, True):
@@ -78,9 +76,8 @@ def test_programs_fill_the_device(blocks, sms):
         count, fill = roofline.parts(128 * blocks, tile, both, device)
         assert 1 <= count <= blocks
         assert 0 < fill <= 1
-        assert (
-            fill > 0.6 or blocks * (blocks // 2 + 1) < 8 * sms
-        )  # only where there is too little work
+        # only where there is too little work
+        assert fill > 0.6 or blocks * (blocks // 2 + 1) < 8 * sms
 
 
 @pytest.mark.parametrize("dim", DIMS)

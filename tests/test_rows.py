@@ -24,13 +24,13 @@ from alphacl_fast.kernels import rows, trace
 
 pytestmark = [
     pytest.mark.xdist_group("rows"),  # one worker makes what its tests share
-    pytest.mark.filterwarnings(
-        "ignore::RuntimeWarning"
-    ),  # numpy's, of inf and NaN in the interpreter
+    # numpy's, of inf and NaN in the interpreter
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 
 ROOT = Path(__file__).parent.parent
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# D, chunk
 SIZES = [
     (1, None),
     (3, None),
@@ -40,7 +40,7 @@ SIZES = [
     (128, None),
     (1000, None),
     (1000, 256),
-]  # D, chunk
+]
 EPS = {torch.float32: 6e-8, torch.float64: 2e-14}  # in float64 the oracle's own error is not known
 
 
@@ -151,9 +151,8 @@ def test_rows_of_any_stride(poisoned):
 def test_sizes_at_the_ends_of_the_range(dtype, poisoned, chunk):
     """Zero, subnormal, tiny and huge rows: everything finite, and as exact as for others."""
     largest, tiny = torch.finfo(dtype).max, torch.finfo(dtype).tiny
-    below = (
-        1 if dtype == torch.bfloat16 else 64
-    )  # the interpreter takes a subnormal bfloat16 for zero
+    # the interpreter takes a subnormal bfloat16 for zero
+    below = 1 if dtype == torch.bfloat16 else 64
     sizes = torch.tensor(
         [0, tiny / below, tiny, tiny * 64, 1, largest / 64, largest, largest], dtype=torch.float64
     )
@@ -202,6 +201,7 @@ def test_what_is_not_finite_stays_so(dtype, value, chunk):
     d[3, 7] = value
     rows.finish_rows(d, f, inv_norm, q)
     broken = d.isnan().any(1) | d.isinf().any(1)
+    # 1 and 6, their partners, and 3
     assert broken.tolist() == [
         False,
         True,
@@ -211,7 +211,7 @@ def test_what_is_not_finite_stays_so(dtype, value, chunk):
         True,
         True,
         False,
-    ]  # 1 and 6, their partners, and 3
+    ]
 
 
 def test_as_the_cpu_backend_has_it():

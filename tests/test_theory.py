@@ -26,9 +26,8 @@ def by_definition(x1, x2, a):
 
 def test_dense_alpha():
     x1, x2 = pair(11, 4)
-    a = torch.rand(
-        11, 11, dtype=torch.float64
-    )  # neither symmetric nor normalised, and with a diagonal
+    # neither symmetric nor normalised, and with a diagonal
+    a = torch.rand(11, 11, dtype=torch.float64)
     c = by_definition(x1 + 1000, x2 + 1000, a)
     torch.testing.assert_close(
         theory.contrastive_covariance(x1 + 1000, x2 + 1000, a), c, rtol=1e-9, atol=1e-9
@@ -191,9 +190,8 @@ def test_rank(run):
 
 
 def test_a_step_that_is_too_long_goes_to_the_most_negative_direction():
-    c = torch.diag(
-        torch.tensor([-0.2, -0.5, -1.0], dtype=torch.float64)
-    )  # 2/(|λ_min| − λ_max) = 1.67
+    # 2/(|λ_min| − λ_max) = 1.67
+    c = torch.diag(torch.tensor([-0.2, -0.5, -1.0], dtype=torch.float64))
     for rate, end in ((1.6, -0.2), (1.75, -1.0)):
         w = theory.ascend(
             theory.linear_energy(c),

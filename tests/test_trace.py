@@ -470,9 +470,8 @@ def test_a_repeat_makes_no_new_function():
     loss = PairLoss(None, lambda x: torch.exp(2 * x) + 1)
     first, again = (trace.pair_functions(loss.kind, ()) for _ in range(2))
     assert all(a is b for a, b in zip(first, again, strict=True))
-    assert trace.pair_functions("gibbs", (1.0,)) is trace.pair_functions(
-        "gibbs", (1.0,)
-    )  # not even traced again
+    # not even traced again
+    assert trace.pair_functions("gibbs", (1.0,)) is trace.pair_functions("gibbs", (1.0,))
 
 
 MODES = {

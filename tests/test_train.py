@@ -38,14 +38,14 @@ from alphacl_fast.train.evaluate import (
 )
 from alphacl_fast.train.process_context import ProcessContext
 
-evaluation = importlib.import_module(
-    "alphacl_fast.train.evaluate"
-)  # the package has a function of this name
+# the package has a function of this name
+evaluation = importlib.import_module("alphacl_fast.train.evaluate")
 
+# one worker makes what its tests share
 pytestmark = [
     pytest.mark.xdist_group("train"),
     pytest.mark.usefixtures("one_thread"),
-]  # one worker makes what its tests share
+]
 
 TINY = {
     "dataset": "digits",
@@ -512,9 +512,8 @@ def test_knn_and_probe_have_their_own_epochs_and_share_features(tmp_path, monkey
         assert [
             ("k" * ("knn" in row) + "p" * ("probe" in row)) or "-" for row in found
         ] == expected.split()
-        assert extractions == [128, 500] * sum(due != "-" for due in expected.split()) + [
-            500
-        ]  # and the picture's
+        # and the picture's
+        assert extractions == [128, 500] * sum(due != "-" for due in expected.split()) + [500]
     assert found[-1]["probe"] == found[-1]["probe_best"] > 0.5  # so few labels: run to convergence
     torch.set_rng_state(state)
     linear_probe(
@@ -523,9 +522,8 @@ def test_knn_and_probe_have_their_own_epochs_and_share_features(tmp_path, monkey
     drawn = torch.get_rng_state()
     torch.set_rng_state(state)
     torch.randn(300, 8), torch.randn(9, 8)
-    assert torch.equal(
-        torch.get_rng_state(), drawn
-    )  # a probe during training draws nothing that training would
+    # a probe during training draws nothing that training would
+    assert torch.equal(torch.get_rng_state(), drawn)
 
 
 def test_same_seed_same_run_and_bf16_and_sgd_differ(finished, tmp_path):
@@ -565,9 +563,8 @@ def test_a_loss_that_stops_being_finite_keeps_the_last_good_checkpoint(tmp_path,
 
         def forward(self, z1, z2):
             self.calls += 1
-            return super().forward(z1, z2) * (
-                float("nan") if self.calls == 8 else 1
-            )  # the first call is the trial
+            # the first call is the trial
+            return super().forward(z1, z2) * (float("nan") if self.calls == 8 else 1)
 
     monkeypatch.setattr(loop, "FusedAlphaCLLoss", Breaks)
     config = tiny(save_every=3)
@@ -589,9 +586,8 @@ def test_a_broken_weight_is_not_saved(tmp_path, monkeypatch):
         def forward(self, z1, z2):
             self.calls += 1
             value = super().forward(z1, z2)
-            if (
-                self.calls == 5
-            ):  # the fourth step, last of its epoch: a finite loss with an infinite gradient
+            # the fourth step, last of its epoch: a finite loss with an infinite gradient
+            if self.calls == 5:
                 value = value + (z1 - z1.detach()).sum() * float("inf")
                 value = torch.where(torch.isfinite(value), value, value.detach().nan_to_num())
             return value

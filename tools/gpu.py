@@ -371,10 +371,11 @@ def sanitize(run: Run) -> None:
             "--report-api-errors", "no", "--print-limit", "10",
             sys.executable, "-m", TASKS, name, run.device, f"{share / 2:.0f}",
         ]  # fmt: skip
+        # gives every tensor its own bounds
         environment = {
             **os.environ,
             "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
-        }  # gives every tensor its own bounds
+        }
         status, error = logged(command, share, log, env=environment)
         said = log.read_bytes()[at:].decode(errors="replace")
         found = [int(k) for k in re.findall(r"ERROR SUMMARY: (\d+) error", said)]

@@ -147,18 +147,18 @@ def sweep(
 
     Without ``product`` a gradient sweep writes W in bfloat16 instead of multiplying it.
     """
-    held = (
-        1 << (dim - 1).bit_length()
-    )  # features of a tile in shared memory and products; zeros beyond dim
+    # features of a tile in shared memory and products; zeros beyond dim
+    held = 1 << (dim - 1).bit_length()
     tiles, (count, fill), blocks = (
         tile_count(n, tile, both),
         parts(n, tile, both, device),
         math.ceil(n / tile.rows),
     )
+    # a warpgroup multiplies 64 rows at a time
     area, groups = (
         tile.rows * tile.cols,
         math.ceil(tile.rows / 64),
-    )  # a warpgroup multiplies 64 rows at a time
+    )
     own_bytes, cols_bytes = 2 * tile.rows * held, 2 * tile.cols * held
     stays = own_bytes <= RESIDENT
     products, shuffle = 1, 0.0
@@ -169,16 +169,13 @@ def sweep(
         products += 1
         shared += groups * cols_bytes
     elif both:
-        shuffle = (
-            tiles * 32 * tile.warps * 3 * tile.cols / 4
-        )  # 3 steps, in which a thread has a quarter of the columns
+        # 3 steps, in which a thread has a quarter of the columns
+        shuffle = tiles * 32 * tile.warps * 3 * tile.cols / 4
         slots += blocks // 2
-    written = (
-        2 * n * n if not product else 4 * n * width * (1 if slots == 1 else 2 * slots + 1)
-    )  # parts are read and added
-    waves = math.ceil(
-        blocks * count / device.sms
-    )  # rings in step with each other read a row from memory once
+    # parts are read and added
+    written = 2 * n * n if not product else 4 * n * width * (1 if slots == 1 else 2 * slots + 1)
+    # rings in step with each other read a row from memory once
+    waves = math.ceil(blocks * count / device.sms)
     return Work(
         flop=tiles * products * 2 * area * held,
         exp=tiles * area,
@@ -210,9 +207,8 @@ def forms(
 ) -> tuple[dict[str, list[Work]], dict[str, list[Work]]]:
     """List both sweeps in every form that fits; ``engine`` has the row-block forms."""
     square = Tile(128, 128)
-    wide = (
-        square if dim <= 512 else Tile(128, 256)
-    )  # rows too long to stay are read for every tile: the larger the better
+    # rows too long to stay are read for every tile: the larger the better
+    wide = square if dim <= 512 else Tile(128, 256)
     sums = {
         "row-block": [sweep(n, dim, wide, False, False, device, engine)],
         "both sides": [sweep(n, dim, Tile(128, 128, warps=4), False, True, device)],

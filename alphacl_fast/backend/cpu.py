@@ -129,9 +129,8 @@ def _load() -> tuple[ctypes.PyDLL | None, str | None]:
             raise OSError(
                 FAILURE.read_text().strip() if FAILURE.exists() else "no library beside the package"
             )
-        library = ctypes.PyDLL(
-            str(LIBRARY)
-        )  # not CDLL: an exception that a signal raised comes through
+        # not CDLL: an exception that a signal raised comes through
+        library = ctypes.PyDLL(str(LIBRARY))
         sizes = library.alphacl_cpu_sweep_size(), library.alphacl_cpu_rows_size()
         if sizes != (ctypes.sizeof(_Sweep), ctypes.sizeof(_PairRows)):
             raise OSError(f"{LIBRARY.name} does not fit this version of the package")

@@ -303,7 +303,8 @@ class _Sweep(gpu.Sweep):
     def _on_hopper(self) -> bool:
         """Whether launches without symmetric tiles go to the kernels of hopper.h."""
         f, kind, terms = self.f, self.function.kind, self.terms or (Term.F,)
-        fast = kind in ("exp", "gibbs") or (kind == "power" and self.function.params[1] == 2)
+        named = dict(zip(KINDS[kind].parameters, self.function.params, strict=True))
+        fast = kind in ("exp", "gibbs") or (kind == "power" and named["q"] == 2)
         sums = Term.F in terms and set(terms) <= {Term.F, Term.F_MOMENT}
         constant = self.form == Form.CONSTANT and self.rows.bias is None and sums
         aligned = f.data_ptr() % 16 == 0 and f.stride(0) % 8 == 0 and f.stride(0) >= self.dim

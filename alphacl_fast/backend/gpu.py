@@ -309,12 +309,11 @@ def _symmetric_sums(s: Sweep, region: Region, out: Tensor) -> None:
     for begin in range(0, distances, run):
         end = min(begin + run, distances)
         column_slice = splits + carried - begin
-        if region.triangle and begin == 0:
-            _clear(workspace[column_slice], s.form)  # distance 0 is the block itself,
+        if region.triangle and begin == 0:  # a block at ring distance 0 is the row block itself
+            _clear(workspace[column_slice], s.form)
         if region.triangle and end == distances and tiles % 2 == 0:
-            _clear(
-                workspace[column_slice + end - 1], s.form
-            )  # and only half of the blocks meet half way round
+            # only half of the blocks meet half way round the ring
+            _clear(workspace[column_slice + end - 1], s.form)
         s.launch(
             Launch(
                 region, blocks, splits, s.terms, end, begin, symmetric=True,
@@ -400,9 +399,8 @@ def _multiply(s: Sweep, launch: Launch, weights: Tensor, first: int, df: Tensor)
     else:
         with matmul_precision(s.arithmetic.products):
             product = weights.to(df.dtype) @ columns.to(df.dtype)
-    if (
-        region.rows_paired
-    ):  # a block's first half are rows of one view, its second half their partners
+    # a block's first half are rows of one view, its second half their partners
+    if region.rows_paired:
         pairs = product.view(-1, 2, size // 2, s.dim).transpose(0, 1).flatten(1, 2)
         out = df.view(2, -1, s.dim)[:, first * size // 2 :][:, : pairs.shape[1]]
         out.copy_(pairs[:, : out.shape[1]])

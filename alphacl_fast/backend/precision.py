@@ -16,8 +16,7 @@ def float32_precision(device: torch.device) -> str:
             setting = {"highest": "ieee", "high": "tf32", "medium": "bf16"}[
                 torch.get_float32_matmul_precision()
             ]
-        except (
-            RuntimeError
-        ):  # the old setting cannot be read once the new one has been used; unset means ieee
+        # the old setting cannot be read once the new one has been used; unset means ieee
+        except RuntimeError:
             setting = "ieee"
     return "ieee" if setting == "tf32" and device.type == "cpu" else setting

@@ -139,9 +139,8 @@ class _Sweep(gpu.Sweep):
     def static(self, launch: gpu.Launch):
         """`kernels.sweeps.Static` of a launch; unused derivatives are None."""
         tl, arithmetic, form, region = _kernels().tl, self.arithmetic, self.form, launch.region
-        if (
-            interpreted()
-        ):  # which multiplies all but bfloat16 as it should, and knows no shorter float32
+        # The interpreter has no TF32, and multiplies every dtype but bfloat16 correctly.
+        if interpreted():
             arithmetic = arithmetic._replace(similarities="ieee", products="ieee")
         precise = {
             torch.float32: tl.float32,

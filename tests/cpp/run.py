@@ -133,9 +133,8 @@ def build(sanitize: str, programs: Sequence[str]) -> dict[str, Path]:
         return target
 
     wanted = [name for program in programs for name in parts[program]]
-    order = sorted(
-        wanted, key=lambda name: name not in ("portable", "avx2", "avx512")
-    )  # the longest first
+    # the longest first
+    order = sorted(wanted, key=lambda name: name not in ("portable", "avx2", "avx512"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
             objects = dict(zip(order, pool.map(compile_one, order), strict=True))

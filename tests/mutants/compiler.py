@@ -35,9 +35,8 @@ def main(arguments):
     output, options = Path(arguments[at + 1]), arguments[:at] + arguments[at + 2 :]
     # The fingerprint of the sources is not looked at by any test that a fault is meant for.
     options = [a for a in options if not a.startswith("-DALPHACL_SOURCES=")]
-    quick = (
-        "-O1" if "-DALPHACL_EMULATED" in arguments else "-O0"
-    )  # emulated threads would run for minutes
+    # emulated threads would run for minutes
+    quick = "-O1" if "-DALPHACL_EMULATED" in arguments else "-O0"
     command = [*COMPILER, *options, '-DALPHACL_SOURCES="planted"', quick]
     key = hashlib.sha256("\0".join(command).encode()).hexdigest()[:16]
     kept = Path(os.environ["MUTANTS_STORE"]) / f"{key}.o"
