@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -21,7 +22,24 @@ from .bundles import PairFunction, Rows, RowScalars, Term, Weight
 from .call import BoundCall, Layout, Loss, SameId, accumulation_dtype, without_autocast
 from .objectives import BatchNumbers, ClosedForm, Objective, RowSolution, RowStep, kind
 
-Need = tuple[bool, bool, bool]  # whose gradients are wanted: z1, z2, τ
+
+class Need(NamedTuple):
+    """Whose gradients are wanted."""
+
+    z1: bool
+    z2: bool
+    tau: bool
+
+    @classmethod
+    def of(cls, z1: Tensor, z2: Tensor, tau: Tensor) -> Need:
+        grad = torch.is_grad_enabled()
+        return cls(grad and z1.requires_grad, grad and z2.requires_grad, grad and tau.requires_grad)
+
+    @property
+    def views(self) -> int:
+        """The number of views whose gradients are wanted."""
+        return self.z1 + self.z2
+
 
 # --- rows -----------------------------------------------------------------------------------------
 
@@ -491,7 +509,7 @@ class Problem:
         if objective.one_sweep:
             solution, dz, dtau = self._gradient(objective.start(self.sweeps), need, finish=True)
         else:
-            solution, dz, dtau = self._gradient(self.solve(learn_tau=need[2]), need)
+            solution, dz, dtau = self._gradient(self.solve(learn_tau=need.tau), need)
         return self.reduce(solution.loss), dz, dtau
 
     def gradient(
@@ -505,21 +523,20 @@ class Problem:
         self, solution: RowSolution, need: Need, finish: bool = False
     ) -> tuple[RowSolution, Tensor | None, Tensor | None]:
         objective, n, rows = self.call.objective, self.n_first, self.features.rows.f.shape[0]
-        need_1, need_2, need_tau = need
-        views = slice(0 if need_1 else n, rows if need_2 else n)
+        views = slice(0 if need.z1 else n, rows if need.z2 else n)
         swept = self.sweeps.layout.rows  # one_view's z2 meets the pairs only through the positives
         low, high = min(views.start, swept), min(views.stop, swept)
         terms: tuple[Term, ...] = objective.terms if finish else ()
-        from_pairs = need_tau and objective.tau_gradient == "pairs"
+        from_pairs = need.tau and objective.tau_gradient == "pairs"
         if from_pairs:
             terms = (*terms, Term.DTAU)
         df, weight_sums, sums = self.sweeps.grad(solution, terms, (low, high))
         if finish:
             solution = objective.finish(self.sweeps, solution, sums)
         dz = dtau = None
-        if need_1 or need_2:
+        if need.views:
             dz = self._to_views(df, solution.mass, weight_sums, slice(low, high), views)
-        if need_tau:
+        if need.tau:
             dtau = self.total(
                 (solution.row_weight * sums[-1] if from_pairs else solution.dtau).sum()
             )
@@ -603,9 +620,8 @@ class _OnlyOnce(torch.autograd.Function):
 
 def views_of(dz: Tensor | None, need: Need) -> tuple[Tensor | None, Tensor | None]:
     """dz1 and dz2 of the gradient of the views that are needed, one below the other."""
-    need_1, need_2, _ = need
-    n = 0 if dz is None else dz.shape[0] // (need_1 + need_2)
-    return (dz[:n] if need_1 else None), (dz[-n:] if need_2 else None)
+    n = 0 if dz is None else dz.shape[0] // need.views
+    return (dz[:n] if need.z1 else None), (dz[-n:] if need.z2 else None)
 
 
 class AlphaCLFunction(torch.autograd.Function):
@@ -624,21 +640,24 @@ class AlphaCLFunction(torch.autograd.Function):
             if not any(need):
                 return (problem.reduce(problem.solve(learn_tau=False).loss),)
             if call.reduction == "none":
-                solution = problem.solve(learn_tau=need[2])
+                solution = problem.solve(learn_tau=need.tau)
                 return problem.reduce(solution.loss), *problem.saved(solution).flatten()
             return problem.loss_and_gradient(need)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         z1, _, tau, ctx.call, ctx.need, _ = inputs
-        ctx.dtypes = z1.dtype, tau.dtype
+        ctx.dtypes, loss = (z1.dtype, tau.dtype), output[0]
+        ctx.like_loss = partial(torch.zeros, loss.shape, dtype=loss.dtype, device=loss.device)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[1:], *([tau] if ctx.call.reduction == "none" else []))
 
     @staticmethod
     def backward(ctx, grad: Tensor | None, *of_saved: Tensor | None) -> tuple[Tensor | None, ...]:
         if not first_derivative(grad, of_saved):
-            return (None,) * 6
+            if ctx.call.ranks is None or ctx.call.reduction != "none":
+                return (None,) * 6
+            grad = ctx.like_loss()  # the other ranks wait for this one's part of their gradients
         dz_dtype, tau_dtype = ctx.dtypes
         tensors = ctx.saved_tensors
         with torch.no_grad(), without_autocast(grad.device):

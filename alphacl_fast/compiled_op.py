@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .autograd import Need, Problem, views_of
+from . import ops
+from .autograd import SECOND_DERIVATIVE, Need, Problem, views_of
 from .call import BoundCall, accumulation_dtype
 from .objectives import registered
 
@@ -23,7 +24,7 @@ _LIBRARY = torch.library.Library("alphacl_fast", "FRAGMENT")
 
 
 class _Options(NamedTuple):
-    """`BoundCall` and the gradients that are wanted, as an operator schema can hold them."""
+    """`BoundCall` and the wanted gradients, as an operator schema can hold them."""
 
     objective: str
     similarity: str
@@ -35,20 +36,19 @@ class _Options(NamedTuple):
     precision: str
     need: list[bool]
 
-    def call(self) -> BoundCall:
-        """The call.
+    def bound(self) -> tuple[BoundCall, Need]:
+        """The call and the wanted gradients.
 
         It checks the objective, whose attributes may have changed since the graph was made.
         """
         objective = registered(self.objective)
         objective.check()
-        return BoundCall(objective, *self[1:-1])
+        fields = {**self._asdict(), "objective": objective}
+        need = fields.pop("need")
+        return BoundCall(**fields), Need(*need)
 
 
-_SCHEMA = (
-    "str objective, str similarity, str negatives, bool symmetric, str reduction, str backend, "
-    "float? temperature, str precision, bool[] need"
-)
+_SCHEMA = ops.schema(_Options)
 _LIBRARY.define(
     f"loss(Tensor z1, Tensor z2, Tensor tau, Tensor? ids, {_SCHEMA}) -> (Tensor, Tensor, Tensor)"
 )
@@ -76,8 +76,9 @@ def loss(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, ids: Tensor | Non
 
 
 def _on_its_own(function):
-    """Runs an operator outside autocast and with the dispatch keys that users' functions need
-    for autograd.
+    """Runs an operator outside autocast, where users' functions can be differentiated.
+
+    An operator's implementation runs below autograd, which users' functions need.
     """
 
     @functools.wraps(function)
@@ -95,7 +96,7 @@ def _on_its_own(function):
 
 @_on_its_own
 def _loss(z1, z2, tau, ids, *options):
-    call, need = _Options(*options).call(), tuple(options[-1])
+    call, need = _Options(*options).bound()
     problem = Problem.of_views(z1, z2, tau, call, ids)
     if not any(need) or call.reduction == "none":
         value, dz, dtau = problem.reduce(problem.solve(learn_tau=False).loss), None, None
@@ -106,9 +107,9 @@ def _loss(z1, z2, tau, ids, *options):
 
 @_on_its_own
 def _loss_grad(z1, z2, tau, ids, grad, *options):
-    call, need = _Options(*options).call(), tuple(options[-1])
+    call, need = _Options(*options).bound()
     problem = Problem.of_views(z1, z2, tau, call, ids)
-    dz, dtau = problem.gradient(problem.solve(learn_tau=need[2]), grad, need)
+    dz, dtau = problem.gradient(problem.solve(learn_tau=need.tau), grad, need)
     return _or_nothing(dz, grad), _or_nothing(dtau, grad)
 
 
@@ -119,9 +120,9 @@ def _or_nothing(x: Tensor | None, like: Tensor) -> Tensor:
 
 def _gradients_fake(z1: Tensor, tau: Tensor, need: Need):
     wide = accumulation_dtype(z1.dtype)
-    views = need[0] + need[1]
-    dz = z1.new_empty((z1.shape[0] * views, z1.shape[1]), dtype=wide) if views else None
-    dtau = tau.new_empty((), dtype=wide) if need[2] else None
+    shape = z1.shape[0] * need.views, z1.shape[1]
+    dz = z1.new_empty(shape, dtype=wide) if need.views else None
+    dtau = tau.new_empty((), dtype=wide) if need.tau else None
     return _or_nothing(dz, z1), _or_nothing(dtau, z1)
 
 
@@ -130,11 +131,12 @@ def _loss_fake(z1, z2, tau, ids, *options):
     none = options.reduction == "none"
     shape = () if not none else (2 * n if options.negatives == "two_view" else n,)
     value = z1.new_empty(shape, dtype=accumulation_dtype(z1.dtype))
-    return value, *_gradients_fake(z1, tau, [x and not none for x in options.need])
+    need = Need(*(x and not none for x in options.need))
+    return value, *_gradients_fake(z1, tau, need)
 
 
 def _loss_grad_fake(z1, z2, tau, ids, grad, *options):
-    return _gradients_fake(z1, tau, options[-1])
+    return _gradients_fake(z1, tau, Need(*_Options(*options).need))
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -146,18 +148,15 @@ def _setup(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad, *_):
     z1, z2, tau, ids, *gradients = ctx.saved_tensors
-    need = ctx.options.need
+    need = Need(*ctx.options.need)
     if torch.is_grad_enabled():
-        raise RuntimeError(
-            "a second derivative of the loss was asked for (create_graph=True), it has first ones "
-            "only"
-        )
+        raise RuntimeError(SECOND_DERIVATIVE)
     if gradients:
         dz, dtau = (x * grad for x in gradients)
     else:
         dz, dtau = torch.ops.alphacl_fast.loss_grad(z1, z2, tau, ids, grad, *ctx.options)
-    dz = dz.to(z1.dtype) if need[0] or need[1] else None
-    dtau = dtau.to(tau.dtype) if need[2] else None
+    dz = dz.to(z1.dtype) if need.views else None
+    dtau = dtau.to(tau.dtype) if need.tau else None
     return *views_of(dz, need), dtau, None, *(None for _ in ctx.options)
 
 

@@ -24,10 +24,11 @@ from __future__ import annotations
 import math
 import pickle
 import re
+import struct
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -105,7 +106,7 @@ class Ranks:
     rank: int
     world: int
     sizes: tuple[int, ...]
-    want: tuple[bool, bool, bool]
+    want: Need
     strategy: str
 
     @property
@@ -180,18 +181,18 @@ class Arrival:
 # --- agreeing on a call ---------------------------------------------------------------------------
 
 STATEMENT_BYTES = 1024
+_PAIRS = struct.Struct("<q")  # a message begins with the rank's number of pairs
 _ERRORS: tuple[type[Exception], ...] = (TypeError, ValueError, RuntimeError)
 
 
 class Statement(NamedTuple):
-    """A rank's statement of its arguments."""
+    """A rank's statement of its arguments; most ranks make the same one."""
 
     error: type[Exception] | None
     text: str  #: of the error, or of the call
-    pairs: int = 0
     dim: int = 0
     dtype: torch.dtype | None = None
-    wanted: tuple[bool, ...] = ()  #: the gradients in z1, z2, τ
+    wanted: Need = Need(False, False, False)
     temperature: float = 0.0  #: NaN: not known on the host
 
 
@@ -218,27 +219,29 @@ def agree(
     handle = group.handle()
     rank, world = dist.get_rank(handle), dist.get_world_size(handle)
     if failure is None:
-        statement = _statement(z1, z2, tau, call, group.strategy)
+        pairs, statement = len(z1), _statement(z1, z2, tau, call, group.strategy)
     else:
         kind = next(k for k in _ERRORS if isinstance(failure, k) or k is RuntimeError)
-        statement = Statement(kind, str(failure) or type(failure).__name__)
-    data = statement.text.encode()
-    if len(data) > 700:
-        text = f"{data[:700].decode(errors='ignore')}… (crc {zlib.crc32(data):08x})"
-        statement = statement._replace(text=text)
-    message = pickle.dumps(statement).ljust(STATEMENT_BYTES, b"\0")
-    sent = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        pairs, statement = 0, Statement(kind, _cut(str(failure) or type(failure).__name__))
+    message = _PAIRS.pack(pairs) + pickle.dumps(statement)
+    sent = torch.frombuffer(bytearray(message.ljust(STATEMENT_BYTES, b"\0")), dtype=torch.uint8)
     received = torch.empty(world * STATEMENT_BYTES, dtype=torch.uint8)
     if "cpu" not in dist.get_backend_config(handle):
         sent, received = sent.cuda(), received.cuda()
     dist.all_gather_into_tensor(received, sent, group=handle)
     received = received.cpu()  # of a group without gloo: the host waits for the device
-    statements = [pickle.loads(x.numpy().tobytes()) for x in received.split(STATEMENT_BYTES)]
+    messages = [x.numpy().tobytes() for x in received.split(STATEMENT_BYTES)]
+    sizes = tuple(_PAIRS.unpack_from(message)[0] for message in messages)
+    different = {message[_PAIRS.size :] for message in messages}  # of 1,024 ranks a few
+    known = {message: pickle.loads(message) for message in different}
+    statements = [known[message[_PAIRS.size :]] for message in messages]
     if failed := [r for r, statement in enumerate(statements) if statement.error]:
         reasons = "; ".join(f"rank {r}: {statements[r].text}" for r in failed)
         raise statements[failed[0]].error(reasons) from failure
     first = statements[0]
     for r, other in enumerate(statements):
+        if other is first:
+            continue
         for what, here, there in (
             ("number of features D", first.dim, other.dim),
             ("dtype", first.dtype, other.dtype),
@@ -261,13 +264,12 @@ def agree(
                 "with reduction='none' every rank must want a gradient or none (the backward is a "
                 f"common step), got {here} on rank 0 and {there} on rank {r}"
             )
-    sizes = tuple(statement.pairs for statement in statements)
     if sum(sizes) < 2:
         raise ValueError(
             "all ranks together must have at least 2 pairs (one pair has no negatives), got "
             f"{sizes}"
         )
-    want = tuple(map(any, zip(*(statement.wanted for statement in statements), strict=True)))
+    want = Need(*map(any, zip(*(statement.wanted for statement in statements), strict=True)))
     strategy = group.strategy
     if strategy == "auto":
         strategy = auto_strategy(Layout.of(call, sum(sizes)).rows, z1.shape[1], z1.dtype)
@@ -275,14 +277,21 @@ def agree(
 
 
 def _statement(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, strategy: str) -> Statement:
-    wanted = tuple(x.requires_grad and torch.is_grad_enabled() for x in (z1, z2, tau))
     temperature = math.nan if call.temperature is None else call.temperature
     text = (
         f"{call.objective}, similarity={call.similarity!r}, negatives={call.negatives!r}, "
         f"symmetric={call.symmetric}, reduction={call.reduction!r}, strategy={strategy!r}"
     )
     text = re.sub(r" at 0x[0-9a-f]+", "", text)  # an unnamed callable's address differs
-    return Statement(None, text, *z1.shape, z1.dtype, wanted, temperature)
+    return Statement(None, _cut(text), z1.shape[1], z1.dtype, Need.of(z1, z2, tau), temperature)
+
+
+def _cut(text: str) -> str:
+    """A text that fits into a statement; the hash tells long texts apart."""
+    data, most = text.encode(), STATEMENT_BYTES - 256
+    if len(data) <= most:
+        return text
+    return f"{data[:most].decode(errors='ignore')}… (crc {zlib.crc32(data):08x})"
 
 
 def auto_strategy(rows: int, dim: int, dtype: torch.dtype) -> str:
@@ -449,7 +458,7 @@ class _Sweep:
     call: BoundCall
     terms: tuple[Term, ...]
     weight: Weight | None
-    want: tuple[bool, bool]  # the gradient in z1, z2
+    want: Need
     dim: int
     euclidean: bool
 
@@ -462,7 +471,7 @@ class _Sweep:
         return sum(self.sizes(layout))
 
     def gradient_rows(self, layout: Layout) -> int:
-        return layout.rows if self.weight is not None and any(self.want) else 0
+        return layout.rows if self.weight is not None and self.want.views else 0
 
     def nothing(self, layout: Layout, zeros: Tensor) -> Result:
         """A block's result before anything is added to it."""
@@ -487,10 +496,10 @@ class _Sweep:
             sums = ops.row_sums(*operands, self.terms, *served)
             lo = hi = 0
         else:
-            lo, hi = (0, block.n_rows) if any(self.want) else (0, 0)
+            lo, hi = (0, block.n_rows) if self.want.views else (0, 0)
             # the product for a tower that needs no gradient is left out
             if self.call.negatives == "cross_view":
-                lo, hi = (0 if self.want[0] else split), (block.n_rows if self.want[1] else split)
+                lo, hi = (0 if self.want.z1 else split), (block.n_rows if self.want.z2 else split)
             df, weight_sums, sums = ops.pair_grad(
                 *operands, self.weight, self.terms, (lo, hi), *served
             )
@@ -529,7 +538,7 @@ class GlobalSweeps(Sweeps):
     def pair_grad(
         self, weight: Weight, terms: tuple[Term, ...], scalars: RowScalars, wanted: tuple[int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if not any(self.ranks.want[:2]) and not terms:
+        if not self.ranks.want.views and not terms:
             return self.nothing()
         result = self._sweep(terms, weight, scalars)
         return result.df[slice(*wanted)], result.weight_sums, result.sums
@@ -545,7 +554,7 @@ class GlobalSweeps(Sweeps):
         """One sweep over the pairs of all ranks; the result for this rank's rows."""
         rows, gradient = self.rows, weight is not None
         dim, euclidean = rows.f.shape[1] if gradient else 0, gradient and rows.bias is not None
-        want = self.ranks.want[:2]
+        want = self.call.ranks.want
         sweep = _Sweep(self.function, self.call, terms, weight, want, dim, euclidean)
         own = Block(rows, scalars)
         return self._ring(sweep, own) if self.ranks.strategy == "ring" else self._gather(sweep, own)
@@ -741,10 +750,7 @@ def global_reduce(row_losses: Tensor, loss: Loss, ranks: Ranks) -> Tensor:
     """
     if loss.reduction == "none":
         return loss.reduce(row_losses)
-    total = ranks.all_reduce(replace(loss, reduction="sum").reduce(row_losses))
-    if loss.reduction == "sum":
-        return total
-    return total / (ranks.total * (2 if loss.negatives == "two_view" else 1))
+    return ranks.all_reduce(row_losses.sum()) / loss.divisor(ranks.total)
 
 
 class GlobalClosedForm(torch.autograd.Function):

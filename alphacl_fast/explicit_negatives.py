@@ -17,6 +17,7 @@ from torch import Tensor
 from . import functional
 from .autograd import (
     Features,
+    Need,
     Problem,
     Saved,
     Sweeps,
@@ -124,15 +125,14 @@ def loss_against(
     with without_autocast(z.device):
         positive = positive.to(wide)
         if isinstance(call.objective, ClosedForm):
-            rows = z.to(wide) if negatives is None else torch.cat([z, negatives]).to(wide)
-            mean = mean_negative(rows, None, layout, same_id=same_id)
+            mean = _mean_negative(z, negatives, layout, same_id)
             losses = constant_alpha(call.objective, mean - positive, layout, same_id)
         else:
             learn_tau = tau.requires_grad and torch.is_grad_enabled()
             losses = _ExplicitNegatives.apply(
                 z, negatives, positive, tau, bound, same_id, learn_tau
             )[0]
-    return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
+    return call.reduce(losses)
 
 
 def supcon_loss(
@@ -205,6 +205,19 @@ def _layout(n: int, rows: int) -> Layout:
     return Layout(rows, n, 0, n, rows - n, True) if rows > n else Layout(n, 0, 0, n, n - 1, False)
 
 
+def _mean_negative(
+    z: Tensor, negatives: Tensor | None, layout: Layout, same_id: SameId | None
+) -> Tensor:
+    """(N,) mean similarity with the negatives, differentiable; 0 where there is none."""
+    wide, n = accumulation_dtype(z.dtype), len(z)
+    if negatives is None:
+        return mean_negative(z.to(wide), None, layout, same_id=same_id)
+    if same_id is None:
+        return (z.to(wide) * negatives.to(wide).sum(0)).sum(1) / layout.n_neg
+    sums = same_id.sums_with_other_ids(slice(n), slice(n, None), negatives.to(wide))
+    return torch.where(same_id.empty, 0.0, (z.to(wide) * sums).sum(1) / same_id.n_neg)
+
+
 def _same_id(
     z: Tensor,
     negatives: Tensor | None,
@@ -235,12 +248,19 @@ class _GivenPositives(Problem):
     """
 
     def __init__(
-        self, features: Features, pos: Tensor, tau: Tensor, call: BoundCall, same_id: SameId | None
+        self,
+        z: Tensor,
+        negatives: Tensor | None,
+        pos: Tensor,
+        tau: Tensor,
+        call: BoundCall,
+        same_id: SameId | None,
     ) -> None:
-        layout = _layout(len(pos), len(features.rows.f))
-        sweeps = Sweeps(features.rows, pos, tau, call, layout, same_id)
-        super().__init__(features, pos, tau, call, same_id, sweeps)
-        self.n_first = len(pos)
+        rows = Rows(z if negatives is None else torch.cat([z, negatives]))
+        tau = tau.to(pos.dtype)
+        sweeps = Sweeps(rows, pos, tau, call, _layout(len(z), len(rows.f)), same_id)
+        super().__init__(Features(rows, None), pos, tau, call, same_id, sweeps)
+        self.n_first = len(z)
 
     def _to_views(
         self, df: Tensor, q: Tensor, weight_sums: Tensor, used: slice, views: slice
@@ -261,35 +281,33 @@ class _ExplicitNegatives(torch.autograd.Function):
         same_id: SameId | None,
         learn_tau: bool,
     ) -> tuple[Tensor | None, ...]:
-        features = Features(Rows(z if negatives is None else torch.cat([z, negatives])), None)
-        problem = _GivenPositives(features, pos, tau.to(pos.dtype), call, same_id)
+        problem = _GivenPositives(z, negatives, pos, tau, call, same_id)
         solution = problem.solve(learn_tau)
-        return solution.loss, *problem.saved(solution).flatten()
+        # The inputs themselves are saved, not the rows that were put together from them.
+        saved = problem.saved(solution)._replace(features=Features(Rows(None), None))
+        return solution.loss, *saved.flatten()
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        *_, tau, ctx.call, _, _ = inputs
+        z, negatives, _, tau, ctx.call, _, _ = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output[1:], tau)
+        ctx.save_for_backward(z, negatives, tau, *output[1:])
 
     @staticmethod
     def backward(ctx, grad: Tensor | None, *of_saved: Tensor | None) -> tuple[Tensor | None, ...]:
         if not first_derivative(grad, of_saved):
             return (None,) * 7
         need_z, need_negatives, need_pos, need_tau = ctx.needs_input_grad[:4]
-        *tensors, tau = ctx.saved_tensors
+        z, negatives, tau, *tensors = ctx.saved_tensors
         saved = Saved.unflatten(tensors)
-        n = len(saved.pos)
-        with torch.no_grad():
-            problem = _GivenPositives(
-                saved.features, saved.pos, tau.to(saved.pos.dtype), ctx.call, saved.same_id
-            )
-            dz, dtau = problem.gradient(saved.solution, grad, (need_z, need_negatives, need_tau))
+        with torch.no_grad(), without_autocast(grad.device):
+            problem = _GivenPositives(z, negatives, saved.pos, tau, ctx.call, saved.same_id)
+            need = Need(need_z, need_negatives, need_tau)
+            dz, dtau = problem.gradient(saved.solution, grad, need)
+            own = len(z) if need_z else 0  # rows of dz that belong to z
             gradients = (
-                dz[:n].to(saved.features.rows.f.dtype) if need_z else None,
-                dz[n if need_z else 0 :].to(saved.features.rows.f.dtype)
-                if need_negatives
-                else None,
+                dz[:own].to(z.dtype) if need_z else None,
+                dz[own:].to(z.dtype) if need_negatives else None,
                 -(saved.solution.mass * grad) if need_pos else None,
                 dtau.to(tau.dtype) if need_tau else None,
             )

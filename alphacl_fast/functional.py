@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import compiled_op, distributed, ops
-from .autograd import AlphaCLFunction, closed_form
+from .autograd import AlphaCLFunction, Need, closed_form
 from .backend import reference
 from .call import BoundCall, Call, Layout, SameId, accumulation_dtype, without_autocast
 from .objectives import DEFAULTS, ClosedForm, Objective, make
@@ -214,8 +214,7 @@ def _loss(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, ids: Tensor | No
         return call.reduce(closed_form(z1, z2, call, layout, same_id=same_id))
     if torch.compiler.is_compiling():
         return compiled_op.loss(z1, z2, tau, call, ids)
-    need = tuple(x.requires_grad and torch.is_grad_enabled() for x in (z1, z2, tau))
-    return AlphaCLFunction.apply(z1, z2, tau, call, need, ids)[0]
+    return AlphaCLFunction.apply(z1, z2, tau, call, Need.of(z1, z2, tau), ids)[0]
 
 
 @torch.compiler.disable  # sizes and errors of the other processes are read on the host

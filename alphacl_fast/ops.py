@@ -34,6 +34,9 @@ BACKEND_NAMES = ("auto", "reference", *SWEEP_BACKENDS)
 
 _BUNDLES = (Rows, Pairing, PairFunction, RowScalars)
 _TYPES = {
+    bool: "bool",
+    float | None: "float?",
+    list[bool]: "bool[]",
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
     int: "int",
@@ -41,11 +44,15 @@ _TYPES = {
     tuple[float, ...]: "float[]",
     tuple[float, float] | None: "float[]?",
 }
-_OPERANDS = ", ".join(
-    f"{_TYPES[annotation]} {field}"
-    for bundle in _BUNDLES
-    for field, annotation in typing.get_type_hints(bundle).items()
-)
+
+
+def schema(bundle: type) -> str:
+    """A bundle's fields as arguments of an operator."""
+    hints = typing.get_type_hints(bundle)
+    return ", ".join(f"{_TYPES[hints[field]]} {field}" for field in bundle._fields)
+
+
+_OPERANDS = ", ".join(map(schema, _BUNDLES))
 
 
 _ENDS = list(accumulate(len(bundle._fields) for bundle in _BUNDLES))
