@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .bundles import PairFunction, Rows, RowScalars, Term, Weight
-from .call import BoundCall, Layout, Loss, SameId, accumulation_dtype, without_autocast
+from .bundles import PairFunction, Rows, RowScalars, Term, Weight, accumulation_dtype, leading
+from .call import BoundCall, Layout, Loss, SameId, without_autocast
 from .objectives import BatchNumbers, ClosedForm, Objective, RowSolution, RowStep, kind
 
 
@@ -178,7 +178,7 @@ class Sweeps:
             return sums
         # An empty sum becomes the sum over one pair with f = 1, where every formula is finite;
         # `solve` drops the result.
-        head = sum(term >= Term.SHIFT for term in terms)
+        head = int(leading(terms) is not None)
         largest = torch.where(sums[:head] == -torch.inf, 0.0, sums[:head])
         return torch.cat([largest, torch.where(self.same_id.empty, 1.0, sums[head:])])
 
@@ -193,10 +193,9 @@ class Sweeps:
         self, solution: RowSolution, terms: tuple[Term, ...], wanted: tuple[int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradient sweep of a solution, for the rows ``wanted`` = (low, high)."""
-        origin = self.pos if solution.moment_origin is None else solution.moment_origin
-        scalars = RowScalars(
-            origin, solution.row_weight, solution.shift, solution.argument_offset, solution.baseline
-        )
+        scalars = RowScalars(*(getattr(solution, name) for name in RowScalars._fields))
+        if scalars.moment_origin is None:
+            scalars = scalars._replace(moment_origin=self.pos)
         return self.pair_grad(self.weight(solution), terms, scalars, wanted)
 
     def weight(self, solution: RowSolution) -> Weight:
@@ -516,7 +515,7 @@ class Problem:
         self, solution: RowSolution, grad: Tensor, need: Need
     ) -> tuple[Tensor | None, Tensor | None]:
         """(dz1, dz2) in one tensor and dτ for an incoming gradient of every row's loss."""
-        c = (grad / 2).repeat(2) if self.call.two_directions else grad.to(self.tau.dtype)
+        c = self.call.of_anchors(grad.to(self.tau.dtype))
         return self._gradient(weighted(solution, lambda x: x * c), need)[1:]
 
     def _gradient(

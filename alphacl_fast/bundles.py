@@ -15,6 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+#: The largest number of parameters that a pair kind of the C++ kernels has.
+MOST_PARAMETERS = 3
+
 
 class Rows(NamedTuple):
     """The rows that the sweeps multiply: t_ij = scale_i·scale_j·⟨f_i, f_j⟩ + bias_i + bias_j."""
@@ -48,6 +51,10 @@ class PairFunction(NamedTuple):
     log_range: tuple[float, float] | None = (
         None  # bounds of log f, where they are known on the host
     )
+
+    def padded(self) -> tuple[float, ...]:
+        """The parameters as the structs of the C++ kernels hold them."""
+        return (*self.params, *[0.0] * (MOST_PARAMETERS - len(self.params)))
 
 
 class RowScalars(NamedTuple):
@@ -108,6 +115,22 @@ class Gradient(enum.IntEnum):
 def summed(terms: tuple[Term, ...]) -> tuple[Term, ...]:
     """The terms that are sums."""
     return tuple(term for term in terms if term < Term.SHIFT)
+
+
+def leading(terms: tuple[Term, ...]) -> Term | None:
+    """The first term if it is not a sum: `Term.SHIFT` or `Term.T_MAX`."""
+    return terms[0] if terms and terms[0] >= Term.SHIFT else None
+
+
+@functools.cache
+def rows_of_terms(terms: tuple[Term, ...]) -> tuple[int, ...]:
+    """For each member of `Term` its row among the terms, -1 if it is not wanted."""
+    return tuple(terms.index(term) if term in terms else -1 for term in Term)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays; everything else is accumulated in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Dtype(enum.IntEnum):

@@ -48,6 +48,13 @@ class Loss:
             return row_losses.mean()
         return row_losses.sum() / 2 if self.two_directions else row_losses.sum()
 
+    def of_anchors(self, grad: Tensor) -> Tensor:
+        """The gradient of every anchor's loss from the gradient of the values that `reduce` gives.
+
+        The reduction is "none".
+        """
+        return (grad / 2).repeat(2) if self.two_directions else grad
+
     def divisor(self, n_pairs: int) -> int:
         """The number that divides the sum of all row losses, where the reduced loss is one
         number.
@@ -171,11 +178,6 @@ class SameId(NamedTuple):
         """
         of_id = rows.new_zeros(len(self.ids), rows.shape[1]).index_add(0, self.ids[others], rows)
         return rows.sum(0) - of_id.index_select(0, self.ids[anchors])
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays; everything else is accumulated in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from . import ops
 from .autograd import SECOND_DERIVATIVE, Need, Problem, views_of
-from .call import BoundCall, accumulation_dtype
+from .bundles import accumulation_dtype
+from .call import BoundCall
 from .objectives import registered
 
 _LIBRARY = torch.library.Library("alphacl_fast", "FRAGMENT")

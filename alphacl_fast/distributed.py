@@ -38,8 +38,18 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 from .autograd import AlphaCLFunction, Features, Need, Problem, Saved, Sweeps, closed_form
-from .bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight
-from .call import BoundCall, Layout, Loss, accumulation_dtype, without_autocast
+from .backend import forms
+from .bundles import (
+    PairFunction,
+    Pairing,
+    Rows,
+    RowScalars,
+    Term,
+    Weight,
+    accumulation_dtype,
+    leading,
+)
+from .call import BoundCall, Layout, Loss, without_autocast
 from .objectives import ClosedForm
 
 STRATEGIES = ("auto", "gather", "ring")
@@ -418,12 +428,12 @@ class Result:
     def add_sums(self, sums: Tensor, anchors: slice) -> None:
         """Merges sums over other negatives of some anchors."""
         into = self.sums[:, anchors]
-        if self.terms[:1] == (Term.T_MAX,):
+        if leading(self.terms) == Term.T_MAX:
             torch.maximum(into, sums, out=into)
-        elif self.terms[:1] == (Term.SHIFT,):
+        elif leading(self.terms) == Term.SHIFT:
             shift = torch.maximum(into[0], sums[0])
-            rescale(into, shift)
-            into[1:] += sums[1:] * (sums[0] - _finite(shift)).exp()
+            forms.rescale(into[0], into[1:], shift)
+            into[1:] += sums[1:] * (sums[0] - forms.finite(shift)).exp()
         else:
             into += sums
 
@@ -432,22 +442,6 @@ class Result:
         self.add_sums(other.sums, slice(None))
         self.df += other.df
         self.weight_sums += other.weight_sums
-
-
-def rescale(sums: Tensor, shift: Tensor) -> None:
-    """Sums (shift; terms divided by its exp) made relative to a larger shift; in place."""
-    sums[1:] *= (sums[0] - _finite(shift)).exp()
-    sums[0] = shift
-
-
-def _finite(shift: Tensor) -> Tensor:
-    """0 for −inf: so far every pair of the row was excluded."""
-    return torch.where(shift > -torch.inf, shift, 0.0)
-
-
-def starts_at_minus_infinity(terms: tuple[Term, ...]) -> bool:
-    """Whether the first term is a maximum or a logarithm instead of a sum."""
-    return terms[:1] in ((Term.T_MAX,), (Term.SHIFT,))
 
 
 @dataclass(frozen=True)
@@ -476,7 +470,7 @@ class _Sweep:
     def nothing(self, layout: Layout, zeros: Tensor) -> Result:
         """A block's result before anything is added to it."""
         result = Result(self, layout, zeros)
-        if starts_at_minus_infinity(self.terms):
+        if leading(self.terms) is not None:
             result.sums[0].fill_(-torch.inf)
         return result
 
@@ -679,7 +673,7 @@ class GlobalSweeps(Sweeps):
         mine = results[ranks.rank]
         self._among_own(sweep, own, mine)
         self._meet(sweep, own, mine, blocks, dict(enumerate(results)))
-        if not starts_at_minus_infinity(sweep.terms):
+        if leading(sweep.terms) is None:
             return Result(sweep, self.layout, ranks.reduce_scatter(flat)[: mine.flat.numel()])
         top = self.tau.new_full(
             (ranks.world, max(layout.anchors for layout in self.layouts)), -torch.inf
@@ -688,7 +682,8 @@ class GlobalSweeps(Sweeps):
             row[: result.sums.shape[1]] = result.sums[0]
         top = ranks.all_reduce(top, dist.ReduceOp.MAX)
         for row, result in zip(top, results, strict=True):
-            rescale(result.sums, row[: result.sums.shape[1]])
+            shift, *_ = result.sums
+            forms.rescale(shift, result.sums[1:], row[: len(shift)])
             result.sums[0].zero_()
         if len(sweep.terms) > 1:
             mine.flat[:] = ranks.reduce_scatter(flat)[: mine.flat.numel()]
@@ -738,7 +733,7 @@ def global_weights(grad: Tensor, loss: Loss, ranks: Ranks) -> Tensor:
     results.
     """
     if loss.reduction == "none":
-        return (grad / 2).repeat(2) if loss.two_directions else grad
+        return loss.of_anchors(grad)
     return (grad * (ranks.world / loss.divisor(ranks.total))).expand(
         loss.anchors(ranks.sizes[ranks.rank])
     )

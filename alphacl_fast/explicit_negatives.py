@@ -27,8 +27,8 @@ from .autograd import (
     only_once,
     unit_rows,
 )
-from .bundles import Rows
-from .call import BoundCall, Layout, SameId, accumulation_dtype, without_autocast
+from .bundles import Rows, accumulation_dtype
+from .call import BoundCall, Layout, SameId, without_autocast
 from .objectives import ClosedForm, Objective
 
 
@@ -173,11 +173,7 @@ def supcon_loss(
     ):
         got = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(f"ids must be integers of shape {tuple(z.shape[:1])}, got {got}")
-    if reduction not in functional.REDUCTIONS:
-        raise ValueError(
-            f"reduction must be one of {', '.join(map(repr, functional.REDUCTIONS))}, got "
-            f"{reduction!r}"
-        )
+    functional.one_of("reduction", reduction, functional.REDUCTIONS)
     rows = unit_rows(z)
     labels, place, sizes = ids.to(z.device).unique(return_inverse=True, return_counts=True)
     others = sizes[place] - 1

@@ -11,7 +11,8 @@ from torch import Tensor
 from . import compiled_op, distributed, ops
 from .autograd import AlphaCLFunction, Need, closed_form
 from .backend import reference
-from .call import BoundCall, Call, Layout, SameId, accumulation_dtype, without_autocast
+from .bundles import accumulation_dtype
+from .call import BoundCall, Call, Layout, SameId, without_autocast
 from .objectives import DEFAULTS, ClosedForm, Objective, make
 
 SIMILARITIES = ("cosine", "dot", "euclidean")
@@ -120,7 +121,7 @@ def alpha_cl_loss(
 
 def make_group(process_group: Any, strategy: str) -> distributed.ProcessGroup | None:
     """Checks the two arguments that say which processes share a batch, and how."""
-    _one_of("strategy", strategy, distributed.STRATEGIES)
+    one_of("strategy", strategy, distributed.STRATEGIES)
     if process_group is None:
         if strategy != "auto":
             raise ValueError(f"strategy must be 'auto' without a process_group, got {strategy!r}")
@@ -137,9 +138,8 @@ def make_call(
     **settings: Any,
 ) -> Call:
     """Checks every argument but the tensors; ``settings``: the other fields of `Call`."""
-    valid = {**VALID, "backend": ops.BACKEND_NAMES}
     for name, value in settings.items():
-        _one_of(name, value, valid[name])
+        one_of(name, value, ops.BACKEND_NAMES if name == "backend" else VALID[name])
     if not isinstance(symmetric, bool):
         raise TypeError(f"symmetric must be True or False, got {symmetric!r}")
     if process_group is not None and settings["backend"] == "reference":
@@ -251,11 +251,15 @@ def bind(
 
 
 def bind_temperature(
-    z1: Tensor, temperature: float | Tensor, call: Call, with_ids: bool = False, **changes: Any
+    z1: Tensor,
+    temperature: float | Tensor,
+    call: Call,
+    with_ids: bool = False,
+    reduction: str | None = None,
 ) -> tuple[Tensor, BoundCall, str]:
     """As `bind`, for embeddings and a temperature that have been checked.
 
-    ``changes`` apply to the call.
+    ``reduction`` replaces the call's.
     """
     if not torch.compiler.is_compiling():  # else the operator checks
         call.objective.check()
@@ -271,7 +275,7 @@ def bind_temperature(
     else:
         known = float(temperature)
         tau = torch.full((), known, dtype=accumulation_dtype(z1.dtype), device=z1.device)
-    return tau, call.bind(backend, known, **changes), why
+    return tau, call.bind(backend, known, reduction), why
 
 
 def check_embeddings(z1: Tensor, z2: Tensor, fewest: int = 2) -> None:
@@ -330,7 +334,8 @@ def checked_ids(name: str, ids: Tensor, rows: Tensor) -> Tensor:
     return ids.to(rows.device)
 
 
-def _one_of(name: str, value: Any, valid: tuple[Any, ...]) -> None:
+def one_of(name: str, value: Any, valid: tuple[Any, ...]) -> None:
+    """Raises ValueError unless the value is a valid one."""
     if value not in valid:
         raise ValueError(
             f"{name} must be one of {', '.join(repr(v) for v in valid)}, got {value!r}"

@@ -39,7 +39,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from .bundles import Term
+from .bundles import MOST_PARAMETERS, Term
 from .graph import Branching
 
 __all__ = [
@@ -111,6 +111,8 @@ def pair_kind(**options: Any) -> Callable[[type], PairKind]:
     def register(cls: type) -> PairKind:
         pieces = {name: piece for name, piece in vars(cls).items() if name in BoundKind._fields}
         named = {"parameters": _keywords(cls.f), "code": len(KINDS), "about": cls.__doc__}
+        if len(named["parameters"]) > MOST_PARAMETERS:
+            raise ValueError(f"a pair kind must have at most {MOST_PARAMETERS} parameters")
         kind = KINDS[cls.__name__.lower()] = PairKind(**pieces, **named, **options)
         return kind
 
@@ -272,6 +274,11 @@ _OBJECTIVES: weakref.WeakValueDictionary[str, Objective] = weakref.WeakValueDict
 def kind(name: str) -> PairKind:
     """The pair kind of this name: a key of `KINDS`, or the key of a user's function."""
     return KINDS[name] if name in KINDS else _CUSTOM[name].kind
+
+
+def is_compiled(name: str) -> bool:
+    """Whether the compiled backends have the pair kind of this name."""
+    return name in KINDS and KINDS[name].code >= 0
 
 
 def custom(key: str) -> _CustomFunction:
@@ -1064,6 +1071,7 @@ def _named(function: _Factory) -> _Factory:
         objective.name, objective.options = name, checked
         return objective
 
+    factory.__signature__ = signature  # which `inspect.signature` would make anew at every call
     _FACTORIES[name] = factory
     return factory
 
@@ -1281,7 +1289,7 @@ def make(objective: str | Objective, options: Mapping[str, Any] | None = None) -
     if objective not in _FACTORIES:
         raise ValueError(f"objective must be one of {', '.join(names())}, got {objective!r}")
     factory = _FACTORIES[objective]
-    known = inspect.signature(factory).parameters
+    known = factory.__signature__.parameters
     foreign = [name for name in options if name not in known]
     if foreign:
         expected = f"one of {', '.join(known)}" if known else "none (it has no options)"

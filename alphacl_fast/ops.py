@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .backend import blocked, cpu, cuda, triton
-from .bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight
+from .bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight, accumulation_dtype
 from .objectives import ROW_STEPS, kind
 
 #: Sweep backends in the order in which "auto" tries them.
@@ -63,12 +63,12 @@ _MAKERS = [
 
 
 def _unflatten(operands: tuple[Any, ...]) -> tuple[Rows, Pairing, PairFunction, RowScalars]:
-    """The bundles of a flat list of operands; the dispatcher makes lists of tuples."""
+    """The bundles of a flat list of operands; the dispatcher turns tuples into lists."""
     operands = [tuple(x) if type(x) is list else x for x in operands]
     return tuple([make(operands[where]) for make, where in _MAKERS])
 
 
-#: By their values; a call of the enum takes several times as long.
+#: Indexed by value: calling the enum is several times slower.
 _TERMS, _WEIGHTS = tuple(Term), tuple(Weight)
 _LIBRARY = torch.library.Library("alphacl_fast", "DEF")
 
@@ -179,7 +179,7 @@ def pair_grad(
 
 def _unit_rows_fake(z1, z2, backend):
     n, dim = z1.shape
-    wide = torch.float64 if z1.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(z1.dtype)
     return z1.new_empty((2 * n, dim)), *(z1.new_empty((2 * n,), dtype=wide) for _ in range(2))
 
 

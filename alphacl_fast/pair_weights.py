@@ -19,8 +19,8 @@ from . import functional
 from .autograd import Features, Problem, Sweeps
 from .backend import reference
 from .backend.blocked import deal, excluded_diagonals, tile_size
-from .bundles import Term
-from .call import BoundCall, Layout, accumulation_dtype, without_autocast
+from .bundles import Term, accumulation_dtype
+from .call import BoundCall, Layout, without_autocast
 from .objectives import ClosedForm, Objective, infonce
 from .objectives import kind as lookup
 
@@ -82,7 +82,7 @@ class Importances:
         call = functional.make_call(objective, options, reduction="sum", **SETTINGS | settings)
         if isinstance(temperature, Tensor):
             temperature = temperature.detach()
-        tau, call, self.why = functional.bind(z1, z2, temperature, call)
+        tau, call, _ = functional.bind(z1, z2, temperature, call)
         self.call = call
         self.layout = Layout.of(call, z1.shape[0])
         self.anchors, self.n_neg = self.layout.anchors, self.layout.n_neg
@@ -468,14 +468,20 @@ def _range(solved: Importances) -> tuple[float, float]:
 
 
 def _alignment_and_uniformity(z1: Tensor, z2: Tensor, call: BoundCall) -> tuple[float, float]:
-    """Both for unit rows, whatever the similarity; uniformity is one sweep per view: ‖x − y‖² =
-    2 − 2·cos.
+    """Both for unit rows, whatever the similarity.
+
+    Uniformity takes one sweep per view, with ‖x − y‖² = 2 − 2·cos.
     """
-    tau = torch.full((), 0.25, dtype=accumulation_dtype(z1.dtype), device=z1.device)
-    backend = "blocked" if call.backend == "reference" else call.backend
-    call = BoundCall(
-        infonce(epsilon=0.0), "cosine", "one_view", True, "sum", backend, 0.25, call.precision
+    call = replace(
+        call,
+        objective=infonce(epsilon=0.0),
+        similarity="cosine",
+        negatives="one_view",
+        reduction="sum",
+        backend="blocked" if call.backend == "reference" else call.backend,
+        temperature=0.25,
     )
+    tau = torch.full((), 0.25, dtype=accumulation_dtype(z1.dtype), device=z1.device)
     values, align = [], 0.0
     for a, b in ((z1, z2), (z2, z1)):
         features, pos = Features.of_views(a.detach(), b.detach(), call)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .call import Layout, Loss, accumulation_dtype
+from .bundles import accumulation_dtype
+from .call import Layout, Loss
 from .distributed import STATEMENT_BYTES, steps
 from .functional import alpha_cl_loss
 from .objectives import make

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .bundles import accumulation_dtype
 from .distributed import ProcessGroup
 from .functional import NEGATIVES, alpha_cl_loss
 from .objectives import make, names
@@ -91,7 +92,7 @@ def verify_distributed(
 def _differentiate(z1: Tensor, z2: Tensor, objective: str, **options: Any) -> list[Tensor]:
     """[loss, dz1, dz2(, dτ)]."""
     z1, z2 = z1.detach().requires_grad_(), z2.detach().requires_grad_()
-    wide = torch.float64 if z1.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(z1.dtype)
     learnt = make(objective).tau_gradient is not None
     temperature = torch.tensor(0.3, dtype=wide, device=z1.device, requires_grad=learnt)
     loss = alpha_cl_loss(z1, z2, objective, temperature=temperature, **options)

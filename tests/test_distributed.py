@@ -336,6 +336,35 @@ def test_one_process_alone_may_want_a_gradient(ranks):
     )
 
 
+class Dropped(torch.autograd.Function):
+    """The identity, without a gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def gradient_where_others_have_none(group):
+    """dz1 of the first rank's row losses alone; the others' losses pass no gradient on."""
+    rank = dist.get_rank(group)
+    z1, z2 = (z[4 * rank : 4 * rank + 4] for z in pair(8, 3))
+    losses = alpha_cl_loss(z1.requires_grad_(), z2, process_group=group, reduction="none")
+    (losses if rank == 0 else Dropped.apply(losses)).sum().backward()
+    return z1.grad
+
+
+def test_a_rank_whose_loss_has_no_gradient_takes_part(ranks):
+    z1, z2 = pair(8, 3)
+    losses = alpha_cl_loss(z1.requires_grad_(), z2, reduction="none").view(2, 8)
+    (whole,) = torch.autograd.grad(losses[:, :4].sum(), z1)
+    found = torch.cat(ranks.run(2, gradient_where_others_have_none))
+    torch.testing.assert_close(found, whole, rtol=1e-10, atol=1e-12)
+
+
 def test_verify_distributed(ranks):
     first, *others = ranks.run(3, verified)
     assert all(other == first for other in others)

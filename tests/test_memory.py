@@ -11,7 +11,7 @@ from conftest import WATCHDOG
 from family import MEMBERS, member_id, pair
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alphacl_fast import FusedAlphaCLLoss, objectives
+from alphacl_fast import FusedAlphaCLLoss, loss_against, objectives
 from alphacl_fast.backend import blocked
 
 
@@ -60,6 +60,23 @@ def test_scalar_loss_saves_only_the_gradients():
     ):
         FusedAlphaCLLoss("alpha_direct")(z1, z2)
     assert sum(saved) == 2 * 300 * 8 * 4
+
+
+@pytest.mark.parametrize("name", ["infonce", "alpha_square", "uniform"])
+def test_a_memory_bank_is_kept_once(name):
+    """The graph of explicit negatives holds the bank itself and no copy of it."""
+    z, bank = (torch.randn(n, 16).requires_grad_() for n in (8, 4096))
+    saved = {}
+
+    def keep(x):
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = loss_against(z, bank, torch.randn(8), name)
+    saved.pop(bank.untyped_storage().data_ptr(), None)
+    assert sum(saved.values()) < bank.nbytes / 16
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (z, bank)))
 
 
 PEAK = """

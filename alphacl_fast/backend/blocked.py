@@ -314,7 +314,7 @@ def _log_sums(
     """shift_i, Σ_j exp(log f − shift_i) and, where asked for, Σ_j exp(log f − shift_i)·(t −
     moment_origin).
     """
-    with_moment = len(terms) == 3
+    with_moment = Term.F_MOMENT in terms
     sweep = _Sweep(rows, pairing, function, scalars, need_t=with_moment)
 
     def work(tiles: Tiles) -> tuple[Tensor, Tensor]:
@@ -327,8 +327,8 @@ def _log_sums(
             for side in sides:
                 if constant is None:
                     new = torch.maximum(shift[side.slice], tile.log_f().amax(side.dim))
-                    _rescale(shift[side.slice], sums[:, side.slice], new)
-                    e = tile.exp(_finite(new).view(side.shape))
+                    forms.rescale(shift[side.slice], sums[:, side.slice], new)
+                    e = tile.exp(forms.finite(new).view(side.shape))
                 sums[0, side.slice] += e.sum(side.dim)
                 if with_moment:
                     sums[1, side.slice] += (e * tile.moment(side)).sum(side.dim)
@@ -337,21 +337,10 @@ def _log_sums(
     (shift, sums), *others = sweep.share(work)
     for other_shift, other_sums in others:
         new = torch.maximum(shift, other_shift)
-        _rescale(shift, sums, new)
-        _rescale(other_shift, other_sums, new)
+        forms.rescale(shift, sums, new)
+        forms.rescale(other_shift, other_sums, new)
         sums += other_sums
     return torch.cat([shift.unsqueeze(0), sums])
-
-
-def _finite(shift: Tensor) -> Tensor:
-    """0 for −inf: so far every pair of the row was excluded."""
-    return torch.where(shift > -torch.inf, shift, 0.0)
-
-
-def _rescale(shift: Tensor, sums: Tensor, new: Tensor) -> None:
-    """Makes sums relative to exp(shift) relative to exp(new); in place."""
-    sums *= (shift - _finite(new)).exp()
-    shift.copy_(new)
 
 
 # --- sweep 2 --------------------------------------------------------------------------------------

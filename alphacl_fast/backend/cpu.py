@@ -19,8 +19,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..bundles import Dtype, PairFunction, Pairing, Rows, RowScalars, Term, Weight
-from ..objectives import KINDS
+from ..bundles import (
+    MOST_PARAMETERS,
+    Dtype,
+    PairFunction,
+    Pairing,
+    Rows,
+    RowScalars,
+    Term,
+    Weight,
+    accumulation_dtype,
+    rows_of_terms,
+)
+from ..objectives import KINDS, is_compiled
 from . import forms
 
 #: Optional operands that this backend serves.
@@ -77,7 +88,7 @@ class _Sweep(ctypes.Structure):
         + [
             ("tau", ctypes.c_double),
             ("constant_shift", ctypes.c_double),
-            ("params", ctypes.c_double * 3),
+            ("params", ctypes.c_double * MOST_PARAMETERS),
         ]
         + [
             (name, ctypes.c_int32)
@@ -235,7 +246,7 @@ def unsupported(
         return f"runs on cpu, not {device.type}"
     if _LOAD_ERROR is not None:
         return f"not compiled: {_LOAD_ERROR}"
-    if kind and (kind not in KINDS or KINDS[kind].code < 0):
+    if kind and not is_compiled(kind):
         return "compiled for the built-in pair functions, not for a user's own"
     if precision not in (None, "ieee"):
         return f"multiplies float32 as IEEE says, not precision={precision!r}"
@@ -264,12 +275,6 @@ def _threads(n: int, dim: int, split: int, gradient: bool) -> int:
 
 #: Row vectors, by the names of `_Sweep`.
 _VECTORS = (*Rows._fields[1:], *RowScalars._fields, "ids")
-
-
-@functools.cache
-def _rows_of_terms(terms: tuple[Term, ...]) -> tuple[int, ...]:
-    """For each term its row among the sums, -1 if it is not wanted."""
-    return tuple(terms.index(term) if term in terms else -1 for term in Term)
 
 
 def _run(
@@ -302,8 +307,8 @@ def _run(
         threads=_threads(*f.shape, pairing.split, "gradient" in fields),
         tau=float(function.tau),
         kind=KINDS[function.kind].code,
-        params=(*function.params, 0.0, 0.0, 0.0)[:3],
-        rows_of_terms=_rows_of_terms(terms),
+        params=function.padded(),
+        rows_of_terms=rows_of_terms(terms),
         **{name: x.data_ptr() for name, x in kept.items()},
         **fields,
         **_hooks(),
@@ -391,7 +396,7 @@ def unit_rows(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     z1, z2 = (z if z.stride(1) == 1 else z.contiguous() for z in (z1, z2))
     n, dim = z1.shape
-    wide = torch.float64 if z1.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(z1.dtype)
     f = z1.new_empty((2 * n, dim))
     inv_norm, pos = z1.new_empty(2 * n, dtype=wide), z1.new_empty(2 * n, dtype=wide)
     _run_rows(

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bundles import Dtype, Form, Term, Weight
-from ..objectives import KINDS
-from . import gpu
+from ..bundles import MOST_PARAMETERS, Dtype, Form, Term, Weight, accumulation_dtype, rows_of_terms
+from ..objectives import KINDS, is_compiled
+from . import forms, gpu
 
 #: Optional operands that this backend serves.
 OPTIONAL_OPERANDS: set[str] = set()
@@ -57,7 +57,6 @@ _INPUTS = (
     "unit",
 )
 _OUTPUTS = ("sums", "df", "weight_sums", "weights")
-_REGION = ("exclude", "triangle", "rows_paired", "cols_paired", "rows_anchor", "cols_anchor")
 
 
 def _fields(kind: Any, *names: str) -> list[tuple[str, Any]]:
@@ -81,7 +80,7 @@ class _SweepStruct(ctypes.Structure):
             "anchors",
         )
         + _fields(ctypes.c_int64, "n", "n_out", "lo")
-        + [("constant_shift", ctypes.c_double), ("params", ctypes.c_double * 3)]
+        + [("constant_shift", ctypes.c_double), ("params", ctypes.c_double * MOST_PARAMETERS)]
         + _fields(
             ctypes.c_int32, "dtype", "dim", "row_blocks", "first_block", "splits", "begin", "end"
         )
@@ -205,7 +204,7 @@ def unsupported(
     if device.type == "cuda" and (there := _shared_memory(device)) < least:
         name = str(dtype).removeprefix("torch.")
         return f"needs {least >> 10} KB of shared memory a block for {name}, got {there >> 10}"
-    if kind and kind not in KINDS:
+    if kind and not is_compiled(kind):
         return "compiled for the built-in pair functions, not for a user's own"
     if precision == "bf16x3":
         return "multiplies float32 as IEEE or as TF32, not precision='bf16x3'"
@@ -326,7 +325,7 @@ class _Sweep(gpu.Sweep):
             out.copy_(workspace.amax(0))
         elif self.form == Form.ONLINE:
             largest = workspace[:, 0].amax(0)
-            factor = (workspace[:, 0] - torch.where(largest > -torch.inf, largest, 0.0)).exp_()
+            factor = (workspace[:, 0] - forms.finite(largest)).exp_()
             out[0] = largest
             out[1:] = (workspace[:, 1:] * factor.unsqueeze(1)).sum(0)
         elif self.form == Form.CONSTANT:
@@ -346,22 +345,19 @@ class _Sweep(gpu.Sweep):
         }
         elements = [0 if x is None else x.numel() for x in inputs + outputs]
         elements[0] = self.f.untyped_storage().nbytes() // self.f.itemsize - self.f.storage_offset()
-        row_of_term = [
-            launch.terms.index(term) if term in launch.terms else -1 for term in range(Term.SHIFT)
-        ]
         struct = _SweepStruct(
             **{**addresses, "f": self.f.data_ptr()}, elements=(*elements,), stride=self.f.stride(0),
             half=self.n // 2, anchors=self.pairing.anchors, n=self.n,
             n_out=launch.wanted[1] - low, lo=low,
-            constant_shift=self.shift, params=(*self.function.params, 0.0, 0.0, 0.0)[:3],
+            constant_shift=self.shift, params=self.function.padded(),
             dtype=self.dtype, dim=self.dim, row_blocks=launch.blocks,
             first_block=launch.first_block, splits=launch.splits, begin=launch.begin,
             end=launch.end,
             column_slice=launch.column_slice, kind=KINDS[self.function.kind].code, form=self.form,
             pair_grad=self.weight is not None, gradient=launch.gradient,
             weight=self.weight or Weight.F,
-            terms=len(launch.terms), row_of_term=(*row_of_term,), symmetric=launch.symmetric,
-            in_chunks=self.in_chunks, **region._asdict(),
+            terms=len(launch.terms), row_of_term=rows_of_terms(launch.terms)[: Term.SHIFT],
+            symmetric=launch.symmetric, in_chunks=self.in_chunks, **region._asdict(),
         )  # fmt: skip
         _run("alphacl_cuda_sweep", device, ctypes.byref(struct))
 
@@ -393,7 +389,7 @@ def unit_rows(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Stacked rows (2N, D) for cosine, 1/‖z‖ (2N,) and t⁺ (2N,), in one launch."""
     _same_shape("z2", z2, z1.shape)
     z1, z2 = (z if z.stride(1) == 1 else z.contiguous() for z in (z1, z2))
-    (n, dim), wide = z1.shape, torch.float64 if z1.dtype == torch.float64 else torch.float32
+    (n, dim), wide = z1.shape, accumulation_dtype(z1.dtype)
     f, inv_norm, pos = (
         z1.new_empty(2 * n, dim),
         *(z1.new_empty(2 * n, dtype=wide) for _ in range(2)),

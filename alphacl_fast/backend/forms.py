@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from ..bundles import Form, PairFunction, RowScalars, Term, Weight
+from ..bundles import Form, PairFunction, RowScalars, Term, Weight, leading
 from ..objectives import kind
 
 #: Largest |log f − shift| for which a constant shift will do: n·e^±64 (n·e^±600) stays a normal
@@ -13,7 +14,7 @@ CONSTANT_SHIFT_RANGE = {torch.float32: 64.0, torch.float64: 600.0}
 
 
 def constant_shift(function: PairFunction) -> float | None:
-    """The middle of log f's range where exp(log f − middle) stays in range for every pair, else
+    """The centre of log f's range where exp(log f − centre) stays in range for every pair, else
     None.
     """
     if function.log_range is None:
@@ -24,11 +25,22 @@ def constant_shift(function: PairFunction) -> float | None:
     )
 
 
+def finite(shift: Tensor) -> Tensor:
+    """A shift, with 0 for −inf: so far every pair of the row was excluded."""
+    return torch.where(shift > -torch.inf, shift, 0.0)
+
+
+def rescale(shift: Tensor, sums: Tensor, new: Tensor) -> None:
+    """Makes sums relative to exp(shift) relative to exp(new); changes both in place."""
+    sums *= (shift - finite(new)).exp()
+    shift.copy_(new)
+
+
 def of_row_sums(function: PairFunction, terms: tuple[Term, ...]) -> tuple[Form, float]:
     """The form of a `row_sums` sweep, and its constant shift (0 in the other forms)."""
-    if terms[0] == Term.T_MAX:
+    if leading(terms) == Term.T_MAX:
         return Form.T_MAX, 0.0
-    if terms[0] != Term.SHIFT:
+    if leading(terms) is None:
         return Form.PLAIN, 0.0
     shift = constant_shift(function)
     return (Form.ONLINE, 0.0) if shift is None else (Form.CONSTANT, shift)
