@@ -30,6 +30,7 @@ import inspect
 import itertools
 import math
 import weakref
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, wraps
@@ -39,7 +40,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from .bundles import MOST_PARAMETERS, Term
+from .bundles import MOST_PARAMETERS, Dtype, Form, Gradient, Term, Weight
 from .graph import Branching
 
 __all__ = [
@@ -279,6 +280,21 @@ def kind(name: str) -> PairKind:
 def is_compiled(name: str) -> bool:
     """Whether the compiled backends have the pair kind of this name."""
     return name in KINDS and KINDS[name].code >= 0
+
+
+def codes() -> dict[str, dict[str, int]]:
+    """The numbers that cross the border to C++, by the name of their C++ enum."""
+    enums = {"Dtype": Dtype, "Term": Term, "WeightCode": Weight, "Form": Form, "Gradient": Gradient}
+    kinds = {name.upper(): kind.code for name, kind in KINDS.items() if kind.code >= 0}
+    return {
+        **{name: {member.name: member.value for member in of} for name, of in enums.items()},
+        "KindCode": kinds,
+    }
+
+
+def codes_checksum() -> int:
+    """Tells a library compiled with other `codes` apart."""
+    return zlib.crc32(repr(codes()).encode()) & 0x7FFFFFFF
 
 
 def custom(key: str) -> _CustomFunction:

@@ -15,6 +15,7 @@ import torch
 
 from alphacl_fast.backend import cuda, gpu
 from alphacl_fast.bundles import Dtype, Form, PairFunction, Pairing, Rows, RowScalars, Term
+from alphacl_fast.objectives import KINDS
 from tools import build_cuda as build
 
 ROOT = Path(__file__).parent.parent
@@ -108,12 +109,11 @@ def test_shared_memory(surveyed):
 
 
 LOAD = """
-from alphacl_fast.backend import cuda, gpu
-from alphacl_fast.bundles import Dtype, Form, PairFunction, Pairing, Rows, RowScalars, Term
+from alphacl_fast.backend import cuda
 library, reason = cuda._library("cuda")
 assert library, reason
-print(library.alphacl_cuda_has_hopper(), library.alphacl_cuda_sweep(cuda._SweepStruct(),
-None).decode())
+said = library.alphacl_cuda_sweep(cuda._SweepStruct(), None).decode()
+print(library.alphacl_cuda_has_hopper(), said)
 """
 
 
@@ -336,6 +336,12 @@ REFUSED = {
     "term": (sums(rows=(1, -1, -1, -1, -1)), "row_of_term must lie in [-1, 0], got 1"),
     "range": (sums(begin=2, end=1), "end must lie in [2, "),
     "dtype": (sums(dtype=5), "unknown dtype"),
+    "kind": (sums(kind=len(KINDS)), f"kind must lie in [0, {len(KINDS) - 1}]"),
+    "weight": (product(weight=3), "weight must lie in [0, 2], got 3"),
+    "form": (sums(form=4), "form must lie in [0, 3], got 4"),
+    "gradient": (product(gradient=3), "gradient must lie in [0, 2], got 3"),
+    "stride": (sums(stride=-1), "starts and sizes must lie in [0, "),
+    "f beyond 2^63": (sums(stride=2**62, n=2**40), f"f must have {2**63 - 1} elements or more"),
     "vector": (
         sums(moment_origin=torch.zeros(N - 1)),
         f"moment_origin must have {N} elements or more",
@@ -392,20 +398,71 @@ def test_sweeps_that_would_leave_memory(given, message, library):
             {"bias": torch.ones(N, device="meta")},
             "bias must be torch.float32 on cpu, got .* on meta",
         ),
-        ({"scale": torch.ones(N - 1)}, f"scale must have {N} elements or more, got {N - 1}"),
+        ({"f": torch.randn(N, D).double()}, "tau must be torch.float64 for rows of torch.float64"),
     ],
 )
 def test_operands_of_another_kind(changes, message, library):
-    """The library sees no dtype and no device; Python does."""
-    one = torch.ones(N)
-    operands = (
-        Rows(torch.randn(N, D), **changes),
-        Pairing(0, 0, N),
-        PairFunction("exp", (), torch.ones(())),
-        RowScalars(one),
+    """The library cannot see a dtype or a device, so Python refuses them."""
+    with pytest.raises(ValueError, match=message):
+        sums_of(**changes)
+
+
+def test_a_short_operand(library):
+    """The library refuses a buffer that is too short, here through the backend."""
+    with pytest.raises(RuntimeError, match=f"scale must have {N} elements or more, got {N - 1}"):
+        sums_of(scale=torch.ones(N - 1))
+
+
+def sums_of(**changes):
+    rows = Rows(**{"f": torch.randn(N, D), **changes})
+    function = PairFunction("exp", (), torch.ones(()))
+    scalars = RowScalars(torch.ones(N))
+    return cuda.row_sums(rows, Pairing(0, 0, N), function, scalars, (Term.SHIFT, Term.F), "")
+
+
+def call_rows(library, finish, *, n_pairs=5, dim=7, **changes):
+    """What the library answers to a pass over N pairs; changes are buffers and numbers."""
+    names = ("f", "inv_norm", "d", "q") if finish else ("z1", "z2", "f", "inv_norm", "pos")
+    shapes = {"z1": (5, 7), "z2": (5, 7), "f": (10, 7), "d": (10, 7), "q": (5,)}
+    buffers = {name: torch.zeros(shapes.get(name, (10,))) for name in names}
+    buffers |= {name: changes.pop(name) for name in cuda._ROW_BUFFERS if name in changes}
+    buffers = {name: x for name, x in buffers.items() if x is not None}
+    numbers = {"stride1": 7, "stride2": 7, "anchors": 1, "dtype": Dtype.FLOAT32, **changes}
+    struct = cuda._PairRows(
+        **{name: x.data_ptr() for name, x in buffers.items()},
+        elements=tuple(held(buffers[x]) if x in buffers else 0 for x in cuda._ROW_BUFFERS),
+        n_pairs=n_pairs,
+        dim=dim,
+        **numbers,
     )
-    with pytest.raises((ValueError, RuntimeError), match=message):
-        cuda.row_sums(*operands, (Term.SHIFT, Term.F), "")
+    error = library.alphacl_cuda_rows(finish, struct, None)
+    return None if error is None else error.decode()
+
+
+ROWS_REFUSED = {
+    "no pairs": (False, {"n_pairs": 0}, "n_pairs must lie in [1, "),
+    "no features": (True, {"dim": 0}, "dim must lie in [1, "),
+    "negative stride": (False, {"stride1": -1}, "stride1 must lie in [0, "),
+    "anchors": (True, {"anchors": 3}, "anchors must lie in [1, 2], got 3"),
+    "dtype": (True, {"dtype": 5}, "unknown dtype"),
+    "no z2": (False, {"z2": None}, "z2 is missing"),
+    "z1": (False, {"z1": torch.zeros(4, 7)}, "z1 must have 35 elements or more, got 28"),
+    "z2's stride": (False, {"stride2": 8}, "z2 must have 39 elements or more, got 35"),
+    "f": (False, {"f": torch.zeros(9, 7)}, "f must have 70 elements or more, got 63"),
+    "inv_norm": (True, {"inv_norm": torch.zeros(9)}, "inv_norm must have 10 elements or more"),
+    "pos": (False, {"pos": torch.zeros(9)}, "pos must have 10 elements or more, got 9"),
+    "no d": (True, {"d": None}, "d is missing"),
+    "d": (True, {"d": torch.zeros(9, 7)}, "d must have 70 elements or more, got 63"),
+    "q": (True, {"anchors": 2}, "q must have 10 elements or more, got 5"),
+}
+
+
+@pytest.mark.parametrize(
+    ("finish", "given", "message"), ROWS_REFUSED.values(), ids=ROWS_REFUSED.keys()
+)
+def test_rows_that_would_leave_memory(finish, given, message, library):
+    assert call_rows(library, finish) is None
+    assert message in call_rows(library, finish, **given)
 
 
 def test_rows_of_another_kind(library):
@@ -414,10 +471,21 @@ def test_rows_of_another_kind(library):
     for d, q, message in (
         (torch.zeros(10, 7).double(), torch.zeros(5), "d must be torch.float32 on cpu"),
         (torch.zeros(7, 10).t(), torch.zeros(5), "d must be contiguous"),
-        (torch.zeros(9, 7), torch.zeros(5), r"d must have the shape \(10, 7\), got \(9, 7\)"),
+        (
+            torch.zeros(9, 7),
+            torch.zeros(5),
+            r"d and f must be \(2N, D\), got \(9, 7\) and \(10, 7\)",
+        ),
         (torch.zeros(10, 7), torch.zeros(4), r"q must have 5 or 10 elements, got 4"),
     ):
         with pytest.raises(ValueError, match=message):
             cuda.finish_rows(d, f, inv_norm, q)
+    with pytest.raises(ValueError, match=r"inv_norm must be torch.float32 on cpu"):
+        cuda.finish_rows(torch.zeros(10, 7), f, inv_norm.double(), torch.zeros(5))
+    with pytest.raises(ValueError, match=r"d and f must be \(2N, D\)"):
+        cuda.finish_rows(torch.zeros(9, 7), f[:9], inv_norm[:9], torch.zeros(4))
     with pytest.raises(ValueError, match=r"z2 must have the shape \(5, 7\), got \(4, 7\)"):
         cuda.unit_rows(z, z[:4])
+    with pytest.raises(ValueError, match=r"z2 must be torch.float32 on cpu, got torch.float64"):
+        cuda.unit_rows(z, z.double())
+    assert [x.shape[0] for x in cuda.unit_rows(z[:0], z[:0])] == [0, 0, 0]

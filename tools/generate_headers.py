@@ -4,7 +4,6 @@ The headers are committed, so that a build needs neither torch nor the package. 
 nothing and fails if a header is not current.
 """
 
-import enum
 import sys
 from pathlib import Path
 
@@ -17,31 +16,37 @@ HEAD = """\
 """
 
 
-def _enum(name: str, members: dict[str, int]) -> str:
-    listed = ", ".join(f"{member} = {value}" for member, value in members.items())
+def _enum(name: str, members: dict[str, int], prefix: str = "") -> str:
+    listed = ", ".join(f"{prefix}{member} = {value}" for member, value in members.items())
     return f"enum {name} : int32_t {{ {listed} }};"
-
-
-def _values(of: type[enum.IntEnum], prefix: str = "") -> dict[str, int]:
-    return {prefix + member.name: member.value for member in of}
 
 
 def codes() -> str:
     """The enums of both libraries."""
-    kinds = {name.upper(): kind.code for name, kind in objectives.KINDS.items()}
+    table = objectives.codes()
     sums = len(bundles.summed(tuple(bundles.Term)))
+    counts = {
+        "SUM": sums,
+        "TERM": len(table["Term"]),
+        "KIND": len(table["KindCode"]),
+        "WEIGHT": len(table["WeightCode"]),
+        "FORM": len(table["Form"]),
+        "GRADIENT": len(table["Gradient"]),
+    }
     return "\n".join(
         (
             HEAD.format(source="bundles.py and objectives.py"),
             "#include <cstdint>\n",
-            _enum("Dtype", _values(bundles.Dtype)),
-            _enum("KindCode", kinds),
-            _enum("Term", _values(bundles.Term)),
-            "// Sums come first.",
-            f"constexpr int SUM_COUNT = {sums}, TERM_COUNT = {len(bundles.Term)};",
-            _enum("WeightCode", _values(bundles.Weight, "WEIGHT_")),
-            _enum("class Form", _values(bundles.Form)),
-            _enum("class Gradient", _values(bundles.Gradient)),
+            _enum("Dtype", table["Dtype"]),
+            _enum("KindCode", table["KindCode"]),
+            _enum("Term", table["Term"]),
+            _enum("WeightCode", table["WeightCode"], "WEIGHT_"),
+            _enum("class Form", table["Form"]),
+            _enum("class Gradient", table["Gradient"]),
+            "// Sums come first among the terms.",
+            f"constexpr int {', '.join(f'{name}_COUNT = {n}' for name, n in counts.items())};",
+            "// Python compares it with its own.",
+            f"constexpr int32_t CODES_CHECKSUM = {objectives.codes_checksum()};",
             "",
         )
     )

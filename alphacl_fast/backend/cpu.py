@@ -31,7 +31,7 @@ from ..bundles import (
     accumulation_dtype,
     rows_of_terms,
 )
-from ..objectives import KINDS, is_compiled
+from ..objectives import KINDS, codes_checksum, is_compiled
 from . import forms
 
 #: Optional operands that this backend serves.
@@ -143,7 +143,8 @@ def _load() -> tuple[ctypes.PyDLL | None, str | None]:
         # not CDLL: an exception that a signal raised comes through
         library = ctypes.PyDLL(str(LIBRARY))
         sizes = library.alphacl_cpu_sweep_size(), library.alphacl_cpu_rows_size()
-        if sizes != (ctypes.sizeof(_Sweep), ctypes.sizeof(_PairRows)):
+        fits = sizes == (ctypes.sizeof(_Sweep), ctypes.sizeof(_PairRows))
+        if not fits or library.alphacl_cpu_codes() != codes_checksum():
             raise OSError(f"{LIBRARY.name} does not fit this version of the package")
         library.alphacl_cpu_build.restype = library.alphacl_cpu_sources.restype = ctypes.c_char_p
         library.alphacl_cpu_kernels.restype = ctypes.c_char_p

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..bundles import MOST_PARAMETERS, Dtype, Form, Term, Weight, accumulation_dtype, rows_of_terms
-from ..objectives import KINDS, is_compiled
+from ..objectives import KINDS, codes_checksum, is_compiled
 from . import forms, gpu
 
 #: Optional operands that this backend serves.
@@ -57,6 +57,7 @@ _INPUTS = (
     "unit",
 )
 _OUTPUTS = ("sums", "df", "weight_sums", "weights")
+_ROW_BUFFERS = ("z1", "z2", "f", "inv_norm", "pos", "d", "q")
 
 
 def _fields(kind: Any, *names: str) -> list[tuple[str, Any]]:
@@ -104,25 +105,35 @@ class _PairRows(ctypes.Structure):
     """`struct PairRows`."""
 
     _fields_ = (
-        _fields(ctypes.c_void_p, "z1", "z2", "f", "inv_norm", "pos", "d", "q")
+        _fields(ctypes.c_void_p, *_ROW_BUFFERS)
+        + [("elements", ctypes.c_int64 * len(_ROW_BUFFERS))]
         + _fields(ctypes.c_int64, "n_pairs", "stride1", "stride2")
         + _fields(ctypes.c_int32, "dim", "dtype", "anchors")
     )
 
 
-def _address(name: str, x: Tensor | None, dtype: torch.dtype, device: torch.device) -> int | None:
-    """Where a contiguous tensor begins.
+def _address(
+    name: str, x: Tensor | None, dtype: torch.dtype, device: torch.device, pitched: bool = False
+) -> int | None:
+    """The first element of a contiguous tensor, or of a matrix whose rows are contiguous.
 
     Raises:
-        ValueError: wrong dtype, device or strides, which the library does not see.
+        ValueError: wrong dtype, device or strides, which the library cannot see.
     """
     if x is None:
         return None
     if (x.dtype, x.device) != (dtype, device):
         raise ValueError(f"{name} must be {dtype} on {device}, got {x.dtype} on {x.device}")
-    if not x.is_contiguous():
+    if not (x.stride(1) == 1 or x.shape[1] == 1 if pitched else x.is_contiguous()):
         raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
     return x.data_ptr()
+
+
+def _elements(x: Tensor | None) -> int:
+    """Elements from a tensor's first one to the end of its memory."""
+    if x is None:
+        return 0
+    return x.untyped_storage().nbytes() // x.itemsize - x.storage_offset()
 
 
 def _run(function: str, device: torch.device, *arguments: Any) -> None:
@@ -162,9 +173,11 @@ def _load(path: str) -> tuple[ctypes.CDLL | None, str | None]:
     try:
         library = ctypes.CDLL(path)
         sizes = library.alphacl_cuda_sweep_size(), library.alphacl_cuda_rows_size()
+        fits = sizes == (ctypes.sizeof(_SweepStruct), ctypes.sizeof(_PairRows))
+        fits = fits and library.alphacl_cuda_codes() == codes_checksum()
     except (OSError, AttributeError) as error:
         return None, f"cannot be loaded: {error}"
-    if sizes != (ctypes.sizeof(_SweepStruct), ctypes.sizeof(_PairRows)):
+    if not fits:
         return None, f"cannot be loaded: {Path(path).name} does not fit this version of the package"
     library.alphacl_cuda_sweep.argtypes = [ctypes.POINTER(_SweepStruct), ctypes.c_void_p]
     library.alphacl_cuda_rows.argtypes = [
@@ -336,15 +349,13 @@ class _Sweep(gpu.Sweep):
 
     def launch(self, launch: gpu.Launch) -> None:
         region, device, wide, low = launch.region, self.f.device, self.tau.dtype, launch.wanted[0]
-        half = self.arithmetic.weights if launch.weights is not None else wide
         inputs = (None, *self.vectors(_INPUTS[1:-2]), self.tau, self.unit)
         outputs = (launch.sums, launch.df, launch.weight_sums, launch.weights)
         addresses = {
-            name: _address(name, x, half if name == "weights" else wide, device)
+            name: _address(name, x, self.arithmetic.weights if name == "weights" else wide, device)
             for name, x in zip(_INPUTS + _OUTPUTS, inputs + outputs, strict=True)
         }
-        elements = [0 if x is None else x.numel() for x in inputs + outputs]
-        elements[0] = self.f.untyped_storage().nbytes() // self.f.itemsize - self.f.storage_offset()
+        elements = [_elements(self.f), *map(_elements, (inputs + outputs)[1:])]
         struct = _SweepStruct(
             **{**addresses, "f": self.f.data_ptr()}, elements=(*elements,), stride=self.f.stride(0),
             half=self.n // 2, anchors=self.pairing.anchors, n=self.n,
@@ -370,44 +381,43 @@ pair_grad = functools.partial(gpu.pair_grad, _Sweep)
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def _run_rows(finish: bool, f: Tensor, inv_norm: Tensor, **fields: int | None) -> None:
+def _run_rows(finish: bool, f: Tensor, buffers: dict[str, Tensor], **fields: int) -> None:
     """Runs `unit_rows` or `finish_rows`; ``fields`` are others of `struct PairRows`."""
+    wide, buffers = accumulation_dtype(f.dtype), {"f": f, **buffers}
+    dtypes = {"z1": f.dtype, "z2": f.dtype, "f": f.dtype}
+    addresses = {
+        name: _address(name, x, dtypes.get(name, wide), f.device, pitched=name in ("z1", "z2"))
+        for name, x in buffers.items()
+    }
     struct = _PairRows(
-        f=_address("f", f, f.dtype, f.device),
-        inv_norm=_address("inv_norm", inv_norm, inv_norm.dtype, f.device),
+        **addresses, elements=tuple(_elements(buffers.get(name)) for name in _ROW_BUFFERS),
         n_pairs=len(f) // 2, dim=f.shape[1], dtype=Dtype.of(f.dtype), **fields,
     )  # fmt: skip
     _run("alphacl_cuda_rows", f.device, int(finish), ctypes.byref(struct))
 
 
-def _same_shape(name: str, x: Tensor, shape: torch.Size) -> None:
-    if x.shape != shape:
-        raise ValueError(f"{name} must have the shape {tuple(shape)}, got {tuple(x.shape)}")
-
-
 def unit_rows(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Stacked rows (2N, D) for cosine, 1/‖z‖ (2N,) and t⁺ (2N,), in one launch."""
-    _same_shape("z2", z2, z1.shape)
+    if z2.shape != z1.shape:
+        raise ValueError(f"z2 must have the shape {tuple(z1.shape)}, got {tuple(z2.shape)}")
     z1, z2 = (z if z.stride(1) == 1 else z.contiguous() for z in (z1, z2))
     (n, dim), wide = z1.shape, accumulation_dtype(z1.dtype)
     f, inv_norm, pos = (
         z1.new_empty(2 * n, dim),
         *(z1.new_empty(2 * n, dtype=wide) for _ in range(2)),
     )
-    _run_rows(
-        False, f, inv_norm, z1=z1.data_ptr(), z2=z2.data_ptr(), pos=pos.data_ptr(),
-        stride1=z1.stride(0), stride2=z2.stride(0),
-    )  # fmt: skip
+    if n:
+        buffers = {"z1": z1, "z2": z2, "inv_norm": inv_norm, "pos": pos}
+        _run_rows(False, f, buffers, stride1=z1.stride(0), stride2=z2.stride(0))
     return f, inv_norm, pos
 
 
 def finish_rows(d: Tensor, f: Tensor, inv_norm: Tensor, q: Tensor) -> None:
     """d (2N, D) ← the gradient in z, from Σ_j (g_ij + g_ji)·F_j and q (N,) or (2N,)."""
-    _same_shape("d", d, f.shape)
-    anchors, q = 2 * len(q) // len(f), q.contiguous()
-    if anchors not in (1, 2) or 2 * len(q) != anchors * len(f):
+    if d.shape != f.shape or len(f) % 2:
+        raise ValueError(f"d and f must be (2N, D), got {tuple(d.shape)} and {tuple(f.shape)}")
+    if len(q) not in (len(f) // 2, len(f)):
         raise ValueError(f"q must have {len(f) // 2} or {len(f)} elements, got {len(q)}")
-    addresses = {
-        name: _address(name, x, inv_norm.dtype, f.device) for name, x in (("d", d), ("q", q))
-    }
-    _run_rows(True, f, inv_norm, anchors=anchors, **addresses)
+    if len(f):
+        buffers = {"inv_norm": inv_norm, "d": d, "q": q.contiguous()}
+        _run_rows(True, f, buffers, anchors=2 * len(q) // len(f))

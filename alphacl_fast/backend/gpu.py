@@ -17,7 +17,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..bundles import Form, Gradient, PairFunction, Pairing, Rows, RowScalars, Term, Weight, summed
+from ..bundles import (
+    Form,
+    Gradient,
+    PairFunction,
+    Pairing,
+    Rows,
+    RowScalars,
+    Term,
+    Weight,
+    accumulation_dtype,
+    summed,
+)
 from . import forms
 from .precision import float32_precision
 
@@ -25,6 +36,7 @@ from .precision import float32_precision
 WORKSPACE = 256 << 20
 #: Most rows of a sweep: kernels count them in 32 bits.
 MOST_ROWS = 2**31 - 2**16 - 1
+MOST_FEATURES = 2**31 - 2**16 - 1
 
 
 class Region(NamedTuple):
@@ -203,6 +215,14 @@ class Sweep(abc.ABC):
         if len(f) > MOST_ROWS:
             raise ValueError(
                 f"the {self.backend} backend takes at most {MOST_ROWS} rows, got {len(f)}"
+            )
+        wide = accumulation_dtype(f.dtype)
+        if function.tau.dtype != wide:
+            raise ValueError(f"tau must be {wide} for rows of {f.dtype}, got {function.tau.dtype}")
+        if f.shape[1] > MOST_FEATURES:
+            raise ValueError(
+                f"the {self.backend} backend takes {MOST_FEATURES} features at most, "
+                f"got {f.shape[1]}"
             )
         self.f = f if f.stride(1) == 1 or f.shape[1] == 1 else f.contiguous()
         self.n, self.dim = f.shape

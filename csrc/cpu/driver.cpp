@@ -26,14 +26,14 @@ template <class Work> void in_parallel(int threads, Work&& work) {
   others.reserve(threads);
   try {
     for (int t = 1; t < threads; t++) others.emplace_back(work, t);
-  } catch (const std::system_error&) {  // those that there are will do
+  } catch (const std::system_error&) {  // continue with the threads that have started
   }
   work(0);
   for (auto& t : others) t.join();
 #endif
 }
 
-// Gives the interpreter's lock up for as long as it lives.
+// Releases the interpreter's lock for its lifetime.
 class WithoutInterpreter {
  public:
   explicit WithoutInterpreter(const Sweep& s) : s_(s), lock_(s.release_lock ? s.release_lock() : nullptr) {}
@@ -110,6 +110,7 @@ extern "C" {
 // Sizes of the structs that Python mirrors.
 int32_t alphacl_cpu_sweep_size() { return sizeof(Sweep); }
 int32_t alphacl_cpu_rows_size() { return sizeof(PairRows); }
+int32_t alphacl_cpu_codes() { return CODES_CHECKSUM; }
 
 const char* alphacl_cpu_build() { return ALPHACL_BUILD; }
 const char* alphacl_cpu_sources() { return ALPHACL_SOURCES; }
@@ -133,7 +134,7 @@ const char* alphacl_cpu_kernels(int32_t set, int32_t dtype, int32_t* multiple, i
 
 int32_t alphacl_cpu_sweep(const Sweep* s) {
   const TileKernels* kernels = choose(s->instruction_set, s->dtype);
-  if (!kernels) return UNSUPPORTED;
+  if (!kernels || s->kind < 0 || s->kind >= KIND_COUNT) return UNSUPPORTED;
   try {
     return kernels->accumulate == FLOAT64 ? sweep<double>(*s, *kernels) : sweep<float>(*s, *kernels);
   } catch (const std::bad_alloc&) {

@@ -20,6 +20,19 @@ namespace {
 
 enum InstructionSet { portable, avx2, avx512, avx512_bf16, amx, amx_emulated, SET_COUNT };
 
+using KernelsOf = const TileKernels* (*)(Dtype operands);
+
+// Null for a set that was not compiled.
+KernelsOf kernels_of(int32_t set) {
+  switch (set) {
+#define SET(name) \
+  case name: return alphacl_kernels_##name;
+    ALPHACL_SETS
+#undef SET
+    default: return nullptr;
+  }
+}
+
 // Bit k is set where the processor and the operating system run instruction set k.
 int32_t sets_of_processor() {
   int32_t sets = 1 << portable;
@@ -39,25 +52,12 @@ int32_t sets_of_processor() {
   sets |= 1 << avx512_bf16 | 1 << amx_emulated;
 #if defined(__linux__)
   // arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA): a process must ask before it uses tiles.
-  if (has_amx && syscall(SYS_arch_prctl, 0x1023, 18) == 0) sets |= 1 << amx;
+  if (has_amx && kernels_of(amx) && syscall(SYS_arch_prctl, 0x1023, 18) == 0) sets |= 1 << amx;
 #else
   (void)has_amx;
 #endif
 #endif
   return sets;
-}
-
-using KernelsOf = const TileKernels* (*)(Dtype operands);
-
-// Null for a set that was not compiled.
-KernelsOf kernels_of(int32_t set) {
-  switch (set) {
-#define SET(name) \
-  case name: return alphacl_kernels_##name;
-    ALPHACL_SETS
-#undef SET
-    default: return nullptr;
-  }
 }
 
 bool runs_here(int32_t set) {
@@ -72,7 +72,7 @@ bool runs_here(int32_t set) {
 const TileKernels* choose(int32_t set, int32_t dtype) {
   auto best = [set](Dtype operands) -> const TileKernels* {
     for (int32_t other = set; other >= 0; other--)
-      if (runs_here(other) && kernels_of(other))
+      if (runs_here(other) && kernels_of(other) && !(set == amx_emulated && other == amx))
         if (const TileKernels* kernels = kernels_of(other)(operands)) return kernels;
     return nullptr;
   };

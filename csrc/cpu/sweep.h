@@ -1,6 +1,6 @@
 // What crosses the border between Python and C++: one struct for a sweep, one for the passes over
-// the rows before and after the sweeps. Both are mirrored field by field in backend/cpu.py. C++
-// checks only what protects memory: Python has validated the arguments.
+// the rows before and after the sweeps. backend/cpu.py mirrors both field by field, and makes or
+// checks every buffer: C++ trusts the sizes.
 #pragma once
 
 #include "../generated/codes.h"

@@ -1,6 +1,5 @@
 // The plain C interface, which backend/cuda.py calls through ctypes. Python checks dtypes, devices
-// and strides, which are not seen here; here is checked that no launch leaves the buffers it was
-// given.
+// and strides; this file checks that no launch reads or writes beyond its buffers.
 #include "launch.h"
 
 #include <algorithm>
@@ -21,7 +20,7 @@ template <class... Parts> [[noreturn]] void refuse(const Parts&... parts) {
   throw std::runtime_error(text.str());
 }
 
-// Of sizes that are not negative; MOST where the product is larger.
+// The product of sizes that are not negative; MOST if it is larger.
 int64_t product(std::initializer_list<int64_t> sizes) {
   int64_t result = 1;
   for (const int64_t size : sizes)
@@ -33,14 +32,23 @@ void within(const char* name, int64_t value, int64_t least, int64_t most) {
   if (value < least || value > most) refuse(name, " must lie in [", least, ", ", most, "], got ", value);
 }
 
-// A present buffer holds `least` elements or more.
-void holds(const Sweep& a, Buffer buffer, const char* name, const void* data, int64_t least, bool needed = false) {
+// Checks that a buffer, where it is present, has `least` elements or more.
+void holds(const char* name, const void* data, int64_t elements, int64_t least, bool needed) {
   if (!data && needed) refuse(name, " is missing");
-  if (data && a.elements[int(buffer)] < least)
-    refuse(name, " must have ", least, " elements or more, got ", a.elements[int(buffer)]);
+  if (data && elements < least)
+    refuse(name, " must have ", least, " elements or more, got ", elements);
+}
+void holds(const Sweep& a, Buffer buffer, const char* name, const void* data, int64_t least, bool needed = false) {
+  holds(name, data, a.elements[int(buffer)], least, needed);
 }
 
-// The rows of one side of a launch exist.
+// Elements of a matrix from its first one to its last one; MOST if they are more.
+int64_t extent(int64_t rows, int64_t stride, int64_t columns) {
+  int64_t result = product({rows - 1, stride});
+  return __builtin_add_overflow(result, columns, &result) ? MOST : result;
+}
+
+// Checks that the rows of one side of a launch exist.
 void side(const Sweep& a, const char* name, int64_t start, int64_t count, bool paired) {
   if (paired && (a.half > MOST / 2 || count != 2 * a.half))
     refuse("paired ", name, "s must be 2·half in number, got ", count, " with half = ", a.half);
@@ -50,16 +58,19 @@ void side(const Sweep& a, const char* name, int64_t start, int64_t count, bool p
 
 void check(const Sweep& a) {
   within("n_rows", a.n_rows, 1, MOST), within("n_cols", a.n_cols, 1, MOST), within("dim", a.dim, 1, INT32_MAX);
-  for (const int64_t x : {a.row_start, a.col_start, a.half, a.anchors, a.n, a.n_out, a.lo, int64_t(a.first_block)})
+  for (const int64_t x : {a.row_start, a.col_start, a.half, a.anchors, a.n, a.n_out, a.lo, a.stride, int64_t(a.first_block)})
     within("starts and sizes", x, 0, MOST);
   within("splits", a.splits, 1, INT32_MAX), within("row_blocks", a.row_blocks, 1, INT32_MAX);
   within("begin", a.begin, 0, INT32_MAX), within("end", a.end, a.begin, INT32_MAX);
   within("column_slice", a.column_slice, -int64_t(a.begin), INT32_MAX);
   within("terms", a.terms, 0, SUM_COUNT);
   for (const int32_t row : a.row_of_term) within("row_of_term", row, -1, a.terms - 1);
+  within("kind", a.kind, 0, KIND_COUNT - 1), within("weight", a.weight, 0, WEIGHT_COUNT - 1);
+  within("form", int(a.form), 0, FORM_COUNT - 1);
+  within("gradient", int(a.gradient), 0, GRADIENT_COUNT - 1);
 
   side(a, "row", a.row_start, a.n_rows, a.rows_paired), side(a, "column", a.col_start, a.n_cols, a.cols_paired);
-  holds(a, Buffer::FEATURES, "f", a.f, product({a.n - 1, a.stride}) + a.dim, true);
+  holds(a, Buffer::FEATURES, "f", a.f, extent(a.n, a.stride, a.dim), true);
   const int64_t row_end = a.row_start + a.n_rows, column_end = a.col_start + a.n_cols, read = std::max(row_end, column_end);
   const int64_t anchors = std::max(a.rows_anchor ? row_end : 0, a.cols_anchor ? column_end : 0);
   holds(a, Buffer::SCALE, "scale", a.scale, read), holds(a, Buffer::BIAS, "bias", a.bias, read);
@@ -91,6 +102,36 @@ void check(const Sweep& a) {
   holds(a, Buffer::WEIGHT_SUMS, "weight_sums", a.weight_sums, product({a.splits, a.n}));
 }
 
+void check(const PairRows& a, bool finish) {
+  within("n_pairs", a.n_pairs, 1, MOST / 2), within("dim", a.dim, 1, INT32_MAX);
+  within("stride1", a.stride1, 0, MOST), within("stride2", a.stride2, 0, MOST);
+  const auto holds = [&](RowBuffer buffer, const char* name, const void* data, int64_t least) {
+    ::holds(name, data, a.elements[int(buffer)], least, true);
+  };
+  const int64_t rows = 2 * a.n_pairs, all = product({rows, a.dim});
+  holds(RowBuffer::F, "f", a.f, all), holds(RowBuffer::INV_NORM, "inv_norm", a.inv_norm, rows);
+  if (finish) {
+    within("anchors", a.anchors, 1, 2);
+    holds(RowBuffer::D, "d", a.d, all), holds(RowBuffer::Q, "q", a.q, a.anchors * a.n_pairs);
+  } else {
+    holds(RowBuffer::Z1, "z1", a.z1, extent(a.n_pairs, a.stride1, a.dim));
+    holds(RowBuffer::Z2, "z2", a.z2, extent(a.n_pairs, a.stride2, a.dim));
+    holds(RowBuffer::POS, "pos", a.pos, rows);
+  }
+}
+
+// Runs a check; returns null, or its message, which stays until this thread's next call.
+template <class Check> const char* refused(Check&& run) {
+  static thread_local std::string error;
+  try {
+    run();
+  } catch (const std::exception& found) {
+    error = found.what();
+    return error.c_str();
+  }
+  return nullptr;
+}
+
 const char* start(const Sweep& a, void* stream) {
   using namespace alphacl;
   switch (a.dtype) {
@@ -111,18 +152,13 @@ ALPHACL_EXPORT const char* alphacl_cuda_build() { return ALPHACL_BUILD; }
 ALPHACL_EXPORT const char* alphacl_cuda_sources() { return ALPHACL_SOURCES; }
 ALPHACL_EXPORT int32_t alphacl_cuda_sweep_size() { return sizeof(Sweep); }
 ALPHACL_EXPORT int32_t alphacl_cuda_rows_size() { return sizeof(PairRows); }
+ALPHACL_EXPORT int32_t alphacl_cuda_codes() { return CODES_CHECKSUM; }
 
-// Both launch on the current device and return null, or what went wrong: a text good until this
+// Both launch on the current device and return null, or an error message that stays until this
 // thread's next call.
 ALPHACL_EXPORT const char* alphacl_cuda_sweep(const Sweep* given, void* stream) {
-  static thread_local std::string error;
   Sweep a = *given;
-  try {
-    check(a);
-  } catch (const std::runtime_error& refused) {
-    error = refused.what();
-    return error.c_str();
-  }
+  if (const char* error = refused([&] { check(a); })) return error;
   const int64_t itemsize = alphacl::is_half(Dtype(a.dtype)) ? 2 : a.dtype == FLOAT64 ? 8 : 4;
   a.aligned = reinterpret_cast<uintptr_t>(a.f) % 16 == 0 && a.stride * itemsize % 16 == 0;
   return start(a, stream);
@@ -130,6 +166,7 @@ ALPHACL_EXPORT const char* alphacl_cuda_sweep(const Sweep* given, void* stream) 
 
 ALPHACL_EXPORT const char* alphacl_cuda_rows(int32_t finish, const PairRows* a, void* stream) {
   using namespace alphacl;
+  if (const char* error = refused([&] { check(*a, finish); })) return error;
   switch (a->dtype) {
     case BFLOAT16: return rows<BFLOAT16>(finish, *a, stream);
     case FLOAT16: return rows<FLOAT16>(finish, *a, stream);

@@ -47,6 +47,9 @@ struct Sweep {
   int32_t aligned;    // set by the library: every row of f begins at a multiple of 16 bytes
 };
 
+// The buffers of the passes over rows, in the order in which `PairRows` points to them.
+enum class RowBuffer : int32_t { Z1, Z2, F, INV_NORM, POS, D, Q, COUNT };
+
 // The passes for cosine similarity. Rows i and n_pairs + i of f, d and inv_norm are a positive
 // pair.
 struct PairRows {
@@ -58,6 +61,7 @@ struct PairRows {
   void* d;              // (2·n_pairs, dim) in: Σ_j (g_ij + g_ji) F_j; out: the gradient in z
   // weight of the positive pair: (n_pairs), or (2·n_pairs) where both of its rows are anchors
   const void* q;
+  int64_t elements[int(RowBuffer::COUNT)];  // in each buffer
   int64_t n_pairs, stride1, stride2;
   int32_t dim, dtype, anchors;  // anchors of a pair: 1 or 2
 };
