@@ -80,7 +80,12 @@ class Features(NamedTuple):
         )
         if z.dtype == accumulate:
             return cls(Rows(scaled / norm.unsqueeze(1)), inv_norm)
-        return cls(Rows(z, inv_norm), inv_norm)
+        # products of bfloat16 rows as they are could leave the range of float32
+        extreme = (largest < 2.0**-30) | ((largest > 2.0**30) & largest.isfinite())
+        exponent = torch.frexp(safe).exponent.clamp(-126, 126)
+        lift = torch.where(extreme, torch.ldexp(torch.ones_like(safe), -exponent), 1.0)
+        scale = torch.where(zero, 0.0, (1 / norm) / (safe * lift))
+        return cls(Rows((wide * lift.unsqueeze(1)).to(z.dtype), scale), inv_norm)
 
     @classmethod
     def of_views(
@@ -88,8 +93,8 @@ class Features(NamedTuple):
     ) -> tuple[Features, Tensor]:
         """Features of the stacked views and t⁺ (2N,); ``center`` as of `make`."""
         if call.similarity == "cosine" and ops.has(call.backend, "unit_rows"):
-            f, inv_norm, pos = ops.unit_rows(z1.detach(), z2.detach(), call.backend)
-            return cls(Rows(f, None if z1.dtype == pos.dtype else inv_norm), inv_norm), pos
+            f, scale, inv_norm, pos = ops.unit_rows(z1.detach(), z2.detach(), call.backend)
+            return cls(Rows(f, scale if scale.shape[0] else None), inv_norm), pos
         features = cls.make(torch.cat([z1, z2]), call.similarity, center)
         return features, positives(features.wide(), call.similarity)
 
@@ -556,7 +561,8 @@ class Problem:
             d = self.tau.new_zeros(2 * n, self.features.rows.f.shape[1])
             d[used] = df.view(-1, d.shape[1])
         if inv_norm is not None and ops.has(self.call.backend, "unit_rows"):
-            ops.finish_rows(d, self.features.rows.f, inv_norm, q, self.call.backend)
+            f, scale = self.features.rows[:2]
+            ops.finish_rows(d, f, scale, inv_norm, q, self.call.backend)
             return d[views]
         # both anchors of a positive pair
         q = q.unsqueeze(1) if q.shape[0] == n else (q[:n] + q[n:]).unsqueeze(1)

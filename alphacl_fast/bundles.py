@@ -27,6 +27,32 @@ class Rows(NamedTuple):
     bias: Tensor | None = None  # (n,) accumulation dtype; None is 0
 
 
+class NormalizedRows(NamedTuple):
+    """What `unit_rows` returns for the stacked views (2N, D) of a cosine loss.
+
+    A row of f is a unit row, or, in half precision, the row as given. A bfloat16 row whose products
+    could leave the range of float32 is first multiplied by a power of two, which is exact.
+    """
+
+    f: Tensor  # (2N, D) in the views' dtype; rows begin `pitch` elements apart
+    scale: Tensor  # (2N,) 1/‖f‖ in half precision, else (0,)
+    inv_norm: Tensor  # (2N,) 1/‖z‖, 0 for an all-zero row
+    pos: Tensor  # (2N,) t⁺, the same for both rows of a pair
+
+    @classmethod
+    def empty(cls, z: Tensor) -> NormalizedRows:
+        """Uninitialised, for views (N, D)."""
+        (n, dim), wide = z.shape, accumulation_dtype(z.dtype)
+        f = z.new_empty(2 * n, pitch(dim))[:, :dim]
+        lengths = 2 * n if wide != z.dtype else 0, 2 * n, 2 * n
+        return cls(f, *(z.new_empty(length, dtype=wide) for length in lengths))
+
+
+def pitch(dim: int) -> int:
+    """Elements from row to row: copies of 16 bytes, tensor maps and Triton want multiples of 16."""
+    return -(-dim // 16) * 16 if dim > 16 else dim
+
+
 class Pairing(NamedTuple):
     """Which rows meet which. With ``split`` = 0 all rows meet one another: a triangle of tiles.
 

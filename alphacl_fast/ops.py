@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from .backend import blocked, cpu, cuda, triton
-from .bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight, accumulation_dtype
+from .bundles import (
+    NormalizedRows,
+    PairFunction,
+    Pairing,
+    Rows,
+    RowScalars,
+    Term,
+    Weight,
+)
 from .objectives import ROW_STEPS, kind
 
 #: Sweep backends in the order in which "auto" tries them.
@@ -177,25 +185,21 @@ def pair_grad(
 # --- O(n·D) steps, for backends that have them ----------------------------------------------------
 
 
-def _unit_rows_fake(z1, z2, backend):
-    n, dim = z1.shape
-    wide = accumulation_dtype(z1.dtype)
-    return z1.new_empty((2 * n, dim)), *(z1.new_empty((2 * n,), dtype=wide) for _ in range(2))
-
-
-#: z1, z2 (N, D) → the stacked rows (2N, D) of unit length (raw for half precision), 1/‖z‖ and t⁺,
-#: (2N,) each.
+#: z1, z2 (N, D) → `bundles.NormalizedRows` of the stacked views.
 unit_rows = _define(
-    "unit_rows(Tensor z1, Tensor z2, str backend) -> (Tensor, Tensor, Tensor)",
-    lambda z1, z2, backend: SWEEP_BACKENDS[backend].unit_rows(z1, z2),
-    _unit_rows_fake,
+    "unit_rows(Tensor z1, Tensor z2, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda z1, z2, backend: tuple(SWEEP_BACKENDS[backend].unit_rows(z1, z2)),
+    lambda z1, z2, backend: tuple(NormalizedRows.empty(z1)),
 )
 #: d (2N, D) ← the gradient in z: adds the positives' part, q (anchors,), and differentiates the
 #: normalisation.
 finish_rows = _define(
-    "finish_rows(Tensor(a!) d, Tensor f, Tensor inv_norm, Tensor q, str backend) -> ()",
-    lambda d, f, inv_norm, q, backend: SWEEP_BACKENDS[backend].finish_rows(d, f, inv_norm, q),
-    lambda d, f, inv_norm, q, backend: None,
+    "finish_rows(Tensor(a!) d, Tensor f, Tensor? scale, Tensor inv_norm, Tensor q, str backend) "
+    "-> ()",
+    lambda d, f, scale, inv_norm, q, backend: SWEEP_BACKENDS[backend].finish_rows(
+        d, f, scale, inv_norm, q
+    ),
+    lambda d, f, scale, inv_norm, q, backend: None,
 )
 #: The outputs (K, anchors) of a row step of `objectives`, for vectors (anchors,).
 row_step = _define(

@@ -21,10 +21,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alphacl_fast.bundles import NormalizedRows
+
 from .trace import libdevice
 
 #: Features that a program holds at a time.
 MAX_BLOCK_D = 4096
+#: Whether kernels run in Triton's interpreter.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def larger(a, b):
+    """The larger one; NaN if either is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def largest_along(x, axis: tl.constexpr):
+    """Maxima along an axis, NaN where there is one. (On a GPU, tl.max passes over NaN.)"""
+    if INTERPRETED:  # NumPy's maximum keeps NaN
+        return tl.max(x, axis)
+    else:
+        return tl.reduce(x, axis, larger)
 
 
 @triton.jit
@@ -91,15 +110,30 @@ def _measure(
     return lift, inverse, tl.where(inv_norm > MOST, MOST, inv_norm)
 
 
+@triton.jit
+def _as_stored(lift, inverse, inv_norm):
+    """The power of two by which a half-precision row is stored, and 1/‖row‖ then.
+
+    It is 1 unless products of such rows could leave the range of float32.
+    """
+    LARGEST: tl.constexpr = 1073741824.0  # 2³⁰
+    extreme = (lift > LARGEST) | (lift * LARGEST < 1)
+    return tl.where(extreme, lift, 1.0), tl.where(extreme, inverse, inv_norm)
+
+
 @triton.jit(do_not_specialize=["n_pairs"])
 def unit_rows_kernel(
     z1_ptr,  # (n_pairs, DIM) with row stride stride1
     z2_ptr,  # (n_pairs, DIM) with row stride stride2
-    f_ptr,  # (2·n_pairs, DIM) out: unit rows, or the rows as they are in half precision
+    # (2·n_pairs, DIM) out with row stride ``stride``: unit rows; in half precision the rows as
+    # given, extreme ones times a power of two
+    f_ptr,
+    scale_ptr,  # (2·n_pairs,) out, 1/‖f‖ in half precision
     inv_norm_ptr,  # (2·n_pairs,) out, float32 or float64
     pos_ptr,  # (2·n_pairs,) out, likewise
     stride1,
     stride2,
+    stride,
     n_pairs,
     DIM: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -110,25 +144,34 @@ def unit_rows_kernel(
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     keep = pair < n_pairs
     from1, from2 = z1_ptr + pair * stride1, z2_ptr + pair * stride2
-    to1, to2 = f_ptr + pair * DIM, f_ptr + (pair + n_pairs) * DIM
+    to1, to2 = f_ptr + pair * stride, f_ptr + (pair + n_pairs) * stride
 
     lift1, inverse1, inv_norm1 = _measure(from1, keep, WIDE, DIM, PAIRS, BLOCK_D)
     lift2, inverse2, inv_norm2 = _measure(from2, keep, WIDE, DIM, PAIRS, BLOCK_D)
+    if RAW:
+        stored1, scale1 = _as_stored(lift1, inverse1, inv_norm1)
+        stored2, scale2 = _as_stored(lift2, inverse2, inv_norm2)
     products = tl.zeros((PAIRS, BLOCK_D), WIDE)
     for start in range(0, DIM, BLOCK_D):
-        x1 = _load_chunk(from1, keep, start, DIM, BLOCK_D)
-        x2 = _load_chunk(from2, keep, start, DIM, BLOCK_D)
-        y1, y2 = x1.to(WIDE) * lift1[:, None], x2.to(WIDE) * lift2[:, None]
-        if not RAW:
+        x1 = _load_chunk(from1, keep, start, DIM, BLOCK_D).to(WIDE)
+        x2 = _load_chunk(from2, keep, start, DIM, BLOCK_D).to(WIDE)
+        y1, y2 = x1 * lift1[:, None], x2 * lift2[:, None]
+        if RAW:
+            x1 *= stored1[:, None]
+            x2 *= stored2[:, None]
+        else:
             y1 *= inverse1[:, None]
             y2 *= inverse2[:, None]
             x1, x2 = y1, y2
         products += y1 * y2
-        _store_chunk(to1, x1, keep, start, DIM, BLOCK_D)
-        _store_chunk(to2, x2, keep, start, DIM, BLOCK_D)
+        _store_chunk(to1, x1.to(f_ptr.dtype.element_ty), keep, start, DIM, BLOCK_D)
+        _store_chunk(to2, x2.to(f_ptr.dtype.element_ty), keep, start, DIM, BLOCK_D)
     pos = tl.sum(products, 1)
     if RAW:
         pos = pos * inverse1 * inverse2
+    if RAW:  # after the loads: a store between them would make the compiler read a row twice
+        tl.store(scale_ptr + pair, scale1, mask=keep)
+        tl.store(scale_ptr + pair + n_pairs, scale2, mask=keep)
     tl.store(pos_ptr + pair, pos, mask=keep)
     tl.store(pos_ptr + pair + n_pairs, pos, mask=keep)
     tl.store(inv_norm_ptr + pair, inv_norm1, mask=keep)
@@ -139,10 +182,11 @@ def unit_rows_kernel(
 def _load_pair(
     d_ptr,
     f_ptr,
+    stride,
     pair,
     n_pairs,
-    inv_norm1,
-    inv_norm2,
+    scale1,
+    scale2,
     q,
     keep,
     start,
@@ -151,23 +195,25 @@ def _load_pair(
 ):
     """(PAIRS, BLOCK_D) of a chunk: both unit rows, both gradients with the positive's part."""
     WIDE: tl.constexpr = d_ptr.dtype.element_ty
-    row1, row2 = pair * DIM, (pair + n_pairs) * DIM
-    u1 = _load_chunk(f_ptr + row1, keep, start, DIM, BLOCK_D).to(WIDE)
-    u2 = _load_chunk(f_ptr + row2, keep, start, DIM, BLOCK_D).to(WIDE)
-    if f_ptr.dtype.element_ty != WIDE:
-        u1 *= inv_norm1[:, None]
-        u2 *= inv_norm2[:, None]
-    g1 = _load_chunk(d_ptr + row1, keep, start, DIM, BLOCK_D)
-    g2 = _load_chunk(d_ptr + row2, keep, start, DIM, BLOCK_D)
+    other = pair + n_pairs
+    u1 = _load_chunk(f_ptr + pair * stride, keep, start, DIM, BLOCK_D).to(WIDE)
+    u2 = _load_chunk(f_ptr + other * stride, keep, start, DIM, BLOCK_D).to(WIDE)
+    if len(scale1):
+        u1 *= scale1[0][:, None]
+        u2 *= scale2[0][:, None]
+    g1 = _load_chunk(d_ptr + pair * DIM, keep, start, DIM, BLOCK_D)
+    g2 = _load_chunk(d_ptr + other * DIM, keep, start, DIM, BLOCK_D)
     return u1, u2, g1 - q[:, None] * u2, g2 - q[:, None] * u1
 
 
 @triton.jit(do_not_specialize=["n_pairs"], do_not_specialize_on_alignment=["q_ptr"])
 def finish_rows_kernel(
     d_ptr,  # (2·n_pairs, DIM) in and out
-    f_ptr,  # (2·n_pairs, DIM)
+    f_ptr,  # (2·n_pairs, DIM) with row stride ``stride``
+    scale_ptr,  # (2·n_pairs,) or None
     inv_norm_ptr,  # (2·n_pairs,)
     q_ptr,  # (n_pairs,), or (2·n_pairs,) where BOTH rows of a pair are anchors
+    stride,
     n_pairs,
     BOTH: tl.constexpr,
     DIM: tl.constexpr,
@@ -180,6 +226,10 @@ def finish_rows_kernel(
     keep = pair < n_pairs
     inv_norm1 = tl.load(inv_norm_ptr + pair, mask=keep, other=0.0)
     inv_norm2 = tl.load(inv_norm_ptr + pair + n_pairs, mask=keep, other=0.0)
+    scale1, scale2 = (), ()
+    if scale_ptr is not None:
+        scale1 = (tl.load(scale_ptr + pair, mask=keep, other=0.0),)
+        scale2 = (tl.load(scale_ptr + pair + n_pairs, mask=keep, other=0.0),)
     q = tl.load(q_ptr + pair, mask=keep, other=0.0)
     if BOTH:
         q += tl.load(q_ptr + pair + n_pairs, mask=keep, other=0.0)
@@ -188,14 +238,14 @@ def finish_rows_kernel(
     along2 = tl.zeros((PAIRS, BLOCK_D), WIDE)
     for start in range(0, DIM, BLOCK_D):
         u1, u2, g1, g2 = _load_pair(
-            d_ptr, f_ptr, pair, n_pairs, inv_norm1, inv_norm2, q, keep, start, DIM, BLOCK_D
+            d_ptr, f_ptr, stride, pair, n_pairs, scale1, scale2, q, keep, start, DIM, BLOCK_D
         )
         along1 += u1 * g1
         along2 += u2 * g2
     sum1, sum2 = tl.sum(along1, 1)[:, None], tl.sum(along2, 1)[:, None]
     for start in range(0, DIM, BLOCK_D):
         u1, u2, g1, g2 = _load_pair(
-            d_ptr, f_ptr, pair, n_pairs, inv_norm1, inv_norm2, q, keep, start, DIM, BLOCK_D
+            d_ptr, f_ptr, stride, pair, n_pairs, scale1, scale2, q, keep, start, DIM, BLOCK_D
         )
         _store_chunk(
             d_ptr + pair * DIM, (g1 - u1 * sum1) * inv_norm1[:, None], keep, start, DIM, BLOCK_D
@@ -223,44 +273,41 @@ def tile(dim: int) -> dict[str, int]:
     }
 
 
-def unit_rows(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Stacked rows for cosine, 1/‖z‖ and t⁺ of the positive pairs, in one launch.
+def unit_rows(z1: Tensor, z2: Tensor) -> NormalizedRows:
+    """The stacked rows of a cosine loss, in one launch.
 
     Args:
         z1, z2: (N, D) float32, float64, bfloat16 or float16, any strides.
 
     Returns:
-        f (2N, D) in the inputs' dtype: unit rows, in half precision the rows as given; inv_norm
-        (2N,) and pos (2N,), the same for both rows of a pair, in float64 for float64, else float32.
-        An all-zero row has inv_norm 0; inf and NaN make a row NaN.
+        The rows. An all-zero row has inv_norm 0; inf and NaN make a row NaN.
     """
     z1, z2 = (z if z.stride(1) == 1 else z.contiguous() for z in (z1, z2))
     n, dim = z1.shape
-    wide = torch.float64 if z1.dtype == torch.float64 else torch.float32
-    f = z1.new_empty((2 * n, dim))
-    inv_norm, pos = z1.new_empty(2 * n, dtype=wide), z1.new_empty(2 * n, dtype=wide)
-    config = tile(dim)
+    rows, config = NormalizedRows.empty(z1), tile(dim)
     with torch.cuda.device_of(z1):
         unit_rows_kernel[(triton.cdiv(n, config["PAIRS"]),)](
-            z1, z2, f, inv_norm, pos, z1.stride(0), z2.stride(0), n, DIM=dim, **config
+            z1, z2, *rows, z1.stride(0), z2.stride(0), rows.f.stride(0), n, DIM=dim, **config
         )
-    return f, inv_norm, pos
+    return rows
 
 
-def finish_rows(d: Tensor, f: Tensor, inv_norm: Tensor, q: Tensor) -> None:
+def finish_rows(d: Tensor, f: Tensor, scale: Tensor | None, inv_norm: Tensor, q: Tensor) -> None:
     """d ← (g − F⟨F, g⟩)/‖z‖ with g = d − q·F of the partner, in place and in one launch.
 
     Args:
         d: (2N, D) Σ_j (g_ij + g_ji) F_j, contiguous, in the dtype of inv_norm.
-        f: (2N, D) and inv_norm: (2N,) as `unit_rows` returns them.
+        f: (2N, D), scale: (2N,) and inv_norm: (2N,) as `unit_rows` returns them; scale is None
+            where rows are not of half precision.
         q: (N,) of the pairs or (2N,) of their rows, which are added.
     """
     n, dim = f.shape[0] // 2, f.shape[1]
     config = tile(dim)
     with torch.cuda.device_of(d):
         finish_rows_kernel[(triton.cdiv(n, config["PAIRS"]),)](
-            d, f, inv_norm, q.contiguous(), n, BOTH=q.shape[0] > n, DIM=dim, **config
-        )
+            d, f, scale, inv_norm, q.contiguous(), f.stride(0), n, BOTH=q.shape[0] > n, DIM=dim,
+            **config,
+        )  # fmt: skip
 
 
 # --- vectors of the anchors -----------------------------------------------------------------------
@@ -394,7 +441,7 @@ def reduce_splits_kernel(
             x = _slices(
                 slices_ptr, first, slices, slice_stride, row, keep, float("-inf"), BLOCK_SLICES
             )
-            largest = tl.maximum(largest, tl.max(x, 0))
+            largest = larger(largest, largest_along(x, 0))
         tl.store(out_ptr + row, largest, mask=keep)
     if FORM == "CONSTANT":
         tl.store(out_ptr + row, tl.zeros((BLOCK,), ACC) + constant_shift, mask=keep)

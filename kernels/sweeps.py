@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .rows import INTERPRETED, larger, largest_along
+
 
 class Vectors(NamedTuple):
     """Pointers to one value per row, in the accumulation dtype (ids: int32), or None."""
@@ -445,7 +447,7 @@ def _side_sums(
 ):
     """One side's largest log f (online) or t, and its sums of a tile."""
     if S.FORM == "T_MAX":
-        return (tl.max(_counted(t, float("-inf"), i, j, S, MASKED), axis),), ()
+        return (largest_along(_counted(t, float("-inf"), i, j, S, MASKED), axis),), ()
     elif S.FORM == "CONSTANT":
         return (), _terms(t, e, (), (), side, axis, S)
     elif S.FORM == "ONLINE":
@@ -464,7 +466,7 @@ def _side_sums(
 def _merge(largest, totals, comps, tile_largest, sums, S: tl.constexpr):
     """Adds a tile's sums; online (as online softmax) each relative to its own largest log f."""
     if S.FORM == "T_MAX":
-        return (tl.maximum(largest[0], tile_largest[0]),), totals, comps
+        return (larger(largest[0], tile_largest[0]),), totals, comps
     elif S.FORM == "ONLINE":
         new = tl.maximum(largest[0], tile_largest[0])
         finite = tl.where(new > float("-inf"), new, 0.0)
@@ -628,9 +630,15 @@ def _constant_weights(log_f, i, j, c, S: tl.constexpr):
 def rounded_to_tf32(x):
     """float32 with 10 bits of mantissa.
 
-    The hardware would cut the others off, which makes every weight too small.
+    The hardware would cut the others off, which makes every weight too small. NaN stays NaN.
     """
-    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    if INTERPRETED:  # there is no inline assembly
+        rounded = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -683,13 +691,13 @@ def _grad_tile(
     if len(w_total):
         w_total, w_comp = _add(w_total, w_comp, (tl.sum(w, 1),))
     if S.GRADIENT == "WEIGHTS":
-        w_ptrs = block_w * S.BLOCK_M + tl.arange(0, S.BLOCK_M)
-        w_ptrs = (
-            c.out.weights
-            + w_ptrs.to(tl.int64)[:, None] * c.n_cols
-            + (j.base + j.local - c.col_start)[None, :]
-        )
-        tl.store(w_ptrs, _factor(w, j, S), mask=i.keep[:, None] & j.keep[None, :])
+        # columns of whole tiles, of two views all tiles' first halves, then all second halves
+        HALF: tl.constexpr = S.BLOCK_N // 2 if S.COLS_PAIRED else S.BLOCK_N
+        columns = tl.cdiv(c.n_cols, S.BLOCK_N) * S.BLOCK_N
+        row, column = tl.arange(0, S.BLOCK_M), tl.arange(0, S.BLOCK_N)
+        first = (block_w * S.BLOCK_M + row).to(tl.int64) * columns + tile * HALF
+        at = column % HALF + column // HALF * (columns // 2)
+        tl.store(c.out.weights + first[:, None] + at[None, :], _factor(w, j, S))
     elif S.GRADIENT == "PRODUCT":
         acc = (_dot(_factor(w, j, S), f_j[0].to(S.W_TYPE), acc[0], S, True),)
     return acc, w_total, w_comp, totals, comps
@@ -739,7 +747,8 @@ def pair_grad(
             multiplied by it.
         out: `Outputs`, ACC but for weights: df (splits, n_out, D), for the rows of f from ``lo``
             on; weight_sums (splits, n): sums of g_ij + g_ji; sums (splits, terms, anchors); weights
-            (programs·BLOCK_M, n_cols) W_TYPE, a block's rows in its own order.
+            (programs·BLOCK_M, columns of whole tiles) W_TYPE, a block's rows in its own order;
+            pairs that do not exist weigh 0.
         first_block: the first row block of the launch.
         constant_shift: of the constant form, in which v.row_weight already holds
             row_weight·exp(constant_shift − shift).

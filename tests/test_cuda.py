@@ -223,12 +223,10 @@ def test_rows_steps():
         if dtype != torch.float16:
             z1[4] *= 1e37
             z2[5] *= 1e-37
-        f, inv_norm, pos = cuda.unit_rows(z1, z2)
+        f, scale, inv_norm, pos = cuda.unit_rows(z1, z2)
         rows = torch.nn.functional.normalize(torch.cat([z1, z2]).double(), dim=1, eps=0)
         rows = rows.nan_to_num(0.0)
-        ours = (
-            f.double() if f.dtype == inv_norm.dtype else f.double() * inv_norm.double().unsqueeze(1)
-        )
+        ours = f.double() if not len(scale) else f.double() * scale.double().unsqueeze(1)
         bound = 1e-13 if dtype == torch.float64 else 1e-6
         assert relative_error(ours, rows) < bound
         assert relative_error(pos, (rows[:9] * rows[9:]).sum(1).repeat(2)) < bound
@@ -241,8 +239,8 @@ def test_rows_steps():
         ) * inv_norm.double().unsqueeze(1)
         both_anchors = torch.cat([q / 4, q - q / 4])
         other = d.clone()
-        cuda.finish_rows(other, f, inv_norm, both_anchors)
-        cuda.finish_rows(d, f, inv_norm, q)
+        cuda.finish_rows(other, f, scale if len(scale) else None, inv_norm, both_anchors)
+        cuda.finish_rows(d, f, scale if len(scale) else None, inv_norm, q)
         assert relative_error(other, d) < bound
         for a, b in zip(d, expected, strict=True):
             assert relative_error(a, b, floor=1e-30) < bound

@@ -114,6 +114,7 @@ library, reason = cuda._library("cuda")
 assert library, reason
 said = library.alphacl_cuda_sweep(cuda._SweepStruct(), None).decode()
 print(library.alphacl_cuda_has_hopper(), said)
+print(library.alphacl_cuda_why_not().decode())
 """
 
 
@@ -121,7 +122,11 @@ print(library.alphacl_cuda_has_hopper(), said)
 def test_loads_without_a_gpu():
     run = run_python(LOAD, CUDA_VISIBLE_DEVICES="")
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("0 n_rows must lie in [1, ")
+    refusal, why_not = run.stdout.splitlines()
+    assert refusal.startswith("0 n_rows must lie in [1, ")
+    assert re.fullmatch(
+        r"cannot run on this device: .+ \(compiled with CUDA \d+\.\d+, the driver serves .+\)", why_not
+    )
 
 
 @built
@@ -167,6 +172,8 @@ def test_needs_the_system_alone():
     [
         ("8.0;9.0a", "arch=compute_80,code=sm_80 arch=compute_90a,code=sm_90a"),
         ("7.5 8.6+PTX", "arch=compute_86,code=[sm_86,compute_86]"),
+        ("9.0", "arch=compute_90a,code=sm_90a"),
+        ("9.0+PTX 10.0", "arch=compute_90a,code=[sm_90a,compute_90a] arch=compute_100,code=sm_100"),
         ("", "arch=compute_80,code=[sm_80,compute_80] arch=compute_90a,code=sm_90a"),
     ],
 )
@@ -314,7 +321,9 @@ def weights(**changes):
         "gradient": gpu.Gradient.WEIGHTS,
         "df": None,
     }
-    return product(**{**given, "weights": torch.empty(2 * 64, N), **changes})
+    return product(
+        **{**given, "weights": torch.empty(2 * 64, 128), "weight_columns": 128, **changes}
+    )
 
 
 def test_calls_that_are_served(library):
@@ -359,7 +368,8 @@ REFUSED = {
     "df": (product(splits=2), f"df must have {2 * N * D} elements or more, got {N * D}"),
     "df's rows": (product(lo=1), f"df hold results for rows 1 to {N + 1} of f"),
     "no weights": (weights(weights=None), "weights is missing"),
-    "weights": (weights(row_blocks=3), f"weights must have {3 * 64 * N} elements or more"),
+    "weights": (weights(row_blocks=3), f"weights must have {3 * 64 * 128} elements or more"),
+    "weight columns": (weights(weight_columns=N), "weight_columns must lie in [128, 128], got 96"),
     "weight sums": (
         product(weight_sums=torch.empty(N), splits=2, df=torch.empty(2, N, D)),
         f"weight_sums must have {2 * N} elements",
@@ -427,7 +437,14 @@ def call_rows(library, finish, *, n_pairs=5, dim=7, **changes):
     buffers = {name: torch.zeros(shapes.get(name, (10,))) for name in names}
     buffers |= {name: changes.pop(name) for name in cuda._ROW_BUFFERS if name in changes}
     buffers = {name: x for name, x in buffers.items() if x is not None}
-    numbers = {"stride1": 7, "stride2": 7, "anchors": 1, "dtype": Dtype.FLOAT32, **changes}
+    numbers = {
+        "stride1": 7,
+        "stride2": 7,
+        "stride": 7,
+        "anchors": 1,
+        "dtype": Dtype.FLOAT32,
+        **changes,
+    }
     struct = cuda._PairRows(
         **{name: x.data_ptr() for name, x in buffers.items()},
         elements=tuple(held(buffers[x]) if x in buffers else 0 for x in cuda._ROW_BUFFERS),
@@ -442,12 +459,14 @@ def call_rows(library, finish, *, n_pairs=5, dim=7, **changes):
 ROWS_REFUSED = {
     "no pairs": (False, {"n_pairs": 0}, "n_pairs must lie in [1, "),
     "no features": (True, {"dim": 0}, "dim must lie in [1, "),
-    "negative stride": (False, {"stride1": -1}, "stride1 must lie in [0, "),
+    "negative stride": (False, {"stride1": -1}, "strides must lie in [0, "),
     "anchors": (True, {"anchors": 3}, "anchors must lie in [1, 2], got 3"),
     "dtype": (True, {"dtype": 5}, "unknown dtype"),
     "no z2": (False, {"z2": None}, "z2 is missing"),
     "z1": (False, {"z1": torch.zeros(4, 7)}, "z1 must have 35 elements or more, got 28"),
     "z2's stride": (False, {"stride2": 8}, "z2 must have 39 elements or more, got 35"),
+    "f's stride": (False, {"stride": 8}, "f must have 79 elements or more, got 70"),
+    "no scale": (False, {"dtype": Dtype.BFLOAT16}, "scale is missing"),
     "f": (False, {"f": torch.zeros(9, 7)}, "f must have 70 elements or more, got 63"),
     "inv_norm": (True, {"inv_norm": torch.zeros(9)}, "inv_norm must have 10 elements or more"),
     "pos": (False, {"pos": torch.zeros(9)}, "pos must have 10 elements or more, got 9"),
@@ -467,7 +486,7 @@ def test_rows_that_would_leave_memory(finish, given, message, library):
 
 def test_rows_of_another_kind(library):
     z = torch.randn(5, 7)
-    f, inv_norm, _ = cuda.unit_rows(z, z)
+    f, _, inv_norm, _ = cuda.unit_rows(z, z)
     for d, q, message in (
         (torch.zeros(10, 7).double(), torch.zeros(5), "d must be torch.float32 on cpu"),
         (torch.zeros(7, 10).t(), torch.zeros(5), "d must be contiguous"),
@@ -479,13 +498,13 @@ def test_rows_of_another_kind(library):
         (torch.zeros(10, 7), torch.zeros(4), r"q must have 5 or 10 elements, got 4"),
     ):
         with pytest.raises(ValueError, match=message):
-            cuda.finish_rows(d, f, inv_norm, q)
+            cuda.finish_rows(d, f, None, inv_norm, q)
     with pytest.raises(ValueError, match=r"inv_norm must be torch.float32 on cpu"):
-        cuda.finish_rows(torch.zeros(10, 7), f, inv_norm.double(), torch.zeros(5))
+        cuda.finish_rows(torch.zeros(10, 7), f, None, inv_norm.double(), torch.zeros(5))
     with pytest.raises(ValueError, match=r"d and f must be \(2N, D\)"):
-        cuda.finish_rows(torch.zeros(9, 7), f[:9], inv_norm[:9], torch.zeros(4))
+        cuda.finish_rows(torch.zeros(9, 7), f[:9], None, inv_norm[:9], torch.zeros(4))
     with pytest.raises(ValueError, match=r"z2 must have the shape \(5, 7\), got \(4, 7\)"):
         cuda.unit_rows(z, z[:4])
     with pytest.raises(ValueError, match=r"z2 must be torch.float32 on cpu, got torch.float64"):
         cuda.unit_rows(z, z.double())
-    assert [x.shape[0] for x in cuda.unit_rows(z[:0], z[:0])] == [0, 0, 0]
+    assert [x.shape[0] for x in cuda.unit_rows(z[:0], z[:0])] == [0, 0, 0, 0]

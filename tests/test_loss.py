@@ -564,8 +564,10 @@ def test_row_operators_pass_opcheck():
     z1, z2 = (torch.randn(4, 3) for _ in range(2))
     backend = "triton" if ops.backends()["triton"] is None else "cpu"
     torch.library.opcheck(ops.unit_rows, (z1, z2, backend))
-    f, inv_norm, pos = ops.unit_rows(z1, z2, backend)
-    torch.library.opcheck(ops.finish_rows, (torch.randn(8, 3), f, inv_norm, torch.rand(8), backend))
+    f, _, inv_norm, pos = ops.unit_rows(z1, z2, backend)
+    torch.library.opcheck(
+        ops.finish_rows, (torch.randn(8, 3), f, None, inv_norm, torch.rand(8), backend)
+    )
     if ops.has(backend, "row_step"):
         vectors, tau = [pos, torch.zeros(8), torch.rand(8) + 1], torch.tensor(0.5)
         arguments = vectors, tau, 6, 8, 8, "exp_rows", [1.0, 0.0, 0.0, 0.0], backend

@@ -57,6 +57,11 @@ def expected_gradient(d, unit, inv_norm, q):
     return through_normalization(through_positive, unit, inv_norm)
 
 
+def scale_of(scale):
+    """As autograd passes it on: None where rows are unit rows."""
+    return scale if len(scale) else None
+
+
 def error(got, want):
     """Largest error relative to the largest element of a row (of the vector)."""
     want = want.double()
@@ -91,12 +96,14 @@ def chunk(request, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_unit_rows(dtype, dim, poisoned, chunk):
     z1, z2 = views(37 if dim < 1000 else 5, dim, dtype)
-    f, inv_norm, pos = rows.unit_rows(z1, z2)
+    f, scale, inv_norm, pos = rows.unit_rows(z1, z2)
     wide = inv_norm.dtype
     want, eager = expected(z1, z2), expected(z1, z2, wide)
     if dtype.itemsize == 2:
         assert torch.equal(f, torch.cat([z1, z2]))
+        assert torch.equal(scale, inv_norm)
     else:
+        assert len(scale) == 0
         assert_close(f, want[0], eager[0], EPS[wide])
     assert_close(inv_norm.unsqueeze(1), want[1].unsqueeze(1), eager[1].unsqueeze(1), EPS[wide])
     assert_close(pos, want[2], eager[2], EPS[wide])
@@ -107,13 +114,13 @@ def test_unit_rows(dtype, dim, poisoned, chunk):
 def test_finish_rows(dtype, dim, poisoned, chunk):
     n = 35 if dim < 1000 else 5
     z1, z2 = views(n, dim, dtype)
-    f, inv_norm, _ = rows.unit_rows(z1, z2)
+    f, scale, inv_norm, _ = rows.unit_rows(z1, z2)
     wide = inv_norm.dtype
     d, q = torch.randn(2 * n, dim, dtype=wide), torch.rand(2 * n, dtype=wide)[::2]
     unit = f.to(wide) * inv_norm.unsqueeze(1) if dtype.itemsize == 2 else f
     want = expected_gradient(d.double(), unit.double(), inv_norm.double(), q.double())
     eager = expected_gradient(d, unit, inv_norm, q)
-    assert rows.finish_rows(d, f, inv_norm, q) is None
+    assert rows.finish_rows(d, f, scale_of(scale), inv_norm, q) is None
     if dim == 1:  # nothing is left but rounding
         assert d.abs().max() <= 8 * EPS[wide] * (inv_norm.max() * 4)
     else:
@@ -122,11 +129,11 @@ def test_finish_rows(dtype, dim, poisoned, chunk):
 
 def test_both_anchors_of_a_pair(poisoned):
     z1, z2 = views(9, 70, torch.float32)
-    f, inv_norm, _ = rows.unit_rows(z1, z2)
+    f, scale, inv_norm, _ = rows.unit_rows(z1, z2)
     d, q = torch.randn(18, 70), torch.rand(18)
     added = d.clone()
-    rows.finish_rows(d, f, inv_norm, q)
-    rows.finish_rows(added, f, inv_norm, q[:9] + q[9:])
+    rows.finish_rows(d, f, scale_of(scale), inv_norm, q)
+    rows.finish_rows(added, f, scale_of(scale), inv_norm, q[:9] + q[9:])
     assert torch.equal(d, added)
 
 
@@ -162,7 +169,7 @@ def test_sizes_at_the_ends_of_the_range(dtype, poisoned, chunk):
     z1[7], z2 = largest, z1.flip(0)
     z2[3, 40:] = 0  # a chunk of zeros after others, and before
     z2[4, :40] = 0
-    f, inv_norm, pos = rows.unit_rows(z1, z2)
+    f, scale, inv_norm, pos = rows.unit_rows(z1, z2)
     assert all(x.isfinite().all() for x in (f, inv_norm, pos))
     assert inv_norm[0] == 0
     assert pos[0] == pos[7] == 0
@@ -180,7 +187,7 @@ def test_sizes_at_the_ends_of_the_range(dtype, poisoned, chunk):
 
     d, q = torch.randn(16, 80, dtype=inv_norm.dtype), torch.rand(8, dtype=inv_norm.dtype)
     d *= 1e-6
-    rows.finish_rows(d, f, inv_norm, q * 1e-6)
+    rows.finish_rows(d, f, scale_of(scale), inv_norm, q * 1e-6)
     assert not d.isnan().any()
     assert not d[0].any()
 
@@ -192,14 +199,14 @@ def test_what_is_not_finite_stays_so(dtype, value, chunk):
     z1, z2 = views(4, 70, dtype)
     z1[1, 50] = value
     z2[2] = value
-    f, inv_norm, pos = rows.unit_rows(z1, z2)
+    f, scale, inv_norm, pos = rows.unit_rows(z1, z2)
     want = expected(z1, z2, inv_norm.dtype)
     for got, row in zip((f, inv_norm, pos), want, strict=True):
         assert torch.equal(got.isnan(), row.isnan())
     assert pos.isnan().tolist() == [False, True, True, False] * 2
     d, q = torch.ones(8, 70, dtype=inv_norm.dtype), torch.ones(4, dtype=inv_norm.dtype)
     d[3, 7] = value
-    rows.finish_rows(d, f, inv_norm, q)
+    rows.finish_rows(d, f, scale_of(scale), inv_norm, q)
     broken = d.isnan().any(1) | d.isinf().any(1)
     # 1 and 6, their partners, and 3
     assert broken.tolist() == [
@@ -367,12 +374,13 @@ def compile_everything():
         config = rows.tile(dim)
         warps, wide = config.pop("num_warps"), "*fp64" if kind == "fp64" else "*fp32"
         z, vectors = f"*{kind}", {"inv_norm_ptr": wide, "n_pairs": "i32"}
-        strides = {"stride1": "i32", "stride2": "i32"}
-        normalize = {"z1_ptr": z, "z2_ptr": z, "f_ptr": z, "pos_ptr": wide, **vectors, **strides}
-        finish = {"d_ptr": wide, "f_ptr": z, "q_ptr": wide, **vectors}
+        strides = dict.fromkeys(("stride1", "stride2", "stride"), "i32")
+        f = {"f_ptr": z, "scale_ptr": "*fp32" if kind == "bf16" else None, "stride": "i32"}
+        normalize = {"z1_ptr": z, "z2_ptr": z, "pos_ptr": wide, **f, **vectors, **strides}
+        finish = {"d_ptr": wide, "q_ptr": wide, **f, **vectors}
         for fn, signature, fixed, divisible in (
             (rows.unit_rows_kernel, normalize, {}, strides if dim % 16 == 0 else ()),
-            (rows.finish_rows_kernel, finish, {"BOTH": True}, ()),
+            (rows.finish_rows_kernel, finish, {"BOTH": True}, ("stride",) if dim % 16 == 0 else ()),
         ):
             r = compile_for(
                 fn,

@@ -156,7 +156,10 @@ def _version(compiler: tuple[str, ...]) -> str:
 
 
 def architectures() -> list[str]:
-    """The capabilities of TORCH_CUDA_ARCH_LIST (default: `ARCHITECTURES`) from 8.0 on."""
+    """The capabilities of TORCH_CUDA_ARCH_LIST (default: `ARCHITECTURES`) from 8.0 on.
+
+    9.0 becomes 9.0a, without which the kernels of hopper.h would be empty.
+    """
     text = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
     listed = re.split(r"[;,\s]+", text.strip())
     for item in listed:
@@ -168,7 +171,7 @@ def architectures() -> list[str]:
     new_enough = [item for item in listed if int(item.split(".")[0]) >= 8]
     if not new_enough:
         raise RuntimeError(f"TORCH_CUDA_ARCH_LIST must list a capability from 8.0 on, got {text!r}")
-    return new_enough
+    return [re.sub(r"^9\.0(?=\+|$)", "9.0a", item) for item in new_enough]
 
 
 def gencode(architecture: str) -> list[str]:

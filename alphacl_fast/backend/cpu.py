@@ -22,13 +22,13 @@ from torch import Tensor
 from ..bundles import (
     MOST_PARAMETERS,
     Dtype,
+    NormalizedRows,
     PairFunction,
     Pairing,
     Rows,
     RowScalars,
     Term,
     Weight,
-    accumulation_dtype,
     rows_of_terms,
 )
 from ..objectives import KINDS, codes_checksum, is_compiled
@@ -111,7 +111,7 @@ class _PairRows(ctypes.Structure):
 
     _fields_ = (
         [(name, ctypes.c_void_p) for name in ("z1", "z2", "f", "inv_norm", "pos", "d", "q")]
-        + [(name, ctypes.c_int64) for name in ("n_pairs", "dim", "stride1", "stride2")]
+        + [(name, ctypes.c_int64) for name in ("n_pairs", "dim", "stride1", "stride2", "stride")]
         + [(name, ctypes.c_int32) for name in ("dtype", "threads", "instruction_set")]
     )
 
@@ -368,61 +368,35 @@ def pair_grad(
 _ELEMENTS_PER_THREAD = 32_768
 
 
-def _run_rows(
-    function: str,
-    dtype: torch.dtype,
-    n_pairs: int,
-    dim: int,
-    stride: tuple[int, int],
-    **tensors: Tensor,
-) -> None:
+def _run_rows(function: str, f: Tensor, tensors: dict[str, Tensor], **strides: int) -> None:
+    n_pairs, dim = len(f) // 2, f.shape[1]
     threads = max(1, min(torch.get_num_threads(), n_pairs * dim // _ELEMENTS_PER_THREAD))
     rows = _PairRows(
-        n_pairs=n_pairs,
-        dim=dim,
-        stride1=stride[0],
-        stride2=stride[1],
-        dtype=Dtype.of(dtype),
-        threads=threads,
-        instruction_set=INSTRUCTION_SETS.index(instruction_set()),
-        **{name: x.data_ptr() for name, x in tensors.items()},
-    )
+        n_pairs=n_pairs, dim=dim, stride=f.stride(0), dtype=Dtype.of(f.dtype), threads=threads,
+        instruction_set=INSTRUCTION_SETS.index(instruction_set()), f=f.data_ptr(),
+        **{name: x.data_ptr() for name, x in tensors.items()}, **strides,
+    )  # fmt: skip
     if getattr(_library(), function)(ctypes.byref(rows)) != _OK:
         raise MemoryError(f"not enough memory for {n_pairs} pairs of {dim} features")
 
 
-def unit_rows(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Stacked rows (2N, D) as `autograd.Features` wants them for cosine, 1/‖z‖ and t⁺ (2N,)
-    each, in one pass.
-    """
+def unit_rows(z1: Tensor, z2: Tensor) -> NormalizedRows:
+    """The stacked rows of a cosine loss, in one pass. Rows of half precision stay as they are."""
     z1, z2 = (z if z.stride(1) == 1 else z.contiguous() for z in (z1, z2))
-    n, dim = z1.shape
-    wide = accumulation_dtype(z1.dtype)
-    f = z1.new_empty((2 * n, dim))
-    inv_norm, pos = z1.new_empty(2 * n, dtype=wide), z1.new_empty(2 * n, dtype=wide)
-    _run_rows(
-        "alphacl_cpu_normalize",
-        z1.dtype,
-        n,
-        dim,
-        (z1.stride(0), z2.stride(0)),
-        z1=z1,
-        z2=z2,
-        f=f,
-        inv_norm=inv_norm,
-        pos=pos,
-    )
-    pos[n:] = pos[:n]
-    return f, inv_norm, pos
+    rows, n = NormalizedRows.empty(z1), len(z1)
+    buffers = {"z1": z1, "z2": z2, "inv_norm": rows.inv_norm, "pos": rows.pos}
+    _run_rows("alphacl_cpu_normalize", rows.f, buffers, stride1=z1.stride(0), stride2=z2.stride(0))
+    rows.pos[n:] = rows.pos[:n]
+    if len(rows.scale):
+        rows.scale.copy_(rows.inv_norm)
+    return rows
 
 
-def finish_rows(d: Tensor, f: Tensor, inv_norm: Tensor, q: Tensor) -> None:
+def finish_rows(d: Tensor, f: Tensor, scale: Tensor | None, inv_norm: Tensor, q: Tensor) -> None:
     """d (2N, D) ← the gradient in z, from Σ_j (g_ij + g_ji) F_j and the anchors' q, (N,) or (2N,).
 
     It changes d in place.
     """
     n = f.shape[0] // 2
     q = q.contiguous() if q.shape[0] == n else q[:n] + q[n:]  # both anchors of a positive pair
-    _run_rows(
-        "alphacl_cpu_finish", f.dtype, n, f.shape[1], (0, 0), f=f, inv_norm=inv_norm, d=d, q=q
-    )
+    _run_rows("alphacl_cpu_finish", f, {"inv_norm": inv_norm, "d": d, "q": q})

@@ -19,7 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bundles import MOST_PARAMETERS, Dtype, Form, Term, Weight, accumulation_dtype, rows_of_terms
+from ..bundles import (
+    MOST_PARAMETERS,
+    Dtype,
+    Form,
+    NormalizedRows,
+    Term,
+    Weight,
+    accumulation_dtype,
+    rows_of_terms,
+)
 from ..objectives import KINDS, codes_checksum, is_compiled
 from . import forms, gpu
 
@@ -57,7 +66,7 @@ _INPUTS = (
     "unit",
 )
 _OUTPUTS = ("sums", "df", "weight_sums", "weights")
-_ROW_BUFFERS = ("z1", "z2", "f", "inv_norm", "pos", "d", "q")
+_ROW_BUFFERS = ("z1", "z2", "f", "scale", "inv_norm", "pos", "d", "q")
 
 
 def _fields(kind: Any, *names: str) -> list[tuple[str, Any]]:
@@ -80,7 +89,7 @@ class _SweepStruct(ctypes.Structure):
             "half",
             "anchors",
         )
-        + _fields(ctypes.c_int64, "n", "n_out", "lo")
+        + _fields(ctypes.c_int64, "n", "n_out", "lo", "weight_columns")
         + [("constant_shift", ctypes.c_double), ("params", ctypes.c_double * MOST_PARAMETERS)]
         + _fields(
             ctypes.c_int32, "dtype", "dim", "row_blocks", "first_block", "splits", "begin", "end"
@@ -107,7 +116,7 @@ class _PairRows(ctypes.Structure):
     _fields_ = (
         _fields(ctypes.c_void_p, *_ROW_BUFFERS)
         + [("elements", ctypes.c_int64 * len(_ROW_BUFFERS))]
-        + _fields(ctypes.c_int64, "n_pairs", "stride1", "stride2")
+        + _fields(ctypes.c_int64, "n_pairs", "stride1", "stride2", "stride")
         + _fields(ctypes.c_int32, "dim", "dtype", "anchors")
     )
 
@@ -185,7 +194,7 @@ def _load(path: str) -> tuple[ctypes.CDLL | None, str | None]:
         ctypes.POINTER(_PairRows),
         ctypes.c_void_p,
     ]
-    for text in ("sweep", "rows", "build", "sources"):
+    for text in ("sweep", "rows", "build", "sources", "why_not"):
         getattr(library, f"alphacl_cuda_{text}").restype = ctypes.c_char_p
     return library, None
 
@@ -194,6 +203,15 @@ def _library(device_type: str) -> tuple[ctypes.CDLL | None, str | None]:
     return _load(
         os.environ.get("ALPHACL_CUDA_EMULATED", "") if device_type == "cpu" else str(LIBRARY)
     )
+
+
+@functools.cache
+def _why_not(device: torch.device) -> str | None:
+    """Why a device cannot run the library, or None."""
+    library, _ = _library(device.type)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        reason = library.alphacl_cuda_why_not()
+    return None if reason is None else reason.decode()
 
 
 def unsupported(
@@ -211,7 +229,7 @@ def unsupported(
     if tuple(int(x) for x in torch.__version__.split(".")[:2]) < OLDEST:
         return f"needs torch {'.'.join(map(str, OLDEST))}, found {torch.__version__}"
     _, reason = _library(device.type)
-    if reason:
+    if reason or (reason := _why_not(device)):
         return reason
     least = SHARED_MEMORY if dtype == torch.float64 else SMALL_SHARED_MEMORY
     if device.type == "cuda" and (there := _shared_memory(device)) < least:
@@ -360,6 +378,7 @@ class _Sweep(gpu.Sweep):
             **{**addresses, "f": self.f.data_ptr()}, elements=(*elements,), stride=self.f.stride(0),
             half=self.n // 2, anchors=self.pairing.anchors, n=self.n,
             n_out=launch.wanted[1] - low, lo=low,
+            weight_columns=0 if launch.weights is None else launch.weights.shape[1],
             constant_shift=self.shift, params=self.function.padded(),
             dtype=self.dtype, dim=self.dim, row_blocks=launch.blocks,
             first_block=launch.first_block, splits=launch.splits, begin=launch.begin,
@@ -381,43 +400,39 @@ pair_grad = functools.partial(gpu.pair_grad, _Sweep)
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def _run_rows(finish: bool, f: Tensor, buffers: dict[str, Tensor], **fields: int) -> None:
+def _run_rows(finish: bool, f: Tensor, buffers: dict[str, Tensor | None], **fields: int) -> None:
     """Runs `unit_rows` or `finish_rows`; ``fields`` are others of `struct PairRows`."""
     wide, buffers = accumulation_dtype(f.dtype), {"f": f, **buffers}
-    dtypes = {"z1": f.dtype, "z2": f.dtype, "f": f.dtype}
+    given = ("z1", "z2", "f")  # in the dtype of the call, with any row stride
     addresses = {
-        name: _address(name, x, dtypes.get(name, wide), f.device, pitched=name in ("z1", "z2"))
+        name: _address(name, x, f.dtype if name in given else wide, f.device, name in given)
         for name, x in buffers.items()
     }
     struct = _PairRows(
         **addresses, elements=tuple(_elements(buffers.get(name)) for name in _ROW_BUFFERS),
-        n_pairs=len(f) // 2, dim=f.shape[1], dtype=Dtype.of(f.dtype), **fields,
+        n_pairs=len(f) // 2, dim=f.shape[1], stride=f.stride(0), dtype=Dtype.of(f.dtype), **fields,
     )  # fmt: skip
     _run("alphacl_cuda_rows", f.device, int(finish), ctypes.byref(struct))
 
 
-def unit_rows(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Stacked rows (2N, D) for cosine, 1/‖z‖ (2N,) and t⁺ (2N,), in one launch."""
+def unit_rows(z1: Tensor, z2: Tensor) -> NormalizedRows:
+    """The stacked rows of a cosine loss, in one launch."""
     if z2.shape != z1.shape:
         raise ValueError(f"z2 must have the shape {tuple(z1.shape)}, got {tuple(z2.shape)}")
     z1, z2 = (z if z.stride(1) == 1 else z.contiguous() for z in (z1, z2))
-    (n, dim), wide = z1.shape, accumulation_dtype(z1.dtype)
-    f, inv_norm, pos = (
-        z1.new_empty(2 * n, dim),
-        *(z1.new_empty(2 * n, dtype=wide) for _ in range(2)),
-    )
-    if n:
-        buffers = {"z1": z1, "z2": z2, "inv_norm": inv_norm, "pos": pos}
-        _run_rows(False, f, buffers, stride1=z1.stride(0), stride2=z2.stride(0))
-    return f, inv_norm, pos
+    rows = NormalizedRows.empty(z1)
+    if len(z1):
+        buffers = {"z1": z1, "z2": z2, **rows._asdict()}
+        _run_rows(False, buffers.pop("f"), buffers, stride1=z1.stride(0), stride2=z2.stride(0))
+    return rows
 
 
-def finish_rows(d: Tensor, f: Tensor, inv_norm: Tensor, q: Tensor) -> None:
+def finish_rows(d: Tensor, f: Tensor, scale: Tensor | None, inv_norm: Tensor, q: Tensor) -> None:
     """d (2N, D) ← the gradient in z, from Σ_j (g_ij + g_ji)·F_j and q (N,) or (2N,)."""
     if d.shape != f.shape or len(f) % 2:
         raise ValueError(f"d and f must be (2N, D), got {tuple(d.shape)} and {tuple(f.shape)}")
     if len(q) not in (len(f) // 2, len(f)):
         raise ValueError(f"q must have {len(f) // 2} or {len(f)} elements, got {len(q)}")
     if len(f):
-        buffers = {"inv_norm": inv_norm, "d": d, "q": q.contiguous()}
+        buffers = {"scale": scale, "inv_norm": inv_norm, "d": d, "q": q.contiguous()}
         _run_rows(True, f, buffers, anchors=2 * len(q) // len(f))

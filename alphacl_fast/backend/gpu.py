@@ -71,7 +71,7 @@ class Launch(NamedTuple):
     sums: Tensor | None = None  # (slices, [shift,] terms, anchors)
     df: Tensor | None = None  # (splits, wanted rows, D)
     weight_sums: Tensor | None = None  # (splits, n)
-    weights: Tensor | None = None  # (blocks·tile rows, columns)
+    weights: Tensor | None = None  # (blocks·tile rows, columns of whole tiles)
 
 
 # --- arithmetic and splits ------------------------------------------------------------------------
@@ -267,7 +267,16 @@ class Sweep(abc.ABC):
 
     def splits(self, region: Region) -> int:
         """Splits of a region's schedules where tiles are not symmetric."""
-        return splits_of(*self.blocks(region), self.f.device)
+        blocks, tiles = self.blocks(region)
+        return splits_of(min(blocks, self.run(region)), tiles, self.f.device)
+
+    def run(self, region: Region) -> int:
+        """The most row blocks of a launch: all, or those whose weights fit into the workspace."""
+        blocks, tiles = self.blocks(region)
+        if self.weight is None or self.whole:
+            return blocks
+        columns = tiles * self.tile_cols
+        return min(blocks, fitting(self.tile_rows * columns * self.arithmetic.weights.itemsize))
 
     def blocks(self, region: Region) -> tuple[int, int]:
         """Row blocks and column tiles."""
@@ -397,28 +406,45 @@ def pair_grad(
 
 def _multiply_in_runs(s: Sweep, launch: Launch, df: Tensor) -> None:
     """df ← W·F, in runs of row blocks whose weights W fit into the workspace."""
-    dtype, columns = s.arithmetic.weights, launch.region.n_cols
-    run = fitting(s.tile_rows * columns * dtype.itemsize)
+    dtype, columns = s.arithmetic.weights, _columns_of_weights(s, launch.region)
+    if not (columns.is_cuda and dtype.itemsize == 2):
+        columns = columns.to(df.dtype)
+    run = s.run(launch.region)
     for first in range(0, launch.blocks, run):
         count = min(run, launch.blocks - first)
-        weights = s.f.new_empty(count * s.tile_rows, columns, dtype=dtype)
+        weights = s.f.new_empty(count * s.tile_rows, len(columns), dtype=dtype)
         s.launch(
             launch._replace(
                 blocks=count, first_block=first, gradient=Gradient.WEIGHTS, weights=weights
             )
         )
-        _multiply(s, launch, weights, first, df)
+        _multiply(s, launch, weights, columns, first, df)
 
 
-def _multiply(s: Sweep, launch: Launch, weights: Tensor, first: int, df: Tensor) -> None:
+def _columns_of_weights(s: Sweep, region: Region) -> Tensor:
+    """The rows of f that the columns of W stand for: those of whole tiles, 0 where none exists.
+
+    Of two views all tiles' first halves come before all second halves.
+    """
+    columns, length = s.f[region.col_start :][: region.n_cols], s.blocks(region)[1] * s.tile_cols
+    if length == region.n_cols:
+        return columns
+    views = 2 if region.cols_paired else 1
+    padded = columns.new_zeros(views, length // views, s.dim)
+    padded[:, : region.n_cols // views] = columns.unflatten(0, (views, -1))
+    return padded.flatten(0, 1)
+
+
+def _multiply(
+    s: Sweep, launch: Launch, weights: Tensor, columns: Tensor, first: int, df: Tensor
+) -> None:
     """df ← W·F for the row blocks from ``first`` on; W (rows, columns) has their row order."""
     region, size = launch.region, s.tile_rows
-    columns = s.f[region.col_start : region.col_start + region.n_cols]
-    if weights.is_cuda and weights.itemsize == 2:
+    if columns.is_cuda and weights.itemsize == 2:
         product = torch.mm(weights, columns, out_dtype=torch.float32)
     else:
         with matmul_precision(s.arithmetic.products):
-            product = weights.to(df.dtype) @ columns.to(df.dtype)
+            product = weights.to(df.dtype) @ columns
     # a block's first half are rows of one view, its second half their partners
     if region.rows_paired:
         pairs = product.view(-1, 2, size // 2, s.dim).transpose(0, 1).flatten(1, 2)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bundles import Form, Term, Weight
+from ..bundles import Form, NormalizedRows, Term, Weight
 from ..objectives import ROW_STEPS
 from ..objectives import kind as lookup
 from . import gpu
@@ -181,14 +181,14 @@ pair_grad = functools.partial(gpu.pair_grad, _Sweep)
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def unit_rows(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Stacked rows (2N, D) for cosine, 1/‖z‖ (2N,) and t⁺ (2N,), in one launch."""
+def unit_rows(z1: Tensor, z2: Tensor) -> NormalizedRows:
+    """The stacked rows of a cosine loss, in one launch."""
     return _kernels().rows.unit_rows(z1, z2)
 
 
-def finish_rows(d: Tensor, f: Tensor, inv_norm: Tensor, q: Tensor) -> None:
+def finish_rows(d: Tensor, f: Tensor, scale: Tensor | None, inv_norm: Tensor, q: Tensor) -> None:
     """d (2N, D) ← the gradient in z, from Σ_j (g_ij + g_ji)·F_j and q (N,) or (2N,)."""
-    _kernels().rows.finish_rows(d, f, inv_norm, q)
+    _kernels().rows.finish_rows(d, f, scale, inv_norm, q)
 
 
 def row_step(

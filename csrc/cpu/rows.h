@@ -98,9 +98,9 @@ template <class T> void normalize_pairs(const PairRows& p, int64_t begin, int64_
       widen<T>(z, p.dtype, at, p.dim, T(1), rows[view]);
       static_cast<T*>(p.inv_norm)[row] = normalize_row(rows[view], p.dim);
       if (half)
-        std::memcpy(static_cast<uint16_t*>(p.f) + row * p.dim, static_cast<const uint16_t*>(z) + at, p.dim * 2);
+        std::memcpy(static_cast<uint16_t*>(p.f) + row * p.stride, static_cast<const uint16_t*>(z) + at, p.dim * 2);
       else
-        std::memcpy(static_cast<T*>(p.f) + row * p.dim, rows[view], p.dim * sizeof(T));
+        std::memcpy(static_cast<T*>(p.f) + row * p.stride, rows[view], p.dim * sizeof(T));
     }
     static_cast<T*>(p.pos)[i] = dot(rows[0], rows[1], p.dim);
   }
@@ -114,8 +114,8 @@ template <class T> void finish_pairs(const PairRows& p, int64_t begin, int64_t e
     for (int view = 0; view < 2; view++) {
       const int64_t row = i + view * p.n_pairs;
       T* unit = static_cast<T*>(workspace) + view * padded_dim<T>(p.dim);
-      if (half) widen<T>(p.f, p.dtype, row * p.dim, p.dim, static_cast<const T*>(p.inv_norm)[row], unit);
-      rows[view] = half ? unit : static_cast<const T*>(p.f) + row * p.dim;
+      if (half) widen<T>(p.f, p.dtype, row * p.stride, p.dim, static_cast<const T*>(p.inv_norm)[row], unit);
+      rows[view] = half ? unit : static_cast<const T*>(p.f) + row * p.stride;
     }
     const T q = static_cast<const T*>(p.q)[i];
     for (int view = 0; view < 2; view++) {

@@ -45,6 +45,6 @@ struct PairRows {
   void* pos;       // (n_pairs) similarity of each positive pair
   void* d;         // (2·n_pairs, dim) in: Σ_j (g_ij + g_ji) F_j; out: the gradient in z
   const void* q;   // (n_pairs) weight of the positive pair, summed over both anchors
-  int64_t n_pairs, dim, stride1, stride2;
+  int64_t n_pairs, dim, stride1, stride2, stride;  // stride: elements from row to row of f
   int32_t dtype, threads, instruction_set;
 };

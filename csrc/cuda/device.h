@@ -19,11 +19,13 @@
 //   mma_tf32(c, a, b)                     m16n8k8; operands are float bit patterns, of which the low 13 bits are not read
 //   pack_bf16(low, high), pack_f16        two floats rounded to nearest even, the first in the low half
 //   exp2_approx                           one instruction; denormal operands and results are 0
-//   from_f16(bits), from_bits, to_bits    a float16's value; a float's bit pattern and back
+//   from_f16(bits), from_bits, to_bits    a float16's value; the bit pattern of a float or double, and back
+//   rounded_to_tf32(x)                    a float's bit pattern with 10 bits of mantissa; NaN stays NaN
 //
 // A kernel is a struct K with `Args`, `THREADS`, `BLOCKS` (at least so many resident on a
 // multiprocessor) and a static `body(const Args&)`; launch<K>(grid_x, grid_y, shared_bytes, args,
-// stream) starts it and returns null or what went wrong.
+// stream) starts it and returns null or what went wrong; why_not<K>() says why the current device
+// cannot run it, or null.
 //
 // Only for sm_90a (hopper.h):
 //   barrier_init(b, arrivals), barrier_publish()       mbarrier in shared memory; the fence after all inits, before sync()

@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <string>
 
 #define DEVICE __device__ __forceinline__
 
@@ -64,7 +65,14 @@ DEVICE uint32_t pack_f16(float low, float high) {
 }
 DEVICE float from_f16(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 DEVICE float from_bits(uint32_t bits) { return __uint_as_float(bits); }
+DEVICE double from_bits(uint64_t bits) { return __longlong_as_double(int64_t(bits)); }
 DEVICE uint32_t to_bits(float x) { return __float_as_uint(x); }
+DEVICE uint64_t to_bits(double x) { return uint64_t(__double_as_longlong(x)); }
+DEVICE uint32_t rounded_to_tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
 
 DEVICE float exp2_approx(float x) {
   float y;
@@ -185,6 +193,22 @@ const char* launch(int grid_x, int grid_y, size_t shared_bytes, const typename K
   entry<K><<<dim3(grid_x, grid_y), K::THREADS, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// Why the current device cannot run K, or null: its driver may be too old for the runtime, or the
+// library may hold no code for it. The text stays until this thread's next call.
+template <class K> const char* why_not() {
+  static thread_local std::string text;
+  cudaFuncAttributes attributes{};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, entry<K>);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // the next launch must not find it
+  int driver = 0;
+  cudaDriverGetVersion(&driver);
+  const auto version = [](int x) { return std::to_string(x / 1000) + "." + std::to_string(x % 1000 / 10); };
+  text = std::string("cannot run on this device: ") + cudaGetErrorString(error) + " (compiled with CUDA " +
+         version(CUDART_VERSION) + ", the driver serves " + (driver ? version(driver) : "none") + ")";
+  return text.c_str();
 }
 
 // By K's registers: compiled for another architecture than sm_90a its body is empty.

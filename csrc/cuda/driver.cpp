@@ -97,19 +97,24 @@ void check(const Sweep& a) {
     holds(a, Buffer::DF, "df", a.df, product({a.splits, a.n_out, a.dim}), true);
     results("df", a.lo, a.n_out > MOST - a.lo ? MOST : a.lo + a.n_out, false);
   }
-  if (a.gradient == Gradient::WEIGHTS)
-    holds(a, Buffer::WEIGHTS, "weights", a.weights, product({a.row_blocks, SIDE, a.n_cols}), true);
+  if (a.gradient == Gradient::WEIGHTS) {
+    const int64_t columns = (a.n_cols + SIDE - 1) / SIDE * SIDE;
+    within("weight_columns", a.weight_columns, columns, columns);
+    holds(a, Buffer::WEIGHTS, "weights", a.weights, product({a.row_blocks, SIDE, columns}), true);
+  }
   holds(a, Buffer::WEIGHT_SUMS, "weight_sums", a.weight_sums, product({a.splits, a.n}));
 }
 
 void check(const PairRows& a, bool finish) {
   within("n_pairs", a.n_pairs, 1, MOST / 2), within("dim", a.dim, 1, INT32_MAX);
-  within("stride1", a.stride1, 0, MOST), within("stride2", a.stride2, 0, MOST);
+  for (const int64_t stride : {a.stride1, a.stride2, a.stride}) within("strides", stride, 0, MOST);
   const auto holds = [&](RowBuffer buffer, const char* name, const void* data, int64_t least) {
     ::holds(name, data, a.elements[int(buffer)], least, true);
   };
   const int64_t rows = 2 * a.n_pairs, all = product({rows, a.dim});
-  holds(RowBuffer::F, "f", a.f, all), holds(RowBuffer::INV_NORM, "inv_norm", a.inv_norm, rows);
+  holds(RowBuffer::F, "f", a.f, extent(rows, a.stride, a.dim));
+  holds(RowBuffer::INV_NORM, "inv_norm", a.inv_norm, rows);
+  if (alphacl::is_half(Dtype(a.dtype))) holds(RowBuffer::SCALE, "scale", a.scale, rows);
   if (finish) {
     within("anchors", a.anchors, 1, 2);
     holds(RowBuffer::D, "d", a.d, all), holds(RowBuffer::Q, "q", a.q, a.anchors * a.n_pairs);
@@ -175,6 +180,9 @@ ALPHACL_EXPORT const char* alphacl_cuda_rows(int32_t finish, const PairRows* a, 
     default: return "unknown dtype";
   }
 }
+
+// Why the current device cannot run the kernels, or null.
+ALPHACL_EXPORT const char* alphacl_cuda_why_not() { return alphacl::why_not<FLOAT32>(); }
 
 ALPHACL_EXPORT int32_t alphacl_cuda_largest_features(int32_t dtype) { return alphacl::largest_features(Dtype(dtype)); }
 

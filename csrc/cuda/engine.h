@@ -35,8 +35,8 @@ struct Fragment {
   static DEVICE int columns_first(int pitch) { return (matrix() / 2 * 8 + matrix_row()) * pitch + matrix() % 2 * 16; }
 };
 
-// float32 rounded to TF32, which the hardware would cut off: every product would be too small.
-DEVICE uint32_t rounded_to_tf32(float x) { return (device::to_bits(x) + 0x1000u) & 0xffffe000u; }
+// Tensor cores cut float32 off where TF32 ends: every product would be too small.
+using device::rounded_to_tf32;
 
 DEVICE uint32_t word(const unsigned char* p) { return *reinterpret_cast<const uint32_t*>(p); }
 

@@ -87,6 +87,10 @@ template <class E> bool device_has_hopper() {
 }
 template <> bool has_hopper<ALPHACL_DTYPE>() { return device_has_hopper<Engines<ALPHACL_DTYPE>::Engine<64>>(); }
 
+template <> const char* why_not<ALPHACL_DTYPE>() {
+  return device::why_not<UnitRows<typename Engines<ALPHACL_DTYPE>::Row>>();
+}
+
 template <> const char* rows<ALPHACL_DTYPE>(bool finish, const PairRows& a, void* stream) {
   using Row = typename Engines<ALPHACL_DTYPE>::Row;
   const int blocks = int((a.n_pairs + ROW_WARPS - 1) / ROW_WARPS);

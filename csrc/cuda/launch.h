@@ -19,6 +19,8 @@ constexpr int chunk_features(Dtype dtype) { return is_half(dtype) ? 64 : 32; }
 template <Dtype> const char* sweep(const Sweep& a, void* stream);
 template <Dtype> const char* rows(bool finish, const PairRows& a, void* stream);
 
+// Why the current device cannot run this library, or null.
+template <Dtype> __attribute__((visibility("hidden"))) const char* why_not();
 // Whether the current device has the kernels of hopper.h for rows of this dtype.
 template <Dtype> __attribute__((visibility("hidden"))) bool has_hopper();
 // Whether they are taken: −1 where they serve a launch, 0 never, 1 always: what they cannot serve
@@ -28,6 +30,7 @@ inline std::atomic<int> hopper_mode{-1};
 #define ALPHACL_DECLARE(DTYPE)                                          \
   template <> const char* sweep<DTYPE>(const Sweep&, void*);            \
   template <> const char* rows<DTYPE>(bool, const PairRows&, void*);    \
+  template <> const char* why_not<DTYPE>();                             \
   template <> bool has_hopper<DTYPE>();
 ALPHACL_DECLARE(BFLOAT16)
 ALPHACL_DECLARE(FLOAT16)

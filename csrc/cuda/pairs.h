@@ -21,10 +21,10 @@ DEVICE float power_of(float x, float q) { return powf(x, q); }
 DEVICE double power_of(double x, double q) { return pow(x, q); }
 DEVICE float root(float x) { return sqrtf(x); }
 DEVICE double root(double x) { return sqrt(x); }
-// NaN stays NaN
+// In all of these NaN stays NaN.
 template <class T> DEVICE T at_least(T x, T least) { return x < least ? least : x; }
-template <class T> DEVICE T larger(T a, T b) { return a > b ? a : b; }
-template <class T> DEVICE T positive(T x) { return x < 0 ? T(0) : x; }  // NaN stays NaN
+template <class T> DEVICE T larger(T a, T b) { return a > b || a != a ? a : b; }
+template <class T> DEVICE T positive(T x) { return x < 0 ? T(0) : x; }
 
 // One call's constants.
 template <class T> struct Numbers {

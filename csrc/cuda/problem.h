@@ -24,9 +24,12 @@ struct Sweep {
   void* sums;         // (splits [+ ring distances], [shift,] terms, anchors)
   void* df;           // (splits, n_out, dim) for the rows from `lo` on
   void* weight_sums;  // (splits, n)
-  void* weights;      // (row_blocks·64, n_cols) weights, in place of their product with the rows
+  // (row_blocks·64, weight_columns) weights, in place of their product with the rows; the columns
+  // are those of whole tiles, of two views all tiles' first halves, then all second halves
+  void* weights;
   int64_t elements[int(Buffer::COUNT)];  // in each buffer; f counts all its rows
   int64_t stride, n_rows, n_cols, row_start, col_start, half, anchors, n, n_out, lo;
+  int64_t weight_columns;
   double constant_shift, params[3];
   int32_t dtype, dim, row_blocks, first_block, splits;
   int32_t begin, end;    // column tiles of a block's schedule
@@ -48,20 +51,22 @@ struct Sweep {
 };
 
 // The buffers of the passes over rows, in the order in which `PairRows` points to them.
-enum class RowBuffer : int32_t { Z1, Z2, F, INV_NORM, POS, D, Q, COUNT };
+enum class RowBuffer : int32_t { Z1, Z2, F, SCALE, INV_NORM, POS, D, Q, COUNT };
 
 // The passes for cosine similarity. Rows i and n_pairs + i of f, d and inv_norm are a positive
 // pair.
 struct PairRows {
   const void *z1, *z2;  // (n_pairs, dim) inputs, stride1 and stride2 elements apart
-  // (2·n_pairs, dim) unit rows in the accumulation type; half precision: the inputs, unchanged
+  // (2·n_pairs, dim) unit rows in the accumulation type, `stride` elements apart; half precision:
+  // the inputs, extreme ones times a power of two
   void* f;
+  void* scale;          // (2·n_pairs) 1/‖f‖, of half precision only
   void* inv_norm;       // (2·n_pairs) 1/‖z‖, 0 for an all-zero row
   void* pos;            // (2·n_pairs) similarity of each row's positive pair
   void* d;              // (2·n_pairs, dim) in: Σ_j (g_ij + g_ji) F_j; out: the gradient in z
   // weight of the positive pair: (n_pairs), or (2·n_pairs) where both of its rows are anchors
   const void* q;
   int64_t elements[int(RowBuffer::COUNT)];  // in each buffer
-  int64_t n_pairs, stride1, stride2;
+  int64_t n_pairs, stride1, stride2, stride;
   int32_t dim, dtype, anchors;  // anchors of a pair: 1 or 2
 };

@@ -34,8 +34,23 @@ template <class T> DEVICE T warp_max(T x) {
   return x;
 }
 
+// |x| as an unsigned number: ordered as magnitudes are, with NaN above infinity.
+DEVICE uint32_t magnitude(float x) { return device::to_bits(x) & 0x7fffffffu; }
+DEVICE uint64_t magnitude(double x) { return device::to_bits(x) & 0x7fffffffffffffffull; }
+
+// The power of two by which a bfloat16 row is stored whose largest magnitude this is: 1, unless
+// products of such rows could leave the range of float. (float16 rows never do.)
+DEVICE float lift_of(uint32_t largest) {
+  const uint32_t exponent = largest >> 23, bias = 127;
+  if (exponent == 255 || (exponent >= bias - 30 && exponent < bias + 30)) return 1;
+  const uint32_t inverse = 2 * bias - exponent;
+  return device::from_bits((inverse < 2 * bias ? inverse : 2 * bias - 1) << 23);
+}
+DEVICE Bfloat16 lifted(Bfloat16 x, float lift) { return {uint16_t(device::pack_bf16(wide(x) * lift, 0.0f))}; }
+DEVICE Float16 lifted(Float16 x, float) { return x; }
+
 // X is what a row is made of. Unit rows of the accumulation type; half precision rows stay as they
-// are.
+// are, extreme ones times a power of two.
 template <class X> struct UnitRows {
   using Args = PairRows;
   using T = typename Wide<X>::T;
@@ -48,35 +63,36 @@ template <class X> struct UnitRows {
     const int64_t i = int64_t(device::block_x()) * ROW_WARPS + device::thread() / 32;
     if (i >= a.n_pairs) return;
     const X* z[2] = {static_cast<const X*>(a.z1) + i * a.stride1, static_cast<const X*>(a.z2) + i * a.stride2};
-    T safe[2], norm[2], inverse[2];
+    T safe[2], norm[2], inverse[2], lift[2] = {1, 1};
     // squares of the rows themselves could leave the range of the type
     for (int v = 0; v < 2; ++v) {
-      T largest = 0;
-      for (int d = lane; d < a.dim; d += 32) {
-        const T x = wide(z[v][d]);
-        largest = larger(largest, x < 0 ? -x : x);
-        if (x != x) largest = x;
-      }
+      decltype(magnitude(T())) largest = 0;
+      for (int d = lane; d < a.dim; d += 32) largest = larger(largest, magnitude(wide(z[v][d])));
       largest = warp_max(largest);
       const bool zero = largest == 0;
-      safe[v] = zero ? T(1) : largest;
+      safe[v] = zero ? T(1) : T(device::from_bits(largest));
       T squares = 0;
       for (int d = lane; d < a.dim; d += 32) {
         const T x = T(wide(z[v][d])) / safe[v];
         squares += x * x;
       }
-      norm[v] = zero ? T(1) : root(warp_sum(squares));
-      inverse[v] = 1 / norm[v] / safe[v];
-      inverse[v] = zero ? T(0) : inverse[v] > LARGEST ? LARGEST : inverse[v];
+      squares = warp_sum(squares);  // by all lanes: no collective may depend on data
+      norm[v] = zero ? T(1) : root(squares);
+      inverse[v] = zero ? T(0) : 1 / norm[v] / safe[v];
+      if (inverse[v] > LARGEST) inverse[v] = LARGEST;
+      if constexpr (!SAME) {
+        lift[v] = lift_of(largest);
+        if (lane == 0) static_cast<T*>(a.scale)[i + v * a.n_pairs] = zero ? T(0) : 1 / norm[v] / (safe[v] * lift[v]);
+      }
     }
-    X* f[2] = {static_cast<X*>(a.f) + i * a.dim, static_cast<X*>(a.f) + (a.n_pairs + i) * a.dim};
+    X* f[2] = {static_cast<X*>(a.f) + i * a.stride, static_cast<X*>(a.f) + (a.n_pairs + i) * a.stride};
     T product = 0;
     for (int d = lane; d < a.dim; d += 32) {
       T unit[2];
       for (int v = 0; v < 2; ++v) {
         unit[v] = T(wide(z[v][d])) / safe[v] / norm[v];
         if constexpr (SAME) f[v][d] = unit[v];
-        else f[v][d] = z[v][d];
+        else f[v][d] = lift[v] == 1 ? z[v][d] : lifted(z[v][d], lift[v]);
       }
       product += unit[0] * unit[1];
     }
@@ -103,9 +119,11 @@ template <class X> struct FinishRows {
     const auto* weights = static_cast<const T*>(a.q);
     const T q = a.anchors == 2 ? weights[row[0]] + weights[row[1]] : weights[i];
     const T inverse[2] = {static_cast<const T*>(a.inv_norm)[row[0]], static_cast<const T*>(a.inv_norm)[row[1]]};
+    const auto* given = static_cast<const T*>(a.scale);
+    const T scale[2] = {SAME ? T(1) : given[row[0]], SAME ? T(1) : given[row[1]]};
     const auto unit = [&](int v, int d) {
-      const T x = wide(static_cast<const X*>(a.f)[row[v] * a.dim + d]);
-      return SAME ? x : x * inverse[v];
+      const T x = wide(static_cast<const X*>(a.f)[row[v] * a.stride + d]);
+      return SAME ? x : x * scale[v];
     };
     T* out[2] = {static_cast<T*>(a.d) + row[0] * a.dim, static_cast<T*>(a.d) + row[1] * a.dim};
     T along[2] = {};

@@ -3,6 +3,8 @@
 // term, pair by pair from shared memory.
 #pragma once
 
+#include <type_traits>
+
 #include "walk.h"
 
 namespace alphacl {
@@ -376,26 +378,34 @@ template <class E, bool CHUNKS> struct RowSums {
 
 // --- sweep 2 -------------------------------------------------------------------------------------
 
-// Writes a block's weights w (already times the columns' scales) for a cuBLAS product.
+template <class T> struct alignas(2 * sizeof(T)) Neighbours {
+  T x[2];
+};
+
+// Writes a block's weights w (already times the columns' scales) for a cuBLAS product. The columns
+// are in the order of the tiles, with those that do not exist, whose weight is 0: so two neighbours
+// are one aligned store.
 template <class E> DEVICE void write_weights(const Sweep& a, int64_t tile, typename E::T (&w)[8][4]) {
+  using Stored = std::conditional_t<E::IS_BF16, uint16_t, typename E::T>;
   const Fragment fragment;
-#pragma unroll 1
-  for (int r = 0; r < Fragment::ROWS; ++r) {
-    const int i = fragment.row(r);
-    if (!row_place(a, device::block_x() + a.first_block, i).keep) continue;
-    const int64_t row = (int64_t(device::block_x()) * SIDE + i) * a.n_cols;
+  const int64_t columns = a.weight_columns, half = a.cols_paired ? SIDE / 2 : SIDE;
+  auto* to = static_cast<Stored*>(a.weights) + int64_t(device::block_x()) * SIDE * columns + tile * half;
 #pragma unroll
-    for (int q = 0; q < Fragment::COLUMNS; ++q) {
-      const Place j = column_place(a, tile, fragment.column(q));
-      if (!j.keep) continue;
-      // r is no constant, and registers have no index
-      const auto value = r == 0 ? Fragment::at(w, 0, q) : Fragment::at(w, 1, q);
-      const int64_t at = row + j.row - a.col_start;
-      if constexpr (E::IS_BF16) static_cast<uint16_t*>(a.weights)[at] = uint16_t(device::pack_bf16(value, 0.0f));
-      else if constexpr (E::TENSOR_CORES) static_cast<float*>(a.weights)[at] = device::from_bits(rounded_to_tf32(value));
-      else static_cast<typename E::T*>(a.weights)[at] = value;
+  for (int r = 0; r < Fragment::ROWS; ++r)
+#pragma unroll
+    for (int q = 0; q < Fragment::COLUMNS; q += 2) {
+      const int j = fragment.column(q);
+      const int64_t at = fragment.row(r) * columns + (j < half ? j : columns / 2 + j - half);
+      const auto first = Fragment::at(w, r, q), second = Fragment::at(w, r, q + 1);
+      if constexpr (E::IS_BF16) {
+        *reinterpret_cast<uint32_t*>(to + at) = device::pack_bf16(first, second);
+      } else {
+        Neighbours<Stored> both{{first, second}};
+        if constexpr (E::TENSOR_CORES)
+          for (auto& x : both.x) x = device::from_bits(rounded_to_tf32(x));
+        *reinterpret_cast<Neighbours<Stored>*>(to + at) = both;
+      }
     }
-  }
 }
 
 // Writes acc·unit, rows of the gradient, to `df`.

@@ -1048,12 +1048,13 @@ void test_pairs(Random& random, const Served& s, int dtype, int64_t n, int64_t d
         unit_rows[size_t(row * dim + k)] = square > 0 ? exact[size_t(row * dim + k)] / norms[size_t(row)] : 0;
     }
   }
-  Exact<char> f(2 * n * dim * bytes);
+  const int64_t f_stride = dim + 3;
+  Exact<char> f(((2 * n - 1) * f_stride + dim) * bytes);
   Exact<T> inv_norm(2 * n), pos(n), d(2 * n * dim), q(n);
   f.fill_with_nan(), inv_norm.fill_with_nan(), pos.fill_with_nan();
   PairRows p{};
   p.z1 = z[0].data, p.z2 = z[1].data, p.f = f.data, p.inv_norm = inv_norm.data, p.pos = pos.data;
-  p.n_pairs = n, p.dim = dim, p.stride1 = strides[0], p.stride2 = strides[1];
+  p.n_pairs = n, p.dim = dim, p.stride1 = strides[0], p.stride2 = strides[1], p.stride = f_stride;
   p.dtype = dtype, p.threads = threads, p.instruction_set = s.set;
   poison_workspace();
   if (alphacl_cpu_normalize(&p)) return fail("%s: refused", what);
@@ -1071,10 +1072,10 @@ void test_pairs(Random& random, const Served& s, int dtype, int64_t n, int64_t d
       T x;
       if (half) {
         uint16_t y;
-        std::memcpy(&y, f.data + at * 2, 2);
+        std::memcpy(&y, f.data + (r * f_stride + k) * 2, 2);
         check("f", at, dtype == BFLOAT16 ? from_bfloat16(y) : from_float16(y), exact[size_t(at)], 0);
       } else {
-        std::memcpy(&x, f.data + at * int64_t(sizeof(T)), sizeof(T));
+        std::memcpy(&x, f.data + (r * f_stride + k) * int64_t(sizeof(T)), sizeof(T));
         check("f", at, x, unit_rows[size_t(at)], sums);
       }
     }

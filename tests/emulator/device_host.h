@@ -111,11 +111,22 @@ DEVICE float from_bits(uint32_t bits) {
   std::memcpy(&x, &bits, 4);
   return x;
 }
+DEVICE double from_bits(uint64_t bits) {
+  double x;
+  std::memcpy(&x, &bits, 8);
+  return x;
+}
 DEVICE uint32_t to_bits(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   return bits;
 }
+DEVICE uint64_t to_bits(double x) {
+  uint64_t bits;
+  std::memcpy(&bits, &x, 8);
+  return bits;
+}
+DEVICE uint32_t rounded_to_tf32(float x) { return x != x ? 0x7fffffffu : (to_bits(x) + 0x1000u) & 0xffffe000u; }
 
 DEVICE float from_f16(uint16_t bits) {
   const uint32_t sign = (bits & 0x8000u) << 16, magnitude = (bits & 0x7fffu) << 13;
