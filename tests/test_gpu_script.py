@@ -16,10 +16,10 @@ import pytest
 import torch
 from conftest import WATCHDOG
 
-from alphacl_fast import objectives, ops
+from alphacl_fast import objectives, ops, subprocess_pool
 from alphacl_fast.backend import blocked
 from alphacl_fast.benchmarks import loss
-from tools import gpu, gpu_tasks, subprocess_pool
+from tools import gpu, gpu_tasks
 
 ROOT = Path(__file__).parent.parent
 FEW = loss.Effort((2, 2), gemm_side=16, sample=1e-4, own_gate=0.25)

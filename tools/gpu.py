@@ -6,9 +6,9 @@
 The run is offline and needs only PyTorch and Triton. Checks against float64 and the headline table
 come first, so that a run that is cut short has them. Every row is appended to dir/rows.jsonl at
 once; summary.txt, profile.txt, tuned.json, sanitize.txt and plots.png are written beside it. Device
-work runs in child processes (`tools.subprocess_pool`), so a kernel that hangs or breaks its context
-costs one row. Times are for loss + gradient. Fractions are relative to the rate of an 8192³ GEMM
-of the same dtype in the same minute, and count 4n²D operations (8N²D in cross_view). The exit
+work runs in child processes (`alphacl_fast.subprocess_pool`), so a kernel that hangs or breaks its
+context costs one row. Times are for loss + gradient. Fractions are relative to the rate of an 8192³
+GEMM of the same dtype in the same minute, and count 4n²D operations (8N²D in cross_view). The exit
 status is 1 if one of the package's backends fails anywhere.
 """
 
@@ -39,9 +39,9 @@ from alphacl_fast.benchmarks.baselines import PACKAGES, serves
 from alphacl_fast.benchmarks.bench import refusals
 from alphacl_fast.benchmarks.loss import Effort, Setting
 from alphacl_fast.benchmarks.report import append, figure, lines_of, one_line
+from alphacl_fast.subprocess_pool import Pool, Row, Task
 
 from .gpu_tasks import DIMS, cases, provenance
-from .subprocess_pool import Pool, Row, Task
 
 TASKS = "tools.gpu_tasks"
 #: Time limit of each phase in a run of nine minutes, in seconds.

@@ -2,14 +2,18 @@
 
 A task is a generator function, named "module:function", that yields rows (dicts). Rows arrive as
 they are produced. Failures arrive as rows too, with ``status`` "error", "crashed" or "timeout".
+Children ignore Ctrl-C, which a terminal sends to them too: their parent ends them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -75,12 +79,34 @@ def serve(connection: Connection, log: str) -> None:
         return
 
 
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """A process that starts within the context ignores Ctrl-C from its first instruction on."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may change signals
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _end_of(process: multiprocessing.process.BaseProcess) -> str:
+    """How a process ended."""
+    code = process.exitcode
+    if code is not None and code < 0:
+        return f"the process was killed by {signal.Signals(-code).name}"
+    return f"the process ended with {code}"
+
+
 class _Worker:
     def __init__(self, log: str) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, log), daemon=True)
-        self.process.start()
+        with _interrupts_ignored():
+            self.process.start()
         theirs.close()
         self.task: Task | None = None
         self.expires = float("inf")
@@ -172,8 +198,7 @@ class Pool:
             message = worker.connection.recv()
         except (EOFError, OSError):
             worker.process.join(10)
-            why = f"the process ended with {worker.process.exitcode}"
-            return self._fail(worker, emit, "crashed", error=why)
+            return self._fail(worker, emit, "crashed", error=_end_of(worker.process))
         if isinstance(message, dict):
             emit(message)
         elif message:
