@@ -311,8 +311,7 @@ def check(case: Case, device: str) -> Iterator[Row]:
     _, precision = ARITHMETIC[case.dtype]
     row = described(case, "check", device)
     with one_thread(here), matmul_precision(case.dtype):
-        reason = refusal(case, here)
-        if reason:
+        if reason := refusal(case, here):
             yield {**row, "status": "refused", "error": reason}
             return
         z1, z2 = correlated_views(case, here)
@@ -335,11 +334,12 @@ def check_large(case: Case, device: str) -> Iterator[Row]:
     _, precision = ARITHMETIC[case.dtype]
     row = described(case, "check large", device)
     with matmul_precision(case.dtype):
-        oracle, reason = float64_oracle(case, here), refusal(case, here)
-        if oracle is None and reason is None:
-            reason = "no other backend has float64 here"
-        if reason:
+        if reason := refusal(case, here):
             yield {**row, "status": "refused", "error": reason}
+            return
+        oracle = float64_oracle(case, here)
+        if oracle is None:
+            yield {**row, "status": "skipped", "error": "no other backend has float64 here"}
             return
         truth = large_truth(replace(case, backend=oracle), device)
         z1, z2 = correlated_views(case, here)
@@ -378,8 +378,7 @@ def check_nan(case: Case, device: str) -> Iterator[Row]:
     _, precision = ARITHMETIC[case.dtype]
     row = described(case, "check NaN", device)
     with one_thread(here), matmul_precision(case.dtype):
-        reason = refusal(case, here)
-        if reason:
+        if reason := refusal(case, here):
             yield {**row, "status": "refused", "error": reason}
             return
         z1, z2 = correlated_views(case, here)
@@ -394,6 +393,8 @@ def check_nan(case: Case, device: str) -> Iterator[Row]:
         for name, count in lost.items()
         if count
     ]
+    if not ours["loss"].isnan().any():
+        wrong.append("the loss is not NaN")
     verdict = status("; ".join(wrong))
     yield {**row, **verdict, "seconds": time.perf_counter() - start}
 
@@ -407,6 +408,7 @@ def serving(backend: str, device: str) -> Iterator[Row]:
     about = {"benchmark": "serving", "on": device, "backend": backend}
     about |= {"device_name": name, "torch": torch.__version__}
     for arithmetic, (dtype, precision) in ARITHMETIC.items():
-        reason = ops.unsupported(backend, here, dtype, precision)
+        with matmul_precision(arithmetic):
+            reason = ops.unsupported(backend, here, dtype, precision)
         served = "refused" if reason else "served"
         yield {**about, "dtype": arithmetic, "status": served, "error": reason}

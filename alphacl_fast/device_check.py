@@ -220,6 +220,7 @@ class Run:
         self.served: list[Place] = []
         #: (backend, device) → reason → the dtypes, or objectives, that are not served.
         self.refused: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(dict)
+        self.skipped: dict[str, None] = {}
         self.failures: list[str] = []
         self.lost: Counter[tuple[str, str]] = Counter()
         self.done = self.total = 0
@@ -247,22 +248,24 @@ class Run:
         self.outcomes[Place.of(row)].add(row)
         if row["status"] in BAD:
             self.failures.append(one_line(row))
-            self.say(f"alphacl: {self.failures[-1]}" if len(self.failures) <= MOST_SHOWN else "")
         if row["status"] in ("crashed", "timeout"):
             self.lost[row["on"], row["backend"]] += 1
         if row["status"] == "refused":
             self.refuse(row, row["objective"])
+        if row["status"] == "skipped":
+            where = f"{row['backend']} on {row['on']}, {row['dtype']}"
+            self.skipped[f"{where}: the large size is skipped: {row['error']}"] = None
+        self.show(f"{self.done} of {self.total} cases, {len(self.failures)} failures")
+
+    def show(self, progress: str) -> None:
+        """Replace the line of progress, where stderr is a terminal."""
         if sys.stderr.isatty():
-            print(f"\r{self.done} of {self.total} cases ", end="", file=sys.stderr, flush=True)
+            print(f"\r{progress:60}\r", end="", file=sys.stderr, flush=True)
 
     def refuse(self, row: Row, what: str) -> None:
         found = self.refused[row["backend"], row["on"]].setdefault(row["error"], [])
         if what not in found:
             found.append(what)
-
-    def say(self, text: str) -> None:
-        if text:
-            print(("\r" if sys.stderr.isatty() else "") + text, file=sys.stderr, flush=True)
 
     def serving(self, devices: list[str], backends: list[str]) -> Iterator[Task]:
         for device in devices:
@@ -293,8 +296,7 @@ class Run:
 
     def report(self) -> None:
         """Print the table, what was not served and why, and the failures."""
-        if sys.stderr.isatty():
-            print("\r" + 40 * " " + "\r", end="", file=sys.stderr, flush=True)
+        self.show("")
         if self.outcomes:
             print("\n".join(table(self.outcomes)) + "\n")
         places = {(place.backend, place.device) for place in self.served}
@@ -303,8 +305,8 @@ class Run:
                 usable = (backend, device) in places
                 verb = f"does not serve {', '.join(what)}" if usable else "is not usable"
                 print(f"{backend} on {device} {verb}: {' '.join(reason.split())}")
-        for failure in self.failures[:MOST_SHOWN]:
-            print(failure)
+        for line in (*self.skipped, *self.failures[:MOST_SHOWN]):
+            print(line)
         if len(self.failures) > MOST_SHOWN:
             print(f"and {len(self.failures) - MOST_SHOWN} more failures")
 
@@ -313,7 +315,7 @@ class Run:
         statuses = sum((outcome.statuses for outcome in self.outcomes.values()), Counter())
         run = sum(statuses[status] for status in ("ok", *BAD))
         # those that were never given to a process have no row
-        not_run = self.total - run - statuses["refused"]
+        not_run = self.total - run - statuses["refused"] - statuses["skipped"]
         if not_run:
             print(f"{not_run} of {self.total} cases were not run")
         if self.failures:
@@ -349,9 +351,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit",
         type=positive,
-        default=30.0,
+        default=60.0,
         metavar="SECONDS",
-        help="after so long a case counts as hanging, and its process is ended (default: 30)",
+        help="after so long a case counts as hanging, and its process is ended (default: 60)",
     )
 
 

@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-from alphacl_fast import ops
+from alphacl_fast import accuracy, ops
 from alphacl_fast.benchmarks.baselines import PACKAGES, serves
 from alphacl_fast.benchmarks.bench import refusals
 from alphacl_fast.benchmarks.loss import Effort, Setting
@@ -213,13 +213,15 @@ class Run:
     def left(self) -> float:
         return self.until - time.monotonic()
 
-    def task(self, function: str, limit: float = 60.0, **arguments: Any) -> Task:
-        """Build a task of `tools.gpu_tasks`; rows that report its failure say what it was given."""
+    def task(
+        self, function: str, limit: float = 60.0, module: str = TASKS, **arguments: Any
+    ) -> Task:
+        """Build a task; rows that report its failure say what it was given."""
         given = arguments.get("setting") or arguments.get("case")
         about = {"benchmark": function, **(asdict(given) if given else {})}
         if "backend" in arguments:
             about["backend"] = arguments["backend"]
-        return Task(f"{TASKS}:{function}", {**arguments, "device": self.device}, about, limit)
+        return Task(f"{module}:{function}", {**arguments, "device": self.device}, about, limit)
 
     def measurement(self, setting: Setting, contestants: list[str], **options: Any) -> Task:
         options = {"effort": self.sizes.effort, "contestants": contestants, **options}
@@ -234,7 +236,7 @@ class Run:
 def check(run: Run) -> None:
     """Check invariants, and backends × objectives × dtypes × modes against float64 in the time."""
     every = run.backends, run.sizes.dims, run.sizes.pairs
-    table = (run.task("check", 45.0, case=case) for case in cases(*every))
+    table = (run.task("check", 45.0, accuracy.__name__, case=case) for case in cases(*every))
 
     def tasks() -> Iterator[Task]:
         yield from itertools.islice(table, 12 * len(run.backends))
