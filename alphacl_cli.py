@@ -19,6 +19,7 @@ COMMANDS = {
     "reproduce": "compare objectives as the paper does",
     "inspect": "plot which pairs a run's loss weighs, and how much",
     "theory": "check the paper's theorems numerically",
+    "check": "compare every backend's results on this machine with float64",
     "bench": "time losses beside each other",
     "tune": "choose the Triton kernels' tiles for this GPU",
     "plan": "predict the cost of a loss over many devices",
@@ -42,8 +43,9 @@ def fail(message: str) -> NoReturn:
 def main(arguments: list[str] | None = None) -> int:
     """Run ``alphacl`` with ``arguments`` (default: the process's own).
 
-    Returns the exit code: 0 for success; 1 if a theorem check fails; 2 after an error, which is one
-    line on stderr; 130 or 143 after SIGINT or SIGTERM; 141 after a broken pipe (`… | head`).
+    Returns the exit code: 0 for success; 1 if a check of a theorem or a backend fails; 2 after an
+    error, which is one line on stderr; 130 or 143 after SIGINT or SIGTERM; 141 after a broken pipe
+    (`… | head`).
     """
     command, rest = _parse(arguments)
     try:

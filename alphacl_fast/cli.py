@@ -236,6 +236,20 @@ def _theory(arguments: list[str]) -> int:
     return 0 if all(claim.holds for claim in run.values()) else 1
 
 
+def _check(arguments: list[str]) -> int:
+    from alphacl_fast import device_check
+
+    parser = _parser(
+        "check",
+        "Compare loss and gradients of every usable backend with float64 on this machine: "
+        "objectives, modes and dtypes at small sizes and at a large one, NaN features, and "
+        "whether a second run gives the same bits. Exit code 1 after a mismatch, a crash or a "
+        "hang, or if no backend could be checked.",
+    )
+    device_check.add_flags(parser)
+    return device_check.run(parser.parse_args(arguments), fail)
+
+
 def _bench(arguments: list[str]) -> int:
     from alphacl_fast.benchmarks import bench
 
@@ -443,6 +457,7 @@ COMMANDS = {
     "reproduce": _reproduce,
     "inspect": _inspect,
     "theory": _theory,
+    "check": _check,
     "bench": _bench,
     "tune": _tune,
     "plan": _plan,

@@ -29,6 +29,7 @@ from torch import Tensor
 
 import alphacl_fast
 from alphacl_fast import ops
+from alphacl_fast.accuracy import matmul_precision, structured_rows
 from alphacl_fast.backend import cpu
 
 from .baselines import BASELINES, Loss, make, missing
@@ -89,30 +90,6 @@ class Effort:
     own_gate: float = 1.0  # this package's backends may have so much of the gate; baselines all
 
 
-def structured_rows(
-    views: int,
-    rows: int,
-    dim: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    generator: torch.Generator | None = None,
-) -> list[Tensor]:
-    """Draw ``views`` random (rows, dim) tensors that share a mean and a few dense directions.
-
-    With unstructured rows the negatives contribute only a few per cent of the gradient, and a check
-    in bfloat16 would miss their errors.
-    """
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
-
-    mean, directions = normal(1, dim), normal(6, dim) / 6**0.5
-    return [
-        0.5 * mean + 0.7 * normal(rows, 6) @ directions + 0.5 * normal(rows, dim)
-        for _ in range(views)
-    ]
-
-
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -133,17 +110,6 @@ def seconds(run: Callable[[], Any], device: torch.device, calls: int = 1) -> flo
     end.record()
     synchronize(device)
     return begin.elapsed_time(end) / 1e3 / calls
-
-
-@contextlib.contextmanager
-def matmul_precision(dtype: str) -> Iterator[None]:
-    """Set torch's float32 GEMM precision: "tf32", or IEEE for every other name."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def peak_extra_bytes(run: Callable[[], Any], device: torch.device) -> int | None:

@@ -16,10 +16,10 @@ import pytest
 import torch
 from conftest import WATCHDOG
 
-from alphacl_fast import objectives, ops
+from alphacl_fast import accuracy, objectives, ops, subprocess_pool
 from alphacl_fast.backend import blocked
 from alphacl_fast.benchmarks import loss
-from tools import gpu, gpu_tasks, subprocess_pool
+from tools import gpu, gpu_tasks
 
 ROOT = Path(__file__).parent.parent
 FEW = loss.Effort((2, 2), gemm_side=16, sample=1e-4, own_gate=0.25)
@@ -136,13 +136,13 @@ def test_wrong_gradient_is_a_failure_and_not_timed(start, monkeypatch, capsys):
         return df, *others
 
     monkeypatch.setattr(blocked, "pair_grad", wrong)
-    case = gpu_tasks.Case("blocked", pairs=1200, dim=16)
-    (row,) = gpu_tasks.check(case, "cpu")
+    case = accuracy.Case("blocked", pairs=1200, dim=16)
+    (row,) = accuracy.check(case, "cpu")
     assert row["status"] == "failed"
     assert "worst row of dz2" in row["error"]
     # the norm over all rows does not see it
     assert "dz2 " not in row["error"].replace("of dz2", "")
-    (row,) = gpu_tasks.check(gpu_tasks.Case("blocked", dtype="float32", pairs=40, dim=16), "cpu")
+    (row,) = accuracy.check(accuracy.Case("blocked", dtype="float32", pairs=40, dim=16), "cpu")
     assert "dz2 " in row["error"].replace("of dz2", "")
     monkeypatch.setattr(ops.SWEEP_BACKENDS["cpu"], "unsupported", lambda *args: "left out")
     status, rows = start("headline")
@@ -167,8 +167,8 @@ def test_unrepeatable_bits_are_a_failure(monkeypatch):
         return right(*args) * (1 + 1e-15 * next(calls))
 
     monkeypatch.setattr(blocked, "row_sums", drifting)
-    (row,) = gpu_tasks.check(
-        gpu_tasks.Case("blocked", dtype="float64", pairs=20, dim=16, deterministic=True), "cpu"
+    (row,) = accuracy.check(
+        accuracy.Case("blocked", dtype="float64", pairs=20, dim=16, deterministic=True), "cpu"
     )
     assert row["status"] == "failed"
     assert "other bits" in row["error"]
@@ -282,7 +282,7 @@ def unusable(name):
 
 @pytest.mark.skipif(unusable("triton") is not None, reason=str(unusable("triton")))
 def test_interpreted_triton():
-    (row,) = gpu_tasks.check(gpu_tasks.Case("triton", pairs=20, dim=16, deterministic=True), "cpu")
+    (row,) = accuracy.check(accuracy.Case("triton", pairs=20, dim=16, deterministic=True), "cpu")
     assert (row["status"], row["repeatable"]) == ("ok", True)
     rows = list(
         gpu_tasks.measure(loss.Setting(16, 16, "bfloat16"), ["triton"], "cpu", FEW, graph=True)
@@ -305,12 +305,12 @@ def test_the_table_of_checks():
         128,
     )
     assert len(set(table)) == len(table)
-    assert {case.objective for case in table} == {*objectives.names(), *gpu_tasks.CUSTOM}
+    assert {case.objective for case in table} == {*objectives.names(), *accuracy.CUSTOM}
     assert {case.dim for case in table} == set(gpu_tasks.DIMS)
     assert all(1000 <= case.pairs <= 1537 for case in table)
     early = table[:400]
     for field, values in (
-        ("dtype", set(gpu_tasks.ARITHMETIC)),
+        ("dtype", set(accuracy.ARITHMETIC)),
         ("similarity", {"cosine", "dot", "euclidean"}),
         ("reduction", {"mean", "none"}),
         ("negatives", {"two_view", "one_view", "cross_view"}),
@@ -387,7 +387,7 @@ def test_a_broken_device_ends_the_child(monkeypatch):
     )
     monkeypatch.setattr(subprocess_pool.os, "dup2", lambda *args: None)
     subprocess_pool.serve(connection, "/dev/null")
-    assert [type(message) for message in sent] == [dict, bool]
+    assert [type(message) for message in sent] == [type(None), dict, bool]
     assert sent[-1] is False
 
 

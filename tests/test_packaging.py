@@ -170,7 +170,7 @@ print(alphacl_fast.FusedAlphaCLLoss("alpha_square")(torch.eye(4), torch.eye(4)).
 
 #: A module imports modules of the lines above its own, and none of its own line.
 LAYERS = """
-_version bundles graph backend.precision kernels.config kernels.sweeps
+_version bundles subprocess_pool graph backend.precision kernels.config kernels.sweeps
 objectives
 call cpp_printer backend.forms backend.reference kernels.trace
 backend.blocked backend.cpu backend.gpu kernels.rows
@@ -179,15 +179,17 @@ ops
 autograd
 distributed compiled_op
 functional
-explicit_negatives pair_weights plan tune verify
+explicit_negatives pair_weights plan tune verify accuracy
 loss theory compat.lightly compat.open_clip compat.pytorch_metric_learning
-checks compat.sentence_transformers
+checks compat.sentence_transformers device_check
 """
 #: Folders whose modules import each other, alphacl_fast itself and these.
 WINGS = {
     "alphacl_fast.train": set(),
-    "alphacl_fast.benchmarks": {"functional", "objectives", "ops", "backend.cpu"},
+    "alphacl_fast.benchmarks": {"accuracy", "functional", "objectives", "ops", "backend.cpu"},
     "tools": {
+        "accuracy",
+        "subprocess_pool",
         "bundles",
         "cpp_printer",
         "functional",

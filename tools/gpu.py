@@ -6,9 +6,9 @@
 The run is offline and needs only PyTorch and Triton. Checks against float64 and the headline table
 come first, so that a run that is cut short has them. Every row is appended to dir/rows.jsonl at
 once; summary.txt, profile.txt, tuned.json, sanitize.txt and plots.png are written beside it. Device
-work runs in child processes (`tools.subprocess_pool`), so a kernel that hangs or breaks its context
-costs one row. Times are for loss + gradient. Fractions are relative to the rate of an 8192³ GEMM
-of the same dtype in the same minute, and count 4n²D operations (8N²D in cross_view). The exit
+work runs in child processes (`alphacl_fast.subprocess_pool`), so a kernel that hangs or breaks its
+context costs one row. Times are for loss + gradient. Fractions are relative to the rate of an 8192³
+GEMM of the same dtype in the same minute, and count 4n²D operations (8N²D in cross_view). The exit
 status is 1 if one of the package's backends fails anywhere.
 """
 
@@ -34,14 +34,14 @@ from typing import Any
 
 import torch
 
-from alphacl_fast import ops
+from alphacl_fast import accuracy, ops
 from alphacl_fast.benchmarks.baselines import PACKAGES, serves
 from alphacl_fast.benchmarks.bench import refusals
 from alphacl_fast.benchmarks.loss import Effort, Setting
 from alphacl_fast.benchmarks.report import append, figure, lines_of, one_line
+from alphacl_fast.subprocess_pool import Pool, Row, Task
 
 from .gpu_tasks import DIMS, cases, provenance
-from .subprocess_pool import Pool, Row, Task
 
 TASKS = "tools.gpu_tasks"
 #: Time limit of each phase in a run of nine minutes, in seconds.
@@ -213,13 +213,15 @@ class Run:
     def left(self) -> float:
         return self.until - time.monotonic()
 
-    def task(self, function: str, limit: float = 60.0, **arguments: Any) -> Task:
-        """Build a task of `tools.gpu_tasks`; rows that report its failure say what it was given."""
+    def task(
+        self, function: str, limit: float = 60.0, module: str = TASKS, **arguments: Any
+    ) -> Task:
+        """Build a task; rows that report its failure say what it was given."""
         given = arguments.get("setting") or arguments.get("case")
         about = {"benchmark": function, **(asdict(given) if given else {})}
         if "backend" in arguments:
             about["backend"] = arguments["backend"]
-        return Task(f"{TASKS}:{function}", {**arguments, "device": self.device}, about, limit)
+        return Task(f"{module}:{function}", {**arguments, "device": self.device}, about, limit)
 
     def measurement(self, setting: Setting, contestants: list[str], **options: Any) -> Task:
         options = {"effort": self.sizes.effort, "contestants": contestants, **options}
@@ -234,7 +236,7 @@ class Run:
 def check(run: Run) -> None:
     """Check invariants, and backends × objectives × dtypes × modes against float64 in the time."""
     every = run.backends, run.sizes.dims, run.sizes.pairs
-    table = (run.task("check", 45.0, case=case) for case in cases(*every))
+    table = (run.task("check", 45.0, accuracy.__name__, case=case) for case in cases(*every))
 
     def tasks() -> Iterator[Task]:
         yield from itertools.islice(table, 12 * len(run.backends))

@@ -1,11 +1,6 @@
 """The tasks that `tools.gpu` runs in child processes: checks against float64, timings, profiles.
 
-Every task yields rows. Tolerances: a float32 result may have twice the error of the dense loss in
-the same dtype (and the same GEMM precision) plus a band. The band is four roundings where GEMMs are
-IEEE, and one rounding of an operand where they use TF32 or three bfloat16 products. For
-half-precision input the dense loss is computed in float32, so the gradient's band is a quarter of
-the dtype's eps. Scalars (a mean loss, a temperature's gradient) get four bands, because one of two
-random errors may be zero by luck.
+Every task yields rows. `alphacl_fast.accuracy` has the check itself and its tolerances.
 """
 
 from __future__ import annotations
@@ -14,7 +9,6 @@ import contextlib
 import functools
 import itertools
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -23,17 +17,29 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from alphacl_fast import MinPlayer, PairLoss, PairWeight, objectives, ops
+from alphacl_fast import ops
+from alphacl_fast.accuracy import (
+    ARITHMETIC,
+    CUSTOM,
+    MEMBERS,
+    MODES,
+    REPRESENTATIVES,
+    Case,
+    correlated_views,
+    evaluate,
+    matmul_precision,
+    status,
+)
 from alphacl_fast.benchmarks import loss as benchmark
 from alphacl_fast.benchmarks.loss import Effort, Row, Setting, gradient, scaled_gradient
-from alphacl_fast.functional import NEGATIVES, SIMILARITIES, alpha_cl_loss
+from alphacl_fast.functional import NEGATIVES, SIMILARITIES
 
 # --- the device, with substitutes on a CPU --------------------------------------------------------
 
@@ -55,18 +61,6 @@ def provenance(device: torch.device) -> Row:
             lines = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.split()
             row["driver"] = lines[0] if lines else None
     return row
-
-
-@contextlib.contextmanager
-def deterministic(on: bool) -> Iterator[None]:
-    """Use deterministic algorithms, and fill new allocations with NaN."""
-    if on:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(on)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @contextlib.contextmanager
@@ -140,92 +134,7 @@ def device_events(
 
 # --- checks ---------------------------------------------------------------------------------------
 
-#: One objective for each form of the sweeps.
-REPRESENTATIVES = [("infonce", {}), ("alpha_direct", {}), ("triplet", {}), ("alpha_square", {})]
-THROUGH = {"detach_alpha": False}
-MEMBERS: list[tuple[str, dict[str, Any]]] = [
-    *REPRESENTATIVES,
-    *((name, {}) for name in objectives.names() if (name, {}) not in REPRESENTATIVES),
-    *((name, THROUGH) for name in ("alpha_direct", "alpha_square", "alpha_entropy")),
-    ("alpha_gamma", {**THROUGH, "gamma": 1.5}), ("alpha_direct", {"normalized": False}),
-    ("infonce", {"epsilon": 0.0, "temperature_scaled": True}), ("infonce", {"epsilon": 0.3}),
-    ("triplet", {"margin": 0.1}), ("soft_triplet", {"margin": -0.5}),
-    ("modified_triplet", {"scale": 5.0}), ("alpha_direct", {**THROUGH, "normalized": False}),
-    *(("alpha_direct", {**THROUGH, "exponent": q, "alpha_eps": 0.1}) for q in (2, 1.5)),
-    ("alpha_direct", {"exponent": 3}), ("alpha_entropy", {"alpha_eps": 0.2}),
-    ("alpha_inverse", {**THROUGH, "order": 2, "exponent": 3}),
-    ("alpha_inverse", {"normalized": False, "alpha_eps": 0.0}),
-    ("alpha_inverse", {"exponent": 1, "alpha_eps": 0.5}),
-]  # fmt: skip
-#: Users' functions, which a backend must translate.
-CUSTOM = {
-    "custom_loss": lambda: PairLoss(
-        lambda xi: torch.log1p(xi) + xi.square() / 1e6, lambda gap: gap.exp() + gap.sigmoid()
-    ),
-    "custom_weight": lambda: PairWeight(
-        lambda d: 1 / (1 + d.square()), detach_alpha=False, alpha_eps=0.1
-    ),
-    "custom_min_player": lambda: MinPlayer(
-        lambda x: torch.relu(x + 0.2).square(), detach_alpha=False
-    ),
-}
-MODES = [("two_view", True), ("cross_view", True), ("one_view", True), ("cross_view", False)]
-#: Name → dtype and GEMM precision.
-ARITHMETIC: dict[str, tuple[torch.dtype, str | None]] = {
-    "bfloat16": (torch.bfloat16, None), "float32": (torch.float32, "ieee"),
-    "tf32": (torch.float32, "tf32"),
-    "bf16x3": (torch.float32, "bf16x3"), "float16": (torch.float16, None),
-    "float64": (torch.float64, None),
-}  # fmt: skip
-#: Tolerance bands of loss and gradient.
-BANDS = {
-    "float64": (1e-10, 1e-10), "float32": (2**-21, 2**-21), "bf16x3": (2**-16, 2**-16),
-    "tf32": (2**-11, 2**-11),
-    "bfloat16": (2**-17, 2**-9), "float16": (2**-17, 2**-12),
-}  # fmt: skip
 DIMS = (64, 96, 128, 200, 256, 512, 1024, 4096)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One check of a backend against float64."""
-
-    backend: str
-    objective: str = "infonce"
-    options: tuple[tuple[str, Any], ...] = ()
-    dtype: str = "bfloat16"
-    negatives: str = "two_view"
-    symmetric: bool = True
-    similarity: str = "cosine"
-    reduction: str = "mean"
-    learn_tau: bool = False
-    tau: float = 0.3
-    pairs: int = 1283
-    dim: int = 128
-    deterministic: bool = False
-
-    def member(self) -> objectives.Objective:
-        if self.objective in CUSTOM:
-            return CUSTOM[self.objective]()
-        return objectives.make(self.objective, dict(self.options))
-
-    def sensible(self) -> bool:
-        """Whether the requested gradients exist and are insensitive to rounding."""
-        # For "dot", d² = 1 − t crosses 0, where its lower powers have unbounded slope.
-        steep = self.similarity == "dot" and dict(self.options).get("exponent", 4) < 2
-        return not steep and (not self.learn_tau or has_tau_gradient(self.objective, self.options))
-
-    @property
-    def kinked(self) -> bool:
-        """Whether rounding may move single pairs across a kink, which changes their weight."""
-        return self.objective in ("triplet", "custom_min_player") or (
-            self.objective == "alpha_square" and not dict(self.options).get("detach_alpha", True)
-        )
-
-
-@functools.cache
-def has_tau_gradient(objective: str, options: tuple[tuple[str, Any], ...]) -> bool:
-    return Case("", objective, options).member().tau_gradient is not None
 
 
 def grid(**axes: Iterable[Any]) -> Iterator[dict[str, Any]]:
@@ -278,114 +187,6 @@ def cases(
         if case not in seen and case.sensible():
             seen.add(case)
             yield replace(case, pairs=picks.randint(*pairs))
-
-
-def correlated_views(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Draw two views whose positives range from unrelated to equal, so no objective is zero.
-
-    Rows that are not normalised have length about 1, so that no single pair dominates a row.
-    """
-    generator = torch.Generator(device).manual_seed(case.pairs)
-    size = 2, case.pairs, case.dim
-    z1, other = benchmark.structured_rows(*size, device, torch.float64, generator)
-    likeness = torch.rand(case.pairs, 1, generator=generator, device=device, dtype=torch.float64)
-    z2 = likeness * z1 + (1 - likeness.square()).sqrt() * other
-    scale = 1.0 if case.similarity == "cosine" else case.dim**-0.5
-    dtype, _ = ARITHMETIC[case.dtype]
-    return (z1 * scale).to(dtype), (z2 * scale).to(dtype)
-
-
-def evaluate(
-    case: Case, z1: Tensor, z2: Tensor, backend: str, precision: str | None
-) -> dict[str, Tensor]:
-    """Compute loss and gradients by name.
-
-    Row losses get fixed weights; a mean is scaled by the number of rows to suit float16.
-    """
-    z1, z2 = z1.detach().clone().requires_grad_(), z2.detach().clone().requires_grad_()
-    wide = torch.promote_types(z1.dtype, torch.float32)
-    inputs = {"dz1": z1, "dz2": z2}
-    if case.learn_tau:
-        tau = torch.tensor(case.tau, dtype=wide, device=z1.device)
-        inputs["dtau"] = tau.requires_grad_()
-    loss = alpha_cl_loss(
-        z1, z2, case.member(), temperature=inputs.get("dtau", case.tau), backend=backend,
-        precision=precision, similarity=case.similarity, negatives=case.negatives,
-        symmetric=case.symmetric, reduction=case.reduction,
-    )  # fmt: skip
-    weights = torch.full_like(loss, case.pairs)
-    if case.reduction == "none":
-        weights = torch.linspace(-0.5, 1.5, loss.numel(), dtype=loss.dtype, device=loss.device)
-    grads = torch.autograd.grad(loss, list(inputs.values()), weights)
-    return {"loss": loss.detach(), **dict(zip(inputs, grads, strict=True))}
-
-
-def compared(
-    case: Case, ours: dict[str, Tensor], eager: dict[str, Tensor], truth: dict[str, Tensor]
-) -> dict[str, tuple[float, float, float]]:
-    """Compute (our error, the dense loss's, the bound) of every result.
-
-    Errors are relative to the norm of the truth. Gradients of rows also have the error of their
-    worst row, relative to the root mean square of the rows: a norm over all rows would hide a
-    single wrong one.
-    """
-    low, high = BANDS[case.dtype]
-    kink = case.kinked and case.dtype != "float64"
-    found = {}
-
-    for name, exact in truth.items():
-        size = exact.norm()
-        if name == "dtau":  # terms of order 1 may cancel, so the error is not relative
-            size = size.clamp(min=0.1 * case.pairs)
-        elif name == "loss":
-            size = size.clamp(min=1e-3 * exact.numel() ** 0.5)
-        off = [x[name].double() - exact for x in (ours, eager)]
-        mine, theirs = (float(x.norm() / size) for x in off)
-        band = (high if name.startswith("dz") else low) * (1 if exact.dim() else 4)
-        found[name] = mine, theirs, 2 * theirs + max(band, 1e-3 * kink)
-        if name.startswith("dz"):
-            size = size / exact.shape[0] ** 0.5
-            mine, theirs = (float(x.norm(dim=1).max() / size) for x in off)
-            found[f"worst row of {name}"] = mine, theirs, 2 * theirs + max(16 * high, 0.1 * kink)
-    return found
-
-
-def check(case: Case, device: str) -> Iterator[Row]:
-    """Check loss and gradients against float64, and whether a second run gives the same bits."""
-    start = time.perf_counter()
-    here = torch.device(device)
-    dtype, precision = ARITHMETIC[case.dtype]
-    row = {"benchmark": "check", **asdict(case), "n": 2 * case.pairs, "options": dict(case.options)}
-    with benchmark.matmul_precision(case.dtype):
-        serving = ops.SWEEP_BACKENDS[case.backend]
-        reason = serving.unsupported(here, dtype, precision, case.member().kind)
-        if reason:
-            yield {**row, "status": "refused", "error": reason}
-            return
-        z1, z2 = correlated_views(case, here)
-        truth = evaluate(case, z1.double(), z2.double(), "reference", None)
-        eager = evaluate(case, z1, z2, "reference", None)
-        with deterministic(case.deterministic):
-            ours = evaluate(case, z1, z2, case.backend, precision)
-            again = evaluate(case, z1, z2, case.backend, precision) if case.deterministic else ours
-    same = all(torch.equal(x, again[name]) for name, x in ours.items())
-    errors = compared(case, ours, eager, truth)
-    wrong = [
-        f"{name} {mine:.1e} > {bound:.1e}"
-        for name, (mine, _, bound) in errors.items()
-        if not mine <= bound
-    ]
-    if not same:
-        wrong.append("a second run gave other bits")
-    yield {
-        **row, **status("; ".join(wrong)), "errors": errors,
-        "repeatable": same if case.deterministic else None,
-        "seconds": time.perf_counter() - start,
-    }  # fmt: skip
-
-
-def status(error: str) -> Row:
-    return {"status": "failed" if error else "ok", "error": error or None}
 
 
 class Warm:
@@ -470,7 +271,7 @@ def measure(
         name = row["contestant"]
         if not graph or row["status"] != "ok" or name not in ops.SWEEP_BACKENDS:
             continue
-        with benchmark.matmul_precision(setting.dtype):
+        with matmul_precision(setting.dtype):
             step = functools.partial(gradient, setting.loss(name))
             views = setting.views(here)
             launched = functools.partial(step, *views)

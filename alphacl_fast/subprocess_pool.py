@@ -2,14 +2,18 @@
 
 A task is a generator function, named "module:function", that yields rows (dicts). Rows arrive as
 they are produced. Failures arrive as rows too, with ``status`` "error", "crashed" or "timeout".
+Children ignore Ctrl-C, which a terminal sends to them too: their parent ends them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -57,15 +61,17 @@ def device_is_broken() -> bool:
 def serve(connection: Connection, log: str) -> None:
     """Serve tasks in the child process.
 
-    Each task is answered with its rows, then with whether the process is still usable. The process
-    ends if it is not, or when its parent is gone.
+    Each task is answered with None once it begins, with its rows, then with whether the process is
+    still usable. The process ends if it is not, or when its parent is gone.
     """
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):  # output of compilers and libraries goes to the log
         os.dup2(descriptor, stream)
     try:
         while True:
-            for row in rows_of(connection.recv()):
+            task = connection.recv()
+            connection.send(None)
+            for row in rows_of(task):
                 connection.send(row)
             usable = not device_is_broken()
             connection.send(usable)
@@ -75,12 +81,34 @@ def serve(connection: Connection, log: str) -> None:
         return
 
 
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """A process that starts within the context ignores Ctrl-C from its first instruction on."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may change signals
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _end_of(process: multiprocessing.process.BaseProcess) -> str:
+    """How a process ended."""
+    code = process.exitcode
+    if code is not None and code < 0:
+        return f"the process was killed by {signal.Signals(-code).name}"
+    return f"the process ended with {code}"
+
+
 class _Worker:
     def __init__(self, log: str) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, log), daemon=True)
-        self.process.start()
+        with _interrupts_ignored():
+            self.process.start()
         theirs.close()
         self.task: Task | None = None
         self.expires = float("inf")
@@ -101,7 +129,7 @@ class _Worker:
 class Pool:
     """A pool of ``size`` child processes; 0 runs tasks in this one, unprotected and unlimited."""
 
-    startup = 60.0  # extra seconds for a process's first task: importing torch, opening the device
+    startup = 60.0  # seconds for a new process to import torch, before the limit of its task begins
 
     def __init__(self, size: int, log: str) -> None:
         self.size, self.log = size, log
@@ -111,7 +139,7 @@ class Pool:
         """Run tasks in order, until a deadline.
 
         Args:
-            tasks: may be a generator; tasks are taken as processes become idle.
+            tasks: may be a generator; a task is taken once a process is idle, and no earlier.
             until: deadline on the clock `time.monotonic`; running tasks are then killed, and
                 reported as "unfinished".
             emit: receives every row.
@@ -126,21 +154,19 @@ class Pool:
                 for row in rows_of(task):
                     emit(row)
             return True
-        queue = iter(tasks)
-        waiting = next(queue, None)
+        queue, more = iter(tasks), True
         while True:
             now = time.monotonic()
             if now >= until:
                 busy = self._busy()
                 for worker in busy:
                     self._fail(worker, emit, "unfinished")
-                return waiting is None and not busy
-            while waiting and (worker := self._idle()):
-                try:
-                    worker.start(waiting, self.startup)
-                except OSError as error:  # the process has ended since its last task
-                    self._fail(worker, emit, "crashed", error=str(error))
-                waiting = next(queue, None)
+                return not (more or busy)
+            while more and len(self._busy()) < self.size:
+                task = next(queue, None)
+                more = task is not None
+                if more:
+                    self._start(task, emit)
             busy = self._busy()
             if not busy:
                 return True
@@ -157,24 +183,26 @@ class Pool:
     def _busy(self) -> list[_Worker]:
         return [worker for worker in self.workers if worker.task]
 
-    def _idle(self) -> _Worker | None:
-        """Return a worker without a task; start one if there are fewer than ``size``."""
-        for worker in self.workers:
-            if worker.task is None:
-                return worker
-        if len(self.workers) == self.size:
-            return None
-        self.workers.append(_Worker(self.log))
-        return self.workers[-1]
+    def _start(self, task: Task, emit: Callable[[Row], None]) -> None:
+        """Give a task to a worker without one, which is a new one if all are busy."""
+        worker = next((worker for worker in self.workers if worker.task is None), None)
+        if worker is None:
+            worker = _Worker(self.log)
+            self.workers.append(worker)
+        try:
+            worker.start(task, self.startup)
+        except OSError as error:  # the process has ended since its last task
+            self._fail(worker, emit, "crashed", error=str(error))
 
     def _receive(self, worker: _Worker, emit: Callable[[Row], None]) -> None:
         try:
             message = worker.connection.recv()
         except (EOFError, OSError):
             worker.process.join(10)
-            why = f"the process ended with {worker.process.exitcode}"
-            return self._fail(worker, emit, "crashed", error=why)
-        if isinstance(message, dict):
+            return self._fail(worker, emit, "crashed", error=_end_of(worker.process))
+        if message is None:
+            worker.expires = time.monotonic() + worker.task.limit
+        elif isinstance(message, dict):
             emit(message)
         elif message:
             worker.task = None

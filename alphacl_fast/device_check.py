@@ -1,0 +1,419 @@
+"""``alphacl check``: compare every usable backend with float64 on the machine at hand.
+
+`accuracy` has the checks and their tolerances; here are the list of cases, the child processes that
+run them, and the table of the outcome. The parent process never opens a GPU. A case that hangs or
+crashes costs its row, and its process: the next case gets a new one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import torch
+
+from . import ops
+from .accuracy import (
+    ARITHMETIC,
+    CUSTOM,
+    MEMBERS,
+    MODES,
+    REPRESENTATIVES,
+    THROUGH,
+    Case,
+    described,
+    has_tau_gradient,
+)
+from .functional import SIMILARITIES
+from .subprocess_pool import Pool, Row, Task
+
+#: Small sizes: rows that fill no tile, features that fill no vector.
+SMALL_PAIRS, SMALL_DIMS = (67, 33, 150), (20, 65, 130)
+#: Pairs of the large size, by kind of device, and its features.
+LARGE_PAIRS, LARGE_DIM = {"cpu": 2051, "cuda": 8197}, 128
+#: Cases of a backend that may hang or crash before its others are left out.
+MOST_LOST = 3
+#: Failures that are printed in full.
+MOST_SHOWN = 20
+#: What the statuses of failed cases are called in the table.
+BAD = {"failed": "failed", "error": "raised", "crashed": "crashed", "timeout": "timed out"}
+NOT_RUN = ("unfinished", "left out")
+
+
+class Place(NamedTuple):
+    """Where cases run, and in which arithmetic."""
+
+    device: str
+    backend: str
+    dtype: str  # of `accuracy.ARITHMETIC`
+
+    @staticmethod
+    def of(row: Row) -> Place:
+        return Place(row["on"], row["backend"], row["dtype"])
+
+
+# --- the cases ------------------------------------------------------------------------------------
+
+
+def members(quick: bool) -> list[tuple[str, dict[str, Any]]]:
+    """One objective for each form of the sweeps; or every one, those with a differentiated α, and
+    users' functions.
+    """
+    if quick:
+        return REPRESENTATIVES
+    chosen = [member for member in MEMBERS if member[1] in ({}, THROUGH)]
+    return [*chosen, *((name, {}) for name in CUSTOM)]
+
+
+def small_case(place: Place, member: int, mode: int, quick: bool) -> Case:
+    """The case of a member (an index) in a mode; sizes and options take turns."""
+    objective, options = members(quick)[member]
+    negatives, symmetric = MODES[mode]
+    turn = member + mode + list(ARITHMETIC).index(place.dtype)
+    case = Case(
+        place.backend,
+        objective,
+        tuple(options.items()),
+        place.dtype,
+        negatives,
+        symmetric,
+        similarity=SIMILARITIES[(turn + mode) % 3],
+        reduction=("mean", "none")[turn % 2],
+        pairs=SMALL_PAIRS[turn % 3],
+        dim=SMALL_DIMS[turn % 3],
+        learn_tau=turn // 2 % 2 == 1 and has_tau_gradient(objective, tuple(options.items())),
+        deterministic=True,
+    )
+    assert case.sensible(), case
+    return case
+
+
+def large_case(place: Place, member: int) -> Case:
+    """A representative at the large size, each in a mode of its own."""
+    objective, options = REPRESENTATIVES[member]
+    negatives, symmetric = MODES[member % len(MODES)]
+    return Case(
+        place.backend,
+        objective,
+        tuple(options.items()),
+        place.dtype,
+        negatives,
+        symmetric,
+        pairs=LARGE_PAIRS[torch.device(place.device).type],
+        dim=LARGE_DIM,
+        deterministic=True,
+    )
+
+
+def cases(places: list[Place], quick: bool) -> Iterator[tuple[str, Place, Case]]:
+    """Yield (function of `accuracy`, place, case), the most important objectives first.
+
+    The large size comes after the representatives. Backends that share a device and a dtype follow
+    each other there, and share the truth.
+    """
+    for member, (objective, options) in enumerate(members(quick)):
+        for mode in range(len(MODES)):
+            for place in places:
+                case = small_case(place, member, mode, quick)
+                yield "check", place, case
+                if not options and objective not in CUSTOM:
+                    yield "check_nan", place, case
+        if member == len(REPRESENTATIVES) - 1:
+            by_arithmetic = sorted(places, key=lambda place: (place.device, place.dtype))
+            for large in range(1 if quick else len(REPRESENTATIVES)):
+                for place in by_arithmetic:
+                    yield "check_large", place, large_case(place, large)
+
+
+#: What the functions of `accuracy` write into the rows' column ``benchmark``.
+KINDS = {"check": "check", "check_large": "check large", "check_nan": "check NaN"}
+
+
+# --- the outcome ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """What the cases of one place came to."""
+
+    statuses: Counter[str] = field(default_factory=Counter)
+    #: (error, bound) of the result that came closest to its bound, of losses and of gradients.
+    loss: tuple[float, float] = (0.0, math.inf)
+    gradient: tuple[float, float] = (0.0, math.inf)
+
+    def add(self, row: Row) -> None:
+        self.statuses[row["status"]] += 1
+        for name, (error, _, bound) in row.get("errors", {}).items():
+            kind = "loss" if name == "loss" else "gradient"
+            if not closeness(*getattr(self, kind)) > closeness(error, bound):
+                setattr(self, kind, (error, bound))
+
+    def verdict(self) -> str:
+        parts = [f"{self.statuses[s]} {text}" for s, text in BAD.items() if self.statuses[s]]
+        not_run = sum(self.statuses[status] for status in NOT_RUN)
+        parts += [f"{not_run} not run"] if not_run else []
+        return ", ".join(parts) or "ok"
+
+
+def closeness(error: float, bound: float) -> float:
+    """How much of its bound an error takes; a NaN takes more than all."""
+    return math.inf if math.isnan(error) else error / bound
+
+
+def table(outcomes: dict[Place, Outcome]) -> Iterator[str]:
+    """The lines of a table, one row for each place."""
+    heads = "device", "backend", "dtype", "cases", "loss error", "bound", "gradient error", "bound"
+    line = "{:8} {:8} {:9} {:>6} {:>11} {:>8} {:>15} {:>8}  {}".format
+    yield line(*heads, "verdict")
+    for place, outcome in outcomes.items():
+        run = sum(outcome.statuses[status] for status in ("ok", *BAD))
+        errors = [
+            "" if math.isinf(bound) else f"{x:.1e}"
+            for error, bound in (outcome.loss, outcome.gradient)
+            for x in (error, bound)
+        ]
+        yield line(*place, run, *errors, outcome.verdict())
+
+
+def one_line(row: Row) -> str:
+    """A failed case in one line."""
+    name = row["objective"] + "".join(f" {key}={value}" for key, value in row["options"].items())
+    kind = row["benchmark"].removeprefix("check").strip()
+    mode = row["negatives"] + ("" if row["symmetric"] else " one-sided")
+    setting = (
+        f"{mode}, {row['similarity']}, {row['reduction']}, {row['pairs']} pairs of {row['dim']}"
+    )
+    where = f"{row['backend']} on {row['on']}, {row['dtype']}"
+    what = BAD[row["status"]] + (f" ({kind})" if kind else "")
+    return f"{where}: {name} ({setting}): {what}: {row.get('error')}"
+
+
+def strict(value: Any) -> Any:
+    """The value without infinities and NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: strict(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(x) for x in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- a run ----------------------------------------------------------------------------------------
+
+
+class Run:
+    """A run's options, and what it has found so far."""
+
+    def __init__(self, given: argparse.Namespace, file: TextIO | None, module: str) -> None:
+        self.given, self.file, self.module = given, file, module
+        self.until = time.monotonic() + given.seconds
+        self.outcomes: dict[Place, Outcome] = defaultdict(Outcome)
+        self.served: list[Place] = []
+        #: (backend, device) → reason → the dtypes, or objectives, that are not served.
+        self.refused: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(dict)
+        self.skipped: dict[str, None] = {}
+        self.failures: list[str] = []
+        self.lost: Counter[tuple[str, str]] = Counter()
+        self.done = self.total = 0
+
+    def write(self, row: Row) -> None:
+        if self.file is not None:
+            self.file.write(json.dumps(strict(row)) + "\n")
+            self.file.flush()
+
+    def serves(self, row: Row) -> None:
+        """Take a row of `accuracy.serving`; a failure takes the backend out on this device."""
+        self.write(row)
+        if row["status"] == "served":
+            self.served.append(Place.of(row))
+        elif row["status"] == "refused":
+            self.refuse(row, row["dtype"])
+        elif row["status"] in BAD:
+            where = f"{row['backend']} on {row['on']}"
+            self.failures.append(f"{where}: {BAD[row['status']]}: {row['error']}")
+
+    def add(self, row: Row) -> None:
+        """Take the row of a case."""
+        self.write(row)
+        self.done += 1
+        self.outcomes[Place.of(row)].add(row)
+        if row["status"] in BAD:
+            self.failures.append(one_line(row))
+        if row["status"] in ("crashed", "timeout"):
+            self.lost[row["on"], row["backend"]] += 1
+        if row["status"] == "refused":
+            self.refuse(row, row["objective"])
+        if row["status"] == "skipped":
+            where = f"{row['backend']} on {row['on']}, {row['dtype']}"
+            self.skipped[f"{where}: the large size is skipped: {row['error']}"] = None
+        self.show(f"{self.done} of {self.total} cases, {len(self.failures)} failures")
+
+    def show(self, progress: str) -> None:
+        """Replace the line of progress, where stderr is a terminal."""
+        if sys.stderr.isatty():
+            print(f"\r{progress:60}\r", end="", file=sys.stderr, flush=True)
+
+    def refuse(self, row: Row, what: str) -> None:
+        found = self.refused[row["backend"], row["on"]].setdefault(row["error"], [])
+        if what not in found:
+            found.append(what)
+
+    def serving(self, devices: list[str], backends: list[str]) -> Iterator[Task]:
+        for device in devices:
+            for backend in backends:
+                given = {"backend": backend, "device": device}
+                about = {"benchmark": "serving", "on": device, "backend": backend}
+                yield Task(f"{self.module}:serving", given, about, self.given.limit)
+
+    def checks(self) -> Iterator[Task]:
+        """Yield the tasks of the cases; those of a backend that keeps hanging are left out."""
+        for function, place, case in cases(self.served, self.given.quick):
+            about = described(case, KINDS[function], place.device)
+            if self.lost[place.device, place.backend] >= MOST_LOST:
+                self.add({**about, "status": "left out"})
+                continue
+            given = {"case": case, "device": place.device}
+            yield Task(f"{self.module}:{function}", given, about, self.given.limit)
+
+    def carry_out(self, devices: list[str], backends: list[str]) -> None:
+        log = f"{self.given.json}.log" if self.given.json else os.devnull
+        # Compiling Triton's kernels is most of a GPU's run, and takes a CPU core per process.
+        size = max(1, min(8, (os.cpu_count() or 1) // 2)) if devices != ["cpu"] else 1
+        with contextlib.closing(Pool(size, log)) as pool:
+            pool.run(self.serving(devices, backends), self.until, self.serves)
+            self.served.sort(key=lambda place: (devices.index(place.device), place.backend))
+            self.total = sum(1 for _ in cases(self.served, self.given.quick))
+            pool.run(self.checks(), self.until, self.add)
+
+    def report(self) -> None:
+        """Print the table, what was not served and why, and the failures."""
+        self.show("")
+        if self.outcomes:
+            print("\n".join(table(self.outcomes)) + "\n")
+        places = {(place.backend, place.device) for place in self.served}
+        for (backend, device), reasons in self.refused.items():
+            for reason, what in reasons.items():
+                usable = (backend, device) in places
+                verb = f"does not serve {', '.join(what)}" if usable else "is not usable"
+                print(f"{backend} on {device} {verb}: {' '.join(reason.split())}")
+        for line in (*self.skipped, *self.failures[:MOST_SHOWN]):
+            print(line)
+        if len(self.failures) > MOST_SHOWN:
+            print(f"and {len(self.failures) - MOST_SHOWN} more failures")
+
+    def status(self) -> int:
+        """Print the verdict; return the exit status."""
+        statuses = sum((outcome.statuses for outcome in self.outcomes.values()), Counter())
+        run = sum(statuses[status] for status in ("ok", *BAD))
+        # those that were never given to a process have no row
+        not_run = self.total - run - statuses["refused"] - statuses["skipped"]
+        if not_run:
+            print(f"{not_run} of {self.total} cases were not run")
+        if self.failures:
+            print(f"{len(self.failures)} failures in {run} cases")
+        elif not run:
+            print("no case was run")
+        else:
+            print(f"no failure in {run} cases")
+        return 0 if run and not self.failures else 1
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``alphacl check``."""
+    names = ", ".join(ops.SWEEP_BACKENDS)
+    parser.add_argument("--backends", metavar="A,B,…", help=f"of {names} (default: all)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: every kind there is)")
+    parser.add_argument(
+        "--quick", action="store_true", help="check one objective of each form only"
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write each case as a line of JSON once it is done, and what libraries print to "
+        "FILE.log",
+    )
+    parser.add_argument(
+        "--seconds", type=positive, default=math.inf, help="time limit (default: none)"
+    )
+    parser.add_argument(
+        "--limit",
+        type=positive,
+        default=60.0,
+        metavar="SECONDS",
+        help="after so long a case counts as hanging, and its process is ended (default: 60)",
+    )
+
+
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return value
+
+
+def chosen_devices(name: str | None, fail: Callable[[str], Any]) -> list[str]:
+    """The devices to check; a name that torch cannot use here ends the command."""
+    count = torch.cuda.device_count()
+    if name is None:
+        return ["cuda", "cpu"] if count else ["cpu"]
+    kind, _, index = name.partition(":")
+    if name != "cpu" and not (kind == "cuda" and (index.isdecimal() or name == "cuda")):
+        fail(f"--device must be cpu, cuda or cuda:N, got {name}")
+    if kind == "cuda" and int(index or 0) >= count:
+        fail(f"--device {name} needs a CUDA device that torch can use, found {count} of them")
+    return [name]
+
+
+def chosen_backends(text: str | None, fail: Callable[[str], Any]) -> list[str]:
+    names = [*ops.SWEEP_BACKENDS] if text is None else text.split(",")
+    if unknown := [name for name in names if name not in ops.SWEEP_BACKENDS]:
+        fail(f"--backends must be of {', '.join(ops.SWEEP_BACKENDS)}, got {', '.join(unknown)}")
+    return list(dict.fromkeys(names))
+
+
+def run(
+    given: argparse.Namespace, fail: Callable[[str], Any], module: str = "alphacl_fast.accuracy"
+) -> int:
+    """Run the command with parsed flags.
+
+    Args:
+        given: flags of `add_flags`.
+        fail: ends the command with a message.
+        module: has the functions `serving`, `check`, `check_large` and `check_nan`, which run in
+            child processes.
+    """
+    devices = chosen_devices(given.device, fail)
+    backends = chosen_backends(given.backends, fail)
+    with contextlib.ExitStack() as stack:
+        file = None
+        if given.json is not None:
+            try:
+                file = stack.enter_context(given.json.open("w"))
+            except OSError as error:
+                fail(f"cannot write to {given.json}: {error.strerror}")
+        this = Run(given, file, module)
+        try:
+            this.carry_out(devices, backends)
+        except KeyboardInterrupt:
+            this.report()
+            kept = f", rows in {given.json}" if file else ""
+            print(f"alphacl: interrupted after {this.done} cases{kept}", file=sys.stderr)
+            return 130
+        this.report()
+        return this.status()

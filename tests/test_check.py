@@ -1,0 +1,335 @@
+"""``alphacl check``: what it covers, and what it says of backends that are wrong, hang or crash."""
+
+import argparse
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import WATCHDOG
+
+from alphacl_fast import accuracy, device_check, objectives, ops
+from alphacl_fast.cli import main
+from alphacl_fast.functional import NEGATIVES
+
+ROOT = Path(__file__).parent.parent
+
+#: Backends that are `blocked` but for one thing each, and the tasks of a child that has them.
+FAKES = """
+import itertools, os, signal, time, types
+from alphacl_fast import ops
+from alphacl_fast.accuracy import check, check_large, check_nan, serving
+from alphacl_fast.backend import blocked
+
+def fake(**other):
+    own = {name: getattr(blocked, name) for name in (
+        "OPTIONAL_OPERANDS", "unsupported", "row_sums", "pair_grad")}
+    return types.SimpleNamespace(**own | other)
+
+def wrong_hinge(*operands):
+    df, *others = blocked.pair_grad(*operands)
+    if operands[2].kind == "hinge":
+        df[-1] *= 1.5
+    return df, *others
+
+def drifting(*operands, calls=itertools.count()):
+    df, *others = blocked.pair_grad(*operands)
+    return df * (1 + 1e-15 * next(calls)), *others
+
+def forgets_nan(sweep):
+    def swept(*operands):
+        rows, *others = operands
+        return sweep(rows._replace(f=rows.f.nan_to_num()), *others)
+    return swept
+
+def raises(*operands):
+    raise ValueError("a launch failed")
+
+ops.SWEEP_BACKENDS.update(
+    wrong=fake(pair_grad=wrong_hinge),
+    drifting=fake(pair_grad=drifting),
+    forgetful=fake(
+        row_sums=forgets_nan(blocked.row_sums), pair_grad=forgets_nan(blocked.pair_grad)
+    ),
+    raising=fake(pair_grad=raises),
+    hanging=fake(pair_grad=lambda *operands: time.sleep(3600)),
+    dying=fake(pair_grad=lambda *operands: os.kill(os.getpid(), signal.SIGSEGV)),
+    absent=fake(unsupported=lambda *call: "there is no such device"),
+    unopenable=fake(unsupported=lambda *call: os.kill(os.getpid(), signal.SIGILL)),
+)
+ops.BACKEND_NAMES = ("auto", "reference", *ops.SWEEP_BACKENDS)
+"""
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Few pairs, and children in which GPU backends are not usable."""
+    monkeypatch.setattr(device_check, "SMALL_PAIRS", (9, 7, 12))
+    monkeypatch.setattr(device_check, "SMALL_DIMS", (6, 5, 7))
+    monkeypatch.setattr(device_check, "LARGE_PAIRS", {"cpu": 40, "cuda": 40})
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setenv("ALPHACL_CUDA_EMULATED", "")
+
+
+@pytest.fixture
+def check_fakes(tmp_path, monkeypatch):
+    """Runs the command on fake backends: its exit status and rows."""
+    (tmp_path / "fakes_of_the_check_test.py").write_text(FAKES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(ops, "SWEEP_BACKENDS", dict(ops.SWEEP_BACKENDS))
+    monkeypatch.setattr(ops, "BACKEND_NAMES", ops.BACKEND_NAMES)
+    sys.modules.pop("fakes_of_the_check_test", None)
+    importlib.import_module("fakes_of_the_check_test")
+
+    def run(backends, *more):
+        parser = argparse.ArgumentParser()
+        device_check.add_flags(parser)
+        file = tmp_path / "rows"
+        flags = ["--backends", backends, "--device", "cpu", "--quick", "--json", str(file)]
+        given = parser.parse_args([*flags, "--limit", str(WATCHDOG), *more])
+        status = device_check.run(given, pytest.fail, "fakes_of_the_check_test")
+        return status, rows_of(file)
+
+    return run
+
+
+def rows_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def cases_of(rows, status):
+    return [row for row in rows if row["status"] == status and row["benchmark"] != "serving"]
+
+
+def test_the_backends_of_a_cpu_pass(tmp_path, capsys):
+    here = [name for name in ("cpu", "blocked") if ops.backends()[name] is None]
+    file = tmp_path / "rows"
+    assert main(["check", "--device", "cpu", "--json", str(file)]) == 0
+    out = capsys.readouterr().out
+    table = [line.split() for line in out.splitlines() if line.startswith("cpu ")]
+    dtypes = ("bfloat16", "float16", "float32", "float64")
+    rows = [line[1:3] for line in table if line[-1] == "ok"]
+    assert sorted(rows) == sorted([name, dtype] for name in here for dtype in dtypes)
+    assert "triton on cpu is not usable: runs on GPUs, not cpu" in out
+    assert "blocked on cpu does not serve bf16x3: " in out
+    done = cases_of(rows_of(file), "ok")
+    assert out.endswith(f"no failure in {len(done)} cases\n")
+    assert {row["benchmark"] for row in done} == {"check", "check NaN", "check large"}
+    assert {row["repeatable"] for row in done if row["benchmark"] != "check NaN"} == {True}
+
+
+def test_every_objective_mode_and_dtype_is_covered():
+    places = [device_check.Place("cpu", "blocked", dtype) for dtype in accuracy.ARITHMETIC]
+    cases = list(device_check.cases(places, quick=False))
+    for function in ("check", "check_nan"):
+        found = {
+            (case.objective, case.negatives, case.dtype)
+            for name, _, case in cases
+            if name == function
+        }
+        every = {
+            (objective, negatives, dtype)
+            for objective in objectives.names()
+            for negatives in NEGATIVES
+            for dtype in accuracy.ARITHMETIC
+        }
+        assert every <= found
+    large = {case.dtype for name, _, case in cases if name == "check_large"}
+    assert large == {*accuracy.ARITHMETIC}
+    settings = {(c.similarity, c.reduction, c.learn_tau, c.dim) for _, _, c in cases}
+    for values, expected in zip(
+        zip(*settings, strict=True), (3, 2, 2, len(device_check.SMALL_DIMS) + 1), strict=True
+    ):
+        assert len({*values}) == expected
+
+
+def test_a_wrong_gradient_fails_and_is_named(check_fakes, capsys):
+    status, rows = check_fakes("wrong,blocked")
+    assert status == 1
+    failed = cases_of(rows, "failed")
+    assert {(row["backend"], row["objective"]) for row in failed} == {("wrong", "triplet")}
+    assert {row["negatives"] for row in failed} == {*NEGATIVES}
+    out = capsys.readouterr().out
+    assert "wrong on cpu, float64: triplet (two_view, " in out
+    assert "failed: dz2 " in out or "worst row of dz2 " in out
+    assert f"\n{len(failed)} failures in " in out
+    verdicts = {line.split()[1]: line for line in out.splitlines() if line.startswith("cpu ")}
+    assert verdicts["blocked"].endswith(" ok")
+    assert verdicts["wrong"].endswith(" failed")
+
+
+def test_other_bits_and_a_lost_nan_fail(check_fakes):
+    status, rows = check_fakes("drifting,forgetful")
+    assert status == 1
+    errors = {"drifting": set(), "forgetful": set()}
+    for row in cases_of(rows, "failed"):
+        errors[row["backend"]].add((row["benchmark"], row["error"].partition(":")[0]))
+    assert ("check", "a second run gave other bits") in errors["drifting"]
+    assert {kind for kind, _ in errors["forgetful"]} == {"check NaN"}
+
+
+def test_a_crash_costs_its_rows(check_fakes, capsys):
+    status, rows = check_fakes("raising,dying,unopenable,absent,blocked")
+    assert status == 1
+    out = capsys.readouterr().out
+    by_status = {s: [row for row in rows if row["status"] == s] for s in ("error", "crashed")}
+    assert {row["backend"] for row in by_status["error"]} == {"raising"}
+    assert all("a launch failed" in row["error"] for row in by_status["error"])
+    crashed = [(row["backend"], row["error"]) for row in by_status["crashed"]]
+    assert (
+        crashed
+        == [("unopenable", "the process was killed by SIGILL")]
+        + [("dying", "the process was killed by SIGSEGV")] * device_check.MOST_LOST
+    )
+    assert {row["backend"] for row in cases_of(rows, "left out")} == {"dying"}
+    assert "unopenable on cpu: crashed: the process was killed by SIGILL" in out
+    assert "absent on cpu is not usable: there is no such device" in out
+    assert "dying on cpu, bfloat16: infonce (two_view, " in out
+    others = {row["status"] for row in rows if row["backend"] == "blocked"}
+    assert others == {"served", "refused", "ok"}
+
+
+def test_a_hang_is_a_row(check_fakes, monkeypatch, capsys):
+    monkeypatch.setattr(device_check, "MOST_LOST", 1)
+    status, rows = check_fakes("hanging", "--limit", "2")
+    assert status == 1
+    (row,) = cases_of(rows, "timeout")
+    assert row["backend"] == "hanging"
+    assert row["error"] == "not done in 2 s"
+    out = capsys.readouterr().out
+    assert " 1 timed out" in out
+    assert "timed out: not done in 2 s" in out
+    assert " cases were not run\n" in out
+
+
+def test_a_backend_that_is_not_usable_is_no_failure(check_fakes, capsys):
+    status, _ = check_fakes("absent,blocked")
+    assert status == 0
+    assert "absent on cpu is not usable: there is no such device" in capsys.readouterr().out
+    status, rows = check_fakes("absent")
+    assert status == 1  # because nothing was checked
+    assert capsys.readouterr().out.endswith("no case was run\n")
+    assert {row["status"] for row in rows} == {"refused"}
+
+
+def test_a_backend_alone_is_no_truth_for_itself(check_fakes, monkeypatch, capsys):
+    """At the large size another backend's float64 is the truth; without one the case is skipped."""
+    place = device_check.Place("cpu", "blocked", "float64")
+    case = device_check.large_case(place, 0)
+    device = torch.device("cpu")
+    assert accuracy.float64_oracle(case, device) not in (None, "blocked")
+    monkeypatch.setattr(ops, "SWEEP_BACKENDS", {"blocked": ops.SWEEP_BACKENDS["blocked"]})
+    assert accuracy.float64_oracle(case, device) is None
+    (row,) = accuracy.check_large(case, "cpu")
+    assert row["status"] == "skipped"
+    run = device_check.Run(argparse.Namespace(seconds=1.0, limit=1.0, json=None), None, "")
+    run.add(row)
+    run.report()
+    line = "blocked on cpu, float64: the large size is skipped: no other backend has float64 here"
+    assert line in capsys.readouterr().out
+
+
+def test_out_of_time(check_fakes, capsys):
+    status, rows = check_fakes("blocked", "--seconds", "1e-9")
+    assert status == 1
+    assert capsys.readouterr().out == "no case was run\n"
+    assert not cases_of(rows, "ok")
+
+
+def interrupted(file):
+    """Starts the command in a process group, sends it a terminal's Ctrl-C once ``file`` has rows.
+
+    Returns:
+        The finished process's exit status, stdout and stderr.
+    """
+    command = [sys.executable, "-m", "alphacl_cli", "check", "--backends", "blocked"]
+    process = subprocess.Popen(
+        [*command, "--device", "cpu", "--json", str(file)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    end = time.monotonic() + WATCHDOG
+    while not (file.exists() and len(file.read_text().splitlines()) > 9):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=WATCHDOG)
+    return process.returncode, out, err
+
+
+def test_an_interruption_keeps_the_rows(tmp_path):
+    file = tmp_path / "rows"
+    status, out, err = interrupted(file)
+    assert status == 130
+    done = cases_of(rows_of(file), "ok")
+    assert done
+    assert err == f"alphacl: interrupted after {len(done)} cases, rows in {file}\n"
+    assert "cpu      blocked  " in out
+    assert "Traceback" not in Path(f"{file}.log").read_text()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--backends", "cpu,abacus"], "--backends must be of cpu, triton, cuda, blocked, got abacus"),
+    (["--device", "abacus"], "--device must be cpu, cuda or cuda:N, got abacus"),
+    (["--device", "cuda:x"], "--device must be cpu, cuda or cuda:N, got cuda:x"),
+    (["--device", "cuda:99"], "--device cuda:99 needs a CUDA device that torch can use, found "),
+    (["--seconds", "0"], "argument --seconds: expected a positive number, got '0'"),
+    (["--limit", "long"], "argument --limit: expected a positive number, got 'long'"),
+    (["--json", "nowhere/rows"], "cannot write to nowhere/rows: No such file or directory"),
+    (["--fast"], "unrecognized arguments: --fast"),
+])  # fmt: skip
+def test_problems_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        main(["check", *arguments])
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"alphacl: error: {message}")
+
+
+def test_rows_are_strict_json():
+    assert device_check.strict({"errors": {"loss": (float("nan"), 1.0)}, "k": [float("inf")]}) == {
+        "errors": {"loss": ["nan", 1.0]},
+        "k": ["inf"],
+    }
+
+
+def test_a_nan_is_the_worst_error():
+    outcome = device_check.Outcome()
+    about = {"status": "failed"}
+    outcome.add({**about, "errors": {"dz1": (float("nan"), 0.0, 1.0)}})
+    outcome.add({**about, "errors": {"dz1": (0.5, 0.0, 1.0), "loss": (0.5, 0.0, 1.0)}})
+    outcome.add({**about, "errors": {"loss": (0.4, 0.0, 0.5)}})
+    assert outcome.gradient[0] != outcome.gradient[0]
+    assert outcome.loss == (0.4, 0.5)
+
+
+EMULATED = os.environ.get("ALPHACL_CUDA_EMULATED", "")
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_gpu_backends_pass_where_they_are_emulated(backend, monkeypatch, capsys):
+    """The interpreter, and the library compiled for the host, run the cases that a GPU runs."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("ALPHACL_CUDA_EMULATED", EMULATED)
+    reason = ops.SWEEP_BACKENDS[backend].unsupported(torch.device("cpu"), torch.float32, None, "")
+    if reason:
+        pytest.skip(reason)
+    monkeypatch.setattr(device_check, "REPRESENTATIVES", [("infonce", {})])
+    monkeypatch.setattr(device_check, "MODES", [("two_view", True)])
+    status = main(["check", "--quick", "--backends", backend, "--limit", str(WATCHDOG)])
+    out = capsys.readouterr().out
+    assert status == 0, out
+    served = {line.split()[2] for line in out.splitlines() if line.endswith(" ok")}
+    assert served >= {"bfloat16", "float16", "float32", "tf32", "float64"}
