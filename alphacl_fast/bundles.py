@@ -53,6 +53,14 @@ def pitch(dim: int) -> int:
     return -(-dim // 16) * 16 if dim > 16 else dim
 
 
+def empty_vectors(like: Tensor, count: int, length: int) -> Tensor:
+    """(count, length) uninitialised, every row at a multiple of 16 bytes.
+
+    Triton compiles a kernel again for a pointer that is aligned otherwise.
+    """
+    return like.new_empty(count, -(-length // 4) * 4)[:, :length]
+
+
 class Pairing(NamedTuple):
     """Which rows meet which. With ``split`` = 0 all rows meet one another: a triangle of tiles.
 

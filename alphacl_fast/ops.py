@@ -25,6 +25,7 @@ from .bundles import (
     RowScalars,
     Term,
     Weight,
+    empty_vectors,
 )
 from .objectives import ROW_STEPS, kind
 
@@ -209,8 +210,8 @@ row_step = _define(
     lambda vectors, tau, n_neg, divisor, anchors, step, params, backend: SWEEP_BACKENDS[
         backend
     ].row_step(tuple(vectors), tau, n_neg, divisor, anchors, step, tuple(params)),
-    lambda vectors, tau, n_neg, divisor, anchors, step, params, backend: tau.new_empty(
-        (len(ROW_STEPS[step].outputs), anchors)
+    lambda vectors, tau, n_neg, divisor, anchors, step, params, backend: empty_vectors(
+        tau, len(ROW_STEPS[step].outputs), anchors
     ),
 )
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alphacl_fast.bundles import NormalizedRows
+from alphacl_fast.bundles import NormalizedRows, empty_vectors
 
 from .trace import libdevice
 
@@ -321,7 +321,7 @@ MOST_VECTORS = 6
 
 
 @triton.jit(
-    do_not_specialize=["n_neg", "divisor", "anchors"],
+    do_not_specialize=["n_neg", "divisor", "anchors", "out_stride"],
     do_not_specialize_on_alignment=[
         "v0_ptr",
         "v1_ptr",
@@ -342,8 +342,9 @@ def row_step_kernel(
     tau_ptr,  # ()
     n_neg,
     divisor,
-    out_ptr,  # (OUTPUTS, anchors) out
+    out_ptr,  # (OUTPUTS, anchors) out, with row stride out_stride
     anchors,
+    out_stride,
     FUNCTION: tl.constexpr,  # of `trace.row_function`
     STRIDES: tl.constexpr,  # of the vectors: 0 for an expanded number
     OUTPUTS: tl.constexpr,
@@ -359,7 +360,7 @@ def row_step_kernel(
     if OUTPUTS == 1:
         out = (out,)
     for k in tl.static_range(OUTPUTS):
-        tl.store(out_ptr + k * anchors.to(tl.int64) + row, out[k], mask=keep)
+        tl.store(out_ptr + k * out_stride.to(tl.int64) + row, out[k], mask=keep)
 
 
 def row_step(
@@ -377,7 +378,7 @@ def row_step(
     """
     vectors = tuple(v if v.stride(0) in (0, 1) else v.contiguous() for v in vectors)
     strides = tuple(v.stride(0) for v in vectors)
-    out = tau.new_empty(outputs, anchors)
+    out = empty_vectors(tau, outputs, anchors)
     absent = (None,) * (MOST_VECTORS - len(vectors))
     with torch.cuda.device_of(tau):
         row_step_kernel[(triton.cdiv(anchors, BLOCK),)](
@@ -388,6 +389,7 @@ def row_step(
             divisor,
             out,
             anchors,
+            out.stride(0),
             FUNCTION=function,
             STRIDES=strides,
             OUTPUTS=outputs,

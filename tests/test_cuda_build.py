@@ -125,7 +125,8 @@ def test_loads_without_a_gpu():
     refusal, why_not = run.stdout.splitlines()
     assert refusal.startswith("0 n_rows must lie in [1, ")
     assert re.fullmatch(
-        r"cannot run on this device: .+ \(compiled with CUDA \d+\.\d+, the driver serves .+\)", why_not
+        r"cannot run on this device: .+ \(compiled with CUDA \d+\.\d+, the driver serves .+\)",
+        why_not,
     )
 
 

@@ -21,7 +21,7 @@ from family import (
     sampled,
 )
 
-from alphacl_fast import objectives
+from alphacl_fast import objectives, ops
 from alphacl_fast.bundles import Term
 from alphacl_fast.functional import NEGATIVES, SIMILARITIES, alpha_cl_loss
 
@@ -177,6 +177,27 @@ def test_cosine_ignores_the_scale_of_rows(backend, scale):
         assert relative_error(scaled[0], base[0]) < 1e-5
         for s, b in zip(scaled[1:3], base[1:3], strict=True):
             assert relative_error(s.double() * scale, b) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("raw", [False, True], ids=["unit_rows", "torch"])
+def test_rows_of_every_length_in_one_batch(backend, dtype, raw, monkeypatch):
+    """Lengths from 2⁻¹⁰⁰ to 2¹⁰⁰, whose products float32 does not hold: a power of two changes
+    nothing, whether the backend or PyTorch normalises.
+    """
+    if raw:
+        monkeypatch.setattr(ops, "has", lambda backend, step: False)
+    z1, z2 = pair(20, 17, dtype)
+    lengths = (2.0 ** torch.linspace(-100, 100, 20).round()).unsqueeze(1)
+    base = loss_and_grads(z1, z2, "infonce", backend=backend)
+    scaled = loss_and_grads(
+        (z1 * lengths).to(dtype), (z2 * lengths.flip(0)).to(dtype), "infonce", backend=backend
+    )
+    assert relative_error(scaled[0], base[0]) < 1e-5
+    for s, b, by in zip(scaled[1:3], base[1:3], (lengths, lengths.flip(0)), strict=True):
+        # float32 rounds products of rows that are scaled apart elsewhere
+        assert relative_error(s.double() * by, b.double()) < (1e-5 if dtype.itemsize > 2 else 2**-8)
 
 
 LARGE_LOGITS = [

@@ -411,7 +411,7 @@ def compile_everything():
 
 def vector_kernels(kind):
     """(kernel, types, constants) of every form of the kernels for vectors."""
-    numbers = {"n_neg": "i32", "divisor": "i32", "anchors": "i32"}
+    numbers = dict.fromkeys(("n_neg", "divisor", "anchors", "out_stride"), "i32")
     for step, cases in ROW_STEPS.items():
         for params, count in cases:
             vectors = {f"v{k}_ptr": kind if k < count else None for k in range(rows.MOST_VECTORS)}

@@ -21,9 +21,17 @@ from alphacl_fast import FusedAlphaCLLoss, PairLoss, PairWeight, ops
 from alphacl_fast.backend import cuda, gpu, triton
 from alphacl_fast.bundles import Pairing
 from alphacl_fast.functional import alpha_cl_loss
+from alphacl_fast.kernels import sweeps
 from alphacl_fast.kernels.config import Tile
 from alphacl_fast.kernels.sweeps import rounded_to_tf32
 
+#: Objectives whose second sweep reads every row scalar.
+ALIGNED = [
+    ("infonce", {}),
+    ("alpha_direct", {"detach_alpha": False}),
+    ("alpha_square", {"detach_alpha": False}),
+    ("alpha_inverse", {"detach_alpha": False}),
+]
 SOURCE = (Path(__file__).parent.parent / "kernels/sweeps.py").read_text()
 FORMS = [  # one objective for each form of a sweep
     ("infonce", {}),  # fixed base; τ learnable or small: running maximum
@@ -268,6 +276,11 @@ def test_weights_are_rounded_to_tf32():
     expected = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-10, 1.0, -1 - 2**-10, 3e38, torch.inf, -0.0])
     assert torch.equal(out[[0, 1, 2, 3, 4, 6, 7]], expected[[0, 1, 2, 3, 4, 6, 7]])
     assert abs(float(out[5]) / 3e38 - 1) <= 2**-11
+    bits = torch.tensor([0x7F800001, 0x7FC00000, 0x7FFFFFFF, -1] * 2, dtype=torch.int32)
+    _round_to_tf32[(1,)](bits.view(torch.float32), out)
+    assert out.isnan().all()
+    _round_to_tf32[(1,)](torch.full((8,), torch.finfo(torch.float32).max), out)
+    assert (out == torch.inf).all()
 
 
 def test_nothing_is_compiled_again_for_another_batch_size(monkeypatch):
@@ -301,6 +314,28 @@ def test_nothing_is_compiled_again_for_another_batch_size(monkeypatch):
         ]
         assert varying
         assert all(f'"{name}"' in frozen for name in varying)
+
+
+@pytest.mark.parametrize("member", ALIGNED, ids=member_id)
+def test_alignment_does_not_change_with_the_batch_size(member, monkeypatch):
+    """Triton compiles a kernel again for a row scalar that begins elsewhere than at a multiple of
+    16 bytes: every one must, for every number of anchors.
+    """
+    launch, seen = triton._Sweep.launch, set()
+
+    def record(self, given):
+        vectors = sweeps.Vectors(*self.vectors(sweeps.Vectors._fields))
+        seen.update(
+            (name, x.data_ptr() % 16) for name, x in vectors._asdict().items() if x is not None
+        )
+        launch(self, given)
+
+    monkeypatch.setattr(triton._Sweep, "launch", record)
+    for n, mode in ((9, "two_view"), (9, "cross_view"), (7, "one_view")):
+        z1, z2 = (z.requires_grad_() for z in pair(n, 5, torch.float32))
+        alpha_cl_loss(z1, z2, *member[:1], backend="triton", negatives=mode, **member[1]).backward()
+    assert {name for name, _ in seen} >= {"moment_origin", "row_weight"}
+    assert {offset for _, offset in seen} == {0}
 
 
 class _Launches(TorchDispatchMode):
