@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import WATCHDOG
-from family import BUILT_IN, MODES, loss_and_grads, member_id, pair, relative_error
+from family import BUILT_IN, MODES, in_turn, loss_and_grads, member_id, pair, relative_error
 
 from alphacl_fast import FusedAlphaCLLoss, PairLoss, ops
 from alphacl_fast.backend import cpu
@@ -34,10 +34,16 @@ def set_blocks(monkeypatch, rows):
 @pytest.mark.parametrize("rows", [7, 48])
 @pytest.mark.parametrize("member", BUILT_IN, ids=member_id)
 def test_every_instruction_set(member, rows, monkeypatch, poisoned):
+    """In each mode with one similarity, in turn; with all under `make test-all`."""
     set_blocks(monkeypatch, rows)
     z1, z2 = pair(11 if rows == 7 else 59, 9)
-    for k, (negatives, symmetric) in enumerate(MODES):
-        similarity = ("cosine", "euclidean")[(BUILT_IN.index(member) + k + (rows == 7)) % 2]
+    turn = BUILT_IN.index(member) + (rows == 7)
+    cases = [
+        (*mode, similarity)
+        for k, mode in enumerate(MODES)
+        for similarity in in_turn(("cosine", "euclidean"), turn + k)
+    ]
+    for negatives, symmetric, similarity in cases:
         setting = {"negatives": negatives, "symmetric": symmetric, "similarity": similarity}
         truth = loss_and_grads(z1, z2, *member, backend="reference", **setting)
         for name in SETS:
@@ -54,7 +60,7 @@ def test_every_instruction_set(member, rows, monkeypatch, poisoned):
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_half_precision_on_every_instruction_set(dtype, pairs, dim, rows, monkeypatch, poisoned):
     """Against float64 on the same rows: the gradient is as exact as its dtype, whatever
-    multiplies it.
+    multiplies it. In each mode with one similarity, in turn; with both under `make test-all`.
     """
     set_blocks(monkeypatch, rows)
     members = (
@@ -62,12 +68,15 @@ def test_half_precision_on_every_instruction_set(dtype, pairs, dim, rows, monkey
         if pairs == 13
         else [("infonce", {}), ("alpha_square", {}), ("alpha_direct", {"detach_alpha": False})]
     )
-    for (m, member), (k, (negatives, symmetric)) in itertools.product(
-        enumerate(members), enumerate(MODES)
-    ):
+    turn = HALF.index(dtype)
+    cases = [
+        (member, *mode, similarity)
+        for (m, member), (k, mode) in itertools.product(enumerate(members), enumerate(MODES))
+        for similarity in in_turn(("cosine", "dot"), m + k + turn)
+    ]
+    for member, negatives, symmetric, similarity in cases:
         if member == ("triplet", {"margin": 0.1}):
             continue  # with 26 rows a whole row's hinges can be inactive
-        similarity = ("cosine", "dot")[(m + k + HALF.index(dtype)) % 2]
         z1, z2 = pair(pairs, dim, dtype)
         if similarity == "dot":
             z1, z2 = z1 / 4, z2 / 4
@@ -105,21 +114,19 @@ def test_bfloat16_ignores_the_scale_of_rows(name, scale):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("member", BUILT_IN, ids=member_id)
 def test_same_bits_for_any_number_of_threads(member, dtype, monkeypatch):
+    """Threads of the sweeps; PyTorch's own sums between them may depend on its setting.
+
+    With one kind of negatives, in turn; with both under `make test-all`.
+    """
     z1, z2 = pair(333, 24, dtype)
-    negatives = ("two_view", "cross_view")[(BUILT_IN.index(member) + dtype.itemsize // 4) % 2]
-    results = []
-    # of the sweeps; PyTorch's own sums between them may depend on its setting
-    for threads in (
-        1,
-        2,
-        2,
-        3,
-        8,
-    ):
-        monkeypatch.setattr(cpu, "_threads", lambda *args, threads=threads: threads)
-        results.append(loss_and_grads(z1, z2, *member, backend="cpu", negatives=negatives))
-    for other in results:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    turn = BUILT_IN.index(member) + dtype.itemsize // 4
+    for negatives in in_turn(("two_view", "cross_view"), turn):
+        results = []
+        for threads in (1, 2, 2, 3, 8):
+            monkeypatch.setattr(cpu, "_threads", lambda *args, threads=threads: threads)
+            results.append(loss_and_grads(z1, z2, *member, backend="cpu", negatives=negatives))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_more_threads_than_blocks_and_small_batches(monkeypatch):

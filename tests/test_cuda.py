@@ -2,11 +2,12 @@
 against the oracle."""
 
 import ctypes
+import itertools
 import os
 
 import pytest
 import torch
-from family import BUILT_IN, MODES, loss_and_grads, member_id, pair, relative_error
+from family import BUILT_IN, MODES, in_turn, loss_and_grads, member_id, pair, relative_error
 
 from alphacl_fast import objectives, ops
 from alphacl_fast.backend import blocked, cuda, gpu
@@ -44,25 +45,32 @@ def compared(z1, z2, member, backend="cuda", **setting):
 @pytest.mark.parametrize("member", BUILT_IN, ids=member_id)
 @pytest.mark.parametrize(("negatives", "symmetric"), MODES)
 def test_float64(member, negatives, symmetric, poisoned):
+    """With one width and one reduction for each similarity; under `make test-all` with all."""
     turn = BUILT_IN.index(member) + MODES.index((negatives, symmetric))
+    mode = {"negatives": negatives, "symmetric": symmetric}
     for k, similarity in enumerate(SIMILARITIES):
-        dim = (20, 40)[(turn + k) % 2]  # gradients in registers, or weights for a vendor product
-        # of long rows one pair is all
-        views = [z if similarity == "cosine" else z / dim**0.5 for z in pair(PAIRS, dim)]
-        errors = compared(
-            *views, member, negatives=negatives, symmetric=symmetric, similarity=similarity,
-            reduction=REDUCTIONS[(turn + k) % 3],
-        )  # fmt: skip
-        assert max(errors) < 1e-10, (similarity, dim, errors)
+        # Gradients in registers, or weights for a vendor product.
+        dims, reductions = in_turn((20, 40), turn + k), in_turn(REDUCTIONS, turn + k)
+        for dim, reduction in itertools.product(dims, reductions):
+            # of long rows one pair is all
+            views = [z if similarity == "cosine" else z / dim**0.5 for z in pair(PAIRS, dim)]
+            errors = compared(*views, member, similarity=similarity, reduction=reduction, **mode)
+            assert max(errors) < 1e-10, (similarity, dim, reduction, errors)
 
 
 @pytest.mark.parametrize("mode", DTYPES)
 @pytest.mark.parametrize("member", BUILT_IN, ids=member_id)
 def test_other_dtypes(mode, member, poisoned):
-    """Every kind on tensor cores, in rows of every length that has a kernel of its own."""
+    """Every kind on tensor cores, in rows of every length that has a kernel of its own: one length
+    for each kind of negatives, all lengths under `make test-all`.
+    """
     turn = BUILT_IN.index(member)
-    for k, (negatives, symmetric) in enumerate(MODES):
-        dim = (40, 100, 200, 300)[(turn + k) % 4]
+    cases = [
+        (*kind_of_negatives, dim)
+        for k, kind_of_negatives in enumerate(MODES)
+        for dim in in_turn((40, 100, 200, 300), turn + k)
+    ]
+    for negatives, symmetric, dim in cases:
         z1, z2 = pair(PAIRS, dim, DTYPES[mode])
         if member[1].get("exponent", 4) < 2:
             # away from d² = 0, where the slope of (d²)^0.75 has no bound

@@ -121,9 +121,7 @@ def test_every_objective_and_setting(ranks, strategy):
     `make test-all` runs every case by both.
     """
     turn = STRATEGIES.index(strategy)
-    cases = [
-        case for k, case in enumerate(rotated()) if is_due(k + k // len(MODES) + turn, 2)
-    ]
+    cases = [case for k, case in enumerate(rotated()) if is_due(k + k // len(MODES) + turn, 2)]
     check(ranks, 3, cases, (7, 1, 4), strategy)
 
 
