@@ -8,10 +8,12 @@ import os
 import pytest
 import torch
 from family import BUILT_IN, MODES, in_turn, loss_and_grads, member_id, pair, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from alphacl_fast import objectives, ops
 from alphacl_fast.backend import blocked, cuda, gpu
-from alphacl_fast.bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight
+from alphacl_fast.bundles import Dtype, PairFunction, Pairing, Rows, RowScalars, Term, Weight
 from alphacl_fast.functional import REDUCTIONS, SIMILARITIES, alpha_cl_loss
 
 pytestmark = pytest.mark.skipif(
@@ -25,6 +27,13 @@ DTYPES = {
     "fp16": torch.float16,
     "tf32": torch.float32,
     "fp32": torch.float32,
+}
+CODES = {
+    "bf16": Dtype.BFLOAT16,
+    "fp16": Dtype.FLOAT16,
+    "tf32": Dtype.TFLOAT32,
+    "fp32": Dtype.FLOAT32,
+    "fp64": Dtype.FLOAT64,
 }
 
 
@@ -95,6 +104,50 @@ def test_other_dtypes(mode, member, poisoned):
                 eps = 2e-2  # which side of the kink a pair is on
             error = float((o.double() - t).norm() / t.norm().clamp(min=1e-5))
             assert error < eps, (negatives, dim, error)
+
+
+sizes = {"n": st.integers(2, 150), "d": st.integers(1, 300), "seed": st.integers(0, 2**32)}
+modes = st.sampled_from(MODES)
+search = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+
+
+@search
+@given(
+    member=st.sampled_from(BUILT_IN),
+    mode=modes,
+    similarity=st.sampled_from(SIMILARITIES),
+    reduction=st.sampled_from(REDUCTIONS),
+    symmetric_tiles=st.booleans(),
+    **sizes,
+)
+def test_any_shape(n, d, seed, member, mode, similarity, reduction, symmetric_tiles):
+    z1, z2 = (z / d**0.5 for z in pair(n, d, seed=seed))
+    setting = {"negatives": mode[0], "symmetric": mode[1], "similarity": similarity}
+    setting["reduction"] = reduction
+    truth = loss_and_grads(z1, z2, *member, backend="reference", **setting)
+    with cuda.symmetric(symmetric_tiles):
+        ours = loss_and_grads(z1, z2, *member, backend="cuda", **setting)
+    for a, b in zip(ours, truth, strict=True):
+        assert relative_error(a, b, floor=max(1e-3, 1e-3 * float(b.abs().max()))) < 1e-8
+
+
+@search
+@given(
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    mode=modes,
+    similarity=st.sampled_from(["cosine", "dot"]),
+    **sizes,
+)
+def test_any_shape_in_float32_and_half(n, d, seed, dtype, mode, similarity):
+    views = [(z / d**0.5).to(dtype) for z in pair(n, d, seed=seed)]
+    setting = {"negatives": mode[0], "symmetric": mode[1], "similarity": similarity}
+    setting["reduction"] = "sum"
+    truth = loss_and_grads(*(z.double() for z in views), "infonce", backend="reference", **setting)
+    ours = loss_and_grads(*views, "infonce", backend="cuda", **setting)
+    for a, b in zip(ours, truth, strict=True):
+        # Weights are rounded once, and so is a gradient: by half of eps each.
+        bound = 2e-5 if a.dtype == torch.float32 else torch.finfo(a.dtype).eps
+        assert relative_error(a, b, floor=0.1) < bound
 
 
 @pytest.mark.parametrize("dim", [40, 200])
@@ -182,8 +235,7 @@ def test_small_shared_memory(mode, monkeypatch):
     """Rows that other GPUs hold whole come in chunks where there is less shared memory."""
     library = ctypes.CDLL(os.environ["ALPHACL_CUDA_EMULATED"])
     assert {
-        m: library.alphacl_cuda_largest_features(k)
-        for k, m in enumerate(("fp32", "fp64", "bf16", "fp16", "tf32"))
+        name: library.alphacl_cuda_largest_features(code) for name, code in CODES.items()
     } == cuda.LARGEST
     monkeypatch.setattr(
         cuda, "_in_chunks", lambda mode, dim, device: dim > cuda.LARGEST_OF_SMALL[mode]
