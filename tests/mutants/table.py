@@ -704,6 +704,15 @@ plant(
 # --- the CPU kernels ------------------------------------------------------------------------------
 
 plant(
+    "csrc/cpu/plan.h",
+    (
+        "plan: every block's gradient is accumulated apart, in a second matrix",
+        "return whole && kernels.in_place(sweep.dim, stride)",
+        "return false && whole && kernels.in_place(sweep.dim, stride)",
+        "tests/test_cpu.py::test_work_space_at_a_large_batch[16384-128-4]",
+    ),
+)
+plant(
     "csrc/cpu/schedule.h",
     (
         "schedule: a tile does not wait until its second block has been through the round before",
