@@ -101,7 +101,8 @@ def test_other_dtypes(mode, member, poisoned):
         for o, t in zip(ours[1:3], truth[1:3], strict=True):
             eps = {"bf16": 4e-3, "fp16": 1e-3, "tf32": 2e-3, "fp32": 2e-5}[mode]
             if mode == "tf32" and objectives.make(*member).kind in ("hinge", "square"):
-                eps = 3e-2  # which side of the kink a pair is on; the worst case reaches 2.2e-2
+                # Which side of the kink a pair is on; the gradient through α feels it most.
+                eps = 2e-2 if member[1].get("detach_alpha", True) else 5e-2
             error = float((o.double() - t).norm() / t.norm().clamp(min=1e-5))
             assert error < eps, (negatives, dim, error)
 
