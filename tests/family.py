@@ -81,51 +81,56 @@ BACKENDS = [
 ]
 
 
-def served_by(backend, members=MEMBERS):
-    """The members that a backend serves.
-
-    Every one has the built-in members, not every one a user's functions.
-    """
+def served_by(backend):
+    """The members that a backend serves: the built-in ones, and users' functions if it can."""
     unsupported = ops.SWEEP_BACKENDS[backend].unsupported
-    built_in = [member for member in members if member in BUILT_IN]
-    custom = [member for member in members if member not in BUILT_IN]
     here = (torch.device("cpu"), torch.float64, None)
-    return built_in + [
-        member for member in custom if unsupported(*here, objectives.make(*member).kind) is None
+    return BUILT_IN + [
+        member for member in CUSTOM if unsupported(*here, objectives.make(*member).kind) is None
     ]
 
 
 #: (backend, member) wherever the backend serves the member.
 SERVED = [(backend, member) for backend in BACKENDS for member in served_by(backend)]
-SERVED_IDS = [f"{backend}-{member_id(member)}" for backend, member in SERVED]
 #: Backends whose kernels are not run but interpreted or emulated, which is slow.
 SLOW = ("triton", "cuda")
-#: Products of settings in place of `rotated` ones.
+#: `make test-all`: every product of settings. Without it tests take some settings in turn.
 FULL = os.environ.get("ALPHACL_TEST_FULL") == "1"
-#: Of the members these, one for each form of a sweep, are enough where a test that all backends
-#: share would take the interpreter of the Triton kernels an hour.
+#: One member for each form of a sweep: a slow backend runs these where all members would take the
+#: interpreter of the Triton kernels an hour (which `make test-all` gives it).
 REPRESENTATIVE = [("infonce", {}), ("triplet", {}), ("alpha_direct", {"detach_alpha": False})]
 
 
-def sampled(members=MEMBERS):
-    """SERVED for some members, with fewer of them for slow backends.
+def is_due(turn, every):
+    """Whether a case runs: each ``every``-th turn, and each turn under `make test-all`."""
+    return FULL or turn % every == 0
 
-    The result is the arguments of ``parametrize``.
+
+def in_turn(values, turn):
+    """The value whose turn it is, in a list; all values under `make test-all`."""
+    return [value for k, value in enumerate(values) if is_due(turn - k, len(values))]
+
+
+def members_for(backend):
+    """The members that a backend is tested with; a slow one with the representative ones, and with
+    all under `make test-all`.
     """
+    everything = FULL or backend not in SLOW
+    return [m for name, m in SERVED if name == backend and (everything or m in REPRESENTATIVE)]
+
+
+def backends_for(member):
+    """The backends that are tested with a member."""
+    return [backend for backend in BACKENDS if member in members_for(backend)]
+
+
+def sampled(members=MEMBERS):
+    """The arguments of ``parametrize`` for each member and each backend that is tested with it."""
     served = [(backend, member) for member in members for backend in backends_for(member)]
     return {
         "argvalues": served,
         "ids": [f"{backend}-{member_id(member)}" for backend, member in served],
     }
-
-
-def backends_for(member):
-    """The backends that serve a member; slow ones if it is representative."""
-    return [
-        name
-        for name, other in SERVED
-        if other is member and (name not in SLOW or member in REPRESENTATIVE)
-    ]
 
 
 def every_setting():
@@ -134,19 +139,16 @@ def every_setting():
 
 
 def rotated(members=MEMBERS):
-    """(member, negatives, symmetric, similarity, reduction): each member in each mode, the others
-    in turn.
+    """(member, negatives, symmetric, similarity, reduction): each member in each mode, with one
+    similarity and one reduction, which change from one case to the next.
 
-    Every pair of values occurs, which finds the defects that their product finds (`make test-all`)
-    in a ninth of the time.
+    Every pair of values occurs, and most defects need no more than two values to show. `make
+    test-all` takes the whole product, nine times as many cases.
     """
-    if FULL:
-        for member, setting, reduction in itertools.product(members, every_setting(), REDUCTIONS):
-            yield member, *setting, reduction
-        return
-    for m, member in enumerate(members):
-        for k, mode in enumerate(MODES):
-            yield member, *mode, SIMILARITIES[(m + k) % 3], REDUCTIONS[(m // 3 + k) % 3]
+    for (m, member), (k, mode) in itertools.product(enumerate(members), enumerate(MODES)):
+        similarities, reductions = in_turn(SIMILARITIES, m + k), in_turn(REDUCTIONS, m // 3 + k)
+        for similarity, reduction in itertools.product(similarities, reductions):
+            yield member, *mode, similarity, reduction
 
 
 def pair(n, d, dtype=torch.float64, noise=0.5, seed=0):

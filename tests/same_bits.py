@@ -2,11 +2,16 @@
 
     python tests/same_bits.py OLD_CHECKOUT [--quick]
 
-Every objective × kind of negatives × similarity × dtype × instruction set of this machine's CPU,
-reductions "mean" and "none"; then ids, explicit negatives, one-sided gradients, and a few cases of
-the other backends (Triton interpreted, CUDA emulated). Each checkout computes them in processes of
-its own, reached by its public interface alone; both must be compiled. A difference is an error
-unless same_bits_allowed.txt gives a reason for it: lines "pattern of case names | reason".
+On the CPU kernels, for each instruction set that this machine runs: every objective × kind of
+negatives × similarity × dtype, with the reductions "mean" and "none"; some of these cases at other
+sizes, with ids, with one gradient alone and with a fixed temperature; explicit negatives,
+supervised losses and two threads. On the other backends (Triton interpreted, CUDA emulated) every
+fifth to nineteenth case of such a table. `--quick` takes a seventh of the CPU's cases and fewer of
+the others'.
+
+Each checkout computes them in processes of its own, reached by its public interface alone; both
+must be compiled. A difference is an error unless same_bits_allowed.txt gives a reason for it:
+lines "pattern of case names | reason".
 """
 
 from __future__ import annotations
@@ -27,7 +32,6 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 ALLOWED = Path(__file__).with_name("same_bits_allowed.txt")
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MODES = (("two_view", True), ("one_view", True), ("cross_view", True), ("cross_view", False))
 SIMILARITIES = ("cosine", "dot", "euclidean")
@@ -378,10 +382,12 @@ def main() -> int:
     if options.compute:
         compute(options.compute, options.quick, options.output)
         return 0
+    from alphacl_fast.backend import cpu  # not above: the other checkout's processes run this file
+
     old = options.old.resolve()
     reasons, unexplained, total = allowed(), 0, 0
     libraries = [emulated(checkout) for checkout in (old, ROOT)]
-    groups = [("cpu", isa) for isa in INSTRUCTION_SETS] + [
+    groups = [("cpu", isa) for isa in cpu.INSTRUCTION_SETS] + [
         (backend, "") for backend in ("blocked", "triton", "cuda")
     ]
     for backend, isa in groups:

@@ -9,15 +9,18 @@ import torch
 from conftest import set_tiles
 from family import (
     BACKENDS,
-    FULL,
     MEMBERS,
+    MODES,
     REPRESENTATIVE,
     SERVED,
     SLOW,
     backends_for,
     every_setting,
+    in_turn,
+    is_due,
     loss_and_grads,
     member_id,
+    members_for,
     pair,
     relative_error,
     rotated,
@@ -27,7 +30,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alphacl_fast import objectives, ops
-from alphacl_fast.backend import blocked
+from alphacl_fast.backend import blocked, cpu
 from alphacl_fast.bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight
 from alphacl_fast.functional import NEGATIVES, REDUCTIONS, SIMILARITIES, alpha_cl_loss
 
@@ -37,18 +40,20 @@ ROTATED = [(MEMBERS.index(member), *rest) for member, *rest in rotated()]
 
 
 def backends_of(member, setting, reduction):
-    """Slow backends meet a member in every mode once."""
+    """Slow backends run the cases of `rotated`, the others all."""
     interpreted = (MEMBERS.index(member), *setting, reduction) in ROTATED
     return [name for name in HERE if (name, member) in SERVED and (name not in SLOW or interpreted)]
 
 
 def reductions_of(member, setting):
-    """All for a few members; for the others the rotated table's, elsewhere one in turn."""
-    if FULL or member in REPRESENTATIVE:
+    """All for the representative members; for the others those of `rotated`, and one in turn in a
+    setting that `rotated` leaves out.
+    """
+    if member in REPRESENTATIVE:
         return REDUCTIONS
-    turn = MEMBERS.index(member) + every_setting().index(setting)
-    here = {case[:-1]: case[-1] for case in ROTATED}
-    return [here.get((MEMBERS.index(member), *setting), REDUCTIONS[turn % 3])]
+    m = MEMBERS.index(member)
+    here = [case[-1] for case in ROTATED if case[:-1] == (m, *setting)]
+    return here or in_turn(REDUCTIONS, m + every_setting().index(setting))
 
 
 def test_every_pair_of_values_occurs():
@@ -92,11 +97,13 @@ def setting_of(setting):
 )
 @pytest.mark.parametrize("member", MEMBERS, ids=member_id)
 def test_one_sided_gradient(member, setting, small_tiles, poisoned):
+    """One reduction in turn, and slow backends in every third setting."""
     objective, views = objectives.make(*member), pair(7, 4)
-    turn = MEMBERS.index(member) + every_setting().index(setting)
-    reduction = ("none", "mean")[turn % 2]
+    negatives, symmetric, similarity = setting
+    mode = MODES.index((negatives, symmetric))
+    turn = MEMBERS.index(member) + mode + SIMILARITIES.index(similarity)
 
-    def one_sided(backend, side):
+    def one_sided(backend, side, reduction):
         leaves = [view.clone().requires_grad_(k == side) for k, view in enumerate(views)]
         loss = alpha_cl_loss(
             *leaves,
@@ -108,13 +115,12 @@ def test_one_sided_gradient(member, setting, small_tiles, poisoned):
         )
         return loss.detach(), *torch.autograd.grad(loss.sum(), leaves[side])
 
-    for side in (0, 1):
-        expected = one_sided("reference", side)
-        for backend in backends_for(member):
-            if backend in SLOW and turn % 3:
-                continue
-            for ours, truth in zip(one_sided(backend, side), expected, strict=True):
-                assert relative_error(ours, truth) < 1e-10, (backend, side)
+    backends = [name for name in backends_for(member) if name not in SLOW or is_due(turn, 3)]
+    for reduction, side in itertools.product(in_turn(REDUCTIONS, turn + mode), (0, 1)):
+        expected = one_sided("reference", side, reduction)
+        for backend in backends:
+            for ours, truth in zip(one_sided(backend, side, reduction), expected, strict=True):
+                assert relative_error(ours, truth) < 1e-10, (backend, side, reduction)
 
 
 @pytest.mark.parametrize("backend", HERE)
@@ -194,11 +200,32 @@ def test_batch_order_does_not_matter(backend, symmetric, small_tiles):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bitwise_repeatable(backend):
     z1, z2 = pair(300 if backend in SLOW else 600, 16, torch.float32)
-    for member in served_by(backend) if backend not in SLOW else REPRESENTATIVE:
+    for member in members_for(backend):
         first, second = (
             loss_and_grads(z1, z2, *member, backend=backend, learn_tau=False) for _ in range(2)
         )
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), member_id(member)
+
+
+#: The backends that run on threads of the CPU, with the members that they serve.
+THREADED = [(backend, member) for backend, member in SERVED if backend not in SLOW]
+
+
+@pytest.mark.parametrize(
+    ("backend", "member"), THREADED, ids=[f"{b}-{member_id(m)}" for b, m in THREADED]
+)
+def test_bitwise_repeatable_on_several_threads(backend, member, one_thread, monkeypatch):
+    """Which thread takes which tile, and when, differs between calls; no bit of a result does."""
+    monkeypatch.setattr(blocked, "tile_size", lambda n, device: min(n, 24))
+    monkeypatch.setattr(cpu, "WORK_PER_THREAD", 1)
+    monkeypatch.setattr(cpu, "block_rows", lambda n, multiple, largest: min(n, 24))
+    z1, z2 = pair(150, 16, torch.float32)
+    torch.set_num_threads(4)
+    first, *others = (
+        loss_and_grads(z1, z2, *member, backend=backend, learn_tau=False) for _ in range(6)
+    )
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -249,7 +276,7 @@ def test_number_of_sweeps(name, monkeypatch):
 @pytest.mark.parametrize("inference", [False, True])
 def test_workers_share_the_tiles(threads, inference, small_tiles, poisoned):
     """Several workers, each with its own accumulators: same numbers, same bits every time,
-    settings restored.
+    settings restored. A third of the cases for each number of workers; `make test-all` runs all.
     """
     z1, z2 = pair(31, 6, torch.float64)
     before = torch.get_num_threads()
@@ -258,9 +285,9 @@ def test_workers_share_the_tiles(threads, inference, small_tiles, poisoned):
         {"similarity": "euclidean", "negatives": "cross_view"},
     )
     members = [*REPRESENTATIVE, ("alpha_square", {}), MEMBERS[-1]]
-    for member, setting in list(itertools.product(members, similarities))[
-        (threads + inference) % 3 :: 3
-    ]:
+    for k, (member, setting) in enumerate(itertools.product(members, similarities)):
+        if not is_due(k - threads - inference, 3):
+            continue
 
         def run(member=member, setting=setting):
             if not inference:

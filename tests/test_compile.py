@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from family import MEMBERS, MODES, member_id, pair, quadratic_h
+from family import MEMBERS, MODES, in_turn, member_id, pair, quadratic_h
 
 from alphacl_fast import FusedAlphaCLLoss, MinPlayer, PairLoss, objectives
 from alphacl_fast.functional import alpha_cl_loss
@@ -48,16 +48,14 @@ def test_every_member_in_one_graph_at_any_batch_size(member):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(("negatives", "symmetric"), MODES)
 def test_modes_and_reductions(negatives, symmetric, reduction):
-    """Of two objectives one, in turn."""
+    """Of one of two objectives; of both under `make test-all`."""
     tau = torch.nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
     turn = MODES.index((negatives, symmetric)) + ("mean", "sum", "none").index(reduction)
-    name, temperature = (("infonce", tau), ("alpha_square", 0.3))[turn % 2]
-    loss = FusedAlphaCLLoss(
-        name, temperature=temperature, negatives=negatives, symmetric=symmetric, reduction=reduction
-    )
-    compare(
-        loss, torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager"), sizes=(12, 9)
-    )
+    setting = {"negatives": negatives, "symmetric": symmetric, "reduction": reduction}
+    for name, temperature in in_turn((("infonce", tau), ("alpha_square", 0.3)), turn):
+        loss = FusedAlphaCLLoss(name, temperature=temperature, **setting)
+        compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+        compare(loss, compiled, sizes=(12, 9))
 
 
 @pytest.mark.skipif(

@@ -2,15 +2,18 @@
 against the oracle."""
 
 import ctypes
+import itertools
 import os
 
 import pytest
 import torch
-from family import BUILT_IN, MODES, loss_and_grads, member_id, pair, relative_error
+from family import BUILT_IN, MODES, in_turn, loss_and_grads, member_id, pair, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from alphacl_fast import objectives, ops
 from alphacl_fast.backend import blocked, cuda, gpu
-from alphacl_fast.bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight
+from alphacl_fast.bundles import Dtype, PairFunction, Pairing, Rows, RowScalars, Term, Weight
 from alphacl_fast.functional import REDUCTIONS, SIMILARITIES, alpha_cl_loss
 
 pytestmark = pytest.mark.skipif(
@@ -24,6 +27,13 @@ DTYPES = {
     "fp16": torch.float16,
     "tf32": torch.float32,
     "fp32": torch.float32,
+}
+CODES = {
+    "bf16": Dtype.BFLOAT16,
+    "fp16": Dtype.FLOAT16,
+    "tf32": Dtype.TFLOAT32,
+    "fp32": Dtype.FLOAT32,
+    "fp64": Dtype.FLOAT64,
 }
 
 
@@ -44,25 +54,32 @@ def compared(z1, z2, member, backend="cuda", **setting):
 @pytest.mark.parametrize("member", BUILT_IN, ids=member_id)
 @pytest.mark.parametrize(("negatives", "symmetric"), MODES)
 def test_float64(member, negatives, symmetric, poisoned):
+    """With one width and one reduction for each similarity; under `make test-all` with all."""
     turn = BUILT_IN.index(member) + MODES.index((negatives, symmetric))
+    mode = {"negatives": negatives, "symmetric": symmetric}
     for k, similarity in enumerate(SIMILARITIES):
-        dim = (20, 40)[(turn + k) % 2]  # gradients in registers, or weights for a vendor product
-        # of long rows one pair is all
-        views = [z if similarity == "cosine" else z / dim**0.5 for z in pair(PAIRS, dim)]
-        errors = compared(
-            *views, member, negatives=negatives, symmetric=symmetric, similarity=similarity,
-            reduction=REDUCTIONS[(turn + k) % 3],
-        )  # fmt: skip
-        assert max(errors) < 1e-10, (similarity, dim, errors)
+        # Gradients in registers, or weights for a vendor product.
+        dims, reductions = in_turn((20, 40), turn + k), in_turn(REDUCTIONS, turn + k)
+        for dim, reduction in itertools.product(dims, reductions):
+            # of long rows one pair is all
+            views = [z if similarity == "cosine" else z / dim**0.5 for z in pair(PAIRS, dim)]
+            errors = compared(*views, member, similarity=similarity, reduction=reduction, **mode)
+            assert max(errors) < 1e-10, (similarity, dim, reduction, errors)
 
 
 @pytest.mark.parametrize("mode", DTYPES)
 @pytest.mark.parametrize("member", BUILT_IN, ids=member_id)
 def test_other_dtypes(mode, member, poisoned):
-    """Every kind on tensor cores, in rows of every length that has a kernel of its own."""
+    """Every kind on tensor cores, in rows of every length that has a kernel of its own: one length
+    for each kind of negatives, all lengths under `make test-all`.
+    """
     turn = BUILT_IN.index(member)
-    for k, (negatives, symmetric) in enumerate(MODES):
-        dim = (40, 100, 200, 300)[(turn + k) % 4]
+    cases = [
+        (*kind_of_negatives, dim)
+        for k, kind_of_negatives in enumerate(MODES)
+        for dim in in_turn((40, 100, 200, 300), turn + k)
+    ]
+    for negatives, symmetric, dim in cases:
         z1, z2 = pair(PAIRS, dim, DTYPES[mode])
         if member[1].get("exponent", 4) < 2:
             # away from d² = 0, where the slope of (d²)^0.75 has no bound
@@ -84,9 +101,54 @@ def test_other_dtypes(mode, member, poisoned):
         for o, t in zip(ours[1:3], truth[1:3], strict=True):
             eps = {"bf16": 4e-3, "fp16": 1e-3, "tf32": 2e-3, "fp32": 2e-5}[mode]
             if mode == "tf32" and objectives.make(*member).kind in ("hinge", "square"):
-                eps = 2e-2  # which side of the kink a pair is on
+                # Which side of the kink a pair is on; the gradient through α feels it most.
+                eps = 2e-2 if member[1].get("detach_alpha", True) else 5e-2
             error = float((o.double() - t).norm() / t.norm().clamp(min=1e-5))
             assert error < eps, (negatives, dim, error)
+
+
+sizes = {"n": st.integers(2, 150), "d": st.integers(1, 300), "seed": st.integers(0, 2**32)}
+modes = st.sampled_from(MODES)
+search = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+
+
+@search
+@given(
+    member=st.sampled_from(BUILT_IN),
+    mode=modes,
+    similarity=st.sampled_from(SIMILARITIES),
+    reduction=st.sampled_from(REDUCTIONS),
+    symmetric_tiles=st.booleans(),
+    **sizes,
+)
+def test_any_shape(n, d, seed, member, mode, similarity, reduction, symmetric_tiles):
+    z1, z2 = (z / d**0.5 for z in pair(n, d, seed=seed))
+    setting = {"negatives": mode[0], "symmetric": mode[1], "similarity": similarity}
+    setting["reduction"] = reduction
+    truth = loss_and_grads(z1, z2, *member, backend="reference", **setting)
+    with cuda.symmetric(symmetric_tiles):
+        ours = loss_and_grads(z1, z2, *member, backend="cuda", **setting)
+    for a, b in zip(ours, truth, strict=True):
+        assert relative_error(a, b, floor=max(1e-3, 1e-3 * float(b.abs().max()))) < 1e-8
+
+
+@search
+@given(
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    mode=modes,
+    similarity=st.sampled_from(["cosine", "dot"]),
+    **sizes,
+)
+def test_any_shape_in_float32_and_half(n, d, seed, dtype, mode, similarity):
+    views = [(z / d**0.5).to(dtype) for z in pair(n, d, seed=seed)]
+    setting = {"negatives": mode[0], "symmetric": mode[1], "similarity": similarity}
+    setting["reduction"] = "sum"
+    truth = loss_and_grads(*(z.double() for z in views), "infonce", backend="reference", **setting)
+    ours = loss_and_grads(*views, "infonce", backend="cuda", **setting)
+    for a, b in zip(ours, truth, strict=True):
+        # Weights are rounded once, and so is a gradient: by half of eps each.
+        bound = 2e-5 if a.dtype == torch.float32 else torch.finfo(a.dtype).eps
+        assert relative_error(a, b, floor=0.1) < bound
 
 
 @pytest.mark.parametrize("dim", [40, 200])
@@ -174,8 +236,7 @@ def test_small_shared_memory(mode, monkeypatch):
     """Rows that other GPUs hold whole come in chunks where there is less shared memory."""
     library = ctypes.CDLL(os.environ["ALPHACL_CUDA_EMULATED"])
     assert {
-        m: library.alphacl_cuda_largest_features(k)
-        for k, m in enumerate(("fp32", "fp64", "bf16", "fp16", "tf32"))
+        name: library.alphacl_cuda_largest_features(code) for name, code in CODES.items()
     } == cuda.LARGEST
     monkeypatch.setattr(
         cuda, "_in_chunks", lambda mode, dim, device: dim > cuda.LARGEST_OF_SMALL[mode]

@@ -3,6 +3,7 @@ refuses.
 """
 
 import ctypes
+import importlib.util
 import os
 import re
 import shutil
@@ -246,6 +247,38 @@ def test_objects_are_compiled_again_when_what_they_include_changes(tmp_path, mon
     assert changes("device_host.h", emulator) == [False, True]
     assert changes("driver.cpp") == [False, False]
     assert build.key(kernels) != build.key(kernels._replace(command=("c++", "-O3")))
+
+
+def test_tiles_have_the_size_that_python_plans_with():
+    engine, hopper = (
+        (ROOT / build.SOURCES / f"{name}.h").read_text() for name in ("engine", "hopper")
+    )
+
+    def constant(name, text):
+        return int(re.search(rf"constexpr int .*\b{name} = (\d+)", text)[1])
+
+    assert constant("SIDE", engine) == cuda.SIDE
+    assert constant("CONSUMERS", hopper) * constant("GROUP_ROWS", hopper) == cuda.HOPPER_SIDE
+
+
+@pytest.mark.parametrize(
+    ("program", "folder"),
+    [
+        ("test_kernels", "cpu"),
+        ("test_driver", "cpu"),
+        ("test_device", "cuda"),
+        ("test_sweeps", "cuda"),
+    ],
+)
+def test_cpp_tests_are_compiled_again_when_what_they_include_changes(program, folder):
+    """tests/cpp/run.py hashes every header that a test includes, directly or not."""
+    spec = importlib.util.spec_from_file_location("run_cpp", ROOT / "tests" / "cpp" / "run.py")
+    runner = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(runner)
+    source = ROOT / "tests" / "cpp" / f"{program}.cpp"
+    included = {*build.closure(source, "device_gpu")} - {source}
+    assert included
+    assert included <= {*runner.headers(Path("csrc") / folder)}
 
 
 # --- what the library refuses ---------------------------------------------------------------------

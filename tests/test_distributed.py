@@ -10,15 +10,16 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from family import MEMBERS, MODES, every_setting, member_id, pair, rotated
+from family import MEMBERS, MODES, every_setting, in_turn, is_due, member_id, pair, rotated
 from ranks import Ranks
 
 from alphacl_fast import FusedAlphaCLLoss, distributed, objectives, ops, verify_distributed
-from alphacl_fast.functional import alpha_cl_loss
+from alphacl_fast.functional import REDUCTIONS, alpha_cl_loss
 
 pytestmark = pytest.mark.xdist_group("ranks")  # one worker starts the processes
 
-SPLITS = {1: [(7,)], 2: [(5, 3), (6, 0)], 3: [(7, 1, 4)], 4: [(3, 1, 4, 2), (3, 3, 3, 3)]}
+#: How many pairs each rank has.
+SPLITS = [(7,), (5, 3), (6, 0), (7, 1, 4), (3, 1, 4, 2), (3, 3, 3, 3)]
 STRATEGIES = ("gather", "ring")
 LIMIT = 1e-10
 
@@ -115,38 +116,51 @@ def check(ranks, size, cases, sizes, strategy, limit=LIMIT, **options):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_objective_and_setting(ranks, strategy):
-    """Half of the cases by one strategy, half by the other.
+    """Each case by one strategy; in neighbouring modes, and for neighbouring members, by the other.
 
-    Which half, changes from member to member.
+    `make test-all` runs every case by both.
     """
-    cases = [
-        case
-        for k, case in enumerate(rotated())
-        if (k + k // len(MODES)) % 2 == STRATEGIES.index(strategy)
-    ]
+    turn = STRATEGIES.index(strategy)
+    cases = [case for k, case in enumerate(rotated()) if is_due(k + k // len(MODES) + turn, 2)]
     check(ranks, 3, cases, (7, 1, 4), strategy)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(
-    ("size", "sizes"), [(size, split) for size, splits in SPLITS.items() for split in splits]
-)
-def test_every_objective_and_split(ranks, size, sizes, strategy):
-    """Half of the members in one setting each, others for another split or strategy, so that all
-    settings occur.
-    """
-    settings = every_setting()
-    shift = sum(sizes) + size + (strategy == "ring")
-    cases = [
-        (
-            member,
-            *settings[(5 * k + shift) % len(settings)],
-            ("mean", "none", "sum")[(k + shift) % 3],
-        )
-        for k, member in enumerate(MEMBERS)
-        if (k + shift) % 2
+def cases_of(sizes, strategy):
+    """Every second member in one setting with one reduction; `make test-all` takes them all."""
+    split, by = SPLITS.index(sizes), STRATEGIES.index(strategy)
+    turn = len(STRATEGIES) * split + by
+    chosen = [m for k, m in enumerate(MEMBERS) if is_due(k + split + by, 2)]
+    return [
+        (member, *setting, reduction)
+        for k, member in enumerate(chosen)
+        for setting in in_turn(every_setting(), 5 * k + turn)
+        for reduction in in_turn(REDUCTIONS, k + k // 3 + turn)
     ]
-    check(ranks, size, cases, sizes, strategy)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("sizes", SPLITS, ids=lambda sizes: "-".join(map(str, sizes)))
+def test_every_objective_and_split(ranks, sizes, strategy):
+    check(ranks, len(sizes), cases_of(sizes, strategy), sizes, strategy)
+
+
+def test_every_setting_occurs_among_the_splits():
+    """Each split meets every setting; each strategy every member, and every setting with every
+    reduction; both together meet every member in every mode.
+    """
+    for sizes in SPLITS:
+        cases = [case for strategy in STRATEGIES for case in cases_of(sizes, strategy)]
+        assert {case[1:4] for case in cases} == {*every_setting()}, sizes
+    for strategy in STRATEGIES:
+        cases = [case for sizes in SPLITS for case in cases_of(sizes, strategy)]
+        assert {member_id(case[0]) for case in cases} == {*map(member_id, MEMBERS)}
+        assert {case[1:] for case in cases} == {
+            (*setting, reduction) for setting in every_setting() for reduction in REDUCTIONS
+        }
+    cases = [case for split in itertools.product(SPLITS, STRATEGIES) for case in cases_of(*split)]
+    assert {(member_id(case[0]), case[1:3]) for case in cases} == {
+        *itertools.product(map(member_id, MEMBERS), MODES)
+    }
 
 
 # Who computes what

@@ -2,6 +2,8 @@
 in a plain loop.
 """
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,7 +17,10 @@ from family import (
     SLOW,
     assert_same_gradients,
     every_setting,
+    in_turn,
+    is_due,
     member_id,
+    members_for,
     pair,
     relative_error,
 )
@@ -56,13 +61,16 @@ def assert_same(ours, truth, bound=1e-10):
 
 
 def backends_of(member, setting):
-    """Slow backends meet the settings of a member in turn."""
+    """Slow backends meet a member in one setting, a representative one in three; under `make
+    test-all` in all of them.
+    """
     turn = BUILT_IN.index(member) + every_setting().index(setting)
-    return [
-        name
-        for name in WITH_IDS
-        if name not in SLOW or turn % (4 if member in REPRESENTATIVE else 12) == 0
-    ]
+    slow_too = is_due(turn, 4 if member in REPRESENTATIVE else 12)
+    return [name for name in WITH_IDS if name not in SLOW or slow_too]
+
+
+def built_in_for(backend):
+    return [member for member in members_for(backend) if member in BUILT_IN]
 
 
 @pytest.mark.parametrize(
@@ -79,9 +87,8 @@ def test_equals_reference(member, setting, small_tiles, poisoned):
     }
     truth["sum"] = [x * truth["none"][0].numel() for x in truth["mean"]]
     for backend in backends_of(member, setting):
-        for reduction in (
-            REDUCTIONS if backend not in SLOW else REDUCTIONS[BUILT_IN.index(member) % 3 :][:1]
-        ):
+        slow_ones = in_turn(REDUCTIONS, BUILT_IN.index(member))
+        for reduction in slow_ones if backend in SLOW else REDUCTIONS:
             assert_same(
                 evaluate(z1, z2, member, IDS, backend=backend, reduction=reduction, **given),
                 truth[reduction],
@@ -99,16 +106,19 @@ CUSTOM = [
     ("backend", "member"), CUSTOM, ids=[f"{b}-{member_id(m)}" for b, m in CUSTOM]
 )
 def test_users_functions(backend, member, small_tiles):
+    """In every fifth setting, on a slow backend in one; with one reduction; under `make test-all`
+    in all settings with all reductions.
+    """
     z1, z2 = pair(len(IDS), 6)
-    turn = MEMBERS.index(member)
-    for negatives, symmetric, similarity in every_setting()[
-        turn % 5 :: 12 if backend in SLOW else 5
-    ]:
+    turn, every = MEMBERS.index(member), 12 if backend in SLOW else 5
+    settings = [s for k, s in enumerate(every_setting()) if is_due(k - turn, every)]
+    for setting, reduction in itertools.product(settings, in_turn(REDUCTIONS, turn)):
+        negatives, symmetric, similarity = setting
         given = {
             "negatives": negatives,
             "symmetric": symmetric,
             "similarity": similarity,
-            "reduction": REDUCTIONS[turn % 3],
+            "reduction": reduction,
         }
         truth = evaluate(z1, z2, member, IDS, backend="reference", **given)
         assert_same(evaluate(z1, z2, member, IDS, backend=backend, **given), truth)
@@ -133,31 +143,33 @@ def test_the_oracle_leaves_out_what_is_said():
 @pytest.mark.parametrize("backend", WITH_IDS)
 def test_distinct_ids_change_nothing(backend):
     z1, z2 = pair(14, 5)
-    members = BUILT_IN if backend not in SLOW else REPRESENTATIVE
-    for k, member in enumerate(members):
-        negatives, symmetric, similarity = every_setting()[k % 12]
-        given = {
-            "negatives": negatives,
-            "symmetric": symmetric,
-            "similarity": similarity,
-            "backend": backend,
-        }
-        ours = evaluate(z1, z2, member, torch.randperm(14) * 1000, **given)
-        assert_same(ours, evaluate(z1, z2, member, None, **given), 1e-12)
+    for k, member in enumerate(built_in_for(backend)):
+        for negatives, symmetric, similarity in in_turn(every_setting(), k):
+            given = {
+                "negatives": negatives,
+                "symmetric": symmetric,
+                "similarity": similarity,
+                "backend": backend,
+            }
+            ours = evaluate(z1, z2, member, torch.randperm(14) * 1000, **given)
+            assert_same(ours, evaluate(z1, z2, member, None, **given), 1e-12)
 
 
 @pytest.mark.parametrize("backend", WITH_IDS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_anchors_without_negatives(backend, reduction):
     """All of one id: nothing to learn. All but one: that one's rows are the negatives of the
-    others.
+    others. A third of the members for each reduction, in one setting; `make test-all` runs all.
     """
     z1, z2 = pair(9, 5)
     turn = REDUCTIONS.index(reduction)
-    for k, member in enumerate(
-        BUILT_IN[turn::3] if backend not in SLOW else REPRESENTATIVE[turn:][:1]
-    ):
-        negatives, symmetric, similarity = every_setting()[(5 * k + 2) % 12]
+    cases = [
+        (member, setting)
+        for k, member in enumerate(built_in_for(backend))
+        if is_due(k - turn, 3)
+        for setting in in_turn(every_setting(), 5 * k + 2)
+    ]
+    for member, (negatives, symmetric, similarity) in cases:
         given = {
             "negatives": negatives,
             "symmetric": symmetric,

@@ -63,6 +63,27 @@ def sdist(source, tmp_path_factory):
     return file
 
 
+def test_wheel_without_a_compiler(sdist, tmp_path):
+    """With an empty PATH the build finds no compiler and no nvcc: the wheel is made, holds the two
+    reasons in place of the libraries, and serves a loss.
+    """
+    pip("wheel", "-q", "--no-deps", "-w", tmp_path, sdist, PATH="", CXX="c++", CUDA_HOME="")
+    (file,) = tmp_path.iterdir()
+    with zipfile.ZipFile(file) as wheel:
+        assert not [name for name in wheel.namelist() if name.endswith(".so")]
+        for backend, words in (("cpu", "c++"), ("cuda", "no nvcc on the PATH")):
+            assert words in wheel.read(f"alphacl_fast/_{backend}_not_built.txt").decode()
+        wheel.extractall(tmp_path)
+    code = """
+import alphacl_fast, torch
+print(alphacl_fast.FusedAlphaCLLoss()(torch.eye(3), torch.eye(3)).item() > 0)
+print(alphacl_fast.backends()["cpu"])
+"""
+    served, reason = run_isolated(code, tmp_path)
+    assert served == "True"
+    assert "reinstall with a C++ compiler" in reason
+
+
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory):
     """Built from the sdist in pip's isolated environment, which has setuptools alone."""
@@ -73,14 +94,20 @@ def wheel(sdist, tmp_path_factory):
     return file
 
 
-def test_sdist_has_every_file(sdist):
-    """It builds, and tests itself."""
+def test_sdist_has_every_file(source, sdist):
+    """It builds, and tests itself: every file of the checkout, and nothing but those and metadata.
+
+    `git ls-files` runs in the checkout that the sdist was made of: elsewhere files may be staged
+    that it has not.
+    """
     command = ["git", "ls-files"]
-    tracked = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    listed = subprocess.run(command, cwd=source, check=True, capture_output=True, text=True).stdout
+    tracked = {*listed.splitlines()}
     with tarfile.open(sdist) as file:
-        names = {name.partition("/")[2] for name in file.getnames()}
-    assert {*tracked.splitlines()} - names == {".ci/run", ".gitignore"}
-    assert not {name for name in names if name.endswith((".so", ".pyc", "_not_built.txt"))}
+        names = {member.name.partition("/")[2] for member in file if member.isfile()}
+    assert tracked - names == {".ci/run", ".gitignore"}
+    metadata = {name for name in names - tracked if ".egg-info/" not in name}
+    assert metadata == {"PKG-INFO", "setup.cfg"}
 
 
 def test_wheel_has_two_top_level_names(wheel):

@@ -1,6 +1,7 @@
 """Compiles csrc/cpu once per instruction set into one library, without torch's or Python's headers.
 
-setup.py and tests/cpp/run.py load this file by path; it imports the standard library alone.
+setup.py, tools/build_cuda.py and tests/cpp/run.py load this file by path; it imports the standard
+library alone.
 """
 
 import hashlib
@@ -45,9 +46,7 @@ def library(output: Path) -> str:
         sets = supported(compiler, folder)
         summary = "; ".join([version(compiler), shlex.join([*flags, threads]), ", ".join(sets)])
         jobs = units(sets)
-        quoted = summary.replace("\\", "\\\\").replace('"', '\\"')
-        jobs["driver"] += [threads, f'-DALPHACL_BUILD="{quoted}"']
-        jobs["driver"] += [f'-DALPHACL_SOURCES="{fingerprint()}"']
+        jobs["driver"] += [threads, *reported(summary, SOURCES)]
 
         def compiled(name: str) -> str:
             target = f"{folder}/{name}.o"
@@ -76,9 +75,17 @@ def supported(compiler: list[str], folder: str) -> dict[str, list[str]]:
     return {name: f for name, f in INSTRUCTION_SETS.items() if accepts(compiler, f, folder)}
 
 
-def fingerprint() -> str:
-    """A hash of the sources, which tells a library compiled from other sources apart."""
-    files = [file for folder in (SOURCES, GENERATED) for file in (ROOT / folder).glob("*.*")]
+def reported(summary: str, sources: Path) -> list[str]:
+    """Flags of a driver, for what its library says of itself: how and from which sources it was
+    compiled.
+    """
+    text = summary.replace("\\", "\\\\").replace('"', '\\"')
+    return [f'-DALPHACL_BUILD="{text}"', f'-DALPHACL_SOURCES="{fingerprint(sources)}"']
+
+
+def fingerprint(sources: Path = SOURCES) -> str:
+    """A hash of a library's sources, which tells one compiled from other sources apart."""
+    files = [file for folder in (sources, GENERATED) for file in (ROOT / folder).glob("*.*")]
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:16]
 
 

@@ -5,12 +5,13 @@
 
 Objects are kept in build/cuda (or ALPHACL_CUDA_CACHE), each with ptxas' log beside it, and compiled
 again when a source, a flag or the compiler has changed. setup.py loads this file by path; it
-imports the standard library alone.
+imports the standard library, and tools/build_cpu.py by path.
 """
 
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import os
 import re
 import shlex
@@ -22,9 +23,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+# By path: in pip's isolated build neither this folder nor the one above is on sys.path.
+_spec = importlib.util.spec_from_file_location(
+    "build_cpu", Path(__file__).with_name("build_cpu.py")
+)
+build_cpu = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(build_cpu)
+host_compiler, run = build_cpu.host_compiler, build_cpu.run
+
+ROOT = build_cpu.ROOT
 SOURCES = Path("csrc") / "cuda"  # relative to ROOT: objects do not depend on where the tree is
-GENERATED = Path("csrc") / "generated"
 DTYPES = ("BFLOAT16", "FLOAT16", "FLOAT64", "FLOAT32", "TFLOAT32")  # the longest to compile first
 #: Machine code for Ampere and Ada, and for Hopper; later GPUs compile the PTX for 8.0 at load time.
 ARCHITECTURES = "8.0+PTX;9.0a"
@@ -97,8 +105,7 @@ def kernel_jobs(compiler: list[str]) -> tuple[list[Object], str]:
 
 def driver(flags: list[str], summary: str, prefix: str = "") -> Object:
     """The plain C interface."""
-    text = summary.replace("\\", "\\\\").replace('"', '\\"')
-    known = [f'-DALPHACL_BUILD="{text}"', f'-DALPHACL_SOURCES="{fingerprint()}"']
+    known = build_cpu.reported(summary, SOURCES)
     return Object(f"{prefix}driver", (*host_compiler(), *flags, *known), "driver.cpp")
 
 
@@ -119,8 +126,7 @@ def objects() -> dict[str, Path]:
 
 def fingerprint() -> str:
     """A hash of the sources, which tells a library compiled from other sources apart."""
-    files = [file for folder in (SOURCES, GENERATED) for file in (ROOT / folder).glob("*.*")]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:16]
+    return build_cpu.fingerprint(SOURCES)
 
 
 # --- what there is ---
@@ -135,10 +141,6 @@ def nvcc() -> list[str]:
     if not found:
         raise RuntimeError(f"no nvcc in CUDA_HOME ({home})" if home else "no nvcc on the PATH")
     return [found]
-
-
-def host_compiler() -> list[str]:
-    return shlex.split(os.environ.get("CXX", "c++"))
 
 
 def version(compiler: list[str]) -> str:
@@ -268,7 +270,3 @@ def forget(files: Iterator[Path]) -> None:
     for old in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)[KEPT:]:
         for suffix in (old.suffix, ".log", ".json"):
             old.with_suffix(suffix).unlink(missing_ok=True)
-
-
-def run(command: list[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout

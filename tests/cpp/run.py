@@ -29,7 +29,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 OBJECTS = ROOT / "build" / "test_kernels"
 TESTS = Path("tests") / "cpp"
+EMULATOR = Path("tests") / "emulator"
 CUDA = Path("csrc") / "cuda"
+GENERATED = Path("csrc") / "generated"
 PROGRAMS = ("test_driver", "test_kernels", "test_device", "test_sweeps")
 SANITIZERS = {"address": "address,undefined", "thread": "thread", "none": ""}
 #: One test asks for too much memory; threads outnumber cores, so they must not spin.
@@ -48,6 +50,12 @@ def load_builder() -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def headers(folder: Path) -> list[Path]:
+    """Every header that a source of this folder of ROOT can include."""
+    beside = {CUDA: [EMULATOR]}.get(folder, [])
+    return sorted(f for part in (folder, *beside, GENERATED) for f in (ROOT / part).glob("*.h"))
 
 
 def build(sanitize: str, programs: Sequence[str]) -> dict[str, Path]:
@@ -95,6 +103,7 @@ def build(sanitize: str, programs: Sequence[str]) -> dict[str, Path]:
     jobs["test_kernels"] = [
         *threads,
         *(["-DALPHACL_WRAPPED"] if wrap else []),
+        "-DALPHACL_SET_NAMES=" + ",".join(f'"{name}"' for name in builder.INSTRUCTION_SETS),
         str(TESTS / "test_kernels.cpp"),
     ]
     alone = ("test_driver", "test_device", "test_sweeps")
@@ -112,13 +121,11 @@ def build(sanitize: str, programs: Sequence[str]) -> dict[str, Path]:
 
     def compile_one(name: str) -> Path:
         command = [*compiler, *flags, *jobs[name], "-c"]
-        folder = ROOT / (CUDA if "-DALPHACL_EMULATED" in command else builder.SOURCES)
-        files = [*folder.glob("*.h"), *(ROOT / builder.GENERATED).glob("*.h")]
-        headers = b"".join(file.read_bytes() for file in sorted(files))
-        text = (
-            "\0".join([version, *command]).encode() + headers + (ROOT / jobs[name][-1]).read_bytes()
-        )
-        target = OBJECTS / f"{sanitize}_{name}_{hashlib.sha256(text).hexdigest()[:16]}.o"
+        files = headers(CUDA if "-DALPHACL_EMULATED" in command else builder.SOURCES)
+        digest = hashlib.sha256("\0".join([version, *command]).encode())
+        for file in (*files, ROOT / jobs[name][-1]):
+            digest.update(file.read_bytes())
+        target = OBJECTS / f"{sanitize}_{name}_{digest.hexdigest()[:16]}.o"
         if not target.exists():
             for old in OBJECTS.glob(f"{sanitize}_{name}_" + "?" * 16 + ".o"):
                 old.unlink()

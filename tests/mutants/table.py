@@ -45,6 +45,11 @@ def one_sided(member: str, setting: str = "two_view-True-cosine") -> str:
     return f"tests/test_backends.py::test_one_sided_gradient[{member}-{setting}]"
 
 
+def on_several_threads(backend: str) -> str:
+    test = "tests/test_backends.py::test_bitwise_repeatable_on_several_threads"
+    return f"{test}[{backend}-{INFONCE}]"
+
+
 def formula(member: str) -> str:
     return f"tests/test_backends.py::test_derivatives_of_the_formulas[{member}]"
 
@@ -488,6 +493,15 @@ plant(
 plant(
     "alphacl_fast/backend/blocked.py",
     (
+        "workers: their sums are added up in the order in which they end",
+        "return list(pool.map(run, range(workers)))",
+        "queue = __import__('queue').SimpleQueue()\n"
+        "            for k in range(workers):\n"
+        "                pool.submit(run, k).add_done_callback(queue.put)\n"
+        "            return [queue.get().result() for _ in range(workers)]",
+        on_several_threads("blocked"),
+    ),
+    (
         "exclusion: the positive counts where it lies below the diagonal",
         "([partner, -partner] if partner else [])",
         "([partner] if partner else [])",
@@ -611,7 +625,7 @@ plant(
         "meetings: the farthest block of an odd ring is not met",
         "return range(1, world // 2 + 1)",
         "return range(1, (world + 1) // 2)",
-        f"{SPLIT}[2-sizes1-ring]",
+        f"{SPLIT}[5-3-ring]",
     ),
     (
         "agreement: temperatures are not compared",
@@ -630,13 +644,13 @@ plant(
         "online softmax over processes: arriving sums are not rescaled",
         "into[1:] += sums[1:] * (sums[0] - forms.finite(shift)).exp()",
         "into[1:] += sums[1:]",
-        f"{SPLIT}[2-sizes1-ring]",
+        f"{SPLIT}[5-3-ring]",
     ),
     (
         "online softmax over processes: sums so far are not rescaled",
         "            forms.rescale(into[0], into[1:], shift)\n",
         "            into[0] = shift\n",
-        f"{SPLIT}[2-sizes1-ring]",
+        f"{SPLIT}[5-3-ring]",
     ),
     (
         "mean over processes: two_view's anchors are counted once",
@@ -654,7 +668,7 @@ plant(
         "∂L/∂τ over processes: summed instead of averaged with reduction none",
         'return total / ranks.world if self.call.reduction == "none" else total',
         "return total",
-        f"{SPLIT}[2-sizes1-ring]",
+        f"{SPLIT}[5-3-ring]",
     ),
     (
         "exclusion: the positive counts in the process's own block",
@@ -666,7 +680,7 @@ plant(
         "euclidean: each process subtracts its own mean",
         "return call.ranks.all_reduce(own) / (2 * call.ranks.total)",
         "return own / (2 * len(z1))",
-        f"{SPLIT}[2-sizes1-ring]",
+        f"{SPLIT}[5-3-ring]",
     ),
     (
         "constant α over processes: the gradient that others send back through the sum is dropped",
@@ -678,7 +692,7 @@ plant(
         "ring: results of a block's earlier visits are dropped",
         "theirs.add(Result(sweep, self.layouts[other], behind.wait()))",
         "behind.wait()",
-        f"{SPLIT}[4-sizes4-ring]",
+        f"{SPLIT}[3-1-4-2-ring]",
     ),
 )
 plant(
@@ -690,7 +704,22 @@ plant(
 # --- the CPU kernels ------------------------------------------------------------------------------
 
 plant(
+    "csrc/cpu/plan.h",
+    (
+        "plan: every block's gradient is accumulated apart, in a second matrix",
+        "return whole && kernels.in_place(sweep.dim, stride)",
+        "return false && whole && kernels.in_place(sweep.dim, stride)",
+        "tests/test_cpu.py::test_work_space_at_a_large_batch[16384-128-4]",
+    ),
+)
+plant(
     "csrc/cpu/schedule.h",
+    (
+        "schedule: a tile does not wait until its second block has been through the round before",
+        "|| !progress.wait(tile.j, tile.round)) return;",
+        "|| !progress.wait(tile.j, 0)) return;",
+        on_several_threads("cpu"),
+    ),
     (
         "schedule: a rectangle's rounds step by two, so that some pairs of blocks never meet",
         "const int64_t j = (k + round) % m;",
