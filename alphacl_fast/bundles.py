@@ -2,7 +2,7 @@
 
 `row_sums` and `pair_grad` take four bundles. A bundle is flattened once, where it crosses the
 operator schema (`ops`), and nowhere else: autograd, explicit negatives, processes and backends pass
-it whole. To add an operand, add a field here, from whose annotation the schema follows, the code
+it whole. To add an operand, add a field here (the schema follows from its annotation), the code
 that fills it, and its use in the backends that serve it (docs/extending.md).
 """
 
@@ -94,8 +94,8 @@ class PairFunction(NamedTuple):
 class RowScalars(NamedTuple):
     """Row vectors (anchors,) in the accumulation dtype that turn a pair's function into its term.
 
-    Linear kinds see x = (t − shift_i) + argument_offset_i; log kinds see t, and exp(log f −
-    shift_i) is what is summed. Moments are taken of t − moment_origin_i, and g_ij = row_weight_i·(f
+    Linear kinds see x = (t − shift_i) + argument_offset_i; log kinds see t, and sum exp(log f −
+    shift_i). Moments are taken of t − moment_origin_i, and g_ij = row_weight_i·(f
     or f′), or row_weight_i·(f + f′·(t − moment_origin_i − baseline_i)).
     """
 
@@ -107,9 +107,9 @@ class RowScalars(NamedTuple):
 
 
 class Term(enum.IntEnum):
-    """What is summed over the negatives of an anchor.
+    """The terms that are summed over the negatives of an anchor.
 
-    The values are the order of the C++ kernels.
+    Their values give the order in which the C++ kernels hold them.
     """
 
     F = 0  # f
@@ -122,7 +122,7 @@ class Term(enum.IntEnum):
 
 
 class Weight(enum.IntEnum):
-    """By what `pair_grad` weighs a pair, times the row weight."""
+    """The factor by which `pair_grad` weighs a pair, besides the row weight."""
 
     F = 0  # f
     DF = 1  # ∂f/∂x
@@ -134,7 +134,7 @@ class Form(enum.IntEnum):
 
     CONSTANT = 0  # a log kind whose bounds are known: one constant shift for all rows
     ONLINE = 1  # a log kind: a running maximum per row (online softmax)
-    PLAIN = 2  # sums as they are; a log kind's are divided by exp(shift_i)
+    PLAIN = 2  # plain sums; for a log kind divided by exp(shift_i)
     T_MAX = 3  # the largest t
 
 

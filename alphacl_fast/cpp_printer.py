@@ -1,7 +1,7 @@
 """Graphs of formulas as C++: on vectors for the CPU kernels, on scalars for the CUDA kernels.
 
-The templates call hand-written primitives: csrc/cpu/vec.h and csrc/cpu/primitives.h, or
-csrc/cuda/primitives.h. Printed code has the accumulation type T as a template parameter.
+The templates call hand-written primitives: those in csrc/cpu/vec.h and csrc/cpu/pairs.h, or in
+csrc/cuda/pairs.h. Printed code has the accumulation type T as a template parameter.
 """
 
 import math
@@ -31,8 +31,8 @@ class CppPrinter(Printer):
     """C++ expressions for values; a value that is used once is written where it is used."""
 
     language = "C++"
-    flags: str  #: of a kind, as a member of its struct
-    signature: str  #: of a static function ``piece`` of ``x`` and the numbers ``n``
+    flags: str  #: a kind's flags, as members of its struct
+    signature: str  #: signature of a static function ``piece`` of ``x`` and the numbers ``n``
     function: str  #: head of a function ``name`` of x and q
 
     def __init__(self, label: str, dtype: torch.dtype) -> None:
@@ -209,7 +209,7 @@ class CpuPrinter(CppPrinter):
 
 
 def _in_double(a: Value) -> Value:
-    """A scalar expression in double precision, of parameters that are rounded to T."""
+    """A scalar expression evaluated in double precision on parameters rounded to T."""
     if not isinstance(a, Node):
         return a
     if a.op == "argument":

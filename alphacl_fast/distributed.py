@@ -175,7 +175,7 @@ class Ranks:
 class Arrival:
     """A message under way.
 
-    It keeps the outgoing tensor alive until `wait`, and nothing afterwards.
+    It keeps the outgoing tensor alive until `wait` returns, and no tensor afterwards.
     """
 
     def __init__(self, incoming: Tensor, outgoing: Tensor, works: list[Any]) -> None:
@@ -214,8 +214,8 @@ def agree(
     call: BoundCall | None,
     failure: Exception | None,
 ) -> Ranks:
-    """One small all-gather: either all ranks go on with the same call, or all raise with the
-    reason.
+    """One small all-gather, after which either all ranks go on with the same call or all raise the
+    same error.
 
     Args:
         failure: the error of this rank's arguments; the other arguments may then be anything.
@@ -239,10 +239,10 @@ def agree(
     if "cpu" not in dist.get_backend_config(handle):
         sent, received = sent.cuda(), received.cuda()
     dist.all_gather_into_tensor(received, sent, group=handle)
-    received = received.cpu()  # of a group without gloo: the host waits for the device
+    received = received.cpu()  # without gloo the host waits for the device here
     messages = [x.numpy().tobytes() for x in received.split(STATEMENT_BYTES)]
     sizes = tuple(_PAIRS.unpack_from(message)[0] for message in messages)
-    different = {message[_PAIRS.size :] for message in messages}  # of 1,024 ranks a few
+    different = {message[_PAIRS.size :] for message in messages}  # only a few, even of 1,024 ranks
     known = {message: pickle.loads(message) for message in different}
     statements = [known[message[_PAIRS.size :]] for message in messages]
     if failed := [r for r, statement in enumerate(statements) if statement.error]:
@@ -297,7 +297,7 @@ def _statement(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, strategy: s
 
 
 def _cut(text: str) -> str:
-    """A text that fits into a statement; the hash tells long texts apart."""
+    """The text shortened to fit into a statement; a hash tells long texts apart."""
     data, most = text.encode(), STATEMENT_BYTES - 256
     if len(data) <= most:
         return text
@@ -347,7 +347,7 @@ def meetings(
 
 
 class Block(NamedTuple):
-    """Rows of one process with their row scalars, one for each of the first rows, or of all."""
+    """One process's rows with their row scalars, one for each of the first rows, or one per row."""
 
     rows: Rows
     scalars: RowScalars
@@ -367,7 +367,7 @@ class Block(NamedTuple):
 
     @staticmethod
     def join(blocks: list[Block]) -> Block:
-        """The blocks' rows below each other; an operator needs the anchors first."""
+        """The blocks' rows, stacked; an operator needs the anchors first."""
 
         def stack(tensors: Iterable[Tensor | None]) -> Tensor | None:
             tensors = list(tensors)
@@ -382,10 +382,10 @@ class Block(NamedTuple):
 def pack(tensors: Iterable[Tensor | None]) -> Tensor:
     """The bytes of some tensors as one message.
 
-    Wide dtypes come first, to be aligned when unpacked.
+    Wide dtypes come first, so that they are aligned when unpacked.
     """
     whole = (x.contiguous() for x in tensors if x is not None)
-    # A single number that was expanded counts as contiguous, but cannot be seen as bytes.
+    # An expanded single number counts as contiguous, but cannot be viewed as bytes.
     dense = (
         x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format) for x in whole
     )
@@ -393,7 +393,7 @@ def pack(tensors: Iterable[Tensor | None]) -> Tensor:
 
 
 def unpack(message: Tensor, like: list[tuple[Tensor | None, int]]) -> list[Tensor | None]:
-    """Views of a message as tensors, each like a given one but for its number of rows."""
+    """Views of a message as tensors, each like a given one except for its number of rows."""
     tensors, start = [], 0
     for x, rows in like:
         if x is None:
@@ -568,7 +568,7 @@ class GlobalSweeps(Sweeps):
         others: dict[int, Block],
         results: dict[int, Result],
     ) -> None:
-        """The own block against others that are here.
+        """The own block against the other blocks that are present.
 
         Rectangles with the same own rows become one.
         """
@@ -691,7 +691,7 @@ class GlobalSweeps(Sweeps):
         return mine
 
     def _gather_blocks(self, tensors: tuple[Tensor | None, ...], lengths: list[int]) -> Tensor:
-        """(P, bytes): everyone's tensors of these lengths, in aligned messages of equal length."""
+        """(P, bytes): all ranks' tensors of these lengths, in aligned messages of equal length."""
         largest = sum(_bytes(x, max(lengths)) for x in tensors)
         message = torch.zeros(-(-largest // 16) * 16, dtype=torch.uint8, device=self.tau.device)
         mine = pack(tensors)
@@ -729,8 +729,8 @@ class GlobalProblem(Problem):
 
 
 def global_weights(grad: Tensor, loss: Loss, ranks: Ranks) -> Tensor:
-    """(anchors,) of this process: derivative in its row losses of the sum over all ranks'
-    results.
+    """(anchors,) of this process: the derivative of the sum over all ranks' results with respect to
+    its row losses.
     """
     if loss.reduction == "none":
         return loss.of_anchors(grad)
@@ -749,8 +749,8 @@ def global_reduce(row_losses: Tensor, loss: Loss, ranks: Ranks) -> Tensor:
 
 
 class GlobalClosedForm(torch.autograd.Function):
-    """Loss of a constant-α objective over all ranks' pairs: one sum of rows goes around, its
-    gradient back.
+    """Loss of a constant-α objective over all ranks' pairs: one sum of rows is exchanged, and its
+    gradient in the backward pass.
     """
 
     @staticmethod
@@ -782,8 +782,8 @@ class _ClosedProblem:
     """Row losses of this rank and their gradient: autograd on both sides of the all-reduced sums,
     which are leaves.
 
-    A sum inside the graph would be a message that autograd sends at a time of its own, and never
-    without rows.
+    A sum inside the graph would be a message that autograd sends whenever it chooses, and never on
+    a rank without rows.
     """
 
     def __init__(self, z1: Tensor, z2: Tensor, call: BoundCall) -> None:

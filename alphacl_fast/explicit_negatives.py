@@ -61,7 +61,7 @@ def loss_against(
         temperature: τ > 0, a float or a tensor with one element.
         reduction: "mean", "sum" or "none".
         backend: "auto" or the name of a sweep backend. There is no oracle: "reference" is refused.
-        precision: arithmetic of float32 matrix products, as of
+        precision: arithmetic of float32 matrix products; see
             `alphacl_fast.functional.alpha_cl_loss`.
         ids: (N,) integers, moved to z's device if necessary. A row of ``negatives`` (or of z) that
             has the anchor's id is not its negative: in a queue, an earlier key of the same sample
@@ -160,7 +160,7 @@ def supcon_loss(
         precision: as of `loss_against`.
 
     Raises:
-        TypeError, ValueError: as of `loss_against`, and for ids that are not (n,) integers.
+        TypeError, ValueError: see `loss_against`; also for ids that are not (n,) integers.
 
     Source: Khosla et al., arXiv:2004.11362, L_out.
     """
@@ -204,7 +204,7 @@ def _layout(n: int, rows: int) -> Layout:
 def _mean_negative(
     z: Tensor, negatives: Tensor | None, layout: Layout, same_id: SameId | None
 ) -> Tensor:
-    """(N,) mean similarity with the negatives, differentiable; 0 where there is none."""
+    """(N,) mean similarity to the negatives, differentiable; 0 for an anchor without negatives."""
     wide, n = accumulation_dtype(z.dtype), len(z)
     if negatives is None:
         return mean_negative(z.to(wide), None, layout, same_id=same_id)
@@ -238,7 +238,7 @@ def _same_id(
 
 
 class _GivenPositives(Problem):
-    """A problem with given similarities t⁺ (N,) of the positives.
+    """A problem whose positive similarities t⁺ (N,) are given.
 
     Its rows are [z; negatives], as given.
     """

@@ -21,8 +21,8 @@ class FusedAlphaCLLoss(nn.Module):
         objective: a name listed by `alphacl_fast.objectives.names`, or an `Objective`.
         temperature: τ as a float, a tensor or an ``nn.Parameter``. A parameter is learnt with its
             exact gradient, where the objective has one; a tensor becomes a buffer.
-        similarity: "cosine", "dot" or "euclidean", as of `alphacl_fast.functional.alpha_cl_loss`.
-        negatives: "two_view", "one_view" or "cross_view", likewise.
+        similarity: "cosine", "dot" or "euclidean"; see `alphacl_fast.functional.alpha_cl_loss`.
+        negatives: "two_view", "one_view" or "cross_view"; see there too.
         symmetric: whether "cross_view" averages both directions.
         reduction: "mean", "sum" or "none".
         backend: "auto" or the name of a backend.
@@ -42,8 +42,8 @@ class FusedAlphaCLLoss(nn.Module):
 
     Raises:
         TypeError, ValueError: the constructor raises on bad options, the call on bad embeddings or
-            ids (with a process group: on every rank). The message has the name, what was expected
-            and what was received.
+            ids (with a process group: on every rank). The message gives the name, the expected and
+            the received value.
 
     Source: Y. Tian, "Understanding Deep Contrastive Learning via Coordinate-wise Optimization",
     NeurIPS 2022, arXiv:2201.12680.

@@ -11,8 +11,8 @@ and ``Δ_ij = t_ij − t⁺_i``:
 * `ClosedForm`  constant α: sums over pairs collapse to O(n·D)
 
 Two sweeps over the pairs serve every member, `row_sums` and `pair_grad` (docs/design.md). A sweep
-sees the objective only as a `PairKind`; the work between the sweeps is O(n) and made of row steps
-(`RowStep`).
+sees the objective only as a `PairKind`; the work between the sweeps is O(n) and consists of row
+steps (`RowStep`).
 
 A `PairKind` maps a tensor x elementwise, given the temperature τ (a 0-dim tensor):
 
@@ -77,7 +77,7 @@ class PairKind(NamedTuple):
         linear_in_t: log f(t) = t/τ, whose scale a backend may fold into the matrix product.
         parameters: names of the floats in `PairFunction.params`, in their order.
         code: the kind's number in the compiled backends; -1 if they do not have it.
-        common: values of parameters for which they have a version of their own.
+        common: values of parameters for which the compiled backends have a specialised version.
         about: the formula in words, for the generated headers.
     """
 
@@ -125,7 +125,7 @@ BRANCHING: list[Branching] = []
 
 
 def branching(*values: float) -> Callable[[Callable[..., Tensor]], Branching]:
-    """Registers a function of x and a parameter that has other formulas at these values."""
+    """Registers a function of x and a parameter whose formula differs at these parameter values."""
 
     def register(function: Callable[..., Tensor]) -> Branching:
         BRANCHING.append(Branching(function, values))
@@ -148,7 +148,7 @@ def _power(d, q):
 def _power_slope(d, q):
     """The derivative of `_power`: q·d^{q−1} for d > 0, else 0."""
     if q == 1:
-        return (d > 0).to(d.dtype)  # NaN comes back through f, by which a log kind multiplies this
+        return (d > 0).to(d.dtype)  # a log kind multiplies this by f, which brings NaN back
     if q == 2:
         return 2 * torch.relu(d)
     slope = q * d.clamp(min=torch.finfo(d.dtype).tiny).pow(q - 1)
@@ -218,7 +218,7 @@ class Inverse:
 
 @pair_kind()
 class Hinge:
-    """f = max(x + margin, 0); the kink has derivative 0, as relu"""
+    """f = max(x + margin, 0); the derivative at the kink is 0, as in relu"""
 
     def f(x, tau, *, margin):
         return torch.relu(x + margin)
@@ -283,7 +283,7 @@ def is_compiled(name: str) -> bool:
 
 
 def codes() -> dict[str, dict[str, int]]:
-    """The numbers that cross the border to C++, by the name of their C++ enum."""
+    """The numbers passed to C++, by the name of their C++ enum."""
     enums = {"Dtype": Dtype, "Term": Term, "WeightCode": Weight, "Form": Form, "Gradient": Gradient}
     kinds = {name.upper(): kind.code for name, kind in KINDS.items() if kind.code >= 0}
     return {
@@ -390,8 +390,8 @@ class _CustomFunction:
 class BatchNumbers(NamedTuple):
     """Numbers that all rows of a batch share; a compiled row step sees 0-dim tensors."""
 
-    tau: Tensor  #: as the pair kind sees it
-    n_neg: int | Tensor  #: (anchors,) with ids: then no backend compiles the step
+    tau: Tensor  #: the temperature passed to the pair kind
+    n_neg: int | Tensor  #: (anchors,) with ids, in which case no backend compiles the step
     divisor: int | Tensor  #: `Pairs.divisor`
 
 
@@ -410,7 +410,7 @@ class RowStep(NamedTuple):
         return self.function(*vectors, numbers=numbers, **values)
 
 
-#: All row steps by name; each stands beside its objective.
+#: All row steps by name; each is defined beside its objective.
 ROW_STEPS: dict[str, RowStep] = {}
 
 
@@ -1183,10 +1183,10 @@ def alpha_direct(
     """α_ij ∝ exp(−(d²_ij)^{exponent/2}/τ), with d² clamped at 0 unless exponent = 2.
 
     Args:
-        exponent: > 0, of the distance d.
-        normalized: as of `PairWeight`.
-        alpha_eps: as of `PairWeight`.
-        detach_alpha: as of `PairWeight`.
+        exponent: the exponent of the distance d, > 0.
+        normalized: see `PairWeight`.
+        alpha_eps: see `PairWeight`.
+        detach_alpha: see `PairWeight`.
 
     Source: arXiv:2201.12680, α-CL-direct.
     """
@@ -1201,8 +1201,8 @@ def alpha_entropy(alpha_eps: float = 0.0, detach_alpha: bool = True) -> Objectiv
     Its gradient is τ times InfoNCE's with ε = 0.
 
     Args:
-        alpha_eps: as of `PairWeight`.
-        detach_alpha: as of `PairWeight`.
+        alpha_eps: see `PairWeight`.
+        detach_alpha: see `PairWeight`.
 
     Source: arXiv:2201.12680, the entropy regulariser.
     """
@@ -1242,7 +1242,7 @@ def alpha_square(detach_alpha: bool = True) -> Objective:
     """Exact min player of R = −(τ/2)·Σα²: α_ij = max(μ_i − d²_ij, 0)/τ (sparsemax).
 
     Args:
-        detach_alpha: as of `MinPlayer`.
+        detach_alpha: see `MinPlayer`.
 
     Source: arXiv:2201.12680 r_s; arXiv:1602.02068.
     """
@@ -1257,7 +1257,7 @@ def alpha_gamma(gamma: float = 2.0, detach_alpha: bool = True) -> Objective:
 
     Args:
         gamma: γ > 1.
-        detach_alpha: as of `MinPlayer`.
+        detach_alpha: see `MinPlayer`.
 
     Source: arXiv:2201.12680 r_γ.
     """

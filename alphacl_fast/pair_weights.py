@@ -3,8 +3,8 @@ O(N·(D + k)).
 
 α_ij = ∂L_i/∂Δ_ij with a designed α held fixed (arXiv:2201.12680, Theorem 1 and the pair-weighted
 family): for φ/ψ losses φ′(ξ_i)·ψ′(Δ_ij), for the others the α of their definition. The row scalars
-come from the loss's own sweeps; every α_ij is then pointwise in t_ij, so one more walk over tiles
-of anchors × candidates sees each of them and keeps none.
+come from the loss's own sweeps; every α_ij is then pointwise in t_ij, so one more pass over tiles
+of anchors × candidates visits each α_ij and stores none.
 """
 
 import math
@@ -45,7 +45,7 @@ class Tile(NamedTuple):
     last: int
     distance: Tensor  #: d²
     alpha: Tensor  #: 0 at excluded pairs
-    excluded: list[int]  #: diagonals of pairs that are no negatives
+    excluded: list[int]  #: diagonals of the pairs that are not negatives
 
     @property
     def n_excluded(self) -> int:
@@ -61,12 +61,12 @@ class Importances:
         anchors: 2N for two_view and symmetric cross_view (both towers, [z1; z2]); else N.
         candidates: columns of α: 2N for two_view, else N.
         n_neg: |Neg(i)|.
-        rows: (2N, D) rows whose similarities count: of unit length for cosine, centred for
-            euclidean, else as given.
+        rows: (2N, D) rows whose similarities count: unit rows for cosine, centred rows for
+            euclidean, otherwise unchanged rows.
         positive: (anchors,) t⁺_i.
 
     Raises:
-        TypeError, ValueError: as of `alpha_cl_loss`.
+        TypeError, ValueError: see `alpha_cl_loss`.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Importances:
             self.features, self.rows, self.positive = features, features.wide(), pos[: self.anchors]
 
     def _solve(self, features: Features, pos: Tensor) -> list[Tensor | None]:
-        """row_weight (of L_i itself), shift and argument_offset as columns."""
+        """The row weight (for L_i itself), shift and argument_offset, as columns."""
         solved = Problem(features, pos, self.tau, self.call).solve(learn_tau=False)
         weight = solved.row_weight * self.call.divisor(pos.shape[0] // 2)
         columns = (weight, solved.shift, solved.argument_offset)
@@ -196,7 +196,7 @@ class Importances:
 
     @torch.no_grad()
     def dense(self) -> Tensor:
-        """(anchors, candidates) α, 0 where a pair is no negative."""
+        """(anchors, candidates) α; 0 for a pair that is not a negative."""
         out = self.rows.new_empty(self.anchors, self.candidates)
 
         def fill(tiles: Iterator[Tile]) -> None:
@@ -273,11 +273,10 @@ def alpha(
     """The pair weights α of a batch as a matrix, without a gradient.
 
     Args:
-        z1: (N, D) embeddings of the first view, as of `alphacl_fast.functional.alpha_cl_loss`.
+        z1: (N, D) embeddings of the first view (see `alphacl_fast.functional.alpha_cl_loss`).
         z2: (N, D) embeddings of the second view.
         objective: a name or an `Objective`.
-        max_elements: number of elements of the largest matrix to make; `alpha_summary` needs no
-            matrix.
+        max_elements: the most elements that the matrix may have; `alpha_summary` needs no matrix.
         **settings: the other arguments of `alpha_cl_loss`, except reduction, process_group and ids.
 
     Returns:
@@ -287,7 +286,7 @@ def alpha(
         for φ/ψ losses ∂L_i/∂Δ_ij = α_ij.
 
     Raises:
-        TypeError, ValueError: as of `alpha_cl_loss`, and for a matrix larger than ``max_elements``.
+        TypeError, ValueError: see `alpha_cl_loss`; also for a matrix larger than ``max_elements``.
 
     Source: arXiv:2201.12680, Theorem 1 (α = φ′ψ′) and the pair-weighted family.
     """
@@ -369,7 +368,7 @@ def alpha_summary(
     They are entropy, effective number of negatives, hardest negatives, and α by distance.
 
     Args:
-        z1: (N, D) embeddings of the first view, as of `alphacl_fast.functional.alpha_cl_loss`.
+        z1: (N, D) embeddings of the first view (see `alphacl_fast.functional.alpha_cl_loss`).
         z2: (N, D) embeddings of the second view.
         objective: a name or an `Objective`.
         k: nearest negatives to keep per anchor, at least 1; fewer are kept where there are fewer.
@@ -379,7 +378,7 @@ def alpha_summary(
         **settings: the other arguments of `alpha_cl_loss`, except reduction, process_group and ids.
 
     Raises:
-        TypeError, ValueError: as of `alpha_cl_loss`, and for a bad k, bins or distance_range.
+        TypeError, ValueError: see `alpha_cl_loss`; also for a bad k, bins or distance_range.
 
     Source: arXiv:2201.12680; alignment and uniformity: Wang and Isola, arXiv:2005.10242.
     """
@@ -419,7 +418,7 @@ def alpha_summary(
             which[i] = torch.cat([which[i], at + tile.first], 1).gather(1, order)
             place = ((d - low) * (bins / (high - low))).clamp_(0, bins - 1).long().flatten()
             pairs += torch.bincount(place, minlength=bins)
-            pairs[-1] -= tile.n_excluded  # their distance is infinite here
+            pairs[-1] -= tile.n_excluded  # excluded pairs have an infinite distance here
             mass.scatter_add_(0, place, a.flatten().double())
         return pairs, mass
 

@@ -19,10 +19,10 @@ from .distributed import STATEMENT_BYTES, steps
 from .functional import alpha_cl_loss
 from .objectives import make
 
-#: Scalars per anchor that go with the rows: t⁺; in the gradient also gain and shift. Sums that come
-#: back: base and Σ.
+#: Scalars per anchor that travel with the rows: t⁺, and for the gradient also gain and shift. Sums
+#: that travel back: base and Σ.
 SCALARS, SUMS = (1, 3), 2
-#: Of the floor of 8·D operations per pair, this part is the first sweep's; the gradient has three
+#: The first sweep's share of the floor of 8·D operations per pair; the gradient takes three
 #: products.
 FIRST_SWEEP = 1 / 4
 
@@ -40,7 +40,8 @@ def messages(
 
     The temperature is fixed.
 
-    all_gather, all_reduce: of its own tensor; reduce_scatter: of everyone's; isend: sent.
+    For all_gather and all_reduce the bytes of its own tensor count, for reduce_scatter those of
+    every process, for isend the bytes sent.
     """
     world = len(sizes)
     call = Loss(make("infonce"), "cosine", negatives, symmetric, "mean")
@@ -79,7 +80,7 @@ def messages(
 
 
 def traffic(sent: Counter[str], world: int) -> float:
-    """Bytes that leave a process, where collectives are as good as they can be: rings of P − 1
+    """Bytes that leave a process if the collectives are optimal: rings of P − 1
     steps.
     """
     part = (world - 1) / world
@@ -151,7 +152,7 @@ def plan(
     for strategy in ("gather", "ring"):
         sent = traffic(messages(strategy, 0, (here,) * gpus, dim, dtype, negatives), gpus)
         last = gpus // 2
-        # everyone's rows and results, and half of them once more beside the own block
+        # the rows and results of all processes, and half of them again beside the own block
         if strategy == "gather":
             memory = narrow * (2 + gpus + last + 1) + wide * (gpus + last + 1 + 2)
             seconds = (
@@ -175,8 +176,8 @@ def _ring_seconds(
     bandwidth: float,
     latency: float,
 ) -> float:
-    """Per sweep: the own block beside the first message, rectangles beside the next one's, the
-    last result alone.
+    """Per sweep: the own block overlaps the first message, each rectangle the next message, and
+    nothing overlaps the last result.
     """
     last = gpus // 2
     if not last:

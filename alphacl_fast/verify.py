@@ -36,13 +36,13 @@ def verify_distributed(
     """Compares a group's loss and gradients with one process's; every rank must call it.
 
     Each process has its own number of pairs, up to ``pairs``, and computes the whole batch by
-    itself as well. Gradients are compared after averaging, as DDP does it.
+    itself as well. Gradients are compared after averaging them as DDP does.
 
     Args:
-        process_group: as of `alphacl_fast.functional.alpha_cl_loss`.
+        process_group: see `alphacl_fast.functional.alpha_cl_loss`.
         objectives: names; all by default.
-        dtype, device: of the embeddings, (n, dim).
-        tolerance: of the largest relative difference; 1e-10 is for float64.
+        dtype, device: dtype and device of the embeddings, (n, dim).
+        tolerance: bound on the largest relative difference; 1e-10 suits float64.
         print: receives a table, line by line, on the group's first process; None for silence.
 
     Returns:
@@ -110,7 +110,7 @@ def _difference(value: Tensor, truth: Tensor) -> Tensor:
 
 
 def main() -> int:
-    """What `torchrun -m alphacl_fast.verify` runs in each process."""
+    """The check that `torchrun -m alphacl_fast.verify` runs in each process."""
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     on_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= local_world
     if on_gpu:

@@ -99,7 +99,7 @@ def _measure(
         lowered = lift * _lift(earlier)  # 2^(k − earlier k) ≤ 1
         x *= lift[:, None]
         squares = squares * (lowered * lowered)[:, None] + x * x
-    total = tl.sum(squares, 1)  # NaN if there is one in the row, which a maximum would miss
+    total = tl.sum(squares, 1)  # a NaN in the row makes this NaN; a maximum would miss it
     total = tl.where(largest == float("inf"), float("nan"), total)
     zero = total == 0
     inverse = tl.where(zero, 0.0, _inverse_of_root(tl.where(zero, 1.0, total)))
@@ -263,7 +263,7 @@ def finish_rows_kernel(
 def tile(dim: int) -> dict[str, int]:
     """PAIRS, BLOCK_D and num_warps for rows of ``dim`` features.
 
-    A thread has 16 elements of each view, or there are few rows.
+    A thread holds 16 elements of each view, unless there are few rows.
     """
     block_d = min(max(triton.next_power_of_2(dim), 16), MAX_BLOCK_D)
     return {
@@ -299,7 +299,7 @@ def finish_rows(d: Tensor, f: Tensor, scale: Tensor | None, inv_norm: Tensor, q:
         d: (2N, D) Σ_j (g_ij + g_ji) F_j, contiguous, in the dtype of inv_norm.
         f: (2N, D), scale: (2N,) and inv_norm: (2N,) as `unit_rows` returns them; scale is None
             where rows are not of half precision.
-        q: (N,) of the pairs or (2N,) of their rows, which are added.
+        q: (N,) one per pair, or (2N,) one per row; a pair's two are added.
     """
     n, dim = f.shape[0] // 2, f.shape[1]
     config = tile(dim)
@@ -312,7 +312,7 @@ def finish_rows(d: Tensor, f: Tensor, scale: Tensor | None, inv_norm: Tensor, q:
 
 # --- vectors of the anchors -----------------------------------------------------------------------
 
-#: Anchors of a program: few, so that every launch has one wave of programs where launches count.
+#: Anchors of a program: few, so that where launches dominate each has one wave of programs.
 BLOCK = 128
 #: Slices of a workspace that a program reads at a time.
 BLOCK_SLICES = 16
@@ -518,7 +518,7 @@ def scaled_weights_kernel(
     tl.store(largest_ptr + tl.program_id(0), tl.max(largest, 0))
 
 
-#: Anchors of a program of `scaled_weights`: up to so many, it is one launch.
+#: Anchors of a program of `scaled_weights`; up to this many anchors take one launch.
 ROWS_OF_WEIGHTS, BLOCK_OF_WEIGHTS = 4096, 1024
 
 

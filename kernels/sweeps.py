@@ -16,8 +16,8 @@ of a ring that begins at its diagonal (`_schedule`):
 * **Symmetric tiles** (SYMMETRIC, of `row_sums`): block I walks over half of the ring, and a tile
   also serves its columns J, whose sums go to slices of their own; their order is fixed.
 
-An absent row scalar is an empty tuple, a present one a tuple of one vector, for Triton functions
-cannot return None.
+An absent row scalar is an empty tuple and a present one a tuple of one vector, because Triton
+functions cannot return None.
 """
 
 from typing import Any, NamedTuple
@@ -63,7 +63,7 @@ class Side(NamedTuple):
 
 
 class Common(NamedTuple):
-    """What every tile of a program needs."""
+    """The values that every tile of a program needs."""
 
     f_ptr: Any
     stride: Any
@@ -80,7 +80,7 @@ class Common(NamedTuple):
 
 
 class Static(NamedTuple):
-    """What a kernel is compiled for.
+    """The choices for which a kernel is compiled.
 
     F, DF and DTAU are Triton functions (x, τ) of a pair kind, None where they are not needed.
     """
@@ -118,7 +118,7 @@ class Static(NamedTuple):
 
     @property
     def cache_key(self) -> str:
-        """Names the functions by their source, where str() would say only what they are called."""
+        """Identifies the functions by their source; str() would give their names alone."""
         return "-".join(x.cache_key if hasattr(x, "cache_key") else str(x) for x in self)
 
 
@@ -129,8 +129,8 @@ class Static(NamedTuple):
 def _load(a_ptr, b_ptr, side):
     """Two row scalars, either of which may be absent, in one load.
 
-    Every thread that needs a vector would load it by itself, 4 bytes at a time; of a (rows, 2) tile
-    each thread loads one element, and shared memory spreads them.
+    Otherwise every thread that needs a vector would load it by itself, 4 bytes at a time. Of a
+    (rows, 2) tile each thread loads one element, and shared memory distributes them.
     """
     if a_ptr is None and b_ptr is None:
         return (), ()
@@ -302,7 +302,7 @@ def _counted(x, other, i, j, S: tl.constexpr, MASKED: tl.constexpr):
 def _log_f(t, i, j, c, S: tl.constexpr, MASKED: tl.constexpr):
     """log f, −inf where a pair does not count, and the t that moments take.
 
-    Of the exp kind that is τ·log f, for where |t|/τ is large the two must have been rounded
+    For the exp kind that t is τ·log f: where |t|/τ is large, the two must have been rounded
     together.
     """
     log_f = S.F(t, c.tau)
@@ -402,9 +402,9 @@ def _zeros(SIZE: tl.constexpr, COUNT: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def _add(totals, comps, sums):
-    """totals + sums by Kahan's compensation, for a row's terms arrive over thousands of tiles.
+    """totals + sums by Kahan summation, because a row's terms arrive over thousands of tiles.
 
-    Infinite totals stay what they are.
+    Infinite totals stay infinite.
     """
     new_totals, new_comps = (), ()
     for k in tl.static_range(len(sums)):
@@ -643,9 +643,9 @@ def rounded_to_tf32(x):
 
 @triton.jit
 def _factor(w, j, S: tl.constexpr):
-    """W as a factor of the product with rows J: times their scales, then rounded.
+    """W as a factor of the product with rows J: multiplied by their scales, then rounded.
 
-    So normalised rows never are.
+    In this way normalised rows are never rounded.
     """
     if len(j.scale):
         w = w * j.scale[0][None, :]
@@ -742,7 +742,7 @@ def pair_grad(
 
     Grid (row blocks, splits).
 
-    Args: as of `row_sums`, and
+    Args: those of `row_sums`, and
         unit_ptr: () ACC or None: weights are divided by it before they are rounded, gradients
             multiplied by it.
         out: `Outputs`, ACC but for weights: df (splits, n_out, D), for the rows of f from ``lo``

@@ -181,7 +181,7 @@ def _device_function(piece: str, bodies: tuple[str, str], unpacking: str = "") -
         wide, narrow = (text.replace("    ", "        ") for text in (wide, narrow))
         body = f"    if x.dtype == tl.float64:\n{wide}    else:\n{narrow}"
     body = unpacking + body
-    # A kernel that calls two functions of one name takes them for one, so the name depends on the
+    # Triton takes two functions of the same name in a kernel for one, so the name depends on the
     # body.
     name = f"{piece}_{hashlib.sha256(body.encode()).hexdigest()[:8]}"
     source = f"def {name}({'v, s' if unpacking else 'x, tau'}):\n{body}"
@@ -218,7 +218,7 @@ def _built_in(name: str, params: tuple[float, ...]) -> Traced:
 
 
 _PROBE = torch.linspace(-4.0, 4.0, 65, dtype=torch.float64, device="cpu").view(5, 13)
-#: For every user's function: params → its values at the probe when it was compiled, and the
+#: For every user's function: params → its values at the probe points when it was compiled, and the
 #: outcome.
 _Outcomes = dict[tuple[float, ...], tuple[bytes, Traced | str]]
 _custom: weakref.WeakKeyDictionary[Any, _Outcomes] = weakref.WeakKeyDictionary()

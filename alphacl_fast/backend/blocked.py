@@ -54,8 +54,8 @@ Tiles = Iterator[tuple[int, int, int, int]]
 
 
 def deal(enough: int, device: torch.device, work: Callable[[int, int], Result]) -> list[Result]:
-    """``work(k, workers)`` for every worker k, in this thread or on a CPU in up to ``enough`` of
-    them; in their order.
+    """The results of ``work(k, workers)`` for every worker k, in order: run in this thread, or on
+    a CPU in up to ``enough`` threads.
     """
     threads = torch.get_num_threads()
     workers = min(threads, enough, MAX_WORKERS) if device.type == "cpu" else 1
@@ -72,7 +72,7 @@ def deal(enough: int, device: torch.device, work: Callable[[int, int], Result]) 
         with ThreadPoolExecutor(workers) as pool:
             return list(pool.map(run, range(workers)))
     finally:
-        torch.set_num_threads(threads)  # what threads that start later will take over
+        torch.set_num_threads(threads)  # threads that start later inherit this
 
 
 def tile_size(n: int, device: torch.device) -> int:
@@ -127,7 +127,7 @@ class _Tile:
             self.t = product
 
     def mask(self, x: Tensor, value: float = 0.0) -> Tensor:
-        """Writes ``value`` where a pair is the anchor itself, its positive or has one id.
+        """Writes ``value`` where a pair is the anchor itself, its positive, or two rows of one id.
 
         It changes x in place.
         """
@@ -149,7 +149,7 @@ class _Tile:
         return (log_f.sub_(shift) if shift else log_f).exp_()
 
     def values(self, side: _Side, pieces: set[str]) -> dict[str, Tensor]:
-        """The named ones of f, df, dtau for one side's row scalars, 0 at excluded pairs."""
+        """The named values of f, df and dtau for one side's row scalars; 0 at excluded pairs."""
         functions, tau, scalars = self.bound._asdict(), self.tau, side.scalars
         if self.kind.log:
             f = self.exp(scalars.shift)
@@ -189,15 +189,16 @@ def excluded_diagonals(i0: int, i1: int, j0: int, j1: int, split: int, partner: 
 
 
 def equal_ids(a: Tensor, b: Tensor) -> Tensor:
-    """(len(a), len(b)): which pairs have one id."""
+    """(len(a), len(b)): whether the two rows of a pair have the same id."""
     return a[:, None] == b[None, :]
 
 
 class _Sweep:
-    """What the tiles of one sweep share; calling it yields a worker's tiles with the anchors that
+    """The state that a sweep's tiles share; a call yields a worker's tiles with the anchors that
     they serve.
 
-    Rows I are always anchors' rows; rows J are, unless the tile is diagonal or they are no anchors.
+    Rows I are always anchors. Rows J are served as well, unless they are no anchors or the tile is
+    diagonal.
     """
 
     def __init__(

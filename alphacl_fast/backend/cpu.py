@@ -37,8 +37,8 @@ from . import forms
 #: Optional operands that this backend serves.
 OPTIONAL_OPERANDS = {"ids"}
 
-#: Instruction sets in the order of preference; the environment variable ALPHACL_CPU_ISA names the
-#: highest to use.
+#: Instruction sets, the lowest first; the environment variable ALPHACL_CPU_ISA names the highest to
+#: use.
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
 #: Where `setup.py` puts the library, or the reason why there is none.
 LIBRARY = Path(__file__).parent.parent / "_cpu.abi3.so"
@@ -140,7 +140,7 @@ def _load() -> tuple[ctypes.PyDLL | None, str | None]:
             raise OSError(
                 FAILURE.read_text().strip() if FAILURE.exists() else "no library beside the package"
             )
-        # not CDLL: an exception that a signal raised comes through
+        # not CDLL: PyDLL passes on an exception that a signal has raised
         library = ctypes.PyDLL(str(LIBRARY))
         sizes = library.alphacl_cpu_sweep_size(), library.alphacl_cpu_rows_size()
         fits = sizes == (ctypes.sizeof(_Sweep), ctypes.sizeof(_PairRows))
@@ -192,7 +192,7 @@ _forced: str | None = None
 
 @contextlib.contextmanager
 def forced_instruction_set(name: str) -> Iterator[None]:
-    """Within the context no instruction beyond the named set is used (as ALPHACL_CPU_ISA does for a
+    """A context in which no instruction beyond the named set is used (ALPHACL_CPU_ISA: for a whole
     process).
 
     Raises ValueError for an unknown set, or one this CPU or this build does not have.
@@ -255,16 +255,16 @@ def unsupported(
 
 
 def block_rows(n: int, multiple: int, largest: int) -> int:
-    """Rows of a block: large ones reuse the caches best, but there must be enough tiles for the
+    """Rows of a block. Large blocks reuse the caches best, but there must be enough tiles for the
     threads.
 
-    A function of n alone: the order of all additions, and with it every bit of the result, follows
-        from the blocks.
+    It depends on n alone, because the order of all additions, and with it every bit of the result,
+        follows from the blocks.
     """
     return max(multiple, min(largest, n // 16 // multiple * multiple))
 
 
-#: Multiply-adds that are worth waking a thread for: some 30 µs of one core's work.
+#: Multiply-adds that justify waking a thread: some 30 µs of work for one core.
 WORK_PER_THREAD = 4_000_000
 
 

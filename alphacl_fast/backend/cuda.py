@@ -2,8 +2,8 @@
 
 `gpu` holds the host algorithm; here are the library, its structs and the launches. The library has
 a plain C interface and knows neither torch nor Python, so one binary serves every version of both.
-The same kernels, compiled for the host, run on CPU tensors where ALPHACL_CUDA_EMULATED names such a
-library: so they are tested.
+Tests run the same kernels on CPU tensors: ALPHACL_CUDA_EMULATED names a library of them that is
+compiled for the host.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ def unsupported(
 # --- which kernels are taken ----------------------------------------------------------------------
 
 #: Whether `row_sums` reads each similarity once, where there are such kernels (bfloat16).
-#: None: unless the device has the kernels of hopper.h, which do not.
+#: None: it does, unless the device has the kernels of hopper.h, which do not.
 _symmetric: bool | None = None
 
 
@@ -262,7 +262,7 @@ def symmetric(wanted: bool | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hopper(mode: int) -> Iterator[None]:
-    """Whether bfloat16 rows take the kernels of warpgroups (hopper.h, sm_90a), within the context.
+    """A context that says whether bfloat16 rows take the warpgroup kernels (hopper.h, sm_90a).
 
     -1: where they serve a launch; 0: never; 1: always, and what they cannot serve is refused.
     """
@@ -300,8 +300,8 @@ def _in_chunks(mode: str, dim: int, device: torch.device) -> bool:
 def _hopper_splits(region: gpu.Region, device: torch.device) -> int:
     """Splits for the kernels of hopper.h, whose blocks have a multiprocessor each.
 
-    The last wave of blocks leaves processors idle: the number that takes the fewest tiles, where a
-    split costs about two.
+    The last wave of blocks leaves processors idle, so this is the number of splits that takes the
+    fewest tiles, where a split costs as much as about two tiles.
     """
     blocks, tiles = (-(-rows // HOPPER_SIDE) for rows in (region.n_rows, region.n_cols))
     processors = max(1, gpu.processors(device) // 2)

@@ -14,7 +14,7 @@ CONSTANT_SHIFT_RANGE = {torch.float32: 64.0, torch.float64: 600.0}
 
 
 def constant_shift(function: PairFunction) -> float | None:
-    """The centre of log f's range where exp(log f − centre) stays in range for every pair, else
+    """The centre of log f's range if exp(log f − centre) stays in range for every pair, otherwise
     None.
     """
     if function.log_range is None:
@@ -26,12 +26,12 @@ def constant_shift(function: PairFunction) -> float | None:
 
 
 def finite(shift: Tensor) -> Tensor:
-    """A shift, with 0 for −inf: so far every pair of the row was excluded."""
+    """The shift, with −inf (every pair of the row so far was excluded) replaced by 0."""
     return torch.where(shift > -torch.inf, shift, 0.0)
 
 
 def rescale(shift: Tensor, sums: Tensor, new: Tensor) -> None:
-    """Makes sums relative to exp(shift) relative to exp(new); changes both in place."""
+    """Rescales sums that are relative to exp(shift) to exp(new); changes both in place."""
     sums *= (shift - finite(new)).exp()
     shift.copy_(new)
 

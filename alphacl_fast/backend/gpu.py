@@ -2,7 +2,7 @@
 
 A sweep is cut into regions of rows against columns, and the columns that a row block meets into
 splits. Every launch serves one region. Partial sums lie in a workspace and are added in their order
-(split-K reduction). Of rows that are too long for registers the weights are written to memory, and
+(split-K reduction). If the rows are too long for registers, the weights are written to memory and
 cuBLAS multiplies them with the rows. A backend is a subclass of `Sweep`.
 """
 
@@ -32,7 +32,7 @@ from ..bundles import (
 from . import forms
 from .precision import float32_precision
 
-#: Bytes that a sweep allocates at most for partial sums, and for the weights of long rows.
+#: The most bytes that a sweep allocates for partial sums, and for the weights of long rows.
 WORKSPACE = 256 << 20
 #: Most rows of a sweep: kernels count them in 32 bits.
 MOST_ROWS = 2**31 - 2**16 - 1
@@ -82,7 +82,7 @@ class Arithmetic(NamedTuple):
 
     mode: str  # bf16, fp16, tf32, bf16x3, fp32 or fp64
     similarities: str  # input precision of the first product
-    weights: torch.dtype  # to which weights are rounded for the second
+    weights: torch.dtype  # dtype to which weights are rounded for the second product
     products: str  # input precision of the second product
 
     @property
@@ -108,18 +108,18 @@ def arithmetic(dtype: torch.dtype, precision: str, device: torch.device) -> Arit
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Blocks that a GPU runs side by side, about; a few on a CPU, so that tests have splits."""
+    """About how many blocks a GPU runs at once; a few on a CPU, so that tests have splits."""
     if device.type == "cuda":
         return 2 * torch.cuda.get_device_properties(device).multi_processor_count
     return 2 * (pretended or 3)
 
 
-#: Multiprocessors of the GPU that CPU tensors stand in for, 0: of none.
+#: Multiprocessors of the GPU that CPU tensors stand in for; 0 if they do not.
 pretended = 0
 
 
 def pretend_gpu(multiprocessors: int) -> None:
-    """For the rest of this process, CPU tensors get the Triton launches of a GPU."""
+    """For the rest of this process CPU tensors are given a GPU's Triton launches."""
     global pretended
     pretended = multiprocessors
     processors.cache_clear()
@@ -134,7 +134,7 @@ def splits_of(blocks: int, tiles: int, device: torch.device) -> int:
 
 
 def regions_of(n: int, pairing: Pairing) -> list[Region]:
-    """All rows: of a triangle one region, of a rectangle one per side."""
+    """The regions of all rows: one for a triangle, one per side for a rectangle."""
     split, partner, anchors = pairing.split, pairing.partner, pairing.anchors
     if split:
         if partner not in (0, split):

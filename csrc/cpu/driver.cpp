@@ -16,7 +16,7 @@
 
 namespace {
 
-// work(0) … work(threads − 1), each in a thread; fewer may come, and work(0) is in the calling one.
+// Runs work(0) … work(threads − 1), each in a thread, work(0) in the calling one; fewer may run.
 template <class Work> void in_parallel(int threads, Work&& work) {
 #if defined(_OPENMP)
 #pragma omp parallel num_threads(threads) if (threads > 1)

@@ -1,9 +1,9 @@
 // What the two sets of bfloat16 products share: packing of pairs, weights rounded to bfloat16, the
 // gradient's accumulator.
 //
-// Rows are multiplied as they came, not normalised (a normalised row would lose 2⁻⁹ of each
-// similarity), but for a power of two: row r of an operand is 2^e·f_r and what is left of its
-// scale, in [½, 1), multiplies similarities and weights in float32. Instructions take pairs of
+// Rows are multiplied unnormalised (rounding a normalised row would cost 2⁻⁹ of each similarity),
+// except for a power of two: row r of an operand is 2^e·f_r, and the rest of its scale, in
+// [½, 1), multiplies similarities and weights in float32. Instructions take pairs of
 // bfloat16 that are neighbours along the summed dimension:
 //   `by_feature` [stride/48][pairs of d][48]      S = F_I·F_Jᵀ
 //   `by_row`     [panel of d][stride/2][width]    dF += W·F: pairs of rows

@@ -1,5 +1,5 @@
-// What the driver hands to the kernels of one instruction set. No functions here: this header is
-// compiled for every instruction set, and the linker would keep one copy for all.
+// The data that the driver passes to the kernels of one instruction set. This header defines no
+// functions: it is compiled for every instruction set, and the linker would keep one copy for all.
 #pragma once
 
 #include "sweep.h"

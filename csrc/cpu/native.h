@@ -19,7 +19,7 @@ __attribute__((noinline)) void multiply(const T* __restrict a, const T* __restri
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 3
     for (int v = 0; v < V; v++) acc[r][v] = Vec<T>{};
-  if (Add)  // the accumulator comes from far away and is needed only at the end
+  if (Add)  // the accumulator is not in the cache, and is needed only at the end
     for (int r = 0; r < R; r++)
       for (int v = 0; v < V; v++) __builtin_prefetch(c + r * ldc + v * L, 1);
   for (int64_t k = 0; k < steps; k++) {
@@ -45,7 +45,7 @@ __attribute__((noinline)) void multiply(const T* __restrict a, const T* __restri
 // product.
 constexpr int64_t CHAIN = 128;
 
-// The columns of F in panels of one to three vectors, as even as they come.
+// The columns of F, split as evenly as possible into panels of one to three vectors.
 template <class T> struct FeaturePanels {
   int64_t vectors, count;
   explicit FeaturePanels(int64_t dim) : vectors(padded(dim, LANES<T>) / LANES<T>), count((vectors + 2) / 3) {}

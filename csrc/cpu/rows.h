@@ -1,4 +1,4 @@
-// Rows of any input dtype as rows of the accumulation dtype.
+// Converts rows of any input dtype to the accumulation dtype.
 #pragma once
 
 #include "kernels.h"
@@ -70,8 +70,8 @@ ALPHACL_INLINE double root(double x) { return __builtin_sqrt(x); }
 template <class T> T normalize_row(T* y, int64_t dim) {
   T square = dot(y, y, dim);
   T largest = 1;
-  // Squares that left the range of the dtype, or came near its end: once more, of the row over its
-  // largest element. What underflows in a sum of this size is far below its last place.
+  // If squares left the range of the dtype or came near its end, sum again for the row divided by
+  // its largest element. Squares that then underflow are far below the last place of the sum.
   if (!(square > T(0x1p-60) && square < T(0x1p60))) {
     largest = 0;
     for (int64_t k = 0; k < dim; k++) {

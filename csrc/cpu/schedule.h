@@ -56,7 +56,7 @@ class Schedule {
   int64_t rounds_, per_round_;
 };
 
-// How far every block is, and why a sweep ends early.
+// How many rounds every block has finished, and why a sweep ends early.
 class Progress {
  public:
   // `rounds` is memory for one number a block.

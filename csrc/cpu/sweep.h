@@ -1,5 +1,5 @@
-// What crosses the border between Python and C++: one struct for a sweep, one for the passes over
-// the rows before and after the sweeps. backend/cpu.py mirrors both field by field, and makes or
+// The data passed from Python to C++: one struct for a sweep, one for the passes over the rows
+// before and after the sweeps. backend/cpu.py mirrors both field by field, and makes or
 // checks every buffer: C++ trusts the sizes.
 #pragma once
 

@@ -1,5 +1,5 @@
-// What happens to a panel of similarities: the pair kind, sums over rows and columns, the weights
-// of the gradient.
+// The work on a panel of similarities: it applies the pair kind, sums over rows and columns, and
+// computes the weights of the gradient.
 //
 // A panel is PANEL_ROWS rows of a tile (I, J), hot in the first-level cache. Rows are anchors of I;
 // columns are anchors of J, for which a pair (i, j) is read as (j, i): the similarity is the same,
@@ -31,7 +31,7 @@ template <class T> struct Panel {
   int excluded;           // diagonals of excluded pairs …
   int64_t diagonals[3];   // … column of the panel's row 0
   const Int<T> *row_ids, *col_ids;  // null without ids
-  const bool* clash;                // of each vector of columns: some row has the id of one of them
+  const bool* clash;                // for each vector of columns: whether a row has the id of one of them
   SideScalars<T> row, col;
   double* row_sums[SUM_COUNT];  // at the panel's first row; null where a term is not wanted
   T* col_sums[SUM_COUNT];       // of this tile
@@ -46,8 +46,8 @@ template <class T> struct Panel {
   explicit Panel(const Sweep& sweep) : numbers(sweep) {}
 };
 
-// Which vectors of columns hold the id of one of the panel's rows. It is found out before the panel
-// is gone through: there, without ids, this costs a test for each vector of columns.
+// Which vectors of columns hold the id of one of the panel's rows. This is determined before the
+// loop over the panel, which without ids only tests a flag for each vector of columns.
 template <class T> void find_clashes(const Int<T>* rows, const Int<T>* columns, int64_t cols, bool* clash) {
   for (int64_t c = 0; c < cols; c += LANES<T>) {
     const Mask<T> ids = load_mask<T>(columns + c);

@@ -1,4 +1,4 @@
-// Vectors of the widest register of the instruction set a file is compiled for, through the
+// Vectors as wide as the registers of the instruction set that a file is compiled for, through the
 // compiler's vector extensions (GCC >= 9, clang): one source for AVX-512, AVX2 and any other
 // architecture.
 //
@@ -176,8 +176,8 @@ template <class T> ALPHACL_INLINE Vec<T> vexp(Vec<T> x) {
   return x != x ? x : y;
 }
 
-// exp where |x| < 87 (float) or 700 (double), or NaN: 2^k as a number of its own, no ends to look
-// after.
+// exp where |x| < 87 (float) or 700 (double), or NaN: 2^k is a separate factor, and the ends of
+// the range need no care.
 template <class T> ALPHACL_INLINE Vec<T> vexp_bounded(Vec<T> x) {
   using C = ExpConstants<T>;
   constexpr T biased = C::magic + T((1 << (sizeof(T) == 4 ? 7 : 10)) - 1);
@@ -189,8 +189,8 @@ template <class T> ALPHACL_INLINE Vec<T> vexp_bounded(Vec<T> x) {
 }
 
 // log of a positive normal number (0 → −inf, inf → inf, NaN and negative → NaN): x = 2^k·m, m in
-// [√½, √2), log m = 2·atanh(s), s = (m − 1)/(m + 1). The doubles' series is also what float's
-// powers go through.
+// [√½, √2), log m = 2·atanh(s), s = (m − 1)/(m + 1). Powers of floats use the series for
+// doubles as well.
 ALPHACL_INLINE Vec<double> log_series(Vec<double> s2) {
   Vec<double> p = s2 * 1.479819860511658591e-01 + 1.531383769920937332e-01;
   p = p * s2 + 1.818357216161805012e-01;

@@ -22,7 +22,7 @@ class Workspace {
       std::swap(start_, kept_), std::swap(size_, kept_size_);
     }
     if (size_ >= bytes) return;
-    std::free(start_);  // too small: it would only lie beside the new one
+    std::free(start_);  // too small: keeping it would only add to the new one
     constexpr int64_t PAGE = 4096, HUGE_PAGE = 2 << 20;
     const bool big = bytes >= 2 * HUGE_PAGE;
     size_ = (bytes + PAGE - 1) / PAGE * PAGE;
@@ -31,7 +31,7 @@ class Workspace {
     start_ = failed ? nullptr : static_cast<char*>(start);
     if (failed) size_ = 0;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    // Whole pages only: what lies behind the end belongs to somebody else.
+    // Whole pages only: memory beyond the end has another owner.
     if (big && start_) madvise(start_, size_t(size_ / HUGE_PAGE * HUGE_PAGE), MADV_HUGEPAGE);
 #endif
   }

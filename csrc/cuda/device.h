@@ -1,5 +1,5 @@
-// What kernel bodies may use of a GPU: nothing else of CUDA appears in them, so that a compiler for
-// the host can build the very same bodies. device_gpu.h implements it by PTX,
+// The GPU features that kernel bodies may use. Nothing else of CUDA appears in them, so a compiler
+// for the host can build the same bodies. device_gpu.h implements it by PTX,
 // tests/emulator/device_host.h by fibres (ALPHACL_EMULATED).
 //
 //   thread(), block_x(), block_y()        position; lanes are threads modulo 32

@@ -10,7 +10,7 @@
 // begins.
 //
 // ptxas decides whether products really overlap with anything: it must not find them "serialized"
-// (`python -m tools.cuda_resources`). The places of the waits were chosen by that.
+// (`python -m tools.cuda_resources`). The waits were placed accordingly.
 #pragma once
 
 #include <optional>
@@ -59,7 +59,7 @@ template <int N> struct Schedule {
     ragged = a.n_cols % N != 0;
     at = int(device::block_y()) * each < tiles ? int(device::block_y()) * each : tiles;
     end = at + each < tiles ? at + each : tiles;
-    // of 64 bits it were a call, with too many registers
+    // a 64-bit remainder would be a call, which takes too many registers
     tile = int((unsigned(first) + unsigned(at)) % unsigned(tiles));
   }
   DEVICE bool none() const { return at >= end; }
@@ -71,7 +71,7 @@ template <int N> struct Schedule {
   }
 };
 
-// Which pairs of a tile count, of a consumer's thread, whose columns are 8m + 2t + p: by distances
+// Which pairs of a tile count for a consumer's thread, whose columns are 8m + 2t + p, as distances
 // from its first column.
 template <int N> struct Mask {
   int own[2], last, apart;  // apart: by how much the second half's columns are numbered too high
@@ -160,7 +160,7 @@ template <int K, int N, int STAGES, class Scalars> struct Memory {
     alphacl::Scalars<float, FAST_SCALARS> ahead = scalars_of(schedule.tile);
 #pragma unroll 1
     while (!schedule.none()) {
-      // of a fresh barrier the phase before its first is over
+      // in a fresh barrier the phase before the first counts as complete
       device::barrier_wait(empty(now.stage), now.phase ^ 1);
       if (thread == 0) {
         device::barrier_expect(full(now.stage), STAGE);
@@ -188,8 +188,8 @@ template <int K, int N, int STAGES, class Scalars> struct Memory {
 
   // Starts S (64, N) = a warpgroup's rows · a stage's columns.
   static DEVICE void similarities(float (&s)[N / 2], int group, int k) {
-    // Told anew for every tile that all lanes agree, or eight descriptors of the rows would stay in
-    // registers.
+    // Each tile tells the compiler again that all lanes agree: otherwise eight descriptors of the
+    // rows would stay in registers.
     const uint64_t a = device::matrix_descriptor(rows(device::uniform(group)), 0, 8 * LINE);
     const uint64_t b = device::matrix_descriptor(stage(k), 0, 8 * LINE);
     device::product_begin();
@@ -469,7 +469,7 @@ template <class Kernel> std::optional<const char*> start(const Sweep& a, void* s
   return device::launch<Kernel>(int((a.n_rows + BLOCK_ROWS - 1) / BLOCK_ROWS), a.splits, Kernel::SHARED, args, stream);
 }
 
-// Of a call that the fast kernels serve.
+// Serves a call of the fast kernels.
 template <int K> std::optional<const char*> row_sums(const Sweep& a, void* stream) {
   const bool affine = a.kind != POWER, moment = a.row_of_term[F_MOMENT] >= 0;
   if (affine && moment) return start<RowSums<K, true, true>>(a, stream);

@@ -23,8 +23,8 @@ template <Dtype> const char* rows(bool finish, const PairRows& a, void* stream);
 template <Dtype> __attribute__((visibility("hidden"))) const char* why_not();
 // Whether the current device has the kernels of hopper.h for rows of this dtype.
 template <Dtype> __attribute__((visibility("hidden"))) bool has_hopper();
-// Whether they are taken: −1 where they serve a launch, 0 never, 1 always: what they cannot serve
-// is then refused.
+// Whether they are used: −1 where they serve a launch, 0 never, 1 always; with 1 a launch that they
+// cannot serve is refused.
 inline std::atomic<int> hopper_mode{-1};
 
 #define ALPHACL_DECLARE(DTYPE)                                          \

@@ -1,5 +1,5 @@
-// What crosses the border between Python and CUDA: one struct for a launch of a sweep, one for the
-// passes over the rows before and after the sweeps. backend/cuda.py mirrors both field by field.
+// The data passed from Python to CUDA: one struct for a launch of a sweep, one for the passes over
+// the rows before and after the sweeps. backend/cuda.py mirrors both field by field.
 // Row vectors have the accumulation type T: double for float64 rows, float otherwise. A null
 // pointer is an absent vector.
 #pragma once

@@ -55,7 +55,7 @@ struct FastExponential {
     return device::exp2_approx(d * d * slope + constant);
   }
 };
-// Asked on the host, where nvcc makes of a device function one that ends the process.
+// Called on the host, where nvcc turns a device function into one that ends the process.
 inline bool is_fast(const Sweep& a) { return a.kind == EXP || a.kind == GIBBS || (a.kind == POWER && a.params[1] == 2); }
 
 // A thread's two rows as the fast kernels want them: their scales and the second scalars.
@@ -159,14 +159,14 @@ template <class T> struct Side {
         baseline(v[BASELINE * SIDE + i]) {}
 };
 
-// Row scalars meet first: t_ij and t_ji must agree to the last bit.
+// Row scalars are combined first: t_ij and t_ji must agree to the last bit.
 template <class T> DEVICE T similarity(T product, const Side<T>& i, const Side<T>& j) {
   return product * (i.scale * j.scale) + (i.bias + j.bias);
 }
 
 template <class T> struct Pair {
-  // t as moments take it: of the exp kind τ·log f, for where |t|/τ is large both must have been
-  // rounded together
+  // The t that moments use: τ·log f for the exp kind, because where |t|/τ is large both must have
+  // been rounded together.
   T t, log_f;
   bool counts;
 };
@@ -209,7 +209,7 @@ template <class T> DEVICE void add_terms(T (&sums)[SUM_COUNT], const Values<T>& 
   sums[DTAU] += y.dtau * (moment - side.baseline);
 }
 
-// Kahan sums of a thread's two rows in shared memory, its own words: beside a tile there are no
+// Kahan sums of a thread's two rows, in words of shared memory that it alone uses: a tile leaves no
 // registers for them.
 template <class T, int COUNT> struct Totals {
   static constexpr int BYTES = 4 * COUNT * THREADS * int(sizeof(T));

@@ -11,10 +11,10 @@ namespace alphacl {
 // tiles in shared memory: one is multiplied while the other is being copied
 constexpr int STAGES = 2;
 
-// Where a row of a block is: of two views a block holds 32 pairs, first the rows of one view, then
-// their partners.
+// The place of a row of a block. With two views a block holds 32 pairs: first the rows of one view,
+// then their partners.
 struct Place {
-  int64_t row;   // of f; of a row that does not exist some other's
+  int64_t row;   // number in f; another row's if this one does not exist
   int64_t pair;  // rows of the two sides with the same number are the same pair
   bool keep;     // the row exists
   DEVICE Place(int64_t block, int i, int64_t n, int64_t start, int64_t half, bool paired) {
@@ -214,13 +214,13 @@ struct Meeting {
 };
 
 // A sum over a row arrives in thousands of parts: Kahan's compensated sum. An infinite total stays
-// what it is.
+// infinite.
 template <class T> DEVICE void add(T& total, T& comp, T x) {
   const T y = x - comp, sum = total + y, rest = (sum - total) - y;
   total = sum;
   comp = sum - sum == 0 ? rest : T(0);
 }
-// Over the four lanes that share a row.
+// The sum over the four lanes that share a row.
 template <class T> DEVICE T row_sum(T x) {
   x += device::shuffle_xor(x, 1);
   return x + device::shuffle_xor(x, 2);
@@ -229,7 +229,7 @@ template <class T> DEVICE T row_max(T x) {
   x = larger(x, device::shuffle_xor(x, 1));
   return larger(x, device::shuffle_xor(x, 2));
 }
-// Over the eight lanes that share a column.
+// The sum over the eight lanes that share a column.
 template <class T> DEVICE T column_sum(T x) {
   x += device::shuffle_xor(x, 4);
   x += device::shuffle_xor(x, 8);
