@@ -6,7 +6,6 @@ An engine is chosen for a whole process, which a task has to itself.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -66,22 +65,22 @@ def within(engine: str, dim: int, dtype: torch.dtype) -> Iterator[list[str]]:
     """
     compiled: list[str] = []
     found = ENGINES.get(engine)
-    with found.within(dim, dtype) if found else contextlib.nullcontext(), _heard(compiled):
+    listening = heard(compiled) if backend_of(engine) == "triton" else contextlib.nullcontext()
+    with found.within(dim, dtype) if found else contextlib.nullcontext(), listening:
         yield compiled
 
 
 @contextlib.contextmanager
-def _heard(compiled: list[str]) -> Iterator[None]:
+def heard(compiled: list[str]) -> Iterator[None]:
     """Within the context Triton tells which kernels it compiles."""
-    if "triton" not in sys.modules:
-        yield
-        return
     from triton import knobs
 
-    def heard(*, src: Any, cache_hit: bool, **other: Any) -> None:
+    def listener(*, src: Any, cache_hit: bool, **other: Any) -> None:
         compiled.extend([] if cache_hit else [src.name])
+        if before is not None:
+            before(src=src, cache_hit=cache_hit, **other)
 
-    before, knobs.compilation.listener = knobs.compilation.listener, heard
+    before, knobs.compilation.listener = knobs.compilation.listener, listener
     try:
         yield
     finally:

@@ -20,7 +20,7 @@ Row = dict[str, Any]
 def read(file: Path) -> list[Row]:
     """The rows of a file, none where there is no file; a line that was cut off is left out."""
     rows = []
-    for line in file.read_text().splitlines() if file.exists() else ():
+    for line in file.read_text().splitlines() if file.is_file() else ():
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return rows
@@ -28,12 +28,22 @@ def read(file: Path) -> list[Row]:
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Within the context SIGTERM and SIGINT wait."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    """Within the context SIGTERM and SIGINT wait.
+
+    A mask would not do: another thread would take the signal, and this one run its handler.
+    """
+    arrived: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, frame: arrived.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in arrived:
+            signal.raise_signal(number)
 
 
 def append(file: Path, data: bytes) -> None:

@@ -23,9 +23,11 @@ from typing import Any
 
 from .journal import Row
 
-#: What the server imports before it forks.
+#: What the server imports before it forks, as far as it is installed.
 PRELOADED = [
     "torch",
+    "alphacl_fast.kernels.rows",
+    "alphacl_fast.kernels.sweeps",
     "tools.gpu.ahead",
     "tools.gpu.checks",
     "tools.gpu.sweeps",
