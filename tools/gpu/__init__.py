@@ -21,3 +21,8 @@ modules, of which each knows those before it:
     calls       the two calls
     summary     summary.txt and plots.png
 """
+
+import time
+
+#: When the process began, about: nothing else has been imported, and PyTorch's import counts.
+BEGIN = time.monotonic()

@@ -18,24 +18,27 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from alphacl_fast.benchmarks.report import one_line
 
-from . import ahead, calls, schedule, summary
+from . import BEGIN, ahead, calls, schedule, summary
 from .calls import CALLS, SECONDS, Session
 from .journal import Journal, Row, read
 from .pool import Lane, Pool
 
+#: Seconds that plots may take; they can be drawn later with --plots.
+PLOTTING = 5
 #: Failures that are printed as they happen, before they fill the screen.
 MOST_SHOWN = 12
 
 
-def main(arguments: list[str] | None = None, clock: Callable[[], float] = time.monotonic) -> int:
-    """Run the command; ``clock`` counts seconds."""
-    begin = clock()
+def main(arguments: list[str] | None = None, begin: float | None = None) -> int:
+    """Run the command; its time counts from ``begin`` of `time.monotonic`, by default from now."""
+    begin = time.monotonic() if begin is None else begin
     args = parsed(arguments)
     if args.plots is not None:
         print(summary.draw(args.plots))
@@ -44,7 +47,7 @@ def main(arguments: list[str] | None = None, clock: Callable[[], float] = time.m
         if args.dry_run:
             return dry_run(args, Path(cache))
         args.out.mkdir(parents=True, exist_ok=True)
-        return Run(args, Path(cache), clock, begin).perform()
+        return Run(args, Path(cache), begin).perform()
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
@@ -77,10 +80,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 class Run:
     """A call: its session, pool and journal."""
 
-    def __init__(
-        self, args: argparse.Namespace, cache: Path, clock: Callable[[], float], begin: float
-    ) -> None:
-        self.args, self.clock, self.begin = args, clock, begin
+    def __init__(self, args: argparse.Namespace, cache: Path, begin: float) -> None:
+        self.args, self.begin = args, begin
         self.notes: list[str] = []
         self.shown = 0
         self.journal = Journal(args.out / "rows.jsonl", self.say)
@@ -91,7 +92,7 @@ class Run:
             read(given / "rows.jsonl"), self.journal.attempt,
         )  # fmt: skip
         self.take_over(given / "cache.tar.gz")
-        self.pool = Pool(str(args.out / "children.log"), clock)
+        self.pool = Pool(str(args.out / "children.log"))
 
     def take_over(self, archive: Path) -> None:
         """Use the kernels that an earlier call compiled."""
@@ -104,13 +105,17 @@ class Run:
         else:
             self.say(f"{kernels} compiled kernels taken from {archive}", keep=True)
 
+    def seconds(self) -> float:
+        """Since the call's begin."""
+        return time.monotonic() - self.begin
+
     def say(self, line: str, keep: bool = False) -> None:
         """Print a line with the time; ``keep`` adds it to the summary."""
         self.notes += [line] if keep else []
-        print(f"[{self.clock() - self.begin:5.0f} s] {line}", flush=True)
+        print(f"[{self.seconds():5.0f} s] {line}", flush=True)
 
     def add(self, row: Row) -> None:
-        at = {"call": self.args.call, "at_s": round(self.clock() - self.begin, 2)}
+        at = {"call": self.args.call, "at_s": round(self.seconds(), 2)}
         self.journal.add({**at, **row})
         failed = summary.failure(row)
         self.shown += failed
@@ -133,9 +138,7 @@ class Run:
     def phases(self) -> list[schedule.Phase]:
         """The call's phases; the archive is written once the kernels are there, too."""
         return [
-            schedule.Phase(**{**vars(phase), "after": self.then_save(phase)})
-            if phase.name.endswith("ahead")
-            else phase
+            replace(phase, after=self.then_save(phase)) if phase.name.endswith("ahead") else phase
             for phase in CALLS[self.args.call](self.session)
         ]
 
@@ -149,10 +152,10 @@ class Run:
 
     def finish(self) -> None:
         self.save()
-        rows = [*self.journal.earlier, *self.journal.rows]
         notes = [*self.notes, *self.journal.lost]
-        summary.write(self.args.out, summary.text(rows, notes), self.journal.attempt)
-        if not self.args.compile:
+        text = summary.text(self.journal.earlier, self.journal.rows, notes)
+        summary.write(self.args.out, text, self.journal.attempt)
+        if not self.args.compile and self.seconds() < SECONDS[self.args.call] - PLOTTING:
             with contextlib.suppress(Exception):  # plots are a view of the rows, no result
                 print(summary.draw(self.args.out))
 
@@ -191,4 +194,4 @@ def dry_run(args: argparse.Namespace, cache: Path) -> int:
 
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)  # compiled kernels are what is checked
-    sys.exit(main())
+    sys.exit(main(begin=BEGIN))

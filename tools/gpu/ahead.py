@@ -156,10 +156,16 @@ def key_of(src: Any, target: Any, options: dict[str, Any]) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def compile_item(item: Any, machine: Machine, claims: str) -> Iterator[Row]:
+def compile_item(
+    item: Any, machine: Machine, claims: str, benchmark: str = "compile"
+) -> Iterator[Row]:
     """Compile what the item launches, except for what another process has begun to compile.
 
-    ``claims`` is a folder with a file for every key.
+    Args:
+        item: as `launch` takes it.
+        machine: the GPU to compile for.
+        claims: a folder with a file for every key.
+        benchmark: of the row.
     """
     compiled, failed = [], {}
 
@@ -179,7 +185,7 @@ def compile_item(item: Any, machine: Machine, claims: str) -> Iterator[Row]:
     name_gpu(machine, rows_of(item), claimed)
     launch(item)
     yield {
-        "benchmark": "compile", **asdict(item), "status": "failed" if failed else "ok",
+        "benchmark": benchmark, **asdict(item), "status": "failed" if failed else "ok",
         "error": "; ".join(f"{name}: {why}" for name, why in failed.items()) or None,
         "compiled": compiled,
     }  # fmt: skip

@@ -117,6 +117,17 @@ def broken_device() -> str | None:
     return None
 
 
+def open_device(device: str | None) -> None:
+    """Open the GPU, which takes seconds where many processes do; the watchdog begins after it."""
+    if device == "cuda":
+        import torch
+
+        # what is wrong will be told by the first item
+        with contextlib.suppress(RuntimeError, AssertionError):
+            torch.zeros(1, device=device)
+            torch.cuda.synchronize()
+
+
 def serve(pipe: connection.Connection, task: Task, log: str) -> None:
     """Run a task; end after its last item, or when the device is broken or the parent gone."""
     with contextlib.suppress(OSError):  # without a log, output goes where the parent's goes
@@ -124,6 +135,7 @@ def serve(pipe: connection.Connection, task: Task, log: str) -> None:
         for stream in (1, 2):  # output of compilers and libraries
             os.dup2(descriptor, stream)
     os.environ.update(task.environment)
+    open_device(task.arguments.get("device"))
     with contextlib.suppress(EOFError, BrokenPipeError):
         pipe.send(BEGUN)
         while task is not None:

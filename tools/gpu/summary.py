@@ -16,6 +16,10 @@ from .journal import Row, read
 BAD = ("failed", "error", "crashed", "timeout", "wrong")
 #: Benchmarks whose rows tell of candidates that nothing uses.
 TRIALS = ("tune", "compile tile")
+#: Columns that rows of one problem share.
+PROBLEM = ("n", "dim", "dtype", "objective", "negatives")
+#: Times that the summary has at most.
+MOST_TOLD = 45
 #: (text, row filter, column, goal), for the fastest engine; bytes are to be fewer.
 GOALS: list[tuple[str, Row, str, float]] = [
     ("n = 65,536", {"n": 65536, "dim": 128}, "fraction_of_gemm_rate", 0.60),
@@ -42,8 +46,12 @@ def failure(row: Row) -> bool:
 # --- text -----------------------------------------------------------------------------------------
 
 
-def text(rows: list[Row], notes: list[str]) -> str:
-    """The summary: failures, a table by phase, times, goals; ``notes`` come last."""
+def text(earlier: list[Row], now: list[Row], notes: list[str]) -> str:
+    """The summary: failures, a table by phase, the times of this call, goals, ``notes``.
+
+    It fits on a screen that shows the last 12,000 characters.
+    """
+    rows = [*earlier, *now]
     device = next((r for r in reversed(rows) if "torch" in r), {})
     about = ", ".join(f"{name} {device.get(name)}" for name in ("device", "torch", "commit"))
     failed = [one_line(row) for row in rows if failure(row)]
@@ -53,8 +61,8 @@ def text(rows: list[Row], notes: list[str]) -> str:
     refused = device.get("refused") or {}
     lines += [f"{name} does not serve: {why}" for name, why in refused.items() if why]
     lines += ["", *by_phase(rows), ""]
-    rows = with_speedups(rows)
-    lines += [one_line(row)[:200] for row in rows if told(row)]
+    rows = joined(rows)
+    lines += [one_line(row)[:200] for row in rows[len(earlier) :] if told(row)][-MOST_TOLD:]
     return "\n".join([*lines, "", *goals(rows), *fastest_tiles(rows), *notes])
 
 
@@ -77,32 +85,42 @@ def by_phase(rows: list[Row]) -> list[str]:
 
 def told(row: Row) -> bool:
     """Whether a row has a line of its own: times, and what is absent or refuses."""
-    measured = row["benchmark"] in ("loss+gradient", "graph replay", "kernels")
-    tells = row["benchmark"] == "sanitize" or (measured and row["status"] != "not run")
+    tells = row["benchmark"] in ("loss+gradient", "sanitize") and row["status"] != "not run"
     return tells and not failure(row)
 
 
-def problem_of(row: Row) -> tuple:
-    return tuple(row.get(name) for name in ("n", "dim", "dtype", "objective", "negatives"))
+def joined(rows: list[Row]) -> list[Row]:
+    """The rows; times of our engines with columns that other rows tell.
 
-
-def with_speedups(rows: list[Row]) -> list[Row]:
-    """The rows; those of our engines with their speed-up over every baseline of their problem."""
+    These are the speed-up over every baseline of their problem, and the time of a replayed CUDA
+    graph.
+    """
     baselines: dict[tuple, dict[str, float]] = defaultdict(dict)
-    timed = [r for r in rows if r["benchmark"] == "loss+gradient" and r["status"] == "ok"]
-    for row in timed:
-        if row["contestant"] not in ENGINES:
-            baselines[problem_of(row)][row["contestant"]] = row["median_in_gemms"]
-    return [
-        row
-        if row not in timed or row["contestant"] not in ENGINES
-        else row
-        | {
-            f"speedup_over_{name}": took / row["median_in_gemms"]
-            for name, took in baselines[problem_of(row)].items()
-        }
-        for row in rows
-    ]
+    replays: dict[tuple, float] = {}
+    for row in rows:
+        problem = tuple(row.get(name) for name in PROBLEM)
+        who = row.get("contestant")
+        if row["benchmark"] == "graph replay" and "graph_over_launched" in row:
+            replays[problem, who, row.get("phase")] = row["graph_over_launched"]
+        elif timed(row) and who not in ENGINES:
+            baselines[problem][who] = row["median_in_gemms"]
+    return [with_columns(row, baselines, replays) if timed(row) else row for row in rows]
+
+
+def timed(row: Row) -> bool:
+    return row["benchmark"] == "loss+gradient" and row["status"] == "ok"
+
+
+def with_columns(
+    row: Row, baselines: dict[tuple, dict[str, float]], replays: dict[tuple, float]
+) -> Row:
+    """A time with the columns of `joined`."""
+    problem, who = tuple(row.get(name) for name in PROBLEM), row["contestant"]
+    if who not in ENGINES:
+        return row
+    known = baselines[problem].items()
+    found = {f"speedup_over_{name}": took / row["median_in_gemms"] for name, took in known}
+    return {**row, **found, "graph_over_launched": replays.get((problem, who, row.get("phase")))}
 
 
 def goals(rows: list[Row]) -> list[str]:
@@ -153,7 +171,7 @@ def draw(out: Path) -> str:
         "benchmark": "loss+gradient", "status": "ok", "objective": "infonce",
         "negatives": "two_view",
     }  # fmt: skip
-    rows = [r for r in with_speedups(read(out / "rows.jsonl")) if shown.items() <= r.items()]
+    rows = [r for r in joined(read(out / "rows.jsonl")) if shown.items() <= r.items()]
     if not rows:
         return "plots skipped: no timings"
     dim = statistics.mode(row["dim"] for row in rows)
