@@ -74,9 +74,9 @@ def step(candidate: Candidate, device: torch.device) -> Callable[[], Tensor]:
     def run() -> Tensor:
         with config.forced(**{candidate.sweep: candidate.tile}):
             loss = alpha_cl_loss(z1, z2, backend="triton", precision=precision)
-        if not with_gradient:
-            return loss.detach().view(1)
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [z1, z2])])
+            if not with_gradient:
+                return loss.detach().view(1)
+            return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [z1, z2])])
 
     return run
 
