@@ -5,6 +5,7 @@ so that the first minutes on a GPU are not spent on typos.
 import contextlib
 import errno
 import functools
+import importlib
 import itertools
 import json
 import os
@@ -319,6 +320,12 @@ def test_what_failed_is_checked_again(tmp_path):
         (sweep, "tools.gpu.sweeps:check"),
         (case, "tools.gpu.checks:check"),
     ]
+
+
+def test_what_the_server_imports_exists():
+    """The server of children passes over what it cannot import."""
+    for name in pool.PRELOADED:
+        importlib.import_module(name)
 
 
 # --- rows on disk ---------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ modules, of which each knows those before it:
     ahead       compiles the kernels that a task will launch, without a device
     tuning      times tiles and keeps the fastest
     sanitizer   small shapes under compute-sanitizer
+    warm        what the server of children computes once
     calls       the two calls
     summary     summary.txt and plots.png
 """

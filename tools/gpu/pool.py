@@ -26,13 +26,12 @@ from .journal import Row
 #: What the server imports before it forks, as far as it is installed.
 PRELOADED = [
     "torch",
-    "alphacl_fast.kernels.rows",
-    "alphacl_fast.kernels.sweeps",
     "tools.gpu.ahead",
     "tools.gpu.checks",
     "tools.gpu.sweeps",
     "tools.gpu.timings",
     "tools.gpu.tuning",
+    "tools.gpu.warm",
 ]
 #: Seconds that a child may take to begin.
 STARTUP = 30.0
