@@ -1,10 +1,11 @@
 # make demo | test | test-all | bench | lint | headers | sanitize | soak | fuzz | docs      Everything lives in .venv beside this file; PYTHON chooses the base.
 # make mutants | same-bits OLD=checkout | same-speed OLD=checkout      Plants faults; compares with another, compiled checkout.
-# make gpu OUT=dir      Checks and times on a GPU, with PYTHON as it is: nothing is installed, and .venv is not used.
+# make gpu OUT=dir [CALL=1]      Checks and times on a GPU in two calls, with PYTHON as it is: nothing is installed, and .venv is not used.
 PYTHON ?= python3
 BIN := .venv/bin/python
 STAMP := .venv/.installed
 OUT ?= benchmarks/results/gpu
+CALL ?= 1 2
 
 .PHONY: demo test test-all bench gpu lint headers sanitize soak fuzz mutants same-bits same-speed docs clean
 
@@ -28,8 +29,10 @@ test-all: $(STAMP) # products of settings where `test` takes them in turn
 bench: $(STAMP)
 	"$(BIN)" -m alphacl_fast.cli bench --negatives two_view,cross_view
 
-gpu:
-	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$(PYTHON)" -m tools.gpu --out "$(OUT)"
+gpu: # both calls, also if the first finds failures
+	@status=0; for call in $(CALL); do \
+	  PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$(PYTHON)" -m tools.gpu --call $$call --out "$(OUT)" || status=$$?; \
+	done; exit $$status
 
 lint: $(STAMP)
 	"$(BIN)" -m ruff check .

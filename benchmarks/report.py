@@ -54,7 +54,7 @@ FORMATS = {
     "median_ms": "{:.3f} ms",
     "p20_ms": "p20 {:.3f}", "p80_ms": "p80 {:.3f}",
     "graph_over_launched": "{:.2f} of a launched step", "speedup_over_eager": "{:.1f}x eager",
-    "speedup_over_compiled": "{:.1f}x compiled", "speedup_over_rival": "{:.2f}x as fast",
+    "speedup_over_compiled": "{:.1f}x compiled",
     "launches": "{:.1f} launches", "microseconds": "{:.0f} µs", "errors_found": "{} errors",
     "peak_extra_bytes": "+{:.2e} bytes", "gradient_error": "err {:.0e}",
 }  # fmt: skip
@@ -62,14 +62,15 @@ FORMATS = {
 
 def one_line(row: Row) -> str:
     """Format a row for the terminal."""
-    who = row.get("contestant") or row.get("backend") or row.get("phase")
+    who = row.get("contestant") or row.get("engine") or row.get("phase")
     what = [row["benchmark"] if row["benchmark"] != "loss+gradient" else "", who]
-    what += [row.get(name) for name in ("objective", "dtype", "negatives")]
+    what += [row.get(name) for name in ("objective", "dtype", "negatives", "layout", "checker")]
     named = ["n", "dim"]
     if row["benchmark"] == "check":
         named += ["options", "similarity", "symmetric", "reduction", "tau"]
     what += [f"{name}={row[name]}" for name in named if name in row]
-    what += [name for name in ("learn_tau", "deterministic", "tuned") if row.get(name)]
+    what += [f"splits={row['splits']}"] if row.get("splits") else []
+    what += [name for name in ("learn_tau", "nan", "again") if row.get(name)]
     status = row.get("status", "")
     facts = [] if status == "ok" else [f"{status.upper()} {row.get('error') or ''}".strip()[:300]]
     facts += [form.format(row[name]) for name, form in FORMATS.items() if row.get(name) is not None]

@@ -1,13 +1,22 @@
-"""`make gpu` on a machine without a GPU: tiny sizes and stand-ins, so that the first minute on a
-GPU is not spent on typos.
+"""`make gpu` on a machine without a GPU: what goes wrong is acted out, and tiny sizes are computed,
+so that the first minutes on a GPU are not spent on typos.
 """
 
 import contextlib
+import errno
+import functools
+import importlib
+import itertools
 import json
+import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections import deque
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -16,118 +25,723 @@ import pytest
 import torch
 from conftest import WATCHDOG
 
-from alphacl_fast import accuracy, objectives, ops, subprocess_pool
+from alphacl_fast import objectives, ops
 from alphacl_fast.backend import blocked
 from alphacl_fast.benchmarks import loss
-from tools import gpu, gpu_tasks
+from alphacl_fast.kernels.config import Tile
+from tools.gpu import __main__ as script
+from tools.gpu import (
+    ahead,
+    calls,
+    checks,
+    engines,
+    journal,
+    pool,
+    sanitizer,
+    schedule,
+    summary,
+    sweeps,
+    timings,
+    tuning,
+)
 
 ROOT = Path(__file__).parent.parent
 FEW = loss.Effort((2, 2), gemm_side=16, sample=1e-4, own_gate=0.25)
 
 
-@pytest.fixture
-def start(tmp_path, monkeypatch):
-    """Runs the script in this process, on the CPU backends, with a few cases.
+# --- a world of its own clock ---------------------------------------------------------------------
 
-    Returns its exit status and its rows.
+
+class World:
+    """Children that do what their item says, on a clock that only waiting moves.
+
+    An item is {"name": …, "does": …} with what the child does after a second each: a row by its
+    status, "dies" (with the exit status -6 of an abort), "hangs", or "broken" for a device that an
+    illegal access has broken.
     """
-    here = {
-        name: module for name, module in ops.SWEEP_BACKENDS.items() if name in ("cpu", "blocked")
-    }
-    monkeypatch.setattr(ops, "SWEEP_BACKENDS", here)
-    monkeypatch.setattr(torch, "compile", lambda function=None, **options: function)
-    some = [
-        case
-        for k, case in enumerate(gpu_tasks.cases(["cpu", "blocked"], (16, 24), (20, 33)))
-        if k % 97 == 0 or k < 4
+
+    def __init__(self):
+        self.now, self.started, self.killed = 0.0, [], []
+
+    def clock(self):
+        return self.now
+
+    def start(self, task, log):
+        child = Actor(self, task)
+        self.started.append(task)
+        return child
+
+    def wait(self, children, timeout):
+        """The pool hands back connections, which here are the children."""
+        end = self.now + timeout
+        self.now = min([end, *(child.next_at() for child in children)])
+        return [child for child in children if child.next_at() <= self.now]
+
+
+class Actor:
+    def __init__(self, world, task):
+        self.world, self.connection, self.script = world, self, deque([(world.now, pool.BEGUN)])
+        at = world.now
+        while task is not None:
+            for act in task.items[0]["does"]:
+                at += 1
+                if act == "hangs":
+                    return
+                if act in ("dies", "broken"):
+                    self.script.append((at, act))
+                    return
+                self.script.append((at, task.row(status=act)))
+            self.script.append((at, pool.NEXT))
+            task = task.rest()
+
+    def next_at(self):
+        return self.script[0][0] if self.script else float("inf")
+
+    def receive(self):
+        _, message = self.script.popleft()
+        if message == "dies":
+            raise EOFError
+        return message
+
+    def kill(self):
+        self.world.killed.append(self)
+
+    def ended_with(self):
+        return -6
+
+
+@pytest.fixture
+def world():
+    return World()
+
+
+def item(name, *does):
+    return {"name": name, "does": does or ("ok",)}
+
+
+def acted(world, lanes, until=1000.0):
+    """The rows as (name, status), and what was not run as (name, reason)."""
+    rows = []
+    cast = pool.Pool("log", world.clock, world.wait, world.start)
+    left = cast.run(lanes, until, rows.append)
+    assert len(world.killed) == len(world.started)  # no child outlives the run
+    names = [(task.items[0]["name"], why) for task, why in left]
+    return [(row["name"], row["status"]) for row in rows], names
+
+
+def lane(*items, size=1, **given):
+    """One task of several items."""
+    return pool.Lane(deque([pool.Task("no:thing", items, **given)]), size)
+
+
+def test_a_hang_costs_its_own_item(world):
+    rows, left = acted(world, [lane(item("a"), item("b", "hangs"), item("c"), limit=15)])
+    assert rows == [("a", "ok"), ("b", "timeout"), ("c", "ok")]
+    assert left == []
+    assert len(world.started) == 2
+    assert 15 <= world.now < 20
+
+
+def test_the_watchdog_counts_from_the_last_row(world):
+    slow = item("a", *["ok"] * 40)
+    rows, _ = acted(world, [lane(slow, limit=2)])
+    assert rows == [("a", "ok")] * 40
+
+
+def test_an_illegal_access_costs_its_own_item(world):
+    acts = item("a", "ok", "error", "broken"), item("b", "dies"), item("c"), item("d", "ok", "dies")
+    rows, _ = acted(world, [lane(*acts)])
+    wanted = "a ok, a error, b crashed, c ok, d ok, d crashed"
+    assert ", ".join(map(" ".join, rows)) == wanted
+    assert len(world.started) == 3
+
+
+def test_what_does_not_fit_is_not_run(world):
+    """A task is begun only if its first item fits; at the end of the time the rest is dropped."""
+    tasks = [
+        pool.Task("no:thing", (item("long"),), startup=1, predicted=30),
+        pool.Task("no:thing", (item("a", "ok", "ok", "ok"), item("b")), predicted=1),
+        pool.Task("no:thing", (item("later"),), predicted=1),
     ]
-    monkeypatch.setattr(gpu, "cases", lambda *args: iter(some[:30]))
-
-    def run(phases, *more):
-        arguments = [
-            "--out",
-            str(tmp_path),
-            "--device",
-            "cpu",
-            "--tiny",
-            "--workers",
-            "0",
-            "--phases",
-            phases,
-        ]
-        status = gpu.main([*arguments, "--minutes", "90", *more])
-        return status, [
-            json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()
-        ]
-
-    return run
+    rows, left = acted(world, [pool.Lane(deque(tasks), 1)], until=2.5)
+    assert rows == [("a", "ok"), ("a", "ok"), ("a", "unfinished")]
+    assert [name for name, _ in left] == ["long", "b", "later"]
+    assert left[0][1] == "needs about 31.0 s of the 2.5 s left"
+    assert world.now == 2.5
 
 
-def test_smoke(start, tmp_path, monkeypatch, capsys):
-    tool = tmp_path / "bin" / "compute-sanitizer"
-    tool.parent.mkdir()
-    tool.write_text(
-        '#!/bin/sh\nwhile [ "$1" != "-m" ]; do shift; done\nshift; echo "$@"; echo "ERROR '
-        'SUMMARY: 0 errors"\n'
+def test_lanes_run_side_by_side(world):
+    lanes = [lane(item("a", "ok", "ok")), pool.Lane(deque(), 2)]
+    lanes[1].tasks += [pool.Task("no:thing", (item(name),)) for name in "xyz"]
+    rows, _ = acted(world, lanes)
+    assert sorted(rows) == [("a", "ok")] * 2 + [(name, "ok") for name in "xyz"]
+    assert world.now == 2  # x and y in the first second, z in the second
+
+
+def test_a_process_that_cannot_start(world):
+    """No memory for a process, say: the item is lost, the next is tried."""
+    start, attempts = world.start, iter([OSError(errno.ENOMEM, "no memory"), EOFError()])
+
+    def refuse(task, log):
+        problem = next(attempts, None)
+        if problem:
+            raise problem
+        return start(task, log)
+
+    world.start = refuse
+    rows, _ = acted(world, [lane(item("a"), item("b"), item("c"))])
+    assert rows == [("a", "crashed"), ("b", "crashed"), ("c", "ok")]
+
+
+def phase(name, until, *lanes, **more):
+    return schedule.Phase(name, until, lambda: list(lanes), **more)
+
+
+def test_phases_keep_their_times(world):
+    rows, after = [], []
+    many = [item(f"m{k}") for k in range(100)]
+    many_waiting = pool.Lane(deque(pool.Task("no:thing", (x,), startup=50) for x in many), 1)
+
+    def broken():
+        raise RuntimeError("out of order")
+
+    phases = [
+        phase("one", 10, lane(item("a", "hangs"), limit=60), after=lambda: after.append("one")),
+        schedule.Phase("two", 20, broken),
+        phase("three", 30, many_waiting),
+        phase("four", 40, lane(item("z"))),
+    ]
+    cast = pool.Pool("log", world.clock, world.wait, world.start)
+    schedule.perform(phases, cast, 0.0, rows.append)
+    told = [(row["phase"], row.get("name"), row["status"]) for row in rows]
+    assert told[:2] == [("one", "a", "unfinished"), ("two", None, "error")]
+    waited = [row for row in rows if row["phase"] == "three"]
+    assert {row["status"] for row in waited} == {"not run"}
+    assert len(waited) == schedule.MOST_NOT_RUN
+    assert sum(row["count"] for row in waited) == 100
+    assert told[-1] == ("four", "z", "ok")  # phases that end early leave their time
+    assert after == ["one"]
+    assert world.now == 11
+
+
+# --- the plan -------------------------------------------------------------------------------------
+
+
+def session(tmp_path, device="cuda", **known):
+    found = calls.Session(
+        tmp_path, tmp_path / "cache", device, 14, [], lambda what, write: write() or True
     )
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tool.parent), prepend=":")
-    status, rows = start("check,headline,rivals,sanitize,profile,plots")
-    assert status == 0, capsys.readouterr().out
-    by_kind = {}
-    for row in rows:
-        by_kind.setdefault(row["benchmark"], []).append(row)
-        assert {"device", "torch", "triton", "commit", "capability", "at_s", "status"} <= row.keys()
-    assert {row["status"] for row in by_kind["check"]} <= {"ok", "refused"}
-    for row in by_kind["check"]:
-        assert {
-            "backend",
-            "objective",
-            "dtype",
-            "negatives",
-            "similarity",
-            "n",
-            "dim",
-            "tau",
-        } <= row.keys()
-        if row["status"] == "ok":
-            assert all(mine <= bound for mine, _, bound in row["errors"].values())
-    assert {
-        "synchronization",
-        "graph",
-        "launches",
-        "graph replay",
-        "sanitize",
-        "profile",
-    } <= by_kind.keys()
-    timed = [row for row in by_kind["loss+gradient"] if row["status"] == "ok"]
-    assert {"cpu", "blocked", "eager", "compiled"} <= {row["contestant"] for row in timed}
-    for row in timed:
-        assert row["fraction_of_gemm_rate"] > 0
-        assert row["p20_in_gemms"] <= row["median_in_gemms"] <= row["p80_in_gemms"]
-        assert row["median_ms"] is None  # only from a GPU
-        assert {
-            "kernels",
-            "peak_extra_bytes",
-            "gradient_error",
-            "speedup_over_eager",
-            "speedup_over_compiled",
-        } <= row.keys()
-    assert any(row["speedup_over_compiled"] for row in timed)
-    assert by_kind["sanitize"][0]["errors_found"] == 0
-    assert "µs/step" in (tmp_path / "profile.txt").read_text()
-    assert (tmp_path / "plots.png").stat().st_size > 10_000
+    script.assume_all(found)
+    for name, value in known.items():
+        setattr(found, name, value)
+    return found
+
+
+@pytest.mark.parametrize("call", calls.CALLS)
+def test_a_call_ends_in_time(call, tmp_path):
+    found = session(tmp_path)
+    phases = calls.CALLS[call](found)
+    ends = [phase.until for phase in phases]
+    assert ends == sorted(set(ends))
+    assert ends[-1] <= calls.SECONDS[call] - 5  # for the summary and the archive
+    begins = dict(zip([p.name for p in phases], [0, *ends], strict=False))
+    for p in phases:
+        lanes = p.plan()
+        for lane in lanes:
+            for task in lane.tasks:
+                assert task.items
+                module, _, function = task.function.partition(":")
+                assert callable(getattr(sys.modules[module], function))
+        if p.name in ("device", "ahead", "correct", "forms"):
+            seconds = max(lane.seconds for lane in lanes)
+            assert seconds <= (p.until - begins[p.name]) * 1.2, p.name
+
+
+def test_what_call_1_has_first(tmp_path):
+    found = session(tmp_path)
+    tasks = {p.name: [t for line in p.plan() for t in line.tasks] for p in calls.first(found)}
+    checked = [i for t in tasks["correct"] for i in t.items if isinstance(i, sweeps.Sweep)]
+    shapes = {(i.n, i.layout, i.splits, i.nan) for i in checked}
+    assert {n for n, *_ in shapes} == {2, 130, 1000, 4130}
+    assert {layout for _, layout, *_ in shapes} == {*sweeps.LAYOUTS}
+    assert {splits for *_, splits, _ in shapes} == {0, 1, 2, 3}
+    assert {nan for *_, nan in shapes} == {False, True}
+    assert tasks["correct"][0].items[0].engine == "cuda_hopper"
+    assert tasks["correct"][0].limit == 15
+    cases = [i for t in tasks["forms"] for i in t.items if isinstance(i, checks.Case)]
+    forms = itertools.product(dict(checks.REPRESENTATIVES), checks.ARITHMETIC, ("triton", "cuda"))
+    assert {(c.objective, c.dtype, c.engine) for c in cases} == {*forms}
+    timed = [t.items[0] for t in tasks["headline"]]
+    assert [(t.n, t.dim) for t in timed[::4]] == [(65536, 128), (16384, 128), (32768, 512)]
+    assert {t.contestant for t in timed} == {"triton", "triton_128", "cuda", "eager"}
+
+
+@pytest.mark.parametrize("call", calls.CALLS)
+def test_dry_run(call, tmp_path, capsys):
+    assert script.main(["--dry-run", "--call", str(call), "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert out.rstrip().endswith((tmp_path / "summary.txt").read_text().rstrip())
-    assert "no failures" in out
-    assert "goal n = 65,536: fraction_of_gemm_rate >= 0.6: not measured" in out
-    assert len(out[out.index("===") :]) < 12_000
-    (tmp_path / "plots.png").unlink()
-    assert gpu.main(["--plots", str(tmp_path)]) == 0
-    assert (tmp_path / "plots.png").exists()
+    for p in calls.CALLS[call](session(tmp_path)):
+        assert f"-{p.until:.0f} s  {p.name}: about" in out
+    assert f"-{calls.SECONDS[call]} s  summary and archive" in out
+    assert "layout=rectangle" in out or call == 2
+    assert not [file for file in tmp_path.iterdir() if file.name != "cache"]
 
 
-def test_wrong_gradient_is_a_failure_and_not_timed(start, monkeypatch, capsys):
+def test_without_a_device_nothing_is_planned(tmp_path):
+    found = session(tmp_path, refused=None)
+    with pytest.raises(RuntimeError, match="was not identified"):
+        calls.first(found)[2].plan()
+
+
+def test_engines_that_do_not_serve_are_left_out(tmp_path):
+    refused = {"triton": None, "blocked": None, "cuda": "not compiled", "cuda_hopper": "no"}
+    found = session(tmp_path, refused=refused)
+    assert found.engines == ["triton", "blocked"]
+    assert found.among("cuda", "triton") == ["triton"]
+    assert all(i.engine == "triton" for t in calls.correct(found) for i in t.items)
+    assert next(iter(calls.sanitize(found))).items[0]["engine"] == "triton"
+
+
+def test_what_failed_is_checked_again(tmp_path):
+    """Rows of a check that ran, and rows that the pool made of an item, in JSON."""
+    case = checks.Case("triton", "infonce", (("epsilon", 0.3),), pairs=20, dim=16, nan=True)
+    sweep = sweeps.Sweep("cuda_mma", 130, splits=2)
+    made = [
+        {**asdict(case), "benchmark": "check", "options": dict(case.options), "status": "not run"},
+        pool.Task("", (sweep,), about={"benchmark": "sweep"}).row(status="timeout"),
+        pool.Task("", (case,), about={"benchmark": "check"}).row(status="crashed"),
+        {**asdict(sweep), "benchmark": "sweep", "status": "ok"},
+        {"benchmark": "phase", "status": "error"},
+    ]
+    found = session(tmp_path, earlier=json.loads(json.dumps(made)))
+    tasks = list(calls.again(found))
+    assert [(task.items[0], task.function) for task in tasks] == [
+        (case, "tools.gpu.checks:check"),
+        (sweep, "tools.gpu.sweeps:check"),
+        (case, "tools.gpu.checks:check"),
+    ]
+
+
+def test_what_the_server_imports_exists():
+    """The server of children passes over what it cannot import."""
+    for name in pool.PRELOADED:
+        importlib.import_module(name)
+
+
+# --- rows on disk ---------------------------------------------------------------------------------
+
+
+def test_rows_are_whole_lines(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"k": 1}\n{"k": 2, "lo')  # an earlier run was killed within a line
+    book = journal.Journal(file, print)
+    assert book.earlier == [{"k": 1}]
+    book.add({"k": 3})
+    assert journal.read(file) == [{"k": 1}, {"k": 3}]
+    assert not book.lost
+
+
+def test_a_full_disk_keeps_what_is_there(tmp_path, monkeypatch):
+    file, said, write = tmp_path / "rows.jsonl", [], os.write
+    book = journal.Journal(file, said.append)
+    book.add({"k": 1})
+
+    def full(descriptor, data):
+        if len(data) < 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, data[:5])
+
+    monkeypatch.setattr(journal.os, "write", full)
+    book.add({"k": 2})
+    assert file.read_text() == '{"k": 1}\n'
+    assert said == ["rows.jsonl could not be written: No space left on device", '{"k": 2}']
+    monkeypatch.undo()
+    book.add({"k": 3})  # there may be space again
+    assert journal.read(file) == [{"k": 1}, {"k": 3}]
+    assert [row["k"] for row in book.rows] == [1, 2, 3]
+    assert len(book.lost) == 1
+
+
+def test_a_signal_waits_for_the_end_of_a_line(tmp_path, monkeypatch):
+    write = os.write
+
+    def interrupted(descriptor, data):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return write(descriptor, data[:3])
+
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    monkeypatch.setattr(journal.os, "write", interrupted)
+    try:
+        with pytest.raises(SystemExit):
+            journal.append(tmp_path / "rows", b'{"k": 1}\n')
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (tmp_path / "rows").read_text() == '{"k": 1}\n'
+
+
+# --- whole runs, with real children ---------------------------------------------------------------
+
+ACTORS = """
+import os, signal, time
+def act(item):
+    if item["does"] == "hangs":
+        time.sleep(3600)
+    if item["does"] == "aborts":
+        os.abort()
+    if item["does"] == "exits":
+        os._exit(3)
+    if item["does"] == "raises":
+        raise ValueError("no")
+    yield {"benchmark": "act", **item, "status": "ok"}
+    if item["does"] == "breaks":
+        import torch
+        torch.cuda.is_initialized = lambda: True
+        def synchronize():
+            raise RuntimeError("an illegal memory access was encountered")
+        torch.cuda.synchronize = synchronize
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs calls whose phases are given; the exit status and the rows."""
+    (tmp_path / "actors_of_the_gpu_test.py").write_text(ACTORS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def start(plan, *more):
+        monkeypatch.setattr(script, "CALLS", {1: plan, 2: plan})
+        given = ["--device", "cpu", "--out", str(tmp_path / "out"), "--workers", "1", *more]
+        status = script.main(given)
+        file = tmp_path / "out" / "rows.jsonl"
+        return status, journal.read(file) if file.is_file() else []
+
+    return start
+
+
+def acting(*items, limit=WATCHDOG):
+    about = {"benchmark": "act"}
+    return pool.Task("actors_of_the_gpu_test:act", items, about=about, limit=limit)
+
+
+def plan_of(*tasks):
+    """A call with one phase that has time enough."""
+    return lambda s: [schedule.Phase("acts", 1e6, lambda: [pool.Lane(deque(tasks), 1)])]
+
+
+def does(*acts):
+    return tuple({"does": act} for act in acts)
+
+
+def test_what_children_do(run, tmp_path):
+    tasks = (
+        acting(*does("nothing", "raises", "exits", "aborts", "breaks", "nothing")),
+        acting(*does("hangs", "nothing"), limit=1.0),
+    )
+    status, rows = run(plan_of(*tasks))
+    assert status == 1
+    told = [(row["does"], row["status"]) for row in rows]
+    assert told == [
+        ("nothing", "ok"), ("raises", "error"), ("exits", "crashed"), ("aborts", "crashed"),
+        ("breaks", "ok"), ("breaks", "error"), ("nothing", "ok"), ("hangs", "timeout"),
+        ("nothing", "ok"),
+    ]  # fmt: skip
+    assert all({"call", "at_s", "phase"} <= row.keys() for row in rows)
+    errors = [row["error"] for row in rows if "error" in row]
+    assert "ValueError: no" in errors[0]
+    assert "ended with 3" in errors[1]
+    assert f"ended with {-signal.SIGABRT}" in errors[2]
+    assert "broken after the last row: an illegal memory access" in errors[3]
+    assert "5 FAILURES" in (tmp_path / "out" / "summary.txt").read_text()
+
+
+def test_a_disk_that_is_full_from_the_start(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("rows.jsonl", "summary.txt", "children.log"):
+        (out / name).symlink_to("/dev/full")
+    status, _ = run(plan_of(acting(*does("nothing", "nothing"))))
+    assert status == 1
+    told = capsys.readouterr().out
+    assert told.count('"does": "nothing"') == 2  # rows are printed instead
+    assert "rows.jsonl could not be written: No space left on device" in told
+    assert "summary.txt could not be written: No space left on device" in told
+    assert "2 ok" in told  # of the summary, which is printed too
+
+
+def few(tasks, items=2):
+    """The first task of each kind, cut short."""
+    found = {}
+    for task in tasks:
+        kind = task.function, getattr(task.items[0], "contestant", None)
+        found.setdefault(kind, replace(task, items=task.items[:items], limit=WATCHDOG))
+    return list(found.values())
+
+
+def test_tiny_calls(run, tmp_path, capsys):
+    """Checks, timings and rivals of a call on the CPU, then another that looks at its rows."""
+
+    def plan(s):
+        def phase(name, tasks):
+            return schedule.Phase(name, 1e6, lambda: calls.side_by_side(few(tasks(s)), 1))
+
+        rival = s.sizes.timing("inf_cl", 4096, negatives="cross_view")
+
+        return [
+            replace(calls.identification(s), until=1e6),
+            phase("recheck", calls.again),
+            phase("correct", calls.correct),
+            phase("forms", calls.forms),
+            phase("headline", functools.partial(calls.headline, points=calls.HEADLINE)),
+            phase("rivals", lambda s: [calls.measurement(s, rival)]),
+        ]
+
+    status, rows = run(plan)
+    text = (tmp_path / "out" / "summary.txt").read_text()
+    assert status == 0, text
+    kinds = {}
+    for row in rows:
+        kinds.setdefault(row["benchmark"], []).append(row)
+    assert {row["status"] for row in kinds["sweep"]} == {"ok"}
+    assert {row["status"] for row in kinds["check"]} <= {"ok", "refused"}
+    assert all(row["repeatable"] for row in kinds["sweep"])
+    assert {"graph", "synchronization", "graph replay", "kernels"} <= kinds.keys()
+    timed = {row["contestant"]: row for row in kinds["loss+gradient"]}
+    assert timed.keys() == {"cpu", "blocked", "eager", "inf_cl"}
+    assert timed["cpu"]["fraction_of_gemm_rate"] > 0
+    assert timed["cpu"]["median_ms"] is None  # only from a GPU
+    assert timed["inf_cl"]["status"] == "skipped"  # a rival that is not installed
+    assert kinds["kernels"][0]["launches"] > 0
+    assert "no failures" in text
+    assert "x eager" in text
+    assert "SKIPPED No module named 'inf_cl'" in text
+    assert "goal n = 65,536: fraction_of_gemm_rate >= 0.6: not measured" in text
+    out = capsys.readouterr().out
+    assert out.index("no failures") < out.index("goal ")
+    assert script.main(["--plots", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "plots.png").stat().st_size > 10_000
+
+
+SIGNALLED = """
+import sys
+from collections import deque
+sys.path.insert(0, sys.argv[2])
+from tools.gpu import __main__ as script, pool, schedule
+if __name__ == "__main__":
+    items = tuple({"does": "nothing", "k": k} for k in range(10_000))
+    task = pool.Task("actors_of_the_gpu_test:act", items, about={"benchmark": "act"})
+    plan = lambda s: [schedule.Phase("acts", 1e6, lambda: [pool.Lane(deque([task]), 1)])]
+    script.CALLS = {1: plan, 2: plan}
+    sys.exit(script.main(["--device", "cpu", "--out", sys.argv[1], "--workers", "1"]))
+"""
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_sigterm_at_a_random_row(tmp_path, seed):
+    (tmp_path / "actors_of_the_gpu_test.py").write_text(ACTORS)
+    (tmp_path / "signalled.py").write_text(SIGNALLED)
+    out, rows = tmp_path / "out", random.Random(seed).randint(1, 300)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    command = [sys.executable, str(tmp_path / "signalled.py"), str(out), str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        file, end = out / "rows.jsonl", time.monotonic() + WATCHDOG
+        while not file.exists() or file.read_bytes().count(b"\n") < rows:
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.002)
+        process.terminate()
+        assert process.wait(WATCHDOG) == 143
+    finally:
+        process.kill()
+    lines = file.read_text().splitlines()
+    assert len(lines) >= rows
+    assert [json.loads(line)["k"] for line in lines] == list(range(len(lines)))
+    assert f"{len(lines)} ok" in (out / "summary.txt").read_text()
+
+
+# --- compiling ahead ------------------------------------------------------------------------------
+
+KEYS = """
+import dataclasses, json, sys, torch
+from pathlib import Path
+from tools.gpu import ahead, calls, checks, engines, sweeps, timings, tuning
+from alphacl_fast.kernels.config import Tile
+
+machine, asked, shrunk = ahead.Machine(), set(), ahead.shrunk
+ahead.name_gpu(machine, 1000, lambda name, key, compiler: asked.add((name, key)))
+
+def keys(item, as_it_is=False):
+    '''What an item's launches ask for; as_it_is: with its own number of rows.'''
+    asked.clear()
+    ahead.shrunk = (lambda n: n) if as_it_is else shrunk
+    ahead.launch(item)
+    return set(asked)
+
+s = calls.Session(Path("."), Path("."), "cuda", 1, [], None, refused=dict.fromkeys(calls.ORDER))
+items = [item for item in calls.items_of_call_1(s) if calls.triton_serves(item)]
+small = [item for item in items if ahead.rows_of(item) <= 4130]
+listed = ahead.distinct(small, machine)
+compiled = set().union(*map(keys, listed))
+launched = set().union(*(keys(item, as_it_is=True) for item in small))
+assert compiled == launched, sorted(name for name, _ in compiled ^ launched)
+candidate = tuning.Candidate("pair_grad", "bf16", 64, 1024, Tile(64, 64, 64, 4, 2))
+other = dataclasses.replace(candidate, tile=Tile(32, 64, 64, 4, 2))
+assert keys(candidate, as_it_is=True) == keys(dataclasses.replace(candidate, rows=65536))
+assert {name for name, _ in keys(candidate) ^ keys(other)} == {"pair_grad"}
+print(len(small), len(listed), len(compiled))
+"""
+
+
+def compiled_python(code, *arguments, **environment):
+    """Runs code without Triton's interpreter; what it prints."""
+    inherited = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=ROOT, capture_output=True, text=True, env={**inherited, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_what_is_compiled_ahead_is_what_is_launched():
+    """All small items, at their own sizes, ask for the kernels of those that stand for them."""
+    items, listed, kernels = map(int, compiled_python(KEYS).split())
+    assert items > 2 * listed
+    assert kernels > listed
+
+
+CARRIED = """
+import dataclasses, os, sys
+from pathlib import Path
+from tools.gpu import ahead, engines, sweeps
+folder = Path(sys.argv[1])
+(folder / "claims").mkdir(parents=True)
+if len(sys.argv) > 2:
+    print(ahead.unpack(Path(sys.argv[2]), folder))
+item = sweeps.Sweep("triton", 130, 16)
+with engines.heard(missed := []):
+    (row,) = ahead.compile_item(item, ahead.Machine(), str(folder / "claims"))
+    (again,) = ahead.compile_item(item, ahead.Machine(), str(folder / "claims"))
+print(row["status"], row["compiled"], missed, again["compiled"])
+if len(sys.argv) == 2:
+    ahead.pack(folder, folder.parent / "cache.tar.gz")
+"""
+
+
+def test_compiled_kernels_are_carried(tmp_path):
+    """Another folder takes the archive, and nothing is compiled again there."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    given = {"TRITON_STORE_BINARY_ONLY": "1"}
+    made = compiled_python(CARRIED, here, TRITON_CACHE_DIR=str(here), **given)
+    names = ["row_sums", "reduce_splits_kernel", "scaled_weights_kernel", "pair_grad"]
+    assert made.strip() == f"ok {names} {names} []"
+    shutil.rmtree(here)
+    archive = tmp_path / "cache.tar.gz"
+    taken = compiled_python(CARRIED, there, archive, TRITON_CACHE_DIR=str(there), **given)
+    assert taken.split("\n")[:2] == ["4", f"ok {names} [] []"]
+
+
+REFUSED = """
+import errno, sys
+from pathlib import Path
+from tools.gpu import ahead, sweeps
+import triton
+compiler = triton.compiler.compile
+def failing(src, target, options):
+    if src.name == "row_sums":
+        raise ValueError("ptxas says no")
+    if src.name == "pair_grad":
+        raise OSError(errno.ENOSPC, "No space left on device")
+    return compiler(src, target=target, options=options)
+triton.compiler.compile = failing
+Path(sys.argv[1]).mkdir()
+(row,) = ahead.compile_item(sweeps.Sweep("triton", 130, 16), ahead.Machine(), sys.argv[1])
+print(row["status"], row["compiled"], row["error"], sep="|")
+"""
+
+
+def test_a_compile_that_fails_costs_its_own_kernel(tmp_path):
+    told = compiled_python(REFUSED, tmp_path / "claims", TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    status, compiled, error = told.strip().split("|")
+    assert status == "failed"
+    assert compiled == "['reduce_splits_kernel', 'scaled_weights_kernel']"
+    assert "row_sums: ValueError: ptxas says no" in error
+    assert "pair_grad: OSError: [Errno 28] No space left on device" in error
+
+
+def test_an_archive_that_does_not_fit_on_the_disk(tmp_path, monkeypatch, capsys):
+    cache, archive = tmp_path / "cache" / "key", tmp_path / "cache.tar.gz"
+    cache.mkdir(parents=True)
+    (cache / "kernel.cubin").write_bytes(b"code")
+    archive.write_bytes(b"earlier")
+    full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(ahead.tarfile.TarFile, "add", full)
+    book = journal.Journal(tmp_path / "rows", print)
+    assert not book.attempt("cache.tar.gz", lambda: ahead.pack(tmp_path / "cache", archive))
+    assert archive.read_bytes() == b"earlier"
+    assert "No space left" in capsys.readouterr().out
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["cache", "cache.tar.gz"]
+
+
+def test_archives_that_are_refused(tmp_path, run, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "cache.tar.gz").write_bytes(b"no archive")
+    status, _ = run(plan_of(acting(*does("nothing"))))
+    assert status == 0
+    assert "cache.tar.gz is of no use" in capsys.readouterr().out
+    bad = tmp_path / "bad.tar.gz"
+    with ahead.tarfile.open(bad, "w:gz") as file:
+        file.add(ROOT / "Makefile", "../Makefile")
+    with pytest.raises(ValueError, match=r"must hold plain files, got \.\./Makefile"):
+        ahead.unpack(bad, tmp_path / "cache")
+
+
+# --- the sanitizer --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("says", "code", "status"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", 0, "ok"),
+        ("========= ERROR SUMMARY: 3 errors", 1, "failed"),
+        ("========= Error: Device not supported.\n========= ERROR SUMMARY: 1 error", 1, "refused"),
+        ("RuntimeError: CUDA error 999: unknown error", 1, "refused"),
+        ("nothing of the kind", 0, "refused"),
+    ],
+)
+def test_what_the_sanitizer_says(tmp_path, monkeypatch, says, code, status):
+    tool = tmp_path / "tool"
+    tool.write_text(f"#!/bin/sh\ncat <<'EOF'\n{says}\nEOF\nexit {code}\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(sanitizer.shutil, "which", lambda name: str(tool))
+    given = {"engine": "triton", "checker": "memcheck"}
+    (row,) = sanitizer.watch(given, "cuda", float(WATCHDOG), str(tmp_path / "log"))
+    assert row["status"] == status
+    assert summary.failure(row) == (status == "failed")
+    assert says.splitlines()[0] in (tmp_path / "log").read_text()
+
+
+def test_a_sanitizer_that_is_absent_or_hangs(tmp_path, monkeypatch):
+    monkeypatch.setattr(sanitizer.shutil, "which", lambda name: None)
+    given = {"engine": "triton", "checker": "memcheck"}
+    (row,) = sanitizer.watch(given, "cuda", 1.0, "log")
+    assert row["status"] == "absent"
+    assert not summary.failure(row)
+    code, said = sanitizer.run(["sh", "-c", "echo begun; sleep 3600"], 0.5, dict(os.environ))
+    assert code is None
+    assert sanitizer.verdict(code, said)["status"] == "unfinished"
+
+
+def test_what_the_sanitizer_watches():
+    assert sanitizer.small_shapes("blocked", "cpu", "0") == 1
+    assert sanitizer.small_shapes("blocked", "cpu", "0.5") > 1
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def test_wrong_gradient_is_a_failure_and_not_timed(monkeypatch):
     right = blocked.pair_grad
 
     def wrong(*args):
@@ -136,139 +750,77 @@ def test_wrong_gradient_is_a_failure_and_not_timed(start, monkeypatch, capsys):
         return df, *others
 
     monkeypatch.setattr(blocked, "pair_grad", wrong)
-    case = accuracy.Case("blocked", pairs=1200, dim=16)
-    (row,) = accuracy.check(case, "cpu")
+    (row,) = checks.check(checks.Case("blocked", pairs=1200, dim=16), "cpu")
     assert row["status"] == "failed"
     assert "worst row of dz2" in row["error"]
     # the norm over all rows does not see it
     assert "dz2 " not in row["error"].replace("of dz2", "")
-    (row,) = accuracy.check(accuracy.Case("blocked", dtype="float32", pairs=40, dim=16), "cpu")
+    (row,) = checks.check(checks.Case("blocked", dtype="float32", pairs=40, dim=16), "cpu")
     assert "dz2 " in row["error"].replace("of dz2", "")
-    monkeypatch.setattr(ops.SWEEP_BACKENDS["cpu"], "unsupported", lambda *args: "left out")
-    status, rows = start("headline")
-    assert status == 1
-    mine = [
-        row
-        for row in rows
-        if row.get("contestant") == "blocked" and row["n"] == 16 and row["objective"] == "infonce"
-    ]
-    assert mine
-    for row in mine:
-        assert row["status"] == "wrong"
-        assert "median_in_gemms" not in row
-    out = capsys.readouterr().out
-    assert out.index("FAILURES") < out.index("goal ")
+    (row,) = timings.measure(timings.Timing("blocked", 16, 8), "cpu", FEW)
+    assert row["status"] == "wrong"
+    assert "median_in_gemms" not in row
+    assert summary.failure(row)
+    assert "1 FAILURES" in summary.text([], [row], [])
+
+
+@pytest.mark.parametrize("layout", sweeps.LAYOUTS)
+def test_wrong_sweeps_are_failures(layout, monkeypatch):
+    """In each of the results, and where only the place of a NaN is wrong."""
+    sweep = sweeps.Sweep("cpu", 24, 16, layout=layout, runs=2)
+    (row,) = sweeps.check(sweep, "cpu")
+    assert row["status"] == "ok", row
+    (row,) = sweeps.check(replace(sweep, nan=True), "cpu")
+    assert row["status"] == "ok", row
+    right, cpu = sweeps.compute, ops.SWEEP_BACKENDS["cpu"]
+
+    def wrong(place, factor):
+        def compute(backend, *rest):
+            found = right(backend, *rest)
+            if backend is cpu:
+                found[place][3] *= factor
+            return found
+
+        return compute
+
+    for place, factor, nan in ((0, 1.001, False), (1, 1.5, False), (0, float("nan"), True)):
+        monkeypatch.setattr(sweeps, "compute", wrong(place, factor))
+        (row,) = sweeps.check(replace(sweep, nan=False), "cpu")
+        assert row["status"] == "failed", (place, factor)
+        assert ("are NaN" in row["error"]) == nan
+
+
+def test_a_nan_that_gets_lost_is_a_failure(monkeypatch):
+    case = checks.Case("blocked", dtype="float32", pairs=20, dim=16, nan=True)
+    (row,) = checks.check(case, "cpu")
+    assert row["status"] == "ok", row
+    right = checks.evaluate
+
+    def lost(case, z1, z2, backend, precision):
+        found = right(case, z1, z2, backend, precision)
+        if backend == "blocked":
+            found["dz2"][5] = 0  # one row of many
+        return found
+
+    monkeypatch.setattr(checks, "evaluate", lost)
+    (row,) = checks.check(case, "cpu")
+    assert row["status"] == "failed"
+    assert row["error"] == "19 rows of dz2 are NaN for 20"
 
 
 def test_unrepeatable_bits_are_a_failure(monkeypatch):
-    right, calls = blocked.row_sums, iter(range(1000))
+    right, count = blocked.row_sums, iter(range(1000))
 
     def drifting(*args):
-        return right(*args) * (1 + 1e-15 * next(calls))
+        return right(*args) * (1 + 1e-15 * next(count))
 
     monkeypatch.setattr(blocked, "row_sums", drifting)
-    (row,) = accuracy.check(
-        accuracy.Case("blocked", dtype="float64", pairs=20, dim=16, deterministic=True), "cpu"
-    )
+    case = checks.Case("blocked", dtype="float64", pairs=20, dim=16, runs=3)
+    (row,) = checks.check(case, "cpu")
     assert row["status"] == "failed"
     assert "other bits" in row["error"]
     assert not torch.are_deterministic_algorithms_enabled()
-
-
-def test_without_time_everything_is_skipped(start):
-    status, rows = start("check,headline,plots", "--minutes", "0")
-    assert status == 0
-    assert [(row["benchmark"], row["status"]) for row in rows] == [("phase", "skipped")] * 3
-
-
-def test_time_runs_out_within_a_phase(start, monkeypatch, tmp_path):
-    monkeypatch.setitem(gpu.SECONDS, "check", 0.001)
-    _, rows = start("check,profile")
-    assert sum(row["benchmark"] == "check" for row in rows) < 4
-    assert any(row["benchmark"] == "profile" for row in rows)
-    assert "cases of the table not run" in (tmp_path / "summary.txt").read_text()
-
-
-def test_a_phase_that_raises_does_not_stop_the_next(start, monkeypatch, tmp_path):
-    def broken(run):
-        raise RuntimeError("out of order")
-
-    monkeypatch.setitem(gpu.PHASES, "headline", broken)
-    status, rows = start("headline,profile")
-    assert status == 1
-    assert (rows[0]["status"], rows[0]["error"]) == ("error", "RuntimeError: out of order")
-    assert rows[-1]["benchmark"] == "profile"
-
-    def interrupted(run):
-        raise KeyboardInterrupt
-
-    monkeypatch.setitem(gpu.PHASES, "headline", interrupted)
-    (tmp_path / "summary.txt").unlink()
-    with pytest.raises(KeyboardInterrupt):
-        start("profile,headline")
-    assert "profile" in (tmp_path / "summary.txt").read_text()
-
-
-def test_tuned_tables_are_measured(start, monkeypatch, tmp_path):
-    seen = []
-
-    def tuner(command, limit, log, **options):
-        Path(command[command.index("--out") + 1]).write_text("[]")
-        seen.append(command)
-        return "ok", None
-
-    monkeypatch.setattr(gpu, "logged", tuner)
-    status, rows = start("tune")
-    assert status == 0
-    assert seen[0][1:4] == ["-m", "alphacl_fast.cli", "tune"]
-    assert float(seen[0][-1]) > 0
-    timed = [row for row in rows if row["benchmark"] == "loss+gradient"]
-    assert timed
-    assert all(row["tuned"] and row["contestant"] == "cpu" for row in timed)
-    assert "ALPHACL_TUNED" not in gpu.os.environ
-
-
-def test_without_matplotlib_or_a_sanitizer(start, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
-    status, _ = start("sanitize,plots,profile")
-    assert status == 0
-    assert "plots skipped" in capsys.readouterr().out
-    assert "sanitize skipped" in (tmp_path / "summary.txt").read_text()
-
-
-def test_a_sanitizer_that_finds_something(start, monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: "/bin/echo")
-    status, rows = start("sanitize")  # echo prints no summary
-    assert (status, rows[0]["error"]) == (1, "no summary")
-    tool = tmp_path / "tool"
-    tool.write_text("#!/bin/sh\necho '========= ERROR SUMMARY: 3 errors'\n")
-    tool.chmod(0o755)
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: str(tool))
-    _, rows = start("sanitize")
-    assert (rows[-1]["status"], rows[-1]["errors_found"]) == ("failed", 3)
-
-
-def test_what_the_sanitizer_watches():
-    assert gpu_tasks.small_shapes("blocked", "cpu", "0") == 1
-    assert gpu_tasks.small_shapes("blocked", "cpu", "0.5") > 1
-
-
-def test_logged_commands(tmp_path):
-    log = tmp_path / "log"
-    assert gpu.logged([sys.executable, "-c", "print(7)"], WATCHDOG, log) == ("ok", None)
-    assert gpu.logged([sys.executable, "-c", "raise SystemExit(4)"], WATCHDOG, log)[0] == "error"
-    assert gpu.logged(["sleep", str(WATCHDOG)], 0.1, log)[0] == "timeout"
-    assert "7" in log.read_text()
-
-
-def test_a_rival_is_measured_beside_the_backends(start, monkeypatch):
-    monkeypatch.setattr(gpu, "PACKAGES", ("eager",))
-    status, rows = start("rivals")
-    assert status == 0
-    ratios = [row for row in rows if row["benchmark"] == "rival"]
-    assert [(row["rival"], row["backend"]) for row in ratios] == [("eager", "cpu")]
-    assert ratios[0]["speedup_over_rival"] > 0
+    assert not checks.same_bits([torch.tensor([0.0])], [torch.tensor([float("nan")])])
 
 
 def unusable(name):
@@ -281,114 +833,137 @@ def unusable(name):
 
 
 @pytest.mark.skipif(unusable("triton") is not None, reason=str(unusable("triton")))
-def test_interpreted_triton():
-    (row,) = accuracy.check(accuracy.Case("triton", pairs=20, dim=16, deterministic=True), "cpu")
+def test_interpreted_triton(monkeypatch):
+    (row,) = checks.check(checks.Case("triton", pairs=20, dim=16, runs=2), "cpu")
     assert (row["status"], row["repeatable"]) == ("ok", True)
-    rows = list(
-        gpu_tasks.measure(loss.Setting(16, 16, "bfloat16"), ["triton"], "cpu", FEW, graph=True)
-    )
+    rows = list(timings.measure(timings.Timing("triton", 16, 16), "cpu", FEW))
     assert [(row["benchmark"], row["status"]) for row in rows] == [
-        ("loss+gradient", "ok"),
-        ("graph replay", "ok"),
-    ]
+        ("loss+gradient", "ok"), ("graph replay", "ok"), ("kernels", "ok"),
+    ]  # fmt: skip
+    monkeypatch.setattr(ops.SWEEP_BACKENDS["triton"], "tile", engines.config.choose)
+    for engine, splits in (("triton", 3), ("triton_128", 0)):
+        sweep = sweeps.Sweep(engine, 200, 16, layout="rectangle", splits=splits, runs=1)
+        (row,) = sweeps.check(sweep, "cpu")
+        assert row["status"] == "ok", row
+
+
+@pytest.mark.skipif(unusable("cuda") is not None, reason=str(unusable("cuda")))
+def test_emulated_cuda():
+    """Both kinds of kernels, each with splits that are not the package's choice."""
+    for engine, splits in (("cuda_hopper", 2), ("cuda_mma", 2)):
+        with engines.splits(splits):
+            assert engines.gpu.splits_of(1, 3, torch.device("cpu")) == splits
+            assert engines.gpu.splits_of(1, 1, torch.device("cpu")) == 1
+        sweep = sweeps.Sweep(engine, 260, 24, layout="rectangle", splits=splits, runs=2)
+        (row,) = sweeps.check(sweep, "cpu")
+        assert row["status"] == "ok", row
 
 
 def test_the_table_of_checks():
     """Every objective, mode, similarity, dtype and reduction is in it, once, and the headline
     case comes first.
     """
-    table = list(gpu_tasks.cases(["triton", "blocked"]))
-    assert (table[0].backend, table[0].objective, table[0].dtype, table[0].dim) == (
-        "triton",
-        "infonce",
-        "bfloat16",
-        128,
-    )
+    table = list(checks.cases(["triton", "blocked"]))
+    first = table[0]
+    told = first.engine, first.objective, first.dtype, first.dim
+    assert told == ("triton", "infonce", "bfloat16", 128)
     assert len(set(table)) == len(table)
-    assert {case.objective for case in table} == {*objectives.names(), *accuracy.CUSTOM}
-    assert {case.dim for case in table} == set(gpu_tasks.DIMS)
+    assert {case.objective for case in table} == {*objectives.names(), *checks.CUSTOM}
+    assert {case.dim for case in table} == set(checks.DIMS)
     assert all(1000 <= case.pairs <= 1537 for case in table)
     early = table[:400]
     for field, values in (
-        ("dtype", set(accuracy.ARITHMETIC)),
+        ("dtype", set(checks.ARITHMETIC)),
         ("similarity", {"cosine", "dot", "euclidean"}),
         ("reduction", {"mean", "none"}),
         ("negatives", {"two_view", "one_view", "cross_view"}),
         ("learn_tau", {True, False}),
-        ("dim", set(gpu_tasks.DIMS)),
+        ("dim", set(checks.DIMS)),
+        ("runs", {1, 2}),
     ):
         assert {getattr(case, field) for case in early} == values
 
 
-# --- child processes ------------------------------------------------------------------------------
-
-CHILD = """
-import os, time
-def works(k):
-    yield {"k": k}
-    yield {"k": k + 1}
-def raises():
-    yield {"k": 0}
-    raise ValueError("no")
-def hangs():
-    time.sleep(3600)
-    yield {}
-def dies():
-    os._exit(3)
-    yield {}
-"""
+# --- tuning and the summary -----------------------------------------------------------------------
 
 
-def test_pool_survives_what_its_children_do(tmp_path, monkeypatch):
-    (tmp_path / "child_of_the_pool_test.py").write_text(CHILD)
-    monkeypatch.syspath_prepend(str(tmp_path))
+def test_the_table_is_saved_at_every_win(tmp_path, monkeypatch, capsys):
+    book = journal.Journal(tmp_path / "rows", print)
+    table = tuning.Table(tmp_path / "tuned.json", book.attempt)
+    slow, fast = Tile(64, 64, 64, 4, 2), Tile(128, 64, 64, 8, 2)
 
-    def task(name, limit=WATCHDOG, **arguments):
-        function = f"child_of_the_pool_test:{name}"
-        return subprocess_pool.Task(function, arguments, {"name": name}, limit)
+    def told(tile, took, status="ok"):
+        found = tuning.Candidate("pair_grad", "bf16", 64, 1024, tile)
+        row = {"benchmark": "tune", **asdict(found), "status": status, "median_ms": took}
+        table.follow(json.loads(json.dumps(row)))
 
-    rows = []
-    children = subprocess_pool.Pool(1, str(tmp_path / "log"))
-    try:
-        tasks = [
-            task("works", k=5),
-            task("raises"),
-            task("hangs", 0.3),
-            task("dies"),
-            task("works", k=8),
-        ]
-        assert children.run(tasks, time.monotonic() + WATCHDOG, rows.append)
-        assert [row.get("k") for row in rows] == [5, 6, 0, None, None, None, 8, 9]
-        assert [row["status"] for row in rows if "status" in row] == ["error", "timeout", "crashed"]
-        assert "ValueError: no" in rows[3]["error"]
-        assert "ended with 3" in rows[5]["error"]
-        rows.clear()
-        children.startup = 0.0
-        assert not children.run(
-            [task("hangs"), task("works", k=1)], time.monotonic() + 1, rows.append
-        )
-        assert rows == [{"name": "hangs", "status": "unfinished"}]
-    finally:
-        children.close()
-    assert not children.workers
+    told(slow, 2.0)
+    assert json.loads(table.file.read_text())[0]["tile"] == asdict(slow)
+    told(fast, 1.0)
+    told(slow, 3.0)
+    told(slow, 0.5, "left out")
+    (entry,) = json.loads(table.file.read_text())
+    assert entry["tile"] == asdict(fast)
+    full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(Path, "write_text", full)
+    told(slow, 0.1)
+    monkeypatch.undo()
+    assert json.loads(table.file.read_text()) == [entry]
+    assert book.lost == ["tuned.json could not be written: No space left on device"]
 
 
-def test_a_broken_device_ends_the_child(monkeypatch):
-    """An illegal address stays with its process, so the next task must get a new one."""
-    assert not subprocess_pool.device_is_broken()
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+@pytest.mark.skipif(unusable("triton") is not None, reason=str(unusable("triton")))
+def test_tiles_that_are_left_out(monkeypatch):
+    """One that does not run, and one that gives other numbers."""
+    import triton.testing
+
+    # the tests' own tiles give way to the package's
+    monkeypatch.setattr(ops.SWEEP_BACKENDS["triton"], "tile", engines.config.choose)
+    monkeypatch.setattr(triton.testing, "do_bench", lambda run, **options: run() is None or 1.5)
+    candidate = tuning.Candidate("pair_grad", "bf16", 16, 64, Tile(32, 32, 16, 4, 2))
+    (row,) = tuning.time_tile(candidate, "cpu")
+    assert (row["status"], row["median_ms"]) == ("ok", 1.5)
+    (row,) = tuning.time_tile(replace(candidate, tile=Tile(0, 32, 16, 4, 2)), "cpu")
+    assert row["status"] == "left out"
+    step = tuning.step
     monkeypatch.setattr(
-        torch.cuda, "synchronize", mock.Mock(side_effect=RuntimeError("an illegal memory access"))
+        tuning, "step", lambda candidate, here: lambda: 1.1 * step(candidate, here)()
     )
-    assert subprocess_pool.device_is_broken()
-    sent = []
-    connection = SimpleNamespace(
-        recv=lambda: subprocess_pool.Task("tools.nothing:at_all"), send=sent.append
-    )
-    monkeypatch.setattr(subprocess_pool.os, "dup2", lambda *args: None)
-    subprocess_pool.serve(connection, "/dev/null")
-    assert [type(message) for message in sent] == [type(None), dict, bool]
-    assert sent[-1] is False
+    (row,) = tuning.time_tile(candidate, "cpu")
+    assert (row["status"], row["error"]) == ("left out", "off by 1.0e-01")
+
+
+def test_candidates_begin_with_the_gradient_of_the_headline_size():
+    listed = tuning.candidates()
+    assert listed[0].place == ("pair_grad", "bf16", 128, 65536)
+    assert len(set(listed)) == len(listed)
+
+
+def test_failures_come_first_and_baselines_do_not_count():
+    common = {"benchmark": "loss+gradient", "objective": "infonce", "negatives": "two_view"}
+    common |= {"dtype": "bfloat16", "n": 16384, "dim": 128, "call": 1, "phase": "headline"}
+    good = {"status": "ok", "fraction_of_gemm_rate": 0.55}
+    rows = [
+        {**common, **good, "contestant": "triton", "median_in_gemms": 1.0},
+        {**common, "contestant": "eager", "status": "ok", "median_in_gemms": 12.0},
+        {**common, "contestant": "inf_cl", "status": "error", "error": "no"},
+        {**common, "contestant": "cuda", "status": "timeout", "error": "no row within 15 s"},
+        {"benchmark": "tune", "engine": "triton", "status": "crashed", "call": 2, "phase": "tune"},
+        {"benchmark": "sweep", "engine": "cuda", "status": "not run", "error": "late", "count": 7},
+    ]
+    assert [summary.failure(row) for row in rows] == [False, False, False, True, False, False]
+    text = summary.text(rows[-2:], rows[:-2], ["a note"])
+    assert text.index("1 FAILURES") < text.index("TIMEOUT") < text.index("1 headline")
+    assert "goal n = 16,384: fraction_of_gemm_rate >= 0.5: 0.55 reached" in text
+    assert "goal over eager: speedup_over_eager >= 10: 12 reached" in text
+    assert "7 not run (the first: late)" in text
+    assert text.endswith("a note")
+
+
+def test_plots_without_matplotlib_or_timings(tmp_path, monkeypatch):
+    assert summary.draw(tmp_path) == "plots skipped: no timings"
+    monkeypatch.setattr(summary.importlib.util, "find_spec", lambda name: None)
+    assert "matplotlib is not there" in summary.draw(tmp_path)
 
 
 # --- what only a GPU executes, with stand-ins that check the calls --------------------------------
@@ -421,14 +996,18 @@ def fake_cuda(monkeypatch):
         )
         monkeypatch.setattr(torch.cuda, name, spec)
 
+    properties = SimpleNamespace(
+        major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=227 << 10
+    )
     for name, result in (
         ("synchronize", None),
         ("reset_peak_memory_stats", None),
         ("memory_allocated", 1000),
         ("max_memory_allocated", 1500),
         ("set_sync_debug_mode", None),
-        ("get_device_name", "a GPU"),
+        ("get_device_name", "NVIDIA H200"),
         ("get_device_capability", (9, 0)),
+        ("get_device_properties", properties),
         ("current_stream", mock.Mock()),
     ):
         stand_in(name, result)
@@ -440,30 +1019,43 @@ def fake_cuda(monkeypatch):
     return calls
 
 
-def test_cuda_calls(fake_cuda, monkeypatch):
+def test_cuda_calls(fake_cuda):
     steps = iter((1.0, 3.0))
     assert loss.seconds(
         lambda: setattr(Event, "clock", Event.clock + next(steps)), CUDA, calls=2
     ) == pytest.approx(2.0)
     assert loss.peak_extra_bytes(lambda: None, CUDA) == 500
-    with gpu_tasks.synchronization_forbidden(CUDA):
+    with timings.synchronization_forbidden(CUDA):
         assert fake_cuda[-1] == ("set_sync_debug_mode", "error")
     assert fake_cuda[-1] == ("set_sync_debug_mode", "default")
     step = mock.Mock(side_effect=lambda a, b: (a * b,))
-    replay = gpu_tasks.captured(step, (torch.ones(3), torch.ones(3)), CUDA)
+    replay = timings.captured(step, (torch.ones(3), torch.ones(3)), CUDA)
     assert step.call_count == 4  # three to warm up, one in the graph
     replay(torch.full((3,), 2.0), torch.full((3,), 3.0))
     replay()
     assert step.call_count == 4
     assert (step.call_args.args[0] == 2).all()  # new inputs lie where the graph reads them
     assert torch.cuda.CUDAGraph.return_value.replay.call_count == 2
-    found = SimpleNamespace(stdout="580.1\n")
-    monkeypatch.setattr(gpu_tasks.subprocess, "run", lambda *args, **options: found)
-    monkeypatch.setattr(loss.subprocess, "run", lambda *args, **options: found)
-    row = gpu_tasks.provenance(CUDA)
-    assert (row["device"], row["capability"], row["driver"]) == ("a GPU", "9.0", "580.1")
     row = loss.statistics_of(loss.Setting(64, 16), [2.0, 3.0], [1.0, 1.0], 8192)
     assert (row["median_ms"], row["gemm_ms"]) == (2500.0, 1000.0)
+
+
+def test_the_device_is_identified(fake_cuda, monkeypatch, tmp_path):
+    monkeypatch.setattr(timings, "driver_version", lambda: "580.1")
+    monkeypatch.setattr(timings.cuda, "_has_hopper", lambda device: False)
+    # not the cached function, which other tests call
+    monkeypatch.setattr(timings.config, "device_name", timings.config.device_name.__wrapped__)
+    (row,) = timings.identify({}, "cuda")
+    told = row["device"], row["capability"], row["driver"], row["table"], row["multiprocessors"]
+    assert told == ("NVIDIA H200", "9.0", "580.1", "nvidia_h200", 132)
+    assert "not cuda" in row["refused"]["cpu"]
+    assert row["refused"]["blocked"] is None
+    assert row["refused"]["cuda_hopper"]
+    found = session(tmp_path, refused=None)
+    found.identified(row)
+    assert found.machine == ahead.Machine(90, 132, "nvidia_h200")
+    assert "blocked" in found.engines
+    assert "cuda_hopper" not in found.engines
 
 
 def test_device_events_of_a_trace(fake_cuda, monkeypatch):
@@ -484,7 +1076,16 @@ def test_device_events_of_a_trace(fake_cuda, monkeypatch):
         )
 
     monkeypatch.setattr(torch.profiler, "profile", profile)
-    assert gpu_tasks.device_events(lambda: None, CUDA) == [("sweep", 12.0), ("Memset", 1.5)]
+    assert timings.device_events(lambda: None, CUDA) == [("sweep", 12.0), ("Memset", 1.5)]
+
+
+def test_a_broken_device_is_seen(monkeypatch):
+    assert pool.broken_device() is None
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "synchronize", mock.Mock(side_effect=RuntimeError("an illegal access\nmore"))
+    )
+    assert pool.broken_device() == "an illegal access"
 
 
 def test_out_of_memory_is_a_row(monkeypatch):
@@ -496,30 +1097,41 @@ def test_out_of_memory_is_a_row(monkeypatch):
         loss, "make", lambda name, *args: exhausted if name == "eager" else real(name, *args)
     )
     setting = loss.Setting(32, 8)
-    rows = list(gpu_tasks.measure(setting, ["blocked", "eager"], "cpu", FEW))
+    rows = list(loss.run(setting, ["blocked", "eager"], torch.device("cpu"), FEW))
     assert [(row["contestant"], row["status"]) for row in rows] == [
         ("eager", "out of memory"),
         ("blocked", "ok"),
     ]
 
+    def larger(run, device):  # the check's inputs were smaller
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loss, "peak_extra_bytes", larger)
+    (row,) = timings.measure(timings.Timing("blocked", 32, 8), "cpu", FEW)
+    assert row["status"] == "out of memory"
+
 
 def test_no_gpu_is_said(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
-        gpu.main(["--out", "nowhere"])
+        script.main(["--out", "nowhere"])
     assert "--device must be" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        gpu.main(["--phases", "check,rest"])
-    assert "got rest" in capsys.readouterr().err
+        script.main(["--workers", "0"])
+    assert "--workers must be at least 1, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
-def test_make_target():
-    done = subprocess.run(
-        ["make", "-n", "gpu", "OUT=somewhere", "PYTHON=py"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert '"py" -m tools.gpu --out "somewhere"' in done.stdout
-    assert ".venv" not in done.stdout
+def test_make_target(tmp_path):
+    """Both calls run, also after failures, and the status is that of a failure."""
+    python = tmp_path / "py"
+    python.write_text('#!/bin/sh\necho "$@"\n[ "$4" = 2 ]\n')
+    python.chmod(0o755)
+    command = ["make", "-s", "gpu", "OUT=some where", f"PYTHON={python}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    wanted = "-m tools.gpu --call {} --out some where"
+    assert done.stdout.splitlines() == [wanted.format(call) for call in (1, 2)]
+    assert done.returncode != 0
+    done = subprocess.run([*command, "CALL=2"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [wanted.format(2)]
+    assert done.returncode == 0

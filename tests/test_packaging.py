@@ -223,11 +223,14 @@ WINGS = {
         "objectives",
         "ops",
         "plan",
+        "backend.blocked",
+        "backend.cuda",
         "backend.gpu",
         "backend.triton",
         "benchmarks",
         "kernels",
         "train",
+        "tune",
     },
 }
 #: What a build runs imports the standard library alone.

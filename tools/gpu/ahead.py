@@ -1,0 +1,232 @@
+"""Compile the Triton kernels that a task will launch: on the CPUs, before a device is needed.
+
+The package's own host code runs on CPU tensors, and Triton's own launcher binds, specialises and
+compiles what it launches for a GPU that is only named. So the keys in Triton's cache are those that
+the device asks for later. Sizes that no key depends on are made small.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alphacl_fast import MinPlayer, ops
+from alphacl_fast.backend import gpu
+from alphacl_fast.backend import triton as backend
+from alphacl_fast.benchmarks.loss import gradient, matmul_precision
+from alphacl_fast.kernels import config
+
+from . import checks, engines, sweeps, timings, tuning
+from .journal import Row
+
+#: Rows of both views that stand for any number: enough for splits, whose sums need a kernel.
+SMALL = 512
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The GPU to compile for.
+
+    Attributes:
+        capability: its compute capability, 90 for 9.0.
+        multiprocessors: their number.
+        table: its name among the tuned tables.
+    """
+
+    capability: int = 90
+    multiprocessors: int = 132
+    table: str = "nvidia_h200"
+
+
+# --- the launches of an item ----------------------------------------------------------------------
+
+
+def distinct(items: Iterable[Any], machine: Machine) -> list[Any]:
+    """One item for each set of kernels, in the order of the items."""
+    found: dict[Any, Any] = {}
+    for item in items:
+        free = {"splits": 0, "nan": False, "runs": 1}
+        if not config.table(machine.table):  # which chooses tiles by the number of rows
+            free |= {"n": SMALL, "pairs": SMALL // 2}
+        known = {f.name for f in fields(item)}
+        found.setdefault(replace(item, **{k: v for k, v in free.items() if k in known}), item)
+    return list(found.values())
+
+
+def shrunk(n: int) -> int:
+    """A small number of rows with the same alignment, also of its half."""
+    return SMALL + n % 32
+
+
+def launch(item: Any) -> None:
+    """Launch what a `Case`, `Sweep`, `Timing` or `Candidate` launches, on CPU tensors."""
+    here = torch.device("cpu")
+    if isinstance(item, sweeps.Sweep):
+        item = replace(item, n=shrunk(item.n), splits=0)
+        dtype, precision = checks.ARITHMETIC[item.dtype]
+        serving = ops.SWEEP_BACKENDS[engines.backend_of(item.engine)]
+        with engines.within(item.engine, item.dim, dtype):
+            sweeps.compute(serving, sweeps.rows_of(item, here), item, precision or "")
+    elif isinstance(item, checks.Case):
+        item = replace(item, pairs=shrunk(2 * item.pairs) // 2)
+        dtype, precision = checks.ARITHMETIC[item.dtype]
+        with engines.within(item.engine, item.dim, dtype):
+            views = checks.correlated_views(item, here)
+            checks.evaluate(item, *views, engines.backend_of(item.engine), precision)
+    elif isinstance(item, timings.Timing):
+        item = replace(item, n=shrunk(item.n))
+        with item.within(), matmul_precision(item.dtype):
+            gradient(item.setting.loss(item.backend), *item.setting.views(here))
+    else:
+        tuning.step(replace(item, rows=shrunk(item.rows)), here)()
+
+
+def rows_of(item: Any) -> int:
+    """The rows by which the item's tiles are chosen."""
+    return getattr(item, "n", None) or getattr(item, "rows", None) or 2 * item.pairs
+
+
+# --- the launcher of a GPU that is only named -----------------------------------------------------
+
+#: (name of the kernel, key in the cache, function that compiles it) → what a launch gets.
+Request = Callable[[str, str, Callable[[], Any]], Any]
+
+
+def name_gpu(machine: Machine, rows: int, request: Request) -> None:
+    """For the rest of this process Triton compiles for the machine, through ``request``.
+
+    Args:
+        machine: the GPU.
+        rows: the rows by which tiles are chosen.
+        request: called for every kernel instead of the compiler.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class Named:
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", machine.capability, 32)
+
+    driver.set_active(Named())
+    run, compiler, tile = JITFunction.run, triton.compiler.compile, backend.tile
+
+    def warmed_up(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        return run(self, *arguments, grid=grid, warmup=True, **options)
+
+    def requested(src: Any, target: Any, options: dict[str, Any]) -> Any:
+        key = key_of(src, target, options)
+        return request(src.name, key, lambda: compiler(src, target=target, options=options))
+
+    JITFunction.run = warmed_up
+    triton.compiler.compile = requested
+    gpu.pretend_gpu(machine.multiprocessors)
+    precision = gpu.float32_precision
+    gpu.float32_precision = lambda device: precision(torch.device("cuda"))
+    backend.tile = lambda sweep, mode, dim, n, device: tile(sweep, mode, dim, rows, device)
+    config.device_name = lambda device: machine.table
+    MinPlayer.max_sweeps = 1  # nothing is computed, so nothing converges
+
+
+def key_of(src: Any, target: Any, options: dict[str, Any]) -> str:
+    """The folder in Triton's cache, as `triton.compile` derives it."""
+    from triton._C.libtriton import get_cache_invalidating_env_vars
+    from triton.compiler import make_backend
+    from triton.runtime.cache import get_cache_key
+
+    compiler = make_backend(target)
+    parsed = compiler.parse_options({**options, **src.parse_options()})
+    key = get_cache_key(src, compiler, parsed, get_cache_invalidating_env_vars())
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def compile_item(
+    item: Any, machine: Machine, claims: str, benchmark: str = "compile"
+) -> Iterator[Row]:
+    """Compile what the item launches, except for what another process has begun to compile.
+
+    Args:
+        item: as `launch` takes it.
+        machine: the GPU to compile for.
+        claims: a folder with a file for every key.
+        benchmark: of the row.
+    """
+    compiled, failed = [], {}
+
+    def claimed(name: str, key: str, compiler: Callable[[], Any]) -> Any:
+        try:
+            os.close(os.open(Path(claims) / key, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return None
+        try:
+            compiler()
+        except Exception as error:  # other kernels of the item may compile
+            failed[name] = f"{type(error).__name__}: {str(error)[-300:]}"
+        else:
+            compiled.append(name)
+        return None
+
+    name_gpu(machine, rows_of(item), claimed)
+    launch(item)
+    yield {
+        "benchmark": benchmark, **asdict(item), "status": "failed" if failed else "ok",
+        "error": "; ".join(f"{name}: {why}" for name, why in failed.items()) or None,
+        "compiled": compiled,
+    }  # fmt: skip
+
+
+# --- the cache as one file ------------------------------------------------------------------------
+
+
+def pack(folder: Path, archive: Path) -> None:
+    """Write what a launch reads of a cache (machine code and its description) to a .tar.gz."""
+    partial = archive.with_suffix(".partial")
+    try:
+        with tarfile.open(partial, "w:gz", compresslevel=6) as out:
+            for file in sorted(folder.glob("*/*")):
+                if file.suffix in (".cubin", ".json"):
+                    out.add(file, f"{file.parent.name}/{file.name}")
+        partial.replace(archive)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def unpack(archive: Path, folder: Path) -> int:
+    """Write an archive's files to a cache; returns how many kernels it has.
+
+    Triton's lists of a kernel's files hold absolute paths, which become those of the folder.
+    """
+    kernels = 0
+    with tarfile.open(archive) as source:
+        for member in source:
+            at = Path(member.name)
+            if not member.isfile() or at.is_absolute() or ".." in at.parts:
+                raise ValueError(f"{archive.name} must hold plain files, got {member.name}")
+            data, to = source.extractfile(member).read(), folder / at
+            if at.name.startswith("__grp__"):
+                kernels += 1
+                data = _moved(data, to.parent)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            to.write_bytes(data)
+    return kernels
+
+
+def _moved(group: bytes, folder: Path) -> bytes:
+    names = json.load(io.BytesIO(group))["child_paths"]
+    return json.dumps({"child_paths": {name: str(folder / name) for name in names}}).encode()

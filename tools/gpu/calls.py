@@ -1,0 +1,355 @@
+"""The two calls: what is done when, and what matters first.
+
+Times are seconds after the call's begin at which a phase ends at the latest; a phase that is done
+early leaves its time to the next. Predicted seconds are estimates for an H200 with 16 cores.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from alphacl_fast.benchmarks.baselines import PACKAGES, serves
+from alphacl_fast.benchmarks.loss import Effort
+
+from . import checks, sweeps, tuning
+from .ahead import Machine, distinct
+from .checks import Case
+from .engines import backend_of
+from .journal import Row
+from .pool import Lane, Task
+from .schedule import Phase
+from .sweeps import Sweep
+from .timings import Timing
+
+#: Seconds of the calls, the summary and the archive included.
+SECONDS = {1: 170, 2: 310}
+#: Engines in the order of their worth.
+ORDER = ("cuda_hopper", "triton", "cuda_mma", "triton_128", "cuda", "cpu", "blocked")
+#: Status of a row that a later call looks at again.
+AGAIN = ("failed", "error", "crashed", "timeout", "wrong", "unfinished", "not run")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the problems: a GPU's, or tiny ones that try the script on any machine."""
+
+    tiny: bool = False
+
+    @property
+    def sweeps(self) -> tuple[int, ...]:
+        return (2, 12, 20, 34) if self.tiny else sweeps.SIZES
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        return (16, 24) if self.tiny else checks.DIMS
+
+    @property
+    def pairs(self) -> tuple[int, int]:
+        return (20, 33) if self.tiny else (1000, 1537)
+
+    @property
+    def effort(self) -> Effort:
+        few = {"repeats": (2, 2), "gemm_side": 64, "sample": 1e-4}
+        more = {"repeats": (3, 15), "gemm_side": 8192, "sample": 0.02, "inputs": 3}
+        return Effort(
+            budget=1.0, checked_rows=1 << 16, own_gate=0.25, **(few if self.tiny else more)
+        )
+
+    def timing(self, contestant: str, n: int, dim: int = 128, **other: str) -> Timing:
+        if self.tiny:
+            n, dim = max(16, min(128, n // 1024)), max(8, dim // 16)
+        return Timing(contestant, n, dim, **other)
+
+
+@dataclass
+class Session:
+    """What the phases of a call are planned from.
+
+    Attributes:
+        out: folder of the results.
+        cache: Triton's cache, on a local disk.
+        device: "cuda", or "cpu" to try the script.
+        workers: processes that run side by side.
+        earlier: rows of an earlier call.
+        attempt: as `journal.Journal.attempt`.
+        machine: the GPU; `identify` fills it in.
+        refused: engine → why it does not serve, or None.
+        tuned: a table of tiles that children use.
+    """
+
+    out: Path
+    cache: Path
+    device: str
+    workers: int
+    earlier: list[Row]
+    attempt: Callable[[str, Callable[[], Any]], bool]
+    machine: Machine = field(default_factory=Machine)
+    refused: dict[str, str | None] | None = None
+    tuned: Path | None = None
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(tiny=self.device == "cpu")
+
+    @property
+    def engines(self) -> list[str]:
+        """The engines that serve the device."""
+        if self.refused is None:
+            raise RuntimeError("the device was not identified")
+        return [name for name in ORDER if self.refused.get(name, "unknown") is None]
+
+    def among(self, *wanted: str) -> list[str]:
+        """Those of the wanted engines that serve, or on a CPU what stands in for them."""
+        found = [name for name in wanted if name in self.engines]
+        return found or [name for name in self.engines if name in ("cpu", "blocked")]
+
+    def task(self, function: str, items: Iterable[Any], **given: Any) -> Task:
+        """A task of tools.gpu on the session's device; ``given`` are fields of `Task`."""
+        environment = {"TRITON_CACHE_DIR": str(self.cache), "TRITON_STORE_BINARY_ONLY": "1"}
+        if self.tuned is not None:
+            environment["ALPHACL_TUNED"] = str(self.tuned)
+        if not function.startswith("timings"):  # it slows GEMMs down, and makes them repeatable
+            environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        arguments = {"device": self.device, **given.pop("arguments", {})}
+        given = {"environment": environment, "arguments": arguments, **given}
+        return Task(f"tools.gpu.{function}", tuple(items), **given)
+
+    def identified(self, row: Row) -> None:
+        """Take note of the device."""
+        if row["benchmark"] != "device" or row["status"] != "ok":
+            return
+        self.refused = row["refused"]
+        if self.device != "cpu":
+            capability = int(row["capability"].replace(".", ""))
+            self.machine = Machine(capability, row["multiprocessors"], row["table"])
+
+
+def side_by_side(tasks: Iterable[Task], workers: int) -> list[Lane]:
+    return [Lane(deque(tasks), workers)]
+
+
+# --- call 1 ---------------------------------------------------------------------------------------
+
+
+def first(s: Session) -> list[Phase]:
+    """Compile ahead; check against float64, the fast kernels first; the headline table."""
+    return [
+        identification(s),
+        Phase("ahead", 35, lambda: ahead(s, items_of_call_1(s))),
+        Phase("correct", 80, lambda: side_by_side(correct(s), s.workers)),
+        Phase("forms", 120, lambda: side_by_side(forms(s), s.workers)),
+        Phase("headline", 163, lambda: side_by_side(headline(s, HEADLINE), 1)),
+    ]
+
+
+def identification(s: Session) -> Phase:
+    about = {"benchmark": "device"}
+    task = s.task("timings:identify", [{}], about=about, limit=20, startup=6, predicted=3)
+    return Phase("device", 20, lambda: side_by_side([task], 1), follow=s.identified)
+
+
+def ahead(s: Session, items: Iterable[Any], benchmark: str = "compile") -> list[Lane]:
+    """A task for each item that launches Triton kernels."""
+    claims = s.cache / "claims"
+    claims.mkdir(parents=True, exist_ok=True)
+    tasks = (
+        replace(
+            s.task("ahead:compile_item", [item], limit=30, startup=0.3, predicted=3),
+            arguments={"machine": s.machine, "claims": str(claims), "benchmark": benchmark},
+            about={"benchmark": benchmark},
+        )
+        for item in distinct(filter(triton_serves, items), s.machine)
+    )
+    return side_by_side(tasks, s.workers)
+
+
+def triton_serves(item: Any) -> bool:
+    name = getattr(item, "engine", None) or getattr(item, "contestant", None) or "triton"
+    return backend_of(name) == "triton"
+
+
+def items_of_call_1(s: Session) -> Iterator[Any]:
+    """What call 1 launches, the items of later phases after those of earlier ones."""
+    for task in itertools.chain(headline(s, HEADLINE[:1]), correct(s), headline(s, HEADLINE)):
+        yield from task.items
+    for task in forms(s):
+        yield from task.items
+
+
+def correct(s: Session) -> Iterator[Task]:
+    """Both operators in every layout, then NaN through the whole loss."""
+    engines = s.among("cuda_hopper", "triton", "cuda_mma", "triton_128")
+    about = {"benchmark": "sweep"}
+    for layout, engine in itertools.product(sweeps.LAYOUTS, engines):
+        table = sweeps.table(engine, layout, s.sizes.sweeps)
+        yield s.task("sweeps:check", table, about=about, predicted=0.3)
+    dims = s.sizes.dims[:1] if s.sizes.tiny else (128, 16)
+    for engine in s.among("triton", "cuda"):
+        dtypes = ("bfloat16", "tf32", "float16", "float32")
+        case = Case(engine, pairs=s.sizes.pairs[0] // 4 + 1, nan=True, runs=20)
+        cases = [
+            replace(case, dtype=dtype, negatives=negatives, dim=dim)
+            for dtype, negatives, dim in itertools.product(dtypes, ("two_view", "cross_view"), dims)
+        ]
+        yield s.task("checks:check", cases, about={"benchmark": "check"}, predicted=0.5)
+
+
+def forms(s: Session) -> Iterator[Task]:
+    """One case per form × dtype, steps in a CUDA graph, then the table of checks in its order."""
+    engines = s.among("triton", "cuda")
+    about = {"benchmark": "check"}
+    for (objective, options), engine in itertools.product(checks.REPRESENTATIVES, engines):
+        dim = 128 if 128 in s.sizes.dims else s.sizes.dims[0]
+        case = Case(engine, objective, tuple(options.items()), dim=dim, runs=2)
+        pairs = s.sizes.pairs[0] + 7
+        cases = [replace(case, dtype=dtype, pairs=pairs) for dtype in checks.ARITHMETIC]
+        yield s.task("checks:check", cases, about=about, predicted=0.5)
+    for name, test, n in (
+        ("graph", "graph_replay", 2046),
+        ("synchronization", "no_synchronization", 2048),
+    ):
+        objectives = ("infonce", "alpha_direct", "triplet")
+        steps = [
+            s.sizes.timing(engine, n, objective=objective)
+            for objective, engine in itertools.product(objectives, engines)
+        ]
+        yield s.task(f"timings:{test}", steps, about={"benchmark": name}, predicted=0.7)
+
+
+#: (rows, features, other columns) of the headline table.
+HEADLINE = ((65536, 128, {}), (16384, 128, {}), (32768, 512, {}))
+#: What call 2 adds.
+MORE = (
+    (16384, 128, {"dtype": "tf32"}), (32768, 256, {}), (32768, 64, {}), (4096, 128, {}),
+    (32768, 128, {"negatives": "cross_view"}), (32768, 128, {"objective": "alpha_direct"}),
+    (32768, 128, {"objective": "triplet"}), (32768, 1024, {}), (1024, 128, {}),
+    (16384, 128, {"dtype": "float32"}), (1 << 20, 128, {}),
+)  # fmt: skip
+
+
+def headline(s: Session, points: Iterable[tuple[int, int, dict]]) -> Iterator[Task]:
+    """A process for every contestant, with the GEMM of its own run to compare with."""
+    for n, dim, other in points:
+        contestants = [*s.among("triton", "cuda", "triton_128")]
+        if n < 1 << 20 and other.get("objective", "infonce") == "infonce":
+            contestants.append("eager")
+        for name in contestants:
+            yield measurement(s, s.sizes.timing(name, n, dim, **other))
+
+
+def measurement(s: Session, timing: Timing, **other: Any) -> Task:
+    about = {"benchmark": "loss+gradient"}
+    given = {"arguments": {"effort": s.sizes.effort}, "limit": 15, "startup": 1.5, "predicted": 2.5}
+    return s.task("timings:measure", [timing], about=about, **{**given, **other})
+
+
+# --- call 2 ---------------------------------------------------------------------------------------
+
+
+def second(s: Session) -> list[Phase]:
+    """Look again at what failed; tune, measure with the tuned tiles; rivals; random checks."""
+    table = tuning.Table(s.out / "tuned.json", s.attempt)
+
+    def use_table() -> None:
+        s.tuned = table.file if table.best else None
+
+    return [
+        identification(s),
+        Phase("recheck", 40, lambda: side_by_side(again(s), s.workers)),
+        Phase("tune ahead", 55, lambda: tiles_ahead(s, first_of(s, 60))),
+        Phase("tune", 150, lambda: tune(s), follow=table.follow, after=use_table),
+        Phase("tuned headline", 200, lambda: side_by_side(tuned_headline(s), 1)),
+        Phase("rivals", 245, lambda: side_by_side(rivals(s), 1)),
+        Phase("sanitize", 265, lambda: side_by_side(sanitize(s), 2)),
+        Phase("random", 302, lambda: side_by_side(random_checks(s), s.workers)),
+    ]  # fmt: skip
+
+
+def again(s: Session) -> Iterator[Task]:
+    """What failed or was not run, each in a process of its own, what failed first."""
+    kinds = {"sweep": (Sweep, "sweeps:check"), "check": (Case, "checks:check")}
+    rows = [r for r in s.earlier if r["benchmark"] in kinds and r.get("status") in AGAIN]
+    for row in sorted(rows, key=lambda row: AGAIN.index(row["status"])):
+        kind, function = kinds[row["benchmark"]]
+        about = {"benchmark": row["benchmark"], "again": True}
+        yield s.task(function, [item_of(kind, row)], about=about)
+
+
+def item_of(kind: type, row: Row) -> Any:
+    """The item that a row is about."""
+    given = {f.name: row[f.name] for f in fields(kind) if f.name in row}
+    if "options" in given:
+        options = given["options"]
+        pairs = options.items() if isinstance(options, dict) else options
+        given["options"] = tuple((name, value) for name, value in pairs)
+    return kind(**given)
+
+
+def first_of(s: Session, count: int) -> list[tuning.Candidate]:
+    return tuning.candidates()[:count] if "triton" in s.engines else []
+
+
+def tiles_ahead(s: Session, candidates: list[tuning.Candidate]) -> list[Lane]:
+    return ahead(s, candidates, "compile tile")
+
+
+def tune(s: Session) -> list[Lane]:
+    """One process times the candidates while the others compile those that come later."""
+    listed = first_of(s, 10_000)
+    if not listed:
+        return []
+    (compiling,) = tiles_ahead(s, listed[60:])
+    compiling.size = max(1, s.workers - 1)
+    timing = s.task("tuning:time_tile", listed, about={"benchmark": "tune"}, limit=10)
+    return [Lane(deque([replace(timing, startup=3.0, predicted=0.3)])), compiling]
+
+
+def tuned_headline(s: Session) -> Iterator[Task]:
+    """The headline table again, torch.compile beside it, then more sizes and forms."""
+    yield from headline(s, HEADLINE)
+    yield measurement(s, s.sizes.timing("compiled", 16384), limit=40, predicted=12.0)
+    yield from headline(s, MORE)
+
+
+def rivals(s: Session) -> Iterator[Task]:
+    """Other packages in cross_view, beside our engines at the same size and precision."""
+    ours = s.among("triton", "cuda")
+    for dtype, names in (("bfloat16", PACKAGES), ("tf32", ("inf_cl",))):
+        for name in (*ours, *names):
+            if serves(name, "infonce", "cross_view"):
+                timing = s.sizes.timing(name, 32768, dtype=dtype, negatives="cross_view")
+                yield measurement(s, timing, limit=20, predicted=3.0)
+
+
+def sanitize(s: Session) -> Iterator[Task]:
+    """The memory checker for every backend, the race checker for CUDA's kernels."""
+    given = {"seconds": 16.0, "log": str(s.out / "children.log")}
+    for engine, checker in (("cuda", "memcheck"), ("triton", "memcheck"), ("cuda", "racecheck")):
+        if engine in s.among(engine):
+            item, about = {"engine": engine, "checker": checker}, {"benchmark": "sanitize"}
+            yield s.task(
+                "sanitizer:watch", [item], about=about, arguments=given, limit=25, predicted=5
+            )
+
+
+def random_checks(s: Session) -> Iterator[Task]:
+    """The table of checks, six cases to a process; call 1 has checked the first of each form."""
+    engines = s.among("triton", "cuda", "blocked")
+    table = list(itertools.islice(checks.cases(engines, s.sizes.dims, s.sizes.pairs), 3000))
+    for k in range(0, len(table), 6):
+        about = {"benchmark": "check"}
+        yield s.task("checks:check", table[k : k + 6], about=about, predicted=0.5)
+
+
+CALLS: dict[int, Callable[[Session], list[Phase]]] = {1: first, 2: second}
+
+
+def default_workers() -> int:
+    """All cores but two: for the process that runs the call, and the system."""
+    return max(1, (os.cpu_count() or 2) - 2)

@@ -1,0 +1,99 @@
+"""Rows on disk: a line of JSON each, synced before the run goes on.
+
+Whatever happens to the run, the lines written before stay readable: a line that does not fit on the
+disk is taken back, and signals wait until a line is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def read(file: Path) -> list[Row]:
+    """The rows of a file, none where there is no file; a line that was cut off is left out."""
+    rows = []
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Within the context SIGTERM and SIGINT wait.
+
+    A mask would not do: another thread would take the signal, and this one run its handler.
+    """
+    arrived: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, frame: arrived.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in arrived:
+            signal.raise_signal(number)
+
+
+def append(file: Path, data: bytes) -> None:
+    """Append to a file and sync it; after an OSError the file is as it was."""
+    with signals_held():
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            # an earlier run may have been killed within a line
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                data = b"\n" + data
+            try:
+                while data:
+                    data = data[os.write(descriptor, data) :]
+                os.fsync(descriptor)
+            except OSError:
+                with contextlib.suppress(OSError):  # a device has no size to go back to
+                    os.ftruncate(descriptor, size)
+                raise
+        finally:
+            os.close(descriptor)
+
+
+class Journal:
+    """The rows of a run, in memory and in a file.
+
+    Attributes:
+        rows: of this run; those that the file held before are in ``earlier``.
+        lost: what could not be written, one message each.
+    """
+
+    def __init__(self, file: Path, say: Callable[[str], None]) -> None:
+        self.file, self.say = file, say
+        self.rows: list[Row] = []
+        self.earlier = read(file)
+        self.lost: list[str] = []
+
+    def add(self, row: Row) -> None:
+        """Keep a row; if the disk does not take it, print it."""
+        self.rows.append(row)
+        line = json.dumps(row)
+        if not self.attempt(self.file.name, lambda: append(self.file, (line + "\n").encode())):
+            self.say(line)
+
+    def attempt(self, what: str, write: Callable[[], Any]) -> bool:
+        """Whether ``write`` succeeds; an OSError, such as a full disk, is told and kept."""
+        try:
+            write()
+        except OSError as error:
+            self.lost.append(f"{what} could not be written: {error.strerror or error}")
+            self.say(self.lost[-1])
+            return False
+        return True

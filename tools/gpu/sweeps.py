@@ -1,0 +1,161 @@
+"""The two operators alone against float64: triangles and rectangles, splits, NaN, repeated bits.
+
+The call is InfoNCE's, which the fastest kernels of every backend serve: sums of exp(t/τ) relative
+to a constant shift, and their gradient. Small sizes come first: two rows, one ragged tile, several.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from alphacl_fast import ops
+from alphacl_fast.backend import blocked
+from alphacl_fast.benchmarks import loss as benchmark
+from alphacl_fast.bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight
+
+from . import engines
+from .checks import ARITHMETIC, deterministic, fill_with_nan, same_bits, status
+from .journal import Row
+
+TAU = 0.5
+#: Largest relative error of the sums and of the gradient, by dtype.
+BOUNDS = {"bfloat16": (1e-5, 4e-3), "tf32": (2e-3, 4e-3), "float32": (1e-5, 1e-5)}
+#: Of the worst row, relative to the root mean square of the rows.
+WORST_ROW = 16
+#: Layout → (split, partner, anchors) in halves of the rows.
+LAYOUTS = {
+    "triangle": (0, 0, 2), "triangle without pairs": (0, 1, 2),
+    "rectangle": (1, 0, 2), "rectangle without pairs": (1, 1, 2),
+}  # fmt: skip
+SIZES = (2, 130, 1000, 4130)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One check of both operators.
+
+    Attributes:
+        engine: of `engines.ENGINES`.
+        n, dim: rows and features.
+        dtype: of `BOUNDS`.
+        layout: of `LAYOUTS`.
+        splits: of a schedule; 0: the package's choice.
+        nan: a row is NaN.
+        runs: how often it is computed; every run must give the bits of the first.
+    """
+
+    engine: str
+    n: int
+    dim: int = 128
+    dtype: str = "bfloat16"
+    layout: str = "triangle"
+    splits: int = 0
+    nan: bool = False
+    runs: int = 20
+
+
+def table(engine: str, layout: str, sizes: tuple[int, ...] = SIZES) -> tuple[Sweep, ...]:
+    """The sweeps of a group, which one process checks: every size, split and kind of rows."""
+    found = [
+        Sweep(engine, n, layout=layout, splits=splits)
+        for n, splits in itertools.product(sizes, (0, 1, 2, 3))
+        if n > 2 or not splits
+    ]
+    found += [Sweep(engine, sizes[1], layout=layout, nan=True)]
+    found += [Sweep(engine, sizes[2], dim, layout=layout, runs=3) for dim in (64, 256)]
+    if engine not in ("cuda_hopper", "triton_128"):  # which are for bfloat16 alone
+        found += [
+            Sweep(engine, sizes[1], 20, dtype, layout, nan=nan, runs=3)
+            for dtype, nan in itertools.product(("tf32", "float32"), (False, True))
+        ]
+    return tuple(found)
+
+
+def check(sweep: Sweep, device: str) -> Iterator[Row]:
+    """Check the sums and the gradient against float64, and that runs repeat their bits."""
+    start = time.perf_counter()
+    here = torch.device(device)
+    dtype, precision = ARITHMETIC[sweep.dtype]
+    row = {"benchmark": "sweep", **asdict(sweep)}
+    reason = engines.refusal(sweep.engine, here, dtype, precision, "exp")
+    if reason:
+        yield {**row, "status": "refused", "error": reason}
+        return
+    rows = rows_of(sweep, here)
+    backend = ops.SWEEP_BACKENDS[engines.backend_of(sweep.engine)]
+    with (
+        deterministic(True),  # new memory is NaN
+        benchmark.matmul_precision(sweep.dtype),
+        engines.within(sweep.engine, sweep.dim, dtype) as compiled,
+        engines.splits(sweep.splits),
+    ):
+        ours = compute(backend, rows, sweep, precision or "")
+        again = [compute(backend, rows, sweep, precision or "") for _ in range(sweep.runs - 1)]
+    wide = Rows(*(None if x is None else x.double() for x in rows))
+    truth = compute(blocked, wide, sweep, "")
+    different = sum(not same_bits(ours, other) for other in again)
+    wrong = [f"{different} of {len(again)} further runs gave other bits"] if different else []
+    errors = {}
+    for name, x, exact, bound in zip(("sums", "df"), ours, truth, BOUNDS[sweep.dtype], strict=True):
+        counted = comparable(sweep, len(exact)).to(exact.device)
+        x, exact = x.double()[counted], exact[counted]
+        if not torch.equal(x.isnan(), exact.isnan()):
+            mine, theirs = (int(y.isnan().sum()) for y in (x, exact))
+            wrong.append(f"{mine} elements of {name} are NaN for {theirs}")
+            continue
+        off, size = (x - exact).nan_to_num(), exact.nan_to_num()
+        each = size.norm().clamp(min=1e-30)
+        worst = off.reshape(len(off), -1).norm(dim=1).max() * len(off) ** 0.5 / each
+        errors[name] = float(off.norm() / each), float(worst)
+        if not (errors[name][0] <= bound and errors[name][1] <= WORST_ROW * bound):
+            wrong.append(f"{name}: error {errors[name][0]:.1e}, worst row {errors[name][1]:.1e}")
+    yield {
+        **row, **status("; ".join(wrong)), "errors": errors, "repeatable": not different,
+        "compiled": compiled, "seconds": time.perf_counter() - start,
+    }  # fmt: skip
+
+
+def rows_of(sweep: Sweep, device: torch.device) -> Rows:
+    """Draw the rows: of unit length, or in half precision with the inverse of their length."""
+    dtype, _ = ARITHMETIC[sweep.dtype]
+    generator = torch.Generator(device).manual_seed(sweep.n)
+    (f,) = benchmark.structured_rows(1, sweep.n, sweep.dim, device, torch.float32, generator)
+    unit = dtype == torch.float32
+    f = torch.nn.functional.normalize(f, dim=1) if unit else f.to(dtype)
+    if sweep.nan:
+        fill_with_nan(f[sweep.n // 3])
+    return Rows(f, None if unit else 1 / f.float().norm(dim=1))
+
+
+def comparable(sweep: Sweep, rows: int) -> Tensor:
+    """Which rows are compared: not the partner of a NaN row, whose weight with it is 0 or NaN."""
+    counted = torch.ones(rows, dtype=torch.bool)
+    if sweep.nan and "without" in sweep.layout:
+        counted[(sweep.n // 3 + sweep.n // 2) % sweep.n] = False
+    return counted
+
+
+def compute(backend: ModuleType, rows: Rows, sweep: Sweep, precision: str) -> tuple[Tensor, Tensor]:
+    """(anchors,) sums of exp(t/τ), and (n, D) the gradient Σ_j (g_ij + g_ji)·F_j."""
+    wide = torch.promote_types(rows.f.dtype, torch.float32)
+    split, partner, anchors = (share * sweep.n // 2 for share in LAYOUTS[sweep.layout])
+    pairing = Pairing(split, partner, anchors)
+    ones = torch.ones(anchors, dtype=wide, device=rows.f.device)
+    tau = torch.tensor(TAU, dtype=wide, device=rows.f.device)
+    function = PairFunction("exp", (), tau, (-1 / TAU, 1 / TAU))
+    scalars = RowScalars(0 * ones)
+    shift, sums = backend.row_sums(
+        rows, pairing, function, scalars, (Term.SHIFT, Term.F), precision
+    )
+    scalars = scalars._replace(row_weight=ones / sweep.n, shift=0 * ones)
+    df, _, _ = backend.pair_grad(
+        rows, pairing, function, scalars, Weight.F, (), (0, sweep.n), precision
+    )
+    return sums.double() * shift.double().exp(), df

@@ -1,0 +1,20 @@
+"""What every child would compute again, done once: imported by the server that forks them.
+
+Triton hashes its own files, and the source of each kernel, before it looks into its cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+with contextlib.suppress(ImportError):
+    from triton.runtime.cache import triton_key
+    from triton.runtime.jit import JITFunction
+
+    from alphacl_fast.kernels import rows, sweeps
+
+    triton_key()
+    for module in (rows, sweeps):
+        for found in vars(module).values():
+            if isinstance(found, JITFunction):
+                _ = found.cache_key
