@@ -265,7 +265,7 @@ def unsupported(
 def order(device: torch.device, dtype: torch.dtype) -> list[str]:
     """The sweep backends in the order in which "auto" tries them for a call."""
     first = None
-    if device.type == "cuda" and torch.version.hip is None:
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
         first = FIRST.get((torch.cuda.get_device_capability(device), dtype))
     return sorted(SWEEP_BACKENDS, key=lambda name: name != first)
 

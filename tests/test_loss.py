@@ -344,6 +344,7 @@ def test_repr_names_backend_and_reason():
 def test_which_backend_a_gpu_takes_first(monkeypatch):
     """CUDA where it has wgmma kernels, Triton elsewhere; never one that cannot serve the call."""
     gpu, usable = torch.device("cuda"), {"triton", "cuda", "blocked"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name, module in ops.SWEEP_BACKENDS.items():
         monkeypatch.setattr(
             module, "unsupported", lambda *call, name=name: None if name in usable else "absent"
