@@ -53,8 +53,13 @@ class Products:
         self.in_flight = False
 
     def watched(self, at: int) -> frozenset:
-        """Registers of products that an instruction touches, which a fence must order."""
-        return frozenset() if self.skip[at] else self.touched[at] & self.operands
+        """Registers of products that an instruction touches, which a fence must order.
+
+        Not those of a move: registers of PTX are virtual, and an assembler makes one of both.
+        """
+        if self.skip[at] or self.m.kernel.instructions[at].opcode.startswith("mov."):
+            return frozenset()
+        return self.touched[at] & self.operands
 
     def touch(self, registers: frozenset) -> None:
         for group in self.m.groups:

@@ -66,11 +66,11 @@ def _fma32(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
 
 def _minimum(x, y):
     # −0 counts as smaller than +0
-    return np.where((x == y) & np.signbit(x), x, np.fmin(x, y))
+    return np.where(x == y, np.where(np.signbit(x), x, y), np.fmin(x, y))
 
 
 def _maximum(x, y):
-    return np.where((x == y) & np.signbit(x), y, np.fmax(x, y))
+    return np.where(x == y, np.where(np.signbit(x), y, x), np.fmax(x, y))
 
 
 def _min_nan(x, y):
