@@ -1,7 +1,7 @@
 """`backend="triton"` on CPU tensors, with what Triton compiles for a GPU interpreted.
 
-Triton's own launcher compiles every launch for a device that does not exist. It does so in a process
-without TRITON_INTERPRET alone.
+Triton's own launcher compiles every launch for a device that does not exist. It does so in a
+process without TRITON_INTERPRET alone.
 """
 
 from __future__ import annotations

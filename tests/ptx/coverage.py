@@ -1,0 +1,56 @@
+"""Which instructions of the kernels have been executed, and which may stay out."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+#: Instructions that no case executes, as pairs of a kernel's name and an instruction's text, with
+#: the reason.
+UNREACHED: list[tuple[str, str, str]] = []
+#: Least share of the instructions of the kernels that a short list runs.
+SHORT = 0.5
+
+
+def of_machines(machines: Iterable) -> dict[str, dict]:
+    """Of every kernel: instructions there, executed, and the texts of those that were not."""
+    merged: dict[str, tuple[list, set]] = {}
+    for machine in machines:
+        instructions = machine.kernel.instructions
+        name = machine.kernel.name
+        if name in ("row_sums", "pair_grad") or name.endswith("_kernel"):  # Triton's, by its text
+            name = f"{name}-{abs(hash(machine.kernel.text)) % 10**8}"
+        texts, done = merged.setdefault(name, ({}, set()))
+        for instruction, executed in zip(instructions, machine.coverage(), strict=True):
+            texts[instruction.origin] = instruction.text
+            if executed:
+                done.add(instruction.origin)
+    return {
+        name: {
+            "there": len(texts), "executed": len(done),
+            "missing": Counter(_short(t) for k, t in texts.items() if k not in done),
+        }
+        for name, (texts, done) in merged.items()
+    }  # fmt: skip
+
+
+def _short(text: str) -> str:
+    """An instruction without its registers' numbers."""
+    return re.sub(r"(%[a-z]+)\d+", r"\1", text)[:80]
+
+
+def missing(name: str, found: dict[str, dict], full: bool) -> list[str]:
+    """What should have been executed and was not."""
+    if not full:
+        done, there = (sum(k[x] for k in found.values()) for x in ("executed", "there"))
+        return [] if done >= SHORT * there else [f"{name}: {done} of {there} instructions executed"]
+    bad = []
+    for kernel, row in found.items():
+        left = [
+            text for text in row["missing"]
+            if not any(re.search(k, kernel) and re.search(t, text) for k, t, _ in UNREACHED)
+        ]  # fmt: skip
+        if left:
+            bad.append(f"{name}: {kernel} never executes {len(left)} kinds, such as {left[:3]}")
+    return bad
