@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
+from . import cuda_launch
+
 #: Instructions that no case executes, as pairs of a kernel's name and an instruction's text, with
 #: the reason.
 UNREACHED: list[tuple[str, str, str]] = []
@@ -40,12 +42,21 @@ def _short(text: str) -> str:
     return re.sub(r"(%[a-z]+)\d+", r"\1", text)[:80]
 
 
+def never_launched(name: str, found: dict[str, dict]) -> list[str]:
+    """Kernels of csrc/cuda that no case of a list has launched."""
+    if not name.startswith("cuda"):
+        return []
+    hopper = name == "cuda-90a"
+    known = cuda_launch.kernels(name.removeprefix("cuda-"))
+    return [k for k in known if ("hopper" in k) == hopper and k not in found]
+
+
 def missing(name: str, found: dict[str, dict], full: bool) -> list[str]:
     """What should have been executed and was not."""
     if not full:
         done, there = (sum(k[x] for k in found.values()) for x in ("executed", "there"))
         return [] if done >= SHORT * there else [f"{name}: {done} of {there} instructions executed"]
-    bad = []
+    bad = [f"{name}: {kernel} is never launched" for kernel in never_launched(name, found)]
     for kernel, row in found.items():
         left = [
             text for text in row["missing"]

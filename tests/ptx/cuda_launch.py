@@ -19,7 +19,7 @@ from .parse import entries
 from .runner import Runner, poisoned
 
 _LAUNCH = ctypes.CFUNCTYPE(
-    ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint,
+    ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint,
     ctypes.c_size_t, ctypes.c_void_p,
 )  # fmt: skip
 #: Numbers of `runtime.cpp`'s devices.
@@ -56,8 +56,9 @@ def interpreted(arch: str, runner: Runner) -> Iterator[None]:
                 machine.memory.add(*buffer)
             runner.run(machine, raw, (x, y))
         except Exception as error:  # whatever it is, the library's caller has to see it
-            errors.append(f"{type(error).__name__}: {error}".encode())
-            return errors[-1]
+            text = f"{type(error).__name__}: {error}".encode()
+            errors.append(ctypes.create_string_buffer(text))
+            return ctypes.addressof(errors[-1])
         return None
 
     callback = _LAUNCH(launch)

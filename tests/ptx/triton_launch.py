@@ -30,7 +30,7 @@ class _Device:
         self.target = target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.target.arch  # Triton keeps what it has compiled by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
