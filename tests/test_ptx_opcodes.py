@@ -11,7 +11,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from ptx import opcodes
-from ptx.faults import Unsupported
+from ptx.faults import Fault, Unsupported
 from ptx.floats import BF16, F16, F32, F64, decode, encode, is_nan
 from ptx.machine import Machine
 from ptx.parse import parse
@@ -587,3 +587,305 @@ def test_saturation():
 def test_unknown_opcodes_modifiers_and_operands_are_errors(text):
     with pytest.raises(Unsupported):
         machine(f"{text};", "", 1)
+
+
+# --- memory, lanes and matrices -------------------------------------------------------------------
+
+#: %rd1 and %rd2 are this thread's 16 bytes of p0 and p1, %r1 those of shared memory.
+PLACES = """
+mov.u32 %r0, %tid.x; ld.param.u64 %rd1, [p0]; ld.param.u64 %rd2, [p1];
+mul.wide.u32 %rd3, %r0, 16; add.s64 %rd1, %rd1, %rd3; add.s64 %rd2, %rd2, %rd3;
+mov.u32 %r1, smem; mad.lo.s32 %r1, %r0, 16, %r1;
+"""
+
+
+def words(threads=32, seed=0):
+    """(threads, 4) words for the threads, and an output of the same shape."""
+    generator = np.random.default_rng(seed)
+    given = generator.integers(0, 2**32, (threads, 4), np.uint32)
+    return given, np.zeros_like(given)
+
+
+def through(body, threads=32, shared=4096, given=None):
+    """What a block writes to p1 where p0 holds random words; and those, and the machine."""
+    source, out = words(threads)
+    source = source if given is None else given
+    made = run(PLACES + body, [source, out], {1}, "", threads, shared)
+    return source, out, made
+
+
+LOAD = "ld.global.v4.b32 {%r2,%r3,%r4,%r5}, [%rd1]; "
+KEEP = "st.global.v4.b32 [%rd2], {%r2,%r3,%r4,%r5};"
+TO_SHARED = "st.shared.v4.b32 [%r1], {%r2,%r3,%r4,%r5}; "
+
+
+def test_loads_and_stores():
+    given, out, made = through(LOAD + TO_SHARED + "ld.shared.v2.b64 {%rd4,%rd5}, [%r1]; "
+                               "st.global.v2.b64 [%rd2], {%rd4,%rd5};")  # fmt: skip
+    assert (given == out).all()
+    assert not made.hazards
+    given, out, _ = through(
+        "ld.global.u16 %r2, [%rd1+2]; ld.global.s16 %r3, [%rd1]; ld.global.nc.b32 %r4, [%rd1+4]; "
+        "mov.u32 %r5, 7; " + KEEP
+    )
+    assert (out[:, 0] == given[:, 0] >> 16).all()
+    assert (out[:, 1].view(np.int32) == given[:, 0].astype(np.uint16).view(np.int16)).all()
+    assert (out[:, 2] == given[:, 1]).all()
+
+
+def test_predicates_leave_lanes_alone():
+    given, out, made = through(LOAD + "setp.lt.u32 %p1, %r0, 5; @%p1 mov.u32 %r2, 9; "
+                               "@!%p1 add.s32 %r2, %r2, 1; " + KEEP)  # fmt: skip
+    assert (out[:5, 0] == 9).all()
+    assert (out[5:, 0] == given[5:, 0] + np.uint32(1)).all()
+    assert made.coverage().all()
+
+
+def test_branches_part_and_meet():
+    body = (
+        LOAD
+        + """
+and.b32 %r6, %r0, 3; mov.u32 %r7, 0;
+again: setp.eq.s32 %p1, %r6, 0; @%p1 bra done; add.s32 %r7, %r7, 10; sub.s32 %r6, %r6, 1; bra.uni again;
+done: bar.warp.sync -1; brx.idx %r6, table;
+table: .branchtargets zero, one;
+one: mov.u32 %r7, 1;
+zero: mov.u32 %r2, %r7;
+"""
+    )
+    _, out, made = through(body + KEEP)
+    assert out[:, 0].tolist() == [10 * (k % 4) for k in range(32)]
+    assert not made.coverage().all()
+
+
+def test_shuffles():
+    given, out, _ = through(LOAD + "shfl.sync.bfly.b32 %r2|%p1, %r2, 5, 31, -1; "
+                            "and.b32 %r6, %r0, 7; shfl.sync.idx.b32 %r3, %r3, %r6, 31, -1; "
+                            "elect.sync _|%p2, -1; selp.b32 %r4, 1, 0, %p2; " + KEEP)  # fmt: skip
+    for k in range(32):
+        assert out[k, 0] == given[k ^ 5, 0]
+        assert out[k, 1] == given[k & 7, 1]
+        assert out[k, 2] == (k == 0)
+
+
+def test_addresses():
+    given, out, _ = through("cvta.to.global.u64 %rd4, %rd1; ld.global.v4.b32 {%r2,%r3,%r4,%r5}, "
+                            "[%rd4]; " + KEEP)  # fmt: skip
+    assert (given == out).all()
+
+
+def test_asynchronous_copies():
+    copy = "cp.async.cg.shared.global [%r1], [%rd1], 16, 6; cp.async.ca.shared.global [%r1+512], "
+    body = copy + "[%rd1], 8; cp.async.commit_group; cp.async.wait_group 0; "
+    read = "ld.shared.v2.b32 {%r2,%r3}, [%r1]; ld.shared.v2.b32 {%r4,%r5}, [%r1+512]; "
+    given, out, made = through(body + read + KEEP)
+    assert (out[:, 0] == given[:, 0]).all()
+    assert (out[:, 1] == given[:, 1] & np.uint32(0xFFFF)).all()
+    assert (out[:, 2:] == given[:, :2]).all()
+    assert not made.hazards
+    _, _, made = through(copy + "[%rd1], 8; cp.async.commit_group; " + read + KEEP)
+    assert any("copy under way" in hazard for hazard in made.hazards)
+
+
+def test_barriers_and_fences():
+    other = "xor.b32 %r6, %r0, 32; mov.u32 %r7, smem; mad.lo.s32 %r7, %r6, 16, %r7; "
+    read = other + "ld.shared.v4.b32 {%r2,%r3,%r4,%r5}, [%r7]; "
+    given, out, made = through(
+        LOAD + TO_SHARED + "fence.proxy.async.shared::cta; bar.sync 0; " + read + KEEP, 64
+    )
+    assert (out == np.roll(given, 32, axis=0)).all()
+    assert not made.hazards
+    for barrier in ("", "bar.warp.sync -1; "):
+        _, _, made = through(LOAD + TO_SHARED + barrier + read + KEEP, 64)
+        assert any("race: reads what another warp wrote" in hazard for hazard in made.hazards)
+    for name in ("barrier.sync 1, 64", "barrier.cta.sync.aligned 0", "barrier.sync.aligned 0"):
+        _, _, made = through(LOAD + TO_SHARED + f"{name}; " + read + KEEP, 64)
+        assert not made.hazards
+
+
+def test_a_lane_that_reads_what_another_wrote():
+    other = "xor.b32 %r6, %r0, 1; mov.u32 %r7, smem; mad.lo.s32 %r7, %r6, 16, %r7; "
+    read = other + "ld.shared.v4.b32 {%r2,%r3,%r4,%r5}, [%r7]; " + KEEP
+    _, _, made = through(LOAD + TO_SHARED + read)
+    assert any("race in a warp" in hazard for hazard in made.hazards)
+    _, _, made = through(LOAD + TO_SHARED + "bar.warp.sync -1; " + read)
+    assert not made.hazards
+
+
+FAULTS = {
+    "out of bounds": LOAD + "st.global.b32 [%rd2+16], %r2;",
+    "misaligned": LOAD + "ld.global.v2.b32 {%r2,%r3}, [%rd1+4];",
+    "writes to p0": LOAD + "st.global.b32 [%rd1], %r2;",
+    "shared memory out of bounds": "ld.shared.b32 %r2, [%r1+4096];",
+    "executed by 16 lanes only": LOAD + "setp.lt.u32 %p1, %r0, 16; @%p1 shfl.sync.bfly.b32 "
+    "%r2|%p2, %r2, 1, 31, -1;",
+    "deadlock": LOAD + "setp.lt.u32 %p1, %r0, 16; @%p1 bra over; shfl.sync.bfly.b32 %r2|%p2, %r2, "
+    "1, 31, -1; bra.uni over; over: bar.warp.sync -1;",
+    "lanes have left": LOAD + "setp.lt.u32 %p1, %r0, 16; @%p1 ret; shfl.sync.bfly.b32 %r2|%p2, "
+    "%r2, 1, 31, -1;",
+    "does not come to an end": "again: bra.uni again;",
+}
+
+
+@pytest.mark.parametrize("text", FAULTS)
+def test_faults(text, monkeypatch):
+    monkeypatch.setattr("ptx.machine.MOST_TURNS", 100)
+    body = FAULTS[text] + (KEEP if "KEEP" in text else "")
+    with pytest.raises(Fault, match=text):
+        through(body)
+
+
+def test_hazards_of_shared_memory():
+    _, _, made = through("ld.shared.b32 %r2, [%r1];")
+    assert any("nobody wrote" in hazard for hazard in made.hazards)
+    _, _, made = through(LOAD + "mov.u32 %r7, smem; st.shared.b32 [%r7], %r2;")
+    assert any("different values to one place" in hazard for hazard in made.hazards)
+
+
+MBARRIER = """
+mov.u32 %r8, smem; setp.eq.s32 %p3, %r0, 0; add.s32 %r8, %r8, 2048;
+@%p3 mbarrier.init.shared::cta.b64 [%r8], 32; @%p3 fence.mbarrier_init.release.cluster;
+bar.sync 0; setp.lt.u32 %p4, %r0, 32; @%p4 bra wait;
+"""
+
+
+def test_mbarriers():
+    """Warp 1 waits for warp 0 to arrive, and then reads what that has written."""
+    body = (
+        LOAD
+        + "setp.lt.u32 %p4, %r0, 32; "
+        + MBARRIER.replace("wait;", "write;")
+        + """
+{ .reg .pred done; waiting: mbarrier.try_wait.parity.shared::cta.b64 done, [%r8], 0;
+@!done bra waiting; }
+sub.s32 %r1, %r1, 512; ld.shared.v4.b32 {%r2,%r3,%r4,%r5}, [%r1]; bra.uni end;
+write: st.shared.v4.b32 [%r1], {%r2,%r3,%r4,%r5};
+mbarrier.arrive.shared::cta.b64 _, [%r8];
+end:
+"""
+    )
+    given, out, made = through(body + KEEP, 64)
+    assert (out[32:] == given[:32]).all()
+    assert not made.hazards
+    _, _, made = through(body.replace("@!done bra waiting;", "") + KEEP, 64)
+    assert any("race" in hazard for hazard in made.hazards)
+    with pytest.raises(Fault, match="deadlock"):
+        through(body.replace("mbarrier.arrive.shared::cta.b64 _, [%r8];", "") + KEEP, 64)
+
+
+def halves(array):
+    """bfloat16 numbers of 16 bits as float64."""
+    return (array.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
+
+
+def small_bf16(shape, seed=0):
+    """Random bits of small whole numbers."""
+    numbers = np.random.default_rng(seed).integers(-4, 5, shape).astype(np.float32)
+    return (numbers.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_ldmatrix_and_stmatrix(transposed):
+    """Lane 4g + t has elements 2t and 2t + 1 of row g of every matrix."""
+    trans = ".trans" if transposed else ""
+    body = LOAD + TO_SHARED + "bar.warp.sync -1; ldmatrix.sync.aligned.m8n8.x4" + trans
+    given, out, made = through(body + ".shared.b16 {%r2,%r3,%r4,%r5}, [%r1]; " + KEEP)
+    matrices = given.view(np.uint16).reshape(4, 8, 8)
+    for q, lane, e in itertools.product(range(4), range(32), range(2)):
+        row, column = lane // 4, 2 * (lane % 4) + e
+        wanted = matrices[q][column][row] if transposed else matrices[q][row][column]
+        assert out[lane].view(np.uint16)[2 * q + e] == wanted
+    assert not made.hazards
+    store = "stmatrix.sync.aligned.m8n8.x4" + trans + ".shared.b16 [%r1], {%r2,%r3,%r4,%r5}; "
+    load = "ldmatrix.sync.aligned.m8n8.x4" + trans + ".shared.b16 {%r2,%r3,%r4,%r5}, [%r1]; "
+    given, out, made = through(LOAD + store + "bar.warp.sync -1; " + load + KEEP)
+    assert (given == out).all()
+    assert not made.hazards
+
+
+def fragment(matrix, lane, register, e, rows):
+    """Element e of a register of operand A: rows g (+ 8), then columns further to the right."""
+    row = lane // 4 + 8 * (register % rows)
+    return matrix[row][2 * (lane % 4) + e + 8 * (register // rows)]
+
+
+def test_mma_bf16():
+    a, b = halves(small_bf16((16, 16), 1)), halves(small_bf16((8, 16), 2))
+    bits = [small_bf16((16, 16), 1), small_bf16((8, 16), 2)]
+    left = np.array([[[fragment(bits[0], lane, r, e, 2) for e in (0, 1)] for r in range(4)]
+                     for lane in range(32)], np.uint16)  # fmt: skip
+    right = np.array([[[bits[1][lane // 4][2 * (lane % 4) + e + 8 * r] for e in (0, 1)]
+                       for r in range(2)] for lane in range(32)], np.uint16)  # fmt: skip
+    out = np.zeros((32, 4), np.float32)
+    body = (
+        PLACES
+        + LOAD
+        + """
+ld.param.u64 %rd5, [p2]; mul.wide.u32 %rd6, %r0, 8; add.s64 %rd5, %rd5, %rd6;
+ld.global.v2.b32 {%r6,%r7}, [%rd5]; mov.b32 %r10, 0f3F800000;
+mov.b32 %r11, %r10; mov.b32 %r12, %r10; mov.b32 %r13, %r10;
+mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
+{%r2,%r3,%r4,%r5}, {%r2,%r3,%r4,%r5}, {%r6,%r7},
+{%r10,%r11,%r12,%r13};
+"""
+        + KEEP
+    )
+    run(body, [np.ascontiguousarray(left).view(np.uint32), out, np.ascontiguousarray(right)], {1})
+    product = 1 + a @ b.T
+    for lane, register in itertools.product(range(32), range(4)):
+        row, column = lane // 4 + 8 * (register // 2), 2 * (lane % 4) + register % 2
+        assert out[lane][register] == product[row][column]
+
+
+WGMMA = """
+and.b32 %r20, %r0, 31; mov.b32 %r30, 0; mov.b32 %r31, 0; mov.b32 %r32, 0; mov.b32 %r33, 0;
+mov.u32 %r9, smem; shr.u32 %r9, %r9, 4; cvt.u64.u32 %rd7, %r9; DESCRIPTOR
+fence.proxy.async.shared::cta; bar.sync 0;
+wgmma.fence.sync.aligned;
+wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16
+{%r30,%r31,%r32,%r33}, %rd8, %rd9, 0, 1, 1, 0, 0;
+wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;
+st.global.v4.b32 [%rd2], {%r30,%r31,%r32,%r33};
+"""
+
+
+def test_wgmma_without_swizzle():
+    """A (64, 16) and B (8, 16) in shared memory: blocks of 8 × 8 of 128 bytes each."""
+    a, b = small_bf16((64, 16), 1), small_bf16((8, 16), 2)
+    blocks = [m.reshape(-1, 8, 2, 8).transpose(0, 2, 1, 3).ravel() for m in (a, b)]
+    image = np.concatenate([*blocks, np.zeros(1024 - 576 + 512, np.uint16)])[:1024]
+    given = np.ascontiguousarray(image).view(np.uint32).reshape(128, 4)
+    fields = 128 >> 4 << 16 | 256 >> 4 << 32  # to the next block along K, and along M or N
+    descriptor = f"or.b64 %rd8, %rd7, {fields}; add.s64 %rd9, %rd8, {2048 >> 4};"
+    body = LOAD + TO_SHARED + WGMMA.replace("DESCRIPTOR", descriptor)
+    _, out, made = through(body, 128, 4096, given)
+    product = halves(a) @ halves(b).T
+    values = out.view(np.float32)
+    for thread, e in itertools.product(range(128), range(4)):
+        row = 16 * (thread // 32) + thread % 32 // 4 + 8 * (e // 2)
+        assert values[thread][e] == product[row][2 * (thread % 4) + e % 2]
+    assert not made.hazards
+    for removed, hazard in (
+        ("fence.proxy.async.shared::cta; ", "no fence.proxy.async"),
+        ("wgmma.wait_group.sync.aligned 0;", "touches accumulators of a wgmma under way"),
+        ("wgmma.commit_group.sync.aligned; ", "touches accumulators of a wgmma under way"),
+    ):
+        _, _, made = through(body.replace(removed, ""), 128, 4096, given)
+        assert any(hazard in text for text in made.hazards), removed
+
+
+def test_registers_of_a_warpgroup():
+    through("setmaxnreg.inc.sync.aligned.u32 240; setmaxnreg.dec.sync.aligned.u32 24;", 128)
+    with pytest.raises(Unsupported):
+        through("setmaxnreg.inc.sync.aligned.u32 250;", 128)
+
+
+def test_every_opcode_is_met():
+    """But those of kernels alone: tensor copies need a tensor map, which test_ptx.py runs."""
+    for body in ("exit;", "add.rn.f32 %r1, %r2, %r3; not.b16 %h1, %h2;"):
+        machine(body, "", 1)
+    with_a_map = {
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes",
+        "mbarrier.arrive.expect_tx.shared::cta.b64",
+    }
+    assert {*opcodes.TABLE} - met == with_a_map
