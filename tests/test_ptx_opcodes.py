@@ -576,7 +576,8 @@ def test_saturation():
         "frobnicate.b32 %r1, %r2", "add.sat.s32 %r1, %r2, %r3", "add.cc.s32 %r1, %r2, %r3",
         "mul.lo.f32 %r1, %r2, %r3", "setp.lt.b32 %p1, %r1, %r2",
         "setp.lt.and.s32 %p1, %r1, %r2, %p2", "ld.local.b32 %r1, [%rd1]",
-        "ld.global.volatile.b32 %r1, [%rd1]", "cvt.rn.satfinite.bf16.f32 %h1, %r1", "fma.f64.rn %fd1, %fd1, %fd2, %fd3", "add.rz.f64 %fd1, %fd1, %fd2",
+        "ld.global.volatile.b32 %r1, [%rd1]", "cvt.rn.satfinite.bf16.f32 %h1, %r1",
+        "fma.f64.rn %fd1, %fd1, %fd2, %fd3", "add.rz.f64 %fd1, %fd1, %fd2",
         "add.s32 %r1, %rd1, %r2", "shfl.sync.up.b32 %r1|%p1, %r2, 1, 0, -1",
         "mma.sync.aligned.m16n8k16.row.row.f32.bf16.bf16.f32 {%r1,%r2,%r3,%r4}, {%r5,%r6,%r7,%r8}, "
         "{%r9,%r10}, {%r1,%r2,%r3,%r4}", "cp.async.cg.shared.global [%r1], [%rd1], 8",
@@ -646,7 +647,8 @@ def test_branches_part_and_meet():
         LOAD
         + """
 and.b32 %r6, %r0, 3; mov.u32 %r7, 0;
-again: setp.eq.s32 %p1, %r6, 0; @%p1 bra done; add.s32 %r7, %r7, 10; sub.s32 %r6, %r6, 1; bra.uni again;
+again: setp.eq.s32 %p1, %r6, 0; @%p1 bra done;
+add.s32 %r7, %r7, 10; sub.s32 %r6, %r6, 1; bra.uni again;
 done: bar.warp.sync -1; brx.idx %r6, table;
 table: .branchtargets zero, one;
 one: mov.u32 %r7, 1;
@@ -853,16 +855,16 @@ def test_wgmma_without_swizzle():
     """A (64, 16) and B (8, 16) in shared memory: blocks of 8 × 8 of 128 bytes each."""
     a, b = small_bf16((64, 16), 1), small_bf16((8, 16), 2)
     blocks = [m.reshape(-1, 8, 2, 8).transpose(0, 2, 1, 3).ravel() for m in (a, b)]
-    image = np.concatenate([*blocks, np.zeros(1024 - 576 + 512, np.uint16)])[:1024]
-    given = np.ascontiguousarray(image).view(np.uint32).reshape(128, 4)
+    image = np.concatenate([*blocks, np.zeros(2048 - 1152, np.uint16)])
+    given = image.view(np.uint32).reshape(256, 4)
     fields = 128 >> 4 << 16 | 256 >> 4 << 32  # to the next block along K, and along M or N
     descriptor = f"or.b64 %rd8, %rd7, {fields}; add.s64 %rd9, %rd8, {2048 >> 4};"
     body = LOAD + TO_SHARED + WGMMA.replace("DESCRIPTOR", descriptor)
-    _, out, made = through(body, 128, 4096, given)
+    _, out, made = through(body, 256, 4096, given)  # two warpgroups compute the same
     product = halves(a) @ halves(b).T
     values = out.view(np.float32)
-    for thread, e in itertools.product(range(128), range(4)):
-        row = 16 * (thread // 32) + thread % 32 // 4 + 8 * (e // 2)
+    for thread, e in itertools.product(range(256), range(4)):
+        row = 16 * (thread // 32 % 4) + thread % 32 // 4 + 8 * (e // 2)
         assert values[thread][e] == product[row][2 * (thread % 4) + e % 2]
     assert not made.hazards
     for removed, hazard in (
@@ -870,7 +872,7 @@ def test_wgmma_without_swizzle():
         ("wgmma.wait_group.sync.aligned 0;", "touches accumulators of a wgmma under way"),
         ("wgmma.commit_group.sync.aligned; ", "touches accumulators of a wgmma under way"),
     ):
-        _, _, made = through(body.replace(removed, ""), 128, 4096, given)
+        _, _, made = through(body.replace(removed, ""), 256, 4096, given)
         assert any(hazard in text for text in made.hazards), removed
 
 

@@ -20,8 +20,8 @@ from .memory import Global, Shared
 from .opcodes import DTYPES, TABLE, WARP, WARPGROUP, Control, Modifiers
 from .parse import Immediate, Instruction, Kernel, Register, Special, Symbol
 
-#: Groups of threads that a block may run one after the other before it is said to loop for ever.
-MOST_TURNS = 200_000
+#: Branches and waits that a block may come to before it is said to loop for ever.
+MOST_TURNS = 1_000_000
 MOST_HAZARDS = 20
 
 
@@ -213,17 +213,13 @@ class Machine:
         self.special["%nctaid.z"][:] = 1
         for register in self.registers.values():
             register.view(np.uint8)[:] = 0 if register.dtype == bool else 0xFF
-        self.pc = np.zeros(self.threads, np.int64)
+        self.pc, self.turns = np.zeros(self.threads, np.int64), 0
         self.exited = np.zeros(self.threads, bool)
         for part in (self.clocks, self.shared, self.async_state, self.products, self.barriers):
             part.reset()
         with np.errstate(all="ignore"):
-            for _ in range(MOST_TURNS):
-                if self.exited.all():
-                    break
+            while not self.exited.all():
                 self._turn()
-            else:
-                raise Fault("the block does not come to an end")
         self.async_state.finish()
         self.products.finish()
 
@@ -285,6 +281,9 @@ class Machine:
         warps, stops = len(self.active_warps()), self.stops[level]
         first = True
         while True:
+            self.turns += 1
+            if self.turns > MOST_TURNS:
+                raise Fault("the block does not come to an end")
             stop = stops[at]
             nearest = bisect.bisect_left(others, at if not first else at + 1)
             if nearest < len(others) and others[nearest] < stop:

@@ -185,7 +185,8 @@ class _Reader:
             if instruction.opcode.startswith("bra"):
                 instruction.target = self._label(instruction.operands[0])
             elif instruction.opcode == "brx.idx":
-                names = self.tables[instruction.operands[1]]
+                table = next(x for x in instruction.operands[1] if x in self.tables)
+                names = self.tables[table]
                 instruction.targets = tuple(map(self._label, names))
         return self.instructions
 
@@ -264,8 +265,7 @@ class _Reader:
         if opcode.startswith("bra"):
             operands = (self._scoped(rest.strip()),)
         elif opcode == "brx.idx":
-            table = next(x for x in self._scoped(split(rest)[1]) if x in self.tables)
-            operands = (operands[0], table)
+            operands = (operands[0], self._scoped(split(rest)[1]))
         elif re.match(r"(ld|st)\.param\.", opcode) and self._is_local(operands):
             opcode, operands = _move(opcode, operands)
         number = self.origins.setdefault(origin, len(self.origins))
