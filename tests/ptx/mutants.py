@@ -15,7 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-os.environ.pop("TRITON_INTERPRET", None)
+if __name__ == "__main__":  # the imports below read it
+    os.environ.pop("TRITON_INTERPRET", None)
 for _folder in (Path(__file__).parents[2], Path(__file__).parents[1]):
     if str(_folder) not in sys.path:
         sys.path.insert(0, str(_folder))

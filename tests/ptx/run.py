@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-os.environ.pop("TRITON_INTERPRET", None)  # kernels are compiled here
+if __name__ == "__main__":  # the imports below read it
+    os.environ.pop("TRITON_INTERPRET", None)
 for folder in (Path(__file__).parents[2], Path(__file__).parents[1]):
     sys.path.insert(0, str(folder))
 
