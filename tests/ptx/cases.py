@@ -7,7 +7,6 @@ instruction of the kernels but those that `UNREACHED` accounts for.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -157,12 +156,14 @@ def _hopper() -> list[Case]:
         ]
     ]  # fmt: skip
     # the last of two tiles is nearly full: almost every column of a masked tile counts
-    for objective, dim, learn in itertools.product(
-        ("infonce", "alpha_direct", "alpha_entropy"), (64, 128, 256), (False, True)
-    ):
-        setting = {"learn_tau": learn, "similarity": "cosine" if learn else "dot"}
-        one = replace(case, pairs=126, dim=dim, objective=objective, setting=setting)
-        many.append(one if learn else replace(one, tau=8.0))
+    for dim in (64, 128, 256):
+        one = replace(case, pairs=126, dim=dim)
+        dot = {"learn_tau": False, "similarity": "dot"}
+        many += [one, replace(one, tau=8.0, setting=dot)]
+        many += [
+            replace(one, objective="alpha_direct", options=options)
+            for options in ({}, {"normalized": False})
+        ]
     return [replace(c, short=True) for c in short] + many + [replace(case, nan_row=3)]
 
 
