@@ -158,12 +158,8 @@ def _hopper() -> list[Case]:
     # the last of two tiles is nearly full: almost every column of a masked tile counts
     for dim in (64, 128, 256):
         one = replace(case, pairs=126, dim=dim)
-        dot = {"learn_tau": False, "similarity": "dot"}
-        many += [one, replace(one, tau=8.0, setting=dot)]
-        many += [
-            replace(one, objective="alpha_direct", options=options)
-            for options in ({}, {"normalized": False})
-        ]
+        many += [one, replace(one, setting={"learn_tau": False})]
+        many += [replace(one, objective="alpha_direct")]
     return [replace(c, short=True) for c in short] + many + [replace(case, nan_row=3)]
 
 

@@ -12,10 +12,14 @@ from . import cuda_launch
 #: their names. The general kernels of csrc/cuda hold every pair kind in every form, with and
 #: without symmetric tiles: many of these no objective asks for, and some only of another dtype.
 LEAST = (
-    ("hopper", 0.985), ("FastPairGrad", 0.95), ("FastRowSums", 0.85), ("PairGrad", 0.7),
+    ("hopper", 0.97), ("FastPairGrad", 0.95), ("FastRowSums", 0.85), ("PairGrad", 0.7),
     ("RowSums", 0.3), ("UnitRows|FinishRows", 0.85), ("", 0.9),
 )  # fmt: skip
-#: The same of all kernels that a short list runs.
+#: Kernels that no call launches, with the reason.
+UNREACHED = (
+    (r"hopper7RowSumsILi\d+ELb0ELb0", "every objective of a power of d wants the moment too"),
+)
+#: Least share of the instructions of all kernels that a short list runs.
 SHORT = 0.3
 
 
@@ -52,7 +56,8 @@ def never_launched(name: str, found: dict[str, dict]) -> list[str]:
         return []
     hopper = name == "cuda-90a"
     known = cuda_launch.kernels(name.removeprefix("cuda-"))
-    return [k for k in known if ("hopper" in k) == hopper and k not in found]
+    left = [k for k in known if ("hopper" in k) == hopper and k not in found]
+    return [k for k in left if not any(re.search(pattern, k) for pattern, _ in UNREACHED)]
 
 
 def missing(name: str, found: dict[str, dict], full: bool) -> list[str]:
@@ -63,6 +68,8 @@ def missing(name: str, found: dict[str, dict], full: bool) -> list[str]:
     bad = [f"{name}: {kernel} is never launched" for kernel in never_launched(name, found)]
     shares: dict[str, list[int]] = {}
     for kernel, row in found.items():
+        if name == "cuda-90a" and "hopper" not in kernel:
+            continue  # cuda-80 has the cases for it
         family = next(pattern for pattern, _ in LEAST if re.search(pattern, kernel))
         share = shares.setdefault(family, [0, 0])
         share[0] += row["executed"]
