@@ -141,11 +141,12 @@ def _hopper() -> list[Case]:
     short = [
         case, replace(case, dim=104, processors=40, setting={"negatives": "cross_view"}),
         replace(case, dim=200, objective="alpha_direct"),
+        replace(case, pairs=330, dim=128, processors=4),  # more tiles than stages
     ]  # fmt: skip
     many = [
         replace(case, pairs=n, dim=d, objective=o, processors=p, setting=s)
         for n, d, o, p, s in [
-            (150, 128, "infonce", 6, {}), (330, 64, "infonce", 4, {}), (330, 128, "infonce", 4, {}),
+            (150, 128, "infonce", 6, {}), (330, 64, "infonce", 4, {}),
             (330, 256, "infonce", 4, {}), (330, 256, "alpha_direct", 4, {}),
             (330, 128, "alpha_direct", 4, {}), (330, 64, "alpha_direct", 4, {}),
             (150, 256, "alpha_entropy", 40, {}), (65, 24, "alpha_entropy", 40, {}),
@@ -212,11 +213,15 @@ def triton_cases(arch: str) -> list[Case]:
         replace(case, pairs=40, dtype=FP16, setting=_SIDES[1]),
         replace(case, pairs=40, dtype=FP32, precision="ieee"),
         replace(case, pairs=40, dim=40, dtype=FP64),
+        replace(case, pairs=70, dim=256), replace(case, pairs=66, dim=512, setting=_SIDES[2]),
+        replace(case, tau=0.01), replace(case, pairs=40, objective="triplet"),
+        replace(case, pairs=40, objective="alpha_square", setting=_SIDES[1]),
+        replace(case, pairs=40, dtype=FP32, precision="bf16x3"), replace(case, nan_row=3),
     ]  # fmt: skip
     more = [
         replace(case, pairs=n, dim=d, dtype=t, precision=p, setting=s)
         for n, d, t, p, s in [
-            (200, 64, BF16, None, {}), (100, 128, BF16, None, {}), (70, 256, BF16, None, {}),
+            (200, 64, BF16, None, {}), (100, 128, BF16, None, {}),
             (66, 512, BF16, None, {}), (97, 128, BF16, None, _SIDES[1]),
             (97, 128, BF16, None, _SIDES[2]), (130, 128, BF16, None, _ONE_SIDED),
             (64, 64, BF16, None, {}), (2, 64, BF16, None, {}), (65, 128, FP32, "ieee", {}),
@@ -226,7 +231,7 @@ def triton_cases(arch: str) -> list[Case]:
         ]
     ]  # fmt: skip
     more += [replace(case, pairs=70, objective=o, options=k) for o, k in BUILT_IN]
-    more += [replace(case, tau=0.01), replace(case, setting={"similarity": "dot"}, tau=8.0)]
+    more += [replace(case, setting={"similarity": "dot"}, tau=8.0)]
     more += [replace(case, setting={"similarity": "euclidean"}, tau=8.0)]
-    more += [replace(case, nan_row=3), replace(case, dtype=FP32, precision="ieee", nan_row=3)]
+    more += [replace(case, dtype=FP32, precision="ieee", nan_row=3)]
     return [replace(c, short=True) for c in short] + more
