@@ -196,6 +196,10 @@ def _ampere() -> list[Case]:
         replace(case, nan_row=3),
         replace(case, dim=16, pairs=40, nan_row=3, fails="a warp shuffle under divergence"),
         replace(
+            case, dtype=FP32, precision="ieee", dim=16, pairs=40, nan_row=3,
+            fails="a warp shuffle under divergence",
+        ),
+        replace(
             case, dtype=FP32, precision="tf32", pairs=40, nan_row=3,
             fails="rounding to TF32 makes -0 of the GPU's NaN",
         ),

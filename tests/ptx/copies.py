@@ -91,13 +91,8 @@ class Copies:
         shared = self.m.shared
         data = np.zeros((len(copy.at), copy.size), np.uint8)
         for count in np.unique(copy.count).tolist():
-            if count:
-                lanes = copy.count == count
-                each = count & -count  # the largest power of two that divides it
-                values = self.m.memory.load(copy.source[lanes], each, 1) if (
-                    count == each and each <= 8
-                ) else self._bytes(copy.source[lanes], count)  # fmt: skip
-                data[lanes, :count] = np.ascontiguousarray(values).view(np.uint8)
+            lanes = copy.count == count
+            data[lanes, :count] = self._bytes(copy.source[lanes], count)
         granules = shared.granules(copy.at, copy.size)
         shared.await_copy(granules, -1)
         shared.view[2][granules] = data.view(np.uint16)
@@ -105,14 +100,13 @@ class Copies:
         shared.unfenced[granules] = -1  # compilers fence what st.shared wrote, not this
 
     def _bytes(self, source: np.ndarray, count: int) -> np.ndarray:
-        if count % 4 == 0:
-            return np.concatenate(
-                [self.m.memory.load(source + np.uint64(k), 4, 1) for k in range(0, count, 4)],
-                axis=1,
-            )
-        return np.concatenate(
-            [self.m.memory.load(source + np.uint64(k), 2, 1) for k in range(0, count, 2)], axis=1
-        )
+        """(lanes, count) bytes of global memory."""
+        each = min(count & -count, 8)  # the largest power of two that divides the count
+        parts = [
+            self.m.memory.load(source + np.uint64(k), each, 1) for k in range(0, count, each or 1)
+        ]
+        words = np.concatenate(parts, axis=1) if parts else np.zeros((len(source), 0), np.uint8)
+        return np.ascontiguousarray(words).view(np.uint8)
 
     # --- tensor copies ---
 

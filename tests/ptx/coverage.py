@@ -64,7 +64,11 @@ def missing(name: str, found: dict[str, dict], full: bool) -> list[str]:
     """What should have been executed and was not."""
     if not full:
         done, there = (sum(k[x] for k in found.values()) for x in ("executed", "there"))
-        return [] if done >= SHORT[name] * there else [f"{name}: {done} of {there} instructions executed"]
+        return (
+            []
+            if done >= SHORT[name] * there
+            else [f"{name}: {done} of {there} instructions executed"]
+        )
     bad = [f"{name}: {kernel} is never launched" for kernel in never_launched(name, found)]
     shares: dict[str, list[int]] = {}
     for kernel, row in found.items():
