@@ -183,7 +183,7 @@ def _ampere() -> list[Case]:
             ]
             similarities = ("dot", "euclidean")
             cases += [replace(one, setting={"similarity": s}, tau=8.0) for s in similarities]
-    for dim in (64, 128, 256):
+    for dim in (64, 128, 256, 264):
         cases += [replace(case, dim=dim, symmetric=False, setting=s) for s in _SIDES]
     cases += [replace(case, nan_row=3), replace(case, dtype=FP16, nan_row=3)]
     cases += [replace(case, dtype=FP32, precision="ieee", nan_row=3)]
