@@ -84,7 +84,7 @@ def _buffers(kernel: str, raw: bytes) -> Iterator[tuple[int, int, str, bool]]:
     if "UnitRows" in kernel or "FinishRows" in kernel:
         struct = cuda._PairRows.from_buffer_copy(raw)
         names, narrow = cuda._ROW_BUFFERS, ("z1", "z2", "f")
-        written = ("f", "inv_norm", "pos") if "UnitRows" in kernel else ("d",)
+        written = ("f", "scale", "inv_norm", "pos") if "UnitRows" in kernel else ("d",)
     else:
         struct = cuda._SweepStruct.from_buffer_copy(raw)
         names, narrow, written = cuda._INPUTS + cuda._OUTPUTS, ("f",), cuda._OUTPUTS
