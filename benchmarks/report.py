@@ -62,7 +62,7 @@ FORMATS = {
 
 def one_line(row: Row) -> str:
     """Format a row for the terminal."""
-    who = row.get("contestant") or row.get("engine") or row.get("phase")
+    who = next(filter(None, map(row.get, ("contestant", "engine", "backend", "phase"))), "")
     what = [row["benchmark"] if row["benchmark"] != "loss+gradient" else "", who]
     what += [row.get(name) for name in ("objective", "dtype", "negatives", "layout", "checker")]
     named = ["n", "dim"]
@@ -70,7 +70,7 @@ def one_line(row: Row) -> str:
         named += ["options", "similarity", "symmetric", "reduction", "tau"]
     what += [f"{name}={row[name]}" for name in named if name in row]
     what += [f"splits={row['splits']}"] if row.get("splits") else []
-    what += [name for name in ("learn_tau", "nan", "again") if row.get(name)]
+    what += [name for name in ("learn_tau", "nan") if row.get(name)]
     status = row.get("status", "")
     facts = [] if status == "ok" else [f"{status.upper()} {row.get('error') or ''}".strip()[:300]]
     facts += [form.format(row[name]) for name, form in FORMATS.items() if row.get(name) is not None]

@@ -197,8 +197,8 @@ print(alphacl_fast.FusedAlphaCLLoss("alpha_square")(torch.eye(4), torch.eye(4)).
 
 #: A module imports modules of the lines above its own, and none of its own line.
 LAYERS = """
-_version bundles subprocess_pool graph backend.precision kernels.config kernels.sweeps
-objectives
+_version bundles journal graph backend.precision kernels.config kernels.sweeps
+objectives subprocess_pool
 call cpp_printer backend.forms backend.reference kernels.trace
 backend.blocked backend.cpu backend.gpu kernels.rows
 backend.cuda backend.triton
@@ -216,6 +216,7 @@ WINGS = {
     "alphacl_fast.benchmarks": {"accuracy", "functional", "objectives", "ops", "backend.cpu"},
     "tools": {
         "accuracy",
+        "journal",
         "subprocess_pool",
         "bundles",
         "cpp_printer",

@@ -24,11 +24,11 @@ from pathlib import Path
 import torch
 
 from alphacl_fast.benchmarks.report import one_line
+from alphacl_fast.journal import Journal, Row, read
+from alphacl_fast.subprocess_pool import Lane, Pool
 
 from . import BEGIN, ahead, calls, schedule, summary
 from .calls import CALLS, SECONDS, Session
-from .journal import Journal, Row, read
-from .pool import Lane, Pool
 
 #: Seconds that plots may take; they can be drawn later with --plots.
 PLOTTING = 5
@@ -92,7 +92,7 @@ class Run:
             read(given / "rows.jsonl"), self.journal.attempt,
         )  # fmt: skip
         self.take_over(given / "cache.tar.gz")
-        self.pool = Pool(str(args.out / "children.log"))
+        self.pool = Pool(str(args.out / "children.log"), preload="tools.gpu.warm")
 
     def take_over(self, archive: Path) -> None:
         """Use the kernels that an earlier call compiled."""

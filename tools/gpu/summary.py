@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from alphacl_fast.benchmarks.report import figure, one_line
+from alphacl_fast.journal import Row, read
 
 from .engines import ENGINES
-from .journal import Row, read
 
 BAD = ("failed", "error", "crashed", "timeout", "wrong")
 #: Benchmarks whose rows tell of candidates that nothing uses.
@@ -38,7 +38,7 @@ GOALS: list[tuple[str, Row, str, float]] = [
 
 def failure(row: Row) -> bool:
     """Whether one of this package's engines failed; baselines and trials do not count."""
-    who = row.get("engine", row.get("contestant"))
+    who = row.get("contestant")  # only times have baselines beside ours
     ours = who is None or who in ENGINES
     return row.get("status") in BAD and row["benchmark"] not in TRIALS and ours
 

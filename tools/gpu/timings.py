@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 from alphacl_fast import ops
+from alphacl_fast.accuracy import status
 from alphacl_fast.backend import cuda
 from alphacl_fast.benchmarks import loss as benchmark
 from alphacl_fast.benchmarks.loss import Effort, Setting, gradient, scaled_gradient
+from alphacl_fast.journal import Row
 from alphacl_fast.kernels import config
 
 from . import engines
-from .checks import status
-from .journal import Row
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Timing:
     def backend(self) -> str:
         return engines.backend_of(self.contestant)
 
-    def within(self) -> contextlib.AbstractContextManager[list[str]]:
+    def within(self) -> contextlib.AbstractContextManager[Any]:
         return engines.within(self.contestant, self.dim, self.setting.torch_dtype)
 
 
@@ -77,7 +77,7 @@ def identify(item: Row, device: str) -> Iterator[Row]:
         }  # fmt: skip
     names = ["cpu", "blocked"] if here.type == "cpu" else list(engines.ENGINES)
     refused = {
-        name: engines.refusal(name, here, torch.bfloat16, None, "exp")
+        name: ops.unsupported(engines.backend_of(name), here, torch.bfloat16, None, "exp")
         for name in names
         if engines.backend_of(name) in ops.SWEEP_BACKENDS
     }
@@ -202,7 +202,9 @@ def measure(timing: Timing, device: str, effort: Effort, graph: bool = True) -> 
         graph: whether the other rows are wanted.
     """
     here, setting, name = torch.device(device), timing.setting, timing.contestant
-    with timing.within() as compiled:
+    compiled: list[str] = []
+    listening = engines.heard(compiled) if timing.backend == "triton" else contextlib.nullcontext()
+    with timing.within(), listening:
         (row,) = benchmark.run(setting, [timing.backend], here, effort)
         yield {**row, "contestant": name, "compiled": compiled}
         if not graph or row["status"] != "ok" or name not in engines.ENGINES:

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from alphacl_fast import tune
 from alphacl_fast.functional import alpha_cl_loss
+from alphacl_fast.journal import Row
 from alphacl_fast.kernels import config
 from alphacl_fast.kernels.config import Tile
-
-from .journal import Row
 
 #: Largest relative difference from the numbers of the default tile.
 AGREEMENT = 0.02

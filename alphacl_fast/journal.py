@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -27,23 +28,38 @@ def read(file: Path) -> list[Row]:
 
 
 @contextlib.contextmanager
+def handled(handler: Any, *numbers: int) -> Iterator[None]:
+    """Within the context signals are handled so."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+@contextlib.contextmanager
 def signals_held() -> Iterator[None]:
     """Within the context SIGTERM and SIGINT wait.
 
     A mask would not do: another thread would take the signal, and this one run its handler.
     """
     arrived: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, frame: arrived.append(number))
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
     try:
-        yield
+        with handled(lambda number, frame: arrived.append(number), signal.SIGTERM, signal.SIGINT):
+            yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         for number in arrived:
             signal.raise_signal(number)
+
+
+def strict(value: Any) -> Any:
+    """The value without infinities and NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: strict(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(x) for x in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def append(file: Path, data: bytes) -> None:
@@ -84,7 +100,7 @@ class Journal:
     def add(self, row: Row) -> None:
         """Keep a row; if the disk does not take it, print it."""
         self.rows.append(row)
-        line = json.dumps(row)
+        line = json.dumps(strict(row))
         if not self.attempt(self.file.name, lambda: append(self.file, (line + "\n").encode())):
             self.say(line)
 
