@@ -62,8 +62,9 @@ def strict(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def append(file: Path, data: bytes) -> None:
-    """Append to a file and sync it; after an OSError the file is as it was."""
+def append(file: Path, row: Row) -> None:
+    """Append a row to a file and sync it; after an OSError the file is as it was."""
+    data = json.dumps(strict(row)).encode() + b"\n"
     with signals_held():
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -83,6 +84,17 @@ def append(file: Path, data: bytes) -> None:
             os.close(descriptor)
 
 
+@contextlib.contextmanager
+def replaced(file: Path) -> Iterator[Path]:
+    """A path to write to, whose file takes the place of ``file`` once it is whole."""
+    partial = file.with_suffix(".partial")
+    try:
+        yield partial
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 class Journal:
     """The rows of a run, in memory and in a file.
 
@@ -100,9 +112,8 @@ class Journal:
     def add(self, row: Row) -> None:
         """Keep a row; if the disk does not take it, print it."""
         self.rows.append(row)
-        line = json.dumps(strict(row))
-        if not self.attempt(self.file.name, lambda: append(self.file, (line + "\n").encode())):
-            self.say(line)
+        if not self.attempt(self.file.name, lambda: append(self.file, row)):
+            self.say(json.dumps(strict(row)))
 
     def attempt(self, what: str, write: Callable[[], Any]) -> bool:
         """Whether ``write`` succeeds; an OSError, such as a full disk, is told and kept."""

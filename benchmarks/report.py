@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import statistics
 from collections import Counter
@@ -16,7 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+from alphacl_fast import journal
+from alphacl_fast.journal import Row
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.jsonl"
 BEGIN, END = "<!-- from rows: python -m benchmarks.report --write -->", "<!-- end of rows -->"
@@ -30,20 +31,10 @@ HEADLINE_FROM = 1024
 FIT_FROM = 2048
 
 
-def lines_of(file: Path) -> list[Row]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def append(file: Path, row: Row) -> None:
-    """Append a row to a file at once."""
-    with file.open("a") as stream:
-        stream.write(json.dumps(row) + "\n")
-
-
 def read(file: Path) -> list[Row]:
     """Read the rows of a file; of repeated measurements only the newest."""
     newest: dict[tuple, Row] = {}
-    for row in lines_of(file):
+    for row in journal.read(file):
         newest[tuple(map(row.get, ("benchmark", "contestant", "n", *SHARED)))] = row
     return list(newest.values())
 

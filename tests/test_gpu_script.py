@@ -389,7 +389,7 @@ def test_a_signal_waits_for_the_end_of_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr(journal.os, "write", interrupted)
     try:
         with pytest.raises(SystemExit):
-            journal.append(tmp_path / "rows", b'{"k": 1}\n')
+            journal.append(tmp_path / "rows", {"k": 1})
     finally:
         signal.signal(signal.SIGTERM, before)
     assert (tmp_path / "rows").read_text() == '{"k": 1}\n'
@@ -500,7 +500,7 @@ def test_tiny_calls(run, tmp_path, capsys):
         def phase(name, tasks):
             return schedule.Phase(name, 1e6, lambda: calls.side_by_side(few(tasks(s)), 1))
 
-        rival = s.sizes.timing("inf_cl", 4096, negatives="cross_view")
+        rival = s.timing("inf_cl", 4096, negatives="cross_view")
 
         return [
             replace(calls.identification(s), until=1e6),

@@ -23,7 +23,7 @@ from alphacl_fast import MinPlayer, accuracy, ops
 from alphacl_fast.backend import gpu
 from alphacl_fast.backend import triton as backend
 from alphacl_fast.benchmarks.loss import gradient
-from alphacl_fast.journal import Row
+from alphacl_fast.journal import Row, replaced
 from alphacl_fast.kernels import config
 
 from . import engines, sweeps, timings, tuning
@@ -195,15 +195,10 @@ def compile_item(
 
 def pack(folder: Path, archive: Path) -> None:
     """Write what a launch reads of a cache (machine code and its description) to a .tar.gz."""
-    partial = archive.with_suffix(".partial")
-    try:
-        with tarfile.open(partial, "w:gz", compresslevel=6) as out:
-            for file in sorted(folder.glob("*/*")):
-                if file.suffix in (".cubin", ".json"):
-                    out.add(file, f"{file.parent.name}/{file.name}")
-        partial.replace(archive)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replaced(archive) as partial, tarfile.open(partial, "w:gz", compresslevel=6) as out:
+        for file in sorted(folder.glob("*/*")):
+            if file.suffix in (".cubin", ".json"):
+                out.add(file, f"{file.parent.name}/{file.name}")
 
 
 def unpack(archive: Path, folder: Path) -> int:

@@ -21,7 +21,7 @@ from alphacl_fast.journal import Row
 from alphacl_fast.subprocess_pool import Lane, Task
 
 from . import checks, sweeps, tuning
-from .ahead import Machine, distinct
+from .ahead import Machine, distinct, pack
 from .engines import backend_of
 from .schedule import Phase
 from .sweeps import Sweep
@@ -46,38 +46,6 @@ FUNCTIONS = {
 }
 #: Status of a row that a later call looks at again.
 AGAIN = ("failed", "error", "crashed", "timeout", "wrong", "unfinished", "not run")
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of the problems: a GPU's, or tiny ones that try the script on any machine."""
-
-    tiny: bool = False
-
-    @property
-    def sweeps(self) -> tuple[int, ...]:
-        return (2, 12, 20, 34) if self.tiny else sweeps.SIZES
-
-    @property
-    def dims(self) -> tuple[int, ...]:
-        return (16, 24) if self.tiny else checks.DIMS
-
-    @property
-    def pairs(self) -> tuple[int, int]:
-        return (20, 33) if self.tiny else (1000, 1537)
-
-    @property
-    def effort(self) -> Effort:
-        few = {"repeats": (2, 2), "gemm_side": 64, "sample": 1e-4}
-        more = {"repeats": (3, 15), "gemm_side": 8192, "sample": 0.02, "inputs": 3}
-        return Effort(
-            budget=1.0, checked_rows=1 << 16, own_gate=0.25, **(few if self.tiny else more)
-        )
-
-    def timing(self, contestant: str, n: int, dim: int = 128, **other: str) -> Timing:
-        if self.tiny:
-            n, dim = max(16, min(128, n // 1024)), max(8, dim // 16)
-        return Timing(contestant, n, dim, **other)
 
 
 @dataclass
@@ -107,8 +75,36 @@ class Session:
     tuned: Path | None = None
 
     @property
-    def sizes(self) -> Sizes:
-        return Sizes(tiny=self.device == "cpu")
+    def tiny(self) -> bool:
+        """Whether problems have sizes that try the script on any machine."""
+        return self.device == "cpu"
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The sizes of the sweeps."""
+        return (2, 12, 20, 34) if self.tiny else sweeps.SIZES
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        return (16, 24) if self.tiny else checks.DIMS
+
+    @property
+    def pairs(self) -> tuple[int, int]:
+        """Fewest and most pairs of a check."""
+        return (20, 33) if self.tiny else (1000, 1537)
+
+    @property
+    def effort(self) -> Effort:
+        few = {"repeats": (2, 2), "gemm_side": 64, "sample": 1e-4}
+        more = {"repeats": (3, 15), "gemm_side": 8192, "sample": 0.02, "inputs": 3}
+        return Effort(
+            budget=1.0, checked_rows=1 << 16, own_gate=0.25, **(few if self.tiny else more)
+        )
+
+    def timing(self, contestant: str, n: int, dim: int = 128, **other: str) -> Timing:
+        if self.tiny:
+            n, dim = max(16, min(128, n // 1024)), max(8, dim // 16)
+        return Timing(contestant, n, dim, **other)
 
     @property
     def engines(self) -> list[str]:
@@ -133,6 +129,12 @@ class Session:
         arguments = {"device": self.device, **given.pop("arguments", {})}
         return Task(function, tuple(items), arguments, about, environment=environment, **given)
 
+    def save(self) -> None:
+        """Write the kernels compiled so far to the archive."""
+        archive = self.out / "cache.tar.gz"
+        if any(self.cache.glob("*/*.cubin")):
+            self.attempt(archive.name, lambda: pack(self.cache, archive))
+
     def identified(self, row: Row) -> None:
         """Take note of the device."""
         if row["benchmark"] != "device" or row["status"] != "ok":
@@ -154,7 +156,7 @@ def first(s: Session) -> list[Phase]:
     """Compile ahead; check against float64, the fast kernels first; the headline table."""
     return [
         identification(s),
-        Phase("ahead", 35, lambda: ahead(s, items_of_call_1(s))),
+        Phase("ahead", 35, lambda: ahead(s, items_of_call_1(s)), after=s.save),
         Phase("correct", 80, lambda: side_by_side(correct(s), s.workers)),
         Phase("forms", 120, lambda: side_by_side(forms(s), s.workers)),
         Phase("headline", 163, lambda: side_by_side(headline(s, HEADLINE), 1)),
@@ -198,12 +200,12 @@ def correct(s: Session) -> Iterator[Task]:
     """Both operators in every layout, then NaN through the whole loss."""
     engines = s.among("cuda_hopper", "triton", "cuda_mma", "triton_128")
     for layout, engine in itertools.product(sweeps.LAYOUTS, engines):
-        table = sweeps.table(engine, layout, s.sizes.sweeps)
+        table = sweeps.table(engine, layout, s.rows)
         yield s.task("sweep", table, predicted=0.3)
-    dims = s.sizes.dims[:1] if s.sizes.tiny else (128, 16)
+    dims = s.dims[:1] if s.tiny else (128, 16)
     for engine in s.among("triton", "cuda"):
         dtypes = ("bfloat16", "tf32", "float16", "float32")
-        case = Case(engine, pairs=s.sizes.pairs[0] // 4 + 1, nan=True, runs=20)
+        case = Case(engine, pairs=s.pairs[0] // 4 + 1, nan=True, runs=20)
         cases = [
             replace(case, dtype=dtype, negatives=negatives, dim=dim)
             for dtype, negatives, dim in itertools.product(dtypes, ("two_view", "cross_view"), dims)
@@ -215,15 +217,15 @@ def forms(s: Session) -> Iterator[Task]:
     """One case per form × dtype, steps in a CUDA graph, then the table of checks in its order."""
     engines = s.among("triton", "cuda")
     for (objective, options), engine in itertools.product(REPRESENTATIVES, engines):
-        dim = 128 if 128 in s.sizes.dims else s.sizes.dims[0]
+        dim = 128 if 128 in s.dims else s.dims[0]
         case = Case(engine, objective, tuple(options.items()), dim=dim, runs=2)
-        pairs = s.sizes.pairs[0] + 7
+        pairs = s.pairs[0] + 7
         cases = [replace(case, dtype=dtype, pairs=pairs) for dtype in ARITHMETIC]
         yield s.task("check", cases, predicted=0.5)
     for benchmark, n in (("graph", 2046), ("synchronization", 2048)):
         objectives = ("infonce", "alpha_direct", "triplet")
         steps = [
-            s.sizes.timing(engine, n, objective=objective)
+            s.timing(engine, n, objective=objective)
             for objective, engine in itertools.product(objectives, engines)
         ]
         yield s.task(benchmark, steps, predicted=0.7)
@@ -247,11 +249,11 @@ def headline(s: Session, points: Iterable[tuple[int, int, dict]]) -> Iterator[Ta
         if n < 1 << 20 and other.get("objective", "infonce") == "infonce":
             contestants.append("eager")
         for name in contestants:
-            yield measurement(s, s.sizes.timing(name, n, dim, **other))
+            yield measurement(s, s.timing(name, n, dim, **other))
 
 
 def measurement(s: Session, timing: Timing, **other: Any) -> Task:
-    given = {"arguments": {"effort": s.sizes.effort}, "startup": 1.5, "predicted": 2.5, **other}
+    given = {"arguments": {"effort": s.effort}, "startup": 1.5, "predicted": 2.5, **other}
     return s.task("loss+gradient", [timing], **given)
 
 
@@ -268,7 +270,7 @@ def second(s: Session) -> list[Phase]:
     return [
         identification(s),
         Phase("recheck", 40, lambda: side_by_side(again(s), s.workers)),
-        Phase("tune ahead", 55, lambda: tiles_ahead(s, first_of(s, 60))),
+        Phase("tune ahead", 55, lambda: tiles_ahead(s, first_of(s, 60)), after=s.save),
         Phase("tune", 150, lambda: tune(s), follow=table.follow, after=use_table),
         Phase("tuned headline", 200, lambda: side_by_side(tuned_headline(s), 1)),
         Phase("rivals", 245, lambda: side_by_side(rivals(s), 1)),
@@ -315,7 +317,7 @@ def tune(s: Session) -> list[Lane]:
 def tuned_headline(s: Session) -> Iterator[Task]:
     """The headline table again, torch.compile beside it, then more sizes and forms."""
     yield from headline(s, HEADLINE)
-    yield measurement(s, s.sizes.timing("compiled", 16384), limit=40, predicted=12.0)
+    yield measurement(s, s.timing("compiled", 16384), limit=40, predicted=12.0)
     yield from headline(s, MORE)
 
 
@@ -325,7 +327,7 @@ def rivals(s: Session) -> Iterator[Task]:
     for dtype, names in (("bfloat16", PACKAGES), ("tf32", ("inf_cl",))):
         for name in (*ours, *names):
             if serves(name, "infonce", "cross_view"):
-                timing = s.sizes.timing(name, 32768, dtype=dtype, negatives="cross_view")
+                timing = s.timing(name, 32768, dtype=dtype, negatives="cross_view")
                 yield measurement(s, timing, limit=20, predicted=3.0)
 
 
@@ -341,7 +343,7 @@ def sanitize(s: Session) -> Iterator[Task]:
 def random_checks(s: Session) -> Iterator[Task]:
     """The table of checks, six cases to a process; call 1 has checked the first of each form."""
     engines = s.among("triton", "cuda", "blocked")
-    table = list(itertools.islice(checks.cases(engines, s.sizes.dims, s.sizes.pairs), 3000))
+    table = list(itertools.islice(checks.cases(engines, s.dims, s.pairs), 3000))
     for k in range(0, len(table), 6):
         yield s.task("check", table[k : k + 6], predicted=0.5)
 

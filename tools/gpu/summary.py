@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from pathlib import Path
 
 from alphacl_fast.benchmarks.report import figure, one_line
@@ -201,9 +200,3 @@ def _lines(rows: list[Row], fixed: Row, x: str, y: str) -> dict[str, dict[int, f
             tuned = " tuned" if row.get("phase") == "tuned headline" else ""
             lines[f"{row['contestant']} {row['dtype']}{tuned}"][row[x]] = row[y]
     return lines
-
-
-def write(out: Path, content: str, attempt: Callable[[str, Callable[[], object]], bool]) -> None:
-    """Write summary.txt and print it."""
-    attempt("summary.txt", lambda: (out / "summary.txt").write_text(content + "\n"))
-    print("\n" + content, flush=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
 import statistics
 import subprocess
@@ -177,15 +176,6 @@ class Warm:
     def __call__(self) -> None:
         gradient(self.loss, *self.views)
 
-    def kernels(self, steps: int) -> dict[str, tuple[float, float]]:
-        """List kernels, the slowest first, with microseconds and launches of a step."""
-        events = device_events(self, self.device, steps)
-        found: dict[str, list[float]] = defaultdict(list)
-        for kernel, took in events:
-            found[kernel[:80]].append(took)
-        each = {kernel: (sum(took) / steps, len(took) / steps) for kernel, took in found.items()}
-        return dict(sorted(each.items(), key=lambda item: -item[1][0]))
-
 
 # --- tasks ----------------------------------------------------------------------------------------
 
@@ -224,13 +214,16 @@ def measure(timing: Timing, device: str, effort: Effort, graph: bool = True) -> 
         yield {**about, "benchmark": "kernels", **kernels_of(step)}
 
 
-def kernels_of(step: Warm) -> Row:
-    """Columns about the kernels of a step: their number, time and the slowest ones."""
-    found = step.kernels(3)
+def kernels_of(step: Warm, steps: int = 3) -> Row:
+    """Columns about the kernels of a step: their number and time, and both of the slowest ones."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for kernel, took in device_events(step, step.device, steps):
+        found[kernel[:80]].append(took)
+    slowest = sorted(found.items(), key=lambda item: -sum(item[1]))
     return {
-        "launches": sum(number for _, number in found.values()),
-        "microseconds": sum(took for took, _ in found.values()),
-        "kernels_us": dict(itertools.islice(found.items(), 12)),
+        "launches": sum(map(len, found.values())) / steps,
+        "microseconds": sum(map(sum, found.values())) / steps,
+        "kernels_us": {name: (sum(t) / steps, len(t) / steps) for name, t in slowest[:12]},
     }
 
 
