@@ -229,7 +229,7 @@ class Run:
 
     def add(self, row: Row) -> None:
         """Take the row of a case."""
-        self.done += 1
+        self.done += 1  # first, because Ctrl-C takes effect once the row is written
         self.write(row)
         self.outcomes[Place.of(row)].add(row)
         if row["status"] in BAD:
@@ -303,7 +303,7 @@ class Run:
         run = sum(statuses[status] for status in ("ok", *BAD))
         # those that were never given to a process have no row
         not_run = self.total - run - statuses["refused"] - statuses["skipped"]
-        if not_run:
+        if not_run > 0:  # a device that breaks after a case adds a row of its own
             print(f"{not_run} of {self.total} cases were not run")
         if self.failures:
             print(f"{len(self.failures)} failures in {run} cases")

@@ -259,7 +259,7 @@ class Pool:
             emit(r.task.row(status="unfinished", error="its time was up"))
             self.left += [(rest, "the task's time was up")] if rest else []
         for lane in lanes:
-            self.left += [(task, "the phase's time was up") for task in lane.tasks]
+            self.left += [(task, "the time was up") for task in lane.tasks]
             lane.tasks.clear()
         return self.left
 

@@ -180,16 +180,10 @@ class Warm:
 # --- tasks ----------------------------------------------------------------------------------------
 
 
-def measure(timing: Timing, device: str, effort: Effort, graph: bool = True) -> Iterator[Row]:
+def measure(timing: Timing, device: str, effort: Effort) -> Iterator[Row]:
     """Time loss + gradient; one whose gradient is wrong is not timed.
 
     Of this package's engines rows about a CUDA graph's replay and about the kernels follow.
-
-    Args:
-        timing: what is timed.
-        device: where to run.
-        effort: how long to measure.
-        graph: whether the other rows are wanted.
     """
     here, setting, name = torch.device(device), timing.setting, timing.contestant
     compiled: list[str] = []
@@ -197,7 +191,7 @@ def measure(timing: Timing, device: str, effort: Effort, graph: bool = True) -> 
     with timing.within(), listening:
         (row,) = benchmark.run(setting, [timing.backend], here, effort)
         yield {**row, "contestant": name, "compiled": compiled}
-        if not graph or row["status"] != "ok" or name not in engines.ENGINES:
+        if row["status"] != "ok" or name not in engines.ENGINES:
             return
         about = {**asdict(timing), "status": "ok"}
         step = Warm(timing, device)
