@@ -1,4 +1,5 @@
 # make demo | test | test-all | bench | lint | headers | sanitize | soak | fuzz | docs      Everything lives in .venv beside this file; PYTHON chooses the base.
+# make ptx      Interprets the PTX of every GPU kernel on a CPU, against float64.
 # make mutants | same-bits OLD=checkout | same-speed OLD=checkout      Plants faults; compares with another, compiled checkout.
 # make gpu OUT=dir [CALL=1]      Checks and times on a GPU in two calls, with PYTHON as it is: nothing is installed, and .venv is not used.
 PYTHON ?= python3
@@ -7,7 +8,7 @@ STAMP := .venv/.installed
 OUT ?= benchmarks/results/gpu
 CALL ?= 1 2
 
-.PHONY: demo test test-all bench gpu lint headers sanitize soak fuzz mutants same-bits same-speed docs clean
+.PHONY: demo test test-all bench gpu lint headers sanitize soak fuzz mutants ptx same-bits same-speed docs clean
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard tools/build_*.py csrc/*/*.*)
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: Python 3.10 or newer is needed (set PYTHON=...)"; exit 1; }
@@ -55,6 +56,9 @@ fuzz: $(STAMP)
 
 mutants: $(STAMP)
 	"$(BIN)" tests/mutants/run.py
+
+ptx: $(STAMP)
+	ALPHACL_PTX_FULL=1 "$(BIN)" -m pytest tests/test_ptx.py tests/test_ptx_opcodes.py tests/test_ptx_sass.py
 
 same-bits: $(STAMP)
 	"$(BIN)" tests/same_bits.py "$(OLD)"

@@ -91,7 +91,7 @@ class Features(NamedTuple):
     def of_views(
         cls, z1: Tensor, z2: Tensor, call: BoundCall, center: Tensor | None = None
     ) -> tuple[Features, Tensor]:
-        """Features of the stacked views and t⁺ (2N,); ``center`` as of `make`."""
+        """Features of the stacked views and t⁺ (2N,); for ``center`` see `make`."""
         if call.similarity == "cosine" and ops.has(call.backend, "unit_rows"):
             f, scale, inv_norm, pos = ops.unit_rows(z1.detach(), z2.detach(), call.backend)
             return cls(Rows(f, scale if scale.shape[0] else None), inv_norm), pos

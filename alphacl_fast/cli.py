@@ -424,9 +424,14 @@ def _info(arguments: list[str]) -> int:
         f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
     )
     rows += [("cpu", processor), ("cuda device", cuda)]
-    for name, reason in alphacl_fast.backends().items():
-        usable = "usable" if reason is None else f"not usable: {' '.join(reason.split())}"
-        rows.append((f"backend {name}", usable))
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    found = {device: alphacl_fast.backends(device) for device in devices}
+    for name in found["cpu"]:
+        usable = [device for device in devices if found[device][name] is None]
+        why = ((device, reason) for device in devices if (reason := found[device][name]))
+        reasons = "; ".join(f"{device}: {' '.join(reason.split())}" for device, reason in why)
+        text = f"usable on {' and '.join(usable)}" if usable else f"not usable: {reasons}"
+        rows.append((f"backend {name}", text))
     from alphacl_fast.backend import cpu
 
     if cpu.load_error() is None:

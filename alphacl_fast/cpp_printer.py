@@ -245,7 +245,7 @@ def statements(
     result: str = "return {};",
     branching: bool = False,
 ) -> list[str]:
-    """Statements of a function of ``names``: vectors, scalars and parameters, as of `Tracer.trace`.
+    """Statements of a function of ``names``: vectors, scalars and parameters (see `Tracer.trace`).
 
     They end in ``result``, a template for the values: "return {};", or "a = {}; b = {};".
     """

@@ -156,8 +156,11 @@ def supcon_loss(
         temperature: τ > 0, a float or a tensor with one element.
         reduction: "mean" or "sum" over the rows that have a positive, or "none": (n,), 0 for rows
             without.
-        backend: as of `loss_against`.
-        precision: as of `loss_against`.
+        backend: see `loss_against`.
+        precision: see `loss_against`.
+
+    Returns:
+        () for "mean" and "sum", (n,) for "none", in float32 or float64.
 
     Raises:
         TypeError, ValueError: see `loss_against`; also for ids that are not (n,) integers.

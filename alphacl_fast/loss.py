@@ -110,7 +110,15 @@ class FusedAlphaCLLoss(nn.Module):
         return self._call.objective
 
     def forward(self, z1: Tensor, z2: Tensor, ids: Tensor | None = None) -> Tensor:
-        """(N, D), (N, D)[, (N,) integers] → () or (anchors,).
+        """The loss of a batch of positive pairs.
+
+        Args:
+            z1: (N, D) embeddings of the first view.
+            z2: (N, D) embeddings of the second view, same dtype and device.
+            ids: (N,) integers; pairs with equal ids are no negatives of each other.
+
+        Returns:
+            () for reduction "mean" or "sum", (anchors,) for "none", in float32 or float64.
 
         Raises:
             TypeError, ValueError: bad embeddings or ids.

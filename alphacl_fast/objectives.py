@@ -1222,9 +1222,9 @@ def alpha_inverse(
     Args:
         exponent: > 0, of the distance d.
         order: > 0.
-        normalized: as of `PairWeight`.
-        alpha_eps: as of `PairWeight`.
-        detach_alpha: as of `PairWeight`.
+        normalized: see `PairWeight`.
+        alpha_eps: see `PairWeight`.
+        detach_alpha: see `PairWeight`.
 
     Source: arXiv:2201.12680, the code of its experiments.
     """

@@ -29,13 +29,16 @@ from .bundles import (
 )
 from .objectives import ROW_STEPS, kind
 
-#: Sweep backends in the order in which "auto" tries them.
+#: Sweep backends in the order in which "auto" tries them, but for `FIRST`.
 SWEEP_BACKENDS: dict[str, ModuleType] = {
     "cpu": cpu,
     "triton": triton,
     "cuda": cuda,
     "blocked": blocked,
 }
+#: The backend that "auto" tries first for a compute capability and a dtype: CUDA where it has wgmma
+#: kernels. Counted instructions say so; nothing has been measured on a device yet.
+FIRST: dict[tuple[tuple[int, int], torch.dtype], str] = {((9, 0), torch.bfloat16): "cuda"}
 #: Every name that ``backend=`` accepts.
 BACKEND_NAMES = ("auto", "reference", *SWEEP_BACKENDS)
 
@@ -259,6 +262,14 @@ def unsupported(
     return module.unsupported(device, dtype, precision, pair_kind)
 
 
+def order(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The sweep backends in the order in which "auto" tries them for a call."""
+    first = None
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
+        first = FIRST.get((torch.cuda.get_device_capability(device), dtype))
+    return sorted(SWEEP_BACKENDS, key=lambda name: name != first)
+
+
 # it looks for packages and devices, and runs a user's function
 @torch.compiler.assume_constant_result
 def choose(
@@ -287,7 +298,7 @@ def choose(
             raise ValueError(f"backend {backend!r} cannot serve this call: {reason}")
         return backend, "as asked"
     reasons = []
-    for name in SWEEP_BACKENDS:
+    for name in order(device, dtype):
         reason = unsupported(name, device, dtype, precision, pair_kind, operands)
         if reason is None and name in ("triton", "cuda") and device.type == "cpu":
             reason = "only interpreted here, which is slow: to be asked for by name"
@@ -301,9 +312,9 @@ def choose(
     raise ValueError(f"no backend can serve this call: {'; '.join(reasons)}")
 
 
-def backends() -> dict[str, str | None]:
-    """Every backend: None where it can be used here, else the reason why not."""
-    here = (torch.device("cpu"), torch.float32, None, "")
+def backends(device: torch.device | str = "cpu") -> dict[str, str | None]:
+    """Every backend: None if it can be used on a device, else the reason why not."""
+    here = (torch.device(device), torch.float32, None, "")
     return {
         "reference": None,
         **{name: module.unsupported(*here) for name, module in SWEEP_BACKENDS.items()},

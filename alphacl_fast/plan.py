@@ -124,10 +124,18 @@ def plan(
 
     Args:
         batch: pairs of all devices together.
+        dim: features of an embedding.
+        gpus: number of devices.
         rate: FLOP/s of one device, counted as 8·D per pair of rows (measure it with
             `measured_rate`).
         bandwidth: bytes/s that leave a device while as many arrive.
         latency: seconds until a message begins to flow.
+        dtype: dtype of the embeddings.
+        negatives: "two_view", "one_view" or "cross_view" (see
+            `alphacl_fast.functional.alpha_cl_loss`).
+
+    Returns:
+        The costs of "gather", then those of "ring".
 
     Raises:
         ValueError: fewer pairs than devices, or a number that is not positive.

@@ -41,7 +41,10 @@ def verify_distributed(
     Args:
         process_group: see `alphacl_fast.functional.alpha_cl_loss`.
         objectives: names; all by default.
-        dtype, device: dtype and device of the embeddings, (n, dim).
+        pairs: the most pairs of a process.
+        dim: features of an embedding.
+        dtype: dtype of the embeddings.
+        device: device of the embeddings.
         tolerance: bound on the largest relative difference; 1e-10 suits float64.
         print: receives a table, line by line, on the group's first process; None for silence.
 

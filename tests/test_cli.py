@@ -168,16 +168,23 @@ def test_tune_needs_a_gpu(capsys, monkeypatch):
 
 
 def test_info_lists_backends_with_reasons(monkeypatch, capsys):
+    why = {"cpu": "beads\nmissing", "cuda": "no hands"}
+    on = {"cpu": "one only", "cuda": None}
     monkeypatch.setattr(
-        alphacl_fast, "backends", lambda: {"reference": None, "abacus": "beads\nmissing"}
+        alphacl_fast,
+        "backends",
+        lambda device: {"reference": None, "abacus": why[device], "slide_rule": on[device]},
     )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     assert main(["info"]) == 0
     out = capsys.readouterr().out.replace("backend ", "backend-")
     lines = dict(line.split(maxsplit=1) for line in out.splitlines())
     assert lines["torch"].startswith(torch.__version__.split("+")[0])
     assert lines["alphacl_fast"] == alphacl_fast.__version__
-    assert lines["backend-reference"] == "usable"
-    assert lines["backend-abacus"] == "not usable: beads missing"
+    assert lines["backend-reference"] == "usable on cpu and cuda"
+    assert lines["backend-abacus"] == "not usable: cpu: beads missing; cuda: no hands"
+    assert lines["backend-slide_rule"] == "usable on cuda"
     assert "alpha_direct" in lines["objectives"]
 
 

@@ -341,6 +341,27 @@ def test_repr_names_backend_and_reason():
     assert "reference, as asked" in repr(FusedAlphaCLLoss(backend="reference"))
 
 
+def test_which_backend_a_gpu_takes_first(monkeypatch):
+    """CUDA where it has wgmma kernels, Triton elsewhere; never one that cannot serve the call."""
+    gpu, usable = torch.device("cuda"), {"triton", "cuda", "blocked"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, module in ops.SWEEP_BACKENDS.items():
+        monkeypatch.setattr(
+            module, "unsupported", lambda *call, name=name: None if name in usable else "absent"
+        )
+
+    def chosen(capability, dtype):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        return ops.choose("auto", gpu, dtype, None, "exp")[0]
+
+    assert chosen((9, 0), torch.bfloat16) == "cuda"
+    assert chosen((9, 0), torch.float32) == chosen((8, 0), torch.bfloat16) == "triton"
+    usable.discard("cuda")
+    assert chosen((9, 0), torch.bfloat16) == "triton"
+    usable.discard("triton")
+    assert chosen((9, 0), torch.bfloat16) == "blocked"
+
+
 def test_explicit_precision_is_never_ignored():
     z1, z2 = pair(4, 3, torch.float32)
     torch.testing.assert_close(alpha_cl_loss(z1, z2, precision="ieee"), alpha_cl_loss(z1, z2))

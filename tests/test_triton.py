@@ -19,7 +19,7 @@ from triton.runtime.interpreter import GridExecutor
 
 from alphacl_fast import FusedAlphaCLLoss, PairLoss, PairWeight, ops
 from alphacl_fast.backend import cuda, gpu, triton
-from alphacl_fast.bundles import Pairing
+from alphacl_fast.bundles import PairFunction, Pairing, Rows, RowScalars, Weight
 from alphacl_fast.functional import alpha_cl_loss
 from alphacl_fast.kernels import sweeps
 from alphacl_fast.kernels.config import Tile
@@ -314,6 +314,31 @@ def test_nothing_is_compiled_again_for_another_batch_size(monkeypatch):
         ]
         assert varying
         assert all(f'"{name}"' in frozen for name in varying)
+
+
+@pytest.mark.parametrize("backend", [triton, cuda], ids=["triton", "cuda"])
+@pytest.mark.parametrize("n", [1 << 16, 1 << 20])
+@pytest.mark.parametrize(
+    ("dtype", "dim"), [(torch.bfloat16, 512), (torch.float32, 256), (torch.float64, 64)], ids=str
+)
+def test_launches_that_write_weights_fill_the_device(backend, n, dtype, dim, monkeypatch):
+    """However few row blocks' weights fit into the workspace at once."""
+    from alphacl_fast.kernels import config
+
+    monkeypatch.setattr(
+        triton, "tile", lambda sweep, mode, dim, n, device: config.default(sweep, mode, dim)
+    )
+    monkeypatch.setattr(gpu, "processors", lambda device: 264)
+    f = torch.empty(1, dtype=dtype, device="meta").expand(n, dim)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    tau, vector = (torch.empty(shape, dtype=wide, device="meta") for shape in ((), (n,)))
+    pairing, function = Pairing(0, n // 2, n), PairFunction("exp", (), tau, (-2.0, 2.0))
+    scalars = RowScalars(vector, row_weight=vector, shift=vector)
+    sweep = backend._Sweep(Rows(f), pairing, function, scalars, Weight.F, (), "ieee")
+    assert not sweep.whole
+    (region,) = gpu.regions_of(n, pairing)
+    programs = sweep.run(region) * sweep.splits(region)
+    assert 0.9 * 264 <= programs <= 264
 
 
 @pytest.mark.parametrize("member", ALIGNED, ids=member_id)

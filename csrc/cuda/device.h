@@ -37,6 +37,7 @@
 //   product_ss<N, TRANS_B>(c, a, b, add)               wgmma m64nNk16 bf16, A and B by descriptors; c[N/2]; add = 0 overwrites
 //   product_rs<N, TRANS_B>(c, a, b, add)               A from registers (uint32_t[4])
 //   product_begin(), product_commit(), product_wait<N>()   wgmma.fence, commit_group, wait_group
+//   hold_registers(x)                                  the compiler moves no use of x[N] from one side of this to the other
 //   registers_more<N>(), registers_less<N>()           setmaxnreg of a warpgroup
 //   sync_some(id, threads)                             named barrier 1 … 15
 //

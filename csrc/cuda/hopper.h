@@ -192,6 +192,7 @@ template <int K, int N, int STAGES, class Scalars> struct Memory {
     // rows would stay in registers.
     const uint64_t a = device::matrix_descriptor(rows(device::uniform(group)), 0, 8 * LINE);
     const uint64_t b = device::matrix_descriptor(stage(k), 0, 8 * LINE);
+    device::hold_registers(s);
     device::product_begin();
 #pragma unroll
     for (int step = 0; step < K / 16; ++step) {  // a descriptor counts in 16 bytes
@@ -302,6 +303,7 @@ template <int K, bool AFFINE, bool MOMENT> struct RowSums {
       if (masked) tile_sums(True{}, s, cols, tile);
       else tile_sums(False{}, s, cols, tile);
       device::product_wait<0>();
+      device::hold_registers(next);
       return last;
     };
     if (!schedule.none()) {
@@ -310,6 +312,7 @@ template <int K, bool AFFINE, bool MOMENT> struct RowSums {
       device::barrier_wait(M::full(0), 0);
       M::similarities(even, group, 0);
       device::product_wait<0>();
+      device::hold_registers(even);
 #pragma unroll 1
       while (!step(even, odd) && !step(odd, even)) {
       }
@@ -382,6 +385,8 @@ template <int K, bool AFFINE> struct PairGrad {
     // Starts acc += W·F for the columns of a piece.
     const auto multiply = [&](uint32_t(&x)[STEPS][4], int piece, int stage) {
       const uint64_t b = device::matrix_descriptor(M::stage(stage), N * LINE, 8 * LINE) + piece * STEPS * (16 * LINE / 16);
+#pragma unroll
+      for (int k = 0; k < STEPS; ++k) device::hold_registers(x[k]);
       device::product_begin();
 #pragma unroll
       for (int k = 0; k < STEPS; ++k) device::product_rs<K, 1>(acc, x[k], b + k * (16 * LINE / 16), 1);
@@ -411,19 +416,23 @@ template <int K, bool AFFINE> struct PairGrad {
         multiply(w[piece], piece, stage);
       }
       device::product_wait<PENDING>();
+      device::hold_registers(next);
       return last;
     };
+    device::hold_registers(acc);
     if (!schedule.none()) {
       float even[N / 2], odd[N / 2];
       device::barrier_wait(M::rows_full(), 0);
       device::barrier_wait(M::full(0), 0);
       M::similarities(even, group, 0);
       device::product_wait<0>();
+      device::hold_registers(even);
 #pragma unroll 1
       while (!step(even, odd) && !step(odd, even)) {
       }
       device::product_wait<0>();
     }
+    device::hold_registers(acc);
 
     const float unit = unit_of<float>(a);
 #pragma unroll

@@ -36,6 +36,7 @@ template <int N, int TRANS_B> DEVICE float products(const float* out) {
   for (float& x : c) x = out[thread()];
   const uint64_t a = matrix_descriptor(shared(), 0, 1024), b = matrix_descriptor(shared() + 8192, 8192, 1024);
   const uint32_t left[4] = {pack_bf16(out[0], out[1]), 1, 2, 3};
+  hold_registers(c);
   product_begin();
   product_ss<N, TRANS_B>(c, a, b, 0);
   product_ss<N, TRANS_B>(c, a + 2, b + 2, 1);
@@ -44,6 +45,7 @@ template <int N, int TRANS_B> DEVICE float products(const float* out) {
   product_commit();
   product_wait<1>();
   product_wait<0>();
+  hold_registers(c);
   float sum = 0;
   for (float x : c) sum += x;
   return sum;

@@ -162,15 +162,22 @@ template <Dtype DTYPE> void gradients(const Batch<DTYPE>& b, int kind, Form form
   if (form == Form::PLAIN) a.shift = b.shift.data();
   b.each_region(a, [&](Sweep& s) {
     s.end = int((s.n_cols + 63) / 64);
-    std::vector<W> w(product ? 0 : size_t(s.row_blocks) * 64 * s.n_cols);
-    s.weights = w.data();
+    const int columns = s.end * 64;
+    std::vector<W> w(product ? 0 : size_t(s.row_blocks) * 64 * columns);
+    s.weights = w.data(), s.weight_columns = columns;
     fine(name, sweep<DTYPE>(s, nullptr));
     for (size_t k = 0; k < w.size(); ++k) {  // the cuBLAS product's place
-      const int block = int(k / s.n_cols) / 64, l = int(k / s.n_cols) % 64, j = int(s.col_start) + int(k % s.n_cols);
+      const int block = int(k / columns) / 64, l = int(k / columns) % 64, c = int(k % columns);
+      const int pair_j = b.cross ? c : c % (columns / 2);
+      const int j = int(s.col_start) + pair_j + (!b.cross && c >= columns / 2 ? b.half : 0);
       const int pair = b.cross ? block * 64 + l : block * 32 + l % 32;
       if (pair >= b.half) continue;
       const int i = int(s.row_start) + pair + (!b.cross && l >= 32 ? b.half : 0);
       const double value = DTYPE == BFLOAT16 ? from_bfloat16(uint16_t(w[k])) : double(w[k]);
+      if (pair_j >= b.half) {
+        expect(name + ", column that does not exist", value, 0, 0);
+        continue;
+      }
       for (int d = 0; d < b.dim; ++d) total[size_t(i) * b.dim + d] += value * b.x[j * b.dim + d];
     }
   });

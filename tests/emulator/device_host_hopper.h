@@ -358,6 +358,7 @@ template <int N, int TRANS_B> DEVICE void product_rs(float (&c)[N / 2], const ui
   emulation::issue(c, a, {N, add, TRANS_B != 0, true, 0, b});
 }
 
+template <class T> DEVICE void hold_registers(T&) {}  // nothing is reordered here
 DEVICE void product_begin() {
   using namespace emulation;
   together<void>("product_begin", nullptr, [](void**) { hopper().products[self->warp].begun = true; });

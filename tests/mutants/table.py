@@ -1218,3 +1218,52 @@ plant(
         shared_ring(TRIPLET),
     ),
 )
+NOT_FINITE = "tests/test_fuzz.py::test_what_is_not_finite_comes_out_and_does_not_hang"
+EVERY_LENGTH = "tests/test_numerics.py::test_rows_of_every_length_in_one_batch"
+plant(
+    "csrc/cuda/rows.h",
+    (
+        "normalisation: huge bfloat16 rows are stored as they are",
+        "exponent >= bias - 30 && exponent < bias + 30",
+        "exponent >= bias - 30",
+        f"{EVERY_LENGTH}[unit_rows-torch.bfloat16-cuda]",
+    ),
+    variant="BFLOAT16",
+)
+plant(
+    "csrc/cuda/sweeps.h",
+    (
+        "weights of long rows: the second view's columns follow the first's directly",
+        "(j < half ? j : columns / 2 + j - half)",
+        "j",
+        "tests/test_cuda.py::test_slices_come_in_runs[two_view]",
+    ),
+    variant="BFLOAT16",
+)
+plant(
+    "kernels/rows.py",
+    (
+        "normalisation: tiny bfloat16 rows are stored as they are",
+        "extreme = (lift > LARGEST) | (lift * LARGEST < 1)",
+        "extreme = lift * LARGEST < 1",
+        f"{EVERY_LENGTH}[unit_rows-torch.bfloat16-triton]",
+    ),
+)
+plant(
+    "alphacl_fast/autograd.py",
+    (
+        "normalisation in PyTorch: the scale ignores the power of two",
+        "(1 / norm) / (safe * lift)",
+        "(1 / norm) / safe",
+        f"{EVERY_LENGTH}[torch-torch.bfloat16-blocked]",
+    ),
+)
+plant(
+    "alphacl_fast/bundles.py",
+    (
+        "row steps: vectors begin anywhere",
+        "like.new_empty(count, -(-length // 4) * 4)[:, :length]",
+        "like.new_empty(count, length)",
+        f"tests/test_triton.py::test_alignment_does_not_change_with_the_batch_size[{SQUARE}]",
+    ),
+)

@@ -1,0 +1,84 @@
+"""Which instructions of the kernels have been executed, and which may stay out."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+from . import cuda_launch
+
+#: Least share of the instructions of a family of kernels that a full list executes, by a pattern of
+#: their names. The general kernels of csrc/cuda hold every pair kind in every form, with and
+#: without symmetric tiles: many of these no objective asks for, and some only of another dtype.
+LEAST = (
+    ("hopper", 0.97), ("FastPairGrad", 0.95), ("FastRowSums", 0.85), ("PairGrad", 0.7),
+    ("RowSums", 0.3), ("UnitRows|FinishRows", 0.85), ("", 0.9),
+)  # fmt: skip
+#: Kernels that no call launches, with the reason.
+UNREACHED = (
+    (r"hopper7RowSumsILi\d+ELb0ELb0", "every objective of a power of d wants the moment too"),
+)
+#: Least share of the instructions of all kernels that a short list runs.
+SHORT = {"cuda-90a": 0.85, "cuda-80": 0.35, "triton-90": 0.9, "triton-80": 0.9}
+
+
+def of_machines(machines: Iterable) -> dict[str, dict]:
+    """Of every kernel: instructions there, executed, and the texts of those that were not."""
+    merged: dict[str, tuple[list, set]] = {}
+    for machine in machines:
+        instructions = machine.kernel.instructions
+        name = machine.kernel.name
+        if name in ("row_sums", "pair_grad") or name.endswith("_kernel"):  # Triton's, by its text
+            name = f"{name}-{abs(hash(machine.kernel.text)) % 10**8}"
+        texts, done = merged.setdefault(name, ({}, set()))
+        for instruction, executed in zip(instructions, machine.coverage(), strict=True):
+            texts[instruction.origin] = instruction.text
+            if executed:
+                done.add(instruction.origin)
+    return {
+        name: {
+            "there": len(texts), "executed": len(done),
+            "missing": Counter(_short(t) for k, t in texts.items() if k not in done),
+        }
+        for name, (texts, done) in merged.items()
+    }  # fmt: skip
+
+
+def _short(text: str) -> str:
+    """An instruction without its registers' numbers."""
+    return re.sub(r"(%[a-z]+)\d+", r"\1", text)[:80]
+
+
+def never_launched(name: str, found: dict[str, dict]) -> list[str]:
+    """Kernels of csrc/cuda that no case of a list has launched."""
+    if not name.startswith("cuda"):
+        return []
+    hopper = name == "cuda-90a"
+    known = cuda_launch.kernels(name.removeprefix("cuda-"))
+    left = [k for k in known if ("hopper" in k) == hopper and k not in found]
+    return [k for k in left if not any(re.search(pattern, k) for pattern, _ in UNREACHED)]
+
+
+def missing(name: str, found: dict[str, dict], full: bool) -> list[str]:
+    """What should have been executed and was not."""
+    if not full:
+        done, there = (sum(k[x] for k in found.values()) for x in ("executed", "there"))
+        return (
+            []
+            if done >= SHORT[name] * there
+            else [f"{name}: {done} of {there} instructions executed"]
+        )
+    bad = [f"{name}: {kernel} is never launched" for kernel in never_launched(name, found)]
+    shares: dict[str, list[int]] = {}
+    for kernel, row in found.items():
+        if name == "cuda-90a" and "hopper" not in kernel:
+            continue  # cuda-80 has the cases for it
+        family = next(pattern for pattern, _ in LEAST if re.search(pattern, kernel))
+        share = shares.setdefault(family, [0, 0])
+        share[0] += row["executed"]
+        share[1] += row["there"]
+    for family, (done, there) in shares.items():
+        if done < dict(LEAST)[family] * there:
+            bad.append(f"{name}: {done} of {there} instructions of {family} kernels are executed")
+    return bad

@@ -1,0 +1,171 @@
+"""Matrix instructions of a warp: ldmatrix, stmatrix and mma.sync.
+
+Fragments are those of the PTX manual: lane 4g + t holds rows g (and g + 8) and columns 2t, 2t + 1
+(t for elements of 32 or 64 bits). Products are summed in float64 and rounded once; a tensor core
+adds in an order of its own and truncates.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from .cast import from_bf16
+from .faults import Unsupported
+from .movement import address
+from .opcodes import WARP, Modifiers, opcode
+from .scalar import canonical
+
+TF32 = np.uint32(0xFFFFE000)  # the bits that are read
+
+
+def elements(registers: np.ndarray, kind: str) -> np.ndarray:
+    """The numbers in registers of 32 bits: (…, 2) of half precision, (…, 1) of TF32."""
+    if kind == "tf32":
+        return (registers & TF32).view(np.float32)[..., None]
+    halves = np.ascontiguousarray(registers).view(np.uint16).reshape(*registers.shape, 2)
+    return from_bf16(halves) if kind == "bf16" else halves.view(np.float16).astype(np.float32)
+
+
+def _threads(m, lanes: int) -> np.ndarray:
+    """The executing threads among the first lanes of each warp."""
+    active = m.active()
+    return active if lanes == 32 else active[active % 32 < lanes]
+
+
+def _form(modifiers: Modifiers) -> tuple[int, bool]:
+    modifiers.need("m8n8")
+    count = int(modifiers.need("x1", "x2", "x4")[1:])
+    transposed = bool(modifiers.one("trans"))
+    modifiers.need("shared", "shared::cta")
+    modifiers.kind("b16")
+    return count, transposed
+
+
+@opcode("ldmatrix.sync.aligned", together=WARP)
+def load_matrices(m, modifiers: Modifiers, instruction):
+    count, transposed = _form(modifiers)
+    to, source = instruction.operands
+    parts = to.parts if hasattr(to, "parts") else (to,)
+    if len(parts) != count:
+        raise Unsupported(instruction.text)
+    outs = [m.register(part) for part in parts]
+    where = address(m, source, "u32")
+
+    def run() -> None:
+        threads = _threads(m, 8 * count)
+        at = m.shared.locate(where()[threads], 16)
+        granules = m.shared.granules(at, 16)
+        m.shared.reading(granules, threads)
+        m.shared.log.append((m.warp[threads], granules))
+        rows = m.shared.view[2][granules].reshape(-1, count, 8, 8)
+        rows = np.ascontiguousarray(rows.swapaxes(2, 3) if transposed else rows)
+        words = rows.view(np.uint32).reshape(-1, count, 32)
+        for k, out in enumerate(outs):
+            out[m.index] = words[:, k].ravel()
+
+    return run
+
+
+@opcode("stmatrix.sync.aligned", together=WARP)
+def store_matrices(m, modifiers: Modifiers, instruction):
+    count, transposed = _form(modifiers)
+    to, source = instruction.operands
+    parts = source.parts if hasattr(source, "parts") else (source,)
+    if len(parts) != count:
+        raise Unsupported(instruction.text)
+    sources = [m.register(part) for part in parts]
+    where = address(m, to, "u32")
+
+    def run() -> None:
+        threads = _threads(m, 8 * count)
+        words = np.stack([source[m.index].reshape(-1, 32) for source in sources], axis=1)
+        rows = np.ascontiguousarray(words).view(np.uint16).reshape(-1, count, 8, 8)
+        rows = rows.swapaxes(2, 3) if transposed else rows
+        at = m.shared.locate(where()[threads], 16)
+        granules = m.shared.granules(at, 16)
+        values = rows.reshape(-1, 8)
+        m.shared.writing(granules, threads, values)
+        m.shared.view[2][granules] = values
+        m.shared.wrote(granules, threads)
+        # the lane that holds an element has written it, not the one that gives the address
+        lanes = np.arange(32).reshape(8, 4).repeat(2, axis=1)
+        lanes = lanes.T if transposed else lanes
+        warps = threads.reshape(-1, count, 8) // 32 * 32
+        writers = warps[:, :, :1, None] + lanes
+        m.shared.thread[granules] = writers.reshape(-1, 8)
+        if m.shared.async_proxy:
+            m.shared.unfenced[granules] = writers.reshape(-1, 8)
+
+    return run
+
+
+# --- mma.sync -------------------------------------------------------------------------------------
+
+
+def left(values: np.ndarray, rows: int) -> np.ndarray:
+    """(warps, M, K) from elements (registers, warps, 8, 4, e) of operand A."""
+    registers, warps, *_, each = values.shape
+    split = values.reshape(registers // rows, rows, warps, 8, 4, each)
+    return split.transpose(2, 1, 3, 0, 4, 5).reshape(warps, 8 * rows, -1)
+
+
+def right(values: np.ndarray) -> np.ndarray:
+    """(warps, K, 8) from elements (registers, warps, 8, 4, e) of operand B."""
+    return values.transpose(1, 0, 3, 4, 2).reshape(values.shape[1], -1, 8)
+
+
+def accumulators(values: np.ndarray) -> np.ndarray:
+    """(warps, M, 8) from registers (2·M/8, warps, 8, 4)."""
+    registers, warps, *_ = values.shape
+    split = values.reshape(registers // 2, 2, warps, 8, 4)
+    return split.transpose(2, 0, 3, 4, 1).reshape(warps, -1, 8)
+
+
+def of_accumulators(matrix: np.ndarray) -> np.ndarray:
+    """Registers (2·M/8, threads): the other way round."""
+    warps, rows, _ = matrix.shape
+    split = matrix.reshape(warps, rows // 8, 8, 4, 2).transpose(1, 4, 0, 2, 3)
+    return split.reshape(rows // 4, -1)
+
+
+_SHAPES = {
+    "bf16": ("m16n8k16",), "f16": ("m16n8k16",), "tf32": ("m16n8k8",),
+    "f64": ("m8n8k4", "m16n8k4", "m16n8k8", "m16n8k16"),
+}  # fmt: skip
+
+
+@opcode("mma.sync.aligned", together=WARP)
+def multiply(m, modifiers: Modifiers, instruction):
+    wide, kind, other, result = modifiers.left[-4:]
+    del modifiers.left[-4:]
+    total = "f64" if kind == "f64" else "f32"
+    if kind not in _SHAPES or (wide, other, result) != (total, kind, total):
+        raise Unsupported(instruction.text)
+    rows, columns, depth = map(int, re.findall(r"\d+", modifiers.need(*_SHAPES[kind])))
+    modifiers.need("row"), modifiers.need("col")
+    bits = "f64" if kind == "f64" else "b32"
+    to, a, b, c = (
+        [m.value(x, how) for x in (v.parts if hasattr(v, "parts") else (v,))]
+        for v, how in zip(instruction.operands, (total, bits, bits, total), strict=True)
+    )
+    per = 2 if kind in ("bf16", "f16") else 1
+    sizes = rows * depth // 32 // per, columns * depth // 32 // per, rows // 4, rows // 4
+    if tuple(map(len, (a, b, c, to))) != sizes:
+        raise Unsupported(instruction.text)
+    warps = m.warps
+
+    def operand(registers) -> np.ndarray:
+        values = np.array(registers).reshape(-1, warps, 8, 4)
+        values = values[..., None] if kind == "f64" else elements(values, kind)
+        return values.astype(np.float64)
+
+    def run() -> None:
+        product = left(operand(a), rows // 8) @ right(operand(b))
+        before = accumulators(np.array(c).reshape(-1, warps, 8, 4))
+        values = of_accumulators(canonical((before + product).astype(before.dtype)))
+        for out, value in zip(to, values, strict=True):
+            m.put(out, value)
+
+    return run

@@ -1,0 +1,94 @@
+"""Runs launches and keeps what they did: hazards, instructions met, time."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from .faults import Fault
+from .machine import Machine
+from .parse import parse
+
+_NAN = {2: 0x7FFF, 4: 0x7FFFFFFF, 8: 0x7FFFFFFFFFFFFFFF}  # as a GPU writes it
+_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass
+class Record:
+    kernel: str
+    blocks: int
+    steps: int  # instructions of warps
+    seconds: float
+    hazards: dict[str, int]
+
+
+@dataclass
+class Runner:
+    """Decodes a kernel at its first launch.
+
+    ``rewrite`` changes the PTX of a kernel, given its name, before it is parsed.
+    """
+
+    rewrite: Callable[[str, str], str] = lambda name, ptx: ptx
+    records: list[Record] = field(default_factory=list)
+    machines: dict[tuple, Machine] = field(default_factory=dict)
+    seed: int = 0
+
+    def machine(self, ptx: str, name: str, shared: int) -> Machine:
+        text = self.rewrite(name, ptx)
+        key = name, hashlib.sha256(text.encode()).hexdigest(), shared
+        if key not in self.machines:
+            self.machines[key] = Machine(parse(text, name), shared)
+        return self.machines[key]
+
+    def run(self, machine: Machine, parameters: bytes, grid: tuple[int, int]) -> None:
+        """Runs all blocks; the caller has given the machine its ranges of global memory.
+
+        Raises:
+            Fault: what a kernel did wrong, the name of the kernel before it.
+        """
+        machine.parameters[:] = np.frombuffer(parameters, np.uint8)
+        machine.hazards.clear()
+        begin, steps = time.process_time(), machine.steps
+        name = machine.kernel.name
+        try:
+            for y in range(grid[1]):
+                for x in range(grid[0]):
+                    machine.async_state.seed = self.seed + 1000 * y + x
+                    machine.run((x, y), grid)
+        except Fault as fault:
+            raise Fault(f"{name}: {fault}") from fault
+        finally:
+            seconds = time.process_time() - begin
+            record = Record(
+                name, grid[0] * grid[1], machine.steps - steps, seconds, dict(machine.hazards)
+            )
+            self.records.append(record)
+
+    def hazards(self) -> list[str]:
+        return [f"{r.kernel}: {hazard}" for r in self.records for hazard in r.hazards]
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Within the context `new_empty` tensors are full of the GPU's NaN."""
+    original = torch.Tensor.new_empty
+
+    def new_empty(self, *shape, **options):
+        made = original(self, *shape, **options)
+        if made.is_floating_point() and made.numel():
+            size = made.element_size()
+            made.view(_INTEGER[size]).fill_(_NAN[size])
+        return made
+
+    torch.Tensor.new_empty = new_empty
+    try:
+        yield
+    finally:
+        torch.Tensor.new_empty = original

@@ -1,0 +1,116 @@
+"""What nvcc and Triton make of the kernels, interpreted on a CPU, against float64.
+
+ALPHACL_PTX_FULL=1 (`make ptx`) takes every case and every planted defect.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from ptx import cases, mutants, nvcc, run
+
+from alphacl_fast.backend import triton
+
+FULL = os.environ.get("ALPHACL_PTX_FULL") == "1"
+FOLDER = Path(__file__).parent / "ptx"
+CUDA, TRITON = ("cuda-90a", "cuda-80"), ("triton-90", "triton-80")
+
+needs_nvcc = pytest.mark.skipif(nvcc.missing() is not None, reason=f"no PTX: {nvcc.missing()}")
+needs_triton = pytest.mark.skipif(triton._missing() is not None, reason=str(triton._missing()))
+#: One process runs all cases of a list, and decodes its kernels once.
+one_process = pytest.mark.xdist_group("ptx")
+
+
+@functools.cache
+def found(name):
+    """The results of a list of cases."""
+    return run.run_list(name, FULL)
+
+
+def listed():
+    for name in CUDA:
+        for number, case in enumerate(run.of_list(name, FULL)):
+            known = [pytest.mark.xfail(strict=True, reason=case.fails)] if case.fails else []
+            yield pytest.param(name, number, id=case.name, marks=known)
+
+
+@needs_nvcc
+@one_process
+@pytest.mark.parametrize(("name", "number"), [*listed()])
+def test_cuda(name, number):
+    result = found(name)["results"][number]
+    assert result["ok"], (result["problem"], result["hazards"], result["errors"])
+
+
+@needs_nvcc
+@one_process
+@pytest.mark.parametrize("name", CUDA)
+def test_instructions_of_cuda_are_executed(name):
+    assert not run.coverage.missing(name, found(name)["coverage"], FULL)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", TRITON)
+def test_triton(name, tmp_path):
+    """In a process of its own: in this one Triton's kernels are interpreted as Python."""
+    command = [sys.executable, FOLDER / "run.py", name, "--json", tmp_path / "found.json"]
+    done = subprocess.run([*command, *(["--full"] if FULL else [])], capture_output=True, text=True)
+    assert (tmp_path / "found.json").exists(), done.stdout + done.stderr
+    result = json.loads((tmp_path / "found.json").read_text())
+    assert not result["failures"], "\n".join(result["failures"])
+    assert len(result["found"][0]["results"]) >= 6
+
+
+# --- planted defects ------------------------------------------------------------------------------
+
+
+@functools.cache
+def attempts(name):
+    return {mutant.name: what for mutant, what in mutants.attempts([name], not FULL)}
+
+
+def planted(lists):
+    for mutant in mutants.MUTANTS:
+        name = f"{mutant.case.backend}-{mutant.case.arch}"
+        if name in lists and (FULL or mutant.short):
+            yield pytest.param(name, mutant.name, id=mutant.name.replace(" ", "-"))
+
+
+@needs_nvcc
+@one_process
+@pytest.mark.parametrize(("name", "mutant"), [*planted(CUDA)])
+def test_planted_defects_are_found(name, mutant):
+    assert attempts(name)[mutant] is not None
+
+
+@needs_triton
+@pytest.mark.skipif(not FULL, reason="ALPHACL_PTX_FULL=1 takes them")
+@pytest.mark.parametrize("name", TRITON)
+def test_planted_defects_of_triton_are_found(name):
+    command = [sys.executable, FOLDER / "mutants.py", name]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_table_of_defects():
+    assert len({mutant.name for mutant in mutants.MUTANTS}) == len(mutants.MUTANTS) >= 24
+    assert 6 <= sum(mutant.short for mutant in mutants.MUTANTS) <= 10
+
+
+def test_a_case_that_fails_is_told():
+    """Of wrong numbers, hazards and known defects that are gone."""
+    case = cases.Case("cuda", "80", 2, 2, cases.BF16)
+    good = asdict(cases.Result(case.name, True, [0.0], [], "", 1, 1, 0.1, 0.1))
+    rows = [
+        {**good, "fails": ""}, {**good, "ok": False, "fails": ""}, {**good, "fails": "a defect"},
+        {**good, "ok": False, "fails": "a defect"},
+    ]  # fmt: skip
+    covered = {"kernel": {"there": 1, "executed": 1, "missing": {}}}
+    told = run.failures({"list": "cuda-80", "results": rows, "coverage": covered}, False)
+    assert len(told) == 2
+    assert "was to fail: a defect" in told[1]
