@@ -7,8 +7,8 @@ loss is computed in float32, so the gradient's band is a quarter of the dtype's 
 loss, a temperature's gradient) get four bands, because one of two random errors may be zero by
 luck. Batches that are too large for the dense loss get three more bands in place of its error.
 
-`serving`, `check`, `check_large` and `check_nan` are tasks of `subprocess_pool`: generators of
-rows. `alphacl check` and `tools.gpu` run them in child processes.
+`serving` and `check` are functions of tasks of `subprocess_pool`: generators of rows. `alphacl
+check` and `tools.gpu` run them in child processes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import functools
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -27,8 +27,8 @@ from torch import Tensor
 
 from . import objectives, ops
 from .functional import alpha_cl_loss
+from .journal import Row
 from .objectives import MinPlayer, PairLoss, PairWeight
-from .subprocess_pool import Row
 
 # --- the cases ------------------------------------------------------------------------------------
 
@@ -75,17 +75,19 @@ BANDS = {
     "tf32": (2**-11, 2**-11),
     "bfloat16": (2**-17, 2**-9), "float16": (2**-17, 2**-12),
 }  # fmt: skip
-#: The bits of the NaN that GPUs produce, as the integers of the dtypes' sizes. Code that rounds or
-#: compares by adding to the bits may turn this one, and no other, into a number.
-NAN_BITS = {
-    torch.float64: (torch.int64, 0x7FFFFFFFFFFFFFFF), torch.float32: (torch.int32, 0x7FFFFFFF),
-    torch.bfloat16: (torch.int16, 0x7FFF), torch.float16: (torch.int16, 0x7FFF),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Case:
-    """One check of a backend against float64."""
+    """One check of a backend against float64.
+
+    Attributes:
+        backend: its name.
+        runs: how often it computes, with deterministic algorithms if more than once; every run must
+            give the bits of the first.
+        nan: a feature is NaN, and must reach the loss and every gradient as it does in float64.
+        large: the dense matrices would not fit into memory; another backend's float64 is the truth.
+    """
 
     backend: str
     objective: str = "infonce"
@@ -99,7 +101,9 @@ class Case:
     tau: float = 0.3
     pairs: int = 1283
     dim: int = 128
-    deterministic: bool = False
+    runs: int = 1
+    nan: bool = False
+    large: bool = False
 
     def member(self) -> objectives.Objective:
         if self.objective in CUSTOM:
@@ -199,7 +203,20 @@ def correlated_views(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
     z2 = likeness * z1 + (1 - likeness.square()).sqrt() * other
     scale = 1.0 if case.similarity == "cosine" else case.dim**-0.5
     dtype, _ = ARITHMETIC[case.dtype]
-    return (z1 * scale).to(dtype), (z2 * scale).to(dtype)
+    z1, z2 = (z1 * scale).to(dtype), (z2 * scale).to(dtype)
+    if case.nan:
+        fill_with_nan(z1[case.pairs // 2, -1:])
+    return z1, z2
+
+
+def fill_with_nan(x: Tensor) -> None:
+    """Fill x with the NaN that a GPU makes, whose bits are all 1 but the sign.
+
+    Code that rounds or compares by adding to the bits may turn this one, and no other, into a
+    number.
+    """
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize]
+    x.view(whole).fill_(torch.iinfo(whole).max)
 
 
 def evaluate(
@@ -278,76 +295,37 @@ def status(error: str) -> Row:
     return {"status": "failed" if error else "ok", "error": error or None}
 
 
-def described(case: Case, kind: str, device: str) -> Row:
-    """The columns that identify a check of this kind."""
-    about = asdict(case) | {"options": dict(case.options), "n": 2 * case.pairs}
-    return {"benchmark": kind, "on": device, **about}
-
-
-def judged(case: Case, errors: dict[str, tuple[float, float | None, float]], same: bool) -> Row:
-    """The verdict on errors, and on whether a second run gave the same bits."""
-    wrong = [
-        f"{name} {mine:.1e} > {bound:.1e}"
-        for name, (mine, _, bound) in errors.items()
-        if not mine <= bound
-    ]
-    if not same:
-        wrong.append("a second run gave other bits")
-    return {
-        **status("; ".join(wrong)),
-        "errors": errors,
-        "repeatable": same if case.deterministic else None,
-    }
-
-
-def same_bits(ours: dict[str, Tensor], again: dict[str, Tensor]) -> bool:
-    return all(torch.equal(x, again[name]) for name, x in ours.items())
-
-
 def check(case: Case, device: str) -> Iterator[Row]:
-    """Check loss and gradients against float64, and whether a second run gives the same bits."""
+    """Check loss and gradients against float64, and whether every run gives the same bits."""
     start = time.perf_counter()
     here = torch.device(device)
     _, precision = ARITHMETIC[case.dtype]
-    row = described(case, "check", device)
-    with one_thread(here), matmul_precision(case.dtype):
+    row = {"benchmark": "check", "on": device, **asdict(case)}
+    threads = contextlib.nullcontext() if case.large else one_thread(here)
+    with threads, matmul_precision(case.dtype):
         if reason := refusal(case, here):
             yield {**row, "status": "refused", "error": reason}
             return
-        z1, z2 = correlated_views(case, here)
-        truth = evaluate(case, z1.double(), z2.double(), "reference", None)
-        eager = evaluate(case, z1, z2, "reference", None)
-        with deterministic(case.deterministic):
-            ours = evaluate(case, z1, z2, case.backend, precision)
-            again = evaluate(case, z1, z2, case.backend, precision) if case.deterministic else ours
-    verdict = judged(case, compared(case, ours, truth, eager), same_bits(ours, again))
-    yield {**row, **verdict, "seconds": time.perf_counter() - start}
-
-
-def check_large(case: Case, device: str) -> Iterator[Row]:
-    """Do the same for a batch whose dense matrices would not fit into memory.
-
-    The truth is a sweep backend's, in float64.
-    """
-    start = time.perf_counter()
-    here = torch.device(device)
-    _, precision = ARITHMETIC[case.dtype]
-    row = described(case, "check large", device)
-    with matmul_precision(case.dtype):
-        if reason := refusal(case, here):
-            yield {**row, "status": "refused", "error": reason}
-            return
-        oracle = float64_oracle(case, here)
+        oracle = float64_oracle(case, here) if case.large else "reference"
         if oracle is None:
             yield {**row, "status": "skipped", "error": "no other backend has float64 here"}
             return
-        truth = large_truth(replace(case, backend=oracle), device)
-        z1, z2 = correlated_views(case, here)
-        with deterministic(case.deterministic):
-            ours = evaluate(case, z1, z2, case.backend, precision)
-            again = evaluate(case, z1, z2, case.backend, precision) if case.deterministic else ours
-    verdict = judged(case, compared(case, ours, truth), same_bits(ours, again))
-    yield {**row, **verdict, "oracle": oracle, "seconds": time.perf_counter() - start}
+        truth = in_float64(replace(case, backend=oracle, runs=1), device)
+        views = correlated_views(case, here)
+        eager = None if case.large else evaluate(case, *views, "reference", None)
+        with deterministic(case.runs > 1):
+            ours, *again = (
+                evaluate(case, *views, case.backend, precision) for _ in range(case.runs)
+            )
+    errors = {} if case.nan else compared(case, ours, truth, eager)
+    wrong = lost_nan(case, ours, truth) if case.nan else too_large(errors)
+    different = sum(not same_bits(ours.values(), other.values()) for other in again)
+    wrong += other_bits(different, len(again))
+    yield {
+        **row, **status("; ".join(wrong)), "errors": errors,
+        "repeatable": not different if again else None,
+        "oracle": oracle, "seconds": time.perf_counter() - start,
+    }  # fmt: skip
 
 
 def float64_oracle(case: Case, device: torch.device) -> str | None:
@@ -361,54 +339,59 @@ def float64_oracle(case: Case, device: torch.device) -> str | None:
 
 
 @functools.lru_cache(maxsize=1)
-def large_truth(case: Case, device: str) -> dict[str, Tensor]:
+def in_float64(case: Case, device: str) -> dict[str, Tensor]:
     """The case's results in float64; kept, because backends are checked one after the other."""
     z1, z2 = (z.double() for z in correlated_views(case, torch.device(device)))
     return evaluate(case, z1, z2, case.backend, None)
 
 
-def check_nan(case: Case, device: str) -> Iterator[Row]:
-    """Check that a NaN feature reaches the loss and every gradient that it reaches in float64.
+def too_large(errors: dict[str, tuple[float, float | None, float]]) -> list[str]:
+    """The errors beyond their bounds."""
+    return [
+        f"{name} {mine:.1e} > {bound:.1e}"
+        for name, (mine, _, bound) in errors.items()
+        if not mine <= bound
+    ]
+
+
+def lost_nan(case: Case, ours: dict[str, Tensor], truth: dict[str, Tensor]) -> list[str]:
+    """The results in which a NaN became a number.
 
     The gradient of z2 is left out for "one_view": there z2 occurs in its positives alone, and
     backends differ in whether an unrelated row's NaN loss counts.
     """
-    start = time.perf_counter()
-    here = torch.device(device)
-    _, precision = ARITHMETIC[case.dtype]
-    row = described(case, "check NaN", device)
-    with one_thread(here), matmul_precision(case.dtype):
-        if reason := refusal(case, here):
-            yield {**row, "status": "refused", "error": reason}
-            return
-        z1, z2 = correlated_views(case, here)
-        integers, bits = NAN_BITS[z1.dtype]
-        z1.view(integers)[case.pairs // 2, -1] = bits
-        truth = evaluate(case, z1.double(), z2.double(), "reference", None)
-        ours = evaluate(case, z1, z2, case.backend, precision)
-    compared_names = [name for name in truth if (name, case.negatives) != ("dz2", "one_view")]
-    lost = {name: int((truth[name].isnan() & ~ours[name].isnan()).sum()) for name in compared_names}
+    names = [name for name in truth if (name, case.negatives) != ("dz2", "one_view")]
+    lost = {name: int((truth[name].isnan() & ~ours[name].isnan()).sum()) for name in names}
     wrong = [
         f"{name}: {count} of {int(truth[name].isnan().sum())} NaN became numbers"
         for name, count in lost.items()
         if count
     ]
-    if not ours["loss"].isnan().any():
-        wrong.append("the loss is not NaN")
-    verdict = status("; ".join(wrong))
-    yield {**row, **verdict, "seconds": time.perf_counter() - start}
+    return wrong if ours["loss"].isnan().any() else [*wrong, "the loss is not NaN"]
 
 
-def serving(backend: str, device: str) -> Iterator[Row]:
-    """Yield for every dtype and GEMM precision whether a backend serves it on a device, or why not;
-    ``status`` is "served" or "refused".
+def same_bits(one: Iterable[Tensor], other: Iterable[Tensor]) -> bool:
+    """Whether results are equal; NaN equals NaN."""
+    return all(
+        torch.equal(x.isnan(), y.isnan()) and torch.equal(x.nan_to_num(), y.nan_to_num())
+        for x, y in zip(one, other, strict=True)
+    )
+
+
+def other_bits(different: int, further: int) -> list[str]:
+    return [f"{different} of {further} further runs gave other bits"] if different else []
+
+
+def serving(item: Row, device: str) -> Iterator[Row]:
+    """Yield for every dtype and GEMM precision whether the item's backend serves it on a device, or
+    why not; ``status`` is "served" or "refused".
     """
     here = torch.device(device)
     name = torch.cuda.get_device_name(here) if here.type == "cuda" else platform.machine()
-    about = {"benchmark": "serving", "on": device, "backend": backend}
+    about = {"benchmark": "serving", "on": device, **item}
     about |= {"device_name": name, "torch": torch.__version__}
     for arithmetic, (dtype, precision) in ARITHMETIC.items():
         with matmul_precision(arithmetic):
-            reason = ops.unsupported(backend, here, dtype, precision)
+            reason = ops.unsupported(item["backend"], here, dtype, precision)
         served = "refused" if reason else "served"
         yield {**about, "dtype": arithmetic, "status": served, "error": reason}

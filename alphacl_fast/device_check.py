@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,11 +30,11 @@ from .accuracy import (
     REPRESENTATIVES,
     THROUGH,
     Case,
-    described,
     has_tau_gradient,
 )
 from .functional import SIMILARITIES
-from .subprocess_pool import Pool, Row, Task
+from .journal import Journal, Row
+from .subprocess_pool import Lane, Pool, Task
 
 #: Small sizes: rows that fill no tile, features that fill no vector.
 SMALL_PAIRS, SMALL_DIMS = (67, 33, 150), (20, 65, 130)
@@ -92,7 +91,7 @@ def small_case(place: Place, member: int, mode: int, quick: bool) -> Case:
         pairs=SMALL_PAIRS[turn % 3],
         dim=SMALL_DIMS[turn % 3],
         learn_tau=turn // 2 % 2 == 1 and has_tau_gradient(objective, tuple(options.items())),
-        deterministic=True,
+        runs=2,
     )
     assert case.sensible(), case
     return case
@@ -111,12 +110,13 @@ def large_case(place: Place, member: int) -> Case:
         symmetric,
         pairs=LARGE_PAIRS[torch.device(place.device).type],
         dim=LARGE_DIM,
-        deterministic=True,
+        runs=2,
+        large=True,
     )
 
 
-def cases(places: list[Place], quick: bool) -> Iterator[tuple[str, Place, Case]]:
-    """Yield (function of `accuracy`, place, case), the most important objectives first.
+def cases(places: list[Place], quick: bool) -> Iterator[tuple[str, Case]]:
+    """Yield (device, case), the most important objectives first.
 
     The large size comes after the representatives. Backends that share a device and a dtype follow
     each other there, and share the truth.
@@ -125,18 +125,14 @@ def cases(places: list[Place], quick: bool) -> Iterator[tuple[str, Place, Case]]
         for mode in range(len(MODES)):
             for place in places:
                 case = small_case(place, member, mode, quick)
-                yield "check", place, case
+                yield place.device, case
                 if not options and objective not in CUSTOM:
-                    yield "check_nan", place, case
+                    yield place.device, replace(case, nan=True, runs=1)
         if member == len(REPRESENTATIVES) - 1:
             by_arithmetic = sorted(places, key=lambda place: (place.device, place.dtype))
             for large in range(1 if quick else len(REPRESENTATIVES)):
                 for place in by_arithmetic:
-                    yield "check_large", place, large_case(place, large)
-
-
-#: What the functions of `accuracy` write into the rows' column ``benchmark``.
-KINDS = {"check": "check", "check_large": "check large", "check_nan": "check NaN"}
+                    yield place.device, large_case(place, large)
 
 
 # --- the outcome ----------------------------------------------------------------------------------
@@ -187,8 +183,8 @@ def table(outcomes: dict[Place, Outcome]) -> Iterator[str]:
 
 def one_line(row: Row) -> str:
     """A failed case in one line."""
-    name = row["objective"] + "".join(f" {key}={value}" for key, value in row["options"].items())
-    kind = row["benchmark"].removeprefix("check").strip()
+    name = row["objective"] + "".join(f" {key}={value}" for key, value in row["options"])
+    kind = "NaN" if row["nan"] else "large" if row["large"] else ""
     mode = row["negatives"] + ("" if row["symmetric"] else " one-sided")
     setting = (
         f"{mode}, {row['similarity']}, {row['reduction']}, {row['pairs']} pairs of {row['dim']}"
@@ -198,23 +194,14 @@ def one_line(row: Row) -> str:
     return f"{where}: {name} ({setting}): {what}: {row.get('error')}"
 
 
-def strict(value: Any) -> Any:
-    """The value without infinities and NaN, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: strict(x) for key, x in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [strict(x) for x in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
 # --- a run ----------------------------------------------------------------------------------------
 
 
 class Run:
     """A run's options, and what it has found so far."""
 
-    def __init__(self, given: argparse.Namespace, file: TextIO | None, module: str) -> None:
-        self.given, self.file, self.module = given, file, module
+    def __init__(self, given: argparse.Namespace, journal: Journal | None, module: str) -> None:
+        self.given, self.journal, self.module = given, journal, module
         self.until = time.monotonic() + given.seconds
         self.outcomes: dict[Place, Outcome] = defaultdict(Outcome)
         self.served: list[Place] = []
@@ -226,9 +213,8 @@ class Run:
         self.done = self.total = 0
 
     def write(self, row: Row) -> None:
-        if self.file is not None:
-            self.file.write(json.dumps(strict(row)) + "\n")
-            self.file.flush()
+        if self.journal is not None:
+            self.journal.add(row)
 
     def serves(self, row: Row) -> None:
         """Take a row of `accuracy.serving`; a failure takes the backend out on this device."""
@@ -243,8 +229,8 @@ class Run:
 
     def add(self, row: Row) -> None:
         """Take the row of a case."""
+        self.done += 1  # first, because Ctrl-C takes effect once the row is written
         self.write(row)
-        self.done += 1
         self.outcomes[Place.of(row)].add(row)
         if row["status"] in BAD:
             self.failures.append(one_line(row))
@@ -267,32 +253,33 @@ class Run:
         if what not in found:
             found.append(what)
 
-    def serving(self, devices: list[str], backends: list[str]) -> Iterator[Task]:
-        for device in devices:
-            for backend in backends:
-                given = {"backend": backend, "device": device}
-                about = {"benchmark": "serving", "on": device, "backend": backend}
-                yield Task(f"{self.module}:serving", given, about, self.given.limit)
+    def task(self, function: str, item: Any, device: str, benchmark: str) -> Task:
+        about = {"benchmark": benchmark, "on": device}
+        return Task(
+            f"{self.module}:{function}", (item,), {"device": device}, about, self.given.limit, 0, 0
+        )
 
-    def checks(self) -> Iterator[Task]:
-        """Yield the tasks of the cases; those of a backend that keeps hanging are left out."""
-        for function, place, case in cases(self.served, self.given.quick):
-            about = described(case, KINDS[function], place.device)
-            if self.lost[place.device, place.backend] >= MOST_LOST:
-                self.add({**about, "status": "left out"})
-                continue
-            given = {"case": case, "device": place.device}
-            yield Task(f"{self.module}:{function}", given, about, self.given.limit)
+    def keeps_failing(self, task: Task) -> bool:
+        """Whether too many children were lost with the task's backend."""
+        return self.lost[task.arguments["device"], task.items[0].backend] >= MOST_LOST
 
     def carry_out(self, devices: list[str], backends: list[str]) -> None:
         log = f"{self.given.json}.log" if self.given.json else os.devnull
         # Compiling Triton's kernels is most of a GPU's run, and takes a CPU core per process.
         size = max(1, min(8, (os.cpu_count() or 1) // 2)) if devices != ["cpu"] else 1
-        with contextlib.closing(Pool(size, log)) as pool:
-            pool.run(self.serving(devices, backends), self.until, self.serves)
+        serving = deque(
+            self.task("serving", {"backend": backend}, device, "serving")
+            for device in devices
+            for backend in backends
+        )
+        with contextlib.closing(Pool(log)) as pool:
+            pool.run([Lane(serving, size, reuse=True)], self.until, self.serves)
             self.served.sort(key=lambda place: (devices.index(place.device), place.backend))
-            self.total = sum(1 for _ in cases(self.served, self.given.quick))
-            pool.run(self.checks(), self.until, self.add)
+            listed = cases(self.served, self.given.quick)
+            checks = deque(self.task("check", case, device, "check") for device, case in listed)
+            self.total = len(checks)
+            lane = Lane(checks, size, reuse=True, skip=self.keeps_failing)
+            pool.run([lane], self.until, self.add)
 
     def report(self) -> None:
         """Print the table, what was not served and why, and the failures."""
@@ -316,7 +303,7 @@ class Run:
         run = sum(statuses[status] for status in ("ok", *BAD))
         # those that were never given to a process have no row
         not_run = self.total - run - statuses["refused"] - statuses["skipped"]
-        if not_run:
+        if not_run > 0:  # a device that breaks after a case adds a row of its own
             print(f"{not_run} of {self.total} cases were not run")
         if self.failures:
             print(f"{len(self.failures)} failures in {run} cases")
@@ -395,25 +382,24 @@ def run(
     Args:
         given: flags of `add_flags`.
         fail: ends the command with a message.
-        module: has the functions `serving`, `check`, `check_large` and `check_nan`, which run in
-            child processes.
+        module: has the functions `serving` and `check`, which run in child processes.
     """
     devices = chosen_devices(given.device, fail)
     backends = chosen_backends(given.backends, fail)
-    with contextlib.ExitStack() as stack:
-        file = None
-        if given.json is not None:
-            try:
-                file = stack.enter_context(given.json.open("w"))
-            except OSError as error:
-                fail(f"cannot write to {given.json}: {error.strerror}")
-        this = Run(given, file, module)
+    journal = None
+    if given.json is not None:
         try:
-            this.carry_out(devices, backends)
-        except KeyboardInterrupt:
-            this.report()
-            kept = f", rows in {given.json}" if file else ""
-            print(f"alphacl: interrupted after {this.done} cases{kept}", file=sys.stderr)
-            return 130
+            given.json.write_text("")
+        except OSError as error:
+            fail(f"cannot write to {given.json}: {error.strerror}")
+        journal = Journal(given.json, print)
+    this = Run(given, journal, module)
+    try:
+        this.carry_out(devices, backends)
+    except KeyboardInterrupt:
         this.report()
-        return this.status()
+        kept = f", rows in {given.json}" if journal else ""
+        print(f"alphacl: interrupted after {this.done} cases{kept}", file=sys.stderr)
+        return 130
+    this.report()
+    return this.status()

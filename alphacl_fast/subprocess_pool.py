@@ -1,8 +1,9 @@
-"""Run tasks in subprocesses, so that a crash, a hang or a broken CUDA context costs one task only.
+"""Run tasks in child processes, so that a crash, a hang or a broken CUDA context costs one item.
 
-A task is a generator function, named "module:function", that yields rows (dicts). Rows arrive as
-they are produced. Failures arrive as rows too, with ``status`` "error", "crashed" or "timeout".
-Children ignore Ctrl-C, which a terminal sends to them too: their parent ends them.
+A task calls a generator function, named "module:function", for each of its items in turn. The
+generator yields rows (dicts), which arrive as they are made. Failures arrive as rows too, with
+``status`` "error", "crashed" or "timeout"; a new child goes on with the items after the one that
+failed. Children ignore Ctrl-C, which a terminal sends to them too: their parent ends them.
 """
 
 from __future__ import annotations
@@ -13,211 +14,319 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from multiprocessing import connection
 from typing import Any
 
-Row = dict[str, Any]
+from .journal import Row, handled
+
+#: Seconds that a child may take to begin, which includes the import of torch.
+STARTUP = 60.0
+#: Messages of a child beside rows: it begins; an item is done; the process can do no more.
+BEGUN, NEXT, BROKEN = "begun", "next", "broken"
 
 
 @dataclass(frozen=True)
 class Task:
-    """A call of a generator function."""
+    """Calls of a generator function in one process.
 
-    function: str  # "module:function"
-    arguments: dict[str, Any] = field(default_factory=dict)  # keyword arguments
-    about: Row = field(default_factory=dict)  # columns of the rows that report a failure
-    limit: float = 60.0  # seconds
+    Attributes:
+        function: "module:function", called as function(item, **arguments).
+        items: what it is called with in turn; dataclasses or dicts.
+        arguments: keyword arguments; a GPU named "device" is opened before the first item.
+        about: columns of the rows that report a failure, beside those of the item.
+        limit: seconds that the child may take from one message to the next.
+        startup: predicted seconds until the first item begins.
+        predicted: predicted seconds of each item.
+        environment: variables that are set in the child.
+    """
+
+    function: str
+    items: tuple[Any, ...]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    about: Row = field(default_factory=dict)
+    limit: float = 15.0
+    startup: float = 1.0
+    predicted: float = 1.0
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def row(self, **found: Any) -> Row:
+        """A row about the first item."""
+        item = self.items[0]
+        return {**self.about, **(asdict(item) if is_dataclass(item) else item), **found}
+
+    def first(self) -> Task:
+        """The task of the first item alone."""
+        return replace(self, items=self.items[:1])
+
+    def rest(self) -> Task | None:
+        """The task after its first item."""
+        return replace(self, items=self.items[1:]) if len(self.items) > 1 else None
+
+
+@dataclass
+class Lane:
+    """Tasks in their order.
+
+    Attributes:
+        tasks: those that no child has begun.
+        size: how many run side by side.
+        reuse: whether a child goes on with another task after its own.
+        skip: whether the first item of a task is to be left out, asked when its turn comes.
+    """
+
+    tasks: deque[Task]
+    size: int = 1
+    reuse: bool = False
+    skip: Callable[[Task], bool] = lambda task: False
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time of all tasks."""
+        each = (task.startup + task.predicted * len(task.items) for task in self.tasks)
+        return sum(each) / self.size
+
+
+# --- in the child ---------------------------------------------------------------------------------
 
 
 def rows_of(task: Task) -> Iterator[Row]:
-    """Yield the task's rows; an exception becomes the last row."""
+    """Yield the rows of the first item; an exception becomes the last row."""
     try:
         module, _, function = task.function.partition(":")
-        yield from getattr(importlib.import_module(module), function)(**task.arguments)
+        yield from getattr(importlib.import_module(module), function)(
+            task.items[0], **task.arguments
+        )
     except Exception as error:
         trace = traceback.extract_tb(error.__traceback__)[-1]
-        text = f"{type(error).__name__}: {str(error)[:600]}"
         where = f"{os.path.basename(trace.filename)}:{trace.lineno}"
-        yield {**task.about, "status": "error", "error": text, "where": where}
+        text = f"{type(error).__name__}: {str(error)[:600]}"
+        yield task.row(status="error", error=text, where=where)
 
 
-def device_is_broken() -> bool:
-    """Whether an earlier error, such as an illegal address, has broken the CUDA context."""
+def broken_device() -> str | None:
+    """Why the CUDA context serves no longer, for instance after an illegal address."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
-        return False
+        return None
     try:
         torch.cuda.synchronize()
-    except Exception:
-        return True
-    return False
+    except Exception as error:
+        return str(error).partition("\n")[0]
+    return None
 
 
-def serve(connection: Connection, log: str) -> None:
-    """Serve tasks in the child process.
+def open_device(device: str) -> None:
+    """Open the GPU, which takes seconds where many processes do; the watchdog begins after it."""
+    if device.startswith("cuda"):
+        import torch
 
-    Each task is answered with None once it begins, with its rows, then with whether the process is
-    still usable. The process ends if it is not, or when its parent is gone.
-    """
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):  # output of compilers and libraries goes to the log
-        os.dup2(descriptor, stream)
-    try:
+        # what is wrong will be told by the first item
+        with contextlib.suppress(RuntimeError, AssertionError):
+            torch.zeros(1, device=device)
+            torch.cuda.synchronize(device)
+
+
+def serve(pipe: connection.Connection, task: Task, log: str) -> None:
+    """Run one item after the other, until the device is broken or the parent gone."""
+    with contextlib.suppress(OSError):  # without a log, output goes where the parent's goes
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        for stream in (1, 2):  # output of compilers and libraries
+            os.dup2(descriptor, stream)
+    os.environ.update(task.environment)
+    open_device(task.arguments.get("device", ""))
+    with contextlib.suppress(EOFError, OSError):
+        pipe.send(BEGUN)
         while True:
-            task = connection.recv()
-            connection.send(None)
+            failed = False
             for row in rows_of(task):
-                connection.send(row)
-            usable = not device_is_broken()
-            connection.send(usable)
-            if not usable:
+                failed = row.get("status") == "error"
+                pipe.send(row)
+            if why := broken_device():
+                if not failed:
+                    why = f"the device is broken after the last row: {why}"
+                    pipe.send(task.row(status="error", error=why))
+                pipe.send(BROKEN)
                 return
-    except (EOFError, BrokenPipeError):
-        return
+            pipe.send(NEXT)
+            task = pipe.recv()
 
 
-@contextlib.contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """A process that starts within the context ignores Ctrl-C from its first instruction on."""
-    if threading.current_thread() is not threading.main_thread():  # which alone may change signals
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+class Child:
+    """A process, which begins with the first item of a task.
 
+    Args:
+        task: what it begins with.
+        log: file to which it prints.
+        preload: a module that a server imports once, which then forks every child; without one, a
+            child is a new interpreter.
+    """
 
-def _end_of(process: multiprocessing.process.BaseProcess) -> str:
-    """How a process ended."""
-    code = process.exitcode
-    if code is not None and code < 0:
-        return f"the process was killed by {signal.Signals(-code).name}"
-    return f"the process ended with {code}"
-
-
-class _Worker:
-    def __init__(self, log: str) -> None:
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, task: Task, log: str, preload: str | None) -> None:
+        context = multiprocessing.get_context("forkserver" if preload else "spawn")
+        if preload:
+            context.set_forkserver_preload([preload])
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, log), daemon=True)
-        with _interrupts_ignored():
+        arguments = theirs, task.first(), log
+        self.process = context.Process(target=serve, args=arguments, daemon=True)
+        with handled(signal.SIG_IGN, signal.SIGINT):  # which the child inherits
             self.process.start()
         theirs.close()
-        self.task: Task | None = None
-        self.expires = float("inf")
-        self.fresh = True
 
-    def start(self, task: Task, startup: float) -> None:
-        self.task = task
-        self.expires = time.monotonic() + task.limit + (startup if self.fresh else 0.0)
-        self.fresh = False
-        self.connection.send(task)
+    def send(self, task: Task) -> None:
+        """Go on with the first item of a task."""
+        self.connection.send(task.first())
 
-    def stop(self) -> None:
+    def receive(self) -> Any:
+        """The next message; EOFError if there will be none."""
+        return self.connection.recv()
+
+    def kill(self) -> None:
         self.process.kill()
-        self.process.join(10)
         self.connection.close()
+
+    def end(self) -> str:
+        """How the process ended."""
+        self.process.join(2)
+        code = self.process.exitcode
+        if code is not None and code < 0:
+            return f"the process was killed by {signal.Signals(-code).name}"
+        return f"the process ended with {code}"
+
+
+# --- in the parent --------------------------------------------------------------------------------
+
+
+@dataclass
+class _Running:
+    child: Any
+    task: Task
+    lane: Lane
+    expires: float
 
 
 class Pool:
-    """A pool of ``size`` child processes; 0 runs tasks in this one, unprotected and unlimited."""
+    """Runs lanes of tasks until a time.
 
-    startup = 60.0  # seconds for a new process to import torch, before the limit of its task begins
+    Args:
+        log: file to which children print.
+        preload: as `Child`.
+        clock: seconds, as `time.monotonic`.
+        wait: as `multiprocessing.connection.wait`.
+        start: starts a child, as `Child`.
+    """
 
-    def __init__(self, size: int, log: str) -> None:
-        self.size, self.log = size, log
-        self.workers: list[_Worker] = []
+    def __init__(
+        self,
+        log: str,
+        preload: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wait: Callable[..., list] = connection.wait,
+        start: Callable[[Task, str, str | None], Any] = Child,
+    ) -> None:
+        self.log, self.preload = log, preload
+        self.clock, self.wait, self.start = clock, wait, start
+        self.running: list[_Running] = []
 
-    def run(self, tasks: Iterable[Task], until: float, emit: Callable[[Row], None]) -> bool:
-        """Run tasks in order, until a deadline.
-
-        Args:
-            tasks: may be a generator; a task is taken once a process is idle, and no earlier.
-            until: deadline on the clock `time.monotonic`; running tasks are then killed, and
-                reported as "unfinished".
-            emit: receives every row.
+    def run(
+        self, lanes: list[Lane], until: float, emit: Callable[[Row], None]
+    ) -> list[tuple[Task, str]]:
+        """Run the tasks; ``emit`` gets every row.
 
         Returns:
-            Whether all tasks ran to their end.
+            The tasks whose items were not begun, with the reason. A running item is "unfinished"
+            at the time ``until``.
         """
-        if self.size == 0:
-            for task in tasks:
-                if time.monotonic() >= until:
-                    return False
-                for row in rows_of(task):
-                    emit(row)
-            return True
-        queue, more = iter(tasks), True
-        while True:
-            now = time.monotonic()
-            if now >= until:
-                busy = self._busy()
-                for worker in busy:
-                    self._fail(worker, emit, "unfinished")
-                return not (more or busy)
-            while more and len(self._busy()) < self.size:
-                task = next(queue, None)
-                more = task is not None
-                if more:
-                    self._start(task, emit)
-            busy = self._busy()
-            if not busy:
-                return True
-            first = min([until, *(worker.expires for worker in busy)])
-            ready = wait([worker.connection for worker in busy], timeout=max(0.0, first - now))
-            for worker in busy:
-                if worker.connection in ready:
-                    self._receive(worker, emit)
-                elif time.monotonic() >= worker.expires:
-                    self._fail(
-                        worker, emit, "timeout", error=f"not done in {worker.task.limit:.0f} s"
-                    )
-
-    def _busy(self) -> list[_Worker]:
-        return [worker for worker in self.workers if worker.task]
-
-    def _start(self, task: Task, emit: Callable[[Row], None]) -> None:
-        """Give a task to a worker without one, which is a new one if all are busy."""
-        worker = next((worker for worker in self.workers if worker.task is None), None)
-        if worker is None:
-            worker = _Worker(self.log)
-            self.workers.append(worker)
-        try:
-            worker.start(task, self.startup)
-        except OSError as error:  # the process has ended since its last task
-            self._fail(worker, emit, "crashed", error=str(error))
-
-    def _receive(self, worker: _Worker, emit: Callable[[Row], None]) -> None:
-        try:
-            message = worker.connection.recv()
-        except (EOFError, OSError):
-            worker.process.join(10)
-            return self._fail(worker, emit, "crashed", error=_end_of(worker.process))
-        if message is None:
-            worker.expires = time.monotonic() + worker.task.limit
-        elif isinstance(message, dict):
-            emit(message)
-        elif message:
-            worker.task = None
-        else:
-            self._drop(worker)
-
-    def _fail(self, worker: _Worker, emit: Callable[[Row], None], status: str, **why: str) -> None:
-        """Report the worker's task as failed, and drop the worker."""
-        emit({**worker.task.about, "status": status, **why})
-        self._drop(worker)
-
-    def _drop(self, worker: _Worker) -> None:
-        self.workers.remove(worker)
-        worker.stop()
+        self.until, self.emit, self.left = until, emit, []
+        while (now := self.clock()) < until:
+            for lane in lanes:
+                self._fill(lane)
+            if not self.running:
+                return self.left
+            first = min([until, *(r.expires for r in self.running)])
+            ready = self.wait([r.child.connection for r in self.running], max(0.0, first - now))
+            for r in list(self.running):
+                if r.child.connection in ready:
+                    self._receive(r)
+                elif self.clock() >= r.expires:
+                    self._fail(r, "timeout", f"no row within {r.task.limit:.0f} s")
+        for r in list(self.running):
+            rest = self._end(r)
+            emit(r.task.row(status="unfinished", error="its time was up"))
+            self.left += [(rest, "the task's time was up")] if rest else []
+        for lane in lanes:
+            self.left += [(task, "the time was up") for task in lane.tasks]
+            lane.tasks.clear()
+        return self.left
 
     def close(self) -> None:
-        for worker in list(self.workers):
-            self._drop(worker)
+        """Kill what is running."""
+        for r in list(self.running):
+            self._end(r)
+
+    def _take(self, lane: Lane) -> Task | None:
+        """The lane's next task that is not to be skipped and fits into the time."""
+        while lane.tasks:
+            task, time_left = lane.tasks.popleft(), self.until - self.clock()
+            needed = task.startup + task.predicted
+            if lane.skip(task):
+                self.emit(task.row(status="left out"))
+                lane.tasks.extendleft(filter(None, [task.rest()]))
+            elif needed > time_left:
+                why = f"needs about {needed:.1f} s of the {time_left:.1f} s left"
+                self.left.append((task, why))
+            else:
+                return task
+        return None
+
+    def _fill(self, lane: Lane) -> None:
+        """Start children of the lane's tasks, as many as run side by side."""
+        while sum(r.lane is lane for r in self.running) < lane.size and (task := self._take(lane)):
+            try:
+                child = self.start(task, self.log, self.preload)
+            except (OSError, EOFError) as error:
+                self.emit(task.row(status="crashed", error=f"no process: {error}"))
+                lane.tasks.extendleft(filter(None, [task.rest()]))
+            else:
+                self.running.append(_Running(child, task, lane, self.clock() + STARTUP))
+
+    def _receive(self, r: _Running) -> None:
+        try:
+            message = r.child.receive()
+            if message == NEXT:
+                return self._go_on(r)
+        except (EOFError, OSError):
+            return self._fail(r, "crashed", r.child.end())
+        r.expires = self.clock() + r.task.limit
+        if isinstance(message, dict):
+            self.emit(message)
+        elif message == BROKEN:
+            self._resume(r)
+        return None
+
+    def _go_on(self, r: _Running) -> None:
+        """Give a child its next item, or end it."""
+        task = r.task.rest() or (self._take(r.lane) if r.lane.reuse else None)
+        if task is None:
+            self._end(r)
+            return
+        r.task, r.expires = task, self.clock() + task.limit
+        r.child.send(task)
+
+    def _fail(self, r: _Running, status: str, error: str) -> None:
+        self.emit(r.task.row(status=status, error=error))
+        self._resume(r)
+
+    def _resume(self, r: _Running) -> None:
+        """End a child; a new one will go on after its item."""
+        r.lane.tasks.extendleft(filter(None, [self._end(r)]))
+
+    def _end(self, r: _Running) -> Task | None:
+        """Kill a child; return what it has not begun."""
+        self.running.remove(r)
+        r.child.kill()
+        return r.task.rest()

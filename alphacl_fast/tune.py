@@ -19,6 +19,8 @@ from .functional import alpha_cl_loss
 from .kernels import config
 from .kernels.config import Tile
 
+#: Largest relative difference from the numbers of the default tile.
+AGREEMENT = 0.02
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
@@ -40,17 +42,15 @@ def candidates(sweep: str, mode: str, dim: int) -> Iterator[Tile]:
             yield Tile(rows, cols, chunk, warps, stages, symmetric=symmetric)
 
 
-def measure(
-    tiles: dict[str, Tile], mode: str, dim: int, rows: int, gradient: bool
-) -> tuple[float, torch.Tensor]:
-    """Median milliseconds of a loss (with its gradient), and the numbers it gave."""
-    from triton.testing import do_bench
-
-    generator = torch.Generator("cuda").manual_seed(0)
+def step(
+    tiles: dict[str, Tile], mode: str, dim: int, rows: int, gradient: bool, device: torch.device
+) -> Callable[[], torch.Tensor]:
+    """A loss (with its gradient) that uses the tiles; returns the numbers."""
+    generator = torch.Generator(device).manual_seed(0)
     dtype = _DTYPES.get(mode, torch.float32)
     precision = {"fp32": "ieee", "tf32": "tf32", "bf16x3": "bf16x3"}.get(mode)
     z1, z2 = (
-        torch.randn(rows // 2, dim, device="cuda", generator=generator)
+        torch.randn(rows // 2, dim, device=device, generator=generator)
         .to(dtype)
         .requires_grad_(gradient)
         for _ in range(2)
@@ -63,6 +63,16 @@ def measure(
                 return loss.detach().view(1)
             return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [z1, z2])])
 
+    return run
+
+
+def measure(
+    tiles: dict[str, Tile], mode: str, dim: int, rows: int, gradient: bool
+) -> tuple[float, torch.Tensor]:
+    """Median milliseconds of a `step` on the GPU, and the numbers it gave."""
+    from triton.testing import do_bench
+
+    run = step(tiles, mode, dim, rows, gradient, torch.device("cuda"))
     result = run()
     torch.cuda.synchronize()
     return float(do_bench(run, warmup=10, rep=60, return_mode="median")), result
@@ -89,7 +99,7 @@ def tune(mode: str, dim: int, rows: int, deadline: float, say=print) -> list[dic
                 continue
             truth = numbers if truth is None else truth
             error = float((numbers.double() - truth.double()).norm() / truth.double().norm())
-            if not error < 0.02:
+            if not error < AGREEMENT:
                 say(f"{here} {tile}: off by {error:.1e}, left out")
                 continue
             if best is None or took < best[0]:

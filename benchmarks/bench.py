@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from alphacl_fast import objectives, ops
+from alphacl_fast import journal, objectives, ops
 from alphacl_fast.functional import NEGATIVES
 
 from . import loss, memory, report
@@ -216,7 +216,7 @@ def run(given: argparse.Namespace, fail: Callable[[str], Any], say: Callable[[st
         fail(f"cannot write to {given.out}: {error.strerror}")
     effort = loss.Effort((given.repeats[0], given.repeats[-1]), given.budget, loss.GEMM)
     for row in rows(settings, contestants, given.measure, device, effort, say):
-        report.append(file, row)
+        journal.append(file, row)
         made += 1
         say(f"[{time.monotonic() - start:5.0f} s] {report.one_line(row)}")
     if not made:

@@ -31,10 +31,10 @@ import alphacl_fast
 from alphacl_fast import ops
 from alphacl_fast.accuracy import matmul_precision, structured_rows
 from alphacl_fast.backend import cpu
+from alphacl_fast.journal import Row
 
 from .baselines import BASELINES, Loss, make, missing
 
-Row = dict[str, Any]
 GEMM = 4096
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import statistics
 from collections import Counter
@@ -16,7 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+from alphacl_fast import journal
+from alphacl_fast.journal import Row
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.jsonl"
 BEGIN, END = "<!-- from rows: python -m benchmarks.report --write -->", "<!-- end of rows -->"
@@ -30,20 +31,10 @@ HEADLINE_FROM = 1024
 FIT_FROM = 2048
 
 
-def lines_of(file: Path) -> list[Row]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def append(file: Path, row: Row) -> None:
-    """Append a row to a file at once."""
-    with file.open("a") as stream:
-        stream.write(json.dumps(row) + "\n")
-
-
 def read(file: Path) -> list[Row]:
     """Read the rows of a file; of repeated measurements only the newest."""
     newest: dict[tuple, Row] = {}
-    for row in lines_of(file):
+    for row in journal.read(file):
         newest[tuple(map(row.get, ("benchmark", "contestant", "n", *SHARED)))] = row
     return list(newest.values())
 
@@ -62,7 +53,7 @@ FORMATS = {
 
 def one_line(row: Row) -> str:
     """Format a row for the terminal."""
-    who = row.get("contestant") or row.get("engine") or row.get("phase")
+    who = next(filter(None, map(row.get, ("contestant", "engine", "backend", "phase"))), "")
     what = [row["benchmark"] if row["benchmark"] != "loss+gradient" else "", who]
     what += [row.get(name) for name in ("objective", "dtype", "negatives", "layout", "checker")]
     named = ["n", "dim"]
@@ -70,7 +61,7 @@ def one_line(row: Row) -> str:
         named += ["options", "similarity", "symmetric", "reduction", "tau"]
     what += [f"{name}={row[name]}" for name in named if name in row]
     what += [f"splits={row['splits']}"] if row.get("splits") else []
-    what += [name for name in ("learn_tau", "nan", "again") if row.get(name)]
+    what += [name for name in ("learn_tau", "nan") if row.get(name)]
     status = row.get("status", "")
     facts = [] if status == "ok" else [f"{status.upper()} {row.get('error') or ''}".strip()[:300]]
     facts += [form.format(row[name]) for name, form in FORMATS.items() if row.get(name) is not None]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import WATCHDOG
 
-from alphacl_fast import accuracy, device_check, objectives, ops
+from alphacl_fast import accuracy, device_check, journal, objectives, ops
 from alphacl_fast.cli import main
 from alphacl_fast.functional import NEGATIVES
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 FAKES = """
 import itertools, os, signal, time, types
 from alphacl_fast import ops
-from alphacl_fast.accuracy import check, check_large, check_nan, serving
+from alphacl_fast.accuracy import check, serving
 from alphacl_fast.backend import blocked
 
 def fake(**other):
@@ -103,6 +103,10 @@ def rows_of(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+def kind(row):
+    return "NaN" if row["nan"] else "large" if row["large"] else "small"
+
+
 def cases_of(rows, status):
     return [row for row in rows if row["status"] == status and row["benchmark"] != "serving"]
 
@@ -120,18 +124,18 @@ def test_the_backends_of_a_cpu_pass(tmp_path, capsys):
     assert "blocked on cpu does not serve bf16x3: " in out
     done = cases_of(rows_of(file), "ok")
     assert out.endswith(f"no failure in {len(done)} cases\n")
-    assert {row["benchmark"] for row in done} == {"check", "check NaN", "check large"}
-    assert {row["repeatable"] for row in done if row["benchmark"] != "check NaN"} == {True}
+    assert {kind(row) for row in done} == {"small", "NaN", "large"}
+    assert {row["repeatable"] for row in done if not row["nan"]} == {True}
 
 
 def test_every_objective_mode_and_dtype_is_covered():
     places = [device_check.Place("cpu", "blocked", dtype) for dtype in accuracy.ARITHMETIC]
-    cases = list(device_check.cases(places, quick=False))
-    for function in ("check", "check_nan"):
+    cases = [case for _, case in device_check.cases(places, quick=False)]
+    for nan in (False, True):
         found = {
             (case.objective, case.negatives, case.dtype)
-            for name, _, case in cases
-            if name == function
+            for case in cases
+            if not case.large and case.nan == nan
         }
         every = {
             (objective, negatives, dtype)
@@ -140,9 +144,8 @@ def test_every_objective_mode_and_dtype_is_covered():
             for dtype in accuracy.ARITHMETIC
         }
         assert every <= found
-    large = {case.dtype for name, _, case in cases if name == "check_large"}
-    assert large == {*accuracy.ARITHMETIC}
-    settings = {(c.similarity, c.reduction, c.learn_tau, c.dim) for _, _, c in cases}
+    assert {case.dtype for case in cases if case.large} == {*accuracy.ARITHMETIC}
+    settings = {(c.similarity, c.reduction, c.learn_tau, c.dim) for c in cases}
     for values, expected in zip(
         zip(*settings, strict=True), (3, 2, 2, len(device_check.SMALL_DIMS) + 1), strict=True
     ):
@@ -169,9 +172,9 @@ def test_other_bits_and_a_lost_nan_fail(check_fakes):
     assert status == 1
     errors = {"drifting": set(), "forgetful": set()}
     for row in cases_of(rows, "failed"):
-        errors[row["backend"]].add((row["benchmark"], row["error"].partition(":")[0]))
-    assert ("check", "a second run gave other bits") in errors["drifting"]
-    assert {kind for kind, _ in errors["forgetful"]} == {"check NaN"}
+        errors[row["backend"]].add((kind(row), row["error"].partition(":")[0]))
+    assert ("small", "1 of 1 further runs gave other bits") in errors["drifting"]
+    assert {found for found, _ in errors["forgetful"]} == {"NaN"}
 
 
 def test_a_crash_costs_its_rows(check_fakes, capsys):
@@ -201,10 +204,10 @@ def test_a_hang_is_a_row(check_fakes, monkeypatch, capsys):
     assert status == 1
     (row,) = cases_of(rows, "timeout")
     assert row["backend"] == "hanging"
-    assert row["error"] == "not done in 2 s"
+    assert row["error"] == "no row within 2 s"
     out = capsys.readouterr().out
     assert " 1 timed out" in out
-    assert "timed out: not done in 2 s" in out
+    assert "timed out: no row within 2 s" in out
     assert " cases were not run\n" in out
 
 
@@ -226,7 +229,7 @@ def test_a_backend_alone_is_no_truth_for_itself(check_fakes, monkeypatch, capsys
     assert accuracy.float64_oracle(case, device) not in (None, "blocked")
     monkeypatch.setattr(ops, "SWEEP_BACKENDS", {"blocked": ops.SWEEP_BACKENDS["blocked"]})
     assert accuracy.float64_oracle(case, device) is None
-    (row,) = accuracy.check_large(case, "cpu")
+    (row,) = accuracy.check(case, "cpu")
     assert row["status"] == "skipped"
     run = device_check.Run(argparse.Namespace(seconds=1.0, limit=1.0, json=None), None, "")
     run.add(row)
@@ -299,7 +302,7 @@ def test_problems_are_one_line(tmp_path, monkeypatch, capsys, arguments, message
 
 
 def test_rows_are_strict_json():
-    assert device_check.strict({"errors": {"loss": (float("nan"), 1.0)}, "k": [float("inf")]}) == {
+    assert journal.strict({"errors": {"loss": (float("nan"), 1.0)}, "k": [float("inf")]}) == {
         "errors": {"loss": ["nan", 1.0]},
         "k": ["inf"],
     }

@@ -25,7 +25,9 @@ import pytest
 import torch
 from conftest import WATCHDOG
 
-from alphacl_fast import objectives, ops
+from alphacl_fast import accuracy, journal, objectives, ops
+from alphacl_fast import subprocess_pool as pool
+from alphacl_fast.accuracy import Case
 from alphacl_fast.backend import blocked
 from alphacl_fast.benchmarks import loss
 from alphacl_fast.kernels.config import Tile
@@ -35,8 +37,6 @@ from tools.gpu import (
     calls,
     checks,
     engines,
-    journal,
-    pool,
     sanitizer,
     schedule,
     summary,
@@ -66,7 +66,7 @@ class World:
     def clock(self):
         return self.now
 
-    def start(self, task, log):
+    def start(self, task, log, preload):
         child = Actor(self, task)
         self.started.append(task)
         return child
@@ -81,18 +81,19 @@ class World:
 class Actor:
     def __init__(self, world, task):
         self.world, self.connection, self.script = world, self, deque([(world.now, pool.BEGUN)])
-        at = world.now
-        while task is not None:
-            for act in task.items[0]["does"]:
-                at += 1
-                if act == "hangs":
-                    return
-                if act in ("dies", "broken"):
-                    self.script.append((at, act))
-                    return
-                self.script.append((at, task.row(status=act)))
-            self.script.append((at, pool.NEXT))
-            task = task.rest()
+        self.send(task)
+
+    def send(self, task):
+        at = self.world.now
+        for act in task.items[0]["does"]:
+            at += 1
+            if act == "hangs":
+                return
+            if act in ("dies", "broken"):
+                self.script.append((at, act))
+                return
+            self.script.append((at, task.row(status=act)))
+        self.script.append((at, pool.NEXT))
 
     def next_at(self):
         return self.script[0][0] if self.script else float("inf")
@@ -106,8 +107,8 @@ class Actor:
     def kill(self):
         self.world.killed.append(self)
 
-    def ended_with(self):
-        return -6
+    def end(self):
+        return "the process ended with -6"
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def item(name, *does):
 def acted(world, lanes, until=1000.0):
     """The rows as (name, status), and what was not run as (name, reason)."""
     rows = []
-    cast = pool.Pool("log", world.clock, world.wait, world.start)
+    cast = pool.Pool("log", None, world.clock, world.wait, world.start)
     left = cast.run(lanes, until, rows.append)
     assert len(world.killed) == len(world.started)  # no child outlives the run
     names = [(task.items[0]["name"], why) for task, why in left]
@@ -182,15 +183,28 @@ def test_a_process_that_cannot_start(world):
     """No memory for a process, say: the item is lost, the next is tried."""
     start, attempts = world.start, iter([OSError(errno.ENOMEM, "no memory"), EOFError()])
 
-    def refuse(task, log):
+    def refuse(task, log, preload):
         problem = next(attempts, None)
         if problem:
             raise problem
-        return start(task, log)
+        return start(task, log, preload)
 
     world.start = refuse
     rows, _ = acted(world, [lane(item("a"), item("b"), item("c"))])
     assert rows == [("a", "crashed"), ("b", "crashed"), ("c", "ok")]
+
+
+def test_a_child_is_used_again(world):
+    """It goes on with the lane's next task, unless that is to be skipped when its turn comes."""
+
+    def skip(task):
+        return task.items[0]["name"] in "bd" and len(world.started) == 2
+
+    names = item("a"), item("b", "dies"), item("c"), item("d")
+    tasks = deque(pool.Task("no:thing", (x,)) for x in names)
+    rows, left = acted(world, [pool.Lane(tasks, reuse=True, skip=skip)])
+    assert rows == [("a", "ok"), ("b", "crashed"), ("c", "ok"), ("d", "left out")]
+    assert (left, len(world.started)) == ([], 2)
 
 
 def phase(name, until, *lanes, **more):
@@ -211,7 +225,7 @@ def test_phases_keep_their_times(world):
         phase("three", 30, many_waiting),
         phase("four", 40, lane(item("z"))),
     ]
-    cast = pool.Pool("log", world.clock, world.wait, world.start)
+    cast = pool.Pool("log", None, world.clock, world.wait, world.start)
     schedule.perform(phases, cast, 0.0, rows.append)
     told = [(row["phase"], row.get("name"), row["status"]) for row in rows]
     assert told[:2] == [("one", "a", "unfinished"), ("two", None, "error")]
@@ -268,9 +282,11 @@ def test_what_call_1_has_first(tmp_path):
     assert {nan for *_, nan in shapes} == {False, True}
     assert tasks["correct"][0].items[0].engine == "cuda_hopper"
     assert tasks["correct"][0].limit == 15
-    cases = [i for t in tasks["forms"] for i in t.items if isinstance(i, checks.Case)]
-    forms = itertools.product(dict(checks.REPRESENTATIVES), checks.ARITHMETIC, ("triton", "cuda"))
-    assert {(c.objective, c.dtype, c.engine) for c in cases} == {*forms}
+    cases = [i for t in tasks["forms"] for i in t.items if isinstance(i, Case)]
+    forms = itertools.product(
+        dict(accuracy.REPRESENTATIVES), accuracy.ARITHMETIC, ("triton", "cuda")
+    )
+    assert {(c.objective, c.dtype, c.backend) for c in cases} == {*forms}
     timed = [t.items[0] for t in tasks["headline"]]
     assert [(t.n, t.dim) for t in timed[::4]] == [(65536, 128), (16384, 128), (32768, 512)]
     assert {t.contestant for t in timed} == {"triton", "triton_128", "cuda", "eager"}
@@ -298,16 +314,17 @@ def test_engines_that_do_not_serve_are_left_out(tmp_path):
     found = session(tmp_path, refused=refused)
     assert found.engines == ["triton", "blocked"]
     assert found.among("cuda", "triton") == ["triton"]
-    assert all(i.engine == "triton" for t in calls.correct(found) for i in t.items)
-    assert next(iter(calls.sanitize(found))).items[0]["engine"] == "triton"
+    tasks = [pool.Task.row(task) for task in calls.correct(found)]
+    assert {row.get("engine", row.get("backend")) for row in tasks} == {"triton"}
+    assert next(iter(calls.sanitize(found))).items[0]["backend"] == "triton"
 
 
 def test_what_failed_is_checked_again(tmp_path):
     """Rows of a check that ran, and rows that the pool made of an item, in JSON."""
-    case = checks.Case("triton", "infonce", (("epsilon", 0.3),), pairs=20, dim=16, nan=True)
+    case = Case("triton", "infonce", (("epsilon", 0.3),), pairs=20, dim=16, nan=True)
     sweep = sweeps.Sweep("cuda_mma", 130, splits=2)
     made = [
-        {**asdict(case), "benchmark": "check", "options": dict(case.options), "status": "not run"},
+        {**asdict(case), "benchmark": "check", "status": "not run"},
         pool.Task("", (sweep,), about={"benchmark": "sweep"}).row(status="timeout"),
         pool.Task("", (case,), about={"benchmark": "check"}).row(status="crashed"),
         {**asdict(sweep), "benchmark": "sweep", "status": "ok"},
@@ -316,16 +333,15 @@ def test_what_failed_is_checked_again(tmp_path):
     found = session(tmp_path, earlier=json.loads(json.dumps(made)))
     tasks = list(calls.again(found))
     assert [(task.items[0], task.function) for task in tasks] == [
-        (case, "tools.gpu.checks:check"),
+        (case, "alphacl_fast.accuracy:check"),
         (sweep, "tools.gpu.sweeps:check"),
-        (case, "tools.gpu.checks:check"),
+        (case, "alphacl_fast.accuracy:check"),
     ]
 
 
 def test_what_the_server_imports_exists():
     """The server of children passes over what it cannot import."""
-    for name in pool.PRELOADED:
-        importlib.import_module(name)
+    importlib.import_module("tools.gpu.warm")
 
 
 # --- rows on disk ---------------------------------------------------------------------------------
@@ -373,7 +389,7 @@ def test_a_signal_waits_for_the_end_of_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr(journal.os, "write", interrupted)
     try:
         with pytest.raises(SystemExit):
-            journal.append(tmp_path / "rows", b'{"k": 1}\n')
+            journal.append(tmp_path / "rows", {"k": 1})
     finally:
         signal.signal(signal.SIGTERM, before)
     assert (tmp_path / "rows").read_text() == '{"k": 1}\n'
@@ -449,7 +465,7 @@ def test_what_children_do(run, tmp_path):
     errors = [row["error"] for row in rows if "error" in row]
     assert "ValueError: no" in errors[0]
     assert "ended with 3" in errors[1]
-    assert f"ended with {-signal.SIGABRT}" in errors[2]
+    assert "killed by SIGABRT" in errors[2]
     assert "broken after the last row: an illegal memory access" in errors[3]
     assert "5 FAILURES" in (tmp_path / "out" / "summary.txt").read_text()
 
@@ -484,7 +500,7 @@ def test_tiny_calls(run, tmp_path, capsys):
         def phase(name, tasks):
             return schedule.Phase(name, 1e6, lambda: calls.side_by_side(few(tasks(s)), 1))
 
-        rival = s.sizes.timing("inf_cl", 4096, negatives="cross_view")
+        rival = s.timing("inf_cl", 4096, negatives="cross_view")
 
         return [
             replace(calls.identification(s), until=1e6),
@@ -525,7 +541,8 @@ SIGNALLED = """
 import sys
 from collections import deque
 sys.path.insert(0, sys.argv[2])
-from tools.gpu import __main__ as script, pool, schedule
+from alphacl_fast import subprocess_pool as pool
+from tools.gpu import __main__ as script, schedule
 if __name__ == "__main__":
     items = tuple({"does": "nothing", "k": k} for k in range(10_000))
     task = pool.Task("actors_of_the_gpu_test:act", items, about={"benchmark": "act"})
@@ -564,7 +581,7 @@ def test_sigterm_at_a_random_row(tmp_path, seed):
 KEYS = """
 import dataclasses, json, sys, torch
 from pathlib import Path
-from tools.gpu import ahead, calls, checks, engines, sweeps, timings, tuning
+from tools.gpu import ahead, calls, tuning
 from alphacl_fast.kernels.config import Tile
 
 machine, asked, shrunk = ahead.Machine(), set(), ahead.shrunk
@@ -715,7 +732,7 @@ def test_what_the_sanitizer_says(tmp_path, monkeypatch, says, code, status):
     tool.write_text(f"#!/bin/sh\ncat <<'EOF'\n{says}\nEOF\nexit {code}\n")
     tool.chmod(0o755)
     monkeypatch.setattr(sanitizer.shutil, "which", lambda name: str(tool))
-    given = {"engine": "triton", "checker": "memcheck"}
+    given = {"backend": "triton", "checker": "memcheck"}
     (row,) = sanitizer.watch(given, "cuda", float(WATCHDOG), str(tmp_path / "log"))
     assert row["status"] == status
     assert summary.failure(row) == (status == "failed")
@@ -724,7 +741,7 @@ def test_what_the_sanitizer_says(tmp_path, monkeypatch, says, code, status):
 
 def test_a_sanitizer_that_is_absent_or_hangs(tmp_path, monkeypatch):
     monkeypatch.setattr(sanitizer.shutil, "which", lambda name: None)
-    given = {"engine": "triton", "checker": "memcheck"}
+    given = {"backend": "triton", "checker": "memcheck"}
     (row,) = sanitizer.watch(given, "cuda", 1.0, "log")
     assert row["status"] == "absent"
     assert not summary.failure(row)
@@ -750,12 +767,12 @@ def test_wrong_gradient_is_a_failure_and_not_timed(monkeypatch):
         return df, *others
 
     monkeypatch.setattr(blocked, "pair_grad", wrong)
-    (row,) = checks.check(checks.Case("blocked", pairs=1200, dim=16), "cpu")
+    (row,) = accuracy.check(Case("blocked", pairs=1200, dim=16), "cpu")
     assert row["status"] == "failed"
     assert "worst row of dz2" in row["error"]
     # the norm over all rows does not see it
     assert "dz2 " not in row["error"].replace("of dz2", "")
-    (row,) = checks.check(checks.Case("blocked", dtype="float32", pairs=40, dim=16), "cpu")
+    (row,) = accuracy.check(Case("blocked", dtype="float32", pairs=40, dim=16), "cpu")
     assert "dz2 " in row["error"].replace("of dz2", "")
     (row,) = timings.measure(timings.Timing("blocked", 16, 8), "cpu", FEW)
     assert row["status"] == "wrong"
@@ -791,10 +808,10 @@ def test_wrong_sweeps_are_failures(layout, monkeypatch):
 
 
 def test_a_nan_that_gets_lost_is_a_failure(monkeypatch):
-    case = checks.Case("blocked", dtype="float32", pairs=20, dim=16, nan=True)
-    (row,) = checks.check(case, "cpu")
+    case = Case("blocked", dtype="float32", pairs=20, dim=16, nan=True)
+    (row,) = accuracy.check(case, "cpu")
     assert row["status"] == "ok", row
-    right = checks.evaluate
+    right = accuracy.evaluate
 
     def lost(case, z1, z2, backend, precision):
         found = right(case, z1, z2, backend, precision)
@@ -802,10 +819,10 @@ def test_a_nan_that_gets_lost_is_a_failure(monkeypatch):
             found["dz2"][5] = 0  # one row of many
         return found
 
-    monkeypatch.setattr(checks, "evaluate", lost)
-    (row,) = checks.check(case, "cpu")
+    monkeypatch.setattr(accuracy, "evaluate", lost)
+    (row,) = accuracy.check(case, "cpu")
     assert row["status"] == "failed"
-    assert row["error"] == "19 rows of dz2 are NaN for 20"
+    assert row["error"] == "dz2: 16 of 320 NaN became numbers"
 
 
 def test_unrepeatable_bits_are_a_failure(monkeypatch):
@@ -815,12 +832,12 @@ def test_unrepeatable_bits_are_a_failure(monkeypatch):
         return right(*args) * (1 + 1e-15 * next(count))
 
     monkeypatch.setattr(blocked, "row_sums", drifting)
-    case = checks.Case("blocked", dtype="float64", pairs=20, dim=16, runs=3)
-    (row,) = checks.check(case, "cpu")
+    case = Case("blocked", dtype="float64", pairs=20, dim=16, runs=3)
+    (row,) = accuracy.check(case, "cpu")
     assert row["status"] == "failed"
     assert "other bits" in row["error"]
     assert not torch.are_deterministic_algorithms_enabled()
-    assert not checks.same_bits([torch.tensor([0.0])], [torch.tensor([float("nan")])])
+    assert not accuracy.same_bits([torch.tensor([0.0])], [torch.tensor([float("nan")])])
 
 
 def unusable(name):
@@ -834,7 +851,7 @@ def unusable(name):
 
 @pytest.mark.skipif(unusable("triton") is not None, reason=str(unusable("triton")))
 def test_interpreted_triton(monkeypatch):
-    (row,) = checks.check(checks.Case("triton", pairs=20, dim=16, runs=2), "cpu")
+    (row,) = accuracy.check(Case("triton", pairs=20, dim=16, runs=2), "cpu")
     assert (row["status"], row["repeatable"]) == ("ok", True)
     rows = list(timings.measure(timings.Timing("triton", 16, 16), "cpu", FEW))
     assert [(row["benchmark"], row["status"]) for row in rows] == [
@@ -865,15 +882,15 @@ def test_the_table_of_checks():
     """
     table = list(checks.cases(["triton", "blocked"]))
     first = table[0]
-    told = first.engine, first.objective, first.dtype, first.dim
+    told = first.backend, first.objective, first.dtype, first.dim
     assert told == ("triton", "infonce", "bfloat16", 128)
     assert len(set(table)) == len(table)
-    assert {case.objective for case in table} == {*objectives.names(), *checks.CUSTOM}
+    assert {case.objective for case in table} == {*objectives.names(), *accuracy.CUSTOM}
     assert {case.dim for case in table} == set(checks.DIMS)
     assert all(1000 <= case.pairs <= 1537 for case in table)
     early = table[:400]
     for field, values in (
-        ("dtype", set(checks.ARITHMETIC)),
+        ("dtype", set(accuracy.ARITHMETIC)),
         ("similarity", {"cosine", "dot", "euclidean"}),
         ("reduction", {"mean", "none"}),
         ("negatives", {"two_view", "one_view", "cross_view"}),
@@ -1043,6 +1060,7 @@ def test_cuda_calls(fake_cuda):
 def test_the_device_is_identified(fake_cuda, monkeypatch, tmp_path):
     monkeypatch.setattr(timings, "driver_version", lambda: "580.1")
     monkeypatch.setattr(timings.cuda, "_has_hopper", lambda device: False)
+    monkeypatch.setattr(timings.cuda, "_why_not", lambda device: None)
     # not the cached function, which other tests call
     monkeypatch.setattr(timings.config, "device_name", timings.config.device_name.__wrapped__)
     (row,) = timings.identify({}, "cuda")

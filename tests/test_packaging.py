@@ -197,10 +197,11 @@ print(alphacl_fast.FusedAlphaCLLoss("alpha_square")(torch.eye(4), torch.eye(4)).
 
 #: A module imports modules of the lines above its own, and none of its own line.
 LAYERS = """
-_version bundles subprocess_pool graph backend.precision kernels.config kernels.sweeps
-objectives
+_version bundles journal graph backend.precision kernels.config
+objectives subprocess_pool
 call cpp_printer backend.forms backend.reference kernels.trace
 backend.blocked backend.cpu backend.gpu kernels.rows
+kernels.sweeps
 backend.cuda backend.triton
 ops
 autograd
@@ -213,9 +214,17 @@ checks compat.sentence_transformers device_check
 #: Folders whose modules import each other, alphacl_fast itself and these.
 WINGS = {
     "alphacl_fast.train": set(),
-    "alphacl_fast.benchmarks": {"accuracy", "functional", "objectives", "ops", "backend.cpu"},
+    "alphacl_fast.benchmarks": {
+        "accuracy",
+        "backend.cpu",
+        "functional",
+        "journal",
+        "objectives",
+        "ops",
+    },
     "tools": {
         "accuracy",
+        "journal",
         "subprocess_pool",
         "bundles",
         "cpp_printer",

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from alphacl_fast.benchmarks.memory import process_bytes
-from alphacl_fast.benchmarks.report import append
+from alphacl_fast.journal import append
 
 from .training import Step, flags, random_views
 

@@ -23,8 +23,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 
-from alphacl_fast.benchmarks.report import figure, lines_of, markdown
+from alphacl_fast.benchmarks.report import figure, markdown
 from alphacl_fast.functional import alpha_cl_loss
+from alphacl_fast.journal import read
 from alphacl_fast.plan import messages, plan, traffic
 
 ROOT = Path(__file__).parent.parent
@@ -139,7 +140,7 @@ def tables() -> str:
         for p in plan(batch, DIM, gpus, **MACHINE)
     ]  # fmt: skip
     totals: dict[tuple, Counter[str]] = {}
-    for row in lines_of(RESULTS):
+    for row in read(RESULTS):
         if row["negatives"] == "two_view" and set(row["pairs"]) == {64}:
             case = row["processes"], row["strategy"], row["dtype"]
             total = totals.setdefault(case, Counter())

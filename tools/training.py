@@ -21,7 +21,7 @@ import torch
 
 from alphacl_fast import FusedAlphaCLLoss
 from alphacl_fast.benchmarks.loss import provenance, synchronize
-from alphacl_fast.benchmarks.report import append
+from alphacl_fast.journal import append
 from alphacl_fast.train import Config, gradient, models
 
 DATASETS = {1: "digits", 3: "cifar10"}  # number of channels → a data set that has it

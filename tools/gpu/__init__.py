@@ -5,14 +5,14 @@
     python -m tools.gpu --dry-run                # prints the plan; needs no GPU
     python -m tools.gpu --compile --out dir      # compiles call 1's kernels ahead; needs no GPU
 
-Neither needs a network or more than PyTorch and Triton. `calls` says what is done when. The
-modules, of which each knows those before it:
+Neither needs a network or more than PyTorch and Triton. `calls` says what is done when. The rows
+are kept by `alphacl_fast.journal`, the child processes by `alphacl_fast.subprocess_pool`, and the
+loss is compared with float64 by `alphacl_fast.accuracy`. The modules, of which each knows those
+before it:
 
-    journal     rows on disk, one JSON line each, on the disk before the next begins
-    pool        a child process for each task, with a watchdog
     schedule    phases one after the other, each within its time; what does not fit is "not run"
     engines     a backend and the way it is told to work (128-row tiles, mma.sync)
-    checks      the loss against float64
+    checks      the table of cases in which the loss is compared with float64
     sweeps      the two operators alone against float64: rectangles, splits, NaN, repeated bits
     timings     times, kernels of a step, replays of a CUDA graph
     ahead       compiles the kernels that a task will launch, without a device

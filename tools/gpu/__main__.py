@@ -17,18 +17,16 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from alphacl_fast.benchmarks.report import one_line
+from alphacl_fast.journal import Journal, Row, read
+from alphacl_fast.subprocess_pool import Lane, Pool
 
 from . import BEGIN, ahead, calls, schedule, summary
 from .calls import CALLS, SECONDS, Session
-from .journal import Journal, Row, read
-from .pool import Lane, Pool
 
 #: Seconds that plots may take; they can be drawn later with --plots.
 PLOTTING = 5
@@ -86,13 +84,12 @@ class Run:
         self.shown = 0
         self.journal = Journal(args.out / "rows.jsonl", self.say)
         given = args.cache or args.out
-        self.archive = args.out / "cache.tar.gz"
         self.session = Session(
             args.out, cache, args.device, args.workers,
             read(given / "rows.jsonl"), self.journal.attempt,
         )  # fmt: skip
         self.take_over(given / "cache.tar.gz")
-        self.pool = Pool(str(args.out / "children.log"))
+        self.pool = Pool(str(args.out / "children.log"), preload="tools.gpu.warm")
 
     def take_over(self, archive: Path) -> None:
         """Use the kernels that an earlier call compiled."""
@@ -126,7 +123,8 @@ class Run:
         """Run the phases; whatever ends them, the summary and the archive are written."""
         stop = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
-            phases = [compiling(self.session)] if self.args.compile else self.phases()
+            plan = compiling if self.args.compile else CALLS[self.args.call]
+            phases = plan(self.session)
             schedule.perform(phases, self.pool, self.begin, self.add)
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is left takes a second
@@ -135,36 +133,23 @@ class Run:
             signal.signal(signal.SIGTERM, stop)
         return int(any(map(summary.failure, self.journal.rows)) or bool(self.journal.lost))
 
-    def phases(self) -> list[schedule.Phase]:
-        """The call's phases; the archive is written once the kernels are there, too."""
-        return [
-            replace(phase, after=self.then_save(phase)) if phase.name.endswith("ahead") else phase
-            for phase in CALLS[self.args.call](self.session)
-        ]
-
-    def then_save(self, phase: schedule.Phase) -> Callable[[], None]:
-        return lambda: (phase.after(), self.save())
-
-    def save(self) -> None:
-        if any(self.session.cache.glob("*/*.cubin")):
-            pack = ahead.pack
-            self.journal.attempt("cache.tar.gz", lambda: pack(self.session.cache, self.archive))
-
     def finish(self) -> None:
-        self.save()
+        self.session.save()
         notes = [*self.notes, *self.journal.lost]
         text = summary.text(self.journal.earlier, self.journal.rows, notes)
-        summary.write(self.args.out, text, self.journal.attempt)
+        file = self.args.out / "summary.txt"
+        self.journal.attempt(file.name, lambda: file.write_text(text + "\n"))
+        print("\n" + text, flush=True)
         if not self.args.compile and self.seconds() < SECONDS[self.args.call] - PLOTTING:
             with contextlib.suppress(Exception):  # plots are a view of the rows, no result
                 print(summary.draw(self.args.out))
 
 
-def compiling(session: Session) -> schedule.Phase:
+def compiling(session: Session) -> list[schedule.Phase]:
     """Call 1's kernels for the default machine, without a time limit."""
     assume_all(session)
     items = calls.items_of_call_1
-    return schedule.Phase("ahead", 1e6, lambda: calls.ahead(session, items(session)))
+    return [schedule.Phase("ahead", 1e6, lambda: calls.ahead(session, items(session)))]
 
 
 # --- the plan -------------------------------------------------------------------------------------

@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from alphacl_fast import MinPlayer, ops
+from alphacl_fast import MinPlayer, accuracy, ops
 from alphacl_fast.backend import gpu
 from alphacl_fast.backend import triton as backend
-from alphacl_fast.benchmarks.loss import gradient, matmul_precision
+from alphacl_fast.benchmarks.loss import gradient
+from alphacl_fast.journal import Row, replaced
 from alphacl_fast.kernels import config
 
-from . import checks, engines, sweeps, timings, tuning
-from .journal import Row
+from . import engines, sweeps, timings, tuning
 
 #: Rows of both views that stand for any number: enough for splits, whose sums need a kernel.
 SMALL = 512
@@ -72,19 +72,18 @@ def launch(item: Any) -> None:
     here = torch.device("cpu")
     if isinstance(item, sweeps.Sweep):
         item = replace(item, n=shrunk(item.n), splits=0)
-        dtype, precision = checks.ARITHMETIC[item.dtype]
+        dtype, precision = accuracy.ARITHMETIC[item.dtype]
         serving = ops.SWEEP_BACKENDS[engines.backend_of(item.engine)]
         with engines.within(item.engine, item.dim, dtype):
             sweeps.compute(serving, sweeps.rows_of(item, here), item, precision or "")
-    elif isinstance(item, checks.Case):
+    elif isinstance(item, accuracy.Case):
         item = replace(item, pairs=shrunk(2 * item.pairs) // 2)
-        dtype, precision = checks.ARITHMETIC[item.dtype]
-        with engines.within(item.engine, item.dim, dtype):
-            views = checks.correlated_views(item, here)
-            checks.evaluate(item, *views, engines.backend_of(item.engine), precision)
+        _, precision = accuracy.ARITHMETIC[item.dtype]
+        views = accuracy.correlated_views(item, here)
+        accuracy.evaluate(item, *views, item.backend, precision)
     elif isinstance(item, timings.Timing):
         item = replace(item, n=shrunk(item.n))
-        with item.within(), matmul_precision(item.dtype):
+        with item.within(), accuracy.matmul_precision(item.dtype):
             gradient(item.setting.loss(item.backend), *item.setting.views(here))
     else:
         tuning.step(replace(item, rows=shrunk(item.rows)), here)()
@@ -196,15 +195,10 @@ def compile_item(
 
 def pack(folder: Path, archive: Path) -> None:
     """Write what a launch reads of a cache (machine code and its description) to a .tar.gz."""
-    partial = archive.with_suffix(".partial")
-    try:
-        with tarfile.open(partial, "w:gz", compresslevel=6) as out:
-            for file in sorted(folder.glob("*/*")):
-                if file.suffix in (".cubin", ".json"):
-                    out.add(file, f"{file.parent.name}/{file.name}")
-        partial.replace(archive)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replaced(archive) as partial, tarfile.open(partial, "w:gz", compresslevel=6) as out:
+        for file in sorted(folder.glob("*/*")):
+            if file.suffix in (".cubin", ".json"):
+                out.add(file, f"{file.parent.name}/{file.name}")
 
 
 def unpack(archive: Path, folder: Path) -> int:

@@ -14,15 +14,15 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from alphacl_fast.accuracy import ARITHMETIC, REPRESENTATIVES, Case
 from alphacl_fast.benchmarks.baselines import PACKAGES, serves
 from alphacl_fast.benchmarks.loss import Effort
+from alphacl_fast.journal import Row
+from alphacl_fast.subprocess_pool import Lane, Task
 
 from . import checks, sweeps, tuning
-from .ahead import Machine, distinct
-from .checks import Case
+from .ahead import Machine, distinct, pack
 from .engines import backend_of
-from .journal import Row
-from .pool import Lane, Task
 from .schedule import Phase
 from .sweeps import Sweep
 from .timings import Timing
@@ -31,40 +31,21 @@ from .timings import Timing
 SECONDS = {1: 170, 2: 310}
 #: Engines in the order of their worth.
 ORDER = ("cuda_hopper", "triton", "cuda_mma", "triton_128", "cuda", "cpu", "blocked")
+#: Benchmark, as the rows call it → the function that makes its rows.
+FUNCTIONS = {
+    "device": "tools.gpu.timings:identify",
+    "compile": "tools.gpu.ahead:compile_item",
+    "compile tile": "tools.gpu.ahead:compile_item",
+    "sweep": "tools.gpu.sweeps:check",
+    "check": "alphacl_fast.accuracy:check",
+    "graph": "tools.gpu.timings:graph_replay",
+    "synchronization": "tools.gpu.timings:no_synchronization",
+    "loss+gradient": "tools.gpu.timings:measure",
+    "tune": "tools.gpu.tuning:time_tile",
+    "sanitize": "tools.gpu.sanitizer:watch",
+}
 #: Status of a row that a later call looks at again.
 AGAIN = ("failed", "error", "crashed", "timeout", "wrong", "unfinished", "not run")
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of the problems: a GPU's, or tiny ones that try the script on any machine."""
-
-    tiny: bool = False
-
-    @property
-    def sweeps(self) -> tuple[int, ...]:
-        return (2, 12, 20, 34) if self.tiny else sweeps.SIZES
-
-    @property
-    def dims(self) -> tuple[int, ...]:
-        return (16, 24) if self.tiny else checks.DIMS
-
-    @property
-    def pairs(self) -> tuple[int, int]:
-        return (20, 33) if self.tiny else (1000, 1537)
-
-    @property
-    def effort(self) -> Effort:
-        few = {"repeats": (2, 2), "gemm_side": 64, "sample": 1e-4}
-        more = {"repeats": (3, 15), "gemm_side": 8192, "sample": 0.02, "inputs": 3}
-        return Effort(
-            budget=1.0, checked_rows=1 << 16, own_gate=0.25, **(few if self.tiny else more)
-        )
-
-    def timing(self, contestant: str, n: int, dim: int = 128, **other: str) -> Timing:
-        if self.tiny:
-            n, dim = max(16, min(128, n // 1024)), max(8, dim // 16)
-        return Timing(contestant, n, dim, **other)
 
 
 @dataclass
@@ -94,8 +75,36 @@ class Session:
     tuned: Path | None = None
 
     @property
-    def sizes(self) -> Sizes:
-        return Sizes(tiny=self.device == "cpu")
+    def tiny(self) -> bool:
+        """Whether problems have sizes that try the script on any machine."""
+        return self.device == "cpu"
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The sizes of the sweeps."""
+        return (2, 12, 20, 34) if self.tiny else sweeps.SIZES
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        return (16, 24) if self.tiny else checks.DIMS
+
+    @property
+    def pairs(self) -> tuple[int, int]:
+        """Fewest and most pairs of a check."""
+        return (20, 33) if self.tiny else (1000, 1537)
+
+    @property
+    def effort(self) -> Effort:
+        few = {"repeats": (2, 2), "gemm_side": 64, "sample": 1e-4}
+        more = {"repeats": (3, 15), "gemm_side": 8192, "sample": 0.02, "inputs": 3}
+        return Effort(
+            budget=1.0, checked_rows=1 << 16, own_gate=0.25, **(few if self.tiny else more)
+        )
+
+    def timing(self, contestant: str, n: int, dim: int = 128, **other: str) -> Timing:
+        if self.tiny:
+            n, dim = max(16, min(128, n // 1024)), max(8, dim // 16)
+        return Timing(contestant, n, dim, **other)
 
     @property
     def engines(self) -> list[str]:
@@ -109,16 +118,22 @@ class Session:
         found = [name for name in wanted if name in self.engines]
         return found or [name for name in self.engines if name in ("cpu", "blocked")]
 
-    def task(self, function: str, items: Iterable[Any], **given: Any) -> Task:
-        """A task of tools.gpu on the session's device; ``given`` are fields of `Task`."""
+    def task(self, benchmark: str, items: Iterable[Any], **given: Any) -> Task:
+        """A task on the session's device; ``given`` are fields of `Task`."""
+        function, about = FUNCTIONS[benchmark], {"benchmark": benchmark}
         environment = {"TRITON_CACHE_DIR": str(self.cache), "TRITON_STORE_BINARY_ONLY": "1"}
         if self.tuned is not None:
             environment["ALPHACL_TUNED"] = str(self.tuned)
-        if not function.startswith("timings"):  # it slows GEMMs down, and makes them repeatable
+        if "timings" not in function:  # it slows GEMMs down, and makes them repeatable
             environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         arguments = {"device": self.device, **given.pop("arguments", {})}
-        given = {"environment": environment, "arguments": arguments, **given}
-        return Task(f"tools.gpu.{function}", tuple(items), **given)
+        return Task(function, tuple(items), arguments, about, environment=environment, **given)
+
+    def save(self) -> None:
+        """Write the kernels compiled so far to the archive."""
+        archive = self.out / "cache.tar.gz"
+        if any(self.cache.glob("*/*.cubin")):
+            self.attempt(archive.name, lambda: pack(self.cache, archive))
 
     def identified(self, row: Row) -> None:
         """Take note of the device."""
@@ -141,7 +156,7 @@ def first(s: Session) -> list[Phase]:
     """Compile ahead; check against float64, the fast kernels first; the headline table."""
     return [
         identification(s),
-        Phase("ahead", 35, lambda: ahead(s, items_of_call_1(s))),
+        Phase("ahead", 35, lambda: ahead(s, items_of_call_1(s)), after=s.save),
         Phase("correct", 80, lambda: side_by_side(correct(s), s.workers)),
         Phase("forms", 120, lambda: side_by_side(forms(s), s.workers)),
         Phase("headline", 163, lambda: side_by_side(headline(s, HEADLINE), 1)),
@@ -149,8 +164,7 @@ def first(s: Session) -> list[Phase]:
 
 
 def identification(s: Session) -> Phase:
-    about = {"benchmark": "device"}
-    task = s.task("timings:identify", [{}], about=about, limit=20, startup=6, predicted=3)
+    task = s.task("device", [{}], limit=20, startup=6, predicted=3)
     return Phase("device", 20, lambda: side_by_side([task], 1), follow=s.identified)
 
 
@@ -160,9 +174,8 @@ def ahead(s: Session, items: Iterable[Any], benchmark: str = "compile") -> list[
     claims.mkdir(parents=True, exist_ok=True)
     tasks = (
         replace(
-            s.task("ahead:compile_item", [item], limit=30, startup=0.3, predicted=3),
+            s.task(benchmark, [item], limit=30, startup=0.3, predicted=3),
             arguments={"machine": s.machine, "claims": str(claims), "benchmark": benchmark},
-            about={"benchmark": benchmark},
         )
         for item in distinct(filter(triton_serves, items), s.machine)
     )
@@ -170,7 +183,8 @@ def ahead(s: Session, items: Iterable[Any], benchmark: str = "compile") -> list[
 
 
 def triton_serves(item: Any) -> bool:
-    name = getattr(item, "engine", None) or getattr(item, "contestant", None) or "triton"
+    named = (getattr(item, column, None) for column in ("engine", "contestant", "backend"))
+    name = next(filter(None, named), "triton")
     return backend_of(name) == "triton"
 
 
@@ -185,41 +199,36 @@ def items_of_call_1(s: Session) -> Iterator[Any]:
 def correct(s: Session) -> Iterator[Task]:
     """Both operators in every layout, then NaN through the whole loss."""
     engines = s.among("cuda_hopper", "triton", "cuda_mma", "triton_128")
-    about = {"benchmark": "sweep"}
     for layout, engine in itertools.product(sweeps.LAYOUTS, engines):
-        table = sweeps.table(engine, layout, s.sizes.sweeps)
-        yield s.task("sweeps:check", table, about=about, predicted=0.3)
-    dims = s.sizes.dims[:1] if s.sizes.tiny else (128, 16)
+        table = sweeps.table(engine, layout, s.rows)
+        yield s.task("sweep", table, predicted=0.3)
+    dims = s.dims[:1] if s.tiny else (128, 16)
     for engine in s.among("triton", "cuda"):
         dtypes = ("bfloat16", "tf32", "float16", "float32")
-        case = Case(engine, pairs=s.sizes.pairs[0] // 4 + 1, nan=True, runs=20)
+        case = Case(engine, pairs=s.pairs[0] // 4 + 1, nan=True, runs=20)
         cases = [
             replace(case, dtype=dtype, negatives=negatives, dim=dim)
             for dtype, negatives, dim in itertools.product(dtypes, ("two_view", "cross_view"), dims)
         ]
-        yield s.task("checks:check", cases, about={"benchmark": "check"}, predicted=0.5)
+        yield s.task("check", cases, predicted=0.5)
 
 
 def forms(s: Session) -> Iterator[Task]:
     """One case per form × dtype, steps in a CUDA graph, then the table of checks in its order."""
     engines = s.among("triton", "cuda")
-    about = {"benchmark": "check"}
-    for (objective, options), engine in itertools.product(checks.REPRESENTATIVES, engines):
-        dim = 128 if 128 in s.sizes.dims else s.sizes.dims[0]
+    for (objective, options), engine in itertools.product(REPRESENTATIVES, engines):
+        dim = 128 if 128 in s.dims else s.dims[0]
         case = Case(engine, objective, tuple(options.items()), dim=dim, runs=2)
-        pairs = s.sizes.pairs[0] + 7
-        cases = [replace(case, dtype=dtype, pairs=pairs) for dtype in checks.ARITHMETIC]
-        yield s.task("checks:check", cases, about=about, predicted=0.5)
-    for name, test, n in (
-        ("graph", "graph_replay", 2046),
-        ("synchronization", "no_synchronization", 2048),
-    ):
+        pairs = s.pairs[0] + 7
+        cases = [replace(case, dtype=dtype, pairs=pairs) for dtype in ARITHMETIC]
+        yield s.task("check", cases, predicted=0.5)
+    for benchmark, n in (("graph", 2046), ("synchronization", 2048)):
         objectives = ("infonce", "alpha_direct", "triplet")
         steps = [
-            s.sizes.timing(engine, n, objective=objective)
+            s.timing(engine, n, objective=objective)
             for objective, engine in itertools.product(objectives, engines)
         ]
-        yield s.task(f"timings:{test}", steps, about={"benchmark": name}, predicted=0.7)
+        yield s.task(benchmark, steps, predicted=0.7)
 
 
 #: (rows, features, other columns) of the headline table.
@@ -240,13 +249,12 @@ def headline(s: Session, points: Iterable[tuple[int, int, dict]]) -> Iterator[Ta
         if n < 1 << 20 and other.get("objective", "infonce") == "infonce":
             contestants.append("eager")
         for name in contestants:
-            yield measurement(s, s.sizes.timing(name, n, dim, **other))
+            yield measurement(s, s.timing(name, n, dim, **other))
 
 
 def measurement(s: Session, timing: Timing, **other: Any) -> Task:
-    about = {"benchmark": "loss+gradient"}
-    given = {"arguments": {"effort": s.sizes.effort}, "limit": 15, "startup": 1.5, "predicted": 2.5}
-    return s.task("timings:measure", [timing], about=about, **{**given, **other})
+    given = {"arguments": {"effort": s.effort}, "startup": 1.5, "predicted": 2.5, **other}
+    return s.task("loss+gradient", [timing], **given)
 
 
 # --- call 2 ---------------------------------------------------------------------------------------
@@ -262,7 +270,7 @@ def second(s: Session) -> list[Phase]:
     return [
         identification(s),
         Phase("recheck", 40, lambda: side_by_side(again(s), s.workers)),
-        Phase("tune ahead", 55, lambda: tiles_ahead(s, first_of(s, 60))),
+        Phase("tune ahead", 55, lambda: tiles_ahead(s, first_of(s, 60)), after=s.save),
         Phase("tune", 150, lambda: tune(s), follow=table.follow, after=use_table),
         Phase("tuned headline", 200, lambda: side_by_side(tuned_headline(s), 1)),
         Phase("rivals", 245, lambda: side_by_side(rivals(s), 1)),
@@ -273,21 +281,17 @@ def second(s: Session) -> list[Phase]:
 
 def again(s: Session) -> Iterator[Task]:
     """What failed or was not run, each in a process of its own, what failed first."""
-    kinds = {"sweep": (Sweep, "sweeps:check"), "check": (Case, "checks:check")}
+    kinds = {"sweep": Sweep, "check": Case}
     rows = [r for r in s.earlier if r["benchmark"] in kinds and r.get("status") in AGAIN]
     for row in sorted(rows, key=lambda row: AGAIN.index(row["status"])):
-        kind, function = kinds[row["benchmark"]]
-        about = {"benchmark": row["benchmark"], "again": True}
-        yield s.task(function, [item_of(kind, row)], about=about)
+        yield s.task(row["benchmark"], [item_of(kinds[row["benchmark"]], row)])
 
 
 def item_of(kind: type, row: Row) -> Any:
     """The item that a row is about."""
     given = {f.name: row[f.name] for f in fields(kind) if f.name in row}
     if "options" in given:
-        options = given["options"]
-        pairs = options.items() if isinstance(options, dict) else options
-        given["options"] = tuple((name, value) for name, value in pairs)
+        given["options"] = tuple(map(tuple, given["options"]))
     return kind(**given)
 
 
@@ -306,14 +310,14 @@ def tune(s: Session) -> list[Lane]:
         return []
     (compiling,) = tiles_ahead(s, listed[60:])
     compiling.size = max(1, s.workers - 1)
-    timing = s.task("tuning:time_tile", listed, about={"benchmark": "tune"}, limit=10)
-    return [Lane(deque([replace(timing, startup=3.0, predicted=0.3)])), compiling]
+    timing = s.task("tune", listed, limit=10, startup=3.0, predicted=0.3)
+    return [Lane(deque([timing])), compiling]
 
 
 def tuned_headline(s: Session) -> Iterator[Task]:
     """The headline table again, torch.compile beside it, then more sizes and forms."""
     yield from headline(s, HEADLINE)
-    yield measurement(s, s.sizes.timing("compiled", 16384), limit=40, predicted=12.0)
+    yield measurement(s, s.timing("compiled", 16384), limit=40, predicted=12.0)
     yield from headline(s, MORE)
 
 
@@ -323,28 +327,25 @@ def rivals(s: Session) -> Iterator[Task]:
     for dtype, names in (("bfloat16", PACKAGES), ("tf32", ("inf_cl",))):
         for name in (*ours, *names):
             if serves(name, "infonce", "cross_view"):
-                timing = s.sizes.timing(name, 32768, dtype=dtype, negatives="cross_view")
+                timing = s.timing(name, 32768, dtype=dtype, negatives="cross_view")
                 yield measurement(s, timing, limit=20, predicted=3.0)
 
 
 def sanitize(s: Session) -> Iterator[Task]:
     """The memory checker for every backend, the race checker for CUDA's kernels."""
     given = {"seconds": 16.0, "log": str(s.out / "children.log")}
-    for engine, checker in (("cuda", "memcheck"), ("triton", "memcheck"), ("cuda", "racecheck")):
-        if engine in s.among(engine):
-            item, about = {"engine": engine, "checker": checker}, {"benchmark": "sanitize"}
-            yield s.task(
-                "sanitizer:watch", [item], about=about, arguments=given, limit=25, predicted=5
-            )
+    for backend, checker in (("cuda", "memcheck"), ("triton", "memcheck"), ("cuda", "racecheck")):
+        if backend in s.among(backend):
+            item = {"backend": backend, "checker": checker}
+            yield s.task("sanitize", [item], arguments=given, limit=25, predicted=5)
 
 
 def random_checks(s: Session) -> Iterator[Task]:
     """The table of checks, six cases to a process; call 1 has checked the first of each form."""
     engines = s.among("triton", "cuda", "blocked")
-    table = list(itertools.islice(checks.cases(engines, s.sizes.dims, s.sizes.pairs), 3000))
+    table = list(itertools.islice(checks.cases(engines, s.dims, s.pairs), 3000))
     for k in range(0, len(table), 6):
-        about = {"benchmark": "check"}
-        yield s.task("checks:check", table[k : k + 6], about=about, predicted=0.5)
+        yield s.task("check", table[k : k + 6], predicted=0.5)
 
 
 CALLS: dict[int, Callable[[Session], list[Phase]]] = {1: first, 2: second}

@@ -6,34 +6,41 @@ An engine is chosen for a whole process, which a task has to itself.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from alphacl_fast import ops
 from alphacl_fast.backend import cuda, gpu
 from alphacl_fast.kernels import config
 
+#: Engine → its backend.
+ENGINES = {
+    "triton": "triton", "triton_128": "triton",
+    "cuda": "cuda", "cuda_hopper": "cuda", "cuda_mma": "cuda",
+    "cpu": "cpu", "blocked": "blocked",
+}  # fmt: skip
 
-@dataclass(frozen=True)
-class Engine:
-    """A backend and a context manager of (features, dtype) in which it is called."""
 
-    backend: str
-    within: Callable[[int, torch.dtype], contextlib.AbstractContextManager[Any]]
+def backend_of(engine: str) -> str:
+    """The backend of an engine; a baseline is its own."""
+    return ENGINES.get(engine, engine)
 
 
-def _as_it_is(dim: int, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+def within(engine: str, dim: int, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """The context in which an engine or a baseline is called.
+
+    Tiles of 128 rows are for bfloat16; other dtypes keep their own.
+    """
+    if engine == "triton_128" and dtype == torch.bfloat16:
+        return large_tiles(config.power_of_two(dim))
+    if engine in ("cuda_hopper", "cuda_mma"):
+        return cuda.hopper(int(engine == "cuda_hopper"))
     return contextlib.nullcontext()
 
 
-def _large_tiles(dim: int, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
-    """128-row tiles of eight warps, for bfloat16 rows; other dtypes keep their own."""
-    if dtype != torch.bfloat16:
-        return contextlib.nullcontext()
-    features = config.power_of_two(dim)
+def large_tiles(features: int) -> contextlib.AbstractContextManager[Any]:
+    """128-row tiles of eight warps."""
     sums = config.Tile(128, 128, min(features, 128), 8, 2)
     whole = config.Tile(128, 64, features, 8, 2)
     grad = whole if features <= 128 else config.Tile(128, 128, 64, 8, 2)
@@ -42,37 +49,9 @@ def _large_tiles(dim: int, dtype: torch.dtype) -> contextlib.AbstractContextMana
     )  # fmt: skip
 
 
-ENGINES = {
-    "triton": Engine("triton", _as_it_is),
-    "triton_128": Engine("triton", _large_tiles),
-    "cuda": Engine("cuda", _as_it_is),
-    "cuda_hopper": Engine("cuda", lambda dim, dtype: cuda.hopper(1)),
-    "cuda_mma": Engine("cuda", lambda dim, dtype: cuda.hopper(0)),
-    **{name: Engine(name, _as_it_is) for name in ("cpu", "blocked")},
-}
-
-
-def backend_of(engine: str) -> str:
-    """The backend of an engine; a baseline is its own."""
-    return ENGINES[engine].backend if engine in ENGINES else engine
-
-
-@contextlib.contextmanager
-def within(engine: str, dim: int, dtype: torch.dtype) -> Iterator[list[str]]:
-    """The context in which an engine or a baseline is called.
-
-    It yields a list that gets the name of every Triton kernel that was not in the cache.
-    """
-    compiled: list[str] = []
-    found = ENGINES.get(engine)
-    listening = heard(compiled) if backend_of(engine) == "triton" else contextlib.nullcontext()
-    with found.within(dim, dtype) if found else contextlib.nullcontext(), listening:
-        yield compiled
-
-
 @contextlib.contextmanager
 def heard(compiled: list[str]) -> Iterator[None]:
-    """Within the context Triton tells which kernels it compiles."""
+    """Within the context the list gets the name of every kernel that Triton compiles."""
     from triton import knobs
 
     def listener(*, src: Any, cache_hit: bool, **other: Any) -> None:
@@ -85,13 +64,6 @@ def heard(compiled: list[str]) -> Iterator[None]:
         yield
     finally:
         knobs.compilation.listener = before
-
-
-def refusal(
-    engine: str, device: torch.device, dtype: torch.dtype, precision: str | None, kind: str
-) -> str | None:
-    """Why an engine does not serve a call, or None."""
-    return ops.SWEEP_BACKENDS[backend_of(engine)].unsupported(device, dtype, precision, kind)
 
 
 @contextlib.contextmanager

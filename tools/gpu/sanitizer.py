@@ -19,12 +19,10 @@ from pathlib import Path
 
 import torch
 
-from alphacl_fast.benchmarks import loss as benchmark
+from alphacl_fast.accuracy import REPRESENTATIVES, Case, correlated_views, evaluate
+from alphacl_fast.benchmarks.loss import synchronize
 from alphacl_fast.functional import NEGATIVES
-
-from . import engines
-from .checks import REPRESENTATIVES, Case, correlated_views, evaluate
-from .journal import Row
+from alphacl_fast.journal import Row
 
 TOOL = "compute-sanitizer"
 #: What the tool says when it cannot watch.
@@ -33,10 +31,10 @@ _FOUND = re.compile(r"ERROR SUMMARY: (\d+) error")
 
 
 def watch(item: Row, device: str, seconds: float, log: str) -> Iterator[Row]:
-    """Run `small_shapes` of an engine under one of the tool's checkers.
+    """Run `small_shapes` of a backend under one of the tool's checkers.
 
     Args:
-        item: ``engine`` and ``checker`` (memcheck, racecheck).
+        item: ``backend`` and ``checker`` (memcheck, racecheck).
         device: where to run.
         seconds: time limit.
         log: file that gets what the tool says.
@@ -48,7 +46,7 @@ def watch(item: Row, device: str, seconds: float, log: str) -> Iterator[Row]:
     command = [
         tool, "--tool", item["checker"], "--target-processes", "application-only",
         "--report-api-errors", "no", "--print-limit", "10",
-        sys.executable, "-m", "tools.gpu.sanitizer", item["engine"], device, f"{seconds / 2:.0f}",
+        sys.executable, "-m", "tools.gpu.sanitizer", item["backend"], device, f"{seconds / 2:.0f}",
     ]  # fmt: skip
     # gives every tensor its own bounds
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -88,7 +86,7 @@ def verdict(code: int | None, said: str) -> Row:
     return {"status": "ok", "error": None, "errors_found": 0}
 
 
-def small_shapes(engine: str, device: str, seconds: str) -> int:
+def small_shapes(backend: str, device: str, seconds: str) -> int:
     """Run every form of the sweeps on small ragged shapes while time lasts; return the count."""
     here, end = torch.device(device), time.monotonic() + float(seconds)
     shapes, dtypes = ((65, 128), (3, 128), (130, 200)), ("bfloat16", "float32")
@@ -96,13 +94,12 @@ def small_shapes(engine: str, device: str, seconds: str) -> int:
     done = 0
     for (pairs, dim), dtype, (member, options), negatives in table:
         case = Case(
-            engine, member, tuple(options.items()), dtype, negatives, pairs=pairs, dim=dim,
+            backend, member, tuple(options.items()), dtype, negatives, pairs=pairs, dim=dim,
             reduction=("none", "mean")[done % 2],
         )  # fmt: skip
         views = correlated_views(case, here)
-        with engines.within(engine, dim, views[0].dtype):
-            evaluate(case, *views, engines.backend_of(engine), None)
-        benchmark.synchronize(here)
+        evaluate(case, *views, backend, None)
+        synchronize(here)
         done += 1
         if time.monotonic() > end:
             break

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .journal import Row
-from .pool import Lane, Pool, Task
+from alphacl_fast.journal import Row
+from alphacl_fast.subprocess_pool import Lane, Pool, Task
 
 #: Rows "not run" that a phase has at most; the last of them counts the rest.
 MOST_NOT_RUN = 40

@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib.util
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from pathlib import Path
 
 from alphacl_fast.benchmarks.report import figure, one_line
+from alphacl_fast.journal import Row, read
 
 from .engines import ENGINES
-from .journal import Row, read
 
 BAD = ("failed", "error", "crashed", "timeout", "wrong")
 #: Benchmarks whose rows tell of candidates that nothing uses.
@@ -38,7 +37,7 @@ GOALS: list[tuple[str, Row, str, float]] = [
 
 def failure(row: Row) -> bool:
     """Whether one of this package's engines failed; baselines and trials do not count."""
-    who = row.get("engine", row.get("contestant"))
+    who = row.get("contestant")  # only times have baselines beside ours
     ours = who is None or who in ENGINES
     return row.get("status") in BAD and row["benchmark"] not in TRIALS and ours
 
@@ -201,9 +200,3 @@ def _lines(rows: list[Row], fixed: Row, x: str, y: str) -> dict[str, dict[int, f
             tuned = " tuned" if row.get("phase") == "tuned headline" else ""
             lines[f"{row['contestant']} {row['dtype']}{tuned}"][row[x]] = row[y]
     return lines
-
-
-def write(out: Path, content: str, attempt: Callable[[str, Callable[[], object]], bool]) -> None:
-    """Write summary.txt and print it."""
-    attempt("summary.txt", lambda: (out / "summary.txt").write_text(content + "\n"))
-    print("\n" + content, flush=True)

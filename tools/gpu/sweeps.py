@@ -16,13 +16,21 @@ import torch
 from torch import Tensor
 
 from alphacl_fast import ops
+from alphacl_fast.accuracy import (
+    ARITHMETIC,
+    deterministic,
+    fill_with_nan,
+    matmul_precision,
+    other_bits,
+    same_bits,
+    status,
+    structured_rows,
+)
 from alphacl_fast.backend import blocked
-from alphacl_fast.benchmarks import loss as benchmark
 from alphacl_fast.bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight
+from alphacl_fast.journal import Row
 
 from . import engines
-from .checks import ARITHMETIC, deterministic, fill_with_nan, same_bits, status
-from .journal import Row
 
 TAU = 0.5
 #: Largest relative error of the sums and of the gradient, by dtype.
@@ -84,24 +92,23 @@ def check(sweep: Sweep, device: str) -> Iterator[Row]:
     here = torch.device(device)
     dtype, precision = ARITHMETIC[sweep.dtype]
     row = {"benchmark": "sweep", **asdict(sweep)}
-    reason = engines.refusal(sweep.engine, here, dtype, precision, "exp")
-    if reason:
+    backend = engines.backend_of(sweep.engine)
+    if reason := ops.unsupported(backend, here, dtype, precision, "exp"):
         yield {**row, "status": "refused", "error": reason}
         return
     rows = rows_of(sweep, here)
-    backend = ops.SWEEP_BACKENDS[engines.backend_of(sweep.engine)]
+    serving = ops.SWEEP_BACKENDS[backend]
     with (
         deterministic(True),  # new memory is NaN
-        benchmark.matmul_precision(sweep.dtype),
-        engines.within(sweep.engine, sweep.dim, dtype) as compiled,
+        matmul_precision(sweep.dtype),
+        engines.within(sweep.engine, sweep.dim, dtype),
         engines.splits(sweep.splits),
     ):
-        ours = compute(backend, rows, sweep, precision or "")
-        again = [compute(backend, rows, sweep, precision or "") for _ in range(sweep.runs - 1)]
+        ours, *again = (compute(serving, rows, sweep, precision or "") for _ in range(sweep.runs))
     wide = Rows(*(None if x is None else x.double() for x in rows))
     truth = compute(blocked, wide, sweep, "")
     different = sum(not same_bits(ours, other) for other in again)
-    wrong = [f"{different} of {len(again)} further runs gave other bits"] if different else []
+    wrong = other_bits(different, len(again))
     errors = {}
     for name, x, exact, bound in zip(("sums", "df"), ours, truth, BOUNDS[sweep.dtype], strict=True):
         counted = comparable(sweep, len(exact)).to(exact.device)
@@ -118,7 +125,7 @@ def check(sweep: Sweep, device: str) -> Iterator[Row]:
             wrong.append(f"{name}: error {errors[name][0]:.1e}, worst row {errors[name][1]:.1e}")
     yield {
         **row, **status("; ".join(wrong)), "errors": errors, "repeatable": not different,
-        "compiled": compiled, "seconds": time.perf_counter() - start,
+        "seconds": time.perf_counter() - start,
     }  # fmt: skip
 
 
@@ -126,7 +133,7 @@ def rows_of(sweep: Sweep, device: torch.device) -> Rows:
     """Draw the rows: of unit length, or in half precision with the inverse of their length."""
     dtype, _ = ARITHMETIC[sweep.dtype]
     generator = torch.Generator(device).manual_seed(sweep.n)
-    (f,) = benchmark.structured_rows(1, sweep.n, sweep.dim, device, torch.float32, generator)
+    (f,) = structured_rows(1, sweep.n, sweep.dim, device, torch.float32, generator)
     unit = dtype == torch.float32
     f = torch.nn.functional.normalize(f, dim=1) if unit else f.to(dtype)
     if sweep.nan:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
 import statistics
 import subprocess
@@ -23,14 +22,14 @@ import torch
 from torch import Tensor
 
 from alphacl_fast import ops
+from alphacl_fast.accuracy import status
 from alphacl_fast.backend import cuda
 from alphacl_fast.benchmarks import loss as benchmark
 from alphacl_fast.benchmarks.loss import Effort, Setting, gradient, scaled_gradient
+from alphacl_fast.journal import Row
 from alphacl_fast.kernels import config
 
 from . import engines
-from .checks import status
-from .journal import Row
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Timing:
     def backend(self) -> str:
         return engines.backend_of(self.contestant)
 
-    def within(self) -> contextlib.AbstractContextManager[list[str]]:
+    def within(self) -> contextlib.AbstractContextManager[Any]:
         return engines.within(self.contestant, self.dim, self.setting.torch_dtype)
 
 
@@ -77,7 +76,7 @@ def identify(item: Row, device: str) -> Iterator[Row]:
         }  # fmt: skip
     names = ["cpu", "blocked"] if here.type == "cpu" else list(engines.ENGINES)
     refused = {
-        name: engines.refusal(name, here, torch.bfloat16, None, "exp")
+        name: ops.unsupported(engines.backend_of(name), here, torch.bfloat16, None, "exp")
         for name in names
         if engines.backend_of(name) in ops.SWEEP_BACKENDS
     }
@@ -177,35 +176,22 @@ class Warm:
     def __call__(self) -> None:
         gradient(self.loss, *self.views)
 
-    def kernels(self, steps: int) -> dict[str, tuple[float, float]]:
-        """List kernels, the slowest first, with microseconds and launches of a step."""
-        events = device_events(self, self.device, steps)
-        found: dict[str, list[float]] = defaultdict(list)
-        for kernel, took in events:
-            found[kernel[:80]].append(took)
-        each = {kernel: (sum(took) / steps, len(took) / steps) for kernel, took in found.items()}
-        return dict(sorted(each.items(), key=lambda item: -item[1][0]))
-
 
 # --- tasks ----------------------------------------------------------------------------------------
 
 
-def measure(timing: Timing, device: str, effort: Effort, graph: bool = True) -> Iterator[Row]:
+def measure(timing: Timing, device: str, effort: Effort) -> Iterator[Row]:
     """Time loss + gradient; one whose gradient is wrong is not timed.
 
     Of this package's engines rows about a CUDA graph's replay and about the kernels follow.
-
-    Args:
-        timing: what is timed.
-        device: where to run.
-        effort: how long to measure.
-        graph: whether the other rows are wanted.
     """
     here, setting, name = torch.device(device), timing.setting, timing.contestant
-    with timing.within() as compiled:
+    compiled: list[str] = []
+    listening = engines.heard(compiled) if timing.backend == "triton" else contextlib.nullcontext()
+    with timing.within(), listening:
         (row,) = benchmark.run(setting, [timing.backend], here, effort)
         yield {**row, "contestant": name, "compiled": compiled}
-        if not graph or row["status"] != "ok" or name not in engines.ENGINES:
+        if row["status"] != "ok" or name not in engines.ENGINES:
             return
         about = {**asdict(timing), "status": "ok"}
         step = Warm(timing, device)
@@ -222,13 +208,16 @@ def measure(timing: Timing, device: str, effort: Effort, graph: bool = True) -> 
         yield {**about, "benchmark": "kernels", **kernels_of(step)}
 
 
-def kernels_of(step: Warm) -> Row:
-    """Columns about the kernels of a step: their number, time and the slowest ones."""
-    found = step.kernels(3)
+def kernels_of(step: Warm, steps: int = 3) -> Row:
+    """Columns about the kernels of a step: their number and time, and both of the slowest ones."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for kernel, took in device_events(step, step.device, steps):
+        found[kernel[:80]].append(took)
+    slowest = sorted(found.items(), key=lambda item: -sum(item[1]))
     return {
-        "launches": sum(number for _, number in found.values()),
-        "microseconds": sum(took for took, _ in found.values()),
-        "kernels_us": dict(itertools.islice(found.items(), 12)),
+        "launches": sum(map(len, found.values())) / steps,
+        "microseconds": sum(map(sum, found.values())) / steps,
+        "kernels_us": {name: (sum(t) / steps, len(t) / steps) for name, t in slowest[:12]},
     }
 
 

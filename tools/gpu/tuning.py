@@ -16,14 +16,10 @@ import torch
 from torch import Tensor
 
 from alphacl_fast import tune
-from alphacl_fast.functional import alpha_cl_loss
+from alphacl_fast.journal import Row, replaced
 from alphacl_fast.kernels import config
 from alphacl_fast.kernels.config import Tile
 
-from .journal import Row
-
-#: Largest relative difference from the numbers of the default tile.
-AGREEMENT = 0.02
 #: (arithmetic, features, rows) in the order of their worth.
 SIZES = (
     ("bf16", 128, 65536), ("bf16", 512, 32768), ("bf16", 128, 16384), ("bf16", 256, 32768),
@@ -59,26 +55,9 @@ def candidates() -> list[Candidate]:
 
 def step(candidate: Candidate, device: torch.device) -> Callable[[], Tensor]:
     """A loss, for pair_grad with its gradient, that uses the tile; returns the numbers."""
-    with_gradient = candidate.sweep == "pair_grad"
-    dtype = torch.bfloat16 if candidate.mode == "bf16" else torch.float32
-    generator = torch.Generator(device).manual_seed(0)
-    shape = candidate.rows // 2, candidate.dim
-    z1, z2 = (
-        torch.randn(shape, device=device, generator=generator)
-        .to(dtype)
-        .requires_grad_(with_gradient)
-        for _ in range(2)
-    )
-    precision = None if candidate.mode == "bf16" else candidate.mode
-
-    def run() -> Tensor:
-        with config.forced(**{candidate.sweep: candidate.tile}):
-            loss = alpha_cl_loss(z1, z2, backend="triton", precision=precision)
-            if not with_gradient:
-                return loss.detach().view(1)
-            return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [z1, z2])])
-
-    return run
+    tiles = {candidate.sweep: candidate.tile}
+    size = candidate.mode, candidate.dim, candidate.rows
+    return tune.step(tiles, *size, candidate.sweep == "pair_grad", device)
 
 
 @functools.lru_cache(maxsize=2)
@@ -103,7 +82,7 @@ def time_tile(candidate: Candidate, device: str) -> Iterator[Row]:
         yield {**row, "status": "left out", "error": text}
         return
     off = float((numbers - expected).norm() / expected.norm())
-    if not off < AGREEMENT:
+    if not off < tune.AGREEMENT:
         yield {**row, "status": "left out", "error": f"off by {off:.1e}"}
         return
     took = do_bench(run, warmup=5, rep=40, return_mode="median")
@@ -129,9 +108,5 @@ class Table:
     def write(self) -> None:
         """Write the table, all of it or nothing."""
         entries = [config.entry(*place, tile) for place, (_, tile) in self.best.items()]
-        partial = self.file.with_suffix(".partial")
-        try:
+        with replaced(self.file) as partial:
             partial.write_text(json.dumps(entries, indent=1) + "\n")
-            partial.replace(self.file)
-        finally:
-            partial.unlink(missing_ok=True)

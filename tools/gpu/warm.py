@@ -1,4 +1,4 @@
-"""What every child would compute again, done once: imported by the server that forks them.
+"""What every child would do again, done once: the server that forks them imports this module.
 
 Triton hashes its own files, and the source of each kernel, before it looks into its cache.
 """
@@ -6,6 +6,8 @@ Triton hashes its own files, and the source of each kernel, before it looks into
 from __future__ import annotations
 
 import contextlib
+
+from . import ahead, sweeps, timings, tuning  # noqa: F401
 
 with contextlib.suppress(ImportError):
     from triton.runtime.cache import triton_key

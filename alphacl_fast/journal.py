@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -27,27 +28,43 @@ def read(file: Path) -> list[Row]:
 
 
 @contextlib.contextmanager
+def handled(handler: Any, *numbers: int) -> Iterator[None]:
+    """Within the context signals are handled so."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+@contextlib.contextmanager
 def signals_held() -> Iterator[None]:
     """Within the context SIGTERM and SIGINT wait.
 
     A mask would not do: another thread would take the signal, and this one run its handler.
     """
     arrived: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, frame: arrived.append(number))
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
     try:
-        yield
+        with handled(lambda number, frame: arrived.append(number), signal.SIGTERM, signal.SIGINT):
+            yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         for number in arrived:
             signal.raise_signal(number)
 
 
-def append(file: Path, data: bytes) -> None:
-    """Append to a file and sync it; after an OSError the file is as it was."""
+def strict(value: Any) -> Any:
+    """The value without infinities and NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: strict(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(x) for x in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def append(file: Path, row: Row) -> None:
+    """Append a row to a file and sync it; after an OSError the file is as it was."""
+    data = json.dumps(strict(row)).encode() + b"\n"
     with signals_held():
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -67,6 +84,17 @@ def append(file: Path, data: bytes) -> None:
             os.close(descriptor)
 
 
+@contextlib.contextmanager
+def replaced(file: Path) -> Iterator[Path]:
+    """A path to write to, whose file takes the place of ``file`` once it is whole."""
+    partial = file.with_suffix(".partial")
+    try:
+        yield partial
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 class Journal:
     """The rows of a run, in memory and in a file.
 
@@ -84,9 +112,8 @@ class Journal:
     def add(self, row: Row) -> None:
         """Keep a row; if the disk does not take it, print it."""
         self.rows.append(row)
-        line = json.dumps(row)
-        if not self.attempt(self.file.name, lambda: append(self.file, (line + "\n").encode())):
-            self.say(line)
+        if not self.attempt(self.file.name, lambda: append(self.file, row)):
+            self.say(json.dumps(strict(row)))
 
     def attempt(self, what: str, write: Callable[[], Any]) -> bool:
         """Whether ``write`` succeeds; an OSError, such as a full disk, is told and kept."""
