@@ -202,9 +202,7 @@ def test_sentence_transformers():
     from alphacl_fast.compat.sentence_transformers import MultipleNegativesRankingLoss
 
     model = Model()
-    theirs = losses.MatryoshkaLoss(
-        model, losses.MultipleNegativesRankingLoss(model), DIMS, WEIGHTS
-    )
+    theirs = losses.MatryoshkaLoss(model, losses.MultipleNegativesRankingLoss(model), DIMS, WEIGHTS)
     inner = MultipleNegativesRankingLoss()
     ours = MatryoshkaLoss(lambda *z: inner.compute_loss_from_embeddings(z), DIMS, WEIGHTS)
     columns = [*pair(17, 16), pair(17, 16, seed=1)[1]]
