@@ -320,7 +320,7 @@ class AlphaSummary:
     hardest_distance: Tensor  #: (anchors, k) d²
     hardest_alpha: Tensor  #: (anchors, k)
     edges: Tensor  #: (bins + 1,) of d²
-    pairs: Tensor  #: (bins,) int64, negatives by d²; the first and last bins hold outliers
+    pairs: Tensor  #: (bins,) int64, negatives by d²; end bins hold outliers, the last one NaN too
     mass: Tensor  #: (bins,) Σ α of the pairs in the bin
     positive_similarity: float  #: mean t⁺
     alignment: float  #: mean ‖x − x⁺‖² of unit rows (Wang and Isola 2020)
@@ -417,7 +417,8 @@ def alpha_summary(
             nearest[i] = best[:, :k]
             of_nearest[i] = torch.cat([of_nearest[i], a.gather(1, at)], 1).gather(1, order)
             which[i] = torch.cat([which[i], at + tile.first], 1).gather(1, order)
-            place = ((d - low) * (bins / (high - low))).clamp_(0, bins - 1).long().flatten()
+            place = ((d - low) * (bins / (high - low))).nan_to_num_(nan=bins - 1)
+            place = place.clamp_(0, bins - 1).long().flatten()
             pairs += torch.bincount(place, minlength=bins)
             pairs[-1] -= tile.n_excluded  # excluded pairs have an infinite distance here
             mass.scatter_add_(0, place, a.flatten().double())

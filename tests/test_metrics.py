@@ -13,7 +13,7 @@ from family import pair, relative_error
 from test_memory import Largest
 
 from alphacl_fast import FusedAlphaCLLoss, alignment, batch_metrics, uniformity
-from alphacl_fast.train import Config, train
+from alphacl_fast.train import Config, RunError, train
 
 pytestmark = pytest.mark.xdist_group("train")
 
@@ -364,3 +364,14 @@ def test_a_run_logs_the_metrics_of_its_batches(tmp_path, monkeypatch):
         for name in ("run", "plain")
     ]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_run_that_diverges_says_so_while_metrics_are_logged(tmp_path):
+    config = Config.create(
+        dataset="digits", width=4, batch_size=64, subset=256, epochs=2, workers=0, threads=1,
+        optimizer="sgd", lr=1e30, warmup_epochs=0, alpha_every=1,
+    )  # fmt: skip
+    with pytest.raises(RunError, match="the loss became NaN in epoch 1"):
+        train(config, tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert math.isnan([row for row in rows if row["kind"] == "alpha"][-1]["effective_rank"])
