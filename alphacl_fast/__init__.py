@@ -4,6 +4,8 @@ from . import functional, objectives, theory
 from ._version import __version__
 from .explicit_negatives import loss_against, supcon_loss
 from .loss import FusedAlphaCLLoss
+from .matryoshka import MatryoshkaLoss
+from .metrics import BatchMetrics, alignment, batch_metrics, uniformity
 from .objectives import MinPlayer, PairLoss, PairWeight
 from .ops import backends
 from .pair_weights import AlphaSummary, alpha, alpha_summary
@@ -11,18 +13,23 @@ from .verify import verify_distributed
 
 __all__ = [
     "AlphaSummary",
+    "BatchMetrics",
     "FusedAlphaCLLoss",
+    "MatryoshkaLoss",
     "MinPlayer",
     "PairLoss",
     "PairWeight",
     "__version__",
+    "alignment",
     "alpha",
     "alpha_summary",
     "backends",
+    "batch_metrics",
     "functional",
     "loss_against",
     "objectives",
     "supcon_loss",
     "theory",
+    "uniformity",
     "verify_distributed",
 ]

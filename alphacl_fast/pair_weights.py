@@ -19,9 +19,10 @@ from . import functional
 from .autograd import Features, Problem, Sweeps
 from .backend import reference
 from .backend.blocked import deal, excluded_diagonals, tile_size
-from .bundles import Term, accumulation_dtype
-from .call import BoundCall, Layout, without_autocast
-from .objectives import ClosedForm, Objective, infonce
+from .bundles import accumulation_dtype
+from .call import Layout, without_autocast
+from .metrics import alignment, uniformity
+from .objectives import ClosedForm, Objective
 from .objectives import kind as lookup
 
 MAX_ELEMENTS = 2**28
@@ -319,7 +320,7 @@ class AlphaSummary:
     hardest_distance: Tensor  #: (anchors, k) d²
     hardest_alpha: Tensor  #: (anchors, k)
     edges: Tensor  #: (bins + 1,) of d²
-    pairs: Tensor  #: (bins,) int64, negatives by d²; the first and last bins hold outliers
+    pairs: Tensor  #: (bins,) int64, negatives by d²; end bins hold outliers, the last one NaN too
     mass: Tensor  #: (bins,) Σ α of the pairs in the bin
     positive_similarity: float  #: mean t⁺
     alignment: float  #: mean ‖x − x⁺‖² of unit rows (Wang and Isola 2020)
@@ -416,7 +417,8 @@ def alpha_summary(
             nearest[i] = best[:, :k]
             of_nearest[i] = torch.cat([of_nearest[i], a.gather(1, at)], 1).gather(1, order)
             which[i] = torch.cat([which[i], at + tile.first], 1).gather(1, order)
-            place = ((d - low) * (bins / (high - low))).clamp_(0, bins - 1).long().flatten()
+            place = ((d - low) * (bins / (high - low))).nan_to_num_(nan=bins - 1)
+            place = place.clamp_(0, bins - 1).long().flatten()
             pairs += torch.bincount(place, minlength=bins)
             pairs[-1] -= tile.n_excluded  # excluded pairs have an infinite distance here
             mass.scatter_add_(0, place, a.flatten().double())
@@ -424,7 +426,6 @@ def alpha_summary(
 
     pairs, mass = (torch.stack(parts).sum(0) for parts in zip(*solved.walk(collect), strict=True))
     weight = torch.where(total > 0, total, 1.0)
-    align, uniform = _alignment_and_uniformity(z1, z2, solved.call)
     return AlphaSummary(
         objective=str(solved.call.objective),
         n_neg=solved.n_neg,
@@ -440,8 +441,8 @@ def alpha_summary(
         pairs=pairs,
         mass=mass,
         positive_similarity=solved.positive.mean().item(),
-        alignment=align,
-        uniformity=uniform,
+        alignment=alignment(z1, z2).item(),
+        uniformity=uniformity(z1, z2).item(),
     )
 
 
@@ -464,29 +465,3 @@ def _range(solved: Importances) -> tuple[float, float]:
     if not -math.inf < low <= high < math.inf:
         raise ValueError("distance_range must be given: distances of this batch are not finite")
     return low, high if high > low else low + 1.0
-
-
-def _alignment_and_uniformity(z1: Tensor, z2: Tensor, call: BoundCall) -> tuple[float, float]:
-    """Both for unit rows, whatever the similarity.
-
-    Uniformity takes one sweep per view, with ‖x − y‖² = 2 − 2·cos.
-    """
-    call = replace(
-        call,
-        objective=infonce(epsilon=0.0),
-        similarity="cosine",
-        negatives="one_view",
-        reduction="sum",
-        backend="blocked" if call.backend == "reference" else call.backend,
-        temperature=0.25,
-    )
-    tau = torch.full((), 0.25, dtype=accumulation_dtype(z1.dtype), device=z1.device)
-    values, align = [], 0.0
-    for a, b in ((z1, z2), (z2, z1)):
-        features, pos = Features.of_views(a.detach(), b.detach(), call)
-        shift, total = Sweeps(features.rows, pos, tau, call).sums((Term.SHIFT, Term.F))
-        values.append(
-            (shift + total.log()).logsumexp(0).item() - math.log(len(a) * (len(a) - 1)) - 4
-        )
-        align = 2 - 2 * pos.mean().item()
-    return align, sum(values) / 2

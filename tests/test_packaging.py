@@ -207,7 +207,8 @@ ops
 autograd
 distributed compiled_op
 functional
-explicit_negatives pair_weights plan tune verify accuracy
+explicit_negatives matryoshka metrics plan tune verify accuracy
+pair_weights
 loss theory compat.lightly compat.open_clip compat.pytorch_metric_learning
 checks compat.sentence_transformers device_check
 """

@@ -233,6 +233,17 @@ def test_smallest_and_degenerate_batches():
     assert zero.entropy.isfinite().all()
 
 
+def test_nan_comes_out():
+    z1, z2 = pair(6, 4)
+    z1[2, 0] = math.nan
+    s = alpha_summary(z1, z2, "infonce", bins=5)
+    assert s.row_sum.isnan().all()
+    assert math.isnan(s.alignment)
+    assert math.isnan(s.uniformity)
+    assert s.pairs.sum() == 12 * 10
+    assert s.pairs[-1] >= 2 * 10  # those of the row, as an anchor and as a negative
+
+
 def test_bad_arguments():
     z1, z2 = pair(8, 4)
     with pytest.raises(

@@ -120,7 +120,10 @@ class Config:
     probe_every: int = _flag(0, "epochs between linear probes (0: none)", least=0)
     log_every: int = _flag(10, "steps between step lines in metrics.jsonl", least=1)
     alpha_every: int = _flag(
-        0, "steps between summaries of the pair weights in metrics.jsonl (0: none)", least=0
+        0,
+        "steps between summaries of the pair weights and metrics of the batch in metrics.jsonl "
+        "(0: none)",
+        least=0,
     )
     save_every: int = _flag(
         0, "steps between checkpoints, besides one after every epoch (0: none)", least=0

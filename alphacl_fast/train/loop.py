@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from alphacl_fast import FusedAlphaCLLoss
+from alphacl_fast import FusedAlphaCLLoss, batch_metrics
 
 from . import checkpoint, device_augmentation, gradient, report
 from .augment import augmentation
@@ -342,7 +342,10 @@ class _Run:
                 value, in_loss = gradient.in_parts(
                     self.net, self.embed, self.loss, parts, self.device
                 )
-        summary = self.loss.alpha_summary(*embeddings, k=1).scalars() if embeddings else None
+        summary = None
+        if embeddings:
+            summary = self.loss.alpha_summary(*embeddings, k=1).scalars()
+            summary |= batch_metrics(*embeddings).scalars()
         self.context.average_gradients([*self.net.parameters(), *self.loss.parameters()])
         self.optimizer.step()
         self.loss_sum += value
