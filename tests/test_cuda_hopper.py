@@ -28,7 +28,7 @@ DIMS = [24, 64, 104, 128, 200, 256]
 @pytest.fixture(autouse=True)
 def _required():
     """A launch that these kernels do not serve, though they should, fails."""
-    with cuda.hopper(1):
+    with cuda.hopper(True):
         yield
 
 
@@ -61,7 +61,7 @@ def test_against_float64(member, dim, poisoned):
         truth = loss_and_grads(z1.double(), z2.double(), *member, backend="reference", **setting)
         ours = loss_and_grads(z1, z2, *member, backend="cuda", **setting)
         assert_close(ours, truth, setting)
-        with cuda.hopper(0), cuda.symmetric(False):
+        with cuda.hopper(False), cuda.symmetric(False):
             others = loss_and_grads(z1, z2, *member, backend="cuda", **setting)
         for a, b in zip(ours, others, strict=True):
             assert relative_error(a, b) < (2e-3 if a.dtype == torch.bfloat16 else 1e-6), setting
@@ -191,10 +191,10 @@ def test_which_kernels_are_taken(monkeypatch):
     original = gpu._symmetric_sums
     monkeypatch.setattr(gpu, "_symmetric_sums", lambda *args: (calls.append(1), original(*args)))
     results = []
-    for mode in (-1, 0, 1):
-        with cuda.hopper(mode):
+    for wanted in (None, False, True):
+        with cuda.hopper(wanted):
             results.append(sweeps(cuda, Rows(f / 5), "exp", (), Pairing(0, 20, 40)))
-        assert len(calls) == (0 if mode == -1 else 1)
+        assert len(calls) == (0 if wanted is None else 1)
     assert all(torch.equal(a, b) for a, b in zip(results[0], results[2], strict=True))
     with cuda.symmetric(True):
         sweeps(cuda, Rows(f / 5), "exp", (), Pairing(0, 20, 40))
@@ -205,5 +205,5 @@ def test_which_kernels_are_taken(monkeypatch):
         pytest.raises(RuntimeError, match=r"required of the kernels of hopper\.h"),
     ):
         sweeps(cuda, Rows(odd / 5), "exp", (), Pairing(0, 20, 40))
-    with cuda.hopper(-1):
+    with cuda.hopper(None):
         sweeps(cuda, Rows(odd / 5), "exp", (), Pairing(0, 20, 40))

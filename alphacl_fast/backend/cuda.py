@@ -261,11 +261,13 @@ def symmetric(wanted: bool | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hopper(mode: int) -> Iterator[None]:
+def hopper(wanted: bool | None) -> Iterator[None]:
     """A context that says whether bfloat16 rows take the warpgroup kernels (hopper.h, sm_90a).
 
-    -1: where they serve a launch; 0: never; 1: always, and what they cannot serve is refused.
+    None: where they serve a launch; False: never; True: always, and a launch that they cannot serve
+    is refused.
     """
+    mode = -1 if wanted is None else int(wanted)
     libraries = [library for kind in ("cuda", "cpu") if (library := _library(kind)[0]) is not None]
     before = [library.alphacl_cuda_hopper(mode) for library in libraries]
     _has_hopper.cache_clear()

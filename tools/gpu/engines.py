@@ -35,7 +35,7 @@ def within(engine: str, dim: int, dtype: torch.dtype) -> contextlib.AbstractCont
     if engine == "triton_128" and dtype == torch.bfloat16:
         return large_tiles(config.power_of_two(dim))
     if engine in ("cuda_hopper", "cuda_mma"):
-        return cuda.hopper(int(engine == "cuda_hopper"))
+        return cuda.hopper(engine == "cuda_hopper")
     return contextlib.nullcontext()
 
 
