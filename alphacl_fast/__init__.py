@@ -7,6 +7,7 @@ from .loss import FusedAlphaCLLoss
 from .objectives import MinPlayer, PairLoss, PairWeight
 from .ops import backends
 from .pair_weights import AlphaSummary, alpha, alpha_summary
+from .siglip import SigLipLoss, siglip_loss
 from .verify import verify_distributed
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "MinPlayer",
     "PairLoss",
     "PairWeight",
+    "SigLipLoss",
     "__version__",
     "alpha",
     "alpha_summary",
@@ -22,6 +24,7 @@ __all__ = [
     "functional",
     "loss_against",
     "objectives",
+    "siglip_loss",
     "supcon_loss",
     "theory",
     "verify_distributed",

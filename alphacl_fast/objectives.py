@@ -267,6 +267,33 @@ class Gamma:
         return _gamma_root(tau / -x, gamma) / (gamma * tau)
 
 
+def _logistic_parts(x, tau):
+    """y = τ·x and exp(−|y|), from which log(1 + e^y) and its slope follow without overflow."""
+    y = tau * x
+    return y, torch.exp(torch.where(y > 0, -y, y))
+
+
+def _logistic_slope(x, tau):
+    """1/(1 + e^{−τ·x}), as accurate where it is 1e-12 as where it is 1."""
+    y, e = _logistic_parts(x, tau)
+    return torch.where(y > 0, 1.0, e) / (1 + e)
+
+
+@pair_kind()
+class Logistic:
+    """f = log(1 + exp(τ·x)); here τ is a factor of either sign"""
+
+    def f(x, tau):
+        y, e = _logistic_parts(x, tau)
+        return torch.relu(y) + torch.log1p(e)
+
+    def df(x, tau):
+        return tau * _logistic_slope(x, tau)
+
+    def dtau(x, tau):
+        return x * _logistic_slope(x, tau)
+
+
 _CUSTOM: weakref.WeakValueDictionary[str, _CustomFunction] = weakref.WeakValueDictionary()
 _IDS = itertools.count()
 _OBJECTIVES: weakref.WeakValueDictionary[str, Objective] = weakref.WeakValueDictionary()
@@ -499,6 +526,7 @@ class Objective:
         one_sweep: no row vector needs a sum over pairs, so `pair_grad` alone gives loss and
             gradient.
         derivative: `pair_grad` weighs pairs by ∂f/∂x instead of f.
+        needs_negatives: an anchor without negatives has loss 0.
     """
 
     name: str
@@ -508,6 +536,7 @@ class Objective:
     tau_gradient: str | None = None
     one_sweep = False
     derivative = False
+    needs_negatives = True
     terms: tuple[Term, ...] = ()
     parameters: Sequence[float] = ()  # of the pair kind, besides c
     functions: tuple[_CustomFunction, ...] = ()  # the user's
@@ -532,6 +561,11 @@ class Objective:
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(f'{k}={_show(v)}' for k, v in self.options.items())})"
 
+    @property
+    def fewest_pairs(self) -> int:
+        """The size of the smallest batch: one pair has no negatives."""
+        return 2 if self.needs_negatives else 1
+
     def params(self, c: float) -> tuple[float, ...]:
         """Parameters of the pair kind, given d² = c − t."""
         return tuple(self.parameters)
@@ -539,6 +573,10 @@ class Objective:
     def kind_tau(self, tau: Tensor) -> Tensor:
         """The temperature that the pair kind sees."""
         return tau
+
+    def terms_of(self, learn_tau: bool) -> tuple[Term, ...]:
+        """What `finish` needs the sums of, where the gradient in τ may be wanted."""
+        return self.terms
 
     def check(self) -> None:
         """Raises ValueError if a user's function no longer passes the constructor's checks."""
@@ -548,7 +586,10 @@ class Objective:
     def solve(self, p: Pairs, learn_tau: bool) -> RowSolution:
         """All sweeps but `pair_grad`."""
         rows = self.start(p)
-        return self.finish(p, rows, p.sums(self.terms, shift=rows.shift))
+        sums = p.sums(
+            self.terms_of(learn_tau), shift=rows.shift, moment_origin=rows.moment_origin
+        )
+        return self.finish(p, rows, sums)
 
     def start(self, p: Pairs) -> RowSolution:
         """The row vectors that `pair_grad` needs, for a `one_sweep` objective."""
@@ -1033,6 +1074,66 @@ class ClosedForm(Objective):
     def weight(self, n_neg: int | Tensor) -> int | float | Tensor:
         """Σ_j α_ij."""
         return n_neg if self._per_negative else 1.0
+
+
+# --- a term of its own for the positive -----------------------------------------------------------
+
+
+class SigLip(Objective):
+    """``L_i = log(1 + e^{−y_ii}) + Σ_j log(1 + e^{y_ij})`` with y = scale·t + bias.
+
+    Its temperature is the tensor (2,) of scale and bias. Sweeps see x = t + bias/scale and
+    f = log(1 + e^{scale·x}), whose y is rounded as scale·t + bias would be.
+
+    Source: arXiv:2303.15343.
+    """
+
+    name, options = "siglip", {}
+    kind, uses_temperature, tau_gradient = "logistic", True, "rows"
+    one_sweep, derivative, needs_negatives = True, True, False
+
+    #: A scale below this leaves y = bias + scale·t = bias; it is replaced, since bias/0 is infinite.
+    LEAST_SCALE = 2.0**-60
+
+    def __reduce__(self) -> str:
+        return "SIGLIP"
+
+    def kind_tau(self, tau: Tensor) -> Tensor:
+        scale = tau[0]
+        return torch.where(scale.abs() < self.LEAST_SCALE, self.LEAST_SCALE, scale)
+
+    def terms_of(self, learn_tau: bool) -> tuple[Term, ...]:
+        return (Term.F, Term.DF, Term.DF_MOMENT) if learn_tau else (Term.F,)
+
+    def start(self, p: Pairs) -> RowSolution:
+        (scale, bias), used = p.tau, self.kind_tau(p.tau)
+        zero = torch.zeros_like(p.pos)
+        return RowSolution(
+            row_weight=self.uniform_weight(p) * (scale / used),
+            shift=zero - bias / used,
+            moment_origin=zero,
+        )
+
+    def finish(self, p: Pairs, rows: RowSolution, sums: Tensor) -> RowSolution:
+        total, *slope_and_moment = sums
+        scale, bias = p.tau
+        logistic, one = KINDS["logistic"], torch.ones_like(scale)
+        y = scale * p.pos + bias
+        pull = logistic.df(-y, one)
+        dtau = None
+        if slope_and_moment:  # of the negatives, times the scale that the sweep used
+            slope, moment = (x / self.kind_tau(p.tau) for x in slope_and_moment)
+            dtau = torch.stack([moment - pull * p.pos, slope - pull]) / p.divisor
+        return replace(
+            rows,
+            mass=scale * pull / p.divisor,
+            loss=total + logistic.f(-y, one),
+            dtau=dtau,
+        )
+
+
+#: The one instance, which a compiled graph finds by its key.
+SIGLIP = SigLip()
 
 
 # --- the named members ----------------------------------------------------------------------------
