@@ -586,9 +586,7 @@ class Objective:
     def solve(self, p: Pairs, learn_tau: bool) -> RowSolution:
         """All sweeps but `pair_grad`."""
         rows = self.start(p)
-        sums = p.sums(
-            self.terms_of(learn_tau), shift=rows.shift, moment_origin=rows.moment_origin
-        )
+        sums = p.sums(self.terms_of(learn_tau), shift=rows.shift, moment_origin=rows.moment_origin)
         return self.finish(p, rows, sums)
 
     def start(self, p: Pairs) -> RowSolution:
@@ -1092,7 +1090,7 @@ class SigLip(Objective):
     kind, uses_temperature, tau_gradient = "logistic", True, "rows"
     one_sweep, derivative, needs_negatives = True, True, False
 
-    #: A scale below this leaves y = bias + scale·t = bias; it is replaced, since bias/0 is infinite.
+    #: A scale below this, which leaves y = bias, is replaced: bias/0 is infinite.
     LEAST_SCALE = 2.0**-60
 
     def __reduce__(self) -> str:

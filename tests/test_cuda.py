@@ -319,6 +319,7 @@ def test_sweeps_alone_agree_with_blocked():
         "sigmoid": (2.0,),
         "gibbs": (1.0,),
         "hinge": (0.3,),
+        "logistic": (),
         "inverse": (4.0, 2.0, 1.0),
     }
     for split, partner, anchors in ((0, 75, n), (0, 0, n), (75, 75, n), (75, 0, 75), (60, 0, n)):

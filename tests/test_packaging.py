@@ -207,7 +207,7 @@ autograd
 distributed compiled_op
 functional
 explicit_negatives pair_weights plan tune verify accuracy
-loss theory compat.lightly compat.open_clip compat.pytorch_metric_learning
+loss siglip theory compat.lightly compat.open_clip compat.pytorch_metric_learning
 checks compat.sentence_transformers device_check
 """
 #: Folders whose modules import each other, alphacl_fast itself and these.

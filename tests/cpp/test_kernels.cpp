@@ -53,7 +53,7 @@ constexpr double INF = std::numeric_limits<double>::infinity();
 constexpr int THREADS[] = {1, 2, 5};
 const char* const SETS[] = {ALPHACL_SET_NAMES};  // those of tools/build_cpu.py
 const char* const DTYPES[] = {"float32", "float64", "bfloat16", "float16"};
-const char* const KINDS[] = {"exp", "gibbs", "power", "inverse", "hinge", "sigmoid", "square", "gamma"};
+const char* const KINDS[] = {"exp", "gibbs", "power", "inverse", "hinge", "sigmoid", "square", "gamma", "logistic"};
 const char* const FORMS[] = {"constant shift", "online", "plain", "largest t"};
 const char* const WEIGHTS[] = {"f", "df", "f+df"};
 
@@ -437,6 +437,10 @@ Pieces pieces(const Case& c, Wanted wanted, double u, double t, int64_t i) {
       break;
     case SQUARE:
       y.f = std::max(x, 0.0) / c.tau, y.df = (x > 0) / c.tau, y.dtau = -std::max(x, 0.0) / (c.tau * c.tau);
+      break;
+    case LOGISTIC:
+      y.f = std::max(c.tau * x, 0.0) + std::log1p(std::exp(-std::fabs(c.tau * x)));
+      y.df = c.tau / (1 + std::exp(-c.tau * x)), y.dtau = x / (1 + std::exp(-c.tau * x));
       break;
     default:
       y.f = std::pow(c.tau / -x, 1 / p[0]), y.df = y.f / (-p[0] * x), y.dtau = y.f / (p[0] * c.tau);
