@@ -339,7 +339,7 @@ bool is_log(int kind) { return kind <= INVERSE; }
 
 std::vector<Variant> all_variants() {
   std::vector<Variant> list{{Form::T_MAX, EXP, 0}};
-  for (int kind = EXP; kind <= GAMMA; kind++) {
+  for (int kind = EXP; kind <= LOGISTIC; kind++) {
     list.push_back({Form::PLAIN, kind, 0});
     for (int weight = 0; weight < 3; weight++) list.push_back({Form::PLAIN, kind, weight, true});
     if (!is_log(kind)) continue;
