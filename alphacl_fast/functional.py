@@ -27,6 +27,8 @@ VALID = {
 }
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+#: τ, or what SigLIP has in its place: (scale, bias).
+Temperature = float | Tensor | tuple[float | Tensor, float | Tensor]
 
 
 def alpha_cl_loss(
@@ -206,14 +208,13 @@ def check_scale_and_bias(scale: float | Tensor, bias: float | Tensor) -> None:
 def evaluate(
     z1: Tensor,
     z2: Tensor,
-    temperature: float | Tensor | tuple[float | Tensor, float | Tensor],
+    temperature: Temperature,
     call: Call,
     ids: Tensor | None = None,
 ) -> tuple[Tensor, str, str]:
     """The loss, the backend that computed it and why.
 
-    It checks everything that `make_call` has not checked. In place of a temperature, SigLIP has
-    (scale, bias).
+    It checks everything that `make_call` has not checked.
     """
     if call.process_group is not None:
         return _evaluate_over_ranks(z1, z2, temperature, call, ids)
@@ -245,7 +246,7 @@ def _loss(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, ids: Tensor | No
 def _evaluate_over_ranks(
     z1: Tensor,
     z2: Tensor,
-    temperature: float | Tensor | tuple[float | Tensor, float | Tensor],
+    temperature: Temperature,
     call: Call,
     ids: Tensor | None,
 ) -> tuple[Tensor, str, str]:
@@ -269,7 +270,7 @@ def _evaluate_over_ranks(
 def bind(
     z1: Tensor,
     z2: Tensor,
-    temperature: float | Tensor | tuple[float | Tensor, float | Tensor],
+    temperature: Temperature,
     call: Call,
     with_ids: bool = False,
 ) -> tuple[Tensor, BoundCall, str]:
@@ -289,7 +290,7 @@ def bind(
 
 def bind_temperature(
     z1: Tensor,
-    temperature: float | Tensor | tuple[float | Tensor, float | Tensor],
+    temperature: Temperature,
     call: Call,
     with_ids: bool = False,
     reduction: str | None = None,

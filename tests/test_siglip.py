@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+from unittest import mock
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from ranks import Ranks
 from torch.nn.functional import logsigmoid, normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alphacl_fast import SigLipLoss, siglip_loss
+from alphacl_fast import SigLipLoss, distributed, siglip_loss
 from alphacl_fast.backend import blocked
 from alphacl_fast.functional import REDUCTIONS
+from alphacl_fast.objectives import SIGLIP
 
 NAMES = ("loss", "dz1", "dz2", "dscale", "dbias")
 #: Some samples share an id; one id; all ids differ.
@@ -293,6 +295,18 @@ def test_function_in_a_graph():
     torch._dynamo.reset()
 
 
+def test_operators_pass_opcheck():
+    z1, z2 = pair(6, 4)
+    scale_and_bias = torch.tensor([3.0, -2.0], dtype=torch.float64)
+    for reduction in ("mean", "none"):
+        rest = (SIGLIP.key, "cosine", "cross_view", False, reduction, "blocked", None, "")
+        given = (z1, z2, scale_and_bias, None, *rest, [True, False, True])
+        tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+        torch.library.opcheck(torch.ops.alphacl_fast.loss.default, given, test_utils=tests)
+    given = (*given[:4], torch.ones(6, dtype=torch.float64), *given[4:])
+    torch.library.opcheck(torch.ops.alphacl_fast.loss_grad.default, given)
+
+
 class Largest(TorchDispatchMode):
     """Bytes of the largest storage that any operation returned."""
 
@@ -404,8 +418,10 @@ def ranks():
         yield started
 
 
-def parts(group, sizes, reduction):
-    """Errors of a rank's loss and gradients, which are averaged over the ranks as DDP does."""
+def parts(group, sizes, reduction, strategy):
+    """The largest error of a rank's loss and gradients, which are averaged over the ranks as DDP
+    does.
+    """
     rank, world = dist.get_rank(group), len(sizes)
     total, first = sum(sizes), sum(sizes[:rank])
     mine = slice(first, first + sizes[rank])
@@ -418,9 +434,11 @@ def parts(group, sizes, reduction):
     ):
         leaves = [z.clone().requires_grad_() for z in (z1, z2)]
         leaves += [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (4.0, -2.0)]
-        loss = siglip_loss(
-            *leaves[:2], scale=leaves[2], bias=leaves[3], reduction=reduction, **options
-        )
+        most = distributed.GATHER_BYTES if strategy == "gather" else 0
+        with mock.patch.object(distributed, "GATHER_BYTES", most):
+            loss = siglip_loss(
+                *leaves[:2], scale=leaves[2], bias=leaves[3], reduction=reduction, **options
+            )
         found.append([loss.detach(), *torch.autograd.grad((loss * weight).sum(), leaves)])
     truth, ours = found
     if reduction == "none":
@@ -434,9 +452,10 @@ def parts(group, sizes, reduction):
 
 @pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
 @pytest.mark.parametrize("sizes", [(4, 3), (1, 0), (3, 1, 4)])
-def test_processes_share_a_batch(ranks, sizes, reduction):
-    errors = ranks.run(len(sizes), parts, sizes=sizes, reduction=reduction)
+def test_processes_share_a_batch(ranks, sizes, reduction, strategy):
+    errors = ranks.run(len(sizes), parts, sizes=sizes, reduction=reduction, strategy=strategy)
     assert max(errors) < 1e-12
 
 
