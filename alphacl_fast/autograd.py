@@ -148,7 +148,7 @@ class Sweeps:
         """``rows`` and ``pos`` may have more rows than the layout, which come behind."""
         self.layout = Layout.of(call, pos.shape[0] // 2) if layout is None else layout
         self.same_id, self.call = same_id, call
-        self.rows = first(rows, self.layout.rows)
+        self.rows = first(call.objective.rows_of_sweeps(rows, tau), self.layout.rows)
         anchors = self.layout.anchors
         self.pos, self.tau = pos if len(pos) == anchors else pos[:anchors], tau
         self.n_neg = self.layout.n_neg if same_id is None else same_id.n_neg
@@ -535,6 +535,8 @@ class Problem:
         if from_pairs:
             terms = (*terms, Term.DTAU)
         df, weight_sums, sums = self.sweeps.grad(solution, terms, (low, high))
+        if need.z1:
+            objective.differentiate_rows(df.view(-1, self.features.rows.f.shape[1])[:n], self.tau)
         if finish:
             solution = objective.finish(self.sweeps, solution, sums)
         dz = dtau = None

@@ -40,7 +40,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from .bundles import MOST_PARAMETERS, Dtype, Form, Gradient, Term, Weight
+from .bundles import MOST_PARAMETERS, Dtype, Form, Gradient, Rows, Term, Weight
 from .graph import Branching
 
 __all__ = [
@@ -267,31 +267,20 @@ class Gamma:
         return _gamma_root(tau / -x, gamma) / (gamma * tau)
 
 
-def _logistic_parts(x, tau):
-    """y = τ·x and exp(−|y|), from which log(1 + e^y) and its slope follow without overflow."""
-    y = tau * x
-    return y, torch.exp(torch.where(y > 0, -y, y))
-
-
-def _logistic_slope(x, tau):
-    """1/(1 + e^{−τ·x}), as accurate where it is 1e-12 as where it is 1."""
-    y, e = _logistic_parts(x, tau)
-    return torch.where(y > 0, 1.0, e) / (1 + e)
+def _exp_of_minus_abs(x):
+    return torch.exp(torch.where(x > 0, -x, x))
 
 
 @pair_kind()
 class Logistic:
-    """f = log(1 + exp(τ·x)); here τ is a factor of either sign"""
+    """f = log(1 + exp(x)), which neither overflows nor loses digits where it is small"""
 
     def f(x, tau):
-        y, e = _logistic_parts(x, tau)
-        return torch.relu(y) + torch.log1p(e)
+        return torch.relu(x) + torch.log1p(_exp_of_minus_abs(x))
 
     def df(x, tau):
-        return tau * _logistic_slope(x, tau)
-
-    def dtau(x, tau):
-        return x * _logistic_slope(x, tau)
+        e = _exp_of_minus_abs(x)
+        return torch.where(x > 0, 1.0, e) / (1 + e)
 
 
 _CUSTOM: weakref.WeakValueDictionary[str, _CustomFunction] = weakref.WeakValueDictionary()
@@ -573,6 +562,15 @@ class Objective:
     def kind_tau(self, tau: Tensor) -> Tensor:
         """The temperature that the pair kind sees."""
         return tau
+
+    def rows_of_sweeps(self, rows: Rows, tau: Tensor) -> Rows:
+        """The rows of both views (2N, D) as the sweeps see them."""
+        return rows
+
+    def differentiate_rows(self, df: Tensor, tau: Tensor) -> None:
+        """Turns the gradient (N, D) in the first view of `rows_of_sweeps` into one in its argument,
+        in place.
+        """
 
     def terms_of(self, learn_tau: bool) -> tuple[Term, ...]:
         """What `finish` needs the sums of, where the gradient in τ may be wanted."""
@@ -1080,8 +1078,9 @@ class ClosedForm(Objective):
 class SigLip(Objective):
     """``L_i = log(1 + e^{−y_ii}) + Σ_j log(1 + e^{y_ij})`` with y = scale·t + bias.
 
-    Its temperature is the tensor (2,) of scale and bias. Sweeps see x = t + bias/scale and
-    f = log(1 + e^{scale·x}), whose y is rounded as scale·t + bias would be.
+    Its temperature is the tensor (2,) of scale and bias. The sweeps multiply the rows of the first
+    view by the scale and see x = scale·t + bias. (Of scale·(t + bias/scale) the quotient's rounding
+    would shift all logits in one direction.)
 
     Source: arXiv:2303.15343.
     """
@@ -1090,42 +1089,53 @@ class SigLip(Objective):
     kind, uses_temperature, tau_gradient = "logistic", True, "rows"
     one_sweep, derivative, needs_negatives = True, True, False
 
-    #: A scale below this, which leaves y = bias, is replaced: bias/0 is infinite.
+    #: A smaller scale, which leaves y = bias, is replaced: sums over pairs are divided by it.
     LEAST_SCALE = 2.0**-60
 
     def __reduce__(self) -> str:
         return "SIGLIP"
 
     def kind_tau(self, tau: Tensor) -> Tensor:
-        scale = tau[0]
-        return torch.where(scale.abs() < self.LEAST_SCALE, self.LEAST_SCALE, scale)
+        return torch.ones_like(tau[0])
+
+    def _used(self, tau: Tensor) -> Tensor:
+        """() the scale of the sweeps' rows."""
+        return torch.where(tau[0].abs() < self.LEAST_SCALE, self.LEAST_SCALE, tau[0])
+
+    def rows_of_sweeps(self, rows: Rows, tau: Tensor) -> Rows:
+        first = torch.arange(len(rows.f), device=tau.device) < len(rows.f) // 2
+        factor = torch.where(first, self._used(tau), 1.0)
+        return rows._replace(scale=factor if rows.scale is None else rows.scale * factor)
+
+    def differentiate_rows(self, df: Tensor, tau: Tensor) -> None:
+        df.mul_(self._used(tau))
 
     def terms_of(self, learn_tau: bool) -> tuple[Term, ...]:
         return (Term.F, Term.DF, Term.DF_MOMENT) if learn_tau else (Term.F,)
 
     def start(self, p: Pairs) -> RowSolution:
-        (scale, bias), used = p.tau, self.kind_tau(p.tau)
+        scale, bias = p.tau
         zero = torch.zeros_like(p.pos)
         return RowSolution(
-            row_weight=self.uniform_weight(p) * (scale / used),
-            shift=zero - bias / used,
+            row_weight=self.uniform_weight(p) * (scale / self._used(p.tau)),
+            shift=zero - bias,
             moment_origin=zero,
         )
 
     def finish(self, p: Pairs, rows: RowSolution, sums: Tensor) -> RowSolution:
         total, *slope_and_moment = sums
         scale, bias = p.tau
-        logistic, one = KINDS["logistic"], torch.ones_like(scale)
-        y = scale * p.pos + bias
-        pull = logistic.df(-y, one)
+        logistic, y = KINDS["logistic"], scale * p.pos + bias
+        pull = logistic.df(-y, scale)
         dtau = None
-        if slope_and_moment:  # of the negatives, times the scale that the sweep used
-            slope, moment = (x / self.kind_tau(p.tau) for x in slope_and_moment)
-            dtau = torch.stack([moment - pull * p.pos, slope - pull]) / p.divisor
+        if slope_and_moment:
+            slope, moment = slope_and_moment
+            of_scale = moment / self._used(p.tau) - pull * p.pos
+            dtau = torch.stack([of_scale, slope - pull]) / p.divisor
         return replace(
             rows,
             mass=scale * pull / p.divisor,
-            loss=total + logistic.f(-y, one),
+            loss=total + logistic.f(-y, scale),
             dtau=dtau,
         )
 

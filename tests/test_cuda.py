@@ -327,7 +327,7 @@ def test_sweeps_alone_agree_with_blocked():
         own = RowScalars(*(x[:anchors] for x in scalars))
         for kind, params in kinds.items():
             terms = (Term.DTAU, Term.DF_MOMENT, Term.F, Term.F_MOMENT, Term.DF)[
-                kind in ("sigmoid", "hinge") :
+                kind in ("sigmoid", "hinge", "logistic") :
             ]
             operands = Rows(f, scale, bias), pairing, PairFunction(kind, params, tau), own
             outs = [b.row_sums(*operands, terms, "") for b in (blocked, cuda)]

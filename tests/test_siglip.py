@@ -164,7 +164,7 @@ def trained(n):
 #: Views, scale and bias. In "trained" each logit is ±28, so that a term is 7e-13.
 BATCHES = {
     "start": (lambda: pair(48, 24, torch.float32), 10.0, -10.0),
-    "scale 100": (lambda: pair(48, 24, torch.float32), 100.0, -20.0),
+    "scale 100": (lambda: pair(48, 24, torch.float32), 100.0, -17.3),
     "scale 1e4": (lambda: pair(48, 24, torch.float32), 1e4, -20.0),
     "trained": (lambda: trained(48), 56.0, -28.0),
 }
@@ -185,7 +185,8 @@ def test_float32_is_as_good_as_eager(backend, batch):
             assert all(x.isfinite().all() for x in found)
             for k, (a, b) in enumerate(zip(found, truth, strict=True)):
                 squares[who][k] += relative_error(a, b, 0.0) ** 2 / len(batches)
-    band = 4 * torch.finfo(torch.float32).eps
+    # the CUDA kernels take exp(−28) from exp2, where the rounding of log2(e) is 3 eps of every term
+    band = torch.finfo(torch.float32).eps * (4 if backend == "cuda" else 1)
     for name, ours, eager in zip(NAMES, squares["ours"], squares["eager"], strict=True):
         assert ours**0.5 <= 2 * eager**0.5 + band, (name, ours**0.5, eager**0.5)
 

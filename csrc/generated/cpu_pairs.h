@@ -165,24 +165,19 @@ template <class T> struct Gamma {
     return gamma_root<T>(n.tau / (-x), gamma) / (gamma * n.tau);
   }
 };
-// f = log(1 + exp(τ·x)); here τ is a factor of either sign
+// f = log(1 + exp(x)), which neither overflows nor loses digits where it is small
 template <class T> struct Logistic {
   static constexpr bool log = false, linear_in_t = false;
-  static ALPHACL_INLINE Vec<T> f(Vec<T> x, const Numbers<T>& n) {
-    const Vec<T> v0 = n.tau * x;
-    return at_least<T>(v0, T(0)) + vlog1p<T>(vexp<T>((v0 > Vec<T>{}) ? ((-n.tau) * x) : v0));
+  static ALPHACL_INLINE Vec<T> f(Vec<T> x, const Numbers<T>&) {
+    return at_least<T>(x, T(0)) + vlog1p<T>(vexp<T>((x > Vec<T>{}) ? (-x) : x));
   }
-  static ALPHACL_INLINE Vec<T> df(Vec<T> x, const Numbers<T>& n) {
-    const Vec<T> v0 = n.tau * x;
-    const Mask<T> v1 = v0 > Vec<T>{};
-    const Vec<T> v2 = vexp<T>(v1 ? ((-n.tau) * x) : v0);
-    return n.tau * ((v1 ? broadcast<T>(T(1)) : v2) / (v2 + T(1)));
+  static ALPHACL_INLINE Vec<T> df(Vec<T> x, const Numbers<T>&) {
+    const Mask<T> v0 = x > Vec<T>{};
+    const Vec<T> v1 = vexp<T>(v0 ? (-x) : x);
+    return (v0 ? broadcast<T>(T(1)) : v1) / (v1 + T(1));
   }
-  static ALPHACL_INLINE Vec<T> dtau(Vec<T> x, const Numbers<T>& n) {
-    const Vec<T> v0 = n.tau * x;
-    const Mask<T> v1 = v0 > Vec<T>{};
-    const Vec<T> v2 = vexp<T>(v1 ? ((-n.tau) * x) : v0);
-    return x * ((v1 ? broadcast<T>(T(1)) : v2) / (v2 + T(1)));
+  static ALPHACL_INLINE Vec<T> dtau(Vec<T>, const Numbers<T>&) {
+    return broadcast<T>(T(0));
   }
 };
 

@@ -165,24 +165,19 @@ template <class T> struct Gamma {
     return gamma_root<T>(n.tau / (-x), gamma) / (gamma * n.tau);
   }
 };
-// f = log(1 + exp(τ·x)); here τ is a factor of either sign
+// f = log(1 + exp(x)), which neither overflows nor loses digits where it is small
 template <class T> struct Logistic {
   static constexpr bool LOG = false, LINEAR = false;
-  static DEVICE T f(T x, const Numbers<T>& n) {
-    const T v0 = n.tau * x;
-    return at_least(v0, T(0)) + logarithm_of_1_plus(exponential((v0 > T(0)) ? ((-n.tau) * x) : v0));
+  static DEVICE T f(T x, const Numbers<T>&) {
+    return at_least(x, T(0)) + logarithm_of_1_plus(exponential((x > T(0)) ? (-x) : x));
   }
-  static DEVICE T df(T x, const Numbers<T>& n) {
-    const T v0 = n.tau * x;
-    const bool v1 = v0 > T(0);
-    const T v2 = exponential(v1 ? ((-n.tau) * x) : v0);
-    return n.tau * ((v1 ? T(1) : v2) / (v2 + T(1)));
+  static DEVICE T df(T x, const Numbers<T>&) {
+    const bool v0 = x > T(0);
+    const T v1 = exponential(v0 ? (-x) : x);
+    return (v0 ? T(1) : v1) / (v1 + T(1));
   }
-  static DEVICE T dtau(T x, const Numbers<T>& n) {
-    const T v0 = n.tau * x;
-    const bool v1 = v0 > T(0);
-    const T v2 = exponential(v1 ? ((-n.tau) * x) : v0);
-    return x * ((v1 ? T(1) : v2) / (v2 + T(1)));
+  static DEVICE T dtau(T, const Numbers<T>&) {
+    return T(0);
   }
 };
 

@@ -439,8 +439,7 @@ Pieces pieces(const Case& c, Wanted wanted, double u, double t, int64_t i) {
       y.f = std::max(x, 0.0) / c.tau, y.df = (x > 0) / c.tau, y.dtau = -std::max(x, 0.0) / (c.tau * c.tau);
       break;
     case LOGISTIC:
-      y.f = std::max(c.tau * x, 0.0) + std::log1p(std::exp(-std::fabs(c.tau * x)));
-      y.df = c.tau / (1 + std::exp(-c.tau * x)), y.dtau = x / (1 + std::exp(-c.tau * x));
+      y.f = std::max(x, 0.0) + std::log1p(std::exp(-std::fabs(x))), y.df = 1 / (1 + std::exp(-x));
       break;
     default:
       y.f = std::pow(c.tau / -x, 1 / p[0]), y.df = y.f / (-p[0] * x), y.dtau = y.f / (p[0] * c.tau);
@@ -665,7 +664,7 @@ Case draw(Random& random, const Data& d, const Variant& v, const Layout& layout)
     if (v.kind == GAMMA || random.chance(0.7)) c.argument_offset = RowVector(dtype, offset);
   }
 
-  const bool has_dtau = v.kind != HINGE && v.kind != SIGMOID;
+  const bool has_dtau = v.kind != HINGE && v.kind != SIGMOID && v.kind != LOGISTIC;
   std::vector<int> terms;
   if (c.log_sums()) {
     terms.push_back(F);
