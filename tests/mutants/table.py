@@ -392,7 +392,7 @@ plant(
         "log(1 + x) without what the sum loses of x",
         "const Vec<T> y = log_u + (x - (u - 1)) / u;",
         "const Vec<T> y = log_u;",
-        f"{SIGLIP}test_float32_is_as_good_as_eager[trained-cpu]",
+        "tests/test_cpp_printer.py::test_log1p_keeps_the_digits_of_a_small_argument[torch.float32]",
     ),
 )
 plant(
