@@ -9,6 +9,7 @@ from .metrics import BatchMetrics, alignment, batch_metrics, uniformity
 from .objectives import MinPlayer, PairLoss, PairWeight
 from .ops import backends
 from .pair_weights import AlphaSummary, alpha, alpha_summary
+from .siglip import SigLipLoss, siglip_loss
 from .verify import verify_distributed
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "MinPlayer",
     "PairLoss",
     "PairWeight",
+    "SigLipLoss",
     "__version__",
     "alignment",
     "alpha",
@@ -28,6 +30,7 @@ __all__ = [
     "functional",
     "loss_against",
     "objectives",
+    "siglip_loss",
     "supcon_loss",
     "theory",
     "uniformity",

@@ -148,7 +148,7 @@ class Sweeps:
         """``rows`` and ``pos`` may have more rows than the layout, which come behind."""
         self.layout = Layout.of(call, pos.shape[0] // 2) if layout is None else layout
         self.same_id, self.call = same_id, call
-        self.rows = first(rows, self.layout.rows)
+        self.rows = first(call.objective.rows_of_sweeps(rows, tau), self.layout.rows)
         anchors = self.layout.anchors
         self.pos, self.tau = pos if len(pos) == anchors else pos[:anchors], tau
         self.n_neg = self.layout.n_neg if same_id is None else same_id.n_neg
@@ -163,7 +163,7 @@ class Sweeps:
     def solve(self, objective: Objective, learn_tau: bool) -> RowSolution:
         """The solution of an objective; rows without negatives have loss and gradient 0."""
         solution = objective.solve(self, learn_tau)
-        if self.same_id is None:
+        if self.same_id is None or not objective.needs_negatives:
             return solution
         return weighted(solution, lambda x: torch.where(self.same_id.empty, 0.0, x), "loss")
 
@@ -179,7 +179,7 @@ class Sweeps:
         sums = self.row_sums(
             terms, RowScalars(origin, shift=shift, argument_offset=argument_offset)
         )
-        if self.same_id is None:
+        if self.same_id is None or not self.call.objective.needs_negatives:
             return sums
         # An empty sum becomes the sum over one pair with f = 1, where every formula is finite;
         # `solve` drops the result.
@@ -530,11 +530,13 @@ class Problem:
         views = slice(0 if need.z1 else n, rows if need.z2 else n)
         swept = self.sweeps.layout.rows  # one_view's z2 meets the pairs only through the positives
         low, high = min(views.start, swept), min(views.stop, swept)
-        terms: tuple[Term, ...] = objective.terms if finish else ()
+        terms = objective.terms_of(need.tau) if finish else ()
         from_pairs = need.tau and objective.tau_gradient == "pairs"
         if from_pairs:
             terms = (*terms, Term.DTAU)
         df, weight_sums, sums = self.sweeps.grad(solution, terms, (low, high))
+        if need.z1:
+            objective.differentiate_rows(df.view(-1, self.features.rows.f.shape[1])[:n], self.tau)
         if finish:
             solution = objective.finish(self.sweeps, solution, sums)
         dz = dtau = None
@@ -542,7 +544,7 @@ class Problem:
             dz = self._to_views(df, solution.mass, weight_sums, slice(low, high), views)
         if need.tau:
             dtau = self.total(
-                (solution.row_weight * sums[-1] if from_pairs else solution.dtau).sum()
+                (solution.row_weight * sums[-1] if from_pairs else solution.dtau).sum(-1)
             )
         return solution, dz, dtau
 

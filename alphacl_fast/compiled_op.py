@@ -123,7 +123,7 @@ def _gradients_fake(z1: Tensor, tau: Tensor, need: Need):
     wide = accumulation_dtype(z1.dtype)
     shape = z1.shape[0] * need.views, z1.shape[1]
     dz = z1.new_empty(shape, dtype=wide) if need.views else None
-    dtau = tau.new_empty((), dtype=wide) if need.tau else None
+    dtau = tau.new_empty(tau.shape, dtype=wide) if need.tau else None
     return _or_nothing(dz, z1), _or_nothing(dtau, z1)
 
 

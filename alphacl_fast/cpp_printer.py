@@ -21,7 +21,7 @@ _COMMON = OPERATORS | {"div": "{} / {}", "neg": "-{}", "where": "{} ? {} : {}"}
 _OPERATORS = {*_COMMON.values(), "~{}", "!{}"}
 #: Functions of <cmath>, by their number of arguments.
 _STANDARD = {
-    1: "abs acos acosh asin asinh atan atanh ceil cos cosh erf erfc exp2 expm1 floor log10 log1p "
+    1: "abs acos acosh asin asinh atan atanh ceil cos cosh erf erfc exp2 expm1 floor log10 "
     "log2 nearbyint sin sinh tan tanh trunc",
     2: "atan2 copysign fmax fmin fmod hypot",
 }
@@ -153,7 +153,7 @@ class CpuPrinter(CppPrinter):
 
     table = _COMMON | {
         "not": "~{}", "to_x": "one_where<T>({})", "exp": "vexp<T>({})", "log": "vlog<T>({})",
-        "sqrt": "vsqrt<T>({})", "largest": "largest<T>({}, {})",
+        "log1p": "vlog1p<T>({})", "sqrt": "vsqrt<T>({})", "largest": "largest<T>({}, {})",
         "at_least": "at_least<T>({}, {})", "pow": "vpow({}, {})", "to_double": "double({})",
         "to_float32": "lanewise<T>([](T a) {{ return T(float(a)); }}, {})",
         "lanewise_pow": "lanewise<T>([](T a, T b) {{ return std::pow(a, b); }}, {}, {})",
@@ -227,7 +227,8 @@ class CudaPrinter(CppPrinter):
 
     table = _COMMON | {
         "not": "!{}", "to_x": "T({})", "exp": "exponential({})", "log": "logarithm({})",
-        "sqrt": "root({})", "at_least": "at_least({}, {})", "pow": "power_of({}, {})",
+        "log1p": "logarithm_of_1_plus({})", "sqrt": "root({})",
+        "at_least": "at_least({}, {})", "pow": "power_of({}, {})",
     }  # fmt: skip
 
     def type_of(self, node: Node) -> str:

@@ -203,7 +203,7 @@ class Statement(NamedTuple):
     dim: int = 0
     dtype: torch.dtype | None = None
     wanted: Need = Need(False, False, False)
-    temperature: float = 0.0  #: NaN: not known on the host
+    temperature: tuple[float, ...] = ()  #: or scale and bias; NaN: not known on the host
 
 
 def agree(
@@ -262,23 +262,24 @@ def agree(
                     f"every rank must pass the same {what}, "
                     f"got {here} on rank 0 and {there} on rank {r}"
                 )
-        here, there = first.temperature, other.temperature
-        if abs(here - there) > 1e-6 * abs(here):  # false for NaN
-            raise ValueError(
-                "every rank must pass the same temperature, "
-                f"got {here} on rank 0 and {there} on rank {r}"
-            )
+        names = ("temperature",) if len(first.temperature) == 1 else ("scale", "bias")
+        for name, here, there in zip(names, first.temperature, other.temperature, strict=True):
+            if abs(here - there) > 1e-6 * abs(here):  # false for NaN
+                raise ValueError(
+                    f"every rank must pass the same {name}, "
+                    f"got {here} on rank 0 and {there} on rank {r}"
+                )
         here, there = any(first.wanted), any(other.wanted)
         if call.reduction == "none" and here != there:
             raise ValueError(
                 "with reduction='none' every rank must want a gradient or none (the backward is a "
                 f"common step), got {here} on rank 0 and {there} on rank {r}"
             )
-    if sum(sizes) < 2:
-        raise ValueError(
-            "all ranks together must have at least 2 pairs (one pair has no negatives), got "
-            f"{sizes}"
+    if sum(sizes) < call.objective.fewest_pairs:
+        fewest = (
+            "2 pairs (one pair has no negatives)" if call.objective.needs_negatives else "1 pair"
         )
+        raise ValueError(f"all ranks together must have at least {fewest}, got {sizes}")
     want = Need(*map(any, zip(*(statement.wanted for statement in statements), strict=True)))
     strategy = group.strategy
     if strategy == "auto":
@@ -287,13 +288,18 @@ def agree(
 
 
 def _statement(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, strategy: str) -> Statement:
-    temperature = math.nan if call.temperature is None else call.temperature
+    unknown = [math.nan] * tau.numel()
+    if tau.numel() > 1 and tau.device.type == "cpu":
+        temperature = tau.tolist()
+    else:
+        temperature = unknown if call.temperature is None else [call.temperature]
     text = (
         f"{call.objective}, similarity={call.similarity!r}, negatives={call.negatives!r}, "
         f"symmetric={call.symmetric}, reduction={call.reduction!r}, strategy={strategy!r}"
     )
     text = re.sub(r" at 0x[0-9a-f]+", "", text)  # an unnamed callable's address differs
-    return Statement(None, _cut(text), z1.shape[1], z1.dtype, Need.of(z1, z2, tau), temperature)
+    wanted = Need.of(z1, z2, tau)
+    return Statement(None, _cut(text), z1.shape[1], z1.dtype, wanted, tuple(temperature))
 
 
 def _cut(text: str) -> str:

@@ -27,6 +27,8 @@ VALID = {
 }
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+#: τ, or what SigLIP has in its place: (scale, bias).
+Temperature = float | Tensor | tuple[float | Tensor, float | Tensor]
 
 
 def alpha_cl_loss(
@@ -184,8 +186,31 @@ def check_temperature(temperature: float | Tensor, objective: Objective) -> None
         raise ValueError(f"temperature must be between 1e-15 and 1e15, got {value}")
 
 
+def check_scale_and_bias(scale: float | Tensor, bias: float | Tensor) -> None:
+    """Raises unless both are finite numbers of float32's range, or tensors of one element."""
+    for name, given in (("scale", scale), ("bias", bias)):
+        if isinstance(given, Tensor):
+            if given.numel() != 1:
+                raise ValueError(f"{name} must have one element, got shape {tuple(given.shape)}")
+            if not given.is_floating_point():
+                raise TypeError(f"{name} must be a floating-point tensor, got {given.dtype}")
+            if given.device.type != "cpu" or torch.compiler.is_compiling():
+                continue
+            value = given.detach().item()
+        elif isinstance(given, bool) or not isinstance(given, Real):
+            raise TypeError(f"{name} must be a float or a tensor, got {type(given).__name__}")
+        else:
+            value = given
+        if not abs(value) <= 1e15:
+            raise ValueError(f"{name} must be finite and between -1e15 and 1e15, got {value}")
+
+
 def evaluate(
-    z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, ids: Tensor | None = None
+    z1: Tensor,
+    z2: Tensor,
+    temperature: Temperature,
+    call: Call,
+    ids: Tensor | None = None,
 ) -> tuple[Tensor, str, str]:
     """The loss, the backend that computed it and why.
 
@@ -219,7 +244,11 @@ def _loss(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, ids: Tensor | No
 
 @torch.compiler.disable  # sizes and errors of the other processes are read on the host
 def _evaluate_over_ranks(
-    z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, ids: Tensor | None
+    z1: Tensor,
+    z2: Tensor,
+    temperature: Temperature,
+    call: Call,
+    ids: Tensor | None,
 ) -> tuple[Tensor, str, str]:
     tau, bound, why, failure = None, None, "", None
     try:
@@ -239,20 +268,29 @@ def _evaluate_over_ranks(
 
 
 def bind(
-    z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, with_ids: bool = False
+    z1: Tensor,
+    z2: Tensor,
+    temperature: Temperature,
+    call: Call,
+    with_ids: bool = False,
 ) -> tuple[Tensor, BoundCall, str]:
     """Checks embeddings and temperature.
 
-    Returns τ as a tensor, the call bound to its backend, and why that backend.
+    Returns τ (or SigLIP's scale and bias) as a tensor, the call bound to its backend, and why that
+    backend.
     """
-    check_temperature(temperature, call.objective)
-    check_embeddings(z1, z2, fewest=2 if call.process_group is None else 0)
+    if isinstance(temperature, tuple):
+        check_scale_and_bias(*temperature)
+    else:
+        check_temperature(temperature, call.objective)
+    fewest = call.objective.fewest_pairs if call.process_group is None else 0
+    check_embeddings(z1, z2, fewest)
     return bind_temperature(z1, temperature, call, with_ids)
 
 
 def bind_temperature(
     z1: Tensor,
-    temperature: float | Tensor,
+    temperature: Temperature,
     call: Call,
     with_ids: bool = False,
     reduction: str | None = None,
@@ -268,7 +306,9 @@ def bind_temperature(
         call.backend, z1.device, z1.dtype, call.precision, call.objective.kind, operands
     )
     known: float | None = None
-    if isinstance(temperature, Tensor):
+    if isinstance(temperature, tuple):
+        tau = torch.stack([_number(given, z1) for given in temperature])
+    elif isinstance(temperature, Tensor):
         if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
             known = temperature.detach().item()
         tau = temperature.reshape(()).to(z1.device)
@@ -276,6 +316,14 @@ def bind_temperature(
         known = float(temperature)
         tau = torch.full((), known, dtype=accumulation_dtype(z1.dtype), device=z1.device)
     return tau, call.bind(backend, known, reduction), why
+
+
+def _number(given: float | Tensor, z: Tensor) -> Tensor:
+    """() in the accumulation dtype on the device of z."""
+    wide = accumulation_dtype(z.dtype)
+    if isinstance(given, Tensor):
+        return given.reshape(()).to(z.device, wide)
+    return torch.full((), float(given), dtype=wide, device=z.device)
 
 
 def check_embeddings(z1: Tensor, z2: Tensor, fewest: int = 2) -> None:
@@ -291,9 +339,8 @@ def check_embeddings(z1: Tensor, z2: Tensor, fewest: int = 2) -> None:
     if z2.device != z1.device:
         raise ValueError(f"z2 must be on the device of z1 ({z1.device}), got {z2.device}")
     if z1.shape[0] < fewest:
-        raise ValueError(
-            f"z1 must have at least 2 rows (one pair has no negatives), got shape {tuple(z1.shape)}"
-        )
+        rows = "1 row" if fewest == 1 else "2 rows (one pair has no negatives)"
+        raise ValueError(f"z1 must have at least {rows}, got shape {tuple(z1.shape)}")
     if z1.shape[1] < 1:
         raise ValueError(f"z1 must have at least 1 column, got shape {tuple(z1.shape)}")
 

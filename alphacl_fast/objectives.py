@@ -40,7 +40,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from .bundles import MOST_PARAMETERS, Dtype, Form, Gradient, Term, Weight
+from .bundles import MOST_PARAMETERS, Dtype, Form, Gradient, Rows, Term, Weight
 from .graph import Branching
 
 __all__ = [
@@ -265,6 +265,22 @@ class Gamma:
 
     def dtau(x, tau, *, gamma):
         return _gamma_root(tau / -x, gamma) / (gamma * tau)
+
+
+def _exp_of_minus_abs(x):
+    return torch.exp(torch.where(x > 0, -x, x))
+
+
+@pair_kind()
+class Logistic:
+    """f = log(1 + exp(x)), which neither overflows nor loses digits where it is small"""
+
+    def f(x, tau):
+        return torch.relu(x) + torch.log1p(_exp_of_minus_abs(x))
+
+    def df(x, tau):
+        e = _exp_of_minus_abs(x)
+        return torch.where(x > 0, 1.0, e) / (1 + e)
 
 
 _CUSTOM: weakref.WeakValueDictionary[str, _CustomFunction] = weakref.WeakValueDictionary()
@@ -499,6 +515,7 @@ class Objective:
         one_sweep: no row vector needs a sum over pairs, so `pair_grad` alone gives loss and
             gradient.
         derivative: `pair_grad` weighs pairs by ∂f/∂x instead of f.
+        needs_negatives: an anchor without negatives has loss 0.
     """
 
     name: str
@@ -508,6 +525,7 @@ class Objective:
     tau_gradient: str | None = None
     one_sweep = False
     derivative = False
+    needs_negatives = True
     terms: tuple[Term, ...] = ()
     parameters: Sequence[float] = ()  # of the pair kind, besides c
     functions: tuple[_CustomFunction, ...] = ()  # the user's
@@ -532,6 +550,11 @@ class Objective:
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(f'{k}={_show(v)}' for k, v in self.options.items())})"
 
+    @property
+    def fewest_pairs(self) -> int:
+        """The size of the smallest batch: one pair has no negatives."""
+        return 2 if self.needs_negatives else 1
+
     def params(self, c: float) -> tuple[float, ...]:
         """Parameters of the pair kind, given d² = c − t."""
         return tuple(self.parameters)
@@ -539,6 +562,19 @@ class Objective:
     def kind_tau(self, tau: Tensor) -> Tensor:
         """The temperature that the pair kind sees."""
         return tau
+
+    def rows_of_sweeps(self, rows: Rows, tau: Tensor) -> Rows:
+        """The rows of both views (2N, D) as the sweeps see them."""
+        return rows
+
+    def differentiate_rows(self, df: Tensor, tau: Tensor) -> None:
+        """Turns the gradient (N, D) in the first view of `rows_of_sweeps` into one in its argument,
+        in place.
+        """
+
+    def terms_of(self, learn_tau: bool) -> tuple[Term, ...]:
+        """What `finish` needs the sums of, where the gradient in τ may be wanted."""
+        return self.terms
 
     def check(self) -> None:
         """Raises ValueError if a user's function no longer passes the constructor's checks."""
@@ -548,7 +584,8 @@ class Objective:
     def solve(self, p: Pairs, learn_tau: bool) -> RowSolution:
         """All sweeps but `pair_grad`."""
         rows = self.start(p)
-        return self.finish(p, rows, p.sums(self.terms, shift=rows.shift))
+        sums = p.sums(self.terms_of(learn_tau), shift=rows.shift, moment_origin=rows.moment_origin)
+        return self.finish(p, rows, sums)
 
     def start(self, p: Pairs) -> RowSolution:
         """The row vectors that `pair_grad` needs, for a `one_sweep` objective."""
@@ -1033,6 +1070,78 @@ class ClosedForm(Objective):
     def weight(self, n_neg: int | Tensor) -> int | float | Tensor:
         """Σ_j α_ij."""
         return n_neg if self._per_negative else 1.0
+
+
+# --- a term of its own for the positive -----------------------------------------------------------
+
+
+class SigLip(Objective):
+    """``L_i = log(1 + e^{−y_ii}) + Σ_j log(1 + e^{y_ij})`` with y = scale·t + bias.
+
+    Its temperature is the tensor (2,) of scale and bias. The sweeps multiply the rows of the first
+    view by the scale and see x = scale·t + bias. (Of scale·(t + bias/scale) the quotient's rounding
+    would shift all logits in one direction.)
+
+    Source: arXiv:2303.15343.
+    """
+
+    name, options = "siglip", {}
+    kind, uses_temperature, tau_gradient = "logistic", True, "rows"
+    one_sweep, derivative, needs_negatives = True, True, False
+
+    #: A smaller scale, which leaves y = bias, is replaced: sums over pairs are divided by it.
+    LEAST_SCALE = 2.0**-60
+
+    def __reduce__(self) -> str:
+        return "SIGLIP"
+
+    def kind_tau(self, tau: Tensor) -> Tensor:
+        return torch.ones_like(tau[0])
+
+    def _used(self, tau: Tensor) -> Tensor:
+        """() the scale of the sweeps' rows."""
+        return torch.where(tau[0].abs() < self.LEAST_SCALE, self.LEAST_SCALE, tau[0])
+
+    def rows_of_sweeps(self, rows: Rows, tau: Tensor) -> Rows:
+        first = torch.arange(len(rows.f), device=tau.device) < len(rows.f) // 2
+        factor = torch.where(first, self._used(tau), 1.0)
+        return rows._replace(scale=factor if rows.scale is None else rows.scale * factor)
+
+    def differentiate_rows(self, df: Tensor, tau: Tensor) -> None:
+        df.mul_(self._used(tau))
+
+    def terms_of(self, learn_tau: bool) -> tuple[Term, ...]:
+        return (Term.F, Term.DF, Term.DF_MOMENT) if learn_tau else (Term.F,)
+
+    def start(self, p: Pairs) -> RowSolution:
+        scale, bias = p.tau
+        zero = torch.zeros_like(p.pos)
+        return RowSolution(
+            row_weight=self.uniform_weight(p) * (scale / self._used(p.tau)),
+            shift=zero - bias,
+            moment_origin=zero,
+        )
+
+    def finish(self, p: Pairs, rows: RowSolution, sums: Tensor) -> RowSolution:
+        total, *slope_and_moment = sums
+        scale, bias = p.tau
+        logistic, y = KINDS["logistic"], scale * p.pos + bias
+        pull = logistic.df(-y, scale)
+        dtau = None
+        if slope_and_moment:
+            slope, moment = slope_and_moment
+            of_scale = moment / self._used(p.tau) - pull * p.pos
+            dtau = torch.stack([of_scale, slope - pull]) / p.divisor
+        return replace(
+            rows,
+            mass=scale * pull / p.divisor,
+            loss=total + logistic.f(-y, scale),
+            dtau=dtau,
+        )
+
+
+#: The one instance, which a compiled graph finds by its key.
+SIGLIP = SigLip()
 
 
 # --- the named members ----------------------------------------------------------------------------

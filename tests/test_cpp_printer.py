@@ -167,6 +167,18 @@ def test_operation(library, name, piece):
         torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_log1p_keeps_the_digits_of_a_small_argument(library, dtype):
+    """The function of the table is log(1 + x²/1000): here of 1e-21 to 1e3, and of the ends."""
+    points = torch.logspace(-9, 3, 48, dtype=dtype)
+    (ours,) = run(library, cpp_name("log1p", "f"), [points], (0.3, 1, 1), 1)
+    truth = TABLE["log1p"](points.double())
+    torch.testing.assert_close(ours.double(), truth, rtol=8 * torch.finfo(dtype).eps, atol=0)
+    ends = torch.tensor([0.0, torch.inf, torch.nan], dtype=dtype).repeat(16)
+    (ours,) = run(library, cpp_name("log1p", "f"), [ends], (0.3, 1, 1), 1)
+    torch.testing.assert_close(ours, ends, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_by_name(name):
     with pytest.raises(

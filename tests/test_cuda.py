@@ -319,6 +319,7 @@ def test_sweeps_alone_agree_with_blocked():
         "sigmoid": (2.0,),
         "gibbs": (1.0,),
         "hinge": (0.3,),
+        "logistic": (),
         "inverse": (4.0, 2.0, 1.0),
     }
     for split, partner, anchors in ((0, 75, n), (0, 0, n), (75, 75, n), (75, 0, 75), (60, 0, n)):
@@ -326,7 +327,7 @@ def test_sweeps_alone_agree_with_blocked():
         own = RowScalars(*(x[:anchors] for x in scalars))
         for kind, params in kinds.items():
             terms = (Term.DTAU, Term.DF_MOMENT, Term.F, Term.F_MOMENT, Term.DF)[
-                kind in ("sigmoid", "hinge") :
+                kind in ("sigmoid", "hinge", "logistic") :
             ]
             operands = Rows(f, scale, bias), pairing, PairFunction(kind, params, tau), own
             outs = [b.row_sums(*operands, terms, "") for b in (blocked, cuda)]

@@ -209,7 +209,7 @@ distributed compiled_op
 functional
 explicit_negatives matryoshka metrics plan tune verify accuracy
 pair_weights
-loss theory compat.lightly compat.open_clip compat.pytorch_metric_learning
+loss siglip theory compat.lightly compat.open_clip compat.pytorch_metric_learning
 checks compat.sentence_transformers device_check
 """
 #: Folders whose modules import each other, alphacl_fast itself and these.

@@ -135,6 +135,7 @@ KINDS = [
     ("gamma", (2.0,)),
     ("gamma", (3.0,)),
     ("gamma", (1.5,)),
+    ("logistic", ()),
 ]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..objectives import ClosedForm, MinPlayer, Objective, PairWeight
+from ..objectives import ClosedForm, MinPlayer, Objective, PairWeight, SigLip
 from ..objectives import kind as lookup
 
 
@@ -137,9 +137,11 @@ def row_losses(
 
     Args:
         z1, z2: (N, D) embeddings, same float dtype.
-        tau: () temperature, same dtype.
+        tau: () temperature, or (2,) scale and bias of SigLIP, same dtype.
         ids: (N,) integers; samples with the id of an anchor are none of its negatives.
     """
+    if isinstance(objective, SigLip):
+        return _siglip(z1, z2, tau, similarity, ids)
     c = 0.0 if similarity == "euclidean" else 1.0
     if ids is not None:
         return _one_by_one(z1, z2, tau, objective, similarity, negatives, symmetric, ids)
@@ -183,6 +185,21 @@ def _one_by_one(
             else:
                 losses.append((anchor * 0).sum())
     return torch.stack(losses)
+
+
+def _siglip(
+    z1: Tensor, z2: Tensor, scale_and_bias: Tensor, similarity: str, ids: Tensor | None
+) -> Tensor:
+    """(N,) losses of the rows of z1, each pair by the logistic loss of its label ±1."""
+    if similarity == "cosine":
+        z1, z2 = normalized(z1), normalized(z2)
+    scale, bias = scale_and_bias
+    own = torch.eye(len(z1), dtype=torch.bool, device=z1.device)
+    y = scale * similarities(z1, z2, similarity) + bias
+    losses = torch.logaddexp(torch.where(own, -y, y), torch.zeros_like(y))
+    if ids is None:
+        return losses.sum(1)
+    return losses.masked_fill((ids[:, None] == ids) & ~own, 0.0).sum(1)
 
 
 def of_similarities(objective: Objective, t: Tensor, pos: Tensor, tau: Tensor, c: float) -> Tensor:

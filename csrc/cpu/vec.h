@@ -224,6 +224,14 @@ template <class T> ALPHACL_INLINE Vec<T> vlog(Vec<T> x) {
   return x >= 0 ? y : broadcast<T>(__builtin_nan(""));
 }
 
+// log(1 + x) to the last digits of a small x: what the sum u = 1 + x has lost of x changes log u by
+// (x − (u − 1))/u.
+template <class T> ALPHACL_INLINE Vec<T> vlog1p(Vec<T> x) {
+  const Vec<T> u = x + 1, log_u = vlog<T>(u);
+  const Vec<T> y = log_u + (x - (u - 1)) / u;
+  return (u > 0) & (u < broadcast<T>(__builtin_inf())) ? y : log_u;
+}
+
 template <class T> ALPHACL_INLINE Vec<T> vsqrt(Vec<T> x) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);

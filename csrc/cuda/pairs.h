@@ -17,6 +17,8 @@ DEVICE float exponential(float x) { return device::exp2_approx(x * LOG2_E); }
 DEVICE double exponential(double x) { return exp(x); }
 DEVICE float logarithm(float x) { return logf(x); }
 DEVICE double logarithm(double x) { return log(x); }
+DEVICE float logarithm_of_1_plus(float x) { return log1pf(x); }
+DEVICE double logarithm_of_1_plus(double x) { return log1p(x); }
 DEVICE float power_of(float x, float q) { return powf(x, q); }
 DEVICE double power_of(double x, double q) { return pow(x, q); }
 DEVICE float root(float x) { return sqrtf(x); }

@@ -4,12 +4,12 @@
 #include <cstdint>
 
 enum Dtype : int32_t { FLOAT32 = 0, FLOAT64 = 1, BFLOAT16 = 2, FLOAT16 = 3, TFLOAT32 = 4 };
-enum KindCode : int32_t { EXP = 0, GIBBS = 1, POWER = 2, INVERSE = 3, HINGE = 4, SIGMOID = 5, SQUARE = 6, GAMMA = 7 };
+enum KindCode : int32_t { EXP = 0, GIBBS = 1, POWER = 2, INVERSE = 3, HINGE = 4, SIGMOID = 5, SQUARE = 6, GAMMA = 7, LOGISTIC = 8 };
 enum Term : int32_t { F = 0, DF = 1, F_MOMENT = 2, DF_MOMENT = 3, DTAU = 4, SHIFT = 5, T_MAX = 6 };
 enum WeightCode : int32_t { WEIGHT_F = 0, WEIGHT_DF = 1, WEIGHT_F_PLUS_DF = 2 };
 enum class Form : int32_t { CONSTANT = 0, ONLINE = 1, PLAIN = 2, T_MAX = 3 };
 enum class Gradient : int32_t { NONE = 0, PRODUCT = 1, WEIGHTS = 2 };
 // Sums come first among the terms.
-constexpr int SUM_COUNT = 5, TERM_COUNT = 7, KIND_COUNT = 8, WEIGHT_COUNT = 3, FORM_COUNT = 4, GRADIENT_COUNT = 3;
+constexpr int SUM_COUNT = 5, TERM_COUNT = 7, KIND_COUNT = 9, WEIGHT_COUNT = 3, FORM_COUNT = 4, GRADIENT_COUNT = 3;
 // Python compares it with its own.
-constexpr int32_t CODES_CHECKSUM = 590052343;
+constexpr int32_t CODES_CHECKSUM = 206828622;

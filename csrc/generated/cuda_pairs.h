@@ -105,7 +105,7 @@ template <class T> struct Inverse {
     return (-k) / (power<T>(c - x, q) + n.tau);
   }
 };
-// f = max(x + margin, 0); the kink has derivative 0, as relu
+// f = max(x + margin, 0); the derivative at the kink is 0, as in relu
 template <class T> struct Hinge {
   static constexpr bool LOG = false, LINEAR = false;
   static DEVICE T f(T x, const Numbers<T>& n) {
@@ -165,6 +165,21 @@ template <class T> struct Gamma {
     return gamma_root<T>(n.tau / (-x), gamma) / (gamma * n.tau);
   }
 };
+// f = log(1 + exp(x)), which neither overflows nor loses digits where it is small
+template <class T> struct Logistic {
+  static constexpr bool LOG = false, LINEAR = false;
+  static DEVICE T f(T x, const Numbers<T>&) {
+    return at_least(x, T(0)) + logarithm_of_1_plus(exponential((x > T(0)) ? (-x) : x));
+  }
+  static DEVICE T df(T x, const Numbers<T>&) {
+    const bool v0 = x > T(0);
+    const T v1 = exponential(v0 ? (-x) : x);
+    return (v0 ? T(1) : v1) / (v1 + T(1));
+  }
+  static DEVICE T dtau(T, const Numbers<T>&) {
+    return T(0);
+  }
+};
 
 // Calls `use` with the kind of a code.
 template <class T, class Use> DEVICE void with_kind(int32_t kind, Use&& use) {
@@ -176,7 +191,8 @@ template <class T, class Use> DEVICE void with_kind(int32_t kind, Use&& use) {
     case HINGE: return use(Hinge<T>{});
     case SIGMOID: return use(Sigmoid<T>{});
     case SQUARE: return use(Square<T>{});
-    default: return use(Gamma<T>{});
+    case GAMMA: return use(Gamma<T>{});
+    default: return use(Logistic<T>{});
   }
 }
 

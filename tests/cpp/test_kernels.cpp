@@ -53,7 +53,7 @@ constexpr double INF = std::numeric_limits<double>::infinity();
 constexpr int THREADS[] = {1, 2, 5};
 const char* const SETS[] = {ALPHACL_SET_NAMES};  // those of tools/build_cpu.py
 const char* const DTYPES[] = {"float32", "float64", "bfloat16", "float16"};
-const char* const KINDS[] = {"exp", "gibbs", "power", "inverse", "hinge", "sigmoid", "square", "gamma"};
+const char* const KINDS[] = {"exp", "gibbs", "power", "inverse", "hinge", "sigmoid", "square", "gamma", "logistic"};
 const char* const FORMS[] = {"constant shift", "online", "plain", "largest t"};
 const char* const WEIGHTS[] = {"f", "df", "f+df"};
 
@@ -339,7 +339,7 @@ bool is_log(int kind) { return kind <= INVERSE; }
 
 std::vector<Variant> all_variants() {
   std::vector<Variant> list{{Form::T_MAX, EXP, 0}};
-  for (int kind = EXP; kind <= GAMMA; kind++) {
+  for (int kind = EXP; kind <= LOGISTIC; kind++) {
     list.push_back({Form::PLAIN, kind, 0});
     for (int weight = 0; weight < 3; weight++) list.push_back({Form::PLAIN, kind, weight, true});
     if (!is_log(kind)) continue;
@@ -437,6 +437,9 @@ Pieces pieces(const Case& c, Wanted wanted, double u, double t, int64_t i) {
       break;
     case SQUARE:
       y.f = std::max(x, 0.0) / c.tau, y.df = (x > 0) / c.tau, y.dtau = -std::max(x, 0.0) / (c.tau * c.tau);
+      break;
+    case LOGISTIC:
+      y.f = std::max(x, 0.0) + std::log1p(std::exp(-std::fabs(x))), y.df = 1 / (1 + std::exp(-x));
       break;
     default:
       y.f = std::pow(c.tau / -x, 1 / p[0]), y.df = y.f / (-p[0] * x), y.dtau = y.f / (p[0] * c.tau);
@@ -661,7 +664,7 @@ Case draw(Random& random, const Data& d, const Variant& v, const Layout& layout)
     if (v.kind == GAMMA || random.chance(0.7)) c.argument_offset = RowVector(dtype, offset);
   }
 
-  const bool has_dtau = v.kind != HINGE && v.kind != SIGMOID;
+  const bool has_dtau = v.kind != HINGE && v.kind != SIGMOID && v.kind != LOGISTIC;
   std::vector<int> terms;
   if (c.log_sums()) {
     terms.push_back(F);

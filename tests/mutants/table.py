@@ -77,10 +77,11 @@ def cuda(member: str, setting: str = "two_view-True") -> str:
     return f"tests/test_cuda.py::test_float64[{setting}-{member}]"
 
 
-IDS, COMPAT, DISTRIBUTED = (
+IDS, COMPAT, DISTRIBUTED, SIGLIP = (
     "tests/test_ids.py::",
     "tests/test_compat.py::",
     "tests/test_distributed.py::",
+    "tests/test_siglip.py::",
 )
 AGREE = f"{DISTRIBUTED}test_bad_input_on_one_process_raises_on_every_one"
 VERIFY = f"{DISTRIBUTED}test_verify_distributed"
@@ -328,6 +329,72 @@ plant(
 
 # --- formulas of the objectives -------------------------------------------------------------------
 
+plant(
+    "alphacl_fast/objectives.py",
+    (
+        "sigmoid loss: log(1 + e) loses the digits of a small e",
+        "return torch.relu(x) + torch.log1p(_exp_of_minus_abs(x))",
+        "return torch.relu(x) + torch.log(1 + _exp_of_minus_abs(x))",
+        f"{SIGLIP}test_float32_is_as_good_as_eager[trained-blocked]",
+    ),
+    (
+        "sigmoid loss: the slope is 1 minus a number close to 1",
+        "return torch.where(x > 0, 1.0, e) / (1 + e)",
+        "return 1 - torch.where(x > 0, e, 1.0) / (1 + e)",
+        f"{SIGLIP}test_float32_is_as_good_as_eager[trained-blocked]",
+    ),
+    (
+        "sigmoid loss: a large logit overflows",
+        "return torch.exp(torch.where(x > 0, -x, x))",
+        "return torch.exp(x)",
+        f"{SIGLIP}test_infinite_logits",
+    ),
+    (
+        "sigmoid loss: the positive's term has the sign of a negative's",
+        "loss=total + logistic.f(-y, scale),",
+        "loss=total + logistic.f(y, scale),",
+        f"{SIGLIP}test_one_pair_is_its_positive_term[sum-blocked]",
+    ),
+    (
+        "sigmoid loss: the bias has the gradient of the negatives alone",
+        "torch.stack([of_scale, slope - pull])",
+        "torch.stack([of_scale, slope])",
+        f"{SIGLIP}test_equals_the_dense_formula[mean-cosine-blocked]",
+    ),
+    (
+        "sigmoid loss: the gradient in the scale belongs to moments of another origin",
+        "            moment_origin=zero,\n        )\n\n    def finish",
+        "        )\n\n    def finish",
+        f"{SIGLIP}test_equals_the_dense_formula[mean-cosine-blocked]",
+    ),
+    (
+        "sigmoid loss: a scale of 0 divides its own derivative",
+        "return torch.where(tau[0].abs() < self.LEAST_SCALE, self.LEAST_SCALE, tau[0])",
+        "return tau[0]",
+        f"{SIGLIP}test_equals_the_dense_formula[mean-cosine-blocked]",
+    ),
+    (
+        "sigmoid loss: the first view's gradient lacks the scale of its rows",
+        "df.mul_(self._used(tau))",
+        "pass",
+        f"{SIGLIP}test_equals_the_dense_formula[mean-cosine-blocked]",
+    ),
+    (
+        "sigmoid loss: an anchor whose negatives share its id has loss 0",
+        "one_sweep, derivative, needs_negatives = True, True, False",
+        "one_sweep, derivative, needs_negatives = True, True, True",
+        f"{SIGLIP}test_ids[one-blocked]",
+    ),
+)
+plant(
+    "csrc/cpu/vec.h",
+    (
+        "log(1 + x) without what the sum loses of x",
+        "const Vec<T> y = log_u + (x - (u - 1)) / u;",
+        "const Vec<T> y = log_u;",
+        "tests/test_cpp_printer.py::test_log1p_keeps_the_digits_of_a_small_argument[torch.float32]",
+    ),
+)
 plant(
     "alphacl_fast/objectives.py",
     (
