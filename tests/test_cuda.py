@@ -349,6 +349,9 @@ def test_refusals(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     monkeypatch.setattr(cuda, "_load", lambda path: (None, None))
+    monkeypatch.setattr(cuda, "_why_not", lambda device: "cannot run on this device: no code")
+    assert cuda.unsupported(gpu, torch.float32, None, "exp").startswith("cannot run on this")
+    monkeypatch.setattr(cuda, "_why_not", lambda device: None)
     monkeypatch.setattr(cuda, "_shared_memory", lambda device: 99 << 10)
     assert cuda.unsupported(gpu, torch.float32, None, "exp") is None
     assert (

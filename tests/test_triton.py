@@ -222,6 +222,7 @@ def test_refusals(monkeypatch):
     assert triton._missing.__wrapped__() == "needs triton 3.6, found 3.5.1"
     monkeypatch.setattr(triton, "_missing", lambda: "triton is not installed")
     monkeypatch.setattr(cuda, "_shared_memory", lambda device: 0)
+    monkeypatch.setattr(cuda, "_why_not", lambda device: None)
     name, why = ops.choose("auto", torch.device("cuda"), torch.float32, None, "exp")
     assert (name, "triton: triton is not installed" in why) == ("blocked", True)
     with pytest.raises(

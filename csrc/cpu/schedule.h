@@ -87,8 +87,9 @@ class Progress {
 
 // What one thread does in a sweep: packs blocks, works on tiles, unpacks gradients. `interrupted`
 // is asked after each tile.
-template <class Pack, class OnTile, class Unpack, class Interrupted>
-void run_thread(const Plan& plan, const Schedule& schedule, Progress& progress, Pack pack, OnTile on_tile,
+// (A class of its own for the progress lets tests watch it.)
+template <class Watched, class Pack, class OnTile, class Unpack, class Interrupted>
+void run_thread(const Plan& plan, const Schedule& schedule, Watched& progress, Pack pack, OnTile on_tile,
                 Unpack unpack, Interrupted interrupted) {
   for (int64_t b; (b = progress.next_block.fetch_add(1)) < plan.blocks;) {
     pack(b);
@@ -99,7 +100,9 @@ void run_thread(const Plan& plan, const Schedule& schedule, Progress& progress, 
     if (!progress.wait(tile.i, tile.round) || !progress.wait(tile.j, tile.round)) return;
     if (tile.i != NO_BLOCK && tile.j != NO_BLOCK) on_tile(tile.i, tile.j);
     progress.finish(tile.i, tile.round + 1);
-    progress.finish(tile.j, tile.round + 1);
+    // Once for each block: a second store for a diagonal tile could come after another thread's next
+    // round, and take the block back to this one for ever.
+    if (tile.j != tile.i) progress.finish(tile.j, tile.round + 1);
     if (interrupted()) progress.stop(INTERRUPTED);
   }
   for (int64_t b; (b = progress.next_unpack.fetch_add(1)) < plan.blocks;) {

@@ -189,12 +189,26 @@ void test_pairs(const Case& c, const Plan& p) {
     }
 }
 
+// Every block's rounds go up by one: a store that comes twice could take another thread's back.
+class OneByOne : public Progress {
+ public:
+  OneByOne(void* rounds, const Case& c, int64_t blocks) : Progress(rounds, blocks), case_(c), seen_(size_t(blocks), -1) {}
+  void finish(int64_t b, int64_t rounds) {
+    if (b != NO_BLOCK) CHECK(rounds == ++seen_[size_t(b)], case_.name());
+    Progress::finish(b, rounds);
+  }
+
+ private:
+  const Case& case_;
+  std::vector<int64_t> seen_;
+};
+
 // Runs the schedule and returns which blocks each block met, in order. The logs are written without
 // a lock: ThreadSanitizer reports it if two tiles of a block ever overlap.
 std::vector<std::vector<int64_t>> logs_of(const Case& c, const Plan& plan, int threads, int64_t stop_after = -1) {
   const Schedule schedule(plan);
   const auto rounds = std::make_unique<std::atomic<int64_t>[]>(size_t(plan.blocks));
-  Progress progress(rounds.get(), plan.blocks);
+  OneByOne progress(rounds.get(), c, plan.blocks);
   std::vector<std::vector<int64_t>> logs(static_cast<size_t>(plan.blocks));
   std::vector<int> packed(size_t(plan.blocks)), unpacked(size_t(plan.blocks));
   std::atomic<int64_t> tiles{0};

@@ -78,9 +78,14 @@ ENVIRONMENT = {
     "ALPHACL_CUDA": "0",
 }
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["torch", "torch._decomp", "torch.distributed", "triton.language", "pytest", "hypothesis"]
-)
+PRELOADED = [
+    "torch",
+    "torch._decomp",
+    "torch.distributed",
+    "triton.language",
+    "pytest",
+    "hypothesis",
+]
 
 
 def _pytest(root: str, environment: dict[str, str], log: str, arguments: list[str]) -> None:
@@ -242,6 +247,9 @@ def run(mutants: Sequence[Mutant], jobs: int, source: Path = ROOT, say=print) ->
     """What the tests say of each fault."""
     outcomes = {m: f"not here: no {m.variant}" for m in mutants if not runs_here(m.variant)}
     mutants = [m for m in mutants if m not in outcomes]
+    # A process has one fork server: another's would have imported the package that has no fault.
+    forkserver._forkserver._stop()
+    FORKS.set_forkserver_preload(PRELOADED)
     with mock.patch.dict(os.environ, ENVIRONMENT):
         forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as folder:

@@ -782,6 +782,12 @@ plant(
 plant(
     "csrc/cpu/schedule.h",
     (
+        "schedule: a diagonal tile reports its block's round twice",
+        "if (tile.j != tile.i) progress.finish(tile.j, tile.round + 1);",
+        "progress.finish(tile.j, tile.round + 1);",
+        "tests/test_cpu.py::test_the_driver_piece_by_piece",
+    ),
+    (
         "schedule: a tile does not wait until its second block has been through the round before",
         "|| !progress.wait(tile.j, tile.round)) return;",
         "|| !progress.wait(tile.j, 0)) return;",

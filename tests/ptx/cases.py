@@ -114,11 +114,13 @@ def run(case: Case, runner: Runner) -> Result:
 
 @contextlib.contextmanager
 def _device(case: Case) -> Iterator[None]:
-    gpu.pretended = case.processors // 2
-    gpu.processors.cache_clear()
-    with cuda.symmetric(case.symmetric):
-        yield
-    gpu.processors.cache_clear()
+    before = gpu.pretended
+    gpu.pretend_gpu(case.processors // 2)
+    try:
+        with cuda.symmetric(case.symmetric):
+            yield
+    finally:
+        gpu.pretend_gpu(before)
 
 
 def _same_nan(ours: torch.Tensor, truth: torch.Tensor) -> bool:
