@@ -788,12 +788,6 @@ plant(
         "tests/test_cpu.py::test_the_driver_piece_by_piece",
     ),
     (
-        "schedule: a tile does not wait until its second block has been through the round before",
-        "|| !progress.wait(tile.j, tile.round)) return;",
-        "|| !progress.wait(tile.j, 0)) return;",
-        on_several_threads("cpu"),
-    ),
-    (
         "schedule: a rectangle's rounds step by two, so that some pairs of blocks never meet",
         "const int64_t j = (k + round) % m;",
         "const int64_t j = (k + 2 * round) % m;",
