@@ -20,15 +20,16 @@ class MatryoshkaLoss(nn.Module):
 
     Args:
         loss: a module or a function of (z1, z2), (z1, z2, ids), (z,) or (z, ids), such as
-            `FusedAlphaCLLoss` or `supcon_loss`. The parameters of a module are those of this module
-            too: a learnable temperature is shared by all widths, as "loss.temperature" of the
-            ``state_dict``.
+            `FusedAlphaCLLoss` or `supcon_loss`. A module's parameters become
+            parameters of this module: all widths share a learnable temperature, which the
+            ``state_dict`` holds as "loss.temperature".
         dims: the widths, distinct positive integers in any order.
         weights: w_k, one finite number for each width; None stands for weights of 1.
 
     Shape:
         * embeddings: (n, D) each, D ≥ max(dims), of any dtype that the inner loss takes.
-        * output: that of the inner loss, such as () or, with ``reduction="none"``, (anchors,).
+        * output: has the shape of the inner loss, such as () or, with ``reduction="none"``,
+          (anchors,).
 
     Raises:
         TypeError: ``loss`` cannot be called, or dims or weights are no sequence.

@@ -141,8 +141,8 @@ def batch_metrics(
     Returns:
         The metrics as Python numbers, which waits for the device. With one pair uniformity is 0
         (there are no two rows to compare) and every accuracy is 1 (there is no other candidate);
-        the effective rank is that of the two rows. If a row has a NaN or an infinity, alignment,
-        uniformity and effective rank are NaN.
+        the effective rank is computed from the two rows. If a row has a NaN or an infinity,
+        alignment, uniformity and effective rank are NaN.
 
     Raises:
         TypeError, ValueError: bad embeddings, t or top; the message names the argument, what was

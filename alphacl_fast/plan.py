@@ -40,8 +40,8 @@ def messages(
 
     The temperature is fixed.
 
-    For all_gather and all_reduce the bytes of its own tensor count, for reduce_scatter those of
-    every process, for isend the bytes sent.
+    all_gather and all_reduce count the bytes of the process's own tensor, reduce_scatter counts the
+    tensors of all processes, and isend counts the bytes sent.
     """
     world = len(sizes)
     call = Loss(make("infonce"), "cosine", negatives, symmetric, "mean")
@@ -135,7 +135,7 @@ def plan(
             `alphacl_fast.functional.alpha_cl_loss`).
 
     Returns:
-        The costs of "gather", then those of "ring".
+        A list of two: the costs of "gather" and the costs of "ring".
 
     Raises:
         ValueError: fewer pairs than devices, or a number that is not positive.

@@ -58,8 +58,9 @@ def siglip_loss(
         precision: arithmetic of float32 matrix products; see there too.
         process_group: a `torch.distributed.ProcessGroup` or "world", whose ranks share one batch.
             Each rank passes its own pairs (any number) and receives the loss of the whole batch or,
-            with reduction="none", the losses of its own rows of z1. Gradients are as those of
-            `alphacl_fast.functional.alpha_cl_loss`; scale and bias are treated as its temperature.
+            with reduction="none", the losses of its own rows of z1. Gradients follow the
+            convention of `alphacl_fast.functional.alpha_cl_loss`, where scale and bias behave like
+            the temperature.
             None: this process alone.
 
     Returns:

@@ -38,7 +38,7 @@ class Task:
         function: "module:function", called as function(item, **arguments).
         items: what it is called with in turn; dataclasses or dicts.
         arguments: keyword arguments; a GPU named "device" is opened before the first item.
-        about: columns of the rows that report a failure, beside those of the item.
+        about: columns that a failure's row gets besides the item's own.
         limit: seconds that the child may take from one message to the next.
         startup: predicted seconds until the first item begins.
         predicted: predicted seconds of each item.

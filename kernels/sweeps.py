@@ -691,7 +691,7 @@ def _grad_tile(
     if len(w_total):
         w_total, w_comp = _add(w_total, w_comp, (tl.sum(w, 1),))
     if S.GRADIENT == "WEIGHTS":
-        # columns of whole tiles, of two views all tiles' first halves, then all second halves
+        # W covers whole tiles; with two views all first halves come before the second halves
         HALF: tl.constexpr = S.BLOCK_N // 2 if S.COLS_PAIRED else S.BLOCK_N
         columns = tl.cdiv(c.n_cols, S.BLOCK_N) * S.BLOCK_N
         row, column = tl.arange(0, S.BLOCK_M), tl.arange(0, S.BLOCK_N)

@@ -1,8 +1,10 @@
+import contextlib
 import inspect
 import os
 import shlex
 import shutil
 import signal
+import threading
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels run on the CPU
 # before torch is: threads outnumber cores, so they had better not spin
@@ -32,6 +34,23 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 #: Seconds after which a process that a test waits for hangs, on a machine however busy.
 WATCHDOG = 900
+
+
+@contextlib.contextmanager
+def watched(process):
+    """A subprocess that is killed when it hangs, and in any case at the end of the context.
+
+    So a test that polls it needs no clock: it sees that the process has ended.
+    """
+    watchdog = threading.Timer(WATCHDOG, process.kill)
+    watchdog.start()
+    try:
+        yield process
+    finally:
+        watchdog.cancel()
+        process.kill()
+        process.wait()
+
 
 # Small tensors run fastest on one thread, and a barrier per operation would make a busy machine's
 # run take hours.

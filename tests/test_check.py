@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WATCHDOG
+from conftest import WATCHDOG, watched
 
 from alphacl_fast import accuracy, device_check, journal, objectives, ops
 from alphacl_fast.cli import main
@@ -260,14 +260,13 @@ def interrupted(file):
         text=True,
         start_new_session=True,
     )
-    end = time.monotonic() + WATCHDOG
-    while not (file.exists() and len(file.read_text().splitlines()) > 9):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=WATCHDOG)
-    return process.returncode, out, err
+    with watched(process):
+        while not (file.exists() and len(file.read_text().splitlines()) > 9):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate()
+        return process.returncode, out, err
 
 
 def test_an_interruption_keeps_the_rows(tmp_path):

@@ -23,7 +23,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import WATCHDOG
+from conftest import WATCHDOG, watched
 
 from alphacl_fast import accuracy, journal, objectives, ops
 from alphacl_fast import subprocess_pool as pool
@@ -559,17 +559,14 @@ def test_sigterm_at_a_random_row(tmp_path, seed):
     out, rows = tmp_path / "out", random.Random(seed).randint(1, 300)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
     command = [sys.executable, str(tmp_path / "signalled.py"), str(out), str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-    try:
-        file, end = out / "rows.jsonl", time.monotonic() + WATCHDOG
+    file = out / "rows.jsonl"
+    started = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    with watched(started) as process:
         while not file.exists() or file.read_bytes().count(b"\n") < rows:
             assert process.poll() is None
-            assert time.monotonic() < end
             time.sleep(0.002)
         process.terminate()
-        assert process.wait(WATCHDOG) == 143
-    finally:
-        process.kill()
+        assert process.wait() == 143
     lines = file.read_text().splitlines()
     assert len(lines) >= rows
     assert [json.loads(line)["k"] for line in lines] == list(range(len(lines)))

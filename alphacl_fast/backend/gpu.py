@@ -422,9 +422,10 @@ def _multiply_in_runs(s: Sweep, launch: Launch, df: Tensor) -> None:
 
 
 def _columns_of_weights(s: Sweep, region: Region) -> Tensor:
-    """The rows of f that the columns of W stand for: those of whole tiles, 0 where none exists.
+    """The factor F of the product W·F, with a row for each column of W.
 
-    Of two views all tiles' first halves come before all second halves.
+    W covers whole tiles, so F has zero rows where no row of f exists. With two views the first
+    halves of all tiles come before the second halves.
     """
     columns, length = s.f[region.col_start :][: region.n_cols], s.blocks(region)[1] * s.tile_cols
     if length == region.n_cols:

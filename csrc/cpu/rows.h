@@ -19,7 +19,7 @@ ALPHACL_INLINE uint32_t to_bits32(float x) {
   return u;
 }
 ALPHACL_INLINE float from_bfloat16(uint16_t h) { return from_bits32(uint32_t(h) << 16); }
-// subnormals through an integer: a thread may flush those of float
+// Subnormals are converted through an integer, because a thread may flush subnormal floats to zero.
 ALPHACL_INLINE float from_float16(uint16_t h) {
   const float magnitude =
       h & 0x7c00 ? from_bits32(uint32_t(h & 0x7fff) << 13) * 0x1p112f : float(int32_t(h & 0x3ff)) * 0x1p-24f;

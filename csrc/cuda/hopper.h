@@ -133,8 +133,8 @@ template <int K, int N, int STAGES, class Scalars> struct Memory {
     device::sync();
   }
 
-  // The producer warpgroup: a thread of the first N for each column, of which one starts the
-  // copies.
+  // The producer warpgroup: its first N threads load one column's scalars each, and thread 0 also
+  // starts the copies.
   static DEVICE void produce(const Args& args, float inv_unit) {
     const Sweep& a = args.sweep;
     const int thread = device::thread() - CONSUMERS * GROUP;

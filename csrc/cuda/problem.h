@@ -24,8 +24,8 @@ struct Sweep {
   void* sums;         // (splits [+ ring distances], [shift,] terms, anchors)
   void* df;           // (splits, n_out, dim) for the rows from `lo` on
   void* weight_sums;  // (splits, n)
-  // (row_blocks·64, weight_columns) weights, in place of their product with the rows; the columns
-  // are those of whole tiles, of two views all tiles' first halves, then all second halves
+  // (row_blocks·64, weight_columns) weights, in place of their product with the rows. They cover
+  // whole tiles; with two views the first halves of all tiles come before the second halves.
   void* weights;
   int64_t elements[int(Buffer::COUNT)];  // in each buffer; f counts all its rows
   int64_t stride, n_rows, n_cols, row_start, col_start, half, anchors, n, n_out, lo;
