@@ -742,7 +742,7 @@ def pair_grad(
 
     Grid (row blocks, splits).
 
-    Args: those of `row_sums`, and
+    Args (`row_sums` explains the others):
         unit_ptr: () ACC or None: weights are divided by it before they are rounded, gradients
             multiplied by it.
         out: `Outputs`, ACC but for weights: df (splits, n_out, D), for the rows of f from ``lo``

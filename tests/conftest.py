@@ -1,10 +1,10 @@
-import contextlib
 import inspect
 import os
 import shlex
 import shutil
 import signal
 import threading
+import time
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels run on the CPU
 # before torch is: threads outnumber cores, so they had better not spin
@@ -36,20 +36,19 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 WATCHDOG = 900
 
 
-@contextlib.contextmanager
-def watched(process):
-    """A subprocess that is killed when it hangs, and in any case at the end of the context.
+def wait_until(process, holds):
+    """Waits until ``holds()`` while a subprocess runs; its end before that is a failure.
 
-    So a test that polls it needs no clock: it sees that the process has ended.
+    A process that hangs is killed, so the test needs no clock of its own.
     """
     watchdog = threading.Timer(WATCHDOG, process.kill)
     watchdog.start()
     try:
-        yield process
+        while not holds():
+            assert process.poll() is None, process.stderr.read() if process.stderr else "it ended"
+            time.sleep(0.005)
     finally:
         watchdog.cancel()
-        process.kill()
-        process.wait()
 
 
 # Small tensors run fastest on one thread, and a barrier per operation would make a busy machine's

@@ -7,12 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import WATCHDOG, watched
+from conftest import WATCHDOG, wait_until
 
 from alphacl_fast import accuracy, device_check, journal, objectives, ops
 from alphacl_fast.cli import main
@@ -260,13 +259,10 @@ def interrupted(file):
         text=True,
         start_new_session=True,
     )
-    with watched(process):
-        while not (file.exists() and len(file.read_text().splitlines()) > 9):
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGINT)
-        out, err = process.communicate()
-        return process.returncode, out, err
+    wait_until(process, lambda: file.exists() and len(file.read_text().splitlines()) > 9)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=WATCHDOG)
+    return process.returncode, out, err
 
 
 def test_an_interruption_keeps_the_rows(tmp_path):

@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import deque
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import WATCHDOG, watched
+from conftest import WATCHDOG, wait_until
 
 from alphacl_fast import accuracy, journal, objectives, ops
 from alphacl_fast import subprocess_pool as pool
@@ -560,13 +559,13 @@ def test_sigterm_at_a_random_row(tmp_path, seed):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
     command = [sys.executable, str(tmp_path / "signalled.py"), str(out), str(tmp_path)]
     file = out / "rows.jsonl"
-    started = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-    with watched(started) as process:
-        while not file.exists() or file.read_bytes().count(b"\n") < rows:
-            assert process.poll() is None
-            time.sleep(0.002)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        wait_until(process, lambda: file.exists() and file.read_bytes().count(b"\n") >= rows)
         process.terminate()
-        assert process.wait() == 143
+        assert process.wait(WATCHDOG) == 143
+    finally:
+        process.kill()
     lines = file.read_text().splitlines()
     assert len(lines) >= rows
     assert [json.loads(line)["k"] for line in lines] == list(range(len(lines)))
@@ -1138,7 +1137,7 @@ def test_no_gpu_is_said(capsys, monkeypatch):
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 def test_make_target(tmp_path):
-    """Both calls run, also after failures, and the status is that of a failure."""
+    """Both calls run, also after failures, and the exit status says that one failed."""
     python = tmp_path / "py"
     python.write_text('#!/bin/sh\necho "$@"\n[ "$4" = 2 ]\n')
     python.chmod(0o755)

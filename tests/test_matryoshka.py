@@ -121,7 +121,7 @@ def test_the_inner_temperature_is_learnt():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
-    """The error is that of the gradients, which are summed in the dtype of the embeddings."""
+    """The gradients cause the error: they are summed in the dtype of the embeddings."""
     views = pair(40, 16, dtype)
     loss = MatryoshkaLoss(FusedAlphaCLLoss(temperature=0.2), DIMS)
     ours = differentiate(loss, *views)

@@ -241,7 +241,7 @@ def test_nan_comes_out():
     assert math.isnan(s.alignment)
     assert math.isnan(s.uniformity)
     assert s.pairs.sum() == 12 * 10
-    assert s.pairs[-1] >= 2 * 10  # those of the row, as an anchor and as a negative
+    assert s.pairs[-1] >= 2 * 10  # the row is an anchor and a negative
 
 
 def test_bad_arguments():

@@ -592,7 +592,7 @@ def test_unknown_opcodes_modifiers_and_operands_are_errors(text):
 
 # --- memory, lanes and matrices -------------------------------------------------------------------
 
-#: %rd1 and %rd2 are this thread's 16 bytes of p0 and p1, %r1 those of shared memory.
+#: %rd1 and %rd2 point to this thread's 16 bytes of p0 and p1, %r1 to its 16 bytes of shared memory.
 PLACES = """
 mov.u32 %r0, %tid.x; ld.param.u64 %rd1, [p0]; ld.param.u64 %rd2, [p1];
 mul.wide.u32 %rd3, %r0, 16; add.s64 %rd1, %rd1, %rd3; add.s64 %rd2, %rd2, %rd3;
@@ -883,7 +883,7 @@ def test_registers_of_a_warpgroup():
 
 
 def test_every_opcode_is_met():
-    """But those of kernels alone: tensor copies need a tensor map, which test_ptx.py runs."""
+    """Except opcodes that need a whole kernel: test_ptx.py runs tensor copies, which need a map."""
     for body in ("exit;", "add.rn.f32 %r1, %r2, %r3; not.b16 %h1, %h2;"):
         machine(body, "", 1)
     with_a_map = {

@@ -5,12 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import WATCHDOG
+from conftest import WATCHDOG, wait_until
 
 from alphacl_fast.train import Config, train
 
@@ -126,11 +125,7 @@ def test_a_killed_process_ends_the_job_and_another_number_goes_on(tmp_path, refe
     out = tmp_path / "run"
     process = start(2, out)
     try:
-        deadline = time.monotonic() + WATCHDOG
-        while len(steps(out)) < 3:
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline, "no step in time"
-            time.sleep(0.01)
+        wait_until(process, lambda: len(steps(out)) >= 3)
         os.kill(children(process.pid)[1], signal.SIGKILL)
         _, message = process.communicate(timeout=WATCHDOG)
     finally:

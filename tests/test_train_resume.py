@@ -6,11 +6,10 @@ import random
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from conftest import WATCHDOG
+from conftest import WATCHDOG, wait_until
 
 from alphacl_fast.cli import main
 from alphacl_fast.train import Config, RunError, evaluate, loop, train
@@ -104,15 +103,8 @@ def start(out, workers, hold):
 
 def wait_for_step(process, out, step):
     """Wait until metrics.jsonl contains ``step``."""
-    deadline = time.monotonic() + WATCHDOG
-    while time.monotonic() < deadline:
-        if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_bytes().count(
-            b'"step", '
-        ) >= step:
-            return
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-    raise TimeoutError(f"no step {step} in {WATCHDOG} s")
+    file = out / "metrics.jsonl"
+    wait_until(process, lambda: file.exists() and file.read_bytes().count(b'"step", ') >= step)
 
 
 @pytest.mark.parametrize(

@@ -421,8 +421,8 @@ void place_mn_major(unsigned char* to, int leading, int k, int j, uint16_t bits)
 
 enum Hurry { NO, C_TOO_EARLY, OPERAND_TOO_EARLY, A_TOO_EARLY };
 
-// 64 × N from k = 64, by two warpgroups of which the second has twice the A; what a hurried one
-// gets is garbage.
+// 64 × N from k = 64, by two warpgroups. The second one multiplies twice the A. A warpgroup that
+// hurries gets garbage.
 template <int N, int TRANS_B> void test_product(bool registers, Hurry hurry) {
   constexpr int A = 64 * 128, B = N * 128;
   std::vector<float> left(64 * 64), right(64 * N), before(64 * N), wanted(2 * 64 * N);

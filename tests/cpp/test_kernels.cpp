@@ -51,7 +51,7 @@ namespace {
 
 constexpr double INF = std::numeric_limits<double>::infinity();
 constexpr int THREADS[] = {1, 2, 5};
-const char* const SETS[] = {ALPHACL_SET_NAMES};  // those of tools/build_cpu.py
+const char* const SETS[] = {ALPHACL_SET_NAMES};  // from tools/build_cpu.py
 const char* const DTYPES[] = {"float32", "float64", "bfloat16", "float16"};
 const char* const KINDS[] = {"exp", "gibbs", "power", "inverse", "hinge", "sigmoid", "square", "gamma", "logistic"};
 const char* const FORMS[] = {"constant shift", "online", "plain", "largest t"};

@@ -4,7 +4,7 @@
 // or late and out of order (odd); a product reads its operands and writes c when it is waited for,
 // or earlier if the schedule is pseudo-random. Until then their destinations hold NaN.
 //
-// Operands in shared memory lie in lines of 128 bytes (64 elements), of which eight, 1024 bytes,
+// Operands in shared memory lie in lines of 128 bytes (64 elements). Eight lines, 1024 bytes,
 // are one unit of the swizzle: the address's bits 4 … 6, a 16-byte piece's place in its line, are
 // exclusive-ored with bits 7 … 9, the line's place in its unit. With addresses before that step:
 //

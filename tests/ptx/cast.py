@@ -145,7 +145,7 @@ def _packed(m, modifiers: Modifiers, instruction):
 
 @opcode("cvta")
 def convert_address(m, modifiers: Modifiers, instruction):
-    """Addresses of global memory are generic ones; those of parameters have a window."""
+    """Addresses of global memory are generic ones; parameters have a window of their own."""
     modifiers.one("to")
     space = modifiers.need("global", "param")
     kind = modifiers.kind("u64")

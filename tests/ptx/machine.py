@@ -331,7 +331,7 @@ class Machine:
 
 
 def literal(text: str, kind: str) -> int:
-    """The bits of a number: 0f and 0d spell out those of a float."""
+    """The bits of a number; 0f and 0d precede the bits of a float."""
     if text[:2].lower() in ("0f", "0d"):
         if kind not in ("f32", "f64", "b32", "b64"):
             raise Unsupported(f"{text} as {kind}")

@@ -1,6 +1,6 @@
 """Matrix instructions of a warp: ldmatrix, stmatrix and mma.sync.
 
-Fragments are those of the PTX manual: lane 4g + t holds rows g (and g + 8) and columns 2t, 2t + 1
+The PTX manual defines the fragments: lane 4g + t holds rows g (and g + 8) and columns 2t, 2t + 1
 (t for elements of 32 or 64 bits). Products are summed in float64 and rounded once; a tensor core
 adds in an order of its own and truncates.
 """

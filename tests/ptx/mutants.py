@@ -1,4 +1,4 @@
-"""Defects planted in the PTX of kernels, each of which a case must find.
+"""Plants defects in the PTX of kernels; a case must find each one.
 
     python tests/ptx/mutants.py [--short]
 

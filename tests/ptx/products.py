@@ -55,7 +55,7 @@ class Products:
     def watched(self, at: int) -> frozenset:
         """Registers of products that an instruction touches, which a fence must order.
 
-        Not those of a move: registers of PTX are virtual, and an assembler makes one of both.
+        A move is left out: PTX registers are virtual, and the assembler merges the two.
         """
         if self.skip[at] or self.m.kernel.instructions[at].opcode.startswith("mov."):
             return frozenset()

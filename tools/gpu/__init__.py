@@ -7,8 +7,8 @@
 
 Neither needs a network or more than PyTorch and Triton. `calls` says what is done when. The rows
 are kept by `alphacl_fast.journal`, the child processes by `alphacl_fast.subprocess_pool`, and the
-loss is compared with float64 by `alphacl_fast.accuracy`. The modules, of which each knows those
-before it:
+loss is compared with float64 by `alphacl_fast.accuracy`. Each of the modules knows only the
+modules above it:
 
     schedule    phases one after the other, each within its time; what does not fit is "not run"
     engines     a backend and the way it is told to work (128-row tiles, mma.sync)

@@ -204,7 +204,7 @@ def pack(folder: Path, archive: Path) -> None:
 def unpack(archive: Path, folder: Path) -> int:
     """Write an archive's files to a cache; returns how many kernels it has.
 
-    Triton's lists of a kernel's files hold absolute paths, which become those of the folder.
+    Triton's lists of a kernel's files hold absolute paths, which are rewritten to the folder.
     """
     kernels = 0
     with tarfile.open(archive) as source:

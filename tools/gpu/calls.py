@@ -189,7 +189,7 @@ def triton_serves(item: Any) -> bool:
 
 
 def items_of_call_1(s: Session) -> Iterator[Any]:
-    """What call 1 launches, the items of later phases after those of earlier ones."""
+    """The launches of call 1, phase by phase."""
     for task in itertools.chain(headline(s, HEADLINE[:1]), correct(s), headline(s, HEADLINE)):
         yield from task.items
     for task in forms(s):
