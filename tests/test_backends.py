@@ -46,8 +46,8 @@ def backends_of(member, setting, reduction):
 
 
 def reductions_of(member, setting):
-    """The reductions to test: all for representative members, otherwise the one of `rotated`, or one
-    in turn in a setting that `rotated` leaves out.
+    """The reductions to test: all for representative members, otherwise the one of `rotated`, or
+    one in turn in a setting that `rotated` leaves out.
     """
     if member in REPRESENTATIVE:
         return REDUCTIONS
