@@ -80,9 +80,9 @@ class Features(NamedTuple):
         )
         if z.dtype == accumulate:
             return cls(Rows(scaled / norm.unsqueeze(1)), inv_norm)
-        # products of bfloat16 rows as they are could leave the range of float32
-        extreme = (largest < 2.0**-30) | ((largest > 2.0**30) & largest.isfinite())
-        exponent = torch.frexp(safe).exponent.clamp(-126, 126)
+        # products of extreme bfloat16 rows would leave the range of float32 (`NormalizedRows`)
+        extreme = (largest < 2.0**-30) | ((largest >= 2.0**30) & largest.isfinite())
+        exponent = (torch.frexp(safe).exponent - 1).clamp(-126, 126)
         lift = torch.where(extreme, torch.ldexp(torch.ones_like(safe), -exponent), 1.0)
         scale = torch.where(zero, 0.0, (1 / norm) / (safe * lift))
         return cls(Rows((wide * lift.unsqueeze(1)).to(z.dtype), scale), inv_norm)
@@ -536,7 +536,7 @@ class Problem:
             terms = (*terms, Term.DTAU)
         df, weight_sums, sums = self.sweeps.grad(solution, terms, (low, high))
         if need.z1:
-            objective.differentiate_rows(df.view(-1, self.features.rows.f.shape[1])[:n], self.tau)
+            objective.differentiate_rows(df, n, self.tau)
         if finish:
             solution = objective.finish(self.sweeps, solution, sums)
         dz = dtau = None
@@ -563,8 +563,8 @@ class Problem:
             d = self.tau.new_zeros(2 * n, self.features.rows.f.shape[1])
             d[used] = df.view(-1, d.shape[1])
         if inv_norm is not None and ops.has(self.call.backend, "unit_rows"):
-            f, scale = self.features.rows[:2]
-            ops.finish_rows(d, f, scale, inv_norm, q, self.call.backend)
+            rows = self.features.rows
+            ops.finish_rows(d, rows.f, rows.scale, inv_norm, q, self.call.backend)
             return d[views]
         # both anchors of a positive pair
         q = q.unsqueeze(1) if q.shape[0] == n else (q[:n] + q[n:]).unsqueeze(1)

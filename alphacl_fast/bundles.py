@@ -30,8 +30,9 @@ class Rows(NamedTuple):
 class NormalizedRows(NamedTuple):
     """What `unit_rows` returns for the stacked views (2N, D) of a cosine loss.
 
-    A row of f is a unit row, or, in half precision, the row as given. A bfloat16 row whose products
-    could leave the range of float32 is first multiplied by a power of two, which is exact.
+    A row of f is a unit row, or, in half precision, the row as given. A bfloat16 row whose largest
+    element is below 2⁻³⁰, or 2³⁰ and more, is multiplied by a power of two, which is exact, because
+    products of such rows could leave the range of float32.
     """
 
     f: Tensor  # (2N, D) in the views' dtype; rows begin `pitch` elements apart
@@ -41,7 +42,7 @@ class NormalizedRows(NamedTuple):
 
     @classmethod
     def empty(cls, z: Tensor) -> NormalizedRows:
-        """Uninitialised, for views (N, D)."""
+        """Uninitialised buffers for two views of the shape (N, D) of z."""
         (n, dim), wide = z.shape, accumulation_dtype(z.dtype)
         f = z.new_empty(2 * n, pitch(dim))[:, :dim]
         lengths = 2 * n if wide != z.dtype else 0, 2 * n, 2 * n
@@ -49,7 +50,11 @@ class NormalizedRows(NamedTuple):
 
 
 def pitch(dim: int) -> int:
-    """Elements from row to row: copies of 16 bytes, tensor maps and Triton want multiples of 16."""
+    """Elements from one row to the next.
+
+    It is a multiple of 16 above 16 features, because 16-byte copies, tensor maps and Triton's
+    vector loads need it; shorter rows stay dense.
+    """
     return -(-dim // 16) * 16 if dim > 16 else dim
 
 

@@ -77,10 +77,10 @@ class Call(Loss):
     )
 
     def bind(
-        self, backend: str, temperature: float | None, reduction: str | None = None
+        self, backend: str, known: tuple[float | None, ...], reduction: str | None = None
     ) -> BoundCall:
-        """The call with the backend that serves it and the temperature, where its value is known
-        on the host.
+        """The call with the backend that serves it and ``known``, the temperature (or SigLIP's
+        scale and bias) where the host knows its value.
         """
         reduction = reduction or self.reduction
         return BoundCall(
@@ -90,7 +90,7 @@ class Call(Loss):
             self.symmetric,
             reduction,
             backend,
-            temperature,
+            known,
             self.precision or "",
         )
 
@@ -100,9 +100,14 @@ class BoundCall(Loss):
     """A call bound to the backend that serves it."""
 
     backend: str = ""
-    temperature: float | None = None
+    known: tuple[float | None, ...] = (None,)  # τ, or scale and bias; None: not on the host
     precision: str = ""
     ranks: Any = None  # `distributed.Ranks`, the processes that share the batch
+
+    @property
+    def temperature(self) -> float | None:
+        """τ where the host knows it and it is the only number."""
+        return self.known[0] if len(self.known) == 1 else None
 
 
 class Layout(NamedTuple):

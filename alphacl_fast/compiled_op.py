@@ -44,8 +44,8 @@ class _Options(NamedTuple):
         """
         objective = registered(self.objective)
         objective.check()
-        fields = {**self._asdict(), "objective": objective}
-        need = fields.pop("need")
+        fields = {**self._asdict(), "objective": objective, "known": (self.temperature,)}
+        need, _ = fields.pop("need"), fields.pop("temperature")
         return BoundCall(**fields), Need(*need)
 
 

@@ -288,18 +288,14 @@ def agree(
 
 
 def _statement(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, strategy: str) -> Statement:
-    unknown = [math.nan] * tau.numel()
-    if tau.numel() > 1 and tau.device.type == "cpu":
-        temperature = tau.tolist()
-    else:
-        temperature = unknown if call.temperature is None else [call.temperature]
+    known = tuple(math.nan if x is None else x for x in call.known)
     text = (
         f"{call.objective}, similarity={call.similarity!r}, negatives={call.negatives!r}, "
         f"symmetric={call.symmetric}, reduction={call.reduction!r}, strategy={strategy!r}"
     )
     text = re.sub(r" at 0x[0-9a-f]+", "", text)  # an unnamed callable's address differs
     wanted = Need.of(z1, z2, tau)
-    return Statement(None, _cut(text), z1.shape[1], z1.dtype, wanted, tuple(temperature))
+    return Statement(None, _cut(text), z1.shape[1], z1.dtype, wanted, known)
 
 
 def _cut(text: str) -> str:

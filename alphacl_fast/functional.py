@@ -301,21 +301,31 @@ def bind_temperature(
     """
     if not torch.compiler.is_compiling():  # else the operator checks
         call.objective.check()
-    operands = ("ids",) if with_ids else ()
-    backend, why = ops.choose(
-        call.backend, z1.device, z1.dtype, call.precision, call.objective.kind, operands
-    )
-    known: float | None = None
+    given = temperature if isinstance(temperature, tuple) else (temperature,)
+    known = tuple(map(_known, given))
     if isinstance(temperature, tuple):
-        tau = torch.stack([_number(given, z1) for given in temperature])
+        tau = torch.stack([_number(x, z1) for x in given])
     elif isinstance(temperature, Tensor):
-        if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
-            known = temperature.detach().item()
         tau = temperature.reshape(()).to(z1.device)
     else:
-        known = float(temperature)
-        tau = torch.full((), known, dtype=accumulation_dtype(z1.dtype), device=z1.device)
+        tau = _number(temperature, z1)
+    objective, wgmma = call.objective, False
+    if z1.is_cuda and call.similarity == "cosine" and known[0] is not None:
+        wgmma = ops.cuda.has_wgmma_kernels(objective.kind, objective.params(1.0), z1.shape[1])
+    backend, why = ops.choose(
+        call.backend, z1.device, z1.dtype, call.precision, objective.kind,
+        ("ids",) if with_ids else (), wgmma,
+    )  # fmt: skip
     return tau, call.bind(backend, known, reduction), why
+
+
+def _known(given: float | Tensor) -> float | None:
+    """The value of a number, if the host can read it without waiting for a device."""
+    if not isinstance(given, Tensor):
+        return float(given)
+    if given.device.type == "cpu" and not torch.compiler.is_compiling():
+        return given.detach().item()
+    return None
 
 
 def _number(given: float | Tensor, z: Tensor) -> Tensor:

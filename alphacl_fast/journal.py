@@ -111,9 +111,10 @@ class Journal:
 
     def add(self, row: Row) -> None:
         """Keep a row; if the disk does not take it, print it."""
-        self.rows.append(row)
-        if not self.attempt(self.file.name, lambda: append(self.file, row)):
-            self.say(json.dumps(strict(row)))
+        with signals_held():  # a signal's exception would keep a row in one of the two places
+            if not self.attempt(self.file.name, lambda: append(self.file, row)):
+                self.say(json.dumps(strict(row)))
+            self.rows.append(row)
 
     def attempt(self, what: str, write: Callable[[], Any]) -> bool:
         """Whether ``write`` succeeds; an OSError, such as a full disk, is told and kept."""

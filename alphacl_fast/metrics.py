@@ -18,10 +18,10 @@ from torch import Tensor
 from .autograd import unit_rows
 from .backend.blocked import deal, tile_size
 from .call import without_autocast
-from .functional import alpha_cl_loss, check_embeddings, check_rows
+from .functional import alpha_cl_loss, check_embeddings
 from .objectives import infonce
 
-#: log Σ_j exp(Δ_ij/τ); made here, because a compiled graph may not make objects.
+#: log Σ_j exp(Δ_ij/τ); it is created at import, because a compiled graph cannot create objects.
 _LOG_SUM_EXP = infonce(epsilon=0.0)
 
 
@@ -46,7 +46,7 @@ def alignment(z1: Tensor, z2: Tensor) -> Tensor:
 
     Source: Wang and Isola, arXiv:2005.10242, with exponent 2.
     """
-    _check_pairs(z1, z2)
+    check_embeddings(z1, z2, fewest=1)
     with without_autocast(z1.device):
         return (unit_rows(z1) - unit_rows(z2)).square().sum(1).mean()
 
@@ -73,7 +73,7 @@ def uniformity(z1: Tensor, z2: Tensor, *, t: float = 2.0) -> Tensor:
 
     Source: Wang and Isola, arXiv:2005.10242.
     """
-    _check_pairs(z1, z2)
+    check_embeddings(z1, z2, fewest=1)
     _check_t(t)
     with without_autocast(z1.device):
         return (_uniformity_of_view(unit_rows(z1), t) + _uniformity_of_view(unit_rows(z2), t)) / 2
@@ -151,7 +151,7 @@ def batch_metrics(
     Source: alignment and uniformity: Wang and Isola, arXiv:2005.10242; effective rank: Roy and
     Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
     """
-    _check_pairs(z1, z2)
+    check_embeddings(z1, z2, fewest=1)
     _check_t(t)
     top = _checked_top(top)
     with without_autocast(z1.device):
@@ -224,11 +224,6 @@ def _effective_rank(rows: Tensor) -> float:
         return 0.0
     share = values / total
     return torch.xlogy(share, share).sum().neg().exp().item()
-
-
-def _check_pairs(z1: Tensor, z2: Tensor) -> None:
-    check_rows("z1", z1, fewest=1)
-    check_embeddings(z1, z2, fewest=1)
 
 
 def _check_t(t: Any) -> None:

@@ -567,13 +567,13 @@ class Objective:
         """The rows of both views (2N, D) as the sweeps see them."""
         return rows
 
-    def differentiate_rows(self, df: Tensor, tau: Tensor) -> None:
-        """Turns the gradient (N, D) in the first view of `rows_of_sweeps` into one in its argument,
-        in place.
+    def differentiate_rows(self, df: Tensor, n: int, tau: Tensor) -> None:
+        """Converts df (rows, D), in place, from the gradient in `rows_of_sweeps` to the gradient in
+        its argument; the first n rows are the first view.
         """
 
     def terms_of(self, learn_tau: bool) -> tuple[Term, ...]:
-        """What `finish` needs the sums of, where the gradient in τ may be wanted."""
+        """The terms whose sums `finish` needs; ``learn_tau``: the gradient in τ may be wanted."""
         return self.terms
 
     def check(self) -> None:
@@ -1072,15 +1072,15 @@ class ClosedForm(Objective):
         return n_neg if self._per_negative else 1.0
 
 
-# --- a term of its own for the positive -----------------------------------------------------------
+# --- the positive has its own term ----------------------------------------------------------------
 
 
 class SigLip(Objective):
     """``L_i = log(1 + e^{−y_ii}) + Σ_j log(1 + e^{y_ij})`` with y = scale·t + bias.
 
     Its temperature is the tensor (2,) of scale and bias. The sweeps multiply the rows of the first
-    view by the scale and see x = scale·t + bias. (Of scale·(t + bias/scale) the quotient's rounding
-    would shift all logits in one direction.)
+    view by the scale and see x = scale·t + bias. (With scale·(t + bias/scale), the rounding of the
+    quotient would shift all logits in one direction.)
 
     Source: arXiv:2303.15343.
     """
@@ -1089,7 +1089,8 @@ class SigLip(Objective):
     kind, uses_temperature, tau_gradient = "logistic", True, "rows"
     one_sweep, derivative, needs_negatives = True, True, False
 
-    #: A smaller scale, which leaves y = bias, is replaced: sums over pairs are divided by it.
+    #: A smaller scale is replaced, because sums over pairs are divided by it. It leaves y = bias
+    #: for similarities far below 2⁶⁰.
     LEAST_SCALE = 2.0**-60
 
     def __reduce__(self) -> str:
@@ -1103,12 +1104,12 @@ class SigLip(Objective):
         return torch.where(tau[0].abs() < self.LEAST_SCALE, self.LEAST_SCALE, tau[0])
 
     def rows_of_sweeps(self, rows: Rows, tau: Tensor) -> Rows:
-        first = torch.arange(len(rows.f), device=tau.device) < len(rows.f) // 2
-        factor = torch.where(first, self._used(tau), 1.0)
+        factor = tau.new_ones(len(rows.f))
+        factor[: len(rows.f) // 2] = self._used(tau)
         return rows._replace(scale=factor if rows.scale is None else rows.scale * factor)
 
-    def differentiate_rows(self, df: Tensor, tau: Tensor) -> None:
-        df.mul_(self._used(tau))
+    def differentiate_rows(self, df: Tensor, n: int, tau: Tensor) -> None:
+        df.view(-1, df.shape[-1])[:n].mul_(self._used(tau))
 
     def terms_of(self, learn_tau: bool) -> tuple[Term, ...]:
         return (Term.F, Term.DF, Term.DF_MOMENT) if learn_tau else (Term.F,)

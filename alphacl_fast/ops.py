@@ -36,8 +36,8 @@ SWEEP_BACKENDS: dict[str, ModuleType] = {
     "cuda": cuda,
     "blocked": blocked,
 }
-#: The backend that "auto" tries first for a compute capability and a dtype: CUDA where it has wgmma
-#: kernels. Counted instructions say so; nothing has been measured on a device yet.
+#: The backend that "auto" tries first for a compute capability and a dtype, for calls that wgmma
+#: kernels can serve. The choice rests on counted instructions; nothing was measured on a device.
 FIRST: dict[tuple[tuple[int, int], torch.dtype], str] = {((9, 0), torch.bfloat16): "cuda"}
 #: Every name that ``backend=`` accepts.
 BACKEND_NAMES = ("auto", "reference", *SWEEP_BACKENDS)
@@ -262,12 +262,12 @@ def unsupported(
     return module.unsupported(device, dtype, precision, pair_kind)
 
 
-def order(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """The sweep backends in the order in which "auto" tries them for a call."""
+def order(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """The sweep backends in the order in which "auto" tries them for a call of wgmma kernels."""
     first = None
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
         first = FIRST.get((torch.cuda.get_device_capability(device), dtype))
-    return sorted(SWEEP_BACKENDS, key=lambda name: name != first)
+    return tuple(sorted(SWEEP_BACKENDS, key=lambda name: name != first))
 
 
 # it looks for packages and devices, and runs a user's function
@@ -279,9 +279,10 @@ def choose(
     precision: str | None,
     pair_kind: str = "",
     operands: tuple[str, ...] = (),
+    wgmma: bool = False,
 ) -> tuple[str, str]:
     """The backend for a call with a pair kind ("": no pairwise work) and optional operands, and why
-    it was chosen.
+    it was chosen. ``wgmma``: the kernels of Hopper's warpgroups can serve the call.
 
     Raises:
         ValueError: no backend (or not the one asked for) can serve the call; the message says why.
@@ -298,7 +299,7 @@ def choose(
             raise ValueError(f"backend {backend!r} cannot serve this call: {reason}")
         return backend, "as asked"
     reasons = []
-    for name in order(device, dtype):
+    for name in order(device, dtype) if wgmma else SWEEP_BACKENDS:
         reason = unsupported(name, device, dtype, precision, pair_kind, operands)
         if reason is None and name in ("triton", "cuda") and device.type == "cpu":
             reason = "only interpreted here, which is slow: to be asked for by name"

@@ -42,8 +42,8 @@ def siglip_loss(
             Any strides are accepted.
         z2: (N, D) embeddings of the second view, with the dtype and device of z1; rows i of both
             are a positive pair.
-        scale: the factor of the similarities, e^{t′} in the paper, a float or a tensor with one
-            element of any sign; the absolute value is at most 1e15. The host never reads a tensor
+        scale: the factor of the similarities, e^{t′} in the paper: a float or a one-element tensor,
+            of either sign and at most 1e15 in magnitude. The host never reads a tensor
             on an accelerator, so its value is not checked.
         bias: a float or a tensor with one element; see ``scale``.
         ids: (N,) integers, moved to z1's device if necessary. A pair j ≠ i of samples with equal
@@ -55,7 +55,7 @@ def siglip_loss(
             j.
         backend: "auto", "cpu", "triton", "cuda", "blocked" or "reference"; see
             `alphacl_fast.functional.alpha_cl_loss`.
-        precision: arithmetic of float32 matrix products; see there too.
+        precision: arithmetic of float32 matrix products; see `alpha_cl_loss`.
         process_group: a `torch.distributed.ProcessGroup` or "world", whose ranks share one batch.
             Each rank passes its own pairs (any number) and receives the loss of the whole batch or,
             with reduction="none", the losses of its own rows of z1. Gradients follow the
@@ -92,7 +92,7 @@ class SigLipLoss(nn.Module):
 
     Args:
         scale: the factor of the similarities, a float, a tensor or an ``nn.Parameter``.
-        bias: what is added to them, likewise.
+        bias: the number added to the scaled similarities, a float, a tensor or an ``nn.Parameter``.
         learnable: whether floats and tensors become parameters. Otherwise floats stay floats and
             tensors become buffers; an ``nn.Parameter`` stays one in any case. The parameters are
             scale and bias themselves: the paper's optimiser sees log(scale) instead, for which
@@ -140,6 +140,12 @@ class SigLipLoss(nn.Module):
 
     def _keep(self, name: str, given: float | Tensor, learnable: bool) -> None:
         """Makes a number an attribute, a parameter or a buffer."""
+        graph = isinstance(given, Tensor) and (not given.is_leaf or given.requires_grad)
+        if graph and not isinstance(given, nn.Parameter):
+            raise ValueError(
+                f"{name} must be a float, an nn.Parameter or a tensor that requires no gradient, "
+                "got a tensor with a gradient (pass it to siglip_loss, or wrap it in nn.Parameter)"
+            )
         if isinstance(given, nn.Parameter):
             setattr(self, name, given)
         elif learnable:
@@ -167,7 +173,7 @@ class SigLipLoss(nn.Module):
         return functional.evaluate(z1, z2, (self.scale, self.bias), self._call, ids)[0]
 
     def extra_repr(self) -> str:
-        """Every setting; the values of tensors on a CPU alone, which cost no synchronisation."""
+        """Every setting. Tensor values are shown on a CPU only: reading others would wait."""
         call = self._call
         parts = [f"{name}={_shown(getattr(self, name))}" for name in ("scale", "bias")]
         parts += [f"similarity={call.similarity!r}", f"reduction={call.reduction!r}"]

@@ -114,10 +114,11 @@ def _measure(
 def _as_stored(lift, inverse, inv_norm):
     """The power of two by which a half-precision row is stored, and 1/‖row‖ then.
 
-    It is 1 unless products of such rows could leave the range of float32.
+    It is 1 for a largest element from 2⁻³⁰ up to 2³⁰, where products of two rows stay in the range
+    of float32.
     """
-    LARGEST: tl.constexpr = 1073741824.0  # 2³⁰
-    extreme = (lift > LARGEST) | (lift * LARGEST < 1)
+    LIMIT: tl.constexpr = 1073741824.0  # 2³⁰
+    extreme = (lift > LIMIT) | (lift * LIMIT <= 1)
     return tl.where(extreme, lift, 1.0), tl.where(extreme, inverse, inv_norm)
 
 
@@ -169,7 +170,7 @@ def unit_rows_kernel(
     pos = tl.sum(products, 1)
     if RAW:
         pos = pos * inverse1 * inverse2
-    if RAW:  # after the loads: a store between them would make the compiler read a row twice
+        # after the loads: a store between them would make the compiler read a row twice
         tl.store(scale_ptr + pair, scale1, mask=keep)
         tl.store(scale_ptr + pair + n_pairs, scale2, mask=keep)
     tl.store(pos_ptr + pair, pos, mask=keep)

@@ -98,7 +98,7 @@ def test_half_precision_on_every_instruction_set(dtype, pairs, dim, rows, monkey
                 assert error < bound, (name, member, setting, what)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e18, 1e30])
+@pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e-18, 1e18, 1e30, 2e37])
 @pytest.mark.parametrize("name", SETS)
 def test_bfloat16_ignores_the_scale_of_rows(name, scale):
     z1, z2 = pair(40, 32, torch.bfloat16)

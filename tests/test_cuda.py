@@ -277,13 +277,15 @@ def test_one_sided_gradients(poisoned):
 
 
 def test_rows_steps():
-    """Normalisation and its derivative, of rows from 1e-38 to 3e38, an all-zero one among them."""
+    """Normalisation and its derivative, of rows from denormal ones to 3e38 and an all-zero one."""
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         z1, z2 = pair(9, 37, dtype)
         z1[3] = 0
         if dtype != torch.float16:
             z1[4] *= 1e37
             z2[5] *= 1e-37
+            z1[6] = z1[6].sign() * 3e38
+            z2[7] = z2[7].sign() * 5e-39
         f, scale, inv_norm, pos = cuda.unit_rows(z1, z2)
         rows = torch.nn.functional.normalize(torch.cat([z1, z2]).double(), dim=1, eps=0)
         rows = rows.nan_to_num(0.0)
@@ -343,6 +345,8 @@ def test_refusals(monkeypatch, tmp_path):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert "user's own" in cuda.unsupported(cpu, torch.float32, None, "custom:0")
     assert "bf16x3" in cuda.unsupported(cpu, torch.float32, "bf16x3", "exp")
+    assert cuda.unsupported(gpu, torch.float32, None, "exp") == "needs a GPU, found none"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "needs compute capability 8.0, not 7.5" in cuda.unsupported(
         gpu, torch.float32, None, "exp"

@@ -342,7 +342,7 @@ def test_repr_names_backend_and_reason():
 
 
 def test_which_backend_a_gpu_takes_first(monkeypatch):
-    """CUDA where it has wgmma kernels, Triton elsewhere; never one that cannot serve the call."""
+    """CUDA where wgmma kernels serve the call, Triton elsewhere; never one that cannot serve it."""
     gpu, usable = torch.device("cuda"), {"triton", "cuda", "blocked"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name, module in ops.SWEEP_BACKENDS.items():
@@ -350,12 +350,13 @@ def test_which_backend_a_gpu_takes_first(monkeypatch):
             module, "unsupported", lambda *call, name=name: None if name in usable else "absent"
         )
 
-    def chosen(capability, dtype):
+    def chosen(capability, dtype, wgmma=True):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        return ops.choose("auto", gpu, dtype, None, "exp")[0]
+        return ops.choose("auto", gpu, dtype, None, "exp", wgmma=wgmma)[0]
 
     assert chosen((9, 0), torch.bfloat16) == "cuda"
     assert chosen((9, 0), torch.float32) == chosen((8, 0), torch.bfloat16) == "triton"
+    assert chosen((9, 0), torch.bfloat16, wgmma=False) == "triton"
     usable.discard("cuda")
     assert chosen((9, 0), torch.bfloat16) == "triton"
     usable.discard("triton")

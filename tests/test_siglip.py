@@ -394,6 +394,9 @@ def test_refuses_no_pairs_and_other_shapes():
         siglip_loss(torch.zeros(4, 3), torch.zeros(5, 3))
     with pytest.raises(TypeError, match="learnable must be True or False"):
         SigLipLoss(learnable="yes")
+    computed = torch.ones(1, requires_grad=True).exp()
+    with pytest.raises(ValueError, match=r"bias must be .* no gradient, got a tensor with"):
+        SigLipLoss(bias=computed)
 
 
 # --- other packages -------------------------------------------------------------------------------

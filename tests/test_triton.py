@@ -212,6 +212,9 @@ def test_refusals(monkeypatch):
     assert "runs on GPUs, not mps" in triton.unsupported(
         torch.device("mps"), torch.float32, None, "exp"
     )
+    gpu = torch.device("cuda")
+    assert triton.unsupported(gpu, torch.float32, None, "exp") == "needs a GPU, found none"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "needs compute capability 8.0, not 7.5" in triton.unsupported(
         torch.device("cuda"), torch.float32, None, "exp"

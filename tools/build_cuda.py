@@ -173,13 +173,16 @@ def architectures() -> list[str]:
     new_enough = [item for item in listed if int(item.split(".")[0]) >= 8]
     if not new_enough:
         raise RuntimeError(f"TORCH_CUDA_ARCH_LIST must list a capability from 8.0 on, got {text!r}")
-    return [re.sub(r"^9\.0(?=\+|$)", "9.0a", item) for item in new_enough]
+    return [*dict.fromkeys(re.sub(r"^9\.0(?=\+|$)", "9.0a", item) for item in new_enough)]
 
 
 def gencode(architecture: str) -> list[str]:
     """nvcc's flags for machine code, with +PTX also for PTX."""
     number, _, ptx = architecture.partition("+")
     number = number.replace(".", "")
+    if ptx and number[-1].isalpha():  # PTX of such an architecture serves no later one
+        return [*gencode(architecture.partition("+")[0]), "-gencode",
+                f"arch=compute_{number[:-1]},code=compute_{number[:-1]}"]  # fmt: skip
     kinds = f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}"
     return ["-gencode", f"arch=compute_{number},code={kinds}"]
 

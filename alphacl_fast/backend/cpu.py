@@ -110,7 +110,10 @@ class _PairRows(ctypes.Structure):
     """`struct PairRows` of csrc/cpu/sweep.h."""
 
     _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("z1", "z2", "f", "inv_norm", "pos", "d", "q")]
+        [
+            (name, ctypes.c_void_p)
+            for name in ("z1", "z2", "f", "scale", "inv_norm", "pos", "d", "q")
+        ]
         + [(name, ctypes.c_int64) for name in ("n_pairs", "dim", "stride1", "stride2", "stride")]
         + [(name, ctypes.c_int32) for name in ("dtype", "threads", "instruction_set")]
     )
@@ -381,22 +384,22 @@ def _run_rows(function: str, f: Tensor, tensors: dict[str, Tensor], **strides: i
 
 
 def unit_rows(z1: Tensor, z2: Tensor) -> NormalizedRows:
-    """The stacked rows of a cosine loss, in one pass. Rows of half precision stay as they are."""
+    """The 2N stacked rows of a cosine loss from z1, z2 (N, D), in one pass."""
     z1, z2 = (z if z.stride(1) == 1 else z.contiguous() for z in (z1, z2))
     rows, n = NormalizedRows.empty(z1), len(z1)
-    buffers = {"z1": z1, "z2": z2, "inv_norm": rows.inv_norm, "pos": rows.pos}
-    _run_rows("alphacl_cpu_normalize", rows.f, buffers, stride1=z1.stride(0), stride2=z2.stride(0))
+    buffers = {"z1": z1, "z2": z2, **rows._asdict()}
+    f = buffers.pop("f")
+    _run_rows("alphacl_cpu_normalize", f, buffers, stride1=z1.stride(0), stride2=z2.stride(0))
     rows.pos[n:] = rows.pos[:n]
-    if len(rows.scale):
-        rows.scale.copy_(rows.inv_norm)
     return rows
 
 
 def finish_rows(d: Tensor, f: Tensor, scale: Tensor | None, inv_norm: Tensor, q: Tensor) -> None:
     """d (2N, D) ← the gradient in z, from Σ_j (g_ij + g_ji) F_j and the anchors' q, (N,) or (2N,).
 
-    It changes d in place.
+    It changes d in place; ``scale`` (2N,) is 1/‖f‖ in half precision, else None.
     """
     n = f.shape[0] // 2
     q = q.contiguous() if q.shape[0] == n else q[:n] + q[n:]  # both anchors of a positive pair
-    _run_rows("alphacl_cpu_finish", f, {"inv_norm": inv_norm, "d": d, "q": q})
+    buffers = {"inv_norm": inv_norm, "d": d, "q": q}
+    _run_rows("alphacl_cpu_finish", f, buffers if scale is None else {**buffers, "scale": scale})

@@ -223,6 +223,8 @@ def unsupported(
             return "runs on GPUs, not cpu (except emulated, ALPHACL_CUDA_EMULATED)"
     elif device.type != "cuda" or torch.version.hip is not None:
         return f"runs on NVIDIA GPUs, not {'ROCm' if device.type == 'cuda' else device.type}"
+    elif not torch.cuda.is_available():
+        return "needs a GPU, found none"
     elif torch.cuda.get_device_capability(device) < (8, 0):
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         return f"needs compute capability 8.0, not {capability}"
@@ -287,6 +289,15 @@ def _has_hopper(device: torch.device) -> bool:
         return library is not None and bool(library.alphacl_cuda_has_hopper())
 
 
+def has_wgmma_kernels(kind: str, params: tuple[float, ...], dim: int) -> bool:
+    """Whether the kernels of hopper.h know a pair function (`is_fast` in sweeps.h) and rows of this
+    length. They also need bfloat16 rows and the constant form.
+    """
+    if dim > LARGEST["bf16"] or kind not in ("exp", "gibbs", "power"):
+        return False
+    return kind != "power" or dict(zip(KINDS[kind].parameters, params, strict=True))["q"] == 2
+
+
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
     """Bytes that a block can have."""
@@ -334,13 +345,12 @@ class _Sweep(gpu.Sweep):
 
     def _on_hopper(self) -> bool:
         """Whether launches without symmetric tiles go to the kernels of hopper.h."""
-        f, kind, terms = self.f, self.function.kind, self.terms or (Term.F,)
-        named = dict(zip(KINDS[kind].parameters, self.function.params, strict=True))
-        fast = kind in ("exp", "gibbs") or (kind == "power" and named["q"] == 2)
+        f, terms = self.f, self.terms or (Term.F,)
+        fast = has_wgmma_kernels(self.function.kind, self.function.params, self.dim)
         sums = Term.F in terms and set(terms) <= {Term.F, Term.F_MOMENT}
         constant = self.form == Form.CONSTANT and self.rows.bias is None and sums
         aligned = f.data_ptr() % 16 == 0 and f.stride(0) % 8 == 0 and f.stride(0) >= self.dim
-        fits = self.arithmetic.mode == "bf16" and aligned and self.dim <= LARGEST["bf16"]
+        fits = self.arithmetic.mode == "bf16" and aligned
         return fast and constant and fits and _has_hopper(f.device)
 
     def splits(self, region: gpu.Region) -> int:

@@ -224,6 +224,10 @@ class Sweep(abc.ABC):
                 f"the {self.backend} backend takes {MOST_FEATURES} features at most, "
                 f"got {f.shape[1]}"
             )
+        if pairing.split >= len(f):
+            raise ValueError(
+                f"both sides of a sweep must have rows, got {len(f)} rows split at {pairing.split}"
+            )
         self.f = f if f.stride(1) == 1 or f.shape[1] == 1 else f.contiguous()
         self.n, self.dim = f.shape
         self.rows = Rows(self.f, *map(_contiguous, rows[1:]))
@@ -384,7 +388,7 @@ def pair_grad(
     df = s.tau.new_empty(splits if s.whole else 1, high - low, s.dim)
     allocate = s.tau.new_empty if wanted == (0, s.n) else s.tau.new_zeros
     weight_sums = allocate(splits, s.n if rows.bias is not None else 0)
-    sums = s.tau.new_empty(splits, len(terms), pairing.anchors)
+    sums = s.tau.new_empty(splits, len(terms), pairing.anchors if terms else 0)
     for region, wants in regions:
         own_terms = terms if region.rows_anchor else ()
         blocks, tiles = s.blocks(region)

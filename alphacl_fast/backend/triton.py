@@ -70,6 +70,8 @@ def unsupported(
             return "runs on GPUs, not cpu (except in the interpreter, TRITON_INTERPRET=1)"
     elif device.type != "cuda":
         return f"runs on GPUs, not {device.type}"
+    elif not torch.cuda.is_available():
+        return "needs a GPU, found none"
     elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         return f"needs compute capability 8.0, not {capability}"

@@ -1,6 +1,8 @@
 // Converts rows of any input dtype to the accumulation dtype.
 #pragma once
 
+#include <algorithm>
+
 #include "kernels.h"
 #include "vec.h"
 
@@ -88,6 +90,17 @@ template <class T> T normalize_row(T* y, int64_t dim) {
   return inverse > most ? most : inverse;
 }
 
+// The power of two by which a half-precision row is stored. It is 1 for a largest element from 2⁻³⁰
+// up to 2³⁰, where products of two rows stay in the range of float; float16 rows never need it.
+inline float lift_of(const uint16_t* x, int32_t dtype, int64_t dim) {
+  if (dtype != BFLOAT16) return 1;
+  int largest = 0;
+  for (int64_t k = 0; k < dim; k++) largest = std::max(largest, int(x[k] & 0x7fff));
+  const int exponent = largest >> 7, bias = 127;
+  if (exponent == 255 || (exponent >= bias - 30 && exponent < bias + 30)) return 1;
+  return from_bits32(uint32_t(2 * bias - std::clamp(exponent, 1, 2 * bias - 1)) << 23);
+}
+
 template <class T> void normalize_pairs(const PairRows& p, int64_t begin, int64_t end, void* workspace) {
   T* rows[2] = {static_cast<T*>(workspace), static_cast<T*>(workspace) + padded_dim<T>(p.dim)};
   const bool half = p.dtype == BFLOAT16 || p.dtype == FLOAT16;
@@ -95,12 +108,23 @@ template <class T> void normalize_pairs(const PairRows& p, int64_t begin, int64_
     for (int view = 0; view < 2; view++) {
       const int64_t at = i * (view ? p.stride2 : p.stride1), row = i + view * p.n_pairs;
       const void* z = view ? p.z2 : p.z1;
-      widen<T>(z, p.dtype, at, p.dim, T(1), rows[view]);
-      static_cast<T*>(p.inv_norm)[row] = normalize_row(rows[view], p.dim);
-      if (half)
-        std::memcpy(static_cast<uint16_t*>(p.f) + row * p.stride, static_cast<const uint16_t*>(z) + at, p.dim * 2);
-      else
+      if (!half) {
+        widen<T>(z, p.dtype, at, p.dim, T(1), rows[view]);
+        static_cast<T*>(p.inv_norm)[row] = normalize_row(rows[view], p.dim);
         std::memcpy(static_cast<T*>(p.f) + row * p.stride, rows[view], p.dim * sizeof(T));
+        continue;
+      }
+      const auto* given = static_cast<const uint16_t*>(z) + at;
+      auto* stored = static_cast<uint16_t*>(p.f) + row * p.stride;
+      const T lift = lift_of(given, p.dtype, p.dim), most = T(3.4028234e38);
+      widen<T>(z, p.dtype, at, p.dim, lift, rows[view]);
+      if (lift == 1)
+        std::memcpy(stored, given, p.dim * 2);
+      else  // exact, but for what is 2⁻¹²⁶ of the largest element
+        for (int64_t k = 0; k < p.dim; k++) stored[k] = uint16_t(to_bits32(float(rows[view][k])) >> 16);
+      const T scale = normalize_row(rows[view], p.dim), inverse = scale * lift;
+      static_cast<T*>(p.scale)[row] = scale;
+      static_cast<T*>(p.inv_norm)[row] = inverse > most ? most : inverse;
     }
     static_cast<T*>(p.pos)[i] = dot(rows[0], rows[1], p.dim);
   }
@@ -114,7 +138,7 @@ template <class T> void finish_pairs(const PairRows& p, int64_t begin, int64_t e
     for (int view = 0; view < 2; view++) {
       const int64_t row = i + view * p.n_pairs;
       T* unit = static_cast<T*>(workspace) + view * padded_dim<T>(p.dim);
-      if (half) widen<T>(p.f, p.dtype, row * p.stride, p.dim, static_cast<const T*>(p.inv_norm)[row], unit);
+      if (half) widen<T>(p.f, p.dtype, row * p.stride, p.dim, static_cast<const T*>(p.scale)[row], unit);
       rows[view] = half ? unit : static_cast<const T*>(p.f) + row * p.stride;
     }
     const T q = static_cast<const T*>(p.q)[i];

@@ -100,8 +100,8 @@ void run_thread(const Plan& plan, const Schedule& schedule, Watched& progress, P
     if (!progress.wait(tile.i, tile.round) || !progress.wait(tile.j, tile.round)) return;
     if (tile.i != NO_BLOCK && tile.j != NO_BLOCK) on_tile(tile.i, tile.j);
     progress.finish(tile.i, tile.round + 1);
-    // Once for each block: a second store for a diagonal tile could come after another thread's next
-    // round, and take the block back to this one for ever.
+    // One store per block: a second store for a diagonal tile could follow another thread's store for
+    // the next round, set the counter back, and leave all threads waiting for ever.
     if (tile.j != tile.i) progress.finish(tile.j, tile.round + 1);
     if (interrupted()) progress.stop(INTERRUPTED);
   }

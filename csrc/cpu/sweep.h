@@ -39,8 +39,10 @@ struct Sweep {
 // pair.
 struct PairRows {
   const void *z1, *z2;  // (n_pairs, dim) inputs, stride1 and stride2 elements apart
-  // (2·n_pairs, dim) unit rows in the accumulation dtype; half precision: the inputs, unchanged
+  // (2·n_pairs, dim) unit rows in the accumulation dtype; half precision: the inputs, extreme ones
+  // times a power of two
   void* f;
+  void* scale;     // (2·n_pairs) 1/‖f‖, of half precision only
   void* inv_norm;  // (2·n_pairs) 1/‖z‖, 0 for an all-zero row
   void* pos;       // (n_pairs) similarity of each positive pair
   void* d;         // (2·n_pairs, dim) in: Σ_j (g_ij + g_ji) F_j; out: the gradient in z

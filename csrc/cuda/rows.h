@@ -38,19 +38,19 @@ template <class T> DEVICE T warp_max(T x) {
 DEVICE uint32_t magnitude(float x) { return device::to_bits(x) & 0x7fffffffu; }
 DEVICE uint64_t magnitude(double x) { return device::to_bits(x) & 0x7fffffffffffffffull; }
 
-// The power of two by which a bfloat16 row is stored whose largest magnitude this is: 1, unless
-// products of such rows could leave the range of float. (float16 rows never do.)
+// The power of two by which a bfloat16 row is stored, given its largest magnitude. It is 1 from 2⁻³⁰
+// up to 2³⁰, where products of two rows stay in the range of float; float16 rows never need it.
 DEVICE float lift_of(uint32_t largest) {
   const uint32_t exponent = largest >> 23, bias = 127;
   if (exponent == 255 || (exponent >= bias - 30 && exponent < bias + 30)) return 1;
-  const uint32_t inverse = 2 * bias - exponent;
-  return device::from_bits((inverse < 2 * bias ? inverse : 2 * bias - 1) << 23);
+  const uint32_t normal = exponent < 1 ? 1 : exponent > 2 * bias - 1 ? 2 * bias - 1 : exponent;
+  return device::from_bits((2 * bias - normal) << 23);
 }
 DEVICE Bfloat16 lifted(Bfloat16 x, float lift) { return {uint16_t(device::pack_bf16(wide(x) * lift, 0.0f))}; }
 DEVICE Float16 lifted(Float16 x, float) { return x; }
 
-// X is what a row is made of. Unit rows of the accumulation type; half precision rows stay as they
-// are, extreme ones times a power of two.
+// X is the element type. Rows of the accumulation type are stored as unit rows. Half-precision rows
+// are stored as given, and extreme ones are multiplied by a power of two.
 template <class X> struct UnitRows {
   using Args = PairRows;
   using T = typename Wide<X>::T;
@@ -76,7 +76,7 @@ template <class X> struct UnitRows {
         const T x = T(wide(z[v][d])) / safe[v];
         squares += x * x;
       }
-      squares = warp_sum(squares);  // by all lanes: no collective may depend on data
+      squares = warp_sum(squares);  // all lanes take part: whether a collective runs must not depend on data
       norm[v] = zero ? T(1) : root(squares);
       inverse[v] = zero ? T(0) : 1 / norm[v] / safe[v];
       if (inverse[v] > LARGEST) inverse[v] = LARGEST;

@@ -1053,10 +1053,10 @@ void test_pairs(Random& random, const Served& s, int dtype, int64_t n, int64_t d
   }
   const int64_t f_stride = dim + 3;
   Exact<char> f(((2 * n - 1) * f_stride + dim) * bytes);
-  Exact<T> inv_norm(2 * n), pos(n), d(2 * n * dim), q(n);
-  f.fill_with_nan(), inv_norm.fill_with_nan(), pos.fill_with_nan();
+  Exact<T> scale(2 * n), inv_norm(2 * n), pos(n), d(2 * n * dim), q(n);
+  f.fill_with_nan(), scale.fill_with_nan(), inv_norm.fill_with_nan(), pos.fill_with_nan();
   PairRows p{};
-  p.z1 = z[0].data, p.z2 = z[1].data, p.f = f.data, p.inv_norm = inv_norm.data, p.pos = pos.data;
+  p.z1 = z[0].data, p.z2 = z[1].data, p.f = f.data, p.scale = scale.data, p.inv_norm = inv_norm.data, p.pos = pos.data;
   p.n_pairs = n, p.dim = dim, p.stride1 = strides[0], p.stride2 = strides[1], p.stride = f_stride;
   p.dtype = dtype, p.threads = threads, p.instruction_set = s.set;
   poison_workspace();
@@ -1070,13 +1070,18 @@ void test_pairs(Random& random, const Served& s, int dtype, int64_t n, int64_t d
   for (int64_t r = 0; r < 2 * n; r++) {
     const long double inverse = norms[size_t(r)] > 0 ? std::min(most, 1 / norms[size_t(r)]) : 0;
     check("1/norm", r, inv_norm[r], inverse, double(inverse * sums));
+    double largest = 0;
+    for (int64_t k = 0; k < dim; k++) largest = std::max(largest, std::fabs(exact[size_t(r * dim + k)]));
+    const bool extreme = dtype == BFLOAT16 && largest > 0 && (largest < 0x1p-30 || largest >= 0x1p30);
+    const double lift = extreme ? std::exp2(-std::ilogb(largest)) : 1;
+    if (half) check("1/stored norm", r, scale[r], inverse / lift, double(inverse / lift * sums));
     for (int64_t k = 0; k < dim; k++) {
       const int64_t at = r * dim + k;
       T x;
       if (half) {
         uint16_t y;
         std::memcpy(&y, f.data + (r * f_stride + k) * 2, 2);
-        check("f", at, dtype == BFLOAT16 ? from_bfloat16(y) : from_float16(y), exact[size_t(at)], 0);
+        check("f", at, dtype == BFLOAT16 ? from_bfloat16(y) : from_float16(y), exact[size_t(at)] * lift, extreme ? 0x1p-130 : 0);
       } else {
         std::memcpy(&x, f.data + (r * f_stride + k) * int64_t(sizeof(T)), sizeof(T));
         check("f", at, x, unit_rows[size_t(at)], sums);
