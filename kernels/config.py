@@ -38,6 +38,7 @@ class Tile:
         stages: `num_stages` of Triton.
         symmetric: `row_sums` reads each similarity once (docs/design.md); needs rows = cols.
         max_registers: per thread; None leaves it to the compiler.
+        resident: programs that a multiprocessor runs at a time.
     """
 
     rows: int
@@ -47,6 +48,7 @@ class Tile:
     stages: int
     symmetric: bool = False
     max_registers: int | None = None
+    resident: int = 2
 
     def __post_init__(self) -> None:
         if self.symmetric and self.rows != self.cols:
@@ -60,13 +62,16 @@ def power_of_two(x: int, least: int = 16) -> int:
     return max(least, 1 << (x - 1).bit_length())
 
 
-def default(sweep: str, mode: str, dim: int) -> Tile:
-    """A tile that compiles without spills for sm_80, sm_90 and sm_100 (tools/triton_resources.py).
+def default(sweep: str, mode: str, dim: int, capability: tuple[int, int] = (8, 0)) -> Tile:
+    """A tile that compiles without spills (tools/triton_resources.py).
 
-    ``sweep`` is row_sums or pair_grad for one exponential a pair, else row_sums_plain or
-    pair_grad_plain, which take more registers (several values of a pair, each with row scalars).
+    ``sweep`` is row_sums or pair_grad for one exponential a pair, row_sums_moments if that has
+    several sums, else row_sums_plain or pair_grad_plain, which take more registers (several values
+    of a pair, each with row scalars).
     """
     features, plain = power_of_two(dim), sweep.endswith("_plain")
+    if mode == "bf16" and capability[0] == 9:
+        return _on_hopper(sweep, features)
     if mode == "fp64":
         return Tile(32, 32, min(features, 32), 4, 1)
     if sweep.startswith("row_sums"):
@@ -77,26 +82,42 @@ def default(sweep: str, mode: str, dim: int) -> Tile:
         return Tile(64, 64, features, 8, 2) if plain else Tile(64, 128, features, 4, 2)
     if mode == "bf16":
         if features > 256 or (plain and features > 128):
-            return Tile(64, 64, 64, 8, 3)
+            return Tile(64, 64, 64, 8, 3, resident=1)
         # one program per SM in any case; ptxas alone spills at 128 registers on sm_100
         if features > 128:
-            return Tile(64, 64, features, 8, 2, max_registers=232)
+            return Tile(64, 64, features, 8, 2, max_registers=232, resident=1)
         return Tile(64, 64, features, 8 if plain else 4, 2)
     if features > (64 if mode in ("fp32", "bf16x3") or plain else 128):
         return Tile(64, 32, 32, 8, 2)
     return Tile(32, 32, features, 4, 1) if mode == "fp32" else Tile(64, 32, features, 8, 2)
 
 
-def choose(sweep: str, mode: str, dim: int, rows: int, device: torch.device) -> Tile:
+def _on_hopper(sweep: str, features: int) -> Tile:
+    """bfloat16 tiles for wgmma, of 128 rows: they read half as much from L2 as tiles of 64 do.
+
+    Symmetric tiles of several sums would spill.
+    """
+    plain = sweep.endswith("_plain")
+    if sweep.startswith("row_sums"):
+        held, stages = (features, 2) if 64 < features <= 256 else (min(features, 64), 3)
+        return Tile(128, 128, held, 8, stages, symmetric=sweep == "row_sums", resident=1)
+    if features > 256 or (plain and features > 128):
+        return Tile(128, 64 if plain else 128, 64, 8, 3, resident=1)
+    return Tile(128, 64 if plain or features > 64 else 128, features, 8, 2, resident=1)
+
+
+def choose(
+    sweep: str, mode: str, dim: int, rows: int, device: torch.device, capability: tuple[int, int]
+) -> Tile:
     """The tile of a call: the nearest tuned entry in log(rows) for its features, or the default."""
-    if sweep in _forced:
-        return _forced[sweep]
+    if (forced := _forced.get(sweep.removesuffix("_moments"))) is not None:
+        return forced
     tuned = (
         e for e in table(device_name(device))
         if (e["sweep"], e["mode"], power_of_two(e["dim"])) == (sweep, mode, power_of_two(dim))
     )  # fmt: skip
     nearest = min(tuned, key=lambda e: abs(math.log2(e["rows"] / rows)), default=None)
-    return default(sweep, mode, dim) if nearest is None else Tile(**nearest["tile"])
+    return default(sweep, mode, dim, capability) if nearest is None else Tile(**nearest["tile"])
 
 
 _forced: dict[str, Tile] = {}

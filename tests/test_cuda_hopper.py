@@ -35,7 +35,7 @@ def _required():
 @pytest.fixture
 def many_processors(monkeypatch):
     """So that schedules have splits."""
-    monkeypatch.setattr(gpu, "processors", lambda device: 20)
+    monkeypatch.setattr(gpu, "multiprocessors_of", lambda device: 10)
 
 
 @pytest.fixture

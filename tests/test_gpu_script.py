@@ -865,8 +865,8 @@ def test_emulated_cuda():
     """Both kinds of kernels, each with splits that are not the package's choice."""
     for engine, splits in (("cuda_hopper", 2), ("cuda_mma", 2)):
         with engines.splits(splits):
-            assert engines.gpu.splits_of(1, 3, torch.device("cpu")) == splits
-            assert engines.gpu.splits_of(1, 1, torch.device("cpu")) == 1
+            assert engines.filling.splits_of(1, 3, 6, 3) == splits
+            assert engines.filling.splits_of(1, 1, 6, 1) == 1
         sweep = sweeps.Sweep(engine, 260, 24, layout="rectangle", splits=splits, runs=2)
         (row,) = sweeps.check(sweep, "cpu")
         assert row["status"] == "ok", row

@@ -18,7 +18,7 @@ from triton import jit
 from triton.runtime.interpreter import GridExecutor
 
 from alphacl_fast import FusedAlphaCLLoss, PairLoss, PairWeight, ops
-from alphacl_fast.backend import cuda, gpu, triton
+from alphacl_fast.backend import cuda, filling, gpu, triton
 from alphacl_fast.bundles import PairFunction, Pairing, Rows, RowScalars, Weight
 from alphacl_fast.functional import alpha_cl_loss
 from alphacl_fast.kernels import sweeps
@@ -41,11 +41,11 @@ FORMS = [  # one objective for each form of a sweep
 ]
 
 
-def set_tile(monkeypatch, *shape, symmetric_tiles=False, processors=6):
+def set_tile(monkeypatch, *shape, symmetric_tiles=False, multiprocessors=3):
     rows, cols, features = shape
     shape = Tile(rows, cols, features, warps=4, stages=1, symmetric=symmetric_tiles)
     monkeypatch.setattr(triton, "tile", lambda sweep, mode, dim, n, device: shape)
-    monkeypatch.setattr(gpu, "processors", lambda device: processors)
+    monkeypatch.setattr(gpu, "multiprocessors_of", lambda device: multiprocessors)
 
 
 def assert_equal(z1, z2, member, bound=1e-10, **setting):
@@ -82,14 +82,14 @@ def test_unequal_tiles(shape, negatives, symmetric, monkeypatch, poisoned):
     ("negatives", "similarity"), [("two_view", "euclidean"), ("cross_view", "cosine")]
 )
 def test_programs_share_a_ring(member, negatives, similarity, monkeypatch, poisoned):
-    set_tile(monkeypatch, 4, 4, 8, processors=10)
-    assert gpu.splits_of(4, 4, torch.device("cpu")) == 2
+    set_tile(monkeypatch, 4, 4, 8, multiprocessors=5)
+    assert filling.splits_of(4, 4, 10, 4) == 2
     assert_equal(*pair(7, 6), member, negatives=negatives, similarity=similarity, tau=0.5)
 
 
 def test_parts_that_do_not_divide_a_ring(monkeypatch, poisoned):
-    set_tile(monkeypatch, 4, 4, 8, processors=10)
-    assert gpu.splits_of(5, 5, torch.device("cpu")) == 2
+    set_tile(monkeypatch, 4, 4, 8, multiprocessors=5)
+    assert filling.splits_of(5, 5, 10, 5) == 2
     assert_equal(*pair(9, 6), ("infonce", {}), tau=0.5)
 
 
@@ -105,7 +105,7 @@ def test_wide_rows(member, negatives, symmetric, similarity, monkeypatch, poison
     """More features than a tile holds: similarities in chunks, weights for cuBLAS in runs of
     blocks.
     """
-    set_tile(monkeypatch, 4, 4, 4, processors=7)
+    set_tile(monkeypatch, 4, 4, 4, multiprocessors=4)
     monkeypatch.setattr(gpu, "WORKSPACE", 2 * 4 * 14 * 8)  # two row blocks
     setting = {"negatives": negatives, "symmetric": symmetric, "similarity": similarity, "tau": 0.5}
     assert_equal(*pair(7, 7), member, **setting)
@@ -297,7 +297,7 @@ def test_nothing_is_compiled_again_for_another_batch_size(monkeypatch):
     monkeypatch.setattr(
         triton, "tile", lambda sweep, mode, dim, n, device: config.default(sweep, mode, dim)
     )
-    monkeypatch.setattr(gpu, "processors", lambda device: 264)
+    monkeypatch.setattr(gpu, "multiprocessors_of", lambda device: 132)
     launched = []
 
     def record(self, launch):
@@ -332,7 +332,7 @@ def test_launches_that_write_weights_fill_the_device(backend, n, dtype, dim, mon
     monkeypatch.setattr(
         triton, "tile", lambda sweep, mode, dim, n, device: config.default(sweep, mode, dim)
     )
-    monkeypatch.setattr(gpu, "processors", lambda device: 264)
+    monkeypatch.setattr(gpu, "multiprocessors_of", lambda device: 132)
     f = torch.empty(1, dtype=dtype, device="meta").expand(n, dim)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     tau, vector = (torch.empty(shape, dtype=wide, device="meta") for shape in ((), (n,)))
@@ -341,8 +341,8 @@ def test_launches_that_write_weights_fill_the_device(backend, n, dtype, dim, mon
     sweep = backend._Sweep(Rows(f), pairing, function, scalars, Weight.F, (), "ieee")
     assert not sweep.whole
     (region,) = gpu.regions_of(n, pairing)
-    programs = sweep.run(region) * sweep.splits(region)
-    assert 0.9 * 264 <= programs <= 264
+    splits, tiles = sweep.splits(region), sweep.blocks(region)[1]
+    assert filling.fill(sweep.run(region), tiles, splits, 132 * sweep.resident) >= 0.9
 
 
 @pytest.mark.parametrize("member", ALIGNED, ids=member_id)
@@ -439,24 +439,25 @@ LAUNCHES = [
 def test_launches_of_a_step(name, options, shared, own, monkeypatch):
     """A CUDA graph makes one launch of them: nothing reads a number of the batch."""
     loss = FusedAlphaCLLoss(name, backend="triton", **options)
-    for processors, most in ((8, shared), (1, own)):
-        set_tile(monkeypatch, 8, 2, 8, processors=processors)
+    set_tile(monkeypatch, 8, 2, 8)
+    for splits, most in ((4, shared), (1, own)):
+        monkeypatch.setattr(filling, "splits_of", lambda *sizes, splits=splits: splits)
         z1, z2 = (z.requires_grad_() for z in pair(8, 8, torch.float32))
         loss(z1, z2).backward()
         z1.grad = z2.grad = None
         with monkeypatch.context() as patch, _Launches(patch) as launches:
             loss(z1, z2).backward()
-        if (name, options, processors) == ("infonce", {}, 8):
+        if (name, options, splits) == ("infonce", {}, 4):
             after = ["pair_grad", "sum", "finish_rows_kernel", "mean", "ones_like", "mul"]
             assert launches.names == ["full", *BEFORE_THE_GRADIENT, *after]
         assert "_local_scalar_dense" not in launches.names
         assert len(launches.names) == most, launches.names
 
 
-@pytest.mark.parametrize(("processors", "each"), [(2, 4), (4, 5)])
-def test_launches_of_a_min_player(processors, each, monkeypatch):
+@pytest.mark.parametrize(("multiprocessors", "each"), [(1, 4), (2, 5)])
+def test_launches_of_a_min_player(multiprocessors, each, monkeypatch):
     """Pointwise work is one launch: an iteration has four or five, two of them to see its end."""
-    set_tile(monkeypatch, 32, 16, 16, processors=processors)
+    set_tile(monkeypatch, 32, 16, 16, multiprocessors=multiprocessors)
     names = {}
     for most in (2, 3, 4):  # the first one compiles
         monkeypatch.setattr("alphacl_fast.objectives.MinPlayer.max_sweeps", most)

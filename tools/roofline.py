@@ -18,6 +18,7 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from alphacl_fast.backend import filling
 from alphacl_fast.benchmarks.report import filled, markdown
 
 SIZES = (1024, 4096, 16384, 65536, 262144, 1048576)
@@ -68,6 +69,8 @@ ISSUE = {
     ("hopper", "sums"): 5.5, ("hopper", "gradient"): 7.5, ("triton", "sums"): 9.5,
     ("triton", "gradient"): 12.3, ("triton", "sums of both sides"): 15.7,
 }  # fmt: skip
+#: The most programs that share a row block.
+MOST_PARTS = 32
 #: Bytes of rows that stay in shared memory beside the ring of column tiles.
 RESIDENT = 128 * 1024
 
@@ -120,17 +123,8 @@ def parts(n: int, tile: Tile, both: bool, device: Device) -> tuple[int, float]:
     """Choose how many programs share a row block, and the share of the SMs' time they fill."""
     blocks = math.ceil(n / tile.rows)
     ring = blocks // 2 + 1 if both else math.ceil(n / tile.cols)
-
-    def fill(count: int) -> float:
-        return (
-            blocks
-            * ring
-            / (math.ceil(blocks * count / device.sms) * math.ceil(ring / count) * device.sms)
-        )
-
-    best = max(map(fill, range(1, min(ring, 32) + 1)))
-    count = next(count for count in range(1, ring + 1) if fill(count) >= 0.95 * best)
-    return count, fill(count)
+    count = filling.splits_of(blocks, ring, device.sms, MOST_PARTS)
+    return count, filling.fill(blocks, ring, count, device.sms)
 
 
 def sweep(

@@ -83,7 +83,7 @@ def in_turn(listed: list[Configuration]) -> list[Configuration]:
     ]
 
 
-def launches(c: Configuration) -> Iterator[tuple[Any, tuple, Any]]:
+def launches(c: Configuration, capability: int) -> Iterator[tuple[Any, tuple, Any]]:
     """(kernel, arguments, options) of every sweep that a loss with its gradient launches."""
     from triton.runtime.jit import JITFunction
 
@@ -91,11 +91,11 @@ def launches(c: Configuration) -> Iterator[tuple[Any, tuple, Any]]:
     from alphacl_fast.kernels import config
     from alphacl_fast.kernels.config import Tile
 
+    gpu.pretend_gpu(132, divmod(capability, 10))
     recorded = []
     JITFunction.run = lambda self, *arguments, grid, warmup, **options: recorded.append(
         (self, arguments, options)
     )
-    gpu.pretend_gpu(multiprocessors=132)
     tiles = {}
     if c.symmetric:
         warps = 4 if c.objective == "infonce" else 8
@@ -131,27 +131,32 @@ def survey(c: Configuration) -> list[dict[str, Any]]:
     """A row for each kernel and architecture."""
     os.environ.pop("TRITON_INTERPRET", None)
     rows = []
-    for kernel, arguments, launch in launches(c):
-        signature = {
-            name: tree_map(_type, x)
-            for name, x in zip(kernel.arg_names, arguments, strict=True)
-            if name != "S"
-        }
-        static = arguments[-1]
-        exact = static.PRECISION == "ieee" and c.dtype not in ("bfloat16", "float16")
-        tile = static.BLOCK_M, static.BLOCK_N, static.BLOCK_D, *launch.values()
-        about = {
-            "kernel": f"{kernel.__name__} {static.FORM} {static.GRADIENT}",
-            "call": " ".join(str(x) for x in c[:-1] if x not in ((), None, False)),
-            "tile, warps, stages": "×".join(map(str, tile)),
-        }
-        for capability in c.capabilities:
-            made = resources.compile_for(
-                kernel, signature, {"S": static}, capability, **launch, divisible=("stride",)
-            )
-            found = resources.described(made, _MATRIX[capability], required=not exact)
-            rows.append({**about, "architecture": f"sm_{capability}", **found})
+    for capability in c.capabilities:
+        rows += [_row(c, capability, *made) for made in launches(c, capability)]
     return rows
+
+
+def _row(
+    c: Configuration, capability: int, kernel: Any, arguments: tuple, launch: dict[str, Any]
+) -> dict[str, Any]:
+    signature = {
+        name: tree_map(_type, x)
+        for name, x in zip(kernel.arg_names, arguments, strict=True)
+        if name != "S"
+    }
+    static = arguments[-1]
+    exact = static.PRECISION == "ieee" and c.dtype not in ("bfloat16", "float16")
+    tile = static.BLOCK_M, static.BLOCK_N, static.BLOCK_D, *launch.values()
+    made = resources.compile_for(
+        kernel, signature, {"S": static}, capability, **launch, divisible=("stride",)
+    )
+    return {
+        "kernel": f"{kernel.__name__} {static.FORM} {static.GRADIENT}",
+        "call": " ".join(str(x) for x in c[:-1] if x not in ((), None, False)),
+        "tile, warps, stages": "×".join(map(str, tile)),
+        "architecture": f"sm_{capability}",
+        **resources.described(made, _MATRIX[capability], required=not exact),
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:

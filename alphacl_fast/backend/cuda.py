@@ -30,7 +30,7 @@ from ..bundles import (
     rows_of_terms,
 )
 from ..objectives import KINDS, codes_checksum, is_compiled
-from . import forms, gpu
+from . import filling, forms, gpu
 
 #: Optional operands that this backend serves.
 OPTIONAL_OPERANDS: set[str] = set()
@@ -310,22 +310,6 @@ def _in_chunks(mode: str, dim: int, device: torch.device) -> bool:
     return dim > (LARGEST_OF_SMALL if small else LARGEST)[mode]
 
 
-def _hopper_splits(region: gpu.Region, device: torch.device) -> int:
-    """Splits for the kernels of hopper.h, whose blocks have a multiprocessor each.
-
-    The last wave of blocks leaves processors idle, so this is the number of splits that takes the
-    fewest tiles, where a split costs as much as about two tiles.
-    """
-    blocks, tiles = (-(-rows // HOPPER_SIDE) for rows in (region.n_rows, region.n_cols))
-    processors = max(1, gpu.processors(device) // 2)
-
-    def time(splits: int) -> int:
-        return -(-blocks * splits // processors) * (-(-tiles // splits) + 2)
-
-    most = max(processors // blocks, min(8, gpu.fitting(region.n_rows * 1024)))
-    return min(range(1, max(1, min(most, tiles)) + 1), key=time)
-
-
 # --- the sweeps -----------------------------------------------------------------------------------
 
 
@@ -353,8 +337,13 @@ class _Sweep(gpu.Sweep):
         fits = self.arithmetic.mode == "bf16" and aligned
         return fast and constant and fits and _has_hopper(f.device)
 
-    def splits(self, region: gpu.Region) -> int:
-        return _hopper_splits(region, self.f.device) if self.hopper else super().splits(region)
+    def splits(self, region: gpu.Region, tiles: int | None = None) -> int:
+        if not self.hopper or tiles is not None:
+            return super().splits(region, tiles)
+        # these kernels have larger tiles, and a block has a multiprocessor to itself
+        blocks, tiles = (-(-rows // HOPPER_SIDE) for rows in (region.n_rows, region.n_cols))
+        slots = gpu.multiprocessors_of(self.f.device)
+        return filling.splits_of(blocks, tiles, slots, self.most_splits(region))
 
     def scale_weights(self) -> None:
         weight, shift = self.scalars.row_weight, self.scalars.shift

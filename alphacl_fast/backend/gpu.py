@@ -29,7 +29,7 @@ from ..bundles import (
     accumulation_dtype,
     summed,
 )
-from . import forms
+from . import filling, forms
 from .precision import float32_precision
 
 #: The most bytes that a sweep allocates for partial sums, and for the weights of long rows.
@@ -74,7 +74,7 @@ class Launch(NamedTuple):
     weights: Tensor | None = None  # (blocks·tile rows, columns of whole tiles)
 
 
-# --- arithmetic and splits ------------------------------------------------------------------------
+# --- arithmetic ------------------------------------------------------------------------
 
 
 class Arithmetic(NamedTuple):
@@ -107,27 +107,31 @@ def arithmetic(dtype: torch.dtype, precision: str, device: torch.device) -> Arit
 
 
 @functools.cache
-def processors(device: torch.device) -> int:
-    """About how many blocks a GPU runs at once; a few on a CPU, so that tests have splits."""
+def multiprocessors_of(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a few on a CPU, so that tests have splits."""
     if device.type == "cuda":
-        return 2 * torch.cuda.get_device_properties(device).multi_processor_count
-    return 2 * (pretended or 3)
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return pretended or 3
 
 
-#: Multiprocessors of the GPU that CPU tensors stand in for; 0 if they do not.
-pretended = 0
+@functools.cache
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)
+    return pretended_capability
 
 
-def pretend_gpu(multiprocessors: int) -> None:
-    """For the rest of this process CPU tensors are given a GPU's Triton launches."""
-    global pretended
-    pretended = multiprocessors
-    processors.cache_clear()
+#: Multiprocessors of the GPU that CPU tensors stand in for, 0 if they do not, and its capability.
+pretended, pretended_capability = 0, (8, 0)
 
 
-def splits_of(blocks: int, tiles: int, device: torch.device) -> int:
-    """Splits of a schedule that fill the device: a function of the sizes and the device alone."""
-    return max(1, min(processors(device) // blocks, tiles // 2))
+def pretend_gpu(multiprocessors: int, capability: tuple[int, int] = (8, 0)) -> None:
+    """For the rest of this process CPU tensors get the Triton launches of such a GPU."""
+    global pretended, pretended_capability
+    pretended, pretended_capability = multiprocessors, capability
+    multiprocessors_of.cache_clear()
+    capability_of.cache_clear()
 
 
 # --- regions --------------------------------------------------------------------------------------
@@ -195,6 +199,7 @@ class Sweep(abc.ABC):
         form: how exp(log f) stays in range.
         shift: of the constant form.
         tile_rows, tile_cols: shape of a tile.
+        resident: programs that a multiprocessor runs at a time.
         whole: a gradient row fits into registers.
         symmetric: `row_sums` is to read every similarity once.
         unit: () weights are divided by it before they are rounded, gradients multiplied by it; None
@@ -204,6 +209,7 @@ class Sweep(abc.ABC):
     backend: str
     tile_rows: int
     tile_cols: int
+    resident: int = 2
     whole: bool
     symmetric: bool = False
 
@@ -269,18 +275,29 @@ class Sweep(abc.ABC):
         In the constant form they are row_weight·exp(constant shift − shift), and no shift is left.
         """
 
-    def splits(self, region: Region) -> int:
-        """Splits of a region's schedules where tiles are not symmetric."""
-        blocks, tiles = self.blocks(region)
-        return splits_of(min(blocks, self.run(region)), tiles, self.f.device)
+    def splits(self, region: Region, tiles: int | None = None) -> int:
+        """Splits of a region's schedules, of all column tiles if ``tiles`` is None."""
+        slots = self.resident * multiprocessors_of(self.f.device)
+        tiles = self.blocks(region)[1] if tiles is None else tiles
+        return filling.splits_of(self.run(region), tiles, slots, self.most_splits(region))
+
+    def most_splits(self, region: Region) -> int:
+        """The most splits whose partial sums fit into the workspace, at least two."""
+        numbers = len(self.terms) + (self.rows.bias is not None)  # of a row in each split
+        if self.weight is None:
+            numbers += self.form != Form.CONSTANT
+        elif self.whole:
+            numbers += self.dim
+        return max(2, fitting(max(1, region.n_rows * numbers * self.tau.itemsize)))
 
     def run(self, region: Region) -> int:
-        """The most row blocks of a launch: all, or those whose weights fit into the workspace."""
+        """Row blocks of a launch: all, or equal runs whose weights fit into the workspace."""
         blocks, tiles = self.blocks(region)
         if self.weight is None or self.whole:
             return blocks
         columns = tiles * self.tile_cols
-        return min(blocks, fitting(self.tile_rows * columns * self.arithmetic.weights.itemsize))
+        most = fitting(self.tile_rows * columns * self.arithmetic.weights.itemsize)
+        return -(-blocks // -(-blocks // most))
 
     def blocks(self, region: Region) -> tuple[int, int]:
         """Row blocks and column tiles."""
@@ -332,7 +349,7 @@ def _symmetric_sums(s: Sweep, region: Region, out: Tensor) -> None:
     """
     blocks, tiles = s.blocks(region)
     distances = tiles // 2 + 1 if region.triangle else tiles
-    splits = splits_of(blocks, distances, s.f.device)
+    splits = s.splits(region, distances)
     computed = _computed(s, out)
     run = min(distances, max(1, fitting(computed.numel() * out.element_size()) - splits))
     carried = int(run < distances)  # a slice for the sums of the runs before

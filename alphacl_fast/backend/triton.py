@@ -83,7 +83,7 @@ def unsupported(
 
 def tile(sweep: str, mode: str, dim: int, rows: int, device: torch.device):
     """`kernels.config.Tile` of a call."""
-    return _kernels().config.choose(sweep, mode, dim, rows, device)
+    return _kernels().config.choose(sweep, mode, dim, rows, device, gpu.capability_of(device))
 
 
 def configuration(dtype: torch.dtype, dim: int, rows: int, device: torch.device) -> dict[str, dict]:
@@ -102,9 +102,12 @@ class _Sweep(gpu.Sweep):
         self.shift = ctypes.c_float(self.shift).value  # as a kernel receives it
         self.kernel = "row_sums" if self.weight is None else "pair_grad"
         name = f"{self.kernel}_plain" if self.form == Form.PLAIN else self.kernel
+        if name == "row_sums" and len(self.terms) > 1:
+            name = "row_sums_moments"
         self.tile = tile(name, self.arithmetic.mode, self.dim, self.n, self.f.device)
         self.tile_rows, self.tile_cols = self.tile.rows, self.tile.cols
         self.whole, self.symmetric = self.dim <= self.tile.features, self.tile.symmetric
+        self.resident = self.tile.resident
         self.traced = _kernels().trace.pair_functions(self.function.kind, self.function.params)
 
     def scale_weights(self) -> None:

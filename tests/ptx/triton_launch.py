@@ -50,7 +50,7 @@ def interpreted(arch: str, runner: Runner, processors: int = 132) -> Iterator[No
     from triton.runtime.jit import JITFunction
 
     driver.set_active(_Device(GPUTarget("cuda", int(arch), 32)))
-    gpu.pretend_gpu(processors)
+    gpu.pretend_gpu(processors, divmod(int(arch), 10))
     original = JITFunction.run
 
     def run(self, *arguments, grid, warmup, **options):

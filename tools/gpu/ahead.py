@@ -135,7 +135,7 @@ def name_gpu(machine: Machine, rows: int, request: Request) -> None:
 
     JITFunction.run = warmed_up
     triton.compiler.compile = requested
-    gpu.pretend_gpu(machine.multiprocessors)
+    gpu.pretend_gpu(machine.multiprocessors, divmod(machine.capability, 10))
     precision = gpu.float32_precision
     gpu.float32_precision = lambda device: precision(torch.device("cuda"))
     backend.tile = lambda sweep, mode, dim, n, device: tile(sweep, mode, dim, rows, device)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from alphacl_fast.backend import cuda, gpu
+from alphacl_fast.backend import cuda, filling
 from alphacl_fast.kernels import config
 
 #: Engine → its backend.
@@ -72,12 +72,9 @@ def splits(wanted: int):
     if not wanted:
         yield
         return
-    before = gpu.splits_of, cuda._hopper_splits
-    gpu.splits_of = lambda blocks, tiles, device: max(1, min(wanted, tiles))
-    cuda._hopper_splits = lambda region, device: max(
-        1, min(wanted, -(-region.n_cols // cuda.HOPPER_SIDE))
-    )
+    before = filling.splits_of
+    filling.splits_of = lambda blocks, tiles, slots, most: max(1, min(wanted, tiles))
     try:
         yield
     finally:
-        gpu.splits_of, cuda._hopper_splits = before
+        filling.splits_of = before
