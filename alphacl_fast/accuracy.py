@@ -1,20 +1,22 @@
 """Errors of a backend against float64, and how large they may be.
 
-Tolerances: a float32 result may have twice the error of the dense loss in the same dtype (and the
-same GEMM precision) plus a band. The band is four roundings where GEMMs are IEEE, and one rounding
-of an operand where they use TF32 or three bfloat16 products. For half-precision input the dense
-loss is computed in float32, so the gradient's band is a quarter of the dtype's eps. Scalars (a mean
-loss, a temperature's gradient) get four bands, because one of two random errors may be zero by
-luck. Batches that are too large for the dense loss get three more bands in place of its error.
+A float32 result may have twice the error of the dense loss in the same dtype (and the same GEMM
+precision) plus a band. The band is four roundings where GEMMs are IEEE, and one rounding of an
+operand where they use TF32 or three bfloat16 products. For half-precision input the dense loss is
+computed in float32, so the gradient's band is a quarter of the dtype's eps. Scalars (a mean loss, a
+temperature's gradient) get four bands, because one of two random errors may be zero by luck. Where
+the dense loss does not fit into memory or its error is not finite, three more bands replace twice
+its error.
 
-`serving` and `check` are functions of tasks of `subprocess_pool`: generators of rows. `alphacl
-check` and `tools.gpu` run them in child processes.
+`alphacl check` and `tools.gpu` run the generators `serving` and `check` as tasks of
+`subprocess_pool`, in child processes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import platform
 import time
@@ -82,11 +84,13 @@ class Case:
     """One check of a backend against float64.
 
     Attributes:
-        backend: its name.
-        runs: how often it computes, with deterministic algorithms if more than once; every run must
-            give the bits of the first.
-        nan: a feature is NaN, and must reach the loss and every gradient as it does in float64.
-        large: the dense matrices would not fit into memory; another backend's float64 is the truth.
+        backend: the backend's name.
+        runs: the number of runs; if there are several, they use deterministic algorithms and must
+            all give the bits of the first.
+        nan: whether one feature is NaN, which must reach the loss and every gradient as it does in
+            float64.
+        large: whether the dense matrices would not fit into memory; then the result is compared
+            with another backend's in float64.
     """
 
     backend: str
@@ -111,14 +115,14 @@ class Case:
         return objectives.make(self.objective, dict(self.options))
 
     def sensible(self) -> bool:
-        """Whether the requested gradients exist and are insensitive to rounding."""
+        """Return whether the requested gradients exist and are insensitive to rounding."""
         # For "dot", d² = 1 − t crosses 0, where its lower powers have unbounded slope.
         steep = self.similarity == "dot" and dict(self.options).get("exponent", 4) < 2
         return not steep and (not self.learn_tau or has_tau_gradient(self.objective, self.options))
 
     @property
     def kinked(self) -> bool:
-        """Whether rounding may move single pairs across a kink, which changes their weight."""
+        """Return whether rounding may move a pair across a kink, which changes its weight."""
         return self.objective in ("triplet", "custom_min_player") or (
             self.objective == "alpha_square" and not dict(self.options).get("detach_alpha", True)
         )
@@ -169,7 +173,7 @@ def matmul_precision(dtype: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def deterministic(on: bool) -> Iterator[None]:
-    """Use deterministic algorithms, and fill new allocations with NaN."""
+    """Use deterministic algorithms and fill new allocations with NaN."""
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(on)
@@ -181,7 +185,7 @@ def deterministic(on: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_thread(device: torch.device) -> Iterator[None]:
-    """Small tensors on a CPU run fastest on one thread, which waits for no other."""
+    """Use one thread on a CPU: small tensors are fastest where no thread waits for another."""
     before = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -210,10 +214,10 @@ def correlated_views(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def fill_with_nan(x: Tensor) -> None:
-    """Fill x with the NaN that a GPU makes, whose bits are all 1 but the sign.
+    """Fill x with the NaN that a GPU makes: every bit is 1 except the sign.
 
-    Code that rounds or compares by adding to the bits may turn this one, and no other, into a
-    number.
+    Code that rounds or compares by adding to the bits may turn this NaN into a number, although it
+    keeps every other one.
     """
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize]
     x.view(whole).fill_(torch.iinfo(whole).max)
@@ -250,11 +254,12 @@ def compared(
     truth: dict[str, Tensor],
     eager: dict[str, Tensor] | None = None,
 ) -> dict[str, tuple[float, float | None, float]]:
-    """Compute (our error, the dense loss's, the bound) of every result.
+    """Compute (our error, the dense loss's error, the bound) of every result.
 
-    Errors are relative to the norm of the truth. Gradients of rows also have the error of their
-    worst row, relative to the root mean square of the rows: a norm over all rows would hide a
-    single wrong one. Without the dense loss, ``eager``, the bound is four bands.
+    Errors are relative to the norm of the float64 result, ``truth``. A gradient of the rows also
+    has the error of its worst row, relative to the root mean square of the rows, because a norm
+    over all rows would hide a single wrong one. The bound is four bands without the dense loss,
+    ``eager``, and where its error is not finite: twice infinity would accept anything.
     """
     low, high = BANDS[case.dtype]
     kink = case.kinked and case.dtype != "float64"
@@ -262,9 +267,10 @@ def compared(
 
     def bounded(off: list[Tensor], band: float, floor: float) -> tuple[float, float | None, float]:
         mine, *dense = (float(x) for x in off)
-        if dense:
-            return mine, *dense, 2 * dense[0] + max(band, floor)
-        return mine, None, max(4 * band, floor)
+        reference = dense[0] if dense else None
+        if reference is None or not math.isfinite(reference):
+            return mine, reference, max(4 * band, floor)
+        return mine, reference, 2 * reference + max(band, floor)
 
     for name, exact in truth.items():
         size = exact.norm()
@@ -286,7 +292,7 @@ def compared(
 
 
 def refusal(case: Case, device: torch.device) -> str | None:
-    """Why the case's backend does not serve it, or None."""
+    """Return why the case's backend does not serve it, or None."""
     dtype, precision = ARITHMETIC[case.dtype]
     return ops.unsupported(case.backend, device, dtype, precision, case.member().kind)
 
@@ -296,7 +302,7 @@ def status(error: str) -> Row:
 
 
 def check(case: Case, device: str) -> Iterator[Row]:
-    """Check loss and gradients against float64, and whether every run gives the same bits."""
+    """Check loss and gradients against float64, and that every run gives the same bits."""
     start = time.perf_counter()
     here = torch.device(device)
     _, precision = ARITHMETIC[case.dtype]
@@ -329,7 +335,7 @@ def check(case: Case, device: str) -> Iterator[Row]:
 
 
 def float64_oracle(case: Case, device: torch.device) -> str | None:
-    """A sweep backend that computes the case in float64, and is not the one to be checked there."""
+    """Find a sweep backend that computes the case in float64 and is not itself being checked."""
     wide = replace(case, dtype="float64")
     for name in ("blocked", *ops.SWEEP_BACKENDS):
         same = (name, "float64") == (case.backend, case.dtype)
@@ -340,13 +346,13 @@ def float64_oracle(case: Case, device: torch.device) -> str | None:
 
 @functools.lru_cache(maxsize=1)
 def in_float64(case: Case, device: str) -> dict[str, Tensor]:
-    """The case's results in float64; kept, because backends are checked one after the other."""
+    """Compute the case in float64; the result is kept for the next backend's check."""
     z1, z2 = (z.double() for z in correlated_views(case, torch.device(device)))
     return evaluate(case, z1, z2, case.backend, None)
 
 
 def too_large(errors: dict[str, tuple[float, float | None, float]]) -> list[str]:
-    """The errors beyond their bounds."""
+    """List the errors beyond their bounds."""
     return [
         f"{name} {mine:.1e} > {bound:.1e}"
         for name, (mine, _, bound) in errors.items()
@@ -355,9 +361,9 @@ def too_large(errors: dict[str, tuple[float, float | None, float]]) -> list[str]
 
 
 def lost_nan(case: Case, ours: dict[str, Tensor], truth: dict[str, Tensor]) -> list[str]:
-    """The results in which a NaN became a number.
+    """List the results in which a NaN became a number.
 
-    The gradient of z2 is left out for "one_view": there z2 occurs in its positives alone, and
+    The gradient of z2 is left out for "one_view": there z2 occurs only in the positives, and
     backends differ in whether an unrelated row's NaN loss counts.
     """
     names = [name for name in truth if (name, case.negatives) != ("dz2", "one_view")]
@@ -371,9 +377,13 @@ def lost_nan(case: Case, ours: dict[str, Tensor], truth: dict[str, Tensor]) -> l
 
 
 def same_bits(one: Iterable[Tensor], other: Iterable[Tensor]) -> bool:
-    """Whether results are equal; NaN equals NaN."""
+    """Return whether results have the same bytes: −0 is not 0, and NaN have many bit patterns."""
+
+    def as_bytes(x: Tensor) -> Tensor:
+        return x.contiguous().reshape(-1).view(torch.uint8)
+
     return all(
-        torch.equal(x.isnan(), y.isnan()) and torch.equal(x.nan_to_num(), y.nan_to_num())
+        x.dtype == y.dtype and x.shape == y.shape and torch.equal(as_bytes(x), as_bytes(y))
         for x, y in zip(one, other, strict=True)
     )
 
@@ -383,8 +393,10 @@ def other_bits(different: int, further: int) -> list[str]:
 
 
 def serving(item: Row, device: str) -> Iterator[Row]:
-    """Yield for every dtype and GEMM precision whether the item's backend serves it on a device, or
-    why not; ``status`` is "served" or "refused".
+    """Tell for every dtype and GEMM precision whether the item's backend serves it on a device.
+
+    Yields:
+        Rows with the status "served", or "refused" with the reason in ``error``.
     """
     here = torch.device(device)
     name = torch.cuda.get_device_name(here) if here.type == "cuda" else platform.machine()

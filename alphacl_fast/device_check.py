@@ -1,8 +1,8 @@
 """``alphacl check``: compare every usable backend with float64 on the machine at hand.
 
-`accuracy` has the checks and their tolerances; here are the list of cases, the child processes that
-run them, and the table of the outcome. The parent process never opens a GPU. A case that hangs or
-crashes costs its row, and its process: the next case gets a new one.
+`accuracy` defines the checks and their tolerances. This module lists the cases, runs them in child
+processes and prints a table of the outcome. The parent process never opens a GPU. A case that hangs
+or crashes costs its own row and its process; the next case gets a new process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import ops
+from . import accuracy, ops
 from .accuracy import (
     ARITHMETIC,
     CUSTOM,
@@ -33,18 +33,18 @@ from .accuracy import (
     has_tau_gradient,
 )
 from .functional import SIMILARITIES
-from .journal import Journal, Row
-from .subprocess_pool import Lane, Pool, Task
+from .journal import Journal, Row, interrupting
+from .subprocess_pool import Lane, Pool, Task, cores
 
-#: Small sizes: rows that fill no tile, features that fill no vector.
+#: Small sizes. The pairs fill no tile, and the features fill no vector.
 SMALL_PAIRS, SMALL_DIMS = (67, 33, 150), (20, 65, 130)
-#: Pairs of the large size, by kind of device, and its features.
+#: The large size: its pairs, by kind of device, and its features.
 LARGE_PAIRS, LARGE_DIM = {"cpu": 2051, "cuda": 8197}, 128
-#: Cases of a backend that may hang or crash before its others are left out.
+#: After so many cases of a backend have hung or crashed, its other cases are left out.
 MOST_LOST = 3
 #: Failures that are printed in full.
 MOST_SHOWN = 20
-#: What the statuses of failed cases are called in the table.
+#: Status of a failed case → its name in the table.
 BAD = {"failed": "failed", "error": "raised", "crashed": "crashed", "timeout": "timed out"}
 NOT_RUN = ("unfinished", "left out")
 
@@ -54,7 +54,7 @@ class Place(NamedTuple):
 
     device: str
     backend: str
-    dtype: str  # of `accuracy.ARITHMETIC`
+    dtype: str  # a key of `accuracy.ARITHMETIC`
 
     @staticmethod
     def of(row: Row) -> Place:
@@ -65,8 +65,9 @@ class Place(NamedTuple):
 
 
 def members(quick: bool) -> list[tuple[str, dict[str, Any]]]:
-    """One objective for each form of the sweeps; or every one, those with a differentiated α, and
-    users' functions.
+    """List one objective for each form of the sweeps if ``quick``.
+
+    Otherwise list every objective, the variants that differentiate through α, and users' functions.
     """
     if quick:
         return REPRESENTATIVES
@@ -75,7 +76,7 @@ def members(quick: bool) -> list[tuple[str, dict[str, Any]]]:
 
 
 def small_case(place: Place, member: int, mode: int, quick: bool) -> Case:
-    """The case of a member (an index) in a mode; sizes and options take turns."""
+    """Make the case of a member (an index) in a mode; sizes and options take turns."""
     objective, options = members(quick)[member]
     negatives, symmetric = MODES[mode]
     turn = member + mode + list(ARITHMETIC).index(place.dtype)
@@ -98,7 +99,7 @@ def small_case(place: Place, member: int, mode: int, quick: bool) -> Case:
 
 
 def large_case(place: Place, member: int) -> Case:
-    """A representative at the large size, each in a mode of its own."""
+    """Make the case of a representative at the large size, each in a mode of its own."""
     objective, options = REPRESENTATIVES[member]
     negatives, symmetric = MODES[member % len(MODES)]
     return Case(
@@ -118,8 +119,8 @@ def large_case(place: Place, member: int) -> Case:
 def cases(places: list[Place], quick: bool) -> Iterator[tuple[str, Case]]:
     """Yield (device, case), the most important objectives first.
 
-    The large size comes after the representatives. Backends that share a device and a dtype follow
-    each other there, and share the truth.
+    The large size comes after the representatives. There the backends that share a device and a
+    dtype follow each other, so that their float64 results are computed once.
     """
     for member, (objective, options) in enumerate(members(quick)):
         for mode in range(len(MODES)):
@@ -140,10 +141,10 @@ def cases(places: list[Place], quick: bool) -> Iterator[tuple[str, Case]]:
 
 @dataclass
 class Outcome:
-    """What the cases of one place came to."""
+    """The outcome of the cases of one place."""
 
     statuses: Counter[str] = field(default_factory=Counter)
-    #: (error, bound) of the result that came closest to its bound, of losses and of gradients.
+    #: (error, bound) of the result that came closest to its bound, for losses and for gradients.
     loss: tuple[float, float] = (0.0, math.inf)
     gradient: tuple[float, float] = (0.0, math.inf)
 
@@ -162,12 +163,12 @@ class Outcome:
 
 
 def closeness(error: float, bound: float) -> float:
-    """How much of its bound an error takes; a NaN takes more than all."""
+    """Divide an error by its bound; a NaN is farther off than any number."""
     return math.inf if math.isnan(error) else error / bound
 
 
 def table(outcomes: dict[Place, Outcome]) -> Iterator[str]:
-    """The lines of a table, one row for each place."""
+    """Yield the lines of a table with a row for each place."""
     heads = "device", "backend", "dtype", "cases", "loss error", "bound", "gradient error", "bound"
     line = "{:8} {:8} {:9} {:>6} {:>11} {:>8} {:>15} {:>8}  {}".format
     yield line(*heads, "verdict")
@@ -182,7 +183,7 @@ def table(outcomes: dict[Place, Outcome]) -> Iterator[str]:
 
 
 def one_line(row: Row) -> str:
-    """A failed case in one line."""
+    """Describe a failed case in one line."""
     name = row["objective"] + "".join(f" {key}={value}" for key, value in row["options"])
     kind = "NaN" if row["nan"] else "large" if row["large"] else ""
     mode = row["negatives"] + ("" if row["symmetric"] else " one-sided")
@@ -198,14 +199,14 @@ def one_line(row: Row) -> str:
 
 
 class Run:
-    """A run's options, and what it has found so far."""
+    """The options of a run, and what it has found so far."""
 
     def __init__(self, given: argparse.Namespace, journal: Journal | None, module: str) -> None:
         self.given, self.journal, self.module = given, journal, module
         self.until = time.monotonic() + given.seconds
         self.outcomes: dict[Place, Outcome] = defaultdict(Outcome)
         self.served: list[Place] = []
-        #: (backend, device) → reason → the dtypes, or objectives, that are not served.
+        #: (backend, device) → reason → the dtypes or objectives that are not served.
         self.refused: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(dict)
         self.skipped: dict[str, None] = {}
         self.failures: list[str] = []
@@ -217,7 +218,7 @@ class Run:
             self.journal.add(row)
 
     def serves(self, row: Row) -> None:
-        """Take a row of `accuracy.serving`; a failure takes the backend out on this device."""
+        """Take a row of `accuracy.serving`; after a failure the backend is not checked."""
         self.write(row)
         if row["status"] == "served":
             self.served.append(Place.of(row))
@@ -229,7 +230,7 @@ class Run:
 
     def add(self, row: Row) -> None:
         """Take the row of a case."""
-        self.done += 1  # first, because Ctrl-C takes effect once the row is written
+        self.done += 1  # first, because a signal takes effect once the row is written
         self.write(row)
         self.outcomes[Place.of(row)].add(row)
         if row["status"] in BAD:
@@ -260,19 +261,21 @@ class Run:
         )
 
     def keeps_failing(self, task: Task) -> bool:
-        """Whether too many children were lost with the task's backend."""
+        """Return whether too many cases of the task's backend have hung or crashed."""
         return self.lost[task.arguments["device"], task.items[0].backend] >= MOST_LOST
 
     def carry_out(self, devices: list[str], backends: list[str]) -> None:
-        log = f"{self.given.json}.log" if self.given.json else os.devnull
-        # Compiling Triton's kernels is most of a GPU's run, and takes a CPU core per process.
-        size = max(1, min(8, (os.cpu_count() or 1) // 2)) if devices != ["cpu"] else 1
+        rows = self.given.json
+        # a device or a pipe has no place beside it for a log
+        log = f"{rows}.log" if rows and rows.is_file() else os.devnull
+        # a run on a GPU spends most of its time compiling Triton's kernels, one core per process
+        size = max(1, min(8, cores() // 2)) if devices != ["cpu"] else 1
         serving = deque(
             self.task("serving", {"backend": backend}, device, "serving")
             for device in devices
             for backend in backends
         )
-        with contextlib.closing(Pool(log)) as pool:
+        with contextlib.closing(Pool(log, preload=accuracy.__name__)) as pool:
             pool.run([Lane(serving, size, reuse=True)], self.until, self.serves)
             self.served.sort(key=lambda place: (devices.index(place.device), place.backend))
             listed = cases(self.served, self.given.quick)
@@ -282,7 +285,7 @@ class Run:
             pool.run([lane], self.until, self.add)
 
     def report(self) -> None:
-        """Print the table, what was not served and why, and the failures."""
+        """Print the table, the reasons why something was not served, and the failures."""
         self.show("")
         if self.outcomes:
             print("\n".join(table(self.outcomes)) + "\n")
@@ -301,17 +304,20 @@ class Run:
         """Print the verdict; return the exit status."""
         statuses = sum((outcome.statuses for outcome in self.outcomes.values()), Counter())
         run = sum(statuses[status] for status in ("ok", *BAD))
-        # those that were never given to a process have no row
+        # cases that no process was given have no row
         not_run = self.total - run - statuses["refused"] - statuses["skipped"]
-        if not_run > 0:  # a device that breaks after a case adds a row of its own
+        if not_run > 0:  # negative if a device breaks after a case, which adds a row
             print(f"{not_run} of {self.total} cases were not run")
+        lost = len(self.journal.lost) if self.journal else 0
+        if lost:
+            print(f"{lost} rows could not be written to {self.given.json}")
         if self.failures:
             print(f"{len(self.failures)} failures in {run} cases")
         elif not run:
             print("no case was run")
         else:
             print(f"no failure in {run} cases")
-        return 0 if run and not self.failures else 1
+        return 0 if run and not self.failures and not lost else 1
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -329,7 +335,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--json",
         type=Path,
         metavar="FILE",
-        help="write each case as a line of JSON once it is done, and what libraries print to "
+        help="write a line of JSON for each case once it is done; the output of libraries goes to "
         "FILE.log",
     )
     parser.add_argument(
@@ -340,7 +346,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=60.0,
         metavar="SECONDS",
-        help="after so long a case counts as hanging, and its process is ended (default: 60)",
+        help="end a case that has not finished after this time; it counts as hanging (default: 60)",
     )
 
 
@@ -355,7 +361,7 @@ def positive(text: str) -> float:
 
 
 def chosen_devices(name: str | None, fail: Callable[[str], Any]) -> list[str]:
-    """The devices to check; a name that torch cannot use here ends the command."""
+    """List the devices to check; a name that torch cannot use here ends the command."""
     count = torch.cuda.device_count()
     if name is None:
         return ["cuda", "cpu"] if count else ["cpu"]
@@ -377,12 +383,12 @@ def chosen_backends(text: str | None, fail: Callable[[str], Any]) -> list[str]:
 def run(
     given: argparse.Namespace, fail: Callable[[str], Any], module: str = "alphacl_fast.accuracy"
 ) -> int:
-    """Run the command with parsed flags.
+    """Run the command with parsed flags; return the exit status.
 
     Args:
-        given: flags of `add_flags`.
+        given: the flags of `add_flags`.
         fail: ends the command with a message.
-        module: has the functions `serving` and `check`, which run in child processes.
+        module: the module whose functions `serving` and `check` run in child processes.
     """
     devices = chosen_devices(given.device, fail)
     backends = chosen_backends(given.backends, fail)
@@ -395,11 +401,12 @@ def run(
         journal = Journal(given.json, print)
     this = Run(given, journal, module)
     try:
-        this.carry_out(devices, backends)
-    except KeyboardInterrupt:
+        with interrupting():
+            this.carry_out(devices, backends)
+    except KeyboardInterrupt as signal:
         this.report()
         kept = f", rows in {given.json}" if journal else ""
         print(f"alphacl: interrupted after {this.done} cases{kept}", file=sys.stderr)
-        return 130
+        return 128 + signal.args[0]
     this.report()
     return this.status()

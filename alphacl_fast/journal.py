@@ -1,4 +1,4 @@
-"""Rows on disk: a line of JSON each, synced before the run goes on.
+"""Rows on disk: each is a line of JSON, which is synced before the run goes on.
 
 Whatever happens to the run, the lines written before stay readable: a line that does not fit on the
 disk is taken back, and signals wait until a line is whole.
@@ -11,6 +11,7 @@ import json
 import math
 import os
 import signal
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ Row = dict[str, Any]
 
 
 def read(file: Path) -> list[Row]:
-    """The rows of a file, none where there is no file; a line that was cut off is left out."""
+    """Read the rows of a file, none where there is no file; leave out a line that was cut off."""
     rows = []
     for line in file.read_text().splitlines() if file.is_file() else ():
         with contextlib.suppress(json.JSONDecodeError):
@@ -29,7 +30,7 @@ def read(file: Path) -> list[Row]:
 
 @contextlib.contextmanager
 def handled(handler: Any, *numbers: int) -> Iterator[None]:
-    """Within the context signals are handled so."""
+    """Handle signals with ``handler`` within the context."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -38,11 +39,24 @@ def handled(handler: Any, *numbers: int) -> Iterator[None]:
             signal.signal(number, earlier)
 
 
+def interrupting() -> contextlib.AbstractContextManager[None]:
+    """Let SIGTERM and SIGINT raise KeyboardInterrupt(number) within the context.
+
+    What Ctrl-C ends in order, such as child processes, then ends in the same way after a SIGTERM.
+    """
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt(number)
+
+    return handled(interrupt, signal.SIGTERM, signal.SIGINT)
+
+
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Within the context SIGTERM and SIGINT wait.
+    """Let SIGTERM and SIGINT wait until the end of the context.
 
-    A mask would not do: another thread would take the signal, and this one run its handler.
+    A signal mask is not enough: another thread would take the signal, and this thread would still
+    run its handler.
     """
     arrived: list[int] = []
     try:
@@ -54,7 +68,7 @@ def signals_held() -> Iterator[None]:
 
 
 def strict(value: Any) -> Any:
-    """The value without infinities and NaN, which JSON does not have."""
+    """Replace infinities and NaN, which JSON does not have, by their names."""
     if isinstance(value, dict):
         return {key: strict(x) for key, x in value.items()}
     if isinstance(value, (list, tuple)):
@@ -63,19 +77,24 @@ def strict(value: Any) -> Any:
 
 
 def append(file: Path, row: Row) -> None:
-    """Append a row to a file and sync it; after an OSError the file is as it was."""
+    """Append a row to a file and sync it; after an OSError the file is as it was.
+
+    A pipe or a device, such as /dev/null, cannot be synced.
+    """
     data = json.dumps(strict(row)).encode() + b"\n"
     with signals_held():
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            size = os.fstat(descriptor).st_size
+            about = os.fstat(descriptor)
+            size = about.st_size
             # an earlier run may have been killed within a line
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
                 data = b"\n" + data
             try:
                 while data:
                     data = data[os.write(descriptor, data) :]
-                os.fsync(descriptor)
+                if stat.S_ISREG(about.st_mode):
+                    os.fsync(descriptor)
             except OSError:
                 with contextlib.suppress(OSError):  # a device has no size to go back to
                     os.ftruncate(descriptor, size)
@@ -86,7 +105,7 @@ def append(file: Path, row: Row) -> None:
 
 @contextlib.contextmanager
 def replaced(file: Path) -> Iterator[Path]:
-    """A path to write to, whose file takes the place of ``file`` once it is whole."""
+    """Yield a path to write to; its file replaces ``file`` at the end of the context."""
     partial = file.with_suffix(".partial")
     try:
         yield partial
@@ -99,8 +118,9 @@ class Journal:
     """The rows of a run, in memory and in a file.
 
     Attributes:
-        rows: of this run; those that the file held before are in ``earlier``.
-        lost: what could not be written, one message each.
+        rows: the rows of this run.
+        earlier: the rows that the file held before.
+        lost: a message for each row or file that could not be written.
     """
 
     def __init__(self, file: Path, say: Callable[[str], None]) -> None:
@@ -117,7 +137,7 @@ class Journal:
             self.rows.append(row)
 
     def attempt(self, what: str, write: Callable[[], Any]) -> bool:
-        """Whether ``write`` succeeds; an OSError, such as a full disk, is told and kept."""
+        """Return whether ``write`` succeeds; report and keep an OSError, such as a full disk."""
         try:
             write()
         except OSError as error:

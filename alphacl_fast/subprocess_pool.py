@@ -3,7 +3,7 @@
 A task calls a generator function, named "module:function", for each of its items in turn. The
 generator yields rows (dicts), which arrive as they are made. Failures arrive as rows too, with
 ``status`` "error", "crashed" or "timeout"; a new child goes on with the items after the one that
-failed. Children ignore Ctrl-C, which a terminal sends to them too: their parent ends them.
+failed. Children ignore Ctrl-C, which a terminal sends to them too; their parent ends them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .journal import Row, handled
 
 #: Seconds that a child may take to begin, which includes the import of torch.
 STARTUP = 60.0
-#: Messages of a child beside rows: it begins; an item is done; the process can do no more.
+#: What a child sends besides rows: it begins; an item is done; its device is broken.
 BEGUN, NEXT, BROKEN = "begun", "next", "broken"
 
 
@@ -36,9 +36,9 @@ class Task:
 
     Attributes:
         function: "module:function", called as function(item, **arguments).
-        items: what it is called with in turn; dataclasses or dicts.
+        items: the arguments of the calls, one after the other; dataclasses or dicts.
         arguments: keyword arguments; a GPU named "device" is opened before the first item.
-        about: columns that a failure's row gets besides the item's own.
+        about: columns that the row of a failure gets in addition to the item's own.
         limit: seconds that the child may take from one message to the next.
         startup: predicted seconds until the first item begins.
         predicted: predicted seconds of each item.
@@ -55,28 +55,29 @@ class Task:
     environment: dict[str, str] = field(default_factory=dict)
 
     def row(self, **found: Any) -> Row:
-        """A row about the first item."""
+        """Make a row about the first item."""
         item = self.items[0]
         return {**self.about, **(asdict(item) if is_dataclass(item) else item), **found}
 
     def first(self) -> Task:
-        """The task of the first item alone."""
+        """Make a task of the first item alone."""
         return replace(self, items=self.items[:1])
 
     def rest(self) -> Task | None:
-        """The task after its first item."""
+        """Make a task of the items after the first, None if there are none."""
         return replace(self, items=self.items[1:]) if len(self.items) > 1 else None
 
 
 @dataclass
 class Lane:
-    """Tasks in their order.
+    """A queue of tasks.
 
     Attributes:
-        tasks: those that no child has begun.
+        tasks: the tasks that no child has begun.
         size: how many run side by side.
-        reuse: whether a child goes on with another task after its own.
-        skip: whether the first item of a task is to be left out, asked when its turn comes.
+        reuse: whether a child that is done takes the lane's next task.
+        skip: tells whether to leave out a task's first item; it is asked when the task's turn
+            comes.
     """
 
     tasks: deque[Task]
@@ -86,9 +87,16 @@ class Lane:
 
     @property
     def seconds(self) -> float:
-        """Predicted time of all tasks."""
+        """The predicted time of all tasks."""
         each = (task.startup + task.predicted * len(task.items) for task in self.tasks)
         return sum(each) / self.size
+
+
+def cores() -> int:
+    """Count the cores that this process may use, which may be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 # --- in the child ---------------------------------------------------------------------------------
@@ -108,31 +116,35 @@ def rows_of(task: Task) -> Iterator[Row]:
         yield task.row(status="error", error=text, where=where)
 
 
-def broken_device() -> str | None:
-    """Why the CUDA context serves no longer, for instance after an illegal address."""
+def broken_device(device: str) -> str | None:
+    """Return why the task's GPU serves no longer, for instance after an illegal address.
+
+    A task that names no GPU may have used the current one.
+    """
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return None
     try:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device if device.startswith("cuda") else None)
     except Exception as error:
         return str(error).partition("\n")[0]
     return None
 
 
 def open_device(device: str) -> None:
-    """Open the GPU, which takes seconds where many processes do; the watchdog begins after it."""
+    """Open the GPU, before the watchdog begins: with many processes it takes seconds."""
     if device.startswith("cuda"):
         import torch
 
-        # what is wrong will be told by the first item
+        # the first item will report what is wrong
         with contextlib.suppress(RuntimeError, AssertionError):
             torch.zeros(1, device=device)
             torch.cuda.synchronize(device)
 
 
 def serve(pipe: connection.Connection, task: Task, log: str) -> None:
-    """Run one item after the other, until the device is broken or the parent gone."""
+    """Run one item after the other until the device is broken or the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a server may have been started without that
     with contextlib.suppress(OSError):  # without a log, output goes where the parent's goes
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         for stream in (1, 2):  # output of compilers and libraries
@@ -146,7 +158,7 @@ def serve(pipe: connection.Connection, task: Task, log: str) -> None:
             for row in rows_of(task):
                 failed = row.get("status") == "error"
                 pipe.send(row)
-            if why := broken_device():
+            if why := broken_device(task.arguments.get("device", "")):
                 if not failed:
                     why = f"the device is broken after the last row: {why}"
                     pipe.send(task.row(status="error", error=why))
@@ -157,18 +169,19 @@ def serve(pipe: connection.Connection, task: Task, log: str) -> None:
 
 
 class Child:
-    """A process, which begins with the first item of a task.
+    """A process that begins with the first item of a task.
 
     Args:
-        task: what it begins with.
-        log: file to which it prints.
-        preload: a module that a server imports once, which then forks every child; without one, a
-            child is a new interpreter.
+        task: its first task.
+        log: the file that gets its output.
+        preload: a module that a server imports once before it forks every child; None makes a new
+            interpreter of each child, and so does a system that has no such server.
     """
 
     def __init__(self, task: Task, log: str, preload: str | None) -> None:
-        context = multiprocessing.get_context("forkserver" if preload else "spawn")
-        if preload:
+        served = preload and "forkserver" in multiprocessing.get_all_start_methods()
+        context = multiprocessing.get_context("forkserver" if served else "spawn")
+        if served:
             context.set_forkserver_preload([preload])
         self.connection, theirs = context.Pipe()
         arguments = theirs, task.first(), log
@@ -178,11 +191,11 @@ class Child:
         theirs.close()
 
     def send(self, task: Task) -> None:
-        """Go on with the first item of a task."""
+        """Let it go on with the first item of a task."""
         self.connection.send(task.first())
 
     def receive(self) -> Any:
-        """The next message; EOFError if there will be none."""
+        """Return the next message; raise EOFError if there will be none."""
         return self.connection.recv()
 
     def kill(self) -> None:
@@ -190,10 +203,12 @@ class Child:
         self.connection.close()
 
     def end(self) -> str:
-        """How the process ended."""
+        """Tell how the process ended."""
         self.process.join(2)
         code = self.process.exitcode
-        if code is not None and code < 0:
+        if code is None:
+            return "the process closed its connection and did not end"
+        if code < 0:
             return f"the process was killed by {signal.Signals(-code).name}"
         return f"the process ended with {code}"
 
@@ -207,17 +222,28 @@ class _Running:
     task: Task
     lane: Lane
     expires: float
+    begun: bool = False
+
+    def ended(self) -> str:
+        """Tell how the child ended, and whether it had begun."""
+        return self.child.end() + ("" if self.begun else " before it began")
+
+    def overdue(self) -> str:
+        """Tell what the child did not do in time."""
+        if self.begun:
+            return f"no row within {self.task.limit:.0f} s"
+        return f"the process did not begin within {STARTUP:.0f} s"
 
 
 class Pool:
-    """Runs lanes of tasks until a time.
+    """Runs lanes of tasks until a given time.
 
     Args:
-        log: file to which children print.
-        preload: as `Child`.
-        clock: seconds, as `time.monotonic`.
-        wait: as `multiprocessing.connection.wait`.
-        start: starts a child, as `Child`.
+        log: the file that gets the output of children.
+        preload: the argument of `Child`.
+        clock: returns seconds, as `time.monotonic` does.
+        wait: waits for connections, as `multiprocessing.connection.wait` does.
+        start: starts a child, as `Child` does.
     """
 
     def __init__(
@@ -238,22 +264,24 @@ class Pool:
         """Run the tasks; ``emit`` gets every row.
 
         Returns:
-            The tasks whose items were not begun, with the reason. A running item is "unfinished"
-            at the time ``until``.
+            The tasks whose items were not begun, with the reason. An item that still runs at the
+            time ``until`` gets a row with the status "unfinished".
         """
         self.until, self.emit, self.left = until, emit, []
-        while (now := self.clock()) < until:
+        while self.clock() < until:
             for lane in lanes:
                 self._fill(lane)
             if not self.running:
                 return self.left
             first = min([until, *(r.expires for r in self.running)])
-            ready = self.wait([r.child.connection for r in self.running], max(0.0, first - now))
+            # starting children took time, so the clock is read again
+            seconds = max(0.0, first - self.clock())
+            ready = self.wait([r.child.connection for r in self.running], seconds)
             for r in list(self.running):
                 if r.child.connection in ready:
                     self._receive(r)
                 elif self.clock() >= r.expires:
-                    self._fail(r, "timeout", f"no row within {r.task.limit:.0f} s")
+                    self._fail(r, "timeout", r.overdue())
         for r in list(self.running):
             rest = self._end(r)
             emit(r.task.row(status="unfinished", error="its time was up"))
@@ -269,7 +297,7 @@ class Pool:
             self._end(r)
 
     def _take(self, lane: Lane) -> Task | None:
-        """The lane's next task that is not to be skipped and fits into the time."""
+        """Take the lane's next task that is not to be skipped and fits into the time."""
         while lane.tasks:
             task, time_left = lane.tasks.popleft(), self.until - self.clock()
             needed = task.startup + task.predicted
@@ -284,7 +312,7 @@ class Pool:
         return None
 
     def _fill(self, lane: Lane) -> None:
-        """Start children of the lane's tasks, as many as run side by side."""
+        """Start children until as many run side by side as the lane allows."""
         while sum(r.lane is lane for r in self.running) < lane.size and (task := self._take(lane)):
             try:
                 child = self.start(task, self.log, self.preload)
@@ -300,7 +328,8 @@ class Pool:
             if message == NEXT:
                 return self._go_on(r)
         except (EOFError, OSError):
-            return self._fail(r, "crashed", r.child.end())
+            return self._fail(r, "crashed", r.ended())
+        r.begun = True  # every child's first message says so
         r.expires = self.clock() + r.task.limit
         if isinstance(message, dict):
             self.emit(message)

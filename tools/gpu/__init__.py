@@ -5,25 +5,24 @@
     python -m tools.gpu --dry-run                # prints the plan; needs no GPU
     python -m tools.gpu --compile --out dir      # compiles call 1's kernels ahead; needs no GPU
 
-Neither needs a network or more than PyTorch and Triton. `calls` says what is done when. The rows
-are kept by `alphacl_fast.journal`, the child processes by `alphacl_fast.subprocess_pool`, and the
-loss is compared with float64 by `alphacl_fast.accuracy`. Each of the modules knows only the
+The calls need no network, and no packages besides PyTorch and Triton. `alphacl_fast.journal` keeps
+the rows, `alphacl_fast.subprocess_pool` runs the child processes, `alphacl_fast.accuracy` compares
+the loss with float64, and `alphacl_fast.tune` times tiles. Each of these modules imports only
 modules above it:
 
-    schedule    phases one after the other, each within its time; what does not fit is "not run"
+    schedule    runs phases one after the other, each within its time
     engines     a backend and the way it is told to work (128-row tiles, mma.sync)
-    checks      the table of cases in which the loss is compared with float64
-    sweeps      the two operators alone against float64: rectangles, splits, NaN, repeated bits
-    timings     times, kernels of a step, replays of a CUDA graph
+    checks      lists the cases in which the loss is compared with float64
+    sweeps      compares the two operators alone with float64: layouts, splits, NaN, repeated bits
+    timings     measures times, kernels of a step, replays of a CUDA graph
     ahead       compiles the kernels that a task will launch, without a device
-    tuning      times tiles and keeps the fastest
-    sanitizer   small shapes under compute-sanitizer
-    warm        what the server of children computes once
-    calls       the two calls
-    summary     summary.txt and plots.png
+    sanitizer   runs small shapes under compute-sanitizer
+    warm        computes once what every child needs
+    calls       plans the two calls
+    summary     writes summary.txt and plots.png
 """
 
 import time
 
-#: When the process began, about: nothing else has been imported, and PyTorch's import counts.
+#: About when the process began: this module is imported first, and PyTorch's import counts.
 BEGIN = time.monotonic()

@@ -1,10 +1,10 @@
 """Run one of the two calls: `python -m tools.gpu --call 1 --out dir`.
 
 The folder gets rows.jsonl, summary.txt, plots.png, children.log, cache.tar.gz (the compiled
-kernels) and tuned.json. The exit status is 1 if one of the package's engines fails anywhere or
-something could not be written, and 143 after SIGTERM. Times are for loss + gradient. Fractions are
-relative to the rate of an 8192³ GEMM of the same dtype in the same process, and count 4n²D
-operations (8N²D in cross_view).
+kernels) and tuned.json. The exit status is 1 if one of the package's engines fails anywhere, if no
+GPU backend has a right result on a GPU, or if something could not be written; it is 143 after
+SIGTERM. Times are for loss + gradient. Fractions are relative to the rate of an 8192³ GEMM of the
+same dtype in the same process, and count 4n²D operations (8N²D in cross_view).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import tarfile
 import tempfile
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -35,7 +36,10 @@ MOST_SHOWN = 12
 
 
 def main(arguments: list[str] | None = None, begin: float | None = None) -> int:
-    """Run the command; its time counts from ``begin`` of `time.monotonic`, by default from now."""
+    """Run the command and return its exit status.
+
+    Its time counts from ``begin``, a value of `time.monotonic`; by default, from now.
+    """
     begin = time.monotonic() if begin is None else begin
     args = parsed(arguments)
     if args.plots is not None:
@@ -76,7 +80,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 
 class Run:
-    """A call: its session, pool and journal."""
+    """Carries out a call with its session, pool and journal."""
 
     def __init__(self, args: argparse.Namespace, cache: Path, begin: float) -> None:
         self.args, self.begin = args, begin
@@ -98,12 +102,12 @@ class Run:
         try:
             kernels = ahead.unpack(archive, self.session.cache)
         except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-            self.say(f"{archive} is of no use: {error}", keep=True)
+            self.say(f"{archive} cannot be used: {error}", keep=True)
         else:
             self.say(f"{kernels} compiled kernels taken from {archive}", keep=True)
 
     def seconds(self) -> float:
-        """Since the call's begin."""
+        """Return the seconds since the call's begin."""
         return time.monotonic() - self.begin
 
     def say(self, line: str, keep: bool = False) -> None:
@@ -126,6 +130,7 @@ class Run:
             plan = compiling if self.args.compile else CALLS[self.args.call]
             phases = plan(self.session)
             schedule.perform(phases, self.pool, self.begin, self.add)
+            self.judge()
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is left takes a second
             self.pool.close()
@@ -133,7 +138,15 @@ class Run:
             signal.signal(signal.SIGTERM, stop)
         return int(any(map(summary.failure, self.journal.rows)) or bool(self.journal.lost))
 
+    def judge(self) -> None:
+        """Add a failure if a GPU was there and none of its backends has a right result."""
+        wanted = self.args.device == "cuda" and not self.args.compile
+        if wanted and not summary.right_on_gpu(self.journal.rows):
+            error = "neither triton nor cuda has a right result"
+            self.add({"benchmark": "device", "status": "failed", "error": error})
+
     def finish(self) -> None:
+        """Write the archive, the summary and the plots."""
         self.session.save()
         notes = [*self.notes, *self.journal.lost]
         text = summary.text(self.journal.earlier, self.journal.rows, notes)
@@ -141,12 +154,12 @@ class Run:
         self.journal.attempt(file.name, lambda: file.write_text(text + "\n"))
         print("\n" + text, flush=True)
         if not self.args.compile and self.seconds() < SECONDS[self.args.call] - PLOTTING:
-            with contextlib.suppress(Exception):  # plots are a view of the rows, no result
+            with contextlib.suppress(Exception):  # plots can be drawn later, from the rows
                 print(summary.draw(self.args.out))
 
 
 def compiling(session: Session) -> list[schedule.Phase]:
-    """Call 1's kernels for the default machine, without a time limit."""
+    """Plan to compile call 1's kernels for the default machine, without a time limit."""
     assume_all(session)
     items = calls.items_of_call_1
     return [schedule.Phase("ahead", 1e6, lambda: calls.ahead(session, items(session)))]
@@ -156,27 +169,42 @@ def compiling(session: Session) -> list[schedule.Phase]:
 
 
 def assume_all(session: Session) -> None:
-    """Plan for a device that every engine serves."""
+    """Plan as if every engine served the device."""
     names = ("cpu", "blocked") if session.device == "cpu" else calls.ORDER
     session.refused = dict.fromkeys(names)
 
 
 def dry_run(args: argparse.Namespace, cache: Path) -> int:
-    """Print the phases of a call with their tasks and predicted seconds."""
+    """Print the phases of a call with their predicted begins, and their tasks."""
     earlier = read((args.cache or args.out) / "rows.jsonl")
     session = Session(
         args.out, cache, args.device, args.workers, earlier, lambda what, write: True
     )  # fmt: skip
     assume_all(session)
-    ends = 0.0
+    begin = 0.0
     for phase in CALLS[args.call](session):
         lanes: list[Lane] = phase.plan()
-        print("\n".join(schedule.lines(phase.name, lanes, ends, phase.until)))
-        ends = phase.until
-    print(f"{ends:5.0f}-{SECONDS[args.call]} s  summary and archive")
+        print("\n".join(schedule.lines(phase.name, lanes, begin, phase.until)))
+        # a phase that is done early leaves its time to the next
+        begin = min(phase.until, begin + max((lane.seconds for lane in lanes), default=0.0))
+    print(f"{begin:5.0f}-{SECONDS[args.call]} s  summary and archive")
     return 0
 
 
+def command(arguments: list[str] | None = None, begin: float | None = None) -> NoReturn:
+    """Run `main` and end the process without destructors.
+
+    A destructor that meets a broken CUDA context may hang.
+    """
+    try:
+        status = main(arguments, begin)
+    except SystemExit as stop:  # wrong arguments, or SIGTERM
+        status = int(stop.code or 0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    os.environ.pop("TRITON_INTERPRET", None)  # compiled kernels are what is checked
-    sys.exit(main(begin=BEGIN))
+    os.environ.pop("TRITON_INTERPRET", None)  # the call checks compiled kernels
+    command(begin=BEGIN)

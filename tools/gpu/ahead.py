@@ -1,8 +1,8 @@
-"""Compile the Triton kernels that a task will launch: on the CPUs, before a device is needed.
+"""Compiles the Triton kernels that a task will launch, on CPUs and before a device is needed.
 
-The package's own host code runs on CPU tensors, and Triton's own launcher binds, specialises and
-compiles what it launches for a GPU that is only named. So the keys in Triton's cache are those that
-the device asks for later. Sizes that no key depends on are made small.
+The package's host code runs on CPU tensors, and Triton's own launcher binds, specialises and
+compiles each kernel for a GPU that is only named. Therefore the device later finds every key in
+Triton's cache. Sizes on which no key depends are made small.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import Any
 
 import torch
 
-from alphacl_fast import MinPlayer, accuracy, ops
+from alphacl_fast import MinPlayer, accuracy, ops, tune
 from alphacl_fast.backend import gpu
 from alphacl_fast.backend import triton as backend
 from alphacl_fast.benchmarks.loss import gradient
 from alphacl_fast.journal import Row, replaced
 from alphacl_fast.kernels import config
 
-from . import engines, sweeps, timings, tuning
+from . import engines, sweeps, timings
 
-#: Rows of both views that stand for any number: enough for splits, whose sums need a kernel.
+#: Stands for any number of rows. It is large enough for splits, whose sums need a kernel.
 SMALL = 512
 
 
@@ -37,9 +37,9 @@ class Machine:
     """The GPU to compile for.
 
     Attributes:
-        capability: its compute capability, 90 for 9.0.
-        multiprocessors: their number.
-        table: its name among the tuned tables.
+        capability: its compute capability; 90 means 9.0.
+        multiprocessors: the number of its multiprocessors.
+        table: the name of its table of tiles.
     """
 
     capability: int = 90
@@ -51,7 +51,7 @@ class Machine:
 
 
 def distinct(items: Iterable[Any], machine: Machine) -> list[Any]:
-    """One item for each set of kernels, in the order of the items."""
+    """Choose one item for each set of kernels, in the order of the items."""
     found: dict[Any, Any] = {}
     for item in items:
         free = {"splits": 0, "nan": False, "runs": 1}
@@ -63,7 +63,7 @@ def distinct(items: Iterable[Any], machine: Machine) -> list[Any]:
 
 
 def shrunk(n: int) -> int:
-    """A small number of rows with the same alignment, also of its half."""
+    """Make a small number of rows that is aligned as n is, and its half as n's half."""
     return SMALL + n % 32
 
 
@@ -86,27 +86,27 @@ def launch(item: Any) -> None:
         with item.within(), accuracy.matmul_precision(item.dtype):
             gradient(item.setting.loss(item.backend), *item.setting.views(here))
     else:
-        tuning.step(replace(item, rows=shrunk(item.rows)), here)()
+        tune.step(replace(item, rows=shrunk(item.rows)), here)()
 
 
 def rows_of(item: Any) -> int:
-    """The rows by which the item's tiles are chosen."""
+    """Return the number of rows by which the item's tiles are chosen."""
     return getattr(item, "n", None) or getattr(item, "rows", None) or 2 * item.pairs
 
 
 # --- the launcher of a GPU that is only named -----------------------------------------------------
 
-#: (name of the kernel, key in the cache, function that compiles it) → what a launch gets.
+#: (name of the kernel, key in the cache, function that compiles it) → the result of the launch.
 Request = Callable[[str, str, Callable[[], Any]], Any]
 
 
 def name_gpu(machine: Machine, rows: int, request: Request) -> None:
-    """For the rest of this process Triton compiles for the machine, through ``request``.
+    """Let Triton compile for the machine, through ``request``, for the rest of this process.
 
     Args:
         machine: the GPU.
-        rows: the rows by which tiles are chosen.
-        request: called for every kernel instead of the compiler.
+        rows: the number of rows by which tiles are chosen.
+        request: is called for every kernel instead of the compiler.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -144,7 +144,7 @@ def name_gpu(machine: Machine, rows: int, request: Request) -> None:
 
 
 def key_of(src: Any, target: Any, options: dict[str, Any]) -> str:
-    """The folder in Triton's cache, as `triton.compile` derives it."""
+    """Return the kernel's folder in Triton's cache, as `triton.compile` derives it."""
     from triton._C.libtriton import get_cache_invalidating_env_vars
     from triton.compiler import make_backend
     from triton.runtime.cache import get_cache_key
@@ -158,13 +158,13 @@ def key_of(src: Any, target: Any, options: dict[str, Any]) -> str:
 def compile_item(
     item: Any, machine: Machine, claims: str, benchmark: str = "compile"
 ) -> Iterator[Row]:
-    """Compile what the item launches, except for what another process has begun to compile.
+    """Compile the kernels that the item launches, unless another process has begun to.
 
     Args:
-        item: as `launch` takes it.
+        item: the argument of `launch`.
         machine: the GPU to compile for.
-        claims: a folder with a file for every key.
-        benchmark: of the row.
+        claims: a folder with an empty file for every key that a process compiles.
+        benchmark: the benchmark that the row names.
     """
     compiled, failed = [], {}
 
@@ -175,7 +175,7 @@ def compile_item(
             return None
         try:
             compiler()
-        except Exception as error:  # other kernels of the item may compile
+        except Exception as error:  # the item's other kernels may still compile
             failed[name] = f"{type(error).__name__}: {str(error)[-300:]}"
         else:
             compiled.append(name)
@@ -194,7 +194,7 @@ def compile_item(
 
 
 def pack(folder: Path, archive: Path) -> None:
-    """Write what a launch reads of a cache (machine code and its description) to a .tar.gz."""
+    """Write the files that a launch reads from a cache, machine code and JSON, to a .tar.gz."""
     with replaced(archive) as partial, tarfile.open(partial, "w:gz", compresslevel=6) as out:
         for file in sorted(folder.glob("*/*")):
             if file.suffix in (".cubin", ".json"):
@@ -202,7 +202,7 @@ def pack(folder: Path, archive: Path) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> int:
-    """Write an archive's files to a cache; returns how many kernels it has.
+    """Write an archive's files to a cache, and return how many kernels it has.
 
     Triton's lists of a kernel's files hold absolute paths, which are rewritten to the folder.
     """

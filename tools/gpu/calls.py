@@ -1,26 +1,27 @@
-"""The two calls: what is done when, and what matters first.
+"""The two calls: what they do, in the order of its worth.
 
-Times are seconds after the call's begin at which a phase ends at the latest; a phase that is done
-early leaves its time to the next. Predicted seconds are estimates for an H200 with 16 cores.
+The time of a phase is when it ends at the latest, in seconds after the call's begin; a phase that
+is done early leaves its time to the next. Predicted seconds are estimates for an H200 with 16
+cores.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from alphacl_fast import tune
 from alphacl_fast.accuracy import ARITHMETIC, REPRESENTATIVES, Case
 from alphacl_fast.benchmarks.baselines import PACKAGES, serves
 from alphacl_fast.benchmarks.loss import Effort
 from alphacl_fast.journal import Row
-from alphacl_fast.subprocess_pool import Lane, Task
+from alphacl_fast.subprocess_pool import Lane, Task, cores
 
-from . import checks, sweeps, tuning
+from . import checks, sweeps
 from .ahead import Machine, distinct, pack
 from .engines import backend_of
 from .schedule import Phase
@@ -41,27 +42,29 @@ FUNCTIONS = {
     "graph": "tools.gpu.timings:graph_replay",
     "synchronization": "tools.gpu.timings:no_synchronization",
     "loss+gradient": "tools.gpu.timings:measure",
-    "tune": "tools.gpu.tuning:time_tile",
+    "tune": "alphacl_fast.tune:time_tile",
     "sanitize": "tools.gpu.sanitizer:watch",
 }
-#: Status of a row that a later call looks at again.
-AGAIN = ("failed", "error", "crashed", "timeout", "wrong", "unfinished", "not run")
+#: Benchmarks that call 2 runs again where call 1 failed, and the class of their items.
+CHECKED = {"sweep": Sweep, "check": Case, "graph": Timing, "synchronization": Timing}
+#: Statuses after which an item is run again, the most important first.
+AGAIN = ("failed", "error", "crashed", "timeout", "unfinished", "not run")
 
 
 @dataclass
 class Session:
-    """What the phases of a call are planned from.
+    """The settings from which the phases of a call are planned.
 
     Attributes:
         out: folder of the results.
         cache: Triton's cache, on a local disk.
         device: "cuda", or "cpu" to try the script.
-        workers: processes that run side by side.
-        earlier: rows of an earlier call.
-        attempt: as `journal.Journal.attempt`.
-        machine: the GPU; `identify` fills it in.
-        refused: engine → why it does not serve, or None.
-        tuned: a table of tiles that children use.
+        workers: the number of processes that run side by side.
+        earlier: rows of earlier calls.
+        attempt: carries out a write, as `journal.Journal.attempt` does.
+        machine: the GPU; `identified` fills it in.
+        refused: engine → why it does not serve, or None if it does.
+        tuned: the table of tiles that children use.
     """
 
     out: Path
@@ -76,7 +79,7 @@ class Session:
 
     @property
     def tiny(self) -> bool:
-        """Whether problems have sizes that try the script on any machine."""
+        """Return whether problems are small enough to try the script on any machine."""
         return self.device == "cpu"
 
     @property
@@ -90,7 +93,7 @@ class Session:
 
     @property
     def pairs(self) -> tuple[int, int]:
-        """Fewest and most pairs of a check."""
+        """The fewest and the most pairs of a check."""
         return (20, 33) if self.tiny else (1000, 1537)
 
     @property
@@ -114,17 +117,17 @@ class Session:
         return [name for name in ORDER if self.refused.get(name, "unknown") is None]
 
     def among(self, *wanted: str) -> list[str]:
-        """Those of the wanted engines that serve, or on a CPU what stands in for them."""
+        """List the wanted engines that serve; on a CPU, the engines that take their places."""
         found = [name for name in wanted if name in self.engines]
         return found or [name for name in self.engines if name in ("cpu", "blocked")]
 
     def task(self, benchmark: str, items: Iterable[Any], **given: Any) -> Task:
-        """A task on the session's device; ``given`` are fields of `Task`."""
+        """Make a task on the session's device; ``given`` are fields of `Task`."""
         function, about = FUNCTIONS[benchmark], {"benchmark": benchmark}
         environment = {"TRITON_CACHE_DIR": str(self.cache), "TRITON_STORE_BINARY_ONLY": "1"}
         if self.tuned is not None:
             environment["ALPHACL_TUNED"] = str(self.tuned)
-        if "timings" not in function:  # it slows GEMMs down, and makes them repeatable
+        if "timings" not in function:  # repeatable GEMMs are slower
             environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         arguments = {"device": self.device, **given.pop("arguments", {})}
         return Task(function, tuple(items), arguments, about, environment=environment, **given)
@@ -153,7 +156,7 @@ def side_by_side(tasks: Iterable[Task], workers: int) -> list[Lane]:
 
 
 def first(s: Session) -> list[Phase]:
-    """Compile ahead; check against float64, the fast kernels first; the headline table."""
+    """Compile ahead; check against float64, the fast kernels first; time the headline table."""
     return [
         identification(s),
         Phase("ahead", 35, lambda: ahead(s, items_of_call_1(s)), after=s.save),
@@ -164,12 +167,13 @@ def first(s: Session) -> list[Phase]:
 
 
 def identification(s: Session) -> Phase:
-    task = s.task("device", [{}], limit=20, startup=6, predicted=3)
-    return Phase("device", 20, lambda: side_by_side([task], 1), follow=s.identified)
+    """Identify the device; as nothing else runs without that, a cold machine gets time for it."""
+    task = s.task("device", [{}], limit=30, startup=6, predicted=3)
+    return Phase("device", 34, lambda: side_by_side([task], 1), follow=s.identified)
 
 
 def ahead(s: Session, items: Iterable[Any], benchmark: str = "compile") -> list[Lane]:
-    """A task for each item that launches Triton kernels."""
+    """Plan a task for each item that launches Triton kernels."""
     claims = s.cache / "claims"
     claims.mkdir(parents=True, exist_ok=True)
     tasks = (
@@ -189,7 +193,7 @@ def triton_serves(item: Any) -> bool:
 
 
 def items_of_call_1(s: Session) -> Iterator[Any]:
-    """The launches of call 1, phase by phase."""
+    """Yield the items of call 1; those that are compiled first have the most important kernels."""
     for task in itertools.chain(headline(s, HEADLINE[:1]), correct(s), headline(s, HEADLINE)):
         yield from task.items
     for task in forms(s):
@@ -197,7 +201,7 @@ def items_of_call_1(s: Session) -> Iterator[Any]:
 
 
 def correct(s: Session) -> Iterator[Task]:
-    """Both operators in every layout, then NaN through the whole loss."""
+    """Check both operators in every layout, then NaN through the whole loss."""
     engines = s.among("cuda_hopper", "triton", "cuda_mma", "triton_128")
     for layout, engine in itertools.product(sweeps.LAYOUTS, engines):
         table = sweeps.table(engine, layout, s.rows)
@@ -214,7 +218,7 @@ def correct(s: Session) -> Iterator[Task]:
 
 
 def forms(s: Session) -> Iterator[Task]:
-    """One case per form × dtype, steps in a CUDA graph, then the table of checks in its order."""
+    """Check one case per form and dtype; then CUDA graphs, and that no step synchronises."""
     engines = s.among("triton", "cuda")
     for (objective, options), engine in itertools.product(REPRESENTATIVES, engines):
         dim = 128 if 128 in s.dims else s.dims[0]
@@ -243,7 +247,7 @@ MORE = (
 
 
 def headline(s: Session, points: Iterable[tuple[int, int, dict]]) -> Iterator[Task]:
-    """A process for every contestant, with the GEMM of its own run to compare with."""
+    """Time each contestant in a process of its own, which also times a GEMM to compare with."""
     for n, dim, other in points:
         contestants = [*s.among("triton", "cuda", "triton_128")]
         if n < 1 << 20 and other.get("objective", "infonce") == "infonce":
@@ -261,17 +265,17 @@ def measurement(s: Session, timing: Timing, **other: Any) -> Task:
 
 
 def second(s: Session) -> list[Phase]:
-    """Look again at what failed; tune, measure with the tuned tiles; rivals; random checks."""
-    table = tuning.Table(s.out / "tuned.json", s.attempt)
+    """Run again what failed; tune, and measure with the tuned tiles; rivals; random checks."""
+    table = tune.Table(s.out / "tuned.json", s.attempt)
 
     def use_table() -> None:
-        s.tuned = table.file if table.best else None
+        s.tuned = table.file if table.entries else None
 
     return [
         identification(s),
         Phase("recheck", 40, lambda: side_by_side(again(s), s.workers)),
-        Phase("tune ahead", 55, lambda: tiles_ahead(s, first_of(s, 60)), after=s.save),
-        Phase("tune", 150, lambda: tune(s), follow=table.follow, after=use_table),
+        Phase("tune ahead", 55, lambda: compile_tiles(s, tiles_of(s)[:60]), after=s.save),
+        Phase("tune", 150, lambda: tuning(s), follow=table.follow, after=use_table),
         Phase("tuned headline", 200, lambda: side_by_side(tuned_headline(s), 1)),
         Phase("rivals", 245, lambda: side_by_side(rivals(s), 1)),
         Phase("sanitize", 265, lambda: side_by_side(sanitize(s), 2)),
@@ -280,49 +284,69 @@ def second(s: Session) -> list[Phase]:
 
 
 def again(s: Session) -> Iterator[Task]:
-    """What failed or was not run, each in a process of its own, what failed first."""
-    kinds = {"sweep": Sweep, "check": Case}
-    rows = [r for r in s.earlier if r["benchmark"] in kinds and r.get("status") in AGAIN]
-    for row in sorted(rows, key=lambda row: AGAIN.index(row["status"])):
-        yield s.task(row["benchmark"], [item_of(kinds[row["benchmark"]], row)])
+    """Run again what failed, each item in a process of its own; then what call 1 has left.
+
+    An item's newest row counts. A call that was ended has no rows of its last items, and of many
+    items that were not run only the first have rows.
+    """
+    newest = {
+        (row["benchmark"], item_of(CHECKED[row["benchmark"]], row)): row.get("status")
+        for row in s.earlier
+        if row["benchmark"] in CHECKED
+    }
+    failed = [known for known, status in newest.items() if status in AGAIN]
+    for benchmark, item in sorted(failed, key=lambda known: AGAIN.index(newest[known])):
+        yield s.task(benchmark, [item])
+    for task in itertools.chain(correct(s), forms(s)):
+        left = [item for item in task.items if (task.about["benchmark"], item) not in newest]
+        if left:
+            yield replace(task, items=tuple(left))
 
 
 def item_of(kind: type, row: Row) -> Any:
-    """The item that a row is about."""
+    """Make the item that a row is about."""
     given = {f.name: row[f.name] for f in fields(kind) if f.name in row}
     if "options" in given:
         given["options"] = tuple(map(tuple, given["options"]))
     return kind(**given)
 
 
-def first_of(s: Session, count: int) -> list[tuning.Candidate]:
-    return tuning.candidates()[:count] if "triton" in s.engines else []
+#: The sizes (arithmetic, features, rows) whose tiles are tuned, in the order of their worth.
+TUNED = (
+    ("bf16", 128, 65536), ("bf16", 512, 32768), ("bf16", 128, 16384), ("bf16", 256, 32768),
+    ("bf16", 64, 32768), ("tf32", 128, 16384), ("bf16", 1024, 32768), ("bf16", 128, 1024),
+)  # fmt: skip
 
 
-def tiles_ahead(s: Session, candidates: list[tuning.Candidate]) -> list[Lane]:
+def tiles_of(s: Session) -> list[tune.Candidate]:
+    capability = divmod(s.machine.capability, 10)
+    return tune.candidates(TUNED, capability) if "triton" in s.engines else []
+
+
+def compile_tiles(s: Session, candidates: list[tune.Candidate]) -> list[Lane]:
     return ahead(s, candidates, "compile tile")
 
 
-def tune(s: Session) -> list[Lane]:
-    """One process times the candidates while the others compile those that come later."""
-    listed = first_of(s, 10_000)
+def tuning(s: Session) -> list[Lane]:
+    """Let one process time the candidates while the others compile the later ones."""
+    listed = tiles_of(s)
     if not listed:
         return []
-    (compiling,) = tiles_ahead(s, listed[60:])
+    (compiling,) = compile_tiles(s, listed[60:])
     compiling.size = max(1, s.workers - 1)
     timing = s.task("tune", listed, limit=10, startup=3.0, predicted=0.3)
     return [Lane(deque([timing])), compiling]
 
 
 def tuned_headline(s: Session) -> Iterator[Task]:
-    """The headline table again, torch.compile beside it, then more sizes and forms."""
+    """Time the headline table again, then torch.compile, then more sizes and forms."""
     yield from headline(s, HEADLINE)
     yield measurement(s, s.timing("compiled", 16384), limit=40, predicted=12.0)
     yield from headline(s, MORE)
 
 
 def rivals(s: Session) -> Iterator[Task]:
-    """Other packages in cross_view, beside our engines at the same size and precision."""
+    """Time other packages in cross_view, and our engines at the same size and precision."""
     ours = s.among("triton", "cuda")
     for dtype, names in (("bfloat16", PACKAGES), ("tf32", ("inf_cl",))):
         for name in (*ours, *names):
@@ -332,7 +356,7 @@ def rivals(s: Session) -> Iterator[Task]:
 
 
 def sanitize(s: Session) -> Iterator[Task]:
-    """The memory checker for every backend, the race checker for CUDA's kernels."""
+    """Run the memory checker on both backends, and the race checker on the CUDA kernels."""
     given = {"seconds": 16.0, "log": str(s.out / "children.log")}
     for backend, checker in (("cuda", "memcheck"), ("triton", "memcheck"), ("cuda", "racecheck")):
         if backend in s.among(backend):
@@ -341,7 +365,7 @@ def sanitize(s: Session) -> Iterator[Task]:
 
 
 def random_checks(s: Session) -> Iterator[Task]:
-    """The table of checks, six cases to a process; call 1 has checked the first of each form."""
+    """Run the table of checks, six cases to a process; call 1 has checked one of each form."""
     engines = s.among("triton", "cuda", "blocked")
     table = list(itertools.islice(checks.cases(engines, s.dims, s.pairs), 3000))
     for k in range(0, len(table), 6):
@@ -352,5 +376,5 @@ CALLS: dict[int, Callable[[Session], list[Phase]]] = {1: first, 2: second}
 
 
 def default_workers() -> int:
-    """All cores but two: for the process that runs the call, and the system."""
-    return max(1, (os.cpu_count() or 2) - 2)
+    """Leave two cores to the process that runs the call and to the system, and use 14 at most."""
+    return max(1, min(14, cores() - 2))

@@ -1,6 +1,6 @@
 """Engines: a backend of the package, and the way it is told to work.
 
-An engine is chosen for a whole process, which a task has to itself.
+An engine is chosen for a whole process, because every task has its own process.
 """
 
 from __future__ import annotations
@@ -23,35 +23,31 @@ ENGINES = {
 
 
 def backend_of(engine: str) -> str:
-    """The backend of an engine; a baseline is its own."""
+    """Return the backend of an engine; a baseline is its own backend."""
     return ENGINES.get(engine, engine)
 
 
 def within(engine: str, dim: int, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
-    """The context in which an engine or a baseline is called.
+    """Make the context in which an engine or a baseline is called.
 
-    Tiles of 128 rows are for bfloat16; other dtypes keep their own.
+    Tiles of 128 rows and eight warps are for bfloat16; other dtypes keep the package's choice.
     """
     if engine == "triton_128" and dtype == torch.bfloat16:
-        return large_tiles(config.power_of_two(dim))
+        features = config.power_of_two(dim)
+        sums = config.Tile(128, 128, min(features, 128), 8, 2)
+        whole = config.Tile(128, 64, features, 8, 2)
+        grad = whole if features <= 128 else config.Tile(128, 128, 64, 8, 2)
+        return config.forced(
+            row_sums=sums, row_sums_plain=sums, pair_grad=grad, pair_grad_plain=grad
+        )
     if engine in ("cuda_hopper", "cuda_mma"):
         return cuda.hopper(engine == "cuda_hopper")
     return contextlib.nullcontext()
 
 
-def large_tiles(features: int) -> contextlib.AbstractContextManager[Any]:
-    """128-row tiles of eight warps."""
-    sums = config.Tile(128, 128, min(features, 128), 8, 2)
-    whole = config.Tile(128, 64, features, 8, 2)
-    grad = whole if features <= 128 else config.Tile(128, 128, 64, 8, 2)
-    return config.forced(
-        row_sums=sums, row_sums_plain=sums, pair_grad=grad, pair_grad_plain=grad
-    )  # fmt: skip
-
-
 @contextlib.contextmanager
 def heard(compiled: list[str]) -> Iterator[None]:
-    """Within the context the list gets the name of every kernel that Triton compiles."""
+    """Append the name of every kernel that Triton compiles within the context."""
     from triton import knobs
 
     def listener(*, src: Any, cache_hit: bool, **other: Any) -> None:
@@ -68,7 +64,10 @@ def heard(compiled: list[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def splits(wanted: int):
-    """Within the context schedules have so many splits, or one per tile; 0 leaves the choice."""
+    """Give schedules ``wanted`` splits within the context, but no more than tiles.
+
+    0 leaves the number to the package.
+    """
     if not wanted:
         yield
         return

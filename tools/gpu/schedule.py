@@ -1,7 +1,7 @@
-"""Phases one after the other, each within its time of the call.
+"""Phases of a call, which run one after the other, each within its time.
 
-A phase begins when the one before has ended and ends at its own time at the latest, so the whole
-call ends with its last phase. What does not fit is recorded as "not run", with the reason.
+A phase begins when the one before has ended, and ends at its own time at the latest. So the call
+ends in time. What does not fit is recorded as "not run", with the reason.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from alphacl_fast.journal import Row
 from alphacl_fast.subprocess_pool import Lane, Pool, Task
 
-#: Rows "not run" that a phase has at most; the last of them counts the rest.
+#: The most rows "not run" of a phase; the last of them counts the rest.
 MOST_NOT_RUN = 40
 
 
@@ -21,11 +21,11 @@ class Phase:
     """A part of a call.
 
     Attributes:
-        name: word in the rows and tables.
-        until: seconds after the call's begin.
-        plan: the lanes of tasks, when the phase begins.
-        follow: called with every row of the phase.
-        after: called at the end of the phase.
+        name: names the phase in rows and tables.
+        until: its end, in seconds after the call's begin.
+        plan: makes the lanes of tasks when the phase begins.
+        follow: is called with every row of the phase.
+        after: is called at the end of the phase.
     """
 
     name: str
@@ -36,12 +36,12 @@ class Phase:
 
 
 def perform(phases: list[Phase], pool: Pool, begin: float, emit: Callable[[Row], None]) -> None:
-    """Run the phases; an error of one does not stop the next.
+    """Run the phases; an error in one does not stop the next.
 
     Args:
-        phases: in their order.
+        phases: the phases in their order.
         pool: runs their tasks, and has the clock.
-        begin: of the call, on that clock.
+        begin: the begin of the call, on that clock.
         emit: gets every row, with the name of its phase.
     """
     for phase in phases:
@@ -73,7 +73,7 @@ def not_run(left: list[tuple[Task, str]], emit: Callable[[Row], None]) -> None:
 
 
 def lines(name: str, lanes: list[Lane], begin: float, until: float) -> list[str]:
-    """The plan of a phase as text: its times, and its tasks with their predicted seconds."""
+    """Describe the plan of a phase: its times, and its tasks with their predicted seconds."""
     seconds = max((lane.seconds for lane in lanes), default=0.0)
     told = [f"{begin:5.0f}-{until:.0f} s  {name}: about {seconds:.0f} s"]
     for lane in lanes:

@@ -1,4 +1,4 @@
-"""summary.txt, what failed first, and plots.png, both from rows alone."""
+"""Writes summary.txt, which begins with the failures, and plots.png. Both come from rows alone."""
 
 from __future__ import annotations
 
@@ -10,16 +10,23 @@ from pathlib import Path
 from alphacl_fast.benchmarks.report import figure, one_line
 from alphacl_fast.journal import Row, read
 
-from .engines import ENGINES
+from .engines import ENGINES, backend_of
 
-BAD = ("failed", "error", "crashed", "timeout", "wrong")
-#: Benchmarks whose rows tell of candidates that nothing uses.
+BAD = ("failed", "error", "crashed", "timeout", "wrong", "out of memory")
+#: Benchmarks of candidates, which nothing uses unless they are the fastest.
 TRIALS = ("tune", "compile tile")
+#: Benchmarks that compute nothing on the device.
+COMPILING = ("compile", "compile tile")
+#: Benchmark → the columns that its rows add to the time of the same step.
+ADDED = {
+    "graph replay": ("graph_over_launched",),
+    "kernels": ("launches", "microseconds", "kernels_us"),
+}
 #: Columns that rows of one problem share.
 PROBLEM = ("n", "dim", "dtype", "objective", "negatives")
-#: Times that the summary has at most.
-MOST_TOLD = 45
-#: (text, row filter, column, goal), for the fastest engine; bytes are to be fewer.
+#: The most times in the summary.
+MOST_TOLD = 40
+#: (text, row filter, column, goal) for the fastest engine; bytes must be fewer than the goal.
 GOALS: list[tuple[str, Row, str, float]] = [
     ("n = 65,536", {"n": 65536, "dim": 128}, "fraction_of_gemm_rate", 0.60),
     ("n = 16,384", {"n": 16384, "dim": 128}, "fraction_of_gemm_rate", 0.50),
@@ -36,19 +43,30 @@ GOALS: list[tuple[str, Row, str, float]] = [
 
 
 def failure(row: Row) -> bool:
-    """Whether one of this package's engines failed; baselines and trials do not count."""
+    """Return whether one of this package's engines failed; baselines and trials do not count."""
     who = row.get("contestant")  # only times have baselines beside ours
     ours = who is None or who in ENGINES
     return row.get("status") in BAD and row["benchmark"] not in TRIALS and ours
+
+
+def right_on_gpu(rows: list[Row]) -> bool:
+    """Return whether a GPU backend has a right result."""
+    return any(
+        row.get("status") == "ok"
+        and row["benchmark"] not in COMPILING
+        and backend_of(row.get("contestant") or row.get("engine") or row.get("backend"))
+        in ("triton", "cuda")
+        for row in rows
+    )
 
 
 # --- text -----------------------------------------------------------------------------------------
 
 
 def text(earlier: list[Row], now: list[Row], notes: list[str]) -> str:
-    """The summary: failures, a table by phase, the times of this call, goals, ``notes``.
+    """Write the summary: failures, counts by phase, the times of this call, goals, ``notes``.
 
-    It fits on a screen that shows the last 12,000 characters.
+    It is short enough for a screen that shows the last 12,000 characters.
     """
     rows = [*earlier, *now]
     device = next((r for r in reversed(rows) if "torch" in r), {})
@@ -61,12 +79,12 @@ def text(earlier: list[Row], now: list[Row], notes: list[str]) -> str:
     lines += [f"{name} does not serve: {why}" for name, why in refused.items() if why]
     lines += ["", *by_phase(rows), ""]
     rows = joined(rows)
-    lines += [one_line(row)[:200] for row in rows[len(earlier) :] if told(row)][-MOST_TOLD:]
+    lines += [line_of(row) for row in rows[len(earlier) :] if told(row)][-MOST_TOLD:]
     return "\n".join([*lines, "", *goals(rows), *fastest_tiles(rows), *notes])
 
 
 def by_phase(rows: list[Row]) -> list[str]:
-    """A line for each phase with its numbers of rows by status, and why some were not run."""
+    """Count the rows of each phase by status, in a line that says why some were not run."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     reasons: dict[str, str] = {}
     for row in rows:
@@ -83,47 +101,55 @@ def by_phase(rows: list[Row]) -> list[str]:
 
 
 def told(row: Row) -> bool:
-    """Whether a row has a line of its own: times, and what is absent or refuses."""
+    """Return whether a row has a line of its own: a time, or what the sanitizer says."""
     tells = row["benchmark"] in ("loss+gradient", "sanitize") and row["status"] != "not run"
     return tells and not failure(row)
 
 
-def joined(rows: list[Row]) -> list[Row]:
-    """The rows; times of our engines with columns that other rows tell.
+def line_of(row: Row) -> str:
+    """Describe a row in one line, with its two slowest kernels if they are known."""
+    slowest = sorted(row.get("kernels_us", {}).items(), key=lambda kernel: -kernel[1][0])[:2]
+    kernels = ", ".join(f"{name[:24]} {took:.0f} µs" for name, (took, _) in slowest)
+    return one_line(row)[:200] + (f" [{kernels}]" if kernels else "")
 
-    These are the speed-up over every baseline of their problem, and the time of a replayed CUDA
-    graph.
+
+def joined(rows: list[Row]) -> list[Row]:
+    """Add columns of other rows to the times of our engines.
+
+    The columns are the speed-up over every baseline of the same problem, the time of a replayed
+    CUDA graph, and the kernels of a step.
     """
     baselines: dict[tuple, dict[str, float]] = defaultdict(dict)
-    replays: dict[tuple, float] = {}
+    added: dict[tuple, Row] = defaultdict(dict)
     for row in rows:
-        problem = tuple(row.get(name) for name in PROBLEM)
-        who = row.get("contestant")
-        if row["benchmark"] == "graph replay" and "graph_over_launched" in row:
-            replays[problem, who, row.get("phase")] = row["graph_over_launched"]
-        elif timed(row) and who not in ENGINES:
-            baselines[problem][who] = row["median_in_gemms"]
-    return [with_columns(row, baselines, replays) if timed(row) else row for row in rows]
+        columns = ADDED.get(row["benchmark"], ())
+        added[step_of(row)] |= {name: row[name] for name in columns if name in row}
+        if timed(row) and row["contestant"] not in ENGINES:
+            baselines[problem_of(row)][row["contestant"]] = row["median_in_gemms"]
+    found = []
+    for row in rows:
+        if timed(row) and row["contestant"] in ENGINES:
+            known = baselines[problem_of(row)].items()
+            faster = {f"speedup_over_{name}": took / row["median_in_gemms"] for name, took in known}
+            row = {**row, **faster, **added[step_of(row)]}
+        found.append(row)
+    return found
+
+
+def problem_of(row: Row) -> tuple:
+    return tuple(row.get(name) for name in PROBLEM)
+
+
+def step_of(row: Row) -> tuple:
+    return problem_of(row), row.get("contestant"), row.get("phase")
 
 
 def timed(row: Row) -> bool:
     return row["benchmark"] == "loss+gradient" and row["status"] == "ok"
 
 
-def with_columns(
-    row: Row, baselines: dict[tuple, dict[str, float]], replays: dict[tuple, float]
-) -> Row:
-    """A time with the columns of `joined`."""
-    problem, who = tuple(row.get(name) for name in PROBLEM), row["contestant"]
-    if who not in ENGINES:
-        return row
-    known = baselines[problem].items()
-    found = {f"speedup_over_{name}": took / row["median_in_gemms"] for name, took in known}
-    return {**row, **found, "graph_over_launched": replays.get((problem, who, row.get("phase")))}
-
-
 def goals(rows: list[Row]) -> list[str]:
-    """Compare goals with measurements of infonce."""
+    """Compare the goals with measurements of InfoNCE."""
     common = {"benchmark": "loss+gradient", "objective": "infonce", "status": "ok"}
     lines = []
     for what, selection, name, goal in GOALS:
@@ -146,7 +172,7 @@ def goals(rows: list[Row]) -> list[str]:
 
 
 def fastest_tiles(rows: list[Row]) -> list[str]:
-    """A line for each tuned size."""
+    """Name the fastest tile of each tuned size."""
     best: dict[tuple, Row] = {}
     for row in rows:
         if row["benchmark"] == "tune" and row["status"] == "ok":
@@ -193,7 +219,7 @@ def draw(out: Path) -> str:
 
 
 def _lines(rows: list[Row], fixed: Row, x: str, y: str) -> dict[str, dict[int, float]]:
-    """Label → the points of a line; of repeated points the last counts."""
+    """Collect label → points of a line; the last of repeated points counts."""
     lines: dict[str, dict[int, float]] = defaultdict(dict)
     for row in rows:
         if fixed.items() <= row.items() and row.get(y) is not None:

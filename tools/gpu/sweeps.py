@@ -1,7 +1,8 @@
-"""The two operators alone against float64: triangles and rectangles, splits, NaN, repeated bits.
+"""Compares the two operators alone with float64: layouts, splits, NaN, repeated bits.
 
-The call is InfoNCE's, which the fastest kernels of every backend serve: sums of exp(t/τ) relative
-to a constant shift, and their gradient. Small sizes come first: two rows, one ragged tile, several.
+The operators get InfoNCE's arguments, which the fastest kernels of every backend serve: they
+compute the sums of exp(t/τ) relative to a constant shift, and their gradient. Small sizes come
+first: two rows, then one ragged tile, then several tiles.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from . import engines
 TAU = 0.5
 #: Largest relative error of the sums and of the gradient, by dtype.
 BOUNDS = {"bfloat16": (1e-5, 4e-3), "tf32": (2e-3, 4e-3), "float32": (1e-5, 1e-5)}
-#: Of the worst row, relative to the root mean square of the rows.
+#: The error of the worst row, relative to the root mean square of the rows, may be so many bounds.
 WORST_ROW = 16
 #: Layout → (split, partner, anchors) in halves of the rows.
 LAYOUTS = {
@@ -50,13 +51,13 @@ class Sweep:
     """One check of both operators.
 
     Attributes:
-        engine: of `engines.ENGINES`.
-        n, dim: rows and features.
-        dtype: of `BOUNDS`.
-        layout: of `LAYOUTS`.
-        splits: of a schedule; 0: the package's choice.
-        nan: a row is NaN.
-        runs: how often it is computed; every run must give the bits of the first.
+        engine: a key of `engines.ENGINES`.
+        n, dim: the numbers of rows and of features.
+        dtype: a key of `BOUNDS`.
+        layout: a key of `LAYOUTS`.
+        splits: the splits of a schedule; 0 leaves the number to the package.
+        nan: whether a row is NaN.
+        runs: the number of runs, which must all give the bits of the first.
     """
 
     engine: str
@@ -70,7 +71,7 @@ class Sweep:
 
 
 def table(engine: str, layout: str, sizes: tuple[int, ...] = SIZES) -> tuple[Sweep, ...]:
-    """The sweeps of a group, which one process checks: every size, split and kind of rows."""
+    """List the sweeps that one process checks: every size, split and kind of rows."""
     found = [
         Sweep(engine, n, layout=layout, splits=splits)
         for n, splits in itertools.product(sizes, (0, 1, 2, 3))
@@ -78,7 +79,7 @@ def table(engine: str, layout: str, sizes: tuple[int, ...] = SIZES) -> tuple[Swe
     ]
     found += [Sweep(engine, sizes[1], layout=layout, nan=True)]
     found += [Sweep(engine, sizes[2], dim, layout=layout, runs=3) for dim in (64, 256)]
-    if engine not in ("cuda_hopper", "triton_128"):  # which are for bfloat16 alone
+    if engine not in ("cuda_hopper", "triton_128"):  # these serve bfloat16 alone
         found += [
             Sweep(engine, sizes[1], 20, dtype, layout, nan=nan, runs=3)
             for dtype, nan in itertools.product(("tf32", "float32"), (False, True))
@@ -115,7 +116,7 @@ def check(sweep: Sweep, device: str) -> Iterator[Row]:
         x, exact = x.double()[counted], exact[counted]
         if not torch.equal(x.isnan(), exact.isnan()):
             mine, theirs = (int(y.isnan().sum()) for y in (x, exact))
-            wrong.append(f"{mine} elements of {name} are NaN for {theirs}")
+            wrong.append(f"{mine} elements of {name} are NaN, not {theirs}")
             continue
         off, size = (x - exact).nan_to_num(), exact.nan_to_num()
         each = size.norm().clamp(min=1e-30)
@@ -130,7 +131,7 @@ def check(sweep: Sweep, device: str) -> Iterator[Row]:
 
 
 def rows_of(sweep: Sweep, device: torch.device) -> Rows:
-    """Draw the rows: of unit length, or in half precision with the inverse of their length."""
+    """Draw rows of unit length; in half precision, rows and the inverses of their lengths."""
     dtype, _ = ARITHMETIC[sweep.dtype]
     generator = torch.Generator(device).manual_seed(sweep.n)
     (f,) = structured_rows(1, sweep.n, sweep.dim, device, torch.float32, generator)
@@ -142,7 +143,7 @@ def rows_of(sweep: Sweep, device: torch.device) -> Rows:
 
 
 def comparable(sweep: Sweep, rows: int) -> Tensor:
-    """Which rows are compared: not the partner of a NaN row, whose weight with it is 0 or NaN."""
+    """Mark the rows to compare: the weight of a NaN row's partner with it may be 0 or NaN."""
     counted = torch.ones(rows, dtype=torch.bool)
     if sweep.nan and "without" in sweep.layout:
         counted[(sweep.n // 3 + sweep.n // 2) % sweep.n] = False
@@ -150,7 +151,7 @@ def comparable(sweep: Sweep, rows: int) -> Tensor:
 
 
 def compute(backend: ModuleType, rows: Rows, sweep: Sweep, precision: str) -> tuple[Tensor, Tensor]:
-    """(anchors,) sums of exp(t/τ), and (n, D) the gradient Σ_j (g_ij + g_ji)·F_j."""
+    """Compute (anchors,) sums of exp(t/τ), and the (n, D) gradient Σ_j (g_ij + g_ji)·F_j."""
     wide = torch.promote_types(rows.f.dtype, torch.float32)
     split, partner, anchors = (share * sweep.n // 2 for share in LAYOUTS[sweep.layout])
     pairing = Pairing(split, partner, anchors)

@@ -1,7 +1,7 @@
-"""Times of loss and gradient, the kernels of a step, and replays of a CUDA graph.
+"""Measures times of loss and gradient, the kernels of a step, and replays of a CUDA graph.
 
-On a CPU, where the script is tried out, a captured step just runs again, and the kernels are
-PyTorch's operators.
+On a CPU, where the script is tried out, a captured step just runs again, and PyTorch's operators
+take the place of kernels.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Timing:
 
 
 def identify(item: Row, device: str) -> Iterator[Row]:
-    """Describe the machine, and which engines serve it; of the others, why not."""
+    """Describe the machine; tell which engines serve it, and why the others do not."""
     here = torch.device(device)
     row = benchmark.provenance(here)
     with contextlib.suppress(ImportError):
@@ -81,7 +81,7 @@ def identify(item: Row, device: str) -> Iterator[Row]:
         if engines.backend_of(name) in ops.SWEEP_BACKENDS
     }
     if refused.get("cuda_hopper", "") is None and not cuda._has_hopper(here):
-        refused["cuda_hopper"] = "the library or the device has no kernels of warpgroups (sm_90a)"
+        refused["cuda_hopper"] = "the library or the device has no warpgroup kernels (sm_90a)"
     yield {**row, "benchmark": "device", "status": "ok", "refused": refused}
 
 
@@ -110,9 +110,9 @@ def synchronization_forbidden(device: torch.device) -> Iterator[None]:
 def captured(
     step: Callable[..., tuple[Tensor, ...]], views: tuple[Tensor, ...], device: torch.device
 ) -> Callable:
-    """Capture ``step`` in a CUDA graph: a function of new views, or of none to reuse the last.
+    """Capture ``step`` in a CUDA graph; return a function that replays it.
 
-    On a CPU the step just runs again.
+    The function takes new views, or none to use the last ones again. On a CPU it runs the step.
     """
     static = [z.detach().clone().requires_grad_() for z in views]
     outputs: tuple[Tensor, ...] = ()
@@ -140,9 +140,12 @@ def captured(
 
 
 def device_events(
-    run: Callable[[], Any], device: torch.device, steps: int = 3
+    run: Callable[[], Any], device: torch.device, steps: int
 ) -> list[tuple[str, float]]:
-    """List (name, microseconds) of the kernels, or on a CPU of PyTorch's operators, in a call."""
+    """List (name, microseconds) of the kernels that ``steps`` calls launch.
+
+    On a CPU, list PyTorch's operators.
+    """
     wanted = ("kernel", "gpu_memcpy", "gpu_memset") if device.type == "cuda" else ("cpu_op",)
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
@@ -181,9 +184,9 @@ class Warm:
 
 
 def measure(timing: Timing, device: str, effort: Effort) -> Iterator[Row]:
-    """Time loss + gradient; one whose gradient is wrong is not timed.
+    """Time loss + gradient, unless the gradient is wrong.
 
-    Of this package's engines rows about a CUDA graph's replay and about the kernels follow.
+    For this package's engines, rows about the replay of a CUDA graph and about kernels follow.
     """
     here, setting, name = torch.device(device), timing.setting, timing.contestant
     compiled: list[str] = []
@@ -208,9 +211,9 @@ def measure(timing: Timing, device: str, effort: Effort) -> Iterator[Row]:
         yield {**about, "benchmark": "kernels", **kernels_of(step)}
 
 
-def kernels_of(step: Warm, steps: int = 3) -> Row:
-    """Columns about the kernels of a step: their number and time, and both of the slowest ones."""
-    found: dict[str, list[float]] = defaultdict(list)
+def kernels_of(step: Warm) -> Row:
+    """Measure the kernels of a step: their number and time in all, and those of each kernel."""
+    steps, found = 3, defaultdict(list)
     for kernel, took in device_events(step, step.device, steps):
         found[kernel[:80]].append(took)
     slowest = sorted(found.items(), key=lambda item: -sum(item[1]))
