@@ -1,4 +1,4 @@
-"""A few processes that stay up for a test module and run functions on gloo groups of them."""
+"""A few processes that stay up for all tests and run functions on gloo groups of them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,9 @@ class Ranks:
             process.join()
 
     def _start(self):
-        context = multiprocessing.get_context("spawn")
+        # from one process that has imported torch, which takes a process longer than its tests
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo"])
         store = os.path.join(tempfile.mkdtemp(), "store")
         self.pipes, self.processes = [], []
         for rank in range(4):

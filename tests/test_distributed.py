@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from family import MEMBERS, MODES, every_setting, in_turn, is_due, member_id, pair, rotated
-from ranks import Ranks
 
 from alphacl_fast import FusedAlphaCLLoss, distributed, objectives, ops, verify_distributed
 from alphacl_fast.functional import REDUCTIONS, alpha_cl_loss
@@ -22,12 +21,6 @@ pytestmark = pytest.mark.xdist_group("ranks")  # one worker starts the processes
 SPLITS = [(7,), (5, 3), (6, 0), (7, 1, 4), (3, 1, 4, 2), (3, 3, 3, 3)]
 STRATEGIES = ("gather", "ring")
 LIMIT = 1e-10
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks() as started:
-        yield started
 
 
 def residual(value, truth):

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from family import pair, relative_error
-from ranks import Ranks
 from test_memory import Largest
 
 from alphacl_fast import FusedAlphaCLLoss, MatryoshkaLoss, loss_against, supcon_loss
@@ -179,11 +178,10 @@ def gradients_of_rank(group):
     return [ours[0], *(g / world for g in ours[1:])], [whole[0], *(g[mine] for g in whole[1:])]
 
 
-def test_process_group():
-    with Ranks() as ranks:
-        for ours, whole in ranks.run(2, gradients_of_rank):
-            for mine, theirs in zip(ours, whole, strict=True):
-                torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+def test_process_group(ranks):
+    for ours, whole in ranks.run(2, gradients_of_rank):
+        for mine, theirs in zip(ours, whole, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
 def test_sentence_transformers():

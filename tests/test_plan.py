@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import Ranks
 
 from alphacl_fast import plan
 from alphacl_fast.cli import main
@@ -16,12 +15,6 @@ from tools import scaling
 pytestmark = pytest.mark.xdist_group("ranks")  # one worker starts the processes
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks() as started:
-        yield started
 
 
 @pytest.mark.parametrize("strategy", ["gather", "ring"])

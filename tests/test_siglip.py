@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from conftest import set_tiles
 from family import BACKENDS, SLOW, in_turn, pair, relative_error
-from ranks import Ranks
 from torch.nn.functional import logsigmoid, normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -414,12 +413,6 @@ def test_open_clip():
 
 
 # --- processes ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks() as started:
-        yield started
 
 
 def parts(group, sizes, reduction, strategy):
