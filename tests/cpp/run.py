@@ -34,6 +34,10 @@ CUDA = Path("csrc") / "cuda"
 GENERATED = Path("csrc") / "generated"
 PROGRAMS = ("test_driver", "test_kernels", "test_device", "test_sweeps")
 SANITIZERS = {"address": "address,undefined", "thread": "thread", "none": ""}
+#: Checks of UndefinedBehaviorSanitizer that take 40 % of all compilation and add nothing here:
+#: AddressSanitizer reports an access through such a pointer, an overflow of an index is reported
+#: before it reaches a pointer, and no class has virtual functions.
+REDUNDANT = "null,object-size,pointer-overflow,vptr"
 #: One test asks for too much memory; threads outnumber cores, so they must not spin.
 ENVIRONMENT = {
     "ASAN_OPTIONS": "allocator_may_return_null=1:detect_stack_use_after_return=0",
@@ -75,6 +79,8 @@ def build(sanitize: str, programs: Sequence[str]) -> dict[str, Path]:
             "-fno-sanitize-recover=all",
             "-fno-omit-frame-pointer",
         ]
+        if "undefined" in SANITIZERS[sanitize]:
+            flags.append(f"-fno-sanitize={REDUNDANT}")
         if not builder.accepts(compiler, flags, OBJECTS):
             sys.exit(f"{shlex.join(compiler)} does not compile with {shlex.join(flags)}")
     # ThreadSanitizer does not understand OpenMP's barriers; the driver can start its own threads.
