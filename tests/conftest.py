@@ -9,6 +9,8 @@ import time
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels run on the CPU
 # before torch is: threads outnumber cores, so they had better not spin
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# torch's inductor compiles in this process: a pool of its own would import torch in each worker
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch
@@ -176,6 +178,23 @@ def _patch_once_a_launch():
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_missing, launch_unpatched
 
 
+def _look_dtypes_up_once():
+    """Triton's interpreter makes its table of NumPy's dtypes anew for each operation."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    look_up, known = interpreter._get_np_dtype, {}
+
+    def looked_up(dtype):
+        name = dtype.scalar.name
+        if name not in known:
+            known[name] = look_up(dtype.scalar)
+        return known[name]
+
+    interpreter._get_np_dtype = looked_up
+
+
 def _multiply_as_a_gpu_does():
     """A float32 product's elements all round alike, whichever place they have in a tile: t_ij =
     t_ji to the last bit.
@@ -193,13 +212,14 @@ def _multiply_as_a_gpu_does():
     def create_dot(self, a, b, d, *options):
         if a.data.dtype != "float32" or d.data.dtype != "float32":
             return original(self, a, b, d, *options)
-        # rows of b next to each other: the loop over columns is the inner one
-        rows = numpy.ascontiguousarray(b.data)
-        total = d.data + numpy.einsum("ik,kj->ij", a.data, rows, optimize=False)
+        # the layout in memory decides which loop is the inner one, so it is always the same
+        columns, rows = map(numpy.ascontiguousarray, (a.data, b.data))
+        total = d.data + numpy.einsum("ik,kj->ij", columns, rows, optimize=False)
         return interpreter.TensorHandle(total, d.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 _patch_once_a_launch()
+_look_dtypes_up_once()
 _multiply_as_a_gpu_does()

@@ -475,9 +475,15 @@ def test_one_grouping_per_step(monkeypatch):
     assert meta.n_neg.shape == (9,)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+COMPILED = [
+    (member, reduction)
+    for k, member in enumerate([*REPRESENTATIVE, ("alpha_square", {}), ("uniform", {})])
+    for reduction in in_turn(("mean", "none"), k)
+]
+
+
 @pytest.mark.parametrize(
-    "member", [*REPRESENTATIVE, ("alpha_square", {}), ("uniform", {})], ids=member_id
+    ("member", "reduction"), COMPILED, ids=[f"{member_id(m)}-{x}" for m, x in COMPILED]
 )
 @pytest.mark.filterwarnings("ignore")
 def test_in_a_compiled_graph(member, reduction):

@@ -86,9 +86,15 @@ print(alphacl_fast.backends()["cpu"])
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory):
-    """Built from the sdist in pip's isolated environment, which has setuptools alone."""
+    """Built from the sdist in pip's isolated environment, which has setuptools alone, by a compiler
+    that knows no instruction set but the portable one: the others are no other files.
+    """
     out = tmp_path_factory.mktemp("wheel")
-    quick = {"CXXFLAGS": "-O0", "ALPHACL_CUDA_CACHE": str(ROOT / "build" / "cuda")}
+    compiler = out.parent / f"{out.name}-c++"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-mavx*) exit 1;; esac\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    quick = {"CXX": str(compiler), "CXXFLAGS": "-O0"}
+    quick["ALPHACL_CUDA_CACHE"] = str(ROOT / "build" / "cuda")
     pip("wheel", "-q", "--no-deps", "-w", out, sdist, **quick)
     (file,) = out.iterdir()
     return file

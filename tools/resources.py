@@ -196,7 +196,8 @@ def inspect_ptx(
         if assembled.returncode:
             raise ValueError(f"ptxas {target} failed: {assembled.stderr.strip()}")
         log = assembled.stderr + assembled.stdout
-        command = [knobs.nvidia.nvdisasm.path, "-c", str(cubin)]
+        # opcodes need no analysis of the data flow
+        command = [knobs.nvidia.nvdisasm.path, "-ndf", "-c", str(cubin)]
         sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     said = ptxas_log(log)
     return Resources(
