@@ -16,21 +16,25 @@ import torch.distributed as dist
 #: Ranks of the world that form the group of each size. Within a sub-group no process has its rank
 #: of the world.
 GROUPS = {1: (2,), 2: (1, 3), 3: (1, 2, 3), 4: (0, 1, 2, 3)}
-#: Seconds that any step may take, so that nothing can hang a run.
-TIMEOUT = int(os.environ.get("ALPHACL_RANKS_TIMEOUT", "900"))
+
+
+def time_limit():
+    """Seconds that any step may take, so that nothing can hang a run."""
+    return int(os.environ.get("ALPHACL_RANKS_TIMEOUT", "900"))
 
 
 class Failed(Exception):
     """A function raised in a process; the text is its traceback."""
 
 
-def _work(rank, store, pipe):
+def _work(rank, store, pipe, environment):
+    os.environ.update(environment)  # the fork server's own may be older
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         rank=rank,
         world_size=4,
-        timeout=timedelta(seconds=TIMEOUT),
+        timeout=timedelta(seconds=time_limit()),
         store=dist.FileStore(store, 4),
     )
     groups = {
@@ -71,7 +75,8 @@ class Ranks:
         self.pipes, self.processes = [], []
         for rank in range(4):
             here, there = context.Pipe()
-            process = context.Process(target=_work, args=(rank, store, there), daemon=True)
+            arguments = (rank, store, there, dict(os.environ))
+            process = context.Process(target=_work, args=arguments, daemon=True)
             process.start()
             there.close()
             self.pipes.append(here)
@@ -91,13 +96,14 @@ class Ranks:
 
     @staticmethod
     def _answers(pipes):
-        answers, deadline = {}, time.monotonic() + TIMEOUT
+        answers, deadline = {}, time.monotonic() + time_limit()
         while len(answers) < len(pipes):
             waiting = [pipe for pipe in pipes if pipe not in answers]
             ready = multiprocessing.connection.wait(waiting, timeout=deadline - time.monotonic())
             if not ready:
                 raise TimeoutError(
-                    f"{len(waiting)} of {len(pipes)} processes did not answer within {TIMEOUT} s"
+                    f"{len(waiting)} of {len(pipes)} processes did not answer "
+                    f"within {time_limit()} s"
                 )
             for pipe in ready:
                 good, answers[pipe] = pipe.recv()
