@@ -149,6 +149,7 @@ def test_the_compiled_baseline_is_compiled_at_every_size(monkeypatch):
 @pytest.mark.skipif(
     " " in torch.__file__, reason="torch's inductor does not quote the path of its headers"
 )
+@pytest.mark.xdist_group("compile")  # one worker imports torch's inductor
 def test_the_compiled_baselines_backward_runs_again():
     """By default it frees the buffers of the graph, and runs only once."""
     compiled = baselines.make("compiled", "infonce", "cross_view", 0.5)

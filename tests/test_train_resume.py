@@ -20,14 +20,14 @@ SETTINGS = {
     "dataset": "digits",
     "objective": "alpha_direct",
     "width": 4,
-    "subset": 640,
+    "subset": 320,
     "batch_size": 32,
     "epochs": 4,
     "log_every": 1,
     "save_every": 7,
     "eval_every": 2,
 }
-STEPS = 80
+STEPS = 40
 
 
 def final(out):
@@ -63,7 +63,7 @@ def reference(tmp_path_factory):
     return state, lines
 
 
-#: `alphacl train`, which waits before step 60 until a file is gone: until its signal has been sent,
+#: `alphacl train`, which waits before step 30 until a file is gone: until its signal has been sent,
 #: however busy the machine is.
 CHILD = """
 import pathlib, sys, time
@@ -71,7 +71,7 @@ from alphacl_fast.cli import main
 from alphacl_fast.train import loop
 one_step, hold = loop._Run.one_step, pathlib.Path(sys.argv[1])
 def held(self, *views):
-    while self.step == 60 and hold.exists():
+    while self.step == 30 and hold.exists():
         time.sleep(0.01)
     return one_step(self, *views)
 loop._Run.one_step = held
@@ -116,7 +116,7 @@ def wait_for_step(process, out, step):
     ],
 )
 def test_interrupted_and_resumed(tmp_path, capsys, reference, number, workers, code):
-    out, step = tmp_path / "run", random.SystemRandom().randint(1, 45)
+    out, step = tmp_path / "run", random.SystemRandom().randint(1, 22)
     process = start(out, workers, hold := tmp_path / "hold")
     try:
         wait_for_step(process, out, step)
@@ -161,7 +161,7 @@ def test_awkward_moments(tmp_path, monkeypatch, reference, when):
 
         def stop(self, *views):
             result = one_step(self, *views)
-            if self.step == 40:
+            if self.step == STEPS // 2:
                 os.kill(os.getpid(), signal.SIGTERM)
             return result
 
