@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m tools.triton_resources", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--in-turn", action="store_true", help="every second one, for one architecture")
+    parser.add_argument("--in-turn", action="store_true", help="every second, on one architecture")
     args = parser.parse_args(arguments)
     os.environ.pop("TRITON_INTERPRET", None)  # it would leave nothing to compile
     rows, failed = [], []
