@@ -98,7 +98,22 @@ def test_half_precision_on_every_instruction_set(dtype, pairs, dim, rows, monkey
                 assert error < bound, (name, member, setting, what)
 
 
-@pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e-18, 1e18, 1e30, 2e37])
+@pytest.mark.parametrize("name", SETS)
+def test_unit_rows_of_any_magnitude(name):
+    z1, z2 = pair(9, 37, torch.bfloat16)
+    z1[3] = 0
+    z1[4], z1[5] = z1[4].sign() * 3e38, z1[5].sign() * 5e-39  # the largest, and a denormal
+    with cpu.forced_instruction_set(name):
+        f, scale, inv_norm, pos = cpu.unit_rows(z1, z2)
+    rows = torch.nn.functional.normalize(torch.cat([z1, z2]).double(), dim=1, eps=0)
+    rows = rows.nan_to_num(0.0)
+    assert relative_error(f.double() * scale.double().unsqueeze(1), rows) < 1e-6
+    assert relative_error(pos[:9], (rows[:9] * rows[9:]).sum(1)) < 1e-6
+    assert torch.isfinite(inv_norm).all()
+    assert inv_norm[3] == 0
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e-18, 1e18, 1e30, 1e33])
 @pytest.mark.parametrize("name", SETS)
 def test_bfloat16_ignores_the_scale_of_rows(name, scale):
     z1, z2 = pair(40, 32, torch.bfloat16)
