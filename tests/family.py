@@ -175,6 +175,16 @@ def loss_and_grads(
     return [loss.detach(), *torch.autograd.grad((loss * weights).sum(), inputs)]
 
 
+def siglip_and_grads(function, z1, z2, scale, bias, **options):
+    """[loss, dz1, dz2, dscale, dbias] of a SigLIP loss for a fixed weighting of the output."""
+    wide = torch.float64 if z1.dtype == torch.float64 else torch.float32
+    leaves = [z.detach().clone().requires_grad_() for z in (z1, z2)]
+    leaves += [torch.tensor(x, dtype=wide, requires_grad=True) for x in (scale, bias)]
+    loss = function(*leaves[:2], scale=leaves[2], bias=leaves[3], **options)
+    weights = torch.linspace(1.0, -0.5, loss.numel(), dtype=loss.dtype).view(loss.shape)
+    return [loss.detach(), *torch.autograd.grad((loss * weights).sum(), leaves)]
+
+
 def assert_same_gradients(ours, truth, weights, leaves, bound=1e-10):
     """Row losses (anchors,) of the same leaves: values, and gradients of their weighted sums."""
     assert relative_error(ours.detach(), truth.detach()) < bound

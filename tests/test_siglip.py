@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import set_tiles
-from family import BACKENDS, SLOW, in_turn, pair, relative_error
+from family import BACKENDS, SLOW, in_turn, pair, relative_error, siglip_and_grads
 from torch.nn.functional import logsigmoid, normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -39,16 +39,6 @@ def reduced(losses, reduction):
     return losses if reduction == "none" else getattr(losses, reduction)()
 
 
-def differentiated(function, z1, z2, scale, bias, **options):
-    """[loss, dz1, dz2, dscale, dbias] for fixed weights of the output."""
-    wide = torch.float64 if z1.dtype == torch.float64 else torch.float32
-    leaves = [z.detach().clone().requires_grad_() for z in (z1, z2)]
-    leaves += [torch.tensor(x, dtype=wide, requires_grad=True) for x in (scale, bias)]
-    loss = function(*leaves[:2], scale=leaves[2], bias=leaves[3], **options)
-    weights = torch.linspace(1.0, -0.5, loss.numel(), dtype=loss.dtype).view(loss.shape)
-    return [loss.detach(), *torch.autograd.grad((loss * weights).sum(), leaves)]
-
-
 def assert_equal(ours, truth, bound=1e-11, floor=1e-3):
     for name, a, b in zip(NAMES, ours, truth, strict=True):
         assert relative_error(a, b, floor) < bound, name
@@ -70,8 +60,8 @@ def test_equals_the_dense_formula(backend, similarity, reduction, monkeypatch, p
     cases = [(10.0, -10.0), (-3.0, 0.7), (0.0, -1.3)]
     for scale, bias in in_turn(cases, turn) if backend in SLOW else cases:
         views = pair(37, 9)
-        truth = differentiated(dense, *views, scale, bias, **options)
-        ours = differentiated(siglip_loss, *views, scale, bias, backend=backend, **options)
+        truth = siglip_and_grads(dense, *views, scale, bias, **options)
+        ours = siglip_and_grads(siglip_loss, *views, scale, bias, backend=backend, **options)
         assert_equal(ours, truth)
 
 
@@ -83,8 +73,8 @@ def test_ids(backend, kind, monkeypatch, poisoned):
         set_tiles(monkeypatch, 16)
     for reduction in REDUCTIONS:
         options = {"ids": IDS[kind](21), "reduction": reduction}
-        truth = differentiated(dense, *pair(21, 6), 4.0, -2.0, **options)
-        ours = differentiated(siglip_loss, *pair(21, 6), 4.0, -2.0, backend=backend, **options)
+        truth = siglip_and_grads(dense, *pair(21, 6), 4.0, -2.0, **options)
+        ours = siglip_and_grads(siglip_loss, *pair(21, 6), 4.0, -2.0, backend=backend, **options)
         assert_equal(ours, truth)
 
 
@@ -141,8 +131,10 @@ def test_gradcheck(backend):
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_one_pair_is_its_positive_term(backend, reduction):
-    truth = differentiated(dense, *pair(1, 5), 3.0, -1.0, reduction=reduction)
-    ours = differentiated(siglip_loss, *pair(1, 5), 3.0, -1.0, reduction=reduction, backend=backend)
+    truth = siglip_and_grads(dense, *pair(1, 5), 3.0, -1.0, reduction=reduction)
+    ours = siglip_and_grads(
+        siglip_loss, *pair(1, 5), 3.0, -1.0, reduction=reduction, backend=backend
+    )
     assert_equal(ours, truth)
     if serves_ids(backend):
         ids = torch.zeros(1, dtype=torch.long)
@@ -177,10 +169,10 @@ def test_float32_is_as_good_as_eager(backend, batch):
     batches = [make() for _ in range(2 if backend in SLOW else 8)]
     squares = {"ours": [0.0] * len(NAMES), "eager": [0.0] * len(NAMES)}
     for z1, z2 in batches:
-        truth = differentiated(dense, z1.double(), z2.double(), scale, bias)
+        truth = siglip_and_grads(dense, z1.double(), z2.double(), scale, bias)
         for who, function in (("ours", siglip_loss), ("eager", dense)):
             options = {"backend": backend} if who == "ours" else {}
-            found = differentiated(function, z1, z2, scale, bias, **options)
+            found = siglip_and_grads(function, z1, z2, scale, bias, **options)
             assert all(x.isfinite().all() for x in found)
             for k, (a, b) in enumerate(zip(found, truth, strict=True)):
                 squares[who][k] += relative_error(a, b, 0.0) ** 2 / len(batches)
@@ -195,8 +187,8 @@ def test_float32_is_as_good_as_eager(backend, batch):
 def test_half_precision(backend, dtype):
     """The loss, dscale and dbias are float32; dz has the rounding of its dtype."""
     z1, z2 = pair(40, 32, dtype)
-    truth = differentiated(dense, z1.double(), z2.double(), 12.0, -8.0)
-    ours = differentiated(siglip_loss, z1, z2, 12.0, -8.0, backend=backend)
+    truth = siglip_and_grads(dense, z1.double(), z2.double(), 12.0, -8.0)
+    ours = siglip_and_grads(siglip_loss, z1, z2, 12.0, -8.0, backend=backend)
     for name, a, b in zip(NAMES, ours, truth, strict=True):
         assert a.dtype == (dtype if name in ("dz1", "dz2") else torch.float32)
         bound = torch.finfo(dtype).eps if name in ("dz1", "dz2") else 1e-5
@@ -205,9 +197,9 @@ def test_half_precision(backend, dtype):
 
 def test_autocast_changes_nothing():
     z1, z2 = pair(20, 8, torch.float32)
-    truth = differentiated(siglip_loss, z1, z2, 10.0, -10.0)
+    truth = siglip_and_grads(siglip_loss, z1, z2, 10.0, -10.0)
     with torch.autocast("cpu", torch.bfloat16):
-        ours = differentiated(siglip_loss, z1, z2, 10.0, -10.0)
+        ours = siglip_and_grads(siglip_loss, z1, z2, 10.0, -10.0)
     assert all(torch.equal(a, b) for a, b in zip(ours, truth, strict=True))
 
 
@@ -215,8 +207,8 @@ def test_infinite_logits():
     """A logit beyond float32's exponentials gives a linear loss, not inf or NaN."""
     z1, z2 = pair(10, 4, torch.float32)
     for scale, bias in ((1e8, 0.0), (1.0, 1e9), (1.0, -1e9)):
-        ours = differentiated(siglip_loss, z1, z2, scale, bias)
-        truth = differentiated(dense, z1.double(), z2.double(), scale, bias)
+        ours = siglip_and_grads(siglip_loss, z1, z2, scale, bias)
+        truth = siglip_and_grads(dense, z1.double(), z2.double(), scale, bias)
         assert_equal(ours, truth, bound=1e-4)
 
 
@@ -227,7 +219,7 @@ def test_module_learns_scale_and_bias():
     z1, z2 = pair(12, 5)
     loss = SigLipLoss(6.0, -4.0)
     assert {name for name, _ in loss.named_parameters()} == {"scale", "bias"}
-    truth = differentiated(dense, z1, z2, 6.0, -4.0)
+    truth = siglip_and_grads(dense, z1, z2, 6.0, -4.0)
     loss(z1, z2).backward()
     torch.testing.assert_close(loss.scale.grad, truth[3].float())
     torch.testing.assert_close(loss.bias.grad, truth[4].float())
@@ -348,7 +340,7 @@ def test_one_sweep(monkeypatch):
         monkeypatch.setattr(
             blocked, name, lambda *a, name=name, sweep=sweep: calls.append(name) or sweep(*a)
         )
-    differentiated(siglip_loss, *pair(8, 4), 10.0, -10.0, backend="blocked")
+    siglip_and_grads(siglip_loss, *pair(8, 4), 10.0, -10.0, backend="blocked")
     assert calls == ["pair_grad"]
 
 
@@ -408,8 +400,8 @@ def test_open_clip():
         return theirs(normalize(z1, dim=1), normalize(z2, dim=1), scale, bias)
 
     views = pair(19, 8)
-    truth = differentiated(their_loss, *views, 11.0, -9.0)
-    assert_equal(differentiated(siglip_loss, *views, 11.0, -9.0), truth)
+    truth = siglip_and_grads(their_loss, *views, 11.0, -9.0)
+    assert_equal(siglip_and_grads(siglip_loss, *views, 11.0, -9.0), truth)
 
 
 # --- processes ------------------------------------------------------------------------------------

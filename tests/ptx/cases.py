@@ -1,25 +1,27 @@
-"""Losses and gradients whose kernels are interpreted, each against float64.
+"""Calls whose kernels are interpreted, each compared with float64.
 
-The short list is for every change. The full one takes every objective and size, and executes every
-instruction of the kernels but those that `UNREACHED` accounts for.
+The short list is for every change. The full one takes every objective and size; coverage.py says
+how many of the kernels' instructions it has to execute, and which kernels no call launches.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from family import BUILT_IN, loss_and_grads, pair, relative_error
+from family import BUILT_IN, CUSTOM, pair, relative_error
+from torch import Tensor
 
 from alphacl_fast.backend import cuda, gpu
 
-from .runner import Runner
+from . import calls
+from .runner import Runner, fill_with_nan
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-NAN = {2: (torch.int16, 0x7FFF), 4: (torch.int32, 0x7FFFFFFF), 8: (torch.int64, 2**63 - 1)}
 
 
 @dataclass(frozen=True)
@@ -30,23 +32,30 @@ class Case:
     dim: int
     dtype: torch.dtype
     precision: str | None = None
-    objective: str = "infonce"
+    objective: Any = "infonce"
     options: dict = field(default_factory=dict)
     setting: dict = field(default_factory=dict)
     tau: float = 0.3
+    call: Callable = calls.loss
+    ids: int | None = None  # how many there are
+    sides: tuple[int, int] | None = None  # rows of a rectangle
+    both: bool = True  # they are anchors on both sides of it
     processors: int = 6  # few: schedules have splits where there are many
     symmetric: bool | None = None  # tiles of row_sums of the cuda backend
     nan_row: int | None = None
     short: bool = False
-    fails: str = ""  # the defect that makes it fail: it must
 
     @property
     def name(self) -> str:
+        loss = str(self.objective).replace(" ", "")
         parts = [
             self.backend, f"sm_{self.arch}", str(self.dtype).removeprefix("torch."), self.precision,
-            f"n{self.pairs}", f"d{self.dim}", self.objective,
+            f"n{self.pairs}" if self.sides is None else "{}x{}".format(*self.sides),
+            f"d{self.dim}", loss if self.call is calls.loss else self.call.__name__,
             *(f"{k}={v}" for k, v in {**self.options, **self.setting}.items()),
             f"tau={self.tau}" if self.tau != 0.3 else "",
+            "" if self.ids is None else f"ids={self.ids}",
+            "" if self.both else "one_side",
             f"processors={self.processors}" if self.processors != 6 else "",
             "" if self.symmetric is None else f"symmetric_tiles={self.symmetric}",
             "" if self.nan_row is None else f"nan_row={self.nan_row}",
@@ -60,7 +69,8 @@ class Case:
         return names.get(self.dtype) or {"ieee": "fp32"}.get(self.precision, self.precision)
 
 
-#: Bounds of relative errors: of losses, of gradients. Those of float16 are subnormal in part.
+#: Bounds of relative errors, about three times the largest that was met: of losses and sums, and of
+#: gradients. Gradients of float16 are subnormal in part.
 BOUNDS = {
     "bf16": (2e-5, 4e-3), "fp16": (2e-5, 4e-3), "tf32": (3e-4, 2e-3), "bf16x3": (2e-5, 2e-5),
     "fp32": (2e-6, 1e-5), "fp64": (1e-12, 1e-12),
@@ -71,7 +81,7 @@ BOUNDS = {
 class Result:
     case: str
     ok: bool
-    errors: list[float]
+    errors: list[float]  # the largest of losses and sums, and of gradients
     hazards: list[str]
     problem: str  # an exception
     launches: int
@@ -84,24 +94,18 @@ def run(case: Case, runner: Runner) -> Result:
     """Within the context of the case's launches."""
     runner.records.clear()
     begin = time.process_time()
-    z1, z2 = pair(case.pairs, case.dim, case.dtype)
+    views = pair(case.pairs, case.dim, case.dtype)
     if case.nan_row is not None:
-        integer, bits = NAN[z1.element_size()]
-        z1.view(integer)[case.nan_row] = bits
-    setting = {"tau": case.tau, **case.setting}
-    member = case.objective, case.options
+        fill_with_nan(views[0][case.nan_row])
+    truth = case.call(case, tuple(z.double() for z in views), "reference", None)
     errors, problem, ok = [], "", False
-    truth = loss_and_grads(z1.double(), z2.double(), *member, backend="reference", **setting)
     try:
         with _device(case):
-            ours = loss_and_grads(
-                z1, z2, *member, backend=case.backend, precision=case.precision, **setting
-            )
-        ok = all(map(_same_nan, ours, truth))
-        if case.nan_row is None:
-            errors = [relative_error(a, b) for a, b in zip(ours, truth, strict=True)]
-            loose, tight = BOUNDS[case.mode][1], BOUNDS[case.mode][0]
-            ok &= errors[0] < tight and max(errors[1:]) < loose
+            ours = case.call(case, views, case.backend, case.precision)
+        groups = [[*zip(*lists, strict=True)] for lists in zip(ours, truth, strict=True)]
+        errors = [max(_error(a, b) for a, b in group) for group in groups]
+        same = all(torch.equal(a.isnan(), b.isnan()) for group in groups for a, b in group)
+        ok = same and all(e < bound for e, bound in zip(errors, BOUNDS[case.mode], strict=True))
     except Exception as error:  # a fault comes as what the library's caller raises
         problem = f"{type(error).__name__}: {error}"
     hazards, records = runner.hazards(), runner.records
@@ -110,6 +114,12 @@ def run(case: Case, runner: Runner) -> Result:
         sum(r.steps for r in records), sum(r.seconds for r in records),
         time.process_time() - begin,
     )  # fmt: skip
+
+
+def _error(ours: Tensor, truth: Tensor) -> float:
+    """The relative error of what is not NaN."""
+    known = ~truth.isnan()
+    return relative_error(ours[known], truth[known])
 
 
 @contextlib.contextmanager
@@ -123,14 +133,20 @@ def _device(case: Case) -> Iterator[None]:
         gpu.pretend_gpu(before)
 
 
-def _same_nan(ours: torch.Tensor, truth: torch.Tensor) -> bool:
-    return torch.equal(ours.isnan(), truth.isnan())
-
-
 # --- the lists ------------------------------------------------------------------------------------
 
 _SIDES = [{}, {"negatives": "cross_view"}, {"negatives": "one_view"}]
 _ONE_SIDED = {"negatives": "cross_view", "symmetric": False}
+#: A NaN in a row of the first view spoils its own loss and gradient, and those of the second view.
+_ROWS = {**_ONE_SIDED, "reduction": "none"}
+
+
+def _rectangles(case: Case, *dims: int) -> list[Case]:
+    """Ragged ones with more or fewer rows than a tile, and whole tiles."""
+    return [
+        replace(case, call=calls.rectangle, sides=s, both=both, pairs=sum(s) // 2 + 1, dim=dim)
+        for dim in dims for s, both in (((75, 208), True), ((3, 3), True), ((64, 128), False))
+    ]  # fmt: skip
 
 
 def cuda_cases(arch: str) -> list[Case]:
@@ -163,7 +179,10 @@ def _hopper() -> list[Case]:
         one = replace(case, pairs=126, dim=dim)
         many += [one, replace(one, setting={"learn_tau": False})]
         many += [replace(one, objective="alpha_direct")]
-    return [replace(c, short=True) for c in short] + many + [replace(case, nan_row=3)]
+    many += [replace(case, nan_row=3), replace(case, setting=_ROWS, nan_row=3)]
+    many += [replace(case, pairs=40, dim=d, call=calls.siglip) for d in (64, 200)]
+    many += _rectangles(case, 64, 200)
+    return [replace(c, short=True) for c in short] + many
 
 
 def _ampere() -> list[Case]:
@@ -185,10 +204,22 @@ def _ampere() -> list[Case]:
             ]
             similarities = ("dot", "euclidean")
             cases += [replace(one, setting={"similarity": s}, tau=8.0) for s in similarities]
+            cases += [replace(one, pairs=10, call=calls.every_kind)]
+        cases += [
+            replace(case, dtype=dtype, precision=precision, dim=24, pairs=n)
+            for n in (2, 32, 97 if dtype != BF16 else 129)
+        ]
+        cases += [
+            replace(case, dtype=dtype, precision=precision, dim=32, pairs=40, nan_row=3, setting=s)
+            for s in ({}, _ROWS)
+        ]
+        cases += [
+            replace(case, dtype=dtype, precision=precision, dim=32, pairs=40, call=calls.siglip)
+        ]
+        cases += _rectangles(replace(case, dtype=dtype, precision=precision), 32)
     for dim in (64, 128, 256, 264):
         cases += [replace(case, dim=dim, symmetric=False, setting=s) for s in _SIDES]
-    cases += [replace(case, nan_row=3), replace(case, dtype=FP16, nan_row=3)]
-    cases += [replace(case, dtype=FP32, precision="ieee", nan_row=3)]
+        cases += [replace(case, dim=dim, pairs=10, symmetric=False, call=calls.every_kind)]
     short = [
         case, replace(case, dim=264, pairs=40), replace(case, dtype=FP16, dim=61, processors=20),
         replace(case, dtype=FP32, precision="tf32", setting=_SIDES[1]),
@@ -237,5 +268,13 @@ def triton_cases(arch: str) -> list[Case]:
     more += [replace(case, pairs=70, objective=o, options=k) for o, k in BUILT_IN]
     more += [replace(case, setting={"similarity": "dot"}, tau=8.0)]
     more += [replace(case, setting={"similarity": "euclidean"}, tau=8.0)]
-    more += [replace(case, dtype=FP32, precision="ieee", nan_row=3)]
+    for dtype, precision in (
+        (BF16, None), (FP16, None), (FP32, "tf32"), (FP32, "ieee"), (FP64, None)
+    ):  # fmt: skip
+        one = replace(case, pairs=40, dim=32, dtype=dtype, precision=precision)
+        more += [replace(one, nan_row=3), replace(one, nan_row=3, setting=_ROWS)]
+        more += [replace(one, call=calls.siglip), replace(one, ids=11)]
+        more += _rectangles(one, 32)
+    more += [replace(case, pairs=40, ids=1), replace(case, pairs=40, ids=11, setting=_SIDES[1])]
+    more += [replace(case, pairs=40, objective=o, options=k) for o, k in CUSTOM[:5]]
     return [replace(c, short=True) for c in short] + more

@@ -205,6 +205,7 @@ def attempt(mutant: Mutant, runner: Runner) -> str | None:
 
     Raises:
         LookupError: the kernel's text has no place for it.
+        ValueError: the interpreter does not understand the changed text.
     """
     runner.rewrite = planter = Planter(mutant)
     result = cases.run(mutant.case, runner)
@@ -213,6 +214,8 @@ def attempt(mutant: Mutant, runner: Runner) -> str | None:
         raise LookupError(f"{mutant.name}: nothing to change in {mutant.kernel}")
     if result.ok:
         return None
+    if result.problem and "Fault: " not in result.problem:
+        raise ValueError(f"{mutant.name}: cannot be tried: {result.problem}")
     found = result.problem or next(iter(result.hazards), "") or f"errors {result.errors}"
     return " ".join(found.split())[-160:]
 
