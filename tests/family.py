@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from alphacl_fast import MinPlayer, PairLoss, PairWeight, objectives, ops
 from alphacl_fast.functional import NEGATIVES, REDUCTIONS, SIMILARITIES, alpha_cl_loss
@@ -183,6 +185,35 @@ def siglip_and_grads(function, z1, z2, scale, bias, **options):
     loss = function(*leaves[:2], scale=leaves[2], bias=leaves[3], **options)
     weights = torch.linspace(1.0, -0.5, loss.numel(), dtype=loss.dtype).view(loss.shape)
     return [loss.detach(), *torch.autograd.grad((loss * weights).sum(), leaves)]
+
+
+class Largest(TorchDispatchMode):
+    """Within the context: bytes of the largest storage that any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return out
+
+
+@contextlib.contextmanager
+def saved_bytes():
+    """Within the context: bytes of every storage that autograd keeps, by its address."""
+    saved = {}
+
+    def keep(x):
+        storage = x.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        yield saved
 
 
 def assert_same_gradients(ours, truth, weights, leaves, bound=1e-10):
