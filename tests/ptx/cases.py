@@ -144,12 +144,12 @@ _ONE_SIDED = {"negatives": "cross_view", "symmetric": False}
 _ROWS = {**_ONE_SIDED, "reduction": "none"}
 
 
-def _rectangles(case: Case, *dims: int) -> list[Case]:
+def _rectangles(case: Case, dim: int) -> list[Case]:
     """Ragged ones with more or fewer rows than a tile, and whole tiles."""
     return [
         replace(case, call=calls.rectangle, sides=s, both=both, pairs=sum(s) // 2 + 1, dim=dim)
-        for dim in dims for s, both in (((75, 208), True), ((3, 3), True), ((64, 128), False))
-    ]  # fmt: skip
+        for s, both in (((75, 208), True), ((3, 3), True), ((64, 128), False))
+    ]
 
 
 def cuda_cases(arch: str) -> list[Case]:
@@ -163,6 +163,7 @@ def _hopper() -> list[Case]:
         case, replace(case, dim=104, processors=40, setting={"negatives": "cross_view"}),
         replace(case, dim=200, objective="alpha_direct"),
         replace(case, pairs=330, dim=128, processors=4),  # more tiles than stages
+        *_rectangles(case, 104)[:1],
     ]  # fmt: skip
     many = [
         replace(case, pairs=n, dim=d, objective=o, processors=p, setting=s)
@@ -182,47 +183,32 @@ def _hopper() -> list[Case]:
         one = replace(case, pairs=126, dim=dim)
         many += [one, replace(one, setting={"learn_tau": False})]
         many += [replace(one, objective="alpha_direct")]
-    many += [replace(case, nan_row=3), replace(case, setting=_ROWS, nan_row=3)]
-    many += [replace(case, pairs=40, dim=d, call=calls.siglip) for d in (64, 200)]
-    many += _rectangles(case, 64, 200)
+    for dim in (64, 200):
+        many += _alone(replace(case, dim=dim))
     return [replace(c, short=True) for c in short] + many
+
+
+#: Arithmetics of the cuda backend, each with lengths of rows: every one that a kernel holds whole,
+#: and one that comes in chunks.
+_LENGTHS = {
+    (BF16, None): (64, 128, 256, 264), (FP16, None): (64, 128, 256, 264),
+    (FP32, "tf32"): (64, 128, 132), (FP32, "ieee"): (64, 72), (FP64, None): (32, 40),
+}  # fmt: skip
 
 
 def _ampere() -> list[Case]:
     case = Case("cuda", "80", 70, 64, BF16)
-    # rows of each dtype that a kernel holds whole, and one that comes in chunks
-    sizes = {
-        (BF16, None): (64, 128, 256, 264), (FP16, None): (64, 128, 256, 264),
-        (FP32, "tf32"): (64, 128, 132), (FP32, "ieee"): (64, 72), (FP64, None): (32, 40),
-    }  # fmt: skip
     cases = []
-    for (dtype, precision), dims in sizes.items():
+    for (dtype, precision), dims in _LENGTHS.items():
+        one = replace(case, dtype=dtype, precision=precision)
         for dim in dims:
-            one = replace(case, dtype=dtype, precision=precision, dim=dim)
-            cases += [one, replace(one, objective="alpha_direct", setting=_SIDES[1])]
-            cases += [replace(one, tau=0.02), replace(one, dim=dim - 3, processors=20)]
-            cases += [
-                replace(one, pairs=35, objective=o, options=k, setting=_SIDES[turn % 3])
-                for turn, (o, k) in enumerate(_SWEPT)
-            ]
-            similarities = ("dot", "euclidean")
-            cases += [replace(one, setting={"similarity": s}, tau=8.0) for s in similarities]
-            cases += [replace(one, pairs=10, call=calls.every_kind)]
-        cases += [
-            replace(case, dtype=dtype, precision=precision, dim=24, pairs=n)
-            for n in (2, 32, 97 if dtype != BF16 else 129)
-        ]
-        cases += [
-            replace(case, dtype=dtype, precision=precision, dim=32, pairs=40, nan_row=3, setting=s)
-            for s in ({}, _ROWS)
-        ]
-        cases += [
-            replace(case, dtype=dtype, precision=precision, dim=32, pairs=40, call=calls.siglip)
-        ]
-        cases += _rectangles(replace(case, dtype=dtype, precision=precision), 32)
+            cases += _of_length(replace(one, dim=dim))
+        cases += [replace(one, dim=24, pairs=n) for n in (2, 32, 129 if dtype == BF16 else 97)]
+        cases += _alone(replace(one, dim=32, pairs=40))
     for dim in (64, 128, 256, 264):
-        cases += [replace(case, dim=dim, symmetric=False, setting=s) for s in _SIDES]
-        cases += [replace(case, dim=dim, pairs=10, symmetric=False, call=calls.every_kind)]
+        rows = replace(case, dim=dim, symmetric=False)
+        cases += [replace(rows, setting=s) for s in _SIDES]
+        cases += [replace(rows, pairs=10, call=calls.every_kind)]
     short = [
         case, replace(case, dim=264, pairs=40), replace(case, dtype=FP16, dim=61, processors=20),
         replace(case, dtype=FP32, precision="tf32", setting=_SIDES[1]),
@@ -231,15 +217,33 @@ def _ampere() -> list[Case]:
         replace(case, objective="alpha_direct", symmetric=False, setting=_SIDES[2]),
         replace(case, nan_row=3),
         replace(case, dim=16, pairs=40, nan_row=3),
-        replace(
-            case, dtype=FP32, precision="ieee", dim=16, pairs=40, nan_row=3,
-        ),
-        replace(
-            case, dtype=FP32, precision="tf32", pairs=40, nan_row=3,
-        ),
+        replace(case, dtype=FP32, precision="ieee", dim=16, pairs=40, nan_row=3),
+        replace(case, dtype=FP32, precision="tf32", pairs=40, nan_row=3),
+        replace(case, dtype=FP16, dim=16, pairs=40, nan_row=3, setting=_ROWS),
+        *_rectangles(case, 64)[:1], replace(case, pairs=40, call=calls.siglip),
     ]  # fmt: skip
     names = {c.name for c in short}
     return [replace(c, short=True) for c in short] + [c for c in cases if c.name not in names]
+
+
+def _of_length(case: Case) -> list[Case]:
+    """Every objective, similarity and pair kind for rows of one length, and rows that no vector
+    load reads.
+    """
+    cases = [case, replace(case, objective="alpha_direct", setting=_SIDES[1])]
+    cases += [replace(case, tau=0.02), replace(case, dim=case.dim - 3, processors=20)]
+    cases += [
+        replace(case, pairs=35, objective=o, options=k, setting=_SIDES[turn % 3])
+        for turn, (o, k) in enumerate(_SWEPT)
+    ]
+    cases += [replace(case, setting={"similarity": s}, tau=8.0) for s in ("dot", "euclidean")]
+    return [*cases, replace(case, pairs=10, call=calls.every_kind)]
+
+
+def _alone(case: Case) -> list[Case]:
+    """What any arithmetic takes once: NaN, SigLIP, rectangles."""
+    nan = [replace(case, nan_row=3, setting=s) for s in ({}, _ROWS)]
+    return [*nan, replace(case, call=calls.siglip), *_rectangles(case, case.dim)]
 
 
 def triton_cases(arch: str) -> list[Case]:
@@ -271,13 +275,9 @@ def triton_cases(arch: str) -> list[Case]:
     more += [replace(case, pairs=70, objective=o, options=k) for o, k in _SWEPT]
     more += [replace(case, setting={"similarity": "dot"}, tau=8.0)]
     more += [replace(case, setting={"similarity": "euclidean"}, tau=8.0)]
-    for dtype, precision in (
-        (BF16, None), (FP16, None), (FP32, "tf32"), (FP32, "ieee"), (FP64, None)
-    ):  # fmt: skip
+    for dtype, precision in _LENGTHS:
         one = replace(case, pairs=40, dim=32, dtype=dtype, precision=precision)
-        more += [replace(one, nan_row=3), replace(one, nan_row=3, setting=_ROWS)]
-        more += [replace(one, call=calls.siglip), replace(one, ids=11)]
-        more += _rectangles(one, 32)
+        more += [*_alone(one), replace(one, ids=11)]
     more += [replace(case, pairs=40, ids=1), replace(case, pairs=40, ids=11, setting=_SIDES[1])]
     more += [replace(case, pairs=40, objective=o, options=k) for o, k in CUSTOM[:5]]
     return [replace(c, short=True) for c in short] + more
