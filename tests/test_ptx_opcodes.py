@@ -866,17 +866,18 @@ mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
         assert out[lane][register] == product[row][column]
 
 
-def read_numbers(register, parameter, count, bits):
-    """Declares registers and gives each thread its own numbers of a parameter (threads, count)."""
-    names = [f"%{register}{k}" for k in range(count)]
-    place = (
-        f"ld.param.u64 %rd9, [p{parameter}]; mul.wide.u32 %rd10, %r0, {count * bits // 8}; "
-        f"add.s64 %rd9, %rd9, %rd10; "
+def for_each(names, parameter, bits, text):
+    """``text`` for every register in ``names`` and the place of its number among those of a thread
+    in a parameter (threads, registers).
+    """
+    step = bits // 8
+    begin = (
+        f"ld.param.u64 %rd9, [p{parameter}]; mul.wide.u32 %rd10, %r0, {len(names) * step}; "
+        "add.s64 %rd9, %rd9, %rd10; "
     )
-    loads = "".join(
-        f"ld.global.b{bits} {name}, [%rd9+{k * bits // 8}]; " for k, name in enumerate(names)
+    return begin + "".join(
+        text.format(name=name, place=f"[%rd9+{k * step}]") for k, name in enumerate(names)
     )
-    return names, "".join(f".reg .b{bits} {name}; " for name in names), place + loads
 
 
 #: Shapes of mma.sync by the type of its operands, as (rows, depth).
@@ -918,18 +919,21 @@ def test_other_shapes_of_mma(kind, rows, depth):
         by_lane(sums, c, wide),
     ]
     out = np.zeros_like(given[2])
-    words = [array[0].nbytes * 8 // bits for array in given]
-    read = [read_numbers("abc"[k], k, count, bits) for k, count in enumerate(words)]
-    x, y, z = ("{" + ", ".join(names) + "}" for names, _, _ in read)
-    shape = f"m{rows}n8k{depth}.row.col.{total}.{kind}.{kind}.{total}"
-    step = bits // 8
-    keep = "ld.param.u64 %rd9, [p3]; mul.wide.u32 %rd10, %r0, " + f"{words[2] * step}; "
-    keep += "add.s64 %rd9, %rd9, %rd10; " + "".join(
-        f"st.global.b{bits} [%rd9+{k * step}], {name}; " for k, name in enumerate(read[2][0])
+    counts = [array[0].nbytes * 8 // bits for array in given]
+    operands = [[f"%{x}{k}" for k in range(n)] for x, n in zip("abc", counts, strict=True)]
+    read, write = (
+        f"ld.global.b{bits} {{name}}, {{place}}; ",
+        f"st.global.b{bits} {{place}}, {{name}}; ",
     )
-    body = "mov.u32 %r0, %tid.x; " + "".join(loads for _, _, loads in read)
-    body += f"mma.sync.aligned.{shape} {z}, {x}, {y}, {z}; {keep}"
-    run(body, [*given, out], {3}, "".join(declared for _, declared, _ in read))
+    x, y, z = ("{" + ", ".join(names) + "}" for names in operands)
+    shape = f"m{rows}n8k{depth}.row.col.{total}.{kind}.{kind}.{total}"
+    body = "".join(
+        ["mov.u32 %r0, %tid.x; "]
+        + [for_each(names, k, bits, read) for k, names in enumerate(operands)]
+        + [f"mma.sync.aligned.{shape} {z}, {x}, {y}, {z}; ", for_each(operands[2], 3, bits, write)]
+    )
+    declared = "".join(f".reg .b{bits} {name}; " for names in operands for name in names)
+    run(body, [*given, out], {3}, declared)
     assert (out == by_lane(sums, c + a @ b.T, wide)).all()
 
 

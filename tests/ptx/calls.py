@@ -91,12 +91,13 @@ def _dense_rectangle(f: Tensor, split: int, gain: Tensor, tau: float) -> Results
     return [lse], [torch.cat([g @ f[split:], g.t() @ f[:split]])]
 
 
-#: Pair kinds with parameters: where formulas branch, on both sides.
+#: Pair kinds with their parameters: each exponent for which a formula has a branch of its own, and
+#: one without.
 _KINDS = (
-    ("exp", ()), ("gibbs", (2.0,)), ("power", (2.0, 2.0)), ("power", (2.0, 1.5)),
-    ("power", (2.0, 1.0)), ("inverse", (2.0, 2.0, 1.0)), ("inverse", (2.0, 1.5, 2.0)),
-    ("hinge", (0.3,)), ("sigmoid", (2.0,)), ("square", ()), ("gamma", (2.0,)), ("gamma", (1.5,)),
-    ("logistic", ()),
+    ("exp", ()), ("gibbs", (2.0,)), ("hinge", (0.3,)), ("sigmoid", (2.0,)), ("square", ()),
+    ("logistic", ()), *(("power", (2.0, q)) for q in (0.5, 1.0, 1.5, 2.0, 3.0)),
+    *(("inverse", (2.0, q, 1.5)) for q in (0.5, 1.0, 1.5, 2.0, 3.0)),
+    *(("gamma", (g,)) for g in (1.0, 2.0, 3.0)),
 )  # fmt: skip
 
 

@@ -205,10 +205,11 @@ def _ampere() -> list[Case]:
             cases += _of_length(replace(one, dim=dim))
         cases += [replace(one, dim=24, pairs=n) for n in (2, 32, 129 if dtype == BF16 else 97)]
         cases += _alone(replace(one, dim=32, pairs=40))
+        kinds = replace(one, pairs=10, call=calls.every_kind)
+        cases += [replace(kinds, dim=dim) for dim in (dims[0], dims[-1])]
+    cases += [replace(case, pairs=33, call=calls.every_kind)]  # two tiles: one serves its columns
     for dim in (64, 128, 256, 264):
-        rows = replace(case, dim=dim, symmetric=False)
-        cases += [replace(rows, setting=s) for s in _SIDES]
-        cases += [replace(rows, pairs=10, call=calls.every_kind)]
+        cases += [replace(case, dim=dim, symmetric=False, setting=s) for s in _SIDES]
     short = [
         case, replace(case, dim=264, pairs=40), replace(case, dtype=FP16, dim=61, processors=20),
         replace(case, dtype=FP32, precision="tf32", setting=_SIDES[1]),
@@ -227,17 +228,14 @@ def _ampere() -> list[Case]:
 
 
 def _of_length(case: Case) -> list[Case]:
-    """Every objective, similarity and pair kind for rows of one length, and rows that no vector
-    load reads.
-    """
+    """Every objective and similarity for rows of one length, and rows that no vector load reads."""
     cases = [case, replace(case, objective="alpha_direct", setting=_SIDES[1])]
     cases += [replace(case, tau=0.02), replace(case, dim=case.dim - 3, processors=20)]
     cases += [
         replace(case, pairs=35, objective=o, options=k, setting=_SIDES[turn % 3])
         for turn, (o, k) in enumerate(_SWEPT)
     ]
-    cases += [replace(case, setting={"similarity": s}, tau=8.0) for s in ("dot", "euclidean")]
-    return [*cases, replace(case, pairs=10, call=calls.every_kind)]
+    return cases + [replace(case, setting={"similarity": s}, tau=8.0) for s in ("dot", "euclidean")]
 
 
 def _alone(case: Case) -> list[Case]:
