@@ -100,7 +100,7 @@ def behind_a_branch(text: str) -> str | None:
 # --- the table ------------------------------------------------------------------------------------
 
 _HOPPER = cases.Case("cuda", "90a", 75, 64, cases.BF16)
-_RING = replace(_HOPPER, pairs=330, processors=4)  # more tiles than stages
+_RING = replace(_HOPPER, pairs=330, multiprocessors=2)  # more tiles than stages
 _AMPERE = replace(_HOPPER, arch="80", symmetric=False)
 _TRITON = cases.Case("triton", "90", 75, 64, cases.BF16)
 _TRITON80 = replace(_TRITON, arch="80")
