@@ -105,7 +105,7 @@ def every_kind(case: Case, views: Views, backend: str, precision: str | None) ->
     """Both sweeps of every pair kind in every form, with all operands and terms: combinations that
     no objective asks for are among them. The truth is `blocked`'s in float64.
     """
-    # TF32 and the other arithmetics multiply these without error: no pair changes sides of a kink
+    # every arithmetic multiplies bfloat16 numbers exactly, so no pair comes to lie beyond a kink
     f = _unit_rows(views, 2 * case.pairs, torch.bfloat16, case.dtype)
     generator, n = torch.Generator().manual_seed(1), len(f)
     vectors = torch.rand(7, n, generator=generator).to(accumulation_dtype(f.dtype))
@@ -126,7 +126,7 @@ def every_kind(case: Case, views: Views, backend: str, precision: str | None) ->
 
 
 def _terms(kind: str) -> tuple[Term, ...]:
-    """Those that are sums; a kind that does not depend on τ has no derivative in it."""
+    """All terms that are sums, without the derivative in τ of a kind that does not depend on it."""
     all_but_tau = Term.DF_MOMENT, Term.F, Term.F_MOMENT, Term.DF
     return all_but_tau if KINDS[kind].dtau is None else (*all_but_tau, Term.DTAU)
 
