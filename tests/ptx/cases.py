@@ -70,8 +70,8 @@ class Case:
         return names.get(self.dtype) or {"ieee": "fp32"}.get(self.precision, self.precision)
 
 
-#: Bounds of relative errors, of losses and sums and of gradients: about three times the largest that
-#: was met, but for bfloat16 and float16 gradients, whose own rounding is the error.
+#: Bounds of relative errors, of losses and sums and of gradients. They are about three times the
+#: largest that was met; gradients of bfloat16 and float16 are rounded to their dtype themselves.
 BOUNDS = {
     "bf16": (3e-6, 4e-3), "fp16": (2e-6, 4e-3), "tf32": (2e-4, 2e-3), "bf16x3": (4e-7, 5e-6),
     "fp32": (1e-6, 2e-6), "fp64": (1e-14, 1e-14),
