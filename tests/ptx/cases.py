@@ -154,6 +154,12 @@ def _rectangles(case: Case, dim: int) -> list[Case]:
     ]
 
 
+def _listed(short: list[Case], full: list[Case]) -> list[Case]:
+    """Both lists; what the short one has, the full one need not run again."""
+    names = {case.name for case in short}
+    return [replace(c, short=True) for c in short] + [c for c in full if c.name not in names]
+
+
 def cuda_cases(arch: str) -> list[Case]:
     """Every family of csrc/cuda's kernels."""
     return _hopper() if arch == "90a" else _ampere()
@@ -187,7 +193,7 @@ def _hopper() -> list[Case]:
         many += [replace(one, objective="alpha_direct")]
     for dim in (64, 200):
         many += _alone(replace(case, dim=dim))
-    return [replace(c, short=True) for c in short] + many
+    return _listed(short, many)
 
 
 #: Arithmetics of the cuda backend, each with lengths of rows: every one that a kernel holds whole,
@@ -226,8 +232,7 @@ def _ampere() -> list[Case]:
         replace(case, dtype=FP16, dim=16, pairs=40, nan_row=3, setting=_ROWS),
         *_rectangles(case, 64)[:1], replace(case, pairs=40, call=calls.siglip),
     ]  # fmt: skip
-    names = {c.name for c in short}
-    return [replace(c, short=True) for c in short] + [c for c in cases if c.name not in names]
+    return _listed(short, cases)
 
 
 def _of_length(case: Case) -> list[Case]:
@@ -287,4 +292,4 @@ def triton_cases(arch: str) -> list[Case]:
         more += [*_alone(one), replace(one, ids=11)]
     more += [replace(case, pairs=40, ids=1), replace(case, pairs=40, ids=11, setting=_SIDES[1])]
     more += [replace(case, pairs=whole, objective=o, options=k) for o, k in CUSTOM[:5]]
-    return [replace(c, short=True) for c in short] + more
+    return _listed(short, more)
