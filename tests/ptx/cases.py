@@ -74,7 +74,7 @@ class Case:
 #: largest that was met; gradients of bfloat16 and float16 are rounded to their dtype themselves.
 BOUNDS = {
     "bf16": (3e-6, 4e-3), "fp16": (2e-6, 4e-3), "tf32": (2e-4, 2e-3), "bf16x3": (4e-7, 5e-6),
-    "fp32": (1e-6, 2e-6), "fp64": (1e-14, 1e-14),
+    "fp32": (4e-6, 5e-6), "fp64": (1e-14, 1e-14),
 }  # fmt: skip
 
 
@@ -230,7 +230,7 @@ def _ampere() -> list[Case]:
         replace(case, dtype=FP32, precision="ieee", dim=16, pairs=40, nan_row=3),
         replace(case, dtype=FP32, precision="tf32", pairs=40, nan_row=3),
         replace(case, dtype=FP16, dim=16, pairs=40, nan_row=3, setting=_ROWS),
-        *_rectangles(case, 64)[:1], replace(case, pairs=40, call=calls.siglip),
+        *_rectangles(case, 64)[:1],
     ]  # fmt: skip
     return _listed(short, cases)
 
