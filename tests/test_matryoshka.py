@@ -10,13 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-<<<<<<< HEAD
-from family import pair, relative_error
-from test_memory import Largest
-=======
 from family import Largest, pair, relative_error, saved_bytes
-from ranks import Ranks
->>>>>>> 79fdc67 (Tests: seeds that differ, ids that all differ, infinite logits on every backend; one helper for saved bytes and one fixture that resets dynamo)
 
 from alphacl_fast import FusedAlphaCLLoss, MatryoshkaLoss, loss_against, supcon_loss
 from alphacl_fast.backend import blocked
