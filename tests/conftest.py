@@ -83,6 +83,14 @@ def one_thread():
 
 
 @pytest.fixture
+def fresh_dynamo():
+    """What torch.compile has kept of other tests does not count, and nothing is left to them."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def poisoned():
     """Uninitialised memory is NaN, so an output element that nobody wrote fails the test."""
     torch.use_deterministic_algorithms(True)

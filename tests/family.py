@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from alphacl_fast import MinPlayer, PairLoss, PairWeight, objectives, ops
 from alphacl_fast.functional import NEGATIVES, REDUCTIONS, SIMILARITIES, alpha_cl_loss
@@ -173,6 +175,45 @@ def loss_and_grads(
         weights = torch.linspace(-0.5, 1.5, loss.numel(), dtype=loss.dtype).view(loss.shape)
     inputs = [z1, z2] + ([temperature] if learn_tau else [])
     return [loss.detach(), *torch.autograd.grad((loss * weights).sum(), inputs)]
+
+
+def siglip_and_grads(function, z1, z2, scale, bias, **options):
+    """[loss, dz1, dz2, dscale, dbias] of a SigLIP loss for a fixed weighting of the output."""
+    wide = torch.float64 if z1.dtype == torch.float64 else torch.float32
+    leaves = [z.detach().clone().requires_grad_() for z in (z1, z2)]
+    leaves += [torch.tensor(x, dtype=wide, requires_grad=True) for x in (scale, bias)]
+    loss = function(*leaves[:2], scale=leaves[2], bias=leaves[3], **options)
+    weights = torch.linspace(1.0, -0.5, loss.numel(), dtype=loss.dtype).view(loss.shape)
+    return [loss.detach(), *torch.autograd.grad((loss * weights).sum(), leaves)]
+
+
+class Largest(TorchDispatchMode):
+    """Within the context: bytes of the largest storage that any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return out
+
+
+@contextlib.contextmanager
+def saved_bytes():
+    """Within the context: bytes of every storage that autograd keeps, by its address."""
+    saved = {}
+
+    def keep(x):
+        storage = x.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        yield saved
 
 
 def assert_same_gradients(ours, truth, weights, leaves, bound=1e-10):

@@ -16,14 +16,11 @@ from family import (
 from alphacl_fast import FusedAlphaCLLoss, MinPlayer, PairLoss, objectives
 from alphacl_fast.functional import alpha_cl_loss
 
-pytestmark = [pytest.mark.xdist_group("compile"), pytest.mark.filterwarnings("ignore")]
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = [
+    pytest.mark.xdist_group("compile"),
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("fresh_dynamo"),
+]
 
 
 def gradients(value, leaves):

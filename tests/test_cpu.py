@@ -175,9 +175,10 @@ def test_any_number_of_features(name, dtype, dim):
         z1.double(), z2.double(), "infonce", backend="reference", similarity="cosine"
     )
     for o, t in zip(ours[:3], truth[:3], strict=True):
-        error = float((o.double() - t).norm() / t.norm().clamp(min=1e-9))
-        # D = 1: the gradient is 0
-        assert error < {torch.float32: 1e-5, torch.float64: 1e-12}.get(dtype, 5e-3) or dim == 1
+        # with one feature all rows are ±1 and the gradient is 0, but for rounding
+        least = 1.0 if dim == 1 else 1e-9
+        error = float((o.double() - t).norm() / t.norm().clamp(min=least))
+        assert error < {torch.float32: 1e-5, torch.float64: 1e-12}.get(dtype, 5e-3)
 
 
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
@@ -355,7 +356,6 @@ print(float(alpha_cl_loss(torch.eye(3), torch.eye(3), backend="cpu")) > 0)
     assert run.stdout.splitlines() == expected, run.stderr
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_several_python_threads_at_once():
     from concurrent.futures import ThreadPoolExecutor
 

@@ -15,6 +15,7 @@ from family import (
     REPRESENTATIVE,
     SERVED,
     SLOW,
+    Largest,
     assert_same_gradients,
     every_setting,
     in_turn,
@@ -23,8 +24,8 @@ from family import (
     members_for,
     pair,
     relative_error,
+    saved_bytes,
 )
-from test_memory import Largest
 
 from alphacl_fast import FusedAlphaCLLoss, functional, loss_against, objectives, ops
 from alphacl_fast.backend import blocked, reference, triton
@@ -423,13 +424,7 @@ def test_no_matrix_of_all_pairs(member, backend, monkeypatch):
     monkeypatch.setattr(blocked, "tile_size", lambda rows, device: tile)
     z1, z2 = (z.requires_grad_() for z in pair(n, d, torch.float32))
     for reduction in ("mean", "none"):
-        saved = {}
-
-        def keep(x, saved=saved):
-            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), Largest() as largest:
+        with saved_bytes() as saved, Largest() as largest:
             loss = FusedAlphaCLLoss(objectives.make(*member), reduction=reduction, backend=backend)
             loss(z1, z2, torch.arange(n) % 9).sum().backward()
         rows_bytes = 2 * n * d * 4
@@ -486,8 +481,8 @@ COMPILED = [
     ("member", "reduction"), COMPILED, ids=[f"{member_id(m)}-{x}" for m, x in COMPILED]
 )
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_in_a_compiled_graph(member, reduction):
-    torch._dynamo.reset()
     loss = FusedAlphaCLLoss(*member[:1], reduction=reduction, **member[1])
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for n in (10, 13):
@@ -498,7 +493,6 @@ def test_in_a_compiled_graph(member, reduction):
         )
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
-    torch._dynamo.reset()
 
 
 def test_operators_pass_opcheck():

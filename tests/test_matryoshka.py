@@ -10,8 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from family import pair, relative_error
-from test_memory import Largest
+from family import Largest, pair, relative_error, saved_bytes
 
 from alphacl_fast import FusedAlphaCLLoss, MatryoshkaLoss, loss_against, supcon_loss
 from alphacl_fast.backend import blocked
@@ -133,6 +132,7 @@ def test_half_precision(dtype):
         assert relative_error(mine.double(), truth) < 5 * torch.finfo(dtype).eps / 2
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_torch_compile():
     loss = MatryoshkaLoss(FusedAlphaCLLoss("alpha_direct"), DIMS, WEIGHTS)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
@@ -151,14 +151,8 @@ def test_memory_is_linear(monkeypatch):
     n, d, tile = 512, 32, 64
     monkeypatch.setattr(blocked, "tile_size", lambda rows, device: tile)
     z1, z2 = (z.requires_grad_() for z in pair(n, d, torch.float32))
-    saved = {}
-
-    def keep(x):
-        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
     loss = MatryoshkaLoss(FusedAlphaCLLoss("alpha_direct", backend="blocked"), (32, 16, 8, 4))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), Largest() as largest:
+    with saved_bytes() as saved, Largest() as largest:
         loss(z1, z2).backward()
     rows_bytes = 2 * n * d * 4
     # the gradients of four cuts, 32 + 16 + 8 + 4 features wide

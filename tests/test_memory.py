@@ -8,26 +8,10 @@ import sys
 import pytest
 import torch
 from conftest import WATCHDOG
-from family import MEMBERS, member_id, pair
-from torch.utils._python_dispatch import TorchDispatchMode
+from family import MEMBERS, Largest, member_id, pair, saved_bytes
 
 from alphacl_fast import FusedAlphaCLLoss, loss_against, objectives
 from alphacl_fast.backend import blocked
-
-
-class Largest(TorchDispatchMode):
-    """Bytes of the largest storage that any operation returned."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
-        return out
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -36,13 +20,7 @@ def test_saved_bytes_and_largest_tensor(member, reduction, monkeypatch):
     n, d, tile = 512, 8, 64
     monkeypatch.setattr(blocked, "tile_size", lambda rows, device: tile)
     z1, z2 = (z.requires_grad_() for z in pair(n, d, torch.float32))
-    saved = {}
-
-    def keep(x):
-        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), Largest() as largest:
+    with saved_bytes() as saved, Largest() as largest:
         loss = FusedAlphaCLLoss(objectives.make(*member), reduction=reduction)(z1, z2)
         loss.sum().backward()
     rows_bytes = 2 * n * d * 4
@@ -66,13 +44,7 @@ def test_scalar_loss_saves_only_the_gradients():
 def test_a_memory_bank_is_kept_once(name):
     """The graph of explicit negatives holds the bank itself and no copy of it."""
     z, bank = (torch.randn(n, 16).requires_grad_() for n in (8, 4096))
-    saved = {}
-
-    def keep(x):
-        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    with saved_bytes() as saved:
         loss = loss_against(z, bank, torch.randn(8), name)
     saved.pop(bank.untyped_storage().data_ptr(), None)
     assert sum(saved.values()) < bank.nbytes / 16

@@ -9,8 +9,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from family import pair, relative_error
-from test_memory import Largest
+from family import Largest, pair, relative_error, saved_bytes
 
 from alphacl_fast import FusedAlphaCLLoss, alignment, batch_metrics, uniformity
 from alphacl_fast.train import Config, RunError, train
@@ -232,13 +231,7 @@ def test_memory_is_linear():
         batch_metrics(z1, z2)
     assert 2**20 <= largest.bytes <= 2**20 + 2**16  # 512 × 512 in float32
 
-    saved = {}
-
-    def keep(x):
-        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), Largest() as largest:
+    with saved_bytes() as saved, Largest() as largest:
         (alignment(z1, z2) + uniformity(z1, z2)).backward()
     assert largest.bytes <= 2**20 + 2**16
     assert 0 < sum(saved.values()) <= 16 * z1.nbytes

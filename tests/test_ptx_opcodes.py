@@ -41,8 +41,9 @@ EDGES = {
 BITS = {"f32": 32, "f64": 64, "f16": 16, "bf16": 16, "pred": 16}
 FORMS = {"f32": F32, "f64": F64, "f16": F16, "bf16": BF16}
 
-#: Opcodes that a test of this file has run.
+#: Opcodes that a test of this file has run: the last test needs to have all others in its process.
 met = set()
+pytestmark = pytest.mark.xdist_group("ptx_opcodes")
 
 
 def machine(body, declarations, parameters, threads=32, shared=16):
@@ -719,6 +720,11 @@ FAULTS = {
     "misaligned": LOAD + "ld.global.v2.b32 {%r2,%r3}, [%rd1+4];",
     "writes to p0": LOAD + "st.global.b32 [%rd1], %r2;",
     "shared memory out of bounds": "ld.shared.b32 %r2, [%r1+4096];",
+    "shared memory misaligned: 8 bytes": "ld.shared.v2.b32 {%r2,%r3}, [%r1+4];",
+    "shared memory misaligned: 4 bytes": LOAD + "st.shared.b32 [%r1+2], %r2;",
+    "shared memory misaligned: 16 bytes": "cp.async.cg.shared.global [%r1+8], [%rd1], 16;",
+    "cp.async from a misaligned address": "cp.async.ca.shared.global [%r1], [%rd1+2], 4;",
+    "cp.async of 8 bytes reads 12": "cp.async.ca.shared.global [%r1], [%rd1], 8, 12;",
     "executed by 16 lanes only": LOAD + "setp.lt.u32 %p1, %r0, 16; @%p1 shfl.sync.bfly.b32 "
     "%r2|%p2, %r2, 1, 31, -1;",
     "deadlock": LOAD + "setp.lt.u32 %p1, %r0, 16; @%p1 bra over; shfl.sync.bfly.b32 %r2|%p2, %r2, "
@@ -773,6 +779,27 @@ end:
     assert any("race" in hazard for hazard in made.hazards)
     with pytest.raises(Fault, match="deadlock"):
         through(body.replace("mbarrier.arrive.shared::cta.b64 _, [%r8];", "") + KEEP, 64)
+
+
+def test_an_mbarrier_tells_of_a_phase_what_came_before_its_end():
+    """Warp 0 writes after the first phase and half of its lanes arrive for the second one. Warp 1
+    waits for the first phase alone, so it may not read what was written then.
+    """
+    body = (
+        LOAD
+        + MBARRIER.replace("wait;", "write;")
+        + """
+{ .reg .pred done; waiting: mbarrier.try_wait.parity.shared::cta.b64 done, [%r8], 0;
+@!done bra waiting; }
+sub.s32 %r1, %r1, 512; ld.shared.v4.b32 {%r2,%r3,%r4,%r5}, [%r1]; bra.uni end;
+write: mbarrier.arrive.shared::cta.b64 _, [%r8];
+st.shared.v4.b32 [%r1], {%r2,%r3,%r4,%r5};
+setp.lt.u32 %p5, %r0, 16; @%p5 mbarrier.arrive.shared::cta.b64 _, [%r8];
+end:
+"""
+    )
+    _, _, made = through(body + KEEP, 64)
+    assert any("race: reads what another warp wrote" in hazard for hazard in made.hazards)
 
 
 def halves(array):
@@ -839,6 +866,77 @@ mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
         assert out[lane][register] == product[row][column]
 
 
+def for_each(names, parameter, bits, text):
+    """``text`` for every register in ``names`` and the place of its number among those of a thread
+    in a parameter (threads, registers).
+    """
+    step = bits // 8
+    begin = (
+        f"ld.param.u64 %rd9, [p{parameter}]; mul.wide.u32 %rd10, %r0, {len(names) * step}; "
+        "add.s64 %rd9, %rd9, %rd10; "
+    )
+    return begin + "".join(
+        text.format(name=name, place=f"[%rd9+{k * step}]") for k, name in enumerate(names)
+    )
+
+
+#: Shapes of mma.sync by the type of its operands, as (rows, depth).
+MMA = [
+    ("f16", 16, 16),
+    ("tf32", 16, 8),
+    *(("f64", *s) for s in ((8, 4), (16, 4), (16, 8), (16, 16))),
+]
+
+
+@pytest.mark.parametrize(("kind", "rows", "depth"), MMA)
+def test_other_shapes_of_mma(kind, rows, depth):
+    """Lane 4g + t holds rows g (and g + 8). Of every four elements of K it has the one with number
+    t, of eight elements of float16 those with numbers 2t and 2t + 1.
+    """
+    generator, pair = np.random.default_rng(3), 2 if kind == "f16" else 1
+    a, b, c = (
+        generator.integers(-4, 5, s).astype(float) for s in ((rows, depth), (8, depth), (rows, 8))
+    )
+    high = rows // 8  # blocks of eight rows
+
+    def operand(matrix, lane, blocks):
+        rows_of_lane = range(lane // 4, 8 * blocks, 8)
+        steps = range(pair * (lane % 4), depth, 4 * pair)
+        return [matrix[row][k + e] for k in steps for row in rows_of_lane for e in range(pair)]
+
+    def sums(matrix, lane):
+        first = 2 * (lane % 4)
+        return [matrix[row][first + e] for row in range(lane // 4, rows, 8) for e in (0, 1)]
+
+    def by_lane(held, matrix, dtype, *rest):
+        return np.array([held(matrix, lane, *rest) for lane in range(32)], dtype)
+
+    stored = {"f16": np.float16, "tf32": np.float32, "f64": np.float64}[kind]
+    total, wide, bits = ("f64", np.float64, 64) if kind == "f64" else ("f32", np.float32, 32)
+    given = [
+        by_lane(operand, a, stored, high),
+        by_lane(operand, b, stored, 1),
+        by_lane(sums, c, wide),
+    ]
+    out = np.zeros_like(given[2])
+    counts = [array[0].nbytes * 8 // bits for array in given]
+    operands = [[f"%{x}{k}" for k in range(n)] for x, n in zip("abc", counts, strict=True)]
+    read, write = (
+        f"ld.global.b{bits} {{name}}, {{place}}; ",
+        f"st.global.b{bits} {{place}}, {{name}}; ",
+    )
+    x, y, z = ("{" + ", ".join(names) + "}" for names in operands)
+    shape = f"m{rows}n8k{depth}.row.col.{total}.{kind}.{kind}.{total}"
+    body = "".join(
+        ["mov.u32 %r0, %tid.x; "]
+        + [for_each(names, k, bits, read) for k, names in enumerate(operands)]
+        + [f"mma.sync.aligned.{shape} {z}, {x}, {y}, {z}; ", for_each(operands[2], 3, bits, write)]
+    )
+    declared = "".join(f".reg .b{bits} {name}; " for names in operands for name in names)
+    run(body, [*given, out], {3}, declared)
+    assert (out == by_lane(sums, c + a @ b.T, wide)).all()
+
+
 WGMMA = """
 and.b32 %r20, %r0, 31; mov.b32 %r30, 0; mov.b32 %r31, 0; mov.b32 %r32, 0; mov.b32 %r33, 0;
 mov.u32 %r9, smem; shr.u32 %r9, %r9, 4; cvt.u64.u32 %rd7, %r9; DESCRIPTOR
@@ -869,11 +967,90 @@ def test_wgmma_without_swizzle():
     assert not made.hazards
     for removed, hazard in (
         ("fence.proxy.async.shared::cta; ", "no fence.proxy.async"),
+        ("wgmma.fence.sync.aligned;\n", "without a fence since its registers were used"),
         ("wgmma.wait_group.sync.aligned 0;", "touches accumulators of a wgmma under way"),
         ("wgmma.commit_group.sync.aligned; ", "touches accumulators of a wgmma under way"),
     ):
         _, _, made = through(body.replace(removed, ""), 256, 4096, given)
         assert any(hazard in text for text in made.hazards), removed
+
+
+def swizzled(matrix):
+    """Rows of 32, 64 or 128 bytes, eight of them a group: a row's 16-byte chunks are exchanged by
+    the number of the row's 128-byte line.
+    """
+    rows, chunks = len(matrix), matrix.shape[1] // 8
+    image = np.zeros((rows, chunks, 8), np.uint16)
+    for row, chunk in itertools.product(range(rows), range(chunks)):
+        line = row * chunks // 8
+        image[row, chunk ^ line % chunks] = matrix[row, 8 * chunk : 8 * chunk + 8]
+    return image.ravel()
+
+
+#: Fills a block's shared memory with 96 bytes from each thread, reads what is an operand in
+#: registers, and multiplies. Parameters: image, output, operand.
+SWIZZLED = """
+mov.u32 %r0, %tid.x; mov.u32 %r1, smem; mad.lo.s32 %r2, %r0, BYTES, %r1;
+ld.param.u64 %rd1, [p0]; mul.wide.u32 %rd4, %r0, BYTES; add.s64 %rd1, %rd1, %rd4;
+ld.param.u64 %rd2, [p1]; mul.wide.u32 %rd4, %r0, OUTPUT; add.s64 %rd2, %rd2, %rd4;
+ld.param.u64 %rd3, [p2]; mul.wide.u32 %rd4, %r0, 16; add.s64 %rd3, %rd3, %rd4;
+ld.global.v4.b32 {%r20,%r21,%r22,%r23}, [%rd3]; COPY START
+shr.u32 %r9, %r1, 4; cvt.u64.u32 %rd7, %r9; or.b64 %rd8, %rd7, FIELDS; add.s64 %rd9, %rd8, SECOND;
+setp.ne.s32 add, ADD, 0; fence.proxy.async.shared::cta; bar.sync 0; wgmma.fence.sync.aligned;
+wgmma.mma_async.sync.aligned.SHAPE.f32.bf16.bf16 {SUMS}, FIRST, %rd9, add, 1, 1, LAYOUTS;
+wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; KEEP
+"""
+
+
+def swizzled_product(columns, transposed, in_registers):
+    """The text of a kernel for operands whose rows have 16, 32 or 64 elements."""
+    count = (columns if transposed else 8) // 2  # registers of sums
+    mode = {64: 1, 32: 2, 16: 3}[columns]
+    fields = (
+        mode << 62 | 16 * columns >> 4 << 32 | 1 << 16
+    )  # groups of eight rows follow each other
+    sums = [f"%c{k}" for k in range(count)]
+    copy = "".join(
+        f"ld.global.v4.b32 {{%r4,%r5,%r6,%r7}}, [%rd1+{k}]; "
+        f"st.shared.v4.b32 [%r2+{k}], {{%r4,%r5,%r6,%r7}}; "
+        for k in range(0, 96, 16)
+    )
+    texts = {
+        "BYTES": 96, "OUTPUT": 4 * count, "COPY": copy, "FIELDS": fields - (fields >> 63 << 64),
+        "START": "".join(f"mov.f32 {x}, 0f3F800000; " for x in sums), "SECOND": 8 * columns,
+        "ADD": in_registers, "SHAPE": f"m64n{2 * count}k16", "SUMS": ",".join(sums),
+        "FIRST": "{%r20,%r21,%r22,%r23}" if in_registers else "%rd8",
+        "LAYOUTS": transposed if in_registers else f"0, {transposed}",
+        "KEEP": "".join(f"st.global.f32 [%rd2+{4 * k}], {x}; " for k, x in enumerate(sums)),
+    }  # fmt: skip
+    body = SWIZZLED
+    for name, text in texts.items():
+        body = body.replace(name, str(text))
+    return body, ".reg .pred add; " + "".join(f".reg .f32 {x}; " for x in sums)
+
+
+@pytest.mark.parametrize("columns", [16, 32, 64], ids="swizzle{}".format)
+@pytest.mark.parametrize("transposed", [0, 1])
+@pytest.mark.parametrize("in_registers", [0, 1])
+def test_wgmma_with_swizzle(columns, transposed, in_registers):
+    """A (64, 16) in shared memory, or in registers, where sums begin at 1; B (8, 16), or (16, N)
+    transposed.
+    """
+    a, b = small_bf16((64, columns), 1), small_bf16((16 if transposed else 8, columns), 2)
+    image = np.concatenate([swizzled(a), swizzled(b)])
+    image = np.pad(image, (0, 128 * 48 - len(image)))
+    places = [*itertools.product(range(4), (0, 1))]
+    held = np.array([[fragment(a[16 * (t // 32) :], t % 32, r, e, 2) for r, e in places]
+                     for t in range(128)])  # fmt: skip
+    out = np.zeros((128, (columns if transposed else 8) // 2), np.float32)
+    body, declared = swizzled_product(columns, transposed, in_registers)
+    made = run(body, [image, out, held], {1}, declared, 128, 128 * 96)
+    assert not made.hazards
+    right = halves(b) if transposed else halves(b)[:, :16].T
+    product = halves(a)[:, :16] @ right + in_registers
+    for thread, k in itertools.product(range(128), range(out.shape[1])):
+        row = 16 * (thread // 32) + thread % 32 // 4 + 8 * (k // 2 % 2)
+        assert out[thread][k] == product[row][8 * (k // 4) + 2 * (thread % 4) + k % 2]
 
 
 def test_registers_of_a_warpgroup():

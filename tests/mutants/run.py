@@ -243,16 +243,29 @@ def runs_here(variant: str) -> bool:
     return flag is None or (info.exists() and flag in info.read_text().split())
 
 
+@contextlib.contextmanager
+def fork_server() -> Iterator[None]:
+    """Within the context `FORKS` has a server of its own, which has imported no package yet.
+
+    A process has one fork server: another's would have imported the package that has no fault.
+    """
+    server = forkserver._forkserver
+    server._stop()
+    FORKS.set_forkserver_preload(PRELOADED)
+    try:
+        with mock.patch.dict(os.environ, ENVIRONMENT):
+            forkserver.ensure_running()
+        yield
+    finally:
+        server._stop()
+        FORKS.set_forkserver_preload(["__main__"])  # as it was
+
+
 def run(mutants: Sequence[Mutant], jobs: int, source: Path = ROOT, say=print) -> dict[Mutant, str]:
     """What the tests say of each fault."""
     outcomes = {m: f"not here: no {m.variant}" for m in mutants if not runs_here(m.variant)}
     mutants = [m for m in mutants if m not in outcomes]
-    # A process has one fork server: another's would have imported the package that has no fault.
-    forkserver._forkserver._stop()
-    FORKS.set_forkserver_preload(PRELOADED)
-    with mock.patch.dict(os.environ, ENVIRONMENT):
-        forkserver.ensure_running()
-    with tempfile.TemporaryDirectory() as folder:
+    with fork_server(), tempfile.TemporaryDirectory() as folder:
         store = source / "build" / "mutants"
         template = Checkout(source, Path(folder) / "0", store)
         for sources in BUILDS:

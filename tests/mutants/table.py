@@ -45,11 +45,6 @@ def one_sided(member: str, setting: str = "two_view-True-cosine") -> str:
     return f"tests/test_backends.py::test_one_sided_gradient[{member}-{setting}]"
 
 
-def on_several_threads(backend: str) -> str:
-    test = "tests/test_backends.py::test_bitwise_repeatable_on_several_threads"
-    return f"{test}[{backend}-{INFONCE}]"
-
-
 def formula(member: str) -> str:
     return f"tests/test_backends.py::test_derivatives_of_the_formulas[{member}]"
 
@@ -559,15 +554,6 @@ plant(
 
 plant(
     "alphacl_fast/backend/blocked.py",
-    (
-        "workers: their sums are added up in the order in which they end",
-        "return list(pool.map(run, range(workers)))",
-        "queue = __import__('queue').SimpleQueue()\n"
-        "            for k in range(workers):\n"
-        "                pool.submit(run, k).add_done_callback(queue.put)\n"
-        "            return [queue.get().result() for _ in range(workers)]",
-        on_several_threads("blocked"),
-    ),
     (
         "exclusion: the positive counts where it lies below the diagonal",
         "([partner, -partner] if partner else [])",

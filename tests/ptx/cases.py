@@ -1,25 +1,28 @@
-"""Losses and gradients whose kernels are interpreted, each against float64.
+"""Calls whose kernels are interpreted, each compared with float64.
 
-The short list is for every change. The full one takes every objective and size, and executes every
-instruction of the kernels but those that `UNREACHED` accounts for.
+The short list is for every change. The full one takes every objective and size; coverage.py says
+how many of the kernels' instructions it has to execute, and which kernels no call launches.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from family import BUILT_IN, loss_and_grads, pair, relative_error
+from family import BUILT_IN, CUSTOM, pair, relative_error
+from torch import Tensor
 
+from alphacl_fast import objectives
 from alphacl_fast.backend import cuda, gpu
 
-from .runner import Runner
+from . import calls
+from .runner import Runner, fill_with_nan
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-NAN = {2: (torch.int16, 0x7FFF), 4: (torch.int32, 0x7FFFFFFF), 8: (torch.int64, 2**63 - 1)}
 
 
 @dataclass(frozen=True)
@@ -30,24 +33,31 @@ class Case:
     dim: int
     dtype: torch.dtype
     precision: str | None = None
-    objective: str = "infonce"
+    objective: Any = "infonce"
     options: dict = field(default_factory=dict)
     setting: dict = field(default_factory=dict)
     tau: float = 0.3
-    processors: int = 6  # few: schedules have splits where there are many
+    call: Callable = calls.loss
+    ids: int | None = None  # how many there are
+    sides: tuple[int, int] | None = None  # rows of a rectangle
+    both: bool = True  # they are anchors on both sides of it
+    multiprocessors: int = 3  # few: schedules have splits where there are many
     symmetric: bool | None = None  # tiles of row_sums of the cuda backend
     nan_row: int | None = None
     short: bool = False
-    fails: str = ""  # the defect that makes it fail: it must
 
     @property
     def name(self) -> str:
+        loss = str(self.objective).replace(" ", "")
         parts = [
             self.backend, f"sm_{self.arch}", str(self.dtype).removeprefix("torch."), self.precision,
-            f"n{self.pairs}", f"d{self.dim}", self.objective,
+            f"n{self.pairs}" if self.sides is None else "{}x{}".format(*self.sides),
+            f"d{self.dim}", loss if self.call is calls.loss else self.call.__name__,
             *(f"{k}={v}" for k, v in {**self.options, **self.setting}.items()),
             f"tau={self.tau}" if self.tau != 0.3 else "",
-            f"processors={self.processors}" if self.processors != 6 else "",
+            "" if self.ids is None else f"ids={self.ids}",
+            "" if self.both else "one_side",
+            f"multiprocessors={self.multiprocessors}" if self.multiprocessors != 3 else "",
             "" if self.symmetric is None else f"symmetric_tiles={self.symmetric}",
             "" if self.nan_row is None else f"nan_row={self.nan_row}",
         ]  # fmt: skip
@@ -60,10 +70,11 @@ class Case:
         return names.get(self.dtype) or {"ieee": "fp32"}.get(self.precision, self.precision)
 
 
-#: Bounds of relative errors: of losses, of gradients. Those of float16 are subnormal in part.
+#: Bounds of relative errors, of losses and sums and of gradients. They are about three times the
+#: largest that was met; gradients of bfloat16 and float16 are rounded to their dtype themselves.
 BOUNDS = {
-    "bf16": (2e-5, 4e-3), "fp16": (2e-5, 4e-3), "tf32": (3e-4, 2e-3), "bf16x3": (2e-5, 2e-5),
-    "fp32": (2e-6, 1e-5), "fp64": (1e-12, 1e-12),
+    "bf16": (3e-6, 4e-3), "fp16": (2e-6, 4e-3), "tf32": (2e-4, 2e-3), "bf16x3": (4e-7, 5e-6),
+    "fp32": (4e-6, 5e-6), "fp64": (1e-14, 1e-14),
 }  # fmt: skip
 
 
@@ -71,7 +82,7 @@ BOUNDS = {
 class Result:
     case: str
     ok: bool
-    errors: list[float]
+    errors: list[float]  # the largest of losses and sums, and of gradients
     hazards: list[str]
     problem: str  # an exception
     launches: int
@@ -84,24 +95,18 @@ def run(case: Case, runner: Runner) -> Result:
     """Within the context of the case's launches."""
     runner.records.clear()
     begin = time.process_time()
-    z1, z2 = pair(case.pairs, case.dim, case.dtype)
+    views = pair(case.pairs, case.dim, case.dtype)
     if case.nan_row is not None:
-        integer, bits = NAN[z1.element_size()]
-        z1.view(integer)[case.nan_row] = bits
-    setting = {"tau": case.tau, **case.setting}
-    member = case.objective, case.options
+        fill_with_nan(views[0][case.nan_row])
+    truth = case.call(case, tuple(z.double() for z in views), "reference", None)
     errors, problem, ok = [], "", False
-    truth = loss_and_grads(z1.double(), z2.double(), *member, backend="reference", **setting)
     try:
         with _device(case):
-            ours = loss_and_grads(
-                z1, z2, *member, backend=case.backend, precision=case.precision, **setting
-            )
-        ok = all(map(_same_nan, ours, truth))
-        if case.nan_row is None:
-            errors = [relative_error(a, b) for a, b in zip(ours, truth, strict=True)]
-            loose, tight = BOUNDS[case.mode][1], BOUNDS[case.mode][0]
-            ok &= errors[0] < tight and max(errors[1:]) < loose
+            ours = case.call(case, views, case.backend, case.precision)
+        groups = [[*zip(*lists, strict=True)] for lists in zip(ours, truth, strict=True)]
+        errors = [max(_error(a, b) for a, b in group) for group in groups]
+        same = all(torch.equal(a.isnan(), b.isnan()) for group in groups for a, b in group)
+        ok = same and all(e < bound for e, bound in zip(errors, BOUNDS[case.mode], strict=True))
     except Exception as error:  # a fault comes as what the library's caller raises
         problem = f"{type(error).__name__}: {error}"
     hazards, records = runner.hazards(), runner.records
@@ -112,25 +117,47 @@ def run(case: Case, runner: Runner) -> Result:
     )  # fmt: skip
 
 
+def _error(ours: Tensor, truth: Tensor) -> float:
+    """The relative error of what is not NaN."""
+    known = ~truth.isnan()
+    return relative_error(ours[known], truth[known])
+
+
 @contextlib.contextmanager
 def _device(case: Case) -> Iterator[None]:
-    before = gpu.pretended
-    gpu.pretend_gpu(case.processors // 2)
+    before = gpu.pretended, gpu.pretended_capability
+    gpu.pretend_gpu(case.multiprocessors, divmod(int(case.arch.rstrip("a")), 10))
     try:
         with cuda.symmetric(case.symmetric):
             yield
     finally:
-        gpu.pretend_gpu(before)
-
-
-def _same_nan(ours: torch.Tensor, truth: torch.Tensor) -> bool:
-    return torch.equal(ours.isnan(), truth.isnan())
+        gpu.pretend_gpu(*before)
 
 
 # --- the lists ------------------------------------------------------------------------------------
 
 _SIDES = [{}, {"negatives": "cross_view"}, {"negatives": "one_view"}]
+#: Members that are no closed form of the mean of all rows, which needs no sweep.
+_SWEPT = [member for member in BUILT_IN if objectives.make(*member).kind]
+#: Without a gradient in τ the first sweep has one sum, and on sm_90 Triton's symmetric tiles.
+_ONE_SUM = {"learn_tau": False}
 _ONE_SIDED = {"negatives": "cross_view", "symmetric": False}
+#: A NaN in a row of the first view spoils its own loss and gradient, and those of the second view.
+_ROWS = {**_ONE_SIDED, "reduction": "none"}
+
+
+def _rectangles(case: Case, dim: int) -> list[Case]:
+    """Ragged ones with more or fewer rows than a tile, and whole tiles."""
+    return [
+        replace(case, call=calls.rectangle, sides=s, both=both, pairs=sum(s) // 2 + 1, dim=dim)
+        for s, both in (((75, 208), True), ((3, 3), True), ((64, 128), False))
+    ]
+
+
+def _listed(short: list[Case], full: list[Case]) -> list[Case]:
+    """Both lists; what the short one has, the full one need not run again."""
+    names = {case.name for case in short}
+    return [replace(c, short=True) for c in short] + [c for c in full if c.name not in names]
 
 
 def cuda_cases(arch: str) -> list[Case]:
@@ -141,86 +168,106 @@ def cuda_cases(arch: str) -> list[Case]:
 def _hopper() -> list[Case]:
     case = Case("cuda", "90a", 75, 64, BF16)
     short = [
-        case, replace(case, dim=104, processors=40, setting={"negatives": "cross_view"}),
+        case, replace(case, dim=104, multiprocessors=20, setting={"negatives": "cross_view"}),
         replace(case, dim=200, objective="alpha_direct"),
-        replace(case, pairs=330, dim=128, processors=4),  # more tiles than stages
+        replace(case, pairs=330, dim=128, multiprocessors=2),  # more tiles than stages
+        *_rectangles(case, 104)[:1],
     ]  # fmt: skip
     many = [
-        replace(case, pairs=n, dim=d, objective=o, processors=p, setting=s)
+        replace(case, pairs=n, dim=d, objective=o, multiprocessors=p, setting=s)
         for n, d, o, p, s in [
-            (150, 128, "infonce", 6, {}), (330, 64, "infonce", 4, {}),
-            (330, 256, "infonce", 4, {}), (330, 256, "alpha_direct", 4, {}),
-            (330, 128, "alpha_direct", 4, {}), (330, 64, "alpha_direct", 4, {}),
-            (150, 256, "alpha_entropy", 40, {}), (65, 24, "alpha_entropy", 40, {}),
-            (64, 64, "infonce", 6, {}), (33, 128, "infonce", 6, {}), (2, 64, "infonce", 6, {}),
-            (129, 72, "infonce", 40, _SIDES[1]), (97, 136, "infonce", 40, _SIDES[2]),
-            (150, 128, "alpha_direct", 40, _ONE_SIDED), (140, 64, "infonce", 6, _SIDES[1]),
-            (150, 256, "infonce", 40, _ONE_SIDED),
+            (150, 128, "infonce", 3, {}), (330, 64, "infonce", 2, {}),
+            (330, 256, "infonce", 2, {}), (330, 256, "alpha_direct", 2, {}),
+            (330, 128, "alpha_direct", 2, {}), (330, 64, "alpha_direct", 2, {}),
+            (150, 256, "alpha_entropy", 20, {}), (65, 24, "alpha_entropy", 20, {}),
+            (64, 64, "infonce", 3, {}), (33, 128, "infonce", 3, {}), (2, 64, "infonce", 3, {}),
+            (129, 72, "infonce", 20, _SIDES[1]), (97, 136, "infonce", 20, _SIDES[2]),
+            (150, 128, "alpha_direct", 20, _ONE_SIDED), (140, 64, "infonce", 3, _SIDES[1]),
+            (150, 256, "infonce", 20, _ONE_SIDED),
         ]
     ]  # fmt: skip
     # the last of two tiles is nearly full: almost every column of a masked tile counts
     for dim in (64, 128, 256):
         one = replace(case, pairs=126, dim=dim)
-        many += [one, replace(one, setting={"learn_tau": False})]
+        many += [one, replace(one, setting=_ONE_SUM)]
         many += [replace(one, objective="alpha_direct")]
-    return [replace(c, short=True) for c in short] + many + [replace(case, nan_row=3)]
+    for dim in (64, 200):
+        many += _alone(replace(case, dim=dim))
+    return _listed(short, many)
+
+
+#: Arithmetics of the cuda backend, each with lengths of rows: every one that a kernel holds whole,
+#: and one that comes in chunks.
+_LENGTHS = {
+    (BF16, None): (64, 128, 256, 264), (FP16, None): (64, 128, 256, 264),
+    (FP32, "tf32"): (64, 128, 132), (FP32, "ieee"): (64, 72), (FP64, None): (32, 40),
+}  # fmt: skip
 
 
 def _ampere() -> list[Case]:
     case = Case("cuda", "80", 70, 64, BF16)
-    # rows of each dtype that a kernel holds whole, and one that comes in chunks
-    sizes = {
-        (BF16, None): (64, 128, 256, 264), (FP16, None): (64, 128, 256, 264),
-        (FP32, "tf32"): (64, 128, 132), (FP32, "ieee"): (64, 72), (FP64, None): (32, 40),
-    }  # fmt: skip
     cases = []
-    for (dtype, precision), dims in sizes.items():
+    for (dtype, precision), dims in _LENGTHS.items():
+        one = replace(case, dtype=dtype, precision=precision)
         for dim in dims:
-            one = replace(case, dtype=dtype, precision=precision, dim=dim)
-            cases += [one, replace(one, objective="alpha_direct", setting=_SIDES[1])]
-            cases += [replace(one, tau=0.02), replace(one, dim=dim - 3, processors=20)]
-            cases += [
-                replace(one, pairs=35, objective=o, options=k, setting=_SIDES[turn % 3])
-                for turn, (o, k) in enumerate(BUILT_IN)
-            ]
-            similarities = ("dot", "euclidean")
-            cases += [replace(one, setting={"similarity": s}, tau=8.0) for s in similarities]
+            cases += _of_length(replace(one, dim=dim))
+        cases += [replace(one, dim=24, pairs=n) for n in (2, 32, 129 if dtype == BF16 else 97)]
+        cases += _alone(replace(one, dim=32, pairs=40))
+        kinds = replace(one, pairs=10, call=calls.every_kind)
+        cases += [replace(kinds, dim=dim) for dim in (dims[0], dims[-1])]
+    cases += [replace(case, pairs=33, call=calls.every_kind)]  # two tiles: one serves its columns
     for dim in (64, 128, 256, 264):
         cases += [replace(case, dim=dim, symmetric=False, setting=s) for s in _SIDES]
-    cases += [replace(case, nan_row=3), replace(case, dtype=FP16, nan_row=3)]
-    cases += [replace(case, dtype=FP32, precision="ieee", nan_row=3)]
     short = [
-        case, replace(case, dim=264, pairs=40), replace(case, dtype=FP16, dim=61, processors=20),
+        case, replace(case, dim=264, pairs=40),
+        replace(case, dtype=FP16, dim=61, multiprocessors=10),
         replace(case, dtype=FP32, precision="tf32", setting=_SIDES[1]),
         replace(case, dtype=FP32, precision="ieee", pairs=40),
         replace(case, dtype=FP64, dim=32, pairs=35), replace(case, tau=0.02, pairs=40),
         replace(case, objective="alpha_direct", symmetric=False, setting=_SIDES[2]),
         replace(case, nan_row=3),
         replace(case, dim=16, pairs=40, nan_row=3),
-        replace(
-            case, dtype=FP32, precision="ieee", dim=16, pairs=40, nan_row=3,
-        ),
-        replace(
-            case, dtype=FP32, precision="tf32", pairs=40, nan_row=3,
-        ),
+        replace(case, dtype=FP32, precision="ieee", dim=16, pairs=40, nan_row=3),
+        replace(case, dtype=FP32, precision="tf32", pairs=40, nan_row=3),
+        replace(case, dtype=FP16, dim=16, pairs=40, nan_row=3, setting=_ROWS),
+        *_rectangles(case, 64)[:1],
     ]  # fmt: skip
-    names = {c.name for c in short}
-    return [replace(c, short=True) for c in short] + [c for c in cases if c.name not in names]
+    return _listed(short, cases)
+
+
+def _of_length(case: Case) -> list[Case]:
+    """Every objective and similarity for rows of one length, and rows that no vector load reads."""
+    cases = [case, replace(case, objective="alpha_direct", setting=_SIDES[1])]
+    cases += [replace(case, tau=0.02), replace(case, dim=case.dim - 3, multiprocessors=10)]
+    cases += [
+        replace(case, pairs=35, objective=o, options=k, setting=_SIDES[turn % 3])
+        for turn, (o, k) in enumerate(_SWEPT)
+    ]
+    return cases + [replace(case, setting={"similarity": s}, tau=8.0) for s in ("dot", "euclidean")]
+
+
+def _alone(case: Case) -> list[Case]:
+    """What any arithmetic takes once: NaN, SigLIP, rectangles."""
+    nan = [replace(case, nan_row=3, setting=s) for s in ({}, _ROWS)]
+    return [*nan, replace(case, call=calls.siglip), *_rectangles(case, case.dim)]
 
 
 def triton_cases(arch: str) -> list[Case]:
     """Every arithmetic of the Triton kernels, with their default tiles."""
     case = Case("triton", arch, 75, 64, BF16)
+    # so many pairs that a row block meets a whole tile of other rows, which has no mask
+    whole = 140 if arch == "90" else 70
     short = [
-        case, replace(case, pairs=66, dim=100, processors=40),
+        case, replace(case, pairs=66, dim=100, multiprocessors=20),
         replace(case, pairs=40, dtype=FP32, precision="tf32"),
         replace(case, pairs=40, dtype=FP16, setting=_SIDES[1]),
         replace(case, pairs=40, dtype=FP32, precision="ieee"),
         replace(case, pairs=40, dim=40, dtype=FP64),
         replace(case, pairs=70, dim=256), replace(case, pairs=66, dim=512, setting=_SIDES[2]),
-        replace(case, tau=0.01), replace(case, pairs=40, objective="triplet"),
+        replace(case, tau=0.01), replace(case, pairs=whole, objective="triplet"),
         replace(case, pairs=40, objective="alpha_square", setting=_SIDES[1]),
         replace(case, pairs=40, dtype=FP32, precision="bf16x3"), replace(case, nan_row=3),
+        replace(case, pairs=200, setting=_ONE_SUM),
     ]  # fmt: skip
     more = [
         replace(case, pairs=n, dim=d, dtype=t, precision=p, setting=s)
@@ -232,10 +279,17 @@ def triton_cases(arch: str) -> list[Case]:
             (66, 128, FP32, "bf16x3", {}), (66, 64, FP32, "bf16x3", _SIDES[1]),
             (70, 128, FP16, None, {}), (66, 128, FP32, "tf32", _SIDES[2]),
             (70, 256, FP32, "tf32", {}), (66, 264, FP16, None, {}),
+            (66, 64, BF16, None, _ONE_SUM), (200, 128, BF16, None, _ONE_SUM),
+            (100, 264, BF16, None, _ONE_SUM), (150, 128, BF16, None, {**_ONE_SUM, **_SIDES[1]}),
         ]
     ]  # fmt: skip
-    more += [replace(case, pairs=70, objective=o, options=k) for o, k in BUILT_IN]
+    more += [replace(case, pairs=whole, objective=o, options=k) for o, k in _SWEPT]
     more += [replace(case, setting={"similarity": "dot"}, tau=8.0)]
     more += [replace(case, setting={"similarity": "euclidean"}, tau=8.0)]
-    more += [replace(case, dtype=FP32, precision="ieee", nan_row=3)]
-    return [replace(c, short=True) for c in short] + more
+    for dtype, precision in _LENGTHS:
+        pairs = whole if dtype == BF16 else 40
+        one = replace(case, pairs=pairs, dim=32, dtype=dtype, precision=precision)
+        more += [*_alone(one), replace(one, ids=11)]
+    more += [replace(case, pairs=40, ids=1), replace(case, pairs=40, ids=11, setting=_SIDES[1])]
+    more += [replace(case, pairs=whole, objective=o, options=k) for o, k in CUSTOM[:5]]
+    return _listed(short, more)

@@ -9,17 +9,24 @@ from .opcodes import WARP, Control, Modifiers, opcode
 from .parse import Immediate, Pair
 
 
-class _Branch(Control):
+class _Guarded(Control):
+    """A branch or a return, which its predicate keeps some threads from."""
+
     def __init__(self, m, instruction) -> None:
         self.m, self.target, self.negated = m, instruction.target, instruction.negated
         guard = instruction.predicate
         self.predicate = m.value(guard, "pred") if guard else None
 
+    def taken(self) -> np.ndarray:
+        """Which of the executing threads the predicate lets through."""
+        return self.predicate[self.m.index] != self.negated
+
+
+class _Branch(_Guarded):
     def run(self, at: int) -> int | None:
         if self.predicate is None:
             return self.target
-        m = self.m
-        taken = self.predicate[m.index] != self.negated
+        m, taken = self.m, self.taken()
         if taken.all():
             return self.target
         if not taken.any():
@@ -53,18 +60,11 @@ def indexed_branch(m, modifiers: Modifiers, instruction):
     return _IndexedBranch(m, instruction)
 
 
-class _Return(Control):
-    def __init__(self, m, instruction) -> None:
-        self.m, self.negated = m, instruction.negated
-        guard = instruction.predicate
-        self.predicate = m.value(guard, "pred") if guard else None
-
+class _Return(_Guarded):
     def run(self, at: int) -> None:
         m = self.m
         m.pc[m.index] = at + 1
-        leaving = m.active()
-        if self.predicate is not None:
-            leaving = leaving[self.predicate[leaving] != self.negated]
+        leaving = m.active() if self.predicate is None else m.active()[self.taken()]
         m.exited[leaving] = True
         m.products.left(leaving)
         m.barriers.threads_left()

@@ -20,6 +20,8 @@ class Format(NamedTuple):
 F16, BF16 = Format(16, 10, 15), Format(16, 7, 127)
 F32, F64 = Format(32, 23, 127), Format(64, 52, 1023)
 TF32 = Format(32, 10, 127)  # its 13 low bits are zeros
+#: The NaN that a GPU writes, by its bytes. Tricks with bits lose it first: 0x1000 more is -0.
+NAN = {2: 0x7FFF, 4: 0x7FFFFFFF, 8: 0x7FFFFFFFFFFFFFFF}
 
 
 def decode(bits: int, form: Format) -> Fraction | float:

@@ -16,6 +16,7 @@ import numpy as np
 from . import bits, cast, control, copies, matrix, movement, products, scalar, synchronise  # noqa: F401
 from .clocks import Clocks
 from .faults import Fault, Unsupported
+from .floats import NAN
 from .memory import Global, Shared
 from .opcodes import DTYPES, TABLE, WARP, WARPGROUP, Control, Modifiers
 from .parse import Immediate, Instruction, Kernel, Register, Special, Symbol
@@ -212,7 +213,7 @@ class Machine:
             self.special[f"%nctaid.{axis}"][:] = grid[k]
         self.special["%nctaid.z"][:] = 1
         for register in self.registers.values():
-            register.view(np.uint8)[:] = 0 if register.dtype == bool else 0xFF
+            register[:] = 0 if register.dtype == bool else NAN[register.itemsize]
         self.pc, self.turns = np.zeros(self.threads, np.int64), 0
         self.exited = np.zeros(self.threads, bool)
         for part in (self.clocks, self.shared, self.async_state, self.products, self.barriers):

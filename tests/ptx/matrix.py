@@ -28,71 +28,66 @@ def elements(registers: np.ndarray, kind: str) -> np.ndarray:
     return from_bf16(halves) if kind == "bf16" else halves.view(np.float16).astype(np.float32)
 
 
-def _threads(m, lanes: int) -> np.ndarray:
-    """The executing threads among the first lanes of each warp."""
-    active = m.active()
-    return active if lanes == 32 else active[active % 32 < lanes]
+class _Matrices:
+    """What ldmatrix and stmatrix say: 1, 2 or 4 matrices, in a register of each lane and in rows of
+    shared memory.
 
+    The first eight lanes give the addresses of the first matrix' rows, and so on.
+    """
 
-def _form(modifiers: Modifiers) -> tuple[int, bool]:
-    modifiers.need("m8n8")
-    count = int(modifiers.need("x1", "x2", "x4")[1:])
-    transposed = bool(modifiers.one("trans"))
-    modifiers.need("shared", "shared::cta")
-    modifiers.kind("b16")
-    return count, transposed
+    def __init__(self, m, modifiers: Modifiers, instruction, held, memory) -> None:
+        modifiers.need("m8n8")
+        self.m, self.count = m, int(modifiers.need("x1", "x2", "x4")[1:])
+        self.transposed = bool(modifiers.one("trans"))
+        modifiers.need("shared", "shared::cta")
+        modifiers.kind("b16")
+        parts = held.parts if hasattr(held, "parts") else (held,)
+        if len(parts) != self.count:
+            raise Unsupported(instruction.text)
+        self.registers = [m.register(part) for part in parts]
+        self.where = address(m, memory, "u32")
+
+    def rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """The lanes that give addresses, and the granules of the row that each of them gives."""
+        active = self.m.active()
+        threads = active[active % 32 < 8 * self.count]
+        at = self.m.shared.locate(self.where()[threads], 16)
+        return threads, self.m.shared.granules(at, 16)
 
 
 @opcode("ldmatrix.sync.aligned", together=WARP)
 def load_matrices(m, modifiers: Modifiers, instruction):
-    count, transposed = _form(modifiers)
-    to, source = instruction.operands
-    parts = to.parts if hasattr(to, "parts") else (to,)
-    if len(parts) != count:
-        raise Unsupported(instruction.text)
-    outs = [m.register(part) for part in parts]
-    where = address(m, source, "u32")
+    form = _Matrices(m, modifiers, instruction, *instruction.operands)
 
     def run() -> None:
-        threads = _threads(m, 8 * count)
-        at = m.shared.locate(where()[threads], 16)
-        granules = m.shared.granules(at, 16)
+        threads, granules = form.rows()
         m.shared.reading(granules, threads)
         m.shared.log.append((m.warp[threads], granules))
-        rows = m.shared.view[2][granules].reshape(-1, count, 8, 8)
-        rows = np.ascontiguousarray(rows.swapaxes(2, 3) if transposed else rows)
-        words = rows.view(np.uint32).reshape(-1, count, 32)
-        for k, out in enumerate(outs):
-            out[m.index] = words[:, k].ravel()
+        rows = m.shared.view[2][granules].reshape(-1, form.count, 8, 8)
+        rows = np.ascontiguousarray(rows.swapaxes(2, 3) if form.transposed else rows)
+        words = rows.view(np.uint32).reshape(-1, form.count, 32)
+        for k, register in enumerate(form.registers):
+            register[m.index] = words[:, k].ravel()
 
     return run
 
 
 @opcode("stmatrix.sync.aligned", together=WARP)
 def store_matrices(m, modifiers: Modifiers, instruction):
-    count, transposed = _form(modifiers)
-    to, source = instruction.operands
-    parts = source.parts if hasattr(source, "parts") else (source,)
-    if len(parts) != count:
-        raise Unsupported(instruction.text)
-    sources = [m.register(part) for part in parts]
-    where = address(m, to, "u32")
+    form = _Matrices(m, modifiers, instruction, *reversed(instruction.operands))
 
     def run() -> None:
-        threads = _threads(m, 8 * count)
-        words = np.stack([source[m.index].reshape(-1, 32) for source in sources], axis=1)
-        rows = np.ascontiguousarray(words).view(np.uint16).reshape(-1, count, 8, 8)
-        rows = rows.swapaxes(2, 3) if transposed else rows
-        at = m.shared.locate(where()[threads], 16)
-        granules = m.shared.granules(at, 16)
-        values = rows.reshape(-1, 8)
+        threads, granules = form.rows()
+        words = np.stack([x[m.index].reshape(-1, 32) for x in form.registers], axis=1)
+        rows = np.ascontiguousarray(words).view(np.uint16).reshape(-1, form.count, 8, 8)
+        values = (rows.swapaxes(2, 3) if form.transposed else rows).reshape(-1, 8)
         m.shared.writing(granules, threads, values)
         m.shared.view[2][granules] = values
         m.shared.wrote(granules, threads)
         # the lane that holds an element has written it, not the one that gives the address
         lanes = np.arange(32).reshape(8, 4).repeat(2, axis=1)
-        lanes = lanes.T if transposed else lanes
-        warps = threads.reshape(-1, count, 8) // 32 * 32
+        lanes = lanes.T if form.transposed else lanes
+        warps = threads.reshape(-1, form.count, 8) // 32 * 32
         writers = warps[:, :, :1, None] + lanes
         m.shared.thread[granules] = writers.reshape(-1, 8)
         if m.shared.async_proxy:

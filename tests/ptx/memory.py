@@ -12,6 +12,7 @@ import ctypes
 import numpy as np
 
 from .faults import Fault
+from .floats import NAN
 
 NEW, SETTLED, FRESH = 0, 1, 2
 
@@ -35,7 +36,6 @@ class Global:
     def _prepare(self) -> None:
         begins, ends, _, writable = zip(*self.ranges, strict=True)
         self.begins, self.ends = np.array(begins), np.array(ends)
-        self.last = np.maximum.accumulate(self.ends)
         self.writable = np.array(writable)
         self.origin = begins[0] // 16 * 16
         span = (max(ends) - self.origin + 15) // 16 * 16
@@ -102,7 +102,7 @@ class Shared:
         self.steps = {n: np.arange(n) for n in (1, 2, 4, 8, 16)}
 
     def reset(self) -> None:
-        self.raw[:] = 0xFF
+        self.raw.view(np.uint32)[:] = NAN[4]
         for record in (self.state, self.awaited, self.operand, self.reads):
             record[:] = 0
         self.unfenced[:] = -1
@@ -216,7 +216,7 @@ class Shared:
         np.add.at(self.awaited, granules.ravel(), count)
         if count > 0:  # neither what was there nor what comes
             self.state[granules] = NEW
-            self.view[2][granules] = 0xFFFF
+            self.view[2][granules] = NAN[2]
 
     def fence(self, threads: np.ndarray) -> None:
         """fence.proxy.async: what these threads wrote is there for wgmma and tensor copies."""

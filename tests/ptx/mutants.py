@@ -100,7 +100,7 @@ def behind_a_branch(text: str) -> str | None:
 # --- the table ------------------------------------------------------------------------------------
 
 _HOPPER = cases.Case("cuda", "90a", 75, 64, cases.BF16)
-_RING = replace(_HOPPER, pairs=330, processors=4)  # more tiles than stages
+_RING = replace(_HOPPER, pairs=330, multiprocessors=2)  # more tiles than stages
 _AMPERE = replace(_HOPPER, arch="80", symmetric=False)
 _TRITON = cases.Case("triton", "90", 75, 64, cases.BF16)
 _TRITON80 = replace(_TRITON, arch="80")
@@ -168,6 +168,10 @@ MUTANTS = [
     Mutant("Triton: no wgmma.fence", _TRITON, "pair_grad", removed(r"wgmma\.fence", 1)),
     Mutant("Triton: stride offset halved", _TRITON, "row_sums",
            sub(rf"\b{_DESCRIPTOR}\b", _CLOSER)),
+    Mutant("Triton: bf16 pairs packed the other way", _TRITON, "pair_grad", _PACK),
+    Mutant("Triton: a shuffle by half of a warp", _TRITON, "row_sums", half_a_warp),
+    Mutant("Triton: a shuffle behind a branch", _TRITON80, "row_sums", behind_a_branch),
+    Mutant("Triton: bf16 pairs packed the other way (mma.sync)", _TRITON80, "pair_grad", _PACK),
     Mutant("Triton: no wait for cp.async", _TRITON80, "pair_grad",
            removed(r"cp\.async\.wait_group")),
     Mutant("Triton: ldmatrix untransposed", _TRITON80, "pair_grad", sub(r"(x4)\.trans", r"\1")),
@@ -205,6 +209,7 @@ def attempt(mutant: Mutant, runner: Runner) -> str | None:
 
     Raises:
         LookupError: the kernel's text has no place for it.
+        ValueError: the interpreter does not understand the changed text.
     """
     runner.rewrite = planter = Planter(mutant)
     result = cases.run(mutant.case, runner)
@@ -213,6 +218,8 @@ def attempt(mutant: Mutant, runner: Runner) -> str | None:
         raise LookupError(f"{mutant.name}: nothing to change in {mutant.kernel}")
     if result.ok:
         return None
+    if result.problem and "Fault: " not in result.problem:
+        raise ValueError(f"{mutant.name}: cannot be tried: {result.problem}")
     found = result.problem or next(iter(result.hazards), "") or f"errors {result.errors}"
     return " ".join(found.split())[-160:]
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from .faults import Fault
+from .floats import NAN
 from .machine import Machine
 from .parse import parse
 
-_NAN = {2: 0x7FFF, 4: 0x7FFFFFFF, 8: 0x7FFFFFFFFFFFFFFF}  # as a GPU writes it
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -75,6 +75,12 @@ class Runner:
         return [f"{r.kernel}: {hazard}" for r in self.records for hazard in r.hazards]
 
 
+def fill_with_nan(x: torch.Tensor) -> None:
+    """Writes the GPU's NaN to every element."""
+    size = x.element_size()
+    x.view(_INTEGER[size]).fill_(NAN[size])
+
+
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
     """Within the context `new_empty` tensors are full of the GPU's NaN."""
@@ -83,8 +89,7 @@ def poisoned() -> Iterator[None]:
     def new_empty(self, *shape, **options):
         made = original(self, *shape, **options)
         if made.is_floating_point() and made.numel():
-            size = made.element_size()
-            made.view(_INTEGER[size]).fill_(_NAN[size])
+            fill_with_nan(made)
         return made
 
     torch.Tensor.new_empty = new_empty

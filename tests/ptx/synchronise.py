@@ -17,12 +17,14 @@ class Mbarrier:
     count: int  # arrivals that a phase needs
     maker: tuple[int, int]  # the warp that initialised it, and when
     thread: int
+    known: np.ndarray  # by those who have arrived, in this phase or before
+    told: np.ndarray  # what was known when the last phase ended: who waits for it learns this
     pending: int = 0
     bytes: int = 0  # that tensor copies have still to bring
     phase: int = 0
     fenced: bool = False  # the initialisation is there for the TMA unit
-    known: np.ndarray | None = None  # by those who have arrived
-    copies: list[int] = field(default_factory=list)
+    copies: list[int] = field(default_factory=list)  # the same two of tensor copies
+    told_copies: list[int] = field(default_factory=list)
 
 
 class Barriers:
@@ -78,7 +80,8 @@ class Barriers:
             raise m.fault("misaligned mbarrier")
         m.shared.locate(np.array([place]), 8)
         maker = warp, int(m.clocks.of[warp, warp])
-        self.mbarriers[place] = Mbarrier(count, maker, thread, count, known=np.zeros(m.warps, int))
+        nothing = np.zeros(m.warps, int)
+        self.mbarriers[place] = Mbarrier(count, maker, thread, nothing, nothing, pending=count)
 
     def at(self, place: int, warp: int) -> Mbarrier:
         if place not in self.mbarriers:
@@ -114,9 +117,11 @@ class Barriers:
 
     @staticmethod
     def _turn(barrier: Mbarrier) -> None:
+        """Ends a phase that is complete."""
         if not barrier.pending and not barrier.bytes:
             barrier.phase += 1
             barrier.pending = barrier.count
+            barrier.told, barrier.told_copies = barrier.known, [*barrier.copies]
 
     def fence(self, threads: np.ndarray) -> None:
         for barrier in self.mbarriers.values():
@@ -208,7 +213,7 @@ class _Wait(Control):
             for place in np.unique(places[mine]).tolist():
                 barrier = m.barriers.at(place, warp)
                 if m.barriers.tried[mine[0]] == id(self):
-                    m.clocks.learn(warp, barrier.known, np.array(barrier.copies, int))
+                    m.clocks.learn(warp, barrier.told, np.array(barrier.told_copies, int))
         self.out[threads] = again
         m.barriers.tried[threads] = np.where(again, -1, id(self))
         return at + 1

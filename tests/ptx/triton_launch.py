@@ -10,10 +10,9 @@ import contextlib
 import ctypes
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
-
-from alphacl_fast.backend import gpu
 
 from .faults import Unsupported
 from .memory import Global
@@ -43,15 +42,13 @@ class _Device:
 
 
 @contextlib.contextmanager
-def interpreted(arch: str, runner: Runner, processors: int = 132) -> Iterator[None]:
+def interpreted(arch: str, runner: Runner) -> Iterator[None]:
     """Within the context CPU tensors are on a device of the architecture 80 or 90."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    driver.set_active(_Device(GPUTarget("cuda", int(arch), 32)))
-    gpu.pretend_gpu(processors, divmod(int(arch), 10))
-    original = JITFunction.run
+    device, original = _Device(GPUTarget("cuda", int(arch), 32)), JITFunction.run
 
     def run(self, *arguments, grid, warmup, **options):
         compiled = original(self, *arguments, grid=grid, warmup=True, **options)
@@ -69,12 +66,13 @@ def interpreted(arch: str, runner: Runner, processors: int = 132) -> Iterator[No
         runner.run(machine, raw, (*grid, 1)[:2])
         return compiled
 
-    JITFunction.run = run
-    try:
-        with poisoned():
-            yield
-    finally:
-        JITFunction.run = original
+    # `driver.reset_active` would look for a GPU
+    with (
+        mock.patch.object(driver, "_active", device),
+        mock.patch.object(JITFunction, "run", run),
+        poisoned(),
+    ):
+        yield
 
 
 def _leaves(signature: Any, value: Any) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,145 @@
+"""What a case computes: a function for each kind of call.
+
+It takes a backend's name, "reference" for the truth in float64, and returns two lists of tensors
+to compare: losses or sums, and gradients.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from family import loss_and_grads, siglip_and_grads
+from torch import Tensor
+
+from alphacl_fast import ops, siglip_loss
+from alphacl_fast.bundles import (
+    PairFunction,
+    Pairing,
+    Rows,
+    RowScalars,
+    Term,
+    Weight,
+    accumulation_dtype,
+)
+from alphacl_fast.objectives import KINDS
+
+if TYPE_CHECKING:
+    from .cases import Case
+
+Views = tuple[Tensor, Tensor]
+Results = tuple[list[Tensor], list[Tensor]]
+
+
+def loss(case: Case, views: Views, backend: str, precision: str | None) -> Results:
+    """The public loss, and the gradients of all that it learns."""
+    options = dict(case.setting)
+    if case.ids is not None:
+        options["ids"] = torch.arange(case.pairs) % case.ids
+    value, *gradients = loss_and_grads(
+        *views, case.objective, case.options, tau=case.tau, backend=backend, precision=precision,
+        **options,
+    )  # fmt: skip
+    return [value], gradients
+
+
+def siglip(case: Case, views: Views, backend: str, precision: str | None) -> Results:
+    """The same of `siglip_loss`, which learns a scale and a bias."""
+    options = {**case.setting, "backend": backend, "precision": precision}
+    value, *gradients = siglip_and_grads(siglip_loss, *views, 7.0, -5.0, **options)
+    return [value], gradients
+
+
+# --- the operators alone --------------------------------------------------------------------------
+
+
+def _unit_rows(views: Views, count: int, *dtypes: torch.dtype) -> Tensor:
+    """The first rows of both views, of length 1 but for their rounding to each of the dtypes."""
+    rows = torch.nn.functional.normalize(torch.cat(views).double(), dim=1)[:count]
+    for dtype in (*dtypes, views[0].dtype):
+        rows = rows.to(dtype)
+    return rows
+
+
+def rectangle(case: Case, views: Views, backend: str, precision: str | None) -> Results:
+    """Both sweeps of two sides, all of whose pairs count, as the rows of two processes have them.
+
+    Returns the log-sum-exp of every anchor over the other side, and the gradient of all rows.
+    """
+    f, split = _unit_rows(views, sum(case.sides), case.dtype), case.sides[0]
+    anchors = len(f) if case.both else split
+    gain = torch.linspace(0.5, 1.5, anchors, dtype=accumulation_dtype(f.dtype))
+    if backend == "reference":
+        return _dense_rectangle(f, split, gain, case.tau)
+    largest = 1.01 / case.tau
+    function = PairFunction("exp", (), gain.new_tensor(case.tau), (-largest, largest))
+    operands, scalars = (Rows(f), Pairing(split, 0, anchors), function), RowScalars(0 * gain)
+    how = precision or "", backend
+    shift, total = ops.row_sums(*operands, scalars, (Term.SHIFT, Term.F), *how)
+    lse = shift + total.log()
+    scalars = scalars._replace(row_weight=gain, shift=lse)
+    df, *_ = ops.pair_grad(*operands, scalars, Weight.F, (), (0, len(f)), *how)
+    return [lse], [df]
+
+
+def _dense_rectangle(f: Tensor, split: int, gain: Tensor, tau: float) -> Results:
+    t = f[:split] @ f[split:].t() / tau
+    lse = torch.cat([t.logsumexp(1), t.logsumexp(0)])[: len(gain)]
+    g = (t - lse[:split, None]).exp() * gain[:split, None]
+    if len(gain) > split:
+        g += (t - lse[split:]).exp() * gain[split:]
+    return [lse], [torch.cat([g @ f[split:], g.t() @ f[:split]])]
+
+
+#: Pair kinds with their parameters: each exponent for which a formula has a branch of its own, and
+#: one without.
+_KINDS = (
+    ("exp", ()), ("gibbs", (2.0,)), ("hinge", (0.3,)), ("sigmoid", (2.0,)), ("square", ()),
+    ("logistic", ()), *(("power", (2.0, q)) for q in (0.5, 1.0, 1.5, 2.0, 3.0)),
+    *(("inverse", (2.0, q, 1.5)) for q in (0.5, 1.0, 1.5, 2.0, 3.0)),
+    *(("gamma", (g,)) for g in (1.0, 2.0, 3.0)),
+)  # fmt: skip
+
+
+def every_kind(case: Case, views: Views, backend: str, precision: str | None) -> Results:
+    """Both sweeps of every pair kind in every form, with all operands and terms: combinations that
+    no objective asks for are among them. The truth is `blocked`'s in float64.
+    """
+    # every arithmetic multiplies bfloat16 numbers exactly, so no pair comes to lie beyond a kink
+    f = _unit_rows(views, 2 * case.pairs, torch.bfloat16, case.dtype)
+    generator, n = torch.Generator().manual_seed(1), len(f)
+    vectors = torch.rand(7, n, generator=generator).to(accumulation_dtype(f.dtype))
+    rows, pairing = Rows(f, vectors[0] + 0.5, -vectors[1]), Pairing(0, n // 2, n)
+    how = precision or "", "blocked" if backend == "reference" else backend
+    sums, gradients = [], []
+    for name, params in _KINDS:
+        offset = vectors[6] - 6 if name == "gamma" else vectors[6]  # gamma: arguments below 0
+        scalars = RowScalars(*vectors[2:5], offset, vectors[5])
+        function = PairFunction(name, params, vectors.new_tensor(case.tau))
+        sums += _sums_in_every_form(rows, pairing, function, scalars, how)
+        df, weights, terms = ops.pair_grad(
+            rows, pairing, function, scalars, Weight.F_PLUS_DF, _terms(name), (0, n), *how
+        )
+        sums += [*terms]
+        gradients += [df, weights]
+    return sums, gradients
+
+
+def _terms(kind: str) -> tuple[Term, ...]:
+    """All terms that are sums, without the derivative in τ of a kind that does not depend on it."""
+    all_but_tau = Term.DF_MOMENT, Term.F, Term.F_MOMENT, Term.DF
+    return all_but_tau if KINDS[kind].dtau is None else (*all_but_tau, Term.DTAU)
+
+
+def _sums_in_every_form(rows, pairing, function, scalars, how) -> list[Tensor]:
+    operands = rows, pairing, function
+    sums = [*ops.row_sums(*operands, scalars, _terms(function.kind), *how)]
+    if function.kind == "exp":  # the largest similarity is no matter of the kind
+        sums += [*ops.row_sums(*operands, scalars, (Term.T_MAX,), *how)]
+    scalars = scalars._replace(shift=None)
+    for log_range in (None, (-30.0, 30.0)) if KINDS[function.kind].log else ():
+        operands = rows, pairing, function._replace(log_range=log_range)
+        terms = Term.SHIFT, Term.F, Term.F_MOMENT
+        shift, *others = ops.row_sums(*operands, scalars, terms, *how)
+        sums += [x * shift.exp() for x in others]  # each backend chooses the shift
+    return sums
