@@ -1,5 +1,5 @@
-// The fast kernels (sweeps.h) of bfloat16 rows for sm_90a, without symmetric tiles: products of
-// whole warpgroups (wgmma), which run while exponentials are computed.
+// The fast kernels (sweeps.h) of bfloat16 rows for sm_90a: products of whole warpgroups (wgmma),
+// which run while exponentials are computed.
 //
 // A block has 128 rows, 64 for each of two consumer warpgroups; a producer warpgroup copies the
 // tiles of columns that they walk over into stages of shared memory, one after the other. A stage
@@ -54,11 +54,17 @@ template <int N> struct Schedule {
   DEVICE explicit Schedule(const Sweep& a) {
     const int block = device::block_x(), rows = row_tiling(a).pairs, cols = column_tiling<N>(a).pairs;
     tiles = int((a.n_cols + N - 1) / N);
-    const int first = block * rows / cols, each = (tiles + a.splits - 1) / a.splits;
+    int from = 0, to = tiles;
+    if (a.symmetric) {
+      from = a.begin, to = a.end;
+      // Half way round an even ring both ends meet: the first half of the blocks serves that tile.
+      if (a.triangle && tiles % 2 == 0 && block >= tiles / 2 && to > tiles / 2) to = tiles / 2;
+    }
+    const int first = block * rows / cols, each = (to - from + a.splits - 1) / a.splits;
     special = a.exclude ? (block * rows + rows - 1) / cols - first + 1 : 0;
     ragged = a.n_cols % N != 0;
-    at = int(device::block_y()) * each < tiles ? int(device::block_y()) * each : tiles;
-    end = at + each < tiles ? at + each : tiles;
+    at = from + int(device::block_y()) * each < to ? from + int(device::block_y()) * each : to;
+    end = at + each < to ? at + each : to;
     // a 64-bit remainder would be a call, which takes too many registers
     tile = int((unsigned(first) + unsigned(at)) % unsigned(tiles));
   }
@@ -75,17 +81,21 @@ template <int N> struct Schedule {
 // from its first column.
 template <int N> struct Mask {
   int own[2], last, apart;  // apart: by how much the second half's columns are numbered too high
+  bool exists[2];           // a row that does not exist must not count for the columns
   DEVICE Mask(const Sweep& a, int tile, int row) {
     const Tiling<BLOCK_ROWS> rows = row_tiling(a);
     const Tiling<N> cols = column_tiling<N>(a);
     const int from = cols.pair(tile, 0) + 2 * (device::thread() % 4);
-    for (int r = 0; r < 2; ++r) own[r] = a.exclude ? rows.pair(device::block_x(), row + 8 * r) - from : -1;
+    for (int r = 0; r < 2; ++r) {
+      const int pair = rows.pair(device::block_x(), row + 8 * r);
+      own[r] = a.exclude ? pair - from : -1, exists[r] = !a.symmetric || pair < rows.count;
+    }
     last = cols.count - 1 - from;
     apart = cols.paired ? N / 2 : 0;
   }
   DEVICE bool counts(int r, int column) const {
     const int shift = column >= N / 2 ? apart : 0;
-    return column != own[r] + shift && column <= last + shift;
+    return exists[r] && column != own[r] + shift && column <= last + shift;
   }
 };
 
@@ -234,11 +244,17 @@ struct Row {
 
 // --- sweep 1 -------------------------------------------------------------------------------------
 
-template <int K, bool AFFINE, bool MOMENT> struct RowSums {
+// With SYMMETRIC a tile's similarities count for its columns too. Their sums over the block's rows
+// come together in shared memory, where two tiles take turns.
+template <int K, bool AFFINE, bool MOMENT, bool SYMMETRIC = false> struct RowSums {
   using Args = hopper::Args;
-  static constexpr int N = 128, STAGES = K <= 128 ? 4 : 2;
+  static constexpr bool BOTH_SIDES = SYMMETRIC;
+  static constexpr int N = 128, STAGES = K <= 128 ? 4 : 2, WARPS = 4 * CONSUMERS;
   using M = Memory<K, N, STAGES, Two>;
-  static constexpr int THREADS = hopper::THREADS, BLOCKS = 1, SHARED = M::BYTES;
+  static constexpr int SPREAD_AT = (M::BYTES + 15) / 16 * 16, SPREAD = WARPS * N;
+  static constexpr int THREADS = hopper::THREADS, BLOCKS = 1;
+  static constexpr int SHARED = SYMMETRIC ? SPREAD_AT + 2 * SPREAD * int(sizeof(float)) : M::BYTES;
+  static_assert(!(SYMMETRIC && MOMENT), "registers hold one sum of a tile's columns");
 
   static DEVICE void body(const Args& args) {
     if constexpr (device::HOPPER) {
@@ -264,9 +280,9 @@ template <int K, bool AFFINE, bool MOMENT> struct RowSums {
       const auto s = row.scalars(a, r, 1.0f);
       scale[r] = s.x[SCALE], origin[r] = s.x[SECOND], slope[r] = exponential.of_row(s.x[SCALE]);
     }
-    const auto tile_sums = [&](auto masked, const float(&s)[N / 2], const Two* cols, int tile) {
+    const auto tile_sums = [&](auto masked, const float(&s)[N / 2], const Two* cols, int tile, int position) {
       const Mask<N> mask(a, tile, row.row);
-      float sums[2][2] = {};
+      float sums[2][2] = {}, column[N / 4] = {};
 #pragma unroll
       for (int m = 0; m < N / 8; ++m) {
         const Two scale_j = cols[4 * m + device::thread() % 4];
@@ -277,6 +293,7 @@ template <int K, bool AFFINE, bool MOMENT> struct RowSums {
           const float product = s[4 * m + e] * scale_j.x[p], u = counts ? product : 0.0f;
           const float f = counts ? exponential(u, slope[r]) : 0.0f;
           sums[r][0] += f;
+          if (SYMMETRIC) column[2 * m + p] += f;
           if (MOMENT) sums[r][1] += f * (u * scale[r] - origin[r]);
         }
       }
@@ -285,6 +302,7 @@ template <int K, bool AFFINE, bool MOMENT> struct RowSums {
         add(total[r][0], comp[r][0], sums[r][0]);
         if (MOMENT) add(total[r][1], comp[r][1], sums[r][1]);
       }
+      if constexpr (SYMMETRIC) write_columns(a, tile, position, column);
     };
 
     Schedule<N> schedule(a);
@@ -293,15 +311,15 @@ template <int K, bool AFFINE, bool MOMENT> struct RowSums {
     // one's is asked for once more.
     const auto step = [&](const float(&s)[N / 2], float(&next)[N / 2]) {
       const bool last = schedule.last(), masked = schedule.masked();
-      const int tile = schedule.tile;
+      const int tile = schedule.tile, position = schedule.at;
       const Two* cols = M::scalars(now.scalars);
       M::release(now.stage);
       schedule.next();
       if (!last) now.next();
       device::barrier_wait(M::full(now.stage), now.phase);
       M::similarities(next, group, now.stage);
-      if (masked) tile_sums(True{}, s, cols, tile);
-      else tile_sums(False{}, s, cols, tile);
+      if (masked) tile_sums(True{}, s, cols, tile, position);
+      else tile_sums(False{}, s, cols, tile, position);
       device::product_wait<0>();
       device::hold_registers(next);
       return last;
@@ -328,12 +346,32 @@ template <int K, bool AFFINE, bool MOMENT> struct RowSums {
       }
     }
   }
+
+  // Adds a tile's column sums up over the warps and writes them to the slice of their ring
+  // distance. Threads wait once a tile: a buffer is written again only two tiles later, and its
+  // readers have met the others in between.
+  static DEVICE void write_columns(const Sweep& a, int tile, int position, float (&column)[N / 4]) {
+    auto* spread = reinterpret_cast<float*>(device::shared() + SPREAD_AT) + position % 2 * SPREAD;
+    column_sums(column);
+    const int thread = device::thread(), lane = thread % 32;
+    float* to = spread + thread / 32 * N + 16 * (lane / 4) + 2 * (lane % 4);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) *reinterpret_cast<Two*>(to + 8 * k) = {column[2 * k], column[2 * k + 1]};
+    device::sync_some(1, CONSUMERS * GROUP);
+    const Tiling<N> cols = column_tiling<N>(a);
+    if (thread >= N || !serves_columns(a, position) || cols.pair(tile, thread) >= cols.count) return;
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) sum += spread[w * N + thread];
+    slice<float>(a, a.column_slice + position, 0)[a.row_of_term[F] * a.anchors + cols.row(tile, thread)] = sum;
+  }
 };
 
 // --- sweep 2 -------------------------------------------------------------------------------------
 
 template <int K, bool AFFINE> struct PairGrad {
   using Args = hopper::Args;
+  static constexpr bool BOTH_SIDES = false;
   static constexpr int N = K <= 128 ? 128 : 64, STAGES = 4, PIECES = 4, STEPS = N / 16 / PIECES;
   // pieces still being multiplied when a tile ends: registers allow no more
   static constexpr int PENDING = K == 64 ? 2 : 1;
@@ -455,13 +493,13 @@ template <int K, bool AFFINE> struct PairGrad {
 // Starts a kernel and returns null or what went wrong; nothing where another one is to serve the
 // launch. These kernels serve all rows of a region against all columns.
 template <class Kernel> std::optional<const char*> start(const Sweep& a, void* stream) {
-  if (hopper_mode == 0 || a.symmetric) return {};
+  if (Kernel::BOTH_SIDES ? a.side != BLOCK_ROWS : hopper_mode == 0 || a.symmetric) return {};
   const int64_t most = INT32_MAX - 256;
-  const bool all_columns = a.begin == 0 && a.end == (a.n_cols + SIDE - 1) / SIDE;
-  const bool all = all_columns && a.first_block == 0 && a.row_blocks == (a.n_rows + SIDE - 1) / SIDE;
+  const bool all_columns = a.symmetric || (a.begin == 0 && a.end == (a.n_cols + SIDE - 1) / SIDE);
+  const bool all = all_columns && a.first_block == 0 && a.row_blocks == (a.n_rows + a.side - 1) / a.side;
   const bool fits = a.aligned && a.stride >= a.dim && a.row_start + a.n_rows < most && a.col_start + a.n_cols < most;
   if (!all || !fits || !device::runs_hopper<Kernel>()) {
-    if (hopper_mode == 1) return "required of the kernels of hopper.h, which cannot serve this launch";
+    if (hopper_mode == 1 || Kernel::BOTH_SIDES) return "required of the kernels of hopper.h, which cannot serve this launch";
     return {};
   }
   Args args{a, {}, {}};
@@ -481,6 +519,8 @@ template <class Kernel> std::optional<const char*> start(const Sweep& a, void* s
 // Serves a call of the fast kernels.
 template <int K> std::optional<const char*> row_sums(const Sweep& a, void* stream) {
   const bool affine = a.kind != POWER, moment = a.row_of_term[F_MOMENT] >= 0;
+  if (a.symmetric && !moment)
+    return affine ? start<RowSums<K, true, false, true>>(a, stream) : start<RowSums<K, false, false, true>>(a, stream);
   if (affine && moment) return start<RowSums<K, true, true>>(a, stream);
   if (affine) return start<RowSums<K, true, false>>(a, stream);
   if (moment) return start<RowSums<K, false, true>>(a, stream);

@@ -242,14 +242,15 @@ template <class T> DEVICE T column_max(T x) {
 // Of a thread's 16 columns at once (recursive halving): x[q] of column `column(q)` comes in, x[p]
 // of column 8·group + 2·quad + p goes out, p = 0, 1. HALF values are sent to the lane that keeps
 // them in each of three exchanges.
-template <int HALF = 8, class T> DEVICE void column_sums(T (&x)[16]) {
-  const bool upper = (device::thread() % 32 & 2 * HALF) != 0;
+template <int MASK = 16, class T, int COUNT> DEVICE void column_sums(T (&x)[COUNT]) {
+  constexpr int HALF = COUNT * MASK / 32;
+  const bool upper = (device::thread() % 32 & MASK) != 0;
 #pragma unroll
   for (int i = 0; i < HALF; ++i) {
     const T mine = upper ? x[i + HALF] : x[i], other = upper ? x[i] : x[i + HALF];
-    x[i] = mine + device::shuffle_xor(other, 2 * HALF);
+    x[i] = mine + device::shuffle_xor(other, MASK);
   }
-  if constexpr (HALF > 2) column_sums<HALF / 2>(x);
+  if constexpr (MASK > 4) column_sums<MASK / 2>(x);
 }
 
 }  // namespace alphacl
