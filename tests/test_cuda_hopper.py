@@ -179,6 +179,31 @@ def test_layouts(kind, dim, many_processors, poisoned):
         assert relative_error(ours[1], truth[1]) < 4e-3, layout
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [4, 128, 130, 256, 384, 390, 520])
+def test_both_sides_of_a_tile(kind, n, many_processors, monkeypatch, poisoned):
+    """One sum takes symmetric tiles: even and odd rings, rows that do not exist, runs of distances.
+
+    The other kernels read every similarity twice.
+    """
+    f, scale = torch.randn(n, 72).to(torch.bfloat16) / 8, torch.rand(n) + 0.5
+    function = PairFunction(kind, KINDS[kind], torch.tensor(0.5), LOG_RANGE)
+    for layout in ((0, n // 2, n), (0, 0, n), (n // 2, n // 2, n), (n // 2, 0, n)):
+        operands = Rows(f, scale), Pairing(*layout), function, RowScalars(None), (Term.SHIFT, Term.F)
+        results = []
+        for symmetric, workspace in ((None, gpu.WORKSPACE), (None, 12 * n), (False, 1 << 28)):
+            monkeypatch.setattr(gpu, "WORKSPACE", workspace)
+            with cuda.symmetric(symmetric):
+                results.append(cuda.row_sums(*operands, ""))
+        both, in_runs, one = (x[0].double().exp() * x[1].double() for x in results)
+        assert relative_error(both, one) < 2e-6, layout
+        assert relative_error(in_runs, one) < 2e-6, layout
+        wide = Rows(f.double(), scale.double())
+        double = function._replace(tau=torch.tensor(0.5, dtype=torch.float64))
+        truth = blocked.row_sums(wide, operands[1], double, *operands[3:], "")
+        assert relative_error(both, truth[0].exp() * truth[1]) < 2e-6, layout
+
+
 def test_rows_that_are_no_columns_do_not_leak(poisoned):
     """The last tile of a rectangle's first side reaches into the second side's rows."""
     f = torch.randn(200, 64).to(torch.bfloat16)

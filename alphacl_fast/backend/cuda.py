@@ -30,7 +30,7 @@ from ..bundles import (
     rows_of_terms,
 )
 from ..objectives import KINDS, codes_checksum, is_compiled
-from . import filling, forms, gpu
+from . import forms, gpu
 
 #: Optional operands that this backend serves.
 OPTIONAL_OPERANDS: set[str] = set()
@@ -105,8 +105,9 @@ class _SweepStruct(ctypes.Structure):
             "terms",
         )
         + [("row_of_term", ctypes.c_int32 * Term.SHIFT)]
-        + _fields(ctypes.c_int32, "exclude", "triangle", "symmetric", "rows_paired", "cols_paired")
-        + _fields(ctypes.c_int32, "rows_anchor", "cols_anchor", "in_chunks", "aligned")
+        + _fields(ctypes.c_int32, "exclude", "triangle", "symmetric", "side")
+        + _fields(ctypes.c_int32, "rows_paired", "cols_paired", "rows_anchor", "cols_anchor")
+        + _fields(ctypes.c_int32, "in_chunks", "aligned")
     )
 
 
@@ -323,12 +324,16 @@ class _Sweep(gpu.Sweep):
         self.whole = not self.in_chunks
         tf32 = self.arithmetic.mode == "tf32"
         self.dtype = Dtype.TFLOAT32 if tf32 else Dtype.of(self.f.dtype)
-        self.hopper = self._on_hopper()
-        wanted = not self.hopper if _symmetric is None else _symmetric
+        hopper, one_sum = self._on_hopper(), self.terms == (Term.F,)
+        wanted = not hopper or one_sum if _symmetric is None else _symmetric
         self.symmetric = wanted and self.arithmetic.mode == "bf16" and self.form != Form.ONLINE
+        # the kernels of hopper.h have symmetric tiles for one sum
+        if hopper and (self.weight is not None or one_sum or not self.symmetric):
+            self.tile_rows = self.tile_cols = HOPPER_SIDE
+            self.resident = 1
 
     def _on_hopper(self) -> bool:
-        """Whether launches without symmetric tiles go to the kernels of hopper.h."""
+        """Whether the kernels of hopper.h serve the sweep."""
         f, terms = self.f, self.terms or (Term.F,)
         fast = has_wgmma_kernels(self.function.kind, self.function.params, self.dim)
         sums = Term.F in terms and set(terms) <= {Term.F, Term.F_MOMENT}
@@ -336,14 +341,6 @@ class _Sweep(gpu.Sweep):
         aligned = f.data_ptr() % 16 == 0 and f.stride(0) % 8 == 0 and f.stride(0) >= self.dim
         fits = self.arithmetic.mode == "bf16" and aligned
         return fast and constant and fits and _has_hopper(f.device)
-
-    def splits(self, region: gpu.Region, tiles: int | None = None) -> int:
-        if not self.hopper or tiles is not None:
-            return super().splits(region, tiles)
-        # these kernels have larger tiles, and a block has a multiprocessor to itself
-        blocks, tiles = (-(-rows // HOPPER_SIDE) for rows in (region.n_rows, region.n_cols))
-        slots = gpu.multiprocessors_of(self.f.device)
-        return filling.splits_of(blocks, tiles, slots, self.most_splits(region))
 
     def scale_weights(self) -> None:
         weight, shift = self.scalars.row_weight, self.scalars.shift
@@ -388,7 +385,7 @@ class _Sweep(gpu.Sweep):
             pair_grad=self.weight is not None, gradient=launch.gradient,
             weight=self.weight or Weight.F,
             terms=len(launch.terms), row_of_term=rows_of_terms(launch.terms)[: Term.SHIFT],
-            symmetric=launch.symmetric, in_chunks=self.in_chunks, **region._asdict(),
+            symmetric=launch.symmetric, side=self.tile_rows, in_chunks=self.in_chunks, **region._asdict(),
         )  # fmt: skip
         _run("alphacl_cuda_sweep", device, ctypes.byref(struct))
 

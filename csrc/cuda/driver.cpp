@@ -63,7 +63,7 @@ void check(const Sweep& a) {
   within("splits", a.splits, 1, INT32_MAX), within("row_blocks", a.row_blocks, 1, INT32_MAX);
   within("begin", a.begin, 0, INT32_MAX), within("end", a.end, a.begin, INT32_MAX);
   within("column_slice", a.column_slice, -int64_t(a.begin), INT32_MAX);
-  within("terms", a.terms, 0, SUM_COUNT), within("side", a.side, SIDE, a.symmetric ? 2 * SIDE : SIDE);
+  within("terms", a.terms, 0, SUM_COUNT), within("side", a.side, SIDE, 2 * SIDE);
   for (const int32_t row : a.row_of_term) within("row_of_term", row, -1, a.terms - 1);
   within("kind", a.kind, 0, KIND_COUNT - 1), within("weight", a.weight, 0, WEIGHT_COUNT - 1);
   within("form", int(a.form), 0, FORM_COUNT - 1);

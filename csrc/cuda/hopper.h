@@ -62,6 +62,8 @@ template <int N> struct Schedule {
     }
     const int first = block * rows / cols, each = (to - from + a.splits - 1) / a.splits;
     special = a.exclude ? (block * rows + rows - 1) / cols - first + 1 : 0;
+    // rows that do not exist must not count for columns
+    if (a.symmetric && (block + 1) * BLOCK_ROWS > a.n_rows) special = to;
     ragged = a.n_cols % N != 0;
     at = from + int(device::block_y()) * each < to ? from + int(device::block_y()) * each : to;
     end = at + each < to ? at + each : to;
@@ -491,17 +493,18 @@ template <int K, bool AFFINE> struct PairGrad {
 // --- launches ------------------------------------------------------------------------------------
 
 // Starts a kernel and returns null or what went wrong; nothing where another one is to serve the
-// launch. These kernels serve all rows of a region against all columns.
+// launch, which has smaller tiles then. These kernels serve all row blocks of a region, and all
+// columns too if tiles are not symmetric.
 template <class Kernel> std::optional<const char*> start(const Sweep& a, void* stream) {
-  if (Kernel::BOTH_SIDES ? a.side != BLOCK_ROWS : hopper_mode == 0 || a.symmetric) return {};
-  const int64_t most = INT32_MAX - 256;
-  const bool all_columns = a.symmetric || (a.begin == 0 && a.end == (a.n_cols + SIDE - 1) / SIDE);
-  const bool all = all_columns && a.first_block == 0 && a.row_blocks == (a.n_rows + a.side - 1) / a.side;
-  const bool fits = a.aligned && a.stride >= a.dim && a.row_start + a.n_rows < most && a.col_start + a.n_cols < most;
-  if (!all || !fits || !device::runs_hopper<Kernel>()) {
-    if (hopper_mode == 1 || Kernel::BOTH_SIDES) return "required of the kernels of hopper.h, which cannot serve this launch";
+  if (a.side != BLOCK_ROWS) {
+    if (hopper_mode == 1 && !a.symmetric) return "required of the kernels of hopper.h, which cannot serve this launch";
     return {};
   }
+  const int64_t most = INT32_MAX - 256;
+  const bool all_columns = a.symmetric || (a.begin == 0 && a.end == (a.n_cols + BLOCK_ROWS - 1) / BLOCK_ROWS);
+  const bool all = all_columns && a.first_block == 0 && a.row_blocks == (a.n_rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+  const bool fits = a.aligned && a.stride >= a.dim && a.row_start + a.n_rows < most && a.col_start + a.n_cols < most;
+  if (a.symmetric != Kernel::BOTH_SIDES || !all || !fits || !device::runs_hopper<Kernel>()) return NOT_SERVED;
   Args args{a, {}, {}};
   const auto describe = [&](device::TensorMap(&maps)[2], int64_t first, int64_t n, bool paired) -> const char* {
     for (int second = 0; second < 2; ++second) {

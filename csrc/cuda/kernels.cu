@@ -29,6 +29,7 @@ template <> struct Engines<FLOAT64> {
 };
 
 template <class K> const char* start(const Sweep& a, void* stream) {
+  if (a.side != SIDE) return NOT_SERVED;
   return device::launch<K>(a.row_blocks, a.splits, K::SHARED, a, stream);
 }
 
