@@ -189,7 +189,13 @@ def test_both_sides_of_a_tile(kind, n, many_processors, monkeypatch, poisoned):
     f, scale = torch.randn(n, 72).to(torch.bfloat16) / 8, torch.rand(n) + 0.5
     function = PairFunction(kind, KINDS[kind], torch.tensor(0.5), LOG_RANGE)
     for layout in ((0, n // 2, n), (0, 0, n), (n // 2, n // 2, n), (n // 2, 0, n)):
-        operands = Rows(f, scale), Pairing(*layout), function, RowScalars(None), (Term.SHIFT, Term.F)
+        operands = (
+            Rows(f, scale),
+            Pairing(*layout),
+            function,
+            RowScalars(None),
+            (Term.SHIFT, Term.F),
+        )
         results = []
         for symmetric, workspace in ((None, gpu.WORKSPACE), (None, 12 * n), (False, 1 << 28)):
             monkeypatch.setattr(gpu, "WORKSPACE", workspace)

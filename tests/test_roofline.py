@@ -45,7 +45,7 @@ def test_counts_by_enumeration(n, both):
         assert work.flop == (2 if gradient else 1) * 2 * pairs * dim
         assert work.l2 == sum(2 * tile.cols * dim for _ in tiles)
     if both:
-        assert work.shuffle == len(tiles) * 96 * 32 * tile.warps * tile.cols / 128
+        assert work.shuffle == len(tiles) * 96 * 32 * 4
 
 
 def test_rows_that_do_not_stay_are_read_again():

@@ -61,14 +61,18 @@ DEVICES = {
 LAUNCHES = 37
 #: Share of the shorter resources' time that the overlapped kernels hide.
 OVERLAP = 0.7
-#: Features for which csrc/cuda/hopper.h has kernels, which overlap; they are of the row-block form.
+#: Features for which csrc/cuda/hopper.h has kernels, which overlap.
 HOPPER_DIMS = (64, 128, 256)
 #: Instructions per pair of a sweep's inner loop at D = 128, read from the kernels as triton 3.6.0
 #: and nvcc 13.0 compile them.
 ISSUE = {
     ("hopper", "sums"): 5.5, ("hopper", "gradient"): 7.5, ("triton", "sums"): 9.5,
     ("triton", "gradient"): 12.3, ("triton", "sums of both sides"): 15.7,
+    ("hopper", "sums of both sides"): 9.3,
 }  # fmt: skip
+#: Warps, and shuffles of a thread for the columns of a 128 × 128 tile: three steps in each of which
+#: a thread sends a quarter of the columns, or recursive halving.
+BOTH_SIDES = {"triton": (4, 96), "hopper": (8, 28)}
 #: The most programs that share a row block.
 MOST_PARTS = 32
 #: Bytes of rows that stay in shared memory beside the ring of column tiles.
@@ -79,7 +83,6 @@ RESIDENT = 128 * 1024
 class Tile:
     rows: int
     cols: int
-    warps: int = 8
 
 
 @dataclass(frozen=True)
@@ -163,8 +166,8 @@ def sweep(
         products += 1
         shared += groups * cols_bytes
     elif both:
-        # 3 steps, in which a thread has a quarter of the columns
-        shuffle = tiles * 32 * tile.warps * 3 * tile.cols / 4
+        warps, shuffles = BOTH_SIDES[engine]
+        shuffle = tiles * 32 * warps * shuffles
         slots += blocks // 2
     # parts are read and added
     written = 2 * n * n if not product else 4 * n * width * (1 if slots == 1 else 2 * slots + 1)
@@ -205,7 +208,7 @@ def forms(
     wide = square if dim <= 512 else Tile(128, 256)
     sums = {
         "row-block": [sweep(n, dim, wide, False, False, device, engine)],
-        "both sides": [sweep(n, dim, Tile(128, 128, warps=4), False, True, device)],
+        "both sides": [sweep(n, dim, square, False, True, device, engine)],
     }
     gradient = {}
     if dim <= 512:
@@ -273,8 +276,7 @@ def kernel_tables(n: int, dim: int, device: Device) -> list[str]:
             ("sums", "gradient"), forms(n, dim, device, engine), strict=True
         ):
             for form, (work, *_) in works.items():
-                if engine == "triton" or form == "row-block":
-                    kernels[f"{sweep_name}, {form}, {engine}"] = work
+                kernels[f"{sweep_name}, {form}, {engine}"] = work
     kernels |= row_kernels(n, dim)
     amounts, times = [], []
     for name, work in kernels.items():
