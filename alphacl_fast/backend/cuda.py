@@ -385,7 +385,8 @@ class _Sweep(gpu.Sweep):
             pair_grad=self.weight is not None, gradient=launch.gradient,
             weight=self.weight or Weight.F,
             terms=len(launch.terms), row_of_term=rows_of_terms(launch.terms)[: Term.SHIFT],
-            symmetric=launch.symmetric, side=self.tile_rows, in_chunks=self.in_chunks, **region._asdict(),
+            symmetric=launch.symmetric, side=self.tile_rows, in_chunks=self.in_chunks,
+            **region._asdict(),
         )  # fmt: skip
         _run("alphacl_cuda_sweep", device, ctypes.byref(struct))
 

@@ -1273,6 +1273,29 @@ plant(
 )
 NOT_FINITE = "tests/test_fuzz.py::test_what_is_not_finite_comes_out_and_does_not_hang"
 EVERY_LENGTH = "tests/test_numerics.py::test_rows_of_every_length_in_one_batch"
+SIDES = "tests/test_cuda_hopper.py::test_both_sides_of_a_tile"
+plant(
+    "csrc/cuda/hopper.h",
+    (
+        "hopper.h: rows that do not exist count for columns",
+        "if (a.symmetric && (block + 1) * BLOCK_ROWS > a.n_rows) special = to;",
+        "",
+        f"{SIDES}[390-exp]",
+    ),
+    (
+        "hopper.h: half way round an even ring both ends serve a tile",
+        "to > tiles / 2) to = tiles / 2;",
+        "to > tiles / 2) to = to;",
+        f"{SIDES}[256-exp]",
+    ),
+    (
+        "hopper.h: a warp's column sums are lost",
+        "for (int w = 0; w < WARPS; ++w) sum += spread[w * N + thread];",
+        "for (int w = 1; w < WARPS; ++w) sum += spread[w * N + thread];",
+        f"{SIDES}[128-exp]",
+    ),
+    variant="BFLOAT16",
+)
 plant(
     "csrc/cuda/rows.h",
     (
