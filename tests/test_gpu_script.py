@@ -347,7 +347,7 @@ def test_what_call_1_has_first(tmp_path):
     assert {(c.objective, c.dtype, c.backend) for c in cases} == {*forms}
     timed = [t.items[0] for t in tasks["headline"]]
     assert [(t.n, t.dim) for t in timed[::4]] == [(65536, 128), (16384, 128), (32768, 512)]
-    assert {t.contestant for t in timed} == {"triton", "triton_128", "cuda", "eager"}
+    assert {t.contestant for t in timed} == {"triton", "triton_64", "cuda", "eager"}
 
 
 @pytest.mark.parametrize("call", calls.CALLS)
@@ -1048,7 +1048,7 @@ def test_interpreted_triton(monkeypatch):
         ("loss+gradient", "ok"), ("graph replay", "ok"), ("kernels", "ok"),
     ]  # fmt: skip
     monkeypatch.setattr(ops.SWEEP_BACKENDS["triton"], "tile", TILE)
-    for engine, splits in (("triton", 3), ("triton_128", 0)):
+    for engine, splits in (("triton", 3), ("triton_64", 0)):
         sweep = sweeps.Sweep(engine, 200, 16, layout="rectangle", splits=splits, runs=1)
         (row,) = sweeps.check(sweep, "cpu")
         assert row["status"] == "ok", row

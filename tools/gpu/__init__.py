@@ -11,7 +11,7 @@ the loss with float64, and `alphacl_fast.tune` times tiles. Each of these module
 modules above it:
 
     schedule    runs phases one after the other, each within its time
-    engines     a backend and the way it is told to work (128-row tiles, mma.sync)
+    engines     a backend and the way it is told to work (tiles of 64 rows, mma.sync)
     checks      lists the cases in which the loss is compared with float64
     sweeps      compares the two operators alone with float64: layouts, splits, NaN, repeated bits
     timings     measures times, kernels of a step, replays of a CUDA graph

@@ -31,7 +31,7 @@ from .timings import Timing
 #: Seconds of the calls, the summary and the archive included.
 SECONDS = {1: 170, 2: 310}
 #: Engines in the order of their worth.
-ORDER = ("cuda_hopper", "triton", "cuda_mma", "triton_128", "cuda", "cpu", "blocked")
+ORDER = ("cuda_hopper", "triton", "cuda_mma", "triton_64", "cuda", "cpu", "blocked")
 #: Benchmark, as the rows call it → the function that makes its rows.
 FUNCTIONS = {
     "device": "tools.gpu.timings:identify",
@@ -202,7 +202,7 @@ def items_of_call_1(s: Session) -> Iterator[Any]:
 
 def correct(s: Session) -> Iterator[Task]:
     """Check both operators in every layout, then NaN through the whole loss."""
-    engines = s.among("cuda_hopper", "triton", "cuda_mma", "triton_128")
+    engines = s.among("cuda_hopper", "triton", "cuda_mma", "triton_64")
     for layout, engine in itertools.product(sweeps.LAYOUTS, engines):
         table = sweeps.table(engine, layout, s.rows)
         yield s.task("sweep", table, predicted=0.3)
@@ -249,7 +249,7 @@ MORE = (
 def headline(s: Session, points: Iterable[tuple[int, int, dict]]) -> Iterator[Task]:
     """Time each contestant in a process of its own, which also times a GEMM to compare with."""
     for n, dim, other in points:
-        contestants = [*s.among("triton", "cuda", "triton_128")]
+        contestants = [*s.among("triton", "cuda", "triton_64")]
         if n < 1 << 20 and other.get("objective", "infonce") == "infonce":
             contestants.append("eager")
         for name in contestants:

@@ -16,7 +16,7 @@ from alphacl_fast.kernels import config
 
 #: Engine → its backend.
 ENGINES = {
-    "triton": "triton", "triton_128": "triton",
+    "triton": "triton", "triton_64": "triton",
     "cuda": "cuda", "cuda_hopper": "cuda", "cuda_mma": "cuda",
     "cpu": "cpu", "blocked": "blocked",
 }  # fmt: skip
@@ -30,16 +30,12 @@ def backend_of(engine: str) -> str:
 def within(engine: str, dim: int, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
     """Make the context in which an engine or a baseline is called.
 
-    Tiles of 128 rows and eight warps are for bfloat16; other dtypes keep the package's choice.
+    The tiles of 64 rows are the package's choice for other GPUs than sm_90; other dtypes than
+    bfloat16 have them everywhere.
     """
-    if engine == "triton_128" and dtype == torch.bfloat16:
-        features = config.power_of_two(dim)
-        sums = config.Tile(128, 128, min(features, 128), 8, 2)
-        whole = config.Tile(128, 64, features, 8, 2)
-        grad = whole if features <= 128 else config.Tile(128, 128, 64, 8, 2)
-        return config.forced(
-            row_sums=sums, row_sums_plain=sums, pair_grad=grad, pair_grad_plain=grad
-        )
+    if engine == "triton_64" and dtype == torch.bfloat16:
+        sweeps = ("row_sums", "row_sums_plain", "pair_grad", "pair_grad_plain")
+        return config.forced(**{sweep: config.default(sweep, "bf16", dim) for sweep in sweeps})
     if engine in ("cuda_hopper", "cuda_mma"):
         return cuda.hopper(engine == "cuda_hopper")
     return contextlib.nullcontext()
