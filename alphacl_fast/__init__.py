@@ -1,6 +1,6 @@
 """Fused contrastive losses of the α-CL family (arXiv:2201.12680): exact, in O(N·D) memory."""
 
-from . import functional, objectives, theory
+from . import functional, objectives, theory, zoo
 from ._version import __version__
 from .explicit_negatives import loss_against, supcon_loss
 from .loss import FusedAlphaCLLoss
@@ -35,4 +35,5 @@ __all__ = [
     "theory",
     "uniformity",
     "verify_distributed",
+    "zoo",
 ]

@@ -275,11 +275,8 @@ def agree(
                 "with reduction='none' every rank must want a gradient or none (the backward is a "
                 f"common step), got {here} on rank 0 and {there} on rank {r}"
             )
-    if sum(sizes) < call.objective.fewest_pairs:
-        fewest = (
-            "2 pairs (one pair has no negatives)" if call.objective.needs_negatives else "1 pair"
-        )
-        raise ValueError(f"all ranks together must have at least {fewest}, got {sizes}")
+    if sum(sizes) < 1:
+        raise ValueError(f"all ranks together must have at least 1 pair, got {sizes}")
     want = Need(*map(any, zip(*(statement.wanted for statement in statements), strict=True)))
     strategy = group.strategy
     if strategy == "auto":

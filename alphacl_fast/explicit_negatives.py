@@ -54,7 +54,8 @@ def loss_against(
     Args:
         z: (N, D) anchors, N ≥ 1, float32, float64, bfloat16 or float16. Rows are used as given:
             normalise them for cosine similarity.
-        negatives: (M, D) with the dtype and device of z, M ≥ 1. None: the other rows of z, N ≥ 2.
+        negatives: (M, D) with the dtype and device of z, M ≥ 1. None: the other rows of z; the only
+            row has loss 0 and no gradient.
         positive: (N,) similarity t⁺ of every anchor with its positive, float32 (float64 for float64
             z).
         objective: a name listed by `alphacl_fast.objectives.names`, or an `Objective`; d² = 1 − t.
@@ -94,7 +95,7 @@ def loss_against(
     if backend == "reference":
         raise ValueError("backend must not be 'reference': the oracle has two views")
     other = z if negatives is None else negatives
-    functional.check_rows("z", z, fewest=1 if negatives is not None else 2)
+    functional.check_rows("z", z, fewest=1)
     functional.check_rows("negatives", other, fewest=1)
     if (other.shape[1], other.dtype, other.device) != (z.shape[1], z.dtype, z.device):
         raise ValueError(
@@ -124,7 +125,9 @@ def loss_against(
     same_id = _same_id(z, negatives, ids, negative_ids, layout)
     with without_autocast(z.device):
         positive = positive.to(wide)
-        if isinstance(call.objective, ClosedForm):
+        if len(z) == 1 and negatives is None:
+            losses = functional.zero_with_graph(z, positive, tau).expand(1)
+        elif isinstance(call.objective, ClosedForm):
             mean = _mean_negative(z, negatives, layout, same_id)
             losses = constant_alpha(call.objective, mean - positive, layout, same_id)
         else:

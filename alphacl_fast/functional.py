@@ -53,8 +53,9 @@ def alpha_cl_loss(
     Gradients flow to z1, z2 and a tensor temperature.
 
     Args:
-        z1: (N, D) embeddings of the first view, N ≥ 2, in float32, float64, bfloat16 or float16.
-            Any strides are accepted.
+        z1: (N, D) embeddings of the first view, N ≥ 1, in float32, float64, bfloat16 or float16.
+            Any strides are accepted. One pair has no negatives: its loss is 0, and so is its
+            gradient.
         z2: (N, D) embeddings of the second view, with the dtype and device of z1; rows i of both
             are a positive pair.
         objective: a name listed by `alphacl_fast.objectives.names`, or an `Objective`.
@@ -222,7 +223,22 @@ def evaluate(
     if ids is not None:
         ids = checked_ids("ids", ids, z1)
     with without_autocast(z1.device):
+        if z1.shape[0] < bound.objective.fewest_pairs:
+            return no_negatives(z1, z2, tau, bound), bound.backend, why
         return _loss(z1, z2, tau, bound, ids), bound.backend, why
+
+
+def no_negatives(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall) -> Tensor:
+    """The loss of a batch of one pair, on every rank: 0, with a graph whose gradients are 0."""
+    anchors = call.anchors(z1.shape[0])
+    losses = zero_with_graph(z1, z2, tau).expand(anchors)
+    return losses.sum() if call.reduction != "none" else call.reduce(losses)
+
+
+def zero_with_graph(*tensors: Tensor) -> Tensor:
+    """() 0 in the accumulation dtype of the first tensor, with gradient 0 in all; NaN stays NaN."""
+    wide = accumulation_dtype(tensors[0].dtype)
+    return torch.stack([(x * 0).sum().to(tensors[0].device, wide) for x in tensors]).sum()
 
 
 def _loss(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, ids: Tensor | None) -> Tensor:
@@ -263,6 +279,8 @@ def _evaluate_over_ranks(
     ) as error:  # the other processes wait for this one, so they must learn of any error
         failure = error
     ranks = distributed.agree(call.process_group, z1, z2, tau, bound, failure)
+    if ranks.total < bound.objective.fewest_pairs:
+        return no_negatives(z1, z2, tau, bound), bound.backend, why
     loss = distributed.global_loss(z1, z2, tau, replace(bound, ranks=ranks))
     return loss, bound.backend, f"{why}; {ranks.strategy} over {ranks.world}"
 
@@ -283,8 +301,7 @@ def bind(
         check_scale_and_bias(*temperature)
     else:
         check_temperature(temperature, call.objective)
-    fewest = call.objective.fewest_pairs if call.process_group is None else 0
-    check_embeddings(z1, z2, fewest)
+    check_embeddings(z1, z2, fewest=1 if call.process_group is None else 0)
     return bind_temperature(z1, temperature, call, with_ids)
 
 
@@ -336,7 +353,7 @@ def _number(given: float | Tensor, z: Tensor) -> Tensor:
     return torch.full((), float(given), dtype=wide, device=z.device)
 
 
-def check_embeddings(z1: Tensor, z2: Tensor, fewest: int = 2) -> None:
+def check_embeddings(z1: Tensor, z2: Tensor, fewest: int = 1) -> None:
     """Raises unless z1 and z2 are (N, D) float tensors of one shape, dtype and device with N ≥
     ``fewest``.
     """
@@ -349,7 +366,7 @@ def check_embeddings(z1: Tensor, z2: Tensor, fewest: int = 2) -> None:
     if z2.device != z1.device:
         raise ValueError(f"z2 must be on the device of z1 ({z1.device}), got {z2.device}")
     if z1.shape[0] < fewest:
-        rows = "1 row" if fewest == 1 else "2 rows (one pair has no negatives)"
+        rows = "1 row" if fewest == 1 else f"{fewest} rows"
         raise ValueError(f"z1 must have at least {rows}, got shape {tuple(z1.shape)}")
     if z1.shape[1] < 1:
         raise ValueError(f"z1 must have at least 1 column, got shape {tuple(z1.shape)}")
@@ -375,7 +392,8 @@ def check_rows(name: str, z: Tensor, fewest: int = 0) -> None:
         raise ValueError(f"{name} must have shape (N, D), got {tuple(z.shape)}")
     if z.shape[0] < fewest or (fewest and z.shape[1] < 1):
         raise ValueError(
-            f"{name} must have at least {fewest} rows and 1 column, got shape {tuple(z.shape)}"
+            f"{name} must have at least {fewest} row{'s' * (fewest > 1)} and 1 column, "
+            f"got shape {tuple(z.shape)}"
         )
 
 

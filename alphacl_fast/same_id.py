@@ -1,0 +1,290 @@
+"""Losses from the pairs of an anchor and the rows of its own id, without a matrix of all pairs.
+
+Once the rows are sorted by id, these pairs are blocks on the diagonal, so a loss over them costs
+what the groups cost: a class of k rows has k² pairs. A `Formula` says what a loss makes of the
+similarities of a block; this module walks over the blocks, and differentiates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .autograd import first_derivative, only_once
+from .call import without_autocast
+
+#: Anchors of a block; a block is as wide as the groups of its anchors.
+BLOCK_ROWS = {"cpu": 128}
+BLOCK_ROWS_OF_A_DEVICE = 1024
+
+
+class Block(NamedTuple):
+    """The similarities of b anchors and of the c other rows that hold all their positives."""
+
+    t: Tensor  # (b, c) inner products
+    positive: Tensor  # (b, c) bool: the other row has the anchor's id and is another row
+    count: Tensor  # (b,) positives of an anchor, at least 1
+
+
+class Outcome(NamedTuple):
+    """What a `Formula` makes of a block."""
+
+    loss: Tensor  # (b,)
+    dt: Tensor  # (b, c) ∂loss/∂t; 0 at pairs that are not positive
+    dvectors: tuple[Tensor | None, ...]  # (b,) ∂loss/∂vector each; None: it has no gradient
+
+
+#: (block, *vectors (b,)) → what a block contributes. What it gives an anchor without a positive is
+#: dropped.
+Formula = Callable[..., Outcome]
+
+
+def differentiated(function: Callable[..., Tensor]) -> Formula:
+    """The formula of a differentiable function (block, *vectors) → (b,) losses."""
+
+    def formula(block: Block, *vectors: Tensor) -> Outcome:
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in (block.t, *vectors)]
+            loss = function(block._replace(t=leaves[0]), *leaves[1:])
+            dt, *rest = torch.autograd.grad(
+                loss.sum(), leaves, allow_unused=True, materialize_grads=True
+            )
+        return Outcome(loss.detach(), dt.masked_fill(~block.positive, 0.0), tuple(rest))
+
+    return formula
+
+
+class Groups(NamedTuple):
+    """Which of the other rows have the id of an anchor, with both sorted by id."""
+
+    anchors: Tensor  # (n,) indices of the anchors, in the order of their ids
+    others: Tensor  # (m,) indices of the other rows, likewise
+    first: Tensor  # (n,) of the anchors in order: where a group begins among the others
+    last: Tensor  # (n,) where it ends
+    first_of_others: Tensor  # (m,) of the others in order: where their own group begins
+    own: Tensor | None  # (n,) the place of the anchor itself; None: it is not among the others
+    count: Tensor  # (n,) positives of the anchors as they were given
+
+    @classmethod
+    def among(cls, ids: Tensor) -> Groups:
+        """Of rows with ids (n,) that are anchors and other rows at once."""
+        in_order, order = ids.sort(stable=True)
+        places = torch.arange(len(ids), device=ids.device)
+        return cls._make_groups(in_order, order, in_order, order, places)
+
+    @classmethod
+    def between(cls, ids: Tensor, other_ids: Tensor, own: Tensor | None = None) -> Groups:
+        """Of anchors with ids (n,) and other rows with ids (m,).
+
+        ``own`` (n,): the other row that is the anchor itself, where there is one.
+        """
+        in_order, order = ids.sort(stable=True)
+        others_in_order, other_order = other_ids.to(ids.dtype).sort(stable=True)
+        places = None
+        if own is not None:
+            place = torch.empty_like(other_order)
+            place[other_order] = torch.arange(len(other_order), device=ids.device)
+            places = place[own[order]]
+        return cls._make_groups(in_order, order, others_in_order, other_order, places)
+
+    @classmethod
+    def _make_groups(
+        cls,
+        ids: Tensor,
+        anchors: Tensor,
+        other_ids: Tensor,
+        others: Tensor,
+        own: Tensor | None,
+    ) -> Groups:
+        first = torch.searchsorted(other_ids, ids)
+        last = torch.searchsorted(other_ids, ids, right=True)
+        in_order = last - first - int(own is not None)
+        count = torch.empty_like(in_order)
+        count[anchors] = in_order
+        first_of_others = torch.searchsorted(other_ids, other_ids)
+        return cls(anchors, others, first, last, first_of_others, own, count)
+
+    @property
+    def has_positive(self) -> Tensor:
+        """(n,) bool."""
+        return self.count > 0
+
+    @property
+    def has_negative(self) -> Tensor:
+        """(n,) bool: some other row has another id."""
+        return self.count + int(self.own is not None) < len(self.others)
+
+    @torch.no_grad()
+    def mean_similarity(self, anchors: Tensor, others: Tensor | None = None) -> Tensor:
+        """(n,) mean inner product of an anchor with its positives, 0 without one; a constant.
+
+        The others are None if they are the anchors. It costs O((n + m)·D).
+        """
+        rows = (anchors if others is None else others)[self.others]
+        sums = torch.zeros_like(rows).index_add_(0, self.first_of_others, rows)
+        mine = anchors[self.anchors]
+        total = sums[self.first.clamp(max=len(rows) - 1)]
+        if self.own is not None:
+            total = total - rows[self.own]
+        count = self.count[self.anchors]
+        mean = (mine * total).sum(1) / count.clamp(min=1)
+        return _unsorted(torch.where(count > 0, mean, 0.0), self.anchors)
+
+    def blocks(self) -> Iterator[tuple[slice, slice]]:
+        """Anchors and the other rows that their groups span, both in order.
+
+        The host waits for the ends of the groups.
+        """
+        n, device = len(self.anchors), self.anchors.device
+        rows = BLOCK_ROWS.get(device.type, BLOCK_ROWS_OF_A_DEVICE)
+        starts = range(0, n, rows)
+        ends = [min(start + rows, n) for start in starts]
+        low = self.first[list(starts)].tolist()
+        high = self.last[[end - 1 for end in ends]].tolist()
+        for i0, i1, j0, j1 in zip(starts, ends, low, high, strict=True):
+            if j1 > j0:
+                yield slice(i0, i1), slice(j0, j1)
+
+
+class _Sorted:
+    """Rows and vectors in the order of their ids, and the walk over the blocks."""
+
+    def __init__(
+        self,
+        anchors: Tensor,
+        others: Tensor | None,
+        vectors: tuple[Tensor, ...],
+        groups: Groups,
+        formula: Formula,
+    ) -> None:
+        self.groups, self.formula = groups, formula
+        self.anchors = anchors[groups.anchors]
+        self.others = self.anchors if others is None else others[groups.others]
+        self.vectors = [x[groups.anchors] for x in vectors]
+        self.n_anchors, self.same = len(anchors), others is None
+
+    def outcomes(self) -> Iterator[tuple[slice, slice, Tensor, Outcome]]:
+        """Of every block: its anchors and others in order, whether an anchor has a positive."""
+        groups = self.groups
+        for i, j in groups.blocks():
+            first, last = groups.first[i, None], groups.last[i, None]
+            place = torch.arange(j.start, j.stop, device=first.device)
+            positive = (place >= first) & (place < last)
+            if groups.own is not None:
+                positive &= place != groups.own[i, None]
+            count = groups.count[groups.anchors[i]]
+            block = Block(self.anchors[i] @ self.others[j].t(), positive, count.clamp(min=1))
+            yield i, j, count > 0, self.formula(block, *(x[i] for x in self.vectors))
+
+    def losses(self) -> Tensor:
+        """(n,) losses, 0 for an anchor without a positive."""
+        out = self.anchors.new_zeros(self.n_anchors)
+        for i, _, usable, outcome in self.outcomes():
+            out[i] = torch.where(usable, outcome.loss, 0.0)
+        return self._as_given(out)
+
+    def gradients(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Σ_i weight_i·loss_i, and its derivatives in the anchors, the others and the vectors.
+
+        The others are None if they are the anchors, whose gradient then is that of both.
+        """
+        weight = weight[self.groups.anchors]
+        total = weight.new_zeros(())
+        d_anchors = torch.zeros_like(self.anchors)
+        d_others = d_anchors if self.same else torch.zeros_like(self.others)
+        d_vectors = [torch.zeros_like(x) for x in self.vectors]
+        for i, j, usable, outcome in self.outcomes():
+            w = torch.where(usable, weight[i], 0.0)
+            total += (w * torch.where(usable, outcome.loss, 0.0)).sum()
+            # not w·dt alone: what an anchor without positives gets may be NaN
+            dt = torch.where(usable[:, None], outcome.dt * w[:, None], 0.0)
+            d_anchors[i].addmm_(dt, self.others[j])
+            d_others[j].addmm_(dt.t(), self.anchors[i])
+            for out, dv in zip(d_vectors, outcome.dvectors, strict=True):
+                if dv is not None:
+                    out[i] = torch.where(usable, dv * w, 0.0)
+        of_others = None if self.same else _unsorted(d_others, self.groups.others)
+        vectors = (self._as_given(x) for x in d_vectors)
+        return total, self._as_given(d_anchors), of_others, *vectors
+
+    def _as_given(self, x: Tensor) -> Tensor:
+        return _unsorted(x, self.groups.anchors)
+
+
+def _unsorted(x: Tensor, order: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    out[order] = x
+    return out
+
+
+def losses_of_groups(
+    anchors: Tensor,
+    others: Tensor | None,
+    groups: Groups,
+    formula: Formula,
+    *vectors: Tensor,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """(n,) losses of the formula, 0 for an anchor without a positive; or their weighted sum.
+
+    Args:
+        anchors: (n, D) in the accumulation dtype.
+        others: (m, D); None: the anchors themselves.
+        groups: which of the others are an anchor's positives.
+        formula: the loss of an anchor from its block.
+        *vectors: (n,) more arguments of the formula.
+        weight: (n,) constants; gives Σ_i weight_i·loss_i in one walk for loss and gradient.
+
+    Returns:
+        (n,), or () with ``weight``. Gradients flow to anchors, others and vectors.
+    """
+    inputs = [x for x in (anchors, others, *vectors) if x is not None]
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return _LossesOfGroups.apply(anchors, others, weight, groups, formula, wanted, *vectors)[0]
+
+
+class _LossesOfGroups(torch.autograd.Function):
+    """With a weight the forward computes the gradient too; without one the backward does."""
+
+    @staticmethod
+    def forward(
+        anchors: Tensor,
+        others: Tensor | None,
+        weight: Tensor | None,
+        groups: Groups,
+        formula: Formula,
+        wanted: bool,
+        *vectors: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        with without_autocast(anchors.device):
+            walk = _Sorted(anchors, others, vectors, groups, formula)
+            if weight is None:
+                return (walk.losses(),)
+            if not wanted:
+                return ((walk.losses() * weight).sum(),)
+            return walk.gradients(weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        anchors, others, weight, ctx.groups, ctx.formula, _, *vectors = inputs
+        ctx.weighted = weight is not None
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(output[1:] if ctx.weighted else (anchors, others, *vectors)))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None, *of_saved: Tensor | None) -> tuple[Tensor | None, ...]:
+        count = len(ctx.saved_tensors) - 2
+        if not first_derivative(grad, of_saved):
+            return (None,) * (6 + count)
+        with torch.no_grad(), without_autocast(grad.device):
+            if ctx.weighted:
+                found = tuple(x if x is None else x * grad for x in ctx.saved_tensors)
+            else:
+                anchors, others, *vectors = ctx.saved_tensors
+                walk = _Sorted(anchors, others, vectors, ctx.groups, ctx.formula)
+                found = walk.gradients(grad)[1:]
+        d_anchors, d_others, *rest = only_once(found, (grad, *ctx.saved_tensors))
+        return d_anchors, d_others, None, None, None, None, *rest
