@@ -1,4 +1,4 @@
-"""`loss_against` and `supcon_loss`: losses with explicit negatives and given positive similarities.
+"""`loss_against`: losses with explicit negatives and given positive similarities.
 
 `alpha_cl_loss` derives negatives and positives from two views. Memory banks (MoCo), several
 positives per anchor (supervised contrastive) and more candidates than anchors (retrieval) need the
@@ -25,10 +25,9 @@ from .autograd import (
     first_derivative,
     mean_negative,
     only_once,
-    unit_rows,
 )
 from .bundles import Rows, accumulation_dtype
-from .call import BoundCall, Layout, SameId, without_autocast
+from .call import BoundCall, Call, Layout, SameId, without_autocast
 from .objectives import ClosedForm, Objective
 
 
@@ -94,16 +93,52 @@ def loss_against(
     )
     if backend == "reference":
         raise ValueError("backend must not be 'reference': the oracle has two views")
+    return call.reduce(_row_losses(call, z, negatives, positive, temperature, ids, negative_ids))
+
+
+@torch.compiler.disable
+def against_unit_rows(
+    z: Tensor,
+    negatives: Tensor | None,
+    positive: Tensor,
+    objective: Objective,
+    *,
+    temperature: float | Tensor,
+    ids: Tensor | None = None,
+    negative_ids: Tensor | None = None,
+    backend: str = "auto",
+    precision: str | None = None,
+) -> Tensor:
+    """(N,) losses of `loss_against` for rows of unit length.
+
+    Their similarities lie in [−1, 1], which saves a sweep the search for the largest exponent.
+    """
+    call = functional.make_call(
+        objective,
+        {},
+        similarity="cosine",
+        negatives="one_view",
+        reduction="none",
+        backend=backend,
+        precision=precision,
+    )
+    return _row_losses(call, z, negatives, positive, temperature, ids, negative_ids)
+
+
+def _row_losses(
+    call: Call,
+    z: Tensor,
+    negatives: Tensor | None,
+    positive: Tensor,
+    temperature: float | Tensor,
+    ids: Tensor | None,
+    negative_ids: Tensor | None,
+) -> Tensor:
+    """(N,) losses; checks the tensors."""
     other = z if negatives is None else negatives
     functional.check_rows("z", z, fewest=1)
     functional.check_rows("negatives", other, fewest=1)
-    if (other.shape[1], other.dtype, other.device) != (z.shape[1], z.dtype, z.device):
-        raise ValueError(
-            f"negatives must have the width, dtype and device of z ({z.shape[1]}, {z.dtype}, "
-            f"{z.device}), "
-            f"got {other.shape[1]}, {other.dtype}, {other.device}"
-        )
-    wide = accumulation_dtype(z.dtype)
+    functional.check_alike("negatives", other, "z", z)
     if (
         not isinstance(positive, Tensor)
         or positive.shape != z.shape[:1]
@@ -124,82 +159,14 @@ def loss_against(
     layout = _layout(len(z), len(z) if negatives is None else len(z) + len(negatives))
     same_id = _same_id(z, negatives, ids, negative_ids, layout)
     with without_autocast(z.device):
-        positive = positive.to(wide)
+        positive = positive.to(accumulation_dtype(z.dtype))
         if len(z) == 1 and negatives is None:
-            losses = functional.zero_with_graph(z, positive, tau).expand(1)
-        elif isinstance(call.objective, ClosedForm):
+            return functional.zero_with_graph(z, positive, tau).expand(1)
+        if isinstance(call.objective, ClosedForm):
             mean = _mean_negative(z, negatives, layout, same_id)
-            losses = constant_alpha(call.objective, mean - positive, layout, same_id)
-        else:
-            learn_tau = tau.requires_grad and torch.is_grad_enabled()
-            losses = _ExplicitNegatives.apply(
-                z, negatives, positive, tau, bound, same_id, learn_tau
-            )[0]
-    return call.reduce(losses)
-
-
-def supcon_loss(
-    z: Tensor,
-    ids: Tensor,
-    *,
-    temperature: float | Tensor = 0.1,
-    reduction: str = "mean",
-    backend: str = "auto",
-    precision: str | None = None,
-) -> Tensor:
-    """Supervised contrastive loss: the positives of a row are all other rows with its id.
-
-    L_i = log Σ_{a≠i} exp(s_ia/τ) − mean_{p≠i, id_p = id_i} s_ip/τ with the cosine s: InfoNCE (ε =
-    0) against all other rows, where t⁺ is the mean over the positives. The mean is one product with
-    the sum of the rows of an id, so memory is O(n·D).
-
-    Args:
-        z: (n, D) embeddings of all views, n ≥ 2; they are normalised here.
-        ids: (n,) integers, the labels.
-        temperature: τ > 0, a float or a tensor with one element.
-        reduction: "mean" or "sum" over the rows that have a positive, or "none": (n,), 0 for rows
-            without.
-        backend: see `loss_against`.
-        precision: see `loss_against`.
-
-    Returns:
-        () for "mean" and "sum", (n,) for "none", in float32 or float64.
-
-    Raises:
-        TypeError, ValueError: see `loss_against`; also for ids that are not (n,) integers.
-
-    Source: Khosla et al., arXiv:2004.11362, L_out.
-    """
-    functional.check_rows("z", z, fewest=2)
-    if (
-        not isinstance(ids, Tensor)
-        or ids.shape != z.shape[:1]
-        or ids.is_floating_point()
-        or ids.is_complex()
-    ):
-        got = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(f"ids must be integers of shape {tuple(z.shape[:1])}, got {got}")
-    functional.one_of("reduction", reduction, functional.REDUCTIONS)
-    rows = unit_rows(z)
-    labels, place, sizes = ids.to(z.device).unique(return_inverse=True, return_counts=True)
-    others = sizes[place] - 1
-    sums = rows.new_zeros(len(labels), rows.shape[1]).index_add(0, place, rows)
-    positive = (rows * (sums[place] - rows)).sum(1) / others.clamp(min=1)
-    losses = loss_against(
-        rows,
-        None,
-        positive,
-        "infonce",
-        epsilon=0.0,
-        temperature=temperature,
-        reduction="none",
-        backend=backend,
-        precision=precision,
-    )
-    losses = torch.where(others > 0, losses, 0.0)
-    if reduction == "none":
-        return losses
-    return losses.sum() / (1 if reduction == "sum" else (others > 0).sum().clamp(min=1))
+            return constant_alpha(call.objective, mean - positive, layout, same_id)
+        learn_tau = tau.requires_grad and torch.is_grad_enabled()
+        return _ExplicitNegatives.apply(z, negatives, positive, tau, bound, same_id, learn_tau)[0]
 
 
 def _layout(n: int, rows: int) -> Layout:

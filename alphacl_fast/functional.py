@@ -321,11 +321,11 @@ def bind_temperature(
     given = temperature if isinstance(temperature, tuple) else (temperature,)
     known = tuple(map(_known, given))
     if isinstance(temperature, tuple):
-        tau = torch.stack([_number(x, z1) for x in given])
+        tau = torch.stack([as_number(x, z1) for x in given])
     elif isinstance(temperature, Tensor):
         tau = temperature.reshape(()).to(z1.device)
     else:
-        tau = _number(temperature, z1)
+        tau = as_number(temperature, z1)
     objective, wgmma = call.objective, False
     if z1.is_cuda and call.similarity == "cosine" and known[0] is not None:
         wgmma = ops.cuda.has_wgmma_kernels(objective.kind, objective.params(1.0), z1.shape[1])
@@ -345,7 +345,15 @@ def _known(given: float | Tensor) -> float | None:
     return None
 
 
-def _number(given: float | Tensor, z: Tensor) -> Tensor:
+def shown(number: float | Tensor) -> str:
+    """A number or a parameter for ``repr``; a tensor's value on a CPU only: others would wait."""
+    if not isinstance(number, Tensor):
+        return f"{number:.6g}"
+    kind = "learnable" if number.requires_grad else "tensor"
+    return f"{number.item():.6g} ({kind})" if number.device.type == "cpu" else f"({kind})"
+
+
+def as_number(given: float | Tensor, z: Tensor) -> Tensor:
     """() in the accumulation dtype on the device of z."""
     wide = accumulation_dtype(z.dtype)
     if isinstance(given, Tensor):
@@ -394,6 +402,16 @@ def check_rows(name: str, z: Tensor, fewest: int = 0) -> None:
         raise ValueError(
             f"{name} must have at least {fewest} row{'s' * (fewest > 1)} and 1 column, "
             f"got shape {tuple(z.shape)}"
+        )
+
+
+def check_alike(name: str, rows: Tensor, name_of_other: str, other: Tensor) -> None:
+    """Raises unless two tensors of rows have the same width, dtype and device."""
+    if (rows.shape[1], rows.dtype, rows.device) != (other.shape[1], other.dtype, other.device):
+        raise ValueError(
+            f"{name} must have the width, dtype and device of {name_of_other} "
+            f"({other.shape[1]}, {other.dtype}, {other.device}), "
+            f"got {rows.shape[1]}, {rows.dtype}, {rows.device}"
         )
 
 

@@ -7,6 +7,7 @@ similarities of a block; this module walks over the blocks, and differentiates.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,29 +17,37 @@ from torch import Tensor
 from .autograd import first_derivative, only_once
 from .call import without_autocast
 
-#: Anchors of a block; a block is as wide as the groups of its anchors.
-BLOCK_ROWS = {"cpu": 128}
-BLOCK_ROWS_OF_A_DEVICE = 1024
+
+class BlockSize(NamedTuple):
+    """How many anchors a block has."""
+
+    least: int  # small groups are put together
+    most: int  # a larger group is cut
+
+
+BLOCK_SIZES = {"cpu": BlockSize(64, 512)}
+BLOCK_SIZE_OF_A_DEVICE = BlockSize(512, 2048)
 
 
 class Block(NamedTuple):
     """The similarities of b anchors and of the c other rows that hold all their positives."""
 
-    t: Tensor  # (b, c) inner products
-    positive: Tensor  # (b, c) bool: the other row has the anchor's id and is another row
-    count: Tensor  # (b,) positives of an anchor, at least 1
+    t: Tensor  # (b, c) inner products; a formula may write to them
+    excluded: Tensor  # (b, c) bool: the other row has another id, or is the anchor itself
+    count: Tensor  # (b,) positives of an anchor in the dtype of t, at least 1
+    needed: tuple[bool, ...]  # the vectors whose derivatives are wanted
 
 
 class Outcome(NamedTuple):
     """What a `Formula` makes of a block."""
 
-    loss: Tensor  # (b,)
-    dt: Tensor  # (b, c) ∂loss/∂t; 0 at pairs that are not positive
+    loss: Tensor  # (b,); what an anchor without positives has is dropped
+    dt: Tensor  # (b, c) ∂loss/∂t divided by the scale, 0 at excluded pairs
+    scale: Tensor | float  # (b,)
     dvectors: tuple[Tensor | None, ...]  # (b,) ∂loss/∂vector each; None: it has no gradient
 
 
-#: (block, *vectors (b,)) → what a block contributes. What it gives an anchor without a positive is
-#: dropped.
+#: (block, *vectors (b,)) → what a block contributes.
 Formula = Callable[..., Outcome]
 
 
@@ -52,7 +61,7 @@ def differentiated(function: Callable[..., Tensor]) -> Formula:
             dt, *rest = torch.autograd.grad(
                 loss.sum(), leaves, allow_unused=True, materialize_grads=True
             )
-        return Outcome(loss.detach(), dt.masked_fill(~block.positive, 0.0), tuple(rest))
+        return Outcome(loss.detach(), dt.masked_fill_(block.excluded, 0.0), 1.0, tuple(rest))
 
     return formula
 
@@ -136,17 +145,39 @@ class Groups(NamedTuple):
     def blocks(self) -> Iterator[tuple[slice, slice]]:
         """Anchors and the other rows that their groups span, both in order.
 
-        The host waits for the ends of the groups.
+        The host waits for the ends of the groups. A block holds whole groups, unless a group is too
+        large.
         """
-        n, device = len(self.anchors), self.anchors.device
-        rows = BLOCK_ROWS.get(device.type, BLOCK_ROWS_OF_A_DEVICE)
-        starts = range(0, n, rows)
-        ends = [min(start + rows, n) for start in starts]
-        low = self.first[list(starts)].tolist()
-        high = self.last[[end - 1 for end in ends]].tolist()
-        for i0, i1, j0, j1 in zip(starts, ends, low, high, strict=True):
+        device = self.anchors.device
+        size = BLOCK_SIZES.get(device.type, BLOCK_SIZE_OF_A_DEVICE)
+        ends = torch.searchsorted(self.first, self.first, right=True)
+        spans = [*_packed(torch.unique_consecutive(ends).tolist(), size)]
+        if not spans:
+            return
+        starts, last = ([span[k] - k for span in spans] for k in (0, 1))
+        low, high = self.first[starts].tolist(), self.last[last].tolist()
+        for (i0, i1), j0, j1 in zip(spans, low, high, strict=True):
             if j1 > j0:
                 yield slice(i0, i1), slice(j0, j1)
+
+
+def _packed(ends: list[int], size: BlockSize) -> Iterator[tuple[int, int]]:
+    """Ranges of anchors, from the ends of their groups."""
+    start = begin = 0  # of the block, of the group
+    for end in ends:
+        if start < begin and end - begin >= size.least:  # a large group has a block of its own
+            yield start, begin
+            start = begin
+        begin = end
+        if end - start > size.most:
+            cuts = [*range(start, end, size.least), end]
+            yield from itertools.pairwise(cuts)
+            start = end
+        elif end - start >= size.least:
+            yield start, end
+            start = end
+    if start < begin:
+        yield start, begin
 
 
 class _Sorted:
@@ -159,8 +190,9 @@ class _Sorted:
         vectors: tuple[Tensor, ...],
         groups: Groups,
         formula: Formula,
+        needed: tuple[bool, ...],
     ) -> None:
-        self.groups, self.formula = groups, formula
+        self.groups, self.formula, self.needed = groups, formula, needed
         self.anchors = anchors[groups.anchors]
         self.others = self.anchors if others is None else others[groups.others]
         self.vectors = [x[groups.anchors] for x in vectors]
@@ -172,11 +204,12 @@ class _Sorted:
         for i, j in groups.blocks():
             first, last = groups.first[i, None], groups.last[i, None]
             place = torch.arange(j.start, j.stop, device=first.device)
-            positive = (place >= first) & (place < last)
+            excluded = (place < first) | (place >= last)
             if groups.own is not None:
-                positive &= place != groups.own[i, None]
+                excluded |= place == groups.own[i, None]
             count = groups.count[groups.anchors[i]]
-            block = Block(self.anchors[i] @ self.others[j].t(), positive, count.clamp(min=1))
+            t = self.anchors[i] @ self.others[j].t()
+            block = Block(t, excluded, count.clamp(min=1).to(t.dtype), self.needed)
             yield i, j, count > 0, self.formula(block, *(x[i] for x in self.vectors))
 
     def losses(self) -> Tensor:
@@ -199,12 +232,14 @@ class _Sorted:
         for i, j, usable, outcome in self.outcomes():
             w = torch.where(usable, weight[i], 0.0)
             total += (w * torch.where(usable, outcome.loss, 0.0)).sum()
-            # not w·dt alone: what an anchor without positives gets may be NaN
-            dt = torch.where(usable[:, None], outcome.dt * w[:, None], 0.0)
-            d_anchors[i].addmm_(dt, self.others[j])
-            d_others[j].addmm_(dt.t(), self.anchors[i])
+            dt = outcome.dt.mul_((w * outcome.scale)[:, None])
+            if self.same and i == j:
+                d_anchors[i].addmm_(dt + dt.t(), self.anchors[i])
+            else:
+                d_anchors[i].addmm_(dt, self.others[j])
+                d_others[j].addmm_(dt.t(), self.anchors[i])
             for out, dv in zip(d_vectors, outcome.dvectors, strict=True):
-                if dv is not None:
+                if dv is not None:  # what an anchor without positives has may be NaN
                     out[i] = torch.where(usable, dv * w, 0.0)
         of_others = None if self.same else _unsorted(d_others, self.groups.others)
         vectors = (self._as_given(x) for x in d_vectors)
@@ -243,7 +278,16 @@ def losses_of_groups(
     """
     inputs = [x for x in (anchors, others, *vectors) if x is not None]
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    return _LossesOfGroups.apply(anchors, others, weight, groups, formula, wanted, *vectors)[0]
+    needed = tuple(wanted and x.requires_grad for x in vectors)
+    call = _Call(groups, formula, wanted, needed)
+    return _LossesOfGroups.apply(anchors, others, weight, call, *vectors)[0]
+
+
+class _Call(NamedTuple):
+    groups: Groups
+    formula: Formula
+    wanted: bool  # whether any gradient is
+    needed: tuple[bool, ...]  # those of the vectors
 
 
 class _LossesOfGroups(torch.autograd.Function):
@@ -254,37 +298,35 @@ class _LossesOfGroups(torch.autograd.Function):
         anchors: Tensor,
         others: Tensor | None,
         weight: Tensor | None,
-        groups: Groups,
-        formula: Formula,
-        wanted: bool,
+        call: _Call,
         *vectors: Tensor,
     ) -> tuple[Tensor | None, ...]:
         with without_autocast(anchors.device):
-            walk = _Sorted(anchors, others, vectors, groups, formula)
+            walk = _Sorted(anchors, others, vectors, call.groups, call.formula, call.needed)
             if weight is None:
                 return (walk.losses(),)
-            if not wanted:
+            if not call.wanted:
                 return ((walk.losses() * weight).sum(),)
             return walk.gradients(weight)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        anchors, others, weight, ctx.groups, ctx.formula, _, *vectors = inputs
+        anchors, others, weight, ctx.call, *vectors = inputs
         ctx.weighted = weight is not None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*(output[1:] if ctx.weighted else (anchors, others, *vectors)))
 
     @staticmethod
     def backward(ctx, grad: Tensor | None, *of_saved: Tensor | None) -> tuple[Tensor | None, ...]:
-        count = len(ctx.saved_tensors) - 2
+        call = ctx.call
         if not first_derivative(grad, of_saved):
-            return (None,) * (6 + count)
+            return (None,) * (4 + len(call.needed))
         with torch.no_grad(), without_autocast(grad.device):
             if ctx.weighted:
                 found = tuple(x if x is None else x * grad for x in ctx.saved_tensors)
             else:
                 anchors, others, *vectors = ctx.saved_tensors
-                walk = _Sorted(anchors, others, vectors, ctx.groups, ctx.formula)
+                walk = _Sorted(anchors, others, vectors, call.groups, call.formula, call.needed)
                 found = walk.gradients(grad)[1:]
         d_anchors, d_others, *rest = only_once(found, (grad, *ctx.saved_tensors))
-        return d_anchors, d_others, None, None, None, None, *rest
+        return d_anchors, d_others, None, None, *rest

@@ -967,7 +967,7 @@ def _only(
     block: Block, logits: Tensor, function: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
     """Logits of the positives, others −inf; through a function, whose value at others is 0."""
-    kept = logits.masked_fill(~block.positive, -math.inf)
+    kept = logits.masked_fill(block.excluded, -math.inf)
     return kept if function is None else function(kept)
 
 

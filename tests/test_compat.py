@@ -15,7 +15,8 @@ from family import BACKENDS, MEMBERS, assert_same_gradients, member_id, pair, re
 from alphacl_fast import compat, explicit_negatives, objectives  # noqa: F401
 from alphacl_fast.backend import reference
 from alphacl_fast.compat import lightly, open_clip, pytorch_metric_learning, sentence_transformers
-from alphacl_fast.explicit_negatives import loss_against, supcon_loss
+from alphacl_fast.explicit_negatives import loss_against
+from alphacl_fast.supcon import supcon_loss
 
 ROUNDING = 4e-7  # tolerance of exact float32 results
 

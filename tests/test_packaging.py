@@ -212,9 +212,9 @@ backend.cuda backend.triton
 ops
 autograd
 distributed compiled_op
-functional same_id
+functional same_id shared_rows
 explicit_negatives matryoshka metrics plan tune verify accuracy
-pair_weights
+pair_weights supcon
 loss siglip zoo theory compat.lightly compat.open_clip compat.pytorch_metric_learning
 checks compat.sentence_transformers device_check
 """

@@ -219,7 +219,7 @@ def test_of_views_equals_the_formula(backend, case, monkeypatch, poisoned):
 def test_of_rows_equals_the_formula(backend, case, monkeypatch, poisoned):
     """Labels of any counts, in blocks of which the last is ragged."""
     set_tiles(monkeypatch, 16)
-    monkeypatch.setitem(same_id.BLOCK_ROWS, "cpu", 5)
+    monkeypatch.setitem(same_id.BLOCK_SIZES, "cpu", same_id.BlockSize(3, 5))
     name, options = case
     n = 9 if backend in SLOW else 23
     for labels in ["any"] if backend in SLOW else LABELS:
