@@ -319,7 +319,7 @@ def bind_temperature(
     if not torch.compiler.is_compiling():  # else the operator checks
         call.objective.check()
     given = temperature if isinstance(temperature, tuple) else (temperature,)
-    known = tuple(map(_known, given))
+    values = tuple(map(known, given))
     if isinstance(temperature, tuple):
         tau = torch.stack([as_number(x, z1) for x in given])
     elif isinstance(temperature, Tensor):
@@ -327,16 +327,16 @@ def bind_temperature(
     else:
         tau = as_number(temperature, z1)
     objective, wgmma = call.objective, False
-    if z1.is_cuda and call.similarity == "cosine" and known[0] is not None:
+    if z1.is_cuda and call.similarity == "cosine" and values[0] is not None:
         wgmma = ops.cuda.has_wgmma_kernels(objective.kind, objective.params(1.0), z1.shape[1])
     backend, why = ops.choose(
         call.backend, z1.device, z1.dtype, call.precision, objective.kind,
         ("ids",) if with_ids else (), wgmma,
     )  # fmt: skip
-    return tau, call.bind(backend, known, reduction), why
+    return tau, call.bind(backend, values, reduction), why
 
 
-def _known(given: float | Tensor) -> float | None:
+def known(given: float | Tensor) -> float | None:
     """The value of a number, if the host can read it without waiting for a device."""
     if not isinstance(given, Tensor):
         return float(given)

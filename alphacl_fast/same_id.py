@@ -196,57 +196,62 @@ class _Sorted:
         self.anchors = anchors[groups.anchors]
         self.others = self.anchors if others is None else others[groups.others]
         self.vectors = [x[groups.anchors] for x in vectors]
-        self.n_anchors, self.same = len(anchors), others is None
+        self.same = others is None
+        count = groups.count[groups.anchors]
+        self.usable, self.count = count > 0, count.clamp(min=1).to(anchors.dtype)
+        #: where the group of an anchor begins among the others; −1: none of them has its id
+        self.group = torch.where(groups.last > groups.first, groups.first, -1)
 
-    def outcomes(self) -> Iterator[tuple[slice, slice, Tensor, Outcome]]:
-        """Of every block: its anchors and others in order, whether an anchor has a positive."""
+    def outcomes(self) -> Iterator[tuple[slice, slice, Outcome]]:
+        """Of every block: its anchors and others in order."""
         groups = self.groups
         for i, j in groups.blocks():
-            first, last = groups.first[i, None], groups.last[i, None]
-            place = torch.arange(j.start, j.stop, device=first.device)
-            excluded = (place < first) | (place >= last)
-            if groups.own is not None:
+            excluded = self.group[i, None] != groups.first_of_others[j]
+            if self.same:
+                excluded.diagonal(i.start - j.start).fill_(True)
+            elif groups.own is not None:
+                place = torch.arange(j.start, j.stop, device=excluded.device)
                 excluded |= place == groups.own[i, None]
-            count = groups.count[groups.anchors[i]]
             t = self.anchors[i] @ self.others[j].t()
-            block = Block(t, excluded, count.clamp(min=1).to(t.dtype), self.needed)
-            yield i, j, count > 0, self.formula(block, *(x[i] for x in self.vectors))
+            block = Block(t, excluded, self.count[i], self.needed)
+            yield i, j, self.formula(block, *(x[i] for x in self.vectors))
 
     def losses(self) -> Tensor:
         """(n,) losses, 0 for an anchor without a positive."""
-        out = self.anchors.new_zeros(self.n_anchors)
-        for i, _, usable, outcome in self.outcomes():
-            out[i] = torch.where(usable, outcome.loss, 0.0)
-        return self._as_given(out)
+        out = torch.zeros_like(self.count)
+        for i, _, outcome in self.outcomes():
+            out[i] = outcome.loss
+        return self._of_anchors(out)
 
     def gradients(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Σ_i weight_i·loss_i, and its derivatives in the anchors, the others and the vectors.
 
         The others are None if they are the anchors, whose gradient then is that of both.
         """
-        weight = weight[self.groups.anchors]
-        total = weight.new_zeros(())
+        weight = torch.where(self.usable, weight[self.groups.anchors], 0.0)
+        losses = torch.zeros_like(self.count)
         d_anchors = torch.zeros_like(self.anchors)
         d_others = d_anchors if self.same else torch.zeros_like(self.others)
         d_vectors = [torch.zeros_like(x) for x in self.vectors]
-        for i, j, usable, outcome in self.outcomes():
-            w = torch.where(usable, weight[i], 0.0)
-            total += (w * torch.where(usable, outcome.loss, 0.0)).sum()
-            dt = outcome.dt.mul_((w * outcome.scale)[:, None])
+        for i, j, outcome in self.outcomes():
+            losses[i] = outcome.loss
+            dt = outcome.dt.mul_((weight[i] * outcome.scale)[:, None])
             if self.same and i == j:
                 d_anchors[i].addmm_(dt + dt.t(), self.anchors[i])
             else:
                 d_anchors[i].addmm_(dt, self.others[j])
                 d_others[j].addmm_(dt.t(), self.anchors[i])
             for out, dv in zip(d_vectors, outcome.dvectors, strict=True):
-                if dv is not None:  # what an anchor without positives has may be NaN
-                    out[i] = torch.where(usable, dv * w, 0.0)
+                if dv is not None:
+                    out[i] = dv
+        total = (torch.where(self.usable, losses, 0.0) * weight).sum()
         of_others = None if self.same else _unsorted(d_others, self.groups.others)
-        vectors = (self._as_given(x) for x in d_vectors)
-        return total, self._as_given(d_anchors), of_others, *vectors
+        of_vectors = (self._of_anchors(x * weight) for x in d_vectors)
+        return total, _unsorted(d_anchors, self.groups.anchors), of_others, *of_vectors
 
-    def _as_given(self, x: Tensor) -> Tensor:
-        return _unsorted(x, self.groups.anchors)
+    def _of_anchors(self, x: Tensor) -> Tensor:
+        """(n,) as the anchors were given; 0, which may replace NaN, without a positive."""
+        return _unsorted(torch.where(self.usable, x, 0.0), self.groups.anchors)
 
 
 def _unsorted(x: Tensor, order: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ constant: g_ip = (s_ip − m_i)/τ, ℓ_i = log Σ_N exp((s_in − m_i)/τ).
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,16 +34,24 @@ class _Exponents(NamedTuple):
     """What "out" and "in" need of a block."""
 
     g: Tensor  # (b, c), −inf at excluded pairs
+    e: Tensor  # (b, c) exp(g − top)
+    top: Tensor  # (b,) largest g, or 0 where it is known to be small
     log_mean: Tensor  # (b,) log mean_p exp(g_ip)
     ratio: Tensor  # (b,) log(Σ_N/Σ_P)
 
     @classmethod
-    def of(cls, block: Block, log_sums: Tensor, origin: Tensor, tau: Tensor) -> _Exponents:
+    def of(
+        cls, block: Block, log_sums: Tensor, origin: Tensor, tau: Tensor, bounded: bool
+    ) -> _Exponents:
         g = _relative(block, origin, tau)
-        top = g.amax(1)
-        top = torch.where(top == -math.inf, 0.0, top)  # an anchor without positives
-        log_mean = top + ((g - top[:, None]).exp_().sum(1) / block.count).log()
-        return cls(g, log_mean, log_sums - log_mean - block.count.log())
+        if bounded:
+            top, e = torch.zeros_like(origin), g.exp()
+        else:
+            top = g.amax(1)
+            top = torch.where(top == -math.inf, 0.0, top)  # an anchor without positives
+            e = (g - top[:, None]).exp_()
+        log_mean = top + (e.sum(1) / block.count).log()
+        return cls(g, e, top, log_mean, log_sums - log_mean - block.count.log())
 
 
 def _relative(block: Block, origin: Tensor, tau: Tensor) -> Tensor:
@@ -61,9 +70,11 @@ def _outcome(block: Block, loss: Tensor, dg: Tensor, g: Tensor, dl: Tensor, tau:
     return Outcome(loss, dg, 1 / (tau * block.count), (dl, None, d_tau))
 
 
-def _out(block: Block, log_sums: Tensor, origin: Tensor, tau: Tensor) -> Outcome:
+def _out(
+    block: Block, log_sums: Tensor, origin: Tensor, tau: Tensor, bounded: bool = False
+) -> Outcome:
     """mean_p [log Σ_A exp(g_ia) − g_ip] = log|P| + (log mean exp g − mean g) + log(1 + Σ_N/Σ_P)."""
-    g, log_mean, ratio = _Exponents.of(block, log_sums, origin, tau)
+    g, _, _, log_mean, ratio = _Exponents.of(block, log_sums, origin, tau, bounded)
     mean = g.masked_fill(block.excluded, 0.0).sum(1) / block.count
     loss = block.count.log() + (log_mean - mean) + _log1p_exp(ratio)
     # |P|·(share of p in A) − 1, as a sum of small numbers: no share is subtracted from 1
@@ -72,15 +83,19 @@ def _out(block: Block, log_sums: Tensor, origin: Tensor, tau: Tensor) -> Outcome
     return _outcome(block, loss, dg, g, others, tau)
 
 
-def _in(block: Block, log_sums: Tensor, origin: Tensor, tau: Tensor) -> Outcome:
+def _in(
+    block: Block, log_sums: Tensor, origin: Tensor, tau: Tensor, bounded: bool = False
+) -> Outcome:
     """log Σ_A exp(g_ia) − log mean_p exp(g_ip) = log|P| + log(1 + Σ_N/Σ_P)."""
-    g, log_mean, ratio = _Exponents.of(block, log_sums, origin, tau)
+    g, e, top, log_mean, ratio = _Exponents.of(block, log_sums, origin, tau, bounded)
     loss, others = block.count.log() + _log1p_exp(ratio), torch.sigmoid(ratio)
-    dg = (g - log_mean[:, None]).exp_().mul_(-others[:, None])
+    dg = e.mul_((-others * (top - log_mean).exp())[:, None])
     return _outcome(block, loss, dg, g, others, tau)
 
 
-def _sincere(block: Block, log_sums: Tensor, origin: Tensor, tau: Tensor) -> Outcome:
+def _sincere(
+    block: Block, log_sums: Tensor, origin: Tensor, tau: Tensor, bounded: bool = False
+) -> Outcome:
     """mean_p log(1 + exp(ℓ_i − g_ip))."""
     g = _relative(block, origin, tau)
     ratio = (log_sums[:, None] - g).masked_fill_(block.excluded, -math.inf)
@@ -289,7 +304,9 @@ def _evaluate(
     precision: str | None,
     sharing: shared_rows.Sharing | None = None,
 ) -> Tensor:
-    losses_of = FORMS[form]
+    # |g| ≤ 2/τ: where that is small no exponential overflows, and no largest g is looked for
+    known = functional.known(tau)
+    losses_of = partial(FORMS[form], bounded=known is not None and 2 / known <= 60)
     vectors = _vectors(pool, tau, backend, precision)
     if reduction == "none":
         return losses_of_groups(pool.rows, pool.others, pool.groups, losses_of, *vectors)

@@ -308,17 +308,76 @@ plant(
         "-saved.solution.mass if need_pos",
         f"{COMPAT}test_loss_against[{INFONCE}-5]",
     ),
+)
+SUPCON = "tests/test_supcon.py::"
+plant(
+    "alphacl_fast/same_id.py",
     (
-        "supervised contrastive: the anchor is one of its positives",
-        "positive = (rows * (sums[place] - rows)).sum(1)",
-        "positive = (rows * sums[place]).sum(1)",
-        f"{COMPAT}test_supcon_reductions_and_lonely_rows",
+        "same ids: the anchor is one of its positives",
+        "excluded.diagonal(i.start - j.start).fill_(True)",
+        "excluded.diagonal(i.start - j.start).fill_(False)",
+        f"{SUPCON}test_equals_the_dense_formula[any-out-blocked]",
+    ),
+    (
+        "same ids: an absent id takes the next group",
+        "torch.where(groups.last > groups.first, groups.first, -1)",
+        "groups.first",
+        f"{SUPCON}test_reference_rows[8-in]",
+    ),
+    (
+        "same ids: the last groups of a batch are forgotten",
+        "    if start < begin:\n        yield start, begin\n\n\nclass",
+        "\n\nclass",
+        f"{SUPCON}test_blocks_cost_what_the_groups_cost",
+    ),
+)
+plant(
+    "alphacl_fast/supcon.py",
+    (
+        "supervised contrastive: the share of a positive is subtracted from 1",
+        ".expm1_().mul_(among[:, None]).sub_(others[:, None])",
+        ".exp_().mul_(among[:, None]).sub_(1.0)",
+        f"{SUPCON}test_exact_once_trained[blocked-2-out]",
+    ),
+    (
+        "supervised contrastive: log|P| is missing from the inner form",
+        "loss, others = block.count.log() + _log1p_exp(ratio)",
+        "loss, others = _log1p_exp(ratio)",
+        f"{SUPCON}test_equals_the_dense_formula[any-in-blocked]",
     ),
     (
         "supervised contrastive: the mean counts rows without a positive",
-        "(others > 0).sum().clamp(min=1))",
-        "len(others))",
-        f"{COMPAT}test_supcon_reductions_and_lonely_rows",
+        "count = weight.sum() if sharing is None",
+        "count = weight.new_tensor(len(weight)) if sharing is None",
+        f"{SUPCON}test_equals_the_dense_formula[any-sincere-blocked]",
+    ),
+)
+ZOO = "tests/test_zoo.py::"
+plant(
+    "alphacl_fast/zoo.py",
+    (
+        "debiased: no floor under the corrected sum",
+        "log_ratio = torch.where(usable, corrected, floor)",
+        "log_ratio = corrected",
+        f"{ZOO}test_of_views_equals_the_formula[blocked-debiased(tau_plus=0.6,temperature=0.2)]",
+    ),
+    (
+        "ADNCE: the gradient runs through the weights",
+        "return weight(s.detach()) * torch.exp",
+        "return weight(s) * torch.exp",
+        f"{ZOO}test_of_views_equals_the_formula[blocked-adnce()]",
+    ),
+    (
+        "circle: one band, whatever γ",
+        "count = max(1, math.ceil((most - least) / (2 * _HALF_BAND)))",
+        "count = 1",
+        f"{ZOO}test_circle_of_extreme_rows_in_float32",
+    ),
+    (
+        "SogCLR: the first visit is mixed with 0",
+        "return torch.where(log_u == -math.inf, log_mean, mixed)",
+        "return mixed",
+        f"{ZOO}test_sogclr_equals_the_recursion",
     ),
 )
 
