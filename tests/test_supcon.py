@@ -18,7 +18,7 @@ from alphacl_fast.functional import REDUCTIONS
 FORMS = ["out", "in", "sincere"]
 #: Ids (n,) for n rows: groups of any size, one of them a row alone; two rows each; one id.
 IDS = {
-    "any": lambda n: (torch.arange(n) ** 2) % 7 - 3,
+    "any": lambda n: ((torch.arange(n) ** 2) % 7 - 3).index_fill(0, torch.tensor([n // 2]), 9),
     "pairs": lambda n: torch.arange(n).flip(0) // 2,
     "one": lambda n: torch.full((n,), 4),
     "all": lambda n: torch.arange(n),

@@ -154,7 +154,7 @@ ROWS = [
 ]
 #: Labels (n,) for n rows: of any counts, with one row alone; two rows each; one label; all differ.
 LABELS = {
-    "any": lambda n: (torch.arange(n) ** 2) % 7 - 3,
+    "any": lambda n: ((torch.arange(n) ** 2) % 7 - 3).index_fill(0, torch.tensor([n // 2]), 9),
     "pairs": lambda n: torch.arange(n) // 2,
     "one": lambda n: torch.zeros(n, dtype=torch.long),
     "all": lambda n: torch.arange(n),
