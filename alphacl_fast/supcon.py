@@ -33,25 +33,17 @@ _LOG_SUM = infonce(epsilon=0.0)
 class _Exponents(NamedTuple):
     """What "out" and "in" need of a block."""
 
-    g: Tensor  # (b, c), −inf at excluded pairs
-    e: Tensor  # (b, c) exp(g − top)
-    top: Tensor  # (b,) largest g, or 0 where it is known to be small
+    e: Tensor  # (b, c) exp(g − top), 0 at excluded pairs
+    top: Tensor  # (b,) some g that is so large that no exponential overflows
     log_mean: Tensor  # (b,) log mean_p exp(g_ip)
     ratio: Tensor  # (b,) log(Σ_N/Σ_P)
 
     @classmethod
-    def of(
-        cls, block: Block, log_sums: Tensor, origin: Tensor, tau: Tensor, bounded: bool
-    ) -> _Exponents:
-        g = _relative(block, origin, tau)
-        if bounded:
-            top, e = torch.zeros_like(origin), g.exp()
-        else:
-            top = g.amax(1)
-            top = torch.where(top == -math.inf, 0.0, top)  # an anchor without positives
-            e = (g - top[:, None]).exp_()
+    def of(cls, block: Block, g: Tensor, top: Tensor, log_sums: Tensor) -> _Exponents:
+        top = torch.where(top == -math.inf, 0.0, top)  # an anchor without positives
+        e = (g - top[:, None]).exp_()
         log_mean = top + (e.sum(1) / block.count).log()
-        return cls(g, e, top, log_mean, log_sums - log_mean - block.count.log())
+        return cls(e, top, log_mean, log_sums - log_mean - block.count.log())
 
 
 def _relative(block: Block, origin: Tensor, tau: Tensor) -> Tensor:
@@ -74,8 +66,10 @@ def _out(
     block: Block, log_sums: Tensor, origin: Tensor, tau: Tensor, bounded: bool = False
 ) -> Outcome:
     """mean_p [log Σ_A exp(g_ia) − g_ip] = log|P| + (log mean exp g − mean g) + log(1 + Σ_N/Σ_P)."""
-    g, _, _, log_mean, ratio = _Exponents.of(block, log_sums, origin, tau, bounded)
+    g = _relative(block, origin, tau)
     mean = g.masked_fill(block.excluded, 0.0).sum(1) / block.count
+    # from the mean or the maximum on, equal g have the log_mean that they should have exactly
+    _, _, log_mean, ratio = _Exponents.of(block, g, mean if bounded else g.amax(1), log_sums)
     loss = block.count.log() + (log_mean - mean) + _log1p_exp(ratio)
     # |P|·(share of p in A) − 1, as a sum of small numbers: no share is subtracted from 1
     among, others = torch.sigmoid(-ratio), torch.sigmoid(ratio)
@@ -87,7 +81,9 @@ def _in(
     block: Block, log_sums: Tensor, origin: Tensor, tau: Tensor, bounded: bool = False
 ) -> Outcome:
     """log Σ_A exp(g_ia) − log mean_p exp(g_ip) = log|P| + log(1 + Σ_N/Σ_P)."""
-    g, e, top, log_mean, ratio = _Exponents.of(block, log_sums, origin, tau, bounded)
+    g = _relative(block, origin, tau)
+    top = torch.zeros_like(origin) if bounded else g.amax(1)
+    e, top, log_mean, ratio = _Exponents.of(block, g, top, log_sums)
     loss, others = block.count.log() + _log1p_exp(ratio), torch.sigmoid(ratio)
     dg = e.mul_((-others * (top - log_mean).exp())[:, None])
     return _outcome(block, loss, dg, g, others, tau)

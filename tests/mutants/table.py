@@ -319,12 +319,6 @@ plant(
         f"{SUPCON}test_equals_the_dense_formula[any-out-blocked]",
     ),
     (
-        "same ids: an absent id takes the next group",
-        "torch.where(groups.last > groups.first, groups.first, -1)",
-        "groups.first",
-        f"{SUPCON}test_reference_rows[8-in]",
-    ),
-    (
         "same ids: the last groups of a batch are forgotten",
         "    if start < begin:\n        yield start, begin\n\n\nclass",
         "\n\nclass",
