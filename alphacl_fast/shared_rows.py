@@ -100,14 +100,21 @@ class _Shared(torch.autograd.Function):
     def forward(
         ctx, sharing: Sharing, kind: int, rows: Tensor, *numbers: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.sharing, ctx.kind = sharing, kind
-        return sharing.gather(rows, kind), *(x.clone() for x in numbers)
+        ctx.sharing, ctx.kind, needed = sharing, kind, ctx.needs_input_grad[2:]
+        outputs = sharing.gather(rows, kind), *(x.clone() for x in numbers)
+        constant = [x for x, need in zip(outputs, needed, strict=True) if not need]
+        ctx.mark_non_differentiable(*constant)
+        return outputs
 
     @staticmethod
     def backward(ctx, d_rows: Tensor, *d_numbers: Tensor) -> tuple[Any, ...]:
-        sharing = ctx.sharing
-        averages = (sharing.sum(x) / sharing.world for x in d_numbers)
-        return None, None, sharing.send_home(d_rows, ctx.kind), *averages
+        sharing, (need_rows, *needed) = ctx.sharing, ctx.needs_input_grad[2:]
+        averages = [
+            sharing.sum(x) / sharing.world if need else None
+            for x, need in zip(d_numbers, needed, strict=True)
+        ]
+        home = sharing.send_home(d_rows, ctx.kind) if need_rows else None
+        return None, None, home, *averages
 
 
 def agree(

@@ -366,7 +366,7 @@ def parts(group, sizes, form, reduction, references):
 
 
 @pytest.mark.xdist_group("ranks")
-@pytest.mark.parametrize("sizes", [(7,), (5, 3), (1, 0), (3, 1, 4)])
+@pytest.mark.parametrize("sizes", [(7,), (1, 0), (3, 1, 4)])
 @pytest.mark.parametrize("references", [False, True])
 def test_processes_share_a_batch(ranks, sizes, references):
     for k, (form, reduction) in enumerate((f, r) for f in FORMS for r in REDUCTIONS):
