@@ -86,9 +86,10 @@ def alpha_cl_loss(
         ids: (N,) integers, moved to z1's device if necessary. Samples with equal ids are not
             negatives of each other in either view (false-negative elimination, arXiv:2011.11765).
             Pass labels, or the index of the instance that was augmented. An anchor that has no
-            negatives left has loss 0 and no gradient, and "mean" still counts it. Not supported
-            with a process group or backend="cuda". None: only the anchor and its positive are
-            excluded.
+            negatives left has loss 0 and no gradient, and "mean" still counts it. With a process
+            group every rank passes those of its pairs, and they are compared over all ranks
+            ("uniform" and "triplet_contrastive" do not take them there). Not supported with
+            backend="cuda". None: only the anchor and its positive are excluded.
         **options: options of the objective, by its own names.
 
     Returns:
@@ -268,17 +269,19 @@ def _evaluate_over_ranks(
 ) -> tuple[Tensor, str, str]:
     tau, bound, why, failure = None, None, "", None
     try:
+        tau, bound, why = bind(z1, z2, temperature, call, ids is not None)
         if ids is not None:
-            raise ValueError(
-                "ids must be None with a process_group: "
-                "negatives of other processes are not left out by id"
-            )
-        tau, bound, why = bind(z1, z2, temperature, call)
+            ids = checked_ids("ids", ids, z1)
+            if isinstance(call.objective, ClosedForm):
+                raise ValueError(
+                    f"ids must be None with a process_group and {call.objective}: its sums of rows "
+                    "are exchanged without ids"
+                )
     except (
         Exception
     ) as error:  # the other processes wait for this one, so they must learn of any error
         failure = error
-    ranks = distributed.agree(call.process_group, z1, z2, tau, bound, failure)
+    ranks = distributed.agree(call.process_group, z1, z2, tau, bound, failure, ids)
     if ranks.total < bound.objective.fewest_pairs:
         return no_negatives(z1, z2, tau, bound), bound.backend, why
     loss = distributed.global_loss(z1, z2, tau, replace(bound, ranks=ranks))

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional
+from . import functional, shared_rows
 from .autograd import unit_rows
 from .call import without_autocast
 from .explicit_negatives import loss_against
@@ -677,10 +677,16 @@ class SogCLR(nn.Module):
         temperature: τ > 0.
         gamma: γ in (0, 1], the share of the newest batch in u.
         backend: see `dcl`.
+        process_group: None, "world" or a `torch.distributed.ProcessGroup` whose ranks share one
+            batch: negatives come from all ranks, every rank receives the loss of the whole batch,
+            and the running means of all ranks' samples are written on every rank, so that the
+            states stay equal. Gradients follow the convention of
+            `alphacl_fast.functional.alpha_cl_loss`.
 
     Shape:
         * z1, z2: (N, D), float32, float64, bfloat16 or float16.
-        * index: (N,) integers in [0, n_samples), all different: the samples of the batch.
+        * index: (N,) integers in [0, n_samples), all different, on all ranks together: the samples
+          of the batch.
         * output: (), float32, or float64 for float64 embeddings.
 
     Raises:
@@ -696,11 +702,14 @@ class SogCLR(nn.Module):
         temperature: float = 0.1,
         gamma: float = 0.9,
         backend: str = "auto",
+        process_group: Any = None,
     ) -> None:
         super().__init__()
         _count("n_samples", n_samples)
         _positive("temperature", temperature)
         _between("gamma", gamma, 0, 1, open_below=True)
+        functional.make_group(process_group, "auto")
+        self.process_group = process_group
         self.n_samples, self.temperature = n_samples, float(temperature)
         self.gamma, self.backend = float(gamma), backend
         #: (2, n_samples) log u of each view; −inf: not visited yet
@@ -720,19 +729,56 @@ class SogCLR(nn.Module):
         Raises:
             TypeError, ValueError: bad embeddings or a bad index.
         """
-        index = _checked_index(z1, z2, index, self.n_samples)
-        if len(z1) == 1:
+        sharing, count = None, 0
+        if self.process_group is None:
+            index = _checked_index(z1, z2, index, self.n_samples)
+            count = len(z1)
+        else:
+            index, sharing = self._agreed(z1, z2, index)
+            count = sum(sharing.counts(0))
+        if count == 1:
             return zero_with_graph(z1, z2)
-        losses = _log_sums(z1, z2, self.temperature, self.backend)
-        log_mean = (losses - math.log(2 * len(z1) - 2)).view(2, -1)
+        losses = alpha_cl_loss(
+            z1,
+            z2,
+            _LOG_SUM,
+            temperature=self.temperature,
+            reduction="none",
+            backend=self.backend,
+            process_group=self.process_group,
+        )
+        log_mean = (losses - math.log(2 * count - 2)).view(2, -1)
         log_u = _running(self.log_u[:, index], log_mean.detach(), self.gamma)
         if self.training:
-            self.log_u[:, index] = log_u.to(self.log_u.dtype)
-        return self.temperature * (log_mean - log_u).exp().mean()
+            where, new = index, log_u
+            if sharing is not None:  # every rank keeps the state of all samples
+                where = sharing.gather(index, 0)
+                new = sharing.gather(log_u.t().contiguous(), 0).t()
+            self.log_u[:, where] = new.to(self.log_u.dtype)
+        total = self.temperature * (log_mean - log_u).exp().sum() / (2 * count)
+        return total if sharing is None else sharing.total(total)
+
+    @torch.compiler.disable  # sizes and errors of the other processes are read on the host
+    def _agreed(self, z1: Tensor, z2: Tensor, index: Tensor) -> tuple[Tensor, shared_rows.Sharing]:
+        """The index on the device of the rows, once all ranks have a good one."""
+        failure, sizes = None, ()
+        try:
+            index = _checked_index(z1, z2, index, self.n_samples, fewest=0)
+            sizes = (len(z1),)
+        except Exception as error:  # the other processes wait for this one
+            failure = error
+        group = functional.make_group(self.process_group, "auto")
+        sharing = shared_rows.agree(group, repr(self), sizes, failure)
+        if not sum(sharing.counts(0)):
+            raise ValueError(f"all ranks together must have at least 1 pair, got {sharing.sizes}")
+        return index, sharing
 
     def extra_repr(self) -> str:
         """Every setting."""
-        return f"{self.n_samples}, temperature={self.temperature:g}, gamma={self.gamma:g}"
+        shown = f"{self.n_samples}, temperature={self.temperature:g}, gamma={self.gamma:g}"
+        if self.process_group is not None:
+            shown += f", process_group={functional.make_group(self.process_group, 'auto')!r}"
+        return shown
 
 
 class ISogCLR(nn.Module):
@@ -744,7 +790,8 @@ class ISogCLR(nn.Module):
     in `SogCLR`, and each temperature takes a step of gradient descent with momentum when its sample
     is visited. Four sweeps for each view, one of them for the gradient in τ_i.
 
-    State: the buffers ``log_u``, ``tau`` and ``momentum``, all (2, n_samples).
+    State: the buffers ``log_u``, ``tau`` and ``momentum``, all (2, n_samples). There is no process
+    group: the negatives are those of this process.
 
     Args:
         n_samples: size of the data set.
@@ -1002,11 +1049,17 @@ def _count(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
-def _checked_index(z1: Tensor, z2: Tensor, index: Tensor, n_samples: int) -> Tensor:
+def _checked_index(
+    z1: Tensor, z2: Tensor, index: Tensor, n_samples: int, fewest: int = 1
+) -> Tensor:
     """The index on the device of the rows, for which the host does not wait."""
-    functional.check_embeddings(z1, z2)
+    functional.check_embeddings(z1, z2, fewest)
     index = functional.checked_ids("index", index, z1)
-    if index.device.type == "cpu" and not (0 <= int(index.min()) <= int(index.max()) < n_samples):
+    if (
+        index.device.type == "cpu"
+        and len(index)
+        and not (0 <= int(index.min()) <= int(index.max()) < n_samples)
+    ):
         raise ValueError(
             f"index must be in [0, {n_samples}), got {int(index.min())} to {int(index.max())}"
         )

@@ -5,7 +5,6 @@ import torch
 import torch.distributed as dist
 from conftest import set_tiles
 from family import BACKENDS, SLOW, pair, relative_error
-from ranks import Ranks
 
 from alphacl_fast import loss_against, objectives
 from alphacl_fast.functional import REDUCTIONS
@@ -179,12 +178,6 @@ def test_refuses(objective, options, message):
 
 
 # --- processes ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks() as started:
-        yield started
 
 
 def parts(group, sizes, among, with_ids, reduction, objective):

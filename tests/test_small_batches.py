@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from family import pair
-from ranks import Ranks
 
 from alphacl_fast import (
     FusedAlphaCLLoss,
@@ -122,12 +121,6 @@ def test_what_compares_a_pair_with_itself():
     positive = -torch.nn.functional.logsigmoid(10 * (x * y).sum() - 10)
     torch.testing.assert_close(siglip_loss(x, y), positive)
     torch.testing.assert_close(alignment(x, y), (x - y).square().sum())
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks() as started:
-        yield started
 
 
 def one_pair_in_all(group, reduction):

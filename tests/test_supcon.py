@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from conftest import set_tiles
 from family import BACKENDS, SLOW, in_turn, pair, relative_error
-from ranks import Ranks
 from torch.nn.functional import normalize
 
 from alphacl_fast import SupConLoss, same_id, supcon_loss
@@ -322,12 +321,6 @@ def test_a_second_derivative_raises():
 
 
 # --- processes ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks() as started:
-        yield started
 
 
 def parts(group, sizes, form, reduction, references):

@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import set_tiles
 from family import BACKENDS, SLOW, is_due, pair, relative_error
@@ -466,6 +467,42 @@ def test_state_is_saved_and_loaded(module):
         assert torch.equal(x, before[name])
     assert not torch.equal(other.state_dict()["log_u"], before["log_u"])
     assert "12" in repr(loss)
+
+
+def three_steps(group, sizes):
+    """The largest error of a rank's losses, gradients and state against one process's."""
+    rank, world = dist.get_rank(group), len(sizes)
+    mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    whole, part = (zoo.SogCLR(12, **o).double() for o in ({}, {"process_group": group}))
+    errors = []
+    for z1, z2, index in batches(12, sum(sizes), 3):
+        found = []
+        for loss, cut in ((whole, slice(None)), (part, mine)):
+            leaves = leaves_of(z1[cut], z2[cut])
+            found.append(differentiated(loss(*leaves, index[cut]), leaves))
+        truth, ours = found
+        errors += [ours[0] - truth[0]]
+        errors += [a / world - b[mine] for a, b in zip(ours[1:], truth[1:], strict=True)]
+    errors.append(part.log_u.exp() - whole.log_u.exp())
+    return max(float(x.abs().max()) for x in errors if x.numel())
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("sizes", [(5, 0), (3, 1, 4)])
+def test_sogclr_over_processes(ranks, sizes):
+    assert max(ranks.run(len(sizes), three_steps, sizes=sizes)) < 1e-10
+
+
+def refused(group):
+    try:
+        zoo.SogCLR(9, process_group=group)(*pair(2, 3), torch.tensor([0, 9 * dist.get_rank(group)]))
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.xdist_group("ranks")
+def test_all_ranks_refuse(ranks):
+    assert all("rank 1: index must be in [0, 9)" in text for text in ranks.run(2, refused))
 
 
 # --- small batches, bad arguments -----------------------------------------------------------------
