@@ -47,9 +47,9 @@ class _Exponents(NamedTuple):
 
 
 def _relative(block: Block, origin: Tensor, tau: Tensor) -> Tensor:
-    """(b, c) g, −inf at excluded pairs; it takes the place of the similarities."""
-    g = block.t.sub_(origin[:, None]).div_(tau[:, None])
-    return g.masked_fill_(block.excluded, -math.inf)
+    """(b, c) g, 0 at excluded pairs; it takes the place of the similarities."""
+    g = block.t.sub_(origin[:, None]).mul_((1 / tau)[:, None])
+    return g.masked_fill_(block.excluded, 0.0)
 
 
 def _outcome(block: Block, loss: Tensor, dg: Tensor, g: Tensor, dl: Tensor, tau: Tensor) -> Outcome:
@@ -67,7 +67,8 @@ def _out(
 ) -> Outcome:
     """mean_p [log Σ_A exp(g_ia) − g_ip] = log|P| + (log mean exp g − mean g) + log(1 + Σ_N/Σ_P)."""
     g = _relative(block, origin, tau)
-    mean = g.masked_fill(block.excluded, 0.0).sum(1) / block.count
+    mean = g.sum(1) / block.count
+    g.masked_fill_(block.excluded, -math.inf)
     # from the mean or the maximum on, equal g have the log_mean that they should have exactly
     _, _, log_mean, ratio = _Exponents.of(block, g, mean if bounded else g.amax(1), log_sums)
     loss = block.count.log() + (log_mean - mean) + _log1p_exp(ratio)
@@ -81,7 +82,7 @@ def _in(
     block: Block, log_sums: Tensor, origin: Tensor, tau: Tensor, bounded: bool = False
 ) -> Outcome:
     """log Σ_A exp(g_ia) − log mean_p exp(g_ip) = log|P| + log(1 + Σ_N/Σ_P)."""
-    g = _relative(block, origin, tau)
+    g = _relative(block, origin, tau).masked_fill_(block.excluded, -math.inf)
     top = torch.zeros_like(origin) if bounded else g.amax(1)
     e, top, log_mean, ratio = _Exponents.of(block, g, top, log_sums)
     loss, others = block.count.log() + _log1p_exp(ratio), torch.sigmoid(ratio)
@@ -101,7 +102,8 @@ def _sincere(
 
 
 def _log1p_exp(x: Tensor) -> Tensor:
-    return torch.logaddexp(x, torch.zeros_like(x))  # torch's softplus turns linear at 20
+    # where torch's softplus turns linear, at 20, it would be off by 2e-9
+    return torch.nn.functional.softplus(x, threshold=40.0)
 
 
 FORMS: dict[str, Formula] = {"out": _out, "in": _in, "sincere": _sincere}

@@ -298,8 +298,8 @@ plant(
     ),
     (
         "explicit negatives: ids of the anchors and of the negatives in the wrong order",
-        "ids = torch.cat([ids, functional.checked_ids(",
-        "ids = torch.cat([ids.flip(0), functional.checked_ids(",
+        "ids = torch.cat([ids, negative_ids])",
+        "ids = torch.cat([ids.flip(0), negative_ids])",
         f"{IDS}test_loss_against_equals_a_loop[{TRIPLET}-7]",
     ),
     (
@@ -307,6 +307,43 @@ plant(
         "-(saved.solution.mass * grad) if need_pos",
         "-saved.solution.mass if need_pos",
         f"{COMPAT}test_loss_against[{INFONCE}-5]",
+    ),
+)
+AGAINST = "tests/test_loss_against.py::"
+plant(
+    "alphacl_fast/explicit_negatives.py",
+    (
+        "log-weights: the anchor's own weight stays in its gaps",
+        "positive = positive + bias",
+        "positive = positive + 0 * bias",
+        f"{AGAINST}test_log_weights[True-infonce0-blocked]",
+    ),
+    (
+        "log-weights: they are divided by the temperature",
+        "bias = call.objective.kind_tau(tau).to(wide) * given.log_weights.to(wide)",
+        "bias = given.log_weights.to(wide) + 0 * tau.to(wide)",
+        f"{AGAINST}test_log_weights[False-infonce0-blocked]",
+    ),
+    (
+        "temperature per anchor: the one in front of the loss is left out",
+        "return losses if scale is None else call.objective.times_temperature(losses, scale)",
+        "return losses",
+        f"{AGAINST}test_temperature_per_anchor[False-False-infonce2]",
+    ),
+)
+plant(
+    "alphacl_fast/distributed.py",
+    (
+        "ids over ranks: |Neg| counts one view of the others",
+        "views * (self.total - sizes[own])",
+        "(self.total - sizes[own])",
+        "tests/test_distributed.py::test_ids_are_compared_over_ranks[(4, 1)-gather]",
+    ),
+    (
+        "ids over ranks: a rank's rows have the first rank's ids",
+        "Names(self.ranks.ids_of(rank).repeat(2)[: self.layouts[rank].rows])",
+        "Names(self.ranks.ids.repeat(2)[: self.layouts[rank].rows])",
+        "tests/test_distributed.py::test_ids_are_compared_over_ranks[(4, 1)-gather]",
     ),
 )
 SUPCON = "tests/test_supcon.py::"
