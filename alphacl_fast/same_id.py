@@ -43,27 +43,12 @@ class Outcome(NamedTuple):
 
     loss: Tensor  # (b,); what an anchor without positives has is dropped
     dt: Tensor  # (b, c) ∂loss/∂t divided by the scale, 0 at excluded pairs
-    scale: Tensor | float  # (b,)
+    scale: Tensor | float  # (b,), or one number
     dvectors: tuple[Tensor | None, ...]  # (b,) ∂loss/∂vector each; None: it has no gradient
 
 
 #: (block, *vectors (b,)) → what a block contributes.
 Formula = Callable[..., Outcome]
-
-
-def differentiated(function: Callable[..., Tensor]) -> Formula:
-    """The formula of a differentiable function (block, *vectors) → (b,) losses."""
-
-    def formula(block: Block, *vectors: Tensor) -> Outcome:
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in (block.t, *vectors)]
-            loss = function(block._replace(t=leaves[0]), *leaves[1:])
-            dt, *rest = torch.autograd.grad(
-                loss.sum(), leaves, allow_unused=True, materialize_grads=True
-            )
-        return Outcome(loss.detach(), dt.masked_fill_(block.excluded, 0.0), 1.0, tuple(rest))
-
-    return formula
 
 
 class Groups(NamedTuple):

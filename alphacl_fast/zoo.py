@@ -27,7 +27,7 @@ from .call import without_autocast
 from .explicit_negatives import loss_against
 from .functional import alpha_cl_loss, zero_with_graph
 from .objectives import PairLoss, infonce
-from .same_id import Block, Groups, differentiated, losses_of_groups
+from .same_id import Block, Groups, Outcome, losses_of_groups
 
 __all__ = [
     "ISogCLR",
@@ -496,11 +496,12 @@ def multi_similarity(
             backend=backend,
         )
 
-        def of_block(block: Block) -> Tensor:
+        def formula(block: Block) -> Outcome:
             logits = _only(block, (base - block.t) * alpha)
-            return torch.nn.functional.pad(logits, (0, 1)).logsumexp(1) / alpha
+            total = _log1p_exp(logits.logsumexp(1))  # log(1 + Σ_p)
+            return Outcome(total / alpha, (logits - total[:, None]).exp_(), -1.0, ())
 
-        positive = losses_of_groups(rows, None, groups, differentiated(of_block))
+        positive = losses_of_groups(rows, None, groups, formula)
         return negative / beta + positive, torch.ones_like(positive)
 
     return _of_rows(z, ids, reduction, losses)
@@ -558,11 +559,14 @@ def circle(
             bands.append(torch.where(usable, centre + _log(total), 0.0))
         negative = torch.stack(bands).logsumexp(0)
 
-        def of_block(block: Block) -> Tensor:
-            apart = torch.relu(1 + margin - block.t.detach())
-            return _only(block, apart * (1 - margin - block.t) * gamma).logsumexp(1)
+        def formula(block: Block) -> Outcome:
+            apart = torch.relu(1 + margin - block.t)  # a constant of the gradient
+            logits = _only(block, apart * (1 - margin - block.t) * gamma)
+            total = logits.logsumexp(1)
+            total = torch.where(total == -math.inf, 0.0, total)  # no positive
+            return Outcome(total, (logits - total[:, None]).exp_().mul_(apart), -gamma, ())
 
-        positive = losses_of_groups(rows, None, groups, differentiated(of_block))
+        positive = losses_of_groups(rows, None, groups, formula)
         loss = _log1p_exp(torch.where(usable, negative + positive, -math.inf))
         return torch.where(usable, loss, 0.0), usable
 
@@ -646,15 +650,19 @@ def tuplet_margin(
         )
         log_sums = torch.where(groups.has_negative, log_sums, -math.inf)
 
-        def of_block(block: Block, log_sums: Tensor, origin: Tensor) -> Tensor:
+        def formula(block: Block, log_sums: Tensor, origin: Tensor) -> Outcome:
             # where rows coincide the angle has no derivative: 0 is taken
             edge = 1 - torch.finfo(block.t.dtype).eps
             s = block.t.clamp(-edge, edge)
-            closer = s * cos + (1 - s.square()).sqrt() * sin  # cos(θ − m)
-            logits = log_sums[:, None] + (origin[:, None] - closer) * scale
-            return _only(block, logits, _log1p_exp).sum(1)
+            sine = (1 - s.square()).sqrt()
+            closer = s * cos + sine * sin  # cos(θ − m)
+            slope = torch.where(s == block.t, cos - s / sine * sin, 0.0)
+            logits = _only(block, log_sums[:, None] + (origin[:, None] - closer) * scale)
+            share = torch.sigmoid(logits)
+            loss = _log1p_exp(logits).sum(1)
+            return Outcome(loss, share * slope, -scale, (share.sum(1), None))
 
-        out = losses_of_groups(rows, None, groups, differentiated(of_block), log_sums, origin)
+        out = losses_of_groups(rows, None, groups, formula, log_sums, origin)
         return out, groups.count
 
     return _of_rows(z, ids, reduction, losses)
@@ -1010,12 +1018,9 @@ def _log(x: Tensor) -> Tensor:
     return torch.where(x == 0, -math.inf, torch.where(x == 0, 1.0, x).log())
 
 
-def _only(
-    block: Block, logits: Tensor, function: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
-    """Logits of the positives, others −inf; through a function, whose value at others is 0."""
-    kept = logits.masked_fill(block.excluded, -math.inf)
-    return kept if function is None else function(kept)
+def _only(block: Block, logits: Tensor) -> Tensor:
+    """Logits of the positives, −inf at other pairs."""
+    return logits.masked_fill(block.excluded, -math.inf)
 
 
 # --- checks ---------------------------------------------------------------------------------------
