@@ -112,6 +112,7 @@ FORMS: dict[str, Formula] = {"out": _out, "in": _in, "sincere": _sincere}
 # --- the loss -------------------------------------------------------------------------------------
 
 
+@torch.compiler.disable  # only losses of two views are compiled operators
 def supcon_loss(
     z: Tensor,
     ids: Tensor,

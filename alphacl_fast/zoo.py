@@ -952,6 +952,7 @@ def _of_views(
         return _reduced(losses(), reduction)
 
 
+@torch.compiler.disable  # only losses of two views are compiled operators
 def _of_rows(
     z: Tensor,
     ids: Tensor,
