@@ -282,7 +282,7 @@ def test_loss_against_refuses():
             loss_against(*arguments)
     with pytest.raises(ValueError, match="backend must not be 'reference'"):
         loss_against(z, other, ok, backend="reference")
-    with pytest.raises(TypeError, match="ids must be an integer tensor .* got float64"):
+    with pytest.raises(TypeError, match=r"ids must be an integer tensor .* got float64"):
         supcon_loss(z, ok)
     with pytest.raises(ValueError, match="reduction must be one of"):
         supcon_loss(z, torch.zeros(5, dtype=torch.long), reduction="median")
