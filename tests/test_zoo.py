@@ -359,8 +359,7 @@ def test_nan_comes_out(name):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_one_graph():
-    torch._dynamo.reset()
+def test_one_graph(fresh_dynamo):
     compiled = torch.compile(zoo.hcl, fullgraph=True, backend="aot_eager")
     for n in (6, 9):
         leaves = leaves_of(*pair(n, 4))
@@ -369,7 +368,6 @@ def test_one_graph():
             for x in (zoo.hcl(*leaves), compiled(*leaves))
         )
         assert_equal(ours, truth)
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("name", ["hcl", "multi_similarity"])
