@@ -1,8 +1,8 @@
 """Fused contrastive losses of the α-CL family (arXiv:2201.12680): exact, in O(N·D) memory."""
 
-from . import functional, objectives, theory
+from . import functional, objectives, theory, zoo
 from ._version import __version__
-from .explicit_negatives import loss_against, supcon_loss
+from .explicit_negatives import loss_against
 from .loss import FusedAlphaCLLoss
 from .matryoshka import MatryoshkaLoss
 from .metrics import BatchMetrics, alignment, batch_metrics, uniformity
@@ -10,6 +10,7 @@ from .objectives import MinPlayer, PairLoss, PairWeight
 from .ops import backends
 from .pair_weights import AlphaSummary, alpha, alpha_summary
 from .siglip import SigLipLoss, siglip_loss
+from .supcon import SupConLoss, supcon_loss
 from .verify import verify_distributed
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "PairLoss",
     "PairWeight",
     "SigLipLoss",
+    "SupConLoss",
     "__version__",
     "alignment",
     "alpha",
@@ -35,4 +37,5 @@ __all__ = [
     "theory",
     "uniformity",
     "verify_distributed",
+    "zoo",
 ]

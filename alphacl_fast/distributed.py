@@ -28,7 +28,7 @@ import struct
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +49,7 @@ from .bundles import (
     accumulation_dtype,
     leading,
 )
-from .call import BoundCall, Layout, Loss, without_autocast
+from .call import BoundCall, Layout, Loss, SameId, without_autocast
 from .objectives import ClosedForm
 
 STRATEGIES = ("auto", "gather", "ring")
@@ -118,6 +118,7 @@ class Ranks:
     sizes: tuple[int, ...]
     want: Need
     strategy: str
+    ids: Tensor | None = None  # (pairs of all processes,) int32, numbered from 0
 
     @property
     def total(self) -> int:
@@ -126,7 +127,35 @@ class Ranks:
 
     def problem(self, z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall) -> Problem:
         """This process's part of the batch."""
-        return GlobalProblem(*Features.of_views(z1, z2, call, _center(z1, z2, call)), tau, call)
+        features, pos = Features.of_views(z1, z2, call, _center(z1, z2, call))
+        return GlobalProblem(features, pos, tau, call)
+
+    def ids_of(self, rank: int) -> Tensor:
+        """(pairs of a process,)."""
+        return self.ids.split(self.sizes)[rank]
+
+    def same_id(self, call: Loss, dtype: torch.dtype) -> SameId | None:
+        """For the rows of this process, whose negatives are the rows of all processes."""
+        if self.ids is None:
+            return None
+        own = self.ids_of(self.rank)
+        layout = Layout.of(call, len(own))
+        views = 2 if call.negatives == "two_view" else 1
+        sizes = torch.zeros_like(self.ids).index_add(0, self.ids, torch.ones_like(self.ids))
+        n_neg = views * (self.total - sizes[own]).repeat(2)[: layout.anchors]
+        ids = own.repeat(2)[: layout.rows]
+        return SameId(ids, n_neg.clamp(min=1).to(dtype), n_neg == 0)
+
+    def with_ids(self, ids: Tensor | None) -> Ranks:
+        """The ranks with the ids of all pairs, from those of this process (pairs,)."""
+        if ids is None:
+            return self
+        padded = ids.new_zeros(max(self.sizes), dtype=torch.int64)
+        padded[: len(ids)] = ids
+        rows = self.all_gather(padded)
+        everyone = torch.cat([row[:n] for row, n in zip(rows, self.sizes, strict=True)])
+        numbers = everyone.unique(return_inverse=True)[1].to(torch.int32)
+        return replace(self, ids=numbers)
 
     def problem_of_saved(self, saved: Saved, tau: Tensor, call: BoundCall) -> Problem:
         return GlobalProblem(saved.features, saved.pos, tau, call)
@@ -213,6 +242,7 @@ def agree(
     tau: Tensor | None,
     call: BoundCall | None,
     failure: Exception | None,
+    ids: Tensor | None = None,
 ) -> Ranks:
     """One small all-gather, after which either all ranks go on with the same call or all raise the
     same error.
@@ -229,7 +259,8 @@ def agree(
     handle = group.handle()
     rank, world = dist.get_rank(handle), dist.get_world_size(handle)
     if failure is None:
-        pairs, statement = len(z1), _statement(z1, z2, tau, call, group.strategy)
+        pairs = len(z1)
+        statement = _statement(z1, z2, tau, call, group.strategy, ids is not None)
     else:
         kind = next(k for k in _ERRORS if isinstance(failure, k) or k is RuntimeError)
         pairs, statement = 0, Statement(kind, _cut(str(failure) or type(failure).__name__))
@@ -275,23 +306,23 @@ def agree(
                 "with reduction='none' every rank must want a gradient or none (the backward is a "
                 f"common step), got {here} on rank 0 and {there} on rank {r}"
             )
-    if sum(sizes) < call.objective.fewest_pairs:
-        fewest = (
-            "2 pairs (one pair has no negatives)" if call.objective.needs_negatives else "1 pair"
-        )
-        raise ValueError(f"all ranks together must have at least {fewest}, got {sizes}")
+    if sum(sizes) < 1:
+        raise ValueError(f"all ranks together must have at least 1 pair, got {sizes}")
     want = Need(*map(any, zip(*(statement.wanted for statement in statements), strict=True)))
     strategy = group.strategy
     if strategy == "auto":
         strategy = auto_strategy(Layout.of(call, sum(sizes)).rows, z1.shape[1], z1.dtype)
-    return Ranks(handle, rank, world, sizes, want, strategy)
+    return Ranks(handle, rank, world, sizes, want, strategy).with_ids(ids)
 
 
-def _statement(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, strategy: str) -> Statement:
+def _statement(
+    z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, strategy: str, with_ids: bool
+) -> Statement:
     known = tuple(math.nan if x is None else x for x in call.known)
     text = (
         f"{call.objective}, similarity={call.similarity!r}, negatives={call.negatives!r}, "
-        f"symmetric={call.symmetric}, reduction={call.reduction!r}, strategy={strategy!r}"
+        f"symmetric={call.symmetric}, reduction={call.reduction!r}, strategy={strategy!r}, "
+        f"{'ids' if with_ids else 'no ids'}"
     )
     text = re.sub(r" at 0x[0-9a-f]+", "", text)  # an unnamed callable's address differs
     wanted = Need.of(z1, z2, tau)
@@ -348,11 +379,18 @@ def meetings(
 # --- blocks and their results ---------------------------------------------------------------------
 
 
+class Names(NamedTuple):
+    """The ids of some rows."""
+
+    ids: Tensor | None  # (n,) int32
+
+
 class Block(NamedTuple):
     """One process's rows with their row scalars, one for each of the first rows, or one per row."""
 
     rows: Rows
     scalars: RowScalars
+    names: Names
 
     @property
     def n_rows(self) -> int:
@@ -486,7 +524,8 @@ class _Sweep:
             into: for consecutive rows of the block: their result, their rows in it, and the number
                 of anchors.
         """
-        operands = block.rows, Pairing(split, partner, block.anchors), self.function, block.scalars
+        pairing = Pairing(split, partner, block.anchors, block.names.ids)
+        operands = block.rows, pairing, self.function, block.scalars
         served = self.call.precision, self.call.backend
         if self.weight is None:
             sums = ops.row_sums(*operands, self.terms, *served)
@@ -522,7 +561,7 @@ class GlobalSweeps(Sweeps):
         ranks = call.ranks
         n_neg = Layout.of(call, ranks.total).n_neg
         layout = Layout.of(call, pos.shape[0] // 2)._replace(n_neg=n_neg)
-        super().__init__(rows, pos, tau, call, layout)
+        super().__init__(rows, pos, tau, call, layout, ranks.same_id(call, tau.dtype))
         self.divisor = call.divisor(ranks.total)
         self.ranks = ranks
         self.layouts = [Layout.of(call, n) for n in ranks.sizes]
@@ -539,6 +578,15 @@ class GlobalSweeps(Sweeps):
         result = self._sweep(terms, weight, scalars)
         return result.df[slice(*wanted)], result.weight_sums, result.sums
 
+    def mean_negative(self) -> Tensor:
+        return self._mean(1)  # as if there were no ids: it only starts an iteration
+
+    def names_of(self, rank: int) -> Names:
+        """The ids of a process's rows."""
+        if self.ranks.ids is None:
+            return Names(None)
+        return Names(self.ranks.ids_of(rank).repeat(2)[: self.layouts[rank].rows])
+
     def all_reduce_sum(self, x: Tensor) -> Tensor:
         return self.ranks.all_reduce(x)
 
@@ -552,7 +600,7 @@ class GlobalSweeps(Sweeps):
         dim, euclidean = rows.f.shape[1] if gradient else 0, gradient and rows.bias is not None
         want = self.call.ranks.want
         sweep = _Sweep(self.function, self.call, terms, weight, want, dim, euclidean)
-        own = Block(rows, scalars)
+        own = Block(rows, scalars, self.names_of(self.ranks.rank))
         return self._ring(sweep, own) if self.ranks.strategy == "ring" else self._gather(sweep, own)
 
     def _among_own(self, sweep: _Sweep, own: Block, result: Result) -> None:
@@ -635,7 +683,9 @@ class GlobalSweeps(Sweeps):
                 block = ranks.exchange(message, rank - 1, message_bytes(other + 1), rank + 1, 0)
             *vectors, f = unpack(message, self._like(own, other))
             count = len(RowScalars._fields)
-            visitor = Block(Rows(f, *vectors[count:]), RowScalars(*vectors[:count]))
+            visitor = Block(
+                Rows(f, *vectors[count:]), RowScalars(*vectors[:count]), self.names_of(other)
+            )
             theirs = sweep.nothing(self.layouts[other], zeros(size(other)))
             self._meet(sweep, own, result, {other: visitor}, {other: theirs})
             del message, visitor, vectors, f
@@ -666,7 +716,7 @@ class GlobalSweeps(Sweeps):
             layout = self.layouts[other]
             *others, f = unpack(self._gathered[other], [(x, layout.rows) for x in features])
             vectors = unpack(messages[other], [(x, layout.anchors) for x in scalars])
-            blocks[other] = Block(Rows(f, *others), RowScalars(*vectors))
+            blocks[other] = Block(Rows(f, *others), RowScalars(*vectors), self.names_of(other))
         flat = self.tau.new_zeros(ranks.world, max(sweep.size(layout) for layout in self.layouts))
         results = [
             sweep.nothing(layout, flat[r, : sweep.size(layout)])

@@ -1,4 +1,4 @@
-"""`loss_against` and `supcon_loss`: losses with explicit negatives and given positive similarities.
+"""`loss_against`: losses with explicit negatives and given positive similarities.
 
 `alpha_cl_loss` derives negatives and positives from two views. Memory banks (MoCo), several
 positives per anchor (supervised contrastive) and more candidates than anchors (retrieval) need the
@@ -9,12 +9,12 @@ with t_ij = ⟨z_i, y_j⟩ of the rows as given.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import functional
+from . import functional, shared_rows
 from .autograd import (
     Features,
     Need,
@@ -25,10 +25,10 @@ from .autograd import (
     first_derivative,
     mean_negative,
     only_once,
-    unit_rows,
 )
 from .bundles import Rows, accumulation_dtype
-from .call import BoundCall, Layout, SameId, without_autocast
+from .call import BoundCall, Call, Layout, SameId, without_autocast
+from .distributed import ProcessGroup
 from .objectives import ClosedForm, Objective
 
 
@@ -43,22 +43,27 @@ def loss_against(
     reduction: str = "mean",
     backend: str = "auto",
     precision: str | None = None,
+    process_group: Any = None,
     ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
+    log_weights: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
     """Loss of anchors z against the rows of ``negatives``, with given positive similarities.
 
-    Gradients flow to z, negatives, positive and a tensor temperature.
+    Gradients flow to z, negatives, positive, a tensor temperature and log_weights.
 
     Args:
         z: (N, D) anchors, N ≥ 1, float32, float64, bfloat16 or float16. Rows are used as given:
             normalise them for cosine similarity.
-        negatives: (M, D) with the dtype and device of z, M ≥ 1. None: the other rows of z, N ≥ 2.
+        negatives: (M, D) with the dtype and device of z, M ≥ 1. None: the other rows of z; the only
+            row has loss 0 and no gradient.
         positive: (N,) similarity t⁺ of every anchor with its positive, float32 (float64 for float64
             z).
         objective: a name listed by `alphacl_fast.objectives.names`, or an `Objective`; d² = 1 − t.
-        temperature: τ > 0, a float or a tensor with one element.
+        temperature: τ > 0, a float, a tensor with one element, or one number per anchor (N,), which
+            only the exponential objectives of τ take (`infonce`, `soft_triplet`): term j of anchor
+            i is exp(Δ_ij/τ_i).
         reduction: "mean", "sum" or "none".
         backend: "auto" or the name of a sweep backend. There is no oracle: "reference" is refused.
         precision: arithmetic of float32 matrix products; see
@@ -69,6 +74,15 @@ def loss_against(
             still counts it.
         negative_ids: (M,) integers, the ids of ``negatives``; required exactly if both
             ``negatives`` and ``ids`` are given.
+        process_group: a `torch.distributed.ProcessGroup` or "world", whose ranks share one batch:
+            each rank's anchors meet the negatives of all ranks (with ``negatives=None`` all other
+            rows of all ranks), which are gathered. Each rank receives the loss of the whole batch
+            or, with "none", its own anchors'. Gradients follow the convention of
+            `alphacl_fast.functional.alpha_cl_loss`; every rank must want the same ones.
+        log_weights: (M,) numbers w, or (N,) with ``negatives=None``: the term of negative j is
+            multiplied by e^{w_j}, which does not depend on τ. Minus the logarithm of the
+            probability to be drawn corrects for sampled negatives (logQ). Only for exponential
+            objectives.
         **options: options of the objective, by its own names.
 
     Returns:
@@ -93,110 +107,241 @@ def loss_against(
     )
     if backend == "reference":
         raise ValueError("backend must not be 'reference': the oracle has two views")
-    other = z if negatives is None else negatives
-    functional.check_rows("z", z, fewest=1 if negatives is not None else 2)
-    functional.check_rows("negatives", other, fewest=1)
-    if (other.shape[1], other.dtype, other.device) != (z.shape[1], z.dtype, z.device):
-        raise ValueError(
-            f"negatives must have the width, dtype and device of z ({z.shape[1]}, {z.dtype}, "
-            f"{z.device}), "
-            f"got {other.shape[1]}, {other.dtype}, {other.device}"
-        )
-    wide = accumulation_dtype(z.dtype)
-    if (
-        not isinstance(positive, Tensor)
-        or positive.shape != z.shape[:1]
-        or positive.device != z.device
-    ):
-        got = (
-            f"{tuple(positive.shape)} on {positive.device}"
-            if isinstance(positive, Tensor)
-            else type(positive).__name__
-        )
-        raise ValueError(
-            f"positive must be a tensor of shape {tuple(z.shape[:1])} on {z.device}, got {got}"
-        )
-    functional.check_temperature(temperature, call.objective)
-    tau, bound, _ = functional.bind_temperature(
-        z, temperature, call, ids is not None, reduction="none"
-    )
-    layout = _layout(len(z), len(z) if negatives is None else len(z) + len(negatives))
-    same_id = _same_id(z, negatives, ids, negative_ids, layout)
-    with without_autocast(z.device):
-        positive = positive.to(wide)
-        if isinstance(call.objective, ClosedForm):
-            mean = _mean_negative(z, negatives, layout, same_id)
-            losses = constant_alpha(call.objective, mean - positive, layout, same_id)
-        else:
-            learn_tau = tau.requires_grad and torch.is_grad_enabled()
-            losses = _ExplicitNegatives.apply(
-                z, negatives, positive, tau, bound, same_id, learn_tau
-            )[0]
-    return call.reduce(losses)
+    given = _Given(z, negatives, positive, temperature, ids, negative_ids, log_weights)
+    group = functional.make_group(process_group, "auto")
+    if group is not None:
+        return _over_ranks(given, call, group)
+    given.check(call.objective, fewest=1)
+    return call.reduce(_row_losses(given, call))
 
 
-def supcon_loss(
+@torch.compiler.disable
+def against_unit_rows(
     z: Tensor,
-    ids: Tensor,
+    negatives: Tensor | None,
+    positive: Tensor,
+    objective: Objective,
     *,
-    temperature: float | Tensor = 0.1,
-    reduction: str = "mean",
+    temperature: float | Tensor,
+    ids: Tensor | None = None,
+    negative_ids: Tensor | None = None,
     backend: str = "auto",
     precision: str | None = None,
 ) -> Tensor:
-    """Supervised contrastive loss: the positives of a row are all other rows with its id.
+    """(N,) losses of `loss_against` for rows of unit length.
 
-    L_i = log Σ_{a≠i} exp(s_ia/τ) − mean_{p≠i, id_p = id_i} s_ip/τ with the cosine s: InfoNCE (ε =
-    0) against all other rows, where t⁺ is the mean over the positives. The mean is one product with
-    the sum of the rows of an id, so memory is O(n·D).
-
-    Args:
-        z: (n, D) embeddings of all views, n ≥ 2; they are normalised here.
-        ids: (n,) integers, the labels.
-        temperature: τ > 0, a float or a tensor with one element.
-        reduction: "mean" or "sum" over the rows that have a positive, or "none": (n,), 0 for rows
-            without.
-        backend: see `loss_against`.
-        precision: see `loss_against`.
-
-    Returns:
-        () for "mean" and "sum", (n,) for "none", in float32 or float64.
-
-    Raises:
-        TypeError, ValueError: see `loss_against`; also for ids that are not (n,) integers.
-
-    Source: Khosla et al., arXiv:2004.11362, L_out.
+    Their similarities lie in [−1, 1], which saves a sweep the search for the largest exponent.
     """
-    functional.check_rows("z", z, fewest=2)
-    if (
-        not isinstance(ids, Tensor)
-        or ids.shape != z.shape[:1]
-        or ids.is_floating_point()
-        or ids.is_complex()
-    ):
-        got = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(f"ids must be integers of shape {tuple(z.shape[:1])}, got {got}")
-    functional.one_of("reduction", reduction, functional.REDUCTIONS)
-    rows = unit_rows(z)
-    labels, place, sizes = ids.to(z.device).unique(return_inverse=True, return_counts=True)
-    others = sizes[place] - 1
-    sums = rows.new_zeros(len(labels), rows.shape[1]).index_add(0, place, rows)
-    positive = (rows * (sums[place] - rows)).sum(1) / others.clamp(min=1)
-    losses = loss_against(
-        rows,
-        None,
-        positive,
-        "infonce",
-        epsilon=0.0,
-        temperature=temperature,
+    call = functional.make_call(
+        objective,
+        {},
+        similarity="cosine",
+        negatives="one_view",
         reduction="none",
         backend=backend,
         precision=precision,
     )
-    losses = torch.where(others > 0, losses, 0.0)
-    if reduction == "none":
+    given = _Given(z, negatives, positive, temperature, ids, negative_ids, None)
+    given.check(objective, fewest=1)
+    return _row_losses(given, call)
+
+
+class _Given(NamedTuple):
+    """The tensors of a call."""
+
+    z: Tensor
+    negatives: Tensor | None
+    positive: Tensor
+    temperature: float | Tensor
+    ids: Tensor | None
+    negative_ids: Tensor | None
+    log_weights: Tensor | None
+
+    @property
+    def other(self) -> Tensor:
+        """The rows among which the negatives are."""
+        return self.z if self.negatives is None else self.negatives
+
+    @property
+    def per_anchor(self) -> bool:
+        """Whether there is a temperature for each anchor."""
+        tau = self.temperature
+        return isinstance(tau, Tensor) and tau.dim() == 1 and tau.numel() != 1
+
+    def check(self, objective: Objective, fewest: int) -> None:
+        """Raises unless all tensors are good but the ids; ``fewest``: rows that there must be."""
+        functional.check_rows("z", self.z, fewest)
+        functional.check_rows("negatives", self.other, fewest)
+        functional.check_alike("negatives", self.other, "z", self.z)
+        _check_vector("positive", self.positive, self.z)
+        if self.per_anchor:
+            _check_temperatures(self.temperature, self.z, objective)
+        else:
+            functional.check_temperature(self.temperature, objective)
+        if self.log_weights is not None:
+            if objective.kind != "exp":
+                raise ValueError(
+                    "log_weights must be None unless the objective sums exponentials of Δ "
+                    f"(such as infonce), got log_weights with {objective}"
+                )
+            _check_vector("log_weights", self.log_weights, self.other)
+        if (self.negative_ids is None) != (self.ids is None or self.negatives is None):
+            got = (
+                "got None"
+                if self.negative_ids is None
+                else f"got them with {'ids' if self.ids is None else 'negatives'}=None"
+            )
+            raise ValueError(f"negative_ids must be given exactly if negatives and ids are, {got}")
+
+    def checked_ids(self) -> tuple[Tensor | None, Tensor | None]:
+        """Those of the anchors and of the negatives, on the device of the rows."""
+        if self.ids is None:
+            return None, None
+        ids = functional.checked_ids("ids", self.ids, self.z)
+        if self.negatives is None:
+            return ids, None
+        return ids, functional.checked_ids("negative_ids", self.negative_ids, self.negatives)
+
+
+def _check_vector(name: str, x: Tensor, rows: Tensor) -> None:
+    """Raises unless x is (n,) floating-point numbers on the device of rows (n, D)."""
+    if (
+        not isinstance(x, Tensor)
+        or x.shape != rows.shape[:1]
+        or x.device != rows.device
+        or not x.is_floating_point()
+    ):
+        got = (
+            f"{tuple(x.shape)} {x.dtype} on {x.device}"
+            if isinstance(x, Tensor)
+            else type(x).__name__
+        )
+        raise ValueError(
+            f"{name} must be a floating-point tensor of shape {tuple(rows.shape[:1])} on "
+            f"{rows.device}, got {got}"
+        )
+
+
+def _check_temperatures(temperature: Tensor, z: Tensor, objective: Objective) -> None:
+    """Raises unless they are positive numbers, one per anchor, that the objective can have."""
+    _check_vector("temperature", temperature, z)
+    if objective.kind != "exp" or not objective.uses_temperature:
+        raise ValueError(
+            f"temperature must have one element with {objective}: only exponentials of Δ/τ take "
+            f"one per anchor, got shape {tuple(temperature.shape)}"
+        )
+    if temperature.device.type == "cpu" and len(temperature):
+        low, high = temperature.detach().aminmax()
+        if not (low >= 1e-15 and high <= 1e15):
+            raise ValueError(
+                f"temperature must be between 1e-15 and 1e15, got {low.item()} to {high.item()}"
+            )
+
+
+def _row_losses(given: _Given, call: Call) -> Tensor:
+    """(N,) losses of tensors that are checked."""
+    ids, negative_ids = given.checked_ids()
+    z, negatives, temperature = given.z, given.negatives, given.temperature
+    wide = accumulation_dtype(z.dtype)
+    positive, scale = given.positive.to(wide), None
+    if given.per_anchor:
+        # each anchor divides its own similarities; among one another, rows are on both sides
+        scale = temperature.to(wide)
+        if negatives is None:
+            negatives = z
+            ids = torch.arange(len(z), device=z.device) if ids is None else ids
+            negative_ids = ids
+        z, negatives = z.to(wide) / scale[:, None], negatives.to(wide)
+        positive, temperature = positive / scale, 1.0
+    tau, bound, _ = functional.bind_temperature(
+        z, temperature, call, ids is not None, reduction="none"
+    )
+    layout = _layout(len(z), len(z) if negatives is None else len(z) + len(negatives))
+    same_id = _same_id(ids, negative_ids, layout, wide)
+    with without_autocast(z.device):
+        if len(z) == 1 and negatives is None:
+            return functional.zero_with_graph(z, positive, tau).expand(1)
+        if isinstance(call.objective, ClosedForm):
+            mean = _mean_negative(z, negatives, layout, same_id)
+            return constant_alpha(call.objective, mean - positive, layout, same_id)
+        bias = None
+        if given.log_weights is not None:
+            # t_ij + τ·w_j; a row that is an anchor too has its own w in all of its t, and in t⁺
+            bias = call.objective.kind_tau(tau).to(wide) * given.log_weights.to(wide)
+            if negatives is None:
+                positive = positive + bias
+            else:
+                bias = torch.cat([bias.new_zeros(len(z)), bias])
+        learn_tau = tau.requires_grad and torch.is_grad_enabled()
+        losses = _ExplicitNegatives.apply(
+            z, negatives, positive, tau, bias, bound, same_id, learn_tau
+        )[0]
+    return losses if scale is None else call.objective.times_temperature(losses, scale)
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+def _over_ranks(given: _Given, call: Call, group: ProcessGroup) -> Tensor:
+    """The loss of all ranks' anchors against all ranks' negatives."""
+    failure, text, sizes = None, "", ()
+    try:
+        given.check(call.objective, fewest=0)
+        given.checked_ids()
+        text, sizes = _statement(given, call), (len(given.z), len(given.other))
+    except Exception as error:  # the other processes wait for this one
+        failure = error
+    sharing = shared_rows.agree(group, text, sizes, failure)
+    z, wide = given.z, accumulation_dtype(given.z.dtype)
+    if not sum(sharing.counts(0)) or not sum(sharing.counts(1)):
+        raise ValueError(f"all ranks together must have at least 1 row, got {sharing.sizes}")
+    weights = [] if given.log_weights is None else [given.log_weights.to(wide)[:, None]]
+    shared = torch.cat([given.other.to(wide), *weights], 1)  # weights travel as one more feature
+    numbers = [] if given.per_anchor else [functional.as_number(given.temperature, z)]
+    everyone, *numbers = sharing.share(shared, 1, *numbers)
+    dim, place = z.shape[1], sharing.place(0)
+    ids, other_ids = given.checked_ids()
+    if given.negatives is None:
+        own = torch.arange(place.start, place.stop, device=z.device) if ids is None else ids
+        ids = own.long()
+        other_ids = sharing.gather(ids, 1)
+    elif ids is not None:
+        ids, other_ids = ids.long(), sharing.gather(other_ids.long(), 1)
+    here = _Given(
+        z.to(wide),
+        everyone[:, :dim],
+        given.positive,
+        numbers[0] if numbers else given.temperature,
+        ids,
+        other_ids,
+        everyone[:, dim] if weights else None,
+    )
+    if len(z):
+        losses, nothing = _row_losses(here, call), 0.0
+    else:  # this rank takes part in all messages
+        own = [x for x in (here.temperature, here.positive) if isinstance(x, Tensor)]
+        nothing = functional.zero_with_graph(everyone, here.z, *own)
+        losses = nothing.expand(0)
+    if call.reduction == "none":
         return losses
-    return losses.sum() / (1 if reduction == "sum" else (others > 0).sum().clamp(min=1))
+    total = sharing.total(losses.sum() + nothing)
+    return total / (sum(sharing.counts(0)) if call.reduction == "mean" else 1)
+
+
+def _statement(given: _Given, call: Call) -> str:
+    """What must be the same on every rank."""
+    grad = torch.is_grad_enabled()
+    tensors = {name: x for name, x in given._asdict().items() if isinstance(x, Tensor)}
+    wanted = [name for name, x in tensors.items() if x.requires_grad and grad]
+    tau = "one per anchor" if given.per_anchor else functional.shown(given.temperature)
+    return (
+        f"D={given.z.shape[1]}, dtype={given.z.dtype}, {call.objective}, "
+        f"reduction={call.reduction!r}, temperature={tau}, tensors {[*tensors]}, gradients of "
+        f"{wanted}"
+    )
+
+
+# --- one process ----------------------------------------------------------------------------------
 
 
 def _layout(n: int, rows: int) -> Layout:
@@ -218,26 +363,14 @@ def _mean_negative(
 
 
 def _same_id(
-    z: Tensor,
-    negatives: Tensor | None,
-    ids: Tensor | None,
-    negative_ids: Tensor | None,
-    layout: Layout,
+    ids: Tensor | None, negative_ids: Tensor | None, layout: Layout, dtype: torch.dtype
 ) -> SameId | None:
-    """The ids of all rows that the sweeps see, from ids that are checked here."""
-    if (negative_ids is None) != (ids is None or negatives is None):
-        given = (
-            "got None"
-            if negative_ids is None
-            else f"got them with {'ids' if ids is None else 'negatives'}=None"
-        )
-        raise ValueError(f"negative_ids must be given exactly if negatives and ids are, {given}")
+    """The ids of all rows that the sweeps see."""
     if ids is None:
         return None
-    ids = functional.checked_ids("ids", ids, z)
-    if negatives is not None:
-        ids = torch.cat([ids, functional.checked_ids("negative_ids", negative_ids, negatives)])
-    return SameId.make(ids, layout, accumulation_dtype(z.dtype))
+    if negative_ids is not None:
+        ids = torch.cat([ids, negative_ids])
+    return SameId.make(ids, layout, dtype)
 
 
 class _GivenPositives(Problem):
@@ -252,10 +385,11 @@ class _GivenPositives(Problem):
         negatives: Tensor | None,
         pos: Tensor,
         tau: Tensor,
+        bias: Tensor | None,
         call: BoundCall,
         same_id: SameId | None,
     ) -> None:
-        rows = Rows(z if negatives is None else torch.cat([z, negatives]))
+        rows = Rows(z if negatives is None else torch.cat([z, negatives]), bias=bias)
         tau = tau.to(pos.dtype)
         sweeps = Sweeps(rows, pos, tau, call, _layout(len(z), len(rows.f)), same_id)
         super().__init__(Features(rows, None), pos, tau, call, same_id, sweeps)
@@ -264,6 +398,7 @@ class _GivenPositives(Problem):
     def _to_views(
         self, df: Tensor, q: Tensor, weight_sums: Tensor, used: slice, views: slice
     ) -> Tensor:
+        self.weight_sums = weight_sums
         return df.view(-1, self.features.rows.f.shape[1])
 
 
@@ -276,11 +411,12 @@ class _ExplicitNegatives(torch.autograd.Function):
         negatives: Tensor | None,
         pos: Tensor,
         tau: Tensor,
+        bias: Tensor | None,
         call: BoundCall,
         same_id: SameId | None,
         learn_tau: bool,
     ) -> tuple[Tensor | None, ...]:
-        problem = _GivenPositives(z, negatives, pos, tau, call, same_id)
+        problem = _GivenPositives(z, negatives, pos, tau, bias, call, same_id)
         solution = problem.solve(learn_tau)
         # The inputs themselves are saved, not the rows that were put together from them.
         saved = problem.saved(solution)._replace(features=Features(Rows(None), None))
@@ -288,26 +424,29 @@ class _ExplicitNegatives(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        z, negatives, _, tau, ctx.call, _, _ = inputs
+        z, negatives, _, tau, bias, ctx.call, _, _ = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(z, negatives, tau, *output[1:])
+        ctx.save_for_backward(z, negatives, tau, bias, *output[1:])
 
     @staticmethod
     def backward(ctx, grad: Tensor | None, *of_saved: Tensor | None) -> tuple[Tensor | None, ...]:
         if not first_derivative(grad, of_saved):
-            return (None,) * 7
-        need_z, need_negatives, need_pos, need_tau = ctx.needs_input_grad[:4]
-        z, negatives, tau, *tensors = ctx.saved_tensors
+            return (None,) * 8
+        need_z, need_negatives, need_pos, need_tau, need_bias = ctx.needs_input_grad[:5]
+        z, negatives, tau, bias, *tensors = ctx.saved_tensors
         saved = Saved.unflatten(tensors)
         with torch.no_grad(), without_autocast(grad.device):
-            problem = _GivenPositives(z, negatives, saved.pos, tau, ctx.call, saved.same_id)
-            need = Need(need_z, need_negatives, need_tau)
+            problem = _GivenPositives(z, negatives, saved.pos, tau, bias, ctx.call, saved.same_id)
+            # the sums of the weights come with the rows' gradient
+            first = need_z or (need_bias and negatives is None)
+            need = Need(first, need_negatives or (need_bias and negatives is not None), need_tau)
             dz, dtau = problem.gradient(saved.solution, grad, need)
-            own = len(z) if need_z else 0  # rows of dz that belong to z
+            own = len(z) if first else 0  # rows of dz that belong to z
             gradients = (
                 dz[:own].to(z.dtype) if need_z else None,
                 dz[own:].to(z.dtype) if need_negatives else None,
                 -(saved.solution.mass * grad) if need_pos else None,
                 dtau.to(tau.dtype) if need_tau else None,
+                problem.weight_sums if need_bias else None,
             )
         return *only_once(gradients, (grad, *ctx.saved_tensors)), None, None, None

@@ -53,8 +53,9 @@ def alpha_cl_loss(
     Gradients flow to z1, z2 and a tensor temperature.
 
     Args:
-        z1: (N, D) embeddings of the first view, N ≥ 2, in float32, float64, bfloat16 or float16.
-            Any strides are accepted.
+        z1: (N, D) embeddings of the first view, N ≥ 1, in float32, float64, bfloat16 or float16.
+            Any strides are accepted. One pair has no negatives: its loss is 0, and so is its
+            gradient.
         z2: (N, D) embeddings of the second view, with the dtype and device of z1; rows i of both
             are a positive pair.
         objective: a name listed by `alphacl_fast.objectives.names`, or an `Objective`.
@@ -85,9 +86,10 @@ def alpha_cl_loss(
         ids: (N,) integers, moved to z1's device if necessary. Samples with equal ids are not
             negatives of each other in either view (false-negative elimination, arXiv:2011.11765).
             Pass labels, or the index of the instance that was augmented. An anchor that has no
-            negatives left has loss 0 and no gradient, and "mean" still counts it. Not supported
-            with a process group or backend="cuda". None: only the anchor and its positive are
-            excluded.
+            negatives left has loss 0 and no gradient, and "mean" still counts it. With a process
+            group every rank passes those of its pairs, and they are compared over all ranks
+            ("uniform" and "triplet_contrastive" do not take them there). Not supported with
+            backend="cuda". None: only the anchor and its positive are excluded.
         **options: options of the objective, by its own names.
 
     Returns:
@@ -222,7 +224,22 @@ def evaluate(
     if ids is not None:
         ids = checked_ids("ids", ids, z1)
     with without_autocast(z1.device):
+        if z1.shape[0] < bound.objective.fewest_pairs:
+            return no_negatives(z1, z2, tau, bound), bound.backend, why
         return _loss(z1, z2, tau, bound, ids), bound.backend, why
+
+
+def no_negatives(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall) -> Tensor:
+    """The loss of a batch of one pair, on every rank: 0, with a graph whose gradients are 0."""
+    anchors = call.anchors(z1.shape[0])
+    losses = zero_with_graph(z1, z2, tau).expand(anchors)
+    return losses.sum() if call.reduction != "none" else call.reduce(losses)
+
+
+def zero_with_graph(*tensors: Tensor) -> Tensor:
+    """() 0 in the accumulation dtype of the first tensor, with gradient 0 in all; NaN stays NaN."""
+    wide = accumulation_dtype(tensors[0].dtype)
+    return torch.stack([(x * 0).sum().to(tensors[0].device, wide) for x in tensors]).sum()
 
 
 def _loss(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, ids: Tensor | None) -> Tensor:
@@ -252,17 +269,21 @@ def _evaluate_over_ranks(
 ) -> tuple[Tensor, str, str]:
     tau, bound, why, failure = None, None, "", None
     try:
+        tau, bound, why = bind(z1, z2, temperature, call, ids is not None)
         if ids is not None:
-            raise ValueError(
-                "ids must be None with a process_group: "
-                "negatives of other processes are not left out by id"
-            )
-        tau, bound, why = bind(z1, z2, temperature, call)
+            ids = checked_ids("ids", ids, z1)
+            if isinstance(call.objective, ClosedForm):
+                raise ValueError(
+                    f"ids must be None with a process_group and {call.objective}: its sums of rows "
+                    "are exchanged without ids"
+                )
     except (
         Exception
     ) as error:  # the other processes wait for this one, so they must learn of any error
         failure = error
-    ranks = distributed.agree(call.process_group, z1, z2, tau, bound, failure)
+    ranks = distributed.agree(call.process_group, z1, z2, tau, bound, failure, ids)
+    if ranks.total < bound.objective.fewest_pairs:
+        return no_negatives(z1, z2, tau, bound), bound.backend, why
     loss = distributed.global_loss(z1, z2, tau, replace(bound, ranks=ranks))
     return loss, bound.backend, f"{why}; {ranks.strategy} over {ranks.world}"
 
@@ -283,8 +304,7 @@ def bind(
         check_scale_and_bias(*temperature)
     else:
         check_temperature(temperature, call.objective)
-    fewest = call.objective.fewest_pairs if call.process_group is None else 0
-    check_embeddings(z1, z2, fewest)
+    check_embeddings(z1, z2, fewest=1 if call.process_group is None else 0)
     return bind_temperature(z1, temperature, call, with_ids)
 
 
@@ -302,24 +322,24 @@ def bind_temperature(
     if not torch.compiler.is_compiling():  # else the operator checks
         call.objective.check()
     given = temperature if isinstance(temperature, tuple) else (temperature,)
-    known = tuple(map(_known, given))
+    values = tuple(map(known, given))
     if isinstance(temperature, tuple):
-        tau = torch.stack([_number(x, z1) for x in given])
+        tau = torch.stack([as_number(x, z1) for x in given])
     elif isinstance(temperature, Tensor):
         tau = temperature.reshape(()).to(z1.device)
     else:
-        tau = _number(temperature, z1)
+        tau = as_number(temperature, z1)
     objective, wgmma = call.objective, False
-    if z1.is_cuda and call.similarity == "cosine" and known[0] is not None:
+    if z1.is_cuda and call.similarity == "cosine" and values[0] is not None:
         wgmma = ops.cuda.has_wgmma_kernels(objective.kind, objective.params(1.0), z1.shape[1])
     backend, why = ops.choose(
         call.backend, z1.device, z1.dtype, call.precision, objective.kind,
         ("ids",) if with_ids else (), wgmma,
     )  # fmt: skip
-    return tau, call.bind(backend, known, reduction), why
+    return tau, call.bind(backend, values, reduction), why
 
 
-def _known(given: float | Tensor) -> float | None:
+def known(given: float | Tensor) -> float | None:
     """The value of a number, if the host can read it without waiting for a device."""
     if not isinstance(given, Tensor):
         return float(given)
@@ -328,7 +348,15 @@ def _known(given: float | Tensor) -> float | None:
     return None
 
 
-def _number(given: float | Tensor, z: Tensor) -> Tensor:
+def shown(number: float | Tensor) -> str:
+    """A number or a parameter for ``repr``; a tensor's value on a CPU only: others would wait."""
+    if not isinstance(number, Tensor):
+        return f"{number:.6g}"
+    kind = "learnable" if number.requires_grad else "tensor"
+    return f"{number.item():.6g} ({kind})" if number.device.type == "cpu" else f"({kind})"
+
+
+def as_number(given: float | Tensor, z: Tensor) -> Tensor:
     """() in the accumulation dtype on the device of z."""
     wide = accumulation_dtype(z.dtype)
     if isinstance(given, Tensor):
@@ -336,7 +364,7 @@ def _number(given: float | Tensor, z: Tensor) -> Tensor:
     return torch.full((), float(given), dtype=wide, device=z.device)
 
 
-def check_embeddings(z1: Tensor, z2: Tensor, fewest: int = 2) -> None:
+def check_embeddings(z1: Tensor, z2: Tensor, fewest: int = 1) -> None:
     """Raises unless z1 and z2 are (N, D) float tensors of one shape, dtype and device with N ≥
     ``fewest``.
     """
@@ -349,7 +377,7 @@ def check_embeddings(z1: Tensor, z2: Tensor, fewest: int = 2) -> None:
     if z2.device != z1.device:
         raise ValueError(f"z2 must be on the device of z1 ({z1.device}), got {z2.device}")
     if z1.shape[0] < fewest:
-        rows = "1 row" if fewest == 1 else "2 rows (one pair has no negatives)"
+        rows = "1 row" if fewest == 1 else f"{fewest} rows"
         raise ValueError(f"z1 must have at least {rows}, got shape {tuple(z1.shape)}")
     if z1.shape[1] < 1:
         raise ValueError(f"z1 must have at least 1 column, got shape {tuple(z1.shape)}")
@@ -375,7 +403,18 @@ def check_rows(name: str, z: Tensor, fewest: int = 0) -> None:
         raise ValueError(f"{name} must have shape (N, D), got {tuple(z.shape)}")
     if z.shape[0] < fewest or (fewest and z.shape[1] < 1):
         raise ValueError(
-            f"{name} must have at least {fewest} rows and 1 column, got shape {tuple(z.shape)}"
+            f"{name} must have at least {fewest} row{'s' * (fewest > 1)} and 1 column, "
+            f"got shape {tuple(z.shape)}"
+        )
+
+
+def check_alike(name: str, rows: Tensor, name_of_other: str, other: Tensor) -> None:
+    """Raises unless two tensors of rows have the same width, dtype and device."""
+    if (rows.shape[1], rows.dtype, rows.device) != (other.shape[1], other.dtype, other.device):
+        raise ValueError(
+            f"{name} must have the width, dtype and device of {name_of_other} "
+            f"({other.shape[1]}, {other.dtype}, {other.device}), "
+            f"got {rows.shape[1]}, {rows.dtype}, {rows.device}"
         )
 
 

@@ -761,6 +761,10 @@ class _ExpPairLoss(Objective):
     def dphi(self, ell: Tensor, tau: Tensor) -> Tensor:
         return self._outer.scaled(self._outer.dphi(ell), tau)
 
+    def times_temperature(self, losses: Tensor, tau: Tensor) -> Tensor:
+        """Losses at τ (anchors,), from those at τ = 1 of similarities that τ has divided."""
+        return self._outer.scaled(losses, tau)
+
     def solve(self, p: Pairs, learn_tau: bool) -> RowSolution:
         outer = self._outer._asdict()
         if learn_tau and not self._outer.tau_in_front:

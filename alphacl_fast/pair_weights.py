@@ -83,6 +83,7 @@ class Importances:
         call = functional.make_call(objective, options, reduction="sum", **SETTINGS | settings)
         if isinstance(temperature, Tensor):
             temperature = temperature.detach()
+        functional.check_embeddings(z1, z2, call.objective.fewest_pairs)
         tau, call, _ = functional.bind(z1, z2, temperature, call)
         self.call = call
         self.layout = Layout.of(call, z1.shape[0])

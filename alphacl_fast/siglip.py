@@ -47,8 +47,8 @@ def siglip_loss(
             on an accelerator, so its value is not checked.
         bias: a float or a tensor with one element; see ``scale``.
         ids: (N,) integers, moved to z1's device if necessary. A pair j ≠ i of samples with equal
-            ids is left out of the sum; positive pairs stay. Not supported with a process group or
-            backend="cuda". None: all pairs count.
+            ids is left out of the sum; positive pairs stay. With a process group the ids of all
+            ranks are compared. Not supported with backend="cuda". None: all pairs count.
         similarity: "cosine" (rows are normalised here; an all-zero row has gradient 0) or "dot"
             (rows as given).
         reduction: "mean" (over the rows of z1, the paper's form), "sum", or "none": (N,) sums over
@@ -175,7 +175,7 @@ class SigLipLoss(nn.Module):
     def extra_repr(self) -> str:
         """Every setting. Tensor values are shown on a CPU only: reading others would wait."""
         call = self._call
-        parts = [f"{name}={_shown(getattr(self, name))}" for name in ("scale", "bias")]
+        parts = [f"{name}={functional.shown(getattr(self, name))}" for name in ("scale", "bias")]
         parts += [f"similarity={call.similarity!r}", f"reduction={call.reduction!r}"]
         if call.process_group is not None:
             parts += [f"process_group={call.process_group!r}"]
@@ -208,10 +208,3 @@ def _make_call(
         precision=precision,
         process_group=group,
     )
-
-
-def _shown(value: float | Tensor) -> str:
-    if not isinstance(value, Tensor):
-        return f"{value:.6g}"
-    kind = "learnable" if isinstance(value, nn.Parameter) and value.requires_grad else "tensor"
-    return f"{value.item():.6g} ({kind})" if value.device.type == "cpu" else f"({kind})"

@@ -44,7 +44,7 @@ Alpha = Tensor | str | Objective | Importances
 
 
 def _parts(x1: Tensor, x2: Tensor, alpha: Alpha, settings: dict[str, Any]) -> _Parts:
-    check_embeddings(x1, x2)
+    check_embeddings(x1, x2, fewest=2)
     if isinstance(alpha, (str, Objective)):
         solved = Importances(x1, x2, alpha, negatives="one_view", **settings)
         product, row_sums, both = solved.both_ways_on_own_rows()

@@ -43,7 +43,7 @@ def differentiate(z1, z2, member, tau, reduction, weights, **options):
     return [loss.detach(), *torch.autograd.grad((loss * weights).sum(), inputs)]
 
 
-def residuals(group, cases, sizes, strategy, dim=5, tau=0.3, dtype=torch.float64):
+def residuals(group, cases, sizes, strategy, dim=5, tau=0.3, with_ids=False):
     """Largest residual of each case (member, negatives, symmetric, similarity, reduction),
     gradients after averaging.
     """
@@ -62,18 +62,11 @@ def residuals(group, cases, sizes, strategy, dim=5, tau=0.3, dtype=torch.float64
             weights = torch.linspace(-0.5, 1.5, views * total, dtype=torch.float64)
             # each process's own objective is averaged
             here = weights.view(views, total)[:, mine].flatten() * world
-        truth = differentiate(z1, z2, member, tau, reduction, weights, **options)
-        result = differentiate(
-            z1[mine],
-            z2[mine],
-            member,
-            tau,
-            reduction,
-            here,
-            process_group=group,
-            strategy=strategy,
-            **options,
-        )
+        ids = torch.arange(total) % 3
+        all_ids, own_ids = ({"ids": x} if with_ids else {} for x in (ids, ids[mine]))
+        truth = differentiate(z1, z2, member, tau, reduction, weights, **all_ids, **options)
+        options |= {"process_group": group, "strategy": strategy, **own_ids}
+        result = differentiate(z1[mine], z2[mine], member, tau, reduction, here, **options)
         if reduction == "none":
             truth[0] = truth[0].view(views, total)[:, mine].flatten()
         worst = [residual(result[0], truth[0])]
@@ -129,6 +122,24 @@ def cases_of(sizes, strategy):
         for setting in in_turn(every_setting(), 5 * k + turn)
         for reduction in in_turn(REDUCTIONS, k + k // 3 + turn)
     ]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("sizes", [(4, 1), (3, 0, 4)], ids=str)
+def test_ids_are_compared_over_ranks(ranks, sizes, strategy):
+    members = [
+        ("infonce", {}),
+        ("triplet", {}),
+        ("alpha_direct", {"detach_alpha": False, "exponent": 2, "alpha_eps": 0.1}),
+        ("alpha_square", {"detach_alpha": False}),
+        ("alpha_gamma", {}),
+    ]
+    cases = [
+        (member, *mode, ("cosine", "euclidean")[k % 2], REDUCTIONS[(k + m) % 3])
+        for m, member in enumerate(members)
+        for k, mode in enumerate(MODES)
+    ]
+    check(ranks, len(sizes), cases, sizes, strategy, with_ids=True)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -293,9 +304,9 @@ BAD = [
         "same temperature, got 0.5 on rank 0 and 0.4 on rank 2",
     ),
     (
-        {r: {"z": (A[: r == 1], B[: r == 1])} for r in range(3)},
+        {r: {"z": (A[:0], B[:0])} for r in range(3)},
         ValueError,
-        r"at least 2 pairs .*got \(0, 1, 0\)",
+        r"at least 1 pair, got \(0, 0, 0\)",
     ),
     (
         {0: {"objective": objectives.PairLoss(None, torch.sin), "backend": "cpu"}},

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from alphacl_fast import cli
+from alphacl_fast import cli, zoo
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -50,6 +50,40 @@ def test_shell_block(code):
             assert (ROOT / words[3]).exists(), line
         else:
             assert words[0] in ("git", "cd", "pip", "tar", "mkdir"), line
+
+
+LOSSES = (ROOT / "docs/losses.md").read_text()
+
+
+def rows_of_losses():
+    """(name, call, file of the test) of every row of the table of losses."""
+    lines = [line for line in LOSSES.splitlines() if line.startswith("|") and ".py` |" in line]
+    for line in lines:
+        call, file = re.findall(r"`([^`]+)` \| `(test_\w+\.py)` \|$", line)[0]
+        yield pytest.param(call, file, id=line.split("|")[1].split(",")[0].strip())
+
+
+@pytest.mark.parametrize(("call", "file"), [*rows_of_losses()])
+def test_calls_of_the_page_of_losses(call, file):
+    """They run as they are written, and a public name that a row calls has the test it names."""
+    setting = {}
+    exec(
+        compile(re.search(r"```python\n(.*?)```", LOSSES, re.DOTALL)[1], "losses", "exec"), setting
+    )
+    loss = eval(call, setting)
+    assert loss.shape == ()
+    assert loss.isfinite()
+    loss.backward()
+    assert setting["z1"].grad.isfinite().all()
+    name = re.match(r"(?:zoo\.)?(\w+)", call)[1]
+    assert name in (ROOT / "tests" / file).read_text()
+
+
+def test_page_of_losses_is_complete():
+    calls = " ".join(row.values[0] for row in rows_of_losses())
+    for name in zoo.__all__:
+        assert f"zoo.{name}(" in calls
+    assert len([*rows_of_losses()]) >= 25
 
 
 def test_guarantees_name_tests_that_exist():

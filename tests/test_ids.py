@@ -580,11 +580,11 @@ def test_auto_passes_over_a_backend_without_ids(monkeypatch):
     assert ops.choose("auto", torch.device("cuda"), torch.float32, None, "exp")[0] == "cuda"
 
 
-def test_not_over_processes():
+def test_constant_weights_have_no_ids_over_processes():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        with pytest.raises(ValueError, match="ids must be None with a process_group"):
-            FusedAlphaCLLoss(process_group="world")(*pair(4, 3), torch.arange(4))
+        with pytest.raises(ValueError, match=r"ids must be None with a process_group and uniform"):
+            FusedAlphaCLLoss("uniform", process_group="world")(*pair(4, 3), torch.arange(4))
     finally:
         dist.destroy_process_group()
 

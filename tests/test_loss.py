@@ -159,8 +159,7 @@ PARAMETER = torch.ones((), requires_grad=True)
 BAD_EMBEDDINGS = [
     ((Z, Z[:3]), ValueError, r"z2 must have the shape of z1 \(4, 3\), got \(3, 3\)"),
     ((Z, Z[:, :2]), ValueError, r"z2 must have the shape of z1 \(4, 3\), got \(4, 2\)"),
-    ((Z[:1], Z[:1]), ValueError, r"at least 2 rows .*got shape \(1, 3\)"),
-    ((Z[:0], Z[:0]), ValueError, r"at least 2 rows .*got shape \(0, 3\)"),
+    ((Z[:0], Z[:0]), ValueError, r"at least 1 row, got shape \(0, 3\)"),
     ((Z[:, :0], Z[:, :0]), ValueError, r"at least 1 column, got shape \(4, 0\)"),
     ((Z[0], Z[0]), ValueError, r"z1 must have shape \(N, D\), got \(3,\)"),
     ((Z, Z[None]), ValueError, r"z2 must have shape \(N, D\), got \(1, 4, 3\)"),

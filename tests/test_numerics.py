@@ -24,7 +24,16 @@ from family import (
     sampled,
 )
 
-from alphacl_fast import objectives, ops
+from alphacl_fast import (
+    FusedAlphaCLLoss,
+    MatryoshkaLoss,
+    loss_against,
+    objectives,
+    ops,
+    siglip_loss,
+    supcon_loss,
+    zoo,
+)
 from alphacl_fast.bundles import Term
 from alphacl_fast.functional import SIMILARITIES, alpha_cl_loss
 
@@ -158,6 +167,64 @@ def test_converged_regime(backend, tau):
         cross_entropy = F.cross_entropy(logits, torch.arange(256).roll(128))
         (grad,) = torch.autograd.grad(cross_entropy, z1)
         assert relative_error(-0.5 * grad, truth[1], floor=0.0) > (0.01 if tau == 0.05 else 0.3)
+
+
+def views_of_positives(z1, z2):
+    """t⁺ of unit rows."""
+    return (F.normalize(z1, dim=1) * F.normalize(z2, dim=1)).sum(1)
+
+
+def ids_of(*views):
+    """Rows of both views, with the index of the pair as id."""
+    return torch.cat(views), torch.arange(len(views[0])).repeat(len(views))
+
+
+#: The public losses as functions of two views and τ, or what stands for it.
+PUBLIC = {
+    "loss_against": lambda x, y, tau: loss_against(
+        F.normalize(x, dim=1), F.normalize(y, dim=1), views_of_positives(x, y), temperature=tau,
+        ids=torch.arange(len(x)), negative_ids=torch.arange(len(x)),
+    ),
+    "siglip_loss": lambda x, y, tau: siglip_loss(x, y, scale=2 / tau, bias=-1 / tau),
+    "MatryoshkaLoss": lambda x, y, tau: MatryoshkaLoss(
+        FusedAlphaCLLoss(temperature=tau), (140, 139)
+    )(x, y),
+    **{
+        f"supcon_loss({form})": lambda x, y, tau, form=form: supcon_loss(
+            *ids_of(x, y), form=form, temperature=tau
+        )
+        for form in ("out", "in", "sincere")
+    },
+    "supcon_loss(three of an id)": lambda x, y, tau: supcon_loss(
+        *ids_of(x, y, x + y), form="sincere", temperature=tau
+    ),
+    **{
+        f"zoo.{name}": lambda x, y, tau, name=name: getattr(zoo, name)(x, y, temperature=tau)
+        for name in ("dcl", "dclw", "debiased", "hcl", "dhel", "rince", "adnce", "macl")
+    },
+    "zoo.SogCLR": lambda x, y, tau: zoo.SogCLR(128, temperature=tau)(x, y, torch.arange(128)),
+    "zoo.ISogCLR": lambda x, y, tau: zoo.ISogCLR(
+        128, temperature=tau, temperature_range=(tau, tau)
+    )(x, y, torch.arange(128)),
+    "zoo.multi_similarity": lambda x, y, tau: zoo.multi_similarity(*ids_of(x, y), beta=1 / tau),
+    "zoo.circle": lambda x, y, tau: zoo.circle(*ids_of(x, y), gamma=4 / tau),
+    "zoo.tuplet_margin": lambda x, y, tau: zoo.tuplet_margin(*ids_of(x, y), scale=1 / tau),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_converged_regime_of_every_loss(name):
+    """As above, where weights fall to 1e-12: the gradient keeps its digits in float32."""
+    q, _ = torch.linalg.qr(torch.randn(140, 140, dtype=torch.float64))
+    z1 = q[:128].float()
+    z2 = (q[:128] + 0.01 * torch.randn(128, 140, dtype=torch.float64)).float()
+    for tau in (0.1, 0.035):
+        found = []
+        for dtype in (torch.float32, torch.float64):
+            leaves = [z.to(dtype).requires_grad_() for z in (z1, z2)]
+            found.append(torch.autograd.grad(PUBLIC[name](*leaves, tau), leaves))
+        for ours, truth in zip(*found, strict=True):
+            assert relative_error(ours, truth, floor=0.0) < 2e-5, tau
 
 
 TEMPERATURES = [

@@ -212,10 +212,10 @@ backend.cuda backend.triton
 ops
 autograd
 distributed compiled_op
-functional
+functional same_id shared_rows
 explicit_negatives matryoshka metrics plan tune verify accuracy
-pair_weights
-loss siglip theory compat.lightly compat.open_clip compat.pytorch_metric_learning
+pair_weights supcon
+loss siglip zoo theory compat.lightly compat.open_clip compat.pytorch_metric_learning
 checks compat.sentence_transformers device_check
 """
 #: Folders whose modules import each other, alphacl_fast itself and these.

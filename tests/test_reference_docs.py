@@ -14,7 +14,7 @@ import alphacl_fast
 
 ROOT = Path(__file__).parent.parent
 MODULES = [
-    *("objectives", "pair_weights", "theory", "plan", "train"),
+    *("objectives", "pair_weights", "theory", "plan", "train", "zoo"),
     *(
         "compat.lightly",
         "compat.open_clip",

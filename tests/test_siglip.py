@@ -404,7 +404,7 @@ def test_open_clip():
 # --- processes ------------------------------------------------------------------------------------
 
 
-def parts(group, sizes, reduction, strategy):
+def parts(group, sizes, reduction, strategy, with_ids):
     """The largest error of a rank's loss and gradients, which are averaged over the ranks as DDP
     does.
     """
@@ -413,10 +413,14 @@ def parts(group, sizes, reduction, strategy):
     mine = slice(first, first + sizes[rank])
     weights = torch.linspace(-0.5, 1.5, total if reduction == "none" else 1).double()
     here = weights[mine] * world if reduction == "none" else weights
-    found = []
+    found, ids = [], torch.arange(total) % 3
     for z1, z2, weight, options in (
-        (*pair(total, 5), weights, {}),
-        (*(z[mine] for z in pair(total, 5)), here, {"process_group": group}),
+        (*pair(total, 5), weights, {"ids": ids} if with_ids else {}),
+        (
+            *(z[mine] for z in pair(total, 5)),
+            here,
+            {"process_group": group, **({"ids": ids[mine]} if with_ids else {})},
+        ),
     ):
         leaves = [z.clone().requires_grad_() for z in (z1, z2)]
         leaves += [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (4.0, -2.0)]
@@ -441,8 +445,9 @@ def parts(group, sizes, reduction, strategy):
 @pytest.mark.parametrize("strategy", ["gather", "ring"])
 @pytest.mark.parametrize("sizes", [(4, 3), (1, 0), (3, 1, 4)])
 def test_processes_share_a_batch(ranks, sizes, reduction, strategy):
-    errors = ranks.run(len(sizes), parts, sizes=sizes, reduction=reduction, strategy=strategy)
-    assert max(errors) < 1e-12
+    options = {"sizes": sizes, "reduction": reduction, "strategy": strategy}
+    for with_ids in (False, True):
+        assert max(ranks.run(len(sizes), parts, with_ids=with_ids, **options)) < 1e-12
 
 
 def refused(group, options):
@@ -464,7 +469,7 @@ def refused(group, options):
         ({"scale": [10.0, 11.0]}, "the same scale, got 10.0 on rank 0 and 11.0 on rank 1"),
         ({"bias": [1.0, 2.0]}, "the same bias"),
         ({"similarity": ["cosine", "euclidean"]}, "rank 1: similarity must be"),
-        ({"ids": torch.arange(4)}, "ids must be None with a process_group"),
+        ({"ids": [torch.arange(4), torch.arange(3)]}, "rank 1: ids must be an integer tensor"),
         ({"backend": "reference"}, "backend must not be 'reference'"),
     ],
 )

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..explicit_negatives import supcon_loss
 from ..functional import alpha_cl_loss
+from ..supcon import supcon_loss
 
 
 class _Loss(nn.Module):

@@ -298,8 +298,8 @@ plant(
     ),
     (
         "explicit negatives: ids of the anchors and of the negatives in the wrong order",
-        "ids = torch.cat([ids, functional.checked_ids(",
-        "ids = torch.cat([ids.flip(0), functional.checked_ids(",
+        "ids = torch.cat([ids, negative_ids])",
+        "ids = torch.cat([ids.flip(0), negative_ids])",
         f"{IDS}test_loss_against_equals_a_loop[{TRIPLET}-7]",
     ),
     (
@@ -308,17 +308,107 @@ plant(
         "-saved.solution.mass if need_pos",
         f"{COMPAT}test_loss_against[{INFONCE}-5]",
     ),
+)
+AGAINST = "tests/test_loss_against.py::"
+plant(
+    "alphacl_fast/explicit_negatives.py",
     (
-        "supervised contrastive: the anchor is one of its positives",
-        "positive = (rows * (sums[place] - rows)).sum(1)",
-        "positive = (rows * sums[place]).sum(1)",
-        f"{COMPAT}test_supcon_reductions_and_lonely_rows",
+        "log-weights: the anchor's own weight stays in its gaps",
+        "positive = positive + bias",
+        "positive = positive + 0 * bias",
+        f"{AGAINST}test_log_weights[True-infonce0-blocked]",
+    ),
+    (
+        "log-weights: they are divided by the temperature",
+        "bias = call.objective.kind_tau(tau).to(wide) * given.log_weights.to(wide)",
+        "bias = given.log_weights.to(wide) + 0 * tau.to(wide)",
+        f"{AGAINST}test_log_weights[False-infonce0-blocked]",
+    ),
+    (
+        "temperature per anchor: the one in front of the loss is left out",
+        "return losses if scale is None else call.objective.times_temperature(losses, scale)",
+        "return losses",
+        f"{AGAINST}test_temperature_per_anchor[False-False-infonce2]",
+    ),
+)
+plant(
+    "alphacl_fast/distributed.py",
+    (
+        "ids over ranks: |Neg| counts one view of the others",
+        "views * (self.total - sizes[own])",
+        "(self.total - sizes[own])",
+        "tests/test_distributed.py::test_ids_are_compared_over_ranks[(4, 1)-gather]",
+    ),
+    (
+        "ids over ranks: a rank's rows have the first rank's ids",
+        "Names(self.ranks.ids_of(rank).repeat(2)[: self.layouts[rank].rows])",
+        "Names(self.ranks.ids.repeat(2)[: self.layouts[rank].rows])",
+        "tests/test_distributed.py::test_ids_are_compared_over_ranks[(4, 1)-gather]",
+    ),
+)
+SUPCON = "tests/test_supcon.py::"
+plant(
+    "alphacl_fast/same_id.py",
+    (
+        "same ids: the anchor is one of its positives",
+        "excluded.diagonal(i.start - j.start).fill_(True)",
+        "excluded.diagonal(i.start - j.start).fill_(False)",
+        f"{SUPCON}test_equals_the_dense_formula[any-out-blocked]",
+    ),
+    (
+        "same ids: the last groups of a batch are forgotten",
+        "    if start < begin:\n        yield start, begin\n\n\nclass",
+        "\n\nclass",
+        f"{SUPCON}test_blocks_cost_what_the_groups_cost",
+    ),
+)
+plant(
+    "alphacl_fast/supcon.py",
+    (
+        "supervised contrastive: the share of a positive is subtracted from 1",
+        ".expm1_().mul_(among[:, None]).sub_(others[:, None])",
+        ".exp_().mul_(among[:, None]).sub_(1.0)",
+        f"{SUPCON}test_exact_once_trained[blocked-2-out]",
+    ),
+    (
+        "supervised contrastive: log|P| is missing from the inner form",
+        "loss, others = block.count.log() + _log1p_exp(ratio)",
+        "loss, others = _log1p_exp(ratio)",
+        f"{SUPCON}test_equals_the_dense_formula[any-in-blocked]",
     ),
     (
         "supervised contrastive: the mean counts rows without a positive",
-        "(others > 0).sum().clamp(min=1))",
-        "len(others))",
-        f"{COMPAT}test_supcon_reductions_and_lonely_rows",
+        "count = weight.sum() if sharing is None",
+        "count = weight.new_tensor(len(weight)) if sharing is None",
+        f"{SUPCON}test_equals_the_dense_formula[any-sincere-blocked]",
+    ),
+)
+ZOO = "tests/test_zoo.py::"
+plant(
+    "alphacl_fast/zoo.py",
+    (
+        "debiased: no floor under the corrected sum",
+        "log_ratio = torch.where(usable, corrected, floor)",
+        "log_ratio = corrected",
+        f"{ZOO}test_of_views_equals_the_formula[blocked-debiased(tau_plus=0.6,temperature=0.2)]",
+    ),
+    (
+        "ADNCE: the gradient runs through the weights",
+        "return weight(s.detach()) * torch.exp",
+        "return weight(s) * torch.exp",
+        f"{ZOO}test_of_views_equals_the_formula[blocked-adnce()]",
+    ),
+    (
+        "circle: one band, whatever γ",
+        "count = max(1, math.ceil((most - least) / (2 * _HALF_BAND)))",
+        "count = 1",
+        f"{ZOO}test_circle_of_extreme_rows_in_float32",
+    ),
+    (
+        "SogCLR: the first visit is mixed with 0",
+        "return torch.where(log_u == -math.inf, log_mean, mixed)",
+        "return mixed",
+        f"{ZOO}test_sogclr_equals_the_recursion",
     ),
 )
 

@@ -1,0 +1,153 @@
+"""Rows of all processes, for losses whose anchors are a process's own rows.
+
+`distributed` spreads the pairs of two views so that none is computed twice. Where anchors meet rows
+that are given (`loss_against`, `supcon_loss`), each process gathers the rows of all, compares its
+own anchors with them, and sends the gradients home: O(n·D) memory, two messages. Each rank
+differentiates Σ_r L_r, as everywhere (`distributed`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .distributed import ProcessGroup
+
+_ERRORS: tuple[type[Exception], ...] = (TypeError, ValueError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """The ranks of one call, once they have agreed on it.
+
+    Attributes:
+        sizes: for every rank, how many anchors and how many rows of the other kind it has.
+    """
+
+    handle: dist.ProcessGroup
+    rank: int
+    world: int
+    sizes: tuple[tuple[int, ...], ...]
+
+    def counts(self, kind: int) -> list[int]:
+        """The numbers of rows of all ranks, of one kind."""
+        return [sizes[kind] for sizes in self.sizes]
+
+    def place(self, kind: int) -> slice:
+        """Where this rank's rows of a kind are among those of all ranks."""
+        counts = self.counts(kind)
+        start = sum(counts[: self.rank])
+        return slice(start, start + counts[self.rank])
+
+    def gather(self, x: Tensor, kind: int) -> Tensor:
+        """(n, …) → the rows of all ranks, a constant."""
+        counts = self.counts(kind)
+        padded = x.new_zeros(max(counts), *x.shape[1:])
+        padded[: len(x)] = x.detach()
+        out = x.new_empty(self.world * len(padded), *x.shape[1:])
+        if out.numel():
+            dist.all_gather_into_tensor(out, padded, group=self.handle)
+        return torch.cat([part[:k] for part, k in zip(self._parts(out), counts, strict=True)])
+
+    def send_home(self, x: Tensor, kind: int) -> Tensor:
+        """The sum over the ranks of what they have for this rank's rows."""
+        counts = self.counts(kind)
+        padded = x.new_zeros(self.world * max(counts), *x.shape[1:])
+        for part, own in zip(self._parts(padded), x.split(counts), strict=True):
+            part[: len(own)] = own
+        out = x.new_empty(max(counts), *x.shape[1:])
+        if out.numel():
+            dist.reduce_scatter_tensor(out, padded, group=self.handle)
+        return out[: counts[self.rank]]
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x.chunk(self.world) if len(x) else (x,) * self.world
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Σ over the ranks, a constant."""
+        x = x.detach().clone()
+        dist.all_reduce(x, group=self.handle)
+        return x
+
+    def total(self, x: Tensor) -> Tensor:
+        """Σ over the ranks, the same number on all; differentiable."""
+        return _Total.apply(x, self)
+
+    def share(self, rows: Tensor, kind: int, *numbers: Tensor) -> tuple[Tensor, ...]:
+        """The rows of all ranks, differentiable, and numbers whose gradients are averaged."""
+        return _Shared.apply(self, kind, rows, *numbers)
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, sharing: Sharing) -> Tensor:
+        ctx.sharing = sharing
+        return sharing.sum(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.sharing.sum(grad), None
+
+
+class _Shared(torch.autograd.Function):
+    """One node for all that crosses between ranks, so that its messages have one order."""
+
+    @staticmethod
+    def forward(
+        ctx, sharing: Sharing, kind: int, rows: Tensor, *numbers: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.sharing, ctx.kind, needed = sharing, kind, ctx.needs_input_grad[2:]
+        outputs = sharing.gather(rows, kind), *(x.clone() for x in numbers)
+        constant = [x for x, need in zip(outputs, needed, strict=True) if not need]
+        ctx.mark_non_differentiable(*constant)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, d_rows: Tensor, *d_numbers: Tensor) -> tuple[Any, ...]:
+        sharing, (need_rows, *needed) = ctx.sharing, ctx.needs_input_grad[2:]
+        averages = [
+            sharing.sum(x) / sharing.world if need else None
+            for x, need in zip(d_numbers, needed, strict=True)
+        ]
+        home = sharing.send_home(d_rows, ctx.kind) if need_rows else None
+        return None, None, home, *averages
+
+
+def agree(
+    group: ProcessGroup, text: str, sizes: tuple[int, ...], failure: Exception | None
+) -> Sharing:
+    """After one small message all ranks go on with the same call, or all raise the same error.
+
+    Args:
+        text: all that must be the same on every rank.
+        sizes: of this rank's rows, of each kind.
+        failure: the error of this rank's arguments; ``text`` and ``sizes`` may then be anything.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: on every rank; names the ranks whose arguments are bad,
+            or differ.
+    """
+    if failure is not None and not dist.is_initialized():
+        raise failure
+    handle = group.handle()
+    rank, world = dist.get_rank(handle), dist.get_world_size(handle)
+    mine = (text, sizes, None, "")
+    if failure is not None:
+        kind = next((k for k in _ERRORS if isinstance(failure, k)), RuntimeError)
+        mine = ("", (), kind, str(failure))
+    everyone: list[Any] = [None] * world
+    dist.all_gather_object(everyone, mine, group=handle)
+    if failed := [r for r, (_, _, kind, _) in enumerate(everyone) if kind is not None]:
+        reasons = "; ".join(f"rank {r}: {everyone[r][3]}" for r in failed)
+        raise everyone[failed[0]][2](reasons) from failure
+    for r, (other, _, _, _) in enumerate(everyone):
+        if other != everyone[0][0]:
+            raise ValueError(
+                "every rank must make the same call, "
+                f"got {everyone[0][0]} on rank 0 and {other} on rank {r}"
+            )
+    return Sharing(handle, rank, world, tuple(sizes for _, sizes, _, _ in everyone))
