@@ -203,7 +203,7 @@ print(alphacl_fast.FusedAlphaCLLoss("alpha_square")(torch.eye(4), torch.eye(4)).
 
 #: A module imports modules of the lines above its own, and none of its own line.
 LAYERS = """
-_version bundles journal graph backend.precision kernels.config
+_version bundles journal graph backend.filling backend.precision kernels.config
 objectives subprocess_pool
 call cpp_printer backend.forms backend.reference kernels.trace
 backend.blocked backend.cpu backend.gpu kernels.rows
@@ -241,6 +241,7 @@ WINGS = {
         "plan",
         "backend.blocked",
         "backend.cuda",
+        "backend.filling",
         "backend.gpu",
         "backend.triton",
         "benchmarks",
