@@ -50,6 +50,14 @@ DERIVED = {
     "warmup_epochs": "a tenth of the epochs, at most 10",
     "eval_every": "a tenth of the epochs",
 }
+#: Names that the loss knows, for help that does not wait for torch; a test compares them.
+OBJECTIVES = (
+    "infonce", "mine", "triplet", "soft_triplet", "n_plus_1_tuplet", "lifted_structured",
+    "modified_triplet", "triplet_contrastive", "alpha_direct", "alpha_entropy", "alpha_inverse",
+    "uniform", "alpha_square", "alpha_gamma",
+)  # fmt: skip
+NEGATIVES = ("two_view", "one_view", "cross_view")
+BACKENDS = ("auto", "reference", "blocked", "cpu", "cuda", "triton")
 # Fields that do not affect the result, so a resumed run may change them.
 FREE_ON_RESUME = ("data_root", "download", "workers", "keep")
 
@@ -87,14 +95,14 @@ class Config:
         "normalisation layers; batch: over one process's micro-batch, group: within an image",
         ("batch", "group"),
     )
-    objective: str = _flag("infonce", "objective of FusedAlphaCLLoss")
+    objective: str = _flag("infonce", "objective of FusedAlphaCLLoss", OBJECTIVES)
     option: dict = dataclasses.field(
         default_factory=dict, metadata={"help": "option of the objective; repeatable"}
     )
     temperature: float = _flag(0.5, "temperature of the loss")
     learn_temperature: bool = _flag(False, "learn the temperature, starting at --temperature")
-    negatives: str = _flag("two_view", "negatives of the loss")
-    backend: str = _flag("auto", "backend of the loss")
+    negatives: str = _flag("two_view", "negatives of the loss", NEGATIVES)
+    backend: str = _flag("auto", "backend of the loss", BACKENDS)
     epochs: int = _flag(500, "passes over the training images", least=1)
     batch_size: int = _flag(
         128, "images per step over all processes; each gives two views", least=2, count=True

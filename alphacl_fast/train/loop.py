@@ -21,8 +21,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from alphacl_fast import FusedAlphaCLLoss, batch_metrics, objectives
-from alphacl_fast.suggestions import did_you_mean
+from alphacl_fast import FusedAlphaCLLoss, batch_metrics
 
 from . import checkpoint, device_augmentation, gradient, report, storage
 from .augment import augmentation
@@ -597,10 +596,10 @@ def _build_loss(config: Config, device: torch.device, context: ProcessContext) -
 def _loss_problem(config: Config, text: str) -> str:
     """Name the flag that an error of the loss is about."""
     name = text.split()[0]
-    if name == "objective":
-        return f"{flag(name)}: {text}{did_you_mean(config.objective, objectives.names())}"
+    if name == "temperature" and "require grad" in text:
+        return f"--learn-temperature: {text}"
     if name in ("temperature", "negatives", "backend"):
-        return f"{flag(name)}: {text}"
+        return flag(name) + text.removeprefix(name)
     if name == "options" or name in config.option:
         return f"--option: {text}"
     used = {name: getattr(config, name) for name in ("objective", "temperature", "backend")}
