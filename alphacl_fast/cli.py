@@ -15,12 +15,10 @@ import importlib.util
 import math
 import os
 import platform
-import runpy
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from alphacl_cli import fail, importing, main
@@ -74,9 +72,11 @@ def _parser(command: str, description: str, flags: dict[str, tuple] | None = Non
 @contextmanager
 def _train_package() -> Iterator[Any]:
     """Yields `alphacl_fast.train`; its RunError inside ends the process with exit code 2."""
+    from alphacl_fast import train
+
     try:
         with importing():
-            from alphacl_fast import train
+            _ = train.train, train.evaluate, train.inspect
     except (ImportError, RuntimeError) as error:
         # torchvision built for another torch raises RuntimeError
         fail(" ".join(str(error).split()))
@@ -86,11 +86,6 @@ def _train_package() -> Iterator[Any]:
         if error.shown:
             raise SystemExit(2) from None
         fail(str(error))
-
-
-def _described(module: str) -> SimpleNamespace:
-    """The names of a module of `alphacl_fast.train`, whose package would import torch first."""
-    return SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "train" / f"{module}.py")))
 
 
 def _train(arguments: list[str]) -> int:
@@ -153,7 +148,8 @@ def _train(arguments: list[str]) -> int:
 
 def _add_config(parser: Parser, without: tuple[str, ...] = ()) -> None:
     """A flag for every field of the config."""
-    settings = _described("config")
+    from alphacl_fast.train import config as settings
+
     for field in dataclasses.fields(settings.Config):
         if field.name in without:
             continue
@@ -169,7 +165,7 @@ def _add_config(parser: Parser, without: tuple[str, ...] = ()) -> None:
         parser.add_argument(name, help=text.replace("%", "%%"), **options)
 
 
-def _default(field: dataclasses.Field, settings: SimpleNamespace) -> str:
+def _default(field: dataclasses.Field, settings: Any) -> str:
     """The default of a setting in words, for every data set or encoder that it depends on."""
     if field.name in settings.DERIVED:
         return settings.DERIVED[field.name]
@@ -387,7 +383,8 @@ def _tune(arguments: list[str]) -> int:
 
 def _reproduce(arguments: list[str]) -> int:
     again = f"go on with: alphacl reproduce {shlex.join(arguments)}"
-    rows = _described("rows")
+    from alphacl_fast.train import rows
+
     others = ", ".join(row for row in rows.ROWS if row not in rows.DEFAULT_ROWS)
     parser = _parser(
         "reproduce",

@@ -3,7 +3,6 @@ errors.
 """
 
 import dataclasses
-import importlib
 import json
 import math
 import os
@@ -25,6 +24,7 @@ from alphacl_fast.train import (
     checkpoint,
     data,
     evaluate,
+    evaluation,
     loop,
     models,
     report,
@@ -32,7 +32,7 @@ from alphacl_fast.train import (
     train,
 )
 from alphacl_fast.train import config as config_module
-from alphacl_fast.train.evaluate import (
+from alphacl_fast.train.evaluation import (
     Split,
     converged_probe,
     few_label_draws,
@@ -41,9 +41,6 @@ from alphacl_fast.train.evaluate import (
     standardise,
 )
 from alphacl_fast.train.process_context import ProcessContext
-
-# the package has a function of this name
-evaluation = importlib.import_module("alphacl_fast.train.evaluate")
 
 # one worker makes what its tests share
 pytestmark = [
@@ -922,9 +919,13 @@ def test_one_process_at_a_time_uses_a_run(finished, tmp_path):
     with storage.locked(run):
         with pytest.raises(RunError, match=held):
             train(config, run, resume=True)
-        child = os.fork()  # such as a loader worker; it must not keep the lock of its parent
+        ready, started = os.pipe()
+        child = os.fork()  # such as a loader worker, which may outlive a parent that is killed
         if not child:
+            os.write(started, b"1")
             signal.pause()
+        os.read(ready, 1)
+        storage._leave_locks()  # what a kill does
     try:
         with storage.locked(run):
             pass

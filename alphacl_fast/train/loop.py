@@ -28,7 +28,7 @@ from .augment import augmentation
 from .config import Config, Diverged, RunError, flag
 from .data import Data, load, mix, training_batches
 from .device import pick_device, settings
-from .evaluate import figures, picture
+from .evaluation import figures, picture
 from .models import Net, build
 from .process_context import ProcessContext, joined, peers
 
@@ -600,7 +600,7 @@ def _loss_problem(config: Config, text: str) -> str:
         return f"--learn-temperature: {text}"
     if name in ("temperature", "negatives", "backend"):
         return flag(name) + text.removeprefix(name)
-    if name == "options" or name in config.option:
+    if name == "options" or {*text.replace("=", " ").split()} & {*config.option}:
         return f"--option: {text}"
     used = {name: getattr(config, name) for name in ("objective", "temperature", "backend")}
     flags = " ".join(f"{flag(name)} {value}" for name, value in used.items())

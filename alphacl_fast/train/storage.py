@@ -83,6 +83,8 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         if descriptor in _held:
             _held.remove(descriptor)
+            if fcntl is not None:  # a process forked this instant may not have closed its copy yet
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
 
