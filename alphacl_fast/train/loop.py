@@ -127,9 +127,9 @@ class _Start:
             run = _Run(data, out, context)
             if state:
                 context.on_rank_0(lambda: self.check_images(state, data, accept_data_change))
-            context.on_rank_0(lambda: self.begin(data, state, resume))
-            run.restore(state)
             with stop_signals(context.launched) as caught:
+                context.on_rank_0(lambda: self.begin(data, state, resume))
+                run.restore(state)
                 stopped_by = run.epochs(caught)
             if stopped_by is None and context.leads:
                 self.draw(run)

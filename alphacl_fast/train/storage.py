@@ -160,18 +160,26 @@ def write(path: Path, data: bytes, keep: int = 1) -> None:
     Raises:
         OSError: the file cannot be written; it is as it was before.
     """
-    temporary = _temporary(path)
+    temporary, before = _temporary(path), _temporary(path)
     try:
         with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        _shift_versions(path, keep)
+        if keep > 1 and path.exists():
+            _rename_or_link(path, before, keep)
         os.replace(temporary, path)
+        if before.exists():
+            # Only now, so that at every moment two versions are on the disk.
+            _make_room(path, keep)
+            os.replace(before, version(path, 1))
+        for old in versions(path)[keep:]:
+            old.unlink(missing_ok=True)
         sync_folder(path.parent)
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        for leftover in (temporary, before):
+            with contextlib.suppress(OSError):
+                leftover.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: dict, keep: int = 1) -> None:
@@ -220,21 +228,20 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
-def _shift_versions(path: Path, keep: int) -> None:
-    """Rename each version to the next older name; ``path`` itself stays until it is replaced."""
+def _rename_or_link(path: Path, before: Path, keep: int) -> None:
+    """Give ``path`` the second name ``before``, or its final older name without hard links."""
+    try:
+        os.link(path, before)
+    except OSError:
+        _make_room(path, keep)
+        os.replace(path, version(path, 1))
+
+
+def _make_room(path: Path, keep: int) -> None:
+    """Rename each older version of ``path`` to the next older name."""
     for age in range(keep - 1, 1, -1):
         if version(path, age - 1).exists():
             os.replace(version(path, age - 1), version(path, age))
-    if keep > 1 and path.exists():
-        second = _temporary(path)
-        try:
-            os.link(path, second)
-        except OSError:  # a file system without hard links
-            second = path
-        os.replace(second, version(path, 1))
-    for old in versions(path):
-        if old != path and int(old.stem.removeprefix(f"{path.stem}-")) >= keep:
-            old.unlink(missing_ok=True)
 
 
 # Digests
