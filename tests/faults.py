@@ -134,7 +134,9 @@ def in_process(out: Path, stage: int, kind: str) -> tuple[int, dict, int]:
         The process's wait status; its "error", "output" and number of "stages", as far as it came
         to say so; and the bytes of metrics.jsonl that survive a loss of power.
     """
-    synced = mmap.mmap(-1, 8)
+    log, synced = out / checkpoint.METRICS, mmap.mmap(-1, 8)
+    # A checkpoint knows these lines, or they do not matter.
+    synced[:8] = struct.pack("q", log.stat().st_size if log.exists() else 0)
     reader, writer = os.pipe()
     child = os.fork()
     if not child:

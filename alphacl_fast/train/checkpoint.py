@@ -259,21 +259,33 @@ class Metrics:
             Whether the file was whole. Otherwise its good lines are kept, a "damaged" line marks
             the loss, and a new checkpoint should be written.
         """
-        length = state["metrics"] if state else 0
-        with storage.writing(self.path):
-            found = self.path.read_bytes() if self.path.exists() else b""
-            self.hash = hashlib.sha256(found[:length])
-            digest = (state or {}).get("metrics_sha256", self.hash.hexdigest())
-            if len(found) >= length and digest == self.hash.hexdigest():
-                if self.path.exists():
-                    os.truncate(self.path, length)
-                self.length = length
-                return True
-        self._repair(found, state)
+        if self.is_whole(state):
+            if self.path.exists():
+                with storage.writing(self.path):
+                    os.truncate(self.path, self.length)
+            return True
+        self._repair(state)
         return False
 
-    def _repair(self, found: bytes, state: dict) -> None:
-        """Keep the lines of ``found`` that can be read and are older than the checkpoint."""
+    def is_whole(self, state: dict | None) -> bool:
+        """Whether the file begins with the lines that ``state`` knows; takes over their length."""
+        self.length = state["metrics"] if state else 0
+        known = self._read()[: self.length]
+        self.hash = hashlib.sha256(known)
+        digest = (state or {}).get("metrics_sha256", self.hash.hexdigest())
+        return len(known) == self.length and digest == self.hash.hexdigest()
+
+    def _read(self) -> bytes:
+        try:
+            return self.path.read_bytes()
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            raise RunError(f"cannot read {self.path}: {error.strerror or error}") from error
+
+    def _repair(self, state: dict) -> None:
+        """Keep the lines that can be read and are older than the checkpoint."""
+        found = self._read()
         good = [row for row in _rows(found) if row.get("step", 0) <= state["step"]]
         good = [row for row in good if row["kind"] != "epoch" or row["epoch"] <= state["epoch"]]
         storage.warn(

@@ -60,8 +60,9 @@ def in_parts(
         loss: (z1, z2) of the whole batch → (); its own parameters receive their gradient too.
         parts: micro-batches (x1, x2) of any sizes.
         device: device whose random generator ``embed`` draws from, besides the CPU's.
-        look: called with 1, 2, … before the second, third, … micro-batch of either pass. It may
-            raise to abandon the step; :func:`undone` then takes back what the step has done.
+        look: called with the number of each micro-batch, from 0, before it is embedded, except
+            before the very first. It may raise to abandon the step; :func:`undone` then takes back
+            what the step has done.
 
     Returns:
         The detached loss, and host seconds in the loss, its backward included.
@@ -80,8 +81,7 @@ def in_parts(
     value, in_loss = _backward(loss, z1, z2)
     gradients = (z.grad.split(sizes) for z in (z1, z2))
     for number, (part, state, dz1, dz2) in enumerate(zip(parts, states, *gradients, strict=True)):
-        if number:
-            look(number)
+        look(number)
         _set_rng_state(state, device)
         torch.autograd.backward(embed(part), (dz1, dz2))
     _set_rng_state(after, device)

@@ -111,8 +111,8 @@ class _Start:
     def train(self, resume: bool, accept_data_change: bool) -> Outcome:
         config, out, context = self.config, self.out, self.context
         config.check()
-        state, drawn = context.on_rank_0(self.saved if resume else self.nothing)
-        if state and state["epoch"] == config.epochs and drawn:
+        state, complete = context.on_rank_0(self.saved if resume else self.nothing)
+        if state and state["epoch"] == config.epochs and complete:
             return Outcome(out, config.epochs, already=True, leads=context.leads)
         if config.batch_size < context.size:
             raise RunError(
@@ -131,8 +131,8 @@ class _Start:
                 context.on_rank_0(lambda: self.begin(data, state, resume))
                 run.restore(state)
                 stopped_by = run.epochs(caught)
-            if stopped_by is None and context.leads:
-                self.draw(run)
+                if stopped_by is None and context.leads:
+                    self.draw(run)
         late = None if stopped_by else next(iter(caught), None)
         return Outcome(out, run.epoch, signal=stopped_by, leads=context.leads, late=late)
 
@@ -146,7 +146,7 @@ class _Start:
         """Lock the run folder and read its checkpoint (None before the first one).
 
         Returns:
-            The state, and whether the run's last plot has been drawn.
+            The state, and whether everything is there that a finished run leaves.
         """
         out, config = self.out, self.config
         checkpoint.saved_config(out)  # names a folder that holds no run, before it gets a lock
@@ -166,8 +166,8 @@ class _Start:
             )
         if state:
             checkpoint.promote(out, state["file"])
-        extended = trained.epochs != config.epochs
-        return state, (out / "embedding.png").exists() and not extended
+        complete = state and trained.epochs == config.epochs and (out / PLOTS[1]).exists()
+        return state, bool(complete) and checkpoint.Metrics(out).is_whole(state)
 
     def check_images(self, state: dict, data: Data, accept: bool) -> None:
         """Compare the training images with those of the checkpoint; they may differ by request."""
@@ -308,7 +308,8 @@ class _Run:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.metrics = checkpoint.Metrics(out)
         self.caught: list[int] = []
-        # Micro-batches of a step that every rank has; ranks with one more do not look before it.
+        # Micro-batches of a step that every rank has. To look for a signal takes all ranks, so a
+        # rank with one more does not look before it, and no rank looks if one has a single one.
         smallest = config.batch_size // context.size
         self.looks = -(-smallest // config.micro_batch) if config.micro_batch else 1
 
@@ -449,7 +450,7 @@ class _Run:
 
     def look(self, number: int) -> None:
         """Raise Stopped before micro-batch ``number`` (from 0) if a signal should end the run."""
-        if number < self.looks and self.stop():
+        if number < self.looks > 1 and self.stop():
             raise Stopped
 
     def log(self, **row) -> None:
