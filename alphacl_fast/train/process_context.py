@@ -135,6 +135,13 @@ def joined() -> Iterator[ProcessContext]:
         dist.destroy_process_group()
 
 
+def processes() -> int:
+    """Return the number of processes of this job; raises RunError as :func:`joined`."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return _rank_and_size()[1]
+
+
 def _rank_and_size() -> tuple[int, int]:
     """Read this process's rank and the number of processes from torchrun's variables."""
     given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}

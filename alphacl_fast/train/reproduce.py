@@ -5,7 +5,6 @@ runs of a table share every setting except objective, its options and seed.
 """
 
 import dataclasses
-import os
 import re
 import statistics
 import time
@@ -21,6 +20,7 @@ from . import checkpoint, storage
 from .config import Config, Diverged, RunError, flag
 from .device import pick_device
 from .loop import Outcome, due, rehearse, stop_signals, train, try_out
+from .process_context import processes
 from .rows import DEFAULT_ROWS, OF_A_ROW, ROWS
 
 TABLE, TEXT = "table.json", "table.md"
@@ -324,7 +324,7 @@ def _check(rows, seeds, budget, given) -> None:
             raise RunError(f"{flag(name)} is not a setting of a table: its rows and seeds say it")
     if given.get("probe_every") == 0:
         raise RunError("--probe-every must be at least 1 in a table, got 0")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes() > 1:
         raise RunError("alphacl reproduce runs in one process, not under torchrun")
 
 

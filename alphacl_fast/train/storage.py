@@ -183,9 +183,13 @@ def write(path: Path, data: bytes, keep: int = 1) -> None:
 
 
 def write_json(path: Path, values: dict, keep: int = 1) -> None:
-    """Replace a file by a dict and its digest as JSON, durably; raises as :func:`write`."""
-    text = json.dumps({**values, DIGEST: _digest(values)}, indent=2) + "\n"
-    write(path, text.encode(), keep)
+    """Replace a file by a dict and its digest as JSON, durably, unless it holds just that.
+
+    Raises as :func:`write`.
+    """
+    data = (json.dumps({**values, DIGEST: _digest(values)}, indent=2) + "\n").encode()
+    if not path.exists() or path.read_bytes() != data:
+        write(path, data, keep)
 
 
 def write_figure(path: Path, figure, **options) -> None:
