@@ -82,7 +82,7 @@ def test_command(capsys):
             [
                 "plan",
                 "--batch",
-                "4M",
+                "4000000",
                 "--dim",
                 "512",
                 "--gpus",
@@ -103,6 +103,7 @@ def test_command(capsys):
     assert re.search(r"^gather +38\.02 GB +2,048\.0 TFLOP ", printed, re.M)
     assert 'faster and within the memory: ring; strategy="auto" takes ring' in printed
     assert main(["plan", "--batch", "4K", "--dim", "64", "--gpus", "2", "--dtype", "float32"]) == 0
+    assert "4,096 pairs of 64 features" in capsys.readouterr().out
     assert "measured here" in capsys.readouterr().out
     for arguments, message in (
         (["--batch", "many"], "such as 65536, 64K or 4M, got 'many'"),

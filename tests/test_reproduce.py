@@ -12,8 +12,9 @@ import torch
 
 from alphacl_fast import FusedAlphaCLLoss
 from alphacl_fast.cli import main
-from alphacl_fast.train import Config, RunError, checkpoint, evaluate, loop, reproduce, storage
+from alphacl_fast.train import Config, RunError, checkpoint, evaluate, loop, process_context, reproduce, storage
 from alphacl_fast.train.reproduce import PUBLISHED, ROWS
+from alphacl_fast.train.rows import Row
 
 # One worker makes what its tests share.
 pytestmark = [pytest.mark.xdist_group("reproduce"), pytest.mark.usefixtures("one_thread")]
@@ -430,7 +431,7 @@ def test_a_row_that_diverges_is_recorded_and_the_others_go_on(tmp_path, monkeypa
 
 
 def test_an_unusable_row_is_found_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setitem(ROWS, "broken", reproduce.Row("alpha_direct", {"exponent": -1}))
+    monkeypatch.setitem(ROWS, "broken", Row("alpha_direct", {"exponent": -1}))
     with pytest.raises(RunError, match="the loss cannot be used: alpha_direct: exponent must be"):
         reproduce.table(tmp_path / "table", rows=("infonce", "broken"), seeds=1, **TINY)
     assert not [*tmp_path.iterdir()]
@@ -616,7 +617,8 @@ def test_settings_of_a_row_and_several_processes_are_refused(tmp_path, monkeypat
         RunError, match="--option is not a setting of a table: its rows and seeds say it"
     ):
         reproduce.table(tmp_path / "table", option={"exponent": 2}, **TINY)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in zip(process_context.VARIABLES, ("0", "2", "here", "1"), strict=True):
+        monkeypatch.setenv(name, value)
     with pytest.raises(RunError, match="alphacl reproduce runs in one process, not under torchrun"):
         reproduce.table(tmp_path / "table", **TINY)
 
