@@ -12,7 +12,16 @@ import torch
 
 from alphacl_fast import FusedAlphaCLLoss
 from alphacl_fast.cli import main
-from alphacl_fast.train import Config, RunError, checkpoint, evaluate, loop, process_context, reproduce, storage
+from alphacl_fast.train import (
+    Config,
+    RunError,
+    checkpoint,
+    evaluate,
+    loop,
+    process_context,
+    reproduce,
+    storage,
+)
 from alphacl_fast.train.reproduce import PUBLISHED, ROWS
 from alphacl_fast.train.rows import Row
 
@@ -297,7 +306,7 @@ def test_killed_between_a_run_and_its_record(finished, tmp_path):
     out = tmp_path / "table"
     shutil.copytree(finished, out)
     saved = state(out)
-    del saved["runs"][NAMES[3]], saved["sha256"]
+    del saved["runs"][NAMES[3]], saved["digest"]
     (out / "table.json").write_text(json.dumps(saved))
     before = contents(out / NAMES[3])
     assert reproduce.table(out, **ROWS_SEEDS, **TINY).done == 4
@@ -432,7 +441,7 @@ def test_a_row_that_diverges_is_recorded_and_the_others_go_on(tmp_path, monkeypa
 
 def test_an_unusable_row_is_found_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(ROWS, "broken", Row("alpha_direct", {"exponent": -1}))
-    with pytest.raises(RunError, match="the loss cannot be used: alpha_direct: exponent must be"):
+    with pytest.raises(RunError, match="--option: alpha_direct: exponent must be"):
         reproduce.table(tmp_path / "table", rows=("infonce", "broken"), seeds=1, **TINY)
     assert not [*tmp_path.iterdir()]
 

@@ -151,7 +151,7 @@ def test_a_run_saved_before_a_field_existed_goes_on(finished, tmp_path):
     saved = json.loads((run / "config.json").read_text())
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     del saved["config"]["probe_every"], state["config"]["probe_every"]
-    del saved["sha256"]
+    del saved["digest"]
     (run / "config.json").write_text(json.dumps(saved))
     torch.save(state, run / "checkpoint.pt")
     assert train(config, run, resume=True).already
@@ -844,10 +844,10 @@ def test_a_failed_write_leaves_the_checkpoint(finished, tmp_path, monkeypatch):
 def test_a_full_disk_is_one_line_wherever_it_is_met(tmp_path, monkeypatch, write):
     real = storage.write
 
-    def write_or_fail(path, *arguments):
+    def write_or_fail(path, *arguments, **options):
         if path.name == write:
             full()
-        real(path, *arguments)
+        real(path, *arguments, **options)
 
     monkeypatch.setattr(storage, "write", write_or_fail)
     if write == "metrics.jsonl":
@@ -967,7 +967,7 @@ def test_metrics_are_cut_to_the_checkpoint(tmp_path):
     metrics = checkpoint.Metrics(tmp_path)
     metrics.write(kind="step", step=1)
     state = {"step": 1, "epoch": 0, "metrics": metrics.length}
-    state["metrics_sha256"] = metrics.hash.hexdigest()
+    state["metrics_digest"] = metrics.hash.hexdigest()
     metrics.write(kind="step", step=2)
     assert metrics.resume(state)
     metrics.write(kind="step", step=3)

@@ -1,7 +1,6 @@
 """A run's files: config.json, checkpoint.pt and those before it, metrics.jsonl (appended)."""
 
 import dataclasses
-import hashlib
 import io
 import json
 import os
@@ -43,8 +42,8 @@ def begin(out: Path, config: Config, device: torch.device) -> None:
 
 
 def digest_of(names: list[str] | None) -> str | None:
-    """Return the SHA-256 of a list of images."""
-    return None if names is None else hashlib.sha256("\n".join(names).encode(**_NAMES)).hexdigest()
+    """Return the digest of a list of images."""
+    return None if names is None else storage.hasher("\n".join(names).encode(**_NAMES)).hexdigest()
 
 
 def record_images(out: Path, names: list[str] | None) -> None:
@@ -64,11 +63,11 @@ def changed_images(out: Path, state: dict, count: int, names: list[str] | None) 
         names: their names, if the data set has any.
     """
     before, digest = state["images"], digest_of(names)
-    if before == count and state.get("images_sha256", digest) == digest:
+    if before == count and state.get("images_digest", digest) == digest:
         return None
     text = f"{out} was started with {before} training images, the data set has {count}"
     recorded = _recorded_images(out)
-    if names is None or recorded is None or digest_of(recorded) != state.get("images_sha256"):
+    if names is None or recorded is None or digest_of(recorded) != state.get("images_digest"):
         return text
     for what, found in (
         ("missing", {*recorded} - {*names}),
@@ -119,7 +118,7 @@ def save(out: Path, state: dict, keep: int = 1) -> None:
     path, archive = out / CHECKPOINT, io.BytesIO()
     torch.save({**state, "rng": _rng_state()}, archive)
     try:
-        storage.write(path, storage.seal(archive.getvalue()), keep)
+        storage.write(path, *storage.sealed(archive.getbuffer()), keep=keep)
     except OSError as error:
         before = "the checkpoint before it stands" if path.exists() else "there is no earlier one"
         raise RunError(f"cannot write {path}: {error.strerror or error}; {before}") from error
@@ -244,13 +243,13 @@ class Metrics:
 
     Attributes:
         length: bytes of the file.
-        hash: SHA-256 of the file; a checkpoint stores both.
+        hash: digest of the file so far; a checkpoint stores both.
 
     The methods raise RunError if the file cannot be written.
     """
 
     def __init__(self, out: Path):
-        self.path, self.length, self.hash = out / METRICS, 0, hashlib.sha256()
+        self.path, self.length, self.hash = out / METRICS, 0, storage.hasher()
 
     def resume(self, state: dict | None) -> bool:
         """Bring the file back to the checkpoint ``state`` of a killed run (None: to its start).
@@ -271,8 +270,8 @@ class Metrics:
         """Whether the file begins with the lines that ``state`` knows; takes over their length."""
         self.length = state["metrics"] if state else 0
         known = self._read()[: self.length]
-        self.hash = hashlib.sha256(known)
-        digest = (state or {}).get("metrics_sha256", self.hash.hexdigest())
+        self.hash = storage.hasher(known)
+        digest = (state or {}).get("metrics_digest", self.hash.hexdigest())
         return len(known) == self.length and digest == self.hash.hexdigest()
 
     def _read(self) -> bytes:
@@ -297,7 +296,7 @@ class Metrics:
         data = b"".join(json.dumps(row).encode() + b"\n" for row in good)
         with storage.writing(self.path):
             storage.write(self.path, data)
-        self.length, self.hash = len(data), hashlib.sha256(data)
+        self.length, self.hash = len(data), storage.hasher(data)
 
     def write(self, **row) -> None:
         """Append one line."""

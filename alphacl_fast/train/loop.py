@@ -333,7 +333,7 @@ class _Run:
         self.seed_rank()
         ours = self.checkpoint()
         if not whole or any(
-            state.get(key, ours[key]) != ours[key] for key in ("config", "images", "images_sha256")
+            state.get(key, ours[key]) != ours[key] for key in ("config", "images", "images_digest")
         ):
             self.save()  # of the repaired log, the longer run or the other images
 
@@ -367,9 +367,9 @@ class _Run:
             "step": self.step,
             "loss_sum": self.loss_sum,
             "images": len(self.data.views),
-            "images_sha256": checkpoint.digest_of(self.data.names),
+            "images_digest": checkpoint.digest_of(self.data.names),
             "metrics": self.metrics.length,
-            "metrics_sha256": self.metrics.hash.hexdigest(),
+            "metrics_digest": self.metrics.hash.hexdigest(),
         }
 
     def check_finite(self) -> float:

@@ -2,7 +2,7 @@
 
 A file is written under a temporary name, synced, and renamed, and the folder is synced: after a
 kill or a power cut at any moment it holds either its old or its new contents. Every reader can tell
-a damaged file from a good one by a SHA-256 digest inside the file.
+a damaged file from a good one by a digest (BLAKE2b) inside the file.
 """
 
 import contextlib
@@ -28,9 +28,9 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK = ".lock"
-DIGEST = "sha256"
+DIGEST = "digest"
 # A torch checkpoint is a zip archive. Its digest is the archive's comment, which zip readers skip.
-_MARK, _END = b"sha256 ", b"PK\x05\x06"
+_MARK, _END = b"blake2b ", b"PK\x05\x06"
 _COMMENT, _END_BYTES = len(_MARK) + 64, 22
 #: Descriptors of the locks that this process holds.
 _held: set[int] = set()
@@ -149,12 +149,12 @@ def check_writable(folder: Path) -> None:
 # Durable writes
 
 
-def write(path: Path, data: bytes, keep: int = 1) -> None:
+def write(path: Path, *data: bytes | memoryview, keep: int = 1) -> None:
     """Replace a file by ``data`` durably.
 
     Args:
         path: the file.
-        data: its new contents.
+        *data: the parts of its new contents.
         keep: versions of the file to keep, the new one included; see :func:`version`.
 
     Raises:
@@ -163,7 +163,8 @@ def write(path: Path, data: bytes, keep: int = 1) -> None:
     temporary, before = _temporary(path), _temporary(path)
     try:
         with open(temporary, "xb") as file:
-            file.write(data)
+            for part in data:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         if keep > 1 and path.exists():
@@ -189,7 +190,7 @@ def write_json(path: Path, values: dict, keep: int = 1) -> None:
     """
     data = (json.dumps({**values, DIGEST: _digest(values)}, indent=2) + "\n").encode()
     if not path.exists() or path.read_bytes() != data:
-        write(path, data, keep)
+        write(path, data, keep=keep)
 
 
 def write_figure(path: Path, figure, **options) -> None:
@@ -250,9 +251,12 @@ def _make_room(path: Path, keep: int) -> None:
 
 # Digests
 
+#: Twice as fast as SHA-256 where the processor has no instructions for that.
+hasher = functools.partial(hashlib.blake2b, digest_size=32)
+
 
 def _digest(values: dict) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return hasher(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(path: Path) -> dict:
@@ -283,14 +287,16 @@ def _has_digest(values: dict) -> bool:
     return any(isinstance(value, str) and len(value) == 64 for value in values.values())
 
 
-def seal(archive: bytes) -> bytes:
-    """Add a digest to a zip archive, as its comment."""
-    body = archive[:-2] + struct.pack("<H", _COMMENT)
-    return body + _MARK + hashlib.sha256(body).hexdigest().encode()
+def sealed(archive: bytes | memoryview) -> tuple[bytes | memoryview, ...]:
+    """Add a digest to a zip archive, as its comment; the parts of the new file."""
+    body, length = archive[:-2], struct.pack("<H", _COMMENT)
+    digest = hasher(body)
+    digest.update(length)
+    return body, length, _MARK, digest.hexdigest().encode()
 
 
 def read_sealed(path: Path) -> bytes:
-    """Read an archive that :func:`seal` made, or one without a digest of an older version.
+    """Read an archive that :func:`sealed` made, or one without a digest of an older version.
 
     Raises:
         Damaged: the file is missing or damaged.
@@ -299,7 +305,7 @@ def read_sealed(path: Path) -> bytes:
     data = _read(path)
     body, comment = data[:-_COMMENT], data[-_COMMENT:]
     if body[-_END_BYTES:].startswith(_END) and comment.startswith(_MARK):
-        good = comment == _MARK + hashlib.sha256(body).hexdigest().encode()
+        good = comment == _MARK + hasher(body).hexdigest().encode()
     else:
         good = data[-_END_BYTES:].startswith(_END) and data.endswith(b"\0\0") and _holds(data)
     if not good:
