@@ -1,4 +1,4 @@
-# make demo | test | test-all | bench | lint | headers | sanitize | soak | fuzz | docs      Everything lives in .venv beside this file; PYTHON chooses the base.
+# make demo | test | test-all | bench | lint | headers | sanitize | soak | fuzz | faults | docs      Everything lives in .venv beside this file; PYTHON chooses the base.
 # make wheel      Builds one wheel of both compiled backends in dist/, and tries it with two versions of PyTorch.
 # make ptx      Interprets the PTX of every GPU kernel on a CPU, against float64.
 # make mutants | same-bits OLD=checkout | same-speed OLD=checkout      Plants faults; compares with another, compiled checkout.
@@ -9,7 +9,7 @@ STAMP := .venv/.installed
 OUT ?= benchmarks/results/gpu
 CALL ?= 1 2
 
-.PHONY: demo test test-all bench gpu lint headers sanitize soak fuzz mutants ptx same-bits same-speed wheel docs clean
+.PHONY: demo test test-all bench gpu lint headers sanitize soak fuzz faults mutants ptx same-bits same-speed wheel docs clean
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard tools/build_*.py csrc/*/*.*)
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: Python 3.10 or newer is needed (set PYTHON=...)"; exit 1; }
@@ -58,6 +58,9 @@ soak: $(STAMP)
 
 fuzz: $(STAMP)
 	ALPHACL_FUZZ_EXAMPLES=2000 "$(BIN)" -m pytest -n auto tests/test_fuzz.py
+
+faults: $(STAMP)
+	"$(BIN)" tests/faults.py --faults 200
 
 mutants: $(STAMP)
 	"$(BIN)" tests/mutants/run.py

@@ -1,16 +1,14 @@
 """The entry point of ``alphacl``: it finds the command that `alphacl_fast.cli` then runs.
 
-It is a module of its own because importing `alphacl_fast` imports torch, which takes seconds: help,
-a version or a misspelt command should not cost that much.
+It imports little, because Ctrl-C is handled from its first line of work on, and because help, a
+version or a misspelt flag should not wait for torch, whose import takes seconds.
 """
 
-import argparse
-import difflib
-import importlib.util
 import os
-import runpy
+import signal
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 COMMANDS = {
@@ -25,13 +23,7 @@ COMMANDS = {
     "plan": "predict the cost of a loss over many devices",
     "info": "show versions, backends and devices",
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports an error in one line on stderr."""
-
-    def error(self, message: str) -> NoReturn:
-        fail(message)
+INTERRUPTED = 128 + signal.SIGINT
 
 
 def fail(message: str) -> NoReturn:
@@ -41,28 +33,83 @@ def fail(message: str) -> NoReturn:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run ``alphacl`` with ``arguments`` (default: the process's own).
+    """Run ``alphacl`` with ``arguments``; without any, as the program of this process.
 
     Returns the exit code: 0 for success; 1 if a check of a theorem or a backend fails; 2 after an
-    error, which is one line on stderr; 130 or 143 after SIGINT or SIGTERM; 141 after a broken pipe
-    (`… | head`).
+    error, which is one line on stderr; 128 + N after the signal N (SIGINT is 2, SIGTERM 15); 141
+    after a broken pipe (`… | head`).
     """
-    command, rest = _parse(arguments)
+    if arguments is None:
+        return program(sys.argv[1:])
     try:
+        command, rest = _parse(arguments)
         from alphacl_fast import cli
 
         return cli.COMMANDS[command](rest)
     except KeyboardInterrupt:
         print("alphacl: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # the reader, such as head, has stopped reading
         # Python flushes what is left in the buffer when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 
-def _parse(arguments: list[str] | None) -> tuple[str, list[str]]:
+def program(arguments: list[str]) -> int:
+    """Run ``alphacl`` as the program of this process, where Ctrl-C never prints a traceback."""
+    # A shell starts background jobs with SIGINT ignored; they stay so.
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+    sys.unraisablehook = _unraisable
+    try:
+        return main(arguments)
+    finally:
+        if signal.getsignal(signal.SIGINT) in (_interrupt, _quit):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # while the interpreter shuts down
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Let Ctrl-C end the process at once inside, as it may while large packages are imported.
+
+    A KeyboardInterrupt there would be lost or reported by the code that happens to catch it.
+    """
+    if signal.getsignal(signal.SIGINT) != _interrupt:  # not the program of this process
+        yield
+        return
+    signal.signal(signal.SIGINT, _quit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(number, frame) -> NoReturn:
+    """Raise KeyboardInterrupt; another Ctrl-C while the command cleans up ends the process."""
+    signal.signal(signal.SIGINT, _quit)
+    raise KeyboardInterrupt
+
+
+def _quit(number, frame) -> NoReturn:
+    os.write(2, b"alphacl: interrupted\n")
+    os._exit(INTERRUPTED)
+
+
+def _unraisable(problem) -> None:
+    """End the process after a Ctrl-C that Python cannot report, such as one in a destructor."""
+    if issubclass(problem.exc_type, KeyboardInterrupt):
+        _quit(signal.SIGINT, None)
+    sys.__unraisablehook__(problem)
+
+
+def _parse(arguments: list[str]) -> tuple[str, list[str]]:
     """The command and its arguments."""
+    import argparse
+
+    from alphacl_fast import __version__
+    from alphacl_fast.cli import Parser
+    from alphacl_fast.suggestions import did_you_mean
+
     parser = Parser(
         prog="alphacl",
         usage="alphacl COMMAND [ARGUMENTS]",
@@ -71,7 +118,7 @@ def _parse(arguments: list[str] | None) -> tuple[str, list[str]]:
         + "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"alphacl {_version()}")
+    parser.add_argument("--version", action="version", version=f"alphacl {__version__}")
     parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
@@ -79,16 +126,11 @@ def _parse(arguments: list[str] | None) -> tuple[str, list[str]]:
         parser.print_help(sys.stderr)
         raise SystemExit(2)
     if given.command not in COMMANDS:
-        near = difflib.get_close_matches(given.command, COMMANDS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        fail(f"command must be one of {', '.join(COMMANDS)}, got {given.command!r}{hint}")
+        fail(
+            f"command must be one of {', '.join(COMMANDS)}, got {given.command!r}"
+            f"{did_you_mean(given.command, COMMANDS)}"
+        )
     return given.command, given.arguments
-
-
-def _version() -> str:
-    """`alphacl_fast.__version__`, read without importing the package."""
-    (folder,) = importlib.util.find_spec("alphacl_fast").submodule_search_locations
-    return runpy.run_path(str(Path(folder, "_version.py")))["__version__"]
 
 
 if __name__ == "__main__":

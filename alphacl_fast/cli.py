@@ -1,16 +1,33 @@
 """The commands of ``alphacl``, one function each; `alphacl_cli` is the entry point."""
 
+import sys
+
+if __name__ == "__main__":  # before the imports below, in which Ctrl-C would print a traceback
+    from alphacl_cli import main
+
+    sys.exit(main())
+
 import argparse
 import ast
 import dataclasses
+import errno
+import importlib.util
+import math
 import os
 import platform
 import shlex
-import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
-from alphacl_cli import Parser, fail, main
+from alphacl_cli import fail, importing, main
+from alphacl_fast.suggestions import did_you_mean
+
+__all__ = ["COMMANDS", "Parser", "main"]
+
+#: The claims of ``alphacl theory``, which `alphacl_fast.checks` checks.
+CLAIMS = ("pca", "rank", "relu", "gradient")
 
 #: Settings of the run that a command may override.
 _OVERRIDES = {
@@ -18,6 +35,28 @@ _OVERRIDES = {
     "--device": (str, "auto, cpu, cuda or cuda:N (default: the run's)"),
     "--workers": (int, "loader processes (default: the run's)"),
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports an error in one line on stderr, with the nearest name for a misspelt one."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(message)
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        given, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            near = did_you_mean(flag, self._option_string_actions) if flag[:1] == "-" else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+        return given
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += did_you_mean(value, action.choices)
+            raise
 
 
 def _parser(command: str, description: str, flags: dict[str, tuple] | None = None, **options):
@@ -31,10 +70,13 @@ def _parser(command: str, description: str, flags: dict[str, tuple] | None = Non
 
 
 @contextmanager
-def _train_package():
+def _train_package() -> Iterator[Any]:
     """Yields `alphacl_fast.train`; its RunError inside ends the process with exit code 2."""
+    from alphacl_fast import train
+
     try:
-        from alphacl_fast import train
+        with importing():
+            _ = train.train, train.evaluate, train.inspect
     except (ImportError, RuntimeError) as error:
         # torchvision built for another torch raises RuntimeError
         fail(" ".join(str(error).split()))
@@ -47,58 +89,68 @@ def _train_package():
 
 
 def _train(arguments: list[str]) -> int:
+    parser = _parser(
+        "train",
+        "Train an encoder. Defaults depend on the data set and the encoder.",
+        {
+            "--out": (
+                str,
+                "run folder, new or empty (default: runs/DATASET-OBJECTIVE-SEED)",
+                "RUN",
+            )
+        },
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        nargs="?",
+        help="go on with this run; without a name: with the run in --out, if there is one",
+    )
+    parser.add_argument(
+        "--accept-data-change",
+        action="store_true",
+        help="go on with a run although images of its data set are missing, or new",
+    )
+    _add_config(parser)
+    given = vars(parser.parse_args(arguments))
+    out, resume = given.pop("out", None), "resume" in given
+    folder, accept = given.pop("resume", None), given.pop("accept_data_change", False)
+    if folder and out and Path(folder) != Path(out):
+        fail(f"--resume {folder} and --out {out} name different folders")
+    if "option" in given:
+        given["option"] = dict(given["option"])
     with _train_package() as train:
-        parser = _parser(
-            "train",
-            "Train an encoder. Defaults depend on the data set and the encoder.",
-            {
-                "--out": (
-                    str,
-                    "run folder, new or empty (default: runs/DATASET-OBJECTIVE-SEED)",
-                    "RUN",
-                )
-            },
-            argument_default=argparse.SUPPRESS,
-        )
-        parser.add_argument(
-            "--resume",
-            metavar="RUN",
-            nargs="?",
-            help="go on with this run; without a name: with the run in --out, if there is one",
-        )
-        _add_config(parser, train.Config)
-        given = vars(parser.parse_args(arguments))
-        out, resume = given.pop("out", None), "resume" in given
-        folder = given.pop("resume", None)
-        if folder and out and Path(folder) != Path(out):
-            fail(f"--resume {folder} and --out {out} name different folders")
-        if "option" in given:
-            given["option"] = dict(given["option"])
         out = folder or out
-        if resume and out and (folder or (Path(out) / "config.json").exists()):
-            config = dataclasses.replace(train.Config.read(Path(out) / "config.json"), **given)
+        if out is None:
+            config = train.Config.create(**given)
+            out = f"runs/{config.dataset}-{config.objective}-{config.seed}"
+        resume = resume and (folder is not None or train.is_run(Path(out)))
+        if resume:
+            config = dataclasses.replace(train.saved_config(Path(out)), **given)
         else:
-            config, resume = train.Config.create(**given), False
-            out = out or f"runs/{config.dataset}-{config.objective}-{config.seed}"
-        outcome = train.train(config, out, resume=resume)
+            config = train.Config.create(**given)
+        outcome = train.train(config, out, resume=resume, accept_data_change=accept)
     if outcome.signal and outcome.leads:
         print(
             f"alphacl: stopped after {outcome.epochs} of {config.epochs} epochs, state saved; "
-            f"go on with: alphacl train --resume {outcome.out}",
+            f"go on with: alphacl train --resume {shlex.quote(str(outcome.out))}",
             file=sys.stderr,
         )
     elif outcome.leads:
         done = "was already finished" if outcome.already else "finished"
         print(
             f"{outcome.out} {done}: {outcome.epochs} epochs; "
-            f"judge it with: alphacl eval {outcome.out}"
+            f"judge it with: alphacl eval {shlex.quote(str(outcome.out))}"
         )
     return 128 + outcome.signal if outcome.signal else 0
 
 
-def _add_config(parser: Parser, config, without: tuple[str, ...] = ()) -> None:
+def _add_config(parser: Parser, without: tuple[str, ...] = ()) -> None:
     """A flag for every field of the config."""
-    for field in dataclasses.fields(config):
+    from alphacl_fast.train import config as settings
+
+    for field in dataclasses.fields(settings.Config):
         if field.name in without:
             continue
         options = {"type": type(field.default), "choices": field.metadata.get("choices")}
@@ -106,8 +158,33 @@ def _add_config(parser: Parser, config, without: tuple[str, ...] = ()) -> None:
             options = {"metavar": "KEY=VALUE", "action": "append", "type": _key_value}
         elif isinstance(field.default, bool):
             options = {"action": argparse.BooleanOptionalAction}
+        elif field.metadata["count"]:
+            options = {"type": _count}
+        text = f"{field.metadata['help']} (default: {_default(field, settings)})"
         name = "--" + field.name.replace("_", "-")
-        parser.add_argument(name, help=field.metadata["help"], **options)
+        parser.add_argument(name, help=text.replace("%", "%%"), **options)
+
+
+def _default(field: dataclasses.Field, settings: Any) -> str:
+    """The default of a setting in words, for every data set or encoder that it depends on."""
+    if field.name in settings.DERIVED:
+        return settings.DERIVED[field.name]
+    for table in (settings.DATASETS, settings.ENCODERS):
+        values = {name: row[field.name] for name, row in table.items() if field.name in row}
+        if values:
+            others = "" if len(values) == len(table) else f", otherwise {field.default}"
+            names: dict[Any, list[str]] = {}
+            for name, value in values.items():
+                names.setdefault(value, []).append(name)
+            found = (f"{value} for {' and '.join(group)}" for value, group in names.items())
+            return ", ".join(found) + others
+    if field.name == "option":
+        return "none"
+    return (
+        {True: "yes", False: "no"}[field.default]
+        if isinstance(field.default, bool)
+        else str(field.default)
+    )
 
 
 def _key_value(text: str):
@@ -120,20 +197,34 @@ def _key_value(text: str):
         return key, value
 
 
-def _eval(arguments: list[str]) -> int:
-    with _train_package() as train:
-        parser = _parser(
-            "eval",
-            "Evaluate a run: kNN and linear probe on raw pixels, untrained and trained encoder.",
-            {
-                "run": (str, "run folder", "RUN"),
-                "--few-label": (int, "labels per class in the few-label columns (default: 5)"),
-                "--draws": (int, "random label subsets they are averaged over (default: 10)"),
-                **_OVERRIDES,
-            },
-            argument_default=argparse.SUPPRESS,
+def _count(text: str) -> int:
+    factor = {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:].upper())
+    try:
+        value = float(text[:-1] if factor else text) * (factor or 1)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value == round(value)):
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number such as 65536, 64K (65,536) or 4M, got {text!r}"
         )
-        result = train.evaluate(**vars(parser.parse_args(arguments)))
+    return round(value)
+
+
+def _eval(arguments: list[str]) -> int:
+    parser = _parser(
+        "eval",
+        "Evaluate a run: kNN and linear probe on raw pixels, untrained and trained encoder.",
+        {
+            "run": (str, "run folder", "RUN"),
+            "--few-label": (int, "labels per class in the few-label columns (default: 5)"),
+            "--draws": (int, "random label subsets they are averaged over (default: 10)"),
+            **_OVERRIDES,
+        },
+        argument_default=argparse.SUPPRESS,
+    )
+    given = vars(parser.parse_args(arguments))
+    with _train_package() as train:
+        result = train.evaluate(**given)
     from alphacl_fast.train.report import table
 
     print(
@@ -149,28 +240,28 @@ def _eval(arguments: list[str]) -> int:
 
 
 def _inspect(arguments: list[str]) -> int:
+    parser = _parser(
+        "inspect",
+        "Plot pair weights of a run's embeddings over distance, and its hardest pairs.",
+        {
+            "run": (str, "run folder, or its checkpoint.pt", "CHECKPOINT"),
+            "--pairs": (_count, "images to embed, two views each (default: 1024)"),
+            "--thumbnails": (int, "nearest pairs to draw (default: 12)"),
+            "--out": (str, "for inspect.png and inspect.json (default: RUN)", "FOLDER"),
+            **_OVERRIDES,
+        },
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument(
+        "--objective",
+        dest="objectives",
+        action="append",
+        metavar="NAME",
+        help="compare with the run's own; repeatable "
+        "(default: infonce, alpha_direct, alpha_square, uniform)",
+    )
+    given = vars(parser.parse_args(arguments))
     with _train_package() as train:
-        parser = _parser(
-            "inspect",
-            "Plot pair weights of a run's embeddings over distance, and its hardest pairs.",
-            {
-                "run": (str, "run folder, or its checkpoint.pt", "CHECKPOINT"),
-                "--pairs": (int, "images to embed, two views each (default: 1024)"),
-                "--thumbnails": (int, "nearest pairs to draw (default: 12)"),
-                "--out": (str, "for inspect.png and inspect.json (default: RUN)", "FOLDER"),
-                **_OVERRIDES,
-            },
-            argument_default=argparse.SUPPRESS,
-        )
-        parser.add_argument(
-            "--objective",
-            dest="objectives",
-            action="append",
-            metavar="NAME",
-            help="compare with the run's own; repeatable "
-            "(default: infonce, alpha_direct, alpha_square, uniform)",
-        )
-        given = vars(parser.parse_args(arguments))
         result = train.inspect(**given)
     names = result["objectives"]
     width = max(map(len, names))
@@ -196,8 +287,6 @@ def _inspect(arguments: list[str]) -> int:
 
 
 def _theory(arguments: list[str]) -> int:
-    from alphacl_fast import checks
-
     parser = _parser(
         "theory",
         "Check the theorems of arXiv:2201.12680 numerically; exit code 1 if one fails.",
@@ -209,17 +298,24 @@ def _theory(arguments: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument(
         "claim",
-        choices=(*checks.CHECKS, "all"),
+        choices=(*CLAIMS, "all"),
         help="pca: deep linear networks find the top eigenvector; rank: a condition fails; "
         "relu: ranks with ReLU; gradient: the gradient theorem, and alternating players",
     )
     given = parser.parse_args(arguments)
     if given.seeds is not None and given.seeds < 1:
         fail(f"--seeds must be at least 1, got {given.seeds}")
-    import torch
+    if given.out is not None:
+        if importlib.util.find_spec("matplotlib") is None:
+            fail("--out needs matplotlib: pip install matplotlib")
+        _make_folder(given.out)
+    with importing():
+        import torch
+
+        from alphacl_fast import checks
 
     torch.set_num_threads(1)  # networks of a few numbers: a second thread mostly waits
-    names = tuple(checks.CHECKS) if given.claim == "all" else (given.claim,)
+    names = CLAIMS if given.claim == "all" else (given.claim,)
     seeds = {} if given.seeds is None else {"seeds": given.seeds}
     run = {}
     for name in names:
@@ -228,16 +324,25 @@ def _theory(arguments: list[str]) -> int:
     if given.out is not None:
         try:
             written = checks.write(run, Path(given.out))
-        except ImportError as error:
-            fail(f"--out needs matplotlib ({error}): pip install 'alphacl-fast[train]'")
         except OSError as error:
-            fail(f"cannot write to {given.out}: {error.strerror}")
+            fail(f"--out: cannot write to {given.out}: {error.strerror}")
         print(f"\nwritten: {', '.join(map(str, written))}")
     return 0 if all(claim.holds for claim in run.values()) else 1
 
 
+def _make_folder(out: str) -> None:
+    """Create the folder of ``--out`` before anything is computed for it."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        fail(f"--out: cannot write to {out}: {error.strerror}")
+
+
 def _check(arguments: list[str]) -> int:
-    from alphacl_fast import device_check
+    with importing():
+        from alphacl_fast import device_check
 
     parser = _parser(
         "check",
@@ -251,7 +356,8 @@ def _check(arguments: list[str]) -> int:
 
 
 def _bench(arguments: list[str]) -> int:
-    from alphacl_fast.benchmarks import bench
+    with importing():
+        from alphacl_fast.benchmarks import bench
 
     parser = _parser(
         "bench",
@@ -265,7 +371,8 @@ def _bench(arguments: list[str]) -> int:
 
 
 def _tune(arguments: list[str]) -> int:
-    from alphacl_fast import tune
+    with importing():
+        from alphacl_fast import tune
 
     parser = _parser(
         "tune", "Time the Triton kernels' tiles on this GPU and write a table of the fastest."
@@ -276,33 +383,36 @@ def _tune(arguments: list[str]) -> int:
 
 def _reproduce(arguments: list[str]) -> int:
     again = f"go on with: alphacl reproduce {shlex.join(arguments)}"
-    with _train_package() as train:
+    from alphacl_fast.train import rows
+
+    others = ", ".join(row for row in rows.ROWS if row not in rows.DEFAULT_ROWS)
+    parser = _parser(
+        "reproduce",
+        "table: train every row of the paper's comparison with every seed, or continue, and "
+        "show mean and standard deviation. recipes: the commands for the published "
+        "experiments.",
+        {
+            "--out": (str, "folder of the table and its runs "
+                      "(default: runs/table-DATASET-ENCODER)", "DIR"),
+            "--rows": (lambda text: tuple(text.split(",")),
+                       f"of {', '.join(rows.ROWS)} (default: all but {others})", "A,B,…"),
+            "--seeds": (int, "runs per row, with seeds 1, 2, … (default: 5)"),
+            "--budget": (str, "600s, 45m or 2h for everything on this machine; sets the "
+                         "number of epochs (default: the recipe's epochs)", "TIME"),
+        },
+        argument_default=argparse.SUPPRESS,
+    )  # fmt: skip
+    parser.add_argument("what", choices=("table", "recipes"))
+    _add_config(parser, without=rows.OF_A_ROW)
+    given = vars(parser.parse_args(arguments))
+    what = given.pop("what")
+    if what == "recipes" and given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        fail(f"recipes takes no flags, got {flags}")
+    with _train_package():
         from alphacl_fast.train import reproduce
 
-        others = ", ".join(row for row in reproduce.ROWS if row not in reproduce.DEFAULT_ROWS)
-        parser = _parser(
-            "reproduce",
-            "table: train every row of the paper's comparison with every seed, or continue, and "
-            "show mean and standard deviation. recipes: the commands for the published "
-            "experiments.",
-            {
-                "--out": (str, "folder of the table and its runs "
-                          "(default: runs/table-DATASET-ENCODER)", "DIR"),
-                "--rows": (lambda text: tuple(text.split(",")),
-                           f"of {', '.join(reproduce.ROWS)} (default: all but {others})", "A,B,…"),
-                "--seeds": (int, "runs per row, with seeds 1, 2, … (default: 5)"),
-                "--budget": (str, "600s, 45m or 2h for everything on this machine; sets the "
-                             "number of epochs", "TIME"),
-            },
-            argument_default=argparse.SUPPRESS,
-        )  # fmt: skip
-        parser.add_argument("what", choices=("table", "recipes"))
-        _add_config(parser, train.Config, without=reproduce.OF_A_ROW)
-        given = vars(parser.parse_args(arguments))
-        if given.pop("what") == "recipes":
-            if given:
-                flags = ", ".join("--" + name.replace("_", "-") for name in given)
-                fail(f"recipes takes no flags, got {flags}")
+        if what == "recipes":
             print(reproduce.recipes())
             return 0
         if "budget" in given:
@@ -337,7 +447,7 @@ def _plan(arguments: list[str]) -> int:
             "--bandwidth": (float, "per device and direction (default: 50, a 400 Gb/s port)",
                             "GB/S"),
             "--latency": (float, "per message (default: 20)", "US"),
-            "--memory": (float, "per device, for the loss", "GB"),
+            "--memory": (float, "per device, for the loss (default: no limit)", "GB"),
         },
     )  # fmt: skip
     parser.set_defaults(bandwidth=50.0, latency=20.0)
@@ -351,12 +461,14 @@ def _plan(arguments: list[str]) -> int:
         ("--dtype", ("bfloat16", "float16", "float32", "float64")),
         ("--negatives", ("two_view", "one_view", "cross_view")),
     ):
-        parser.add_argument(name, choices=choices, default=choices[0])
+        text = "(default: %(default)s)"
+        parser.add_argument(name, choices=choices, default=choices[0], help=text)
     given = parser.parse_args(arguments)
-    import torch
+    with importing():
+        import torch
 
-    from alphacl_fast import plan
-    from alphacl_fast.distributed import auto_strategy
+        from alphacl_fast import plan
+        from alphacl_fast.distributed import auto_strategy
 
     dtype = getattr(torch, given.dtype)
     rate, origin = given.rate, "as given"
@@ -400,21 +512,12 @@ def _plan(arguments: list[str]) -> int:
     return 0
 
 
-def _count(text: str) -> int:
-    factor = {"K": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:])
-    try:
-        return round(float(text[:-1] if factor else text) * (factor or 1))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected a number such as 65536, 64K or 4M, got {text!r}"
-        ) from None
-
-
 def _info(arguments: list[str]) -> int:
     _parser("info", "Show versions, backends and devices.").parse_args(arguments)
-    import torch
+    with importing():
+        import torch
 
-    import alphacl_fast
+        import alphacl_fast
 
     rows = [("alphacl_fast", alphacl_fast.__version__), ("python", platform.python_version())]
     rows += [(name, _version(name)) for name in ("torch", "triton", "torchvision", "scikit-learn")]
@@ -468,7 +571,3 @@ COMMANDS = {
     "plan": _plan,
     "info": _info,
 }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

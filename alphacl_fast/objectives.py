@@ -1294,7 +1294,12 @@ def alpha_direct(
     alpha_eps: float = 0.0,
     detach_alpha: bool = True,
 ) -> Objective:
-    """α_ij ∝ exp(−(d²_ij)^{exponent/2}/τ), with d² clamped at 0 unless exponent = 2.
+    """α_ij ∝ exp(−(d²_ij)^{exponent/2}/τ).
+
+    With similarity "dot", d² = 1 − t is negative for pairs more similar than t = 1. Exponent 2
+    takes no power, so its weights go on growing there and are `alpha_entropy`'s softmax for every
+    similarity. Any other exponent counts such a pair as one at distance 0, with derivative 0:
+    exponents near 2 then differ from 2. With "cosine" and "euclidean" d² is never negative.
 
     Args:
         exponent: the exponent of the distance d, > 0.

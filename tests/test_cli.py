@@ -1,8 +1,11 @@
 """The ``alphacl`` command: flags, exit codes, and one line on stderr for every problem."""
 
+import argparse
 import importlib.util
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +15,7 @@ import torch
 
 import alphacl_cli
 import alphacl_fast
-from alphacl_fast import cli
+from alphacl_fast import checks, cli
 from alphacl_fast.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -92,10 +95,18 @@ def test_resume_without_a_name_starts_where_nothing_is(tmp_path, capsys):
     (["train", "--epochs", "0"], "--epochs must be at least 1, got 0"),
     (["train", "--sheep", "3"], "unrecognized arguments: --sheep 3"),
     (["train", "--option", "exponent"], "argument --option: expected key=value, got 'exponent'"),
-    (["train", "--objective", "alpha"], "the loss cannot be used: objective must be one of "),
-    (["train", "--option", "exponents=3"],
-     "the loss cannot be used: options of infonce must be one of "),
-    (["train", "--backend", "abacus"], "the loss cannot be used: backend must be one of"),
+    (["train", "--objective", "alpha"], "argument --objective: invalid choice: 'alpha' (choose"),
+    (["train", "--option", "exponents=3"], "--option: options of infonce must be one of "),
+    (["train", "--temperature", "1e-30"], "--temperature must be between 1e-15 and 1e15"),
+    (["train", "--learn-temperature", "--objective", "alpha_direct"],
+     "--learn-temperature: temperature must not require grad with alpha_direct"),
+    (["train", "--objective", "alpha_direct", "--option", "exponent=-1"],
+     "--option: alpha_direct: exponent must be"),
+    (["train", "--backend", "abacus"], "argument --backend: invalid choice: 'abacus' (choose"),
+    (["train", "--batch-size", "64KB"], "argument --batch-size: expected a whole number such as"),
+    (["reproduce", "table", "--rows", "infonse"], "--rows must be some of uniform, infonce, "),
+    (["theory", "pca", "--out", "/dev/null/x"], "--out: cannot write to /dev/null/x: Not a dir"),
+    (["inspect", "nowhere"], "nowhere is not a run: it has no config.json"),
     (["train", "--device", "abacus"], "--device abacus cannot be used: "),
     (["train", "--dataset", "cifar10", "--data-root", "nowhere"],
      "cannot open cifar10 in nowhere (--download fetches"),
@@ -114,6 +125,47 @@ def test_problems_are_one_line(tmp_path, monkeypatch, capsys, arguments, message
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("arguments", "near"), [
+    (["trian"], "train"),
+    (["train", "--objetive", "infonce"], "--objective"),
+    (["train", "--objective", "alpha_dirct"], "alpha_direct"),
+    (["train", "--encoder=resnet8"], "resnet18"),
+    (["reproduce", "table", "--rows", "infonse"], "infonce"),
+    (["reproduce", "tabel"], "table"),
+    (["plan", "--batch", "1", "--dim", "1", "--gpus", "1", "--dtype", "bfloat"], "bfloat16"),
+    (["theory", "relou"], "relu"),
+    (["eval", "run", "--few-labels", "3"], "--few-label"),
+])  # fmt: skip
+def test_near_words_are_suggested(capsys, arguments, near):
+    assert fails(capsys, *arguments).endswith(f"; did you mean {near!r}?")
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("65536", 65536), ("64K", 65536), ("64k", 65536), ("1.5M", 3 << 19), ("1e3", 1000)],
+)
+def test_counts(text, count):
+    assert cli._count(text) == count
+
+
+@pytest.mark.parametrize("text", ["64KB", "", "K", "nan", "inf", "0.3", "1e999"])
+def test_no_counts(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a whole number such as 65536"):
+        cli._count(text)
+
+
+def test_resume_without_any_name_takes_the_default_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["train", "--resume", "--eval-every", "0", *TINY]
+    for answer in ("runs/digits-infonce-0 finished", "runs/digits-infonce-0 was already finished"):
+        assert main(command) == 0
+        assert answer in capsys.readouterr().out
+
+
+def test_claims_of_theory_are_those_that_are_checked():
+    assert tuple(checks.CHECKS) == cli.CLAIMS
+
+
 def test_a_foreign_folder_is_left_alone(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("years of work")
     assert "is not an empty folder: choose another --out" in fails(
@@ -128,13 +180,19 @@ def test_a_foreign_folder_is_left_alone(tmp_path, capsys):
 def test_help_lists_the_flags(capsys):
     for arguments, words in (
         (["--help"], ("train", "eval", "info")),
-        (["train", "--help"], ("--objective", "--no-deterministic", "--resume", "--amp")),
+        (
+            ["train", "--help"],
+            (
+                *("--objective", "--no-deterministic", "--resume", "--amp {none,bf16}"),
+                *("(default: 0.5)", "16 for small", "a tenth of the epochs", "alpha_direct"),
+            ),
+        ),
     ):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code == 0
-        out = capsys.readouterr().out
-        assert all(word in out for word in words)
+        out = " ".join(capsys.readouterr().out.split())
+        assert [word for word in words if word not in out] == []
 
 
 @pytest.mark.parametrize(("arguments", "code", "answer"), [
@@ -143,12 +201,17 @@ def test_help_lists_the_flags(capsys):
     (["--version"], 0, f"alphacl {alphacl_fast.__version__}"),
     (["reprodcue"], 2, "got 'reprodcue'; did you mean 'reproduce'?"),
     (["--epochs", "3"], 2, "alphacl: error: unrecognized arguments: --epochs"),
+    *((command, 0, f"usage: alphacl {command[0]}") for command in (
+        [name, "--help"] for name in alphacl_cli.COMMANDS if name not in ("check", "bench", "tune")
+    )),
+    (["train", "--sheep"], 2, "alphacl: error: unrecognized arguments: --sheep"),
+    (["train", "--epochs", "many"], 2, "alphacl: error: argument --epochs: invalid int value"),
 ])  # fmt: skip
 def test_without_torch(arguments, code, answer):
-    """What needs no command is answered before torch, which takes seconds, is imported."""
+    """Help and misspelt flags are answered before torch, which takes seconds, is imported."""
     program = (
         "import sys, alphacl_cli\ntry:\n    sys.exit(alphacl_cli.main())\n"
-        "finally:\n    assert not {'torch', 'alphacl_fast'} & {*sys.modules}\n"
+        "finally:\n    assert 'torch' not in sys.modules\n"
     )
     command = [sys.executable, "-c", program, *arguments]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -211,13 +274,85 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
         lambda name: None if name in ("sklearn", "PIL") else find_spec(name),
     )
     message = fails(capsys, "train")
-    assert (
-        message
-        == "alphacl_fast.train needs scikit-learn, pillow: pip install 'alphacl-fast[train]'"
-    )
+    assert message == "alphacl_fast.train needs more packages: pip install scikit-learn pillow"
 
 
 def test_a_reader_that_has_seen_enough():
     command = f"{shlex.quote(sys.executable)} -m alphacl_fast.cli reproduce recipes | head -c 1"
     run = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert (run.stdout, run.stderr) == ("#", "")
+
+
+#: Packages whose import takes long, a destructor, the command's own work, and the shutdown.
+INTERRUPTED = """
+import builtins, contextlib, os, signal, sys
+moment, imported = sys.argv.pop(1), builtins.__import__
+
+def interrupt(again=False):
+    for _ in range(1 + again):
+        os.kill(os.getpid(), signal.SIGINT)
+
+def importing(name, *rest, **options):
+    if name == moment and name not in sys.modules:
+        if moment == "torch":
+            with contextlib.suppress(BaseException):  # as the C code of some packages does
+                interrupt()
+        else:
+            interrupt()
+    return imported(name, *rest, **options)
+
+class Dies:
+    def __del__(self):
+        interrupt()
+
+builtins.__import__ = importing
+import alphacl_cli
+
+def work(arguments):
+    if moment == "destructor":
+        Dies()
+    if moment in ("work", "twice"):
+        try:
+            interrupt()
+        finally:
+            if moment == "twice":
+                interrupt()
+    return 0
+
+if moment in ("destructor", "work", "twice", "end"):
+    from alphacl_fast import cli
+    cli.COMMANDS["info"] = work
+code = alphacl_cli.main()
+if moment == "end":
+    interrupt()
+sys.exit(code)
+"""
+
+
+def interruptible(command, **options):
+    """Run a command that does not inherit an ignored SIGINT, as background jobs of a shell do."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+@pytest.mark.parametrize("moment", ["argparse", "torch", "destructor", "work", "twice", "end"])
+def test_ctrl_c_leaves_no_traceback(moment):
+    command = [sys.executable, "-c", INTERRUPTED, moment, "info"]
+    run = interruptible(command)
+    expected = (0, "") if moment == "end" else (130, "alphacl: interrupted\n")
+    assert (run.returncode, run.stderr) == expected
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+@pytest.mark.parametrize("module", ["alphacl_fast.cli", "alphacl_fast.train"])
+def test_ctrl_c_while_a_module_starts(tmp_path, module):
+    """A module that is run by its name handles Ctrl-C before it imports torch."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    command = [sys.executable, "-m", module, *(["train"] if module.endswith("cli") else [])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    run = interruptible(command, env=environment)
+    assert (run.returncode, run.stderr) == (130, "alphacl: interrupted\n")

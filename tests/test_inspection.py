@@ -146,7 +146,8 @@ def test_other_settings(changes, tmp_path):
 
 def test_problems_are_one_line(run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "begun")
-    (tmp_path / "begun" / "checkpoint.pt").unlink()
+    for file in (tmp_path / "begun").glob("checkpoint*.pt"):
+        file.unlink()
     (tmp_path / "file").write_text("")
     for arguments, message in (
         ([str(tmp_path / "nothing")], "is not a run: it has no config.json"),

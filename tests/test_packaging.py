@@ -203,7 +203,7 @@ print(alphacl_fast.FusedAlphaCLLoss("alpha_square")(torch.eye(4), torch.eye(4)).
 
 #: A module imports modules of the lines above its own, and none of its own line.
 LAYERS = """
-_version bundles journal graph backend.filling backend.precision kernels.config
+_version bundles journal graph suggestions backend.filling backend.precision kernels.config
 objectives subprocess_pool
 call cpp_printer backend.forms backend.reference kernels.trace
 backend.blocked backend.cpu backend.gpu kernels.rows
@@ -220,7 +220,7 @@ checks compat.sentence_transformers device_check
 """
 #: Folders whose modules import each other, alphacl_fast itself and these.
 WINGS = {
-    "alphacl_fast.train": set(),
+    "alphacl_fast.train": {"suggestions"},
     "alphacl_fast.benchmarks": {
         "accuracy",
         "backend.cpu",

@@ -296,3 +296,29 @@ def test_memory_is_linear():
         torch.set_num_threads(threads)
     # a tile of 512 × 512 in float32 or int64; the matrix would have 64 MiB
     assert 2**20 <= largest <= 2**22
+
+
+@pytest.mark.parametrize("exponent", [1, 1.999, 2, 2.001, 4])
+def test_alpha_direct_of_negative_distances(exponent):
+    """Exponent 2 takes no power of d² < 0 and is a softmax; the others count it as 0."""
+    z1, z2 = pair(12, 5)
+    settings = {"similarity": "dot", "negatives": "one_view", "temperature": 0.7}
+    distance = 1 - z1 @ z1.T
+    others = ~torch.eye(12, dtype=torch.bool)
+    assert (distance[others] < 0).any()
+    assert (distance[others] > 0).any()
+    power = distance if exponent == 2 else distance.clamp(min=0) ** (exponent / 2)
+    expected = (-power / 0.7).masked_fill(~others, -math.inf).softmax(1)
+    ours = alpha(z1, z2, "alpha_direct", exponent=exponent, **settings)
+    torch.testing.assert_close(ours, expected)
+    entropy = alpha(z1, z2, "alpha_entropy", **settings)
+    assert torch.allclose(ours, entropy) == (exponent == 2)
+    for backend in BACKENDS:
+        values = [
+            alpha_cl_loss(z1, z2, *name, backend=backend, **settings, **option)
+            for name, option in (
+                (("alpha_direct",), {"exponent": exponent, "detach_alpha": False}),
+                (("alpha_entropy",), {"detach_alpha": False}),
+            )
+        ]
+        assert torch.allclose(*values, rtol=1e-4) == (exponent == 2)

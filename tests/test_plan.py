@@ -82,7 +82,7 @@ def test_command(capsys):
             [
                 "plan",
                 "--batch",
-                "4M",
+                "4000000",
                 "--dim",
                 "512",
                 "--gpus",
@@ -103,9 +103,11 @@ def test_command(capsys):
     assert re.search(r"^gather +38\.02 GB +2,048\.0 TFLOP ", printed, re.M)
     assert 'faster and within the memory: ring; strategy="auto" takes ring' in printed
     assert main(["plan", "--batch", "4K", "--dim", "64", "--gpus", "2", "--dtype", "float32"]) == 0
-    assert "measured here" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "4,096 pairs of 64 features" in printed
+    assert "measured here" in printed
     for arguments, message in (
-        (["--batch", "many"], "such as 65536, 64K or 4M, got 'many'"),
+        (["--batch", "many"], "such as 65536, 64K (65,536) or 4M, got 'many'"),
         (["--batch", "2"], "batch must be at least 2 and the number of gpus, 4, got 2"),
     ):
         with pytest.raises(SystemExit):

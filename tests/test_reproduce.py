@@ -12,8 +12,18 @@ import torch
 
 from alphacl_fast import FusedAlphaCLLoss
 from alphacl_fast.cli import main
-from alphacl_fast.train import Config, RunError, checkpoint, evaluate, loop, reproduce
+from alphacl_fast.train import (
+    Config,
+    RunError,
+    checkpoint,
+    evaluate,
+    loop,
+    process_context,
+    reproduce,
+    storage,
+)
 from alphacl_fast.train.reproduce import PUBLISHED, ROWS
+from alphacl_fast.train.rows import Row
 
 # One worker makes what its tests share.
 pytestmark = [pytest.mark.xdist_group("reproduce"), pytest.mark.usefixtures("one_thread")]
@@ -193,7 +203,8 @@ def test_recipes_are_the_defaults(capsys):
 
 
 def test_what_a_table_leaves(finished):
-    assert {path.name for path in finished.iterdir()} == {"table.json", "table.md", *NAMES}
+    files = {"table.json", "table-1.json", "table.md", ".lock"}
+    assert {path.name for path in finished.iterdir()} == files | {*NAMES}
     saved = state(finished)
     assert [*saved["runs"]] == NAMES  # seed by seed over all rows
     assert (saved["rows"], saved["seeds"], saved["budget"], saved["plan"]) == (
@@ -205,7 +216,7 @@ def test_what_a_table_leaves(finished):
     assert {"alphacl_fast", "commit", "torch", "device"} <= {*saved["environment"]}
     assert not {"objective", "option", "seed"} & {*saved["settings"]}
     for name, run in saved["runs"].items():
-        config, lines = Config.read(finished / name / "config.json"), epochs(finished / name)
+        config, lines = checkpoint.saved_config(finished / name), epochs(finished / name)
         assert name == f"{config.objective}-seed{config.seed}" == f"{run['row']}-seed{run['seed']}"
         assert config.option == ({"exponent": 4} if config.objective == "alpha_direct" else {})
         assert {key: config.__getattribute__(key) for key in TINY} == TINY
@@ -230,7 +241,7 @@ def test_the_best_epoch_need_not_be_the_last(finished, tmp_path, monkeypatch):
     lines = epochs(run)
     lines[0]["probe_best"] = 0.99
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    record, late = reproduce._one(run, Config.read(run / "config.json"), {})
+    record, late = reproduce._one(run, checkpoint.saved_config(run), {})
     assert (record["probe_best"], record["probe"], late) == (0.99, lines[1]["probe"], None)
 
 
@@ -273,7 +284,7 @@ def test_interrupted_in_the_middle(finished, tmp_path, monkeypatch, capsys, numb
         NAMES[0]: "finished",
         NAMES[1]: "stopped",
     }
-    assert checkpoint.read(out / NAMES[1], Config.read(out / NAMES[1] / "config.json"))["step"] == 3
+    assert checkpoint.read(out / NAMES[1])["step"] == 3
     assert "1 of 4 runs are over" in (out / "table.md").read_text()
     earlier = contents(out / NAMES[0])
     assert main(command) == 0
@@ -295,7 +306,7 @@ def test_killed_between_a_run_and_its_record(finished, tmp_path):
     out = tmp_path / "table"
     shutil.copytree(finished, out)
     saved = state(out)
-    del saved["runs"][NAMES[3]]
+    del saved["runs"][NAMES[3]], saved["digest"]
     (out / "table.json").write_text(json.dumps(saved))
     before = contents(out / NAMES[3])
     assert reproduce.table(out, **ROWS_SEEDS, **TINY).done == 4
@@ -357,11 +368,49 @@ def test_foreign_and_damaged_folders(tmp_path):
         RunError, match=r"is not an empty folder and holds no table\.json: choose another --out"
     ):
         reproduce.table(tmp_path, **ROWS_SEEDS, **TINY)
-    for text in ("{", "[]", '{"runs": {}}'):
+    for text, message in (
+        ("{", r"table\.json is damaged: it is no JSON object: remove it, and the same command"),
+        ("[]", r"table\.json is damaged"),
+        ('{"runs": {}}', r"cannot read .*table\.json: it is not a table"),
+    ):
         (tmp_path / "table.json").write_text(text)
-        with pytest.raises(RunError, match=r"cannot read .*table\.json"):
+        with pytest.raises(RunError, match=message):
             reproduce.table(tmp_path, **ROWS_SEEDS, **TINY)
     assert len(contents(tmp_path)) == 2
+
+
+def test_a_damaged_table_is_restored(finished, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "table"
+    shutil.copytree(finished, out)
+    with storage.locked(out), pytest.raises(RunError, match="is in use by process"):
+        reproduce.table(out, **ROWS_SEEDS, **TINY)
+    for name, message in (
+        ("table.json", r"table\.json is damaged.*; using table-1\.json"),
+        ("table-1.json", None),
+    ):
+        (out / name).write_text((out / name).read_text().replace("infonce", "infonze", 1))
+        storage.warn.cache_clear()
+        if message:
+            assert reproduce.table(out, **ROWS_SEEDS, **TINY).done == 4
+            assert re.search(message, capsys.readouterr().err)
+    (out / "table.json").write_text("{")
+    with pytest.raises(RunError, match="remove it, and the same command takes over the runs"):
+        reproduce.table(out, **ROWS_SEEDS, **TINY)
+    for name in ("table.json", "table-1.json"):
+        (out / name).unlink()
+    assert reproduce.table(out, **ROWS_SEEDS, **TINY).done == 4
+    assert accuracies(out) == accuracies(finished)
+
+
+def test_a_run_that_lost_its_figures_has_failed(finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished / NAMES[0], out)
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    lost = [line for line in lines if json.loads(line).get("epoch") != 1]
+    (out / "metrics.jsonl").write_text("".join(lost))
+    record, _ = reproduce._one(out, checkpoint.saved_config(out), {})
+    assert record["status"] == "failed"
+    assert f"has lost accuracies; remove {out} to train it again" in record["reason"]
 
 
 def test_a_row_that_diverges_is_recorded_and_the_others_go_on(tmp_path, monkeypatch):
@@ -391,8 +440,8 @@ def test_a_row_that_diverges_is_recorded_and_the_others_go_on(tmp_path, monkeypa
 
 
 def test_an_unusable_row_is_found_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setitem(ROWS, "broken", reproduce.Row("alpha_direct", {"exponent": -1}))
-    with pytest.raises(RunError, match="the loss cannot be used: alpha_direct: exponent must be"):
+    monkeypatch.setitem(ROWS, "broken", Row("alpha_direct", {"exponent": -1}))
+    with pytest.raises(RunError, match="--option: alpha_direct: exponent must be"):
         reproduce.table(tmp_path / "table", rows=("infonce", "broken"), seeds=1, **TINY)
     assert not [*tmp_path.iterdir()]
 
@@ -577,7 +626,8 @@ def test_settings_of_a_row_and_several_processes_are_refused(tmp_path, monkeypat
         RunError, match="--option is not a setting of a table: its rows and seeds say it"
     ):
         reproduce.table(tmp_path / "table", option={"exponent": 2}, **TINY)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in zip(process_context.VARIABLES, ("0", "2", "here", "1"), strict=True):
+        monkeypatch.setenv(name, value)
     with pytest.raises(RunError, match="alphacl reproduce runs in one process, not under torchrun"):
         reproduce.table(tmp_path / "table", **TINY)
 

@@ -3,12 +3,12 @@ errors.
 """
 
 import dataclasses
-import importlib
 import json
 import math
 import os
 import pickle
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ import torch
 import torchvision
 from PIL import Image
 
+from alphacl_fast import backends, functional, objectives
 from alphacl_fast.train import (
     Config,
     RunError,
@@ -23,12 +24,15 @@ from alphacl_fast.train import (
     checkpoint,
     data,
     evaluate,
+    evaluation,
     loop,
     models,
     report,
+    storage,
     train,
 )
-from alphacl_fast.train.evaluate import (
+from alphacl_fast.train import config as config_module
+from alphacl_fast.train.evaluation import (
     Split,
     converged_probe,
     few_label_draws,
@@ -37,9 +41,6 @@ from alphacl_fast.train.evaluate import (
     standardise,
 )
 from alphacl_fast.train.process_context import ProcessContext
-
-# the package has a function of this name
-evaluation = importlib.import_module("alphacl_fast.train.evaluate")
 
 # one worker makes what its tests share
 pytestmark = [
@@ -131,8 +132,9 @@ def test_bad_settings_are_named(given, message):
 
 def test_a_config_survives_its_file(tmp_path):
     config = tiny(option={"exponent": 2.0}, objective="alpha_direct")
+    (tmp_path / "run").mkdir()
     checkpoint.begin(tmp_path / "run", config, torch.device("cpu"))
-    assert Config.read(tmp_path / "run" / "config.json") == config
+    assert checkpoint.saved_config(tmp_path / "run") == config
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert {"alphacl_fast", "commit", "torch", "torchvision", "python", "device", "threads"} <= {
         *saved["environment"]
@@ -149,6 +151,7 @@ def test_a_run_saved_before_a_field_existed_goes_on(finished, tmp_path):
     saved = json.loads((run / "config.json").read_text())
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     del saved["config"]["probe_every"], state["config"]["probe_every"]
+    del saved["digest"]
     (run / "config.json").write_text(json.dumps(saved))
     torch.save(state, run / "checkpoint.pt")
     assert train(config, run, resume=True).already
@@ -342,8 +345,65 @@ def test_an_unreadable_image_is_named(folders, workers):
                 found.views, augment.augmentation("imagefolder", 16), config, 0, 3, pin=False
             )
         )
-    assert str(caught.value).startswith(f"cannot read image {broken} (")
+    assert str(caught.value).startswith(f"cannot read image {broken} (OSError): repair it, or ")
     assert "\n" not in str(caught.value)
+
+
+def grey(values, dtype):
+    return Image.fromarray(np.array(values, dtype=dtype))
+
+
+def transparent(mode):
+    """Two red pixels, the second of which is hidden behind its transparency."""
+    image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    image.putpixel((1, 0), (255, 0, 0, 0))
+    return image.convert(mode)
+
+
+def palette():
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    image.info["transparency"] = 1
+    return image
+
+
+RED, WHITE = [255, 0, 0], [255, 255, 255]
+
+
+@pytest.mark.parametrize(("image", "expected"), [
+    (Image.new("1", (2, 1), 1), [WHITE, WHITE]),
+    (grey([[0, 200]], np.uint8), [[0] * 3, [200] * 3]),
+    (grey([[0, 257 * 200]], np.uint16), [[0] * 3, [200] * 3]),
+    (grey([[65535, 100]], np.uint16), [WHITE, [0] * 3]),
+    (Image.new("RGB", (2, 1), "red"), [RED, RED]),
+    (Image.new("CMYK", (2, 1), (0, 255, 255, 0)), [RED, RED]),
+    (Image.new("HSV", (2, 1), (0, 255, 255)), [RED, RED]),
+    (Image.new("YCbCr", (2, 1), (255, 128, 128)), [WHITE, WHITE]),
+    (transparent("RGBA"), [RED, WHITE]),
+    (transparent("RGBa"), [RED, WHITE]),
+    (transparent("LA"), [[76] * 3, WHITE]),
+    (palette(), [RED, WHITE]),
+])  # fmt: skip
+def test_images_of_every_mode(image, expected):
+    found = data.as_rgb(image)
+    assert found.mode == "RGB"
+    assert np.asarray(found).tolist() == [expected]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_files_of_16_bits_are_scaled(tmp_path, suffix):
+    grey([[0, 257 * 100, 65535]], np.uint16).save(tmp_path / f"deep.{suffix}")
+    found = data._open_image(str(tmp_path / f"deep.{suffix}"))
+    assert np.asarray(found).tolist() == [[[0] * 3, [100] * 3, [255] * 3]]
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("F", np.float32), ("I", np.int32)])
+def test_images_without_a_range_are_refused(tmp_path, mode, dtype):
+    file = tmp_path / "deep.tif"
+    grey([[0, 1]], dtype).save(file)
+    with pytest.raises(RunError, match=f"cannot use image {file}: its mode {mode} has no fixed"):
+        data._open_image(str(file))
 
 
 # Models
@@ -477,7 +537,8 @@ def test_training_beats_the_untrained_encoder_with_few_labels(tmp_path):
 
 
 def test_what_a_run_leaves(finished):
-    names = {"config.json", "checkpoint.pt", "metrics.jsonl", "curves.png", "embedding.png"}
+    names = {"config.json", "checkpoint.pt", "checkpoint-1.pt", "metrics.jsonl", ".lock"}
+    names |= {"curves.png", "embedding.png"}
     assert {path.name for path in finished.iterdir()} == names
     steps = [row for row in rows(finished) if row["kind"] == "step"]
     epochs = [row for row in rows(finished) if row["kind"] == "epoch"]
@@ -551,9 +612,9 @@ def test_learnt_temperature_moves_and_is_restored(tmp_path):
     train(config, tmp_path / "run")
     learnt = [row["temperature"] for row in rows(tmp_path / "run") if row["kind"] == "epoch"]
     assert len({0.5, *learnt}) == 3
-    state = checkpoint.read(tmp_path / "run", config)
+    state = checkpoint.read(tmp_path / "run")
     assert state["loss"]["temperature"].item() == learnt[-1]
-    with pytest.raises(RunError, match="the loss cannot be used: temperature"):
+    with pytest.raises(RunError, match="--learn-temperature: temperature must not require"):
         train(tiny(objective="alpha_direct", learn_temperature=True), tmp_path / "other")
 
 
@@ -572,7 +633,7 @@ def test_a_loss_that_stops_being_finite_keeps_the_last_good_checkpoint(tmp_path,
         RunError, match="NaN in epoch 2, by step 7; the last good checkpoint, step 6, is kept"
     ):
         train(config, tmp_path / "run")
-    state = checkpoint.read(tmp_path / "run", config)
+    state = checkpoint.read(tmp_path / "run")
     assert state["step"] == 6
     assert all(torch.isfinite(value).all() for value in state["model"].values())
     monkeypatch.undo()
@@ -595,7 +656,7 @@ def test_a_broken_weight_is_not_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "FusedAlphaCLLoss", Breaks)
     with pytest.raises(RunError, match="became"):
         train(tiny(), tmp_path / "run")
-    state = checkpoint.read(tmp_path / "run", tiny())
+    state = checkpoint.read(tmp_path / "run")
     assert state["step"] == 0
     assert all(torch.isfinite(value).all() for value in state["model"].values())
 
@@ -614,15 +675,50 @@ def test_other_settings_are_refused_and_named(finished):
     assert train(elsewhere, finished, resume=True).already
 
 
+def flipped(file, place):
+    """Flip one bit of a file; ``place`` in [0, 1) says where."""
+    data = bytearray(file.read_bytes())
+    data[int(place * len(data))] ^= 4
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("place", [None, 0.0, 0.3, 0.999999])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, tmp_path, capsys, place):
+    run, config = tmp_path / "run", tiny(objective="alpha_direct", eval_every=1)
+    shutil.copytree(finished, run)
+    newest = run / "checkpoint.pt"
+    if place is None:
+        newest.write_bytes(newest.read_bytes()[:5000])
+    else:
+        flipped(newest, place)
+    storage.warn.cache_clear()
+    state = torch.load(run / "checkpoint-1.pt", weights_only=True)
+    # The checkpoint before is the one between the last epoch's steps and its evaluation.
+    assert (state["epoch"], state["step"]) == (1, 8)
+    assert train(config, run, resume=True).epochs == 2
+    warning = capsys.readouterr().err
+    assert f"{newest} is damaged: it is cut off or differs from its digest" in warning
+    assert warning.rstrip().endswith("using checkpoint-1.pt, of step 8")
+    for name in ("model", "optimizer"):
+        ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True)[name]
+                        for folder in (run, finished))  # fmt: skip
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert [row["kind"] for row in rows(run)] == [row["kind"] for row in rows(finished)]
+
+
 def test_damaged_and_foreign_checkpoints(finished, tmp_path):
     config = tiny(objective="alpha_direct", eval_every=1)
     run = tmp_path / "run"
     shutil.copytree(finished, run)
-    (run / "checkpoint.pt").write_bytes((finished / "checkpoint.pt").read_bytes()[:5000])
+    for name in ("checkpoint.pt", "checkpoint-1.pt"):
+        flipped(run / name, 0.5)
     for use in (lambda: train(config, run, resume=True), lambda: evaluate(run)):
-        with pytest.raises(RunError, match=r"cannot read .*checkpoint\.pt"):
+        with pytest.raises(
+            RunError, match=r"checkpoint-1\.pt is damaged.*holds no other checkpoint"
+        ):
             use()
     shutil.rmtree(run)
+    run.mkdir()
     checkpoint.begin(
         run, tiny(width=5, objective="alpha_direct", eval_every=1), torch.device("cpu")
     )
@@ -634,53 +730,250 @@ def test_damaged_and_foreign_checkpoints(finished, tmp_path):
     os.remove(run / "checkpoint.pt")
     with pytest.raises(RunError, match="has no checkpoint yet"):
         evaluate(run)
+    flipped(run / "config.json", 0.5)
+    with pytest.raises(RunError, match=r"config\.json is damaged.*nothing has been trained in"):
+        train(config, run, resume=True)
     with pytest.raises(RunError, match=r"is not a run: it has no config\.json"):
         evaluate(tmp_path / "nothing")
+    torch.save({"weights": torch.zeros(3)}, run / "checkpoint.pt")
+    with pytest.raises(RunError, match="is no checkpoint of a run"):
+        evaluate(run)
 
 
-def test_a_data_set_that_changed_is_refused(folders, tmp_path):
-    config = Config.create(
-        dataset="imagefolder",
-        data_root=str(folders),
-        encoder="small",
-        image_size=8,
-        width=4,
-        batch_size=8,
-        epochs=1,
-        workers=0,
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "edited"])
+def test_settings_of_a_damaged_config_are_the_checkpoint_s(finished, tmp_path, capsys, damage):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    file = run / "config.json"
+    text = file.read_text()
+    if damage == "missing":
+        file.unlink()
+    elif damage == "flipped":
+        flipped(file, 0.2)
+    else:
+        file.write_text(text[:99] if damage == "cut" else text.replace("0.003", "0.007"))
+    storage.warn.cache_clear()
+    assert train(tiny(objective="alpha_direct", eval_every=1), run, resume=True).already
+    assert f"{file} is " in capsys.readouterr().err
+    with pytest.raises(RunError, match=r"--lr: 0\.003 in the run, 0\.007 given"):
+        train(tiny(objective="alpha_direct", eval_every=1, lr=0.007), run, resume=True)
+
+
+def image_run(folders, **given):
+    return Config.create(
+        **{
+            "dataset": "imagefolder",
+            "data_root": str(folders),
+            "encoder": "small",
+            "image_size": 8,
+            "width": 4,
+            "batch_size": 8,
+            "epochs": 2,
+            "eval_every": 0,
+            "workers": 0,
+            **given,
+        }
     )
-    assert train(config, tmp_path / "run").epochs == 1
-    (tmp_path / "run" / "embedding.png").unlink()
+
+
+def test_a_data_set_that_changed_is_accepted_on_request(folders, tmp_path, capsys):
+    config, run = image_run(folders), tmp_path / "run"
+    assert train(config, run).epochs == 2
+    (run / "embedding.png").unlink()
     (folders / "train" / "cat" / "3.jpg").unlink()
-    with pytest.raises(RunError, match="was started with 24 training images, the data set has 23"):
-        train(config, tmp_path / "run", resume=True)
+    shutil.copy(folders / "train" / "dog" / "5.jpg", folders / "train" / "dog" / "new.jpg")
+    (folders / "train" / "dog" / "2.jpg").unlink()
+    expected = (
+        "was started with 24 training images, the data set has 23; missing: cat/3.jpg, dog/2.jpg; "
+        "new: dog/new.jpg; bring them back, or go on with --accept-data-change"
+    )
+    with pytest.raises(RunError, match=expected):
+        train(config, run, resume=True)
+    assert len((run / "images.txt").read_text().splitlines()) == 24
+    assert train(config, run, resume=True, accept_data_change=True).epochs == 2
+    assert "going on as --accept-data-change asks" in capsys.readouterr().err
+    (run / "embedding.png").unlink()
+    assert train(config, run, resume=True).epochs == 2  # it is the data set of the run now
+
+
+def test_an_epoch_with_fewer_images_ends_earlier(folders, tmp_path, monkeypatch):
+    config, run = image_run(folders, save_every=1, log_every=1), tmp_path / "run"
+    stop_after(monkeypatch, 5)
+    assert train(config, run).signal == signal.SIGTERM  # within the second epoch of three steps
+    monkeypatch.undo()
+    for name in range(9):
+        (folders / "train" / "cat" / f"{name}.jpg").unlink()
+    assert train(config, run, resume=True, accept_data_change=True).epochs == 2
+    assert [row["step"] for row in rows(run) if row["kind"] == "epoch"] == [3, 2]
+
+
+def stop_after(monkeypatch, step):
+    """Send SIGTERM to this process after a step."""
+    one_step = loop._Run.one_step
+
+    def stop(self, parts):
+        result = one_step(self, parts)
+        if self.step == step:
+            signal.raise_signal(signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(loop._Run, "one_step", stop)
+
+
+def full(*_):
+    raise OSError(28, "No space left on device")
 
 
 def test_a_failed_write_leaves_the_checkpoint(finished, tmp_path, monkeypatch):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
-
-    def full(state, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(
-        RunError, match=r"cannot write .*No space left on device; the checkpoint before it stands"
+    monkeypatch.setattr(os, "fsync", full)
+    for out, before in (
+        (run, "the checkpoint before it stands"),
+        (tmp_path, "there is no earlier"),
     ):
-        checkpoint.save(run, {})
-    assert (run / "checkpoint.pt").read_bytes() == (finished / "checkpoint.pt").read_bytes()
+        with pytest.raises(RunError, match=f"cannot write .*No space left on device; {before}"):
+            checkpoint.save(out, {}, keep=2)
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == {
+        path.name: path.read_bytes() for path in finished.iterdir()
+    }
+
+
+@pytest.mark.parametrize("write", ["curves.png", "embedding.png", "config.json", "metrics.jsonl"])
+def test_a_full_disk_is_one_line_wherever_it_is_met(tmp_path, monkeypatch, write):
+    real = storage.write
+
+    def write_or_fail(path, *arguments, **options):
+        if path.name == write:
+            full()
+        real(path, *arguments, **options)
+
+    monkeypatch.setattr(storage, "write", write_or_fail)
+    if write == "metrics.jsonl":
+        monkeypatch.setattr(loop.checkpoint.Metrics, "write", lambda self, **_: broken(self.path))
+
+    def broken(path):
+        with storage.writing(path):
+            full()
+
+    with pytest.raises(RunError, match=r"cannot write to .*: No space left on device"):
+        train(tiny(subset=64, epochs=1), tmp_path / "run")
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
+def test_a_damaged_log_is_a_warning(finished, tmp_path, capsys, damage):
+    run, config = tmp_path / "run", tiny(objective="alpha_direct", eval_every=1)
+    shutil.copytree(finished, run)
+    log = run / "metrics.jsonl"
+    (run / "embedding.png").unlink()
+    if damage == "missing":
+        log.unlink()
+    elif damage == "cut":
+        log.write_bytes(log.read_bytes()[:-40])
+    else:
+        flipped(log, 0.5)
+    storage.warn.cache_clear()
+    assert train(config, run, resume=True).epochs == 2
+    assert f"{log} is damaged" in capsys.readouterr().err
+    assert rows(run)[-1]["kind"] == "damaged"
+    (run / "embedding.png").unlink()
+    storage.warn.cache_clear()
+    assert train(config, run, resume=True).epochs == 2
+    assert f"{log} is damaged" not in capsys.readouterr().err
+
+
+def test_checkpoints_are_kept_in_order(tmp_path):
+    for step in range(5):
+        checkpoint.save(tmp_path, {"step": step}, keep=3)
+    names = ["checkpoint.pt", "checkpoint-1.pt", "checkpoint-2.pt"]
+    assert [torch.load(tmp_path / name)["step"] for name in names] == [4, 3, 2]
+    assert [path.name for path in storage.versions(tmp_path / "checkpoint.pt")] == names
+    checkpoint.save(tmp_path, {"step": 5}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_temperature_that_is_no_number_is_not_saved(tmp_path, monkeypatch):
+    one_step = loop._Run.one_step
+
+    def broken(self, parts):
+        result = one_step(self, parts)
+        if self.step == 6:
+            with torch.no_grad():
+                next(self.loss.parameters()).fill_(float("nan"))
+        return result
+
+    config = tiny(learn_temperature=True, save_every=3)
+    monkeypatch.setattr(loop._Run, "one_step", broken)
+    with pytest.raises(RunError, match=r"the temperature became .* by step 6; .* step 4, is kept"):
+        train(config, tmp_path / "run")
+    monkeypatch.undo()
+    assert checkpoint.read(tmp_path / "run")["step"] == 4
+    assert train(config, tmp_path / "run", resume=True).epochs == 2
+
+
+def test_one_process_at_a_time_uses_a_run(finished, tmp_path):
+    config, run = tiny(objective="alpha_direct", eval_every=1), tmp_path / "run"
+    shutil.copytree(finished, run)
+    held = f"is in use by process {os.getpid()} on "
+    with storage.locked(run):
+        with pytest.raises(RunError, match=held):
+            train(config, run, resume=True)
+        ready, started = os.pipe()
+        child = os.fork()  # such as a loader worker, which may outlive a parent that is killed
+        if not child:
+            os.write(started, b"1")
+            signal.pause()
+        os.read(ready, 1)
+        storage._leave_locks()  # what a kill does
+    try:
+        with storage.locked(run):
+            pass
+        with storage.locked(tmp_path / "new"), pytest.raises(RunError, match=held):
+            train(config, tmp_path / "new")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert train(config, run, resume=True).already
+
+
+def test_more_epochs_where_the_schedule_allows_them(tmp_path):
+    fixed = {"subset": 64, "eval_every": 0, "schedule": "constant", "epochs": 1}
+    whole, grown = tmp_path / "whole", tmp_path / "grown"
+    train(tiny(**{**fixed, "epochs": 2}), whole)
+    train(tiny(**fixed), grown)
+    assert train(tiny(**{**fixed, "epochs": 2}), grown, resume=True).epochs == 2
+    states = [torch.load(run / "checkpoint.pt")["model"] for run in (whole, grown)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert checkpoint.saved_config(grown).epochs == evaluate(grown, draws=1)["of_epochs"] == 2
+    with pytest.raises(RunError, match="--epochs can only become larger; nothing"):
+        train(tiny(**fixed), grown, resume=True)
+    cosine = tiny(**{**fixed, "schedule": "cosine"})
+    train(cosine, tmp_path / "cosine")
+    with pytest.raises(RunError, match="only --schedule constant can be continued"):
+        train(dataclasses.replace(cosine, epochs=2), tmp_path / "cosine", resume=True)
+    warm = dataclasses.replace(cosine, warmup_epochs=1)
+    train(warm, tmp_path / "warm")
+    assert train(dataclasses.replace(warm, epochs=2), tmp_path / "warm", resume=True).epochs == 2
+
+
+def test_names_of_the_loss_are_the_library_s():
+    assert objectives.names() == config_module.OBJECTIVES
+    assert functional.NEGATIVES == config_module.NEGATIVES
+    assert {"auto", *backends()} == {*config_module.BACKENDS}
 
 
 def test_metrics_are_cut_to_the_checkpoint(tmp_path):
     metrics = checkpoint.Metrics(tmp_path)
-    length = metrics.write(step=1)
-    metrics.write(step=2)
-    metrics.cut(length)
-    metrics.write(step=3)
+    metrics.write(kind="step", step=1)
+    state = {"step": 1, "epoch": 0, "metrics": metrics.length}
+    state["metrics_digest"] = metrics.hash.hexdigest()
+    metrics.write(kind="step", step=2)
+    assert metrics.resume(state)
+    metrics.write(kind="step", step=3)
     assert [row["step"] for row in rows(tmp_path)] == [1, 3]
-    with pytest.raises(RunError, match=r"is shorter than the checkpoint says \(24 of 25 bytes\)"):
-        metrics.cut(25)
+    assert not metrics.resume({**state, "metrics": 999})
+    assert [row["kind"] for row in rows(tmp_path)] == ["step", "damaged"]
 
 
 def test_an_unusable_folder_or_data_set_leaves_nothing(tmp_path):
@@ -691,7 +984,7 @@ def test_an_unusable_folder_or_data_set_leaves_nothing(tmp_path):
         train(tiny(), tmp_path / "file" / "run")
     with pytest.raises(RunError, match="cannot open cifar10"):
         train(Config.create(dataset="cifar10", data_root=str(tmp_path)), tmp_path / "run")
-    with pytest.raises(RunError, match="the loss cannot be used: objective must be one of"):
+    with pytest.raises(RunError, match=r"--objective must be one of .*; did you mean 'infonce'"):
         train(tiny(objective="infonse"), tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

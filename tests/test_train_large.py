@@ -181,7 +181,7 @@ def test_optimizers_for_large_batches(tmp_path, optimizer):
 def test_a_missing_optimizer_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     with pytest.raises(
-        RunError, match=r"--optimizer lars needs pytorch_optimizer .*alphacl-fast\[large-batch\]"
+        RunError, match=r"--optimizer lars needs pytorch_optimizer .*: pip install pytorch_opt"
     ):
         train(Config.create(**TINY, optimizer="lars"), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -2,16 +2,18 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import WATCHDOG, wait_until
 
-from alphacl_fast.train import Config, train
+from alphacl_fast.train import Config, RunError, process_context, train
 
 pytestmark = pytest.mark.xdist_group("train_ranks")  # one worker makes what its tests share
 
@@ -136,3 +138,102 @@ def test_a_killed_process_ends_the_job_and_another_number_goes_on(tmp_path, refe
     assert len(steps(out)) < 20
     train(Config.create(**SETTINGS), out, resume=True)
     assert_same_run(out, reference)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_signal_to_the_whole_job_is_one_signal(tmp_path, reference):
+    """A scheduler signals torchrun and its processes, and torchrun passes its signal on to them."""
+    out = tmp_path / "run"
+    process = start(2, out)
+    try:
+        wait_until(process, lambda: len(steps(out)) >= 3)
+        job = [*children(process.pid).values(), process.pid]
+        for member in job:
+            os.kill(member, signal.SIGTERM)
+        _, message = process.communicate(timeout=WATCHDOG)
+    finally:
+        process.kill()
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
+    assert f"alphacl: stopped after {saved // 5} of 4 epochs, state saved" in message
+    assert 3 <= saved == len(steps(out)) < 20
+    train(Config.create(**SETTINGS), out, resume=True)
+    assert_same_run(out, reference)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_process_group_that_exists_is_used(tmp_path, one_thread):
+    """Processes that Slurm or torch.multiprocessing started initialise the group themselves."""
+    out, pipes = tmp_path / "run", []
+    for rank in range(2):
+        reader, writer = os.pipe()
+        pipes.append(reader)
+        if not os.fork():
+            try:
+                for name in process_context.VARIABLES:
+                    os.environ.pop(name, None)
+                store = torch.distributed.FileStore(str(tmp_path / "store"), 2)
+                torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+                outcome = train(Config.create(**{**SETTINGS, "epochs": 1, "eval_every": 0}), out)
+                os.write(writer, f"{outcome.leads} {outcome.epochs}".encode())
+            finally:
+                os._exit(0)
+        os.close(writer)
+    assert [os.read(reader, 99) for reader in pipes] == [b"True 1", b"False 1"]
+    for _ in pipes:
+        os.wait()
+    assert len(steps(out)) == 5
+
+
+@pytest.mark.parametrize(("environment", "message"), [
+    ({"WORLD_SIZE": "2"}, "(WORLD_SIZE=2) but lacks RANK, MASTER_ADDR, MASTER_PORT: start the"),
+    ({"RANK": "1"}, "(RANK=1) but lacks WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start the"),
+    ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"},
+     "must be numbers with RANK below WORLD_SIZE, got RANK=2, WORLD_SIZE=2, MASTER_ADDR=here"),
+    ({"WORLD_SIZE": "two", "RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "1"},
+     "RANK, WORLD_SIZE and MASTER_PORT must be numbers"),
+])  # fmt: skip
+def test_half_an_environment_is_named(monkeypatch, environment, message):
+    for name in process_context.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RunError, match=re.escape(message)), process_context.joined():
+        raise AssertionError("joined")
+
+
+def test_a_process_alone_needs_no_environment(monkeypatch):
+    for name in process_context.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for environment in ({}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "1", "RANK": "0"}):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        with process_context.joined() as context:
+            assert (context.rank, context.size) == (0, 1)
+
+
+def test_waiting_for_others_is_announced(monkeypatch):
+    """The announcement ends the wait of this test, which nobody else would."""
+    said, gone = threading.Event(), threading.Event()
+
+    def wait(*_, **__):
+        assert gone.wait(WATCHDOG)
+        raise RuntimeError("nobody\ncame")
+
+    class Announced:
+        def write(self, text):
+            said.set()
+            gone.set()
+            return sys.__stderr__.write(text)
+
+        def flush(self):
+            pass
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", wait)
+    monkeypatch.setattr(process_context, "ANNOUNCED_AFTER", 0)
+    monkeypatch.setattr(sys, "stderr", Announced())
+    for name, value in zip(process_context.VARIABLES, ("0", "2", "here", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    expected = "process 0 of 2 did not reach the other processes at here:1: nobody came"
+    with pytest.raises(RunError, match=expected), process_context.joined():
+        raise AssertionError("joined")
+    assert said.is_set()

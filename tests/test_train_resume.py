@@ -190,3 +190,51 @@ def test_the_second_signal_acts_at_once():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_scheduler_s_repeated_signal_is_one_signal():
+    with loop.stop_signals() as caught:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            signal.raise_signal(number)
+    assert caught == [signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    with loop.stop_signals(launched=True) as caught:  # torchrun repeats Ctrl-C too
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    assert caught == [signal.SIGINT] * 2
+
+
+def test_a_signal_that_is_ignored_stays_so(monkeypatch):
+    """Runs under nohup outlive their terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with loop.stop_signals() as caught:
+            signal.raise_signal(signal.SIGHUP)
+        assert caught == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("part", [0, 1, 3, 5])
+def test_a_run_stops_between_micro_batches(tmp_path, monkeypatch, part):
+    """A signal within a step takes the step back: statistics, generators and gradients."""
+    settings = {**SETTINGS, "subset": 64, "epochs": 2, "micro_batch": 12, "save_every": 0}
+    config = Config.create(**{**settings, "eval_every": 0}, workers=0)
+    train(config, tmp_path / "whole")
+    embed, calls = loop._Run.embed, []
+
+    def interrupted(self, views):
+        calls.append(self.step)
+        if len(calls) == 6 + part:  # in the second step, which embeds its three parts twice
+            torch.rand(3)  # as dropout would
+            signal.raise_signal(signal.SIGUSR1)
+        return embed(self, views)
+
+    monkeypatch.setattr(loop._Run, "embed", interrupted)
+    outcome = train(config, tmp_path / "run")
+    assert (outcome.signal, outcome.epochs) == (signal.SIGUSR1, 0)
+    assert calls == [0] * 6 + [1] * part
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 1
+    monkeypatch.undo()
+    assert train(config, tmp_path / "run", resume=True).epochs == 2
+    assert_same_end(tmp_path / "run", final(tmp_path / "whole"))

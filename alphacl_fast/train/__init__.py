@@ -8,28 +8,68 @@
 ``torchrun --nproc-per-node=N -m alphacl_fast.train …`` trains with N processes that share every
 batch.
 
-Modules import one way: config; process_context, data, augment, device_augmentation, models,
-gradient, device, checkpoint; report; evaluate; inspection; loop; reproduce.
+Modules import one way: config, rows; storage, process_context, data, augment, device_augmentation,
+models, gradient, device, checkpoint; report; evaluation; inspection; loop; reproduce.
+
+As in `alphacl_fast`, a name is imported when it is first used.
 """
 
+from importlib import import_module
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-_EXTRA = {
+if TYPE_CHECKING:
+    from .checkpoint import is_run, saved_config
+    from .config import Config, RunError
+    from .evaluation import evaluate
+    from .inspection import inspect
+    from .loop import Outcome, train
+
+#: Public name → the module that defines it.
+_HOMES = {
+    "Config": "config",
+    "Outcome": "loop",
+    "RunError": "config",
+    "evaluate": "evaluation",
+    "inspect": "inspection",
+    "is_run": "checkpoint",
+    "saved_config": "checkpoint",
+    "train": "loop",
+}
+#: Module → its package in the registry.
+_PACKAGES = {
+    "numpy": "numpy",
     "torchvision": "torchvision",
     "sklearn": "scikit-learn",
     "matplotlib": "matplotlib",
     "tqdm": "tqdm",
     "PIL": "pillow",
 }
-_missing = [package for module, package in _EXTRA.items() if find_spec(module) is None]
-if _missing:
-    raise ImportError(
-        f"alphacl_fast.train needs {', '.join(_missing)}: pip install 'alphacl-fast[train]'"
-    )
 
-from .config import Config, RunError  # noqa: E402
-from .evaluate import evaluate  # noqa: E402
-from .inspection import inspect  # noqa: E402
-from .loop import Outcome, train  # noqa: E402
+__all__ = [
+    "Config",
+    "Outcome",
+    "RunError",
+    "evaluate",
+    "inspect",
+    "is_run",
+    "saved_config",
+    "train",
+]
 
-__all__ = ["Config", "Outcome", "RunError", "evaluate", "inspect", "train"]
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    missing = [package for module, package in _PACKAGES.items() if find_spec(module) is None]
+    if missing:
+        raise ImportError(
+            f"alphacl_fast.train needs more packages: pip install {' '.join(missing)}"
+        )
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,6 +2,6 @@
 
 import sys
 
-from alphacl_fast.cli import main
+from alphacl_cli import program
 
-sys.exit(main(["train", *sys.argv[1:]]))
+sys.exit(program(["train", *sys.argv[1:]]))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
+
+from alphacl_fast.suggestions import did_you_mean
 
 
 class RunError(Exception):
@@ -24,8 +25,8 @@ class Diverged(RunError):
     """The loss or a weight became infinite or NaN: an outcome of the settings, not a mistake."""
 
 
-def _flag(default, text, choices=None, least=None):
-    metadata = {"help": text, "choices": choices, "least": least}
+def _flag(default, text, choices=None, least=None, count=False):
+    metadata = {"help": text, "choices": choices, "least": least, "count": count}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -44,8 +45,21 @@ ENCODERS = {
     "resnet18": {"width": 64, "batch_size": 128, "lr": 0.01, "epochs": 500},
     "resnet50": {"width": 64, "batch_size": 256, "lr": 0.001, "epochs": 500},
 }
+#: Defaults that are computed from other settings, in words.
+DERIVED = {
+    "warmup_epochs": "a tenth of the epochs, at most 10",
+    "eval_every": "a tenth of the epochs",
+}
+#: Names that the loss knows, for help that does not wait for torch; a test compares them.
+OBJECTIVES = (
+    "infonce", "mine", "triplet", "soft_triplet", "n_plus_1_tuplet", "lifted_structured",
+    "modified_triplet", "triplet_contrastive", "alpha_direct", "alpha_entropy", "alpha_inverse",
+    "uniform", "alpha_square", "alpha_gamma",
+)  # fmt: skip
+NEGATIVES = ("two_view", "one_view", "cross_view")
+BACKENDS = ("auto", "reference", "blocked", "cpu", "cuda", "triton")
 # Fields that do not affect the result, so a resumed run may change them.
-FREE_ON_RESUME = ("data_root", "download", "workers")
+FREE_ON_RESUME = ("data_root", "download", "workers", "keep")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +74,9 @@ class Config:
         "data", "data set folder; imagefolder: it holds train/<class>/* and test/ or val/"
     )
     download: bool = _flag(False, "download the data set if it is missing")
-    subset: int = _flag(0, "train on a class-balanced subset of this many images (0: all)", least=0)
+    subset: int = _flag(
+        0, "train on a class-balanced subset of this many images (0: all)", least=0, count=True
+    )
     image_size: int = _flag(
         32,
         "side of the square input; above 64, stem and augmentation follow the STL-10 recipe",
@@ -79,23 +95,24 @@ class Config:
         "normalisation layers; batch: over one process's micro-batch, group: within an image",
         ("batch", "group"),
     )
-    objective: str = _flag("infonce", "objective of FusedAlphaCLLoss")
+    objective: str = _flag("infonce", "objective of FusedAlphaCLLoss", OBJECTIVES)
     option: dict = dataclasses.field(
         default_factory=dict, metadata={"help": "option of the objective; repeatable"}
     )
     temperature: float = _flag(0.5, "temperature of the loss")
     learn_temperature: bool = _flag(False, "learn the temperature, starting at --temperature")
-    negatives: str = _flag("two_view", "negatives of the loss")
-    backend: str = _flag("auto", "backend of the loss")
+    negatives: str = _flag("two_view", "negatives of the loss", NEGATIVES)
+    backend: str = _flag("auto", "backend of the loss", BACKENDS)
     epochs: int = _flag(500, "passes over the training images", least=1)
     batch_size: int = _flag(
-        128, "images per step over all processes; each gives two views", least=2
+        128, "images per step over all processes; each gives two views", least=2, count=True
     )
     micro_batch: int = _flag(
         0,
         "images per forward pass (0: the whole batch); saves activation memory, and the gradient "
         "stays exact (gradient caching)",
         least=0,
+        count=True,
     )
     optimizer: str = _flag(
         "adam",
@@ -104,7 +121,13 @@ class Config:
     )
     lr: float = _flag(0.01, "peak learning rate")
     weight_decay: float = _flag(0.0, "weight decay", least=0)
-    warmup_epochs: int = _flag(10, "epochs of linear warm-up before cosine decay", least=0)
+    warmup_epochs: int = _flag(10, "epochs of linear warm-up", least=0)
+    schedule: str = _flag(
+        "cosine",
+        "learning rate after the warm-up: cosine decay to 0 at the last epoch, or constant, which "
+        "lets a resumed run have more --epochs",
+        ("cosine", "constant"),
+    )
     amp: str = _flag("none", "autocast", ("none", "bf16"))
     compile: bool = _flag(False, "torch.compile the network")
     deterministic: bool = _flag(
@@ -128,6 +151,7 @@ class Config:
     save_every: int = _flag(
         0, "steps between checkpoints, besides one after every epoch (0: none)", least=0
     )
+    keep: int = _flag(2, "checkpoints to keep, the newest included", least=1)
 
     @classmethod
     def create(cls, **given) -> Config:
@@ -141,7 +165,10 @@ class Config:
         """
         for name in given:
             if name not in _names():
-                raise RunError(f"unknown setting {name!r}; the settings are {', '.join(_names())}")
+                raise RunError(
+                    f"unknown setting {name!r}; the settings are {', '.join(_names())}"
+                    f"{did_you_mean(name, _names())}"
+                )
         dataset = _one_of("dataset", given.get("dataset", "digits"), DATASETS)
         values = {**DATASETS[dataset], **given}
         values = {**ENCODERS[_one_of("encoder", values["encoder"], ENCODERS)], **values}
@@ -152,31 +179,13 @@ class Config:
         return config
 
     @classmethod
-    def read(cls, path: Path) -> Config:
-        """Read a config saved by an earlier run.
-
-        Args:
-            path: the run's config.json.
-
-        Raises:
-            RunError: the file is missing, unreadable or does not hold a valid config.
-        """
-        try:
-            values = json.loads(path.read_text())["config"]
-        except FileNotFoundError:
-            raise RunError(f"{path.parent} is not a run: it has no {path.name}") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"cannot read {path}: {error!r}") from error
-        return cls.from_dict(values, path)
-
-    @classmethod
     def from_dict(cls, values: dict, source: Path) -> Config:
         """Restore a config from saved values.
 
         A field added since they were saved takes its default, which reproduces the old behaviour.
 
         Args:
-            values: the saved fields.
+            values: the saved fields, a dict.
             source: the file they came from, named in errors.
 
         Raises:
@@ -251,5 +260,8 @@ def _names():
 
 def _one_of(name: str, value, choices):
     if value not in choices:
-        raise RunError(f"{flag(name)} must be one of {', '.join(choices)}, got {value!r}")
+        raise RunError(
+            f"{flag(name)} must be one of {', '.join(choices)}, got {value!r}"
+            f"{did_you_mean(value, choices)}"
+        )
     return value

@@ -10,6 +10,7 @@ import os
 import signal
 import struct
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,7 @@ class Data:
     """Map-style data sets of (PIL image, label), with a run's settings and device.
 
     Training draws its views from ``views``; evaluation fits on ``train`` and scores on ``test``.
+    ``names`` are the files of ``views``, where each image is a file.
     """
 
     views: Dataset
@@ -48,6 +50,7 @@ class Data:
     classes: list[str]
     config: Config
     device: torch.device
+    names: list[str] | None = None
 
 
 def load(config: Config, device: torch.device | None = None) -> Data:
@@ -71,6 +74,7 @@ def load(config: Config, device: torch.device | None = None) -> Data:
         same = data.train is data.views
         data.views = _subset(data.views, config.subset)
         data.train = data.views if same else data.train
+    data.names = _names(data.views)
     if len(data.views) < config.batch_size:
         raise RunError(
             f"--batch-size must not exceed the {len(data.views)} training images, "
@@ -122,6 +126,16 @@ def _imagefolder(config: Config) -> tuple:
     return train, train, test, train.classes
 
 
+def _names(images: Dataset) -> list[str] | None:
+    """List the files of an image folder or a part of it; None for other data sets."""
+    if isinstance(images, Subset):
+        names = _names(images.dataset)
+        return None if names is None else [names[index] for index in images.indices]
+    if not isinstance(images, datasets.ImageFolder):
+        return None
+    return [Path(path).relative_to(images.root).as_posix() for path, _ in images.samples]
+
+
 def _fake(config: Config) -> tuple:
     def fake(size, offset):
         shape = (3, config.image_size, config.image_size)
@@ -144,10 +158,49 @@ _OPEN = {
 
 def _open_image(path: str) -> Image.Image:
     try:
-        with open(path, "rb") as file:
-            return Image.open(file).convert("RGB")
+        with open(path, "rb") as file, Image.open(file) as image:
+            return as_rgb(image)
+    except RunError as error:
+        raise RunError(f"cannot use image {path}: {error}") from error
     except Exception as error:  # Pillow's decoders raise a dozen unrelated types
-        raise RunError(f"cannot read image {path} ({type(error).__name__})") from error
+        raise RunError(
+            f"cannot read image {path} ({type(error).__name__}): repair it, or remove it and go on "
+            "with --accept-data-change"
+        ) from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to 8-bit RGB.
+
+    16-bit grey is scaled to 8 bits, where Pillow would clip it, and transparent pixels are drawn
+    over white, where Pillow would show the colour that their transparency hides.
+
+    Raises:
+        RunError: the mode does not say which values are black and white.
+    """
+    image.load()
+    mode = image.mode
+    if mode in _DEEP_GREY or (mode == "I" and image.format in _DEEP_GREY_FORMATS):
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        return _over_white(image)
+    if mode in ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"):
+        return image.convert("RGB")
+    raise RunError(f"its mode {mode} has no fixed range of values: convert it to 8-bit RGB or grey")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    if image.mode == "La":
+        image = image.convert("LA")
+    image = image.convert("RGBA")
+    opaque = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(opaque, image).convert("RGB")
+
+
+# 16-bit grey has the mode I in some formats and older versions of Pillow.
+_DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
+_DEEP_GREY_FORMATS = ("PNG", "PPM")
 
 
 def _subset(dataset: Dataset, size: int) -> Subset:
@@ -278,7 +331,9 @@ def _batches(dataset: Dataset, workers: int, pin: bool, **sampling: int | Iterab
         generator=torch.Generator(),
         **sampling,
     )
-    for batch in loader:
+    with _stop_signals_blocked():
+        batches = iter(loader)
+    for batch in batches:
         if isinstance(batch, RunError):
             raise batch
         yield batch
@@ -290,7 +345,31 @@ def _collate(samples):
     return next(errors, None) or default_collate(samples)
 
 
+#: Signals that the main process handles alone: a terminal sends them to the whole process group.
+_STOPPING = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+    if hasattr(signal, name)
+]
+
+
+@contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """Block the signals that stop a run; processes started inside start with them blocked.
+
+    A worker that is interrupted before it ignores them would print a traceback.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _ignore_signals(_worker: int) -> None:
-    """Leave stopping to the main process: Ctrl-C reaches the whole process group."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Leave stopping to the main process."""
+    for number in _STOPPING:
+        signal.signal(number, signal.SIG_IGN)

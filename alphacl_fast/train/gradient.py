@@ -45,7 +45,12 @@ def whole(embed: Embed, loss: Loss, views: Views) -> tuple[Tensor, float]:
 
 
 def in_parts(
-    net: nn.Module, embed: Embed, loss: Loss, parts: Sequence[Views], device: torch.device
+    net: nn.Module,
+    embed: Embed,
+    loss: Loss,
+    parts: Sequence[Views],
+    device: torch.device,
+    look: Callable[[int], None] = lambda number: None,
 ) -> tuple[Tensor, float]:
     """Accumulate the gradient of one batch in micro-batches.
 
@@ -55,13 +60,18 @@ def in_parts(
         loss: (z1, z2) of the whole batch → (); its own parameters receive their gradient too.
         parts: micro-batches (x1, x2) of any sizes.
         device: device whose random generator ``embed`` draws from, besides the CPU's.
+        look: called with the number of each micro-batch, from 0, before it is embedded, except
+            before the very first. It may raise to abandon the step; :func:`undone` then takes back
+            what the step has done.
 
     Returns:
         The detached loss, and host seconds in the loss, its backward included.
     """
     states, embeddings = [], []
     with torch.no_grad(), _statistics_kept(net):
-        for part in parts:
+        for number, part in enumerate(parts):
+            if number:
+                look(number)
             states.append(_rng_state(device))
             embeddings.append(embed(part))
     z1, z2 = (torch.cat(views).requires_grad_() for views in zip(*embeddings, strict=True))
@@ -70,11 +80,28 @@ def in_parts(
     after = _rng_state(device)
     value, in_loss = _backward(loss, z1, z2)
     gradients = (z.grad.split(sizes) for z in (z1, z2))
-    for part, state, dz1, dz2 in zip(parts, states, *gradients, strict=True):
+    for number, (part, state, dz1, dz2) in enumerate(zip(parts, states, *gradients, strict=True)):
+        look(number)
         _set_rng_state(state, device)
         torch.autograd.backward(embed(part), (dz1, dz2))
     _set_rng_state(after, device)
     return value, in_loss
+
+
+@contextmanager
+def undone(net: nn.Module, device: torch.device, error: type[Exception]):
+    """Restore the buffers of ``net`` and the random generators if ``error`` is raised inside."""
+    buffers = [buffer.clone() for buffer in net.buffers()]
+    state = _rng_state(device)
+    try:
+        yield
+    except error:
+        with torch.no_grad():
+            for buffer, before in zip(net.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+        _set_rng_state(state, device)
+        net.zero_grad(set_to_none=True)
+        raise
 
 
 def _backward(loss: Loss, z1: Tensor, z2: Tensor) -> tuple[Tensor, float]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from alphacl_fast import AlphaSummary, alpha_summary
 
-from . import checkpoint
+from . import checkpoint, storage
 from .augment import augmentation
 from .config import Config, RunError
 from .data import load, steps_of, training_batches
@@ -61,6 +61,7 @@ def inspect(
         raise RunError(
             f"--pairs must be at least 2 and --thumbnails at least 1, got {pairs} and {thumbnails}"
         )
+    storage.check_writable(out)
     with settings(config):
         views, labels, classes, z = _embed(config, state, pairs)
         temperature = float(state["loss"].get("temperature", config.temperature))
@@ -83,9 +84,9 @@ def inspect(
             for i, j, d, a in nearest
         ],
     }
-    with checkpoint.writing(out):
+    with storage.writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        (out / "inspect.json").write_text(json.dumps(result, indent=2) + "\n")
+        storage.write(out / "inspect.json", (json.dumps(result, indent=2) + "\n").encode())
         names = [classes[row] for row in rows]
         _draw(config, summaries, nearest, views, names, out / "inspect.png")
     return result
@@ -225,4 +226,4 @@ def _draw(
         axis.set_title(f"{labels[i]} | {labels[j]}\n{weight}", fontsize=8)
     title = f"{config.objective} on {config.dataset}, temperature {config.temperature:g}"
     figure.suptitle(title, fontsize=11, color="0.35")
-    figure.savefig(path, dpi=130)
+    storage.write_figure(path, figure, dpi=130)

@@ -12,7 +12,8 @@ import signal
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +23,26 @@ from tqdm import tqdm
 
 from alphacl_fast import FusedAlphaCLLoss, batch_metrics
 
-from . import checkpoint, device_augmentation, gradient, report
+from . import checkpoint, device_augmentation, gradient, report, storage
 from .augment import augmentation
-from .config import Config, Diverged, RunError
+from .config import Config, Diverged, RunError, flag
 from .data import Data, load, mix, training_batches
 from .device import pick_device, settings
-from .evaluate import figures, picture
+from .evaluation import figures, picture
 from .models import Net, build
 from .process_context import ProcessContext, joined, peers
 
 TRIAL_PAIRS = 1024  # most pairs of the batch on which the loss is tried before a run
+PLOTS = ("curves.png", "embedding.png")  # drawn at the end, in this order
 REHEARSED_STEPS = 10  # more than the batches that four loader workers prefetch
 WARMUP_STEPS = 3  # steps excluded from images/s: first allocations, worker start, compilation
+#: Signals that end a run with a checkpoint, where the system has them. Slurm sends SIGUSR1 before a
+#: job's time is over, if it is asked to, and a terminal that closes sends SIGHUP.
+STOPPING = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+    if hasattr(signal, name)
+]
 
 
 @dataclasses.dataclass
@@ -58,63 +67,159 @@ class Outcome:
     late: int | None = None
 
 
-def train(config: Config, out: str | Path, *, resume: bool = False) -> Outcome:
+class Stopped(Exception):
+    """A signal ends the run within a step, which counts as not begun."""
+
+
+def train(
+    config: Config, out: str | Path, *, resume: bool = False, accept_data_change: bool = False
+) -> Outcome:
     """Train a network, or resume a run.
 
-    SIGINT and SIGTERM end the run after the current step, with a checkpoint. A run that was stopped
-    or killed and then resumed ends with the weights of an uninterrupted run (bit for bit on a CPU
-    with the same number of threads). Under torchrun every process calls this function; a run may be
-    resumed with another number of processes.
+    SIGINT, SIGTERM, SIGUSR1 and SIGHUP end the run after the current step, or before the next
+    micro-batch, with a checkpoint. A run that was stopped or killed and then resumed ends with the
+    weights of an uninterrupted run (bit for bit on a CPU with the same number of threads). Under
+    torchrun, or in a process group that the caller has initialised, every process calls this
+    function; a run may be resumed with another number of processes.
 
     Args:
         config: settings of the run, from :meth:`Config.create`.
-        out: run folder, new or empty unless ``resume``.
-        resume: whether to continue the run in ``out``, which must have the same settings.
+        out: run folder, new or empty unless ``resume``; no other process may use it meanwhile.
+        resume: whether to continue the run in ``out``, which must have the same settings. It may
+            have more epochs if the learning rates of all steps so far do not depend on their
+            number: with a constant schedule, or within the warm-up.
+        accept_data_change: whether to go on if the training images are others than before.
 
     Returns:
         How the run ended.
 
     Raises:
-        RunError: ``out`` holds something else, or data set, device or settings are unusable
-            (existing files are left untouched); or the loss became infinite or NaN (the last good
-            checkpoint is kept).
+        RunError: ``out`` holds something else or is in use, or data set, device or settings are
+            unusable (existing files are left untouched); or the loss became infinite or NaN (the
+            last good checkpoint is kept).
     """
-    with joined() as context:
-        return _train(config, Path(out), resume, context)
+    with joined() as context, ExitStack() as lock:
+        return _Start(config, Path(out), context, lock).train(resume, accept_data_change)
 
 
-def _train(config: Config, out: Path, resume: bool, context: ProcessContext) -> Outcome:
-    config.check()
+class _Start:
+    """What happens before the first step; ``lock`` holds the lock of ``out`` on rank 0."""
 
-    def find():
-        state = _saved_state(config, out) if resume else _check_empty(out)
-        return state, (out / "embedding.png").exists()
+    def __init__(self, config: Config, out: Path, context: ProcessContext, lock: ExitStack):
+        self.config, self.out, self.context, self.lock = config, out, context, lock
 
-    state, drawn = context.on_rank_0(find)
-    if state and state["epoch"] == config.epochs and drawn:
-        return Outcome(out, config.epochs, already=True, leads=context.leads)
-    if config.batch_size < context.size:
-        raise RunError(
-            f"--batch-size must be at least the number of processes, {context.size}, "
-            f"got {config.batch_size}"
-        )
-    device = pick_device(config.device, context.local_rank if context.size > 1 else None)
-    if config.download:  # once, not in every process
-        context.on_rank_0(lambda: len(load(config).views))
-    data = load(config, device)
-    with settings(config):
-        run = _Run(data, out, context)
-        if context.leads and not (out / checkpoint.CONFIG).exists():
-            checkpoint.begin(out, config, device)
-        run.restore(state)
-        with stop_signals() as caught:
-            stopped_by = run.epochs(caught)
-        if stopped_by is None and context.leads:
+    def train(self, resume: bool, accept_data_change: bool) -> Outcome:
+        config, out, context = self.config, self.out, self.context
+        config.check()
+        state, complete = context.on_rank_0(self.saved if resume else self.nothing)
+        if state and state["epoch"] == config.epochs and complete:
+            return Outcome(out, config.epochs, already=True, leads=context.leads)
+        if config.batch_size < context.size:
+            raise RunError(
+                f"--batch-size must be at least the number of processes, {context.size}, "
+                f"got {config.batch_size}"
+            )
+        device = pick_device(config.device, context.local_rank if context.size > 1 else None)
+        if config.download:  # once, not in every process
+            context.on_rank_0(lambda: len(load(config).views))
+        data = load(config, device)
+        with settings(config):
+            run = _Run(data, out, context)
+            if state:
+                context.on_rank_0(lambda: self.check_images(state, data, accept_data_change))
+            with stop_signals(context.launched) as caught:
+                context.on_rank_0(lambda: self.begin(data, state, resume))
+                run.restore(state)
+                stopped_by = run.epochs(caught)
+                if stopped_by is None and context.leads:
+                    self.draw(run)
+        late = None if stopped_by else next(iter(caught), None)
+        return Outcome(out, run.epoch, signal=stopped_by, leads=context.leads, late=late)
+
+    def nothing(self) -> tuple[None, bool]:
+        """Check that ``out`` is free for a new run; its lock is taken when the run begins."""
+        _check_empty(self.out)
+        storage.check_writable(self.out)
+        return None, False
+
+    def saved(self) -> tuple[dict | None, bool]:
+        """Lock the run folder and read its checkpoint (None before the first one).
+
+        Returns:
+            The state, and whether everything is there that a finished run leaves.
+        """
+        out, config = self.out, self.config
+        checkpoint.saved_config(out)  # names a folder that holds no run, before it gets a lock
+        self.lock.enter_context(storage.locked(out))
+        saved, state = checkpoint.saved_config(out), checkpoint.read(out)
+        trained = Config.from_dict(state["config"], out / state["file"]) if state else saved
+        differing = {
+            text: None
+            for known in (saved, trained)
+            for text in known.differences(dataclasses.asdict(config))
+            if not (text.startswith("--epochs:") and _may_extend(known, config, state))
+        }
+        if differing:
+            raise RunError(
+                f"{out} was started with other settings: {'; '.join(differing)}; "
+                f"{_why_not_longer(saved, config)}nothing was changed"
+            )
+        if state:
+            checkpoint.promote(out, state["file"])
+        complete = state and trained.epochs == config.epochs and (out / PLOTS[1]).exists()
+        return state, bool(complete) and checkpoint.Metrics(out).is_whole(state)
+
+    def check_images(self, state: dict, data: Data, accept: bool) -> None:
+        """Compare the training images with those of the checkpoint; they may differ by request."""
+        found = checkpoint.changed_images(self.out, state, len(data.views), data.names)
+        if found and not accept:
+            raise RunError(f"{found}; bring them back, or go on with --accept-data-change")
+        if found:
+            storage.warn(f"{found}; going on as --accept-data-change asks")
+
+    def begin(self, data: Data, state: dict | None, resume: bool) -> None:
+        """Write the files that do not change during the run; a new run takes the lock first."""
+        out, config = self.out, self.config
+        if not resume:
+            self.lock.enter_context(storage.locked(out))
+            _check_empty(out)  # another process may have begun here meanwhile
+        elif state and state["config"]["epochs"] != config.epochs:
+            for name in PLOTS:  # the last one marks a finished run
+                (out / name).unlink(missing_ok=True)
+        try:
+            values = storage.read_json(out / checkpoint.CONFIG)["config"]
+            same = not config.differences(values)
+        except (storage.Damaged, KeyError):
+            same = False
+        if not same:
+            checkpoint.begin(out, config, data.device)
+        checkpoint.record_images(out, data.names)
+
+    def draw(self, run: "_Run") -> None:
+        out, config = self.out, self.config
+        with storage.writing(out):
             title = f"{config.objective} on {config.dataset}"
-            report.curves(out / checkpoint.METRICS, out / "curves.png", title)
-            picture(run.net.encoder, data, out / "embedding.png")
-    late = None if stopped_by else next(iter(caught), None)
-    return Outcome(out, run.epoch, signal=stopped_by, leads=context.leads, late=late)
+            report.curves(out / checkpoint.METRICS, out / PLOTS[0], title)
+            picture(run.net.encoder, run.data, out / PLOTS[1])
+
+
+def _may_extend(saved: Config, config: Config, state: dict | None) -> bool:
+    """Whether a run may have the larger number of epochs of ``config``, as if from its start."""
+    if state is None or config.epochs < saved.epochs:
+        return state is None
+    warmup = saved.warmup_epochs * (state["images"] // saved.batch_size)
+    return saved.schedule == "constant" or state["step"] <= warmup
+
+
+def _why_not_longer(saved: Config, config: Config) -> str:
+    if config.epochs == saved.epochs:
+        return ""
+    if config.epochs < saved.epochs:
+        return "--epochs can only become larger; "
+    return (
+        "the learning rates of a cosine schedule depend on --epochs from the end of the warm-up "
+        "on, so that only --schedule constant can be continued; "
+    )
 
 
 def try_out(configs: list[Config]) -> None:
@@ -175,10 +280,12 @@ def due(epoch: int, every: int, epochs: int) -> bool:
 
 
 def learning_rate(config: Config, step: int, per_epoch: int) -> float:
-    """Compute the learning rate of ``step`` (from 0): linear warm-up, then cosine decay to 0."""
+    """Compute the learning rate of ``step`` (from 0): linear warm-up, then the schedule."""
     warmup, total = config.warmup_epochs * per_epoch, config.epochs * per_epoch
     if step < warmup:
         return config.lr * (step + 1) / warmup
+    if config.schedule == "constant":
+        return config.lr
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
@@ -200,17 +307,15 @@ class _Run:
         # The epoch's summed loss stays on the device and is read at sync points only.
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.metrics = checkpoint.Metrics(out)
+        self.caught: list[int] = []
+        # Micro-batches of a step that every rank has. To look for a signal takes all ranks, so a
+        # rank with one more does not look before it, and no rank looks if one has a single one.
+        smallest = config.batch_size // context.size
+        self.looks = -(-smallest // config.micro_batch) if config.micro_batch else 1
 
     def restore(self, state: dict | None) -> None:
         """Load a checkpoint, or write the first one."""
-        images = len(self.data.views)
-        if state and state["images"] != images:
-            raise RunError(
-                f"{self.out} was started with {state['images']} training images, "
-                f"the data set has {images}"
-            )
-        if self.context.leads:
-            self.metrics.cut(state["metrics"] if state else 0)
+        whole = self.context.on_rank_0(lambda: self.metrics.resume(state))
         if state is None:
             self.seed_rank()
             self.context.broadcast([*self.net.state_dict().values()])
@@ -218,10 +323,19 @@ class _Run:
         self.net.load_state_dict(state["model"])
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self.step, self.saved_step = state["epoch"], state["step"], state["step"]
+        self.epoch, self.step = state["epoch"], state["step"]
+        if state["images"] != len(self.data.views):  # the epochs may have other numbers of steps
+            begun = self.step - self.epoch * (state["images"] // self.config.batch_size)
+            self.step = self.epoch * self.per_epoch + min(begun, self.per_epoch)
+        self.saved_step = self.step
         self.loss_sum.copy_(state["loss_sum"])
         checkpoint.restore_rng(state)
         self.seed_rank()
+        ours = self.checkpoint()
+        if not whole or any(
+            state.get(key, ours[key]) != ours[key] for key in ("config", "images", "images_digest")
+        ):
+            self.save()  # of the repaired log, the longer run or the other images
 
     def seed_rank(self) -> None:
         """Give each of several ranks its own random numbers, however many there were before."""
@@ -229,24 +343,34 @@ class _Run:
             torch.manual_seed(mix(self.config.seed, self.step, self.context.rank))
 
     def save(self) -> None:
-        """Write the checkpoint, unless the loss or a weight is no longer finite (RunError)."""
+        """Write the checkpoint, unless something in it is no longer finite (RunError)."""
         self.check_finite()
-        if not all(torch.isfinite(p).all() for p in self.net.parameters()):
-            self.fail("a weight became infinite or NaN")
-        self.saved_step = self.step
+        state = self.checkpoint()
+        parts = [("model", "a weight"), ("loss", "the temperature"), ("optimizer", "the optimizer")]
+        broken = [not _finite(state[key]) for key, _ in parts]
+        found = self.context.all_reduce_max(1 + broken.index(True) if any(broken) else 0)
+        if found:
+            self.fail(f"{parts[found - 1][1]} became infinite or NaN")
         if self.context.leads:
-            state = {
-                "config": dataclasses.asdict(self.config),
-                "model": self.net.state_dict(),
-                "loss": self.loss.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "epoch": self.epoch,
-                "step": self.step,
-                "loss_sum": self.loss_sum,
-                "images": len(self.data.views),
-                "metrics": self.metrics.length,
-            }
-            checkpoint.save(self.out, state)
+            self.metrics.sync()  # before the checkpoint that counts its lines
+            checkpoint.save(self.out, state, self.config.keep)
+        self.saved_step = self.step
+
+    def checkpoint(self) -> dict:
+        """Collect the state of the run, besides the random generators'."""
+        return {
+            "config": dataclasses.asdict(self.config),
+            "model": self.net.state_dict(),
+            "loss": self.loss.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "loss_sum": self.loss_sum,
+            "images": len(self.data.views),
+            "images_digest": checkpoint.digest_of(self.data.names),
+            "metrics": self.metrics.length,
+            "metrics_digest": self.metrics.hash.hexdigest(),
+        }
 
     def check_finite(self) -> float:
         """Return the epoch's summed loss (synchronises); RunError if it is not finite."""
@@ -274,6 +398,7 @@ class _Run:
 
     def epochs(self, caught: list[int]) -> int | None:
         """Train to the end (None), or save and return the signal that turns up in ``caught``."""
+        self.caught = caught
         config, total = self.config, self.config.epochs * self.per_epoch
         batches = self.batches(total)
         quiet = None if self.context.leads else True  # None: tqdm shows itself on a terminal only
@@ -284,9 +409,13 @@ class _Run:
                 seconds, loss_seconds, counted = 0.0, 0.0, 0
                 self.net.train()
                 before = time.perf_counter()
-                stop = self.context.all_reduce_max(next(iter(caught), 0))
+                stop = self.stop()
                 while self.step < (self.epoch + 1) * self.per_epoch and not stop:
-                    value, lr, in_loss = self.one_step(next(batches))
+                    try:
+                        value, lr, in_loss = self.one_step(next(batches))
+                    except Stopped:
+                        stop = self.stop()
+                        continue
                     done, ends_epoch = done + 1, self.step == (self.epoch + 1) * self.per_epoch
                     bar.update()
                     logged = self.step % config.log_every == 0
@@ -306,7 +435,7 @@ class _Run:
                     if config.save_every and self.step % config.save_every == 0 and not ends_epoch:
                         self.save()
                         before = time.perf_counter()
-                    stop = self.context.all_reduce_max(next(iter(caught), 0))
+                    stop = self.stop()
                 if stop:
                     self.save()
                     return stop
@@ -314,6 +443,15 @@ class _Run:
         finally:
             bar.close()
         return None
+
+    def stop(self) -> int:
+        """Return the signal that should end the run on every rank, 0 for none."""
+        return self.context.all_reduce_max(next(iter(self.caught), 0))
+
+    def look(self, number: int) -> None:
+        """Raise Stopped before micro-batch ``number`` (from 0) if a signal should end the run."""
+        if number < self.looks > 1 and self.stop():
+            raise Stopped
 
     def log(self, **row) -> None:
         if self.context.leads:
@@ -339,9 +477,10 @@ class _Run:
             if len(parts) == 1:
                 value, in_loss = gradient.whole(self.embed, self.loss, parts[0])
             else:
-                value, in_loss = gradient.in_parts(
-                    self.net, self.embed, self.loss, parts, self.device
-                )
+                with gradient.undone(self.net, self.device, Stopped):
+                    value, in_loss = gradient.in_parts(
+                        self.net, self.embed, self.loss, parts, self.device, self.look
+                    )
         summary = None
         if embeddings:
             summary = self.loss.alpha_summary(*embeddings, k=1).scalars()
@@ -422,7 +561,7 @@ def _build_optimizer(config: Config, net: nn.Module, loss: nn.Module) -> torch.o
     except ImportError as error:
         raise RunError(
             f"--optimizer {config.optimizer} needs pytorch_optimizer ({error}): "
-            "pip install 'alphacl-fast[large-batch]'"
+            "pip install pytorch_optimizer"
         ) from error
     if config.optimizer == "lars":
         return LARS(groups, lr=config.lr, momentum=0.9)
@@ -450,47 +589,74 @@ def _build_loss(config: Config, device: torch.device, context: ProcessContext) -
         z = torch.randn(2, min(config.batch_size, TRIAL_PAIRS), 128, generator=generator)
         loss(*z.to(device, dtype).requires_grad_().unbind()).backward()
     except (ValueError, TypeError, RuntimeError) as error:
-        raise RunError(f"the loss cannot be used: {' '.join(str(error).split())}") from error
+        raise RunError(_loss_problem(config, " ".join(str(error).split()))) from error
     loss.zero_grad(set_to_none=True)
     return loss
+
+
+def _loss_problem(config: Config, text: str) -> str:
+    """Name the flag that an error of the loss is about."""
+    name = text.split()[0]
+    if name == "temperature" and "require grad" in text:
+        return f"--learn-temperature: {text}"
+    if name in ("temperature", "negatives", "backend"):
+        return flag(name) + text.removeprefix(name)
+    if name == "options" or {*text.replace("=", " ").split()} & {*config.option}:
+        return f"--option: {text}"
+    used = {name: getattr(config, name) for name in ("objective", "temperature", "backend")}
+    flags = " ".join(f"{flag(name)} {value}" for name, value in used.items())
+    return f"the loss cannot be used with {flags}: {text}"
 
 
 def _check_empty(out: Path) -> None:
     """Raise RunError unless ``out`` is absent or an empty folder."""
     try:
-        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        if not out.exists() or (out.is_dir() and storage.is_empty(out)):
             return
     except OSError as error:
         raise RunError(f"cannot use the run folder {out}: {error.strerror}") from error
-    resumable = (out / checkpoint.CONFIG).exists()
+    resumable = out.is_dir() and checkpoint.is_run(out)
     hint = f"go on with it by --resume {out}, or choose" if resumable else "choose"
     raise RunError(
         f"{out} exists and is not an empty folder: {hint} another --out; nothing was changed"
     )
 
 
-def _saved_state(config: Config, out: Path) -> dict | None:
-    """Read the run's checkpoint (None before the first one); RunError if its settings differ."""
-    saved = Config.read(out / checkpoint.CONFIG)
-    if differing := saved.differences(dataclasses.asdict(config)):
-        raise RunError(
-            f"{out} was started with other settings: {'; '.join(differing)}; nothing was changed"
-        )
-    return checkpoint.read(out, config)
+def _finite(values) -> bool:
+    """Whether every number in nested dicts and lists of tensors and numbers is finite."""
+    if isinstance(values, torch.Tensor):
+        return bool(torch.isfinite(values).all())
+    if isinstance(values, dict):
+        return all(map(_finite, values.values()))
+    if isinstance(values, (list, tuple)):
+        return all(map(_finite, values))
+    return not isinstance(values, float) or math.isfinite(values)
 
 
 @contextmanager
-def stop_signals():
-    """Collect SIGINT and SIGTERM in the yielded list; a second signal of a kind acts normally."""
+def stop_signals(launched: bool = False) -> Iterator[list[int]]:
+    """Collect the signals that end a run in the yielded list.
+
+    Every signal after the first is the same wish to stop, because schedulers and launchers repeat
+    theirs. Only a second Ctrl-C acts as before, unless a launcher passes it on.
+
+    Args:
+        launched: whether a launcher passes the terminal's signals on.
+    """
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    for number, handler in [*before.items()]:
+        # A handler outside Python cannot be restored; nohup ignores SIGHUP.
+        if handler is None or (number != signal.SIGINT and handler == signal.SIG_IGN):
+            del before[number]
 
     def note(number, _frame):
         caught.append(number)
-        signal.signal(number, before[number])
+        if number == signal.SIGINT and not launched:
+            signal.signal(number, before[number])
 
     for number in before:
         signal.signal(number, note)

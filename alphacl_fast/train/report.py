@@ -1,11 +1,12 @@
 """The plots and the result table of a run."""
 
-import json
 from pathlib import Path
 
 import matplotlib
 import torch
 from matplotlib.figure import Figure
+
+from . import checkpoint, storage
 
 
 def curves(metrics: Path, path: Path, title: str) -> None:
@@ -19,8 +20,11 @@ def curves(metrics: Path, path: Path, title: str) -> None:
         path: image file to write.
         title: title of the figure.
     """
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = checkpoint.read_metrics(metrics)
     epochs = [row for row in rows if row["kind"] == "epoch"]
+    if not epochs:  # a damaged log lost them
+        storage.warn(f"{metrics} holds no epoch any more: {path.name} is not drawn")
+        return
     per_epoch = epochs[-1]["step"] / epochs[-1]["epoch"]
 
     def points(rows, key, scale=1, shift=0):
@@ -40,7 +44,8 @@ def curves(metrics: Path, path: Path, title: str) -> None:
     figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     steps = points([row for row in rows if row["kind"] == "step"], "loss")
-    axes[0].plot(*zip(*steps, strict=True), color="tab:blue", alpha=0.25, linewidth=1)
+    if steps:
+        axes[0].plot(*zip(*steps, strict=True), color="tab:blue", alpha=0.25, linewidth=1)
     for number, (axis, (label, values)) in enumerate(zip(axes, panels, strict=True)):
         marker = "o" if len(values) <= 20 else None
         axis.plot(*zip(*values, strict=True), marker=marker, markersize=3.5, color=f"C{number}")
@@ -49,7 +54,7 @@ def curves(metrics: Path, path: Path, title: str) -> None:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=10, color="0.35")
-    figure.savefig(path, dpi=150)
+    storage.write_figure(path, figure, dpi=150)
 
 
 def embedding(
@@ -86,7 +91,7 @@ def embedding(
     if len(classes) <= 20:
         handles, names = axis.get_legend_handles_labels()
         figure.legend(handles, names, loc="outside right center", frameon=False, markerscale=2)
-    figure.savefig(path, dpi=150)
+    storage.write_figure(path, figure, dpi=150)
 
 
 def _principal_plane(matrix: torch.Tensor) -> tuple[torch.Tensor, list[float]]:

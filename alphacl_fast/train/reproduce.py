@@ -5,56 +5,28 @@ runs of a table share every setting except objective, its options and seed.
 """
 
 import dataclasses
-import json
-import os
 import re
 import statistics
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from . import checkpoint
+from alphacl_fast.suggestions import did_you_mean
+
+from . import checkpoint, storage
 from .config import Config, Diverged, RunError, flag
 from .device import pick_device
 from .loop import Outcome, due, rehearse, stop_signals, train, try_out
+from .process_context import processes
+from .rows import DEFAULT_ROWS, OF_A_ROW, ROWS
 
 TABLE, TEXT = "table.json", "table.md"
 # Share of a budget kept for costs that a rehearsal of a few steps misses: checkpoints, other load.
 RESERVE = 0.1
 SLOW = 1.5  # a row slower than this multiple of all rows' median step is rehearsed a second time
-
-
-class Row(NamedTuple):
-    """A row of the table: an objective and its options."""
-
-    objective: str
-    option: dict
-
-
-ROWS = {
-    # The quadratic loss: every negative pair has the same weight.
-    "uniform": Row("uniform", {}),
-    # InfoNCE as in SimCLR (ε = 1).
-    "infonce": Row("infonce", {}),
-    # r_H, the entropy regulariser: α is a softmax.
-    "alpha_entropy": Row("alpha_entropy", {}),
-    # r_s, solved exactly (the authors' code is off by one here).
-    "alpha_square": Row("alpha_square", {}),
-    # r_γ as the authors' code computes it.
-    "alpha_inverse": Row("alpha_inverse", {}),
-    # "backprop α(θ)", read as alpha_entropy without the stop-gradient.
-    "backprop": Row("alpha_entropy", {"detach_alpha": False}),
-    # α-CL-direct, p = 4; rows of α sum to 1.
-    "alpha_direct": Row("alpha_direct", {"exponent": 4}),
-    # The same without normalisation, as in the author's ResNet-50 log.
-    "alpha_direct_raw": Row("alpha_direct", {"exponent": 4, "normalized": False}),
-    # r_γ solved exactly: practically uniform at temperature 0.5.
-    "alpha_gamma": Row("alpha_gamma", {}),
-}
-#: Default rows; the others nearly repeat ``alpha_direct`` and ``uniform``.
-DEFAULT_ROWS = tuple(name for name in ROWS if name not in ("alpha_direct_raw", "alpha_gamma"))
 
 
 class Published(NamedTuple):
@@ -97,8 +69,6 @@ _RECIPE = (
     "width", "subset", "image_size", "norm", "temperature", "learn_temperature", "negatives",
     "batch_size", "micro_batch", "optimizer", "lr", "weight_decay", "warmup_epochs",
 )  # fmt: skip
-# Fields that differ between the runs of a table, or make no sense for most rows.
-OF_A_ROW = ("objective", "option", "seed", "learn_temperature")
 
 
 def published(config: Config, row: str) -> Published | None:
@@ -175,11 +145,26 @@ def table(
     _check(rows, seeds, budget, given)
     config = _config(given)
     out = Path(out or f"runs/table-{config.dataset}-{config.encoder}")
-    state = _read(out)
-    if state is not None:
-        config = _config(given, state["plan"] and state["plan"]["epochs"])
-        _check_same(out, state, config, rows, seeds, budget)
+    with ExitStack() as lock:
+        if _read(out) is not None:
+            lock.enter_context(storage.locked(out))
+            state = _read(out)
+            config = _config(given, state["plan"] and state["plan"]["epochs"])
+            _check_same(out, state, config, rows, seeds, budget)
+        else:
+            storage.check_writable(out)
+            state, config = _planned(config, rows, seeds, budget, given)
+            lock.enter_context(storage.locked(out))
+            if _read(out) is not None:
+                raise RunError(f"another process has begun a table in {out}; nothing was changed")
+            _write(out, state)
         return _run_all(out, state, config)
+
+
+def _planned(
+    config: Config, rows: tuple[str, ...], seeds: int, budget: float | None, given: dict
+) -> tuple[dict, Config]:
+    """Try out the settings of a new table and choose its epochs; (its table.json, settings)."""
     state = {"rows": [*rows], "seeds": seeds, "budget": budget, "plan": None, "runs": {}}
     configs = {row: _of(config, row, 1) for row in rows}
     try_out([*configs.values()])
@@ -196,8 +181,7 @@ def table(
         )
     state["settings"] = _shared(config)
     state["environment"] = checkpoint.environment(pick_device(config.device))
-    _write(out, state)
-    return _run_all(out, state, config)
+    return state, config
 
 
 def plan(configs: dict[str, Config], seeds: int, budget: float, given: dict) -> dict:
@@ -327,7 +311,8 @@ def _check(rows, seeds, budget, given) -> None:
     unknown = [row for row in rows if row not in ROWS]
     if unknown or not rows:
         got = ", ".join(map(repr, unknown)) or "none"
-        raise RunError(f"--rows must be some of {', '.join(ROWS)}, got {got}")
+        near = did_you_mean(unknown[0], ROWS) if unknown else ""
+        raise RunError(f"--rows must be some of {', '.join(ROWS)}, got {got}{near}")
     if len(set(rows)) < len(rows):
         raise RunError(f"--rows must not name a row twice, got {','.join(rows)}")
     if seeds < 1:
@@ -339,7 +324,7 @@ def _check(rows, seeds, budget, given) -> None:
             raise RunError(f"{flag(name)} is not a setting of a table: its rows and seeds say it")
     if given.get("probe_every") == 0:
         raise RunError("--probe-every must be at least 1 in a table, got 0")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes() > 1:
         raise RunError("alphacl reproduce runs in one process, not under torchrun")
 
 
@@ -364,22 +349,39 @@ def _name(row: str, seed: int) -> str:
 
 def _read(out: Path) -> dict | None:
     """Read the table in ``out``; None if there is nothing yet."""
-    path = out / TABLE
-    try:
-        if path.exists():
-            state = json.loads(path.read_text())
-            fields = {"settings", "rows", "seeds", "budget", "plan", "runs"}
-            if not isinstance(state, dict) or not fields <= {*state}:
-                raise ValueError("it is not a table of alphacl reproduce")
-            return state
-        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            raise RunError(
-                f"{out} exists, is not an empty folder and holds no {TABLE}: choose another --out; "
-                "nothing was changed"
-            )
-    except (OSError, ValueError) as error:
-        raise RunError(f"cannot read {path}: {error}") from error
+    problems = []
+    for path in storage.versions(out / TABLE):
+        try:
+            state = storage.read_json(path)
+        except storage.Damaged as error:
+            problems.append(str(error))
+            continue
+        fields = {"settings", "rows", "seeds", "budget", "plan", "runs"}
+        if not fields <= {*state}:
+            raise RunError(f"cannot read {path}: it is not a table of alphacl reproduce")
+        if problems:  # runs that it does not know are there and finished are read again
+            storage.warn(f"{'; '.join(problems)}; using {path.name}")
+        return state
+    if problems:
+        raise RunError(
+            f"{'; '.join(problems)}: remove it, and the same command takes over the runs in {out}"
+        )
+    if out.exists() and not (out.is_dir() and storage.is_empty(out)) and not _runs_in(out):
+        raise RunError(
+            f"{out} exists, is not an empty folder and holds no {TABLE}: choose another --out; "
+            "nothing was changed"
+        )
     return None
+
+
+def _runs_in(out: Path) -> list[str]:
+    """List the runs in ``out``, if it holds nothing else: a table that has lost its table.json."""
+    known = {_name(row, seed) for row in ROWS for seed in range(1, 1000)}
+    ours = {storage.LOCK, TEXT}
+    if not out.is_dir():
+        return []
+    names = [path.name for path in out.iterdir() if path.name not in ours]
+    return names if {*names} <= known else []
 
 
 def _check_same(out: Path, state: dict, config: Config, rows, seeds, budget) -> None:
@@ -447,21 +449,37 @@ def _one(folder: Path, config: Config, before: dict) -> tuple[dict, int | None]:
         record.update(status="failed", reason=str(error))
     record["seconds"] = earlier + time.monotonic() - begun
     if record["status"] == "finished":
-        lines = map(json.loads, (folder / checkpoint.METRICS).read_text().splitlines())
-        epochs = [line for line in lines if line["kind"] == "epoch"]
-        best = max(line["probe_best"] for line in epochs if "probe_best" in line)
-        record.update(probe=epochs[-1]["probe"], probe_best=best, knn=epochs[-1].get("knn"))
+        record.update(_accuracies(folder / checkpoint.METRICS, config))
     return record, outcome.signal or outcome.late
 
 
+def _accuracies(metrics: Path, config: Config) -> dict:
+    """Read the figures of a finished run, which has failed if its log has lost any of them."""
+    lines = checkpoint.read_metrics(metrics)
+    epochs = {line["epoch"]: line for line in lines if line["kind"] == "epoch"}
+    last, probed = (
+        epochs.get(config.epochs, {}),
+        [
+            epoch
+            for epoch in range(1, config.epochs + 1)
+            if due(epoch, config.probe_every, config.epochs)
+        ],
+    )
+    if "probe" not in last or not all("probe_best" in epochs.get(epoch, {}) for epoch in probed):
+        return {
+            "status": "failed",
+            "reason": f"{metrics} is damaged and has lost accuracies; remove {metrics.parent} to "
+            "train it again",
+        }
+    best = max(epochs[epoch]["probe_best"] for epoch in probed)
+    return {"probe": last["probe"], "probe_best": best, "knn": last.get("knn")}
+
+
 def _write(out: Path, state: dict) -> None:
-    """Replace table.json and table.md atomically."""
-    with checkpoint.writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        for name, text in ((TABLE, json.dumps(state, indent=2) + "\n"), (TEXT, render(state))):
-            temporary = out / f"{name}.tmp"
-            temporary.write_text(text)
-            os.replace(temporary, out / name)
+    """Replace table.json, whose version before is kept, and table.md."""
+    with storage.writing(out):
+        storage.write_json(out / TABLE, state, keep=2)
+        storage.write(out / TEXT, render(state).encode())
 
 
 def _setting(config: Config) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset
 
-from . import checkpoint, report
+from . import checkpoint, report, storage
 from .augment import plain
 from .config import RunError
 from .data import Data, load, plain_batches
@@ -273,6 +273,7 @@ def evaluate(run: str | Path, *, few_label: int = 5, draws: int = 10, **changes)
     config, state = checkpoint.open_run(run, changes)
     if few_label < 1 or draws < 1:
         raise RunError(f"--few-label and --draws must be at least 1, got {few_label} and {draws}")
+    storage.check_writable(run)
     with settings(config):
         return _evaluate(run, load(config, pick_device(config.device)), state, few_label, draws)
 
@@ -299,7 +300,7 @@ def _evaluate(run: Path, data: Data, state: dict, few_label: int, draws: int) ->
         "few_label": few_label,
         "rows": {name: score(split, few_label, draws) for name, split in found.items()},
     }
-    with checkpoint.writing(run):
-        (run / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
+    with storage.writing(run):
+        storage.write(run / "eval.json", (json.dumps(result, indent=2) + "\n").encode())
         picture(trained.encoder, data, run / "embedding.png")
     return result
