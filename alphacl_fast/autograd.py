@@ -242,6 +242,9 @@ class Sweeps:
             outputs = step(vectors, BatchNumbers(tau, self.n_neg, self.divisor), values)
         return dict(zip(step.outputs, outputs, strict=True))
 
+    def zeros(self) -> Tensor:
+        return torch.zeros_like(self.pos)
+
     def mean_negative(self) -> Tensor:
         return self._mean(1, self.same_id)
 

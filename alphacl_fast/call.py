@@ -75,6 +75,7 @@ class Call(Loss):
     process_group: Any = (
         None  # `distributed.ProcessGroup`, whose processes each hold a part of the batch
     )
+    workspace: int | None = None  # bytes for kept tiles of the CPU kernels; None: their default
 
     def bind(
         self, backend: str, known: tuple[float | None, ...], reduction: str | None = None
@@ -92,6 +93,7 @@ class Call(Loss):
             backend,
             known,
             self.precision or "",
+            workspace=self.workspace,
         )
 
 
@@ -103,6 +105,7 @@ class BoundCall(Loss):
     known: tuple[float | None, ...] = (None,)  # τ, or scale and bias; None: not on the host
     precision: str = ""
     ranks: Any = None  # `distributed.Ranks`, the processes that share the batch
+    workspace: int | None = None
 
     @property
     def temperature(self) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compiled_op, distributed, ops
+from . import compiled_op, distributed, native, ops
 from .autograd import AlphaCLFunction, Need, closed_form
 from .backend import reference
 from .bundles import accumulation_dtype
@@ -239,7 +239,10 @@ def _loss(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, ids: Tensor | No
         return call.reduce(closed_form(z1, z2, call, layout, same_id=same_id))
     if torch.compiler.is_compiling():
         return compiled_op.loss(z1, z2, tau, call, ids)
-    return AlphaCLFunction.apply(z1, z2, tau, call, Need.of(z1, z2, tau), ids)[0]
+    need = Need.of(z1, z2, tau)
+    if native.serves(call, need) and native.plain(z1, z2):
+        return native.loss(z1, z2, tau, call, ids)
+    return AlphaCLFunction.apply(z1, z2, tau, call, need, ids)[0]
 
 
 @torch.compiler.disable  # sizes and errors of the other processes are read on the host

@@ -1,4 +1,5 @@
-"""Writes csrc/generated/: pair kinds as C++ and the codes that cross the language border.
+"""Writes csrc/generated/: pair kinds and row steps as C++, and the codes that cross the language
+border.
 
 The headers are committed, so that a build needs neither torch nor the package. ``--check`` writes
 nothing and fails if a header is not current.
@@ -77,6 +78,29 @@ def pairs(printer: type[cpp_printer.CppPrinter], namespace: str, signature: str,
     return "\n".join([*head, *structs, "", *switch, "", "}", ""])
 
 
+def row_steps() -> str:
+    """The row steps as structs, and a function that calls another with the row step of a code."""
+    structs, cases = [], []
+    for (name, count), code in objectives.row_codes().items():
+        struct = "".join(word.capitalize() for word in name.split("_")) + str(count)
+        structs.append(cpp_printer.row_struct(struct, objectives.ROW_STEPS[name], count))
+        cases.append(f"    case {code}: return use({struct}<T>{{}});")
+    switch = [
+        "// Calls `use` with the row step of a code.",
+        "template <class T, class Use> void with_row_step(int32_t code, Use&& use) {",
+        "  switch (code) {", *cases, "  }", "}",
+    ]  # fmt: skip
+    head = [HEAD.format(source="objectives.py"), "namespace {\n"]
+    return "\n".join([*head, *structs, "", *switch, "", "}", ""])
+
+
+def row_codes() -> str:
+    """What tells row steps of another version apart."""
+    number = objectives.row_codes_checksum()
+    known = f"constexpr int32_t ROW_STEPS_CHECKSUM = {number};  // Python compares it with its own."
+    return "\n".join([HEAD.format(source="objectives.py"), "#include <cstdint>\n", known, ""])
+
+
 def headers() -> dict[str, str]:
     """Name → text of every header."""
     cpu = "namespace", "auto with_kind(const Sweep& s, Use&& use)", "s.kind"
@@ -84,6 +108,8 @@ def headers() -> dict[str, str]:
     return {
         "codes.h": codes(),
         "cpu_pairs.h": pairs(cpp_printer.CpuPrinter, *cpu),
+        "cpu_rows.h": row_steps(),
+        "row_codes.h": row_codes(),
         "cuda_pairs.h": pairs(cpp_printer.CudaPrinter, *cuda),
     }
 
