@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +76,8 @@ class Call(Loss):
         None  # `distributed.ProcessGroup`, whose processes each hold a part of the batch
     )
     workspace: int | None = None  # bytes for kept tiles of the CPU kernels; None: their default
+    # of `native`: what was prepared for calls like one before, by what it depends on
+    ready: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def bind(
         self, backend: str, known: tuple[float | None, ...], reduction: str | None = None

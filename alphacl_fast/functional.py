@@ -46,6 +46,7 @@ def alpha_cl_loss(
     process_group: Any = None,
     strategy: str = "auto",
     ids: Tensor | None = None,
+    workspace: int | None = None,
     **options: Any,
 ) -> Tensor:
     """Contrastive loss of a batch of positive pairs.
@@ -88,6 +89,10 @@ def alpha_cl_loss(
             negatives left has loss 0 and no gradient, and "mean" still counts it. Not supported
             with a process group or backend="cuda". None: only the anchor and its positive are
             excluded.
+        workspace: bytes in which the CPU kernels may keep tiles of pairs from one sweep to the
+            next instead of computing them again; the memory is one per process and stays
+            allocated. 0 keeps nothing; the result has the same bits in any case. None: the
+            environment variable ALPHACL_CPU_WORKSPACE, or else 64 MiB. Other backends ignore it.
         **options: options of the objective, by its own names.
 
     Returns:
@@ -113,6 +118,7 @@ def alpha_cl_loss(
             backend=backend,
             precision=precision,
             process_group=group,
+            workspace=workspace,
         )
     except (TypeError, ValueError) as error:
         if group is not None:
@@ -137,6 +143,7 @@ def make_call(
     *,
     process_group: distributed.ProcessGroup | None = None,
     symmetric: bool = True,
+    workspace: int | None = None,
     **settings: Any,
 ) -> Call:
     """Checks every argument but the tensors; ``settings``: the other fields of `Call`."""
@@ -144,6 +151,7 @@ def make_call(
         one_of(name, value, ops.BACKEND_NAMES if name == "backend" else VALID[name])
     if not isinstance(symmetric, bool):
         raise TypeError(f"symmetric must be True or False, got {symmetric!r}")
+    check_workspace(workspace)
     if process_group is not None and settings["backend"] == "reference":
         raise ValueError(
             "backend must not be 'reference' with a process_group: the oracle runs in one process"
@@ -152,7 +160,19 @@ def make_call(
         # A compiled graph may use existing objects, but not make any.
         objective = DEFAULTS.get(objective, objective)
     made = make(objective, options)
-    return Call(made, symmetric=symmetric, process_group=process_group, **settings)
+    return Call(
+        made, symmetric=symmetric, process_group=process_group, workspace=workspace, **settings
+    )
+
+
+def check_workspace(workspace: int | None) -> None:
+    """Raises unless it is None or a number of bytes."""
+    if workspace is None:
+        return
+    if isinstance(workspace, bool) or not isinstance(workspace, int):
+        raise TypeError(f"workspace must be None or a number of bytes, got {workspace!r}")
+    if workspace < 0:
+        raise ValueError(f"workspace must be ≥ 0, got {workspace}")
 
 
 def check_temperature(temperature: float | Tensor, objective: Objective) -> None:
@@ -218,9 +238,21 @@ def evaluate(
     """
     if call.process_group is not None:
         return _evaluate_over_ranks(z1, z2, temperature, call, ids)
+    key = None
+    if ids is None and not torch.compiler.is_compiling():
+        key = native.key_of(z1, z2, temperature)
+        served = key and native.again(z1, z2, temperature, call, key)
+        if served:
+            return served
     tau, bound, why = bind(z1, z2, temperature, call, ids is not None)
     if ids is not None:
         ids = checked_ids("ids", ids, z1)
+    need = Need.of(z1, z2, tau)
+    if native.serves(bound, need) and native.plain(z1, z2, tau):
+        plan = native.prepared(bound, z1, need)
+        if key:
+            native.remember(call, key, plan, why)
+        return native.loss(z1, z2, tau, bound, plan, need, ids), bound.backend, why
     with without_autocast(z1.device):
         return _loss(z1, z2, tau, bound, ids), bound.backend, why
 
@@ -239,10 +271,7 @@ def _loss(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, ids: Tensor | No
         return call.reduce(closed_form(z1, z2, call, layout, same_id=same_id))
     if torch.compiler.is_compiling():
         return compiled_op.loss(z1, z2, tau, call, ids)
-    need = Need.of(z1, z2, tau)
-    if native.serves(call, need) and native.plain(z1, z2):
-        return native.loss(z1, z2, tau, call, ids)
-    return AlphaCLFunction.apply(z1, z2, tau, call, need, ids)[0]
+    return AlphaCLFunction.apply(z1, z2, tau, call, Need.of(z1, z2, tau), ids)[0]
 
 
 @torch.compiler.disable  # sizes and errors of the other processes are read on the host

@@ -8,7 +8,7 @@ users' functions, transforms of torch.func.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,14 +16,14 @@ from torch import Tensor
 from . import ops
 from .autograd import Need, only_once, views_of
 from .backend import cpu, cpu_step
-from .call import BoundCall, Layout, SameId
+from .call import BoundCall, Call, Layout, Loss, SameId
 from .objectives import Objective, kind
 from .program import record
 
 
 def serves(call: BoundCall, need: Need) -> bool:
     """Whether a call is computed natively, for plain tensors."""
-    return (
+    return not torch.compiler.is_compiling() and (
         call.backend == "cpu"
         and call.similarity == "cosine"
         and call.objective.recordable
@@ -42,28 +42,15 @@ def plain(*tensors: Tensor) -> bool:
     )
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = {Tensor, torch.nn.Parameter}
 
 
-def loss(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, ids: Tensor | None) -> Tensor:
-    """The reduced loss, differentiable."""
-    need = Need.of(z1, z2, tau)
-    if any(need):
-        return _Loss.apply(z1, z2, tau, call, need, ids)
-    value, *_ = loss_and_gradient(z1, z2, call, need, ids)
-    return call.reduce(value) if call.reduction == "none" else value
-
-
-def loss_and_gradient(
-    z1: Tensor, z2: Tensor, call: BoundCall, need: Need, ids: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss (with reduction="none" of every anchor), (dz1, dz2) in one tensor, and dτ."""
-    plan = _plan(
-        call.objective, call.negatives, call.symmetric, call.reduction, z1.shape, z1.dtype,
+def prepared(call: BoundCall, z: Tensor, need: Need) -> cpu_step.Plan:
+    """The plan of a call that is served, for views of the shape and dtype of z."""
+    return _plan(
+        call.objective, call.negatives, call.symmetric, call.reduction, z.shape, z.dtype,
         call.temperature, need, call.workspace, cpu.instruction_set(),
     )  # fmt: skip
-    same_id = SameId.of_views(ids, call, z1.shape[0], plan.wide)
-    return plan.run(z1, z2, same_id)
 
 
 @functools.lru_cache(maxsize=256)
@@ -94,6 +81,30 @@ def _plan(
     return cpu_step.Plan(batch, program, objective.kind, params, seen, log_range)
 
 
+def loss(
+    z1: Tensor,
+    z2: Tensor,
+    tau: Tensor | None,
+    call: Loss,
+    plan: cpu_step.Plan,
+    need: Need,
+    ids: Tensor | None = None,
+) -> Tensor:
+    """The reduced loss, differentiable; ``tau`` is read only if its gradient is needed."""
+    if any(need):
+        return _Loss.apply(z1, z2, tau, call, plan, need, ids)
+    return loss_and_gradient(z1, z2, call, plan, ids)[0]
+
+
+def loss_and_gradient(
+    z1: Tensor, z2: Tensor, call: Loss, plan: cpu_step.Plan, ids: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The reduced loss, (dz1, dz2) in one tensor, and dτ; None where not needed."""
+    same_id = None if ids is None else SameId.of_views(ids, call, z1.shape[0], plan.wide)
+    value, dz, dtau = plan.run(z1, z2, same_id)
+    return call.reduce(value) if call.reduction == "none" else value, dz, dtau
+
+
 class _Loss(torch.autograd.Function):
     """The loss with its gradient, which waits for the incoming one; first derivatives only.
 
@@ -106,13 +117,14 @@ class _Loss(torch.autograd.Function):
         ctx: Any,
         z1: Tensor,
         z2: Tensor,
-        tau: Tensor,
-        call: BoundCall,
+        tau: Tensor | None,
+        call: Loss,
+        plan: cpu_step.Plan,
         need: Need,
         ids: Tensor | None,
     ) -> Tensor:
-        value, dz, dtau = loss_and_gradient(z1, z2, call, need, ids)
-        ctx.need, ctx.dtypes = need, (z1.dtype, tau.dtype)
+        value, dz, dtau = loss_and_gradient(z1, z2, call, plan, ids)
+        ctx.need, ctx.dtypes = need, (z1.dtype, None if tau is None else tau.dtype)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(dz, dtau)
         return value
@@ -120,16 +132,66 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 6
-        tensors = ctx.saved_tensors
+            return (None,) * 7
         with torch.no_grad():
             # float32 until it is scaled: a half-precision gradient of 1e-8 would vanish before
             # GradScaler sees it
-            scaled = (None if x is None else x * grad for x in tensors)
             dz, dtau = (
-                None if x is None else x.to(dtype)
-                for x, dtype in zip(scaled, ctx.dtypes, strict=True)
+                None if x is None else (x * grad).to(dtype)
+                for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
             )
         if torch.is_grad_enabled():
             dz, dtau = only_once((dz, dtau), (torch.zeros((), requires_grad=True),))
-        return *views_of(dz, ctx.need), dtau, None, None, None
+        return *views_of(dz, ctx.need), dtau, None, None, None, None
+
+
+# --- calls like one before ------------------------------------------------------------------------
+
+
+class Ready(NamedTuple):
+    """What has been checked and prepared for all calls with the same key."""
+
+    plan: cpu_step.Plan
+    why: str  #: this backend serves them
+
+
+def key_of(z1: Tensor, z2: Tensor, temperature: float | Tensor) -> Key | None:
+    """What the checks and the plan of a call depend on, or None where a call is not plain."""
+    if not plain(z1, z2):
+        return None
+    value, learnt = temperature, False
+    if isinstance(temperature, Tensor):
+        if not (plain(temperature) and temperature.is_cpu and temperature.numel() == 1):
+            return None
+        value, learnt = temperature.detach().item(), temperature.requires_grad
+    elif type(temperature) is not float:
+        return None
+    grad = torch.is_grad_enabled()
+    return (
+        z1.shape, z2.shape, z1.dtype, z2.dtype, z1.is_cpu, z2.is_cpu, z1.layout, z2.layout,
+        Need(grad and z1.requires_grad, grad and z2.requires_grad, grad and learnt), learnt,
+        value, isinstance(temperature, Tensor), cpu._LIBRARY, cpu.instruction_set(),
+    )  # fmt: skip
+
+
+def again(
+    z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, key: Key
+) -> tuple[Tensor, str, str] | None:
+    """The loss, its backend and why it serves the call, if one like it has been made before."""
+    ready = call.ready.get(key)
+    if ready is None:
+        return None
+    need = key[_NEED]
+    tau = temperature.reshape(()) if need.tau else None
+    return loss(z1, z2, tau, call, ready.plan, need), "cpu", ready.why
+
+
+Key = tuple[Any, ...]
+_NEED = 8
+
+
+def remember(call: Call, key: Key, plan: cpu_step.Plan, why: str) -> None:
+    """Lets `again` serve the next call of this key."""
+    if len(call.ready) >= 64:  # a learnt temperature is another one at every step
+        call.ready.clear()
+    call.ready[key] = Ready(plan, why)
