@@ -66,6 +66,13 @@ class Loss:
         return 2 if self.two_directions else 1
 
 
+class Ready(dict[Any, Any]):
+    """What was prepared for calls like one before; a copy of the call begins with nothing."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Ready, ()
+
+
 @dataclass(frozen=True)
 class Call(Loss):
     """A call as the user asked for it, with validated arguments."""
@@ -77,7 +84,7 @@ class Call(Loss):
     )
     workspace: int | None = None  # bytes for kept tiles of the CPU kernels; None: their default
     # of `native`: what was prepared for calls like one before, by what it depends on
-    ready: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    ready: Ready = field(default_factory=Ready, compare=False, repr=False)
 
     def bind(
         self, backend: str, known: tuple[float | None, ...], reduction: str | None = None
@@ -113,6 +120,24 @@ class BoundCall(Loss):
     def temperature(self) -> float | None:
         """τ where the host knows it and it is the only number."""
         return self.known[0] if len(self.known) == 1 else None
+
+
+class Need(NamedTuple):
+    """Whose gradients are wanted."""
+
+    z1: bool
+    z2: bool
+    tau: bool
+
+    @classmethod
+    def of(cls, z1: Tensor, z2: Tensor, tau: Tensor) -> Need:
+        grad = torch.is_grad_enabled()
+        return cls(grad and z1.requires_grad, grad and z2.requires_grad, grad and tau.requires_grad)
+
+    @property
+    def views(self) -> int:
+        """The number of views whose gradients are wanted."""
+        return self.z1 + self.z2
 
 
 class Layout(NamedTuple):

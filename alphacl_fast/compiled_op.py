@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from . import native, ops
-from .autograd import SECOND_DERIVATIVE, Need, Problem, views_of
+from .autograd import SECOND_DERIVATIVE, Problem, views_of
 from .bundles import accumulation_dtype
-from .call import BoundCall
+from .call import BoundCall, Need
 from .objectives import registered
 
 _LIBRARY = torch.library.Library("alphacl_fast", "FRAGMENT")

@@ -358,7 +358,9 @@ def row_struct(name: str, step: RowStep, count: int) -> str:
     inputs, numbers = " in" * bool(loads), " n" * bool(values or "n" in used)
     loads += ["n_neg = load(n.n_neg + at)"] * ("n_neg" in used)
     head = [
-        f"const {kind} {', '.join(list_)};" for kind, list_ in (("Vec<T>", loads), ("T", values)) if list_
+        f"const {kind} {', '.join(list_)};"
+        for kind, list_ in (("Vec<T>", loads), ("T", values))
+        if list_
     ]
     signature = (
         f"static ALPHACL_INLINE void rows(const T* const*{inputs}, T* const* out, int64_t at, "

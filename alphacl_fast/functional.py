@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compiled_op, distributed, native, ops
-from .autograd import AlphaCLFunction, Need, closed_form
+from . import compiled_op, distributed, eager, native, ops
+from .autograd import AlphaCLFunction, closed_form
 from .backend import reference
 from .bundles import accumulation_dtype
-from .call import BoundCall, Call, Layout, SameId, without_autocast
+from .call import BoundCall, Call, Layout, Need, SameId, without_autocast
 from .objectives import DEFAULTS, ClosedForm, Objective, make
 
 SIMILARITIES = ("cosine", "dot", "euclidean")
@@ -240,8 +240,8 @@ def evaluate(
         return _evaluate_over_ranks(z1, z2, temperature, call, ids)
     key = None
     if ids is None and not torch.compiler.is_compiling():
-        key = native.key_of(z1, z2, temperature)
-        served = key and native.again(z1, z2, temperature, call, key)
+        key = eager.key_of(z1, z2, temperature)
+        served = key and eager.again(z1, z2, temperature, call, key)
         if served:
             return served
     tau, bound, why = bind(z1, z2, temperature, call, ids is not None)
@@ -251,8 +251,8 @@ def evaluate(
     if native.serves(bound, need) and native.plain(z1, z2, tau):
         plan = native.prepared(bound, z1, need)
         if key:
-            native.remember(call, key, plan, why)
-        return native.loss(z1, z2, tau, bound, plan, need, ids), bound.backend, why
+            eager.remember(call, key, plan, why)
+        return eager.loss(z1, z2, tau, bound, plan, need, ids), bound.backend, why
     with without_autocast(z1.device):
         return _loss(z1, z2, tau, bound, ids), bound.backend, why
 

@@ -8,9 +8,8 @@ the program; no formula is written again for it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .bundles import RowScalars, Term, Weight
 from .objectives import Objective, RowSolution, RowStep, pair_dtau_rows

@@ -176,6 +176,7 @@ template <class T> class StepRun {
   void start_block(int64_t b, void* mine) {
     const Block& x = blocks_[b];
     for (int64_t k = 0; k < plan_.vectors.count; k++) std::memset(place(k) + x.at, 0, size_t(plan_.stride) * sizeof(T));
+    for (int which = 0; which < 3; which++) block_sum(which)[b] = 0;  // of a block without anchors
     kernels_.pack(pack_, x, mine);
     const T* pos = static_cast<const T*>(rows_.pos);
     const T* counts = static_cast<const T*>(call_.n_neg_of);
@@ -297,8 +298,7 @@ template <class T> class StepRun {
   }
   void scale_weights(int32_t k, int64_t b) {
     T largest = 0;
-    for (int64_t other = 0; other < plan_.blocks; other++)
-      if (blocks_[other].anchor) largest = std::fmax(largest, T(block_sum(2)[other]));
+    for (int64_t other = 0; other < plan_.blocks; other++) largest = std::fmax(largest, T(block_sum(2)[other]));
     if (!(largest > std::numeric_limits<T>::min() && largest < std::numeric_limits<T>::max())) largest = 1;
     const T* w = place(call_.program[k].scalars[ROW_WEIGHT]) + blocks_[b].at;
     for (int64_t r = 0; r < plan_.stride; r++) own(WEIGHT)[blocks_[b].at + r] = w[r] / largest;

@@ -394,13 +394,13 @@ plant(
     "alphacl_fast/objectives.py",
     (
         "φ = log(ε + x): ε is ignored",
-        "return torch.logaddexp(ell, torch.full_like(ell, math.log(self.epsilon)))",
+        "return torch.logaddexp(ell, torch.zeros_like(ell) + _log(self.epsilon))",
         "return ell",
         blocked(INFONCE),
     ),
     (
         "φ′ of log(ε + x): log ε is not subtracted",
-        "return torch.sigmoid(ell - math.log(self.epsilon))",
+        "return torch.sigmoid(ell - _log(self.epsilon))",
         "return torch.sigmoid(ell)",
         blocked(INFONCE_SMALL),
     ),
