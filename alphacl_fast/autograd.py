@@ -626,7 +626,8 @@ class AlphaCLFunction(torch.autograd.Function):
     def forward(
         z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, need: Need, ids: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        if native.serves(call, need) and native.plain(z1, z2):
+        alone = call.reduction == "none" and any(need)  # what the backward needs is returned
+        if not alone and native.serves(call, need) and native.plain(z1, z2):
             return native.loss_and_gradient(z1, z2, call, native.prepared(call, z1, need), ids)
         with without_autocast(z1.device):
             problem = Problem.of_views(z1, z2, tau, call, ids)

@@ -117,6 +117,10 @@ def _loss(z1, z2, tau, ids, *options):
 @_on_its_own
 def _loss_grad(z1, z2, tau, ids, grad, *options):
     call, need = _Options(*options).bound()
+    if native.serves(call, need):
+        plan = native.prepared(call, z1, need)
+        dz, dtau = native.gradient(z1, z2, call, plan, ids, grad)
+        return _or_nothing(dz, grad), _or_nothing(dtau, grad)
     problem = Problem.of_views(z1, z2, tau, call, ids)
     dz, dtau = problem.gradient(problem.solve(learn_tau=need.tau), grad, need)
     return _or_nothing(dz, grad), _or_nothing(dtau, grad)

@@ -22,9 +22,13 @@ def loss(
     need: Need,
     ids: Tensor | None = None,
 ) -> Tensor:
-    """The reduced loss, differentiable; ``tau`` is read only if its gradient is needed."""
+    """The reduced loss, differentiable; ``tau`` is read only if its gradient is needed.
+
+    ``plan`` computes the gradients that are needed.
+    """
     if any(need):
-        return _Loss.apply(z1, z2, tau, call, plan, need, ids)
+        function = _Losses if call.reduction == "none" else _Loss
+        return function.apply(z1, z2, tau, call, plan, need, ids)
     return native.loss_and_gradient(z1, z2, call, plan, ids)[0]
 
 
@@ -62,6 +66,42 @@ class _Loss(torch.autograd.Function):
             dz, dtau = (
                 None if x is None else (x * grad).to(dtype)
                 for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            )
+        if torch.is_grad_enabled():
+            dz, dtau = only_once((dz, dtau), (torch.zeros((), requires_grad=True),))
+        return *views_of(dz, ctx.need), dtau, None, None, None, None
+
+
+class _Losses(torch.autograd.Function):
+    """One loss per anchor; the backward solves the rows again, for the gradient of each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z1: Tensor,
+        z2: Tensor,
+        tau: Tensor | None,
+        call: Loss,
+        plan: cpu_step.Plan,
+        need: Need,
+        ids: Tensor | None,
+    ) -> Tensor:
+        ctx.call, ctx.plan, ctx.need = call, plan, need
+        ctx.dtypes = z1.dtype, None if tau is None else tau.dtype
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(z1, z2, ids)
+        return native.loss_and_gradient(z1, z2, call, plan.forward, ids)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 7
+        z1, z2, ids = ctx.saved_tensors
+        with torch.no_grad():
+            found = native.gradient(z1, z2, ctx.call, ctx.plan, ids, grad)
+            dz, dtau = (
+                None if x is None else x.to(dtype)
+                for x, dtype in zip(found, ctx.dtypes, strict=True)
             )
         if torch.is_grad_enabled():
             dz, dtau = only_once((dz, dtau), (torch.zeros((), requires_grad=True),))

@@ -27,7 +27,6 @@ def serves(call: BoundCall, need: Need) -> bool:
         and call.objective.recordable
         and call.temperature is not None
         and call.ranks is None
-        and (call.reduction != "none" or not any(need))
     )
 
 
@@ -76,13 +75,36 @@ def _plan(
     seen = tau if objective.uses_temperature else 1.0
     log_range = ops.log_range(objective.kind, params, seen) if kind(objective.kind).log else None
     program = record(objective, need.views > 0, need.tau)
-    return cpu_step.Plan(batch, program, objective.kind, params, seen, log_range)
+    plan = cpu_step.Plan(batch, program, objective.kind, params, seen, log_range)
+    if reduction == "none" and any(need):
+        alone = Need(False, False, False)
+        plan.forward = _plan(
+            objective, negatives, symmetric, reduction, shape, dtype, tau, alone, workspace,
+            instruction_set,
+        )  # fmt: skip
+    return plan
 
 
 def loss_and_gradient(
     z1: Tensor, z2: Tensor, call: Loss, plan: cpu_step.Plan, ids: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The reduced loss, (dz1, dz2) in one tensor, and dτ; None where not needed."""
-    same_id = None if ids is None else SameId.of_views(ids, call, z1.shape[0], plan.wide)
-    value, dz, dtau = plan.run(z1, z2, same_id)
+    value, dz, dtau = plan.run(z1, z2, _same_id(z1, call, plan, ids))
     return call.reduce(value) if call.reduction == "none" else value, dz, dtau
+
+
+def gradient(
+    z1: Tensor, z2: Tensor, call: Loss, plan: cpu_step.Plan, ids: Tensor | None, grad: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dz1, dz2) in one tensor and dτ, for the gradient of every loss of reduction="none".
+
+    The rows are solved again, which costs less than to keep what the forward made of them.
+    """
+    incoming = call.of_anchors(grad.to(plan.wide))
+    return plan.run(z1, z2, _same_id(z1, call, plan, ids), incoming)[1:]
+
+
+def _same_id(
+    z: Tensor, call: Loss, plan: cpu_step.Plan, ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    return None if ids is None else SameId.of_views(ids, call, z.shape[0], plan.wide)

@@ -382,7 +382,8 @@ def _run_rows(function: str, f: Tensor, tensors: dict[str, Tensor], **strides: i
     n_pairs, dim = len(f) // 2, f.shape[1]
     threads = max(1, min(torch.get_num_threads(), n_pairs * dim // _ELEMENTS_PER_THREAD))
     rows = _PairRows(
-        n_pairs=n_pairs, dim=dim, stride=f.stride(0), hi=len(f), swept=len(f), dtype=Dtype.of(f.dtype), threads=threads,
+        n_pairs=n_pairs, dim=dim, stride=f.stride(0), hi=len(f), swept=len(f),
+        dtype=Dtype.of(f.dtype), threads=threads,
         instruction_set=INSTRUCTION_SETS.index(instruction_set()), f=f.data_ptr(),
         **{name: x.data_ptr() for name, x in tensors.items()}, **strides,
     )  # fmt: skip

@@ -53,7 +53,10 @@ class _Step(ctypes.Structure):
     _fields_ = (
         [
             (name, ctypes.c_void_p)
-            for name in ("z1", "z2", "ids", "n_neg_of", "empty", "loss", "dz", "dtau", *cpu._HOOKS)
+            for name in (
+                *("z1", "z2", "ids", "n_neg_of", "empty", "incoming", "loss", "dz", "dtau"),
+                *cpu._HOOKS,
+            )
         ]
         + [
             (name, ctypes.c_int64)
@@ -107,6 +110,7 @@ class Plan:
         log_range: tuple[float, float] | None,
     ) -> None:
         self.batch, self.wide = batch, accumulation_dtype(batch.dtype)
+        self.forward = self  #: the plan that a forward executes
         function = PairFunction(kind, params, torch.tensor(tau, dtype=self.wide), log_range)
         isa = cpu.INSTRUCTION_SETS.index(cpu.instruction_set())
         _, self.multiple, self.largest = cpu._kernels(isa, Dtype.of(batch.dtype))
@@ -128,17 +132,30 @@ class Plan:
                 _write_row_step(target, instruction)
 
     def run(
-        self, z1: Tensor, z2: Tensor, same_id: tuple[Tensor, Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Loss, the gradient in the wanted rows, the gradient in τ; None where not wanted."""
+        self,
+        z1: Tensor,
+        z2: Tensor,
+        same_id: tuple[Tensor, Tensor, Tensor] | None = None,
+        incoming: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Loss, the gradient in the wanted rows, the gradient in τ; None where not wanted.
+
+        ``incoming`` (anchors,) is the gradient of every anchor's loss; the losses themselves are
+        then not returned.
+        """
         batch = self.batch
         if z1.stride(1) != 1 and batch.dim > 1:
             z1 = z1.contiguous()
         if z2.stride(1) != 1 and batch.dim > 1:
             z2 = z2.contiguous()
         step = _Step.from_buffer_copy(self.step)
-        loss = torch.empty(batch.pairing.anchors if batch.each else (), dtype=self.wide)
-        dz = dtau = None
+        loss = dz = dtau = None
+        if incoming is None:
+            loss = torch.empty(batch.pairing.anchors if batch.each else (), dtype=self.wide)
+            step.loss = loss.data_ptr()
+        else:
+            incoming = incoming.contiguous()
+            step.incoming = incoming.data_ptr()
         if self.gradient:
             low, high = batch.wanted
             dz = torch.empty((high - low, batch.dim), dtype=self.wide)
@@ -148,7 +165,7 @@ class Plan:
             step.dtau = dtau.data_ptr()
         if same_id is not None:
             step.ids, step.n_neg_of, step.empty = (x.data_ptr() for x in same_id)
-        step.z1, step.z2, step.loss = z1.data_ptr(), z2.data_ptr(), loss.data_ptr()
+        step.z1, step.z2 = z1.data_ptr(), z2.data_ptr()
         step.stride1, step.stride2 = z1.stride(0), z2.stride(0)
         step.release_lock, step.take_lock, step.check_signals = cpu._hooks().values()
         step.block = cpu.block_rows(batch.rows, self.multiple, self.largest)

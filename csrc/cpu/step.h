@@ -103,7 +103,7 @@ template <class T> class StepRun {
     int sweeps = 0;
     for (int32_t k = 0; k < call_.instructions;) {
       if (call_.program[k].row_step < 0) {
-        if (needs_scaled_weights(k) && !me.phase(plan_.blocks, [&](int64_t b) { scale_weights(k, b); })) return;
+        if (has_own_weights(k) && layout_.scaled && !me.phase(plan_.blocks, [&](int64_t b) { scale_weights(b); })) return;
         const RowVectors v = vectors(k);
         if (!me.phase(schedule_.tiles(), [&](int64_t number) { tile(k, sweeps, v, number, me.mine); })) return;
         sweeps++;
@@ -129,7 +129,7 @@ template <class T> class StepRun {
     if (progress_.status() != OK) return progress_.status();
     double loss = 0, dtau = 0;
     for (int64_t b = 0; b < plan_.blocks; b++) loss += block_sum(0)[b], dtau += block_sum(1)[b];
-    if (!call_.each) *static_cast<T*>(call_.loss) = T(loss / call_.divisor);
+    if (call_.loss && !call_.each) *static_cast<T*>(call_.loss) = T(loss / call_.divisor);
     if (call_.dtau) *static_cast<T*>(call_.dtau) = T(dtau);
     return OK;
   }
@@ -218,7 +218,7 @@ template <class T> class StepRun {
       const bool over = last == call_.instructions;
       if (call_.empty) leave_out_empty(x, over ? -1 : call_.program[last].scalars[ROW_WEIGHT], over);
       if (over) reduce(b);
-      else if (call_.program[last].gradient) find_largest(b, call_.program[last].scalars[ROW_WEIGHT]);
+      else if (has_own_weights(last)) copy_weights(b, call_.program[last].scalars[ROW_WEIGHT]);
     }
     prepare(last, x);
   }
@@ -262,11 +262,14 @@ template <class T> class StepRun {
 
   void reduce(int64_t b) {
     const Block& x = blocks_[b];
-    const T *losses = place(call_.losses) + x.at, *dtau = place(call_.dtau_of) + x.at;
+    const T* losses = place(call_.losses) + x.at;
+    T *mass = place(call_.mass) + x.at, *dtau = place(call_.dtau_of) + x.at;
+    if (const T* incoming = incoming_of(x))
+      for (int64_t r = 0; r < x.rows; r++) mass[r] *= incoming[r], dtau[r] *= incoming[r];
     double loss = 0, slope = 0;
     for (int64_t r = 0; r < x.rows; r++) loss += double(losses[r]), slope += double(dtau[r]);
     block_sum(0)[b] = loss, block_sum(1)[b] = slope;
-    if (call_.each) std::copy_n(losses, x.rows, static_cast<T*>(call_.loss) + x.first);
+    if (call_.loss && call_.each) std::copy_n(losses, x.rows, static_cast<T*>(call_.loss) + x.first);
   }
 
   // The weights of the positive pairs of both anchors.
@@ -285,23 +288,31 @@ template <class T> class StepRun {
     return ((right ? plan_.left : 0) + within / plan_.block_rows) * plan_.stride + within % plan_.block_rows;
   }
 
-  // --- weights that are rounded to bfloat16 ------------------------------------------------------
-  // They are divided by the largest row weight: equal ones, as a hinge has them, become powers of
-  // two, whose errors would otherwise not average out.
+  // --- row weights that differ from the program's -------------------------------------------------
+  // Weights that are rounded to bfloat16 are divided by the largest row weight: equal ones, as a
+  // hinge has them, become powers of two, whose errors would otherwise not average out.
 
-  bool needs_scaled_weights(int32_t k) const { return layout_.scaled && call_.program[k].gradient; }
-  void find_largest(int64_t b, int32_t weight) {
-    const T* w = place(weight) + blocks_[b].at;
-    T largest = 0;
-    for (int64_t r = 0; r < blocks_[b].rows; r++) largest = std::fmax(largest, std::fabs(w[r]));
+  bool has_own_weights(int32_t k) const {
+    return call_.program[k].row_step < 0 && call_.program[k].gradient && (layout_.scaled || call_.incoming);
+  }
+  const T* incoming_of(const Block& x) const {
+    return call_.incoming ? static_cast<const T*>(call_.incoming) + x.first : nullptr;
+  }
+  void copy_weights(int64_t b, int32_t weight) {
+    const Block& x = blocks_[b];
+    const T *from = place(weight) + x.at, *incoming = incoming_of(x);
+    T *to = own(WEIGHT) + x.at, largest = 0;
+    for (int64_t r = 0; r < x.rows; r++) {
+      to[r] = incoming ? from[r] * incoming[r] : from[r];
+      largest = std::fmax(largest, std::fabs(to[r]));
+    }
     block_sum(2)[b] = double(largest);
   }
-  void scale_weights(int32_t k, int64_t b) {
+  void scale_weights(int64_t b) {
     T largest = 0;
     for (int64_t other = 0; other < plan_.blocks; other++) largest = std::fmax(largest, T(block_sum(2)[other]));
     if (!(largest > std::numeric_limits<T>::min() && largest < std::numeric_limits<T>::max())) largest = 1;
-    const T* w = place(call_.program[k].scalars[ROW_WEIGHT]) + blocks_[b].at;
-    for (int64_t r = 0; r < plan_.stride; r++) own(WEIGHT)[blocks_[b].at + r] = w[r] / largest;
+    for (int64_t r = 0; r < plan_.stride; r++) own(WEIGHT)[blocks_[b].at + r] /= largest;
     if (b == 0) df_scale_ = double(largest);
   }
 
@@ -328,7 +339,7 @@ template <class T> class StepRun {
     RowVectors v{};
     v.moment_origin = place(places[0]), v.row_weight = place(places[ROW_WEIGHT]), v.shift = place(places[2]);
     v.argument_offset = place(places[3]), v.baseline = place(places[4]);
-    if (needs_scaled_weights(k)) v.row_weight = own(WEIGHT);
+    if (has_own_weights(k)) v.row_weight = own(WEIGHT);
     if (layout_.scaled && pack_.scale) v.scale = own(MANTISSA);
     if (call_.ids) v.ids = own(IDS);
     v.running_max = running_max(k);

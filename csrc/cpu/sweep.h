@@ -75,7 +75,8 @@ struct Step {
   const int32_t* ids;    // (rows) as in Sweep; with it also:
   const void* n_neg_of;  // (anchors) number of negatives of each anchor, at least 1
   const bool* empty;     // (anchors) whether it has none
-  void* loss;            // () the sum divided by `divisor`, or (anchors) with `each`
+  const void* incoming;  // (anchors) gradient of each anchor's loss; null: ones
+  void* loss;            // () the sum divided by `divisor`, or (anchors) with `each`; null: not wanted
   void* dz;              // (hi − lo, dim) gradient in the rows [lo, hi) of the stacked views
   void* dtau;            // () gradient in τ, or null
   void* (*release_lock)();  // as in Sweep
