@@ -81,24 +81,32 @@ def pairs(printer: type[cpp_printer.CppPrinter], namespace: str, signature: str,
 def row_steps() -> str:
     """The row steps as structs, and a function that calls another with the row step of a code."""
     structs, cases = [], []
-    for (name, count), code in objectives.row_codes().items():
+    for name, count in objectives.row_codes():
         struct = "".join(word.capitalize() for word in name.split("_")) + str(count)
         structs.append(cpp_printer.row_struct(struct, objectives.ROW_STEPS[name], count))
-        cases.append(f"    case {code}: return use({struct}<T>{{}});")
+        cases.append(f"    case {name.upper()}_{count}: return use({struct}<T>{{}});")
     switch = [
         "// Calls `use` with the row step of a code.",
         "template <class T, class Use> void with_row_step(int32_t code, Use&& use) {",
         "  switch (code) {", *cases, "  }", "}",
     ]  # fmt: skip
-    head = [HEAD.format(source="objectives.py"), "namespace {\n"]
+    head = [HEAD.format(source="objectives.py") + '#include "row_codes.h"\n', "namespace {\n"]
     return "\n".join([*head, *structs, "", *switch, "", "}", ""])
 
 
 def row_codes() -> str:
-    """What tells row steps of another version apart."""
-    number = objectives.row_codes_checksum()
-    known = f"constexpr int32_t ROW_STEPS_CHECKSUM = {number};  // Python compares it with its own."
-    return "\n".join([HEAD.format(source="objectives.py"), "#include <cstdint>\n", known, ""])
+    """The numbers of the row steps with their counts of vectors."""
+    members = {f"{name}_{count}": k for (name, count), k in objectives.row_codes().items()}
+    return "\n".join(
+        (
+            HEAD.format(source="objectives.py"),
+            "#include <cstdint>\n",
+            _enum("RowStepCode", {name.upper(): k for name, k in members.items()}),
+            "// Python compares it with its own.",
+            f"constexpr int32_t ROW_STEPS_CHECKSUM = {objectives.row_codes_checksum()};",
+            "",
+        )
+    )
 
 
 def headers() -> dict[str, str]:
