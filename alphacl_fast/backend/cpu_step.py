@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import threading
 from typing import NamedTuple
 
 import torch
@@ -124,6 +125,7 @@ class Plan:
             params=function.padded(), dtype=Dtype.of(batch.dtype), kind=KINDS[kind].code,
             each=batch.each, instruction_set=isa, instructions=len(program.instructions),
             places=program.places, mass=program.mass, losses=program.loss, dtau_of=program.dtau,
+            **cpu._HOOKS,
         )  # fmt: skip
         for target, instruction in zip(self.step.program, program.instructions, strict=False):
             if isinstance(instruction, Sweep):
@@ -167,7 +169,8 @@ class Plan:
             step.ids, step.n_neg_of, step.empty = (x.data_ptr() for x in same_id)
         step.z1, step.z2 = z1.data_ptr(), z2.data_ptr()
         step.stride1, step.stride2 = z1.stride(0), z2.stride(0)
-        step.release_lock, step.take_lock, step.check_signals = cpu._hooks().values()
+        if threading.get_ident() != threading.main_thread().ident:
+            step.check_signals = None  # signals are the main thread's
         step.block = cpu.block_rows(batch.rows, self.multiple, self.largest)
         step.threads = cpu._threads(batch.rows, batch.dim, batch.pairing.split, self.gradient)
         status = cpu._library().alphacl_cpu_step(ctypes.byref(step))

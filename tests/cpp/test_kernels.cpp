@@ -1225,7 +1225,8 @@ void write_program(Step& s, bool online, bool gradient) {
   s.mass = MASS, s.losses = LOSSES, s.dtau_of = SLOPE;
 }
 
-// Against the definition, and to the last bit alike for any threads and any workspace.
+// Against the definition, and to the last bit alike for any threads and any workspace, which may
+// hold all tiles, some of them or none.
 template <class T> void test_step(Random& random, const Served& s, const StepCase& c) {
   const int64_t n = c.n, dim = c.dim, size = element_size(c.dtype), wanted = c.hi - c.lo;
   char what[300];
