@@ -60,6 +60,15 @@ def half(case: str = "13-6-5") -> str:
     return f"{test}[torch.bfloat16-{case}]"
 
 
+def step_bits() -> str:
+    test = "tests/test_cpu_step.py::test_same_bits_for_any_workspace_and_threads"
+    return f"{test}[{INFONCE}-0.3-torch.float32-two_view]"
+
+
+def step_sweeps(member: str, reduction: str = "mean") -> str:
+    return f"tests/test_cpu_step.py::test_equals_the_two_sweeps[{member}-{reduction}]"
+
+
 def triton(member: str) -> str:
     return f"tests/test_triton.py::test_forms[7-two_view-True-{member}-False]"
 
@@ -763,6 +772,78 @@ plant(
         "return whole && kernels.in_place(sweep.dim, stride)",
         "return false && whole && kernels.in_place(sweep.dim, stride)",
         "tests/test_cpu.py::test_work_space_at_a_large_batch[16384-128-4]",
+    ),
+)
+plant(
+    "csrc/cpu/step.h",
+    (
+        "step: a kept tile is read before a sweep has filled it",
+        "kept_.tile(number, sweep > 0)",
+        "kept_.tile(number, true)",
+        step_bits(),
+    ),
+    (
+        "step: the second anchor of a positive pair is forgotten",
+        "if (call_.anchors > call_.n_pairs) q[i] +=",
+        "if (call_.anchors < 0) q[i] +=",
+        step_sweeps(INFONCE),
+    ),
+    (
+        "step: padding between blocks is overlooked where a row is looked up",
+        "within / plan_.block_rows) * plan_.stride",
+        "within / plan_.block_rows) * plan_.block_rows",
+        "tests/test_backends.py::test_equals_reference[" + INFONCE + "-two_view-True-cosine]",
+    ),
+    (
+        "step: the mean is a sum",
+        "T(loss / call_.divisor);",
+        "T(loss);",
+        step_sweeps(INFONCE),
+    ),
+    (
+        "step: incoming gradients of anchors do not reach the weights of their pairs",
+        "to[r] = incoming ? from[r] * incoming[r] : from[r];",
+        "to[r] = from[r];",
+        step_sweeps(INFONCE, "none"),
+    ),
+    (
+        "step: sums of the sweep before are added to",
+        "std::memset(sums() + term * plan_.padded + x.at, 0, size_t(plan_.stride) * sizeof(double));",
+        "(void)term;",
+        "tests/test_cpu_step.py::test_need_flags",
+    ),
+    (
+        "step: a block without anchors has what an earlier call left as its loss",
+        "block_sum(which)[b] = 0;",
+        "(void)which;",
+        f"{IDS}test_equals_reference[{INFONCE}-cross_view-False-cosine]",
+    ),
+)
+plant(
+    "alphacl_fast/native.py",
+    (
+        "step: the gradient of the first view is computed where nobody wants it",
+        "wanted = (0 if need.z1 else n, 2 * n if need.z2 else n)",
+        "wanted = (0, 2 * n if need.z2 else n)",
+        "tests/test_cpu_step.py::test_need_flags",
+    ),
+)
+plant(
+    "alphacl_fast/eager.py",
+    (
+        "eager: a plan of another temperature serves a call",
+        "value, isinstance(temperature, Tensor), cpu._LIBRARY",
+        "isinstance(temperature, Tensor), cpu._LIBRARY",
+        "tests/test_cpu_step.py::test_prepared_once_and_checked_again",
+    ),
+)
+plant(
+    "alphacl_fast/program.py",
+    (
+        "program: the gradient's moments are taken of 0",
+        'scalars["moment_origin"] = p.pos',
+        'scalars["moment_origin"] = ZEROS',
+        step_sweeps(THROUGH),
     ),
 )
 plant(
