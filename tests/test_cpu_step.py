@@ -1,4 +1,4 @@
-"""The native step of the CPU kernels: what it serves, kept tiles, and that it equals the two sweeps.
+"""The native step of the CPU kernels: what it serves, kept tiles, equality with the two sweeps.
 
 Every oracle table of the other files goes through it as well, wherever `native.serves` says so.
 """

@@ -227,6 +227,7 @@ WINGS = {
         "backend.cpu",
         "functional",
         "journal",
+        "native",
         "objectives",
         "ops",
     },
