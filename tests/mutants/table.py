@@ -421,8 +421,8 @@ plant(
     ),
     (
         "ψ = exp(Δ/τ + margin): the margin is left out",
-        "return ell + self.margin if self.margin else ell",
-        "return ell",
+        "return (shift - pos / tau) + total.log() + self.margin",
+        "return (shift - pos / tau) + total.log()",
         blocked(SOFT_TRIPLET),
     ),
     (
@@ -517,8 +517,8 @@ plant(
     ),
     (
         "unnormalised weights: the positive term is not divided by the divisor",
-        "return replace(rows, mass=sums[0] / p.divisor, loss=sums[1])",
-        "return replace(rows, mass=sums[0], loss=sums[1])",
+        "return total / numbers.divisor, gap_sum",
+        "return total, gap_sum",
         blocked(direct(normalized=False), "two_view-True-dot"),
     ),
     (
@@ -970,9 +970,15 @@ plant(
     ),
     (
         "constant shift: the columns' anchors do not weigh in the gradient",
-        "* (col_weight + p.row.row_weight[r]);",
-        "* (p.row.row_weight[r] + 0 * col_weight);",
-        portable(DIRECT),
+        "- p.numbers.middle) * (col_weight + p.row.row_weight[r]);",
+        "- p.numbers.middle) * (p.row.row_weight[r] + 0 * col_weight);",
+        step_bits(),
+    ),
+    (
+        "kept tiles: the columns' anchors do not weigh in the gradient",
+        "e * (col_weight + p.row.row_weight[r]);",
+        "e * (p.row.row_weight[r] + 0 * col_weight);",
+        step_bits(),
     ),
     (
         "linear kinds: the offset is not added to the argument",
@@ -1038,8 +1044,8 @@ plant(
     "csrc/cpu/native.h",
     (
         "similarities of long rows: the last partial chain of features is left out",
-        "for (int64_t k = CHAIN; k < s.dim; k += CHAIN)",
-        "for (int64_t k = CHAIN; k + CHAIN <= s.dim; k += CHAIN)",
+        "for (int64_t k = CHAIN; k < dim; k += CHAIN)",
+        "for (int64_t k = CHAIN; k + CHAIN <= dim; k += CHAIN)",
         "tests/test_cpu.py::test_any_number_of_features[portable-dtype1-1000]",
     ),
     (
