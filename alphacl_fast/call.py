@@ -84,7 +84,7 @@ class Call(Loss):
     )
     workspace: int | None = None  # bytes for kept tiles of the CPU kernels; None: their default
     # of `native`: what was prepared for calls like one before, by what it depends on
-    ready: Ready = field(default_factory=Ready, compare=False, repr=False)
+    ready: Ready | None = field(default=None, compare=False, repr=False)
 
     def bind(
         self, backend: str, known: tuple[float | None, ...], reduction: str | None = None

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import native
 from .autograd import only_once, views_of
 from .backend import cpu, cpu_step
-from .call import Call, Loss, Need
+from .call import Call, Loss, Need, Ready
 
 
 def loss(
@@ -141,8 +141,8 @@ def again(
     z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, key: Key
 ) -> tuple[Tensor, str, str] | None:
     """The loss, its backend and why it serves the call, if one like it has been made before."""
-    ready = call.ready.get(key)
-    if ready is None:
+    ready = call.ready and call.ready.get(key)
+    if not ready:
         return None
     need = key[_NEED]
     tau = temperature.reshape(()) if need.tau else None
@@ -155,6 +155,8 @@ _NEED = 8
 
 def remember(call: Call, key: Key, plan: cpu_step.Plan, why: str) -> None:
     """Lets `again` serve the next call of this key."""
+    if call.ready is None:
+        object.__setattr__(call, "ready", Ready())  # frozen as a setting, not as a memory
     if len(call.ready) >= 64:  # a learnt temperature is another one at every step
         call.ready.clear()
     call.ready[key] = Prepared(plan, why)

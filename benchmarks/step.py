@@ -41,7 +41,8 @@ def without_steps(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def run(*z: Tensor) -> Tensor:
         serves, native.serves = native.serves, lambda call, need: False
-        loss._call.ready.clear()
+        if loss._call.ready:
+            loss._call.ready.clear()
         try:
             return loss(*z)
         finally:
