@@ -17,29 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
+from . import native, ops
 from .bundles import PairFunction, Rows, RowScalars, Term, Weight, accumulation_dtype, leading
-from .call import BoundCall, Layout, Loss, SameId, without_autocast
+from .call import BoundCall, Layout, Loss, Need, SameId, without_autocast
 from .objectives import BatchNumbers, ClosedForm, Objective, RowSolution, RowStep, kind
-
-
-class Need(NamedTuple):
-    """Whose gradients are wanted."""
-
-    z1: bool
-    z2: bool
-    tau: bool
-
-    @classmethod
-    def of(cls, z1: Tensor, z2: Tensor, tau: Tensor) -> Need:
-        grad = torch.is_grad_enabled()
-        return cls(grad and z1.requires_grad, grad and z2.requires_grad, grad and tau.requires_grad)
-
-    @property
-    def views(self) -> int:
-        """The number of views whose gradients are wanted."""
-        return self.z1 + self.z2
-
 
 # --- rows -----------------------------------------------------------------------------------------
 
@@ -241,6 +222,9 @@ class Sweeps:
         else:
             outputs = step(vectors, BatchNumbers(tau, self.n_neg, self.divisor), values)
         return dict(zip(step.outputs, outputs, strict=True))
+
+    def zeros(self) -> Tensor:
+        return torch.zeros_like(self.pos)
 
     def mean_negative(self) -> Tensor:
         return self._mean(1, self.same_id)
@@ -642,6 +626,9 @@ class AlphaCLFunction(torch.autograd.Function):
     def forward(
         z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, need: Need, ids: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        alone = call.reduction == "none" and any(need)  # what the backward needs is returned
+        if not alone and native.serves(call, need) and native.plain(z1, z2):
+            return native.loss_and_gradient(z1, z2, call, native.prepared(call, z1, need), ids)
         with without_autocast(z1.device):
             problem = Problem.of_views(z1, z2, tau, call, ids)
             if not any(need):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -66,6 +66,13 @@ class Loss:
         return 2 if self.two_directions else 1
 
 
+class Ready(dict[Any, Any]):
+    """What was prepared for calls like one before; a copy of the call begins with nothing."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Ready, ()
+
+
 @dataclass(frozen=True)
 class Call(Loss):
     """A call as the user asked for it, with validated arguments."""
@@ -75,6 +82,9 @@ class Call(Loss):
     process_group: Any = (
         None  # `distributed.ProcessGroup`, whose processes each hold a part of the batch
     )
+    workspace: int | None = None  # bytes for kept tiles of the CPU kernels; None: their default
+    # of `native`: what was prepared for calls like one before, by what it depends on
+    ready: Ready | None = field(default=None, compare=False, repr=False)
 
     def bind(
         self, backend: str, known: tuple[float | None, ...], reduction: str | None = None
@@ -92,6 +102,7 @@ class Call(Loss):
             backend,
             known,
             self.precision or "",
+            workspace=self.workspace,
         )
 
 
@@ -103,11 +114,30 @@ class BoundCall(Loss):
     known: tuple[float | None, ...] = (None,)  # τ, or scale and bias; None: not on the host
     precision: str = ""
     ranks: Any = None  # `distributed.Ranks`, the processes that share the batch
+    workspace: int | None = None
 
     @property
     def temperature(self) -> float | None:
         """τ where the host knows it and it is the only number."""
         return self.known[0] if len(self.known) == 1 else None
+
+
+class Need(NamedTuple):
+    """Whose gradients are wanted."""
+
+    z1: bool
+    z2: bool
+    tau: bool
+
+    @classmethod
+    def of(cls, z1: Tensor, z2: Tensor, tau: Tensor) -> Need:
+        grad = torch.is_grad_enabled()
+        return cls(grad and z1.requires_grad, grad and z2.requires_grad, grad and tau.requires_grad)
+
+    @property
+    def views(self) -> int:
+        """The number of views whose gradients are wanted."""
+        return self.z1 + self.z2
 
 
 class Layout(NamedTuple):

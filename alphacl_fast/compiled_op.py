@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
-from .autograd import SECOND_DERIVATIVE, Need, Problem, views_of
+from . import native, ops
+from .autograd import SECOND_DERIVATIVE, Problem, views_of
 from .bundles import accumulation_dtype
-from .call import BoundCall
+from .call import BoundCall, Need
 from .objectives import registered
 
 _LIBRARY = torch.library.Library("alphacl_fast", "FRAGMENT")
@@ -35,6 +35,7 @@ class _Options(NamedTuple):
     backend: str
     temperature: float | None
     precision: str
+    workspace: int | None
     need: list[bool]
 
     def bound(self) -> tuple[BoundCall, Need]:
@@ -71,6 +72,7 @@ def loss(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, ids: Tensor | Non
         call.backend,
         call.temperature,
         call.precision,
+        call.workspace,
         [grad and x.requires_grad for x in (z1, z2, tau)],
     )
     return torch.ops.alphacl_fast.loss(z1, z2, tau, ids, *options)[0]
@@ -98,8 +100,14 @@ def _on_its_own(function):
 @_on_its_own
 def _loss(z1, z2, tau, ids, *options):
     call, need = _Options(*options).bound()
+    if call.reduction == "none":
+        need = Need(False, False, False)  # the backward solves the rows again
+    if native.serves(call, need):
+        plan = native.prepared(call, z1, need)
+        value, dz, dtau = native.loss_and_gradient(z1, z2, call, plan, ids)
+        return value, _or_nothing(dz, value), _or_nothing(dtau, value)
     problem = Problem.of_views(z1, z2, tau, call, ids)
-    if not any(need) or call.reduction == "none":
+    if not any(need):
         value, dz, dtau = problem.reduce(problem.solve(learn_tau=False).loss), None, None
     else:
         value, dz, dtau = problem.loss_and_gradient(need)
@@ -109,6 +117,10 @@ def _loss(z1, z2, tau, ids, *options):
 @_on_its_own
 def _loss_grad(z1, z2, tau, ids, grad, *options):
     call, need = _Options(*options).bound()
+    if native.serves(call, need):
+        plan = native.prepared(call, z1, need)
+        dz, dtau = native.gradient(z1, z2, call, plan, ids, grad)
+        return _or_nothing(dz, grad), _or_nothing(dtau, grad)
     problem = Problem.of_views(z1, z2, tau, call, ids)
     dz, dtau = problem.gradient(problem.solve(learn_tau=need.tau), grad, need)
     return _or_nothing(dz, grad), _or_nothing(dtau, grad)

@@ -11,10 +11,30 @@ from typing import Any
 
 import torch
 
-from .graph import OPERATORS, Branching, Node, Printer, Tracer, Value, is_number, mul, neg, real
-from .objectives import BoundKind, PairKind
+from .graph import (
+    OPERATORS,
+    Branching,
+    Decisions,
+    Node,
+    Printer,
+    Tracer,
+    Value,
+    is_number,
+    mul,
+    neg,
+    real,
+)
+from .objectives import BatchNumbers, BoundKind, PairKind, RowStep
 
-__all__ = ["CpuPrinter", "CudaPrinter", "branching_function", "pair_struct", "statements"]
+__all__ = [
+    "CpuPrinter",
+    "CudaPrinter",
+    "RowPrinter",
+    "branching_function",
+    "pair_struct",
+    "row_struct",
+    "statements",
+]
 
 _ARITHMETIC = {"add", "sub", "mul", "div", "exact_div", "neg"}
 _COMMON = OPERATORS | {"div": "{} / {}", "neg": "-{}", "where": "{} ? {} : {}"}
@@ -208,6 +228,13 @@ class CpuPrinter(CppPrinter):
         return "Mask<T>" if node.dtype == "bool" else "Vec<T>" if self.is_vector(node) else "T"
 
 
+class RowPrinter(CpuPrinter):
+    """Row steps on vectors: every quotient is rounded once, since their time does not matter."""
+
+    def lower(self, node: Node, args: list[Value]) -> Value:
+        return Node("div", *args) if node.op == "div" else super().lower(node, args)
+
+
 def _in_double(a: Value) -> Value:
     """A scalar expression evaluated in double precision on parameters rounded to T."""
     if not isinstance(a, Node):
@@ -244,15 +271,17 @@ def statements(
     function: Callable[..., Any],
     names: Sequence[Sequence[str]],
     result: str = "return {};",
-    branching: bool = False,
+    path: tuple[bool, ...] | None = None,
 ) -> list[str]:
     """Statements of a function of ``names``: vectors, scalars and parameters (see `Tracer.trace`).
 
     They end in ``result``, a template for the values: "return {};", or "a = {}; b = {};".
+    ``path``: the truth of the conditions on parameters by which the function may decide.
     """
     printed = []
     for dtype in (torch.float32, torch.float64):
-        graph = Tracer(label, dtype, branching).trace(function, *names)
+        decide = None if path is None else Decisions(path)
+        graph = Tracer(label, dtype, decide).trace(function, *names)
         declarations, values = printer(label, dtype).print(graph)
         printed.append([*declarations, result.format(*values)])
     narrow, wide = printed
@@ -272,7 +301,7 @@ def branching_function(part: Branching, printer: type[CppPrinter]) -> str:
     for value in (*part.values, None):
         formula = part.function if value is None else lambda x, q=value: part.function(x, q)
         names = ["x"], ["q"] if value is None else []
-        body = statements(printer, part.name, formula, names, branching=True)
+        body = statements(printer, part.name, formula, names, path=())
         lines += body if value is None else [f"if (q == T({value:g})) {{", *_indented(body), "}"]
     return "\n".join([lines[0], *_indented(lines[1:]), "}"])
 
@@ -307,3 +336,55 @@ def pair_struct(
         lines += _indented(_indented(body))
         lines.append("  }")
     return "\n".join([*lines, "};"])
+
+
+# --- row steps ------------------------------------------------------------------------------------
+
+
+def row_struct(name: str, step: RowStep, count: int) -> str:
+    """A row step of ``count`` vectors as a struct whose function serves one vector of rows."""
+    vectors, outputs = [f"x{k}" for k in range(count)], range(len(step.outputs))
+
+    def function(*arguments: torch.Tensor, **params: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        *rows, n_neg, tau, divisor = arguments
+        return step.function(*rows, numbers=BatchNumbers(tau, n_neg, divisor), **params)
+
+    names = [*vectors, "n_neg"], ["n.tau", "n.divisor"], step.parameters
+    result = " ".join(f"store(out[{k}] + at, {{}});" for k in outputs)
+    body = _by_condition(name, function, names, result)
+    used = set(re.findall(r"\w+", " ".join(body)))
+    values = [f"{p} = n.params[{k}]" for k, p in enumerate(step.parameters) if p in used]
+    loads = [f"{x} = load(in[{k}] + at)" for k, x in enumerate(vectors) if x in used]
+    inputs, numbers = " in" * bool(loads), " n" * bool(values or "n" in used)
+    loads += ["n_neg = load(n.n_neg + at)"] * ("n_neg" in used)
+    head = [
+        f"const {kind} {', '.join(list_)};"
+        for kind, list_ in (("Vec<T>", loads), ("T", values))
+        if list_
+    ]
+    signature = (
+        f"static ALPHACL_INLINE void rows(const T* const*{inputs}, T* const* out, int64_t at, "
+        f"const RowNumbers<T>&{numbers})"
+    )
+    lines = [f"template <class T> struct {name} {{", f"  {signature} {{"]
+    return "\n".join([*lines, *_indented(_indented([*head, *body])), "  }", "};"])
+
+
+def _by_condition(
+    label: str,
+    function: Callable[..., Any],
+    names: Sequence[Sequence[str]],
+    result: str,
+    path: tuple[bool, ...] = (),
+) -> list[str]:
+    """`statements` with a branch for each condition on parameters by which a function decides."""
+    decisions = Decisions(path)
+    Tracer(label, torch.float32, decisions).trace(function, *names)
+    if len(decisions.conditions) == len(path):
+        return statements(RowPrinter, label, function, names, result, path)
+    condition = [*decisions.conditions.values()][len(path)]
+    left, right = condition.args if condition.op == "eq" else (condition, None)
+    test = f"{left.args[0]} != 0" if right is None else f"{left.args[0]} == {right:g}"
+    branches = [_by_condition(label, function, names, result, (*path, x)) for x in (True, False)]
+    yes, no = map(_indented, branches)
+    return [f"if ({test}) {{", *yes, "} else {", *no, "}"]

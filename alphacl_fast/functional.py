@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compiled_op, distributed, ops
-from .autograd import AlphaCLFunction, Need, closed_form
+from . import compiled_op, distributed, eager, native, ops
+from .autograd import AlphaCLFunction, closed_form
 from .backend import reference
 from .bundles import accumulation_dtype
-from .call import BoundCall, Call, Layout, SameId, without_autocast
+from .call import BoundCall, Call, Layout, Need, SameId, without_autocast
 from .objectives import DEFAULTS, ClosedForm, Objective, make
 
 SIMILARITIES = ("cosine", "dot", "euclidean")
@@ -46,6 +46,7 @@ def alpha_cl_loss(
     process_group: Any = None,
     strategy: str = "auto",
     ids: Tensor | None = None,
+    workspace: int | None = None,
     **options: Any,
 ) -> Tensor:
     """Contrastive loss of a batch of positive pairs.
@@ -90,6 +91,10 @@ def alpha_cl_loss(
             group every rank passes those of its pairs, and they are compared over all ranks
             ("uniform" and "triplet_contrastive" do not take them there). Not supported with
             backend="cuda". None: only the anchor and its positive are excluded.
+        workspace: bytes in which the CPU kernels may keep tiles of pairs from one sweep to the
+            next instead of computing them again; the memory is one per process and stays
+            allocated. 0 keeps nothing; the result has the same bits in any case. None: the
+            environment variable ALPHACL_CPU_WORKSPACE, or else 64 MiB. Other backends ignore it.
         **options: options of the objective, by its own names.
 
     Returns:
@@ -115,6 +120,7 @@ def alpha_cl_loss(
             backend=backend,
             precision=precision,
             process_group=group,
+            workspace=workspace,
         )
     except (TypeError, ValueError) as error:
         if group is not None:
@@ -139,6 +145,7 @@ def make_call(
     *,
     process_group: distributed.ProcessGroup | None = None,
     symmetric: bool = True,
+    workspace: int | None = None,
     **settings: Any,
 ) -> Call:
     """Checks every argument but the tensors; ``settings``: the other fields of `Call`."""
@@ -146,6 +153,7 @@ def make_call(
         one_of(name, value, ops.BACKEND_NAMES if name == "backend" else VALID[name])
     if not isinstance(symmetric, bool):
         raise TypeError(f"symmetric must be True or False, got {symmetric!r}")
+    check_workspace(workspace)
     if process_group is not None and settings["backend"] == "reference":
         raise ValueError(
             "backend must not be 'reference' with a process_group: the oracle runs in one process"
@@ -154,7 +162,19 @@ def make_call(
         # A compiled graph may use existing objects, but not make any.
         objective = DEFAULTS.get(objective, objective)
     made = make(objective, options)
-    return Call(made, symmetric=symmetric, process_group=process_group, **settings)
+    return Call(
+        made, symmetric=symmetric, process_group=process_group, workspace=workspace, **settings
+    )
+
+
+def check_workspace(workspace: int | None) -> None:
+    """Raises unless it is None or a number of bytes."""
+    if workspace is None:
+        return
+    if isinstance(workspace, bool) or not isinstance(workspace, int):
+        raise TypeError(f"workspace must be None or a number of bytes, got {workspace!r}")
+    if workspace < 0:
+        raise ValueError(f"workspace must be ≥ 0, got {workspace}")
 
 
 def check_temperature(temperature: float | Tensor, objective: Objective) -> None:
@@ -220,12 +240,25 @@ def evaluate(
     """
     if call.process_group is not None:
         return _evaluate_over_ranks(z1, z2, temperature, call, ids)
+    key = None
+    if ids is None and not torch.compiler.is_compiling():
+        key = eager.key_of(z1, z2, temperature)
+        served = key and eager.again(z1, z2, temperature, call, key)
+        if served:
+            return served
     tau, bound, why = bind(z1, z2, temperature, call, ids is not None)
     if ids is not None:
         ids = checked_ids("ids", ids, z1)
-    with without_autocast(z1.device):
-        if z1.shape[0] < bound.objective.fewest_pairs:
+    if z1.shape[0] < bound.objective.fewest_pairs:
+        with without_autocast(z1.device):
             return no_negatives(z1, z2, tau, bound), bound.backend, why
+    need = Need.of(z1, z2, tau)
+    if native.serves(bound, need) and native.plain(z1, z2, tau):
+        plan = native.prepared(bound, z1, need)
+        if key:
+            eager.remember(call, key, plan, why)
+        return eager.loss(z1, z2, tau, bound, plan, need, ids), bound.backend, why
+    with without_autocast(z1.device):
         return _loss(z1, z2, tau, bound, ids), bound.backend, why
 
 

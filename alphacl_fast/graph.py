@@ -291,10 +291,12 @@ class Tracer(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # its import would take seconds, and nothing is compiled by it here
 
-    def __init__(self, label: str, dtype: torch.dtype, branching: bool = False) -> None:
-        """With ``branching``, ``parameter == number`` is False: `Branching` has those branches."""
+    def __init__(
+        self, label: str, dtype: torch.dtype, decide: Callable[[Node], bool] | None = None
+    ) -> None:
+        """``decide`` gives the truth of a condition on scalars by which the function decides."""
         super().__init__()
-        self.label, self.dtype, self.branching = label, dtype, branching
+        self.label, self.dtype, self.decide = label, dtype, decide
         # by id; the tensor is kept so that its id is not given again
         self.cells: dict[int, tuple[Tensor, list[Value]]] = {}
         self.within: list[str] = []  # operations that are being decomposed
@@ -347,8 +349,9 @@ class Tracer(TorchDispatchMode):
         if name == "_local_scalar_dense":
             if id(args[0]) not in self.cells:
                 return func(*args)  # a number from outside, as a Python attribute would be
-            if self.branching and getattr(self.value(args[0]), "op", None) == "eq":
-                return False
+            condition = self.value(args[0])
+            if self.decide is not None and isinstance(condition, Node) and not condition.vector:
+                return self.decide(condition)
         if name in ("lift_fresh", "lift_fresh_copy"):  # a tensor that the function makes of numbers
             out = func(*args)
             return self.define(out, self.explained(_constant(out), func))
@@ -468,6 +471,21 @@ def _constant(tensor: Tensor) -> Value:
     if numbers.numel() == 1 or (tensor.numel() and bool(tensor.isnan().all())):
         return numbers[0].item()
     return _Refused("a tensor of several numbers")
+
+
+class Decisions:
+    """The truth of the conditions by which a function decides, along one path through it."""
+
+    def __init__(self, path: tuple[bool, ...]) -> None:
+        """``path``: of the first conditions; further ones are false."""
+        self.path = path
+        self.conditions: dict[Any, Node] = {}  # in the order in which the function came to them
+
+    def __call__(self, condition: Node) -> bool:
+        names = [a.args[0] if isinstance(a, Node) else a for a in condition.args]
+        self.conditions.setdefault((condition.op, *names), condition)
+        place = [*self.conditions].index((condition.op, *names))
+        return self.path[place] if place < len(self.path) else False
 
 
 class Branching:

@@ -30,6 +30,7 @@ class FusedAlphaCLLoss(nn.Module):
         process_group: None, "world" or a `torch.distributed.ProcessGroup` whose ranks share one
             batch.
         strategy: how those ranks exchange rows: "auto", "gather" or "ring".
+        workspace: bytes in which the CPU kernels may keep tiles; see there too.
         temperature_range: (low, high) to which a learnable temperature is clamped in place before
             each use, as CLIP clamps its scale; None leaves it alone.
         **options: options of the objective, by its own names.
@@ -62,6 +63,7 @@ class FusedAlphaCLLoss(nn.Module):
         precision: str | None = None,
         process_group: Any = None,
         strategy: str = "auto",
+        workspace: int | None = None,
         temperature_range: tuple[float, float] | None = None,
         **options: Any,
     ) -> None:
@@ -76,6 +78,7 @@ class FusedAlphaCLLoss(nn.Module):
             backend=backend,
             precision=precision,
             process_group=functional.make_group(process_group, strategy),
+            workspace=workspace,
         )
         functional.check_temperature(temperature, self._call.objective)
         if isinstance(temperature, Tensor) and not temperature.is_leaf:
@@ -164,6 +167,8 @@ class FusedAlphaCLLoss(nn.Module):
             parts += [f"process_group={call.process_group!r}"]
         if call.precision is not None:
             parts += [f"precision={call.precision!r}"]
+        if call.workspace is not None:
+            parts += [f"workspace={call.workspace}"]
         if self._served:
             chosen = "last call: " + ", ".join(self._served)
         else:

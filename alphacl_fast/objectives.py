@@ -313,6 +313,18 @@ def codes_checksum() -> int:
     return zlib.crc32(repr(codes()).encode()) & 0x7FFFFFFF
 
 
+def row_codes() -> dict[tuple[str, int], int]:
+    """The number of every row step with its count of vectors in the compiled CPU backend."""
+    known = [(step.name, count) for step in ROW_STEPS.values() for count in step.counts]
+    return {key: code for code, key in enumerate(known)}
+
+
+def row_codes_checksum() -> int:
+    """Tells a library compiled with other `row_codes` or parameters apart."""
+    known = [(step.name, step.outputs, step.parameters, step.counts) for step in ROW_STEPS.values()]
+    return zlib.crc32(repr(known).encode()) & 0x7FFFFFFF
+
+
 def custom(key: str) -> _CustomFunction:
     """The user's function whose key this is."""
     return _CUSTOM[key]
@@ -418,6 +430,7 @@ class RowStep(NamedTuple):
     function: Callable[..., tuple[Tensor, ...]]  #: returns one vector for each of ``outputs``
     outputs: tuple[str, ...]  #: fields of `RowSolution`, or variables of the Newton iteration
     parameters: tuple[str, ...]  #: names of the floats, in the order in which they cross the schema
+    counts: tuple[int, ...]  #: of vectors that it takes
 
     def __call__(
         self, vectors: Sequence[Tensor], numbers: BatchNumbers, params: Sequence[float]
@@ -431,13 +444,20 @@ ROW_STEPS: dict[str, RowStep] = {}
 
 
 def row_step(
-    *outputs: str, parameters: tuple[str, ...] = ()
+    *outputs: str, parameters: tuple[str, ...] = (), counts: tuple[int, ...] = ()
 ) -> Callable[[Callable[..., tuple[Tensor, ...]]], RowStep]:
-    """Registers a function as a row step; ``parameters``: the names in its ``**`` argument."""
+    """Registers a function as a row step.
+
+    ``parameters``: the names in its ``**`` argument; ``counts``: of the vectors in its ``*``
+    argument.
+    """
 
     def register(function: Callable[..., tuple[Tensor, ...]]) -> RowStep:
         own = [name for name in _keywords(function) if name != "numbers"]
-        step = RowStep(function.__name__, function, outputs, (*own, *parameters))
+        vectors = inspect.signature(function).parameters.values()
+        named = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in vectors)
+        names = *own, *parameters
+        step = RowStep(function.__name__, function, outputs, names, counts or (named,))
         ROW_STEPS[step.name] = step
         return step
 
@@ -469,6 +489,10 @@ class Pairs(Protocol):
 
     def step(self, step: RowStep, *vectors: Tensor, **params: float) -> dict[str, Tensor]:
         """The outputs of a row step by name; vectors are (anchors,) or expanded to it."""
+        ...
+
+    def zeros(self) -> Tensor:
+        """(anchors,) zeros."""
         ...
 
     def mean_negative(self) -> Tensor:
@@ -516,6 +540,8 @@ class Objective:
             gradient.
         derivative: `pair_grad` weighs pairs by ∂f/∂x instead of f.
         needs_negatives: an anchor without negatives has loss 0.
+        recordable: `solve`, `start` and `finish` do nothing with row vectors but sums and row
+            steps, so that `program` can record them.
     """
 
     name: str
@@ -526,6 +552,7 @@ class Objective:
     one_sweep = False
     derivative = False
     needs_negatives = True
+    recordable = False
     terms: tuple[Term, ...] = ()
     parameters: Sequence[float] = ()  # of the pair kind, besides c
     functions: tuple[_CustomFunction, ...] = ()  # the user's
@@ -597,7 +624,18 @@ class Objective:
 
     def uniform_weight(self, p: Pairs) -> Tensor:
         """The row weights if a pair weighs exactly what the pair kind says."""
-        return torch.full_like(p.pos, 1 / p.divisor)
+        return p.step(uniform_rows, p.pos)["row_weight"]
+
+
+@row_step("row_weight")
+def uniform_rows(pos, *, numbers):
+    return (torch.ones_like(pos) / numbers.divisor,)
+
+
+@row_step("dtau")
+def pair_dtau_rows(row_weight, total, *, numbers):
+    """The gradient in τ from the sum `Term.DTAU` over the pairs."""
+    return (row_weight * total,)
 
 
 def _show(value: Any) -> str:
@@ -658,13 +696,26 @@ class PairLoss(Objective):
         return replace(rows, row_weight=weight, mass=weight * dxi, loss=self.phi(xi, p.tau))
 
 
+@row_step("mass", "loss")
+def linear_rows(row_weight, xi, dxi, *, numbers):
+    return row_weight * dxi, xi
+
+
 class _LinearPairLoss(PairLoss):
     """Built-in linear ψ with one parameter, and φ = identity."""
 
-    one_sweep = True
+    one_sweep = recordable = True
 
     def __init__(self, kind: str, parameter: float) -> None:
         self.kind, self.parameters = kind, (parameter,)
+
+    def finish(self, p: Pairs, rows: RowSolution, sums: Tensor) -> RowSolution:
+        return replace(rows, **p.step(linear_rows, rows.row_weight, *sums))
+
+
+def _log(parameter: float | Tensor) -> float | Tensor:
+    """The logarithm of a parameter, a tensor where a row step is printed for all of its values."""
+    return parameter.log() if isinstance(parameter, Tensor) else math.log(parameter)
 
 
 class _Outer(NamedTuple):
@@ -686,14 +737,14 @@ class _Outer(NamedTuple):
         if self.epsilon == 0:
             return ell
         # torch's softplus turns linear at 20, an error of 2e-9
-        return torch.logaddexp(ell, torch.full_like(ell, math.log(self.epsilon)))
+        return torch.logaddexp(ell, torch.zeros_like(ell) + _log(self.epsilon))
 
     def dphi(self, ell: Tensor) -> Tensor:
         if self.squared:
             return 2 * torch.relu(ell)
         if self.epsilon == 0:
             return torch.ones_like(ell)
-        return torch.sigmoid(ell - math.log(self.epsilon))
+        return torch.sigmoid(ell - _log(self.epsilon))
 
     def legendre(self, ell: Tensor) -> Tensor:
         """φ − φ′·ℓ without cancellation."""
@@ -701,7 +752,7 @@ class _Outer(NamedTuple):
             return -torch.relu(ell).square()
         if self.epsilon == 0:
             return torch.zeros_like(ell)
-        shift = math.log(self.epsilon)
+        shift = _log(self.epsilon)
         u = (ell - shift).abs()
         tail = torch.log1p((-u).exp()) + u * torch.sigmoid(-u)
         return tail + shift * torch.sigmoid(shift - ell)
@@ -711,8 +762,7 @@ class _Outer(NamedTuple):
 
     def ell(self, pos: Tensor, shift: Tensor, total: Tensor, tau: Tensor) -> Tensor:
         """log Σ_j exp(Δ_ij/τ + margin)."""
-        ell = (shift - pos / tau) + total.log()
-        return ell + self.margin if self.margin else ell
+        return (shift - pos / tau) + total.log() + self.margin
 
 
 @row_step("row_weight", "mass", "loss", parameters=_Outer._fields)
@@ -742,10 +792,15 @@ def exp_dtau_in_front(pos, shift, total, moment, *, numbers, **fields):
     return ((outer.legendre(ell) + outer.dphi(ell) * spread) / numbers.divisor,)
 
 
+@row_step("moment_origin")
+def scaled_shift(shift, *, numbers):
+    return (shift * numbers.tau,)
+
+
 class _ExpPairLoss(Objective):
     """Built-in ψ = exp(Δ/τ + margin) (or τ := 1), through ℓ = log ξ: accurate at L = 1e-30."""
 
-    kind = "exp"
+    kind, recordable = "exp", True
 
     def __init__(self, uses_temperature: bool = False, **outer: float) -> None:
         self._outer = _Outer(**outer)
@@ -773,7 +828,8 @@ class _ExpPairLoss(Objective):
         shift, total = p.sums((Term.SHIFT, Term.F))
         rows = RowSolution(shift=shift, **p.step(exp_rows, p.pos, shift, total, **outer))
         if learn_tau:  # costs one more sweep
-            (moment,) = p.sums((Term.F_MOMENT,), shift=shift, moment_origin=shift * p.tau)
+            origin = p.step(scaled_shift, shift)["moment_origin"]
+            (moment,) = p.sums((Term.F_MOMENT,), shift=shift, moment_origin=origin)
             rows.dtau = p.step(exp_dtau_in_front, p.pos, shift, total, moment, **outer)["dtau"]
         return rows
 
@@ -781,7 +837,7 @@ class _ExpPairLoss(Objective):
 # --- (b) α given directly -------------------------------------------------------------------------
 
 
-@row_step("row_weight", "mass", "loss")
+@row_step("row_weight", "mass", "loss", counts=(2, 3))
 def weight_rows(*sums, numbers, alpha_eps):
     *shift, total, gap_sum = sums
     z = total
@@ -793,10 +849,15 @@ def weight_rows(*sums, numbers, alpha_eps):
     return weight, total * weight, loss
 
 
-@row_step("row_weight", "mass", "loss", "baseline")
+@row_step("row_weight", "mass", "loss", "baseline", counts=(2, 3))
 def weight_rows_through_alpha(*sums, numbers, alpha_eps):
-    weight, mass, loss = weight_rows(sums, numbers, (alpha_eps,))
+    weight, mass, loss = weight_rows.function(*sums, numbers=numbers, alpha_eps=alpha_eps)
     return weight, mass, loss, loss
+
+
+@row_step("mass", "loss")
+def unnormalized_rows(total, gap_sum, *, numbers):
+    return total / numbers.divisor, gap_sum
 
 
 class PairWeight(Objective):
@@ -857,16 +918,16 @@ class PairWeight(Objective):
     def start(self, p: Pairs) -> RowSolution:
         return RowSolution(
             row_weight=self.uniform_weight(p),
-            shift=torch.zeros_like(p.pos) if kind(self.kind).log else None,
-            baseline=None if self.detach_alpha else torch.zeros_like(p.pos),
+            shift=p.zeros() if kind(self.kind).log else None,
+            baseline=None if self.detach_alpha else p.zeros(),
         )
 
     def finish(self, p: Pairs, rows: RowSolution, sums: Tensor) -> RowSolution:
-        return replace(rows, mass=sums[0] / p.divisor, loss=sums[1])
+        return replace(rows, **p.step(unnormalized_rows, *sums[:2]))
 
 
 class _NamedPairWeight(PairWeight):
-    uses_temperature = True
+    uses_temperature = recordable = True
 
     def __init__(self, kind: str, parameters: Sequence[float], *options: Any) -> None:
         self.kind, self.parameters = kind, parameters
@@ -882,7 +943,8 @@ def newton(mass, slope, y, low, high, *, numbers, power, far_power):
     eps = torch.finfo(y.dtype).eps
     below = mass < 1
     low, high = torch.where(below, y, low), torch.where(below, high, y)
-    power = torch.where(mass < 0.5, torch.full_like(mass, far_power), power)
+    far = mass < 0.5
+    power = torch.where(far, torch.zeros_like(mass) + far_power, torch.zeros_like(mass) + power)
     new = y + (mass - mass.pow(1 + power)) / (power * slope)
     new = torch.where((new >= low) & (new <= high), new, (low + high) / 2)
     done = ((mass - 1).abs() <= 8 * eps) | ((new - y).abs() <= eps * y.abs())
@@ -899,7 +961,7 @@ def min_player_rows(t_max, pos, mass, moment, *, numbers):
 
 @row_step("row_weight", "mass", "loss", "baseline")
 def min_player_rows_through_alpha(t_max, pos, mass, moment, slope, slope_moment, *, numbers):
-    rows = min_player_rows((t_max, pos, mass, moment), numbers, ())
+    rows = min_player_rows.function(t_max, pos, mass, moment, numbers=numbers)
     return *rows, slope_moment * _safe_inverse(slope)
 
 

@@ -47,6 +47,7 @@ BACKEND_NAMES = ("auto", "reference", *SWEEP_BACKENDS)
 _BUNDLES = (Rows, Pairing, PairFunction, RowScalars)
 _TYPES = {
     bool: "bool",
+    int | None: "int?",
     float | None: "float?",
     list[bool]: "bool[]",
     Tensor: "Tensor",

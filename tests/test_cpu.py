@@ -309,7 +309,10 @@ def test_without_the_library(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGINT")
-def test_ctrl_c_ends_a_sweep():
+@pytest.mark.parametrize(
+    ("native", "similarity"), [("alphacl_cpu_sweep", "dot"), ("alphacl_cpu_step", "cosine")]
+)
+def test_ctrl_c_ends_a_sweep(native, similarity):
     """The signal comes while the native sweep runs, which alone would take hours: one that waits
     for its end runs into the watchdog.
 
@@ -322,14 +325,14 @@ from alphacl_fast.backend import cpu
 from alphacl_fast.functional import alpha_cl_loss
 
 library, called = cpu._library(), threading.Event()
-native_sweep = library.alphacl_cpu_sweep
+native = getattr(library, sys.argv[1])
 
-def watched_sweep(arguments):
+def watched(arguments):
     called.set()
     try:
-        return native_sweep(arguments)
+        return native(arguments)
     except KeyboardInterrupt:
-        print("stopped in the sweep")
+        print("stopped inside")
         raise
 
 def press_ctrl_c():
@@ -340,19 +343,20 @@ torch.set_num_threads(2)
 z = torch.randn(4_000_000, 2)
 thread = threading.Thread(target=press_ctrl_c)
 thread.start()
-library.alphacl_cpu_sweep = watched_sweep
+setattr(library, sys.argv[1], watched)
 sys.setswitchinterval(1e6)
 try:
-    alpha_cl_loss(z, z + 0.1, backend="cpu")
+    alpha_cl_loss(z, z + 0.1, backend="cpu", similarity=sys.argv[2])
 except KeyboardInterrupt:
     print("and the call with it")
 thread.join()
 print(float(alpha_cl_loss(torch.eye(3), torch.eye(3), backend="cpu")) > 0)
 """
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=WATCHDOG
-    )
-    expected = ["stopped in the sweep", "and the call with it", "True"]
+        [sys.executable, "-c", code, native, similarity], capture_output=True, text=True, cwd=ROOT,
+        timeout=WATCHDOG,
+    )  # fmt: skip
+    expected = ["stopped inside", "and the call with it", "True"]
     assert run.stdout.splitlines() == expected, run.stderr
 
 

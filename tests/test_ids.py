@@ -507,6 +507,7 @@ def test_operators_pass_opcheck():
         "blocked",
         0.3,
         "",
+        None,
         [True, True, False],
     )
     torch.library.opcheck(

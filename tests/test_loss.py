@@ -464,11 +464,15 @@ class TestAutograd:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", ["infonce", "triplet", "alpha_direct", "alpha_square", "uniform"])
 def test_functional_gradients(name, reduction):
-    """torch.func.grad and vjp give what backward gives, to the last bit.
+    """torch.func.grad and vjp give what backward gives, to the last bit where the loss is one
+    number: without a reduction, its row steps are PyTorch operations, a backward's are not.
 
     A second derivative raises.
     """
     z1, z2 = pair(6, 3)
+
+    def same(a, b):
+        return torch.equal(a, b) if reduction == "mean" else relative_error(a, b) < 1e-13
 
     def loss(z1, z2):
         return alpha_cl_loss(z1, z2, name, reduction=reduction).square().sum()
@@ -480,8 +484,8 @@ def test_functional_gradients(name, reduction):
         torch.func.grad(loss, argnums=(0, 1))(z1, z2),
         pull(torch.ones((), dtype=z1.dtype)),
     ):
-        assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
-    assert torch.equal(torch.func.grad(loss)(z1, leaves[1]), truth[0])  # z2 requires grad outside
+        assert all(same(a, b) for a, b in zip(found, truth, strict=True))
+    assert same(torch.func.grad(loss)(z1, leaves[1]), truth[0])  # z2 requires grad outside
     with pytest.raises(RuntimeError, match="first ones only"):
         torch.func.grad(lambda z: torch.func.grad(loss)(z, z2).sum())(z1)
 

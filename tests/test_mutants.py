@@ -109,7 +109,7 @@ def test_a_fault_in_a_formula_is_found_and_another_comment_is_not(runner):
     test = "tests/test_loss.py::test_default_is_simclr"
     file, line = (
         "alphacl_fast/objectives.py",
-        "torch.logaddexp(ell, torch.full_like(ell, math.log(self.epsilon)))",
+        "torch.logaddexp(ell, torch.zeros_like(ell) + _log(self.epsilon))",
     )
     comment = "# torch's softplus turns linear at 20, an error of 2e-9"
     fault = runner.Mutant("ε is ignored", file, line, "ell", test)

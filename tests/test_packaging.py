@@ -205,13 +205,14 @@ print(alphacl_fast.FusedAlphaCLLoss("alpha_square")(torch.eye(4), torch.eye(4)).
 LAYERS = """
 _version bundles journal graph suggestions backend.filling backend.precision kernels.config
 objectives subprocess_pool
-call cpp_printer backend.forms backend.reference kernels.trace
+call cpp_printer program backend.forms backend.reference kernels.trace
 backend.blocked backend.cpu backend.gpu kernels.rows
 kernels.sweeps
-backend.cuda backend.triton
+backend.cpu_step backend.cuda backend.triton
 ops
+native
 autograd
-distributed compiled_op
+distributed compiled_op eager
 functional same_id shared_rows
 explicit_negatives matryoshka metrics plan tune verify accuracy
 pair_weights supcon
@@ -226,6 +227,7 @@ WINGS = {
         "backend.cpu",
         "functional",
         "journal",
+        "native",
         "objectives",
         "ops",
     },

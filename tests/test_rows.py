@@ -253,6 +253,11 @@ ROW_STEPS = {  # params and vectors
     "min_player_rows_through_alpha": [((), 6)],
     "start_at_normal_tail": [((), 5)],
     "start_at_mean": [((), 4)],
+    "uniform_rows": [((), 1)],
+    "linear_rows": [((), 3)],
+    "unnormalized_rows": [((), 2)],
+    "scaled_shift": [((), 1)],
+    "pair_dtau_rows": [((), 2)],
 }
 
 

@@ -1,4 +1,5 @@
-"""Writes csrc/generated/: pair kinds as C++ and the codes that cross the language border.
+"""Writes csrc/generated/: pair kinds and row steps as C++, and the codes that cross the language
+border.
 
 The headers are committed, so that a build needs neither torch nor the package. ``--check`` writes
 nothing and fails if a header is not current.
@@ -77,6 +78,37 @@ def pairs(printer: type[cpp_printer.CppPrinter], namespace: str, signature: str,
     return "\n".join([*head, *structs, "", *switch, "", "}", ""])
 
 
+def row_steps() -> str:
+    """The row steps as structs, and a function that calls another with the row step of a code."""
+    structs, cases = [], []
+    for name, count in objectives.row_codes():
+        struct = "".join(word.capitalize() for word in name.split("_")) + str(count)
+        structs.append(cpp_printer.row_struct(struct, objectives.ROW_STEPS[name], count))
+        cases.append(f"    case {name.upper()}_{count}: return use({struct}<T>{{}});")
+    switch = [
+        "// Calls `use` with the row step of a code.",
+        "template <class T, class Use> void with_row_step(int32_t code, Use&& use) {",
+        "  switch (code) {", *cases, "  }", "}",
+    ]  # fmt: skip
+    head = [HEAD.format(source="objectives.py") + '#include "row_codes.h"\n', "namespace {\n"]
+    return "\n".join([*head, *structs, "", *switch, "", "}", ""])
+
+
+def row_codes() -> str:
+    """The numbers of the row steps with their counts of vectors."""
+    members = {f"{name}_{count}": k for (name, count), k in objectives.row_codes().items()}
+    return "\n".join(
+        (
+            HEAD.format(source="objectives.py"),
+            "#include <cstdint>\n",
+            _enum("RowStepCode", {name.upper(): k for name, k in members.items()}),
+            "// Python compares it with its own.",
+            f"constexpr int32_t ROW_STEPS_CHECKSUM = {objectives.row_codes_checksum()};",
+            "",
+        )
+    )
+
+
 def headers() -> dict[str, str]:
     """Name → text of every header."""
     cpu = "namespace", "auto with_kind(const Sweep& s, Use&& use)", "s.kind"
@@ -84,6 +116,8 @@ def headers() -> dict[str, str]:
     return {
         "codes.h": codes(),
         "cpu_pairs.h": pairs(cpp_printer.CpuPrinter, *cpu),
+        "cpu_rows.h": row_steps(),
+        "row_codes.h": row_codes(),
         "cuda_pairs.h": pairs(cpp_printer.CudaPrinter, *cuda),
     }
 

@@ -31,7 +31,7 @@ from ..bundles import (
     Weight,
     rows_of_terms,
 )
-from ..objectives import KINDS, codes_checksum, is_compiled
+from ..objectives import KINDS, codes_checksum, is_compiled, row_codes_checksum
 from . import forms
 
 #: Optional operands that this backend serves.
@@ -114,7 +114,10 @@ class _PairRows(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in ("z1", "z2", "f", "scale", "inv_norm", "pos", "d", "q")
         ]
-        + [(name, ctypes.c_int64) for name in ("n_pairs", "dim", "stride1", "stride2", "stride")]
+        + [
+            (name, ctypes.c_int64)
+            for name in ("n_pairs", "dim", "stride1", "stride2", "stride", "lo", "hi", "swept")
+        ]
         + [(name, ctypes.c_int32) for name in ("dtype", "threads", "instruction_set")]
     )
 
@@ -147,7 +150,8 @@ def _load() -> tuple[ctypes.PyDLL | None, str | None]:
         library = ctypes.PyDLL(str(LIBRARY))
         sizes = library.alphacl_cpu_sweep_size(), library.alphacl_cpu_rows_size()
         fits = sizes == (ctypes.sizeof(_Sweep), ctypes.sizeof(_PairRows))
-        if not fits or library.alphacl_cpu_codes() != codes_checksum():
+        codes = library.alphacl_cpu_codes(), library.alphacl_cpu_row_steps()
+        if not fits or codes != (codes_checksum(), row_codes_checksum()):
             raise OSError(f"{LIBRARY.name} does not fit this version of the package")
         library.alphacl_cpu_build.restype = library.alphacl_cpu_sources.restype = ctypes.c_char_p
         library.alphacl_cpu_kernels.restype = ctypes.c_char_p
@@ -318,12 +322,15 @@ def _run(
         **_hooks(),
     )
     status = _library().alphacl_cpu_sweep(ctypes.byref(sweep))
-    if status == _NO_MEMORY:
-        raise MemoryError(
-            f"not enough memory for the workspace of {f.shape[0]} rows of {f.shape[1]} features"
-        )
     if status != _OK:
-        raise RuntimeError(f"the CPU kernels cannot serve {f.dtype} with {instruction_set()}")
+        fail(status, *f.shape, f.dtype)
+
+
+def fail(status: int, rows: int, dim: int, dtype: torch.dtype) -> None:
+    """Raises the error of a call that has not returned `_OK`."""
+    if status == _NO_MEMORY:
+        raise MemoryError(f"not enough memory for the workspace of {rows} rows of {dim} features")
+    raise RuntimeError(f"the CPU kernels cannot serve {dtype} with {instruction_set()}")
 
 
 def row_sums(
@@ -375,7 +382,8 @@ def _run_rows(function: str, f: Tensor, tensors: dict[str, Tensor], **strides: i
     n_pairs, dim = len(f) // 2, f.shape[1]
     threads = max(1, min(torch.get_num_threads(), n_pairs * dim // _ELEMENTS_PER_THREAD))
     rows = _PairRows(
-        n_pairs=n_pairs, dim=dim, stride=f.stride(0), dtype=Dtype.of(f.dtype), threads=threads,
+        n_pairs=n_pairs, dim=dim, stride=f.stride(0), hi=len(f), swept=len(f),
+        dtype=Dtype.of(f.dtype), threads=threads,
         instruction_set=INSTRUCTION_SETS.index(instruction_set()), f=f.data_ptr(),
         **{name: x.data_ptr() for name, x in tensors.items()}, **strides,
     )  # fmt: skip

@@ -1,69 +1,20 @@
 // A sweep from its plan to its results, and the plain C interface that backend/cpu.py loads with
 // ctypes. No header of torch or Python is needed: one binary serves every version of both.
 
-#include <chrono>
-#include <system_error>
-
+#include "../generated/row_codes.h"
 #include "collect.h"
 #include "isa.h"
 #include "prepare.h"
 #include "schedule.h"
+#include "step.h"
+#include "threads.h"
 #include "workspace.h"
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 namespace {
 
-// Runs work(0) … work(threads − 1), each in a thread, work(0) in the calling one; fewer may run.
-template <class Work> void in_parallel(int threads, Work&& work) {
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  work(omp_get_thread_num());
-#else
-  std::vector<std::thread> others;
-  others.reserve(threads);
-  try {
-    for (int t = 1; t < threads; t++) others.emplace_back(work, t);
-  } catch (const std::system_error&) {  // continue with the threads that have started
-  }
-  work(0);
-  for (auto& t : others) t.join();
-#endif
-}
-
-// Releases the interpreter's lock for its lifetime.
-class WithoutInterpreter {
- public:
-  explicit WithoutInterpreter(const Sweep& s) : s_(s), lock_(s.release_lock ? s.release_lock() : nullptr) {}
-  ~WithoutInterpreter() {
-    if (s_.take_lock) s_.take_lock(lock_);
-  }
-  WithoutInterpreter(const WithoutInterpreter&) = delete;
-
-  // Whether a signal has raised an exception. Only the calling thread asks, every 200 ms.
-  bool interrupted() {
-    if (!s_.check_signals || std::this_thread::get_id() != caller_) return false;
-    const auto now = std::chrono::steady_clock::now();
-    if (now - asked_ <= std::chrono::milliseconds(200)) return false;
-    asked_ = now;
-    s_.take_lock(lock_);
-    const bool raised = s_.check_signals();
-    lock_ = s_.release_lock();
-    return raised;
-  }
-
- private:
-  const Sweep& s_;
-  void* lock_;
-  const std::thread::id caller_ = std::this_thread::get_id();
-  std::chrono::steady_clock::time_point asked_ = std::chrono::steady_clock::now();
-};
-
 // T is the accumulation dtype.
 template <class T> Status sweep(const Sweep& s, const TileKernels& kernels) {
-  WithoutInterpreter interpreter(s);
+  WithoutInterpreter<Sweep> interpreter(s);
   const Plan plan(s, kernels);
   const Workspace workspace(plan.bytes);
   char* const memory = workspace.start();
@@ -77,7 +28,7 @@ template <class T> Status sweep(const Sweep& s, const TileKernels& kernels) {
     void* mine = memory + plan.thread.at + thread * plan.thread.size;
     run_thread(
         plan, schedule, progress, [&](int64_t b) { kernels.pack(s, blocks[b], mine); },
-        [&](int64_t i, int64_t j) { kernels.tile(s, vectors, blocks[i], blocks[j], mine); },
+        [&](int64_t i, int64_t j) { kernels.tile(s, vectors, blocks[i], blocks[j], mine, KeptTile{}); },
         [&](int64_t b) { kernels.unpack(s, blocks[b], vectors.df_scale, mine); },
         [&] { return interpreter.interrupted(); });
   });
@@ -110,7 +61,9 @@ extern "C" {
 // Sizes of the structs that Python mirrors.
 int32_t alphacl_cpu_sweep_size() { return sizeof(Sweep); }
 int32_t alphacl_cpu_rows_size() { return sizeof(PairRows); }
+int32_t alphacl_cpu_step_size() { return sizeof(Step); }
 int32_t alphacl_cpu_codes() { return CODES_CHECKSUM; }
+int32_t alphacl_cpu_row_steps() { return ROW_STEPS_CHECKSUM; }
 
 const char* alphacl_cpu_build() { return ALPHACL_BUILD; }
 const char* alphacl_cpu_sources() { return ALPHACL_SOURCES; }
@@ -137,6 +90,17 @@ int32_t alphacl_cpu_sweep(const Sweep* s) {
   if (!kernels || s->kind < 0 || s->kind >= KIND_COUNT) return UNSUPPORTED;
   try {
     return kernels->accumulate == FLOAT64 ? sweep<double>(*s, *kernels) : sweep<float>(*s, *kernels);
+  } catch (const std::bad_alloc&) {
+    return NO_MEMORY;
+  }
+}
+
+int32_t alphacl_cpu_step(const Step* s) {
+  const TileKernels* kernels = choose(s->instruction_set, s->dtype);
+  const TileKernels* rows = choose(s->instruction_set, s->dtype == FLOAT64 ? FLOAT64 : FLOAT32);
+  if (!kernels || !rows || s->kind < 0 || s->kind >= KIND_COUNT) return UNSUPPORTED;
+  try {
+    return kernels->accumulate == FLOAT64 ? run_step<double>(*s, *kernels, *rows) : run_step<float>(*s, *kernels, *rows);
   } catch (const std::bad_alloc&) {
     return NO_MEMORY;
   }

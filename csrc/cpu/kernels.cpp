@@ -86,16 +86,24 @@ void rescale(const Sweep& s, const RowVectors& v, int64_t at, int64_t n, T* larg
   }
 }
 
+// A panel of similarities to or from a kept tile.
+template <class T> void copy_panel(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t cols) {
+  for (int64_t r = 0; r < PANEL_ROWS; r++)
+    for (int64_t c = 0; c < cols; c += LANES<T>) store(to + r * to_stride + c, load(from + r * from_stride + c));
+}
+
 template <class Products>
-void tile(const Sweep& s, const RowVectors& v, const Block& i, const Block& j, void* memory) {
+void tile(const Sweep& s, const RowVectors& v, const Block& i, const Block& j, void* memory, const KeptTile& kept) {
   using T = typename Products::T;
   const ThreadWorkspace<T> workspace(memory);
   const bool diagonal = !s.split && i.first == j.first;
   const bool gradient = s.gradient, online = s.form == Form::ONLINE;
-  const PanelFunction<T> panel = panel_function<T>(s);
+  const PanelFunction<T> panel = panel_function<T>(s, kept);
+  const bool factors = kept.what == Keep::FACTORS, similarities = kept.what == Keep::SIMILARITIES;
 
   Panel<T> p(s);
   p.cols = j.rows;
+  p.kept_stride = j.stride;
   p.two_sided = gradient ? j.anchor || diagonal : j.anchor && !diagonal;
   p.col_terms = p.two_sided && !diagonal;
   p.weight = s.weight;
@@ -140,8 +148,14 @@ void tile(const Sweep& s, const RowVectors& v, const Block& i, const Block& j, v
   for (int64_t r0 = 0; r0 < i.rows; r0 += PANEL_ROWS) {
     position(r0);
     p.s = workspace.tile + (keep_tile ? r0 : r0 % Products::SIMILARITY_ROWS) * LD;
-    Products::similarities(s, v, i, j, r0, p.s);
-    if (v.bias || (v.scale && !Products::SCALES)) scale_and_shift<T>(v, !Products::SCALES, i, j, r0, p.s);
+    p.kept = kept.at ? static_cast<T*>(kept.at) + r0 * p.kept_stride : nullptr;
+    if (similarities && kept.filled) {
+      copy_panel<T>(p.kept, p.kept_stride, p.s, LD, p.cols);
+    } else if (!(factors && kept.filled)) {
+      Products::similarities(s, v, i, j, r0, p.s);
+      if (v.bias || (v.scale && !Products::SCALES)) scale_and_shift<T>(v, !Products::SCALES, i, j, r0, p.s);
+      if (similarities) copy_panel<T>(p.s, LD, p.kept, p.kept_stride, p.cols);
+    }
     if (online) {
       Maximum<T>::run(p);
       continue;
@@ -177,6 +191,15 @@ void tile(const Sweep& s, const RowVectors& v, const Block& i, const Block& j, v
   if (gradient) Products::products(s, workspace.tile, workspace.rest, i, j, diagonal);
 }
 
+template <class T> void row_step(const RowStepCall& call) {
+  const RowNumbers<T> numbers(call);
+  auto inputs = reinterpret_cast<const T* const*>(call.inputs);
+  auto outputs = reinterpret_cast<T* const*>(call.outputs);
+  with_row_step<T>(call.step, [&](auto step) {
+    for (int64_t at = call.begin; at < call.end; at += LANES<T>) decltype(step)::rows(inputs, outputs, at, numbers);
+  });
+}
+
 // y = function(x), for tests.
 template <class T, Vec<T> function(Vec<T>)> void apply(const void* x, void* y, int64_t n) {
   for (int64_t c = 0; c < n; c += LANES<T>) store(static_cast<T*>(y) + c, function(load(static_cast<const T*>(x) + c)));
@@ -197,7 +220,7 @@ template <class Products> constexpr TileKernels tile_kernels(Dtype operands) {
           [](const Sweep& s, const Block& b, double scale, void* memory) {
             Products::unpack(s, b, scale, ThreadWorkspace<T>(memory).tile);
           },
-          normalize_pairs<T>, finish_pairs<T>, apply<T, vexp<T>>, apply<T, vlog<T>>};
+          normalize_pairs<T>, finish_pairs<T>, row_step<T>, apply<T, vexp<T>>, apply<T, vlog<T>>};
 }
 
 }  // namespace

@@ -25,6 +25,25 @@ struct RowVectors {
   double df_scale;  // the accumulators hold the gradient divided by this
 };
 
+// What a sweep does with a tile whose results are kept for the next sweep.
+enum class Keep { NOTHING, SIMILARITIES, FACTORS };
+struct KeptTile {
+  void* at = nullptr;  // [stride][stride], or null
+  Keep what = Keep::NOTHING;
+  bool filled = false;  // by an earlier sweep
+};
+
+// Rows [begin, end) of a row step, in whole vectors.
+struct RowStepCall {
+  const void* const* inputs;
+  void* const* outputs;
+  const void* n_neg;
+  const double* params;
+  double tau, divisor;
+  int32_t step;
+  int64_t begin, end;
+};
+
 // The functions of one instruction set for operands of one dtype.
 struct TileKernels {
   const char* instruction_set;
@@ -36,13 +55,14 @@ struct TileKernels {
   int64_t (*df_bytes)(int64_t dim, int64_t stride);
   int64_t (*workspace_bytes)(int64_t dim, int64_t stride);  // of one thread
   void (*pack)(const Sweep&, const Block&, void* workspace);
-  void (*tile)(const Sweep&, const RowVectors&, const Block& i, const Block& j, void* workspace);
+  void (*tile)(const Sweep&, const RowVectors&, const Block& i, const Block& j, void* workspace, const KeptTile&);
   // Whether the accumulator of a full block has the size of its rows of df and may lie there until
   // unpacked.
   bool (*in_place)(int64_t dim, int64_t stride);
   void (*unpack)(const Sweep&, const Block&, double scale, void* workspace);  // to df, times scale
   void (*normalize)(const PairRows&, int64_t begin, int64_t end, void* workspace);  // of two rows
   void (*finish)(const PairRows&, int64_t begin, int64_t end, void* workspace);
+  void (*row_step)(const RowStepCall&);
   // for tests: the vector functions by themselves
   void (*exponential)(const void* x, void* y, int64_t n);
   void (*logarithm)(const void* x, void* y, int64_t n);

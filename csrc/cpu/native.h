@@ -120,11 +120,17 @@ template <class Scalar> struct NativeProducts {
       for (int64_t r = r0; r < r0 + PANEL_ROWS; r += REGISTER_ROWS) {
         const T *a = left + r / WIDE * WIDE * s.dim + r % WIDE, *b = right + c * s.dim;
         T* t = out + (r - r0) * LD + c;
-        multiply<T, REGISTER_ROWS, 3, 1, WIDE, false>(a, b, WIDE, s.dim < CHAIN ? s.dim : CHAIN, t, LD);
-        for (int64_t k = CHAIN; k < s.dim; k += CHAIN)
-          multiply<T, REGISTER_ROWS, 3, 1, WIDE, true>(
-              a + k * WIDE, b + k * WIDE, WIDE, s.dim - k < CHAIN ? s.dim - k : CHAIN, t, LD);
+        switch ((j.rows - c + L - 1) / L) {  // vectors of columns: a small batch has few whole panels
+          case 1: similarities_of<1>(a, b, s.dim, t); break;
+          case 2: similarities_of<2>(a, b, s.dim, t); break;
+          default: similarities_of<3>(a, b, s.dim, t);
+        }
       }
+  }
+  template <int V> static ALPHACL_INLINE void similarities_of(const T* a, const T* b, int64_t dim, T* out) {
+    multiply<T, REGISTER_ROWS, V, 1, WIDE, false>(a, b, WIDE, dim < CHAIN ? dim : CHAIN, out, LD);
+    for (int64_t k = CHAIN; k < dim; k += CHAIN)
+      multiply<T, REGISTER_ROWS, V, 1, WIDE, true>(a + k * WIDE, b + k * WIDE, WIDE, dim - k < CHAIN ? dim - k : CHAIN, out, LD);
   }
 
   // dF (of `rows` rows) += W·F, W of row r and step k at w[r·A_ROW + k·A_STEP]

@@ -1,10 +1,10 @@
-// Pair kinds on vectors: the numbers of a call, the primitives that printed formulas use beside
-// vec.h, and the formulas themselves, printed from alphacl_fast/objectives.py.
+// Pair kinds and row steps on vectors: the numbers of a call, the primitives that printed formulas
+// use beside vec.h, and the formulas themselves, printed from alphacl_fast/objectives.py.
 #pragma once
 
 #include <cmath>
 
-#include "sweep.h"
+#include "kernels.h"
 #include "vec.h"
 
 namespace {
@@ -28,6 +28,15 @@ template <class T, class Function, class... Vectors> ALPHACL_INLINE Vec<T> lanew
   return y;
 }
 
+template <class T> struct RowNumbers {  // one row step's constants
+  T tau, divisor, params[4];
+  const T* n_neg;
+  explicit RowNumbers(const RowStepCall& c)
+      : tau(T(c.tau)), divisor(T(c.divisor)),
+        params{T(c.params[0]), T(c.params[1]), T(c.params[2]), T(c.params[3])}, n_neg(static_cast<const T*>(c.n_neg)) {}
+};
+
 }  // namespace
 
 #include "../generated/cpu_pairs.h"
+#include "../generated/cpu_rows.h"

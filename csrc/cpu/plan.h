@@ -2,6 +2,8 @@
 // the sweep's sizes and the kernels alone: nothing is read or allocated.
 #pragma once
 
+#include <algorithm>
+
 #include "kernels.h"
 
 namespace {
@@ -27,7 +29,8 @@ struct Plan {
   // Zeros for those that are missing, five row scalars, scale, bias, ids, running maxima.
   static constexpr int64_t ROW_VECTORS = 10;
 
-  Plan(const Sweep& s, const TileKernels& k) : sweep(s), kernels(k) {
+  Plan(const Sweep& s, const TileKernels& k, int64_t row_vectors = ROW_VECTORS, int64_t thread_bytes = 0)
+      : sweep(s), kernels(k) {
     block_rows = s.block < k.largest_block ? s.block : k.largest_block;
     stride = (block_rows + k.row_multiple - 1) / k.row_multiple * k.row_multiple;
     left_rows = s.split ? s.split : s.n;
@@ -40,17 +43,19 @@ struct Plan {
       const Block x = block(b);
       apart += x.wanted && !in_place(x);
     }
-    auto pieces = [this](int64_t count, int64_t size) {
-      const Pieces p{bytes, aligned(size), count};
-      bytes += p.count * p.size;
-      return p;
-    };
     packed = pieces(blocks, k.packed_bytes(s.dim, stride, s.gradient));
     accumulators = pieces(apart, k.df_bytes(s.dim, stride));
-    vectors = pieces(ROW_VECTORS, padded * (k.accumulate == FLOAT64 ? 8 : 4));
+    vectors = pieces(row_vectors, padded * (k.accumulate == FLOAT64 ? 8 : 4));
     sums = pieces(1, padded * 8 * (SUM_COUNT + (s.bias && s.gradient)));  // the last: of weights
-    thread = pieces(threads, k.workspace_bytes(s.dim, stride));
+    thread = pieces(threads, std::max(k.workspace_bytes(s.dim, stride), thread_bytes));
     rounds = pieces(1, blocks * 8);
+  }
+
+  // Memory behind all that was planned before.
+  Pieces pieces(int64_t count, int64_t size) {
+    const Pieces p{bytes, aligned(size), count};
+    bytes += p.count * p.size;
+    return p;
   }
 
   // Block b, without its memory.

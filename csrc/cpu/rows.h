@@ -144,7 +144,9 @@ template <class T> void finish_pairs(const PairRows& p, int64_t begin, int64_t e
     const T q = static_cast<const T*>(p.q)[i];
     for (int view = 0; view < 2; view++) {
       const int64_t row = i + view * p.n_pairs;
-      T* d = static_cast<T*>(p.d) + row * p.dim;
+      if (row < p.lo || row >= p.hi) continue;
+      T* d = static_cast<T*>(p.d) + (row - p.lo) * p.dim;
+      if (row >= p.swept) std::fill_n(d, p.dim, T(0));
       const T *mine = rows[view], *partner = rows[1 - view];
       for (int64_t k = 0; k < p.dim; k++) d[k] -= q * partner[k];
       const T along = dot(mine, d, p.dim), inverse = static_cast<const T*>(p.inv_norm)[row];

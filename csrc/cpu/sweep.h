@@ -1,6 +1,7 @@
 // The data passed from Python to C++: one struct for a sweep, one for the passes over the rows
-// before and after the sweeps. backend/cpu.py mirrors both field by field, and makes or
-// checks every buffer: C++ trusts the sizes.
+// before and after the sweeps, one for a whole step of a loss. backend/cpu.py and
+// backend/cpu_step.py mirror them field by field, and make or check every buffer: C++ trusts the
+// sizes.
 #pragma once
 
 #include "../generated/codes.h"
@@ -35,7 +36,7 @@ struct Sweep {
   int32_t rows_of_terms[TERM_COUNT];
 };
 
-// The passes for cosine similarity. Rows i and n_pairs + i of f, d and inv_norm are a positive
+// The passes over the rows of two views. Rows i and n_pairs + i of f, d and inv_norm are a positive
 // pair.
 struct PairRows {
   const void *z1, *z2;  // (n_pairs, dim) inputs, stride1 and stride2 elements apart
@@ -45,8 +46,48 @@ struct PairRows {
   void* scale;     // (2·n_pairs) 1/‖f‖, of half precision only
   void* inv_norm;  // (2·n_pairs) 1/‖z‖, 0 for an all-zero row
   void* pos;       // (n_pairs) similarity of each positive pair
-  void* d;         // (2·n_pairs, dim) in: Σ_j (g_ij + g_ji) F_j; out: the gradient in z
+  void* d;         // (hi − lo, dim) in: Σ_j (g_ij + g_ji) F_j; out: the gradient in z
   const void* q;   // (n_pairs) weight of the positive pair, summed over both anchors
   int64_t n_pairs, dim, stride1, stride2, stride;  // stride: elements from row to row of f
+  int64_t lo, hi;  // the rows of d
+  int64_t swept;   // the rows from here on meet no pair: what d holds of them is no gradient
   int32_t dtype, threads, instruction_set;
+};
+
+constexpr int MOST_INSTRUCTIONS = 8, MOST_VECTORS = 8;
+
+// One instruction of a step's program (alphacl_fast/program.py): a sweep, or with `row_step` >= 0 a
+// row step. Vectors are numbered places; place 0 holds zeros, place 1 the positives' similarities.
+struct Instruction {
+  int32_t row_step;  // -1: a sweep
+  Form form;
+  int32_t gradient, weight;     // of a sweep
+  int32_t terms[TERM_COUNT];    // place of each term, -1: not wanted
+  int32_t scalars[5];           // places of moment_origin, row_weight, shift, argument_offset, baseline
+  int32_t inputs[MOST_VECTORS], outputs[MOST_VECTORS], output_count;  // of a row step
+  double constant_shift;
+  double params[4];  // of a row step
+};
+
+// A whole step of a loss with cosine similarity: from two views to loss and gradient.
+struct Step {
+  const void *z1, *z2;   // (n_pairs, dim) inputs, stride1 and stride2 elements apart
+  const int32_t* ids;    // (rows) as in Sweep; with it also:
+  const void* n_neg_of;  // (anchors) number of negatives of each anchor, at least 1
+  const bool* empty;     // (anchors) whether it has none
+  const void* incoming;  // (anchors) gradient of each anchor's loss; null: ones
+  void* loss;            // () the sum divided by `divisor`, or (anchors) with `each`; null: not wanted
+  void* dz;              // (hi − lo, dim) gradient in the rows [lo, hi) of the stacked views
+  void* dtau;            // () gradient in τ, or null
+  void* (*release_lock)();  // as in Sweep
+  void (*take_lock)(void*);
+  int (*check_signals)();
+  int64_t n_pairs, dim, stride1, stride2, rows, split, partner, anchors, lo, hi, block;
+  int64_t workspace;  // bytes in which tiles may be kept from one sweep to the next
+  double tau, n_neg, divisor;
+  double params[3];
+  int32_t dtype, kind, each, threads, instruction_set;
+  int32_t instructions, places;   // of the program
+  int32_t mass, losses, dtau_of;  // places of results
+  Instruction program[MOST_INSTRUCTIONS];
 };

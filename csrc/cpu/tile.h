@@ -27,6 +27,8 @@ template <class T> struct SideScalars {
 
 template <class T> struct Panel {
   T* s;  // (PANEL_ROWS, LD): similarities in, weights out
+  T* kept;  // (PANEL_ROWS, kept_stride) of a kept tile, or null
+  int64_t kept_stride;
   int64_t rows, cols;
   int excluded;           // diagonals of excluded pairs …
   int64_t diagonals[3];   // … column of the panel's row 0
@@ -57,9 +59,10 @@ template <class T> void find_clashes(const Int<T>* rows, const Int<T>* columns, 
   }
 }
 
-// Calls op.pair<masked>(r, c, t, mask) for all vectors of the panel; only vectors that hold an
-// excluded pair or an edge are masked.
-template <class T, class Op> ALPHACL_INLINE void for_pairs(const Panel<T>& p, Op& op) {
+// Calls op.pair<masked>(r, c, t, mask) for all vectors of the panel, t from rows `stride` apart;
+// only vectors that hold an excluded pair or an edge are masked.
+template <class T, class Op>
+ALPHACL_INLINE void for_pairs(const Panel<T>& p, Op& op, const T* from, int64_t stride) {
   constexpr int L = LANES<T>;
   const Mask<T> lanes = lane_numbers<T>();
   for (int64_t c = 0; c < p.cols; c += L) {
@@ -68,7 +71,7 @@ template <class T, class Op> ALPHACL_INLINE void for_pairs(const Panel<T>& p, Op
     op.begin(c);
     if (!special) {
 #pragma GCC unroll 1
-      for (int r = 0; r < PANEL_ROWS; r++) op.template pair<false>(r, c, load(p.s + r * LD + c), lanes);
+      for (int r = 0; r < PANEL_ROWS; r++) op.template pair<false>(r, c, load(from + r * stride + c), lanes);
     } else {
 #pragma GCC unroll 1
       for (int r = 0; r < PANEL_ROWS; r++) {
@@ -77,7 +80,7 @@ template <class T, class Op> ALPHACL_INLINE void for_pairs(const Panel<T>& p, Op
         if (p.row_ids) keep &= load_mask<T>(p.col_ids + c) != p.row_ids[r];
         if (r >= p.rows) keep = Mask<T>{};
         for (int d = 0; d < p.excluded; d++) keep &= lanes != I(r + p.diagonals[d] - c);
-        const Vec<T> t = load(p.s + r * LD + c);
+        const Vec<T> t = load(from + r * stride + c);
         // an excluded similarity may be infinite, and 0·inf is not 0
         op.template pair<true>(r, c, keep ? t : Vec<T>{}, keep);
       }
@@ -86,12 +89,17 @@ template <class T, class Op> ALPHACL_INLINE void for_pairs(const Panel<T>& p, Op
   }
 }
 
+template <class T, class Op> ALPHACL_INLINE void for_pairs(const Panel<T>& p, Op& op) {
+  for_pairs<T>(p, op, p.s, LD);
+}
+
 template <class T> ALPHACL_INLINE void add_rows(const Panel<T>& p, int term, const Vec<T>* sums) {
   for (int64_t r = 0; r < p.rows; r++) p.row_sums[term][r] += double(sum_of<T>(sums[r]));
 }
 
-// Σ exp(log f − constant_shift) and, with Moment, Σ exp(log f − constant_shift)·(t − moment_origin)
-template <class T, class K, bool Moment> struct ConstantShiftSums {
+// Σ exp(log f − constant_shift) and, with Moment, Σ exp(log f − constant_shift)·(t − moment_origin);
+// with Kept, each exp(log f − constant_shift) is kept for the gradient
+template <class T, class K, bool Moment, bool Kept> struct ConstantShiftSums {
   const Panel<T>& p;
   Vec<T> f[PANEL_ROWS] = {}, ft[PANEL_ROWS] = {};
   Vec<T> col_f, col_ft, col_origin;
@@ -99,9 +107,10 @@ template <class T, class K, bool Moment> struct ConstantShiftSums {
     col_f = load(p.col_sums[F] + c);
     if (Moment) col_ft = load(p.col_sums[F_MOMENT] + c), col_origin = load(p.col.moment_origin + c);
   }
-  template <bool Masked> ALPHACL_INLINE void pair(int r, int64_t, Vec<T> t, Mask<T> keep) {
+  template <bool Masked> ALPHACL_INLINE void pair(int r, int64_t c, Vec<T> t, Mask<T> keep) {
     Vec<T> e = vexp_bounded<T>(K::f(t, p.numbers) - p.numbers.middle);
     if (Masked) e = keep ? e : Vec<T>{};
+    if (Kept) store(p.kept + r * p.kept_stride + c, e);
     f[r] += e;
     col_f += e;
     if (Moment) {
@@ -262,24 +271,45 @@ template <class T, class K> struct ConstantShiftGradient {
   }
 };
 
+// The same from kept factors. Masks are as before: a factor of 0 times an infinite row weight is a
+// NaN, but that of an excluded pair counts for nothing.
+template <class T> struct KeptGradient {
+  const Panel<T>& p;
+  Vec<T> col_weight;
+  ALPHACL_INLINE void begin(int64_t c) { col_weight = load(p.col.row_weight + c); }
+  ALPHACL_INLINE void end(int64_t) {}
+  template <bool Masked> ALPHACL_INLINE void pair(int r, int64_t c, Vec<T> e, Mask<T> keep) {
+    Vec<T> g = e * (col_weight + p.row.row_weight[r]);
+    if (Masked) g = keep ? g : Vec<T>{};
+    store(p.s + r * LD + c, g);
+  }
+  static __attribute__((noinline)) void run(const Panel<T>& p) {
+    KeptGradient op{p, {}};
+    for_pairs<T>(p, op, p.kept, p.kept_stride);
+  }
+};
+
 template <class T> using PanelFunction = void (*)(const Panel<T>&);
 
 template <class T, class K> PanelFunction<T> linear_kind(const Sweep& s) {
   return s.gradient ? General<T, K, true>::run : General<T, K, false>::run;
 }
-template <class T, class K> PanelFunction<T> log_kind(const Sweep& s) {
+template <class T, class K> PanelFunction<T> log_kind(const Sweep& s, bool keeps_factors) {
   const bool moment = s.rows_of_terms[F_MOMENT] >= 0;
   if (s.form == Form::ONLINE) return OnlineSums<T, K>::run;
   if (s.form != Form::CONSTANT) return linear_kind<T, K>(s);
   if (s.gradient) return ConstantShiftGradient<T, K>::run;
-  return moment ? ConstantShiftSums<T, K, true>::run : ConstantShiftSums<T, K, false>::run;
+  if (keeps_factors) return moment ? ConstantShiftSums<T, K, true, true>::run : ConstantShiftSums<T, K, false, true>::run;
+  return moment ? ConstantShiftSums<T, K, true, false>::run : ConstantShiftSums<T, K, false, false>::run;
 }
 
-template <class T> PanelFunction<T> panel_function(const Sweep& s) {
+template <class T> PanelFunction<T> panel_function(const Sweep& s, const KeptTile& kept) {
+  const bool factors = kept.what == Keep::FACTORS;
   if (s.form == Form::T_MAX) return Maximum<T>::run;
+  if (factors && kept.filled) return KeptGradient<T>::run;
   return with_kind<T>(s, [&](auto kind) {
     using K = decltype(kind);
-    if constexpr (K::log) return log_kind<T, K>(s);
+    if constexpr (K::log) return log_kind<T, K>(s, factors);
     else return linear_kind<T, K>(s);
   });
 }

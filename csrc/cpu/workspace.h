@@ -12,8 +12,22 @@
 
 namespace {
 
-// One allocation, in huge pages if it is big. The last one is kept for the next call unless it is
-// large: faulting its pages in again would cost small batches half their time.
+// Memory in whole pages, in huge ones if it is big; null: there is not enough.
+inline char* allocated(int64_t& bytes) {
+  constexpr int64_t PAGE = 4096, HUGE_PAGE = 2 << 20;
+  const bool big = bytes >= 2 * HUGE_PAGE;
+  bytes = (bytes + PAGE - 1) / PAGE * PAGE;
+  void* start = nullptr;
+  if (posix_memalign(&start, size_t(big ? HUGE_PAGE : PAGE), size_t(bytes)) != 0) return nullptr;
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  // Whole pages only: memory beyond the end has another owner.
+  if (big) madvise(start, size_t(bytes / HUGE_PAGE * HUGE_PAGE), MADV_HUGEPAGE);
+#endif
+  return static_cast<char*>(start);
+}
+
+// One allocation. The last one is kept for the next call unless it is large: faulting its pages in
+// again would cost small batches half their time.
 class Workspace {
  public:
   explicit Workspace(int64_t bytes) {
@@ -23,17 +37,8 @@ class Workspace {
     }
     if (size_ >= bytes) return;
     std::free(start_);  // too small: keeping it would only add to the new one
-    constexpr int64_t PAGE = 4096, HUGE_PAGE = 2 << 20;
-    const bool big = bytes >= 2 * HUGE_PAGE;
-    size_ = (bytes + PAGE - 1) / PAGE * PAGE;
-    void* start = nullptr;
-    const bool failed = posix_memalign(&start, size_t(big ? HUGE_PAGE : PAGE), size_t(size_)) != 0;
-    start_ = failed ? nullptr : static_cast<char*>(start);
-    if (failed) size_ = 0;
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    // Whole pages only: memory beyond the end has another owner.
-    if (big && start_) madvise(start_, size_t(size_ / HUGE_PAGE * HUGE_PAGE), MADV_HUGEPAGE);
-#endif
+    start_ = allocated(bytes);
+    size_ = start_ ? bytes : 0;
   }
   ~Workspace() {
     if (size_ <= LARGEST_KEPT) {

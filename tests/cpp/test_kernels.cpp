@@ -33,6 +33,7 @@
 #include <unistd.h>
 
 #include "../../csrc/cpu/sweep.h"
+#include "../../csrc/generated/row_codes.h"
 
 extern "C" {
 int32_t alphacl_cpu_sweep_size();
@@ -44,6 +45,7 @@ const char* alphacl_cpu_kernels(int32_t set, int32_t dtype, int32_t* multiple, i
 int32_t alphacl_cpu_sweep(const Sweep* s);
 int32_t alphacl_cpu_normalize(const PairRows* p);
 int32_t alphacl_cpu_finish(const PairRows* p);
+int32_t alphacl_cpu_step(const Step* s);
 int32_t alphacl_cpu_function(int32_t set, int32_t dtype, int32_t which, const void* x, void* y, int64_t n);
 }
 
@@ -1065,6 +1067,7 @@ void test_pairs(Random& random, const Served& s, int dtype, int64_t n, int64_t d
   PairRows p{};
   p.z1 = z[0].data, p.z2 = z[1].data, p.f = f.data, p.scale = scale.data, p.inv_norm = inv_norm.data, p.pos = pos.data;
   p.n_pairs = n, p.dim = dim, p.stride1 = strides[0], p.stride2 = strides[1], p.stride = f_stride;
+  p.hi = p.swept = 2 * n;
   p.dtype = dtype, p.threads = threads, p.instruction_set = s.set;
   poison_workspace();
   if (alphacl_cpu_normalize(&p)) return fail("%s: refused", what);
@@ -1133,6 +1136,196 @@ void test_pair_rows(Random& random, bool thorough) {
                                                : random.pick({1e-30, 1e-3, 1.0, 1e3, 1e30, dtype == FLOAT64 ? 1e-200 : 1.0});
           const int threads = random.pick(THREADS);
           by_dtype(dtype, [&](auto zero) { test_pairs<decltype(zero)>(random, s, dtype, n, dim, size, threads); });
+        }
+}
+
+// --- whole steps ---------------------------------------------------------------------------------
+
+// Two views, InfoNCE with ε = 1, and who meets whom.
+struct StepCase {
+  int64_t n, dim, rows, split, anchors, lo, hi;
+  int dtype;
+  bool online, ids, incoming;
+};
+
+// log(1 + Σ_j exp((t_ij − t⁺_i)/τ)) and its gradient, from the definitions.
+struct ExactStep {
+  std::vector<double> losses, dz;
+  double loss = 0, dtau = 0;
+};
+
+ExactStep exact_step(const StepCase& c, const std::vector<double>& z, const std::vector<int32_t>& ids,
+                     const std::vector<double>& incoming, double tau, double divisor) {
+  ExactStep e;
+  const int64_t n = c.n, d = c.dim;
+  std::vector<double> f(z.size()), df(z.size()), norm(size_t(2 * n));
+  for (int64_t r = 0; r < 2 * n; r++) {
+    double square = 0;
+    for (int64_t k = 0; k < d; k++) square += z[size_t(r * d + k)] * z[size_t(r * d + k)];
+    norm[size_t(r)] = std::sqrt(square);
+    for (int64_t k = 0; k < d; k++) f[size_t(r * d + k)] = z[size_t(r * d + k)] / norm[size_t(r)];
+  }
+  auto dot = [&](const std::vector<double>& a, int64_t i, const std::vector<double>& b, int64_t j) {
+    double sum = 0;
+    for (int64_t k = 0; k < d; k++) sum += a[size_t(i * d + k)] * b[size_t(j * d + k)];
+    return sum;
+  };
+  auto add = [&](int64_t i, int64_t j, double g) {  // g·∂t_ij
+    for (int64_t k = 0; k < d; k++) {
+      df[size_t(i * d + k)] += g * f[size_t(j * d + k)];
+      df[size_t(j * d + k)] += g * f[size_t(i * d + k)];
+    }
+  };
+  for (int64_t i = 0; i < c.anchors; i++) {
+    const int64_t partner = i < n ? i + n : i - n;
+    const double pos = dot(f, i, f, partner);
+    std::vector<std::pair<int64_t, double>> factors;
+    double sum = 0, moment = 0;
+    for (int64_t j = 0; j < c.rows; j++) {
+      if (j == i || j == partner || (c.split && (i < c.split) == (j < c.split))) continue;
+      if (c.ids && ids[size_t(i)] == ids[size_t(j)]) continue;
+      const double gap = dot(f, i, f, j) - pos;
+      factors.emplace_back(j, std::exp(gap / tau));
+      sum += factors.back().second, moment += factors.back().second * gap;
+    }
+    e.losses.push_back(factors.empty() ? 0 : std::log1p(sum));
+    const double scale = incoming[size_t(i)] / divisor / (1 + sum);
+    e.dtau -= scale * moment / tau / tau;
+    for (const auto& [j, factor] : factors) add(i, j, scale / tau * factor);
+    if (!factors.empty()) add(i, partner, -scale / tau * sum);
+    e.loss += e.losses.back() / divisor;
+  }
+  for (int64_t r = c.lo; r < c.hi; r++) {
+    const double along = dot(f, r, df, r);
+    for (int64_t k = 0; k < d; k++)
+      e.dz.push_back((df[size_t(r * d + k)] - f[size_t(r * d + k)] * along) / norm[size_t(r)]);
+  }
+  return e;
+}
+
+// The program that alphacl_fast/program.py records of InfoNCE, with the gradient in τ.
+void write_program(Step& s, bool online, bool gradient) {
+  enum Place { ZEROS, POSITIVES, TOP, SUM, MOMENT, ROW_WEIGHT, MASS, LOSSES, SLOPE, PLACES };
+  Instruction &sums = s.program[0], &rows = s.program[1], &last = s.program[2];
+  for (Instruction* k : {&sums, &last}) {
+    k->row_step = -1;
+    std::fill(std::begin(k->terms), std::end(k->terms), -1);
+    std::fill(std::begin(k->scalars), std::end(k->scalars), int32_t(ZEROS));
+    k->scalars[0] = POSITIVES;
+  }
+  sums.form = online ? Form::ONLINE : Form::CONSTANT;
+  sums.terms[SHIFT] = TOP, sums.terms[F] = SUM, sums.terms[F_MOMENT] = MOMENT;
+  rows.row_step = EXP_ROWS_WITH_DTAU_4, rows.output_count = 4, rows.params[0] = 1;
+  const int32_t from[] = {POSITIVES, TOP, SUM, MOMENT}, to[] = {ROW_WEIGHT, MASS, LOSSES, SLOPE};
+  std::copy(std::begin(from), std::end(from), rows.inputs);
+  std::copy(std::begin(to), std::end(to), rows.outputs);
+  last.form = online ? Form::PLAIN : Form::CONSTANT, last.gradient = 1, last.weight = WEIGHT_F;
+  last.scalars[1] = ROW_WEIGHT, last.scalars[2] = TOP;
+  s.instructions = gradient ? 3 : 2, s.places = PLACES;
+  s.mass = MASS, s.losses = LOSSES, s.dtau_of = SLOPE;
+}
+
+// Against the definition, and to the last bit alike for any threads and any workspace, which may
+// hold all tiles, some of them or none.
+template <class T> void test_step(Random& random, const Served& s, const StepCase& c) {
+  const int64_t n = c.n, dim = c.dim, size = element_size(c.dtype), wanted = c.hi - c.lo;
+  char what[300];
+  std::snprintf(what, sizeof(what), "step: %s, %s, n %lld, dim %lld, %lld rows, split %lld, %lld anchors, [%lld, %lld), %s%s%s",
+                s.kernels.c_str(), DTYPES[c.dtype], (long long)(n), (long long)(dim), (long long)(c.rows), (long long)(c.split),
+                (long long)(c.anchors), (long long)(c.lo), (long long)(c.hi), c.online ? "online" : "constant shift",
+                c.ids ? ", ids" : "", c.incoming ? ", incoming" : "");
+  watch(what);
+  std::vector<double> exact;
+  Exact<char> z[2] = {Exact<char>(n * dim * size, size), Exact<char>(n * (dim + 1) * size)};
+  const int64_t strides[2] = {dim, dim + 1};
+  for (int view = 0; view < 2; view++) {
+    z[view].fill_with_nan();
+    for (int64_t i = 0; i < n; i++)
+      for (int64_t k = 0; k < dim; k++) {
+        double x = random.normal();
+        char* at = z[view].data + (i * strides[view] + k) * size;
+        if (c.dtype == FLOAT64) {
+          std::memcpy(at, &x, 8);
+        } else if (c.dtype == FLOAT32) {
+          const float y = float(x);
+          std::memcpy(at, &y, 4), x = y;
+        } else {
+          const uint16_t y = c.dtype == BFLOAT16 ? to_bfloat16(x) : to_float16(x);
+          std::memcpy(at, &y, 2), x = c.dtype == BFLOAT16 ? from_bfloat16(y) : from_float16(y);
+        }
+        exact.push_back(x);
+      }
+  }
+  std::vector<int32_t> ids;
+  for (int64_t r = 0; r < 2 * n; r++) ids.push_back(r < n ? int32_t(random.integer(0, n / 3)) : ids[size_t(r - n)]);
+  Exact<int32_t> given(c.rows);
+  std::copy_n(ids.begin(), c.rows, given.data);
+  Exact<T> n_neg(c.anchors), weights(c.anchors);
+  Exact<bool> empty(c.anchors);
+  std::vector<double> incoming;
+  for (int64_t i = 0; i < c.anchors; i++) {
+    incoming.push_back(c.incoming ? random.normal() : 1);
+    weights[i] = T(incoming.back());
+    int64_t count = 0;
+    for (int64_t j = 0; j < c.rows; j++)
+      count += ids[size_t(i)] != ids[size_t(j)] && (!c.split || (i < c.split) != (j < c.split));
+    n_neg[i] = T(std::max<int64_t>(count, 1)), empty[i] = count == 0;
+  }
+  const double tau = 0.25, divisor = double(c.anchors);
+  const ExactStep truth = exact_step(c, exact, ids, incoming, tau, divisor);
+  std::vector<T> first;
+  for (int threads : {1, 3})
+    for (int64_t workspace : {int64_t(0), int64_t(300000), int64_t(1) << 24})
+      for (bool each : {false, true}) {
+        if (each && (c.incoming || workspace == 300000)) continue;
+        Exact<T> loss(each ? c.anchors : 1), dz(wanted * dim), dtau(1);
+        loss.fill_with_nan(), dz.fill_with_nan(), dtau.fill_with_nan();
+        Step step{};
+        step.z1 = z[0].data, step.z2 = z[1].data, step.stride1 = strides[0], step.stride2 = strides[1];
+        if (c.ids) step.ids = given.data, step.n_neg_of = n_neg.data, step.empty = empty.data;
+        if (c.incoming) step.incoming = weights.data;
+        else step.loss = loss.data;
+        step.dz = wanted ? dz.data : nullptr, step.dtau = dtau.data, step.each = each;
+        step.n_pairs = n, step.dim = dim, step.rows = c.rows, step.split = c.split;
+        step.partner = c.rows > n ? n : 0, step.anchors = c.anchors, step.lo = c.lo, step.hi = c.hi;
+        step.block = 13, step.workspace = workspace, step.tau = tau, step.n_neg = double(c.rows), step.divisor = divisor;
+        step.dtype = c.dtype, step.kind = EXP, step.threads = threads, step.instruction_set = s.set;
+        write_program(step, c.online, wanted > 0);
+        poison_workspace();
+        if (const int32_t status = alphacl_cpu_step(&step)) return fail("%s: status %d", what, status);
+        const bool half = is_half(c.dtype);
+        const double slack = c.dtype == FLOAT64 ? 1e-12 : half ? 2e-2 : 2e-5;
+        auto check = [&](const char* name, const T* got, const double* right, int64_t count) {
+          double apart = 0, norm = 1e-6;
+          for (int64_t k = 0; k < count; k++) {
+            apart += (double(got[k]) - right[k]) * (double(got[k]) - right[k]), norm += right[k] * right[k];
+          }
+          if (!(std::sqrt(apart) <= slack * std::sqrt(norm)))
+            fail("%s: %s is %.3g apart, its norm is %.3g", what, name, std::sqrt(apart), std::sqrt(norm));
+        };
+        if (!c.incoming) check("loss", loss.data, each ? truth.losses.data() : &truth.loss, loss.size);
+        check("dz", dz.data, truth.dz.data(), dz.size);
+        check("dtau", dtau.data, &truth.dtau, 1);
+        std::vector<T> results(dz.data, dz.data + dz.size);
+        results.push_back(dtau[0]);
+        if (first.empty()) first = results;
+        if (std::memcmp(first.data(), results.data(), first.size() * sizeof(T)))
+          fail("%s: %d threads and %lld bytes change bits", what, threads, (long long)(workspace));
+      }
+}
+
+void test_steps(Random& random, bool thorough) {
+  for (int dtype : {FLOAT32, FLOAT64, BFLOAT16, FLOAT16})
+    for (const Served& s : served(dtype))
+      for (int mode = 0; mode < 4; mode++)
+        for (bool online : {false, true}) {
+          if (!thorough && online != bool(mode & 1)) continue;
+          const int64_t n = random.integer(2, 60), dim = random.integer(1, 70);
+          const int64_t rows = mode == 1 ? n : 2 * n, split = mode > 1 ? n : 0;
+          const int64_t anchors = mode == 0 || mode == 2 ? 2 * n : n;
+          const int64_t lo = random.pick({int64_t(0), int64_t(0), n}), hi = random.pick({2 * n, 2 * n, n});
+          const StepCase c{n, dim, rows, split, anchors, lo, std::max(lo, hi), dtype, online, random.chance(0.4), random.chance(0.3)};
+          by_dtype(dtype, [&](auto zero) { test_step<decltype(zero)>(random, s, c); });
         }
 }
 
@@ -1378,6 +1571,8 @@ int main(int argc, char** argv) {
   timed("functions");
   test_pair_rows(random, thorough);
   timed("rows");
+  test_steps(random, thorough);
+  timed("steps");
   // The driver keeps its largest workspace, which is filled with NaN before every call: what needs
   // much of it comes late.
   test_corners(random, thorough);

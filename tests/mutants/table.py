@@ -60,6 +60,15 @@ def half(case: str = "13-6-5") -> str:
     return f"{test}[torch.bfloat16-{case}]"
 
 
+def step_bits() -> str:
+    test = "tests/test_cpu_step.py::test_same_bits_for_any_workspace_and_threads"
+    return f"{test}[{INFONCE}-0.3-torch.float32-two_view]"
+
+
+def step_sweeps(member: str, reduction: str = "mean") -> str:
+    return f"tests/test_cpu_step.py::test_equals_the_two_sweeps[{member}-{reduction}]"
+
+
 def triton(member: str) -> str:
     return f"tests/test_triton.py::test_forms[7-two_view-True-{member}-False]"
 
@@ -484,13 +493,13 @@ plant(
     "alphacl_fast/objectives.py",
     (
         "φ = log(ε + x): ε is ignored",
-        "return torch.logaddexp(ell, torch.full_like(ell, math.log(self.epsilon)))",
+        "return torch.logaddexp(ell, torch.zeros_like(ell) + _log(self.epsilon))",
         "return ell",
         blocked(INFONCE),
     ),
     (
         "φ′ of log(ε + x): log ε is not subtracted",
-        "return torch.sigmoid(ell - math.log(self.epsilon))",
+        "return torch.sigmoid(ell - _log(self.epsilon))",
         "return torch.sigmoid(ell)",
         blocked(INFONCE_SMALL),
     ),
@@ -502,8 +511,8 @@ plant(
     ),
     (
         "ψ = exp(Δ/τ + margin): the margin is left out",
-        "return ell + self.margin if self.margin else ell",
-        "return ell",
+        "return (shift - pos / tau) + total.log() + self.margin",
+        "return (shift - pos / tau) + total.log()",
         blocked(SOFT_TRIPLET),
     ),
     (
@@ -598,8 +607,8 @@ plant(
     ),
     (
         "unnormalised weights: the positive term is not divided by the divisor",
-        "return replace(rows, mass=sums[0] / p.divisor, loss=sums[1])",
-        "return replace(rows, mass=sums[0], loss=sums[1])",
+        "return total / numbers.divisor, gap_sum",
+        "return total, gap_sum",
         blocked(direct(normalized=False), "two_view-True-dot"),
     ),
     (
@@ -856,6 +865,78 @@ plant(
     ),
 )
 plant(
+    "csrc/cpu/step.h",
+    (
+        "step: a kept tile is read before a sweep has filled it",
+        "kept_.tile(number, sweep > 0)",
+        "kept_.tile(number, true)",
+        step_bits(),
+    ),
+    (
+        "step: the second anchor of a positive pair is forgotten",
+        "if (call_.anchors > call_.n_pairs) q[i] +=",
+        "if (call_.anchors < 0) q[i] +=",
+        step_sweeps(INFONCE),
+    ),
+    (
+        "step: padding between blocks is overlooked where a row is looked up",
+        "within / plan_.block_rows) * plan_.stride",
+        "within / plan_.block_rows) * plan_.block_rows",
+        "tests/test_backends.py::test_equals_reference[" + INFONCE + "-two_view-True-cosine]",
+    ),
+    (
+        "step: the mean is a sum",
+        "T(loss / call_.divisor);",
+        "T(loss);",
+        step_sweeps(INFONCE),
+    ),
+    (
+        "step: incoming gradients of anchors do not reach the weights of their pairs",
+        "to[r] = incoming ? from[r] * incoming[r] : from[r];",
+        "to[r] = from[r];",
+        step_sweeps(INFONCE, "none"),
+    ),
+    (
+        "step: sums of the sweep before are added to",
+        "std::memset(sums() + term * plan_.padded + x.at, 0, ",
+        "std::memset(sums() + term * plan_.padded + x.at, 0, 0 * ",
+        "tests/test_cpu_step.py::test_need_flags",
+    ),
+    (
+        "step: a block without anchors has what an earlier call left as its loss",
+        "block_sum(which)[b] = 0;",
+        "(void)which;",
+        f"{IDS}test_equals_reference[{INFONCE}-cross_view-False-cosine]",
+    ),
+)
+plant(
+    "alphacl_fast/native.py",
+    (
+        "step: the gradient of the first view is computed where nobody wants it",
+        "wanted = (0 if need.z1 else n, 2 * n if need.z2 else n)",
+        "wanted = (0, 2 * n if need.z2 else n)",
+        "tests/test_cpu_step.py::test_need_flags",
+    ),
+)
+plant(
+    "alphacl_fast/eager.py",
+    (
+        "eager: a plan of another temperature serves a call",
+        "value, isinstance(temperature, Tensor), cpu._LIBRARY",
+        "isinstance(temperature, Tensor), cpu._LIBRARY",
+        "tests/test_cpu_step.py::test_prepared_once_and_checked_again",
+    ),
+)
+plant(
+    "alphacl_fast/program.py",
+    (
+        "program: the gradient's moments are taken of 0",
+        'scalars["moment_origin"] = p.pos',
+        'scalars["moment_origin"] = ZEROS',
+        step_sweeps(THROUGH),
+    ),
+)
+plant(
     "csrc/cpu/schedule.h",
     (
         "schedule: a diagonal tile reports its block's round twice",
@@ -979,9 +1060,15 @@ plant(
     ),
     (
         "constant shift: the columns' anchors do not weigh in the gradient",
-        "* (col_weight + p.row.row_weight[r]);",
-        "* (p.row.row_weight[r] + 0 * col_weight);",
-        portable(DIRECT),
+        "- p.numbers.middle) * (col_weight + p.row.row_weight[r]);",
+        "- p.numbers.middle) * (p.row.row_weight[r] + 0 * col_weight);",
+        step_bits(),
+    ),
+    (
+        "kept tiles: the columns' anchors do not weigh in the gradient",
+        "e * (col_weight + p.row.row_weight[r]);",
+        "e * (p.row.row_weight[r] + 0 * col_weight);",
+        step_bits(),
     ),
     (
         "linear kinds: the offset is not added to the argument",
@@ -1047,8 +1134,8 @@ plant(
     "csrc/cpu/native.h",
     (
         "similarities of long rows: the last partial chain of features is left out",
-        "for (int64_t k = CHAIN; k < s.dim; k += CHAIN)",
-        "for (int64_t k = CHAIN; k + CHAIN <= s.dim; k += CHAIN)",
+        "for (int64_t k = CHAIN; k < dim; k += CHAIN)",
+        "for (int64_t k = CHAIN; k + CHAIN <= dim; k += CHAIN)",
         "tests/test_cpu.py::test_any_number_of_features[portable-dtype1-1000]",
     ),
     (

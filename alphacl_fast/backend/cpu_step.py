@@ -1,0 +1,212 @@
+"""A whole step of a loss in one native call (csrc/cpu/step.h): rows, sums, row steps, gradient.
+
+A `Plan` holds everything that follows from the shapes and settings of a call; running it needs only
+pointers, which are taken from the tensors of each call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import threading
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..bundles import (
+    MOST_PARAMETERS,
+    Dtype,
+    PairFunction,
+    Pairing,
+    RowScalars,
+    Term,
+    accumulation_dtype,
+    rows_of_terms,
+)
+from ..objectives import KINDS, row_codes
+from ..program import ZEROS, Program, Step, Sweep
+from . import cpu, forms
+
+#: Bytes in which a step may keep its tiles from one sweep to the next, if nobody says otherwise.
+DEFAULT_WORKSPACE = 64 << 20
+
+_MOST_INSTRUCTIONS, _MOST_VECTORS, _MOST_STEP_PARAMETERS = 8, 8, 4
+
+
+class _Instruction(ctypes.Structure):
+    """`struct Instruction` of csrc/cpu/sweep.h."""
+
+    _fields_ = (
+        [(name, ctypes.c_int32) for name in ("row_step", "form", "gradient", "weight")]
+        + [("terms", ctypes.c_int32 * len(Term))]
+        + [("scalars", ctypes.c_int32 * len(RowScalars._fields))]
+        + [(name, ctypes.c_int32 * _MOST_VECTORS) for name in ("inputs", "outputs")]
+        + [("output_count", ctypes.c_int32), ("constant_shift", ctypes.c_double)]
+        + [("params", ctypes.c_double * _MOST_STEP_PARAMETERS)]
+    )
+
+
+class _Step(ctypes.Structure):
+    """`struct Step` of csrc/cpu/sweep.h."""
+
+    _fields_ = (
+        [
+            (name, ctypes.c_void_p)
+            for name in (
+                *("z1", "z2", "ids", "n_neg_of", "empty", "incoming", "loss", "dz", "dtau"),
+                *cpu._HOOKS,
+            )
+        ]
+        + [
+            (name, ctypes.c_int64)
+            for name in (
+                *("n_pairs", "dim", "stride1", "stride2", "rows", "split", "partner", "anchors"),
+                *("lo", "hi", "block", "workspace"),
+            )
+        ]
+        + [(name, ctypes.c_double) for name in ("tau", "n_neg", "divisor")]
+        + [("params", ctypes.c_double * MOST_PARAMETERS)]
+        + [
+            (name, ctypes.c_int32)
+            for name in (
+                *("dtype", "kind", "each", "threads", "instruction_set", "instructions", "places"),
+                *("mass", "losses", "dtau_of"),
+            )
+        ]
+        + [("program", _Instruction * _MOST_INSTRUCTIONS)]
+    )
+
+
+SIZE = ctypes.sizeof(_Step)
+
+
+class Batch(NamedTuple):
+    """What a step computes, but for its objective and its tensors."""
+
+    n_pairs: int
+    dim: int
+    dtype: torch.dtype
+    rows: int  #: of the stacked views, that the sweeps see
+    pairing: Pairing
+    n_neg: int
+    divisor: int
+    wanted: tuple[int, int]  #: rows whose gradient is wanted
+    learn_tau: bool
+    each: bool  #: one loss per anchor instead of one number
+    workspace: int
+
+
+class Plan:
+    """A step for all calls with the same shapes and settings."""
+
+    def __init__(
+        self,
+        batch: Batch,
+        program: Program,
+        kind: str,
+        params: tuple[float, ...],
+        tau: float,
+        log_range: tuple[float, float] | None,
+    ) -> None:
+        self.batch, self.wide = batch, accumulation_dtype(batch.dtype)
+        self.forward = self  #: the plan that a forward executes
+        function = PairFunction(kind, params, torch.tensor(tau, dtype=self.wide), log_range)
+        isa = cpu.INSTRUCTION_SETS.index(cpu.instruction_set())
+        _, self.multiple, self.largest = cpu._kernels(isa, Dtype.of(batch.dtype))
+        low, high = batch.wanted
+        self.gradient = high > low
+        pairing = batch.pairing
+        self.step = _Step(
+            n_pairs=batch.n_pairs, dim=batch.dim, rows=batch.rows, split=pairing.split,
+            partner=pairing.partner, anchors=pairing.anchors, lo=low, hi=high,
+            workspace=batch.workspace, tau=tau, n_neg=batch.n_neg, divisor=batch.divisor,
+            params=function.padded(), dtype=Dtype.of(batch.dtype), kind=KINDS[kind].code,
+            each=batch.each, instruction_set=isa, instructions=len(program.instructions),
+            places=program.places, mass=program.mass, losses=program.loss, dtau_of=program.dtau,
+            **cpu._HOOKS,
+        )  # fmt: skip
+        for target, instruction in zip(self.step.program, program.instructions, strict=False):
+            if isinstance(instruction, Sweep):
+                _write_sweep(target, instruction, function)
+            else:
+                _write_row_step(target, instruction)
+
+    def run(
+        self,
+        z1: Tensor,
+        z2: Tensor,
+        same_id: tuple[Tensor, Tensor, Tensor] | None = None,
+        incoming: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Loss, the gradient in the wanted rows, the gradient in τ; None where not wanted.
+
+        ``incoming`` (anchors,) is the gradient of every anchor's loss; the losses themselves are
+        then not returned.
+        """
+        batch = self.batch
+        if z1.stride(1) != 1 and batch.dim > 1:
+            z1 = z1.contiguous()
+        if z2.stride(1) != 1 and batch.dim > 1:
+            z2 = z2.contiguous()
+        step = _Step.from_buffer_copy(self.step)
+        loss = dz = dtau = None
+        if incoming is None:
+            loss = torch.empty(batch.pairing.anchors if batch.each else (), dtype=self.wide)
+            step.loss = loss.data_ptr()
+        else:
+            incoming = incoming.contiguous()
+            step.incoming = incoming.data_ptr()
+        if self.gradient:
+            low, high = batch.wanted
+            dz = torch.empty((high - low, batch.dim), dtype=self.wide)
+            step.dz = dz.data_ptr()
+        if batch.learn_tau:
+            dtau = torch.empty((), dtype=self.wide)
+            step.dtau = dtau.data_ptr()
+        if same_id is not None:
+            step.ids, step.n_neg_of, step.empty = (x.data_ptr() for x in same_id)
+        step.z1, step.z2 = z1.data_ptr(), z2.data_ptr()
+        step.stride1, step.stride2 = z1.stride(0), z2.stride(0)
+        if threading.get_ident() != threading.main_thread().ident:
+            step.check_signals = None  # signals are the main thread's
+        step.block = cpu.block_rows(batch.rows, self.multiple, self.largest)
+        step.threads = cpu._threads(batch.rows, batch.dim, batch.pairing.split, self.gradient)
+        status = cpu._library().alphacl_cpu_step(ctypes.byref(step))
+        if status != cpu._OK:
+            cpu.fail(status, batch.rows, batch.dim, batch.dtype)
+        return loss, dz, dtau
+
+
+def _write_sweep(target: _Instruction, sweep: Sweep, function: PairFunction) -> None:
+    places = rows_of_terms(sweep.terms)
+    target.row_step = -1
+    target.terms = tuple(-1 if row < 0 else sweep.outputs[row] for row in places)
+    target.scalars = tuple(sweep.scalars)
+    if sweep.weight is None:
+        form, shift = forms.of_row_sums(function, sweep.terms)
+    else:
+        given = RowScalars(*(None if place == ZEROS else place for place in sweep.scalars))
+        form, shift = forms.of_pair_grad(function, given, sweep.weight, sweep.terms)
+        target.gradient, target.weight = 1, sweep.weight
+    target.form, target.constant_shift = form, shift
+
+
+def _write_row_step(target: _Instruction, step: Step) -> None:
+    target.row_step = row_codes()[step.step.name, len(step.inputs)]
+    target.inputs = step.inputs + (ZEROS,) * (_MOST_VECTORS - len(step.inputs))
+    target.outputs = step.outputs + (ZEROS,) * (_MOST_VECTORS - len(step.outputs))
+    target.output_count = len(step.outputs)
+    target.params = step.params + (0.0,) * (_MOST_STEP_PARAMETERS - len(step.params))
+
+
+@functools.cache
+def default_workspace() -> int:
+    """The bytes for kept tiles: those of ALPHACL_CPU_WORKSPACE, or `DEFAULT_WORKSPACE`."""
+    given = os.environ.get("ALPHACL_CPU_WORKSPACE")
+    if not given:
+        return DEFAULT_WORKSPACE
+    if not given.isdecimal():
+        raise ValueError(f"ALPHACL_CPU_WORKSPACE must be a number of bytes ≥ 0, got {given!r}")
+    return int(given)

@@ -1,0 +1,162 @@
+"""Eager calls of losses that `native` serves: checked once, then prepared for calls like them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import native
+from .autograd import only_once, views_of
+from .backend import cpu, cpu_step
+from .call import Call, Loss, Need, Ready
+
+
+def loss(
+    z1: Tensor,
+    z2: Tensor,
+    tau: Tensor | None,
+    call: Loss,
+    plan: cpu_step.Plan,
+    need: Need,
+    ids: Tensor | None = None,
+) -> Tensor:
+    """The reduced loss, differentiable; ``tau`` is read only if its gradient is needed.
+
+    ``plan`` computes the gradients that are needed.
+    """
+    if any(need):
+        function = _Losses if call.reduction == "none" else _Loss
+        return function.apply(z1, z2, tau, call, plan, need, ids)
+    return native.loss_and_gradient(z1, z2, call, plan, ids)[0]
+
+
+class _Loss(torch.autograd.Function):
+    """The loss with its gradient, which waits for the incoming one; first derivatives only.
+
+    It has no separate setup_context, which would cost as much as the rest of the function:
+    torch.func goes through `autograd.AlphaCLFunction`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z1: Tensor,
+        z2: Tensor,
+        tau: Tensor | None,
+        call: Loss,
+        plan: cpu_step.Plan,
+        need: Need,
+        ids: Tensor | None,
+    ) -> Tensor:
+        value, dz, dtau = native.loss_and_gradient(z1, z2, call, plan, ids)
+        ctx.need, ctx.dtypes = need, (z1.dtype, None if tau is None else tau.dtype)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dz, dtau)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 7
+        with torch.no_grad():
+            # float32 until it is scaled: a half-precision gradient of 1e-8 would vanish before
+            # GradScaler sees it
+            dz, dtau = (
+                None if x is None else (x * grad).to(dtype)
+                for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            )
+        if torch.is_grad_enabled():
+            dz, dtau = only_once((dz, dtau), (torch.zeros((), requires_grad=True),))
+        return *views_of(dz, ctx.need), dtau, None, None, None, None
+
+
+class _Losses(torch.autograd.Function):
+    """One loss per anchor; the backward solves the rows again, for the gradient of each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z1: Tensor,
+        z2: Tensor,
+        tau: Tensor | None,
+        call: Loss,
+        plan: cpu_step.Plan,
+        need: Need,
+        ids: Tensor | None,
+    ) -> Tensor:
+        ctx.call, ctx.plan, ctx.need = call, plan, need
+        ctx.dtypes = z1.dtype, None if tau is None else tau.dtype
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(z1, z2, ids)
+        return native.loss_and_gradient(z1, z2, call, plan.forward, ids)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 7
+        z1, z2, ids = ctx.saved_tensors
+        with torch.no_grad():
+            found = native.gradient(z1, z2, ctx.call, ctx.plan, ids, grad)
+            dz, dtau = (
+                None if x is None else x.to(dtype)
+                for x, dtype in zip(found, ctx.dtypes, strict=True)
+            )
+        if torch.is_grad_enabled():
+            dz, dtau = only_once((dz, dtau), (torch.zeros((), requires_grad=True),))
+        return *views_of(dz, ctx.need), dtau, None, None, None, None
+
+
+# --- calls like one before ------------------------------------------------------------------------
+
+
+class Prepared(NamedTuple):
+    """What has been checked and prepared for all calls with the same key."""
+
+    plan: cpu_step.Plan
+    why: str  #: this backend serves them
+
+
+def key_of(z1: Tensor, z2: Tensor, temperature: float | Tensor) -> Key | None:
+    """What the checks and the plan of a call depend on, or None where a call is not plain."""
+    if not native.plain(z1, z2):
+        return None
+    value, learnt = temperature, False
+    if isinstance(temperature, Tensor):
+        if not (native.plain(temperature) and temperature.is_cpu and temperature.numel() == 1):
+            return None
+        value, learnt = temperature.detach().item(), temperature.requires_grad
+    elif type(temperature) is not float:
+        return None
+    grad = torch.is_grad_enabled()
+    return (
+        z1.shape, z2.shape, z1.dtype, z2.dtype, z1.is_cpu, z2.is_cpu, z1.layout, z2.layout,
+        Need(grad and z1.requires_grad, grad and z2.requires_grad, grad and learnt), learnt,
+        value, isinstance(temperature, Tensor), cpu._LIBRARY, cpu.instruction_set(),
+    )  # fmt: skip
+
+
+def again(
+    z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, key: Key
+) -> tuple[Tensor, str, str] | None:
+    """The loss, its backend and why it serves the call, if one like it has been made before."""
+    ready = call.ready and call.ready.get(key)
+    if not ready:
+        return None
+    need = key[_NEED]
+    tau = temperature.reshape(()) if need.tau else None
+    return loss(z1, z2, tau, call, ready.plan, need), "cpu", ready.why
+
+
+Key = tuple[Any, ...]
+_NEED = 8
+
+
+def remember(call: Call, key: Key, plan: cpu_step.Plan, why: str) -> None:
+    """Lets `again` serve the next call of this key."""
+    if call.ready is None:
+        object.__setattr__(call, "ready", Ready())  # frozen as a setting, not as a memory
+    if len(call.ready) >= 64:  # a learnt temperature is another one at every step
+        call.ready.clear()
+    call.ready[key] = Prepared(plan, why)

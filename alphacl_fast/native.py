@@ -1,0 +1,110 @@
+"""Losses that one native call computes from the views to the gradient (`backend.cpu_step`).
+
+The call sees the objective as a recorded program. What it does not serve goes through the two
+sweeps (`autograd`): several processes, gradients of single anchors, other similarities than cosine,
+users' functions, transforms of torch.func.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .backend import cpu, cpu_step
+from .call import BoundCall, Layout, Loss, Need, SameId
+from .objectives import Objective, kind
+from .program import record
+
+
+def serves(call: BoundCall, need: Need) -> bool:
+    """Whether a call is computed natively, for plain tensors."""
+    return not torch.compiler.is_compiling() and (
+        call.backend == "cpu"
+        and call.similarity == "cosine"
+        and call.objective.recordable
+        and call.temperature is not None
+        and call.ranks is None
+    )
+
+
+def plain(*tensors: Tensor) -> bool:
+    """Whether operations on these tensors are not watched or transformed by anybody."""
+    return (
+        all(type(x) in _PLAIN for x in tensors)
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def prepared(call: BoundCall, z: Tensor, need: Need) -> cpu_step.Plan:
+    """The plan of a call that is served, for views of the shape and dtype of z."""
+    return _plan(
+        call.objective, call.negatives, call.symmetric, call.reduction, z.shape, z.dtype,
+        call.temperature, need, call.workspace, cpu.instruction_set(),
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(
+    objective: Objective,
+    negatives: str,
+    symmetric: bool,
+    reduction: str,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    tau: float,
+    need: Need,
+    workspace: int | None,
+    instruction_set: str,
+) -> cpu_step.Plan:
+    n, dim = shape
+    call = BoundCall(objective, "cosine", negatives, symmetric, reduction)
+    layout, params = Layout.of(call, n), objective.params(call.c)
+    wanted = (0 if need.z1 else n, 2 * n if need.z2 else n)
+    batch = cpu_step.Batch(
+        n, dim, dtype, layout.rows, layout.pairing(), layout.n_neg, call.divisor(n), wanted,
+        need.tau, reduction == "none",
+        cpu_step.default_workspace() if workspace is None else workspace,
+    )  # fmt: skip
+    seen = tau if objective.uses_temperature else 1.0
+    log_range = ops.log_range(objective.kind, params, seen) if kind(objective.kind).log else None
+    program = record(objective, need.views > 0, need.tau)
+    plan = cpu_step.Plan(batch, program, objective.kind, params, seen, log_range)
+    if reduction == "none" and any(need):
+        alone = Need(False, False, False)
+        plan.forward = _plan(
+            objective, negatives, symmetric, reduction, shape, dtype, tau, alone, workspace,
+            instruction_set,
+        )  # fmt: skip
+    return plan
+
+
+def loss_and_gradient(
+    z1: Tensor, z2: Tensor, call: Loss, plan: cpu_step.Plan, ids: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The reduced loss, (dz1, dz2) in one tensor, and dτ; None where not needed."""
+    value, dz, dtau = plan.run(z1, z2, _same_id(z1, call, plan, ids))
+    return call.reduce(value) if call.reduction == "none" else value, dz, dtau
+
+
+def gradient(
+    z1: Tensor, z2: Tensor, call: Loss, plan: cpu_step.Plan, ids: Tensor | None, grad: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dz1, dz2) in one tensor and dτ, for the gradient of every loss of reduction="none".
+
+    The rows are solved again, which costs less than to keep what the forward made of them.
+    """
+    incoming = call.of_anchors(grad.to(plan.wide))
+    return plan.run(z1, z2, _same_id(z1, call, plan, ids), incoming)[1:]
+
+
+def _same_id(
+    z: Tensor, call: Loss, plan: cpu_step.Plan, ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    return None if ids is None else SameId.of_views(ids, call, z.shape[0], plan.wide)

@@ -1,0 +1,251 @@
+"""The native step of the CPU kernels: what it serves, kept tiles, equality with the two sweeps.
+
+Every oracle table of the other files goes through it as well, wherever `native.serves` says so.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import WATCHDOG
+from family import BUILT_IN, loss_and_grads, member_id, pair, relative_error
+
+from alphacl_fast import FusedAlphaCLLoss, PairLoss, native, objectives, program
+from alphacl_fast.backend import cpu, cpu_step
+from alphacl_fast.bundles import Term, Weight
+from alphacl_fast.call import Need
+from alphacl_fast.functional import alpha_cl_loss
+
+if cpu.load_error():
+    pytest.skip(f"no compiled CPU backend: {cpu.load_error()}", allow_module_level=True)
+
+#: Members whose sweeps differ: constant shift, a third sweep, one sweep, α differentiated.
+DIFFERENT = [
+    ("infonce", {}),
+    ("infonce", {"temperature_scaled": True}),
+    ("triplet", {}),
+    ("alpha_direct", {"detach_alpha": False}),
+]
+ALL = 1 << 26
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Counts native steps."""
+    counted, run = [], cpu_step.Plan.run
+    monkeypatch.setattr(
+        cpu_step.Plan, "run", lambda plan, *args: counted.append(plan) or run(plan, *args)
+    )
+    return counted
+
+
+def two_sweeps(monkeypatch):
+    monkeypatch.setattr(native, "serves", lambda call, need: False)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("member", BUILT_IN, ids=member_id)
+def test_equals_the_two_sweeps(member, reduction, steps, monkeypatch, poisoned):
+    """In float32, to rounding, with ragged blocks; the step serves what can be recorded."""
+    z1, z2 = pair(75, 20, torch.float32)
+    setting = {"similarity": "cosine", "reduction": reduction, "backend": "cpu"}
+    ours = loss_and_grads(z1, z2, *member, **setting)
+    served = len(steps)
+    assert (served > 0) == objectives.make(*member).recordable
+    two_sweeps(monkeypatch)
+    theirs = loss_and_grads(z1, z2, *member, **setting)
+    assert len(steps) == served
+    for a, b in zip(ours, theirs, strict=True):
+        assert relative_error(a, b, floor=1e-4) < 1e-4
+
+
+@pytest.mark.parametrize("negatives", ["two_view", "one_view", "cross_view"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tau", [0.3, 0.004])  # a constant shift, and online softmax
+@pytest.mark.parametrize("member", DIFFERENT, ids=member_id)
+def test_same_bits_for_any_workspace_and_threads(member, tau, dtype, negatives, monkeypatch):
+    z1, z2 = (z.requires_grad_() for z in pair(150, 9, dtype))
+    objective, results = objectives.make(*member), []
+    for workspace, threads in ((0, 1), (100_000, 1), (ALL, 1), (100_000, 3), (ALL, 2)):
+        monkeypatch.setattr(cpu, "_threads", lambda *args, threads=threads: threads)
+        loss = alpha_cl_loss(
+            z1, z2, objective, temperature=tau, negatives=negatives, workspace=workspace
+        )
+        results.append([loss.detach(), *torch.autograd.grad(loss, (z1, z2))])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_taken_workspace(monkeypatch):
+    """Threads at once: one has the workspace, the others compute their tiles again."""
+    z1, z2 = (z.requires_grad_() for z in pair(300, 16, torch.float32))
+    (truth,) = torch.autograd.grad(alpha_cl_loss(z1, z2, workspace=0), z1)
+    found = []
+
+    def step():
+        for _ in range(10):
+            found.extend(torch.autograd.grad(alpha_cl_loss(z1, z2, workspace=ALL), z1))
+
+    threads = [threading.Thread(target=step) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 40
+    assert all(torch.equal(g, truth) for g in found)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_workspace_after_a_fork():
+    code = """
+import os, torch
+from alphacl_fast.functional import alpha_cl_loss
+torch.set_num_threads(1)
+z = torch.randn(300, 16)
+value = alpha_cl_loss(z, z + 0.1)
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(alpha_cl_loss(z, z + 0.1), value) else 1)
+print(os.waitpid(child, 0)[1], torch.equal(alpha_cl_loss(z, z + 0.1), value))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.split() == ["0", "True"], run.stderr
+
+
+def test_workspace_from_the_environment(monkeypatch):
+    monkeypatch.setattr(cpu_step, "default_workspace", cpu_step.default_workspace.__wrapped__)
+    assert cpu_step.default_workspace() == cpu_step.DEFAULT_WORKSPACE <= 64 << 20
+    monkeypatch.setenv("ALPHACL_CPU_WORKSPACE", "0")
+    assert cpu_step.default_workspace() == 0
+    monkeypatch.setenv("ALPHACL_CPU_WORKSPACE", "12345")
+    assert cpu_step.default_workspace() == 12345
+    for wrong in ("64M", "-1", "1e6"):
+        monkeypatch.setenv("ALPHACL_CPU_WORKSPACE", wrong)
+        with pytest.raises(ValueError, match=f"ALPHACL_CPU_WORKSPACE must be .* got '{wrong}'"):
+            cpu_step.default_workspace()
+
+
+def test_what_workspace_may_be(steps):
+    z1, z2 = pair(6, 3)
+    for wrong, error in ((-1, ValueError), (1.5, TypeError), (True, TypeError), ("1", TypeError)):
+        for call in (FusedAlphaCLLoss, lambda **o: alpha_cl_loss(z1, z2, **o)):
+            with pytest.raises(error, match="workspace must be"):
+                call(workspace=wrong)
+    loss = FusedAlphaCLLoss(workspace=4096)
+    loss(z1, z2)
+    assert steps[-1].step.workspace == 4096
+    assert "workspace=4096" in repr(loss)
+    assert "workspace" not in repr(FusedAlphaCLLoss())
+
+
+PEAK = """
+import resource, torch
+from alphacl_fast import FusedAlphaCLLoss
+torch.set_num_threads(1)
+z = [torch.randn(6000, 16).requires_grad_() for _ in range(2)]
+loss = FusedAlphaCLLoss(workspace={workspace})
+loss(z[0][:64], z[1][:64]).backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+loss(*z).backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts KiB on Linux only")
+def test_peak_with_and_without_a_workspace():
+    """O(N·D), plus the workspace and no more; half of all pairs would take 288 MB."""
+    grown = {}
+    for workspace in (0, 32 << 20):
+        out = subprocess.run(
+            [sys.executable, "-c", PEAK.format(workspace=workspace)],
+            check=True, capture_output=True, text=True, timeout=WATCHDOG,
+        )  # fmt: skip
+        grown[workspace] = float(out.stdout)
+    assert grown[0] < 30
+    assert grown[32 << 20] < 30 + 32 + 2
+
+
+def test_need_flags(steps):
+    """No gradient work without a gradient; one view's rows alone; equal bits either way."""
+    z1, z2 = pair(60, 8, torch.float32)
+    both = [z.clone().requires_grad_() for z in (z1, z2)]
+    truth = torch.autograd.grad(alpha_cl_loss(*both), both)
+    assert steps[-1].step.hi - steps[-1].step.lo == 120
+    value = alpha_cl_loss(z1, z2)
+    assert not value.requires_grad
+    assert [k.gradient for k in steps[-1].step.program[: steps[-1].step.instructions]] == [0, 0]
+    with torch.no_grad():
+        assert not alpha_cl_loss(*both).requires_grad
+    for k, (low, high) in enumerate([(0, 60), (60, 120)]):
+        views = [z1, z2]
+        views[k] = both[k]
+        (found,) = torch.autograd.grad(alpha_cl_loss(*views), both[k])
+        assert (steps[-1].step.lo, steps[-1].step.hi) == (low, high)
+        assert torch.equal(found, truth[k])
+
+
+def test_second_derivative_raises():
+    z1, z2 = (z.requires_grad_() for z in pair(6, 3))
+    for reduction in ("mean", "none"):
+        (g,) = torch.autograd.grad(
+            alpha_cl_loss(z1, z2, reduction=reduction).sum(), z1, create_graph=True
+        )
+        with pytest.raises(RuntimeError, match="first ones only"):
+            (g.sum() + z1.sum()).backward()
+
+
+def test_prepared_once_and_checked_again(steps, monkeypatch):
+    """A second call of the same shapes makes no plan; another shape, dtype or temperature does."""
+    loss = FusedAlphaCLLoss(temperature=torch.nn.Parameter(torch.tensor(0.3)))
+    z1, z2 = pair(9, 4, torch.float32)
+    loss(z1, z2).backward()
+    made = steps[-1]
+    loss(z1 + 1, z2).backward()
+    assert steps[-1] is made
+    with torch.no_grad():
+        loss.temperature.mul_(0.5)
+    truth = alpha_cl_loss(z1, z2, temperature=0.15, backend="reference")
+    assert relative_error(loss(z1, z2).detach(), truth) < 1e-6
+    loss(z1[:7], z2[:7])
+    assert steps[-1].batch.n_pairs == 7
+    loss(z1.double(), z2.double())
+    assert steps[-1].wide == torch.float64
+    with pytest.raises(ValueError, match="z2 must have the shape of z1"):
+        loss(z1, z2[:7])
+    with pytest.raises(TypeError, match="z2 must have the dtype of z1"):
+        loss(z1, z2.double())
+    with torch.no_grad():
+        loss.temperature.fill_(-1.0)
+    with pytest.raises(ValueError, match="temperature must be finite and > 0"):
+        loss(z1, z2)
+
+
+def test_what_goes_through_the_two_sweeps(steps):
+    z1, z2 = pair(6, 3)
+    alpha_cl_loss(z1, z2, similarity="dot")
+    alpha_cl_loss(z1, z2, PairLoss(None, torch.exp))
+    alpha_cl_loss(z1, z2, "alpha_square")
+    torch.func.grad(lambda z: alpha_cl_loss(z, z2, reduction="none").sum())(z1)
+    assert not steps
+    bound = native.BoundCall(objectives.make("infonce"), "cosine", "two_view", True, "mean")
+    assert not native.serves(replace(bound, backend="cpu"), Need(True, True, False))
+    assert native.serves(replace(bound, backend="cpu", known=(0.3,)), Need(True, True, False))
+
+
+def test_programs():
+    """What is recorded of an objective: InfoNCE's two sweeps with a row step between."""
+    infonce = program.record(objectives.make("infonce"), gradient=True, learn_tau=False)
+    sums, rows, gradient = infonce.instructions
+    assert sums.terms == (Term.SHIFT, Term.F)
+    assert sums.weight is None
+    assert rows.step.name == "exp_rows"
+    assert rows.inputs == (program.POSITIVES, *sums.outputs)
+    assert gradient.weight == Weight.F
+    assert gradient.scalars.row_weight == rows.outputs[0]
+    alone = program.record(objectives.make("triplet"), gradient=False, learn_tau=False)
+    assert [type(x).__name__ for x in alone.instructions] == ["Step", "Sweep", "Step"]
+    assert alone.instructions[1].weight is None
