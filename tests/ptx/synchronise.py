@@ -129,15 +129,32 @@ class Barriers:
 
 
 class _BlockBarrier(Control):
-    def __init__(self, m, number: int, count: int | None) -> None:
-        self.m, self.number, self.count = m, number, count
+    def __init__(self, m, number, count=None) -> None:
+        self.m, self.number = m, _same(m, number)
+        self.count = (lambda threads: None) if count is None else _same(m, count)
 
     def ready(self, mask: np.ndarray) -> np.ndarray:
-        return mask & ~self.m.barriers.waits_at(self.number).repeat(32)
+        if not mask.any():
+            return mask
+        return mask & ~self.m.barriers.waits_at(self.number(mask)).repeat(32)
 
     def run(self, at: int) -> None:
-        self.m.pc[self.m.index] = at
-        self.m.barriers.arrive(self.number, self.count)
+        index = self.m.index
+        self.m.pc[index] = at
+        self.m.barriers.arrive(self.number(index), self.count(index))
+
+
+def _same(m, operand):
+    """A function that reads an operand which must be the same for all threads at it."""
+    found = m.value(operand, "u32")
+
+    def read(threads: np.ndarray) -> int:
+        values = found[threads]
+        if (values != values[0]).any():
+            raise m.fault("a barrier's operand that differs between threads")
+        return int(values[0])
+
+    return read
 
 
 @opcode("bar.sync", "barrier.sync", "barrier.cta.sync.aligned", "barrier.sync.aligned",
@@ -145,8 +162,7 @@ class _BlockBarrier(Control):
 def barrier(m, modifiers: Modifiers, instruction):
     if instruction.predicate:
         raise Unsupported(instruction.text)
-    numbers = [int(x.text, 0) for x in instruction.operands]
-    return _BlockBarrier(m, numbers[0], numbers[1] if len(numbers) > 1 else None)
+    return _BlockBarrier(m, *instruction.operands)
 
 
 @opcode("bar.warp.sync", together=WARP)
