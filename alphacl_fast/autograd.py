@@ -628,7 +628,9 @@ class AlphaCLFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         alone = call.reduction == "none" and any(need)  # what the backward needs is returned
         if not alone and native.serves(call, need) and native.plain(z1, z2):
-            return native.loss_and_gradient(z1, z2, call, native.prepared(call, z1, need), ids)
+            plan = native.prepared(call, z1, need)
+            same_id = SameId.of_views(ids, call, len(z1), plan.wide)
+            return native.loss_and_gradient(z1, z2, call, plan, same_id)
         with without_autocast(z1.device):
             problem = Problem.of_views(z1, z2, tau, call, ids)
             if not any(need):

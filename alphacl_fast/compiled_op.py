@@ -18,7 +18,7 @@ from torch import Tensor
 from . import native, ops
 from .autograd import SECOND_DERIVATIVE, Problem, views_of
 from .bundles import accumulation_dtype
-from .call import BoundCall, Need
+from .call import BoundCall, Need, SameId
 from .objectives import registered
 
 _LIBRARY = torch.library.Library("alphacl_fast", "FRAGMENT")
@@ -104,7 +104,8 @@ def _loss(z1, z2, tau, ids, *options):
         need = Need(False, False, False)  # the backward solves the rows again
     if native.serves(call, need):
         plan = native.prepared(call, z1, need)
-        value, dz, dtau = native.loss_and_gradient(z1, z2, call, plan, ids)
+        same_id = SameId.of_views(ids, call, len(z1), plan.wide)
+        value, dz, dtau = native.loss_and_gradient(z1, z2, call, plan, same_id)
         return value, _or_nothing(dz, value), _or_nothing(dtau, value)
     problem = Problem.of_views(z1, z2, tau, call, ids)
     if not any(need):
@@ -119,7 +120,8 @@ def _loss_grad(z1, z2, tau, ids, grad, *options):
     call, need = _Options(*options).bound()
     if native.serves(call, need):
         plan = native.prepared(call, z1, need)
-        dz, dtau = native.gradient(z1, z2, call, plan, ids, grad)
+        same_id = SameId.of_views(ids, call, len(z1), plan.wide)
+        dz, dtau = native.gradient(z1, z2, call, plan, same_id, grad)
         return _or_nothing(dz, grad), _or_nothing(dtau, grad)
     problem = Problem.of_views(z1, z2, tau, call, ids)
     dz, dtau = problem.gradient(problem.solve(learn_tau=need.tau), grad, need)

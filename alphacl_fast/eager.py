@@ -10,7 +10,7 @@ from torch import Tensor
 from . import native
 from .autograd import only_once, views_of
 from .backend import cpu, cpu_step
-from .call import Call, Loss, Need, Ready
+from .call import Call, Loss, Need, Ready, SameId
 
 
 def loss(
@@ -26,10 +26,11 @@ def loss(
 
     ``plan`` computes the gradients that are needed.
     """
+    same_id = SameId.of_views(ids, call, z1.shape[0], plan.wide)
     if any(need):
         function = _Losses if call.reduction == "none" else _Loss
-        return function.apply(z1, z2, tau, call, plan, need, ids)
-    return native.loss_and_gradient(z1, z2, call, plan, ids)[0]
+        return function.apply(z1, z2, tau, call, plan, need, same_id)
+    return native.loss_and_gradient(z1, z2, call, plan, same_id)[0]
 
 
 class _Loss(torch.autograd.Function):
@@ -48,9 +49,9 @@ class _Loss(torch.autograd.Function):
         call: Loss,
         plan: cpu_step.Plan,
         need: Need,
-        ids: Tensor | None,
+        same_id: SameId | None,
     ) -> Tensor:
-        value, dz, dtau = native.loss_and_gradient(z1, z2, call, plan, ids)
+        value, dz, dtau = native.loss_and_gradient(z1, z2, call, plan, same_id)
         ctx.need, ctx.dtypes = need, (z1.dtype, None if tau is None else tau.dtype)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(dz, dtau)
@@ -84,21 +85,21 @@ class _Losses(torch.autograd.Function):
         call: Loss,
         plan: cpu_step.Plan,
         need: Need,
-        ids: Tensor | None,
+        same_id: SameId | None,
     ) -> Tensor:
         ctx.call, ctx.plan, ctx.need = call, plan, need
         ctx.dtypes = z1.dtype, None if tau is None else tau.dtype
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(z1, z2, ids)
-        return native.loss_and_gradient(z1, z2, call, plan.forward, ids)[0]
+        ctx.save_for_backward(z1, z2, *(same_id or ()))
+        return native.loss_and_gradient(z1, z2, call, plan.forward, same_id)[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 7
-        z1, z2, ids = ctx.saved_tensors
+        z1, z2, *same_id = ctx.saved_tensors
         with torch.no_grad():
-            found = native.gradient(z1, z2, ctx.call, ctx.plan, ids, grad)
+            found = native.gradient(z1, z2, ctx.call, ctx.plan, same_id or None, grad)
             dz, dtau = (
                 None if x is None else x.to(dtype)
                 for x, dtype in zip(found, ctx.dtypes, strict=True)
@@ -120,7 +121,7 @@ class Prepared(NamedTuple):
 
 def key_of(z1: Tensor, z2: Tensor, temperature: float | Tensor) -> Key | None:
     """What the checks and the plan of a call depend on, or None where a call is not plain."""
-    if not native.plain(z1, z2):
+    if cpu._LIBRARY is None or not native.plain(z1, z2):
         return None
     value, learnt = temperature, False
     if isinstance(temperature, Tensor):

@@ -86,25 +86,24 @@ def _plan(
 
 
 def loss_and_gradient(
-    z1: Tensor, z2: Tensor, call: Loss, plan: cpu_step.Plan, ids: Tensor | None
+    z1: Tensor, z2: Tensor, call: Loss, plan: cpu_step.Plan, same_id: SameId | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The reduced loss, (dz1, dz2) in one tensor, and dτ; None where not needed."""
-    value, dz, dtau = plan.run(z1, z2, _same_id(z1, call, plan, ids))
+    value, dz, dtau = plan.run(z1, z2, same_id)
     return call.reduce(value) if call.reduction == "none" else value, dz, dtau
 
 
 def gradient(
-    z1: Tensor, z2: Tensor, call: Loss, plan: cpu_step.Plan, ids: Tensor | None, grad: Tensor
+    z1: Tensor,
+    z2: Tensor,
+    call: Loss,
+    plan: cpu_step.Plan,
+    same_id: SameId | None,
+    grad: Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dz1, dz2) in one tensor and dτ, for the gradient of every loss of reduction="none".
 
     The rows are solved again, which costs less than to keep what the forward made of them.
     """
     incoming = call.of_anchors(grad.to(plan.wide))
-    return plan.run(z1, z2, _same_id(z1, call, plan, ids), incoming)[1:]
-
-
-def _same_id(
-    z: Tensor, call: Loss, plan: cpu_step.Plan, ids: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    return None if ids is None else SameId.of_views(ids, call, z.shape[0], plan.wide)
+    return plan.run(z1, z2, same_id, incoming)[1:]

@@ -324,6 +324,7 @@ def call(library, *, f=None, rows=(0, -1, -1, -1, -1), **changes):
             "stride": buffers["f"].stride(0),
             "dim": D,
             "dtype": Dtype.FLOAT32,
+            "side": 64,
             "row_blocks": 2,
             "splits": 1,
             "n": N,

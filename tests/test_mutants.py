@@ -106,7 +106,8 @@ def test_what_the_runner_says(runner, tmp_path, monkeypatch):
 
 
 def test_a_fault_in_a_formula_is_found_and_another_comment_is_not(runner):
-    test = "tests/test_loss.py::test_default_is_simclr"
+    member = "infonce(epsilon=1.0,temperature_scaled=False)"
+    test = f"tests/test_backends.py::test_equals_reference[{member}-two_view-True-cosine]"
     file, line = (
         "alphacl_fast/objectives.py",
         "torch.logaddexp(ell, torch.zeros_like(ell) + _log(self.epsilon))",

@@ -339,7 +339,7 @@ class _Sweep(gpu.Sweep):
         sums = Term.F in terms and set(terms) <= {Term.F, Term.F_MOMENT}
         constant = self.form == Form.CONSTANT and self.rows.bias is None and sums
         aligned = f.data_ptr() % 16 == 0 and f.stride(0) % 8 == 0 and f.stride(0) >= self.dim
-        fits = self.arithmetic.mode == "bf16" and aligned
+        fits = self.arithmetic.mode == "bf16" and aligned and not self.in_chunks
         return fast and constant and fits and _has_hopper(f.device)
 
     def scale_weights(self) -> None:
