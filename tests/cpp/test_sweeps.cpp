@@ -74,7 +74,7 @@ template <Dtype DTYPE> struct Batch {
     Sweep a{};
     a.f = f.data(), a.stride = a.dim = dim, a.n = n, a.half = half, a.anchors = n, a.tau = &tau;
     if (DTYPE == BFLOAT16) a.scale = scale.data();
-    a.moment_origin = moment_origin.data(), a.splits = 2, a.params[0] = 0.2, a.params[1] = 2, a.params[2] = 1;
+    a.moment_origin = moment_origin.data(), a.splits = 2, a.side = 64, a.params[0] = 0.2, a.params[1] = 2, a.params[2] = 1;
     for (int& row : a.row_of_term) row = -1;
     const bool aligned = reinterpret_cast<uintptr_t>(a.f) % 16 == 0 && dim * sizeof(Element) % 16 == 0;
     a.exclude = a.rows_anchor = a.cols_anchor = 1, a.aligned = aligned, a.in_chunks = dim > largest_features(DTYPE);
@@ -85,7 +85,7 @@ template <Dtype DTYPE> struct Batch {
     for (int side = 0; side < (cross ? 2 : 1); ++side) {
       a.n_rows = a.n_cols = cross ? half : n;
       a.row_start = side * half, a.col_start = cross ? half - side * half : 0;
-      a.triangle = a.rows_paired = a.cols_paired = !cross, a.row_blocks = int((a.n_rows + 63) / 64);
+      a.triangle = a.rows_paired = a.cols_paired = !cross, a.row_blocks = int((a.n_rows + a.side - 1) / a.side);
       use(a);
     }
   }
@@ -101,18 +101,26 @@ void fine(const std::string& what, const char* error) {
 
 double log_f(int kind, double t, double tau) { return kind == EXP ? t / tau : -std::log(std::pow(std::max(0.2 - t, 0.0), 2) + tau); }
 
-// Sums of f and f·(t − moment_origin) of log kinds, and of max(x + 0.2, 0) and its derivative.
-template <Dtype DTYPE> void sums(const Batch<DTYPE>& b, int kind, Form form, bool symmetric, double bound) {
+// Rows and columns of a tile: the kernels of hopper.h have larger ones.
+template <Dtype DTYPE> int side_of(const Batch<DTYPE>& b, int kind, Form form) {
+  const bool hopper = hopper_mode == 1 && DTYPE == BFLOAT16 && b.dim <= 256;
+  return hopper && kind == EXP && form == Form::CONSTANT ? 128 : 64;
+}
+
+// Sums of f and, with `moment`, of f·(t − moment_origin), of log kinds and of max(x + 0.2, 0).
+template <Dtype DTYPE> void sums(const Batch<DTYPE>& b, int kind, Form form, bool symmetric, double bound, bool moment = true) {
   using T = typename Batch<DTYPE>::T;
   const std::string name = "row_sums dtype " + std::to_string(DTYPE) + " kind " + std::to_string(kind) + " form " +
                            std::to_string(int(form)) + (symmetric ? " symmetric" : "") + (b.cross ? " cross" : "");
-  const int shifts = form == Form::ONLINE || form == Form::T_MAX, terms = form == Form::T_MAX ? 0 : 2;
-  const int tiles = int(((b.cross ? b.half : b.n) + 63) / 64), slices = 2 + (symmetric ? tiles : 0);
+  const int shifts = form == Form::ONLINE || form == Form::T_MAX, terms = form == Form::T_MAX ? 0 : 1 + moment;
+  const int side = symmetric && moment ? 64 : side_of(b, kind, form);
+  const int tiles = int(((b.cross ? b.half : b.n) + side - 1) / side), slices = 2 + (symmetric ? tiles : 0);
   std::vector<T> out(size_t(slices) * (shifts + terms) * b.n, T(NONE));
   Sweep a = b.arguments();
   a.sums = out.data(), a.kind = kind, a.form = form, a.terms = terms, a.constant_shift = 0.1;
   if (form == Form::PLAIN) a.shift = b.shift.data();
-  if (terms) a.row_of_term[F] = 1, a.row_of_term[F_MOMENT] = 0;
+  if (terms) a.row_of_term[F] = terms - 1, a.row_of_term[F_MOMENT] = moment ? 0 : -1;
+  a.side = side;
   int regions = 0;
   b.each_region(a, [&](Sweep& s) {
     if (symmetric && regions++) return;  // one launch serves symmetric sides
@@ -131,17 +139,18 @@ template <Dtype DTYPE> void sums(const Batch<DTYPE>& b, int kind, Form form, boo
     }
     double got_f = 0, got_ft = 0, got_max = -INFINITY;
     for (int slice = 0; slice < slices; ++slice) {
-      // Distance 0 of a triangle serves rows only, half way round an even ring only half of the
-      // blocks do.
-      const bool empty = symmetric && (b.cross ? (slice < 2) != (i < b.half) : slice == 2 || (tiles % 2 == 0 && slice == slices - 1));
-      if (symmetric && !b.cross && slice > 2 + tiles / 2) continue;
-      if (empty && (slice == 2 || b.cross)) continue;
+      // Distance 0 of a triangle serves rows only. Half way round an even ring the first half of
+      // the blocks serves the columns of the second half.
+      const bool half_way = tiles % 2 == 0 && slice == 2 + tiles / 2 && i % b.half / (side / 2) < tiles / 2;
+      const bool of_triangle = slice == 2 || slice > 2 + tiles / 2 || half_way;
+      if (symmetric && (b.cross ? (slice < 2) != (i < b.half) : of_triangle)) continue;
       const double factor = shifts && terms ? std::exp(at(slice, 0, i)) : 1.0;
       if (shifts) got_max = std::max(got_max, at(slice, 0, i));
-      if (terms && factor > 0) got_ft += at(slice, shifts, i) * factor, got_f += at(slice, shifts + 1, i) * factor;
+      if (terms && factor > 0) got_ft += at(slice, shifts, i) * factor, got_f += at(slice, shifts + terms - 1, i) * factor;
     }
     if (form == Form::T_MAX) expect(name, got_max, largest, bound);
-    if (terms) expect(name, got_f, f, bound), expect(name, got_ft, ft, bound * std::max(1.0, f));
+    if (terms) expect(name, got_f, f, bound);
+    if (terms && moment) expect(name, got_ft, ft, bound * std::max(1.0, f));
   }
 }
 
@@ -160,8 +169,9 @@ template <Dtype DTYPE> void gradients(const Batch<DTYPE>& b, int kind, Form form
   a.df = df.data(), a.terms = terms, a.pair_grad = 1, a.gradient = product ? Gradient::PRODUCT : Gradient::WEIGHTS, a.weight = WEIGHT_F;
   if (terms) a.sums = term_sums.data(), a.row_of_term[F] = 0;
   if (form == Form::PLAIN) a.shift = b.shift.data();
+  a.side = side_of(b, kind, form);
   b.each_region(a, [&](Sweep& s) {
-    s.end = int((s.n_cols + 63) / 64);
+    s.end = int((s.n_cols + s.side - 1) / s.side);
     const int columns = s.end * 64;
     std::vector<W> w(product ? 0 : size_t(s.row_blocks) * 64 * columns);
     s.weights = w.data(), s.weight_columns = columns;
@@ -211,6 +221,7 @@ template <Dtype DTYPE> void all(std::initializer_list<int> dims, double sum_boun
       for (bool symmetric : {false, true}) {
         if (symmetric && DTYPE != BFLOAT16) continue;
         sums(b, EXP, Form::CONSTANT, symmetric, sum_bound);
+        sums(b, EXP, Form::CONSTANT, symmetric, sum_bound, false);
         sums(b, INVERSE, Form::CONSTANT, symmetric, sum_bound);
         sums(b, HINGE, Form::PLAIN, symmetric, sum_bound);
         sums(b, EXP, Form::T_MAX, symmetric, sum_bound);
@@ -232,6 +243,7 @@ int main(int count, char** arguments) {
   // so many that the stages of the Hopper kernels go round
   const Batch<BFLOAT16> many_tiles(260, 136, false);
   sums(many_tiles, EXP, Form::CONSTANT, false, 1e-5);
+  sums(many_tiles, EXP, Form::CONSTANT, true, 1e-5, false);
   gradients(many_tiles, EXP, Form::CONSTANT, 4e-3);
   hopper_mode = 0;
   for (bool cross : {false, true}) {
