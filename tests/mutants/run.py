@@ -247,18 +247,20 @@ def runs_here(variant: str) -> bool:
 def fork_server() -> Iterator[None]:
     """Within the context `FORKS` has a server of its own, which has imported no package yet.
 
-    A process has one fork server: another's would have imported the package that has no fault.
+    The process's fork server may have imported the package that has no fault. It goes on: others
+    may have children of it.
     """
-    server = forkserver._forkserver
-    server._stop()
-    FORKS.set_forkserver_preload(PRELOADED)
-    try:
-        with mock.patch.dict(os.environ, ENVIRONMENT):
-            forkserver.ensure_running()
-        yield
-    finally:
-        server._stop()
-        FORKS.set_forkserver_preload(["__main__"])  # as it was
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload(PRELOADED)
+    bound = ("ensure_running", "connect_to_new_process", "set_forkserver_preload")
+    own = {"_forkserver": server, **{name: getattr(server, name) for name in bound}}
+    with mock.patch.multiple(forkserver, **own):
+        try:
+            with mock.patch.dict(os.environ, ENVIRONMENT):
+                server.ensure_running()
+            yield
+        finally:
+            server._stop()
 
 
 def run(mutants: Sequence[Mutant], jobs: int, source: Path = ROOT, say=print) -> dict[Mutant, str]:
