@@ -192,7 +192,15 @@ def test_the_second_signal_acts_at_once():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_scheduler_s_repeated_signal_is_one_signal():
+@pytest.fixture
+def hangup():
+    """SIGHUP is not ignored, as it is where the suite runs under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_scheduler_s_repeated_signal_is_one_signal(hangup):
     with loop.stop_signals() as caught:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             signal.raise_signal(number)
