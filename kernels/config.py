@@ -67,9 +67,9 @@ def default(sweep: str, mode: str, dim: int, capability: tuple[int, int] = (8, 0
 
     ``sweep`` is row_sums or pair_grad for one exponential a pair, row_sums_moments if that has
     several sums, else row_sums_plain or pair_grad_plain, which take more registers (several values
-    of a pair, each with row scalars).
+    of a pair, each with row scalars). A pair_grad that compares ids ends with _ids.
     """
-    features, plain = power_of_two(dim), sweep.endswith("_plain")
+    features, plain = power_of_two(dim), "_plain" in sweep
     if mode == "bf16" and capability[0] == 9:
         return _on_hopper(sweep, features)
     if mode == "fp64":
@@ -95,14 +95,17 @@ def default(sweep: str, mode: str, dim: int, capability: tuple[int, int] = (8, 0
 def _on_hopper(sweep: str, features: int) -> Tile:
     """bfloat16 tiles for wgmma, of 128 rows: they read half as much from L2 as tiles of 64 do.
 
-    Symmetric tiles of several sums would spill.
+    Symmetric tiles of several sums would spill, and wgmma would be serialised where ids are
+    compared at 128 features.
     """
-    plain = sweep.endswith("_plain")
+    plain = "_plain" in sweep
     if sweep.startswith("row_sums"):
         held, stages = (features, 2) if 64 < features <= 256 else (min(features, 64), 3)
         return Tile(128, 128, held, 8, stages, symmetric=sweep == "row_sums", resident=1)
     if features > 256 or (plain and features > 128):
         return Tile(128, 64 if plain else 128, 64, 8, 3, resident=1)
+    if features == 128 and sweep.endswith("_ids"):
+        return Tile(64, 64, features, 4, 2)
     return Tile(128, 64 if plain or features > 64 else 128, features, 8, 2, resident=1)
 
 
@@ -110,11 +113,12 @@ def choose(
     sweep: str, mode: str, dim: int, rows: int, device: torch.device, capability: tuple[int, int]
 ) -> Tile:
     """The tile of a call: the nearest tuned entry in log(rows) for its features, or the default."""
-    if (forced := _forced.get(sweep.removesuffix("_moments"))) is not None:
+    without_ids = sweep.removesuffix("_ids")
+    if (forced := _forced.get(without_ids.removesuffix("_moments"))) is not None:
         return forced
     tuned = (
         e for e in table(device_name(device))
-        if (e["sweep"], e["mode"], power_of_two(e["dim"])) == (sweep, mode, power_of_two(dim))
+        if (e["sweep"], e["mode"], power_of_two(e["dim"])) == (without_ids, mode, power_of_two(dim))
     )  # fmt: skip
     nearest = min(tuned, key=lambda e: abs(math.log2(e["rows"] / rows)), default=None)
     return default(sweep, mode, dim, capability) if nearest is None else Tile(**nearest["tile"])

@@ -204,19 +204,17 @@ def forms(
 ) -> tuple[dict[str, list[Work]], dict[str, list[Work]]]:
     """List both sweeps in every form that fits; ``engine`` has the row-block forms."""
     square = Tile(128, 128)
-    # rows too long to stay are read for every tile: the larger the better
-    wide = square if dim <= 512 else Tile(128, 256)
     sums = {
-        "row-block": [sweep(n, dim, wide, False, False, device, engine)],
+        "row-block": [sweep(n, dim, square, False, False, device, engine)],
         "both sides": [sweep(n, dim, square, False, True, device, engine)],
     }
     gradient = {}
-    if dim <= 512:
-        own = square if dim <= 128 else Tile(128, 64) if dim <= 256 else Tile(64, 64)
+    if dim <= 256:
+        own = square if dim <= 128 else Tile(128, 64)
         gradient["row-block"] = [sweep(n, dim, own, True, False, device, engine)]
     if dim >= 256:
         gradient["W in memory"] = [
-            sweep(n, dim, wide, True, False, device, product=False),
+            sweep(n, dim, square, True, False, device, product=False),
             vendor_product(n, dim),
         ]
     return sums, gradient

@@ -28,7 +28,8 @@ from . import resources
 
 CAPABILITIES = (80, 90, 100)
 _TYPES = {
-    torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"
+    torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+    torch.int32: "*i32",
 }  # fmt: skip
 #: Matrix instructions; products of IEEE float32 have none.
 _MATRIX = {80: "^(HMMA|DMMA)", 90: "^(HGMMA|DMMA)", 100: "^(UTC|DMMA)"}
@@ -45,6 +46,7 @@ class Configuration(NamedTuple):
     negatives: str = "two_view"
     learn_tau: bool = False
     symmetric: bool = False
+    ids: bool = False
     capabilities: tuple[int, ...] = CAPABILITIES
 
 
@@ -70,6 +72,8 @@ def configurations() -> list[Configuration]:
         Configuration("infonce", (), negatives="cross_view", learn_tau=True, **hopper),
         Configuration("infonce", (), symmetric=True, **hopper),
         Configuration("triplet", (), symmetric=True, **hopper),
+        Configuration("infonce", (), ids=True, **hopper),
+        Configuration("alpha_direct", through, ids=True, **hopper),
     ]
     return [*plain, *(Configuration(*kind, **hopper) for kind in kinds), *forms]
 
@@ -113,6 +117,7 @@ def launches(c: Configuration, capability: int) -> Iterator[tuple[Any, tuple, An
         alpha_cl_loss(
             z1, z2, objective, temperature=tau.requires_grad_() if c.learn_tau else 0.5,
             precision=c.precision, negatives=c.negatives, backend="triton",
+            ids=torch.arange(len(z1)) // 2 if c.ids else None,
         )  # fmt: skip
     seen = set()
     for kernel, arguments, options in recorded:

@@ -104,6 +104,8 @@ class _Sweep(gpu.Sweep):
         name = f"{self.kernel}_plain" if self.form == Form.PLAIN else self.kernel
         if name == "row_sums" and len(self.terms) > 1:
             name = "row_sums_moments"
+        if self.weight is not None and self.pairing.ids is not None:
+            name += "_ids"
         self.tile = tile(name, self.arithmetic.mode, self.dim, self.n, self.f.device)
         self.tile_rows, self.tile_cols = self.tile.rows, self.tile.cols
         self.whole, self.symmetric = self.dim <= self.tile.features, self.tile.symmetric

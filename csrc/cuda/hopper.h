@@ -492,9 +492,9 @@ template <int K, bool AFFINE> struct PairGrad {
 
 // --- launches ------------------------------------------------------------------------------------
 
-// Starts a kernel and returns null or what went wrong; nothing where another one is to serve the
-// launch, which has smaller tiles then. These kernels serve all row blocks of a region, and all
-// columns too if tiles are not symmetric.
+// Starts a kernel and returns null or an error; nothing if the launch has the smaller tiles of the
+// other kernels. A launch must have all row blocks of a region, and all columns unless its tiles are
+// symmetric.
 template <class Kernel> std::optional<const char*> start(const Sweep& a, void* stream) {
   if (a.side != BLOCK_ROWS) {
     if (hopper_mode == 1 && !a.symmetric) return "required of the kernels of hopper.h, which cannot serve this launch";

@@ -21,6 +21,8 @@ template <Dtype> const char* rows(bool finish, const PairRows& a, void* stream);
 
 // Why the current device cannot run this library, or null.
 template <Dtype> __attribute__((visibility("hidden"))) const char* why_not();
+
+// The error of a launch whose tiles are for other kernels.
 constexpr const char* NOT_SERVED = "no kernel has tiles of this size for this launch";
 
 // Whether the current device has the kernels of hopper.h for rows of this dtype.

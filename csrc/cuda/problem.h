@@ -44,7 +44,7 @@ struct Sweep {
   int32_t exclude;      // rows of the same pair do not meet
   int32_t triangle;     // both sides are the same rows
   int32_t symmetric;    // row_sums: a tile serves its columns too
-  int32_t side;         // rows and columns of a tile: 64, or 128 for symmetric tiles of hopper.h
+  int32_t side;         // rows and columns of a tile: 64, or 128 in hopper.h
   int32_t rows_paired;  // a block holds rows of one view, then their partners
   int32_t cols_paired, rows_anchor, cols_anchor;
   int32_t in_chunks;  // rows do not fit into a tile: chunks of their features pass by

@@ -239,9 +239,10 @@ template <class T> DEVICE T column_max(T x) {
   for (int lanes = 4; lanes <= 16; lanes *= 2) x = larger(x, device::shuffle_xor(x, lanes));
   return x;
 }
-// Of a thread's 16 columns at once (recursive halving): x[q] of column `column(q)` comes in, x[p]
-// of column 8·group + 2·quad + p goes out, p = 0, 1. HALF values are sent to the lane that keeps
-// them in each of three exchanges.
+// The sums of all of a thread's columns at once, by recursive halving. x[q] comes in for the
+// fragment's column q. In each of three exchanges a lane sends half of its values to the lane that
+// keeps them. In the end lane group g holds the sums of the columns g·COUNT/8 to (g + 1)·COUNT/8 − 1
+// in x[0] to x[COUNT/8 − 1].
 template <int MASK = 16, class T, int COUNT> DEVICE void column_sums(T (&x)[COUNT]) {
   constexpr int HALF = COUNT * MASK / 32;
   const bool upper = (device::thread() % 32 & MASK) != 0;
