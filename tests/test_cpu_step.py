@@ -80,6 +80,20 @@ def test_same_bits_for_any_workspace_and_threads(member, tau, dtype, negatives, 
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_nothing_of_an_earlier_call_is_left(reduction):
+    """Its memory is used again: rows that were anchors then are none now."""
+    views = pair(40, 9)
+    for symmetric in (True, False):
+        setting = {"negatives": "cross_view", "symmetric": symmetric, "reduction": reduction}
+        ours, truth = (
+            loss_and_grads(*views, "infonce", backend=backend, **setting)
+            for backend in ("cpu", "reference")
+        )
+        for a, b in zip(ours, truth, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 def test_taken_workspace(monkeypatch):
     """Threads at once: one has the workspace, the others compute their tiles again."""
     z1, z2 = (z.requires_grad_() for z in pair(300, 16, torch.float32))

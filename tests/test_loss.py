@@ -405,12 +405,13 @@ class TestAutograd:
         """GradScaler, gradient accumulation, retain_graph: the incoming gradient counts every
         time.
         """
-        z1, z2 = (z.requires_grad_() for z in pair(8, 4))
-        loss = FusedAlphaCLLoss(name)(z1, z2)
-        (loss * 3.0).backward(retain_graph=True)
-        once = z1.grad.clone()
-        (loss * 65536.0).backward()
-        torch.testing.assert_close(z1.grad, once * (1 + 65536 / 3))
+        for backend in ("auto", "blocked"):
+            z1, z2 = (z.requires_grad_() for z in pair(8, 4))
+            loss = FusedAlphaCLLoss(name, backend=backend)(z1, z2)
+            (loss * 3.0).backward(retain_graph=True)
+            once = z1.grad.clone()
+            (loss * 65536.0).backward()
+            torch.testing.assert_close(z1.grad, once * (1 + 65536 / 3))
 
     def test_half_gradient_survives_scaling(self, name):
         z1, z2 = (z.requires_grad_() for z in pair(512, 8, torch.float16))

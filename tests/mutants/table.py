@@ -55,6 +55,9 @@ def portable(member: str, rows: int = 7) -> str:
     return f"tests/test_cpu.py::test_every_instruction_set[{member}-{rows}]"
 
 
+RECTANGLE = "tests/test_cpu.py::test_rectangles_of_unequal_sides"
+
+
 def half(case: str = "13-6-5") -> str:
     test = "tests/test_cpu.py::test_half_precision_on_every_instruction_set"
     return f"{test}[torch.bfloat16-{case}]"
@@ -906,7 +909,7 @@ plant(
         "step: a block without anchors has what an earlier call left as its loss",
         "block_sum(which)[b] = 0;",
         "(void)which;",
-        f"{IDS}test_equals_reference[{INFONCE}-cross_view-False-cosine]",
+        "tests/test_cpu_step.py::test_nothing_of_an_earlier_call_is_left[mean]",
     ),
 )
 plant(
@@ -972,13 +975,13 @@ plant(
         "constant shift: the row weight is rescaled without the constant",
         "row_weight[r] *= std::exp(T(s.constant_shift) - shift[r]);",
         "row_weight[r] *= std::exp(-shift[r]);",
-        portable(ENTROPY),
+        f"{RECTANGLE}[cpu-20]",
     ),
     (
         "ids: every block has the ids of the first",
         "to[b.at + r] = from[b.first + r];",
         "to[b.at + r] = from[(from == (const void*)s.ids ? 0 : b.first) + r];",
-        f"{IDS}test_many_tiles[member2-two_view-cosine]",
+        f"{IDS}test_many_tiles[member1-cross_view-euclidean]",
     ),
     (
         "bfloat16 gradient: the largest row weight, divided out, is not multiplied back",
@@ -993,7 +996,7 @@ plant(
         "collecting row sums: padded rows are not skipped",
         "to[b.first + r] = T(from[b.at + r]);",
         "to[b.first + r] = T(from[b.first + r]);",
-        portable(TRIPLET),
+        f"{RECTANGLE}[cpu-20]",
     ),
     (
         "online softmax: the moment is the sum",
