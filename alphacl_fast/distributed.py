@@ -147,7 +147,7 @@ class Ranks:
         return SameId(ids, n_neg.clamp(min=1).to(dtype), n_neg == 0)
 
     def with_ids(self, ids: Tensor | None) -> Ranks:
-        """The ranks with the ids of all pairs, from those of this process (pairs,)."""
+        """The ranks with the ids of all pairs; ``ids`` (pairs,) belong to this process's pairs."""
         if ids is None:
             return self
         padded = ids.new_zeros(max(self.sizes), dtype=torch.int64)
@@ -220,7 +220,7 @@ class Arrival:
 # --- agreeing on a call ---------------------------------------------------------------------------
 
 STATEMENT_BYTES = 1024
-_PAIRS = struct.Struct("<q")  # a message begins with the rank's number of pairs
+_COUNTS = struct.Struct("<2q")  # a message begins with the rank's numbers of rows or pairs
 _ERRORS: tuple[type[Exception], ...] = (TypeError, ValueError, RuntimeError)
 
 
@@ -254,31 +254,12 @@ def agree(
         TypeError, ValueError, RuntimeError: on every rank; names the ranks whose arguments are bad,
             or differ.
     """
-    if failure is not None and not dist.is_initialized():
-        raise failure
-    handle = group.handle()
-    rank, world = dist.get_rank(handle), dist.get_world_size(handle)
+    pairs, statement = 0, None
     if failure is None:
         pairs = len(z1)
         statement = _statement(z1, z2, tau, call, group.strategy, ids is not None)
-    else:
-        kind = next(k for k in _ERRORS if isinstance(failure, k) or k is RuntimeError)
-        pairs, statement = 0, Statement(kind, _cut(str(failure) or type(failure).__name__))
-    message = _PAIRS.pack(pairs) + pickle.dumps(statement)
-    sent = torch.frombuffer(bytearray(message.ljust(STATEMENT_BYTES, b"\0")), dtype=torch.uint8)
-    received = torch.empty(world * STATEMENT_BYTES, dtype=torch.uint8)
-    if "cpu" not in dist.get_backend_config(handle):
-        sent, received = sent.cuda(), received.cuda()
-    dist.all_gather_into_tensor(received, sent, group=handle)
-    received = received.cpu()  # without gloo the host waits for the device here
-    messages = [x.numpy().tobytes() for x in received.split(STATEMENT_BYTES)]
-    sizes = tuple(_PAIRS.unpack_from(message)[0] for message in messages)
-    different = {message[_PAIRS.size :] for message in messages}  # only a few, even of 1,024 ranks
-    known = {message: pickle.loads(message) for message in different}
-    statements = [known[message[_PAIRS.size :]] for message in messages]
-    if failed := [r for r, statement in enumerate(statements) if statement.error]:
-        reasons = "; ".join(f"rank {r}: {statements[r].text}" for r in failed)
-        raise statements[failed[0]].error(reasons) from failure
+    handle, counts, statements = exchange(group, (pairs, 0), statement, failure)
+    sizes = tuple(pairs for pairs, _ in counts)
     first = statements[0]
     for r, other in enumerate(statements):
         if other is first:
@@ -312,7 +293,46 @@ def agree(
     strategy = group.strategy
     if strategy == "auto":
         strategy = auto_strategy(Layout.of(call, sum(sizes)).rows, z1.shape[1], z1.dtype)
+    rank, world = dist.get_rank(handle), len(sizes)
     return Ranks(handle, rank, world, sizes, want, strategy).with_ids(ids)
+
+
+def exchange(
+    group: ProcessGroup,
+    counts: tuple[int, int],
+    statement: Statement | None,
+    failure: Exception | None,
+) -> tuple[dist.ProcessGroup, list[tuple[int, int]], list[Statement]]:
+    """The group's handle, and the counts and statements of all ranks, by one small all-gather.
+
+    Args:
+        statement: not read if there is a failure.
+        failure: the error of this rank's arguments.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: on every rank if one of them has a failure.
+    """
+    if failure is not None:
+        if not dist.is_initialized():
+            raise failure
+        kind = next(k for k in _ERRORS if isinstance(failure, k) or k is RuntimeError)
+        statement = Statement(kind, cut(str(failure) or type(failure).__name__))
+    handle = group.handle()
+    message = _COUNTS.pack(*counts) + pickle.dumps(statement)
+    sent = torch.frombuffer(bytearray(message.ljust(STATEMENT_BYTES, b"\0")), dtype=torch.uint8)
+    received = torch.empty(dist.get_world_size(handle) * STATEMENT_BYTES, dtype=torch.uint8)
+    if "cpu" not in dist.get_backend_config(handle):
+        sent, received = sent.cuda(), received.cuda()
+    dist.all_gather_into_tensor(received, sent, group=handle)
+    received = received.cpu()  # without gloo the host waits for the device here
+    messages = [x.numpy().tobytes() for x in received.split(STATEMENT_BYTES)]
+    different = {message[_COUNTS.size :] for message in messages}  # only a few, even of 1,024 ranks
+    known = {message: pickle.loads(message) for message in different}
+    statements = [known[message[_COUNTS.size :]] for message in messages]
+    if failed := [r for r, statement in enumerate(statements) if statement.error]:
+        reasons = "; ".join(f"rank {r}: {statements[r].text}" for r in failed)
+        raise statements[failed[0]].error(reasons) from failure
+    return handle, [_COUNTS.unpack_from(message) for message in messages], statements
 
 
 def _statement(
@@ -326,10 +346,10 @@ def _statement(
     )
     text = re.sub(r" at 0x[0-9a-f]+", "", text)  # an unnamed callable's address differs
     wanted = Need.of(z1, z2, tau)
-    return Statement(None, _cut(text), z1.shape[1], z1.dtype, wanted, known)
+    return Statement(None, cut(text), z1.shape[1], z1.dtype, wanted, known)
 
 
-def _cut(text: str) -> str:
+def cut(text: str) -> str:
     """The text shortened to fit into a statement; a hash tells long texts apart."""
     data, most = text.encode(), STATEMENT_BYTES - 256
     if len(data) <= most:

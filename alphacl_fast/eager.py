@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,15 +63,10 @@ class _Loss(torch.autograd.Function):
         if grad is None:
             return (None,) * 7
         with torch.no_grad():
-            # float32 until it is scaled: a half-precision gradient of 1e-8 would vanish before
+            # in the accumulation dtype: a half-precision gradient of 1e-8 would vanish before
             # GradScaler sees it
-            dz, dtau = (
-                None if x is None else (x * grad).to(dtype)
-                for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-            )
-        if torch.is_grad_enabled():
-            dz, dtau = only_once((dz, dtau), (torch.zeros((), requires_grad=True),))
-        return *views_of(dz, ctx.need), dtau, None, None, None, None
+            found = [None if x is None else x * grad for x in ctx.saved_tensors]
+        return _gradients(ctx, found)
 
 
 class _Losses(torch.autograd.Function):
@@ -100,13 +96,18 @@ class _Losses(torch.autograd.Function):
         z1, z2, *same_id = ctx.saved_tensors
         with torch.no_grad():
             found = native.gradient(z1, z2, ctx.call, ctx.plan, same_id or None, grad)
-            dz, dtau = (
-                None if x is None else x.to(dtype)
-                for x, dtype in zip(found, ctx.dtypes, strict=True)
-            )
-        if torch.is_grad_enabled():
-            dz, dtau = only_once((dz, dtau), (torch.zeros((), requires_grad=True),))
-        return *views_of(dz, ctx.need), dtau, None, None, None, None
+        return _gradients(ctx, found)
+
+
+def _gradients(ctx: Any, found: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """What a backward returns, from (dz1, dz2) in one tensor and dτ in the accumulation dtype."""
+    with torch.no_grad():
+        dz, dtau = (
+            None if x is None else x.to(dtype) for x, dtype in zip(found, ctx.dtypes, strict=True)
+        )
+    if torch.is_grad_enabled():
+        dz, dtau = only_once((dz, dtau), (torch.zeros((), requires_grad=True),))
+    return *views_of(dz, ctx.need), dtau, None, None, None, None
 
 
 # --- calls like one before ------------------------------------------------------------------------

@@ -88,8 +88,8 @@ def alpha_cl_loss(
             negatives of each other in either view (false-negative elimination, arXiv:2011.11765).
             Pass labels, or the index of the instance that was augmented. An anchor that has no
             negatives left has loss 0 and no gradient, and "mean" still counts it. With a process
-            group every rank passes those of its pairs, and they are compared over all ranks
-            ("uniform" and "triplet_contrastive" do not take them there). Not supported with
+            group every rank passes the ids of its own pairs, which are compared over all ranks;
+            "uniform" and "triplet_contrastive" then take no ids. Not supported with
             backend="cuda". None: only the anchor and its positive are excluded.
         workspace: bytes in which the CPU kernels may keep tiles of pairs from one sweep to the
             next instead of computing them again; the memory is one per process and stays

@@ -211,7 +211,7 @@ class _Sorted:
     def gradients(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Σ_i weight_i·loss_i, and its derivatives in the anchors, the others and the vectors.
 
-        The others are None if they are the anchors, whose gradient then is that of both.
+        If the others are the anchors, their derivative is None, and the first one is for both.
         """
         weight = torch.where(self.usable, weight[self.groups.anchors], 0.0)
         losses = torch.zeros_like(self.count)
@@ -277,7 +277,7 @@ class _Call(NamedTuple):
     groups: Groups
     formula: Formula
     wanted: bool  # whether any gradient is
-    needed: tuple[bool, ...]  # those of the vectors
+    needed: tuple[bool, ...]  # whether each vector's gradient is
 
 
 class _LossesOfGroups(torch.autograd.Function):

@@ -15,9 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .distributed import ProcessGroup
-
-_ERRORS: tuple[type[Exception], ...] = (TypeError, ValueError, RuntimeError)
+from .distributed import ProcessGroup, Statement, cut, exchange
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Sharing:
         return [sizes[kind] for sizes in self.sizes]
 
     def place(self, kind: int) -> slice:
-        """Where this rank's rows of a kind are among those of all ranks."""
+        """The place of this rank's rows of a kind among the rows of all ranks."""
         counts = self.counts(kind)
         start = sum(counts[: self.rank])
         return slice(start, start + counts[self.rank])
@@ -123,31 +121,20 @@ def agree(
     """After one small message all ranks go on with the same call, or all raise the same error.
 
     Args:
-        text: all that must be the same on every rank.
-        sizes: of this rank's rows, of each kind.
+        text: describes the call; it must be the same on every rank.
+        sizes: the numbers of this rank's rows, of one kind or of two.
         failure: the error of this rank's arguments; ``text`` and ``sizes`` may then be anything.
 
     Raises:
         TypeError, ValueError, RuntimeError: on every rank; names the ranks whose arguments are bad,
             or differ.
     """
-    if failure is not None and not dist.is_initialized():
-        raise failure
-    handle = group.handle()
-    rank, world = dist.get_rank(handle), dist.get_world_size(handle)
-    mine = (text, sizes, None, "")
-    if failure is not None:
-        kind = next((k for k in _ERRORS if isinstance(failure, k)), RuntimeError)
-        mine = ("", (), kind, str(failure))
-    everyone: list[Any] = [None] * world
-    dist.all_gather_object(everyone, mine, group=handle)
-    if failed := [r for r, (_, _, kind, _) in enumerate(everyone) if kind is not None]:
-        reasons = "; ".join(f"rank {r}: {everyone[r][3]}" for r in failed)
-        raise everyone[failed[0]][2](reasons) from failure
-    for r, (other, _, _, _) in enumerate(everyone):
-        if other != everyone[0][0]:
+    counts = (*sizes, 0, 0)[:2]
+    handle, counts, statements = exchange(group, counts, Statement(None, cut(text)), failure)
+    for r, other in enumerate(statements):
+        if other != statements[0]:
             raise ValueError(
                 "every rank must make the same call, "
-                f"got {everyone[0][0]} on rank 0 and {other} on rank {r}"
+                f"got {statements[0].text} on rank 0 and {other.text} on rank {r}"
             )
-    return Sharing(handle, rank, world, tuple(sizes for _, sizes, _, _ in everyone))
+    return Sharing(handle, dist.get_rank(handle), len(counts), tuple(counts))

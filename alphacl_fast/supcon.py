@@ -358,7 +358,7 @@ def _over_ranks(
     sharing = shared_rows.agree(group, text, sizes, failure)
     z, kind = given.z, 0 if given.reference is None else 1
     if not sum(sharing.counts(kind)):
-        raise ValueError(f"all ranks together must have at least 1 row, got {sharing.sizes}")
+        raise ValueError(f"all ranks together must have at least 1 row, got {sharing.counts(kind)}")
     with without_autocast(z.device):
         tau = functional.as_number(given.temperature, z)
         rows = unit_rows(z)

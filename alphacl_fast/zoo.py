@@ -243,7 +243,8 @@ def dhel(
     """Decoupled hyperspherical energy loss: each view is spread out on its own.
 
     L_i = log Σ_{j≠i} exp(x_i·x_j/τ) + log Σ_{j≠i} exp(y_i·y_j/τ) − x_i·y_i/τ with the rows x and y
-    of the views. Two sweeps for each view, whose pairs are half of those of two views together.
+    of the views. It takes two sweeps for each view; together they meet half of the pairs that
+    two_view negatives meet.
 
     Args:
         z1: (N, D) first view; see `dcl`.
@@ -798,8 +799,8 @@ class ISogCLR(nn.Module):
     in `SogCLR`, and each temperature takes a step of gradient descent with momentum when its sample
     is visited. Four sweeps for each view, one of them for the gradient in τ_i.
 
-    State: the buffers ``log_u``, ``tau`` and ``momentum``, all (2, n_samples). There is no process
-    group: the negatives are those of this process.
+    State: the buffers ``log_u``, ``tau`` and ``momentum``, all (2, n_samples). It takes no process
+    group: only rows of the same process are negatives.
 
     Args:
         n_samples: size of the data set.

@@ -433,7 +433,7 @@ def test_rectangles_of_unequal_sides(backend, split, small_tiles, monkeypatch):
     f = torch.nn.functional.normalize(torch.randn(n, 7, dtype=torch.float64))
     t = f[:split] @ f[split:].t()
     center = torch.zeros(n, dtype=torch.float64)
-    pairing, function = Pairing(split, 0, n), PairFunction("exp", (), tau, (-2.5, 2.5))
+    pairing, function = Pairing(split, 0, n), PairFunction("exp", (), tau, (-2.5, 3.5))
     base, total = ops.row_sums(
         Rows(f), pairing, function, RowScalars(center), (Term.SHIFT, Term.F), "", backend
     )

@@ -29,7 +29,7 @@ from ..objectives import KINDS, row_codes
 from ..program import ZEROS, Program, Step, Sweep
 from . import cpu, forms
 
-#: Bytes in which a step may keep its tiles from one sweep to the next, if nobody says otherwise.
+#: The default of ``workspace``: bytes in which a step may keep tiles from one sweep to the next.
 DEFAULT_WORKSPACE = 64 << 20
 
 _MOST_INSTRUCTIONS, _MOST_VECTORS, _MOST_STEP_PARAMETERS = 8, 8, 4
@@ -203,7 +203,7 @@ def _write_row_step(target: _Instruction, step: Step) -> None:
 
 @functools.cache
 def default_workspace() -> int:
-    """The bytes for kept tiles: those of ALPHACL_CPU_WORKSPACE, or `DEFAULT_WORKSPACE`."""
+    """The bytes for kept tiles, from ALPHACL_CPU_WORKSPACE if it is set."""
     given = os.environ.get("ALPHACL_CPU_WORKSPACE")
     if not given:
         return DEFAULT_WORKSPACE

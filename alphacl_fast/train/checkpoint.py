@@ -288,8 +288,8 @@ class Metrics:
         good = [row for row in _rows(found) if row.get("step", 0) <= state["step"]]
         good = [row for row in good if row["kind"] != "epoch" or row["epoch"] <= state["epoch"]]
         storage.warn(
-            f"{self.path} is damaged: it has {len(found)} bytes, of which the checkpoint of step "
-            f"{state['step']} knew {state['metrics']}; its {len(good)} readable lines are kept, "
+            f"{self.path} is damaged: it had {state['metrics']} bytes at the checkpoint of step "
+            f"{state['step']} and has {len(found)} now; its {len(good)} readable lines are kept, "
             "and the weights are not affected"
         )
         good.append({"kind": "damaged", "step": state["step"], "bytes": len(found)})

@@ -170,7 +170,7 @@ class _Start:
         return state, bool(complete) and checkpoint.Metrics(out).is_whole(state)
 
     def check_images(self, state: dict, data: Data, accept: bool) -> None:
-        """Compare the training images with those of the checkpoint; they may differ by request."""
+        """Raise RunError if the training images differ from the checkpoint's; warn if accepted."""
         found = checkpoint.changed_images(self.out, state, len(data.views), data.names)
         if found and not accept:
             raise RunError(f"{found}; bring them back, or go on with --accept-data-change")
