@@ -20,7 +20,15 @@ from torch import Tensor
 from . import native, ops
 from .bundles import PairFunction, Rows, RowScalars, Term, Weight, accumulation_dtype, leading
 from .call import BoundCall, Layout, Loss, Need, SameId, without_autocast
-from .objectives import BatchNumbers, ClosedForm, Objective, RowSolution, RowStep, kind
+from .objectives import (
+    INFINITE_TAU,
+    BatchNumbers,
+    ClosedForm,
+    Objective,
+    RowSolution,
+    RowStep,
+    kind,
+)
 
 # --- rows -----------------------------------------------------------------------------------------
 
@@ -132,21 +140,62 @@ class Sweeps:
         self.rows = first(call.objective.rows_of_sweeps(rows, tau), self.layout.rows)
         anchors = self.layout.anchors
         self.pos, self.tau = pos if len(pos) == anchors else pos[:anchors], tau
-        self.n_neg = self.layout.n_neg if same_id is None else same_id.n_neg
         self.divisor = call.divisor(pos.shape[0] // 2)
         self.function = pair_function(tau, call)
-        self.pairing = self.layout.pairing(same_id)
+        largest_t = None if call.max_gap is None else self.pos + call.max_gap
+        self.pairing = self.layout.pairing(same_id, largest_t)
+        # (anchors,) |Neg(i)| and whether it is 0, where not all negatives count; None: not known
+        self._n_neg: Tensor | None = None
+        self._empty: Tensor | None = None
+        if same_id is not None and call.max_gap is None:
+            self._n_neg, self._empty = same_id.n_neg, same_id.empty
 
     @property
     def most_neg(self) -> int:
         return self.layout.n_neg
 
+    @property
+    def all_count(self) -> bool:
+        """Whether every anchor has all negatives of the layout."""
+        return self.same_id is None and self.call.max_gap is None
+
+    @property
+    def n_neg(self) -> int | Tensor:
+        if self.all_count:
+            return self.layout.n_neg
+        if self._n_neg is None:
+            self._count()
+        return self._n_neg
+
+    def _count(self) -> None:
+        """Counts every anchor's negatives by a sweep in which each weighs exp(t/∞) = 1."""
+        call = self.call
+        one = PairFunction("exp", (), torch.full_like(self.function.tau, INFINITE_TAU), (0.0, 0.0))
+        terms, scalars = (Term.SHIFT, Term.F), RowScalars(self.pos)
+        _, count = ops.row_sums(
+            self.rows, self.pairing, one, scalars, terms, call.precision, call.backend
+        )
+        self._n_neg, self._empty = count.clamp(min=1), count == 0
+
+    def _find_empty(self, terms: tuple[Term, ...], sums: Tensor) -> None:
+        """Finds the anchors without negatives, if they matter, from their first sums if these show
+        it.
+        """
+        if self._empty is not None:
+            return
+        if self.call.objective.counts_negatives:
+            self._count()
+        elif leading(terms) == Term.T_MAX:
+            self._empty = sums[0] == -torch.inf
+        elif leading(terms) == Term.SHIFT:  # a sum of exponentials
+            self._empty = sums[1] == 0
+
     def solve(self, objective: Objective, learn_tau: bool) -> RowSolution:
         """The solution of an objective; rows without negatives have loss and gradient 0."""
         solution = objective.solve(self, learn_tau)
-        if self.same_id is None or not objective.needs_negatives:
+        if self._empty is None or not objective.needs_negatives:
             return solution
-        return weighted(solution, lambda x: torch.where(self.same_id.empty, 0.0, x), "loss")
+        return weighted(solution, lambda x: torch.where(self._empty, 0.0, x), "loss")
 
     def sums(
         self,
@@ -160,13 +209,16 @@ class Sweeps:
         sums = self.row_sums(
             terms, RowScalars(origin, shift=shift, argument_offset=argument_offset)
         )
-        if self.same_id is None or not self.call.objective.needs_negatives:
+        if self.all_count or not self.call.objective.needs_negatives:
+            return sums
+        self._find_empty(terms, sums)
+        if self._empty is None:  # the empty sum, 0, gives the loss 0
             return sums
         # An empty sum becomes the sum over one pair with f = 1, where every formula is finite;
         # `solve` drops the result.
         head = int(leading(terms) is not None)
         largest = torch.where(sums[:head] == -torch.inf, 0.0, sums[:head])
-        return torch.cat([largest, torch.where(self.same_id.empty, 1.0, sums[head:])])
+        return torch.cat([largest, torch.where(self._empty, 1.0, sums[head:])])
 
     def row_sums(self, terms: tuple[Term, ...], scalars: RowScalars) -> Tensor:
         """One `row_sums` sweep: (len(terms), anchors)."""
@@ -216,11 +268,14 @@ class Sweeps:
     def step(self, step: RowStep, *vectors: Tensor, **params: float) -> dict[str, Tensor]:
         tau, backend, anchors = self.function.tau, self.call.backend, self.layout.anchors
         values = tuple(params[name] for name in step.parameters)
-        if ops.has(backend, "row_step") and anchors and self.same_id is None:
-            numbers = (tau, self.n_neg, self.divisor, anchors)
+        # without need a count costs a sweep, and a number of each anchor's own a compiled row step
+        counted = self._n_neg is not None or self.call.objective.counts_negatives
+        n_neg = self.n_neg if counted else self.layout.n_neg
+        if ops.has(backend, "row_step") and anchors and not isinstance(n_neg, Tensor):
+            numbers = (tau, n_neg, self.divisor, anchors)
             outputs = ops.row_step(vectors, *numbers, step.name, values, backend).unbind(0)
         else:
-            outputs = step(vectors, BatchNumbers(tau, self.n_neg, self.divisor), values)
+            outputs = step(vectors, BatchNumbers(tau, n_neg, self.divisor), values)
         return dict(zip(step.outputs, outputs, strict=True))
 
     def zeros(self) -> Tensor:

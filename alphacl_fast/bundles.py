@@ -79,6 +79,8 @@ class Pairing(NamedTuple):
     )
     anchors: int
     ids: Tensor | None = None  # (n,) int32; two rows with the same id do not meet
+    # (anchors,) accumulation dtype; a pair with a larger t does not count for the anchor
+    largest_t: Tensor | None = None
 
 
 class PairFunction(NamedTuple):

@@ -22,6 +22,7 @@ class Loss:
     negatives: str
     symmetric: bool
     reduction: str
+    max_gap: float | None = None  # negatives with a larger Δ do not count
 
     @property
     def c(self) -> float:
@@ -99,6 +100,7 @@ class Call(Loss):
             self.negatives,
             self.symmetric,
             reduction,
+            self.max_gap,
             backend,
             known,
             self.precision or "",
@@ -159,11 +161,10 @@ class Layout(NamedTuple):
             return cls(n, 0, 0, n, n - 1, False)
         return cls(2 * n, n, n, loss.anchors(n), n - 1, True)
 
-    def pairing(self, same_id: SameId | None = None) -> Pairing:
+    def pairing(self, same_id: SameId | None = None, largest_t: Tensor | None = None) -> Pairing:
         """The operators' bundle."""
-        return Pairing(
-            self.split, self.partner, self.anchors, None if same_id is None else same_id.ids
-        )
+        ids = None if same_id is None else same_id.ids
+        return Pairing(self.split, self.partner, self.anchors, ids, largest_t)
 
 
 class SameId(NamedTuple):

@@ -32,6 +32,7 @@ class _Options(NamedTuple):
     negatives: str
     symmetric: bool
     reduction: str
+    max_gap: float | None
     backend: str
     temperature: float | None
     precision: str
@@ -69,6 +70,7 @@ def loss(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, ids: Tensor | Non
         call.negatives,
         call.symmetric,
         call.reduction,
+        call.max_gap,
         call.backend,
         call.temperature,
         call.precision,

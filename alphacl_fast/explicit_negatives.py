@@ -47,6 +47,7 @@ def loss_against(
     ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
     log_weights: Tensor | None = None,
+    max_gap: float | None = None,
     **options: Any,
 ) -> Tensor:
     """Loss of anchors z against the rows of ``negatives``, with given positive similarities.
@@ -83,6 +84,9 @@ def loss_against(
             multiplied by e^{w_j}, which does not depend on τ. Minus the logarithm of the
             probability to be drawn corrects for sampled negatives (logQ). Only for exponential
             objectives.
+        max_gap: negatives with Δ_ij = t_ij − t⁺_i > max_gap do not count; see
+            `alphacl_fast.functional.alpha_cl_loss`. It takes neither log_weights nor a temperature
+            per anchor.
         **options: options of the objective, by its own names.
 
     Returns:
@@ -104,6 +108,7 @@ def loss_against(
         reduction=reduction,
         backend=backend,
         precision=precision,
+        max_gap=max_gap,
     )
     if backend == "reference":
         raise ValueError("backend must not be 'reference': the oracle has two views")
@@ -111,7 +116,7 @@ def loss_against(
     group = functional.make_group(process_group, "auto")
     if group is not None:
         return _over_ranks(given, call, group)
-    given.check(call.objective, fewest=1)
+    given.check(call.objective, fewest=1, max_gap=max_gap)
     return call.reduce(_row_losses(given, call))
 
 
@@ -168,8 +173,11 @@ class _Given(NamedTuple):
         tau = self.temperature
         return isinstance(tau, Tensor) and tau.dim() == 1 and tau.numel() != 1
 
-    def check(self, objective: Objective, fewest: int) -> None:
+    def check(self, objective: Objective, fewest: int, max_gap: float | None = None) -> None:
         """Raises unless all tensors are good but the ids; ``fewest``: rows that there must be."""
+        if max_gap is not None and (self.log_weights is not None or self.per_anchor):
+            other = "log_weights" if self.log_weights is not None else "a temperature per anchor"
+            raise ValueError(f"max_gap must be None with {other}, got {max_gap}")
         functional.check_rows("z", self.z, fewest)
         functional.check_rows("negatives", self.other, fewest)
         functional.check_alike("negatives", self.other, "z", self.z)
@@ -286,7 +294,7 @@ def _over_ranks(given: _Given, call: Call, group: ProcessGroup) -> Tensor:
     """The loss of all ranks' anchors against all ranks' negatives."""
     failure, text, sizes = None, "", ()
     try:
-        given.check(call.objective, fewest=0)
+        given.check(call.objective, fewest=0, max_gap=call.max_gap)
         given.checked_ids()
         text, sizes = _statement(given, call), (len(given.z), len(given.other))
     except Exception as error:  # the other processes wait for this one
@@ -336,8 +344,8 @@ def _statement(given: _Given, call: Call) -> str:
     tau = "one per anchor" if given.per_anchor else functional.shown(given.temperature)
     return (
         f"D={given.z.shape[1]}, dtype={given.z.dtype}, {call.objective}, "
-        f"reduction={call.reduction!r}, temperature={tau}, tensors {[*tensors]}, gradients of "
-        f"{wanted}"
+        f"reduction={call.reduction!r}, max_gap={call.max_gap}, temperature={tau}, tensors "
+        f"{[*tensors]}, gradients of {wanted}"
     )
 
 

@@ -46,6 +46,7 @@ def alpha_cl_loss(
     process_group: Any = None,
     strategy: str = "auto",
     ids: Tensor | None = None,
+    max_gap: float | None = None,
     workspace: int | None = None,
     **options: Any,
 ) -> Tensor:
@@ -91,6 +92,12 @@ def alpha_cl_loss(
             group every rank passes the ids of its own pairs, which are compared over all ranks;
             "uniform" and "triplet_contrastive" then take no ids. Not supported with
             backend="cuda". None: only the anchor and its positive are excluded.
+        max_gap: a negative whose similarity exceeds the positive's by more than this, Δ_ij =
+            t_ij − t⁺_i > max_gap, is not a negative of anchor i: it may be a false one
+            (Qwen3-Embedding, arXiv:2506.05176, has 0.1). Each anchor has its own Δ, in both
+            directions of "cross_view". Which negatives count is a constant of the gradient. An
+            anchor that has none left has loss 0. It may be negative. Not supported with
+            backend="cuda" or a process group. None: all negatives count.
         workspace: bytes in which the CPU kernels may keep tiles of pairs from one sweep to the
             next instead of computing them again; the memory is one per process and stays
             allocated. 0 keeps nothing; the result has the same bits in any case. None: the
@@ -120,6 +127,7 @@ def alpha_cl_loss(
             backend=backend,
             precision=precision,
             process_group=group,
+            max_gap=max_gap,
             workspace=workspace,
         )
     except (TypeError, ValueError) as error:
@@ -145,6 +153,7 @@ def make_call(
     *,
     process_group: distributed.ProcessGroup | None = None,
     symmetric: bool = True,
+    max_gap: float | None = None,
     workspace: int | None = None,
     **settings: Any,
 ) -> Call:
@@ -154,6 +163,7 @@ def make_call(
     if not isinstance(symmetric, bool):
         raise TypeError(f"symmetric must be True or False, got {symmetric!r}")
     check_workspace(workspace)
+    check_max_gap(max_gap)
     if process_group is not None and settings["backend"] == "reference":
         raise ValueError(
             "backend must not be 'reference' with a process_group: the oracle runs in one process"
@@ -162,9 +172,28 @@ def make_call(
         # A compiled graph may use existing objects, but not make any.
         objective = DEFAULTS.get(objective, objective)
     made = make(objective, options)
+    if max_gap is not None and process_group is not None:
+        raise ValueError(f"max_gap must be None with a process_group, got {max_gap}")
+    if max_gap is not None and isinstance(made, ClosedForm):
+        made = made.of_each_pair
     return Call(
-        made, symmetric=symmetric, process_group=process_group, workspace=workspace, **settings
+        made,
+        symmetric=symmetric,
+        process_group=process_group,
+        max_gap=None if max_gap is None else float(max_gap),
+        workspace=workspace,
+        **settings,
     )
+
+
+def check_max_gap(max_gap: float | None) -> None:
+    """Raises unless it is None or a number other than NaN."""
+    if max_gap is None:
+        return
+    if isinstance(max_gap, bool) or not isinstance(max_gap, Real):
+        raise TypeError(f"max_gap must be None or a number, got {max_gap!r}")
+    if math.isnan(max_gap):
+        raise ValueError(f"max_gap must be None or a number, got {max_gap}")
 
 
 def check_workspace(workspace: int | None) -> None:
@@ -280,7 +309,13 @@ def _loss(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, ids: Tensor | No
     if call.backend == "reference":
         operands = (x.to(wide) for x in (z1, z2, tau))
         losses = reference.row_losses(
-            *operands, call.objective, call.similarity, call.negatives, call.symmetric, ids
+            *operands,
+            call.objective,
+            call.similarity,
+            call.negatives,
+            call.symmetric,
+            ids,
+            call.max_gap,
         )
         return call.reduce(losses)
     if isinstance(call.objective, ClosedForm):
@@ -365,10 +400,10 @@ def bind_temperature(
     objective, wgmma = call.objective, False
     if z1.is_cuda and call.similarity == "cosine" and values[0] is not None:
         wgmma = ops.cuda.has_wgmma_kernels(objective.kind, objective.params(1.0), z1.shape[1])
+    operands = ("ids",) * with_ids + ("max_gap",) * (call.max_gap is not None)
     backend, why = ops.choose(
-        call.backend, z1.device, z1.dtype, call.precision, objective.kind,
-        ("ids",) if with_ids else (), wgmma,
-    )  # fmt: skip
+        call.backend, z1.device, z1.dtype, call.precision, objective.kind, operands, wgmma
+    )
     return tau, call.bind(backend, values, reduction), why
 
 

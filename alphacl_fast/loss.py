@@ -30,6 +30,8 @@ class FusedAlphaCLLoss(nn.Module):
         process_group: None, "world" or a `torch.distributed.ProcessGroup` whose ranks share one
             batch.
         strategy: how those ranks exchange rows: "auto", "gather" or "ring".
+        max_gap: negatives more similar than the positive by more than this do not count; see
+            there too.
         workspace: bytes in which the CPU kernels may keep tiles; see there too.
         temperature_range: (low, high) to which a learnable temperature is clamped in place before
             each use, as CLIP clamps its scale; None leaves it alone.
@@ -63,6 +65,7 @@ class FusedAlphaCLLoss(nn.Module):
         precision: str | None = None,
         process_group: Any = None,
         strategy: str = "auto",
+        max_gap: float | None = None,
         workspace: int | None = None,
         temperature_range: tuple[float, float] | None = None,
         **options: Any,
@@ -78,6 +81,7 @@ class FusedAlphaCLLoss(nn.Module):
             backend=backend,
             precision=precision,
             process_group=functional.make_group(process_group, strategy),
+            max_gap=max_gap,
             workspace=workspace,
         )
         functional.check_temperature(temperature, self._call.objective)
@@ -167,6 +171,8 @@ class FusedAlphaCLLoss(nn.Module):
             parts += [f"process_group={call.process_group!r}"]
         if call.precision is not None:
             parts += [f"precision={call.precision!r}"]
+        if call.max_gap is not None:
+            parts += [f"max_gap={call.max_gap:g}"]
         if call.workspace is not None:
             parts += [f"workspace={call.workspace}"]
         if self._served:
@@ -179,6 +185,7 @@ class FusedAlphaCLLoss(nn.Module):
                     torch.float32,
                     call.precision,
                     call.objective.kind,
+                    ("max_gap",) if call.max_gap is not None else (),
                 )
                 chosen = f"on a CPU: {name}, {why}"
             except ValueError as error:

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import ops
 from .backend import cpu, cpu_step
 from .call import BoundCall, Layout, Loss, Need, SameId
-from .objectives import Objective, kind
+from .objectives import kind
 from .program import record
 
 
@@ -27,6 +27,7 @@ def serves(call: BoundCall, need: Need) -> bool:
         and call.objective.recordable
         and call.temperature is not None
         and call.ranks is None
+        and not (call.max_gap is not None and call.objective.counts_negatives)
     )
 
 
@@ -44,18 +45,17 @@ _PLAIN = {Tensor, torch.nn.Parameter}
 
 def prepared(call: BoundCall, z: Tensor, need: Need) -> cpu_step.Plan:
     """The plan of a call that is served, for views of the shape and dtype of z."""
+    loss = Loss(
+        call.objective, "cosine", call.negatives, call.symmetric, call.reduction, call.max_gap
+    )
     return _plan(
-        call.objective, call.negatives, call.symmetric, call.reduction, z.shape, z.dtype,
-        call.temperature, need, call.workspace, cpu.instruction_set(),
-    )  # fmt: skip
+        loss, z.shape, z.dtype, call.temperature, need, call.workspace, cpu.instruction_set()
+    )
 
 
 @functools.lru_cache(maxsize=256)
 def _plan(
-    objective: Objective,
-    negatives: str,
-    symmetric: bool,
-    reduction: str,
+    loss: Loss,
     shape: torch.Size,
     dtype: torch.dtype,
     tau: float,
@@ -63,25 +63,21 @@ def _plan(
     workspace: int | None,
     instruction_set: str,
 ) -> cpu_step.Plan:
-    n, dim = shape
-    call = BoundCall(objective, "cosine", negatives, symmetric, reduction)
-    layout, params = Layout.of(call, n), objective.params(call.c)
+    (n, dim), objective = shape, loss.objective
+    layout, params = Layout.of(loss, n), objective.params(loss.c)
     wanted = (0 if need.z1 else n, 2 * n if need.z2 else n)
     batch = cpu_step.Batch(
-        n, dim, dtype, layout.rows, layout.pairing(), layout.n_neg, call.divisor(n), wanted,
-        need.tau, reduction == "none",
-        cpu_step.default_workspace() if workspace is None else workspace,
+        n, dim, dtype, layout.rows, layout.pairing(), layout.n_neg, loss.divisor(n), wanted,
+        need.tau, loss.reduction == "none",
+        cpu_step.default_workspace() if workspace is None else workspace, loss.max_gap,
     )  # fmt: skip
-    seen = tau if objective.uses_temperature else 1.0
+    seen = objective.kind_tau(torch.tensor(tau, dtype=torch.float64, device="cpu")).item()
     log_range = ops.log_range(objective.kind, params, seen) if kind(objective.kind).log else None
     program = record(objective, need.views > 0, need.tau)
     plan = cpu_step.Plan(batch, program, objective.kind, params, seen, log_range)
-    if reduction == "none" and any(need):
+    if loss.reduction == "none" and any(need):
         alone = Need(False, False, False)
-        plan.forward = _plan(
-            objective, negatives, symmetric, reduction, shape, dtype, tau, alone, workspace,
-            instruction_set,
-        )  # fmt: skip
+        plan.forward = _plan(loss, shape, dtype, tau, alone, workspace, instruction_set)
     return plan
 
 

@@ -29,6 +29,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import operator
 import weakref
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -540,6 +541,8 @@ class Objective:
             gradient.
         derivative: `pair_grad` weighs pairs by ∂f/∂x instead of f.
         needs_negatives: an anchor without negatives has loss 0.
+        counts_negatives: the loss of an anchor depends on |Neg(i)| besides its sums, if only
+            because it must be 0 without negatives.
         recordable: `solve`, `start` and `finish` do nothing with row vectors but sums and row
             steps, so that `program` can record them.
     """
@@ -552,6 +555,7 @@ class Objective:
     one_sweep = False
     derivative = False
     needs_negatives = True
+    counts_negatives = False
     recordable = False
     terms: tuple[Term, ...] = ()
     parameters: Sequence[float] = ()  # of the pair kind, besides c
@@ -679,7 +683,7 @@ class PairLoss(Objective):
         self._phi = None if phi is None else _CustomFunction(phi, "phi")
         self.functions = (_CustomFunction(psi, "psi"), *([] if phi is None else [self._phi]))
         self.kind = self.functions[0].key
-        self.one_sweep = phi is None
+        self.one_sweep, self.counts_negatives = phi is None, phi is not None
 
     def phi(self, xi: Tensor, tau: Tensor) -> Tensor:
         return xi if self._phi is None else self._phi(xi)
@@ -899,7 +903,7 @@ class PairWeight(Objective):
 
     def _configure(self, normalized: bool, alpha_eps: float, detach_alpha: bool) -> None:
         self.normalized, self.alpha_eps, self.detach_alpha = normalized, alpha_eps, detach_alpha
-        self.one_sweep = not self.normalized
+        self.one_sweep, self.counts_negatives = not self.normalized, self.alpha_eps > 0
         if self.uses_temperature and not self.detach_alpha:
             self.tau_gradient = "pairs"
 
@@ -1131,11 +1135,46 @@ class ClosedForm(Objective):
     """Constant α_ij: ``L_i = weight·(mean_j t_ij − t⁺_i)`` without pairwise work."""
 
     def __init__(self, per_negative: bool) -> None:
-        self._per_negative = per_negative
+        self.per_negative = per_negative
+        self.of_each_pair = ConstantWeight(self)
 
     def weight(self, n_neg: int | Tensor) -> int | float | Tensor:
         """Σ_j α_ij."""
-        return n_neg if self._per_negative else 1.0
+        return n_neg if self.per_negative else 1.0
+
+
+#: exp(t/τ) is 1 at this τ for every similarity that is not beyond 1e22.
+INFINITE_TAU = 1e30
+
+
+class ConstantWeight(PairWeight):
+    """A `ClosedForm` by sums over pairs, for batches in which not all negatives count.
+
+    Its weights are exp(t/∞) = 1.
+    """
+
+    kind, recordable = "exp", True
+
+    def __init__(self, closed_form: ClosedForm) -> None:
+        self.closed_form = closed_form
+        self._configure(not closed_form.per_negative, alpha_eps=0.0, detach_alpha=True)
+
+    @property
+    def name(self) -> str:
+        return self.closed_form.name
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return self.closed_form.options
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return operator.attrgetter("of_each_pair"), (self.closed_form,)
+
+    def params(self, c: float) -> tuple[float, ...]:
+        return ()
+
+    def kind_tau(self, tau: Tensor) -> Tensor:
+        return torch.full_like(tau, INFINITE_TAU)
 
 
 # --- the positive has its own term ----------------------------------------------------------------

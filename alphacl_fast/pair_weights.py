@@ -29,7 +29,7 @@ MAX_ELEMENTS = 2**28
 #: The settings of a call that α depends on, and the choice of a backend.
 SETTINGS = {
     "similarity": "cosine", "negatives": "two_view", "symmetric": True, "backend": "auto",
-    "precision": None,
+    "precision": None, "max_gap": None,
 }  # fmt: skip
 Result = TypeVar("Result")
 
@@ -61,7 +61,7 @@ class Importances:
     Attributes:
         anchors: 2N for two_view and symmetric cross_view (both towers, [z1; z2]); else N.
         candidates: columns of α: 2N for two_view, else N.
-        n_neg: |Neg(i)|.
+        n_neg: |Neg(i)|, also of negatives that max_gap leaves out (their α is 0).
         rows: (2N, D) rows whose similarities count: unit rows for cosine, centred rows for
             euclidean, otherwise unchanged rows.
         positive: (anchors,) t⁺_i.
@@ -81,6 +81,8 @@ class Importances:
     ) -> None:
         settings = {name: options.pop(name) for name in [*options] if name in SETTINGS}
         call = functional.make_call(objective, options, reduction="sum", **SETTINGS | settings)
+        if call.max_gap is not None and call.backend == "reference":
+            raise ValueError(f"backend must not be 'reference' with max_gap={call.max_gap:g}")
         if isinstance(temperature, Tensor):
             temperature = temperature.detach()
         functional.check_embeddings(z1, z2, call.objective.fewest_pairs)
@@ -150,7 +152,11 @@ class Importances:
             excluded = excluded_diagonals(
                 start, stop, first, last, self.layout.split, self.layout.partner
             )
-            alpha = self._alpha(self.call.c - distance, slice(start, stop))
+            t, anchors = self.call.c - distance, slice(start, stop)
+            alpha = self._alpha(t, anchors)
+            if self.call.max_gap is not None:
+                largest = self.positive[anchors, None] + self.call.max_gap
+                alpha.masked_fill_(t > largest, 0.0)
             for diagonal in excluded:
                 alpha.diagonal(diagonal).zero_()
             yield Tile(start, stop, first, last, distance, alpha, excluded)

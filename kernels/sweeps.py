@@ -39,6 +39,7 @@ class Vectors(NamedTuple):
     argument_offset: Any
     baseline: Any
     ids: Any
+    largest_t: Any
 
 
 class Side(NamedTuple):
@@ -60,6 +61,7 @@ class Side(NamedTuple):
     argument_offset: Any
     baseline: Any
     ids: Any
+    largest_t: Any
 
 
 class Common(NamedTuple):
@@ -115,6 +117,7 @@ class Static(NamedTuple):
     W_TYPE: Any = None  # to which weights are rounded for the second product
     W_PRECISION: str = "ieee"
     IDS: bool = False  # rows of one id do not meet: every tile is masked
+    LIMITED: bool = False  # pairs with t above an anchor's largest_t do not count for it
 
     @property
     def cache_key(self) -> str:
@@ -162,20 +165,22 @@ def _side(v, block, n, start, half, SIZE: tl.constexpr, PAIRED: tl.constexpr, AN
         base, inside = block * (SIZE // 2), offs % (SIZE // 2)
         local = tl.minimum(inside, half - 1 - base) + offs // (SIZE // 2) * half
         side = Side(
-            start + base, local, base + inside, base + inside < half, (), (), (), (), (), (), (), ()
-        )
+            start + base, local, base + inside, base + inside < half,
+            (), (), (), (), (), (), (), (), (),
+        )  # fmt: skip
     else:
         base = block * SIZE
         local = tl.minimum(offs, n - 1 - base)
         side = Side(
-            start + base, local, base + offs, base + offs < n, (), (), (), (), (), (), (), ()
-        )
+            start + base, local, base + offs, base + offs < n,
+            (), (), (), (), (), (), (), (), (),
+        )  # fmt: skip
     ids, _ = _load(v.ids, None, side)
     if ANCHOR:
         scale, row_weight = _load(v.scale, v.row_weight, side)
         moment_origin, shift = _load(v.moment_origin, v.shift, side)
         argument_offset, baseline = _load(v.argument_offset, v.baseline, side)
-        bias, _ = _load(v.bias, None, side)
+        bias, largest_t = _load(v.bias, v.largest_t, side)
         return Side(
             side.base,
             side.local,
@@ -189,11 +194,12 @@ def _side(v, block, n, start, half, SIZE: tl.constexpr, PAIRED: tl.constexpr, AN
             argument_offset,
             baseline,
             ids,
+            largest_t,
         )
     else:
         scale, bias = _load(v.scale, v.bias, side)
         return Side(
-            side.base, side.local, side.pair, side.keep, scale, bias, (), (), (), (), (), ids
+            side.base, side.local, side.pair, side.keep, scale, bias, (), (), (), (), (), ids, ()
         )
 
 
@@ -299,6 +305,14 @@ def _counted(x, other, i, j, S: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
+def _of_side(x, other, t, side, axis: tl.constexpr, S: tl.constexpr):
+    """``other`` where a pair is too similar to count for the side's anchor; a NaN counts."""
+    if S.LIMITED:
+        x = tl.where(t > tl.expand_dims(side.largest_t[0], axis), other, x)
+    return x
+
+
+@triton.jit
 def _log_f(t, i, j, c, S: tl.constexpr, MASKED: tl.constexpr):
     """log f, −inf where a pair does not count, and the t that moments take.
 
@@ -342,13 +356,17 @@ def _exp_constant(log_f, constant_shift):
 
 
 @triton.jit
-def _values(t, log_f, i, j, side, tau, axis: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr):
+def _values(
+    t, raw, log_f, i, j, side, tau, axis: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr
+):
     """f, df and ∂f/∂τ with one side's row scalars, each in a tuple: empty where it is not
     needed.
+
+    ``raw`` is t as the product gives it, by which pairs are compared.
     """
     f, df, dtau = (), (), ()
     if S.LOG:
-        f = (_exp(_minus(log_f[0], side.shift, axis)),)
+        f = (_of_side(_exp(_minus(log_f[0], side.shift, axis)), 0.0, raw, side, axis, S),)
         if S.DF is not None:
             df = (f[0] * S.DF(t, tau),)
         if S.DTAU is not None:
@@ -358,11 +376,13 @@ def _values(t, log_f, i, j, side, tau, axis: tl.constexpr, S: tl.constexpr, MASK
         if len(side.argument_offset):
             x = x + tl.expand_dims(side.argument_offset[0], axis)
         if S.F is not None:
-            f = (_counted(S.F(x, tau), 0.0, i, j, S, MASKED),)
+            f = (_of_side(_counted(S.F(x, tau), 0.0, i, j, S, MASKED), 0.0, raw, side, axis, S),)
         if S.DF is not None:
-            df = (_counted(S.DF(x, tau), 0.0, i, j, S, MASKED),)
+            df = (_of_side(_counted(S.DF(x, tau), 0.0, i, j, S, MASKED), 0.0, raw, side, axis, S),)
         if S.DTAU is not None:
-            dtau = (_counted(S.DTAU(x, tau), 0.0, i, j, S, MASKED),)
+            dtau = (
+                _of_side(_counted(S.DTAU(x, tau), 0.0, i, j, S, MASKED), 0.0, raw, side, axis, S),
+            )
     return f, df, dtau
 
 
@@ -443,22 +463,24 @@ def _store_sums(out_ptr, number, anchors, side, keep, largest, sums):
 
 @triton.jit
 def _side_sums(
-    t, log_f, e, i, j, side, tau, axis: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr
+    t, raw, log_f, e, i, j, side, tau, axis: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr
 ):
     """One side's largest log f (online) or t, and its sums of a tile."""
     if S.FORM == "T_MAX":
-        return (largest_along(_counted(t, float("-inf"), i, j, S, MASKED), axis),), ()
+        t = _of_side(_counted(t, float("-inf"), i, j, S, MASKED), float("-inf"), raw, side, axis, S)
+        return (largest_along(t, axis),), ()
     elif S.FORM == "CONSTANT":
-        return (), _terms(t, e, (), (), side, axis, S)
+        return (), _terms(t, (_of_side(e[0], 0.0, raw, side, axis, S),), (), (), side, axis, S)
     elif S.FORM == "ONLINE":
-        largest = tl.max(log_f[0], axis)
+        counted = _of_side(log_f[0], float("-inf"), raw, side, axis, S)
+        largest = tl.max(counted, axis)
         # no pair of the row counts in this tile
         finite = tl.where(largest > float("-inf"), largest, 0.0)
         return (largest,), _terms(
-            t, (_exp(_minus(log_f[0], (finite,), axis)),), (), (), side, axis, S
+            t, (_exp(_minus(counted, (finite,), axis)),), (), (), side, axis, S
         )
     else:
-        f, df, dtau = _values(t, log_f, i, j, side, tau, axis, S, MASKED)
+        f, df, dtau = _values(t, raw, log_f, i, j, side, tau, axis, S, MASKED)
         return (), _terms(t, f, df, dtau, side, axis, S)
 
 
@@ -492,18 +514,18 @@ def _sum_tile(
     t, _ = _similarities(c.f_ptr, c.stride, f_i, i, j, S)
     # an excluded pair's similarity may be infinite, and 0·inf is not 0
     t = _counted(t, 0.0, i, j, S, MASKED)
-    log_f, e = (), ()
+    raw, log_f, e = t, (), ()
     if S.LOG:
         log_f, t = _log_f(t, i, j, c, S, MASKED)
         if S.FORM == "CONSTANT":
             e = (_exp_constant(log_f[0], c.constant_shift),)
-    tile_largest, sums = _side_sums(t, log_f, e, i, j, i, c.tau, 1, S, MASKED)
+    tile_largest, sums = _side_sums(t, raw, log_f, e, i, j, i, c.tau, 1, S, MASKED)
     largest, totals, comps = _merge(largest, totals, comps, tile_largest, sums, S)
     if S.SYMMETRIC:
         keep = j.keep
         if S.TRIANGLE:
             keep = keep & (at > 0)
-        tile_largest, sums = _side_sums(t, log_f, e, i, j, j, c.tau, 0, S, MASKED)
+        tile_largest, sums = _side_sums(t, raw, log_f, e, i, j, j, c.tau, 0, S, MASKED)
         _store_sums(c.out, column_slice + at, c.anchors, j, keep, tile_largest, sums)
     return largest, totals, comps
 
@@ -599,10 +621,10 @@ class Outputs(NamedTuple):
 
 @triton.jit
 def _side_weights(
-    t, log_f, i, j, side, c, axis: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr
+    t, raw, log_f, i, j, side, c, axis: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr
 ):
     """g of one side's anchors with their pieces."""
-    f, df, dtau = _values(t, log_f, i, j, side, c.tau, axis, S, MASKED)
+    f, df, dtau = _values(t, raw, log_f, i, j, side, c.tau, axis, S, MASKED)
     if S.WEIGHT == "F":
         g = f[0]
     elif S.WEIGHT == "DF":
@@ -613,10 +635,18 @@ def _side_weights(
 
 
 @triton.jit
-def _constant_weights(log_f, i, j, c, S: tl.constexpr):
+def _constant_weights(log_f, raw, i, j, c, S: tl.constexpr):
     """g_ij + g_ji of the constant form: one exponential serves both anchors of a pair."""
     e = _exp_constant(log_f, c.constant_shift)
-    if S.ROWS_ANCHOR and S.COLS_ANCHOR:
+    if S.LIMITED:
+        both = tl.zeros(e.shape, S.ACC)
+        if S.ROWS_ANCHOR:
+            both += _of_side((i.row_weight[0] * c.inv_unit)[:, None] + both, 0.0, raw, i, 1, S)
+        if S.COLS_ANCHOR:
+            none = tl.zeros(e.shape, S.ACC)
+            both += _of_side((j.row_weight[0] * c.inv_unit)[None, :] + none, 0.0, raw, j, 0, S)
+        return e * both
+    elif S.ROWS_ANCHOR and S.COLS_ANCHOR:
         return e * (
             (i.row_weight[0] * c.inv_unit)[:, None] + (j.row_weight[0] * c.inv_unit)[None, :]
         )
@@ -674,19 +704,19 @@ def _grad_tile(
     j = _side(c.v, tile, c.n_cols, c.col_start, c.half, S.BLOCK_N, S.COLS_PAIRED, S.COLS_ANCHOR)
     t, f_j = _similarities(c.f_ptr, c.stride, f_i, i, j, S)
     t = _counted(t, 0.0, i, j, S, MASKED)
-    log_f = ()
+    raw, log_f = t, ()
     if S.LOG:
         log_f, t = _log_f(t, i, j, c, S, MASKED)
     if S.FORM == "CONSTANT":
-        w = _constant_weights(log_f[0], i, j, c, S)
+        w = _constant_weights(log_f[0], raw, i, j, c, S)
     else:
         w = tl.zeros(t.shape, S.ACC)
         if S.ROWS_ANCHOR:
-            g, f, df, dtau = _side_weights(t, log_f, i, j, i, c, 1, S, MASKED)
+            g, f, df, dtau = _side_weights(t, raw, log_f, i, j, i, c, 1, S, MASKED)
             totals, comps = _add(totals, comps, _terms(t, f, df, dtau, i, 1, S))
             w += g
         if S.COLS_ANCHOR:
-            g, f, df, dtau = _side_weights(t, log_f, i, j, j, c, 0, S, MASKED)
+            g, f, df, dtau = _side_weights(t, raw, log_f, i, j, j, c, 0, S, MASKED)
             w += g
     if len(w_total):
         w_total, w_comp = _add(w_total, w_comp, (tl.sum(w, 1),))

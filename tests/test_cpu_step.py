@@ -80,6 +80,27 @@ def test_same_bits_for_any_workspace_and_threads(member, tau, dtype, negatives, 
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("member", DIFFERENT, ids=member_id)
+def test_limited_pairs_are_kept_as_similarities(member, dtype, steps, monkeypatch):
+    """With max_gap: the same bits whatever is kept, and the two sweeps' result."""
+    z1, z2 = (z.requires_grad_() for z in pair(150, 9, dtype))
+    objective, results = objectives.make(*member), []
+
+    def evaluate(workspace):
+        loss = alpha_cl_loss(z1, z2, objective, max_gap=-0.2, workspace=workspace)
+        return [loss.detach(), *torch.autograd.grad(loss, (z1, z2))]
+
+    results = [evaluate(workspace) for workspace in (0, 100_000, ALL)]
+    assert len(steps) == 3
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    two_sweeps(monkeypatch)
+    bound = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    for a, b in zip(results[0], evaluate(0), strict=True):
+        assert relative_error(a, b, floor=1e-4) < bound
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_nothing_of_an_earlier_call_is_left(reduction):
     """Its memory is used again: rows that were anchors then are none now."""

@@ -504,6 +504,7 @@ def test_operators_pass_opcheck():
         "two_view",
         True,
         "mean",
+        None,
         "blocked",
         0.3,
         "",

@@ -28,7 +28,7 @@ from . import forms
 from .precision import float32_precision
 
 #: Optional operands that this backend serves.
-OPTIONAL_OPERANDS = {"ids"}
+OPTIONAL_OPERANDS = {"ids", "max_gap"}
 
 
 def unsupported(
@@ -90,10 +90,13 @@ class _Side:
     reduction over the rest.
     """
 
-    def __init__(self, start: int, stop: int, dim: int, scalars: RowScalars) -> None:
+    def __init__(
+        self, start: int, stop: int, dim: int, scalars: RowScalars, largest_t: Tensor | None
+    ) -> None:
         self.slice, self.dim = slice(start, stop), dim
         self.shape = (-1, 1) if dim == 1 else (1, -1)
         self.scalars = RowScalars(*(None if x is None else self.of(x) for x in scalars))
+        self.largest_t = None if largest_t is None else self.of(largest_t)
 
     def of(self, vector: Tensor) -> Tensor:
         """The side's part of a vector (anchors,), ready to be broadcast over the tile."""
@@ -103,8 +106,9 @@ class _Side:
 class _Tile:
     """Similarities t of one tile (I, J), with the pair kind's functions for one side at a time.
 
-    A kind that is linear in t gets t/τ from the matrix product: one pass over the tile less, and
-    every sweep rounds log f in the same way. t itself is then made only where a caller needs it.
+    A kind that is linear in t gets t/τ from the matrix product (``divided``): one pass over the
+    tile less, and every sweep rounds log f in the same way. t itself is then made only where a
+    caller needs it.
     """
 
     def __init__(
@@ -114,13 +118,14 @@ class _Tile:
         same_id: Tensor | None,
         function: PairFunction,
         need_t: bool,
+        divided: bool,
     ) -> None:
         self.excluded, self.same_id = excluded, same_id
         self.kind, self.tau = lookup(function.kind), function.tau
         self.bound = self.kind.bind(function.params)
         self._log_f: Tensor | None = None
         self.mask(product)  # the similarity of an excluded pair may be infinite, and 0·inf is not 0
-        if self.kind.linear_in_t:
+        if divided:
             self.t = product * self.tau if need_t else product
             self._log_f = self.mask(product, -torch.inf)
         else:
@@ -134,6 +139,10 @@ class _Tile:
         for diagonal in self.excluded:
             x.diagonal(diagonal).fill_(value)
         return x if self.same_id is None else x.masked_fill_(self.same_id, value)
+
+    def of_side(self, x: Tensor, side: _Side, value: float = 0.0) -> Tensor:
+        """x with ``value`` where a pair is too similar to count for the side's anchor."""
+        return x if side.largest_t is None else x.masked_fill(self.t > side.largest_t, value)
 
     def log_f(self) -> Tensor:
         """log f of a log kind, −inf at excluded pairs."""
@@ -152,12 +161,15 @@ class _Tile:
         """The named values of f, df and dtau for one side's row scalars; 0 at excluded pairs."""
         functions, tau, scalars = self.bound._asdict(), self.tau, side.scalars
         if self.kind.log:
-            f = self.exp(scalars.shift)
+            f = self.of_side(self.exp(scalars.shift), side)
             return {name: f if name == "f" else f * functions[name](self.t, tau) for name in pieces}
         x = self.t if scalars.shift is None else self.t - scalars.shift
         if scalars.argument_offset is not None:
             x = x + scalars.argument_offset
-        return {name: self.mask(_owned(functions[name](x, tau), x)) for name in pieces}
+        return {
+            name: self.of_side(self.mask(_owned(functions[name](x, tau), x)), side)
+            for name in pieces
+        }
 
     def moment(self, side: _Side) -> Tensor:
         """t − moment_origin, in a tensor of its own."""
@@ -212,6 +224,7 @@ class _Sweep:
         wide = rows.f.to(function.tau.dtype)
         self.rows = wide if rows.scale is None else wide * rows.scale.unsqueeze(1)
         self.bias, self.pairing, self.function, self.scalars = rows.bias, pairing, function, scalars
+        self.divided = lookup(function.kind).linear_in_t and pairing.largest_t is None
         self.need_t = need_t
         self.n, device = len(wide), wide.device
         self.block = tile_size(self.n, device)
@@ -229,9 +242,8 @@ class _Sweep:
         self, tiles: Tiles
     ) -> Iterator[tuple[tuple[int, int, int, int], _Tile, list[_Side]]]:
         """Computes t (or t/τ, see `_Tile`) of tile after tile into one buffer."""
-        linear, tau = lookup(self.function.kind).linear_in_t, self.function.tau
-        left, bias = self.rows, self.bias
-        if linear:
+        tau, left, bias = self.function.tau, self.rows, self.bias
+        if self.divided:
             left, bias = left / tau, None if bias is None else bias / tau
         buffer = self.rows.new_empty(self.block * self.block)
         pairing, ids = self.pairing, self.pairing.ids
@@ -242,10 +254,11 @@ class _Sweep:
                 t.add_(bias[i0:i1, None]).add_(bias[None, j0:j1])
             excluded = excluded_diagonals(i0, i1, j0, j1, pairing.split, pairing.partner)
             same_id = None if ids is None else equal_ids(ids[i0:i1], ids[j0:j1])
-            sides = [_Side(i0, i1, 1, self.scalars)]
+            sides = [_Side(i0, i1, 1, self.scalars, pairing.largest_t)]
             if pairing.anchors > pairing.split if pairing.split else j0 > i0:
-                sides.append(_Side(j0, j1, 0, self.scalars))
-            yield (i0, i1, j0, j1), _Tile(t, excluded, same_id, self.function, self.need_t), sides
+                sides.append(_Side(j0, j1, 0, self.scalars, pairing.largest_t))
+            tile = _Tile(t, excluded, same_id, self.function, self.need_t, self.divided)
+            yield (i0, i1, j0, j1), tile, sides
 
 
 _PIECE = {Term.F: "f", Term.DF: "df", Term.F_MOMENT: "f", Term.DF_MOMENT: "df", Term.DTAU: "dtau"}
@@ -291,7 +304,8 @@ def row_sums(
             for side in sides:
                 if form == Form.T_MAX:
                     best = out[0, side.slice]
-                    torch.maximum(best, tile.mask(tile.t, -torch.inf).amax(side.dim), out=best)
+                    t = tile.of_side(tile.mask(tile.t, -torch.inf), side, -torch.inf)
+                    torch.maximum(best, t.amax(side.dim), out=best)
                 else:
                     _add_terms(
                         out, tile, side, terms, tile.values(side, {_PIECE[term] for term in terms})
@@ -327,12 +341,14 @@ def _log_sums(
             e = None if constant is None else tile.exp(constant)
             for side in sides:
                 if constant is None:
-                    new = torch.maximum(shift[side.slice], tile.log_f().amax(side.dim))
+                    log_f = tile.of_side(tile.log_f(), side, -torch.inf)
+                    new = torch.maximum(shift[side.slice], log_f.amax(side.dim))
                     forms.rescale(shift[side.slice], sums[:, side.slice], new)
                     e = tile.exp(forms.finite(new).view(side.shape))
-                sums[0, side.slice] += e.sum(side.dim)
+                counted = tile.of_side(e, side)
+                sums[0, side.slice] += counted.sum(side.dim)
                 if with_moment:
-                    sums[1, side.slice] += (e * tile.moment(side)).sum(side.dim)
+                    sums[1, side.slice] += (counted * tile.moment(side)).sum(side.dim)
         return shift, sums
 
     (shift, sums), *others = sweep.share(work)
@@ -362,6 +378,8 @@ def pair_grad(
     """
     low, high = wanted
     form, shift = forms.of_pair_grad(function, scalars, weight, terms)
+    if pairing.largest_t is not None:  # the two anchors of a pair may differ on whether it counts
+        form = Form.PLAIN
     if form == Form.CONSTANT:
         scalars = scalars._replace(row_weight=scalars.row_weight * (shift - scalars.shift).exp())
     need_t = bool(terms) or weight != Weight.F or not lookup(function.kind).log

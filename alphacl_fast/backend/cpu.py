@@ -35,7 +35,7 @@ from ..objectives import KINDS, codes_checksum, is_compiled, row_codes_checksum
 from . import forms
 
 #: Optional operands that this backend serves.
-OPTIONAL_OPERANDS = {"ids"}
+OPTIONAL_OPERANDS = {"ids", "max_gap"}
 
 #: Instruction sets, the lowest first; the environment variable ALPHACL_CPU_ISA names the highest to
 #: use.
@@ -63,6 +63,7 @@ class _Sweep(ctypes.Structure):
                 "argument_offset",
                 "baseline",
                 "ids",
+                "largest_t",
                 "df",
                 "weight_sums",
                 "sums",
@@ -282,7 +283,7 @@ def _threads(n: int, dim: int, split: int, gradient: bool) -> int:
 
 
 #: Row vectors, by the names of `_Sweep`.
-_VECTORS = (*Rows._fields[1:], *RowScalars._fields, "ids")
+_VECTORS = (*Rows._fields[1:], *RowScalars._fields, "ids", "largest_t")
 
 
 def _run(
@@ -299,7 +300,7 @@ def _run(
     if f.stride(1) != 1 and f.shape[1] > 1:
         f = f.contiguous()
     _, multiple, largest = _kernels(isa, Dtype.of(f.dtype))
-    vectors = zip(_VECTORS, (*rows[1:], *scalars, pairing.ids), strict=True)
+    vectors = zip(_VECTORS, (*rows[1:], *scalars, pairing.ids, pairing.largest_t), strict=True)
     kept = {name: x.contiguous() for name, x in vectors if x is not None}
     kept.update(outputs, f=f)
     sweep = _Sweep(

@@ -66,13 +66,13 @@ class _Step(ctypes.Structure):
                 *("lo", "hi", "block", "workspace"),
             )
         ]
-        + [(name, ctypes.c_double) for name in ("tau", "n_neg", "divisor")]
+        + [(name, ctypes.c_double) for name in ("tau", "n_neg", "divisor", "max_gap")]
         + [("params", ctypes.c_double * MOST_PARAMETERS)]
         + [
             (name, ctypes.c_int32)
             for name in (
-                *("dtype", "kind", "each", "threads", "instruction_set", "instructions", "places"),
-                *("mass", "losses", "dtau_of"),
+                *("dtype", "kind", "each", "limited", "threads", "instruction_set", "instructions"),
+                *("places", "mass", "losses", "dtau_of"),
             )
         ]
         + [("program", _Instruction * _MOST_INSTRUCTIONS)]
@@ -96,6 +96,7 @@ class Batch(NamedTuple):
     learn_tau: bool
     each: bool  #: one loss per anchor instead of one number
     workspace: int
+    max_gap: float | None = None
 
 
 class Plan:
@@ -123,7 +124,8 @@ class Plan:
             partner=pairing.partner, anchors=pairing.anchors, lo=low, hi=high,
             workspace=batch.workspace, tau=tau, n_neg=batch.n_neg, divisor=batch.divisor,
             params=function.padded(), dtype=Dtype.of(batch.dtype), kind=KINDS[kind].code,
-            each=batch.each, instruction_set=isa, instructions=len(program.instructions),
+            each=batch.each, limited=batch.max_gap is not None, max_gap=batch.max_gap or 0.0,
+            instruction_set=isa, instructions=len(program.instructions),
             places=program.places, mass=program.mass, losses=program.loss, dtau_of=program.dtau,
             **cpu._HOOKS,
         )  # fmt: skip

@@ -252,9 +252,11 @@ class Sweep(abc.ABC):
     def vectors(self, names: tuple[str, ...]) -> tuple[Tensor | None, ...]:
         """The row vectors of these names, from the bundles.
 
-        The ids are for backends that serve them.
+        Ids and largest_t are for backends that serve them.
         """
-        known = {**self.rows._asdict(), **self.scalars._asdict(), "ids": self.pairing.ids}
+        pairing = self.pairing
+        own = {"ids": pairing.ids, "largest_t": pairing.largest_t}
+        known = {**self.rows._asdict(), **self.scalars._asdict(), **own}
         return tuple(known[name] for name in names)
 
     @abc.abstractmethod

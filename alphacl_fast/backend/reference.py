@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..objectives import ClosedForm, MinPlayer, Objective, PairWeight, SigLip
+from ..objectives import ClosedForm, ConstantWeight, MinPlayer, Objective, PairWeight, SigLip
 from ..objectives import kind as lookup
 
 
@@ -132,6 +132,7 @@ def row_losses(
     negatives: str,
     symmetric: bool,
     ids: Tensor | None = None,
+    max_gap: float | None = None,
 ) -> Tensor:
     """(anchors,) losses L_i; symmetric cross_view gives the 2N anchors of both towers.
 
@@ -139,12 +140,15 @@ def row_losses(
         z1, z2: (N, D) embeddings, same float dtype.
         tau: () temperature, or (2,) scale and bias of SigLIP, same dtype.
         ids: (N,) integers; samples with the id of an anchor are none of its negatives.
+        max_gap: negatives with a larger Δ do not count.
     """
     if isinstance(objective, SigLip):
         return _siglip(z1, z2, tau, similarity, ids)
     c = 0.0 if similarity == "euclidean" else 1.0
-    if ids is not None:
-        return _one_by_one(z1, z2, tau, objective, similarity, negatives, symmetric, ids)
+    if ids is not None or max_gap is not None:
+        # without ids every pair has its own
+        ids = torch.arange(len(z1), device=z1.device) if ids is None else ids
+        return _one_by_one(z1, z2, tau, objective, similarity, negatives, symmetric, ids, max_gap)
     return of_similarities(
         objective, *negatives_and_positives(z1, z2, similarity, negatives, symmetric), tau, c
     )
@@ -159,6 +163,7 @@ def _one_by_one(
     negatives: str,
     symmetric: bool,
     ids: Tensor,
+    max_gap: float | None,
 ) -> Tensor:
     """(anchors,) losses, each anchor with a list of negatives of its own; 0 where that is empty."""
     c = 0.0 if similarity == "euclidean" else 1.0
@@ -177,11 +182,14 @@ def _one_by_one(
             mine = [
                 other for other, its_name in zip(others, names, strict=True) if its_name != name
             ]
+            pos = similarities(anchor[None], positive[None], similarity)[0]
+            t = pos.new_empty(1, 0)
             if mine:
                 t = similarities(anchor[None], torch.stack(mine), similarity)
-                losses += of_similarities(
-                    objective, t, similarities(anchor[None], positive[None], similarity)[0], tau, c
-                )
+            if max_gap is not None:
+                t = t[:, ~(t[0] > pos + max_gap)]
+            if t.numel():
+                losses += of_similarities(objective, t, pos, tau, c)
             else:
                 losses.append((anchor * 0).sum())
     return torch.stack(losses)
@@ -207,6 +215,8 @@ def of_similarities(objective: Objective, t: Tensor, pos: Tensor, tau: Tensor, c
     positives.
     """
     gap = t - pos[:, None]
+    if isinstance(objective, ConstantWeight):
+        objective = objective.closed_form
     if isinstance(objective, (PairWeight, MinPlayer)):
         a = alpha(objective, t, tau, c)
         return ((a.detach() if objective.detach_alpha else a) * gap).sum(1)

@@ -26,7 +26,7 @@ from ..objectives import kind as lookup
 from . import gpu
 
 #: Optional operands that this backend serves.
-OPTIONAL_OPERANDS = {"ids"}
+OPTIONAL_OPERANDS = {"ids", "max_gap"}
 #: The first version of Triton whose functions take and return named tuples as the kernels do.
 OLDEST = (3, 6)
 
@@ -176,7 +176,7 @@ class _Sweep(gpu.Sweep):
             COLS_ANCHOR=region.cols_anchor, GRADIENT=launch.gradient.name,
             WEIGHT=self.weight.name if self.weight is not None else "",
             W_TYPE=precise[arithmetic.weights], W_PRECISION=arithmetic.products,
-            IDS=self.pairing.ids is not None,
+            IDS=self.pairing.ids is not None, LIMITED=self.pairing.largest_t is not None,
         )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ template <class T> struct ThreadWorkspace {
 template <class T> SideScalars<T> side(const RowVectors& v, int64_t at, const T* online_shift) {
   auto vector = [at](const void* p) { return static_cast<const T*>(p) + at; };
   return {vector(v.moment_origin), vector(v.row_weight), vector(v.shift), vector(v.argument_offset),
-          vector(v.baseline), online_shift};
+          vector(v.baseline), online_shift, v.largest_t ? vector(v.largest_t) : nullptr};
 }
 // t = scale_i·scale_j·s + (bias_i + bias_j) on one panel; t_ij and t_ji must be the same number
 template <class T> void scale_and_shift(const RowVectors& v, bool scales, const Block& i, const Block& j, int64_t r0, T* s) {
@@ -98,7 +98,7 @@ void tile(const Sweep& s, const RowVectors& v, const Block& i, const Block& j, v
   const ThreadWorkspace<T> workspace(memory);
   const bool diagonal = !s.split && i.first == j.first;
   const bool gradient = s.gradient, online = s.form == Form::ONLINE;
-  const PanelFunction<T> panel = panel_function<T>(s, kept);
+  const PanelFunction<T> panel = panel_function<T>(s, v, kept);
   const bool factors = kept.what == Keep::FACTORS, similarities = kept.what == Keep::SIMILARITIES;
 
   Panel<T> p(s);
@@ -108,6 +108,7 @@ void tile(const Sweep& s, const RowVectors& v, const Block& i, const Block& j, v
   p.col_terms = p.two_sided && !diagonal;
   p.weight = s.weight;
   p.col_max = workspace.col_max;
+  p.limited = v.largest_t;
   const Int<T>* ids = static_cast<const Int<T>*>(v.ids);
   bool clash[MAX_BLOCK];
   p.row_ids = nullptr, p.col_ids = ids ? ids + j.at : nullptr, p.clash = clash;

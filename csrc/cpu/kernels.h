@@ -18,6 +18,7 @@ struct Block {
 struct RowVectors {
   const void *moment_origin, *row_weight, *shift, *argument_offset, *baseline, *scale, *bias;
   const void* ids;      // integers as wide as a number, or null
+  const void* largest_t;  // or null
   void* running_max;    // Form::ONLINE: of log f; Form::T_MAX: of t
   double* sums;         // [SUM_COUNT][padded]
   double* weight_sums;  // [padded], or null

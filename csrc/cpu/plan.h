@@ -26,8 +26,9 @@ struct Plan {
   Pieces packed, accumulators, vectors, sums, thread, rounds;
   int64_t bytes = 0;  // of the workspace
 
-  // Zeros for those that are missing, five row scalars, scale, bias, ids, running maxima.
-  static constexpr int64_t ROW_VECTORS = 10;
+  // Zeros for those that are missing, five row scalars, scale, bias, ids, largest_t, running
+  // maxima.
+  static constexpr int64_t ROW_VECTORS = 11;
 
   Plan(const Sweep& s, const TileKernels& k, int64_t row_vectors = ROW_VECTORS, int64_t thread_bytes = 0)
       : sweep(s), kernels(k) {

@@ -63,6 +63,7 @@ RowVectors pad_row_vectors(const Plan& plan, const std::vector<Block>& blocks, c
     v.scale = scale;
   }
   if (s.bias) v.bias = padded(s.bias, s.n);
+  if (s.largest_t) v.largest_t = padded(s.largest_t, s.anchors);
   using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   if (s.ids) v.ids = spread(s.ids, s.n, filled(Int(-1)));
   if (s.form == Form::ONLINE || s.form == Form::T_MAX) v.running_max = filled(T(-HUGE_VAL));

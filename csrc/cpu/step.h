@@ -46,11 +46,8 @@ struct StepPlan {
   int64_t number_bytes, tiles, phases;
   Pieces rows, scales, norms, pairs, block_sums, phase_memory;
 
-  // Beside the places of the program: |Neg|, and for scaled similarities mantissas and row weights.
-  static constexpr int64_t OWN_PLACES = 3;
-
   StepPlan(const Step& call, const TileKernels& kernels)
-      : sweep(sizes_of(call)), plan(sweep, kernels, call.places + OWN_PLACES + (call.ids != nullptr), row_bytes(call)) {
+      : sweep(sizes_of(call)), plan(sweep, kernels, call.places + own_places(call), row_bytes(call)) {
     half = call.dtype == BFLOAT16 || call.dtype == FLOAT16, scaled = kernels.operands == BFLOAT16;
     number_bytes = call.dtype == FLOAT64 ? 8 : 4;
     tiles = Schedule(plan).tiles();
@@ -62,6 +59,9 @@ struct StepPlan {
     block_sums = plan.pieces(3, plan.blocks * 8);         // losses, gradients in τ, largest row weights
     phase_memory = plan.pieces(phases, sizeof(Phase));
   }
+  // Beside the places of the program; the last ones are left out where they are not needed.
+  enum Own { N_NEG, MANTISSA, WEIGHT, IDS, LARGEST_T, EMPTY, ALL };
+  static int64_t own_places(const Step& call) { return call.limited ? ALL : call.ids ? LARGEST_T : IDS; }
   static int64_t row_bytes(const Step& call) { return aligned(2 * (call.dim + 64) * (call.dtype == FLOAT64 ? 8 : 4)); }
 };
 
@@ -180,20 +180,22 @@ template <class T> class StepRun {
     kernels_.pack(pack_, x, mine);
     const T* pos = static_cast<const T*>(rows_.pos);
     const T* counts = static_cast<const T*>(call_.n_neg_of);
-    T *all_pos = place(POSITIVES) + x.at, *n_neg = own(N_NEG) + x.at;
+    T *all_pos = place(POSITIVES) + x.at, *n_neg = own(StepPlan::N_NEG) + x.at;
     for (int64_t r = 0; r < x.rows; r++) {
       const int64_t row = x.first + r;
       all_pos[r] = pos[row < call_.n_pairs ? row : row - call_.n_pairs];
       n_neg[r] = counts && row < call_.anchors ? counts[row] : T(call_.n_neg);
     }
+    if (call_.limited)
+      for (int64_t r = 0; r < x.rows; r++) own(StepPlan::LARGEST_T)[x.at + r] = all_pos[r] + T(call_.max_gap);
     if (layout_.scaled && pack_.scale) {
       // rows are packed with the power of two of their scale
       int exponent;
       for (int64_t r = 0; r < x.rows; r++)
-        own(MANTISSA)[x.at + r] = std::frexp(static_cast<const T*>(pack_.scale)[x.first + r], &exponent);
+        own(StepPlan::MANTISSA)[x.at + r] = std::frexp(static_cast<const T*>(pack_.scale)[x.first + r], &exponent);
     }
     if (call_.ids) {
-      auto* ids = reinterpret_cast<Int*>(own(IDS)) + x.at;
+      auto* ids = reinterpret_cast<Int*>(own(StepPlan::IDS)) + x.at;
       for (int64_t r = 0; r < plan_.stride; r++) ids[r] = r < x.rows ? call_.ids[x.first + r] : -1;
     }
     progress_.finish(b, 0);
@@ -216,14 +218,21 @@ template <class T> class StepRun {
       if (sweep >= 0) collect(call_.program[sweep], x);
       for (int32_t k = first; k < last; k++) make_row_step(call_.program[k], x);
       const bool over = last == call_.instructions;
-      if (call_.empty) leave_out_empty(x, over ? -1 : call_.program[last].scalars[ROW_WEIGHT], over);
+      if (may_be_empty()) leave_out_empty(x, over ? -1 : call_.program[last].scalars[ROW_WEIGHT], over);
       if (over) reduce(b);
       else if (has_own_weights(last)) copy_weights(b, call_.program[last].scalars[ROW_WEIGHT]);
     }
     prepare(last, x);
   }
 
+  bool may_be_empty() const { return call_.empty || call_.limited; }
+  bool empty(const Block& x, int64_t r) const {
+    return (call_.empty && call_.empty[x.first + r]) || (call_.limited && own(StepPlan::EMPTY)[x.at + r] != 0);
+  }
+
   void collect(const Instruction& sweep, const Block& x) {
+    if (call_.limited && sweep.terms[SHIFT] >= 0)  // the sum of exponentials of no pairs is 0
+      for (int64_t r = 0; r < x.rows; r++) own(StepPlan::EMPTY)[x.at + r] = T(sums()[F * plan_.padded + x.at + r] == 0);
     for (int term = 0; term < TERM_COUNT; term++) {
       if (sweep.terms[term] < 0) continue;
       T* to = place(sweep.terms[term]) + x.at;
@@ -234,9 +243,9 @@ template <class T> class StepRun {
         std::fill_n(to, x.rows, T(sweep.constant_shift));
       }
       // An empty sum becomes that over one pair with f = 1, where every formula is finite.
-      if (!call_.empty || sweep.gradient) continue;
+      if (!may_be_empty() || sweep.gradient) continue;
       for (int64_t r = 0; r < x.rows; r++) {
-        if (term < SUM_COUNT) to[r] = call_.empty[x.first + r] ? T(1) : to[r];
+        if (term < SUM_COUNT) to[r] = empty(x, r) ? T(1) : to[r];
         else if (to[r] == T(-HUGE_VAL)) to[r] = 0;
       }
     }
@@ -246,7 +255,7 @@ template <class T> class StepRun {
     const void* inputs[MOST_VECTORS];
     void* outputs[MOST_VECTORS];
     for (int k = 0; k < MOST_VECTORS; k++) inputs[k] = place(step.inputs[k]), outputs[k] = place(step.outputs[k]);
-    kernels_.row_step({inputs, outputs, own(N_NEG), step.params, call_.tau, call_.divisor, step.row_step, x.at,
+    kernels_.row_step({inputs, outputs, own(StepPlan::N_NEG), step.params, call_.tau, call_.divisor, step.row_step, x.at,
                        x.at + plan_.stride});
     for (int32_t k = 0; k < step.output_count; k++)  // padding meets no pair
       std::fill(static_cast<T*>(outputs[k]) + x.at + x.rows, static_cast<T*>(outputs[k]) + x.at + plan_.stride, T(0));
@@ -257,7 +266,7 @@ template <class T> class StepRun {
     const int32_t places[] = {weight, over ? call_.mass : -1, over ? call_.losses : -1, over ? call_.dtau_of : -1};
     for (int32_t p : places)
       for (int64_t r = 0; p > 0 && r < x.rows; r++)
-        if (call_.empty[x.first + r]) place(p)[x.at + r] = 0;
+        if (empty(x, r)) place(p)[x.at + r] = 0;
   }
 
   void reduce(int64_t b) {
@@ -301,7 +310,7 @@ template <class T> class StepRun {
   void copy_weights(int64_t b, int32_t weight) {
     const Block& x = blocks_[b];
     const T *from = place(weight) + x.at, *incoming = incoming_of(x);
-    T *to = own(WEIGHT) + x.at, largest = 0;
+    T *to = own(StepPlan::WEIGHT) + x.at, largest = 0;
     for (int64_t r = 0; r < x.rows; r++) {
       to[r] = incoming ? from[r] * incoming[r] : from[r];
       largest = std::fmax(largest, std::fabs(to[r]));
@@ -312,7 +321,7 @@ template <class T> class StepRun {
     T largest = 0;
     for (int64_t other = 0; other < plan_.blocks; other++) largest = std::fmax(largest, T(block_sum(2)[other]));
     if (!(largest > std::numeric_limits<T>::min() && largest < std::numeric_limits<T>::max())) largest = 1;
-    for (int64_t r = 0; r < plan_.stride; r++) own(WEIGHT)[blocks_[b].at + r] /= largest;
+    for (int64_t r = 0; r < plan_.stride; r++) own(StepPlan::WEIGHT)[blocks_[b].at + r] /= largest;
     if (b == 0) df_scale_ = double(largest);
   }
 
@@ -330,7 +339,9 @@ template <class T> class StepRun {
       std::copy(std::begin(instruction.terms), std::end(instruction.terms), s.rows_of_terms);
       count++, constant &= instruction.form == Form::CONSTANT;
     }
-    kept_.keep(count < 2 ? Keep::NOTHING : count == 2 && constant ? Keep::FACTORS : Keep::SIMILARITIES,
+    // whether a pair counts for an anchor is read off its similarity
+    const bool factors = count == 2 && constant && !call_.limited;
+    kept_.keep(count < 2 ? Keep::NOTHING : factors ? Keep::FACTORS : Keep::SIMILARITIES,
                plan_.stride * plan_.stride * int64_t(sizeof(T)), layout_.tiles);
   }
 
@@ -339,9 +350,10 @@ template <class T> class StepRun {
     RowVectors v{};
     v.moment_origin = place(places[0]), v.row_weight = place(places[ROW_WEIGHT]), v.shift = place(places[2]);
     v.argument_offset = place(places[3]), v.baseline = place(places[4]);
-    if (has_own_weights(k)) v.row_weight = own(WEIGHT);
-    if (layout_.scaled && pack_.scale) v.scale = own(MANTISSA);
-    if (call_.ids) v.ids = own(IDS);
+    if (has_own_weights(k)) v.row_weight = own(StepPlan::WEIGHT);
+    if (layout_.scaled && pack_.scale) v.scale = own(StepPlan::MANTISSA);
+    if (call_.ids) v.ids = own(StepPlan::IDS);
+    if (call_.limited) v.largest_t = own(StepPlan::LARGEST_T);
     v.running_max = running_max(k);
     v.sums = sums(), v.padded = plan_.padded, v.df_scale = 1;
     return v;
@@ -357,9 +369,8 @@ template <class T> class StepRun {
 
   using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   static constexpr int POSITIVES = 1, ROW_WEIGHT = 1;
-  enum Own { N_NEG, MANTISSA, WEIGHT, IDS };
   T* place(int64_t k) const { return reinterpret_cast<T*>(memory_ + plan_.vectors.at + k * plan_.vectors.size); }
-  T* own(Own which) const { return place(call_.places + which); }
+  T* own(StepPlan::Own which) const { return place(call_.places + which); }
   double* sums() const { return reinterpret_cast<double*>(memory_ + plan_.sums.at); }
   double* block_sum(int which) const {
     return reinterpret_cast<double*>(memory_ + layout_.block_sums.at + which * layout_.block_sums.size);

@@ -17,6 +17,7 @@ struct Sweep {
   const void* bias;   // (n)
   const void *moment_origin, *row_weight, *shift, *argument_offset, *baseline;  // (anchors)
   const int32_t* ids;  // (n) rows with the same id do not meet; null: no pair is left out
+  const void* largest_t;  // (anchors) pairs that are more similar do not count for the anchor; null: all count
   void* df;            // (hi − lo, dim)
   void* weight_sums;   // (n), with a bias
   void* sums;          // (terms, anchors)
@@ -85,8 +86,9 @@ struct Step {
   int64_t n_pairs, dim, stride1, stride2, rows, split, partner, anchors, lo, hi, block;
   int64_t workspace;  // bytes in which tiles may be kept from one sweep to the next
   double tau, n_neg, divisor;
+  double max_gap;  // with `limited`: pairs whose t exceeds t⁺ by more do not count for the anchor
   double params[3];
-  int32_t dtype, kind, each, threads, instruction_set;
+  int32_t dtype, kind, each, limited, threads, instruction_set;
   int32_t instructions, places;   // of the program
   int32_t mass, losses, dtau_of;  // places of results
   Instruction program[MOST_INSTRUCTIONS];

@@ -23,6 +23,7 @@ ALPHACL_INLINE int64_t padded(int64_t x, int64_t multiple) { return (x + multipl
 // one side's row vectors, from the panel's first row (column) on
 template <class T> struct SideScalars {
   const T *moment_origin, *row_weight, *shift, *argument_offset, *baseline, *online_shift;
+  const T* largest_t;  // null without Panel::limited
 };
 
 template <class T> struct Panel {
@@ -39,6 +40,7 @@ template <class T> struct Panel {
   T* col_sums[SUM_COUNT];       // of this tile
   T* col_max;
   T* row_max;
+  bool limited;     // pairs above an anchor's largest_t do not count for that anchor
   bool two_sided;   // the columns are anchors of their own
   // … and their terms are summed here (not in a diagonal tile, whose pairs appear twice)
   bool col_terms;
@@ -97,9 +99,21 @@ template <class T> ALPHACL_INLINE void add_rows(const Panel<T>& p, int term, con
   for (int64_t r = 0; r < p.rows; r++) p.row_sums[term][r] += double(sum_of<T>(sums[r]));
 }
 
+// Of the pairs to keep, those that count for the anchor of row r, or for those of the columns from c
+// on. A NaN counts.
+template <class T> ALPHACL_INLINE Mask<T> of_row(const Panel<T>& p, int r, Vec<T> t, Mask<T> keep) {
+  return keep & ~(Mask<T>)(t > broadcast<T>(p.row.largest_t[r]));
+}
+template <class T> ALPHACL_INLINE Mask<T> of_cols(const Panel<T>& p, int64_t c, Vec<T> t, Mask<T> keep) {
+  return keep & ~(Mask<T>)(t > load(p.col.largest_t + c));
+}
+template <class T> ALPHACL_INLINE Mask<T> all_lanes() {
+  return ~Mask<T>{};
+}
+
 // Σ exp(log f − constant_shift) and, with Moment, Σ exp(log f − constant_shift)·(t − moment_origin);
 // with Kept, each exp(log f − constant_shift) is kept for the gradient
-template <class T, class K, bool Moment, bool Kept> struct ConstantShiftSums {
+template <class T, class K, bool Moment, bool Kept, bool Limited> struct ConstantShiftSums {
   const Panel<T>& p;
   Vec<T> f[PANEL_ROWS] = {}, ft[PANEL_ROWS] = {};
   Vec<T> col_f, col_ft, col_origin;
@@ -111,11 +125,16 @@ template <class T, class K, bool Moment, bool Kept> struct ConstantShiftSums {
     Vec<T> e = vexp_bounded<T>(K::f(t, p.numbers) - p.numbers.middle);
     if (Masked) e = keep ? e : Vec<T>{};
     if (Kept) store(p.kept + r * p.kept_stride + c, e);
-    f[r] += e;
-    col_f += e;
+    Vec<T> of_r = e, of_c = e;
+    if (Limited) {
+      of_r = of_row<T>(p, r, t, all_lanes<T>()) ? e : Vec<T>{};
+      of_c = of_cols<T>(p, c, t, all_lanes<T>()) ? e : Vec<T>{};
+    }
+    f[r] += of_r;
+    col_f += of_c;
     if (Moment) {
-      ft[r] += e * (t - p.row.moment_origin[r]);
-      col_ft += e * (t - col_origin);
+      ft[r] += of_r * (t - p.row.moment_origin[r]);
+      col_ft += of_c * (t - col_origin);
     }
   }
   ALPHACL_INLINE void end(int64_t c) {
@@ -140,11 +159,13 @@ template <class T, class K> struct OnlineSums {
     const Vec<T> log_f = rounded<T>(K::f(t, p.numbers));
     Vec<T> e = vexp<T>(log_f - p.row.online_shift[r]);
     if (Masked) e = keep ? e : Vec<T>{};
+    if (p.limited) e = of_row<T>(p, r, t, all_lanes<T>()) ? e : Vec<T>{};
     f[r] += e;
     if (p.terms) ft[r] += e * (t - p.row.moment_origin[r]);
     if (!p.two_sided) return;
     e = vexp<T>(log_f - load(p.col.online_shift + c));
     if (Masked) e = keep ? e : Vec<T>{};
+    if (p.limited) e = of_cols<T>(p, c, t, all_lanes<T>()) ? e : Vec<T>{};
     store(p.col_sums[F] + c, load(p.col_sums[F] + c) + e);
     if (p.terms) store(p.col_sums[F_MOMENT] + c, load(p.col_sums[F_MOMENT] + c) + e * (t - load(p.col.moment_origin + c)));
   }
@@ -163,10 +184,16 @@ template <class T> struct Maximum {
   Vec<T> col_best;
   ALPHACL_INLINE void begin(int64_t c) { col_best = load(p.col_max + c); }
   ALPHACL_INLINE void end(int64_t c) { store(p.col_max + c, col_best); }
-  template <bool Masked> ALPHACL_INLINE void pair(int r, int64_t, Vec<T> t, Mask<T> keep) {
-    if (Masked) t = keep ? t : broadcast<T>(-__builtin_inf());
-    best[r] = largest<T>(t, best[r]);
-    col_best = largest<T>(t, col_best);
+  template <bool Masked> ALPHACL_INLINE void pair(int r, int64_t c, Vec<T> t, Mask<T> keep) {
+    const Vec<T> none = broadcast<T>(-__builtin_inf());
+    if (Masked) t = keep ? t : none;
+    Vec<T> of_r = t, of_c = t;
+    if (p.limited) {
+      of_r = of_row<T>(p, r, t, all_lanes<T>()) ? t : none;
+      if (p.two_sided) of_c = of_cols<T>(p, c, t, all_lanes<T>()) ? t : none;
+    }
+    best[r] = largest<T>(of_r, best[r]);
+    col_best = largest<T>(of_c, col_best);
   }
   static __attribute__((noinline)) void run(const Panel<T>& p) {
     Maximum op{p, {}, {}};
@@ -221,21 +248,32 @@ template <class T, class K, bool Gradient> struct General {
     return y.f + y.df * (u - baseline);
   }
 
+  ALPHACL_INLINE PairValues<T> values(Vec<T> t, Vec<T> log_f, Vec<T> shift, Vec<T> offset, Mask<T> keep, bool masked) const {
+    return masked ? pair_values<T, K, true>(p, t, log_f, shift, offset, keep)
+                  : pair_values<T, K, false>(p, t, log_f, shift, offset, keep);
+  }
+
   template <bool Masked> ALPHACL_INLINE void pair(int r, int64_t c, Vec<T> t, Mask<T> keep) {
+    Mask<T> row_keep = keep, col_keep = keep;
+    if (p.limited) {
+      if (!Masked) keep = all_lanes<T>();
+      row_keep = of_row<T>(p, r, t, keep);
+      if (p.two_sided) col_keep = of_cols<T>(p, c, t, keep);
+    }
     Vec<T> log_f{};
     if constexpr (K::log) log_f = rounded<T>(K::f(t, p.numbers));
     // A centre may be τ·(log f of another pair): t is then taken as τ·log f too, so that equal
     // pairs differ by exactly 0.
     if constexpr (K::linear_in_t) t = rounded<T>(log_f * p.numbers.tau);
     const Vec<T> zero{};
-    PairValues<T> y = pair_values<T, K, Masked>(p, t, log_f, zero + p.row.shift[r], zero + p.row.argument_offset[r], keep);
+    PairValues<T> y = values(t, log_f, zero + p.row.shift[r], zero + p.row.argument_offset[r], row_keep, Masked || p.limited);
     Vec<T> u = t - p.row.moment_origin[r], baseline = zero + p.row.baseline[r], g{};
     if (p.terms)
       for (int k = 0; k < SUM_COUNT; k++)
         if (p.row_sums[k]) sums[k][r] += term(k, y, u, baseline);
     if constexpr (Gradient) g = weight(y, u, baseline) * p.row.row_weight[r];
     if (p.two_sided) {
-      y = pair_values<T, K, Masked>(p, t, log_f, load(p.col.shift + c), load(p.col.argument_offset + c), keep);
+      y = values(t, log_f, load(p.col.shift + c), load(p.col.argument_offset + c), col_keep, Masked || p.limited);
       u = t - load(p.col.moment_origin + c), baseline = load(p.col.baseline + c);
       if (p.col_terms)
         for (int k = 0; k < SUM_COUNT; k++)
@@ -255,13 +293,18 @@ template <class T, class K, bool Gradient> struct General {
 
 // g_ij + g_ji = exp(log f − constant_shift)·(row_weight_i + row_weight_j); rows that are no anchors
 // have weight 0
-template <class T, class K> struct ConstantShiftGradient {
+template <class T, class K, bool Limited> struct ConstantShiftGradient {
   const Panel<T>& p;
   Vec<T> col_weight;
   ALPHACL_INLINE void begin(int64_t c) { col_weight = load(p.col.row_weight + c); }
   ALPHACL_INLINE void end(int64_t) {}
   template <bool Masked> ALPHACL_INLINE void pair(int r, int64_t c, Vec<T> t, Mask<T> keep) {
-    Vec<T> g = vexp_bounded<T>(K::f(t, p.numbers) - p.numbers.middle) * (col_weight + p.row.row_weight[r]);
+    Vec<T> of_r = broadcast<T>(p.row.row_weight[r]), of_c = col_weight;
+    if (Limited) {
+      of_r = of_row<T>(p, r, t, all_lanes<T>()) ? of_r : Vec<T>{};
+      if (p.two_sided) of_c = of_cols<T>(p, c, t, all_lanes<T>()) ? of_c : Vec<T>{};
+    }
+    Vec<T> g = vexp_bounded<T>(K::f(t, p.numbers) - p.numbers.middle) * (of_c + of_r);
     if (Masked) g = keep ? g : Vec<T>{};
     store(p.s + r * LD + c, g);
   }
@@ -294,22 +337,27 @@ template <class T> using PanelFunction = void (*)(const Panel<T>&);
 template <class T, class K> PanelFunction<T> linear_kind(const Sweep& s) {
   return s.gradient ? General<T, K, true>::run : General<T, K, false>::run;
 }
-template <class T, class K> PanelFunction<T> log_kind(const Sweep& s, bool keeps_factors) {
+template <class T, class K, bool Limited> PanelFunction<T> constant_shift(const Sweep& s) {
+  if (s.gradient) return ConstantShiftGradient<T, K, Limited>::run;
+  const bool moment = s.rows_of_terms[F_MOMENT] >= 0;
+  return moment ? ConstantShiftSums<T, K, true, false, Limited>::run : ConstantShiftSums<T, K, false, false, Limited>::run;
+}
+template <class T, class K> PanelFunction<T> log_kind(const Sweep& s, bool limited, bool keeps_factors) {
   const bool moment = s.rows_of_terms[F_MOMENT] >= 0;
   if (s.form == Form::ONLINE) return OnlineSums<T, K>::run;
   if (s.form != Form::CONSTANT) return linear_kind<T, K>(s);
-  if (s.gradient) return ConstantShiftGradient<T, K>::run;
-  if (keeps_factors) return moment ? ConstantShiftSums<T, K, true, true>::run : ConstantShiftSums<T, K, false, true>::run;
-  return moment ? ConstantShiftSums<T, K, true, false>::run : ConstantShiftSums<T, K, false, false>::run;
+  if (limited) return constant_shift<T, K, true>(s);
+  if (s.gradient || !keeps_factors) return constant_shift<T, K, false>(s);
+  return moment ? ConstantShiftSums<T, K, true, true, false>::run : ConstantShiftSums<T, K, false, true, false>::run;
 }
 
-template <class T> PanelFunction<T> panel_function(const Sweep& s, const KeptTile& kept) {
+template <class T> PanelFunction<T> panel_function(const Sweep& s, const RowVectors& v, const KeptTile& kept) {
   const bool factors = kept.what == Keep::FACTORS;
   if (s.form == Form::T_MAX) return Maximum<T>::run;
   if (factors && kept.filled) return KeptGradient<T>::run;
   return with_kind<T>(s, [&](auto kind) {
     using K = decltype(kind);
-    if constexpr (K::log) return log_kind<T, K>(s, factors);
+    if constexpr (K::log) return log_kind<T, K>(s, v.largest_t, factors);
     else return linear_kind<T, K>(s);
   });
 }

@@ -646,7 +646,7 @@ plant(
     ),
     (
         "constant α: per-negative weights are averaged",
-        "return n_neg if self._per_negative else 1.0",
+        "return n_neg if self.per_negative else 1.0",
         "return 1.0",
         blocked("triplet_contrastive()"),
     ),
@@ -1027,14 +1027,14 @@ plant(
     ),
     (
         "constant shift: the columns lose their sums",
-        "    col_f += e;\n",
+        "    col_f += of_c;\n",
         "",
         portable(DIRECT),
     ),
     (
         "constant shift: the columns' moment is about the row's origin",
-        "col_ft += e * (t - col_origin);",
-        "col_ft += e * (t - p.row.moment_origin[r]);",
+        "col_ft += of_c * (t - col_origin);",
+        "col_ft += of_c * (t - p.row.moment_origin[r]);",
         portable(DIRECT),
     ),
     (
@@ -1045,7 +1045,7 @@ plant(
     ),
     (
         "row maxima: the columns lose theirs",
-        "    col_best = largest<T>(t, col_best);\n",
+        "    col_best = largest<T>(of_c, col_best);\n",
         "",
         portable(SQUARE),
     ),
@@ -1063,8 +1063,8 @@ plant(
     ),
     (
         "constant shift: the columns' anchors do not weigh in the gradient",
-        "- p.numbers.middle) * (col_weight + p.row.row_weight[r]);",
-        "- p.numbers.middle) * (p.row.row_weight[r] + 0 * col_weight);",
+        "- p.numbers.middle) * (of_c + of_r);",
+        "- p.numbers.middle) * (of_r + 0 * of_c);",
         step_bits(),
     ),
     (
@@ -1521,5 +1521,55 @@ plant(
         "like.new_empty(count, -(-length // 4) * 4)[:, :length]",
         "like.new_empty(count, length)",
         f"tests/test_triton.py::test_alignment_does_not_change_with_the_batch_size[{SQUARE}]",
+    ),
+)
+GAP = "tests/test_max_gap.py::"
+plant(
+    "csrc/cpu/tile.h",
+    (
+        "max_gap: the columns' anchors have the rows' limit",
+        "return keep & ~(Mask<T>)(t > load(p.col.largest_t + c));",
+        "return keep & ~(Mask<T>)(t > broadcast<T>(p.row.largest_t[0]));",
+        f"{GAP}test_every_instruction_set[portable-infonce]",
+    ),
+    (
+        "max_gap: the gradient counts every pair",
+        "if (s.gradient) return ConstantShiftGradient<T, K, Limited>::run;",
+        "if (s.gradient) return ConstantShiftGradient<T, K, false>::run;",
+        f"{GAP}test_every_instruction_set[portable-infonce]",
+    ),
+    variant="portable",
+)
+plant(
+    "csrc/cpu/step.h",
+    (
+        "max_gap: an anchor without negatives has a loss",
+        "own(StepPlan::EMPTY)[x.at + r] = T(sums()[F * plan_.padded + x.at + r] == 0);",
+        "own(StepPlan::EMPTY)[x.at + r] = 0;",
+        f"{GAP}test_equals_reference[infonce(epsilon=0.0,temperature_scaled=True)]",
+    ),
+)
+plant(
+    "alphacl_fast/autograd.py",
+    (
+        "max_gap: the limit ignores the positive",
+        "None if call.max_gap is None else self.pos + call.max_gap",
+        "None if call.max_gap is None else 0 * self.pos + call.max_gap",
+        f"{GAP}test_equals_reference[{TRIPLET}]",
+    ),
+    (
+        "max_gap: all negatives are counted",
+        "self._n_neg, self._empty = count.clamp(min=1), count == 0",
+        "self._n_neg, self._empty = count * 0 + self.layout.n_neg, count == 0",
+        f"{GAP}test_equals_reference[alpha_entropy(alpha_eps=0.2,detach_alpha=True)]",
+    ),
+)
+plant(
+    "kernels/sweeps.py",
+    (
+        "max_gap: pairs below the limit are left out",
+        "x = tl.where(t > tl.expand_dims(side.largest_t[0], axis), other, x)",
+        "x = tl.where(t < tl.expand_dims(side.largest_t[0], axis), other, x)",
+        f"{GAP}test_an_infinite_gap_changes_nothing[triton]",
     ),
 )
