@@ -47,6 +47,7 @@ class Configuration(NamedTuple):
     learn_tau: bool = False
     symmetric: bool = False
     ids: bool = False
+    max_gap: float | None = None
     capabilities: tuple[int, ...] = CAPABILITIES
 
 
@@ -74,6 +75,8 @@ def configurations() -> list[Configuration]:
         Configuration("triplet", (), symmetric=True, **hopper),
         Configuration("infonce", (), ids=True, **hopper),
         Configuration("alpha_direct", through, ids=True, **hopper),
+        Configuration("infonce", (), max_gap=0.1, **hopper),
+        Configuration("alpha_direct", through, max_gap=0.1, **hopper),
     ]
     return [*plain, *(Configuration(*kind, **hopper) for kind in kinds), *forms]
 
@@ -118,6 +121,7 @@ def launches(c: Configuration, capability: int) -> Iterator[tuple[Any, tuple, An
             z1, z2, objective, temperature=tau.requires_grad_() if c.learn_tau else 0.5,
             precision=c.precision, negatives=c.negatives, backend="triton",
             ids=torch.arange(len(z1)) // 2 if c.ids else None,
+            max_gap=c.max_gap,
         )  # fmt: skip
     seen = set()
     for kernel, arguments, options in recorded:
