@@ -6,6 +6,7 @@ where a compiler exists. ALPHACL_CUDA does the same, where nvcc exists.
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,17 @@ from setuptools.command.build_py import build_py
 BACKENDS = ("cpu", "cuda")
 #: Packages whose modules are in a folder at the top; each has a stub in the package.
 AT_THE_TOP = {"alphacl_fast.kernels": "kernels", "alphacl_fast.benchmarks": "benchmarks"}
+
+
+def description() -> str:
+    """README.md with absolute links: a package index shows it without the other files."""
+    (repository,) = re.findall(r'^Repository = "(.+?)"', _read("pyproject.toml"), re.MULTILINE)
+    text = re.sub(r"!\[([^]]*)\]\((?!https?:)", rf"![\1]({repository}/raw/main/", _read("README.md"))
+    return re.sub(r"\]\((?!https?:|#)", f"]({repository}/blob/main/", text)
+
+
+def _read(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
 def builder(backend: str) -> Any:
@@ -107,6 +119,8 @@ class BuildCuda(Command):
 
 
 setup(
+    long_description=description(),
+    long_description_content_type="text/markdown",
     packages=[
         *("alphacl_fast", "alphacl_fast.backend", "alphacl_fast.compat", "alphacl_fast.train"),
         *AT_THE_TOP,

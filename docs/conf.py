@@ -14,7 +14,13 @@ from alphacl_fast import __version__ as release
 
 project = "alphacl_fast"
 author = "The alphacl_fast developers"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx-mathjax-offline",  # formulas are readable without a network
+]
 html_theme = "furo"
 html_title = f"{project} {release}"
 

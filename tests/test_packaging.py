@@ -121,6 +121,10 @@ def test_wheel_has_two_top_level_names(wheel):
         names = file.namelist()
         (scripts,) = (name for name in names if name.endswith("entry_points.txt"))
         assert "alphacl = alphacl_cli:main" in file.read(scripts).decode().splitlines()
+        (metadata,) = (name for name in names if name.endswith("METADATA"))
+        links = re.findall(r"\]\(([^)]+)\)", file.read(metadata).decode())
+        assert len(links) > 10
+        assert all(link.startswith(("https://", "#")) for link in links)
     top = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert top == {"alphacl_fast", "alphacl_cli.py"}
     assert {"alphacl_fast/kernels/README.md", "alphacl_fast/py.typed"} <= {*names}
