@@ -24,7 +24,9 @@ AT_THE_TOP = {"alphacl_fast.kernels": "kernels", "alphacl_fast.benchmarks": "ben
 def description() -> str:
     """README.md with absolute links: a package index shows it without the other files."""
     (repository,) = re.findall(r'^Repository = "(.+?)"', _read("pyproject.toml"), re.MULTILINE)
-    text = re.sub(r"!\[([^]]*)\]\((?!https?:)", rf"![\1]({repository}/raw/main/", _read("README.md"))
+    text = re.sub(
+        r"!\[([^]]*)\]\((?!https?:)", rf"![\1]({repository}/raw/main/", _read("README.md")
+    )
     return re.sub(r"\]\((?!https?:|#)", f"]({repository}/blob/main/", text)
 
 

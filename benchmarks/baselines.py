@@ -1,6 +1,7 @@
 """The baselines: eager PyTorch, torch.compile and other packages' losses, as (z1, z2) → scalar.
 
-Every baseline computes the same InfoNCE value in the modes that it supports.
+A baseline computes the same value as this package, for each task and mode that it supports. A task
+is InfoNCE or a loss outside the family of objectives (`TASKS`).
 """
 
 from __future__ import annotations
@@ -16,16 +17,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from alphacl_fast import MatryoshkaLoss, siglip_loss, supcon_loss
 from alphacl_fast.functional import alpha_cl_loss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Build = Callable[[str, float], Loss]  # (negatives, temperature) → loss
+
+#: Classes of the task "supcon", whose rows have the labels 0, 1, …, 9, 0, 1, ….
+CLASSES = 10
+#: Scale and bias of the task "siglip".
+SIGLIP = 10.0, -10.0
 
 
 class Baseline(NamedTuple):
-    """An InfoNCE implementation to compare with."""
+    """An implementation to compare with."""
 
-    build: Callable[[str, float], Loss]  # (negatives, temperature) → loss
-    modes: tuple[str, ...]  # values of ``negatives`` that it supports
+    builds: dict[str, Build]  # by task
+    modes: dict[str, tuple[str, ...]]  # values of ``negatives`` that it supports, by task
     package: str | None  # the package that its version comes from
     gpu_only: bool  # whether it has kernels, or a gradient, on GPUs only
 
@@ -33,14 +41,84 @@ class Baseline(NamedTuple):
 BASELINES: dict[str, Baseline] = {}
 
 
-def baseline(*modes: str, package: str | None = None, gpu_only: bool = False) -> Callable:
-    """Register a function (negatives, temperature) → loss as a baseline under its own name."""
+def baseline(
+    *modes: str,
+    package: str | None = None,
+    gpu_only: bool = False,
+    task: str = "infonce",
+    of: str | None = None,
+) -> Callable[[Build], Build]:
+    """Register a function (negatives, temperature) → loss for a task.
 
-    def register(build: Callable[[str, float], Loss]) -> Callable[[str, float], Loss]:
-        BASELINES[build.__name__] = Baseline(build, modes, package, gpu_only)
+    The baseline has the name ``of``, by default the function's.
+    """
+
+    def register(build: Build) -> Build:
+        name = of or build.__name__
+        found = BASELINES.setdefault(name, Baseline({}, {}, package, gpu_only))
+        found.builds[task], found.modes[task] = build, modes
         return build
 
     return register
+
+
+# --- the tasks beside InfoNCE ---------------------------------------------------------------------
+
+
+def labels(z: Tensor) -> Tensor:
+    """(2N,) labels of the stacked views: both views of a sample have its label."""
+    return (_rows(z) % CLASSES).repeat(2)
+
+
+def widths(dim: int) -> tuple[int, ...]:
+    """The widths of the task "matryoshka"."""
+    return tuple(width for width in (dim, dim // 2, dim // 4) if width)
+
+
+def _siglip(negatives: str, tau: float, backend: str) -> Loss:
+    scale, bias = SIGLIP
+    return lambda z1, z2: siglip_loss(z1, z2, scale=scale, bias=bias, backend=backend)
+
+
+def _supcon(negatives: str, tau: float, backend: str) -> Loss:
+    return lambda z1, z2: supcon_loss(
+        torch.cat([z1, z2]), labels(z1), temperature=tau, backend=backend
+    )
+
+
+def _dcl(negatives: str, tau: float, backend: str) -> Loss:
+    fixed = {"temperature": tau, "negatives": negatives, "backend": backend, "epsilon": 0.0}
+    return lambda z1, z2: alpha_cl_loss(z1, z2, "infonce", **fixed)
+
+
+def _matryoshka(negatives: str, tau: float, backend: str) -> Loss:
+    fixed = {"temperature": tau, "negatives": negatives, "backend": backend}
+
+    def loss(z1: Tensor, z2: Tensor) -> Tensor:
+        return MatryoshkaLoss(lambda a, b: alpha_cl_loss(a, b, **fixed), widths(z1.shape[1]))(
+            z1, z2
+        )
+
+    return loss
+
+
+class Task(NamedTuple):
+    """A loss of two views that is no objective of the family."""
+
+    ours: Callable[[str, float, str], Loss]  # (negatives, temperature, backend) → loss
+    modes: tuple[str, ...]
+
+
+#: SigLIP; SupCon with `CLASSES` labels; decoupled InfoNCE; InfoNCE on three widths of the features.
+TASKS = {
+    "siglip": Task(_siglip, ("cross_view",)),
+    "supcon": Task(_supcon, ("two_view",)),
+    "dcl": Task(_dcl, ("two_view",)),
+    "matryoshka": Task(_matryoshka, ("two_view", "cross_view")),
+}
+
+
+# --- the baselines --------------------------------------------------------------------------------
 
 
 def _normalized(*views: Tensor) -> list[Tensor]:
@@ -76,12 +154,105 @@ def compiled(negatives: str, tau: float) -> Loss:
     return lambda z1, z2: function(z1, z2, negatives, tau)
 
 
+def _siglip_dense(z1: Tensor, z2: Tensor, scale: float, bias: float) -> Tensor:
+    a, b = _normalized(z1, z2)
+    y = a @ b.t() * scale + bias
+    sign = 2 * torch.eye(len(a), dtype=y.dtype, device=y.device) - 1
+    return -F.logsigmoid(sign * y).sum() / len(a)
+
+
+def _supcon_dense(z1: Tensor, z2: Tensor, tau: float) -> Tensor:
+    z, ids = F.normalize(torch.cat([z1, z2]), dim=1), labels(z1)
+    logits = (z @ z.t() / tau).fill_diagonal_(float("-inf"))
+    positive = ids[:, None] == ids
+    positive.fill_diagonal_(False)
+    log_share = logits - logits.logsumexp(1, keepdim=True)
+    mean = log_share.masked_fill(~positive, 0.0).sum(1) / positive.sum(1)
+    return -mean.mean()
+
+
+def _matryoshka_dense(z1: Tensor, z2: Tensor, negatives: str, tau: float) -> Tensor:
+    cuts = [(z1[:, :width], z2[:, :width]) for width in widths(z1.shape[1])]
+    return torch.stack([_infonce(a, b, negatives, tau) for a, b in cuts]).sum()
+
+
+def _dcl_dense(z1: Tensor, z2: Tensor, tau: float) -> Tensor:
+    z, n = F.normalize(torch.cat([z1, z2]), dim=1), len(z1)
+    logits = z @ z.t() / tau
+    positive = logits.diagonal(n)
+    logits = logits.fill_diagonal_(float("-inf"))
+    logits = logits.masked_fill(torch.eye(2 * n, device=z.device).roll(n, 0) > 0, float("-inf"))
+    return (logits.logsumexp(1) - positive.repeat(2)).mean()
+
+
+@baseline("cross_view", task="siglip", of="eager")
+def eager_siglip(negatives: str, tau: float) -> Loss:
+    return lambda z1, z2: _siglip_dense(z1, z2, *SIGLIP)
+
+
+@baseline("two_view", task="supcon", of="eager")
+def eager_supcon(negatives: str, tau: float) -> Loss:
+    return lambda z1, z2: _supcon_dense(z1, z2, tau)
+
+
+@baseline("two_view", task="dcl", of="eager")
+def eager_dcl(negatives: str, tau: float) -> Loss:
+    return lambda z1, z2: _dcl_dense(z1, z2, tau)
+
+
+@baseline("two_view", "cross_view", task="matryoshka", of="eager")
+def eager_matryoshka(negatives: str, tau: float) -> Loss:
+    return lambda z1, z2: _matryoshka_dense(z1, z2, negatives, tau)
+
+
+def _compiled(task: str) -> Build:
+    """The eager implementation of a task through torch.compile."""
+
+    def build(negatives: str, tau: float) -> Loss:
+        torch.compiler.reset()
+        return torch.compile(BASELINES["eager"].builds[task](negatives, tau), dynamic=False)
+
+    return build
+
+
+for _task, _found in TASKS.items():
+    baseline(*_found.modes, task=_task, of="compiled")(_compiled(_task))
+
+
 @baseline("two_view", package="lightly")
 def lightly(negatives: str, tau: float) -> Loss:
     """NTXentLoss."""
     from lightly.loss import NTXentLoss
 
     return NTXentLoss(temperature=tau)
+
+
+@baseline("two_view", package="lightly", task="dcl", of="lightly")
+def lightly_dcl(negatives: str, tau: float) -> Loss:
+    """DCLLoss."""
+    from lightly.loss import DCLLoss
+
+    return DCLLoss(temperature=tau)
+
+
+@baseline(
+    "two_view", package="pytorch-metric-learning", task="supcon", of="pytorch_metric_learning"
+)
+def pytorch_metric_learning_supcon(negatives: str, tau: float) -> Loss:
+    """SupConLoss."""
+    from pytorch_metric_learning.losses import SupConLoss
+
+    loss = SupConLoss(temperature=tau)
+    return lambda z1, z2: loss(torch.cat([z1, z2]), labels(z1))
+
+
+@baseline("two_view", package="pytorch-metric-learning")
+def pytorch_metric_learning_ntxent(negatives: str, tau: float) -> Loss:
+    """NTXentLoss, with a label for each pair."""
+    from pytorch_metric_learning.losses import NTXentLoss
+
+    loss = NTXentLoss(temperature=tau)
+    return lambda z1, z2: loss(torch.cat([z1, z2]), _rows(z1).repeat(2))
 
 
 @baseline("two_view", package="pytorch-metric-learning")
@@ -188,6 +359,31 @@ def open_clip(negatives: str, tau: float) -> Loss:
     return lambda z1, z2: loss(*_normalized(z1, z2), 1 / tau)
 
 
+@baseline("cross_view", package="open_clip_torch", task="siglip", of="open_clip")
+def open_clip_siglip(negatives: str, tau: float) -> Loss:
+    """SigLipLoss, on normalised rows as in SigLIP."""
+    from open_clip.loss import SigLipLoss
+
+    loss = SigLipLoss()
+    return lambda z1, z2: loss(*_normalized(z1, z2), *SIGLIP)
+
+
+@baseline("cross_view", package="memeff", gpu_only=True)
+def memeff(negatives: str, tau: float) -> Loss:
+    """MemoryEfficientCLIPLoss with the gradient of its value (stable=False)."""
+    from memeff import MemoryEfficientCLIPLoss
+
+    return MemoryEfficientCLIPLoss(temperature=tau, stable=False)
+
+
+@baseline("cross_view", package="memeff", gpu_only=True)
+def memeff_stable(negatives: str, tau: float) -> Loss:
+    """The same with its default stable=True, whose gradient has another scale."""
+    from memeff import MemoryEfficientCLIPLoss
+
+    return MemoryEfficientCLIPLoss(temperature=tau)
+
+
 @baseline("cross_view", package="info-nce-pytorch")
 def info_nce(negatives: str, tau: float) -> Loss:
     """InfoNCE, in both directions."""
@@ -250,17 +446,19 @@ def missing(name: str) -> str | None:
     """Say why an implementation cannot run here: it is not installed, or too old."""
     if name in PACKAGES:
         try:
-            BASELINES[name].build(BASELINES[name].modes[0], 0.5)
+            found = BASELINES[name]
+            for task, build in found.builds.items():
+                build(found.modes[task][0], 0.5)
         except (ImportError, AttributeError, TypeError) as error:
             return str(error)
     return None
 
 
 def serves(name: str, objective: str, negatives: str) -> bool:
-    """Whether a baseline or backend computes this objective in this mode."""
+    """Whether a baseline or backend computes this objective or task in this mode."""
     if name not in BASELINES:
-        return True
-    return objective == "infonce" and negatives in BASELINES[name].modes
+        return objective not in TASKS or negatives in TASKS[objective].modes
+    return negatives in BASELINES[name].modes.get(objective, ())
 
 
 def make(name: str, objective: str, negatives: str, tau: float) -> Loss:
@@ -268,7 +466,7 @@ def make(name: str, objective: str, negatives: str, tau: float) -> Loss:
 
     Args:
         name: a baseline, or a backend of this package.
-        objective: name of an objective; baselines compute "infonce" only.
+        objective: name of an objective or task; baselines compute "infonce" and some tasks.
         negatives: "two_view", "one_view" or "cross_view".
         tau: temperature.
 
@@ -276,11 +474,12 @@ def make(name: str, objective: str, negatives: str, tau: float) -> Loss:
         ValueError: the baseline does not compute this objective in this mode.
     """
     if not serves(name, objective, negatives):
-        modes = " or ".join(BASELINES[name].modes)
-        raise ValueError(
-            f"{name} must be asked for infonce in {modes}, got {objective}, {negatives}"
-        )
+        modes = BASELINES[name].modes if name in BASELINES else {objective: TASKS[objective].modes}
+        known = "; ".join(f"{task} in {' or '.join(where)}" for task, where in modes.items())
+        raise ValueError(f"{name} must be asked for {known}, got {objective}, {negatives}")
     if name in BASELINES:
-        return BASELINES[name].build(negatives, tau)
+        return BASELINES[name].builds[objective](negatives, tau)
+    if objective in TASKS:
+        return TASKS[objective].ours(negatives, tau, name)
     fixed = {"temperature": tau, "negatives": negatives, "backend": name}
     return lambda z1, z2: alpha_cl_loss(z1, z2, objective, **fixed)

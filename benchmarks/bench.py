@@ -25,7 +25,7 @@ from alphacl_fast import journal, objectives, ops
 from alphacl_fast.functional import NEGATIVES
 
 from . import loss, memory, report
-from .baselines import BASELINES, missing, serves
+from .baselines import BASELINES, TASKS, missing, serves
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 #: A dense loss may hold this many n×n matrices of float32; it is skipped if they do not fit.
@@ -142,9 +142,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         ("dtype", _list(str, DTYPES), "float32", f"out of {', '.join(DTYPES)}"),
         (
             "objective",
-            _list(str, objectives.names()),
+            _list(str, (*objectives.names(), *TASKS)),
             "infonce",
-            "names of objectives; baselines compute infonce only",
+            f"names of objectives, or out of {', '.join(TASKS)}; baselines compute infonce and "
+            "these",
         ),
         ("negatives", _list(str, NEGATIVES), "two_view", f"out of {', '.join(NEGATIVES)}"),
         (
@@ -186,7 +187,7 @@ def run(given: argparse.Namespace, fail: Callable[[str], Any], say: Callable[[st
         name, _, own = contestant.partition("/")
         if name not in known:
             fail(f"--contestants must be of {', '.join(sorted(known))}, got {name!r}")
-        if own and own not in objectives.names():
+        if own and own not in (*objectives.names(), *TASKS):
             fail(f"--contestants: {own!r} is no objective")
     for flag, least in (("n", 4), ("dim", 1), ("repeats", 1)):
         if min(getattr(given, flag)) < least:

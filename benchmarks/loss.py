@@ -33,7 +33,7 @@ from alphacl_fast.accuracy import matmul_precision, structured_rows
 from alphacl_fast.backend import cpu
 from alphacl_fast.journal import Row
 
-from .baselines import BASELINES, Loss, make, missing
+from .baselines import BASELINES, TASKS, Loss, make, missing
 
 GEMM = 4096
 
@@ -200,7 +200,8 @@ def _solved(setting: Setting, device: torch.device) -> tuple[tuple[Tensor, ...],
     """Draw views, and compute `scaled_gradient` on them in float64."""
     views = setting.views(device)
     wide = [z.detach().double().requires_grad_() for z in views]
-    exact = setting.loss("blocked" if setting.n > 4096 else "reference")
+    blocked = setting.n > 4096 or setting.objective in TASKS
+    exact = setting.loss("blocked" if blocked else "reference")
     return views, scaled_gradient(exact, *wide)
 
 

@@ -199,10 +199,11 @@ def tables(rows: list[Row]) -> str:
 def by_objective(rows: list[Row]) -> tuple[list[Row], list[str]]:
     """Rows of objectives that the package alone computes, and their tables beside InfoNCE."""
     keys = tuple(key for key in SHARED if key != "objective")
+    compared = {row["objective"] for row in rows if row["contestant"] not in OURS}
     alone: list[Row] = []
     lines: list[str] = []
     for those in groups(rows, "loss+gradient", ("contestant", *keys)).values():
-        others = [row for row in those if row["objective"] != "infonce"]
+        others = [row for row in those if row["objective"] not in {"infonce", *compared}]
         sizes = {row["n"] for row in others}
         bases = [row for row in those if row["objective"] == "infonce" and row["n"] in sizes]
         name = those[0]["contestant"]

@@ -109,7 +109,7 @@ def test_baselines_compute_the_same_loss(name):
         pytest.skip(baselines.missing(name))
     if name == "keops":
         pytest.skip("compiles for a minute")
-    for negatives in baselines.BASELINES[name].modes:
+    for negatives in baselines.BASELINES[name].modes["infonce"]:
         setting = loss.Setting(96, 16, negatives=negatives, tau=0.2)
         function = baselines.make(name, "infonce", negatives, 0.2)
         assert loss.gradient_error(function, setting, CPU) < 1e-5
@@ -355,3 +355,26 @@ def test_documents_show_the_rows():
         report.filled("nothing", ["a", "b"])
     with pytest.raises(ValueError, match="not closed"):
         report.filled(f"{report.BEGIN} x", ["a"])
+
+
+@pytest.mark.parametrize("task", [*baselines.TASKS])
+def test_every_implementation_of_a_task_has_the_same_gradient(task):
+    """And value; torch.compile's implementations are the eager ones."""
+    for negatives in baselines.TASKS[task].modes:
+        setting = loss.Setting(n=96, dim=16, objective=task, negatives=negatives, tau=0.3)
+        views = setting.views(CPU)
+        truth = setting.loss("blocked")(*[z.double() for z in views]).item()
+        names = [n for n in ("cpu", *baselines.BASELINES) if n != "compiled"]
+        able = [n for n in names if baselines.serves(n, task, negatives)]
+        here = [n for n in able if not baselines.missing(n)]
+        assert "eager" in here
+        for name in here:
+            assert loss.checked(name, setting, CPU, loss.Effort())[1]["status"] == "ok", name
+            assert setting.loss(name)(*views).item() == pytest.approx(truth, rel=1e-5)
+
+
+def test_a_task_is_refused_in_another_mode():
+    with pytest.raises(ValueError, match="cpu must be asked for siglip in cross_view, got siglip"):
+        baselines.make("cpu", "siglip", "two_view", 0.5)
+    with pytest.raises(ValueError, match="lightly must be asked for infonce in two_view; dcl in"):
+        baselines.make("lightly", "siglip", "cross_view", 0.5)
