@@ -233,31 +233,47 @@ def figure(path: Path, rows: int, columns: int, width: float, height: float) -> 
     pyplot.close(drawn)
 
 
-def plot(rows: list[Row], path: Path) -> bool:
-    """Plot time and peak memory against n, one column per mode; False below two sizes."""
+#: The package's own lines; those of baselines are thinner, and have the other colours.
+OWN_STYLE = {
+    "cpu": {"color": "black", "linewidth": 3.2, "zorder": 3},
+    "cuda": {"color": "black", "linewidth": 3.2, "zorder": 3},
+    "triton": {"color": "dimgray", "linewidth": 2.6, "zorder": 3},
+    "blocked": {"color": "gray", "linewidth": 1.8, "linestyle": "--"},
+}
+
+
+def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Choose how the line of each implementation looks."""
     from matplotlib import colormaps
 
+    others = sorted({*names} - {*OWN_STYLE})
+    drawn = {
+        name: {"color": colormaps["tab10"](k % 10), "linewidth": 1.2}
+        for k, name in enumerate(others)
+    }
+    return {
+        name: {"marker": "o", "markersize": 3, **style}
+        for name, style in {**drawn, **OWN_STYLE}.items()
+    }
+
+
+def plot(rows: list[Row], path: Path) -> bool:
+    """Plot time and peak memory against n, one column per mode; False below two sizes."""
     timed = groups(rows, "loss+gradient")
     timed = {key: those for key, those in timed.items() if len({row["n"] for row in those}) > 1}
     if not timed:
         return False
     remembered = groups(rows, "memory")
-    names = {row["contestant"] for those in timed.values() for row in those}
-    order = sorted(names, key=lambda name: (name not in OURS, name))
+    style = styles(row["contestant"] for those in timed.values() for row in those)
     with figure(path, 2, len(timed), 5.2, 3.8) as axes:
         for (time, memory), (key, those) in zip(axes.T, timed.items(), strict=True):
             peaks = curves(remembered.get(key, []), "peak_extra_bytes")
             for name, points in curves(those, "median_in_gemms").items():
-                style = {
-                    "color": colormaps["tab20"](order.index(name) % 20), "marker": "o",
-                    "markersize": 3,
-                    "linewidth": 2.2 if name in OURS else 1,
-                }  # fmt: skip
                 power = fitted_power(points)
                 label = f"{name}, n^{power:.2f}" if power is not None else name
-                time.loglog(points.keys(), points.values(), label=label, **style)
+                time.loglog(points.keys(), points.values(), label=label, **style[name])
                 used = {n: peak / 1e6 for n, peak in peaks.get(name, {}).items() if peak}
-                memory.loglog(used.keys(), used.values(), **style)
+                memory.loglog(used.keys(), used.values(), **style[name])
             title, unit = problem(those[0]).replace("`", ""), "relative to a 4096³ GEMM"
             time.set(title=title, ylabel=f"loss + gradient, {unit}")
             memory.set(
@@ -267,6 +283,37 @@ def plot(rows: list[Row], path: Path) -> bool:
                 axis.grid(alpha=0.3)
             time.legend(fontsize=7)
     return True
+
+
+#: What the picture of the README shows, with its labels.
+SHOWN = {
+    "cpu": "alphacl_fast", "eager": "eager PyTorch", "compiled": "torch.compile",
+    "lightly": "lightly", "pytorch_metric_learning": "pytorch-metric-learning",
+}  # fmt: skip
+
+
+def overview(rows: list[Row], path: Path) -> None:
+    """Plot run time relative to this package, and peak memory, of two_view InfoNCE against n."""
+    fixed = {"dim": 128, "dtype": "float32", "objective": "infonce", "negatives": "two_view"}
+    those = [row for row in rows if fixed.items() <= row.items() and row["contestant"] in SHOWN]
+    times = curves([row for row in those if row["benchmark"] == "loss+gradient"], "median_in_gemms")
+    peaks = curves([row for row in those if row["benchmark"] == "memory"], "peak_extra_bytes")
+    style = styles(SHOWN)
+    with figure(path, 1, 2, 4.6, 3.4) as axes:
+        time, memory = axes[0]
+        for name, label in SHOWN.items():
+            points = {n: t / times["cpu"][n] for n, t in times.get(name, {}).items()}
+            time.loglog(points.keys(), points.values(), label=label, **style[name])
+            used = {n: peak / 1e6 for n, peak in peaks.get(name, {}).items() if peak}
+            memory.loglog(used.keys(), used.values(), label=label, **style[name])
+        time.set(xlabel="n = 2N rows", ylabel="run time / alphacl_fast's")
+        memory.set(xlabel="n = 2N rows", ylabel="peak memory, MB")
+        ticks = [1, 2, 5, 10, 20, 50]
+        time.set_yticks(ticks, map(str, ticks))
+        time.set_yticks([], minor=True)
+        for axis in (time, memory):
+            axis.grid(alpha=0.3)
+        memory.legend(fontsize=8, loc="upper left")
 
 
 def write(rows: list[Row], out: Path) -> list[Path]:
@@ -379,10 +426,9 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"--- {file.name}\n" + "\n".join(parts))
     if given.write:
         calls = newest_machine([row for row in rows if row["benchmark"] != "training"])
-        plot(
-            [row for row in calls if row["dim"] == 128 and row["dtype"] == "float32"],
-            ROOT / "docs" / "benchmarks.png",
-        )
+        drawn = [row for row in calls if row["dim"] == 128 and row["dtype"] == "float32"]
+        plot([row for row in drawn if row["objective"] == "infonce"], ROOT / "docs/benchmarks.png")
+        overview(drawn, ROOT / "docs/overview.png")
 
 
 if __name__ == "__main__":
