@@ -313,7 +313,8 @@ def overview(rows: list[Row], path: Path) -> None:
         time.set_yticks([], minor=True)
         for axis in (time, memory):
             axis.grid(alpha=0.3)
-        memory.legend(fontsize=8, loc="upper left")
+        lines = time.get_legend_handles_labels()
+        time.figure.legend(*lines, loc="outside upper center", ncols=len(SHOWN), fontsize=8)
 
 
 def write(rows: list[Row], out: Path) -> list[Path]:
