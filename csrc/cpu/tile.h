@@ -291,6 +291,48 @@ template <class T, class K, bool Gradient> struct General {
   }
 };
 
+// The weights ∂f/∂x of a linear kind with no sums, with Σf, or with Σf, Σ∂f/∂x and its moment: what
+// `General` computes, without its choices inside the loop, so that f and ∂f/∂x share their
+// exponential.
+enum class Sums { NONE, VALUE, VALUE_AND_SLOPE };
+template <class T, class K, Sums SUMS> struct SlopeGradient {
+  const Panel<T>& p;
+  Vec<T> f[PANEL_ROWS] = {}, df[PANEL_ROWS] = {}, moment[PANEL_ROWS] = {};
+  ALPHACL_INLINE void begin(int64_t) {}
+  ALPHACL_INLINE void end(int64_t) {}
+  static ALPHACL_INLINE void add(T* to, Vec<T> x) { store(to, load(to) + x); }
+
+  template <bool Masked> ALPHACL_INLINE void pair(int r, int64_t c, Vec<T> t, Mask<T> keep) {
+    const Vec<T> zero{};
+    Vec<T> x = (t - p.row.shift[r]) + p.row.argument_offset[r];
+    Vec<T> value = K::f(x, p.numbers), slope = K::df(x, p.numbers);
+    if (Masked) value = keep ? value : zero, slope = keep ? slope : zero;
+    if constexpr (SUMS != Sums::NONE) f[r] += value;
+    if constexpr (SUMS == Sums::VALUE_AND_SLOPE) df[r] += slope, moment[r] += slope * (t - p.row.moment_origin[r]);
+    Vec<T> g = slope * p.row.row_weight[r];
+    if (p.two_sided) {
+      x = (t - load(p.col.shift + c)) + load(p.col.argument_offset + c);
+      value = K::f(x, p.numbers), slope = K::df(x, p.numbers);
+      if (Masked) value = keep ? value : zero, slope = keep ? slope : zero;
+      if (p.col_terms) {
+        if constexpr (SUMS != Sums::NONE) add(p.col_sums[F] + c, value);
+        if constexpr (SUMS == Sums::VALUE_AND_SLOPE) {
+          add(p.col_sums[DF] + c, slope);
+          add(p.col_sums[DF_MOMENT] + c, slope * (t - load(p.col.moment_origin + c)));
+        }
+      }
+      g += slope * load(p.col.row_weight + c);
+    }
+    store(p.s + r * LD + c, g);
+  }
+  static __attribute__((noinline)) void run(const Panel<T>& p) {
+    SlopeGradient op{p};
+    for_pairs<T>(p, op);
+    if constexpr (SUMS != Sums::NONE) add_rows<T>(p, F, op.f);
+    if constexpr (SUMS == Sums::VALUE_AND_SLOPE) add_rows<T>(p, DF, op.df), add_rows<T>(p, DF_MOMENT, op.moment);
+  }
+};
+
 // g_ij + g_ji = exp(log f − constant_shift)·(row_weight_i + row_weight_j); rows that are no anchors
 // have weight 0
 template <class T, class K, bool Limited> struct ConstantShiftGradient {
@@ -334,8 +376,17 @@ template <class T> struct KeptGradient {
 
 template <class T> using PanelFunction = void (*)(const Panel<T>&);
 
-template <class T, class K> PanelFunction<T> linear_kind(const Sweep& s) {
+template <class T, class K> PanelFunction<T> any_kind(const Sweep& s) {
   return s.gradient ? General<T, K, true>::run : General<T, K, false>::run;
+}
+template <class T, class K> PanelFunction<T> linear_kind(const Sweep& s, bool limited) {
+  if (!s.gradient || s.weight != WEIGHT_DF || limited) return any_kind<T, K>(s);
+  int wanted = 0;  // a bit for each term
+  for (int k = 0; k < TERM_COUNT; k++) wanted |= (s.rows_of_terms[k] >= 0) << k;
+  if (wanted == 0) return SlopeGradient<T, K, Sums::NONE>::run;
+  if (wanted == 1 << F) return SlopeGradient<T, K, Sums::VALUE>::run;
+  if (wanted == (1 << F | 1 << DF | 1 << DF_MOMENT)) return SlopeGradient<T, K, Sums::VALUE_AND_SLOPE>::run;
+  return any_kind<T, K>(s);
 }
 template <class T, class K, bool Limited> PanelFunction<T> constant_shift(const Sweep& s) {
   if (s.gradient) return ConstantShiftGradient<T, K, Limited>::run;
@@ -345,7 +396,7 @@ template <class T, class K, bool Limited> PanelFunction<T> constant_shift(const 
 template <class T, class K> PanelFunction<T> log_kind(const Sweep& s, bool limited, bool keeps_factors) {
   const bool moment = s.rows_of_terms[F_MOMENT] >= 0;
   if (s.form == Form::ONLINE) return OnlineSums<T, K>::run;
-  if (s.form != Form::CONSTANT) return linear_kind<T, K>(s);
+  if (s.form != Form::CONSTANT) return any_kind<T, K>(s);
   if (limited) return constant_shift<T, K, true>(s);
   if (s.gradient || !keeps_factors) return constant_shift<T, K, false>(s);
   return moment ? ConstantShiftSums<T, K, true, true, false>::run : ConstantShiftSums<T, K, false, true, false>::run;
@@ -358,7 +409,7 @@ template <class T> PanelFunction<T> panel_function(const Sweep& s, const RowVect
   return with_kind<T>(s, [&](auto kind) {
     using K = decltype(kind);
     if constexpr (K::log) return log_kind<T, K>(s, v.largest_t, factors);
-    else return linear_kind<T, K>(s);
+    else return linear_kind<T, K>(s, v.largest_t);
   });
 }
 

@@ -1523,6 +1523,22 @@ plant(
         f"tests/test_triton.py::test_alignment_does_not_change_with_the_batch_size[{SQUARE}]",
     ),
 )
+plant(
+    "csrc/cpu/tile.h",
+    (
+        "slopes: the columns' anchors have the rows' shift",
+        "x = (t - load(p.col.shift + c)) + load(p.col.argument_offset + c);\n      value",
+        "x = (t - p.row.shift[r]) + load(p.col.argument_offset + c);\n      value",
+        portable(TRIPLET),
+    ),
+    (
+        "slopes: an excluded pair has a weight",
+        "if (Masked) value = keep ? value : zero, slope = keep ? slope : zero;\n    if constexpr",
+        "if (Masked) value = keep ? value : zero;\n    if constexpr",
+        portable(TRIPLET),
+    ),
+    variant="portable",
+)
 GAP = "tests/test_max_gap.py::"
 plant(
     "csrc/cpu/tile.h",
