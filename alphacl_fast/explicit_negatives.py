@@ -30,9 +30,10 @@ from .bundles import Rows, accumulation_dtype
 from .call import BoundCall, Call, Layout, SameId, without_autocast
 from .distributed import ProcessGroup
 from .objectives import ClosedForm, Objective
+from .one_operator import one_operator
 
 
-@torch.compiler.disable  # only the loss of two views is a compiled operator
+@one_operator("z", "negatives")
 def loss_against(
     z: Tensor,
     negatives: Tensor | None,
@@ -57,8 +58,8 @@ def loss_against(
     Args:
         z: (N, D) anchors, N ≥ 1, float32, float64, bfloat16 or float16. Rows are used as given:
             normalise them for cosine similarity.
-        negatives: (M, D) with the dtype and device of z, M ≥ 1. None: the other rows of z; the only
-            row has loss 0 and no gradient.
+        negatives: (M, D) on the device of z, M ≥ 1; rows of two dtypes are promoted to one. None:
+            the other rows of z; the only row has loss 0 and no gradient.
         positive: (N,) similarity t⁺ of every anchor with its positive, float32 (float64 for float64
             z).
         objective: a name listed by `alphacl_fast.objectives.names`, or an `Objective`; d² = 1 − t.
@@ -120,7 +121,6 @@ def loss_against(
     return call.reduce(_row_losses(given, call))
 
 
-@torch.compiler.disable
 def against_unit_rows(
     z: Tensor,
     negatives: Tensor | None,

@@ -444,7 +444,7 @@ def alpha_summary(
         hardest=which,
         hardest_distance=nearest,
         hardest_alpha=of_nearest,
-        edges=torch.linspace(low, high, bins + 1, dtype=torch.float64),
+        edges=torch.linspace(low, high, bins + 1, dtype=torch.float64, device="cpu"),
         pairs=pairs,
         mass=mass,
         positive_similarity=solved.positive.mean().item(),

@@ -166,7 +166,8 @@ def random_weights(widths: Sequence[int], norm: str, seeds: Sequence[int]) -> li
     weights = []
     for layer, (fan_in, fan_out) in enumerate(pairwise(widths)):
         generators = (torch.Generator().manual_seed(1000 * seed + layer) for seed in seeds)
-        draws = [torch.randn(fan_out, fan_in, dtype=torch.float64, generator=g) for g in generators]
+        made = {"dtype": torch.float64, "device": "cpu"}
+        draws = [torch.randn(fan_out, fan_in, generator=g, **made) for g in generators]
         weights.append(normalize(torch.stack(draws), norm))
     return weights
 

@@ -218,6 +218,7 @@ native
 autograd
 distributed compiled_op eager
 functional same_id shared_rows
+one_operator
 explicit_negatives matryoshka metrics plan tune verify accuracy
 pair_weights supcon
 loss siglip zoo theory compat.lightly compat.open_clip compat.pytorch_metric_learning
