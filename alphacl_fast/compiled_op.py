@@ -90,10 +90,16 @@ def loss(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, ids: Tensor | Non
 
 def refuse_to_export(objective: Objective) -> None:
     """Raises ValueError where torch.export meets a user's object."""
-    if torch.compiler.is_exporting() and is_of_this_process(objective.key):
+    _refuse_to_export(objective.key, objective.name)
+
+
+@torch.compiler.assume_constant_result  # for dynamo every graph is exported
+def _refuse_to_export(key: str, name: str) -> None:
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.4
+    if is_of_this_process(key) and exporting():
         raise ValueError(
-            f"torch.export takes named objectives only ({', '.join(names())}), got {objective}: "
-            "an exported file holds a name and options, and no function of yours"
+            f"torch.export must have a named objective ({', '.join(names())}), got {name} of your "
+            "own functions: an exported file holds a name and options, and no Python code"
         )
 
 

@@ -42,6 +42,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .bundles import MOST_PARAMETERS, Dtype, Form, Gradient, Rows, Term, Weight
 from .graph import Branching
@@ -389,6 +390,10 @@ class _CustomFunction:
 
     def check(self) -> None:
         """Raises ValueError unless the function is elementwise and differentiable."""
+        with unset_fake_temporarily():  # the values of the probe count
+            self._check()
+
+    def _check(self) -> None:
         probe = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64, device="cpu").view(2, 3)
         try:
             with torch.enable_grad():
@@ -1059,7 +1064,8 @@ class MinPlayer(Objective):
         self.kind = self.functions[0].key
         self.name, self.options = "MinPlayer", {"h": h, "detach_alpha": detach_alpha}
         self._configure(**_checked("MinPlayer", {"detach_alpha": detach_alpha}))
-        self._numeric_inverse(1.0)
+        with unset_fake_temporarily():
+            self._numeric_inverse(1.0)
 
     def _configure(self, detach_alpha: bool) -> None:
         self.detach_alpha = detach_alpha

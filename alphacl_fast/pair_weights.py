@@ -85,6 +85,7 @@ class Importances:
             raise ValueError(f"backend must not be 'reference' with max_gap={call.max_gap:g}")
         if isinstance(temperature, Tensor):
             temperature = temperature.detach()
+        z1, z2 = functional.of_one_dtype(z1, z2)
         functional.check_embeddings(z1, z2, call.objective.fewest_pairs)
         tau, call, _ = functional.bind(z1, z2, temperature, call)
         self.call = call

@@ -909,27 +909,8 @@ class ISogCLR(nn.Module):
 
     def _log_mean(self, x: Tensor, y: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
         """log mean_j exp(Δ_ij/τ_i), and its derivative in τ_i as a constant."""
-        places = torch.arange(len(x), device=x.device)
-
-        def log_mean(x: Tensor, y: Tensor, tau: Tensor) -> Tensor:
-            scaled = x / tau[:, None]  # so that each anchor has its own temperature
-            losses = loss_against(
-                scaled,
-                y,
-                (scaled * y).sum(1),
-                _LOG_SUM,
-                temperature=1.0,
-                ids=places,
-                negative_ids=places,
-                reduction="none",
-                backend=self.backend,
-            )
-            return losses - math.log(len(x) - 1)
-
-        with torch.enable_grad():
-            leaf = tau.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(log_mean(x.detach(), y.detach(), leaf).sum(), leaf)
-        return log_mean(x, y, tau), slope
+        log_mean, slope = log_mean_and_slope(x, y, tau, self.backend)
+        return log_mean, slope.detach()
 
     def extra_repr(self) -> str:
         """Every setting."""
@@ -937,6 +918,34 @@ class ISogCLR(nn.Module):
             f"{self.n_samples}, temperature_range={self.range}, rho={self.rho:g}, "
             f"gamma={self.gamma:g}, step={self.step:g}, momentum={self.share:g}"
         )
+
+
+@one_operator("x", "y", losses=lambda n: (2, n))
+def log_mean_and_slope(x: Tensor, y: Tensor, tau: Tensor, backend: str) -> Tensor:
+    """(2, N) log mean_j exp(s_ij − s_ii)/τ_i) of unit rows, and its derivative in τ_i (N,).
+
+    The derivative is a constant.
+    """
+    places = torch.arange(len(x), device=x.device)
+
+    def log_mean(x: Tensor, y: Tensor, tau: Tensor) -> Tensor:
+        losses = loss_against(
+            x,
+            y,
+            (x * y).sum(1),
+            _LOG_SUM,
+            temperature=tau,
+            ids=places,
+            negative_ids=places,
+            reduction="none",
+            backend=backend,
+        )
+        return losses - math.log(len(x) - 1)
+
+    with torch.enable_grad():
+        leaf = tau.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(log_mean(x.detach(), y.detach(), leaf).sum(), leaf)
+    return torch.stack([log_mean(x, y, tau), slope])
 
 
 def _running(log_u: Tensor, log_mean: Tensor, gamma: float) -> Tensor:
