@@ -313,3 +313,72 @@ def test_jit_trace_is_refused():
         loss(*pair(6, 5))  # a call like it is prepared
         with pytest.raises(TypeError, match=r"torch\.jit\.trace, which sees none"):
             torch.jit.trace(loss, pair(6, 5))
+
+
+# --- gradients of gradients, and many at once -----------------------------------------------------
+
+
+def _weighable():
+    """Losses that are one number, and whose gradient is linear in a weight."""
+    return {
+        "infonce": lambda a, b: alpha_cl_loss(a, b),
+        "sum": lambda a, b: alpha_cl_loss(a, b, "alpha_square", reduction="sum"),
+        "dot": lambda a, b: alpha_cl_loss(a, b, "alpha_direct", similarity="dot"),
+        "uniform": lambda a, b: alpha_cl_loss(a, b, "uniform"),
+        "custom": lambda a, b: alpha_cl_loss(a, b, _CUSTOM),
+        "siglip": lambda a, b: siglip_loss(a, b),
+    }
+
+
+@pytest.mark.parametrize("name", list(_weighable()))
+def test_derivative_of_a_gradient_in_a_loss_weight(name):
+    """As in GradNorm: ∂‖∂(w²·L)/∂z‖²/∂w = 4·w³·‖∂L/∂z‖². The second derivative in z raises."""
+    loss, w = _weighable()[name], torch.tensor(1.3).double().requires_grad_()
+    z1, z2 = (z.requires_grad_() for z in pair(6, 5))
+    (plain,) = torch.autograd.grad(loss(z1, z2), z1)
+    (dz,) = torch.autograd.grad(w.square() * loss(z1, z2), z1, create_graph=True)
+    (found,) = torch.autograd.grad(dz.square().sum(), w, retain_graph=True)
+    torch.testing.assert_close(found, 4 * w**3 * plain.square().sum())
+    for z in (z1, z2):
+        with pytest.raises(RuntimeError, match="first ones only"):
+            torch.autograd.grad(dz.square().sum(), z, retain_graph=True)
+
+
+def test_a_weight_for_every_anchor_has_no_derivative():
+    z1, z2 = (z.requires_grad_() for z in pair(6, 5))
+    for loss in (alpha_cl_loss(z1, z2, reduction="none"), loss_against(z1, z2, z1[:, 0])):
+        w = torch.ones((), requires_grad=True)
+        (dz,) = torch.autograd.grad(w * loss.sum(), z1, create_graph=True)
+        with pytest.raises(RuntimeError, match="in a weight of the loss is that of alpha_cl_loss"):
+            torch.autograd.grad(dz.sum(), w)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", COMPOSED)
+def test_many_gradients_at_once(name, reduction):
+    loss = partial(_composed_losses()[name], reduction=reduction)
+    z1, z2 = (z.requires_grad_() for z in pair(6, 5))
+    value = loss(z1, z2)
+    incoming = torch.randn(3, *value.shape).double()
+    found = torch.autograd.grad(
+        value, (z1, z2), incoming, is_grads_batched=True, retain_graph=True, allow_unused=True
+    )
+    for k in range(3):
+        one = torch.autograd.grad(
+            value, (z1, z2), incoming[k], retain_graph=True, allow_unused=True
+        )
+        for a, b in zip(found, one, strict=True):
+            torch.testing.assert_close(a[k], b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("objective", ["infonce", "alpha_square", "uniform"])
+def test_jacobians(objective):
+    z1, z2 = pair(6, 5)
+    tau = torch.tensor(0.3).double().requires_grad_()
+    tau = 0.3 if objective != "infonce" else tau
+
+    def losses(z):
+        return alpha_cl_loss(z, z2, objective, temperature=tau, reduction="none")
+
+    found = torch.func.jacrev(losses)(z1), torch.autograd.functional.jacobian(losses, z1)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
