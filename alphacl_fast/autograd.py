@@ -290,8 +290,9 @@ class Sweeps:
     def _mean(self, power: int, same_id: SameId | None = None) -> Tensor:
         rows = Features(self.rows, None)
         return mean_negative(
-            rows.wide(), self.rows.bias, self.layout, power, self.all_reduce_sum, same_id
-        )
+            rows.wide(), self.rows.bias, self.layout, power, self.all_reduce_sum, same_id,
+            every_row=self.call.ranks is None,
+        )  # fmt: skip
 
     def all_reduce_sum(self, x: Tensor) -> Tensor:
         """Σ over the rows held here → over all rows."""
@@ -321,6 +322,8 @@ def mean_negative(
     power: int = 1,
     all_reduce_sum: Callable[[Tensor], Tensor] = lambda x: x,
     same_id: SameId | None = None,
+    *,
+    every_row: bool = False,
 ) -> Tensor:
     """(anchors,) mean of t_ij^power over the negatives; differentiable.
 
@@ -331,6 +334,7 @@ def mean_negative(
             holds the rows of this one.
         same_id: rows with the anchor's id do not count (power 1 only); the mean is 0 where none is
             left.
+        every_row: whether ``rows`` are all there are.
     """
     left, right = rows, rows
     if bias is not None:  # t_ij = ⟨[F_i, b_i, 1], [F_j, 1, b_j]⟩
@@ -338,6 +342,8 @@ def mean_negative(
         left, right = torch.cat([rows, b, one], 1), torch.cat([rows, one, b], 1)
 
     def total(a: Tensor, b: Tensor) -> Tensor:  # Σ_j over all rows of b
+        if power == 2 and every_row and len(b) < b.shape[1]:
+            return (a @ b.t()).square().sum(1)  # smaller than the matrix (D, D)
         # Not a @ Σb: its backward adds n equal numbers one after the other, which rounds in one
         # direction (1e-5 at n = 2,566).
         return (

@@ -377,7 +377,22 @@ def bind(
     else:
         check_temperature(temperature, call.objective)
     check_embeddings(z1, z2, fewest=1 if call.process_group is None else 0)
-    return bind_temperature(z1, temperature, call, with_ids)
+    # with several processes all must choose the same backend, whatever their rows
+    few = call.process_group is None and _few_long_rows(z1)
+    return bind_temperature(z1, temperature, call, with_ids, few_long_rows=few)
+
+
+#: Rows of both views below which the blocks of `cpu`, padded to a few dozen rows, take more memory
+#: than a dense loss, and the features from which that matters.
+FEW_ROWS, LONG_ROWS = 40, 65_536
+
+
+def _few_long_rows(z: Tensor) -> bool:
+    """Whether N pairs are better served in the tiles of `blocked`.
+
+    The features come first: their number must not make a compiled graph ask for N.
+    """
+    return z.shape[1] >= LONG_ROWS and z.is_cpu and 2 * z.shape[0] < FEW_ROWS
 
 
 def bind_temperature(
@@ -386,10 +401,11 @@ def bind_temperature(
     call: Call,
     with_ids: bool = False,
     reduction: str | None = None,
+    few_long_rows: bool = False,
 ) -> tuple[Tensor, BoundCall, str]:
     """As `bind`, for embeddings and a temperature that have been checked.
 
-    ``reduction`` replaces the call's.
+    ``reduction`` replaces the call's; ``few_long_rows``: see `_few_long_rows`.
     """
     if not as_operator(z1):  # else the operator checks
         call.objective.check()
@@ -405,9 +421,12 @@ def bind_temperature(
     if z1.is_cuda and call.similarity == "cosine" and values[0] is not None:
         wgmma = ops.cuda.has_wgmma_kernels(objective.kind, objective.params(1.0), z1.shape[1])
     operands = ("ids",) * with_ids + ("max_gap",) * (call.max_gap is not None)
+    asked = "blocked" if few_long_rows and call.backend == "auto" else call.backend
     backend, why = ops.choose(
-        call.backend, z1.device, z1.dtype, call.precision, objective.kind, operands, wgmma
+        asked, z1.device, z1.dtype, call.precision, objective.kind, operands, wgmma
     )
+    if asked != call.backend:
+        why = f"fewer than {FEW_ROWS} rows of {LONG_ROWS:,} features or more take less memory in it"
     return tau, call.bind(backend, values, reduction), why
 
 

@@ -344,6 +344,8 @@ def registered(key: str) -> Objective:
     """
     if key in _OBJECTIVES:
         return _OBJECTIVES[key]
+    if key.endswith(_OF_EACH_PAIR):
+        return registered(key.removesuffix(_OF_EACH_PAIR)).of_each_pair
     name, _, options = key.partition(" ")
     if name not in _FACTORIES:
         raise KeyError(
@@ -1177,6 +1179,8 @@ class ClosedForm(Objective):
         return n_neg if self.per_negative else 1.0
 
 
+#: What the key of a `ConstantWeight` ends with, behind that of its `ClosedForm`.
+_OF_EACH_PAIR = " of each pair"
 #: exp(t/τ) is 1 at this τ for every similarity that is not beyond 1e22.
 INFINITE_TAU = 1e30
 
@@ -1337,6 +1341,8 @@ def _named(function: _Factory) -> _Factory:
         objective = function(**checked)
         objective.name, objective.options = name, checked
         objective.key = f"{name} {json.dumps(checked)}"
+        if isinstance(objective, ClosedForm):
+            objective.of_each_pair.key = objective.key + _OF_EACH_PAIR
         return objective
 
     factory.__signature__ = signature  # which `inspect.signature` would make anew at every call

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import WATCHDOG
-from family import pair
+from family import Largest, pair, relative_error
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
@@ -18,6 +18,7 @@ from alphacl_fast import (
     PairLoss,
     PairWeight,
     SigLipLoss,
+    functional,
     loss_against,
     objectives,
     siglip_loss,
@@ -382,3 +383,26 @@ def test_jacobians(objective):
 
     found = torch.func.jacrev(losses)(z1), torch.autograd.functional.jacobian(losses, z1)
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
+
+
+# --- few rows of many features --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["infonce", "alpha_square", "uniform"])
+def test_few_long_rows(objective):
+    """No tensor is larger than the rows: blocks padded to 48 rows would be, and so would (D, D)."""
+    n, d = 2, functional.LONG_ROWS
+    loss = FusedAlphaCLLoss(objective)
+    z1, z2 = (z.requires_grad_() for z in pair(n, d, torch.float32))
+    with Largest() as largest:
+        value = loss(z1, z2)
+        value.backward()
+    assert largest.bytes <= 2 * n * d * 4
+    leaves = [z.detach().double().requires_grad_() for z in (z1, z2)]
+    truth = alpha_cl_loss(*leaves, objective, backend="reference")
+    for z, dz in zip((z1, z2), torch.autograd.grad(truth, leaves), strict=True):
+        assert relative_error(z.grad, dz) < 1e-5
+    if objective == "infonce":
+        assert "last call: blocked, fewer than 40 rows" in repr(loss)
+        loss(*pair(n, d // 2, torch.float32))
+        assert "last call: cpu" in repr(loss)
