@@ -136,7 +136,17 @@ def test_operators_pass_opcheck():
     z1, z2 = pair(6, 4)
     tau, call = torch.tensor(0.3, dtype=torch.float64), ("cosine", "two_view", True)
     for reduction in ("mean", "none"):
-        rest = (objective.key, *call, reduction, "blocked", 0.3, "", None, [True, True, False])
+        rest = (
+            objective.key,
+            *call,
+            reduction,
+            None,
+            "blocked",
+            0.3,
+            "",
+            None,
+            [True, True, False],
+        )
         torch.library.opcheck(
             torch.ops.alphacl_fast.loss.default,
             (z1, z2, tau, None, *rest),

@@ -52,6 +52,7 @@ def test_an_exported_loss_is_the_same_in_another_process(tmp_path):
         FusedAlphaCLLoss("infonce", epsilon=0.0),
         FusedAlphaCLLoss("alpha_gamma", gamma=1.5, temperature=torch.tensor(0.3).double()),
         FusedAlphaCLLoss(objectives.alpha_direct(exponent=3), negatives="cross_view"),
+        FusedAlphaCLLoss("uniform", max_gap=0.4),
         SigLipLoss(),
     ]
     views = pair(6, 5)
@@ -307,6 +308,19 @@ def test_tensors_without_data_have_shapes(reduction):
     checked(lambda *shape: torch.empty(shape, device="meta"))
     with FakeTensorMode():
         checked(lambda *shape: torch.empty(shape))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", COMPOSED)
+def test_composed_losses_without_data_have_shapes(name, reduction):
+    loss = partial(_composed_losses()[name], reduction=reduction)
+    views = [torch.empty(6, 5, device="meta").double().requires_grad_() for _ in range(2)]
+    value, expected = loss(*views), loss(*pair(6, 5))
+    assert (value.shape, value.dtype) == (expected.shape, expected.dtype)
+    assert value.is_meta
+    (dz,) = torch.autograd.grad(value.sum(), views[0])
+    assert dz.shape == (6, 5)
+    assert dz.is_meta
 
 
 def test_jit_trace_is_refused():
