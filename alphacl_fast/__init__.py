@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .loss import FusedAlphaCLLoss
     from .matryoshka import MatryoshkaLoss
     from .metrics import BatchMetrics, alignment, batch_metrics, uniformity
+    from .micro_batch import micro_batched
     from .objectives import MinPlayer, PairLoss, PairWeight
     from .ops import backends
     from .pair_weights import AlphaSummary, alpha, alpha_summary
@@ -41,6 +42,7 @@ _HOMES = {
     "batch_metrics": "metrics",
     "functional": "functional",
     "loss_against": "explicit_negatives",
+    "micro_batched": "micro_batch",
     "objectives": "objectives",
     "siglip_loss": "siglip",
     "supcon_loss": "supcon",
@@ -68,6 +70,7 @@ __all__ = [
     "batch_metrics",
     "functional",
     "loss_against",
+    "micro_batched",
     "objectives",
     "siglip_loss",
     "supcon_loss",

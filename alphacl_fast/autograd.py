@@ -8,7 +8,7 @@ docs/mathematics.md.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from itertools import islice
@@ -290,8 +290,9 @@ class Sweeps:
     def _mean(self, power: int, same_id: SameId | None = None) -> Tensor:
         rows = Features(self.rows, None)
         return mean_negative(
-            rows.wide(), self.rows.bias, self.layout, power, self.all_reduce_sum, same_id
-        )
+            rows.wide(), self.rows.bias, self.layout, power, self.all_reduce_sum, same_id,
+            every_row=self.call.ranks is None,
+        )  # fmt: skip
 
     def all_reduce_sum(self, x: Tensor) -> Tensor:
         """Σ over the rows held here → over all rows."""
@@ -321,6 +322,8 @@ def mean_negative(
     power: int = 1,
     all_reduce_sum: Callable[[Tensor], Tensor] = lambda x: x,
     same_id: SameId | None = None,
+    *,
+    every_row: bool = False,
 ) -> Tensor:
     """(anchors,) mean of t_ij^power over the negatives; differentiable.
 
@@ -331,6 +334,7 @@ def mean_negative(
             holds the rows of this one.
         same_id: rows with the anchor's id do not count (power 1 only); the mean is 0 where none is
             left.
+        every_row: whether ``rows`` are all there are.
     """
     left, right = rows, rows
     if bias is not None:  # t_ij = ⟨[F_i, b_i, 1], [F_j, 1, b_j]⟩
@@ -338,6 +342,8 @@ def mean_negative(
         left, right = torch.cat([rows, b, one], 1), torch.cat([rows, one, b], 1)
 
     def total(a: Tensor, b: Tensor) -> Tensor:  # Σ_j over all rows of b
+        if power == 2 and every_row and len(b) < b.shape[1]:
+            return (a @ b.t()).square().sum(1)  # smaller than the matrix (D, D)
         # Not a @ Σb: its backward adds n equal numbers one after the other, which rounds in one
         # direction (1e-5 at n = 2,566).
         return (
@@ -411,7 +417,10 @@ def constant_alpha(
 def through_normalization(d: Tensor, rows: Tensor, inv_norm: Tensor) -> Tensor:
     """dz = (dF − F⟨F, dF⟩)/‖z‖."""
     along = (rows * d).sum(1, keepdim=True)
-    return torch.addcmul(d, rows, along, value=-1).mul_(inv_norm.unsqueeze(1))
+    across = torch.addcmul(d, rows, along, value=-1)
+    if torch.is_grad_enabled():  # the factors may be differentiated
+        return across * inv_norm.unsqueeze(1)
+    return across.mul_(inv_norm.unsqueeze(1))
 
 
 class UnitRows(torch.autograd.Function):
@@ -440,9 +449,8 @@ class UnitRows(torch.autograd.Function):
             return through_normalization(grad, *ctx.saved_tensors).to(ctx.dtype)
         if not first_derivative(grad, of_saved):
             return None
-        with torch.no_grad():
-            dz = through_normalization(grad, *ctx.saved_tensors).to(ctx.dtype)
-        return only_once((dz,), (grad, *ctx.saved_tensors))[0]
+        # linear in ``grad``; a derivative in what was saved arrives here again, and raises
+        return through_normalization(grad, *ctx.saved_tensors).to(ctx.dtype)
 
 
 def unit_rows(z: Tensor) -> Tensor:
@@ -624,7 +632,8 @@ class Problem:
 
 SECOND_DERIVATIVE = (
     "a second derivative of the loss was asked for (create_graph=True or "
-    "torch.func), it has first ones only"
+    "torch.func), it has first ones only; the derivative of a gradient in a weight of the loss is "
+    "that of alpha_cl_loss and siglip_loss with reduction 'mean' or 'sum', in eager mode"
 )
 
 
@@ -650,7 +659,60 @@ def only_once(
     return tuple(x if x is None else _OnlyOnce.apply(x, *floating) for x in gradients)
 
 
+def for_each_gradient(
+    run: Callable[[Tensor], tuple[Tensor | None, ...]], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """``run(grad)``, for one gradient after the other where ``grad`` holds several.
+
+    That is the case with is_grads_batched, which batches in PyTorch's older way, and with
+    torch.func.vmap.
+    """
+    older = torch._C._functorch.is_legacy_batchedtensor(grad)
+    if not older and not torch._C._functorch.is_batchedtensor(grad):
+        return run(grad)
+    there: list[bool] = []
+
+    def of_one(one: Tensor) -> tuple[Tensor, ...]:
+        outputs = run(one)
+        there[:] = [x is not None for x in outputs]
+        return tuple(x for x in outputs if x is not None)
+
+    if older:
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        grads = torch._remove_batch_dim(grad, level, 1, 0)
+        outputs = iter(
+            [torch._add_batch_dim(x, 0, level) for x in _ForEachGradient.stacked(of_one, grads)]
+        )
+    else:
+        outputs = iter(_ForEachGradient.apply(grad, of_one))
+    return tuple(next(outputs) if is_there else None for is_there in there)
+
+
+class _ForEachGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(grad: Tensor, run: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        return run(grad)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info, in_dims, grads: Tensor, run: Callable[[Tensor], tuple[Tensor, ...]]):
+        outputs = _ForEachGradient.stacked(run, grads.movedim(in_dims[0], 0))
+        return outputs, (0,) * len(outputs)
+
+    @staticmethod
+    def stacked(run: Callable[[Tensor], tuple[Tensor, ...]], grads: Tensor) -> tuple[Tensor, ...]:
+        """The outputs for gradients that lie one behind the other, likewise."""
+        each = [run(one.contiguous()) for one in grads]
+        return tuple(map(torch.stack, zip(*each, strict=True)))
+
+
 class _OnlyOnce(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, *sources: Tensor) -> Tensor:
         return x.clone()
@@ -709,21 +771,44 @@ class AlphaCLFunction(torch.autograd.Function):
             if ctx.call.ranks is None or ctx.call.reduction != "none":
                 return (None,) * 6
             grad = ctx.like_loss()  # the other ranks wait for this one's part of their gradients
-        dz_dtype, tau_dtype = ctx.dtypes
-        tensors = ctx.saved_tensors
-        with torch.no_grad(), without_autocast(grad.device):
+        with without_autocast(grad.device):
             if ctx.call.reduction == "none":
-                saved = Saved.unflatten(tensors[:-1])
-                problem = Problem.of_saved(saved, tensors[-1], ctx.call)
-                dz, dtau = problem.gradient(saved.solution, grad, ctx.need)
+                dz, dtau = for_each_gradient(partial(AlphaCLFunction._of_rows, ctx), grad)
+                dz, dtau = only_once((dz, dtau), (grad, *ctx.saved_tensors))
             else:
                 # float32 until it is scaled: a half-precision gradient of 1e-8 would vanish before
                 # GradScaler sees it
-                dz, dtau = (None if x is None else x * grad for x in tensors)
-            dz = None if dz is None else dz.to(dz_dtype)
-            dtau = None if dtau is None else dtau.to(tau_dtype)
-        dz, dtau = only_once((dz, dtau), (grad, *tensors))
+                dz, dtau = scaled(ctx.saved_tensors, grad, ctx.dtypes)
         return *views_of(dz, ctx.need), dtau, None, None, None
+
+    @staticmethod
+    @torch.no_grad()
+    def _of_rows(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """(dz1, dz2) in one tensor and dτ, for the gradient of every loss."""
+        *saved, tau = ctx.saved_tensors
+        saved = Saved.unflatten(saved)
+        problem = Problem.of_saved(saved, tau, ctx.call)
+        return in_dtypes(problem.gradient(saved.solution, grad, ctx.need), ctx.dtypes)
+
+
+def scaled(
+    gradients: Sequence[Tensor | None], grad: Tensor, dtypes: tuple[torch.dtype | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of a loss that is one number, times the incoming one.
+
+    They are outputs of the function that saved them: a derivative of the product in ``grad`` is
+    exact, and one in a gradient arrives at that function, which raises.
+    """
+    return in_dtypes([None if x is None else x * grad for x in gradients], dtypes)
+
+
+def in_dtypes(
+    tensors: Sequence[Tensor | None], dtypes: tuple[torch.dtype | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """The tensors that are there, each in its own dtype."""
+    return tuple(
+        None if x is None else x.to(dtype) for x, dtype in zip(tensors, dtypes, strict=True)
+    )
 
 
 # `Function.apply` asks for the signature at every call and would make a new one each time

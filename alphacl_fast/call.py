@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from .bundles import Pairing
 from .objectives import Objective
@@ -218,9 +219,16 @@ class SameId(NamedTuple):
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """A context in which autocast is off; it costs nothing where autocast is off already."""
+    if device.type == "meta":  # it has no autocast
+        return _NOTHING
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return _NOTHING
 
 
 _NOTHING = contextlib.nullcontext()
+
+
+def as_operator(z: Tensor) -> bool:
+    """Whether a loss of these rows is one operator: in a compiled graph, or of shapes alone."""
+    return torch.compiler.is_compiling() or z.is_meta or is_fake(z)

@@ -43,8 +43,9 @@ class Check(NamedTuple):
 
 def _views(seed: int) -> tuple[Tensor, Tensor]:
     """Draw two views (N, D); unequal feature variances make the top eigenvalue simple."""
-    draw = {"generator": torch.Generator().manual_seed(seed), "dtype": torch.float64}
-    scale = torch.linspace(1.5, 0.5, FEATURES, dtype=torch.float64)
+    made = {"dtype": torch.float64, "device": "cpu"}
+    draw = {"generator": torch.Generator("cpu").manual_seed(seed), **made}
+    scale = torch.linspace(1.5, 0.5, FEATURES, **made)
     x1 = torch.randn(PAIRS, FEATURES, **draw) * scale
     return x1, x1 + 0.3 * torch.randn(PAIRS, FEATURES, **draw)
 
@@ -103,7 +104,10 @@ def rank(seeds: int = 5) -> Check:
     }
     rows, curves = [], {}
     for name, spectrum in spectra.items():
-        top, c = max(spectrum), torch.diag(torch.tensor(spectrum, dtype=torch.float64))
+        top, c = (
+            max(spectrum),
+            torch.diag(torch.tensor(spectrum, dtype=torch.float64, device="cpu")),
+        )
         for layers in (1, 2, 3, 4):
             # The step size 1 is below 2/(|λ_min| − λ_max) = 1.67; a longer step would end in the
             # most negative direction.
@@ -133,9 +137,9 @@ def relu(seeds: int = 10) -> Check:
     With ReLU and norm-bounded filters the maxima have higher rank; linear networks have rank 1.
     """
     categories, hidden = 8, 4
-    x = torch.eye(categories, dtype=torch.float64)
+    x = torch.eye(categories, dtype=torch.float64, device="cpu")
     generator = torch.Generator().manual_seed(1)
-    a = torch.rand(x.shape, generator=generator, dtype=torch.float64)
+    a = torch.rand(x.shape, generator=generator, dtype=torch.float64, device="cpu")
     covariance = theory.contrastive_covariance(x, x, a)
     top = torch.linalg.eigvalsh(covariance)[-1]
     rows, curves = [], {}
@@ -233,7 +237,7 @@ def _descend(seed: int, steps: int = 50, rate: float = 0.05) -> tuple[Tensor, Te
             weights = [*net.parameters()]
             for p, g in zip(weights, torch.autograd.grad(loss, weights), strict=True):
                 p.data -= rate * g
-        of_both.append(torch.tensor(losses, dtype=torch.float64))
+        of_both.append(torch.tensor(losses, dtype=torch.float64, device="cpu"))
     return of_both[0], of_both[1], between
 
 

@@ -19,7 +19,7 @@ from . import native, ops
 from .autograd import SECOND_DERIVATIVE, Problem, views_of
 from .bundles import accumulation_dtype
 from .call import BoundCall, Need, SameId
-from .objectives import registered
+from .objectives import Objective, is_of_this_process, names, registered
 
 _LIBRARY = torch.library.Library("alphacl_fast", "FRAGMENT")
 
@@ -39,14 +39,17 @@ class _Options(NamedTuple):
     workspace: int | None
     need: list[bool]
 
-    def bound(self) -> tuple[BoundCall, Need]:
+    def bound(self, tau: Tensor) -> tuple[BoundCall, Need]:
         """The call and the wanted gradients.
 
         It checks the objective, whose attributes may have changed since the graph was made.
         """
         objective = registered(self.objective)
         objective.check()
-        fields = {**self._asdict(), "objective": objective, "known": (self.temperature,)}
+        known = self.temperature
+        if known is None and tau.is_cpu and tau.numel() == 1:
+            known = tau.item()
+        fields = {**self._asdict(), "objective": objective, "known": (known,)}
         need, _ = fields.pop("need"), fields.pop("temperature")
         return BoundCall(**fields), Need(*need)
 
@@ -62,7 +65,12 @@ _LIBRARY.define(
 
 
 def loss(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, ids: Tensor | None = None) -> Tensor:
-    """() or one value per anchor, differentiable; called inside torch.compile only."""
+    """() or one value per anchor, differentiable; called inside torch.compile, or without data.
+
+    Raises:
+        ValueError: torch.export meets an objective that another process could not find.
+    """
+    refuse_to_export(call.objective)
     grad = torch.is_grad_enabled()
     options = _Options(
         call.objective.key,
@@ -80,28 +88,44 @@ def loss(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, ids: Tensor | Non
     return torch.ops.alphacl_fast.loss(z1, z2, tau, ids, *options)[0]
 
 
-def _on_its_own(function):
+def refuse_to_export(objective: Objective) -> None:
+    """Raises ValueError where torch.export meets a user's object."""
+    _refuse_to_export(objective.key, objective.name)
+
+
+@torch.compiler.assume_constant_result  # for dynamo every graph is exported
+def _refuse_to_export(key: str, name: str) -> None:
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.4
+    if is_of_this_process(key) and exporting():
+        raise ValueError(
+            f"torch.export must have a named objective ({', '.join(names())}), got {name} of your "
+            "own functions: an exported file holds a name and options, and no Python code"
+        )
+
+
+def on_its_own(function):
     """Runs an operator outside autocast, where users' functions can be differentiated.
 
     An operator's implementation runs below autograd, which users' functions need.
     """
 
     @functools.wraps(function)
-    def run(z1, *arguments):
+    def run(first, *arguments):
+        z1 = first[0] if isinstance(first, list | tuple) else first
         included, none = (
             torch._C._dispatch_tls_local_include_set(),
             torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined),
         )
         keys = torch._C._ForceDispatchKeyGuard(included, none)
         with keys, torch.autocast(z1.device.type, enabled=False), torch.no_grad():
-            return function(z1, *arguments)
+            return function(first, *arguments)
 
     return run
 
 
-@_on_its_own
+@on_its_own
 def _loss(z1, z2, tau, ids, *options):
-    call, need = _Options(*options).bound()
+    call, need = _Options(*options).bound(tau)
     if call.reduction == "none":
         need = Need(False, False, False)  # the backward solves the rows again
     if native.serves(call, need):
@@ -117,9 +141,9 @@ def _loss(z1, z2, tau, ids, *options):
     return value, _or_nothing(dz, value), _or_nothing(dtau, value)
 
 
-@_on_its_own
+@on_its_own
 def _loss_grad(z1, z2, tau, ids, grad, *options):
-    call, need = _Options(*options).bound()
+    call, need = _Options(*options).bound(tau)
     if native.serves(call, need):
         plan = native.prepared(call, z1, need)
         same_id = SameId.of_views(ids, call, len(z1), plan.wide)

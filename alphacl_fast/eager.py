@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import native
-from .autograd import only_once, views_of
+from .autograd import (
+    first_derivative,
+    for_each_gradient,
+    in_dtypes,
+    only_once,
+    scaled,
+    views_of,
+)
 from .backend import cpu, cpu_step
 from .call import Call, Loss, Need, Ready, SameId
 
@@ -30,7 +36,7 @@ def loss(
     same_id = SameId.of_views(ids, call, z1.shape[0], plan.wide)
     if any(need):
         function = _Losses if call.reduction == "none" else _Loss
-        return function.apply(z1, z2, tau, call, plan, need, same_id)
+        return function.apply(z1, z2, tau, call, plan, need, same_id)[0]
     return native.loss_and_gradient(z1, z2, call, plan, same_id)[0]
 
 
@@ -51,22 +57,21 @@ class _Loss(torch.autograd.Function):
         plan: cpu_step.Plan,
         need: Need,
         same_id: SameId | None,
-    ) -> Tensor:
-        value, dz, dtau = native.loss_and_gradient(z1, z2, call, plan, same_id)
+    ) -> tuple[Tensor | None, ...]:
+        outputs = native.loss_and_gradient(z1, z2, call, plan, same_id)
         ctx.need, ctx.dtypes = need, (z1.dtype, None if tau is None else tau.dtype)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(dz, dtau)
-        return value
+        ctx.save_for_backward(*outputs[1:])
+        return outputs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad is None:
+    def backward(ctx: Any, grad: Tensor | None, *of_saved: Tensor | None) -> _Gradients:
+        if not first_derivative(grad, of_saved):
             return (None,) * 7
-        with torch.no_grad():
-            # in the accumulation dtype: a half-precision gradient of 1e-8 would vanish before
-            # GradScaler sees it
-            found = [None if x is None else x * grad for x in ctx.saved_tensors]
-        return _gradients(ctx, found)
+        # in the accumulation dtype: a half-precision gradient of 1e-8 would vanish before
+        # GradScaler sees it
+        dz, dtau = scaled(ctx.saved_tensors, grad, ctx.dtypes)
+        return *views_of(dz, ctx.need), dtau, None, None, None, None
 
 
 class _Losses(torch.autograd.Function):
@@ -82,32 +87,30 @@ class _Losses(torch.autograd.Function):
         plan: cpu_step.Plan,
         need: Need,
         same_id: SameId | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor]:
         ctx.call, ctx.plan, ctx.need = call, plan, need
         ctx.dtypes = z1.dtype, None if tau is None else tau.dtype
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(z1, z2, *(same_id or ()))
-        return native.loss_and_gradient(z1, z2, call, plan.forward, same_id)[0]
+        ctx.save_for_backward(z1, z2, tau, *(same_id or ()))
+        return (native.loss_and_gradient(z1, z2, call, plan.forward, same_id)[0],)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> _Gradients:
         if grad is None:
             return (None,) * 7
-        z1, z2, *same_id = ctx.saved_tensors
-        with torch.no_grad():
+        z1, z2, tau, *same_id = ctx.saved_tensors
+
+        def run(grad: Tensor) -> tuple[Tensor | None, ...]:
             found = native.gradient(z1, z2, ctx.call, ctx.plan, same_id or None, grad)
-        return _gradients(ctx, found)
+            return in_dtypes(found, ctx.dtypes)
+
+        with torch.no_grad():
+            found = for_each_gradient(run, grad)
+        dz, dtau = only_once(found, (grad, z1, z2, tau))
+        return *views_of(dz, ctx.need), dtau, None, None, None, None
 
 
-def _gradients(ctx: Any, found: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """What a backward returns, from (dz1, dz2) in one tensor and dτ in the accumulation dtype."""
-    with torch.no_grad():
-        dz, dtau = (
-            None if x is None else x.to(dtype) for x, dtype in zip(found, ctx.dtypes, strict=True)
-        )
-    if torch.is_grad_enabled():
-        dz, dtau = only_once((dz, dtau), (torch.zeros((), requires_grad=True),))
-    return *views_of(dz, ctx.need), dtau, None, None, None, None
+_Gradients = tuple[Tensor | None, ...]
 
 
 # --- calls like one before ------------------------------------------------------------------------

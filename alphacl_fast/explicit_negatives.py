@@ -9,6 +9,7 @@ with t_ij = ⟨z_i, y_j⟩ of the rows as given.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from .autograd import (
     Sweeps,
     constant_alpha,
     first_derivative,
+    for_each_gradient,
     mean_negative,
     only_once,
 )
@@ -30,9 +32,10 @@ from .bundles import Rows, accumulation_dtype
 from .call import BoundCall, Call, Layout, SameId, without_autocast
 from .distributed import ProcessGroup
 from .objectives import ClosedForm, Objective
+from .one_operator import one_operator
 
 
-@torch.compiler.disable  # only the loss of two views is a compiled operator
+@one_operator("z", "negatives")
 def loss_against(
     z: Tensor,
     negatives: Tensor | None,
@@ -57,8 +60,8 @@ def loss_against(
     Args:
         z: (N, D) anchors, N ≥ 1, float32, float64, bfloat16 or float16. Rows are used as given:
             normalise them for cosine similarity.
-        negatives: (M, D) with the dtype and device of z, M ≥ 1. None: the other rows of z; the only
-            row has loss 0 and no gradient.
+        negatives: (M, D) on the device of z, M ≥ 1; rows of two dtypes are promoted to one. None:
+            the other rows of z; the only row has loss 0 and no gradient.
         positive: (N,) similarity t⁺ of every anchor with its positive, float32 (float64 for float64
             z).
         objective: a name listed by `alphacl_fast.objectives.names`, or an `Objective`; d² = 1 − t.
@@ -120,7 +123,6 @@ def loss_against(
     return call.reduce(_row_losses(given, call))
 
 
-@torch.compiler.disable
 def against_unit_rows(
     z: Tensor,
     negatives: Tensor | None,
@@ -440,21 +442,26 @@ class _ExplicitNegatives(torch.autograd.Function):
     def backward(ctx, grad: Tensor | None, *of_saved: Tensor | None) -> tuple[Tensor | None, ...]:
         if not first_derivative(grad, of_saved):
             return (None,) * 8
+        with torch.no_grad(), without_autocast(grad.device):
+            gradients = for_each_gradient(partial(_ExplicitNegatives._gradients, ctx), grad)
+        return *only_once(gradients, (grad, *ctx.saved_tensors)), None, None, None
+
+    @staticmethod
+    def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Those of the tensors, for the gradient of every loss."""
         need_z, need_negatives, need_pos, need_tau, need_bias = ctx.needs_input_grad[:5]
         z, negatives, tau, bias, *tensors = ctx.saved_tensors
         saved = Saved.unflatten(tensors)
-        with torch.no_grad(), without_autocast(grad.device):
-            problem = _GivenPositives(z, negatives, saved.pos, tau, bias, ctx.call, saved.same_id)
-            # the sums of the weights come with the rows' gradient
-            first = need_z or (need_bias and negatives is None)
-            need = Need(first, need_negatives or (need_bias and negatives is not None), need_tau)
-            dz, dtau = problem.gradient(saved.solution, grad, need)
-            own = len(z) if first else 0  # rows of dz that belong to z
-            gradients = (
-                dz[:own].to(z.dtype) if need_z else None,
-                dz[own:].to(z.dtype) if need_negatives else None,
-                -(saved.solution.mass * grad) if need_pos else None,
-                dtau.to(tau.dtype) if need_tau else None,
-                problem.weight_sums if need_bias else None,
-            )
-        return *only_once(gradients, (grad, *ctx.saved_tensors)), None, None, None
+        problem = _GivenPositives(z, negatives, saved.pos, tau, bias, ctx.call, saved.same_id)
+        # the sums of the weights come with the rows' gradient
+        first = need_z or (need_bias and negatives is None)
+        need = Need(first, need_negatives or (need_bias and negatives is not None), need_tau)
+        dz, dtau = problem.gradient(saved.solution, grad, need)
+        own = len(z) if first else 0  # rows of dz that belong to z
+        return (
+            dz[:own].to(z.dtype) if need_z else None,
+            dz[own:].to(z.dtype) if need_negatives else None,
+            -(saved.solution.mass * grad) if need_pos else None,
+            dtau.to(tau.dtype) if need_tau else None,
+            problem.weight_sums if need_bias else None,
+        )

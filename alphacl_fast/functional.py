@@ -1,5 +1,6 @@
 """`alpha_cl_loss`: the loss as a function, and the checks of every argument."""
 
+import functools
 import math
 from dataclasses import replace
 from numbers import Real
@@ -7,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import compiled_op, distributed, eager, native, ops
 from .autograd import AlphaCLFunction, closed_form
 from .backend import reference
 from .bundles import accumulation_dtype
-from .call import BoundCall, Call, Layout, Need, SameId, without_autocast
+from .call import BoundCall, Call, Layout, Need, SameId, as_operator, without_autocast
 from .objectives import DEFAULTS, ClosedForm, Objective, make
 
 SIMILARITIES = ("cosine", "dot", "euclidean")
@@ -58,8 +60,9 @@ def alpha_cl_loss(
         z1: (N, D) embeddings of the first view, N ≥ 1, in float32, float64, bfloat16 or float16.
             Any strides are accepted. One pair has no negatives: its loss is 0, and so is its
             gradient.
-        z2: (N, D) embeddings of the second view, with the dtype and device of z1; rows i of both
-            are a positive pair.
+        z2: (N, D) embeddings of the second view, on the device of z1; rows i of both are a positive
+            pair. Towers of two dtypes are promoted to one, as torch promotes them, and each
+            gradient has the dtype of its input.
         objective: a name listed by `alphacl_fast.objectives.names`, or an `Objective`.
         temperature: τ > 0, a float or a tensor with one element, differentiable where the objective
             allows it. The host never reads a tensor on an accelerator, so its value is not checked.
@@ -222,7 +225,7 @@ def check_temperature(temperature: float | Tensor, objective: Objective) -> None
                 else "it has none"
             )
             raise ValueError(f"temperature must not require grad with {objective}: {why}")
-        if temperature.device.type != "cpu" or torch.compiler.is_compiling():
+        if temperature.device.type != "cpu" or as_operator(temperature):
             return
         value = temperature.detach().item()
     elif isinstance(temperature, bool) or not isinstance(temperature, Real):
@@ -245,7 +248,7 @@ def check_scale_and_bias(scale: float | Tensor, bias: float | Tensor) -> None:
                 raise ValueError(f"{name} must have one element, got shape {tuple(given.shape)}")
             if not given.is_floating_point():
                 raise TypeError(f"{name} must be a floating-point tensor, got {given.dtype}")
-            if given.device.type != "cpu" or torch.compiler.is_compiling():
+            if given.device.type != "cpu" or as_operator(given):
                 continue
             value = given.detach().item()
         elif isinstance(given, bool) or not isinstance(given, Real):
@@ -267,6 +270,7 @@ def evaluate(
 
     It checks everything that `make_call` has not checked.
     """
+    z1, z2 = of_one_dtype(z1, z2)
     if call.process_group is not None:
         return _evaluate_over_ranks(z1, z2, temperature, call, ids)
     key = None
@@ -322,7 +326,7 @@ def _loss(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, ids: Tensor | No
         same_id = SameId.of_views(ids, call, z1.shape[0], wide)
         layout = Layout.of(call, z1.shape[0])
         return call.reduce(closed_form(z1, z2, call, layout, same_id=same_id))
-    if torch.compiler.is_compiling():
+    if as_operator(z1):
         return compiled_op.loss(z1, z2, tau, call, ids)
     return AlphaCLFunction.apply(z1, z2, tau, call, Need.of(z1, z2, tau), ids)[0]
 
@@ -373,7 +377,22 @@ def bind(
     else:
         check_temperature(temperature, call.objective)
     check_embeddings(z1, z2, fewest=1 if call.process_group is None else 0)
-    return bind_temperature(z1, temperature, call, with_ids)
+    # with several processes all must choose the same backend, whatever their rows
+    few = call.process_group is None and _few_long_rows(z1)
+    return bind_temperature(z1, temperature, call, with_ids, few_long_rows=few)
+
+
+#: Rows of both views below which the blocks of `cpu`, padded to a few dozen rows, take more memory
+#: than a dense loss, and the features from which that matters.
+FEW_ROWS, LONG_ROWS = 40, 65_536
+
+
+def _few_long_rows(z: Tensor) -> bool:
+    """Whether N pairs are better served in the tiles of `blocked`.
+
+    The features come first: their number must not make a compiled graph ask for N.
+    """
+    return z.shape[1] >= LONG_ROWS and z.is_cpu and 2 * z.shape[0] < FEW_ROWS
 
 
 def bind_temperature(
@@ -382,12 +401,13 @@ def bind_temperature(
     call: Call,
     with_ids: bool = False,
     reduction: str | None = None,
+    few_long_rows: bool = False,
 ) -> tuple[Tensor, BoundCall, str]:
     """As `bind`, for embeddings and a temperature that have been checked.
 
-    ``reduction`` replaces the call's.
+    ``reduction`` replaces the call's; ``few_long_rows``: see `_few_long_rows`.
     """
-    if not torch.compiler.is_compiling():  # else the operator checks
+    if not as_operator(z1):  # else the operator checks
         call.objective.check()
     given = temperature if isinstance(temperature, tuple) else (temperature,)
     values = tuple(map(known, given))
@@ -401,19 +421,32 @@ def bind_temperature(
     if z1.is_cuda and call.similarity == "cosine" and values[0] is not None:
         wgmma = ops.cuda.has_wgmma_kernels(objective.kind, objective.params(1.0), z1.shape[1])
     operands = ("ids",) * with_ids + ("max_gap",) * (call.max_gap is not None)
+    asked = "blocked" if few_long_rows and call.backend == "auto" else call.backend
     backend, why = ops.choose(
-        call.backend, z1.device, z1.dtype, call.precision, objective.kind, operands, wgmma
+        asked, z1.device, z1.dtype, call.precision, objective.kind, operands, wgmma
     )
+    if asked != call.backend:
+        why = f"fewer than {FEW_ROWS} rows of {LONG_ROWS:,} features or more take less memory in it"
     return tau, call.bind(backend, values, reduction), why
 
 
 def known(given: float | Tensor) -> float | None:
     """The value of a number, if the host can read it without waiting for a device."""
     if not isinstance(given, Tensor):
-        return float(given)
-    if given.device.type == "cpu" and not torch.compiler.is_compiling():
+        return None if changes(given) else float(given)
+    if given.device.type == "cpu" and not as_operator(given):
         return given.detach().item()
     return None
+
+
+#: Above every temperature, scale and bias.
+_FAR = 1e300
+
+
+def changes(number: float) -> bool:
+    """Whether a number is an input of a compiled graph, so that its next value needs no new one."""
+    # of a constant the comparison is known; of an input only that it is below infinity
+    return torch.compiler.is_compiling() and not statically_known_true(number < _FAR)
 
 
 def shown(number: float | Tensor) -> str:
@@ -429,7 +462,22 @@ def as_number(given: float | Tensor, z: Tensor) -> Tensor:
     wide = accumulation_dtype(z.dtype)
     if isinstance(given, Tensor):
         return given.reshape(()).to(z.device, wide)
+    if changes(given):  # torch.full would make a constant of it
+        return torch.ones((), dtype=wide, device=z.device) * given
     return torch.full((), float(given), dtype=wide, device=z.device)
+
+
+def of_one_dtype(*tensors: Any) -> tuple[Any, ...]:
+    """Tensors of rows in the dtype to which torch promotes theirs, if they have several.
+
+    Autocast may leave one tower in bfloat16 and the other in float32. Every gradient is cast back.
+    Anything that is no tensor of rows is left to the checks.
+    """
+    dtypes = {x.dtype for x in tensors if isinstance(x, Tensor)}
+    if len(dtypes) < 2 or not dtypes.issubset(DTYPES):
+        return tensors
+    dtype = functools.reduce(torch.promote_types, dtypes)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) else x for x in tensors)
 
 
 def check_embeddings(z1: Tensor, z2: Tensor, fewest: int = 1) -> None:
@@ -458,6 +506,11 @@ def check_rows(name: str, z: Tensor, fewest: int = 0) -> None:
     if hasattr(z, "device_mesh"):
         raise TypeError(
             f"{name} must be a plain tensor, got a DTensor (pass z.to_local() or z.full_tensor())"
+        )
+    if torch.jit.is_tracing():
+        raise TypeError(
+            f"{name} must not be recorded by torch.jit.trace, which sees none of the loss's "
+            "arithmetic (use torch.export, or trace the encoder without its loss)"
         )
     if z.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got {z.layout}")

@@ -104,7 +104,7 @@ class FusedAlphaCLLoss(nn.Module):
             self.register_buffer("temperature", temperature.clone())
         else:
             self.temperature = temperature
-        self._served: tuple[str, str] | None = None
+        self._served: list[str] | None = None
 
     @property
     def precision(self) -> str | None:
@@ -121,7 +121,7 @@ class FusedAlphaCLLoss(nn.Module):
 
         Args:
             z1: (N, D) embeddings of the first view.
-            z2: (N, D) embeddings of the second view, same dtype and device.
+            z2: (N, D) embeddings of the second view, on the same device.
             ids: (N,) integers; pairs with equal ids are no negatives of each other.
 
         Returns:
@@ -133,7 +133,9 @@ class FusedAlphaCLLoss(nn.Module):
         temperature = self.temperature
         if isinstance(temperature, Tensor) and self.temperature_range is not None:
             temperature.data.clamp_(*self.temperature_range)
-        loss, *self._served = functional.evaluate(z1, z2, temperature, self._call, ids)
+        loss, *served = functional.evaluate(z1, z2, temperature, self._call, ids)
+        if not torch.compiler.is_compiling():  # in a checkpoint it would be a side effect
+            self._served = served
         return loss
 
     def alpha_summary(self, z1: Tensor, z2: Tensor, *, k: int = 8, bins: int = 40) -> AlphaSummary:

@@ -18,7 +18,7 @@ from torch import Tensor
 from .autograd import unit_rows
 from .backend.blocked import deal, tile_size
 from .call import without_autocast
-from .functional import alpha_cl_loss, check_embeddings
+from .functional import alpha_cl_loss, check_embeddings, of_one_dtype
 from .objectives import infonce
 
 #: log Σ_j exp(Δ_ij/τ); it is created at import, because a compiled graph cannot create objects.
@@ -46,6 +46,7 @@ def alignment(z1: Tensor, z2: Tensor) -> Tensor:
 
     Source: Wang and Isola, arXiv:2005.10242, with exponent 2.
     """
+    z1, z2 = of_one_dtype(z1, z2)
     check_embeddings(z1, z2, fewest=1)
     with without_autocast(z1.device):
         return (unit_rows(z1) - unit_rows(z2)).square().sum(1).mean()
@@ -73,6 +74,7 @@ def uniformity(z1: Tensor, z2: Tensor, *, t: float = 2.0) -> Tensor:
 
     Source: Wang and Isola, arXiv:2005.10242.
     """
+    z1, z2 = of_one_dtype(z1, z2)
     check_embeddings(z1, z2, fewest=1)
     _check_t(t)
     with without_autocast(z1.device):
@@ -151,6 +153,7 @@ def batch_metrics(
     Source: alignment and uniformity: Wang and Isola, arXiv:2005.10242; effective rank: Roy and
     Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
     """
+    z1, z2 = of_one_dtype(z1, z2)
     check_embeddings(z1, z2, fewest=1)
     _check_t(t)
     top = _checked_top(top)

@@ -37,6 +37,7 @@ def plain(*tensors: Tensor) -> bool:
         all(type(x) in _PLAIN for x in tensors)
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._is_tracing()
     )
 
 

@@ -28,18 +28,21 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import json
 import math
 import operator
+import secrets
 import weakref
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
 from numbers import Real
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .bundles import MOST_PARAMETERS, Dtype, Form, Gradient, Rows, Term, Weight
 from .graph import Branching
@@ -287,6 +290,8 @@ class Logistic:
 _CUSTOM: weakref.WeakValueDictionary[str, _CustomFunction] = weakref.WeakValueDictionary()
 _IDS = itertools.count()
 _OBJECTIVES: weakref.WeakValueDictionary[str, Objective] = weakref.WeakValueDictionary()
+#: What the keys of users' objects begin with: no other process takes them for objects of its own.
+_OF_THIS_PROCESS = f"object of process {secrets.token_hex(8)}:"
 
 
 def kind(name: str) -> PairKind:
@@ -332,8 +337,32 @@ def custom(key: str) -> _CustomFunction:
 
 
 def registered(key: str) -> Objective:
-    """The living objective with this `Objective.key`."""
-    return _OBJECTIVES[key]
+    """The objective with this `Objective.key`; a user's object must live in this process.
+
+    Raises:
+        KeyError: there is no such objective.
+    """
+    if key in _OBJECTIVES:
+        return _OBJECTIVES[key]
+    if key.endswith(_OF_EACH_PAIR):
+        return registered(key.removesuffix(_OF_EACH_PAIR)).of_each_pair
+    name, _, options = key.partition(" ")
+    if name not in _FACTORIES:
+        raise KeyError(
+            f"the objective must be a named one or an object that lives in this process, got {key}"
+        )
+    return _kept(key, name, options)
+
+
+@lru_cache(maxsize=256)
+def _kept(key: str, name: str, options: str) -> Objective:
+    """A named objective, made from its key."""
+    return _FACTORIES[name](**json.loads(options))
+
+
+def is_of_this_process(key: str) -> bool:
+    """Whether a key belongs to a user's object, which no other process can find."""
+    return key.startswith(_OF_THIS_PROCESS)
 
 
 class _CustomFunction:
@@ -349,7 +378,7 @@ class _CustomFunction:
         if not callable(fn):
             raise TypeError(f"{name} must be a function of one tensor, got {type(fn).__name__}")
         self.fn, self.name, self.of_distance = fn, name, of_distance
-        self.key = f"custom:{next(_IDS)}"
+        self.key = f"{_OF_THIS_PROCESS}{next(_IDS)}"
         _CUSTOM[self.key] = self
         if of_distance:
             self.kind = PairKind(
@@ -363,7 +392,11 @@ class _CustomFunction:
 
     def check(self) -> None:
         """Raises ValueError unless the function is elementwise and differentiable."""
-        probe = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64).view(2, 3)
+        with unset_fake_temporarily():  # the values of the probe count
+            self._check()
+
+    def _check(self) -> None:
+        probe = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64, device="cpu").view(2, 3)
         try:
             with torch.enable_grad():
                 whole = self(probe.clone())
@@ -560,7 +593,9 @@ class Objective:
     terms: tuple[Term, ...] = ()
     parameters: Sequence[float] = ()  # of the pair kind, besides c
     functions: tuple[_CustomFunction, ...] = ()  # the user's
-    key: str  # finds the living object (`registered`); crosses an operator schema
+    #: crosses an operator schema and finds the object (`registered`): name and options, or a number
+    #: that only this process knows for an object that a user has made
+    key: str
 
     def __init_subclass__(cls) -> None:
         own = [*inspect.signature(cls.__init__).parameters.values()]
@@ -568,7 +603,7 @@ class Objective:
 
     def __new__(cls, *args: Any, **options: Any) -> Objective:
         self = super().__new__(cls)
-        self.key = f"objective:{next(_IDS)}"
+        self.key = f"{_OF_THIS_PROCESS}{next(_IDS)}"
         _OBJECTIVES[self.key] = self
         return self
 
@@ -1031,7 +1066,8 @@ class MinPlayer(Objective):
         self.kind = self.functions[0].key
         self.name, self.options = "MinPlayer", {"h": h, "detach_alpha": detach_alpha}
         self._configure(**_checked("MinPlayer", {"detach_alpha": detach_alpha}))
-        self._numeric_inverse(1.0)
+        with unset_fake_temporarily():
+            self._numeric_inverse(1.0)
 
     def _configure(self, detach_alpha: bool) -> None:
         self.detach_alpha = detach_alpha
@@ -1048,7 +1084,7 @@ class MinPlayer(Objective):
 
     def _numeric_inverse(self, alpha: float) -> float:
         (h,) = self.functions
-        magnitudes = torch.logspace(-30, 30, 1201, dtype=torch.float64)
+        magnitudes = torch.logspace(-30, 30, 1201, dtype=torch.float64, device="cpu")
         grid = torch.cat([-magnitudes.flip(0), magnitudes.new_zeros(1), magnitudes])
         above = ~(h(grid) < alpha)  # NaN and inf lie above the domain of h
         if above.all() or not above.any():
@@ -1143,6 +1179,8 @@ class ClosedForm(Objective):
         return n_neg if self.per_negative else 1.0
 
 
+#: What the key of a `ConstantWeight` ends with, behind that of its `ClosedForm`.
+_OF_EACH_PAIR = " of each pair"
 #: exp(t/τ) is 1 at this τ for every similarity that is not beyond 1e22.
 INFINITE_TAU = 1e30
 
@@ -1248,6 +1286,8 @@ class SigLip(Objective):
 
 #: The one instance, which a compiled graph finds by its key.
 SIGLIP = SigLip()
+SIGLIP.key = SIGLIP.name
+_OBJECTIVES[SIGLIP.key] = SIGLIP
 
 
 # --- the named members ----------------------------------------------------------------------------
@@ -1300,6 +1340,9 @@ def _named(function: _Factory) -> _Factory:
         checked = _checked(name, given.arguments)
         objective = function(**checked)
         objective.name, objective.options = name, checked
+        objective.key = f"{name} {json.dumps(checked)}"
+        if isinstance(objective, ClosedForm):
+            objective.of_each_pair.key = objective.key + _OF_EACH_PAIR
         return objective
 
     factory.__signature__ = signature  # which `inspect.signature` would make anew at every call

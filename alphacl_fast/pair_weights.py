@@ -85,6 +85,7 @@ class Importances:
             raise ValueError(f"backend must not be 'reference' with max_gap={call.max_gap:g}")
         if isinstance(temperature, Tensor):
             temperature = temperature.detach()
+        z1, z2 = functional.of_one_dtype(z1, z2)
         functional.check_embeddings(z1, z2, call.objective.fewest_pairs)
         tau, call, _ = functional.bind(z1, z2, temperature, call)
         self.call = call
@@ -444,7 +445,7 @@ def alpha_summary(
         hardest=which,
         hardest_distance=nearest,
         hardest_alpha=of_nearest,
-        edges=torch.linspace(low, high, bins + 1, dtype=torch.float64),
+        edges=torch.linspace(low, high, bins + 1, dtype=torch.float64, device="cpu"),
         pairs=pairs,
         mass=mass,
         positive_similarity=solved.positive.mean().item(),

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .autograd import first_derivative, only_once
+from .autograd import first_derivative, for_each_gradient, only_once
 from .call import without_autocast
 
 
@@ -311,12 +312,19 @@ class _LossesOfGroups(torch.autograd.Function):
         call = ctx.call
         if not first_derivative(grad, of_saved):
             return (None,) * (4 + len(call.needed))
-        with torch.no_grad(), without_autocast(grad.device):
-            if ctx.weighted:
+        with without_autocast(grad.device):
+            if ctx.weighted:  # as in `autograd.scaled`
                 found = tuple(x if x is None else x * grad for x in ctx.saved_tensors)
             else:
-                anchors, others, *vectors = ctx.saved_tensors
-                walk = _Sorted(anchors, others, vectors, call.groups, call.formula, call.needed)
-                found = walk.gradients(grad)[1:]
-        d_anchors, d_others, *rest = only_once(found, (grad, *ctx.saved_tensors))
+                with torch.no_grad():
+                    found = for_each_gradient(partial(_LossesOfGroups._gradients, ctx), grad)
+                found = only_once(found, (grad, *ctx.saved_tensors))
+        d_anchors, d_others, *rest = found
         return d_anchors, d_others, None, None, *rest
+
+    @staticmethod
+    def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Those of the tensors, for the gradient of every loss."""
+        call, (anchors, others, *vectors) = ctx.call, ctx.saved_tensors
+        walk = _Sorted(anchors, others, vectors, call.groups, call.formula, call.needed)
+        return walk.gradients(grad)[1:]

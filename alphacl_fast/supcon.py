@@ -22,6 +22,7 @@ from .distributed import ProcessGroup
 from .explicit_negatives import against_unit_rows
 from .functional import zero_with_graph
 from .objectives import infonce
+from .one_operator import one_operator
 from .same_id import Block, Formula, Groups, Outcome, losses_of_groups
 
 _LOG_SUM = infonce(epsilon=0.0)
@@ -112,7 +113,7 @@ FORMS: dict[str, Formula] = {"out": _out, "in": _in, "sincere": _sincere}
 # --- the loss -------------------------------------------------------------------------------------
 
 
-@torch.compiler.disable  # only losses of two views are compiled operators
+@one_operator("z", "reference")
 def supcon_loss(
     z: Tensor,
     ids: Tensor,

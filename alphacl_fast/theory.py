@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import check_embeddings
+from .functional import check_embeddings, of_one_dtype
 from .objectives import Objective
 from .pair_weights import Importances
 
@@ -44,6 +44,7 @@ Alpha = Tensor | str | Objective | Importances
 
 
 def _parts(x1: Tensor, x2: Tensor, alpha: Alpha, settings: dict[str, Any]) -> _Parts:
+    x1, x2 = of_one_dtype(x1, x2)
     check_embeddings(x1, x2, fewest=2)
     if isinstance(alpha, (str, Objective)):
         solved = Importances(x1, x2, alpha, negatives="one_view", **settings)
@@ -166,7 +167,8 @@ def random_weights(widths: Sequence[int], norm: str, seeds: Sequence[int]) -> li
     weights = []
     for layer, (fan_in, fan_out) in enumerate(pairwise(widths)):
         generators = (torch.Generator().manual_seed(1000 * seed + layer) for seed in seeds)
-        draws = [torch.randn(fan_out, fan_in, dtype=torch.float64, generator=g) for g in generators]
+        made = {"dtype": torch.float64, "device": "cpu"}
+        draws = [torch.randn(fan_out, fan_in, generator=g, **made) for g in generators]
         weights.append(normalize(torch.stack(draws), norm))
     return weights
 

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from . import functional, shared_rows
 from .autograd import unit_rows
-from .call import without_autocast
+from .call import as_operator, without_autocast
 from .explicit_negatives import loss_against
 from .functional import alpha_cl_loss, zero_with_graph
 from .objectives import PairLoss, infonce
+from .one_operator import one_operator
 from .same_id import Block, Groups, Outcome, losses_of_groups
 
 __all__ = [
@@ -52,6 +53,12 @@ _LOG_SUM = infonce(epsilon=0.0)
 # --- two views ------------------------------------------------------------------------------------
 
 
+def _two_for_each(n: int) -> tuple[int]:
+    """The shape of the losses of both anchors of n pairs."""
+    return (2 * n,)
+
+
+@one_operator("z1", "z2", losses=_two_for_each)
 def dcl(
     z1: Tensor,
     z2: Tensor,
@@ -66,7 +73,7 @@ def dcl(
 
     Args:
         z1: (N, D) first view, N ≥ 1, float32, float64, bfloat16 or float16.
-        z2: (N, D) second view, with the dtype and device of z1.
+        z2: (N, D) second view, on the device of z1; towers of two dtypes are promoted to one.
         temperature: τ > 0, a float or a one-element tensor, which receives its gradient.
         reduction: "mean" or "sum" over the 2N anchors, or "none": (2N,).
         backend: see `alphacl_fast.functional.alpha_cl_loss`.
@@ -85,6 +92,7 @@ def dcl(
     )
 
 
+@one_operator("z1", "z2", losses=_two_for_each)
 def dclw(
     z1: Tensor,
     z2: Tensor,
@@ -126,6 +134,7 @@ def dclw(
     return _of_views(z1, z2, temperature, reduction, losses)
 
 
+@one_operator("z1", "z2", losses=_two_for_each)
 def debiased(
     z1: Tensor,
     z2: Tensor,
@@ -166,6 +175,7 @@ def debiased(
     return _of_views(z1, z2, temperature, reduction, losses)
 
 
+@one_operator("z1", "z2", losses=_two_for_each)
 def hcl(
     z1: Tensor,
     z2: Tensor,
@@ -232,6 +242,7 @@ def _debiased(
     return _log1p_exp(log_ratio)
 
 
+@one_operator("z1", "z2")
 def dhel(
     z1: Tensor,
     z2: Tensor,
@@ -273,6 +284,7 @@ def dhel(
     return _of_views(z1, z2, temperature, reduction, losses, anchors=1)
 
 
+@one_operator("z1", "z2", losses=_two_for_each)
 def rince(
     z1: Tensor,
     z2: Tensor,
@@ -320,6 +332,7 @@ def rince(
     return _of_views(z1, z2, temperature, reduction, losses)
 
 
+@one_operator("z1", "z2", losses=_two_for_each)
 def adnce(
     z1: Tensor,
     z2: Tensor,
@@ -399,6 +412,7 @@ def _adnce_sums(temperature: float, mu: float, sigma: float) -> tuple[PairLoss, 
     return PairLoss(None, weighted), PairLoss(None, weight)
 
 
+@one_operator("z1", "z2", losses=_two_for_each)
 def macl(
     z1: Tensor,
     z2: Tensor,
@@ -449,6 +463,7 @@ def macl(
 # --- rows with ids --------------------------------------------------------------------------------
 
 
+@one_operator("z")
 def multi_similarity(
     z: Tensor,
     ids: Tensor,
@@ -508,6 +523,7 @@ def multi_similarity(
     return _of_rows(z, ids, reduction, losses)
 
 
+@one_operator("z")
 def circle(
     z: Tensor,
     ids: Tensor,
@@ -602,6 +618,7 @@ def _circle_bands(margin: float, gamma: float) -> tuple[tuple[float, PairLoss], 
     return tuple(band(k) for k in range(count))
 
 
+@one_operator("z")
 def tuplet_margin(
     z: Tensor,
     ids: Tensor,
@@ -892,27 +909,8 @@ class ISogCLR(nn.Module):
 
     def _log_mean(self, x: Tensor, y: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
         """log mean_j exp(Δ_ij/τ_i), and its derivative in τ_i as a constant."""
-        places = torch.arange(len(x), device=x.device)
-
-        def log_mean(x: Tensor, y: Tensor, tau: Tensor) -> Tensor:
-            scaled = x / tau[:, None]  # so that each anchor has its own temperature
-            losses = loss_against(
-                scaled,
-                y,
-                (scaled * y).sum(1),
-                _LOG_SUM,
-                temperature=1.0,
-                ids=places,
-                negative_ids=places,
-                reduction="none",
-                backend=self.backend,
-            )
-            return losses - math.log(len(x) - 1)
-
-        with torch.enable_grad():
-            leaf = tau.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(log_mean(x.detach(), y.detach(), leaf).sum(), leaf)
-        return log_mean(x, y, tau), slope
+        log_mean, slope = log_mean_and_slope(x, y, tau, self.backend)
+        return log_mean, slope.detach()
 
     def extra_repr(self) -> str:
         """Every setting."""
@@ -920,6 +918,34 @@ class ISogCLR(nn.Module):
             f"{self.n_samples}, temperature_range={self.range}, rho={self.rho:g}, "
             f"gamma={self.gamma:g}, step={self.step:g}, momentum={self.share:g}"
         )
+
+
+@one_operator("x", "y", losses=lambda n: (2, n))
+def log_mean_and_slope(x: Tensor, y: Tensor, tau: Tensor, backend: str) -> Tensor:
+    """(2, N) log mean_j exp(s_ij − s_ii)/τ_i) of unit rows, and its derivative in τ_i (N,).
+
+    The derivative is a constant.
+    """
+    places = torch.arange(len(x), device=x.device)
+
+    def log_mean(x: Tensor, y: Tensor, tau: Tensor) -> Tensor:
+        losses = loss_against(
+            x,
+            y,
+            (x * y).sum(1),
+            _LOG_SUM,
+            temperature=tau,
+            ids=places,
+            negative_ids=places,
+            reduction="none",
+            backend=backend,
+        )
+        return losses - math.log(len(x) - 1)
+
+    with torch.enable_grad():
+        leaf = tau.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(log_mean(x.detach(), y.detach(), leaf).sum(), leaf)
+    return torch.stack([log_mean(x, y, tau), slope])
 
 
 def _running(log_u: Tensor, log_mean: Tensor, gamma: float) -> Tensor:
@@ -953,7 +979,6 @@ def _of_views(
         return _reduced(losses(), reduction)
 
 
-@torch.compiler.disable  # only losses of two views are compiled operators
 def _of_rows(
     z: Tensor,
     ids: Tensor,
@@ -1064,6 +1089,7 @@ def _checked_index(
     index = functional.checked_ids("index", index, z1)
     if (
         index.device.type == "cpu"
+        and not as_operator(index)
         and len(index)
         and not (0 <= int(index.min()) <= int(index.max()) < n_samples)
     ):

@@ -136,7 +136,17 @@ def test_operators_pass_opcheck():
     z1, z2 = pair(6, 4)
     tau, call = torch.tensor(0.3, dtype=torch.float64), ("cosine", "two_view", True)
     for reduction in ("mean", "none"):
-        rest = (objective.key, *call, reduction, "blocked", 0.3, "", None, [True, True, False])
+        rest = (
+            objective.key,
+            *call,
+            reduction,
+            None,
+            "blocked",
+            0.3,
+            "",
+            None,
+            [True, True, False],
+        )
         torch.library.opcheck(
             torch.ops.alphacl_fast.loss.default,
             (z1, z2, tau, None, *rest),
@@ -152,11 +162,14 @@ def test_operators_pass_opcheck():
     )
 
 
-def test_objectives_are_found_while_they_live():
-    objective = objectives.make("infonce")
-    key = objective.key
-    assert objectives.registered(key) is objective
-    assert objectives.make("infonce").key != key
-    del objective
-    with pytest.raises(KeyError):
+def test_keys_name_objectives_and_find_users_objects_while_they_live():
+    objective = objectives.make("infonce", {"epsilon": 0.5})
+    assert objective.key == 'infonce {"epsilon": 0.5, "temperature_scaled": false}'
+    assert repr(objectives.registered(objective.key)) == repr(objective)
+    users = PairLoss(None, torch.exp)
+    key = users.key
+    assert objectives.registered(key) is users
+    assert PairLoss(None, torch.exp).key != key
+    del users
+    with pytest.raises(KeyError, match="an object that lives in this process"):
         objectives.registered(key)

@@ -301,7 +301,7 @@ def test_bad_embeddings(metric):
         ((z1[:0], z2[:0]), ValueError, r"z1 must have at least 1 row, got shape \(0, 4\)"),
         ((z1[:, :0], z2[:, :0]), ValueError, r"z1 must have .* 1 column, got shape \(8, 0\)"),
         ((z1, z2[:4]), ValueError, r"z2 must have the shape of z1 \(8, 4\), got \(4, 4\)"),
-        ((z1, z2.float()), TypeError, "z2 must have the dtype of z1"),
+        ((z1, z2.long()), TypeError, "z2 must have one of the dtypes float32"),
         ((z1.long(), z2.long()), TypeError, "z1 must have one of the dtypes float32"),
         (([1.0], z2), TypeError, "z1 must be a tensor, got list"),
     ):

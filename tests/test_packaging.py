@@ -218,7 +218,8 @@ native
 autograd
 distributed compiled_op eager
 functional same_id shared_rows
-explicit_negatives matryoshka metrics plan tune verify accuracy
+one_operator
+explicit_negatives matryoshka metrics micro_batch plan tune verify accuracy
 pair_weights supcon
 loss siglip zoo theory compat.lightly compat.open_clip compat.pytorch_metric_learning
 checks compat.sentence_transformers device_check

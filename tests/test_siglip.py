@@ -307,7 +307,8 @@ def test_operators_pass_opcheck():
     z1, z2 = pair(6, 4)
     scale_and_bias = torch.tensor([3.0, -2.0], dtype=torch.float64)
     for reduction in ("mean", "none"):
-        rest = (SIGLIP.key, "cosine", "cross_view", False, reduction, "blocked", None, "", None)
+        rest = (SIGLIP.key, "cosine", "cross_view", False, reduction)
+        rest = (*rest, None, "blocked", None, "", None)
         given = (z1, z2, scale_and_bias, None, *rest, [True, False, True])
         tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
         torch.library.opcheck(torch.ops.alphacl_fast.loss.default, given, test_utils=tests)

@@ -290,7 +290,7 @@ def test_module():
         ({"reference": torch.zeros(3, 4).double()}, "must be given together, got no reference_ids"),
         ({"reference_ids": torch.arange(3)}, "must be given together, got no reference"),
         (
-            {"reference": torch.zeros(3, 4), "reference_ids": torch.arange(3)},
+            {"reference": torch.zeros(3, 5), "reference_ids": torch.arange(3)},
             "reference must have the width, dtype and device of z",
         ),
         (

@@ -113,7 +113,8 @@ class Plan:
     ) -> None:
         self.batch, self.wide = batch, accumulation_dtype(batch.dtype)
         self.forward = self  #: the plan that a forward executes
-        function = PairFunction(kind, params, torch.tensor(tau, dtype=self.wide), log_range)
+        of_tau = torch.tensor(tau, dtype=self.wide, device="cpu")
+        function = PairFunction(kind, params, of_tau, log_range)
         isa = cpu.INSTRUCTION_SETS.index(cpu.instruction_set())
         _, self.multiple, self.largest = cpu._kernels(isa, Dtype.of(batch.dtype))
         low, high = batch.wanted
@@ -155,17 +156,19 @@ class Plan:
         step = _Step.from_buffer_copy(self.step)
         loss = dz = dtau = None
         if incoming is None:
-            loss = torch.empty(batch.pairing.anchors if batch.each else (), dtype=self.wide)
+            loss = torch.empty(
+                batch.pairing.anchors if batch.each else (), dtype=self.wide, device="cpu"
+            )
             step.loss = loss.data_ptr()
         else:
             incoming = incoming.contiguous()
             step.incoming = incoming.data_ptr()
         if self.gradient:
             low, high = batch.wanted
-            dz = torch.empty((high - low, batch.dim), dtype=self.wide)
+            dz = torch.empty((high - low, batch.dim), dtype=self.wide, device="cpu")
             step.dz = dz.data_ptr()
         if batch.learn_tau:
-            dtau = torch.empty((), dtype=self.wide)
+            dtau = torch.empty((), dtype=self.wide, device="cpu")
             step.dtau = dtau.data_ptr()
         if same_id is not None:
             step.ids, step.n_neg_of, step.empty = (x.data_ptr() for x in same_id)
