@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import native, ops
 from .bundles import PairFunction, Rows, RowScalars, Term, Weight, accumulation_dtype, leading
-from .call import BoundCall, Layout, Loss, Need, SameId, without_autocast
+from .call import BoundCall, Guide, Layout, Loss, Need, SameId, without_autocast
 from .objectives import (
     INFINITE_TAU,
     BatchNumbers,
@@ -133,21 +133,22 @@ class Sweeps:
         call: BoundCall,
         layout: Layout | None = None,
         same_id: SameId | None = None,
+        guide: Guide | None = None,
     ) -> None:
         """``rows`` and ``pos`` may have more rows than the layout, which come behind."""
         self.layout = Layout.of(call, pos.shape[0] // 2) if layout is None else layout
-        self.same_id, self.call = same_id, call
+        self.same_id, self.call, self.guided = same_id, call, guide is not None
         self.rows = first(call.objective.rows_of_sweeps(rows, tau), self.layout.rows)
         anchors = self.layout.anchors
         self.pos, self.tau = pos if len(pos) == anchors else pos[:anchors], tau
         self.divisor = call.divisor(pos.shape[0] // 2)
         self.function = pair_function(tau, call)
         largest_t = None if call.max_gap is None else self.pos + call.max_gap
-        self.pairing = self.layout.pairing(same_id, largest_t)
+        self.pairing = self.layout.pairing(same_id, largest_t, guide)
         # (anchors,) |Neg(i)| and whether it is 0, where not all negatives count; None: not known
         self._n_neg: Tensor | None = None
         self._empty: Tensor | None = None
-        if same_id is not None and call.max_gap is None:
+        if same_id is not None and call.max_gap is None and guide is None:
             self._n_neg, self._empty = same_id.n_neg, same_id.empty
 
     @property
@@ -157,7 +158,7 @@ class Sweeps:
     @property
     def all_count(self) -> bool:
         """Whether every anchor has all negatives of the layout."""
-        return self.same_id is None and self.call.max_gap is None
+        return self.same_id is None and self.call.max_gap is None and not self.guided
 
     @property
     def n_neg(self) -> int | Tensor:

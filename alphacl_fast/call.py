@@ -162,10 +162,22 @@ class Layout(NamedTuple):
             return cls(n, 0, 0, n, n - 1, False)
         return cls(2 * n, n, n, loss.anchors(n), n - 1, True)
 
-    def pairing(self, same_id: SameId | None = None, largest_t: Tensor | None = None) -> Pairing:
+    def pairing(
+        self,
+        same_id: SameId | None = None,
+        largest_t: Tensor | None = None,
+        guide: Guide | None = None,
+    ) -> Pairing:
         """The operators' bundle."""
         ids = None if same_id is None else same_id.ids
-        return Pairing(self.split, self.partner, self.anchors, ids, largest_t)
+        return Pairing(self.split, self.partner, self.anchors, ids, largest_t, *(guide or ()))
+
+
+class Guide(NamedTuple):
+    """Another model's opinion on which negatives are too similar (arXiv:2402.16829)."""
+
+    rows: Tensor  # (rows, G) unit rows in the accumulation dtype, of the rows that the sweeps see
+    largest: Tensor  # (anchors,) the guide's largest similarity of a pair that counts
 
 
 class SameId(NamedTuple):

@@ -9,6 +9,7 @@ with t_ij = ⟨z_i, y_j⟩ of the rows as given.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,15 +28,15 @@ from .autograd import (
     for_each_gradient,
     mean_negative,
     only_once,
+    unit_rows,
 )
 from .bundles import Rows, accumulation_dtype
-from .call import BoundCall, Call, Layout, SameId, without_autocast
+from .call import BoundCall, Call, Guide, Layout, SameId, without_autocast
 from .distributed import ProcessGroup
 from .objectives import ClosedForm, Objective
 from .one_operator import one_operator
 
 
-@one_operator("z", "negatives")
 def loss_against(
     z: Tensor,
     negatives: Tensor | None,
@@ -51,6 +52,7 @@ def loss_against(
     negative_ids: Tensor | None = None,
     log_weights: Tensor | None = None,
     max_gap: float | None = None,
+    guide: tuple[Tensor, Tensor | None, Tensor] | None = None,
     **options: Any,
 ) -> Tensor:
     """Loss of anchors z against the rows of ``negatives``, with given positive similarities.
@@ -90,6 +92,11 @@ def loss_against(
         max_gap: negatives with Δ_ij = t_ij − t⁺_i > max_gap do not count; see
             `alphacl_fast.functional.alpha_cl_loss`. It takes neither log_weights nor a temperature
             per anchor.
+        guide: (g, g_negatives, threshold): another model's embeddings of z (N, G) and of negatives
+            (M, G), None with ``negatives=None``, in any float dtype, and one number per anchor
+            (N,). Negatives whose cosine similarity with the anchor, as the guide sees it, exceeds
+            the threshold do not count (GISTEmbed, arXiv:2402.16829). The guide gets no gradient.
+            On the backend "blocked" only, and not with a process group.
         **options: options of the objective, by its own names.
 
     Returns:
@@ -102,6 +109,48 @@ def loss_against(
     Source: arXiv:1911.05722 (queue of negatives); arXiv:2004.11362 (several positives, whose mean
     is t⁺, with epsilon=0).
     """
+    guide = {} if guide is None else _checked_guide(guide, z, negatives)
+    return _loss_against(
+        z,
+        negatives,
+        positive,
+        objective,
+        temperature=temperature,
+        reduction=reduction,
+        backend=backend,
+        precision=precision,
+        process_group=process_group,
+        ids=ids,
+        negative_ids=negative_ids,
+        log_weights=log_weights,
+        max_gap=max_gap,
+        **guide,
+        **options,
+    )
+
+
+@one_operator("z", "negatives")
+def _loss_against(
+    z: Tensor,
+    negatives: Tensor | None,
+    positive: Tensor,
+    objective: str | Objective = "infonce",
+    *,
+    temperature: float | Tensor = 0.5,
+    reduction: str = "mean",
+    backend: str = "auto",
+    precision: str | None = None,
+    process_group: Any = None,
+    ids: Tensor | None = None,
+    negative_ids: Tensor | None = None,
+    log_weights: Tensor | None = None,
+    max_gap: float | None = None,
+    guide_of_z: Tensor | None = None,
+    guide_of_negatives: Tensor | None = None,
+    largest_guide: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """As `loss_against`, with tensors alone as arguments that an operator takes."""
     call = functional.make_call(
         objective,
         options,
@@ -115,12 +164,17 @@ def loss_against(
     )
     if backend == "reference":
         raise ValueError("backend must not be 'reference': the oracle has two views")
-    given = _Given(z, negatives, positive, temperature, ids, negative_ids, log_weights)
+    guide = None if guide_of_z is None else (guide_of_z, guide_of_negatives, largest_guide)
+    given = Given(z, negatives, positive, temperature, ids, negative_ids, log_weights, guide)
+    if guide is not None and isinstance(call.objective, ClosedForm):
+        call = replace(call, objective=call.objective.of_each_pair)
     group = functional.make_group(process_group, "auto")
     if group is not None:
+        if guide is not None:
+            raise ValueError("guide must be None with a process_group")
         return _over_ranks(given, call, group)
     given.check(call.objective, fewest=1, max_gap=max_gap)
-    return call.reduce(_row_losses(given, call))
+    return call.reduce(row_losses(given, call))
 
 
 def against_unit_rows(
@@ -148,12 +202,12 @@ def against_unit_rows(
         backend=backend,
         precision=precision,
     )
-    given = _Given(z, negatives, positive, temperature, ids, negative_ids, None)
+    given = Given(z, negatives, positive, temperature, ids, negative_ids, None)
     given.check(objective, fewest=1)
-    return _row_losses(given, call)
+    return row_losses(given, call)
 
 
-class _Given(NamedTuple):
+class Given(NamedTuple):
     """The tensors of a call."""
 
     z: Tensor
@@ -163,6 +217,7 @@ class _Given(NamedTuple):
     ids: Tensor | None
     negative_ids: Tensor | None
     log_weights: Tensor | None
+    guide: tuple[Tensor, Tensor | None, Tensor] | None = None
 
     @property
     def other(self) -> Tensor:
@@ -248,7 +303,7 @@ def _check_temperatures(temperature: Tensor, z: Tensor, objective: Objective) ->
             )
 
 
-def _row_losses(given: _Given, call: Call) -> Tensor:
+def row_losses(given: Given, call: Call) -> Tensor:
     """(N,) losses of tensors that are checked."""
     ids, negative_ids = given.checked_ids()
     z, negatives, temperature = given.z, given.negatives, given.temperature
@@ -264,10 +319,11 @@ def _row_losses(given: _Given, call: Call) -> Tensor:
         z, negatives = z.to(wide) / scale[:, None], negatives.to(wide)
         positive, temperature = positive / scale, 1.0
     tau, bound, _ = functional.bind_temperature(
-        z, temperature, call, ids is not None, reduction="none"
+        z, temperature, call, ids is not None, reduction="none", with_guide=given.guide is not None
     )
     layout = _layout(len(z), len(z) if negatives is None else len(z) + len(negatives))
     same_id = _same_id(ids, negative_ids, layout, wide)
+    guide = None if given.guide is None else _guide(given.guide, wide)
     with without_autocast(z.device):
         if len(z) == 1 and negatives is None:
             return functional.zero_with_graph(z, positive, tau).expand(1)
@@ -284,7 +340,7 @@ def _row_losses(given: _Given, call: Call) -> Tensor:
                 bias = torch.cat([bias.new_zeros(len(z)), bias])
         learn_tau = tau.requires_grad and torch.is_grad_enabled()
         losses = _ExplicitNegatives.apply(
-            z, negatives, positive, tau, bias, bound, same_id, learn_tau
+            z, negatives, positive, tau, bias, bound, same_id, guide, learn_tau
         )[0]
     return losses if scale is None else call.objective.times_temperature(losses, scale)
 
@@ -292,7 +348,7 @@ def _row_losses(given: _Given, call: Call) -> Tensor:
 # --- several processes ----------------------------------------------------------------------------
 
 
-def _over_ranks(given: _Given, call: Call, group: ProcessGroup) -> Tensor:
+def _over_ranks(given: Given, call: Call, group: ProcessGroup) -> Tensor:
     """The loss of all ranks' anchors against all ranks' negatives."""
     failure, text, sizes = None, "", ()
     try:
@@ -317,7 +373,7 @@ def _over_ranks(given: _Given, call: Call, group: ProcessGroup) -> Tensor:
         other_ids = sharing.gather(ids, 1)
     elif ids is not None:
         ids, other_ids = ids.long(), sharing.gather(other_ids.long(), 1)
-    here = _Given(
+    here = Given(
         z.to(wide),
         everyone[:, :dim],
         given.positive,
@@ -327,7 +383,7 @@ def _over_ranks(given: _Given, call: Call, group: ProcessGroup) -> Tensor:
         everyone[:, dim] if weights else None,
     )
     if len(z):
-        losses, nothing = _row_losses(here, call), 0.0
+        losses, nothing = row_losses(here, call), 0.0
     else:  # this rank takes part in all messages
         own = [x for x in (here.temperature, here.positive) if isinstance(x, Tensor)]
         nothing = functional.zero_with_graph(everyone, here.z, *own)
@@ -338,7 +394,7 @@ def _over_ranks(given: _Given, call: Call, group: ProcessGroup) -> Tensor:
     return total / (sum(sharing.counts(0)) if call.reduction == "mean" else 1)
 
 
-def _statement(given: _Given, call: Call) -> str:
+def _statement(given: Given, call: Call) -> str:
     """What must be the same on every rank."""
     grad = torch.is_grad_enabled()
     tensors = {name: x for name, x in given._asdict().items() if isinstance(x, Tensor)}
@@ -383,6 +439,41 @@ def _same_id(
     return SameId.make(ids, layout, dtype)
 
 
+def _checked_guide(
+    guide: tuple[Tensor, Tensor | None, Tensor], z: Tensor, negatives: Tensor | None
+) -> dict[str, Tensor]:
+    """The guide as arguments of `_loss_against`; raises unless it fits the rows."""
+    if not isinstance(guide, (tuple, list)) or len(guide) != 3:
+        raise TypeError(f"guide must be None or (g, g_negatives, threshold), got {guide!r:.80}")
+    g, g_negatives, threshold = guide
+    functional.check_rows("z", z)
+    pairs = [("guide[0]", g, "z", z)]
+    if negatives is not None:
+        functional.check_rows("negatives", negatives)
+        pairs.append(("guide[1]", g_negatives, "negatives", negatives))
+    elif g_negatives is not None:
+        raise ValueError("guide[1] must be None with negatives=None")
+    for name, rows, other_name, other in pairs:
+        functional.check_rows(name, rows)
+        if len(rows) != len(other) or rows.device != other.device:
+            raise ValueError(
+                f"{name} must have as many rows as {other_name} ({len(other)}), on {other.device}, "
+                f"got {len(rows)} on {rows.device}"
+            )
+    if g_negatives is not None and g_negatives.shape[1] != g.shape[1]:
+        raise ValueError(f"guide[1] must have {g.shape[1]} columns, got {g_negatives.shape[1]}")
+    _check_vector("guide[2]", threshold, z)
+    given = {"guide_of_z": g, "guide_of_negatives": g_negatives, "largest_guide": threshold}
+    return {name: x.detach() for name, x in given.items() if x is not None}
+
+
+def _guide(given: tuple[Tensor, Tensor | None, Tensor], dtype: torch.dtype) -> Guide:
+    """The guide's unit rows of all rows that the sweeps see."""
+    *rows, threshold = given
+    together = torch.cat([x.to(dtype) for x in rows if x is not None])
+    return Guide(unit_rows(together), threshold.to(dtype))
+
+
 class _GivenPositives(Problem):
     """A problem whose positive similarities t⁺ (N,) are given.
 
@@ -398,10 +489,11 @@ class _GivenPositives(Problem):
         bias: Tensor | None,
         call: BoundCall,
         same_id: SameId | None,
+        guide: Guide | None,
     ) -> None:
         rows = Rows(z if negatives is None else torch.cat([z, negatives]), bias=bias)
         tau = tau.to(pos.dtype)
-        sweeps = Sweeps(rows, pos, tau, call, _layout(len(z), len(rows.f)), same_id)
+        sweeps = Sweeps(rows, pos, tau, call, _layout(len(z), len(rows.f)), same_id, guide)
         super().__init__(Features(rows, None), pos, tau, call, same_id, sweeps)
         self.n_first = len(z)
 
@@ -424,9 +516,10 @@ class _ExplicitNegatives(torch.autograd.Function):
         bias: Tensor | None,
         call: BoundCall,
         same_id: SameId | None,
+        guide: Guide | None,
         learn_tau: bool,
     ) -> tuple[Tensor | None, ...]:
-        problem = _GivenPositives(z, negatives, pos, tau, bias, call, same_id)
+        problem = _GivenPositives(z, negatives, pos, tau, bias, call, same_id, guide)
         solution = problem.solve(learn_tau)
         # The inputs themselves are saved, not the rows that were put together from them.
         saved = problem.saved(solution)._replace(features=Features(Rows(None), None))
@@ -434,25 +527,27 @@ class _ExplicitNegatives(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        z, negatives, _, tau, bias, ctx.call, _, _ = inputs
+        z, negatives, _, tau, bias, ctx.call, _, guide, _ = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(z, negatives, tau, bias, *output[1:])
+        ctx.save_for_backward(z, negatives, tau, bias, *(guide or (None, None)), *output[1:])
 
     @staticmethod
     def backward(ctx, grad: Tensor | None, *of_saved: Tensor | None) -> tuple[Tensor | None, ...]:
         if not first_derivative(grad, of_saved):
-            return (None,) * 8
+            return (None,) * 9
         with torch.no_grad(), without_autocast(grad.device):
             gradients = for_each_gradient(partial(_ExplicitNegatives._gradients, ctx), grad)
-        return *only_once(gradients, (grad, *ctx.saved_tensors)), None, None, None
+        return *only_once(gradients, (grad, *ctx.saved_tensors)), None, None, None, None
 
     @staticmethod
     def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Those of the tensors, for the gradient of every loss."""
         need_z, need_negatives, need_pos, need_tau, need_bias = ctx.needs_input_grad[:5]
-        z, negatives, tau, bias, *tensors = ctx.saved_tensors
-        saved = Saved.unflatten(tensors)
-        problem = _GivenPositives(z, negatives, saved.pos, tau, bias, ctx.call, saved.same_id)
+        z, negatives, tau, bias, guide, largest, *tensors = ctx.saved_tensors
+        saved, guide = Saved.unflatten(tensors), None if guide is None else Guide(guide, largest)
+        problem = _GivenPositives(
+            z, negatives, saved.pos, tau, bias, ctx.call, saved.same_id, guide
+        )
         # the sums of the weights come with the rows' gradient
         first = need_z or (need_bias and negatives is None)
         need = Need(first, need_negatives or (need_bias and negatives is not None), need_tau)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from numbers import Real
 from typing import Any
@@ -29,6 +30,8 @@ VALID = {
 }
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+#: `guided.loss`, which is made of losses with explicit negatives, and they of this module.
+GUIDED: list[Callable[..., Tensor]] = []
 #: τ, or what SigLIP has in its place: (scale, bias).
 Temperature = float | Tensor | tuple[float | Tensor, float | Tensor]
 
@@ -49,6 +52,8 @@ def alpha_cl_loss(
     strategy: str = "auto",
     ids: Tensor | None = None,
     max_gap: float | None = None,
+    guide: tuple[Tensor, Tensor] | None = None,
+    guide_margin: float = 0.0,
     workspace: int | None = None,
     **options: Any,
 ) -> Tensor:
@@ -101,6 +106,12 @@ def alpha_cl_loss(
             directions of "cross_view". Which negatives count is a constant of the gradient. An
             anchor that has none left has loss 0. It may be negative. Not supported with
             backend="cuda" or a process group. None: all negatives count.
+        guide: (g1, g2), another model's embeddings (N, G) of both views, in any float dtype.
+            Negatives whose cosine similarity with the anchor, as the guide sees it, exceeds that of
+            the guide's own positive pair minus ``guide_margin`` are left out (GISTEmbed,
+            arXiv:2402.16829). The guide gets no gradient. Served by backend="blocked" alone, for
+            similarity "cosine" and "dot", without a process group. None: there is no guide.
+        guide_margin: any finite number; a positive one leaves out more.
         workspace: bytes in which the CPU kernels may keep tiles of pairs from one sweep to the
             next instead of computing them again; the memory is one per process and stays
             allocated. 0 keeps nothing; the result has the same bits in any case. None: the
@@ -137,6 +148,9 @@ def alpha_cl_loss(
         if group is not None:
             distributed.agree(group, None, None, None, None, error)  # raises
         raise
+    if guide is not None:
+        (guided_loss,) = GUIDED
+        return guided_loss(z1, z2, temperature, call, ids, guide, guide_margin)
     return evaluate(z1, z2, temperature, call, ids)[0]
 
 
@@ -402,6 +416,7 @@ def bind_temperature(
     with_ids: bool = False,
     reduction: str | None = None,
     few_long_rows: bool = False,
+    with_guide: bool = False,
 ) -> tuple[Tensor, BoundCall, str]:
     """As `bind`, for embeddings and a temperature that have been checked.
 
@@ -421,6 +436,7 @@ def bind_temperature(
     if z1.is_cuda and call.similarity == "cosine" and values[0] is not None:
         wgmma = ops.cuda.has_wgmma_kernels(objective.kind, objective.params(1.0), z1.shape[1])
     operands = ("ids",) * with_ids + ("max_gap",) * (call.max_gap is not None)
+    operands += ("guide",) * with_guide
     asked = "blocked" if few_long_rows and call.backend == "auto" else call.backend
     backend, why = ops.choose(
         asked, z1.device, z1.dtype, call.precision, objective.kind, operands, wgmma

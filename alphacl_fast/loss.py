@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional, ops
+from . import functional, guided, ops
 from .objectives import Objective
 from .pair_weights import SETTINGS, AlphaSummary, alpha_summary
 
@@ -30,6 +30,7 @@ class FusedAlphaCLLoss(nn.Module):
         process_group: None, "world" or a `torch.distributed.ProcessGroup` whose ranks share one
             batch.
         strategy: how those ranks exchange rows: "auto", "gather" or "ring".
+        guide_margin: of the guide, where a call has one; see there too.
         max_gap: negatives more similar than the positive by more than this do not count; see
             there too.
         workspace: bytes in which the CPU kernels may keep tiles; see there too.
@@ -39,6 +40,7 @@ class FusedAlphaCLLoss(nn.Module):
 
     Shape:
         * z1, z2: (N, D), float32, float64, bfloat16 or float16.
+        * guide: None or two tensors (N, G) of any float dtype.
         * ids: None or (N,) integers; samples with equal ids are not negatives of each other.
         * output: () or, with ``reduction="none"``, one value per anchor, in float32 (float64 for
           float64 input).
@@ -66,6 +68,7 @@ class FusedAlphaCLLoss(nn.Module):
         process_group: Any = None,
         strategy: str = "auto",
         max_gap: float | None = None,
+        guide_margin: float = 0.0,
         workspace: int | None = None,
         temperature_range: tuple[float, float] | None = None,
         **options: Any,
@@ -96,6 +99,7 @@ class FusedAlphaCLLoss(nn.Module):
                 f"{temperature_range!r}"
             )
         self.temperature_range = _checked_range(temperature_range)
+        self.guide_margin = guide_margin
         if (
             isinstance(temperature, Tensor)
             and not isinstance(temperature, nn.Parameter)
@@ -116,13 +120,21 @@ class FusedAlphaCLLoss(nn.Module):
         """The objective in force."""
         return self._call.objective
 
-    def forward(self, z1: Tensor, z2: Tensor, ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        z1: Tensor,
+        z2: Tensor,
+        ids: Tensor | None = None,
+        guide: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """The loss of a batch of positive pairs.
 
         Args:
             z1: (N, D) embeddings of the first view.
             z2: (N, D) embeddings of the second view, on the same device.
             ids: (N,) integers; pairs with equal ids are no negatives of each other.
+            guide: (g1, g2), another model's embeddings (N, G) of both views, which says which
+                negatives are false; see `alphacl_fast.functional.alpha_cl_loss`.
 
         Returns:
             () for reduction "mean" or "sum", (anchors,) for "none", in float32 or float64.
@@ -133,6 +145,8 @@ class FusedAlphaCLLoss(nn.Module):
         temperature = self.temperature
         if isinstance(temperature, Tensor) and self.temperature_range is not None:
             temperature.data.clamp_(*self.temperature_range)
+        if guide is not None:
+            return guided.loss(z1, z2, temperature, self._call, ids, guide, self.guide_margin)
         loss, *served = functional.evaluate(z1, z2, temperature, self._call, ids)
         if not torch.compiler.is_compiling():  # in a checkpoint it would be a side effect
             self._served = served

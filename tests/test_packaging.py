@@ -220,7 +220,7 @@ distributed compiled_op eager
 functional same_id shared_rows
 one_operator
 explicit_negatives matryoshka metrics micro_batch plan tune verify accuracy
-pair_weights supcon
+pair_weights supcon guided
 loss siglip zoo theory compat.lightly compat.open_clip compat.pytorch_metric_learning
 checks compat.sentence_transformers device_check
 """

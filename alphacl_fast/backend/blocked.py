@@ -28,7 +28,7 @@ from . import forms
 from .precision import float32_precision
 
 #: Optional operands that this backend serves.
-OPTIONAL_OPERANDS = {"ids", "max_gap"}
+OPTIONAL_OPERANDS = {"ids", "max_gap", "guide"}
 
 
 def unsupported(
@@ -91,12 +91,13 @@ class _Side:
     """
 
     def __init__(
-        self, start: int, stop: int, dim: int, scalars: RowScalars, largest_t: Tensor | None
+        self, start: int, stop: int, dim: int, scalars: RowScalars, pairing: Pairing
     ) -> None:
         self.slice, self.dim = slice(start, stop), dim
         self.shape = (-1, 1) if dim == 1 else (1, -1)
         self.scalars = RowScalars(*(None if x is None else self.of(x) for x in scalars))
-        self.largest_t = None if largest_t is None else self.of(largest_t)
+        limits = pairing.largest_t, pairing.largest_guide
+        self.largest_t, self.largest_guide = (None if x is None else self.of(x) for x in limits)
 
     def of(self, vector: Tensor) -> Tensor:
         """The side's part of a vector (anchors,), ready to be broadcast over the tile."""
@@ -116,11 +117,12 @@ class _Tile:
         product: Tensor,
         excluded: list[int],
         same_id: Tensor | None,
+        guide: Tensor | None,
         function: PairFunction,
         need_t: bool,
         divided: bool,
     ) -> None:
-        self.excluded, self.same_id = excluded, same_id
+        self.excluded, self.same_id, self.guide = excluded, same_id, guide
         self.kind, self.tau = lookup(function.kind), function.tau
         self.bound = self.kind.bind(function.params)
         self._log_f: Tensor | None = None
@@ -142,7 +144,11 @@ class _Tile:
 
     def of_side(self, x: Tensor, side: _Side, value: float = 0.0) -> Tensor:
         """x with ``value`` where a pair is too similar to count for the side's anchor."""
-        return x if side.largest_t is None else x.masked_fill(self.t > side.largest_t, value)
+        if side.largest_t is not None:
+            x = x.masked_fill(self.t > side.largest_t, value)
+        if self.guide is not None:
+            x = x.masked_fill(self.guide > side.largest_guide, value)
+        return x
 
     def log_f(self) -> Tensor:
         """log f of a log kind, −inf at excluded pairs."""
@@ -254,10 +260,13 @@ class _Sweep:
                 t.add_(bias[i0:i1, None]).add_(bias[None, j0:j1])
             excluded = excluded_diagonals(i0, i1, j0, j1, pairing.split, pairing.partner)
             same_id = None if ids is None else equal_ids(ids[i0:i1], ids[j0:j1])
-            sides = [_Side(i0, i1, 1, self.scalars, pairing.largest_t)]
+            guide = None
+            if pairing.guide is not None:
+                guide = pairing.guide[i0:i1] @ pairing.guide[j0:j1].t()
+            sides = [_Side(i0, i1, 1, self.scalars, pairing)]
             if pairing.anchors > pairing.split if pairing.split else j0 > i0:
-                sides.append(_Side(j0, j1, 0, self.scalars, pairing.largest_t))
-            tile = _Tile(t, excluded, same_id, self.function, self.need_t, self.divided)
+                sides.append(_Side(j0, j1, 0, self.scalars, pairing))
+            tile = _Tile(t, excluded, same_id, guide, self.function, self.need_t, self.divided)
             yield (i0, i1, j0, j1), tile, sides
 
 
@@ -378,7 +387,9 @@ def pair_grad(
     """
     low, high = wanted
     form, shift = forms.of_pair_grad(function, scalars, weight, terms)
-    if pairing.largest_t is not None:  # the two anchors of a pair may differ on whether it counts
+    if (
+        pairing.largest_t is not None or pairing.guide is not None
+    ):  # the two anchors of a pair may differ on whether it counts
         form = Form.PLAIN
     if form == Form.CONSTANT:
         scalars = scalars._replace(row_weight=scalars.row_weight * (shift - scalars.shift).exp())

@@ -1,0 +1,144 @@
+"""Losses of two views in which another model, the guide, says which negatives are false.
+
+GISTEmbed (arXiv:2402.16829): a negative that the guide finds more similar to the anchor than the
+anchor's own positive does not count. The losses are those of `loss_against`, with the rows of the
+other views as negatives.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import explicit_negatives, functional
+from .autograd import unit_rows
+from .bundles import accumulation_dtype
+from .call import Call
+from .objectives import ClosedForm, Objective
+from .one_operator import one_operator
+
+
+def check(call: Call, guide_margin: float) -> None:
+    """Raises unless a call can have a guide."""
+    if isinstance(guide_margin, bool) or not isinstance(guide_margin, Real):
+        raise TypeError(f"guide_margin must be a number, got {guide_margin!r}")
+    if not math.isfinite(guide_margin):
+        raise ValueError(f"guide_margin must be finite, got {guide_margin}")
+    if call.process_group is not None:
+        raise ValueError("guide must be None with a process_group")
+    if call.similarity == "euclidean":
+        raise ValueError("guide must be None with similarity='euclidean'")
+    if call.backend not in ("auto", "blocked"):
+        raise ValueError(
+            f"backend {call.backend!r} cannot serve this call: guide: not in this backend; use "
+            "blocked"
+        )
+
+
+def loss(
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float | Tensor,
+    call: Call,
+    ids: Tensor | None,
+    guide: tuple[Tensor, Tensor],
+    guide_margin: float,
+) -> Tensor:
+    """The loss of a call, without the negatives that the guide calls false; see `alpha_cl_loss`."""
+    check(call, guide_margin)
+    z1, z2 = functional.of_one_dtype(z1, z2)
+    functional.check_temperature(temperature, call.objective)
+    functional.check_embeddings(z1, z2)
+    g1, g2 = _checked(guide, z1)
+    objective = call.objective
+    if isinstance(objective, ClosedForm):
+        objective = objective.of_each_pair
+    given = {"temperature": temperature, "guide1": g1, "guide2": g2}
+    if ids is not None:
+        given["ids"] = functional.checked_ids("ids", ids, z1)
+    losses = _losses(
+        z1,
+        z2,
+        objective,
+        **given,
+        similarity=call.similarity,
+        negatives=call.negatives,
+        symmetric=call.symmetric,
+        precision=call.precision,
+        max_gap=call.max_gap,
+        guide_margin=float(guide_margin),
+    )
+    return call.reduce(losses[: call.anchors(len(z1))])
+
+
+def _checked(guide: Any, z: Tensor) -> list[Tensor]:
+    """The guide's embeddings of both views; raises unless they fit the rows z."""
+    if not isinstance(guide, (tuple, list)) or len(guide) != 2:
+        raise TypeError(f"guide must be None or (g1, g2), got {guide!r:.80}")
+    for k, rows in enumerate(guide):
+        functional.check_rows(f"guide[{k}]", rows)
+        if len(rows) != len(z) or rows.device != z.device:
+            raise ValueError(
+                f"guide[{k}] must have {len(z)} rows on {z.device}, as the views, got {len(rows)} "
+                f"on {rows.device}"
+            )
+    if guide[0].shape[1] != guide[1].shape[1]:
+        widths = " and ".join(str(rows.shape[1]) for rows in guide)
+        raise ValueError(f"guide must have one width in both views, got {widths}")
+    return [rows.detach() for rows in guide]
+
+
+@one_operator("z1", "z2", losses=lambda n: (2 * n,))
+def _losses(
+    z1: Tensor,
+    z2: Tensor,
+    objective: Objective,
+    *,
+    temperature: float | Tensor,
+    guide1: Tensor,
+    guide2: Tensor,
+    ids: Tensor | None = None,
+    similarity: str,
+    negatives: str,
+    symmetric: bool,
+    precision: str | None,
+    max_gap: float | None,
+    guide_margin: float,
+) -> Tensor:
+    """(2N,) losses of the anchors of both views; 0 for those of z2 where they are none."""
+    wide = accumulation_dtype(z1.dtype)
+    rows = unit_rows if similarity == "cosine" else lambda z: z.to(wide)
+    f1, f2 = rows(z1), rows(z2)
+    g1, g2 = unit_rows(guide1.to(wide)), unit_rows(guide2.to(wide))
+    positive, threshold = (f1 * f2).sum(1), (g1 * g2).sum(1) - guide_margin
+    ids = torch.arange(len(z1), device=z1.device) if ids is None else ids
+    call = functional.make_call(
+        objective, {}, similarity=similarity, negatives="one_view", reduction="none",
+        backend="auto", precision=precision,
+    )  # fmt: skip
+    call = replace(call, max_gap=max_gap)
+
+    def against(z: Tensor, others: Tensor | None, *guide: Tensor | None) -> Tensor:
+        copies = len(z) // len(positive)
+        of = [None if x is None else x.repeat(copies) for x in (positive, ids, threshold)]
+        given = explicit_negatives.Given(
+            z, others, of[0], temperature, of[1], None if others is None else ids, None,
+            (*guide, of[2]),
+        )  # fmt: skip
+        return explicit_negatives.row_losses(given, call)
+
+    if negatives == "two_view":
+        return against(torch.cat([f1, f2]), None, torch.cat([g1, g2]), None)
+    nothing = (z1 * 0).sum(1).to(wide)
+    if negatives == "one_view":
+        return torch.cat([against(f1, None, g1, None), nothing])
+    back = against(f2, f1, g2, g1) if symmetric else nothing
+    return torch.cat([against(f1, f2, g1, g2), back])
+
+
+functional.GUIDED[:] = [loss]

@@ -1,0 +1,165 @@
+"""A guide's false negatives do not count: losses and gradients as in dense code."""
+
+import pytest
+import torch
+from family import pair
+from torch.nn.functional import normalize
+
+from alphacl_fast import FusedAlphaCLLoss, loss_against
+from alphacl_fast.functional import alpha_cl_loss
+
+N, TAU = 12, 0.3
+
+
+def guides(seed=5):
+    """Embeddings of another width, whose positives are not always the nearest."""
+    g1, g2 = pair(N, 7, torch.float32, noise=1.5, seed=seed)
+    return g1, g2
+
+
+def dense(z1, z2, objective, negatives, symmetric, similarity, margin, ids=None):
+    """(anchors,) losses with a mask of all pairs."""
+    own = torch.arange(N) if ids is None else ids
+    if similarity == "cosine":
+        z1, z2 = normalize(z1), normalize(z2)
+    g1, g2 = (normalize(g.double()) for g in guides())
+    sides = {
+        "two_view": [(torch.cat([z1, z2]), torch.cat([z1, z2]), torch.cat([g1, g2])) * 1],
+        "one_view": [(z1, z1, g1)],
+        "cross_view": [(z1, z2, g1), (z2, z1, g2)][: 1 + symmetric],
+    }[negatives]
+    losses = []
+    for a, b, g in sides:
+        copies = len(a) // N
+        other = {"two_view": g, "one_view": g, "cross_view": g2 if g is g1 else g1}[negatives]
+        names = own.repeat(copies)
+        positive = (z1 * z2).sum(1).repeat(copies)
+        limit = (g1 * g2).sum(1).repeat(copies) - margin
+        keep = (g @ other.t() <= limit[:, None]) & (names[:, None] != names)
+        assert 0 < keep.sum() < len(a) * (len(b) - 2)
+        t = a @ b.t()
+        gap = t - positive[:, None]
+        if objective == "infonce":
+            losses.append(((gap / TAU).exp() * keep).sum(1).log1p())
+        elif objective == "triplet":
+            losses.append(((gap + 1).clamp(min=0) * keep).sum(1))
+        else:  # uniform
+            losses.append((gap * keep).sum(1) / keep.sum(1).clamp(min=1))
+    return torch.cat(losses)
+
+
+MODES = [("two_view", True), ("one_view", True), ("cross_view", True), ("cross_view", False)]
+
+
+@pytest.mark.parametrize("objective", ["infonce", "triplet", "uniform"])
+@pytest.mark.parametrize(("negatives", "symmetric"), MODES)
+def test_equals_dense_code(objective, negatives, symmetric):
+    ids = torch.arange(N) % 9
+    for similarity, margin, given in (
+        ("cosine", 0.0, None),
+        ("dot", 0.2, ids),
+        ("cosine", -0.1, ids),
+    ):
+        z1, z2 = (z.requires_grad_() for z in pair(N, 6, noise=1.0))
+        setting = {"negatives": negatives, "symmetric": symmetric, "similarity": similarity}
+        truth = dense(z1, z2, objective, **setting, margin=margin, ids=given)
+        rest = {"temperature": TAU, "guide": guides(), "guide_margin": margin, "ids": given}
+        ours = alpha_cl_loss(z1, z2, objective, **setting, **rest)
+        torch.testing.assert_close(ours, truth.mean())
+        expected = torch.autograd.grad(truth.mean(), (z1, z2), allow_unused=True)
+        found = torch.autograd.grad(ours, (z1, z2), allow_unused=True)
+        torch.testing.assert_close(found, expected)
+        each = alpha_cl_loss(z1, z2, objective, **setting, **rest, reduction="none")
+        if negatives == "cross_view" and symmetric:
+            truth = truth.view(2, -1).mean(0)
+        torch.testing.assert_close(each, truth)
+
+
+def test_learnt_temperature():
+    z1, z2 = pair(N, 6, noise=1.0)
+    tau = torch.tensor(TAU, dtype=torch.float64, requires_grad=True)
+
+    def of(tau):
+        return alpha_cl_loss(z1, z2, temperature=tau, guide=guides())
+
+    (found,) = torch.autograd.grad(of(tau), tau)
+    step = 1e-6
+    slope = (of(tau.detach() + step) - of(tau.detach() - step)) / (2 * step)
+    torch.testing.assert_close(found, slope, rtol=1e-6, atol=1e-9)
+
+
+def test_explicit_negatives():
+    z, y = (normalize(x) for x in pair(N, 6, noise=1.0))
+    g, h = guides()
+    positive, threshold = torch.linspace(0, 0.5, N).double(), torch.linspace(-0.5, 0.5, N)
+    keep = normalize(g).double() @ normalize(h).double().t() <= threshold[:, None].double()
+    assert 20 < keep.sum() < 130
+    gap = z @ y.t() - positive[:, None]
+    truth = ((gap / 0.5).exp() * keep).sum(1).log1p().mean()
+    ours = loss_against(z, y, positive, guide=(g, h, threshold))
+    torch.testing.assert_close(ours, truth)
+
+
+def test_nothing_left_gives_0():
+    z1, z2 = (z.requires_grad_() for z in pair(N, 6))
+    for objective in ("infonce", "uniform", "alpha_entropy"):
+        loss = alpha_cl_loss(z1, z2, objective, guide=guides(), guide_margin=10.0)
+        assert loss == 0
+        assert all(not g.any() for g in torch.autograd.grad(loss, (z1, z2)))
+
+
+def test_module_and_compiled_graph():
+    z1, z2 = pair(N, 6, torch.float32)
+    module = FusedAlphaCLLoss(negatives="cross_view", guide_margin=0.1)
+    expected = alpha_cl_loss(z1, z2, negatives="cross_view", guide=guides(), guide_margin=0.1)
+    assert module(z1, z2, guide=guides()) == expected != module(z1, z2)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda a, b, g, h: module(a, b, guide=(g, h)), fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(compiled(z1, z2, *guides()), expected)
+
+
+def test_the_guide_gets_no_gradient():
+    z1, z2 = (z.requires_grad_() for z in pair(N, 6, torch.float32))
+    guide = tuple(g.requires_grad_() for g in guides())
+    alpha_cl_loss(z1, z2, guide=guide).backward()
+    assert guide[0].grad is guide[1].grad is None
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"guide": torch.ones(2)}, TypeError, r"guide must be None or \(g1, g2\)"),
+        (
+            {"guide": (torch.ones(N, 2), torch.ones(3, 2))},
+            ValueError,
+            r"guide\[1\] must have 12 rows",
+        ),
+        ({"guide": (torch.ones(N, 2), torch.ones(N, 3))}, ValueError, "one width .* got 2 and 3"),
+        ({"guide": guides(), "guide_margin": "x"}, TypeError, "guide_margin must be a number"),
+        ({"guide": guides(), "guide_margin": float("nan")}, ValueError, "guide_margin must be fin"),
+        ({"guide": guides(), "similarity": "euclidean"}, ValueError, "similarity='euclidean'"),
+        ({"guide": guides(), "backend": "cpu"}, ValueError, "guide: not in this backend; use blo"),
+    ],
+)
+def test_bad_arguments(given, error, message):
+    z1, z2 = pair(N, 6)
+    with pytest.raises(error, match=message):
+        alpha_cl_loss(z1, z2, **given)
+
+
+def test_bad_guides_of_explicit_negatives():
+    z, y = pair(N, 6)
+    g, h = guides()
+    one = torch.ones(N)
+    for guide, message in (
+        ((g, h), "guide must be None or"),
+        ((g, h[:3], one), r"guide\[1\] must have as many rows as negatives"),
+        ((g, h, one[:3]), r"guide\[2\] must be a floating-point tensor"),
+        ((g, h[:, :2], one), r"guide\[1\] must have 7 columns, got 2"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            loss_against(z, y, z[:, 0], guide=guide)
+    with pytest.raises(ValueError, match=r"guide\[1\] must be None with negatives=None"):
+        loss_against(z, None, z[:, 0], guide=(g, h, one))
