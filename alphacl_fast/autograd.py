@@ -772,21 +772,22 @@ class AlphaCLFunction(torch.autograd.Function):
             if ctx.call.ranks is None or ctx.call.reduction != "none":
                 return (None,) * 6
             grad = ctx.like_loss()  # the other ranks wait for this one's part of their gradients
+        tensors = ctx.saved_tensors  # once: a checkpoint makes them again for each reading
         with without_autocast(grad.device):
             if ctx.call.reduction == "none":
-                dz, dtau = for_each_gradient(partial(AlphaCLFunction._of_rows, ctx), grad)
-                dz, dtau = only_once((dz, dtau), (grad, *ctx.saved_tensors))
+                run = partial(AlphaCLFunction._of_rows, ctx, tensors)
+                dz, dtau = only_once(for_each_gradient(run, grad), (grad, *tensors))
             else:
                 # float32 until it is scaled: a half-precision gradient of 1e-8 would vanish before
                 # GradScaler sees it
-                dz, dtau = scaled(ctx.saved_tensors, grad, ctx.dtypes)
+                dz, dtau = scaled(tensors, grad, ctx.dtypes)
         return *views_of(dz, ctx.need), dtau, None, None, None
 
     @staticmethod
     @torch.no_grad()
-    def _of_rows(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def _of_rows(ctx, tensors: Sequence[Tensor | None], grad: Tensor) -> tuple[Tensor | None, ...]:
         """(dz1, dz2) in one tensor and dτ, for the gradient of every loss."""
-        *saved, tau = ctx.saved_tensors
+        *saved, tau = tensors
         saved = Saved.unflatten(saved)
         problem = Problem.of_saved(saved, tau, ctx.call)
         return in_dtypes(problem.gradient(saved.solution, grad, ctx.need), ctx.dtypes)

@@ -9,6 +9,7 @@ with t_ij = ⟨z_i, y_j⟩ of the rows as given.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -535,15 +536,17 @@ class _ExplicitNegatives(torch.autograd.Function):
     def backward(ctx, grad: Tensor | None, *of_saved: Tensor | None) -> tuple[Tensor | None, ...]:
         if not first_derivative(grad, of_saved):
             return (None,) * 9
+        tensors = ctx.saved_tensors
         with torch.no_grad(), without_autocast(grad.device):
-            gradients = for_each_gradient(partial(_ExplicitNegatives._gradients, ctx), grad)
-        return *only_once(gradients, (grad, *ctx.saved_tensors)), None, None, None, None
+            run = partial(_ExplicitNegatives._gradients, ctx, tensors)
+            gradients = for_each_gradient(run, grad)
+        return *only_once(gradients, (grad, *tensors)), None, None, None, None
 
     @staticmethod
-    def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def _gradients(ctx, saved: Sequence[Tensor | None], grad: Tensor) -> tuple[Tensor | None, ...]:
         """Those of the tensors, for the gradient of every loss."""
         need_z, need_negatives, need_pos, need_tau, need_bias = ctx.needs_input_grad[:5]
-        z, negatives, tau, bias, guide, largest, *tensors = ctx.saved_tensors
+        z, negatives, tau, bias, guide, largest, *tensors = saved
         saved, guide = Saved.unflatten(tensors), None if guide is None else Guide(guide, largest)
         problem = _GivenPositives(
             z, negatives, saved.pos, tau, bias, ctx.call, saved.same_id, guide

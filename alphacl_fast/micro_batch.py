@@ -103,6 +103,8 @@ def _embedded(encoder: Callable[[Any], Any], part: Any) -> Any:
 
     if not torch.is_grad_enabled():
         return run(*tensors)
+    if torch.compiler.is_compiling():  # a graph replays the forward without writing to buffers
+        return checkpoint(run, *tensors, use_reentrant=False)
 
     def contexts() -> tuple[Any, Any]:
         return contextlib.nullcontext(), _statistics_kept(encoder)

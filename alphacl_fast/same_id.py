@@ -312,19 +312,23 @@ class _LossesOfGroups(torch.autograd.Function):
         call = ctx.call
         if not first_derivative(grad, of_saved):
             return (None,) * (4 + len(call.needed))
+        tensors = ctx.saved_tensors
         with without_autocast(grad.device):
             if ctx.weighted:  # as in `autograd.scaled`
-                found = tuple(x if x is None else x * grad for x in ctx.saved_tensors)
+                found = tuple(x if x is None else x * grad for x in tensors)
             else:
+                run = partial(_LossesOfGroups._gradients, call, tensors)
                 with torch.no_grad():
-                    found = for_each_gradient(partial(_LossesOfGroups._gradients, ctx), grad)
-                found = only_once(found, (grad, *ctx.saved_tensors))
+                    found = for_each_gradient(run, grad)
+                found = only_once(found, (grad, *tensors))
         d_anchors, d_others, *rest = found
         return d_anchors, d_others, None, None, *rest
 
     @staticmethod
-    def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def _gradients(
+        call: _Call, tensors: tuple[Tensor | None, ...], grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
         """Those of the tensors, for the gradient of every loss."""
-        call, (anchors, others, *vectors) = ctx.call, ctx.saved_tensors
+        anchors, others, *vectors = tensors
         walk = _Sorted(anchors, others, vectors, call.groups, call.formula, call.needed)
         return walk.gradients(grad)[1:]

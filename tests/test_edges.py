@@ -106,18 +106,6 @@ def test_a_schedule_of_floats_needs_two_graphs(what):
         torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-14)
 
 
-def test_a_checkpoint_in_a_compiled_graph():
-    net, loss = torch.nn.Linear(5, 4).double(), FusedAlphaCLLoss()
-
-    def step(z1, z2):
-        return checkpoint(lambda a, b: loss(net(a), net(b)), z1, z2, use_reentrant=False)
-
-    views = pair(6, 5)
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    found = [torch.autograd.grad(f(*views), net.weight)[0] for f in (step, compiled)]
-    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
-
-
 def _composed_losses():
     """Losses of rows that are one operator of a graph, and the shape of what "none" gives."""
     n = 6
@@ -169,6 +157,31 @@ def test_every_public_loss_is_in_one_graph(name, reduction):
 def gradients(value, leaves):
     weights = torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype).view(value.shape)
     return [value.detach(), *torch.autograd.grad((value * weights).sum(), leaves)]
+
+
+@pytest.mark.parametrize("name", ["FusedAlphaCLLoss", "none", "custom_none", *COMPOSED])
+def test_activation_checkpoints(name):
+    """Around an encoder with its loss, also in a compiled graph."""
+    of_views = {
+        "FusedAlphaCLLoss": FusedAlphaCLLoss(),
+        "none": FusedAlphaCLLoss("alpha_square", reduction="none"),
+        "custom_none": FusedAlphaCLLoss(_CUSTOM, reduction="none"),
+    }
+    loss = {**of_views, **_composed_losses()}[name]
+    net = torch.nn.Linear(5, 5).double()
+
+    def plain(z1, z2):
+        return loss(net(z1), net(z2)).sum()
+
+    def step(z1, z2):
+        return checkpoint(plain, z1, z2, use_reentrant=False)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    truth, *found = (
+        torch.autograd.grad(f(*pair(6, 5)), net.weight)[0] for f in (plain, step, compiled)
+    )
+    for gradient in found:
+        torch.testing.assert_close(gradient, truth, rtol=1e-12, atol=1e-14)
 
 
 def test_composed_losses_at_any_batch_size_and_temperature():
@@ -323,8 +336,13 @@ def test_composed_losses_without_data_have_shapes(name, reduction):
     assert dz.is_meta
 
 
+class _Composed(torch.nn.Module):
+    def forward(self, z1, z2):
+        return supcon_loss(z1, torch.arange(6) % 3) + zoo.dhel(z1, z2)
+
+
 def test_jit_trace_is_refused():
-    for loss in (FusedAlphaCLLoss(), FusedAlphaCLLoss("uniform"), SigLipLoss()):
+    for loss in (FusedAlphaCLLoss(), FusedAlphaCLLoss("uniform"), SigLipLoss(), _Composed()):
         loss(*pair(6, 5))  # a call like it is prepared
         with pytest.raises(TypeError, match=r"torch\.jit\.trace, which sees none"):
             torch.jit.trace(loss, pair(6, 5))

@@ -118,6 +118,25 @@ def test_batch_normalisation_is_updated_once_for_each_micro_batch():
     assert nets[1][1].num_batches_tracked == 6
 
 
+@pytest.mark.xdist_group("compile")
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_torch_compile(inside):
+    """A step that is compiled, and an encoder that is."""
+    x, nets = batch(), [encoder(norm=True) for _ in range(2)]
+    expected = step(nets[0], lambda net: micro_batched(net, x, 4))
+    if inside:
+        whole = torch.compile(
+            lambda x: micro_batched(nets[1], x, 4), backend="aot_eager", fullgraph=True
+        )
+        found = step(nets[1], lambda _: whole(x))
+    else:
+        compiled = torch.compile(nets[1], backend="aot_eager", fullgraph=True)
+        found = step(nets[1], lambda _: micro_batched(compiled, x, 4))
+    assert_same(found, expected)
+    torch.testing.assert_close(nets[1].state_dict(), nets[0].state_dict())
+
+
 Pair = namedtuple("Pair", "ids mask")
 
 
