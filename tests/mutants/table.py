@@ -199,8 +199,8 @@ plant(
     ),
     (
         "normalisation's derivative: the component along the row stays",
-        "return torch.addcmul(d, rows, along, value=-1)",
-        "return torch.addcmul(d, rows, along, value=0)",
+        "across = torch.addcmul(d, rows, along, value=-1)",
+        "across = torch.addcmul(d, rows, along, value=0)",
         blocked(INFONCE),
     ),
     (
@@ -241,8 +241,8 @@ plant(
     ),
     (
         "scalar loss: the incoming gradient is ignored",
-        "dz, dtau = (None if x is None else x * grad for x in tensors)",
-        "dz, dtau = (None if x is None else x for x in tensors)",
+        "return in_dtypes([None if x is None else x * grad for x in gradients], dtypes)",
+        "return in_dtypes([None if x is None else x for x in gradients], dtypes)",
         "tests/test_loss.py::TestAutograd::test_scaled_gradients_accumulate[infonce]",
     ),
     (
@@ -1587,5 +1587,58 @@ plant(
         "x = tl.where(t > tl.expand_dims(side.largest_t[0], axis), other, x)",
         "x = tl.where(t < tl.expand_dims(side.largest_t[0], axis), other, x)",
         f"{GAP}test_an_infinite_gap_changes_nothing[triton]",
+    ),
+)
+
+EDGES = "tests/test_edges.py::"
+plant(
+    "alphacl_fast/objectives.py",
+    (
+        "the key of an objective leaves out its options",
+        'objective.key = f"{name} {json.dumps(checked)}"',
+        'objective.key = f"{name} {{}}"',
+        f"{EDGES}test_an_exported_loss_is_the_same_in_another_process",
+    ),
+)
+plant(
+    "alphacl_fast/autograd.py",
+    (
+        "many gradients at once: every one is the first",
+        "each = [run(one.contiguous()) for one in grads]",
+        "each = [run(grads[0].contiguous()) for one in grads]",
+        f"{EDGES}test_many_gradients_at_once[loss_against-none]",
+    ),
+)
+plant(
+    "alphacl_fast/functional.py",
+    (
+        "a temperature that changes is a constant of the graph",
+        "statically_known_true(number < _FAR)",
+        "True",
+        f"{EDGES}test_a_schedule_of_floats_needs_two_graphs[temperature]",
+    ),
+)
+plant(
+    "alphacl_fast/one_operator.py",
+    (
+        "a loss as one operator: the incoming gradient is ignored",
+        "found = [(x * grad).to(x.dtype) for x in found]",
+        "found = [x for x in found]",
+        f"{EDGES}test_composed_losses_at_any_batch_size_and_temperature",
+    ),
+)
+plant(
+    "alphacl_fast/micro_batch.py",
+    (
+        "micro-batches overlap",
+        "starts = range(0, rows, size)",
+        "starts = range(0, rows, max(1, size - 1))",
+        "tests/test_micro_batch.py::test_the_gradient_is_that_of_the_whole_batch[4]",
+    ),
+    (
+        "the second pass updates the running statistics again",
+        "setattr(layer, name, buffer.clone())",
+        "pass",
+        "tests/test_micro_batch.py::test_batch_normalisation_is_updated_once_for_each_micro_batch",
     ),
 )
