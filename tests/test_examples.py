@@ -1,16 +1,16 @@
 """The examples run; where they replace a package's loss, its curve is the package's own."""
 
+import contextlib
 import importlib.util
+import multiprocessing
 import os
-import subprocess
+import socket
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import WATCHDOG
-
-import alphacl_fast
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 pytestmark = [pytest.mark.xdist_group("examples"), pytest.mark.filterwarnings("ignore")]
@@ -90,31 +90,36 @@ def test_own_loss():
     falls(example.train(), example.STEPS)
 
 
-def test_torchrun_micro_batched(monkeypatch, capsys):
+def as_torchrun_does(rank, world, port, output):
+    """Runs the script's main in this process, whose output goes to a file."""
+    given = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in given.items()})
+    torch.set_num_threads(1)
+    with open(output, "w") as file, contextlib.redirect_stdout(file):
+        load("torchrun_micro_batched").main()
+
+
+@pytest.mark.xdist_group("ranks")  # whose processes have the same server
+def test_torchrun_micro_batched(tmp_path):
     """Two processes give the curve of one."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(alphacl_fast.__file__).parents[1]),
-        "OMP_NUM_THREADS": "1",
-    }
-    run = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", EXAMPLES / "torchrun_micro_batched.py"),
-        ],
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=WATCHDOG,
-        env=environment,
-    )
-    for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "localhost")):
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("MASTER_PORT", "0")  # any that is free
-    load("torchrun_micro_batched").main()
-    two, one = (
-        [float(line.split()[-1]) for line in text.splitlines()]
-        for text in (run.stdout, capsys.readouterr().out)
-    )
-    falls(one, 20)
-    assert two == pytest.approx(one, rel=0, abs=1e-4)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo"])
+    curves = []
+    for world in (1, 2):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        outputs = [tmp_path / f"{rank}_of_{world}" for rank in range(world)]
+        processes = [
+            context.Process(target=as_torchrun_does, args=(rank, world, port, output), daemon=True)
+            for rank, output in enumerate(outputs)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(WATCHDOG)
+            assert process.exitcode == 0
+        assert not any(output.read_text() for output in outputs[1:])
+        curves.append([float(x.split()[-1]) for x in outputs[0].read_text().splitlines()])
+    falls(curves[0], 20)
+    assert curves[1] == pytest.approx(curves[0], rel=0, abs=1e-4)
