@@ -4,7 +4,9 @@ batches, sub-groups.
 
 import copy
 import itertools
+import math
 import pickle
+import re
 import sys
 
 import pytest
@@ -14,6 +16,7 @@ from family import MEMBERS, MODES, every_setting, in_turn, is_due, member_id, pa
 
 from alphacl_fast import FusedAlphaCLLoss, distributed, objectives, ops, verify_distributed
 from alphacl_fast.functional import REDUCTIONS, alpha_cl_loss
+from alphacl_fast.verify import relative_difference
 
 pytestmark = pytest.mark.xdist_group("ranks")  # one worker starts the processes
 
@@ -21,14 +24,6 @@ pytestmark = pytest.mark.xdist_group("ranks")  # one worker starts the processes
 SPLITS = [(7,), (5, 3), (6, 0), (7, 1, 4), (3, 1, 4, 2), (3, 3, 3, 3)]
 STRATEGIES = ("gather", "ring")
 LIMIT = 1e-10
-
-
-def residual(value, truth):
-    return (
-        float((value - truth).abs().max() / truth.abs().max().clamp(min=1.0))
-        if truth.numel()
-        else 0.0
-    )
 
 
 def differentiate(z1, z2, member, tau, reduction, weights, **options):
@@ -69,13 +64,13 @@ def residuals(group, cases, sizes, strategy, dim=5, tau=0.3, with_ids=False):
         result = differentiate(z1[mine], z2[mine], member, tau, reduction, here, **options)
         if reduction == "none":
             truth[0] = truth[0].view(views, total)[:, mine].flatten()
-        worst = [residual(result[0], truth[0])]
+        worst = [relative_difference(result[0], truth[0])]
         worst += [
-            residual(value / world, whole[mine])
+            relative_difference(value / world, whole[mine])
             for value, whole in zip(result[1:3], truth[1:3], strict=True)
         ]
         if len(truth) == 4:
-            worst.append(residual(result[3], truth[3]))
+            worst.append(relative_difference(result[3], truth[3]))
             gathered = [torch.empty_like(result[3]) for _ in sizes]
             dist.all_gather(gathered, result[3], group=group)
             assert all(torch.equal(other, result[3]) for other in gathered)
@@ -384,27 +379,76 @@ def test_a_rank_whose_loss_has_no_gradient_takes_part(ranks):
 def test_verify_distributed(ranks):
     first, *others = ranks.run(3, verified)
     assert all(other == first for other in others)
-    assert {row["strategy"] for row in first} == {"gather", "ring"}
-    assert max(row["residual"] for row in first) < LIMIT
+    assert {row["strategy"] for row in first} == {*STRATEGIES}
+    assert {row["dtype"] for row in first} == {torch.float64, torch.float32, torch.bfloat16}
+    exact = [row["residual"] for row in first if row["dtype"] == torch.float64]
+    assert max(exact) < LIMIT
+    assert max(row["of_tolerance"] for row in first) < 1
+    large = [row for row in first if row["pairs"] != 7]
+    assert len(large) == 3 * len(STRATEGIES)
+    for row in large:  # of the smallest block
+        assert 2 * (row["pairs"] - 2) * row["dim"] * row["dtype"].itemsize >= 8 * 2**20
 
 
 def verified(group):
     return verify_distributed(group, objectives=("infonce", "alpha_square", "uniform"), print=None)
 
 
-def test_verify_distributed_raises_on_a_wrong_result(ranks):
-    assert all("residual of" in text for text in ranks.run(2, wrong))
+def without_a_row(dz):
+    dz = dz.clone()
+    dz[1] = 0
+    return dz
 
 
-def wrong(group):
-    original = distributed.global_weights
-    distributed.global_weights = lambda *arguments: original(*arguments) * 1.01
+FAULTS = {
+    "x 0": lambda dz: dz * 0,
+    "x 2": lambda dz: dz * 2,
+    "x 1.01": lambda dz: dz * 1.01,
+    "one row missing": without_a_row,
+    "one NaN": lambda dz: dz.index_fill(0, torch.tensor([1]), torch.nan),
+}
+
+
+def wrong(group, fault, dtype):
+    """What `verify_distributed` says of gradients that are wrong on one rank."""
+    original = distributed.GlobalProblem.loss_and_gradient
+
+    def faulty(self, need):
+        loss, dz, dtau = original(self, need)
+        return loss, FAULTS[fault](dz) if self.call.ranks.rank == 1 else dz, dtau
+
+    distributed.GlobalProblem.loss_and_gradient = faulty
     try:
-        with pytest.raises(RuntimeError) as raised:
-            verify_distributed(group, objectives=("uniform",), print=None)
-        return str(raised.value)
+        options = {"objectives": ("infonce",), "pairs": 64, "dim": 64, "large_message": 0}
+        verify_distributed(group, dtype=dtype, print=None, **options)
+        return "passes"
+    except RuntimeError as error:
+        return str(error)
     finally:
-        distributed.global_weights = original
+        distributed.GlobalProblem.loss_and_gradient = original
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_verify_distributed_reports_wrong_gradients(ranks, dtype):
+    for fault in FAULTS:
+        reports = ranks.run(2, wrong, fault=fault, dtype=dtype)
+        assert reports[0] == reports[1]
+        assert re.match(r"residual of infonce \(\w+, \w+, torch\.\w+\) must be", reports[0]), fault
+
+
+def test_relative_difference():
+    one, zero = torch.ones(4, dtype=torch.float64) * 1e-30, torch.zeros(4, dtype=torch.float64)
+    assert relative_difference(one, one) == relative_difference(zero, zero) == 0.0
+    assert relative_difference(one * 1.01, one) == pytest.approx(0.01)
+    assert relative_difference(zero, one) == 1.0
+    for value, truth in (
+        (one, zero),
+        (one * torch.nan, one),
+        (one, one * torch.nan),
+        (one[:1], one),
+    ):
+        assert relative_difference(value, truth) == math.inf
+    assert relative_difference(zero[:0], zero[:0]) == 0.0
 
 
 def test_a_call_before_init_process_group_says_so():
@@ -457,7 +501,7 @@ def trained(group, sizes, strategy, wrap, steps=3):
         full = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in forward.parameters()]
         models[who] = [*(p.detach() for p in full), temperature.detach(), torch.stack(losses[who])]
     assert abs(losses["one"][0] - losses["one"][-1]) > 0.01
-    return max(residual(a, b) for a, b in zip(models["all"], models["one"], strict=True))
+    return max(relative_difference(a, b) for a, b in zip(models["all"], models["one"], strict=True))
 
 
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
@@ -505,7 +549,7 @@ def compiled(group):
     for function in (loss, torch.compile(loss, backend="eager")):
         value = function(*z)
         results.append([value.detach(), *torch.autograd.grad(value, z)])
-    return max(residual(a, b) for a, b in zip(*results, strict=True))
+    return max(relative_difference(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_torch_compile_leaves_the_call_as_it_is(ranks):
