@@ -96,8 +96,9 @@ def verify_distributed(
         tolerance: bound on every relative difference; None takes the one for the dtype of the
             compared tensor: 1e-10 for float64, 2e-5 for float32, 2e-3 for float16 and 5e-3 for
             bfloat16. The loss and the gradient in τ are float32 where the embeddings are narrower.
-        large_message: bytes of a process's block in one more comparison of InfoNCE per dtype and
-            strategy, since some faults of a network show in large messages alone; 0 leaves it out.
+        large_message: bytes of a process's block in one more comparison of InfoNCE per strategy,
+            since some faults of a network show in large messages alone; 0 leaves it out. The dtype
+            is ``dtype``, or float32.
         print: receives a table, line by line, on the group's first process; None for silence.
 
     Returns:
@@ -144,11 +145,11 @@ def _settings(
         for objective, negatives in product(objectives, NEGATIVES):
             for strategy, per_node in strategies:
                 yield _Setting(objective, negatives, strategy, per_node, narrow, pairs, dim)
-        if large_message:
-            width = max(dim, _LARGE_DIM)
-            most = 2 + -(-large_message // (2 * width * narrow.itemsize))  # the least has 2 fewer
-            for strategy, per_node in strategies:
-                yield _Setting("infonce", "two_view", strategy, per_node, narrow, most, width)
+    if large_message:
+        narrow, width = dtype or torch.float32, max(dim, _LARGE_DIM)
+        most = 2 + -(-large_message // (2 * width * narrow.itemsize))  # the least has 2 fewer
+        for strategy, per_node in strategies:
+            yield _Setting("infonce", "two_view", strategy, per_node, narrow, most, width)
 
 
 def _compare(
@@ -189,6 +190,7 @@ def _whole(setting: _Setting, total: int, device: torch.device | str) -> list[Te
     return _differentiate(*views, setting.objective, negatives=setting.negatives)
 
 
+@functools.lru_cache(maxsize=1)
 def _views(
     total: int, dim: int, dtype: torch.dtype, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
