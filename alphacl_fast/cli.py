@@ -469,12 +469,13 @@ def _plan(arguments: list[str]) -> int:
 
         from alphacl_fast import plan
         from alphacl_fast.distributed import auto_strategy
+        from alphacl_fast.rate import measured_rate
 
     dtype = getattr(torch, given.dtype)
     rate, origin = given.rate, "as given"
     if rate is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        rate = plan.measured_rate(given.dim, dtype, device) / 1e12
+        rate = measured_rate(given.dim, dtype, device) / 1e12
         origin = f"measured here, on {device.type}"
     try:
         plans = plan.plan(

@@ -7,7 +7,6 @@ blocks that live at once. Time is a model: work at the rate of one device, messa
 bandwidth, a stated latency for each. The objective is InfoNCE: two sweeps.
 """
 
-import time
 from collections import Counter
 from dataclasses import dataclass
 
@@ -15,16 +14,21 @@ import torch
 
 from .bundles import accumulation_dtype
 from .call import Layout, Loss
-from .distributed import STATEMENT_BYTES, steps
-from .functional import alpha_cl_loss
 from .objectives import make
 
+#: Bytes of the message with which each process begins a call.
+STATEMENT_BYTES = 1024
 #: Scalars per anchor that travel with the rows: t⁺, and for the gradient also gain and shift. Sums
 #: that travel back: base and Σ.
 SCALARS, SUMS = (1, 3), 2
 #: The first sweep's share of the floor of 8·D operations per pair; the gradient takes three
 #: products.
 FIRST_SWEEP = 1 / 4
+
+
+def steps(world: int) -> range:
+    """Distances to the blocks that a rank's own block meets at that rank."""
+    return range(1, world // 2 + 1)
 
 
 def messages(
@@ -127,7 +131,7 @@ def plan(
         dim: features of an embedding.
         gpus: number of devices.
         rate: FLOP/s of one device, counted as 8·D per pair of rows (measure it with
-            `measured_rate`).
+            `alphacl_fast.rate.measured_rate`).
         bandwidth: bytes/s that leave a device while as many arrive.
         latency: seconds until a message begins to flow.
         dtype: dtype of the embeddings.
@@ -207,30 +211,3 @@ def recommended(plans: list[Plan], memory: float | None) -> str:
     """The fastest strategy that fits into a device's memory, or why there is none."""
     fitting = [p for p in plans if memory is None or p.memory <= memory]
     return min(fitting, key=lambda p: p.seconds).strategy if fitting else "neither fits"
-
-
-def measured_rate(
-    dim: int, dtype: torch.dtype, device: torch.device, pairs: int = 4096, seconds: float = 2.0
-) -> float:
-    """The rate of loss and gradient on this device, in FLOP/s at 8·D per pair of rows.
-
-    The batch is large enough to keep the device busy.
-    """
-    z1, z2 = (
-        torch.randn(2, pairs, dim, device=device, dtype=torch.float32)
-        .to(dtype)
-        .requires_grad_()
-        .unbind()
-    )
-
-    def step() -> None:
-        torch.autograd.grad(alpha_cl_loss(z1, z2), (z1, z2))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    step()
-    done, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        step()
-        done += 1
-    return done * 16 * dim * pairs**2 / (time.perf_counter() - start)

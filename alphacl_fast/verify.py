@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .bundles import accumulation_dtype
-from .distributed import ProcessGroup
 from .functional import NEGATIVES, alpha_cl_loss
 from .objectives import make, names
+from .process_groups import ProcessGroup
 
 #: What rounding explains of a relative difference, by the dtype of the compared tensor. A gradient
 #: that is wrong by 1 %, or lacks one row of 1,024, lies above every bound.

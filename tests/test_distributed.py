@@ -22,8 +22,18 @@ pytestmark = pytest.mark.xdist_group("ranks")  # one worker starts the processes
 
 #: How many pairs each rank has.
 SPLITS = [(7,), (5, 3), (6, 0), (7, 1, 4), (3, 1, 4, 2), (3, 3, 3, 3)]
-STRATEGIES = ("gather", "ring")
+FLAT = ("gather", "ring")
+STRATEGIES = (*FLAT, "two_level")
+#: Ranks of a node by the number of ranks.
+PER_NODE = {1: 1, 2: 1, 3: 3, 4: 2, 6: 2}
 LIMIT = 1e-10
+
+
+def how(strategy, world, per_node=None):
+    """The arguments that ask for a strategy."""
+    if strategy != "two_level":
+        return {"strategy": strategy}
+    return {"strategy": strategy, "ranks_per_node": per_node or PER_NODE[world]}
 
 
 def differentiate(z1, z2, member, tau, reduction, weights, **options):
@@ -38,7 +48,7 @@ def differentiate(z1, z2, member, tau, reduction, weights, **options):
     return [loss.detach(), *torch.autograd.grad((loss * weights).sum(), inputs)]
 
 
-def residuals(group, cases, sizes, strategy, dim=5, tau=0.3, with_ids=False):
+def residuals(group, cases, sizes, strategy, per_node=None, dim=5, tau=0.3, with_ids=False):
     """Largest residual of each case (member, negatives, symmetric, similarity, reduction),
     gradients after averaging.
     """
@@ -60,7 +70,7 @@ def residuals(group, cases, sizes, strategy, dim=5, tau=0.3, with_ids=False):
         ids = torch.arange(total) % 3
         all_ids, own_ids = ({"ids": x} if with_ids else {} for x in (ids, ids[mine]))
         truth = differentiate(z1, z2, member, tau, reduction, weights, **all_ids, **options)
-        options |= {"process_group": group, "strategy": strategy, **own_ids}
+        options |= {"process_group": group, **how(strategy, world, per_node), **own_ids}
         result = differentiate(z1[mine], z2[mine], member, tau, reduction, here, **options)
         if reduction == "none":
             truth[0] = truth[0].view(views, total)[:, mine].flatten()
@@ -95,21 +105,32 @@ def check(ranks, size, cases, sizes, strategy, limit=LIMIT, **options):
     assert not bad, "\n".join(bad)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", FLAT)
 def test_every_objective_and_setting(ranks, strategy):
     """Each case by one strategy; in neighbouring modes, and for neighbouring members, by the other.
 
     `make test-all` runs every case by both.
     """
-    turn = STRATEGIES.index(strategy)
+    turn = FLAT.index(strategy)
     cases = [case for k, case in enumerate(rotated()) if is_due(k + k // len(MODES) + turn, 2)]
     check(ranks, 3, cases, (7, 1, 4), strategy)
 
 
+LEVELS = [((3, 1, 4, 2), 2), ((2, 1, 0, 3, 1, 2), 2), ((1, 2, 3, 0, 2, 1), 3)]
+
+
+@pytest.mark.parametrize(("sizes", "per_node"), LEVELS, ids=["2x2", "3x2", "2x3"])
+def test_two_levels(ranks, sizes, per_node):
+    """Each case with one number of nodes; neighbouring modes and members with the others."""
+    turn = LEVELS.index((sizes, per_node))
+    cases = [case for k, case in enumerate(rotated()) if is_due(k + k // len(MODES) + turn, 3)]
+    check(ranks, len(sizes), cases, sizes, "two_level", per_node=per_node)
+
+
 def cases_of(sizes, strategy):
     """Every second member in one setting with one reduction; `make test-all` takes them all."""
-    split, by = SPLITS.index(sizes), STRATEGIES.index(strategy)
-    turn = len(STRATEGIES) * split + by
+    split, by = SPLITS.index(sizes), FLAT.index(strategy)
+    turn = len(FLAT) * split + by
     chosen = [m for k, m in enumerate(MEMBERS) if is_due(k + split + by, 2)]
     return [
         (member, *setting, reduction)
@@ -119,8 +140,11 @@ def cases_of(sizes, strategy):
     ]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("sizes", [(4, 1), (3, 0, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "strategy"),
+    [*itertools.product([(4, 1), (3, 0, 4)], FLAT), ((3, 0, 2, 1), "two_level")],
+    ids=str,
+)
 def test_ids_are_compared_over_ranks(ranks, sizes, strategy):
     members = [
         ("infonce", {}),
@@ -137,7 +161,7 @@ def test_ids_are_compared_over_ranks(ranks, sizes, strategy):
     check(ranks, len(sizes), cases, sizes, strategy, with_ids=True)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", FLAT)
 @pytest.mark.parametrize("sizes", SPLITS, ids=lambda sizes: "-".join(map(str, sizes)))
 def test_every_objective_and_split(ranks, sizes, strategy):
     check(ranks, len(sizes), cases_of(sizes, strategy), sizes, strategy)
@@ -148,15 +172,15 @@ def test_every_setting_occurs_among_the_splits():
     reduction; both together meet every member in every mode.
     """
     for sizes in SPLITS:
-        cases = [case for strategy in STRATEGIES for case in cases_of(sizes, strategy)]
+        cases = [case for strategy in FLAT for case in cases_of(sizes, strategy)]
         assert {case[1:4] for case in cases} == {*every_setting()}, sizes
-    for strategy in STRATEGIES:
+    for strategy in FLAT:
         cases = [case for sizes in SPLITS for case in cases_of(sizes, strategy)]
         assert {member_id(case[0]) for case in cases} == {*map(member_id, MEMBERS)}
         assert {case[1:] for case in cases} == {
             (*setting, reduction) for setting in every_setting() for reduction in REDUCTIONS
         }
-    cases = [case for split in itertools.product(SPLITS, STRATEGIES) for case in cases_of(*split)]
+    cases = [case for split in itertools.product(SPLITS, FLAT) for case in cases_of(*split)]
     assert {(member_id(case[0]), case[1:3]) for case in cases} == {
         *itertools.product(map(member_id, MEMBERS), MODES)
     }
@@ -185,7 +209,7 @@ def count_pairs(group, sizes, strategy, negatives, symmetric):
                 negatives=negatives,
                 symmetric=symmetric,
                 process_group=group,
-                strategy=strategy,
+                **how(strategy, len(sizes)),
             )
     finally:
         ops.row_sums = original
@@ -195,7 +219,7 @@ def count_pairs(group, sizes, strategy, negatives, symmetric):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(("negatives", "symmetric"), MODES)
 def test_no_pair_is_computed_twice(ranks, strategy, negatives, symmetric):
-    for sizes in ((5, 3), (7, 1, 4), (3, 1, 4, 2), (8, 8, 8, 8)):
+    for sizes in ((5, 3), (7, 1, 4), (3, 1, 4, 2), (8, 8, 8, 8), (1, 2, 0, 3, 1, 2)):
         counts = ranks.run(
             len(sizes),
             count_pairs,
@@ -480,7 +504,7 @@ def trained(group, sizes, strategy, wrap, steps=3):
     losses, models = {}, {}
     for who, rows in (("one", slice(None)), ("all", mine)):
         model, temperature = encoder(), torch.nn.Parameter(torch.tensor(0.4, dtype=torch.float64))
-        options = {"process_group": group, "strategy": strategy} if who == "all" else {}
+        options = {"process_group": group, **how(strategy, len(sizes))} if who == "all" else {}
         loss = FusedAlphaCLLoss(
             "infonce", temperature=temperature, temperature_range=(0.01, 1.0), **options
         )
@@ -507,7 +531,9 @@ def trained(group, sizes, strategy, wrap, steps=3):
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_training_equals_one_process(ranks, strategy, wrap):
-    assert max(ranks.run(3, trained, sizes=(7, 1, 4), strategy=strategy, wrap=wrap)) < LIMIT
+    sizes = (3, 1, 4, 2) if strategy == "two_level" else (7, 1, 4)
+    found = ranks.run(len(sizes), trained, sizes=sizes, strategy=strategy, wrap=wrap)
+    assert max(found) < LIMIT
 
 
 def half_precision(group, strategy, dtype, negatives):
@@ -517,7 +543,7 @@ def half_precision(group, strategy, dtype, negatives):
     results = []
     for rows, options in (
         (slice(None), {}),
-        (mine, {"process_group": group, "strategy": strategy}),
+        (mine, {"process_group": group, **how(strategy, 3)}),
     ):
         z = [x[rows].clone().requires_grad_() for x in (z1, z2)]
         loss = alpha_cl_loss(*z, "alpha_direct", negatives=negatives, **options)
