@@ -25,15 +25,25 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
-from .autograd import AlphaCLFunction, Features, Need, Problem, Saved, Sweeps, closed_form
+from .autograd import (
+    AlphaCLFunction,
+    Features,
+    Need,
+    Problem,
+    Saved,
+    Sweeps,
+    closed_form,
+    first_derivative,
+    only_once,
+)
 from .backend import forms
 from .bundles import (
     PairFunction,
@@ -47,7 +57,7 @@ from .bundles import (
 )
 from .call import BoundCall, Layout, Loss, SameId, without_autocast
 from .objectives import ClosedForm
-from .plan import steps
+from .plan import aligned, steps
 from .process_groups import (
     Arrival,
     OwnGroup,
@@ -57,6 +67,7 @@ from .process_groups import (
     brief,
     described,
     exchange,
+    outside_transforms,
     require_same,
     values_of,
 )
@@ -180,10 +191,12 @@ def agree(
     strategy = group.strategy
     if strategy == "auto":
         strategy = auto_strategy(Layout.of(call, sum(sizes)).rows, z1.shape[1], z1.dtype)
-    return Ranks(
+    ranks = Ranks(
         own.handle, own.rank, own.world, sizes, want, strategy,
         own=own, per_node=per_node or 1, call=brief(first), number=agreed.number,
-    ).with_ids(ids)  # fmt: skip
+    )  # fmt: skip
+    with outside_transforms():
+        return ranks.with_ids(ids)
 
 
 def _require_same_call(first: Statement, other: Statement, rank: int, call: BoundCall) -> None:
@@ -697,7 +710,7 @@ class GlobalSweeps(Sweeps):
     ) -> Tensor:
         """(P, bytes): the peers' tensors of these lengths, in aligned messages of equal length."""
         largest = sum(_bytes(x, max(lengths)) for x in tensors)
-        message = torch.zeros(-(-largest // 16) * 16, dtype=torch.uint8, device=self.tau.device)
+        message = torch.zeros(aligned(largest), dtype=torch.uint8, device=self.tau.device)
         mine = pack(tensors)
         message[: mine.numel()] = mine
         return peers.all_gather(message)
@@ -787,33 +800,51 @@ def global_reduce(row_losses: Tensor, loss: Loss, ranks: Ranks) -> Tensor:
 
 
 class GlobalClosedForm(torch.autograd.Function):
-    """Loss of a constant-α objective over all ranks' pairs: one sum of rows is exchanged, and its
-    gradient in the backward pass.
+    """(loss, what the backward reads) of a constant-α objective over all ranks' pairs: one sum of
+    rows is exchanged, and its gradient in the backward pass.
+
+    What is saved is returned too, as by `AlphaCLFunction`.
     """
 
     @staticmethod
-    def forward(ctx, z1: Tensor, z2: Tensor, call: BoundCall) -> Tensor:
-        ctx.call, ctx.dtype, ctx.need = call, z1.dtype, ctx.needs_input_grad[:2]
-        ranks, closed = call.ranks, _ClosedProblem(z1, z2, call)
-        if any(ranks.want) and call.reduction == "none":
-            ctx.save_for_backward(z1, z2)
-        elif any(ranks.want):
+    def forward(z1: Tensor, z2: Tensor, call: BoundCall, need: Need) -> tuple[Tensor | None, ...]:
+        with without_autocast(z1.device):
+            closed = _ClosedProblem(z1, z2, call)
+            loss = global_reduce(closed.losses.detach(), call, call.ranks)
+            if call.reduction == "none" or not any(call.ranks.want):
+                return (loss,)
             grads = closed.gradient(closed.losses.new_ones(()))
-            ctx.save_for_backward(
-                *(g if need else None for g, need in zip(grads, ctx.need, strict=True))
-            )
-        return global_reduce(closed.losses.detach(), call, ranks)
+            wanted = (need.z1, need.z2)
+            return loss, *(g if w else None for g, w in zip(grads, wanted, strict=True))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with without_autocast(grad.device):
+    def setup_context(ctx, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        z1, z2, ctx.call, ctx.need = inputs
+        ctx.dtype, loss = z1.dtype, output[0]
+        ctx.like_loss = partial(torch.zeros, loss.shape, dtype=loss.dtype, device=loss.device)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*((z1, z2) if ctx.call.reduction == "none" else output[1:]))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None, *of_saved: Tensor | None) -> tuple[Tensor | None, ...]:
+        if not first_derivative(grad, of_saved):
+            if ctx.call.reduction != "none":
+                return (None,) * 4
+            grad = ctx.like_loss()  # the other ranks wait for this one
+        if ctx.call.reduction == "none" and torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"torch.func cannot differentiate {ctx.call.objective} with a process_group and "
+                "reduction='none': take reduction='mean' or 'sum', or torch.autograd.grad"
+            )
+        tensors = ctx.saved_tensors
+        with torch.no_grad(), without_autocast(grad.device):
             if ctx.call.reduction == "none":
-                grads = _ClosedProblem(*ctx.saved_tensors, ctx.call).gradient(grad)
+                grads = _ClosedProblem(*tensors, ctx.call).gradient(grad)
             else:
-                grads = [None if g is None else g * grad for g in ctx.saved_tensors]
-        grads = [g.to(ctx.dtype) if need else None for g, need in zip(grads, ctx.need, strict=True)]
-        return *grads, None
+                grads = [None if g is None else g * grad for g in tensors]
+        wanted = (ctx.need.z1, ctx.need.z2)
+        grads = [g.to(ctx.dtype) if w else None for g, w in zip(grads, wanted, strict=True)]
+        return *only_once(grads, (grad, *tensors)), None, None
 
 
 class _ClosedProblem:
@@ -872,5 +903,5 @@ def global_loss(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall) -> Tensor:
         if not torch.is_grad_enabled():
             z1, z2, tau = z1.detach(), z2.detach(), tau.detach()
         if isinstance(call.objective, ClosedForm):
-            return GlobalClosedForm.apply(z1, z2, call)
+            return GlobalClosedForm.apply(z1, z2, call, Need.of(z1, z2, tau))[0]
         return AlphaCLFunction.apply(z1, z2, tau, call, call.ranks.want, None)[0]

@@ -31,6 +31,11 @@ def steps(world: int) -> range:
     return range(1, world // 2 + 1)
 
 
+def aligned(size: int) -> int:
+    """The bytes of a gathered message that holds this many; none is empty."""
+    return max(-(-size // 16), 1) * 16
+
+
 def messages(
     strategy: str,
     rank: int,
@@ -70,9 +75,6 @@ def messages(
         return sent
     if world == 1:
         return sent
-
-    def aligned(size: int) -> int:
-        return -(-size // 16) * 16
 
     sent["all_gather"] += aligned(max(map(rows, layouts)))
     anchors = max(layout.anchors for layout in layouts)

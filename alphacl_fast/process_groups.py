@@ -468,8 +468,10 @@ def values_of(objective: Objective) -> tuple[tuple[str, bytes], ...]:
 
     The points are evaluated at every call, since a function may depend on what its program changes.
     """
-    probes = torch.tensor(_PROBES, dtype=torch.float64)
-    with torch.no_grad():
+    if not objective.functions:
+        return ()
+    with torch.no_grad(), outside_transforms():
+        probes = torch.tensor(_PROBES, dtype=torch.float64)
         values = ((each.name, each(probes.clone())) for each in objective.functions)
         return tuple((name, x.float().numpy().tobytes()) for name, x in values)
 
@@ -507,10 +509,11 @@ def exchange(
         statement = Statement(kind, cut(str(failure) or type(failure).__name__))
     peers = Peers(own.handle, own.rank, own.world, call=brief(statement), number=next(own.calls))
     message = _COUNTS.pack(*counts) + pickle.dumps(statement)
-    sent = torch.frombuffer(bytearray(message.ljust(STATEMENT_BYTES, b"\0")), dtype=torch.uint8)
-    # without gloo the host waits for the device here
-    received = peers.all_gather(sent.to(own.message_device(device))).cpu()
-    messages = [x.numpy().tobytes() for x in received]
+    data = bytearray(message.ljust(STATEMENT_BYTES, b"\0"))
+    with outside_transforms():
+        sent = torch.frombuffer(data, dtype=torch.uint8).to(own.message_device(device))
+        received = peers.all_gather(sent).cpu()  # without gloo the host waits for the device here
+        messages = [x.numpy().tobytes() for x in received.unbind()]
     different = {message[_COUNTS.size :] for message in messages}  # only a few, even of 1,024 ranks
     known = {message: pickle.loads(message) for message in different}
     statements = [known[message[_COUNTS.size :]] for message in messages]
@@ -523,6 +526,18 @@ def exchange(
             _require_same_functions(statements[0], other, r)
     counted = [_COUNTS.unpack_from(message) for message in messages]
     return Agreed(own, peers.number, counted, statements)
+
+
+@contextmanager
+def outside_transforms() -> Iterator[None]:
+    """Messages inside are no part of a torch.func transform, which would wrap their tensors."""
+    if not torch._C._are_functorch_transforms_active():
+        yield
+        return
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    with temporarily_clear_interpreter_stack():
+        yield
 
 
 def brief(statement: Statement) -> str:

@@ -140,7 +140,7 @@ def _settings(
 ) -> Iterator[_Setting]:
     """All comparisons, ordered so that those of one truth follow one another."""
     dtypes = (torch.float64, torch.float32, torch.bfloat16) if dtype is None else (dtype,)
-    strategies = [("gather", None), ("ring", None)]
+    strategies = [("gather", None), ("ring", None), ("two_level", _ranks_per_node(world))]
     for narrow in dtypes:
         for objective, negatives in product(objectives, NEGATIVES):
             for strategy, per_node in strategies:
@@ -150,6 +150,14 @@ def _settings(
         most = 2 + -(-large_message // (2 * width * narrow.itemsize))  # the least has 2 fewer
         for strategy, per_node in strategies:
             yield _Setting("infonce", "two_view", strategy, per_node, narrow, most, width)
+
+
+def _ranks_per_node(world: int) -> int:
+    """LOCAL_WORLD_SIZE if the group consists of such nodes, else its smallest divisor above 1."""
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")
+    if local.isdigit() and int(local) < world and world % int(local) == 0:
+        return int(local)
+    return next((k for k in range(2, world) if world % k == 0), world)
 
 
 def _compare(
@@ -172,6 +180,7 @@ def _compare(
         negatives=setting.negatives,
         process_group=handle,
         strategy=setting.strategy,
+        ranks_per_node=setting.ranks_per_node,
     )
     averaged = [dz.to(torch.float64) / world for dz in (dz1, dz2)]
     truth = [whole[0], whole[1][mine], whole[2][mine], *whole[3:]]

@@ -127,6 +127,15 @@ def test_two_levels(ranks, sizes, per_node):
     check(ranks, len(sizes), cases, sizes, "two_level", per_node=per_node)
 
 
+@pytest.mark.parametrize("sizes", [(3, 2, 0, 0), (0, 0, 0, 0, 5, 0)], ids=["2x2", "3x2"])
+def test_a_node_without_pairs(ranks, sizes):
+    cases = [
+        ((name, {}), *mode, "cosine", "mean")
+        for name, mode in zip(("infonce", "triplet", "alpha_square", "uniform"), MODES, strict=True)
+    ]
+    check(ranks, len(sizes), cases, sizes, "two_level")
+
+
 def cases_of(sizes, strategy):
     """Every second member in one setting with one reduction; `make test-all` takes them all."""
     split, by = SPLITS.index(sizes), FLAT.index(strategy)
@@ -401,7 +410,7 @@ def test_a_rank_whose_loss_has_no_gradient_takes_part(ranks):
 
 
 def test_verify_distributed(ranks):
-    first, *others = ranks.run(3, verified)
+    first, *others = ranks.run(4, verified)
     assert all(other == first for other in others)
     assert {row["strategy"] for row in first} == {*STRATEGIES}
     assert {row["dtype"] for row in first} == {torch.float64, torch.float32, torch.bfloat16}
