@@ -57,7 +57,7 @@ from .bundles import (
 )
 from .call import BoundCall, Layout, Loss, SameId, without_autocast
 from .objectives import ClosedForm
-from .plan import aligned, steps
+from .plan import aligned, recommended_ring, steps
 from .process_groups import (
     Arrival,
     OwnGroup,
@@ -190,7 +190,10 @@ def agree(
     per_node = first.per_node if len({each.per_node for each in agreed.statements}) == 1 else None
     strategy = group.strategy
     if strategy == "auto":
-        strategy = auto_strategy(Layout.of(call, sum(sizes)).rows, z1.shape[1], z1.dtype)
+        strategy = auto_strategy(
+            sum(sizes), z1.shape[1], z1.dtype, call.negatives,
+            ranks=own.world, ranks_per_node=per_node, device=z1.device.type,
+        )  # fmt: skip
     ranks = Ranks(
         own.handle, own.rank, own.world, sizes, want, strategy,
         own=own, per_node=per_node or 1, call=brief(first), number=agreed.number,
@@ -246,13 +249,29 @@ def _statement(
     )
 
 
-def auto_strategy(rows: int, dim: int, dtype: torch.dtype) -> str:
-    """The strategy for a batch of this many rows."""
-    return (
-        "gather"
-        if rows * dim * (dtype.itemsize + accumulation_dtype(dtype).itemsize) <= GATHER_BYTES
-        else "ring"
-    )
+def auto_strategy(
+    pairs: int,
+    dim: int,
+    dtype: torch.dtype,
+    negatives: str,
+    *,
+    ranks: int = 1,
+    ranks_per_node: int | None = None,
+    device: str = "cuda",
+) -> str:
+    """The strategy for a batch of this many pairs.
+
+    Args:
+        ranks_per_node: None if it is not known.
+        device: type of the embeddings' device.
+    """
+    rows = pairs if negatives == "one_view" else 2 * pairs
+    size = dtype.itemsize + accumulation_dtype(dtype).itemsize
+    if rows * dim * size <= GATHER_BYTES:
+        return "gather"
+    if ranks_per_node is None or not 1 < ranks_per_node < ranks:
+        return "ring"
+    return recommended_ring(pairs, dim, ranks, ranks_per_node, dtype, negatives, device)
 
 
 # --- who computes which pairs ---------------------------------------------------------------------

@@ -17,9 +17,23 @@ pytestmark = pytest.mark.xdist_group("ranks")  # one worker starts the processes
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("strategy", ["gather", "ring"])
-@pytest.mark.parametrize("sizes", [(5,), (5, 3), (7, 1, 4), (3, 1, 4, 2), (4, 4, 4, 4)])
-def test_messages_byte_for_byte(ranks, sizes, strategy):
+@pytest.mark.parametrize(
+    ("sizes", "strategy", "ranks_per_node"),
+    [
+        *(
+            (sizes, strategy, None)
+            for sizes in [(5,), (5, 3), (4, 0, 0), (7, 1, 4), (3, 1, 4, 2), (4, 4, 4, 4)]
+            for strategy in ("gather", "ring")
+        ),
+        ((5, 3), "two_level", 2),
+        ((3, 1, 4, 2), "two_level", 2),
+        ((4, 4, 0, 0), "two_level", 2),
+        ((2, 1, 0, 3, 1, 2), "two_level", 2),
+        ((2, 1, 0, 3, 1, 2), "two_level", 3),
+    ],
+    ids=str,
+)
+def test_messages_byte_for_byte(ranks, sizes, strategy, ranks_per_node):
     for negatives in NEGATIVES:
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
             options = {
@@ -28,15 +42,29 @@ def test_messages_byte_for_byte(ranks, sizes, strategy):
                 "dtype": dtype,
                 "strategy": strategy,
                 "negatives": negatives,
+                "ranks_per_node": ranks_per_node,
             }
             for rank, sent in enumerate(ranks.run(len(sizes), scaling.recorded, **options)):
-                assert +sent == +plan.messages(strategy, rank, sizes, 5, dtype, negatives)
+                assert +sent == +plan.messages(
+                    strategy, rank, sizes, 5, dtype, negatives,
+                    ranks_per_node=ranks_per_node or 1, gloo=True,
+                )  # fmt: skip
+
+
+def test_two_levels_send_less_between_nodes_and_in_fewer_steps():
+    sizes, options = (4,) * 64, (8, torch.float32, "two_view")
+    flat = plan.messages("ring", 0, sizes, *options)
+    levels = plan.messages("two_level", 0, sizes, *options, ranks_per_node=8)
+    assert flat["isend"] == 8 * levels["isend"]
+    assert plan.traffic(levels, 64, 8) < plan.traffic(flat, 64)
 
 
 def test_traffic_of_collectives():
     sent = Counter(all_gather=10, reduce_scatter=40, all_reduce=8, isend=3)
     assert plan.traffic(sent, 4) == 3 + 3 * 10 + 30 + 12
     assert plan.traffic(sent, 1) == 3
+    sent = Counter(isend=3, node_all_gather=10, node_reduce_scatter=40, node_all_reduce=8)
+    assert plan.traffic(sent, 8, 4) == 3 + 3 * 10 + 30 + 12
 
 
 def test_costs_scale_as_they_must():

@@ -40,49 +40,69 @@ SCALES = (
     (100_000_000, 1024),
 )
 DIM = 512
-MACHINE = {"rate": 300e12, "bandwidth": 50e9}
-STRATEGIES, MODES = ("gather", "ring"), ("two_view", "cross_view")
+MACHINE = {"rate": 300e12, "bandwidth": 50e9, "ranks_per_node": 8, "device": "cuda"}
+STRATEGIES, MODES = ("gather", "ring", "two_level"), ("two_view", "cross_view")
 DTYPES = ("float32", "bfloat16")
 SIMULATED = 32  # features in the simulation
 
 
 @contextmanager
-def recorder():
-    """Count the bytes handed to `torch.distributed` inside, like `alphacl_fast.plan.messages`."""
+def recorder(world: int):
+    """Count the bytes handed to `torch.distributed` inside, like `alphacl_fast.plan.messages`.
+
+    Messages in a smaller group than ``world`` processes are those of a node.
+    """
     sent: Counter[str] = Counter()
 
-    def counting(name, label, size):
+    def counting(name, label, size, group_of):
         original = getattr(dist, name)
 
         def call(*arguments, **options):
-            sent[label] += size(*arguments[:2])
+            size_of_group = dist.get_world_size(group_of(arguments, options))
+            prefix = "node_" if size_of_group < world else ""
+            sent[prefix + label] += size(*arguments[:2])
             return original(*arguments, **options)
 
         return mock.patch.object(dist, name, call)
 
+    def given(arguments, options):
+        return options["group"]
+
     with (
-        counting("all_gather_into_tensor", "all_gather", lambda out, mine: mine.nbytes),
-        counting("reduce_scatter_tensor", "reduce_scatter", lambda out, mine: mine.nbytes),
-        counting("all_reduce", "all_reduce", lambda mine, *_: mine.nbytes),
+        counting("all_gather_into_tensor", "all_gather", lambda out, mine: mine.nbytes, given),
+        counting("reduce_scatter_tensor", "reduce_scatter", lambda out, mine: mine.nbytes, given),
+        counting("all_reduce", "all_reduce", lambda mine, *_: mine.nbytes, given),
         counting(
             "batch_isend_irecv",
             "isend",
             lambda steps: sum(o.tensor.nbytes for o in steps if o.op is dist.isend),
+            lambda arguments, _: arguments[0][0].group,
         ),
     ):
         yield sent
 
 
 def recorded(
-    group, sizes: tuple[int, ...], dim: int, dtype: torch.dtype, strategy: str, negatives: str
+    group,
+    sizes: tuple[int, ...],
+    dim: int,
+    dtype: torch.dtype,
+    strategy: str,
+    negatives: str,
+    ranks_per_node: int | None = None,
 ) -> Counter[str]:
     """Count the bytes that this process sends in one InfoNCE step."""
     pairs = sizes[dist.get_rank(group)]
     z1, z2 = (torch.randn(pairs, dim).to(dtype).requires_grad_() for _ in range(2))
     settings = {"negatives": negatives, "process_group": group, "strategy": strategy}
-    with recorder() as sent:
-        alpha_cl_loss(z1, z2, **settings).backward()
+    with recorder(len(sizes)) as sent:
+        alpha_cl_loss(z1, z2, ranks_per_node=ranks_per_node, **settings).backward()
     return sent
+
+
+def ranks_per_node(world: int) -> int:
+    """The smallest number of processes of a node that makes several nodes, or all of them."""
+    return next((k for k in range(2, world) if world % k == 0), world)
 
 
 def _process(rank: int, world: int, store: str, results) -> None:
@@ -90,9 +110,13 @@ def _process(rank: int, world: int, store: str, results) -> None:
     files, limit = dist.FileStore(store, world), timedelta(seconds=120)
     dist.init_process_group("gloo", rank=rank, world_size=world, store=files, timeout=limit)
     even, uneven = (64,) * world, tuple(64 + 8 * (r % 3) for r in range(world))
-    for sizes, dtype, *case in itertools.product((even, uneven), DTYPES, STRATEGIES, MODES):
-        sent = recorded(dist.group.WORLD, sizes, SIMULATED, getattr(torch, dtype), *case)
-        results.put((rank, sizes, dtype, *case, dict(sent)))
+    for sizes, dtype, strategy, negatives in itertools.product(
+        (even, uneven), DTYPES, STRATEGIES, MODES
+    ):
+        nodes = ranks_per_node(world) if strategy == "two_level" else None
+        case = getattr(torch, dtype), strategy, negatives, nodes
+        sent = recorded(dist.group.WORLD, sizes, SIMULATED, *case)
+        results.put((rank, sizes, dtype, strategy, negatives, dict(sent)))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -108,19 +132,24 @@ def simulate(worlds: range = range(2, 9)) -> None:
         results = processes.get_context("spawn").SimpleQueue()
         store = os.path.join(tempfile.mkdtemp(), "store")
         context = processes.spawn(_process, (world, store, results), world, join=False)
-        answers = [results.get() for _ in range(16 * world)]
+        count = 2 * len(DTYPES) * len(STRATEGIES) * len(MODES) * world
+        answers = [results.get() for _ in range(count)]
         context.join()
         for rank, sizes, dtype, strategy, negatives, sent in answers:
-            expected = +messages(strategy, rank, sizes, SIMULATED, getattr(torch, dtype), negatives)
+            nodes = ranks_per_node(world) if strategy == "two_level" else 1
+            expected = +messages(
+                strategy, rank, sizes, SIMULATED, getattr(torch, dtype), negatives,
+                ranks_per_node=nodes, gloo=True,
+            )  # fmt: skip
             if +Counter(sent) != expected:
                 case = f"{world} processes, rank {rank}, {strategy}, {negatives}"
                 raise AssertionError(f"{case}: {sent}, not {dict(expected)}")
             rows.append({
                 "processes": world, "rank": rank, "pairs": sizes, "dim": SIMULATED, "dtype": dtype,
-                "strategy": strategy, "negatives": negatives, "sent": sent,
+                "strategy": strategy, "negatives": negatives, "ranks_per_node": nodes, "sent": sent,
                 "predicted": expected, "torch": torch.__version__,
             })  # fmt: skip
-        print(f"{world} processes: {16 * world} counts equal", flush=True)
+        print(f"{world} processes: {count} counts equal", flush=True)
     RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -145,7 +174,7 @@ def tables() -> str:
             case = row["processes"], row["strategy"], row["dtype"]
             total = totals.setdefault(case, Counter())
             for kind in ("sent", "predicted"):
-                total[kind] += traffic(Counter(row[kind]), case[0])
+                total[kind] += traffic(Counter(row[kind]), case[0], row["ranks_per_node"])
     order = [*STRATEGIES, *DTYPES]
     cases = sorted(totals, key=lambda case: (case[0], *map(order.index, case[1:])))
     lines = [
