@@ -451,11 +451,11 @@ def _plan(arguments: list[str]) -> int:
             "--ranks-per-node": (int, "devices of a node, for the two-level ring (default: 8 where "
                                  "they divide more than 8 GPUS)", "N"),
             "--node-bandwidth": (float, "per device within a node (default: 300)", "GB/S"),
-            "--host": (float, "the host's time for one step of a ring (default: 300, see "
+            "--host": (float, "the host's time for one step of a ring (default: 750, see "
                        "docs/scaling.md)", "US"),
         },
     )  # fmt: skip
-    parser.set_defaults(bandwidth=50.0, latency=20.0, node_bandwidth=300.0, host=300.0)
+    parser.set_defaults(bandwidth=50.0, latency=20.0, node_bandwidth=300.0, host=750.0)
     for name, (kind, text, metavar) in {
         "--batch": (_count, "over all devices: 65536, 64K, 4M", "PAIRS"),
         "--dim": (int, "features", None),

@@ -29,9 +29,10 @@ SCALARS, SUMS = (1, 3), 2
 #: The first sweep's share of the floor of 8·D operations per pair; the gradient takes three
 #: products.
 FIRST_SWEEP = 1 / 4
-#: Seconds that the host takes for a step of a ring, or for a block of a gather; and for the
-#: statement of a process. Measured by `python -m tools.scaling --host` (docs/scaling.md).
-HOST_STEP, HOST_STATEMENT = 300e-6, 2e-6
+#: Seconds that the host takes for a step of a ring, and for the statement of a process; a block of
+#: a gather takes a fifth of a step. Measured by `python -m tools.scaling --host` (docs/scaling.md).
+HOST_STEP, HOST_STATEMENT = 750e-6, 2e-6
+HOST_BLOCK = 1 / 5
 #: What `recommended_ring` takes for the rate of a device, in FLOP/s at 8·D per pair of rows.
 RATES = {"cuda": 300e12}
 CPU_RATE = 0.1e12
@@ -240,7 +241,7 @@ def plan(
             None leaves that strategy out.
         node_bandwidth: bytes/s from a device to the others of its node; "two_level" alone counts
             with it.
-        host: seconds that the host takes for a step of a ring or a block of a gather.
+        host: seconds that the host takes for a step of a ring; a block of a gather takes a fifth.
         device: "cuda" or "cpu", whose kernels' workspace is counted: the CPU kernels keep copies
             of the rows at hand. None: the type that this machine would compute on.
 
@@ -356,7 +357,7 @@ def _gather_seconds(
     agreement, first = _agreement(gpus, machine)
     if gpus == 1:
         return compute, 0.0
-    host = 2 * gpus * machine.host
+    host = 2 * gpus * HOST_BLOCK * machine.host
     collectives = 6 * machine.latency * math.ceil(math.log2(gpus))
     return agreement + max(compute + sent / machine.bandwidth + collectives, host), first + host
 
@@ -380,8 +381,8 @@ def _ring_seconds(
         within = others * (gathered + scattered) / machine.node_bandwidth
         within += 2 * machine.latency * math.ceil(math.log2(per_node)) if others else 0.0
         own = rectangle / 2 + within
-        here = machine.host * (per_node if others else 1)
-        seconds, hosts = seconds, hosts + here + last * machine.host
+        here = machine.host * (1 + others * HOST_BLOCK)
+        hosts += here + last * machine.host
         if not last:
             seconds += max(own, here)
             continue

@@ -1,9 +1,11 @@
 """Compare `alphacl plan`'s message counts with real processes; write docs/scaling.md's tables.
 
     python -m tools.scaling --simulate  # 2 to 8 gloo processes on this machine
+    python -m tools.scaling --host      # the host's time for a step; needs a quiet machine
     python -m tools.scaling --write     # docs/scaling.md and docs/scaling.png
 
-The first writes rows to benchmarks/results/scaling.jsonl, the second reads them and the plan.
+The first two write rows to benchmarks/results/scaling.jsonl and scaling_host.jsonl, the third reads
+them and the plan.
 """
 
 from __future__ import annotations
@@ -12,9 +14,13 @@ import argparse
 import itertools
 import json
 import os
+import pickle
+import platform
 import tempfile
+import time
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from unittest import mock
@@ -24,23 +30,30 @@ import torch.distributed as dist
 import torch.multiprocessing as processes
 
 from alphacl_fast.benchmarks.report import figure, markdown
-from alphacl_fast.functional import alpha_cl_loss
+from alphacl_fast.call import Need
+from alphacl_fast.distributed import Ranks, global_loss
+from alphacl_fast.functional import alpha_cl_loss, bind, make_call
 from alphacl_fast.journal import read
-from alphacl_fast.plan import messages, plan, traffic
+from alphacl_fast.plan import STATEMENT_BYTES, messages, plan, traffic
+from alphacl_fast.process_groups import Arrival, ProcessGroup, Statement
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.jsonl"
+HOST_RESULTS = RESULTS.with_name("scaling_host.jsonl")
 MARK = "<!-- tables: python -m tools.scaling --write -->"
 #: (pairs, devices) of the table's rows.
 SCALES = (
     (65_536, 8),
     (1_000_000, 16),
+    (1_000_000, 64),
+    (1_000_000, 1024),
     (4_000_000, 64),
     (16_000_000, 256),
     (100_000_000, 1024),
 )
 DIM = 512
-MACHINE = {"rate": 300e12, "bandwidth": 50e9, "ranks_per_node": 8, "device": "cuda"}
+MACHINE = {"rate": 300e12, "bandwidth": 50e9, "device": "cuda"}
+NODE = 8  # devices of a node
 STRATEGIES, MODES = ("gather", "ring", "two_level"), ("two_view", "cross_view")
 DTYPES = ("float32", "bfloat16")
 SIMULATED = 32  # features in the simulation
@@ -153,6 +166,66 @@ def simulate(worlds: range = range(2, 9)) -> None:
     RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+@dataclass(frozen=True)
+class _Silent(Ranks):
+    """Ranks whose messages go nowhere: what is left is the host's time."""
+
+    def all_reduce(self, x, op=None):
+        return x.clone()
+
+    def all_gather(self, x):
+        return x.new_zeros(self.world, x.numel())
+
+    def reduce_scatter(self, x):
+        return x.new_zeros(x.shape[1])
+
+    def exchange(self, outgoing, to, size, source, tag):
+        return Arrival(self, outgoing.new_zeros(size), outgoing, size, [], [])
+
+
+def _step_seconds(world: int, strategy: str, repetitions: int = 5) -> float:
+    """The fastest step of one rank of many, with one pair of 8 features on each."""
+    ranks = _Silent(None, 0, world, (1,) * world, Need(True, True, False), strategy)
+    call = make_call(
+        "infonce", {}, similarity="cosine", negatives="two_view", reduction="mean",
+        backend="auto", precision=None, process_group=ProcessGroup("world", "auto"),
+    )  # fmt: skip
+    z1, z2 = (torch.randn(1, 8, requires_grad=True) for _ in range(2))
+    tau, bound, _ = bind(z1, z2, 0.5, call)
+    times = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        global_loss(z1, z2, tau, replace(bound, ranks=ranks))
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def measure_host() -> None:
+    """Write the host's time for a step of a ring, a block of a gather, and a statement."""
+    torch.set_num_threads(1)
+    few, many = 32, 512
+    ring, gather = (
+        _step_seconds(many, strategy) - _step_seconds(few, strategy)
+        for strategy in ("ring", "gather")
+    )
+    message = pickle.dumps(Statement(None, "x" * 200)).ljust(STATEMENT_BYTES, b"\0")
+    received, times = torch.frombuffer(bytearray(message * many), dtype=torch.uint8), []
+    for _ in range(5):
+        start = time.perf_counter()
+        messages = [x.numpy().tobytes() for x in received.view(many, -1).unbind()]
+        len({message[16:] for message in messages})
+        times.append(time.perf_counter() - start)
+    row = {
+        "ring_step": ring / (many - few),  # two sweeps of (many - few)/2 steps
+        "gather_block": gather / (2 * (many - few)),
+        "statement": min(times) / many,
+        "cpu": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+    }
+    print(", ".join(f"{name} {1e6 * row[name]:.1f} µs" for name in list(row)[:3]))
+    HOST_RESULTS.write_text(json.dumps(row) + "\n")
+
+
 def tables() -> str:
     """Format the computed part of docs/scaling.md."""
     header = (
@@ -166,7 +239,7 @@ def tables() -> str:
             f"{100 * p.exposed:.1f} %",
         )
         for batch, gpus in SCALES
-        for p in plan(batch, DIM, gpus, **MACHINE)
+        for p in plan(batch, DIM, gpus, ranks_per_node=NODE if gpus > NODE else None, **MACHINE)
     ]  # fmt: skip
     totals: dict[tuple, Counter[str]] = {}
     for row in read(RESULTS):
@@ -179,8 +252,9 @@ def tables() -> str:
     cases = sorted(totals, key=lambda case: (case[0], *map(order.index, case[1:])))
     lines = [
         *markdown(header, plans), "",
-        "Bytes that all processes sent in one step (64 pairs each, 32 features), recorded and "
-        "predicted:", "",
+        "Bytes that all processes sent in one step (64 pairs each, 32 features). Both columns put "
+        "counts of operations through the same formula for collectives; the counts of the first "
+        "were recorded in processes, those of the second are predicted:", "",
         *markdown(
             ("processes", "strategy", "rows", "recorded", "predicted"),
             ((*case, *(f"{total:,.0f}" for total in totals[case].values())) for case in cases),
@@ -190,14 +264,14 @@ def tables() -> str:
 
 
 def plot(path: Path) -> None:
-    """Plot the predicted step time of 4 M pairs against the number of devices."""
+    """Plot the predicted step time of 1 M pairs against the number of devices."""
     devices = [2**k for k in range(3, 11)]
-    plans = [plan(4_000_000, DIM, gpus, **MACHINE) for gpus in devices]
+    plans = [plan(1_000_000, DIM, gpus, ranks_per_node=NODE, **MACHINE) for gpus in devices]
     with figure(path, 1, 1, 6, 3.6) as ((axis,),):
         for k, strategy in enumerate(STRATEGIES):
             axis.loglog(devices, [p[k].seconds for p in plans], "o-", base=2, label=strategy)
         axis.loglog(devices, [p[0].compute for p in plans], "k:", base=2, label="work alone")
-        title = "4 M pairs, 512 features, bfloat16"
+        title = "1 M pairs, 512 features, bfloat16"
         axis.set(xlabel="devices", ylabel="predicted seconds per step", title=title)
         axis.legend()
 
@@ -205,17 +279,20 @@ def plot(path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--simulate", action="store_true")
+    parser.add_argument("--host", action="store_true")
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args(arguments)
     if given.simulate:
         simulate()
+    if given.host:
+        measure_host()
     if given.write:
         page = ROOT / "docs" / "scaling.md"
         head, mark, _ = page.read_text().partition(MARK)
         assert mark, f"{page} has no line {MARK}"
         page.write_text(f"{head}{MARK}\n\n{tables()}")
         plot(ROOT / "docs" / "scaling.png")
-    if not given.simulate and not given.write:
+    if not (given.simulate or given.host or given.write):
         print(tables())
 
 
