@@ -1,6 +1,6 @@
 """Compare `alphacl plan`'s message counts with real processes; write docs/scaling.md's tables.
 
-    python -m tools.scaling --simulate  # 2 to 8 gloo processes on this machine
+    python -m tools.scaling --simulate  # 2 to 6 gloo processes on this machine
     python -m tools.scaling --host      # the host's time for a step; needs a quiet machine
     python -m tools.scaling --write     # docs/scaling.md and docs/scaling.png
 
@@ -134,7 +134,7 @@ def _process(rank: int, world: int, store: str, results) -> None:
     dist.destroy_process_group()
 
 
-def simulate(worlds: range = range(2, 9)) -> None:
+def simulate(worlds: range = range(2, 7)) -> None:
     """Record the bytes that each of several processes sends, and compare them with the plan.
 
     Raises:
