@@ -83,7 +83,9 @@ class Features(NamedTuple):
         """Features of the stacked views and t⁺ (2N,); for ``center`` see `make`."""
         if call.similarity == "cosine" and ops.has(call.backend, "unit_rows"):
             f, scale, inv_norm, pos = ops.unit_rows(z1.detach(), z2.detach(), call.backend)
-            return cls(Rows(f, scale if scale.shape[0] else None), inv_norm), pos
+            # a rank without rows has the fields of the others: they determine its messages
+            raw = z1.dtype != accumulation_dtype(z1.dtype)
+            return cls(Rows(f, scale if raw else None), inv_norm), pos
         features = cls.make(torch.cat([z1, z2]), call.similarity, center)
         return features, positives(features.wide(), call.similarity)
 

@@ -448,9 +448,14 @@ def _plan(arguments: list[str]) -> int:
                             "GB/S"),
             "--latency": (float, "per message (default: 20)", "US"),
             "--memory": (float, "per device, for the loss (default: no limit)", "GB"),
+            "--ranks-per-node": (int, "devices of a node, for the two-level ring (default: 8 where "
+                                 "they divide more than 8 GPUS)", "N"),
+            "--node-bandwidth": (float, "per device within a node (default: 300)", "GB/S"),
+            "--host": (float, "the host's time for one step of a ring (default: 750, see "
+                       "docs/scaling.md)", "US"),
         },
     )  # fmt: skip
-    parser.set_defaults(bandwidth=50.0, latency=20.0)
+    parser.set_defaults(bandwidth=50.0, latency=20.0, node_bandwidth=300.0, host=750.0)
     for name, (kind, text, metavar) in {
         "--batch": (_count, "over all devices: 65536, 64K, 4M", "PAIRS"),
         "--dim": (int, "features", None),
@@ -469,13 +474,17 @@ def _plan(arguments: list[str]) -> int:
 
         from alphacl_fast import plan
         from alphacl_fast.distributed import auto_strategy
+        from alphacl_fast.rate import measured_rate
 
     dtype = getattr(torch, given.dtype)
     rate, origin = given.rate, "as given"
     if rate is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        rate = plan.measured_rate(given.dim, dtype, device) / 1e12
+        rate = measured_rate(given.dim, dtype, device) / 1e12
         origin = f"measured here, on {device.type}"
+    per_node = given.ranks_per_node
+    if per_node is None and given.gpus > 8 and given.gpus % 8 == 0:
+        per_node = 8
     try:
         plans = plan.plan(
             given.batch,
@@ -486,6 +495,10 @@ def _plan(arguments: list[str]) -> int:
             latency=given.latency * 1e-6,
             dtype=dtype,
             negatives=given.negatives,
+            ranks_per_node=per_node,
+            node_bandwidth=given.node_bandwidth * 1e9,
+            host=given.host * 1e-6,
+            device="cuda",
         )
     except ValueError as error:
         fail(str(error))
@@ -502,7 +515,7 @@ def _plan(arguments: list[str]) -> int:
             f"{p.sent / 1e9:>7.2f} GB {p.seconds:>8.3g} s {100 * p.exposed:>6.1f} %"
         )
     automatic = auto_strategy(
-        given.batch * (1 if given.negatives == "one_view" else 2), given.dim, dtype
+        given.batch, given.dim, dtype, given.negatives, ranks=given.gpus, ranks_per_node=per_node
     )
     memory = None if given.memory is None else given.memory * 1e9
     print(

@@ -22,22 +22,28 @@ own anchors and sees only the `Pairs` protocol.
 from __future__ import annotations
 
 import math
-import pickle
-import re
-import struct
-import zlib
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
-from .autograd import AlphaCLFunction, Features, Need, Problem, Saved, Sweeps, closed_form
+from .autograd import (
+    AlphaCLFunction,
+    Features,
+    Need,
+    Problem,
+    Saved,
+    Sweeps,
+    closed_form,
+    first_derivative,
+    only_once,
+)
 from .backend import forms
 from .bundles import (
     PairFunction,
@@ -51,8 +57,21 @@ from .bundles import (
 )
 from .call import BoundCall, Layout, Loss, SameId, without_autocast
 from .objectives import ClosedForm
+from .plan import aligned, recommended_ring, steps
+from .process_groups import (
+    Arrival,
+    OwnGroup,
+    Peers,
+    ProcessGroup,
+    Statement,
+    brief,
+    described,
+    exchange,
+    outside_transforms,
+    require_same,
+    values_of,
+)
 
-STRATEGIES = ("auto", "gather", "ring")
 #: "auto" gathers while all rows of the batch and their gradient together take no more bytes than
 #: this.
 GATHER_BYTES = 256 * 2**20
@@ -61,64 +80,26 @@ GATHER_BYTES = 256 * 2**20
 # --- the processes --------------------------------------------------------------------------------
 
 
-class ProcessGroup:
-    """The ranks that share a loss's batch, a torch ProcessGroup or "world", and their strategy."""
-
-    def __init__(self, process_group: Any, strategy: str) -> None:
-        if not dist.is_available():
-            raise ValueError(
-                "process_group must be None: this build of torch has no torch.distributed"
-            )
-        if process_group != "world" and not isinstance(process_group, dist.ProcessGroup):
-            raise TypeError(
-                "process_group must be None, 'world' or a torch.distributed ProcessGroup, got "
-                f"{process_group!r}"
-            )
-        self.process_group, self.strategy = process_group, strategy
-
-    def __repr__(self) -> str:
-        name = (
-            "'world'"
-            if self.process_group == "world"
-            else f"<{self.process_group.size()} processes>"
-        )
-        return f"{name}, strategy={self.strategy!r}"
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ProcessGroup:
-        return self  # a copy of a loss shares its batch with the same processes
-
-    def handle(self) -> dist.ProcessGroup:
-        if not dist.is_initialized():
-            raise ValueError(
-                "process_group needs torch.distributed to be initialised, got a call before "
-                "init_process_group"
-            )
-        handle = dist.group.WORLD if self.process_group == "world" else self.process_group
-        if dist.get_rank(handle) < 0:
-            raise ValueError(
-                f"process_group must contain this process, got one without rank {dist.get_rank()} "
-                "of the world"
-            )
-        return handle
-
-
 @dataclass(frozen=True)
-class Ranks:
+class Ranks(Peers):
     """The ranks of one call, once they have agreed on it, and the messages between them.
 
     Attributes:
         sizes: pairs of each process, in the order of the ranks.
         want: whether any rank wants the gradient in z1, z2, τ. All do the same work, so that none
             waits.
+        strategy: "gather", "ring" or "two_level".
+        ids: (pairs of all processes,) int32, numbered from 0.
+        own: the group that the messages travel in.
+        per_node: ranks of a node, for "two_level".
     """
 
-    handle: dist.ProcessGroup
-    rank: int
-    world: int
     sizes: tuple[int, ...]
     want: Need
     strategy: str
-    ids: Tensor | None = None  # (pairs of all processes,) int32, numbered from 0
+    ids: Tensor | None = None
+    own: OwnGroup | None = field(default=None, kw_only=True)
+    per_node: int = field(default=1, kw_only=True)
 
     @property
     def total(self) -> int:
@@ -129,6 +110,13 @@ class Ranks:
         """This process's part of the batch."""
         features, pos = Features.of_views(z1, z2, call, _center(z1, z2, call))
         return GlobalProblem(features, pos, tau, call)
+
+    def node(self) -> Peers:
+        """The ranks of this process's node."""
+        handle = self.own.node(self.per_node)
+        return Peers(
+            handle, self.rank % self.per_node, self.per_node, call=self.call, number=self.number
+        )
 
     def ids_of(self, rank: int) -> Tensor:
         """(pairs of a process,)."""
@@ -160,79 +148,8 @@ class Ranks:
     def problem_of_saved(self, saved: Saved, tau: Tensor, call: BoundCall) -> Problem:
         return GlobalProblem(saved.features, saved.pos, tau, call)
 
-    def all_reduce(self, x: Tensor, op: Any = None) -> Tensor:
-        """Σ (or another reduction) over the processes, the same bits on all of them."""
-        x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x, op or dist.ReduceOp.SUM, group=self.handle)
-        return x
-
-    def all_gather(self, x: Tensor) -> Tensor:
-        """(k,) → (P, k)."""
-        out = x.new_empty(self.world * x.numel())
-        dist.all_gather_into_tensor(out, x, group=self.handle)
-        return out.view(self.world, -1)
-
-    def reduce_scatter(self, x: Tensor) -> Tensor:
-        """(P, k) → (k,), the sum of everyone's row for this process."""
-        out = x.new_empty(x.shape[1])
-        dist.reduce_scatter_tensor(out, x.view(-1), group=self.handle)
-        return out
-
-    def exchange(self, outgoing: Tensor, to: int, size: int, source: int, tag: int) -> Arrival:
-        """Starts to send a flat tensor to one rank and to receive one of ``size`` elements from
-        another.
-        """
-        incoming = outgoing.new_empty(size)
-        operations = [
-            dist.P2POp(
-                function,
-                tensor,
-                dist.get_global_rank(self.handle, peer % self.world),
-                self.handle,
-                tag,
-            )
-            for function, tensor, peer in (
-                (dist.isend, outgoing, to),
-                (dist.irecv, incoming, source),
-            )
-            if tensor.numel()
-        ]
-        works = dist.batch_isend_irecv(operations) if operations else []
-        return Arrival(incoming, outgoing, works)
-
-
-class Arrival:
-    """A message under way.
-
-    It keeps the outgoing tensor alive until `wait` returns, and no tensor afterwards.
-    """
-
-    def __init__(self, incoming: Tensor, outgoing: Tensor, works: list[Any]) -> None:
-        self._state = incoming, outgoing, works
-
-    def wait(self) -> Tensor:
-        (incoming, _, works), self._state = self._state, None
-        for work in works:
-            work.wait()
-        return incoming
-
 
 # --- agreeing on a call ---------------------------------------------------------------------------
-
-STATEMENT_BYTES = 1024
-_COUNTS = struct.Struct("<2q")  # a message begins with the rank's numbers of rows or pairs
-_ERRORS: tuple[type[Exception], ...] = (TypeError, ValueError, RuntimeError)
-
-
-class Statement(NamedTuple):
-    """A rank's statement of its arguments; most ranks make the same one."""
-
-    error: type[Exception] | None
-    text: str  #: of the error, or of the call
-    dim: int = 0
-    dtype: torch.dtype | None = None
-    wanted: Need = Need(False, False, False)
-    temperature: tuple[float, ...] = ()  #: or scale and bias; NaN: not known on the host
 
 
 def agree(
@@ -254,128 +171,114 @@ def agree(
         TypeError, ValueError, RuntimeError: on every rank; names the ranks whose arguments are bad,
             or differ.
     """
-    pairs, statement = 0, None
-    if failure is None:
-        pairs = len(z1)
-        statement = _statement(z1, z2, tau, call, group.strategy, ids is not None)
-    handle, counts, statements = exchange(group, (pairs, 0), statement, failure)
-    sizes = tuple(pairs for pairs, _ in counts)
-    first = statements[0]
-    for r, other in enumerate(statements):
-        if other is first:
-            continue
-        for what, here, there in (
-            ("number of features D", first.dim, other.dim),
-            ("dtype", first.dtype, other.dtype),
-            ("call", first.text, other.text),
-        ):
-            if here != there:
-                raise ValueError(
-                    f"every rank must pass the same {what}, "
-                    f"got {here} on rank 0 and {there} on rank {r}"
-                )
-        names = ("temperature",) if len(first.temperature) == 1 else ("scale", "bias")
-        for name, here, there in zip(names, first.temperature, other.temperature, strict=True):
-            if abs(here - there) > 1e-6 * abs(here):  # false for NaN
-                raise ValueError(
-                    f"every rank must pass the same {name}, "
-                    f"got {here} on rank 0 and {there} on rank {r}"
-                )
-        here, there = any(first.wanted), any(other.wanted)
-        if call.reduction == "none" and here != there:
-            raise ValueError(
-                "with reduction='none' every rank must want a gradient or none (the backward is a "
-                f"common step), got {here} on rank 0 and {there} on rank {r}"
-            )
+    agreed = exchange(
+        group,
+        (0 if failure else len(z1), 0),
+        lambda own: _statement(own, group, z1, z2, tau, call, ids is not None),
+        failure,
+        None if failure else z1.device,
+    )
+    own, sizes = agreed.own, tuple(pairs for pairs, _ in agreed.counts)
+    first, *others = agreed.statements
+    for r, other in enumerate(others, 1):
+        if other is not first:
+            _require_same_call(first, other, r, call)
     if sum(sizes) < 1:
         raise ValueError(f"all ranks together must have at least 1 pair, got {sizes}")
-    want = Need(*map(any, zip(*(statement.wanted for statement in statements), strict=True)))
+    want = Need(*map(any, zip(*(each.wanted for each in agreed.statements), strict=True)))
+    # nodes of different sizes are no hindrance to a strategy that is free to do without them
+    per_node = first.per_node if len({each.per_node for each in agreed.statements}) == 1 else None
     strategy = group.strategy
     if strategy == "auto":
-        strategy = auto_strategy(Layout.of(call, sum(sizes)).rows, z1.shape[1], z1.dtype)
-    rank, world = dist.get_rank(handle), len(sizes)
-    return Ranks(handle, rank, world, sizes, want, strategy).with_ids(ids)
+        strategy = auto_strategy(
+            sum(sizes), z1.shape[1], z1.dtype, call.negatives,
+            ranks=own.world, ranks_per_node=per_node, device=z1.device.type,
+        )  # fmt: skip
+    ranks = Ranks(
+        own.handle, own.rank, own.world, sizes, want, strategy,
+        own=own, per_node=per_node or 1, call=brief(first), number=agreed.number,
+    )  # fmt: skip
+    with outside_transforms():
+        return ranks.with_ids(ids)
 
 
-def exchange(
-    group: ProcessGroup,
-    counts: tuple[int, int],
-    statement: Statement | None,
-    failure: Exception | None,
-) -> tuple[dist.ProcessGroup, list[tuple[int, int]], list[Statement]]:
-    """The group's handle, and the counts and statements of all ranks, by one small all-gather.
-
-    Args:
-        statement: not read if there is a failure.
-        failure: the error of this rank's arguments.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: on every rank if one of them has a failure.
-    """
-    if failure is not None:
-        if not dist.is_initialized():
-            raise failure
-        kind = next(k for k in _ERRORS if isinstance(failure, k) or k is RuntimeError)
-        statement = Statement(kind, cut(str(failure) or type(failure).__name__))
-    handle = group.handle()
-    message = _COUNTS.pack(*counts) + pickle.dumps(statement)
-    sent = torch.frombuffer(bytearray(message.ljust(STATEMENT_BYTES, b"\0")), dtype=torch.uint8)
-    received = torch.empty(dist.get_world_size(handle) * STATEMENT_BYTES, dtype=torch.uint8)
-    if "cpu" not in dist.get_backend_config(handle):
-        sent, received = sent.cuda(), received.cuda()
-    dist.all_gather_into_tensor(received, sent, group=handle)
-    received = received.cpu()  # without gloo the host waits for the device here
-    messages = [x.numpy().tobytes() for x in received.split(STATEMENT_BYTES)]
-    different = {message[_COUNTS.size :] for message in messages}  # only a few, even of 1,024 ranks
-    known = {message: pickle.loads(message) for message in different}
-    statements = [known[message[_COUNTS.size :]] for message in messages]
-    if failed := [r for r, statement in enumerate(statements) if statement.error]:
-        reasons = "; ".join(f"rank {r}: {statements[r].text}" for r in failed)
-        raise statements[failed[0]].error(reasons) from failure
-    return handle, [_COUNTS.unpack_from(message) for message in messages], statements
+def _require_same_call(first: Statement, other: Statement, rank: int, call: BoundCall) -> None:
+    """Raises unless rank 0 and another rank state calls that fit together."""
+    require_same("number of features D", first.dim, other.dim, rank)
+    require_same("dtype", first.dtype, other.dtype, rank)
+    require_same("call", first.text, other.text, rank)
+    names = ("temperature",) if len(first.temperature) == 1 else ("scale", "bias")
+    for name, here, there in zip(names, first.temperature, other.temperature, strict=True):
+        if abs(here - there) > 1e-6 * abs(here):  # false for NaN
+            require_same(name, here, there, rank)
+    here, there = any(first.wanted), any(other.wanted)
+    if call.reduction == "none" and here != there:
+        raise ValueError(
+            "with reduction='none' every rank must want a gradient or none (the backward is a "
+            f"common step), got {here} on rank 0 and {there} on rank {rank}"
+        )
+    if "strategy='two_level'" in first.text:
+        require_same("ranks_per_node", first.per_node, other.per_node, rank)
 
 
 def _statement(
-    z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, strategy: str, with_ids: bool
+    own: OwnGroup,
+    group: ProcessGroup,
+    z1: Tensor,
+    z2: Tensor,
+    tau: Tensor,
+    call: BoundCall,
+    with_ids: bool,
 ) -> Statement:
     known = tuple(math.nan if x is None else x for x in call.known)
     text = (
         f"{call.objective}, similarity={call.similarity!r}, negatives={call.negatives!r}, "
-        f"symmetric={call.symmetric}, reduction={call.reduction!r}, strategy={strategy!r}, "
-        f"{'ids' if with_ids else 'no ids'}"
+        f"symmetric={call.symmetric}, reduction={call.reduction!r}, strategy={group.strategy!r}, "
+        f"ranks_per_node={group.ranks_per_node}, {'ids' if with_ids else 'no ids'}"
     )
-    text = re.sub(r" at 0x[0-9a-f]+", "", text)  # an unnamed callable's address differs
-    wanted = Need.of(z1, z2, tau)
-    return Statement(None, cut(text), z1.shape[1], z1.dtype, wanted, known)
-
-
-def cut(text: str) -> str:
-    """The text shortened to fit into a statement; a hash tells long texts apart."""
-    data, most = text.encode(), STATEMENT_BYTES - 256
-    if len(data) <= most:
-        return text
-    return f"{data[:most].decode(errors='ignore')}… (crc {zlib.crc32(data):08x})"
-
-
-def auto_strategy(rows: int, dim: int, dtype: torch.dtype) -> str:
-    """The strategy for a batch of this many rows."""
-    return (
-        "gather"
-        if rows * dim * (dtype.itemsize + accumulation_dtype(dtype).itemsize) <= GATHER_BYTES
-        else "ring"
+    return Statement(
+        None,
+        described(text),
+        z1.shape[1],
+        z1.dtype,
+        z1.device.type,
+        Need.of(z1, z2, tau),
+        known,
+        group.per_node(own),
+        values_of(call.objective),
     )
+
+
+def auto_strategy(
+    pairs: int,
+    dim: int,
+    dtype: torch.dtype,
+    negatives: str,
+    *,
+    ranks: int = 1,
+    ranks_per_node: int | None = None,
+    device: str = "cuda",
+) -> str:
+    """The strategy for a batch of this many pairs.
+
+    Args:
+        ranks_per_node: None if it is not known.
+        device: type of the embeddings' device.
+    """
+    rows = pairs if negatives == "one_view" else 2 * pairs
+    size = dtype.itemsize + accumulation_dtype(dtype).itemsize
+    if rows * dim * size <= GATHER_BYTES:
+        return "gather"
+    if ranks_per_node is None or not 1 < ranks_per_node < ranks:
+        return "ring"
+    return recommended_ring(pairs, dim, ranks, ranks_per_node, dtype, negatives, device)
 
 
 # --- who computes which pairs ---------------------------------------------------------------------
 
 
-def steps(world: int) -> range:
-    """Distances to the blocks that a rank's own block meets at that rank."""
-    return range(1, world // 2 + 1)
-
-
 def meetings(
-    rank: int, other: int, world: int, negatives: str, sizes: tuple[int, ...]
+    rank: int, other: int, world: int, negatives: str, sizes: Sequence[int] | dict[int, int]
 ) -> list[tuple[slice, slice, bool]]:
     """Rectangles of block ``rank`` and block ``other`` that rank ``rank`` computes.
 
@@ -621,7 +524,8 @@ class GlobalSweeps(Sweeps):
         want = self.call.ranks.want
         sweep = _Sweep(self.function, self.call, terms, weight, want, dim, euclidean)
         own = Block(rows, scalars, self.names_of(self.ranks.rank))
-        return self._ring(sweep, own) if self.ranks.strategy == "ring" else self._gather(sweep, own)
+        run = {"gather": self._gather, "ring": self._ring, "two_level": self._two_level}
+        return run[self.ranks.strategy](sweep, own)
 
     def _among_own(self, sweep: _Sweep, own: Block, result: Result) -> None:
         if self.ranks.sizes[self.ranks.rank] > 1:  # one pair has no negatives in its own block
@@ -630,6 +534,11 @@ class GlobalSweeps(Sweeps):
                 own, layout.split, layout.partner, [(result, slice(0, own.n_rows), own.anchors)]
             )
 
+    def _meetings(self, other: int) -> list[tuple[slice, slice, bool]]:
+        """Rectangles of this rank's block and another's."""
+        ranks = self.ranks
+        return meetings(ranks.rank, other, ranks.world, self.call.negatives, ranks.sizes)
+
     def _meet(
         self,
         sweep: _Sweep,
@@ -637,15 +546,19 @@ class GlobalSweeps(Sweeps):
         result: Result,
         others: dict[int, Block],
         results: dict[int, Result],
+        rectangles_with: Callable[[int], list[tuple[slice, slice, bool]]],
     ) -> None:
-        """The own block against the other blocks that are present.
+        """A block against other blocks that are present.
 
         Rectangles with the same own rows become one.
+
+        Args:
+            rectangles_with: for another block: the own rows, its rows, and whether the own rows are
+                the left side.
         """
-        rank, world, sizes = self.ranks.rank, self.ranks.world, self.ranks.sizes
         rectangles: dict[tuple[int, int, bool], list[tuple[int, slice]]] = defaultdict(list)
         for other in others:
-            for mine, theirs, left in meetings(rank, other, world, self.call.negatives, sizes):
+            for mine, theirs, left in rectangles_with(other):
                 if mine.start < mine.stop and theirs.start < theirs.stop:
                     rectangles[mine.start, mine.stop, left].append((other, theirs))
         for (start, stop, left), guests in rectangles.items():
@@ -674,8 +587,35 @@ class GlobalSweeps(Sweeps):
         ]
 
     def _ring(self, sweep: _Sweep, own: Block) -> Result:
+        result = sweep.nothing(self.layout, self.tau.new_zeros(sweep.size(self.layout)))
+
+        def visit(other: int, visitor: Block, theirs: Result) -> None:
+            self._meet(sweep, own, result, {other: visitor}, {other: theirs}, self._meetings)
+
+        home = self._travel(sweep, own, 1, lambda: self._among_own(sweep, own, result), visit)
+        if home is not None:
+            result.add(home)
+        return result
+
+    def _travel(
+        self,
+        sweep: _Sweep,
+        own: Block,
+        stride: int,
+        meanwhile: Callable[[], None],
+        visit: Callable[[int, Block, Result], None],
+    ) -> Result | None:
+        """Sends the blocks around the ring of every ``stride``-th rank.
+
+        Args:
+            meanwhile: work for the time until the first block arrives.
+            visit: adds a visiting block's pairs to its results; takes the block's rank.
+
+        Returns:
+            What the own block has collected on its way; None if there was none.
+        """
         ranks, zeros = self.ranks, self.tau.new_zeros
-        rank, world = ranks.rank, ranks.world
+        rank, world, last = ranks.rank, ranks.world, ranks.world // stride // 2
 
         def message_bytes(other: int) -> int:
             return sum(_bytes(x, rows) for x, rows in self._like(own, other % world))
@@ -683,41 +623,35 @@ class GlobalSweeps(Sweeps):
         def size(other: int) -> int:
             return sweep.size(self.layouts[other % world])
 
-        result, last = sweep.nothing(self.layout, zeros(size(rank))), world // 2
-        if last:
-            block = ranks.exchange(
-                pack([x for x, _ in self._like(own, rank)]),
-                rank - 1,
-                message_bytes(rank + 1),
-                rank + 1,
-                0,
-            )
-        self._among_own(sweep, own, result)
-        behind: Arrival | None = (
-            None  # results of the block at hand from the processes it has visited
-        )
-        for step in steps(world):
-            other = (rank + step) % world
+        if not last:
+            meanwhile()
+            return None
+        after, before = rank + stride, rank - stride
+        packed = pack([x for x, _ in self._like(own, rank)])
+        block = ranks.exchange(packed, before, message_bytes(after), after, 0)
+        del packed
+        meanwhile()
+        behind: Arrival | None = None  # results of the block at hand from the ranks it has visited
+        for step in steps(world // stride):
+            other = (rank + step * stride) % world
             message = block.wait()
             if step < last:
-                block = ranks.exchange(message, rank - 1, message_bytes(other + 1), rank + 1, 0)
+                block = ranks.exchange(message, before, message_bytes(other + stride), after, 0)
             *vectors, f = unpack(message, self._like(own, other))
             count = len(RowScalars._fields)
             visitor = Block(
                 Rows(f, *vectors[count:]), RowScalars(*vectors[:count]), self.names_of(other)
             )
             theirs = sweep.nothing(self.layouts[other], zeros(size(other)))
-            self._meet(sweep, own, result, {other: visitor}, {other: theirs})
+            visit(other, visitor, theirs)
             del message, visitor, vectors, f
             if behind is not None:
                 theirs.add(Result(sweep, self.layouts[other], behind.wait()))
             if step < last:
-                behind = ranks.exchange(theirs.flat, rank - 1, size(other + 1), rank + 1, 1)
+                behind = ranks.exchange(theirs.flat, before, size(other + stride), after, 1)
             else:
-                home = ranks.exchange(theirs.flat, other, size(rank), rank - last, 1)
-        if last:
-            result.add(Result(sweep, self.layout, home.wait()))
-        return result
+                home = ranks.exchange(theirs.flat, other, size(rank), rank - last * stride, 1)
+        return Result(sweep, self.layout, home.wait())
 
     def _gather(self, sweep: _Sweep, own: Block) -> Result:
         ranks = self.ranks
@@ -725,50 +659,114 @@ class GlobalSweeps(Sweeps):
             result = sweep.nothing(self.layout, self.tau.new_zeros(sweep.size(self.layout)))
             self._among_own(sweep, own, result)
             return result
-        f, *others = own.rows
-        features, scalars = (*others, f), own.scalars
-        if self._gathered is None:  # rows once for all sweeps, row scalars for each
-            self._gathered = self._gather_blocks(features, [n.rows for n in self.layouts])
-        messages = self._gather_blocks(scalars, [n.anchors for n in self.layouts])
-        blocks = {}
-        for step in steps(ranks.world):
-            other = (ranks.rank + step) % ranks.world
-            layout = self.layouts[other]
-            *others, f = unpack(self._gathered[other], [(x, layout.rows) for x in features])
-            vectors = unpack(messages[other], [(x, layout.anchors) for x in scalars])
-            blocks[other] = Block(Rows(f, *others), RowScalars(*vectors), self.names_of(other))
-        flat = self.tau.new_zeros(ranks.world, max(sweep.size(layout) for layout in self.layouts))
-        results = [
-            sweep.nothing(layout, flat[r, : sweep.size(layout)])
-            for r, layout in enumerate(self.layouts)
-        ]
+        needed = {(ranks.rank + step) % ranks.world for step in steps(ranks.world)}
+        blocks = self._blocks_of(ranks, own, 0, needed)
+        results = self._results_of(sweep, ranks, 0)
         mine = results[ranks.rank]
         self._among_own(sweep, own, mine)
-        self._meet(sweep, own, mine, blocks, dict(enumerate(results)))
+        self._meet(sweep, own, mine, blocks, results, self._meetings)
+        return self._send_home(sweep, ranks, results)
+
+    def _two_level(self, sweep: _Sweep, own: Block) -> Result:
+        """A visiting block meets the blocks of all ranks of a node at one of them."""
+        ranks, node = self.ranks, self.ranks.node()
+        nodes, first = ranks.world // node.world, ranks.rank - node.rank
+        blocks: dict[int, Block] = {}
+        results = self._results_of(sweep, node, first)
+        mine = results[ranks.rank]
+
+        def within(other: int) -> list[tuple[slice, slice, bool]]:
+            sizes = ranks.sizes[first : first + node.world]
+            return meetings(node.rank, other - first, node.world, self.call.negatives, sizes)
+
+        def among_node() -> None:
+            members = {first + k for k in range(node.world)}
+            blocks.update(self._blocks_of(node, own, first, members - {ranks.rank}))
+            blocks[ranks.rank] = own
+            self._among_own(sweep, own, mine)
+            partners = [first + (node.rank + step) % node.world for step in steps(node.world)]
+            met = {other: blocks[other] for other in partners}
+            self._meet(sweep, own, mine, met, results, within)
+
+        def visit(other: int, visitor: Block, theirs: Result) -> None:
+            here, there = first // node.world, other // node.world
+
+            def with_member(member: int) -> list[tuple[slice, slice, bool]]:
+                sizes = {here: ranks.sizes[member], there: ranks.sizes[other]}
+                found = meetings(here, there, nodes, self.call.negatives, sizes)
+                return [(guest, host, not left) for host, guest, left in found]
+
+            self._meet(sweep, visitor, theirs, blocks, results, with_member)
+
+        home = self._travel(sweep, own, node.world, among_node, visit)
+        if home is not None:
+            mine.add(home)
+        blocks.clear()
+        return self._send_home(sweep, node, results)
+
+    def _blocks_of(
+        self, peers: Peers, own: Block, first: int, needed: set[int]
+    ) -> dict[int, Block]:
+        """The needed blocks of some peers, who all take part; their ranks begin with ``first``."""
+        f, *others = own.rows
+        features, scalars = (*others, f), own.scalars
+        layouts = self.layouts[first : first + peers.world]
+        if self._gathered is None:  # rows once for all sweeps, row scalars for each
+            self._gathered = self._gather_tensors(peers, features, [n.rows for n in layouts])
+        messages = self._gather_tensors(peers, scalars, [n.anchors for n in layouts])
+        blocks = {}
+        for other in sorted(
+            needed, key=lambda other: (other - self.ranks.rank) % len(self.layouts)
+        ):
+            layout = self.layouts[other]
+            *others, f = unpack(self._gathered[other - first], [(x, layout.rows) for x in features])
+            vectors = unpack(messages[other - first], [(x, layout.anchors) for x in scalars])
+            blocks[other] = Block(Rows(f, *others), RowScalars(*vectors), self.names_of(other))
+        return blocks
+
+    def _gather_tensors(
+        self, peers: Peers, tensors: tuple[Tensor | None, ...], lengths: list[int]
+    ) -> Tensor:
+        """(P, bytes): the peers' tensors of these lengths, in aligned messages of equal length."""
+        largest = sum(_bytes(x, max(lengths)) for x in tensors)
+        message = torch.zeros(aligned(largest), dtype=torch.uint8, device=self.tau.device)
+        mine = pack(tensors)
+        message[: mine.numel()] = mine
+        return peers.all_gather(message)
+
+    def _results_of(self, sweep: _Sweep, peers: Peers, first: int) -> dict[int, Result]:
+        """Empty results for the blocks of some peers, as rows of one tensor."""
+        layouts = self.layouts[first : first + peers.world]
+        flat = self.tau.new_zeros(peers.world, max(sweep.size(layout) for layout in layouts))
+        return {
+            first + k: sweep.nothing(layout, flat[k, : sweep.size(layout)])
+            for k, layout in enumerate(layouts)
+        }
+
+    def _send_home(self, sweep: _Sweep, peers: Peers, results: dict[int, Result]) -> Result:
+        """The sum of what the peers have for this rank's block."""
+        mine = results[self.ranks.rank]
+        flat = mine.flat._base
+
+        def summed() -> Tensor:
+            return peers.reduce_scatter(flat)[: mine.flat.numel()]
+
         if leading(sweep.terms) is None:
-            return Result(sweep, self.layout, ranks.reduce_scatter(flat)[: mine.flat.numel()])
+            return Result(sweep, self.layout, summed())
         top = self.tau.new_full(
-            (ranks.world, max(layout.anchors for layout in self.layouts)), -torch.inf
+            (peers.world, max(result.sums.shape[1] for result in results.values())), -torch.inf
         )
-        for row, result in zip(top, results, strict=True):
+        for row, result in zip(top, results.values(), strict=True):
             row[: result.sums.shape[1]] = result.sums[0]
-        top = ranks.all_reduce(top, dist.ReduceOp.MAX)
-        for row, result in zip(top, results, strict=True):
+        top = peers.all_reduce(top, dist.ReduceOp.MAX)
+        for row, result in zip(top, results.values(), strict=True):
             shift, *_ = result.sums
             forms.rescale(shift, result.sums[1:], row[: len(shift)])
             result.sums[0].zero_()
         if len(sweep.terms) > 1:
-            mine.flat[:] = ranks.reduce_scatter(flat)[: mine.flat.numel()]
-        mine.sums[0] = top[ranks.rank, : mine.sums.shape[1]]
+            mine.flat[:] = summed()
+        mine.sums[0] = top[peers.rank, : mine.sums.shape[1]]
         return mine
-
-    def _gather_blocks(self, tensors: tuple[Tensor | None, ...], lengths: list[int]) -> Tensor:
-        """(P, bytes): all ranks' tensors of these lengths, in aligned messages of equal length."""
-        largest = sum(_bytes(x, max(lengths)) for x in tensors)
-        message = torch.zeros(-(-largest // 16) * 16, dtype=torch.uint8, device=self.tau.device)
-        mine = pack(tensors)
-        message[: mine.numel()] = mine
-        return self.ranks.all_gather(message)
 
 
 # --- autograd -------------------------------------------------------------------------------------
@@ -821,33 +819,51 @@ def global_reduce(row_losses: Tensor, loss: Loss, ranks: Ranks) -> Tensor:
 
 
 class GlobalClosedForm(torch.autograd.Function):
-    """Loss of a constant-α objective over all ranks' pairs: one sum of rows is exchanged, and its
-    gradient in the backward pass.
+    """(loss, what the backward reads) of a constant-α objective over all ranks' pairs: one sum of
+    rows is exchanged, and its gradient in the backward pass.
+
+    What is saved is returned too, as by `AlphaCLFunction`.
     """
 
     @staticmethod
-    def forward(ctx, z1: Tensor, z2: Tensor, call: BoundCall) -> Tensor:
-        ctx.call, ctx.dtype, ctx.need = call, z1.dtype, ctx.needs_input_grad[:2]
-        ranks, closed = call.ranks, _ClosedProblem(z1, z2, call)
-        if any(ranks.want) and call.reduction == "none":
-            ctx.save_for_backward(z1, z2)
-        elif any(ranks.want):
+    def forward(z1: Tensor, z2: Tensor, call: BoundCall, need: Need) -> tuple[Tensor | None, ...]:
+        with without_autocast(z1.device):
+            closed = _ClosedProblem(z1, z2, call)
+            loss = global_reduce(closed.losses.detach(), call, call.ranks)
+            if call.reduction == "none" or not any(call.ranks.want):
+                return (loss,)
             grads = closed.gradient(closed.losses.new_ones(()))
-            ctx.save_for_backward(
-                *(g if need else None for g, need in zip(grads, ctx.need, strict=True))
-            )
-        return global_reduce(closed.losses.detach(), call, ranks)
+            wanted = (need.z1, need.z2)
+            return loss, *(g if w else None for g, w in zip(grads, wanted, strict=True))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with without_autocast(grad.device):
+    def setup_context(ctx, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        z1, z2, ctx.call, ctx.need = inputs
+        ctx.dtype, loss = z1.dtype, output[0]
+        ctx.like_loss = partial(torch.zeros, loss.shape, dtype=loss.dtype, device=loss.device)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*((z1, z2) if ctx.call.reduction == "none" else output[1:]))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None, *of_saved: Tensor | None) -> tuple[Tensor | None, ...]:
+        if not first_derivative(grad, of_saved):
+            if ctx.call.reduction != "none":
+                return (None,) * 4
+            grad = ctx.like_loss()  # the other ranks wait for this one
+        if ctx.call.reduction == "none" and torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"torch.func cannot differentiate {ctx.call.objective} with a process_group and "
+                "reduction='none': take reduction='mean' or 'sum', or torch.autograd.grad"
+            )
+        tensors = ctx.saved_tensors
+        with torch.no_grad(), without_autocast(grad.device):
             if ctx.call.reduction == "none":
-                grads = _ClosedProblem(*ctx.saved_tensors, ctx.call).gradient(grad)
+                grads = _ClosedProblem(*tensors, ctx.call).gradient(grad)
             else:
-                grads = [None if g is None else g * grad for g in ctx.saved_tensors]
-        grads = [g.to(ctx.dtype) if need else None for g, need in zip(grads, ctx.need, strict=True)]
-        return *grads, None
+                grads = [None if g is None else g * grad for g in tensors]
+        wanted = (ctx.need.z1, ctx.need.z2)
+        grads = [g.to(ctx.dtype) if w else None for g, w in zip(grads, wanted, strict=True)]
+        return *only_once(grads, (grad, *tensors)), None, None
 
 
 class _ClosedProblem:
@@ -906,5 +922,5 @@ def global_loss(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall) -> Tensor:
         if not torch.is_grad_enabled():
             z1, z2, tau = z1.detach(), z2.detach(), tau.detach()
         if isinstance(call.objective, ClosedForm):
-            return GlobalClosedForm.apply(z1, z2, call)
+            return GlobalClosedForm.apply(z1, z2, call, Need.of(z1, z2, tau))[0]
         return AlphaCLFunction.apply(z1, z2, tau, call, call.ranks.want, None)[0]

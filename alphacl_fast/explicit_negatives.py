@@ -33,9 +33,9 @@ from .autograd import (
 )
 from .bundles import Rows, accumulation_dtype
 from .call import BoundCall, Call, Guide, Layout, SameId, without_autocast
-from .distributed import ProcessGroup
 from .objectives import ClosedForm, Objective
 from .one_operator import one_operator
+from .process_groups import ProcessGroup
 
 
 def loss_against(
@@ -358,7 +358,7 @@ def _over_ranks(given: Given, call: Call, group: ProcessGroup) -> Tensor:
         text, sizes = _statement(given, call), (len(given.z), len(given.other))
     except Exception as error:  # the other processes wait for this one
         failure = error
-    sharing = shared_rows.agree(group, text, sizes, failure)
+    sharing = shared_rows.agree(group, text, sizes, failure, given.z, call.objective)
     z, wide = given.z, accumulation_dtype(given.z.dtype)
     if not sum(sharing.counts(0)) or not sum(sharing.counts(1)):
         raise ValueError(f"all ranks together must have at least 1 row, got {sharing.sizes}")

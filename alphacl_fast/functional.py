@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from . import compiled_op, distributed, eager, native, ops
+from . import compiled_op, distributed, eager, native, ops, process_groups
 from .autograd import AlphaCLFunction, closed_form
 from .backend import reference
 from .bundles import accumulation_dtype
@@ -50,6 +50,7 @@ def alpha_cl_loss(
     precision: str | None = None,
     process_group: Any = None,
     strategy: str = "auto",
+    ranks_per_node: int | None = None,
     ids: Tensor | None = None,
     max_gap: float | None = None,
     guide: tuple[Tensor, Tensor] | None = None,
@@ -83,16 +84,23 @@ def alpha_cl_loss(
         precision: arithmetic of float32 matrix products. None follows
             `torch.get_float32_matmul_precision`; "ieee", "tf32" or "bf16x3" (three products of
             bfloat16 halves) demands one, and a backend that lacks it refuses the call.
-        process_group: a `torch.distributed.ProcessGroup` or "world", whose ranks share one batch.
-            Each rank passes its own pairs (any number) and receives the loss of the whole batch or,
-            with reduction="none", the losses of its own anchors. All ranks must make the same call.
-            Each rank differentiates Σ_r L_r, so DDP's or FSDP's averaging gives the gradient of the
-            whole batch; the temperature's gradient is that average on every rank. Unless
-            reduction="none", the incoming gradient must be the same on all ranks. None: this
-            process alone.
+        process_group: a `torch.distributed.ProcessGroup`, a 1-dimensional DeviceMesh or "world",
+            whose ranks share one batch. Each rank passes its own pairs (any number) and receives
+            the loss of the whole batch or, with reduction="none", the losses of its own anchors.
+            All ranks must make the same call, with tensors on devices of one type. Each rank
+            differentiates Σ_r L_r, so DDP's or FSDP's averaging gives the gradient of the whole
+            batch; the temperature's gradient is that average on every rank. Unless
+            reduction="none", the incoming gradient must be the same on all ranks. The messages
+            travel in a group of the loss's own, which the first call makes. None: this process
+            alone.
         strategy: how ranks exchange rows: "gather" (all-gather and reduce-scatter; few messages),
-            "ring" (messages overlap with computation; memory for a few local blocks) or "auto"
-            (gather while the whole batch takes at most 256 MiB). Only with a process group.
+            "ring" (messages overlap with computation; memory for a few local blocks), "two_level"
+            (gather within a node, ring between nodes; memory for the blocks of a node) or "auto"
+            (gather while the whole batch takes at most 256 MiB, else the one of the other two that
+            `alphacl_fast.plan` predicts to be faster). Only with a process group.
+        ranks_per_node: how many neighbouring ranks of the group share a node; it must divide the
+            number of ranks. Only with the strategies "two_level" and "auto". None: the environment
+            variable LOCAL_WORLD_SIZE, which torchrun sets.
         ids: (N,) integers, moved to z1's device if necessary. Samples with equal ids are not
             negatives of each other in either view (false-negative elimination, arXiv:2011.11765).
             Pass labels, or the index of the instance that was augmented. An anchor that has no
@@ -129,7 +137,7 @@ def alpha_cl_loss(
 
     Source: arXiv:2201.12680; the docstring of each objective names its equation and origin.
     """
-    group = make_group(process_group, strategy)
+    group = make_group(process_group, strategy, ranks_per_node)
     try:
         call = make_call(
             objective,
@@ -154,21 +162,29 @@ def alpha_cl_loss(
     return evaluate(z1, z2, temperature, call, ids)[0]
 
 
-def make_group(process_group: Any, strategy: str) -> distributed.ProcessGroup | None:
-    """Checks the two arguments that say which processes share a batch, and how."""
-    one_of("strategy", strategy, distributed.STRATEGIES)
+def make_group(
+    process_group: Any, strategy: str, ranks_per_node: int | None = None
+) -> process_groups.ProcessGroup | None:
+    """Checks the arguments that say which processes share a batch, and how."""
+    one_of("strategy", strategy, process_groups.STRATEGIES)
     if process_group is None:
-        if strategy != "auto":
-            raise ValueError(f"strategy must be 'auto' without a process_group, got {strategy!r}")
+        for name, value, default in (
+            ("strategy", strategy, "auto"),
+            ("ranks_per_node", ranks_per_node, None),
+        ):
+            if value != default:
+                raise ValueError(
+                    f"{name} must be {default!r} without a process_group, got {value!r}"
+                )
         return None
-    return distributed.ProcessGroup(process_group, strategy)
+    return process_groups.ProcessGroup(process_group, strategy, ranks_per_node)
 
 
 def make_call(
     objective: str | Objective,
     options: dict[str, Any],
     *,
-    process_group: distributed.ProcessGroup | None = None,
+    process_group: process_groups.ProcessGroup | None = None,
     symmetric: bool = True,
     max_gap: float | None = None,
     workspace: int | None = None,

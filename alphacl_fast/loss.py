@@ -27,9 +27,11 @@ class FusedAlphaCLLoss(nn.Module):
         reduction: "mean", "sum" or "none".
         backend: "auto" or the name of a backend.
         precision: arithmetic of float32 matrix products; None follows torch.
-        process_group: None, "world" or a `torch.distributed.ProcessGroup` whose ranks share one
-            batch.
-        strategy: how those ranks exchange rows: "auto", "gather" or "ring".
+        process_group: None, "world", a `torch.distributed.ProcessGroup` or a 1-dimensional
+            DeviceMesh, whose ranks share one batch.
+        strategy: how those ranks exchange rows: "auto", "gather", "ring" or "two_level".
+        ranks_per_node: how many neighbouring ranks share a node, for "two_level"; None: the
+            environment variable LOCAL_WORLD_SIZE.
         guide_margin: of the guide, where a call has one; see there too.
         max_gap: negatives more similar than the positive by more than this do not count; see
             there too.
@@ -67,6 +69,7 @@ class FusedAlphaCLLoss(nn.Module):
         precision: str | None = None,
         process_group: Any = None,
         strategy: str = "auto",
+        ranks_per_node: int | None = None,
         max_gap: float | None = None,
         guide_margin: float = 0.0,
         workspace: int | None = None,
@@ -83,7 +86,7 @@ class FusedAlphaCLLoss(nn.Module):
             reduction=reduction,
             backend=backend,
             precision=precision,
-            process_group=functional.make_group(process_group, strategy),
+            process_group=functional.make_group(process_group, strategy, ranks_per_node),
             max_gap=max_gap,
             workspace=workspace,
         )

@@ -12,23 +12,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from .distributed import ProcessGroup, Statement, cut, exchange
+from .objectives import Objective
+from .process_groups import (
+    OwnGroup,
+    Peers,
+    ProcessGroup,
+    Statement,
+    brief,
+    described,
+    exchange,
+    values_of,
+)
 
 
 @dataclass(frozen=True)
-class Sharing:
+class Sharing(Peers):
     """The ranks of one call, once they have agreed on it.
 
     Attributes:
         sizes: for every rank, how many anchors and how many rows of the other kind it has.
     """
 
-    handle: dist.ProcessGroup
-    rank: int
-    world: int
     sizes: tuple[tuple[int, ...], ...]
 
     def counts(self, kind: int) -> list[int]:
@@ -48,7 +54,7 @@ class Sharing:
         padded[: len(x)] = x.detach()
         out = x.new_empty(self.world * len(padded), *x.shape[1:])
         if out.numel():
-            dist.all_gather_into_tensor(out, padded, group=self.handle)
+            out = self.all_gather(padded.view(-1)).view(out.shape)
         return torch.cat([part[:k] for part, k in zip(self._parts(out), counts, strict=True)])
 
     def send_home(self, x: Tensor, kind: int) -> Tensor:
@@ -59,7 +65,7 @@ class Sharing:
             part[: len(own)] = own
         out = x.new_empty(max(counts), *x.shape[1:])
         if out.numel():
-            dist.reduce_scatter_tensor(out, padded, group=self.handle)
+            out = self.reduce_scatter(padded.view(self.world, -1)).view(out.shape)
         return out[: counts[self.rank]]
 
     def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -67,9 +73,7 @@ class Sharing:
 
     def sum(self, x: Tensor) -> Tensor:
         """Σ over the ranks, a constant."""
-        x = x.detach().clone()
-        dist.all_reduce(x, group=self.handle)
-        return x
+        return self.all_reduce(x.detach())
 
     def total(self, x: Tensor) -> Tensor:
         """Σ over the ranks, the same number on all; differentiable."""
@@ -116,25 +120,39 @@ class _Shared(torch.autograd.Function):
 
 
 def agree(
-    group: ProcessGroup, text: str, sizes: tuple[int, ...], failure: Exception | None
+    group: ProcessGroup,
+    text: str,
+    sizes: tuple[int, ...],
+    failure: Exception | None,
+    rows: Tensor | None = None,
+    objective: Objective | None = None,
 ) -> Sharing:
     """After one small message all ranks go on with the same call, or all raise the same error.
 
     Args:
         text: describes the call; it must be the same on every rank.
         sizes: the numbers of this rank's rows, of one kind or of two.
-        failure: the error of this rank's arguments; ``text`` and ``sizes`` may then be anything.
+        failure: the error of this rank's arguments; the other arguments may then be anything.
+        rows: whose device every rank must have.
+        objective: whose functions every rank must have.
 
     Raises:
         TypeError, ValueError, RuntimeError: on every rank; names the ranks whose arguments are bad,
             or differ.
     """
-    counts = (*sizes, 0, 0)[:2]
-    handle, counts, statements = exchange(group, counts, Statement(None, cut(text)), failure)
+    counts, device = (*sizes, 0, 0)[:2], None if failure else getattr(rows, "device", None)
+
+    def state(own: OwnGroup) -> Statement:
+        functions = () if objective is None else values_of(objective)
+        kind = "" if device is None else device.type
+        return Statement(None, described(text), device=kind, functions=functions)
+
+    own, number, counts, statements = exchange(group, counts, state, failure, device)
     for r, other in enumerate(statements):
-        if other != statements[0]:
+        if other.text != statements[0].text:
             raise ValueError(
                 "every rank must make the same call, "
                 f"got {statements[0].text} on rank 0 and {other.text} on rank {r}"
             )
-    return Sharing(handle, dist.get_rank(handle), len(counts), tuple(counts))
+    call = brief(statements[0])
+    return Sharing(own.handle, own.rank, own.world, tuple(counts), call=call, number=number)

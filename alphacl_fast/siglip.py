@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import distributed, functional
 from .call import Call
 from .objectives import SIGLIP
+from .process_groups import ProcessGroup
 
 SIMILARITIES = ("cosine", "dot")
 
@@ -189,7 +190,7 @@ def _make_call(
     reduction: str,
     backend: str,
     precision: str | None,
-    group: distributed.ProcessGroup | None,
+    group: ProcessGroup | None,
 ) -> Call:
     """Checks every argument but the tensors."""
     if similarity not in SIMILARITIES:

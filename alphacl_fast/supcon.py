@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from . import functional, shared_rows
 from .autograd import unit_rows
 from .call import without_autocast
-from .distributed import ProcessGroup
 from .explicit_negatives import against_unit_rows
 from .functional import zero_with_graph
 from .objectives import infonce
 from .one_operator import one_operator
+from .process_groups import ProcessGroup
 from .same_id import Block, Formula, Groups, Outcome, losses_of_groups
 
 _LOG_SUM = infonce(epsilon=0.0)
@@ -356,7 +356,7 @@ def _over_ranks(
         text, sizes = given.statement(form, reduction), given.sizes()
     except Exception as error:  # the other processes wait for this one
         failure = error
-    sharing = shared_rows.agree(group, text, sizes, failure)
+    sharing = shared_rows.agree(group, text, sizes, failure, given.z)
     z, kind = given.z, 0 if given.reference is None else 1
     if not sum(sharing.counts(kind)):
         raise ValueError(f"all ranks together must have at least 1 row, got {sharing.counts(kind)}")

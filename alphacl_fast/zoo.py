@@ -794,7 +794,7 @@ class SogCLR(nn.Module):
         except Exception as error:  # the other processes wait for this one
             failure = error
         group = functional.make_group(self.process_group, "auto")
-        sharing = shared_rows.agree(group, repr(self), sizes, failure)
+        sharing = shared_rows.agree(group, repr(self), sizes, failure, z1)
         if not sum(sharing.counts(0)):
             raise ValueError(f"all ranks together must have at least 1 pair, got {sharing.sizes}")
         return index, sharing

@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 #: Ranks of the world that form the group of each size. Within a sub-group no process has its rank
 #: of the world.
-GROUPS = {1: (2,), 2: (1, 3), 3: (1, 2, 3), 4: (0, 1, 2, 3)}
+GROUPS = {1: (2,), 2: (1, 3), 3: (1, 2, 3), 4: (1, 2, 3, 4), 6: (0, 1, 2, 3, 4, 5)}
+WORLD = 6
 
 
 def time_limit():
@@ -33,12 +34,12 @@ def _work(rank, store, pipe, environment):
     dist.init_process_group(
         "gloo",
         rank=rank,
-        world_size=4,
+        world_size=WORLD,
         timeout=timedelta(seconds=time_limit()),
-        store=dist.FileStore(store, 4),
+        store=dist.FileStore(store, WORLD),
     )
     groups = {
-        size: dist.new_group(members) if size < 4 else dist.group.WORLD
+        size: dist.new_group(members) if size < WORLD else dist.group.WORLD
         for size, members in GROUPS.items()
     }
     pipe.send((True, "ready"))
@@ -52,7 +53,7 @@ def _work(rank, store, pipe, environment):
 
 
 class Ranks:
-    """Four processes.
+    """Six processes.
 
     ``run(size, function, …)`` calls ``function(group, …)`` in those of a group, returns their
     results.
@@ -73,7 +74,7 @@ class Ranks:
         context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo"])
         store = os.path.join(tempfile.mkdtemp(), "store")
         self.pipes, self.processes = [], []
-        for rank in range(4):
+        for rank in range(WORLD):
             here, there = context.Pipe()
             arguments = (rank, store, there, dict(os.environ))
             process = context.Process(target=_work, args=arguments, daemon=True)
@@ -81,7 +82,7 @@ class Ranks:
             there.close()
             self.pipes.append(here)
             self.processes.append(process)
-        assert self._answers(self.pipes) == ["ready"] * 4
+        assert self._answers(self.pipes) == ["ready"] * WORLD
 
     def run(self, size, function, **arguments):
         members = [self.pipes[rank] for rank in GROUPS[size]]

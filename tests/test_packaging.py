@@ -215,11 +215,12 @@ kernels.sweeps
 backend.cpu_step backend.cuda backend.triton
 ops
 native
-autograd
+autograd plan
+process_groups
 distributed compiled_op eager
 functional same_id shared_rows
 one_operator
-explicit_negatives matryoshka metrics micro_batch plan tune verify accuracy
+explicit_negatives matryoshka metrics micro_batch rate tune verify accuracy
 pair_weights supcon guided
 loss siglip zoo theory compat.lightly compat.open_clip compat.pytorch_metric_learning
 checks compat.sentence_transformers device_check
@@ -242,10 +243,13 @@ WINGS = {
         "subprocess_pool",
         "bundles",
         "cpp_printer",
+        "call",
+        "distributed",
         "functional",
         "objectives",
         "ops",
         "plan",
+        "process_groups",
         "backend.blocked",
         "backend.cuda",
         "backend.filling",

@@ -93,6 +93,7 @@ IDS, COMPAT, DISTRIBUTED, SIGLIP = (
 AGREE = f"{DISTRIBUTED}test_bad_input_on_one_process_raises_on_every_one"
 VERIFY = f"{DISTRIBUTED}test_verify_distributed"
 SPLIT = f"{DISTRIBUTED}test_every_objective_and_split"
+LEVELS = f"{DISTRIBUTED}test_two_levels"
 
 MUTANTS: list[Mutant] = []
 
@@ -777,12 +778,6 @@ plant(
         f"{DISTRIBUTED}test_no_pair_is_computed_twice[cross_view-True-ring]",
     ),
     (
-        "meetings: the farthest block of an odd ring is not met",
-        "return range(1, world // 2 + 1)",
-        "return range(1, (world + 1) // 2)",
-        f"{SPLIT}[5-3-ring]",
-    ),
-    (
         "agreement: temperatures are not compared",
         "if abs(here - there) > 1e-6 * abs(here):",
         "if abs(here - there) > 1e6 * abs(here):",
@@ -849,10 +844,73 @@ plant(
         "behind.wait()",
         f"{SPLIT}[3-1-4-2-ring]",
     ),
+    (
+        "two levels: blocks of nodes that are half a ring apart are met by both",
+        "found = meetings(here, there, nodes, ",
+        "found = meetings(here, there, nodes + 1, ",
+        f"{LEVELS}[2x2]",
+    ),
+    (
+        "two levels: what the own block collects in other nodes is dropped",
+        "            mine.add(home)\n        blocks.clear()",
+        "            pass\n        blocks.clear()",
+        f"{LEVELS}[3x2]",
+    ),
+    (
+        "two levels: the sides of a visitor's rectangles are not exchanged",
+        "return [(guest, host, not left) for host, guest, left in found]",
+        "return [(guest, host, left) for host, guest, left in found]",
+        f"{LEVELS}[3x2]",
+    ),
+    (
+        "gathered messages: a node without pairs sends an empty one",
+        "torch.zeros(aligned(largest), ",
+        "torch.zeros(-(-largest // 16) * 16, ",
+        "tests/test_distributed.py::test_a_node_without_pairs[2x2]",
+    ),
+)
+plant(
+    "alphacl_fast/plan.py",
+    (
+        "meetings: the farthest block of an odd ring is not met",
+        "return range(1, world // 2 + 1)",
+        "return range(1, (world + 1) // 2)",
+        f"{SPLIT}[5-3-ring]",
+    ),
+)
+plant(
+    "alphacl_fast/process_groups.py",
+    (
+        "agreement: the values of users' functions are not compared",
+        "_require_same_functions(statements[0], other, r)",
+        "pass",
+        "tests/test_process_groups.py::test_functions_are_compared_by_value[psi]",
+    ),
+    (
+        "agreement: device types are not compared",
+        'require_same("device type", statements[0].device, other.device, r)',
+        "pass",
+        "tests/test_process_groups.py::test_devices_are_compared",
+    ),
+    (
+        "reduce-scatter by messages: this rank's own part is counted twice",
+        "for step in range(1, self.world):",
+        "for step in range(self.world):",
+        f"{SPLIT}[5-3-gather]",
+    ),
+)
+plant(
+    "alphacl_fast/verify.py",
+    (
+        "verification: differences of small tensors count as absolute",
+        "return difference / norm if norm > 0",
+        "return difference / max(norm, 1.0) if norm > 0",
+        f"{DISTRIBUTED}test_relative_difference",
+    ),
 )
 plant(
     "alphacl_fast/distributed.py",
-    ("agreement: strategies are not compared", ", strategy={strategy!r}", "", AGREE),
+    ("agreement: strategies are not compared", ", strategy={group.strategy!r}", "", AGREE),
     hangs=True,  # the process with the other strategy waits for messages that nobody sends
 )
 
