@@ -27,6 +27,7 @@ from alphacl_fast.train import (
     evaluation,
     loop,
     models,
+    recipe,
     report,
     storage,
     train,
@@ -111,7 +112,7 @@ def test_defaults_depend_on_data_set_and_encoder():
         ({"epochs": 0}, "--epochs must be at least 1, got 0"),
         ({"batch_size": 1}, "--batch-size must be at least 2, got 1"),
         ({"micro_batch": -1}, "--micro-batch must be at least 0, got -1"),
-        ({"norm": "layer"}, "--norm must be one of batch, group, got 'layer'"),
+        ({"norm": "layer"}, "--norm must be one of batch, sync, group, got 'layer'"),
         ({"lr": float("nan")}, "--lr must be positive and finite, got nan"),
         ({"temperature": -1.0}, "--temperature must be positive and finite, got -1.0"),
         ({"lr": "fast"}, "--lr must be float, got 'fast'"),
@@ -619,7 +620,7 @@ def test_learnt_temperature_moves_and_is_restored(tmp_path):
 
 
 def test_a_loss_that_stops_being_finite_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
-    class Breaks(loop.FusedAlphaCLLoss):
+    class Breaks(recipe.FusedAlphaCLLoss):
         calls = 0
 
         def forward(self, z1, z2):
@@ -627,7 +628,7 @@ def test_a_loss_that_stops_being_finite_keeps_the_last_good_checkpoint(tmp_path,
             # the first call is the trial
             return super().forward(z1, z2) * (float("nan") if self.calls == 8 else 1)
 
-    monkeypatch.setattr(loop, "FusedAlphaCLLoss", Breaks)
+    monkeypatch.setattr(recipe, "FusedAlphaCLLoss", Breaks)
     config = tiny(save_every=3)
     with pytest.raises(
         RunError, match="NaN in epoch 2, by step 7; the last good checkpoint, step 6, is kept"
@@ -641,7 +642,7 @@ def test_a_loss_that_stops_being_finite_keeps_the_last_good_checkpoint(tmp_path,
 
 
 def test_a_broken_weight_is_not_saved(tmp_path, monkeypatch):
-    class Breaks(loop.FusedAlphaCLLoss):
+    class Breaks(recipe.FusedAlphaCLLoss):
         calls = 0
 
         def forward(self, z1, z2):
@@ -653,7 +654,7 @@ def test_a_broken_weight_is_not_saved(tmp_path, monkeypatch):
                 value = torch.where(torch.isfinite(value), value, value.detach().nan_to_num())
             return value
 
-    monkeypatch.setattr(loop, "FusedAlphaCLLoss", Breaks)
+    monkeypatch.setattr(recipe, "FusedAlphaCLLoss", Breaks)
     with pytest.raises(RunError, match="became"):
         train(tiny(), tmp_path / "run")
     state = checkpoint.read(tmp_path / "run")

@@ -9,7 +9,8 @@
 batch.
 
 Modules import one way: config, rows; storage, process_context, data, augment, device_augmentation,
-models, gradient, device, checkpoint; report; evaluation; inspection; loop; reproduce.
+models, weights, sync_batch_norm, gradient, device, schedules, optimizers, checkpoint; report;
+recipe; evaluation; inspection; loop; reproduce.
 
 As in `alphacl_fast`, a name is imported when it is first used.
 """

@@ -58,6 +58,7 @@ OBJECTIVES = (
 )  # fmt: skip
 NEGATIVES = ("two_view", "one_view", "cross_view")
 BACKENDS = ("auto", "reference", "blocked", "cpu", "cuda", "triton")
+_POSITIVE = ("lr", "temperature", "temperature_end")
 # Fields that do not affect the result, so a resumed run may change them.
 FREE_ON_RESUME = ("data_root", "download", "workers", "keep")
 
@@ -92,8 +93,14 @@ class Config:
     width: int = _flag(64, "channels of the encoder's first stage", least=1)
     norm: str = _flag(
         "batch",
-        "normalisation layers; batch: over one process's micro-batch, group: within an image",
-        ("batch", "group"),
+        "normalisation layers; batch: over one process's micro-batch, sync: over that of all "
+        "processes, group: within an image",
+        ("batch", "sync", "group"),
+    )
+    weights: str = _flag(
+        "",
+        "file of initial weights: a run or its checkpoint, or a state dict of the network, of its "
+        "encoder or of torchvision's ResNet (default: random)",
     )
     objective: str = _flag("infonce", "objective of FusedAlphaCLLoss", OBJECTIVES)
     option: dict = dataclasses.field(
@@ -101,6 +108,18 @@ class Config:
     )
     temperature: float = _flag(0.5, "temperature of the loss")
     learn_temperature: bool = _flag(False, "learn the temperature, starting at --temperature")
+    temperature_schedule: str = _flag(
+        "constant",
+        "how the temperature goes from --temperature to --temperature-end",
+        ("constant", "linear", "cosine"),
+    )
+    temperature_end: float = _flag(0.1, "temperature at the end of its schedule")
+    temperature_period: float = _flag(
+        0.0,
+        "epochs after which a schedule has come to --temperature-end and back again (0: the run "
+        "ends at --temperature-end)",
+        least=0,
+    )
     negatives: str = _flag("two_view", "negatives of the loss", NEGATIVES)
     backend: str = _flag("auto", "backend of the loss", BACKENDS)
     epochs: int = _flag(500, "passes over the training images", least=1)
@@ -128,7 +147,18 @@ class Config:
         "lets a resumed run have more --epochs",
         ("cosine", "constant"),
     )
-    amp: str = _flag("none", "autocast", ("none", "bf16"))
+    clip: float = _flag(
+        0.0,
+        "largest norm of the gradient of all weights; a larger one is scaled (0: none)",
+        least=0,
+    )
+    ema: float = _flag(
+        0.0,
+        "decay of an exponential moving average of the encoder's weights, which is then evaluated "
+        "in their place (0: none)",
+        least=0,
+    )
+    amp: str = _flag("none", "autocast; fp16 scales the loss", ("none", "bf16", "fp16"))
     compile: bool = _flag(False, "torch.compile the network")
     deterministic: bool = _flag(
         True, "use deterministic algorithms, which exact resume on a GPU requires"
@@ -141,6 +171,16 @@ class Config:
     seed: int = _flag(0, "seed of weights, order and augmentation", least=0)
     eval_every: int = _flag(10, "epochs between kNN evaluations (0: none)", least=0)
     probe_every: int = _flag(0, "epochs between linear probes (0: none)", least=0)
+    validation: int = _flag(
+        0,
+        "training images to hold out: evaluations during the run then score on them, the weights "
+        "of the best one are kept, and the test images are scored once, at the end (0: none)",
+        least=0,
+        count=True,
+    )
+    eval_ranks: str = _flag(
+        "first", "which of several processes evaluate during the run", ("first", "all")
+    )
     log_every: int = _flag(10, "steps between step lines in metrics.jsonl", least=1)
     alpha_every: int = _flag(
         0,
@@ -217,7 +257,7 @@ class Config:
             least = field.metadata.get("least")
             if least is not None and not value >= least:
                 raise RunError(f"{flag(name)} must be at least {least}, got {value}")
-            if name in ("lr", "temperature") and not 0 < value < float("inf"):
+            if name in _POSITIVE and not 0 < value < float("inf"):
                 raise RunError(f"{flag(name)} must be positive and finite, got {value}")
         if self.seed >= 2**63:
             raise RunError(f"--seed must be below 2**63, got {self.seed}")
@@ -225,6 +265,17 @@ class Config:
             raise RunError(
                 f"--warmup-epochs must not exceed --epochs {self.epochs}, got {self.warmup_epochs}"
             )
+        if self.temperature_period == float("inf"):
+            raise RunError("--temperature-period must be finite, got inf")
+        if self.ema >= 1:
+            raise RunError(f"--ema must be below 1, got {self.ema}")
+        if self.temperature_schedule != "constant" and self.learn_temperature:
+            raise RunError(
+                "--learn-temperature and --temperature-schedule exclude each other, got "
+                f"{self.temperature_schedule}"
+            )
+        if self.validation and not (self.eval_every or self.probe_every):
+            raise RunError("--validation needs --eval-every or --probe-every, got 0 for both")
         if self.augment == "device" and (self.dataset == "digits" or self.image_size > 64):
             raise RunError(
                 "--augment device is for colour images up to 64 pixels, got "

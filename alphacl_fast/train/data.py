@@ -40,8 +40,9 @@ STATISTICS = {
 class Data:
     """Map-style data sets of (PIL image, label), with a run's settings and device.
 
-    Training draws its views from ``views``; evaluation fits on ``train`` and scores on ``test``.
-    ``names`` are the files of ``views``, where each image is a file.
+    Training draws its views from ``views``; evaluation fits on ``train`` and scores on ``test``, or
+    during a run on ``validation``, if images are held out. ``names`` are the files of ``views``,
+    where each image is a file.
     """
 
     views: Dataset
@@ -51,6 +52,12 @@ class Data:
     config: Config
     device: torch.device
     names: list[str] | None = None
+    validation: Dataset | None = None
+
+    @property
+    def scored(self) -> Dataset:
+        """The images that evaluations score on during a run."""
+        return self.test if self.validation is None else self.validation
 
 
 def load(config: Config, device: torch.device | None = None) -> Data:
@@ -70,9 +77,11 @@ def load(config: Config, device: torch.device | None = None) -> Data:
         raise RunError(
             f"cannot open {config.dataset} in {config.data_root}{hint}: {reason}"
         ) from error
+    if config.validation:
+        _hold_out(data, config.validation)
     if config.subset:
         same = data.train is data.views
-        data.views = _subset(data.views, config.subset)
+        data.views = Subset(data.views, _balanced("--subset", data.views, config.subset))
         data.train = data.views if same else data.train
     data.names = _names(data.views)
     if len(data.views) < config.batch_size:
@@ -203,19 +212,45 @@ _DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
 _DEEP_GREY_FORMATS = ("PNG", "PPM")
 
 
-def _subset(dataset: Dataset, size: int) -> Subset:
-    """Take ``size`` images round-robin over the classes, each shuffled with a fixed seed."""
+def _hold_out(data: Data, size: int) -> None:
+    """Move ``size`` images from the training images of ``data`` to its validation images.
+
+    Where ``views`` are more than ``train``, they begin with it.
+    """
+    if size >= len(data.train):
+        raise RunError(
+            f"--validation must be below the {len(data.train)} training images, got {size}"
+        )
+    held_out = _balanced("--validation", data.train, size)
+    same, gone = data.train is data.views, {*held_out}
+    data.validation = Subset(data.train, held_out)
+    data.views, data.train = (
+        Subset(images, [index for index in range(len(images)) if index not in gone])
+        for images in (data.views, data.train)
+    )
+    data.train = data.views if same else data.train
+
+
+def labels_of(images: Dataset) -> list[int]:
+    """List the labels, without opening an image where the data set knows them."""
+    if isinstance(images, Subset):
+        labels = labels_of(images.dataset)
+        return [labels[index] for index in images.indices]
+    return getattr(images, "targets", None) or [int(label) for _, label in images]
+
+
+def _balanced(flag: str, dataset: Dataset, size: int) -> list[int]:
+    """Pick ``size`` images round-robin over the classes, each shuffled with a fixed seed."""
     if size > len(dataset):
-        raise RunError(f"--subset must not exceed the {len(dataset)} training images, got {size}")
-    targets = getattr(dataset, "targets", None) or [int(label) for _, label in dataset]
-    labels = torch.tensor(targets)
+        raise RunError(f"{flag} must not exceed the {len(dataset)} training images, got {size}")
+    labels = torch.tensor(labels_of(dataset))
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     turn = torch.empty(len(labels), dtype=torch.long)
     for label in labels.unique():
         members = shuffled[labels[shuffled] == label]
         turn[members] = torch.arange(len(members))
     order = shuffled[turn[shuffled].argsort(stable=True)][:size]
-    return Subset(dataset, order.sort().values.tolist())
+    return order.sort().values.tolist()
 
 
 def mix(*numbers: int) -> int:

@@ -15,7 +15,7 @@ from . import checkpoint, storage
 from .augment import augmentation
 from .config import Config, RunError
 from .data import load, steps_of, training_batches
-from .device import pick_device, settings
+from .device import autocast, pick_device, settings
 from .models import build
 
 #: Objectives compared with the run's own by default.
@@ -107,8 +107,7 @@ def _embed(
     views = [torch.cat(parts) for parts in zip(*next(batches), strict=True)]
     ((*keys,),) = steps_of(len(data.views), one_step, 0, 1)
     labels = [int(data.views[index][1]) for _, index in keys]
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.amp == "bf16")
-    with torch.no_grad(), autocast:
+    with torch.no_grad(), autocast(config, device):
         z = [torch.cat([net(x.to(device)).float() for x in view.split(256)]) for view in views]
     return torch.cat(views), labels, data.classes, z
 

@@ -1,8 +1,9 @@
 """The training loop: each step draws two views, embeds them, and takes one optimizer step.
 
-With several processes (`process_context`) every rank embeds its share of the batch; the loss is
-the whole batch's, and gradients are averaged in one all-reduce. Only rank 0 writes files, evaluates
-and logs.
+What is trained, and with which loss, is the recipe's business (`recipe`). With several processes
+(`process_context`) every rank embeds its share of the batch; the loss is the whole batch's, and
+gradients are averaged in one all-reduce. Only rank 0 writes files and logs, and unless all are
+asked to, only it evaluates.
 """
 
 import dataclasses
@@ -18,23 +19,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from alphacl_fast import FusedAlphaCLLoss, batch_metrics
+from alphacl_fast import batch_metrics
 
 from . import checkpoint, device_augmentation, gradient, report, storage
 from .augment import augmentation
-from .config import Config, Diverged, RunError, flag
+from .config import Config, Diverged, RunError
 from .data import Data, load, mix, training_batches
-from .device import pick_device, settings
-from .evaluation import figures, picture
-from .models import Net, build
+from .device import autocast, pick_device, settings
+from .evaluation import ALONE, figures, picture
+from .optimizers import build_optimizer, trained
 from .process_context import ProcessContext, joined, peers
+from .recipe import Recipe, build_loss
+from .schedules import depends_on_epochs, learning_rate, temperature
+from .weights import encoder_weights, load_weights
 
-TRIAL_PAIRS = 1024  # most pairs of the batch on which the loss is tried before a run
 PLOTS = ("curves.png", "embedding.png")  # drawn at the end, in this order
 REHEARSED_STEPS = 10  # more than the batches that four loader workers prefetch
+TEST = "test.json"  # the figures on the test images of a run that holds out others
 WARMUP_STEPS = 3  # steps excluded from images/s: first allocations, worker start, compilation
 #: Signals that end a run with a checkpoint, where the system has them. Slurm sends SIGUSR1 before a
 #: job's time is over, if it is asked to, and a terminal that closes sends SIGHUP.
@@ -114,17 +118,15 @@ class _Start:
         state, complete = context.on_rank_0(self.saved if resume else self.nothing)
         if state and state["epoch"] == config.epochs and complete:
             return Outcome(out, config.epochs, already=True, leads=context.leads)
-        if config.batch_size < context.size:
-            raise RunError(
-                f"--batch-size must be at least the number of processes, {context.size}, "
-                f"got {config.batch_size}"
-            )
+        _check_shares(config, context.size)
         device = pick_device(config.device, context.local_rank if context.size > 1 else None)
         if config.download:  # once, not in every process
             context.on_rank_0(lambda: len(load(config).views))
         data = load(config, device)
         with settings(config):
             run = _Run(data, out, context)
+            if config.weights and not state:
+                context.on_rank_0(lambda: load_weights(run.net, Path(config.weights)))
             if state:
                 context.on_rank_0(lambda: self.check_images(state, data, accept_data_change))
             with stop_signals(context.launched) as caught:
@@ -166,7 +168,7 @@ class _Start:
             )
         if state:
             checkpoint.promote(out, state["file"])
-        complete = state and trained.epochs == config.epochs and (out / PLOTS[1]).exists()
+        complete = state and trained.epochs == config.epochs and (out / PLOTS[-1]).exists()
         return state, bool(complete) and checkpoint.Metrics(out).is_whole(state)
 
     def check_images(self, state: dict, data: Data, accept: bool) -> None:
@@ -184,7 +186,7 @@ class _Start:
             self.lock.enter_context(storage.locked(out))
             _check_empty(out)  # another process may have begun here meanwhile
         elif state and state["config"]["epochs"] != config.epochs:
-            for name in PLOTS:  # the last one marks a finished run
+            for name in (TEST, *PLOTS):  # the last one marks a finished run
                 (out / name).unlink(missing_ok=True)
         try:
             values = storage.read_json(out / checkpoint.CONFIG)["config"]
@@ -199,16 +201,29 @@ class _Start:
         out, config = self.out, self.config
         with storage.writing(out):
             title = f"{config.objective} on {config.dataset}"
+            encoder = run.judged_encoder()
+            if config.validation:
+                encoder.load_state_dict(encoder_weights(run.checkpoint()))
+                storage.write_json(out / TEST, self.tested(encoder, run))
             report.curves(out / checkpoint.METRICS, out / PLOTS[0], title)
-            picture(run.net.encoder, run.data, out / PLOTS[1])
+            picture(encoder, run.data, out / PLOTS[1])
+
+    def tested(self, encoder: torch.nn.Module, run: "_Run") -> dict:
+        """Score the encoder of the best evaluation on the test images, once."""
+        config = self.config
+        found = figures(
+            encoder, run.data, knn=bool(config.eval_every), probed=bool(config.probe_every)
+        )
+        shown = "  ".join(f"{name} {100 * value:.1f} %" for name, value in found.items())
+        print(f"test images, weights of epoch {run.best['epoch']}: {shown}", flush=True)
+        return {"epoch": run.best["epoch"], **found}
 
 
 def _may_extend(saved: Config, config: Config, state: dict | None) -> bool:
     """Whether a run may have the larger number of epochs of ``config``, as if from its start."""
     if state is None or config.epochs < saved.epochs:
         return state is None
-    warmup = saved.warmup_epochs * (state["images"] // saved.batch_size)
-    return saved.schedule == "constant" or state["step"] <= warmup
+    return not depends_on_epochs(saved, state["step"], state["images"] // saved.batch_size)
 
 
 def _why_not_longer(saved: Config, config: Config) -> str:
@@ -218,7 +233,8 @@ def _why_not_longer(saved: Config, config: Config) -> str:
         return "--epochs can only become larger; "
     return (
         "the learning rates of a cosine schedule depend on --epochs from the end of the warm-up "
-        "on, so that only --schedule constant can be continued; "
+        "on, and a temperature schedule without a period depends on them from the start, so that "
+        "only --schedule constant can be continued; "
     )
 
 
@@ -235,7 +251,7 @@ def try_out(configs: list[Config]) -> None:
     device = pick_device(configs[0].device)
     for config in configs:
         with settings(config):
-            _build_loss(config, device, ProcessContext())
+            build_loss(config, device, ProcessContext())
 
 
 def rehearse(config: Config, *, judged: bool) -> dict[str, float]:
@@ -267,9 +283,9 @@ def rehearse(config: Config, *, judged: bool) -> dict[str, float]:
         batches.close()  # ends the loader's processes
         if judged:
             before = time.perf_counter()
-            figures(run.net.encoder, data, knn=True, probed=True)
+            figures(run.judged_encoder(), data, knn=True, probed=True)
             found["evaluation"] = time.perf_counter() - before
-            picture(run.net.encoder, data, Path(folder) / "embedding.png")
+            picture(run.judged_encoder(), data, Path(folder) / "embedding.png")
             found["end"] = time.perf_counter() - before - found["evaluation"]
     return found
 
@@ -277,16 +293,6 @@ def rehearse(config: Config, *, judged: bool) -> dict[str, float]:
 def due(epoch: int, every: int, epochs: int) -> bool:
     """Whether to evaluate after ``epoch`` (from 1): each ``every`` epochs (0: never), and last."""
     return bool(every) and (epoch % every == 0 or epoch == epochs)
-
-
-def learning_rate(config: Config, step: int, per_epoch: int) -> float:
-    """Compute the learning rate of ``step`` (from 0): linear warm-up, then the schedule."""
-    warmup, total = config.warmup_epochs * per_epoch, config.epochs * per_epoch
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    if config.schedule == "constant":
-        return config.lr
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 class _Run:
@@ -298,10 +304,14 @@ class _Run:
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
-        self.net: Net = build(config).to(device)
-        self.forward = torch.compile(self.net) if config.compile else self.net
-        self.loss = _build_loss(config, device, context)
-        self.optimizer = _build_optimizer(config, self.net, self.loss)
+        self.recipe = recipe = Recipe(data, context)
+        self.net, self.loss = recipe.net, recipe.loss
+        self.parameters = [*trained(self.net), *trained(self.loss)]
+        self.optimizer = build_optimizer(config, self.net, self.loss)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+        self.average = self.moving_average() if config.ema else None
+        #: With validation images: the best evaluation so far, its epoch and its encoder's weights.
+        self.best: dict = {}
         self.per_epoch = len(data.views) // config.batch_size
         self.epoch = self.step = self.saved_step = 0
         # The epoch's summed loss stays on the device and is read at sync points only.
@@ -313,16 +323,28 @@ class _Run:
         smallest = config.batch_size // context.size
         self.looks = -(-smallest // config.micro_batch) if config.micro_batch else 1
 
+    def moving_average(self) -> AveragedModel:
+        """Build the average of the encoder's weights, which its first update overwrites."""
+        encoder = self.recipe.build_net().encoder.to(self.device)  # `net` may hold process groups
+        function = get_ema_multi_avg_fn(self.config.ema)
+        return AveragedModel(encoder, multi_avg_fn=function, use_buffers=True)
+
     def restore(self, state: dict | None) -> None:
         """Load a checkpoint, or write the first one."""
         whole = self.context.on_rank_0(lambda: self.metrics.resume(state))
         if state is None:
             self.seed_rank()
             self.context.broadcast([*self.net.state_dict().values()])
+            if self.average:
+                self.average.module.load_state_dict(self.net.encoder.state_dict())
             return self.save()
         self.net.load_state_dict(state["model"])
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state.get("scaler", {}))
+        if self.average:
+            self.average.load_state_dict(state["ema"])
+        self.best = state.get("best", {})
         self.epoch, self.step = state["epoch"], state["step"]
         if state["images"] != len(self.data.views):  # the epochs may have other numbers of steps
             begun = self.step - self.epoch * (state["images"] // self.config.batch_size)
@@ -346,8 +368,11 @@ class _Run:
         """Write the checkpoint, unless something in it is no longer finite (RunError)."""
         self.check_finite()
         state = self.checkpoint()
-        parts = [("model", "a weight"), ("loss", "the temperature"), ("optimizer", "the optimizer")]
-        broken = [not _finite(state[key]) for key, _ in parts]
+        parts = [
+            ("model", "a weight"), ("loss", "the temperature"), ("optimizer", "the optimizer"),
+            ("ema", "an averaged weight"), ("scaler", "the scale of the loss"),
+        ]  # fmt: skip
+        broken = [not _finite(state.get(key)) for key, _ in parts]
         found = self.context.all_reduce_max(1 + broken.index(True) if any(broken) else 0)
         if found:
             self.fail(f"{parts[found - 1][1]} became infinite or NaN")
@@ -358,7 +383,7 @@ class _Run:
 
     def checkpoint(self) -> dict:
         """Collect the state of the run, besides the random generators'."""
-        return {
+        state = {
             "config": dataclasses.asdict(self.config),
             "model": self.net.state_dict(),
             "loss": self.loss.state_dict(),
@@ -371,6 +396,13 @@ class _Run:
             "metrics": self.metrics.length,
             "metrics_digest": self.metrics.hash.hexdigest(),
         }
+        if self.scaler.is_enabled():
+            state["scaler"] = self.scaler.state_dict()
+        if self.average:
+            state["ema"] = self.average.state_dict()
+        if self.best:
+            state["best"] = self.best
+        return state
 
     def check_finite(self) -> float:
         """Return the epoch's summed loss (synchronises); RunError if it is not finite."""
@@ -457,14 +489,13 @@ class _Run:
         if self.context.leads:
             self.metrics.write(**row)
 
-    def embed(self, views):
-        """Map two uint8 views (n, C, H, W) to two embeddings (n, 128), in one forward pass."""
-        views = torch.cat([x.to(self.device, non_blocking=True) for x in views])
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"):
-            return self.forward(views).chunk(2)
+    def embed(self, part: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map a micro-batch to two embeddings (n, 128)."""
+        with autocast(self.config, self.device):
+            return self.recipe.embed(part)
 
-    def one_step(self, parts) -> tuple[torch.Tensor, float, float]:
-        """Take one optimizer step on micro-batches of uint8 views (n, C, H, W).
+    def one_step(self, parts: list[tuple]) -> tuple[torch.Tensor, float, float]:
+        """Take one optimizer step on micro-batches.
 
         Returns:
             Loss (), learning rate, and host seconds spent in the loss.
@@ -472,26 +503,42 @@ class _Run:
         lr = learning_rate(self.config, self.step, self.per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.recipe.before_step(self.step, self.per_epoch)
         self.optimizer.zero_grad(set_to_none=True)
         with peers(), self.embeddings_of_loss() as embeddings:
-            if len(parts) == 1:
-                value, in_loss = gradient.whole(self.embed, self.loss, parts[0])
-            else:
-                with gradient.undone(self.net, self.device, Stopped):
-                    value, in_loss = gradient.in_parts(
-                        self.net, self.embed, self.loss, parts, self.device, self.look
-                    )
+            value, in_loss = self.accumulate_gradients(parts)
         summary = None
         if embeddings:
             summary = self.loss.alpha_summary(*embeddings, k=1).scalars()
             summary |= batch_metrics(*embeddings).scalars()
-        self.context.average_gradients([*self.net.parameters(), *self.loss.parameters()])
-        self.optimizer.step()
+        self.context.average_gradients(self.parameters)
+        if self.config.clip:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.recipe.after_step()
+        if self.average:
+            self.average.update_parameters(self.net.encoder)
         self.loss_sum += value
         self.step += 1
         if summary is not None:
             self.log(kind="alpha", step=self.step, **summary)
         return value, lr, in_loss
+
+    def accumulate_gradients(self, parts: list[tuple]) -> tuple[torch.Tensor, float]:
+        """Compute the loss (), every gradient, and host seconds spent in the loss."""
+
+        def loss(z1, z2):
+            return self.recipe.value(z1, z2, parts)
+
+        scale = self.scaler.scale
+        if len(parts) == 1:
+            return gradient.whole(self.embed, loss, parts[0], scale)
+        with gradient.undone(self.net, self.device, Stopped):
+            return gradient.in_parts(
+                self.net, self.embed, loss, parts, self.device, self.look, scale
+            )
 
     @contextmanager
     def embeddings_of_loss(self):
@@ -528,84 +575,66 @@ class _Run:
                 speed += f", {loss_seconds / seconds:.0%} of the time in the loss"
         if config.learn_temperature:
             row["temperature"] = next(self.loss.parameters()).item()
+        elif config.temperature_schedule != "constant":
+            row["temperature"] = temperature(config, self.step - 1, self.per_epoch)
         knn, probed = (
             due(number, every, config.epochs) for every in (config.eval_every, config.probe_every)
         )
         if knn or probed:
             self.save()  # a second Ctrl-C during the evaluation then loses nothing
-            if self.context.leads:
-                found = figures(self.net.encoder, self.data, knn=knn, probed=probed)
-                row.update(found)
-                for key, name in (("knn", "kNN"), ("probe", "probe")):
-                    text += f"  {name} {100 * found[key]:.1f} %" if key in found else ""
+            found = self.evaluate(knn, probed)
+            row.update(found)
+            for key, name in (("knn", "kNN"), ("probe", "probe")):
+                text += f"  {name} {100 * found[key]:.1f} %" if key in found else ""
         self.log(kind="epoch", epoch=number, step=self.step, **row)
         self.epoch = number
+        if knn or probed:
+            self.keep_best(found)
         self.loss_sum.zero_()
         self.save()
         if self.context.leads and (knn or probed or number == config.epochs):
             bar.write(text + speed)
 
+    def judged_encoder(self) -> torch.nn.Module:
+        """Return the encoder that evaluations use: the averaged one, if there is one."""
+        return self.average.module if self.average else self.net.encoder
 
-def _build_optimizer(config: Config, net: nn.Module, loss: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimizer; LARS and LAMB come from the package pytorch_optimizer."""
-    groups = [
-        {"params": [*net.parameters()], "weight_decay": config.weight_decay},
-        {"params": [*loss.parameters()], "weight_decay": 0.0},
-    ]
-    if config.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=config.lr)
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
-    try:
-        from pytorch_optimizer import LARS, Lamb
-    except ImportError as error:
+    def evaluate(self, knn: bool, probed: bool) -> dict:
+        """Score the encoder; only on rank 0, unless all ranks share the work, is there a result."""
+        encoder, context = self.judged_encoder(), ALONE
+        if self.config.eval_ranks == "all":
+            context = self.context
+            context.broadcast(encoder.buffers())  # each rank has batch statistics of its own
+        elif not self.context.leads:
+            return {}
+        return figures(
+            encoder, self.data, knn=knn, probed=probed, scored=self.data.scored, context=context
+        )
+
+    def keep_best(self, found: dict) -> None:
+        """Keep the weights of the best evaluation on held-out images, the first of several."""
+        judged_by = "knn" if self.config.eval_every else "probe"
+        if not (self.config.validation and judged_by in found):
+            return
+        if found[judged_by] > self.best.get("accuracy", -1):
+            encoder = {name: x.clone() for name, x in self.judged_encoder().state_dict().items()}
+            self.best = {"epoch": self.epoch, "accuracy": found[judged_by], "encoder": encoder}
+
+
+def _check_shares(config: Config, processes: int) -> None:
+    """Raise RunError if a step cannot be shared by so many processes."""
+    if config.batch_size < processes:
         raise RunError(
-            f"--optimizer {config.optimizer} needs pytorch_optimizer ({error}): "
-            "pip install pytorch_optimizer"
-        ) from error
-    if config.optimizer == "lars":
-        return LARS(groups, lr=config.lr, momentum=0.9)
-    return Lamb(groups, lr=config.lr)
-
-
-def _build_loss(config: Config, device: torch.device, context: ProcessContext) -> nn.Module:
-    """Build the loss and try it on random embeddings, so bad settings fail before any write."""
-    temperature, limits = config.temperature, {}
-    if config.learn_temperature:
-        temperature = nn.Parameter(torch.tensor(config.temperature, device=device))
-        limits = {"temperature_range": (0.01, 100.0)}
-    dtype = torch.bfloat16 if config.amp == "bf16" else torch.float32
-    generator = torch.Generator().manual_seed(0)
-    try:
-        loss = FusedAlphaCLLoss(
-            config.objective,
-            temperature=temperature,
-            negatives=config.negatives,
-            backend=config.backend,
-            process_group="world" if context.size > 1 else None,
-            **limits,
-            **config.option,
-        ).to(device)
-        z = torch.randn(2, min(config.batch_size, TRIAL_PAIRS), 128, generator=generator)
-        loss(*z.to(device, dtype).requires_grad_().unbind()).backward()
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise RunError(_loss_problem(config, " ".join(str(error).split()))) from error
-    loss.zero_grad(set_to_none=True)
-    return loss
-
-
-def _loss_problem(config: Config, text: str) -> str:
-    """Name the flag that an error of the loss is about."""
-    name = text.split()[0]
-    if name == "temperature" and "require grad" in text:
-        return f"--learn-temperature: {text}"
-    if name in ("temperature", "negatives", "backend"):
-        return flag(name) + text.removeprefix(name)
-    if name == "options" or {*text.replace("=", " ").split()} & {*config.option}:
-        return f"--option: {text}"
-    used = {name: getattr(config, name) for name in ("objective", "temperature", "backend")}
-    flags = " ".join(f"{flag(name)} {value}" for name, value in used.items())
-    return f"the loss cannot be used with {flags}: {text}"
+            f"--batch-size must be at least the number of processes, {processes}, "
+            f"got {config.batch_size}"
+        )
+    smallest, largest = config.batch_size // processes, -(-config.batch_size // processes)
+    size = config.micro_batch or largest
+    if config.norm == "sync" and -(-smallest // size) < -(-largest // size):
+        raise RunError(
+            f"--norm sync needs equal numbers of micro-batches on all {processes} processes, got "
+            f"--micro-batch {size} for {smallest} and {largest} images"
+        )
 
 
 def _check_empty(out: Path) -> None:

@@ -97,6 +97,31 @@ class ProcessContext:
         for parameter, grad, part in zip(parameters, grads, parts, strict=True):
             parameter.grad = grad.copy_(part.view(grad.shape))
 
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """Join the rows (n_r, …) of all ranks, in the order of the ranks; n_r may differ."""
+        if self.size == 1:
+            return rows
+        group = self.group_of(rows)
+        counts = rows.new_zeros(self.size, dtype=torch.long)
+        counts[self.rank] = len(rows)
+        with peers():
+            dist.all_reduce(counts, group=group)
+            sizes = counts.tolist()
+            padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+            padded[: len(rows)] = rows
+            parts = [torch.empty_like(padded) for _ in sizes]
+            dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def sum(self, number: int) -> int:
+        """Return the sum of all ranks' ``number``."""
+        if self.size == 1:
+            return number
+        total = torch.tensor(number)
+        with peers():
+            dist.all_reduce(total, group=self.on_cpu)
+        return int(total)
+
     def all_reduce_max(self, number: int) -> int:
         """Return the largest ``number`` of all ranks."""
         if self.size == 1:
