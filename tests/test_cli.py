@@ -183,7 +183,7 @@ def test_help_lists_the_flags(capsys):
         (
             ["train", "--help"],
             (
-                *("--objective", "--no-deterministic", "--resume", "--amp {none,bf16}"),
+                *("--objective", "--no-deterministic", "--resume", "--amp {none,bf16,fp16}"),
                 *("(default: 0.5)", "16 for small", "a tenth of the epochs", "alpha_direct"),
             ),
         ),

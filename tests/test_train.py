@@ -5,6 +5,7 @@ errors.
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -348,6 +349,8 @@ def test_an_unreadable_image_is_named(folders, workers):
         )
     assert str(caught.value).startswith(f"cannot read image {broken} (OSError): repair it, or ")
     assert "\n" not in str(caught.value)
+    # The loader's processes are gone, although the traceback lives: they would outlive the command.
+    assert not [child for child in multiprocessing.active_children() if child.daemon]
 
 
 def grey(values, dtype):

@@ -368,10 +368,15 @@ def _batches(dataset: Dataset, workers: int, pin: bool, **sampling: int | Iterab
     )
     with _stop_signals_blocked():
         batches = iter(loader)
-    for batch in batches:
-        if isinstance(batch, RunError):
-            raise batch
-        yield batch
+    try:
+        for batch in batches:
+            if isinstance(batch, RunError):
+                raise batch
+            yield batch
+    finally:
+        # This ends the workers: a traceback may keep this frame until the process ends, which would
+        # then wait for them in vain, since they ignore its signals.
+        del batches
 
 
 def _collate(samples):
