@@ -9,8 +9,8 @@
 batch.
 
 Modules import one way: config, rows; storage, process_context, data, augment, device_augmentation,
-models, weights, sync_batch_norm, gradient, device, schedules, optimizers, checkpoint; report;
-recipe; evaluation; inspection; loop; reproduce.
+models, weights, sync_batch_norm, gradient, device, schedules, optimizers, callbacks, checkpoint;
+report; recipe; evaluation; inspection; loop; reproduce.
 
 As in `alphacl_fast`, a name is imported when it is first used.
 """
@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .callbacks import Callback
     from .checkpoint import is_run, saved_config
     from .config import Config, RunError
     from .evaluation import evaluate
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 #: Public name → the module that defines it.
 _HOMES = {
+    "Callback": "callbacks",
     "Config": "config",
     "Outcome": "loop",
     "RunError": "config",
@@ -48,6 +50,7 @@ _PACKAGES = {
 }
 
 __all__ = [
+    "Callback",
     "Config",
     "Outcome",
     "RunError",

@@ -60,7 +60,7 @@ NEGATIVES = ("two_view", "one_view", "cross_view")
 BACKENDS = ("auto", "reference", "blocked", "cpu", "cuda", "triton")
 _POSITIVE = ("lr", "temperature", "temperature_end")
 # Fields that do not affect the result, so a resumed run may change them.
-FREE_ON_RESUME = ("data_root", "download", "workers", "keep")
+FREE_ON_RESUME = ("data_root", "download", "workers", "keep", "tensorboard")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +191,7 @@ class Config:
     save_every: int = _flag(
         0, "steps between checkpoints, besides one after every epoch (0: none)", least=0
     )
+    tensorboard: bool = _flag(False, "write scalars for TensorBoard to RUN/tensorboard")
     keep: int = _flag(2, "checkpoints to keep, the newest included", least=1)
 
     @classmethod

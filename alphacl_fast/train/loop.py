@@ -13,7 +13,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from alphacl_fast import batch_metrics
 
 from . import checkpoint, device_augmentation, gradient, report, storage
 from .augment import augmentation
+from .callbacks import Callback, TensorBoard
 from .config import Config, Diverged, RunError
 from .data import Data, load, mix, training_batches
 from .device import autocast, pick_device, settings
@@ -76,7 +77,12 @@ class Stopped(Exception):
 
 
 def train(
-    config: Config, out: str | Path, *, resume: bool = False, accept_data_change: bool = False
+    config: Config,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    accept_data_change: bool = False,
+    callbacks: Sequence[Callback] = (),
 ) -> Outcome:
     """Train a network, or resume a run.
 
@@ -93,6 +99,7 @@ def train(
             have more epochs if the learning rates of all steps so far do not depend on their
             number: with a constant schedule, or within the warm-up.
         accept_data_change: whether to go on if the training images are others than before.
+        callbacks: objects that are told what is measured, as `callbacks.Callback` describes.
 
     Returns:
         How the run ended.
@@ -103,7 +110,9 @@ def train(
             last good checkpoint is kept).
     """
     with joined() as context, ExitStack() as lock:
-        return _Start(config, Path(out), context, lock).train(resume, accept_data_change)
+        start = _Start(config, Path(out), context, lock)
+        start.callbacks = [*callbacks]
+        return start.train(resume, accept_data_change)
 
 
 class _Start:
@@ -111,6 +120,7 @@ class _Start:
 
     def __init__(self, config: Config, out: Path, context: ProcessContext, lock: ExitStack):
         self.config, self.out, self.context, self.lock = config, out, context, lock
+        self.callbacks: list[Callback] = []
 
     def train(self, resume: bool, accept_data_change: bool) -> Outcome:
         config, out, context = self.config, self.out, self.context
@@ -125,6 +135,7 @@ class _Start:
         data = load(config, device)
         with settings(config):
             run = _Run(data, out, context)
+            context.on_rank_0(lambda: self.listen(run))
             if config.weights and not state:
                 context.on_rank_0(lambda: load_weights(run.net, Path(config.weights)))
             if state:
@@ -132,11 +143,18 @@ class _Start:
             with stop_signals(context.launched) as caught:
                 context.on_rank_0(lambda: self.begin(data, state, resume))
                 run.restore(state)
-                stopped_by = run.epochs(caught)
+                with run.told():
+                    stopped_by = run.epochs(caught)
                 if stopped_by is None and context.leads:
                     self.draw(run)
         late = None if stopped_by else next(iter(caught), None)
         return Outcome(out, run.epoch, signal=stopped_by, leads=context.leads, late=late)
+
+    def listen(self, run: "_Run") -> None:
+        """Give the callbacks to the run of rank 0."""
+        run.callbacks = [*self.callbacks]
+        if self.config.tensorboard:
+            run.callbacks.append(TensorBoard(self.out))
 
     def nothing(self) -> tuple[None, bool]:
         """Check that ``out`` is free for a new run; its lock is taken when the run begins."""
@@ -317,6 +335,7 @@ class _Run:
         # The epoch's summed loss stays on the device and is read at sync points only.
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.metrics = checkpoint.Metrics(out)
+        self.callbacks: list[Callback] = []
         self.caught: list[int] = []
         # Micro-batches of a step that every rank has. To look for a signal takes all ranks, so a
         # rank with one more does not look before it, and no rank looks if one has a single one.
@@ -486,8 +505,25 @@ class _Run:
             raise Stopped
 
     def log(self, **row) -> None:
-        if self.context.leads:
-            self.metrics.write(**row)
+        """Write a line of metrics.jsonl and tell the callbacks."""
+        if not self.context.leads:
+            return
+        self.metrics.write(**row)
+        kind, step = row.pop("kind"), row.pop("step")
+        for callback in self.callbacks:
+            if kind in ("step", "epoch"):
+                getattr(callback, f"on_{kind}")(step, row)
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Tell the callbacks that training begins, and that it ends in whatever way."""
+        for callback in self.callbacks:
+            callback.on_begin(dataclasses.asdict(self.config), self.step)
+        try:
+            yield
+        finally:
+            for callback in self.callbacks:
+                callback.on_end()
 
     def embed(self, part: tuple) -> tuple[torch.Tensor, torch.Tensor]:
         """Map a micro-batch to two embeddings (n, 128)."""
@@ -584,6 +620,8 @@ class _Run:
             self.save()  # a second Ctrl-C during the evaluation then loses nothing
             found = self.evaluate(knn, probed)
             row.update(found)
+            for callback in self.callbacks:
+                callback.on_evaluation(self.step, {"epoch": number, **found})
             for key, name in (("knn", "kNN"), ("probe", "probe")):
                 text += f"  {name} {100 * found[key]:.1f} %" if key in found else ""
         self.log(kind="epoch", epoch=number, step=self.step, **row)
