@@ -169,7 +169,7 @@ def _default(field: dataclasses.Field, settings: Any) -> str:
     """The default of a setting in words, for every data set or encoder that it depends on."""
     if field.name in settings.DERIVED:
         return settings.DERIVED[field.name]
-    for table in (settings.DATASETS, settings.ENCODERS):
+    for table in (settings.DATASETS, settings.ENCODERS, settings.RECIPES):
         values = {name: row[field.name] for name, row in table.items() if field.name in row}
         if values:
             others = "" if len(values) == len(table) else f", otherwise {field.default}"

@@ -167,19 +167,17 @@ def test_the_average_is_a_recurrence_and_is_evaluated(tmp_path, monkeypatch):
     seen = []
     each_step(
         monkeypatch,
-        lambda run: seen.append(
-            {name: x.clone() for name, x in run.net.encoder.state_dict().items()}
-        ),
+        lambda run: seen.append({name: x.clone() for name, x in run.net.state_dict().items()}),
     )
     train(tiny(ema=0.75, eval_every=2), tmp_path / "run")
     state = state_of(tmp_path / "run")
-    for name, average in weights.encoder_weights(state).items():
+    for name, average in weights.evaluated(state).items():
         expected = seen[0][name].double()
         for later in seen[1:]:
             expected = 0.75 * expected + 0.25 * later[name].double()
         if average.is_floating_point():
             torch.testing.assert_close(average.double(), expected, rtol=1e-5, atol=1e-6)
-            assert torch.equal(state["model"][f"encoder.{name}"], seen[-1][name])
+            assert torch.equal(state["model"][name], seen[-1][name])
     judged = evaluate(tmp_path / "run", draws=1)["rows"]["trained encoder"]["knn"]
     assert judged == rows(tmp_path / "run")[-1]["knn"]
 
@@ -284,22 +282,24 @@ def first_weights(monkeypatch, tmp_path, **given):
 def test_initial_weights_come_from_a_run_or_a_state_dict(tmp_path, monkeypatch):
     train(tiny(epochs=1, ema=0.5), tmp_path / "first")
     state = state_of(tmp_path / "first")
-    average = weights.encoder_weights(state)
+    average = weights.evaluated(state)
     for path in (tmp_path / "first", tmp_path / "first" / "checkpoint.pt"):
         begun = first_weights(monkeypatch, tmp_path, weights=str(path), seed=4)
         for name, value in state["model"].items():
-            expected = average.get(name.removeprefix("encoder."), value)
-            assert torch.equal(begun[name], expected), name
+            assert torch.equal(begun[name], average[name]), name
+            if name.endswith("weight"):
+                assert not torch.equal(begun[name], value), name
     torch.save(state["model"], tmp_path / "net.pt")
     assert_equal(
         dict(first_weights(monkeypatch, tmp_path, weights=str(tmp_path / "net.pt"))),
         dict(state["model"]),
     )
-    torch.save(average, tmp_path / "encoder.pt")
+    encoder = weights.of_encoder(average)
+    torch.save(encoder, tmp_path / "encoder.pt")
     begun = first_weights(monkeypatch, tmp_path, weights=str(tmp_path / "encoder.pt"), seed=3)
     fresh = models.build(tiny(seed=3)).state_dict()
     assert torch.equal(begun["projector.0.weight"], fresh["projector.0.weight"])
-    assert torch.equal(begun["encoder.body.0.weight"], average["body.0.weight"])
+    assert torch.equal(begun["encoder.body.0.weight"], encoder["body.0.weight"])
 
 
 def test_initial_weights_of_torchvision():
@@ -389,7 +389,7 @@ def test_the_test_images_are_scored_once_with_the_best_weights(tmp_path, monkeyp
     assert (len(found["validation"]), len(found["test"])) == (3, 1)
     best = found["validation"][1]
     assert_equal(found["test"][0], best)
-    assert_equal(dict(weights.encoder_weights(state_of(tmp_path / "run"))), best)
+    assert_equal(weights.of_encoder(weights.evaluated(state_of(tmp_path / "run"))), best)
     result = json.loads((tmp_path / "run" / "test.json").read_text())
     assert (result["epoch"], result["knn"]) == (2, 0.6)
     assert train(config, tmp_path / "run", resume=True).already

@@ -38,12 +38,26 @@ DATASETS = {
     "cifar100": {"encoder": "resnet18", "image_size": 32},
     "stl10": {"encoder": "resnet18", "image_size": 96},
     "imagefolder": {"encoder": "resnet18", "image_size": 32},
+    "captions": {"encoder": "resnet18", "image_size": 32},
     "fake": {"encoder": "small", "image_size": 32},
 }
 ENCODERS = {
     "small": {"threads": 1, "width": 16, "batch_size": 128, "lr": 0.003, "epochs": 60},
     "resnet18": {"width": 64, "batch_size": 128, "lr": 0.01, "epochs": 500},
     "resnet50": {"width": 64, "batch_size": 256, "lr": 0.001, "epochs": 500},
+}
+#: Defaults of the recipes, and after them what a recipe does not let you choose.
+RECIPES = {
+    "simclr": {},
+    "moco": {"temperature": 0.1},
+    "supcon": {"temperature": 0.1},
+    "image_text": {"temperature": 0.07, "learn_temperature": True, "negatives": "cross_view"},
+}
+FIXED = {
+    "simclr": {},
+    "moco": {"negatives": "two_view", "alpha_every": 0},
+    "supcon": {"objective": "infonce", "negatives": "two_view", "alpha_every": 0},
+    "image_text": {"negatives": "cross_view", "alpha_every": 0},
 }
 #: Defaults that are computed from other settings, in words.
 DERIVED = {
@@ -56,6 +70,7 @@ OBJECTIVES = (
     "modified_triplet", "triplet_contrastive", "alpha_direct", "alpha_entropy", "alpha_inverse",
     "uniform", "alpha_square", "alpha_gamma",
 )  # fmt: skip
+SIGLIP = "siglip"
 NEGATIVES = ("two_view", "one_view", "cross_view")
 BACKENDS = ("auto", "reference", "blocked", "cpu", "cuda", "triton")
 _POSITIVE = ("lr", "temperature", "temperature_end")
@@ -70,9 +85,18 @@ class Config:
     Use :meth:`create`, which fills in the defaults of the data set and the encoder.
     """
 
+    recipe: str = _flag(
+        "simclr",
+        "what is trained; simclr: two views of an image, moco: queries against a queue of keys of "
+        "a momentum encoder, supcon: images of a class, image_text: images and texts (CLIP, "
+        "SigLIP)",
+        tuple(RECIPES),
+    )
     dataset: str = _flag("digits", "data set; digits needs no download", tuple(DATASETS))
     data_root: str = _flag(
-        "data", "data set folder; imagefolder: it holds train/<class>/* and test/ or val/"
+        "data",
+        "data set folder; imagefolder: it holds train/<class>/* and test/ or val/, captions: "
+        "captions.tsv with lines image<tab>caption",
     )
     download: bool = _flag(False, "download the data set if it is missing")
     subset: int = _flag(
@@ -102,7 +126,11 @@ class Config:
         "file of initial weights: a run or its checkpoint, or a state dict of the network, of its "
         "encoder or of torchvision's ResNet (default: random)",
     )
-    objective: str = _flag("infonce", "objective of FusedAlphaCLLoss", OBJECTIVES)
+    objective: str = _flag(
+        "infonce",
+        "objective of FusedAlphaCLLoss; siglip: the sigmoid loss of image_text",
+        (*OBJECTIVES, SIGLIP),
+    )
     option: dict = dataclasses.field(
         default_factory=dict, metadata={"help": "option of the objective; repeatable"}
     )
@@ -132,6 +160,13 @@ class Config:
         "stays exact (gradient caching)",
         least=0,
         count=True,
+    )
+    queue: int = _flag(4096, "keys in the queue of moco", least=1, count=True)
+    text_width: int = _flag(
+        128, "features of the text tower of image_text, a multiple of 4", least=4
+    )
+    momentum: float = _flag(
+        0.99, "decay of the moving average that is the momentum encoder of moco", least=0
     )
     optimizer: str = _flag(
         "adam",
@@ -213,6 +248,7 @@ class Config:
         dataset = _one_of("dataset", given.get("dataset", "digits"), DATASETS)
         values = {**DATASETS[dataset], **given}
         values = {**ENCODERS[_one_of("encoder", values["encoder"], ENCODERS)], **values}
+        values = {**RECIPES[_one_of("recipe", values.get("recipe", "simclr"), RECIPES)], **values}
         values.setdefault("warmup_epochs", min(10, values["epochs"] // 10))
         values.setdefault("eval_every", max(1, values["epochs"] // 10))
         config = cls(**values)
@@ -270,6 +306,11 @@ class Config:
             raise RunError("--temperature-period must be finite, got inf")
         if self.ema >= 1:
             raise RunError(f"--ema must be below 1, got {self.ema}")
+        if self.text_width % 4:
+            raise RunError(f"--text-width must be a multiple of 4, got {self.text_width}")
+        if self.momentum > 1:
+            raise RunError(f"--momentum must be at most 1, got {self.momentum}")
+        self._check_recipe()
         if self.temperature_schedule != "constant" and self.learn_temperature:
             raise RunError(
                 "--learn-temperature and --temperature-schedule exclude each other, got "
@@ -284,6 +325,24 @@ class Config:
             )
         if self.dataset == "digits" and self.encoder != "small":
             raise RunError(f"--encoder must be small for the digits, got {self.encoder}")
+
+    def _check_recipe(self) -> None:
+        for name, value in FIXED[self.recipe].items():
+            if (got := getattr(self, name)) != value:
+                raise RunError(f"--recipe {self.recipe} needs {flag(name)} {value}, got {got}")
+        if self.dataset == "captions" and (self.recipe != "image_text" or self.probe_every):
+            raise RunError(
+                "--dataset captions needs --recipe image_text and --probe-every 0, got "
+                f"{self.recipe} and {self.probe_every}"
+            )
+        if self.objective == SIGLIP and (
+            self.recipe != "image_text" or self.option or self.temperature_schedule != "constant"
+        ):
+            raise RunError(
+                "--objective siglip needs --recipe image_text, no --option and no "
+                f"--temperature-schedule, got {self.recipe}, {self.option} and "
+                f"{self.temperature_schedule}"
+            )
 
     def differences(self, values: dict) -> list[str]:
         """List the fields of ``values`` that must equal this config's but do not.

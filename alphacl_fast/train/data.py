@@ -32,8 +32,13 @@ STATISTICS = {
     "cifar100": ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276)),
     "stl10": ((0.447, 0.440, 0.407), (0.260, 0.257, 0.271)),
     "imagefolder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "captions": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "fake": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
+
+
+#: Files of ``--dataset captions``, with lines "image<tab>caption".
+TRAIN_CAPTIONS, TEST_CAPTIONS = "captions.tsv", "captions-test.tsv"
 
 
 @dataclass
@@ -140,9 +145,64 @@ def _names(images: Dataset) -> list[str] | None:
     if isinstance(images, Subset):
         names = _names(images.dataset)
         return None if names is None else [names[index] for index in images.indices]
+    if isinstance(images, CaptionedImages):
+        return images.names
     if not isinstance(images, datasets.ImageFolder):
         return None
     return [Path(path).relative_to(images.root).as_posix() for path, _ in images.samples]
+
+
+def _captions(config: Config) -> tuple:
+    """Open images with captions; the label of an image is the number of its caption."""
+    root = Path(config.data_root)
+    train = _lines(root / TRAIN_CAPTIONS)
+    if (root / TEST_CAPTIONS).exists():
+        test = _lines(root / TEST_CAPTIONS)
+    else:  # about every tenth image, the same ones in any order of the lines
+        chosen = {name for name, _ in train if mix(*name.encode()) % 10 == 0}
+        test = [line for line in train if line[0] in chosen]
+        train = [line for line in train if line[0] not in chosen]
+    texts = sorted({text for _, text in (*train, *test)})
+    train, test = (CaptionedImages(root, lines, texts) for lines in (train, test))
+    if not len(train) or not len(test):
+        raise RunError(
+            f"{root} must hold training and test images, got {len(train)} and {len(test)}: add "
+            f"lines to {TRAIN_CAPTIONS}, or name the test images in {TEST_CAPTIONS}"
+        )
+    return train, train, test, texts
+
+
+def _lines(path: Path) -> list[tuple[str, str]]:
+    """Read the lines "image<tab>caption" of a file."""
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        name, tab, text = line.partition("\t")
+        if line.strip() and not (tab and name.strip() and text.strip()):
+            raise RunError(f"{path}, line {number}: expected image<tab>caption, got {line[:60]!r}")
+        if line.strip():
+            found.append((name.strip(), text.strip()))
+    return found
+
+
+class CaptionedImages(Dataset):
+    """Map a line of a captions file to its PIL image and its caption's place in ``texts``.
+
+    Args:
+        root: folder that the names of the images start from.
+        lines: names and captions.
+        texts: the captions, each once.
+    """
+
+    def __init__(self, root: Path, lines: list[tuple[str, str]], texts: list[str]):
+        place = {text: number for number, text in enumerate(texts)}
+        self.root, self.names = root, [name for name, _ in lines]
+        self.targets = [place[text] for _, text in lines]
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        return _open_image(str(self.root / self.names[index])), self.targets[index]
 
 
 def _fake(config: Config) -> tuple:
@@ -161,6 +221,7 @@ _OPEN = {
     "cifar100": _cifar,
     "stl10": _stl10,
     "imagefolder": _imagefolder,
+    "captions": _captions,
     "fake": _fake,
 }
 
@@ -262,12 +323,12 @@ def mix(*numbers: int) -> int:
 class _Views(Dataset):
     """Map an image to uint8 (C, H, W) views, or to the RunError of an unreadable image.
 
-    With a seed, the key (epoch, index) gives two random views; without one, index gives one fixed
-    view and the label.
+    With a seed, the key (epoch, index) gives ``count`` random views; without one, index gives one
+    fixed view and the label.
     """
 
-    def __init__(self, images: Dataset, view: Callable, seed: int | None = None):
-        self.images, self.view, self.seed = images, view, seed
+    def __init__(self, images: Dataset, view: Callable, seed: int | None = None, count: int = 2):
+        self.images, self.view, self.seed, self.count = images, view, seed, count
 
     def __len__(self):
         return len(self.images)
@@ -280,7 +341,7 @@ class _Views(Dataset):
         if self.seed is None:
             return self.view(image), label
         with seeded(mix(self.seed, *key)):
-            return self.view(image), self.view(image)
+            return tuple(self.view(image) for _ in range(self.count))
 
 
 def steps_of(size: int, config: Config, start: int, stop: int) -> Iterator[list[tuple[int, int]]]:
@@ -309,6 +370,7 @@ def training_batches(
     stop: int,
     pin: bool,
     share: Callable[[list], list] = lambda keys: keys,
+    count: int = 2,
 ) -> Iterator[list]:
     """Yield each step as micro-batches [(x1, x2), …] of uint8 views (n, C, H, W).
 
@@ -321,6 +383,7 @@ def training_batches(
         start, stop: range of steps, counted over all epochs.
         pin: whether to pin the views' memory.
         share: picks this process's images of a step.
+        count: views of each image.
 
     Raises:
         RunError: a step contains an unreadable image; the message names the file.
@@ -332,10 +395,30 @@ def training_batches(
         for keys in map(share, steps_of(len(images), config, start, stop))
         for k in range(0, mine, size)
     )
-    views = _Views(images, augment, config.seed)
+    views = _Views(images, augment, config.seed, count)
     batches = _batches(views, config.workers, pin, batch_sampler=parts)
     while step := list(itertools.islice(batches, -(-mine // size))):
         yield step
+
+
+def with_indices(
+    batches: Iterator[list],
+    size: int,
+    config: Config,
+    start: int,
+    stop: int,
+    share: Callable[[list], list],
+) -> Iterator[list]:
+    """Add to every micro-batch the indices (n,) of its images among the ``size`` training images.
+
+    Args:
+        batches: what :func:`training_batches` yields for the same arguments.
+        size: number of training images.
+        config, start, stop, share: as there.
+    """
+    for parts, keys in zip(batches, map(share, steps_of(size, config, start, stop)), strict=True):
+        indices = torch.tensor([index for _, index in keys]).split(config.micro_batch or len(keys))
+        yield [(*part, index) for part, index in zip(parts, indices, strict=True)]
 
 
 def plain_batches(

@@ -23,7 +23,7 @@ from .data import Data, load, plain_batches
 from .device import autocast, pick_device, settings, threads
 from .models import Encoder, build
 from .process_context import ProcessContext
-from .weights import encoder_weights
+from .weights import evaluated, of_encoder
 
 ALONE = ProcessContext()
 
@@ -62,7 +62,7 @@ def extract(
     Raises:
         RunError: an image is unreadable; the message names the file.
     """
-    config, device = data.config, data.device
+    config, device, total = data.config, data.device, len(images)
     features, labels = {name: [] for name in encoders}, []
     modules = [encoder for encoder in encoders.values() if isinstance(encoder, nn.Module)]
     modes = [module.training for module in modules]
@@ -79,8 +79,8 @@ def extract(
         labels.append(y)
     for module, mode in zip(modules, modes, strict=True):
         module.train(mode)
-    features = {name: context.gather(torch.cat(parts)) for name, parts in features.items()}
-    return features, context.gather(torch.cat(labels).to(device))
+    features = {name: context.gather(torch.cat(rows), total) for name, rows in features.items()}
+    return features, context.gather(torch.cat(labels).to(device), total)
 
 
 def splits(
@@ -306,6 +306,8 @@ def evaluate(run: str | Path, *, few_label: int = 5, draws: int = 10, **changes)
     """
     run = Path(run)
     config, state = checkpoint.open_run(run, changes)
+    if config.dataset == "captions":
+        raise RunError(f"{run} was trained on captions: its images have no labels to evaluate with")
     if few_label < 1 or draws < 1:
         raise RunError(f"--few-label and --draws must be at least 1, got {few_label} and {draws}")
     storage.check_writable(run)
@@ -316,7 +318,7 @@ def evaluate(run: str | Path, *, few_label: int = 5, draws: int = 10, **changes)
 def _evaluate(run: Path, data: Data, state: dict, few_label: int, draws: int) -> dict:
     config = data.config
     trained, untrained = (build(config).to(data.device) for _ in range(2))
-    trained.encoder.load_state_dict(encoder_weights(state))
+    trained.encoder.load_state_dict(of_encoder(evaluated(state)))
     encoders = {
         "raw pixels": raw_pixels,
         "untrained encoder": untrained.encoder,

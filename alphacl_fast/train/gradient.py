@@ -44,9 +44,9 @@ def whole(embed: Embed, loss: Loss, views: Views, scale: Scale = _unscaled) -> t
     """
     embedded = embed(views)
     # The graph is cut here, so that the time of the loss's backward can be measured.
-    z1, z2 = (z.detach().requires_grad_() for z in embedded)
+    z1, z2 = (z.detach().requires_grad_(z.requires_grad) for z in embedded)
     value, in_loss = _backward(loss, z1, z2, scale)
-    torch.autograd.backward(embedded, (z1.grad, z2.grad))
+    _backward_from(embedded, (z1.grad, z2.grad))
     return value, in_loss
 
 
@@ -87,13 +87,20 @@ def in_parts(
     del embeddings
     after = _rng_state(device)
     value, in_loss = _backward(loss, z1, z2, scale)
-    gradients = (z.grad.split(sizes) for z in (z1, z2))
+    gradients = ((torch.zeros_like(z) if z.grad is None else z.grad).split(sizes) for z in (z1, z2))
     for number, (part, state, dz1, dz2) in enumerate(zip(parts, states, *gradients, strict=True)):
         look(number)
         _set_rng_state(state, device)
-        torch.autograd.backward(embed(part), (dz1, dz2))
+        _backward_from(embed(part), (dz1, dz2))
     _set_rng_state(after, device)
     return value, in_loss
+
+
+def _backward_from(embedded: Views, gradients: Views) -> None:
+    """Backpropagate through those embeddings that have a graph; a momentum encoder's have none."""
+    pairs = zip(embedded, gradients, strict=True)
+    wanted = [(z, grad) for z, grad in pairs if z.requires_grad]
+    torch.autograd.backward([z for z, _ in wanted], [grad for _, grad in wanted])
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from .config import Config, RunError
 from .data import load, steps_of, training_batches
 from .device import autocast, pick_device, settings
 from .models import build
+from .weights import evaluated
 
 #: Objectives compared with the run's own by default.
 OBJECTIVES = ("infonce", "alpha_direct", "alpha_square", "uniform")
@@ -98,7 +99,7 @@ def _embed(
     """Compute views uint8 (2·n, C, H, W), labels (n), class names, two embeddings (n, 128)."""
     device = pick_device(config.device)
     data, net = load(config, device), build(config)
-    net.load_state_dict(state["model"])
+    net.load_state_dict({name: evaluated(state)[name] for name in net.state_dict()})
     net.to(device).eval()
     size = min(pairs, len(data.views))
     one_step = dataclasses.replace(config, batch_size=size, micro_batch=256)

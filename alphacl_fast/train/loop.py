@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from alphacl_fast import batch_metrics
@@ -28,14 +29,15 @@ from . import checkpoint, device_augmentation, gradient, report, storage
 from .augment import augmentation
 from .callbacks import Callback, TensorBoard
 from .config import Config, Diverged, RunError
-from .data import Data, load, mix, training_batches
+from .data import Data, load, mix, training_batches, with_indices
 from .device import autocast, pick_device, settings
 from .evaluation import ALONE, figures, picture
 from .optimizers import build_optimizer, trained
 from .process_context import ProcessContext, joined, peers
-from .recipe import Recipe, build_loss
+from .recipe import build_loss
+from .recipes import build_recipe
 from .schedules import depends_on_epochs, learning_rate, temperature
-from .weights import encoder_weights, load_weights
+from .weights import evaluated, load_weights
 
 PLOTS = ("curves.png", "embedding.png")  # drawn at the end, in this order
 REHEARSED_STEPS = 10  # more than the batches that four loader workers prefetch
@@ -219,22 +221,19 @@ class _Start:
         out, config = self.out, self.config
         with storage.writing(out):
             title = f"{config.objective} on {config.dataset}"
-            encoder = run.judged_encoder()
             if config.validation:
-                encoder.load_state_dict(encoder_weights(run.checkpoint()))
-                storage.write_json(out / TEST, self.tested(encoder, run))
+                run.judged().load_state_dict(evaluated(run.checkpoint()))
+                storage.write_json(out / TEST, self.tested(run))
             report.curves(out / checkpoint.METRICS, out / PLOTS[0], title)
-            picture(encoder, run.data, out / PLOTS[1])
+            picture(run.judged().encoder, run.data, out / PLOTS[1])
 
-    def tested(self, encoder: torch.nn.Module, run: "_Run") -> dict:
-        """Score the encoder of the best evaluation on the test images, once."""
-        config = self.config
-        found = figures(
-            encoder, run.data, knn=bool(config.eval_every), probed=bool(config.probe_every)
-        )
-        shown = "  ".join(f"{name} {100 * value:.1f} %" for name, value in found.items())
-        print(f"test images, weights of epoch {run.best['epoch']}: {shown}", flush=True)
-        return {"epoch": run.best["epoch"], **found}
+    def tested(self, run: "_Run") -> dict:
+        """Score the weights of the best evaluation on the test images, once."""
+        data, epoch = run.data, run.best["epoch"]
+        every = self.config.eval_every, self.config.probe_every
+        found = run.score(*map(bool, every), data.test, ALONE)
+        print(f"test images, weights of epoch {epoch}:{shown(found)}", flush=True)
+        return {"epoch": epoch, **found}
 
 
 def _may_extend(saved: Config, config: Config, state: dict | None) -> bool:
@@ -301,11 +300,19 @@ def rehearse(config: Config, *, judged: bool) -> dict[str, float]:
         batches.close()  # ends the loader's processes
         if judged:
             before = time.perf_counter()
-            figures(run.judged_encoder(), data, knn=True, probed=True)
+            figures(run.judged().encoder, data, knn=True, probed=True)
             found["evaluation"] = time.perf_counter() - before
-            picture(run.judged_encoder(), data, Path(folder) / "embedding.png")
+            picture(run.judged().encoder, data, Path(folder) / "embedding.png")
             found["end"] = time.perf_counter() - before - found["evaluation"]
     return found
+
+
+def shown(found: dict) -> str:
+    """Format accuracies for the terminal."""
+    names = {"knn": "kNN", "probe": "probe", "zero_shot": "zero-shot", "retrieval": "retrieval"}
+    return "".join(
+        f"  {name} {100 * found[key]:.1f} %" for key, name in names.items() if key in found
+    )
 
 
 def due(epoch: int, every: int, epochs: int) -> bool:
@@ -322,7 +329,7 @@ class _Run:
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
-        self.recipe = recipe = Recipe(data, context)
+        self.recipe = recipe = build_recipe(data, context)
         self.net, self.loss = recipe.net, recipe.loss
         self.parameters = [*trained(self.net), *trained(self.loss)]
         self.optimizer = build_optimizer(config, self.net, self.loss)
@@ -343,10 +350,10 @@ class _Run:
         self.looks = -(-smallest // config.micro_batch) if config.micro_batch else 1
 
     def moving_average(self) -> AveragedModel:
-        """Build the average of the encoder's weights, which its first update overwrites."""
-        encoder = self.recipe.build_net().encoder.to(self.device)  # `net` may hold process groups
+        """Build the average of the weights, which its first update overwrites."""
+        net = self.recipe.build_net().to(self.device)  # `self.net` may hold process groups
         function = get_ema_multi_avg_fn(self.config.ema)
-        return AveragedModel(encoder, multi_avg_fn=function, use_buffers=True)
+        return AveragedModel(net, multi_avg_fn=function, use_buffers=True)
 
     def restore(self, state: dict | None) -> None:
         """Load a checkpoint, or write the first one."""
@@ -355,7 +362,7 @@ class _Run:
             self.seed_rank()
             self.context.broadcast([*self.net.state_dict().values()])
             if self.average:
-                self.average.module.load_state_dict(self.net.encoder.state_dict())
+                self.average.module.load_state_dict(self.net.state_dict())
             return self.save()
         self.net.load_state_dict(state["model"])
         self.loss.load_state_dict(state["loss"])
@@ -441,11 +448,21 @@ class _Run:
     def batches(self, stop: int):
         """Yield the micro-batches of every step up to ``stop``, counted over all epochs."""
         config, images, share = self.config, self.data.views, self.context.share
+        views = self.recipe.views
         if config.augment == "device":
             held = device_augmentation.images_on(self.device, images, config.image_size)
-            return device_augmentation.training_batches(held, config, self.step, stop, share)
-        augment, pin = augmentation(config.dataset, config.image_size), self.device.type == "cuda"
-        return training_batches(images, augment, config, self.step, stop, pin, share)
+            batches = device_augmentation.training_batches(
+                held, config, self.step, stop, share, views
+            )
+        else:
+            augment = augmentation(config.dataset, config.image_size)
+            pin = self.device.type == "cuda"
+            batches = training_batches(
+                images, augment, config, self.step, stop, pin, share=share, count=views
+            )
+        if not self.recipe.indexed:
+            return batches
+        return with_indices(batches, len(images), config, self.step, stop, share)
 
     def epochs(self, caught: list[int]) -> int | None:
         """Train to the end (None), or save and return the signal that turns up in ``caught``."""
@@ -555,7 +572,7 @@ class _Run:
         self.scaler.update()
         self.recipe.after_step()
         if self.average:
-            self.average.update_parameters(self.net.encoder)
+            self.average.update_parameters(self.net)
         self.loss_sum += value
         self.step += 1
         if summary is not None:
@@ -609,9 +626,8 @@ class _Run:
             if self.device.type == "cpu":  # on a GPU the host's clock sees the launches only
                 row["loss_ms"] = 1000 * loss_seconds / counted
                 speed += f", {loss_seconds / seconds:.0%} of the time in the loss"
-        if config.learn_temperature:
-            row["temperature"] = next(self.loss.parameters()).item()
-        elif config.temperature_schedule != "constant":
+        row |= self.recipe.measured()
+        if config.temperature_schedule != "constant":
             row["temperature"] = temperature(config, self.step - 1, self.per_epoch)
         knn, probed = (
             due(number, every, config.epochs) for every in (config.eval_every, config.probe_every)
@@ -622,8 +638,7 @@ class _Run:
             row.update(found)
             for callback in self.callbacks:
                 callback.on_evaluation(self.step, {"epoch": number, **found})
-            for key, name in (("knn", "kNN"), ("probe", "probe")):
-                text += f"  {name} {100 * found[key]:.1f} %" if key in found else ""
+            text += shown(found)
         self.log(kind="epoch", epoch=number, step=self.step, **row)
         self.epoch = number
         if knn or probed:
@@ -633,30 +648,41 @@ class _Run:
         if self.context.leads and (knn or probed or number == config.epochs):
             bar.write(text + speed)
 
-    def judged_encoder(self) -> torch.nn.Module:
-        """Return the encoder that evaluations use: the averaged one, if there is one."""
-        return self.average.module if self.average else self.net.encoder
+    def judged(self) -> torch.nn.Module:
+        """Return the network that evaluations use: the averaged one, if there is one."""
+        return self.average.module if self.average else self.net
 
     def evaluate(self, knn: bool, probed: bool) -> dict:
-        """Score the encoder; only on rank 0, unless all ranks share the work, is there a result."""
-        encoder, context = self.judged_encoder(), ALONE
+        """Score the network; only on rank 0, unless all ranks share the work, is there a result."""
+        context = ALONE
         if self.config.eval_ranks == "all":
             context = self.context
-            context.broadcast(encoder.buffers())  # each rank has batch statistics of its own
+            context.broadcast(self.judged().buffers())  # each rank has statistics of its own
         elif not self.context.leads:
             return {}
-        return figures(
-            encoder, self.data, knn=knn, probed=probed, scored=self.data.scored, context=context
-        )
+        return self.score(knn, probed, self.data.scored, context)
+
+    def score(self, knn: bool, probed: bool, images: Dataset, context: ProcessContext) -> dict:
+        """Score the network on labelled ``images``, with what the recipe adds whenever kNN is due.
+
+        Captions are no labels for kNN or a probe.
+        """
+        net, found = self.judged(), {}
+        if self.config.dataset != "captions":
+            found = figures(
+                net.encoder, self.data, knn=knn, probed=probed, scored=images, context=context
+            )
+        return found | (self.recipe.figures(net, images) if knn else {})
 
     def keep_best(self, found: dict) -> None:
         """Keep the weights of the best evaluation on held-out images, the first of several."""
         judged_by = "knn" if self.config.eval_every else "probe"
+        judged_by = "zero_shot" if "zero_shot" in found else judged_by
         if not (self.config.validation and judged_by in found):
             return
         if found[judged_by] > self.best.get("accuracy", -1):
-            encoder = {name: x.clone() for name, x in self.judged_encoder().state_dict().items()}
-            self.best = {"epoch": self.epoch, "accuracy": found[judged_by], "encoder": encoder}
+            weights = {name: x.clone() for name, x in self.judged().state_dict().items()}
+            self.best = {"epoch": self.epoch, "accuracy": found[judged_by], "model": weights}
 
 
 def _check_shares(config: Config, processes: int) -> None:

@@ -1,11 +1,10 @@
 """Batch normalisation over the batches of all ranks."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .process_context import ProcessContext
+from .process_context import ProcessContext, sum_over_ranks
 
 
 def synchronised(net: nn.Module, context: ProcessContext, device: torch.device) -> nn.Module:
@@ -26,7 +25,7 @@ def synchronised(net: nn.Module, context: ProcessContext, device: torch.device) 
     for module in [*net.modules()]:
         for name, layer in module.named_children():
             if isinstance(layer, _BatchNorm):
-                setattr(module, name, SyncBatchNorm(layer, context.on_cpu))
+                setattr(module, name, SyncBatchNorm(layer, context))
     return net
 
 
@@ -35,13 +34,13 @@ class SyncBatchNorm(_BatchNorm):
 
     Args:
         layer: layer of one process, whose weights and statistics are taken over.
-        group: process group of the ranks; None for the default group.
+        context: the ranks.
     """
 
-    def __init__(self, layer: _BatchNorm, group):
+    def __init__(self, layer: _BatchNorm, context: ProcessContext):
         kept = layer.track_running_stats
         super().__init__(layer.num_features, layer.eps, layer.momentum, layer.affine, kept)
-        self.weight, self.bias, self.group = layer.weight, layer.bias, group
+        self.weight, self.bias, self.context = layer.weight, layer.bias, context
         self.running_mean, self.running_var = layer.running_mean, layer.running_var
         self.num_batches_tracked = layer.num_batches_tracked
 
@@ -57,12 +56,12 @@ class SyncBatchNorm(_BatchNorm):
         over, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
         wide = x if x.dtype == torch.float64 else x.float()
         ones = wide.new_full((1,), x.numel() / x.shape[1])
-        sums = _AllReduce.apply(torch.cat([wide.sum(over), ones]), self.group)
+        sums = sum_over_ranks(torch.cat([wide.sum(over), ones]), self.context)
         rows = sums[-1].detach()
         mean = sums[:-1] / rows
         # A second exchange: E[x²] − E[x]² would cancel.
         centred = wide - mean.view(shape)
-        var = _AllReduce.apply(centred.square().sum(over), self.group) / rows
+        var = sum_over_ranks(centred.square().sum(over), self.context) / rows
         if self.track_running_stats:
             self._note(mean.detach(), var.detach() * rows / (rows - 1).clamp(min=1))
         y = centred * (var + self.eps).rsqrt().view(shape)
@@ -75,19 +74,3 @@ class SyncBatchNorm(_BatchNorm):
         self.num_batches_tracked.add_(1)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
         self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)
-
-
-class _AllReduce(torch.autograd.Function):
-    """The sum over the ranks; its derivative sums their gradients."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, group) -> Tensor:
-        ctx.group, x = group, x.clone()
-        dist.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None

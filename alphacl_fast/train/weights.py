@@ -17,9 +17,9 @@ def load_weights(net: Net, path: Path) -> None:
 
     Args:
         net: network to load them into.
-        path: run folder or checkpoint of a run (its averaged or best encoder, if it has one), or a
-            state dict of the network, of its encoder, or of torchvision's ResNet, whose last layer
-            is left out.
+        path: run folder or checkpoint of a run of any recipe (its averaged or best weights, if it
+            has them), or a state dict of the network, of its encoder, or of torchvision's ResNet,
+            whose last layer is left out.
 
     Raises:
         RunError: the file cannot be read, or holds weights of another network.
@@ -28,6 +28,7 @@ def load_weights(net: Net, path: Path) -> None:
     problems = []
     for module, state in (
         (net, found),
+        (net.encoder, of_encoder(found)),
         (net.encoder, found),
         (net.encoder.body, _as_torchvision(found, net)),
     ):
@@ -44,13 +45,16 @@ def load_weights(net: Net, path: Path) -> None:
     )
 
 
-def encoder_weights(state: dict) -> State:
-    """Pick the encoder that a checkpoint's evaluation uses: the best, the averaged or the last."""
+def evaluated(state: dict) -> State:
+    """Pick the weights of a checkpoint that are evaluated: the best, the averaged or the last."""
     if state.get("best"):
-        return state["best"]["encoder"]
-    if "ema" in state:
-        return _under("module.", state["ema"])
-    return _under("encoder.", state["model"])
+        return state["best"]["model"]
+    return _under("module.", state["ema"]) if "ema" in state else state["model"]
+
+
+def of_encoder(state: State) -> State:
+    """Pick the encoder's weights of a network's."""
+    return _under("encoder.", state)
 
 
 def _under(prefix: str, state: State) -> State:
@@ -67,18 +71,13 @@ def _read(path: Path) -> State:
             f"--weights {path} must be a file of torch.save, got one that cannot be read "
             f"({type(error).__name__})"
         ) from error
-    if isinstance(found, dict) and isinstance(found.get("model"), dict):
-        encoder = encoder_weights(found) if _is_checkpoint(found) else {}
-        found = {**found["model"], **{f"encoder.{name}": x for name, x in encoder.items()}}
+    if isinstance(found, dict) and {"config", "epoch", "model"} <= {*found}:
+        found = evaluated(found)
     if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in found.values()):
         raise RunError(f"--weights {path} must hold a dict of tensors, got {_kind(found)}")
     if not all(bool(torch.isfinite(x).all()) for x in found.values()):
         raise RunError(f"--weights {path} holds a weight that is infinite or NaN")
     return found
-
-
-def _is_checkpoint(found: dict) -> bool:
-    return {"config", "epoch", "step"} <= {*found}
 
 
 def _kind(found) -> str:
