@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from alphacl_cli import INTERRUPTED, fail, importing, main
+from alphacl_fast import flags
 from alphacl_fast.suggestions import did_you_mean
 
 __all__ = ["COMMANDS", "Parser", "main"]
@@ -308,7 +309,7 @@ def _theory(arguments: list[str]) -> int:
     if given.out is not None:
         if importlib.util.find_spec("matplotlib") is None:
             fail("--out needs matplotlib: pip install matplotlib")
-        _make_folder(given.out)
+        _check_files(Path(given.out), given.claim)
     with importing():
         import torch
 
@@ -322,28 +323,33 @@ def _theory(arguments: list[str]) -> int:
         run[name] = checks.CHECKS[name](**seeds)
         print(("" if name == names[0] else "\n") + checks.table(run[name]), flush=True)
     if given.out is not None:
+        from alphacl_fast.train import storage
+
         try:
-            written = checks.write(run, Path(given.out))
+            written = checks.write(run, Path(given.out), storage.write)
         except OSError as error:
             fail(f"--out: cannot write to {given.out}: {error.strerror}")
         print(f"\nwritten: {', '.join(map(str, written))}")
     return 0 if all(claim.holds for claim in run.values()) else 1
 
 
-def _make_folder(out: str) -> None:
-    """Create the folder of ``--out`` before anything is computed for it."""
+def _check_files(out: Path, claim: str) -> None:
+    """Create the folder of ``--out``, and write to it, before anything is computed for it."""
+    from alphacl_fast.train import storage
+
+    names = CLAIMS if claim == "all" else (claim,)
     try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        out.mkdir(parents=True, exist_ok=True)
+        for file in (out / "theory.json", *(out / f"theory-{name}.png" for name in names)):
+            if file.is_dir():
+                raise IsADirectoryError(errno.EISDIR, f"{file.name} is a folder")
+        storage.write(trial := out / f".theory-{os.getpid()}", b"")
+        trial.unlink()
     except OSError as error:
         fail(f"--out: cannot write to {out}: {error.strerror}")
 
 
 def _check(arguments: list[str]) -> int:
-    with importing():
-        from alphacl_fast import device_check
-
     parser = _parser(
         "check",
         "Compare loss and gradients of every usable backend with float64 on this machine: "
@@ -351,34 +357,38 @@ def _check(arguments: list[str]) -> int:
         "whether a second run gives the same bits. Exit code 1 after a mismatch, a crash or a "
         "hang, or if no backend could be checked.",
     )
-    device_check.add_flags(parser)
-    return device_check.run(parser.parse_args(arguments), fail)
+    flags.add_check_flags(parser)
+    given = parser.parse_args(arguments)
+    with importing():
+        from alphacl_fast import device_check
+
+    return device_check.run(given, fail)
 
 
 def _bench(arguments: list[str]) -> int:
-    with importing():
-        from alphacl_fast.benchmarks import bench
-
     parser = _parser(
         "bench",
         "Time losses and measure their peak memory: this package's backends, eager PyTorch, "
         "torch.compile and other packages. A contestant with a wrong gradient is not timed.",
     )
-    bench.add_flags(parser)
-    return bench.run(
-        parser.parse_args(arguments), fail, lambda line: print(line, file=sys.stderr, flush=True)
-    )
+    flags.add_bench_flags(parser)
+    given = parser.parse_args(arguments)
+    with importing():
+        from alphacl_fast.benchmarks import bench
+
+    return bench.run(given, fail, lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def _tune(arguments: list[str]) -> int:
-    with importing():
-        from alphacl_fast import tune
-
     parser = _parser(
         "tune", "Time the Triton kernels' tiles on this GPU and write a table of the fastest."
     )
-    tune.add_flags(parser)
-    return tune.run(parser.parse_args(arguments), fail)
+    flags.add_tune_flags(parser)
+    given = parser.parse_args(arguments)
+    with importing():
+        from alphacl_fast import tune
+
+    return tune.run(given, fail)
 
 
 def _reproduce(arguments: list[str]) -> int:

@@ -1,6 +1,6 @@
 """Measure what the training loop costs per image, beside another checkout.
 
-    python -m benchmarks.loop --old CHECKOUT --out benchmarks/results/cpu.jsonl
+    python -m benchmarks.loop --old CHECKOUT --out benchmarks/results/loop.jsonl
 
 Runs `alphacl train` with ResNet-18 of width 16 on random images of 32×32 pixels, in processes of
 their own that take turns. A figure is user + system seconds, those of loader processes included:

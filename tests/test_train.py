@@ -119,8 +119,8 @@ def test_defaults_depend_on_data_set_and_encoder():
         ({"lr": "fast"}, "--lr must be float, got 'fast'"),
         (
             {"dataset": "mnist"},
-            "--dataset must be one of digits, cifar10, cifar100, stl10, imagefolder, captions, fake, "
-            "got 'mnist'",
+            "--dataset must be one of digits, cifar10, cifar100, stl10, imagefolder, "
+            "captions, fake, got 'mnist'",
         ),
         ({"warmup_epochs": 9, "epochs": 3}, "--warmup-epochs must not exceed --epochs 3, got 9"),
         ({"encoder": "resnet18"}, "--encoder must be small for the digits, got resnet18"),
