@@ -228,6 +228,7 @@ def test_names_in_the_flags_are_the_library_s():
     assert flags.DTYPES == bench.DTYPES
     assert (*loss.MEASURES, "memory") == flags.MEASURES
     assert (*baselines.BASELINES,) == flags.BASELINES
+    assert (*baselines.TASKS,) == flags.TASKS
     assert flags.TILE_MODES == config.MODES
 
 

@@ -66,7 +66,7 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys, monkeypatch):
     assert main(["reproduce", "speedrun", "--dry-run", "--width", "2"]) == 0
     text = capsys.readouterr().out
     assert "A100: " in text
-    assert "dry run: steps of 16 random images take" in text
+    assert "dry run: steps of 4 random images take" in text
     assert not [*tmp_path.iterdir()]
 
 

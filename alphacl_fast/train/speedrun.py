@@ -40,7 +40,7 @@ IMAGES = 50_000
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 #: Shares of the peak between which a ResNet's training usually is.
 SHARES = (0.15, 0.35)
-REHEARSAL_BATCH = 16
+REHEARSAL_BATCH = 4
 
 
 def flops_per_image(config: Config) -> int:
