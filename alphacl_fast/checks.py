@@ -5,6 +5,7 @@ computations are small, in float64, and determined by the seeds. Source of the t
 arXiv:2201.12680.
 """
 
+import io
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -273,12 +274,15 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
-def write(checks: dict[str, Check], out: Path) -> list[Path]:
+def write(
+    checks: dict[str, Check], out: Path, replace: Callable[[Path, bytes], None] = Path.write_bytes
+) -> list[Path]:
     """Write theory.json and, for checks with curves, theory-NAME.png.
 
     Args:
         checks: name → outcome.
         out: folder to write to.
+        replace: writes a file; one that replaces it at once leaves no half of it after a crash.
 
     Returns:
         The files written.
@@ -288,7 +292,7 @@ def write(checks: dict[str, Check], out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "theory.json"]
     saved = {name: {"text": c.text, "rows": c.rows} for name, c in checks.items()}
-    written[0].write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n")
+    replace(written[0], (json.dumps(saved, indent=2, ensure_ascii=False) + "\n").encode())
     for name, check in checks.items():
         if not check.curves:
             continue
@@ -304,5 +308,7 @@ def write(checks: dict[str, Check], out: Path) -> list[Path]:
             axis.spines[["top", "right"]].set_visible(False)
         figure.suptitle(check.text, fontsize=10, color="0.35")
         written.append(out / f"theory-{name}.png")
-        figure.savefig(written[-1], dpi=120)
+        image = io.BytesIO()
+        figure.savefig(image, format="png", dpi=120)
+        replace(written[-1], image.getvalue())
     return written

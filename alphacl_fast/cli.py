@@ -21,7 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from alphacl_cli import fail, importing, main
+from alphacl_cli import INTERRUPTED, fail, importing, main
+from alphacl_fast import flags
 from alphacl_fast.suggestions import did_you_mean
 
 __all__ = ["COMMANDS", "Parser", "main"]
@@ -169,7 +170,7 @@ def _default(field: dataclasses.Field, settings: Any) -> str:
     """The default of a setting in words, for every data set or encoder that it depends on."""
     if field.name in settings.DERIVED:
         return settings.DERIVED[field.name]
-    for table in (settings.DATASETS, settings.ENCODERS):
+    for table in (settings.DATASETS, settings.ENCODERS, settings.RECIPES):
         values = {name: row[field.name] for name, row in table.items() if field.name in row}
         if values:
             others = "" if len(values) == len(table) else f", otherwise {field.default}"
@@ -308,7 +309,7 @@ def _theory(arguments: list[str]) -> int:
     if given.out is not None:
         if importlib.util.find_spec("matplotlib") is None:
             fail("--out needs matplotlib: pip install matplotlib")
-        _make_folder(given.out)
+        _check_files(Path(given.out), given.claim)
     with importing():
         import torch
 
@@ -322,28 +323,33 @@ def _theory(arguments: list[str]) -> int:
         run[name] = checks.CHECKS[name](**seeds)
         print(("" if name == names[0] else "\n") + checks.table(run[name]), flush=True)
     if given.out is not None:
+        from alphacl_fast.train import storage
+
         try:
-            written = checks.write(run, Path(given.out))
+            written = checks.write(run, Path(given.out), storage.write)
         except OSError as error:
             fail(f"--out: cannot write to {given.out}: {error.strerror}")
         print(f"\nwritten: {', '.join(map(str, written))}")
     return 0 if all(claim.holds for claim in run.values()) else 1
 
 
-def _make_folder(out: str) -> None:
-    """Create the folder of ``--out`` before anything is computed for it."""
+def _check_files(out: Path, claim: str) -> None:
+    """Create the folder of ``--out``, and write to it, before anything is computed for it."""
+    from alphacl_fast.train import storage
+
+    names = CLAIMS if claim == "all" else (claim,)
     try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        out.mkdir(parents=True, exist_ok=True)
+        for file in (out / "theory.json", *(out / f"theory-{name}.png" for name in names)):
+            if file.is_dir():
+                raise IsADirectoryError(errno.EISDIR, f"{file.name} is a folder")
+        storage.write(trial := out / f".theory-{os.getpid()}", b"")
+        trial.unlink()
     except OSError as error:
         fail(f"--out: cannot write to {out}: {error.strerror}")
 
 
 def _check(arguments: list[str]) -> int:
-    with importing():
-        from alphacl_fast import device_check
-
     parser = _parser(
         "check",
         "Compare loss and gradients of every usable backend with float64 on this machine: "
@@ -351,34 +357,38 @@ def _check(arguments: list[str]) -> int:
         "whether a second run gives the same bits. Exit code 1 after a mismatch, a crash or a "
         "hang, or if no backend could be checked.",
     )
-    device_check.add_flags(parser)
-    return device_check.run(parser.parse_args(arguments), fail)
+    flags.add_check_flags(parser)
+    given = parser.parse_args(arguments)
+    with importing():
+        from alphacl_fast import device_check
+
+    return device_check.run(given, fail)
 
 
 def _bench(arguments: list[str]) -> int:
-    with importing():
-        from alphacl_fast.benchmarks import bench
-
     parser = _parser(
         "bench",
         "Time losses and measure their peak memory: this package's backends, eager PyTorch, "
         "torch.compile and other packages. A contestant with a wrong gradient is not timed.",
     )
-    bench.add_flags(parser)
-    return bench.run(
-        parser.parse_args(arguments), fail, lambda line: print(line, file=sys.stderr, flush=True)
-    )
+    flags.add_bench_flags(parser)
+    given = parser.parse_args(arguments)
+    with importing():
+        from alphacl_fast.benchmarks import bench
+
+    return bench.run(given, fail, lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def _tune(arguments: list[str]) -> int:
-    with importing():
-        from alphacl_fast import tune
-
     parser = _parser(
         "tune", "Time the Triton kernels' tiles on this GPU and write a table of the fastest."
     )
-    tune.add_flags(parser)
-    return tune.run(parser.parse_args(arguments), fail)
+    flags.add_tune_flags(parser)
+    given = parser.parse_args(arguments)
+    with importing():
+        from alphacl_fast import tune
+
+    return tune.run(given, fail)
 
 
 def _reproduce(arguments: list[str]) -> int:
@@ -390,10 +400,10 @@ def _reproduce(arguments: list[str]) -> int:
         "reproduce",
         "table: train every row of the paper's comparison with every seed, or continue, and "
         "show mean and standard deviation. recipes: the commands for the published "
-        "experiments.",
+        "experiments. speedrun: SimCLR on CIFAR-10 to 90 % kNN; the same command goes on.",
         {
-            "--out": (str, "folder of the table and its runs "
-                      "(default: runs/table-DATASET-ENCODER)", "DIR"),
+            "--out": (str, "folder of the table and its runs, or of the speedrun "
+                      "(default: runs/table-DATASET-ENCODER, runs/speedrun)", "DIR"),
             "--rows": (lambda text: tuple(text.split(",")),
                        f"of {', '.join(rows.ROWS)} (default: all but {others})", "A,B,…"),
             "--seeds": (int, "runs per row, with seeds 1, 2, … (default: 5)"),
@@ -402,10 +412,19 @@ def _reproduce(arguments: list[str]) -> int:
         },
         argument_default=argparse.SUPPRESS,
     )  # fmt: skip
-    parser.add_argument("what", choices=("table", "recipes"))
+    parser.add_argument("what", choices=("table", "recipes", "speedrun"))
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="speedrun: predict its time, try some steps on the CPU, and write nothing",
+    )
     _add_config(parser, without=rows.OF_A_ROW)
     given = vars(parser.parse_args(arguments))
     what = given.pop("what")
+    if what == "speedrun":
+        return _speedrun(given, again)
+    if "dry_run" in given:
+        fail(f"--dry-run belongs to speedrun, not to {what}")
     if what == "recipes" and given:
         flags = ", ".join("--" + name.replace("_", "-") for name in given)
         fail(f"recipes takes no flags, got {flags}")
@@ -435,6 +454,28 @@ def _reproduce(arguments: list[str]) -> int:
         f"judge one with: alphacl eval {progress.out}/ROW-seedN"
     )
     return 0
+
+
+def _speedrun(given: dict[str, Any], again: str) -> int:
+    of_table = [name for name in ("rows", "seeds", "budget") if name in given]
+    if of_table:
+        fail(f"--{of_table[0]} belongs to table, not to speedrun")
+    with _train_package():
+        from alphacl_fast.train import speedrun
+
+        try:
+            outcome = speedrun.speedrun(**given)
+        except KeyboardInterrupt:
+            print(f"alphacl: interrupted; {again}", file=sys.stderr)
+            return INTERRUPTED
+    if outcome is None or outcome.signal is None:
+        return 0
+    if outcome.leads:
+        print(
+            f"alphacl: stopped after {outcome.epochs} epochs, state saved; {again}",
+            file=sys.stderr,
+        )
+    return 128 + outcome.signal
 
 
 def _plan(arguments: list[str]) -> int:

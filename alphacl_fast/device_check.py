@@ -16,7 +16,6 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -321,43 +320,6 @@ class Run:
 
 
 # --- the command ----------------------------------------------------------------------------------
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of ``alphacl check``."""
-    names = ", ".join(ops.SWEEP_BACKENDS)
-    parser.add_argument("--backends", metavar="A,B,…", help=f"of {names} (default: all)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: every kind there is)")
-    parser.add_argument(
-        "--quick", action="store_true", help="check one objective of each form only"
-    )
-    parser.add_argument(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        help="write a line of JSON for each case once it is done; the output of libraries goes to "
-        "FILE.log",
-    )
-    parser.add_argument(
-        "--seconds", type=positive, default=math.inf, help="time limit (default: none)"
-    )
-    parser.add_argument(
-        "--limit",
-        type=positive,
-        default=60.0,
-        metavar="SECONDS",
-        help="end a case that has not finished after this time; it counts as hanging (default: 60)",
-    )
-
-
-def positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
-    return value
 
 
 def chosen_devices(name: str | None, fail: Callable[[str], Any]) -> list[str]:

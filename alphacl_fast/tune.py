@@ -202,27 +202,6 @@ def _entries(file: Path) -> dict[tuple, dict[str, Any]]:
 # --- the command ----------------------------------------------------------------------------------
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of ``alphacl tune``; commas separate the values of a list."""
-    for name, kind, default, text in (
-        ("--modes", str, "bf16,tf32,fp32", f"of {', '.join(config.MODES)}"),
-        ("--dims", int, "128,512,256,64", "feature dimensions"),
-        ("--rows", int, "65536,16384,1024", "rows 2N"),
-    ):
-        text += f" (default: {default})"
-        parser.add_argument(name, type=_list(kind), default=default, help=text)
-    parser.add_argument("--minutes", type=float, default=10.0, help="time limit (default: 10)")
-    parser.add_argument("--out", type=Path, help="default: this device's table in the package")
-
-
-def _list(kind: type) -> Callable[[str], list]:
-    def parse(text: str) -> list:
-        return [kind(part) for part in text.split(",")]
-
-    parse.__name__ = f"{kind.__name__} list"  # argparse's errors name it
-    return parse
-
-
 def told(row: Row) -> str:
     """Describe a candidate's row in one line."""
     where = f"{row['mode']} D={row['dim']} n={row['rows']} {row['sweep']}"

@@ -15,14 +15,12 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from alphacl_fast import journal, objectives, ops
-from alphacl_fast.functional import NEGATIVES
 
 from . import loss, memory, report
 from .baselines import BASELINES, TASKS, missing, serves
@@ -121,56 +119,6 @@ def rows(
                     yield memory.measure(own, name, device)
 
 
-def _list(kind: type, valid: Sequence[str] = ()):
-    def parse(text: str) -> list:
-        values = [kind(part) for part in text.split(",") if part]
-        for value in values:
-            if valid and value not in valid:
-                raise argparse.ArgumentTypeError(f"{value!r} is none of {', '.join(valid)}")
-        if not values:
-            raise argparse.ArgumentTypeError("at least one value is needed")
-        return values
-
-    parse.__name__ = f"{kind.__name__} list"  # the name in argparse's messages
-    return parse
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    for flag, parse, default, text in (
-        ("n", _list(int), "1024,4096", "rows 2N; every list is separated by commas"),
-        ("dim", _list(int), "128", "features"),
-        ("dtype", _list(str, DTYPES), "float32", f"out of {', '.join(DTYPES)}"),
-        (
-            "objective",
-            _list(str, (*objectives.names(), *TASKS)),
-            "infonce",
-            f"names of objectives, or out of {', '.join(TASKS)}; baselines compute infonce and "
-            "these",
-        ),
-        ("negatives", _list(str, NEGATIVES), "two_view", f"out of {', '.join(NEGATIVES)}"),
-        (
-            "measure",
-            _list(str, (*loss.MEASURES, "memory")),
-            "loss+gradient,memory",
-            "out of loss, backward, loss+gradient, memory",
-        ),
-        ("repeats", _list(int), "5,25", "fewest and most repeats"),
-        ("tau", float, 0.5, "temperature"),
-        ("budget", float, 20.0, "seconds for the repeats of a table"),
-        ("out", Path, "runs/bench", "folder of rows and tables"),
-    ):
-        parser.add_argument(
-            f"--{flag}", type=parse, default=default, help=f"{text} (default: %(default)s)"
-        )
-    parser.add_argument(
-        "--contestants",
-        type=_list(str),
-        help=f"backends, or {', '.join(BASELINES)} (default: all that run on the device)",
-    )
-    parser.add_argument("--threads", type=int, help="torch's threads (default: its own choice)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-
-
 def run(given: argparse.Namespace, fail: Callable[[str], Any], say: Callable[[str], None]) -> int:
     """Run the command.
 
@@ -200,7 +148,8 @@ def run(given: argparse.Namespace, fail: Callable[[str], Any], say: Callable[[st
     if given.threads is not None and given.threads < 1:
         fail(f"--threads must be at least 1, got {given.threads}")
     try:
-        device = torch.device(given.device)
+        found = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(found)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {given.device}: {str(error).splitlines()[0]}")

@@ -17,6 +17,7 @@ from pools import InlinePool, patient_pool, start
 
 from alphacl_fast import accuracy, device_check, journal, objectives, ops, subprocess_pool
 from alphacl_fast.cli import main
+from alphacl_fast.flags import add_check_flags
 from alphacl_fast.functional import NEGATIVES
 from alphacl_fast.subprocess_pool import Pool
 
@@ -105,7 +106,7 @@ def check_fakes(tmp_path, monkeypatch):
     def run(backends, *more, pool=InlinePool, file=tmp_path / "rows"):
         monkeypatch.setattr(device_check, "Pool", pool)
         parser = argparse.ArgumentParser()
-        device_check.add_flags(parser)
+        add_check_flags(parser)
         flags = ["--backends", backends, "--device", "cpu", "--quick", "--json", str(file)]
         given = parser.parse_args([*flags, *more])
         status = device_check.run(given, pytest.fail, "fakes_of_the_check_test")
@@ -307,7 +308,7 @@ def checks(folder, *flags):
     """The command, which the next test ends."""
     importlib.import_module("fakes_of_the_check_test")
     parser = argparse.ArgumentParser()
-    device_check.add_flags(parser)
+    add_check_flags(parser)
     given = parser.parse_args([*flags, "--json", str(folder / "rows")])
     return device_check.run(given, pytest.fail, "fakes_of_the_check_test")
 

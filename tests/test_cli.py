@@ -15,8 +15,10 @@ import torch
 
 import alphacl_cli
 import alphacl_fast
-from alphacl_fast import checks, cli
+from alphacl_fast import checks, cli, flags, functional, objectives, ops
+from alphacl_fast.benchmarks import baselines, bench, loss
 from alphacl_fast.cli import main
+from alphacl_fast.kernels import config
 
 ROOT = Path(__file__).parent.parent
 
@@ -183,8 +185,8 @@ def test_help_lists_the_flags(capsys):
         (
             ["train", "--help"],
             (
-                *("--objective", "--no-deterministic", "--resume", "--amp {none,bf16}"),
-                *("(default: 0.5)", "16 for small", "a tenth of the epochs", "alpha_direct"),
+                *("--objective", "--no-deterministic", "--resume", "--amp {none,bf16,fp16}"),
+                *("otherwise 0.5)", "16 for small", "a tenth of the epochs", "alpha_direct"),
             ),
         ),
     ):
@@ -202,7 +204,7 @@ def test_help_lists_the_flags(capsys):
     (["reprodcue"], 2, "got 'reprodcue'; did you mean 'reproduce'?"),
     (["--epochs", "3"], 2, "alphacl: error: unrecognized arguments: --epochs"),
     *((command, 0, f"usage: alphacl {command[0]}") for command in (
-        [name, "--help"] for name in alphacl_cli.COMMANDS if name not in ("check", "bench", "tune")
+        [name, "--help"] for name in alphacl_cli.COMMANDS
     )),
     (["train", "--sheep"], 2, "alphacl: error: unrecognized arguments: --sheep"),
     (["train", "--epochs", "many"], 2, "alphacl: error: argument --epochs: invalid int value"),
@@ -217,6 +219,31 @@ def test_without_torch(arguments, code, answer):
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == code, run.stderr
     assert answer in (run.stderr if code else run.stdout)
+
+
+def test_names_in_the_flags_are_the_library_s():
+    assert {*flags.SWEEP_BACKENDS} == {*ops.SWEEP_BACKENDS}
+    assert objectives.names() == flags.OBJECTIVES
+    assert flags.NEGATIVES == functional.NEGATIVES
+    assert flags.DTYPES == bench.DTYPES
+    assert (*loss.MEASURES, "memory") == flags.MEASURES
+    assert (*baselines.BASELINES,) == flags.BASELINES
+    assert (*baselines.TASKS,) == flags.TASKS
+    assert flags.TILE_MODES == config.MODES
+
+
+def test_the_folder_of_theory_is_checked_before_anything_is_computed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(checks, "CHECKS", {})
+    (tmp_path / "theory.json").mkdir()
+    message = fails(capsys, "theory", "pca", "--out", str(tmp_path))
+    assert message == f"--out: cannot write to {tmp_path}: theory.json is a folder"
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    message = fails(capsys, "theory", "pca", "--out", str(tmp_path / "new"))
+    assert message.endswith("No space left on device")
 
 
 def test_the_entry_point_knows_every_command():

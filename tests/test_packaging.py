@@ -208,7 +208,7 @@ print(alphacl_fast.FusedAlphaCLLoss("alpha_square")(torch.eye(4), torch.eye(4)).
 #: A module imports modules of the lines above its own, and none of its own line.
 LAYERS = """
 _version bundles journal graph suggestions backend.filling backend.precision kernels.config
-objectives subprocess_pool
+flags objectives subprocess_pool
 call cpp_printer program backend.forms backend.reference kernels.trace
 backend.blocked backend.cpu backend.gpu kernels.rows
 kernels.sweeps

@@ -19,6 +19,7 @@ from alphacl_fast.train import (
     evaluate,
     loop,
     process_context,
+    recipe,
     reproduce,
     storage,
 )
@@ -414,7 +415,7 @@ def test_a_run_that_lost_its_figures_has_failed(finished, tmp_path):
 
 
 def test_a_row_that_diverges_is_recorded_and_the_others_go_on(tmp_path, monkeypatch):
-    class Breaks(loop.FusedAlphaCLLoss):
+    class Breaks(recipe.FusedAlphaCLLoss):
         def forward(self, z1, z2):
             broken = (
                 self.training
@@ -426,7 +427,7 @@ def test_a_row_that_diverges_is_recorded_and_the_others_go_on(tmp_path, monkeypa
             # 1: the trial
             return super().forward(z1, z2) * (float("nan") if broken and self.calls == 4 else 1)
 
-    monkeypatch.setattr(loop, "FusedAlphaCLLoss", Breaks)
+    monkeypatch.setattr(recipe, "FusedAlphaCLLoss", Breaks)
     out = tmp_path / "table"
     assert reproduce.table(out, **ROWS_SEEDS, **TINY).done == 4
     runs = state(out)["runs"]

@@ -5,6 +5,7 @@ errors.
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -27,6 +28,7 @@ from alphacl_fast.train import (
     evaluation,
     loop,
     models,
+    recipe,
     report,
     storage,
     train,
@@ -111,14 +113,14 @@ def test_defaults_depend_on_data_set_and_encoder():
         ({"epochs": 0}, "--epochs must be at least 1, got 0"),
         ({"batch_size": 1}, "--batch-size must be at least 2, got 1"),
         ({"micro_batch": -1}, "--micro-batch must be at least 0, got -1"),
-        ({"norm": "layer"}, "--norm must be one of batch, group, got 'layer'"),
+        ({"norm": "layer"}, "--norm must be one of batch, sync, group, got 'layer'"),
         ({"lr": float("nan")}, "--lr must be positive and finite, got nan"),
         ({"temperature": -1.0}, "--temperature must be positive and finite, got -1.0"),
         ({"lr": "fast"}, "--lr must be float, got 'fast'"),
         (
             {"dataset": "mnist"},
-            "--dataset must be one of digits, cifar10, cifar100, stl10, imagefolder, fake, "
-            "got 'mnist'",
+            "--dataset must be one of digits, cifar10, cifar100, stl10, imagefolder, "
+            "captions, fake, got 'mnist'",
         ),
         ({"warmup_epochs": 9, "epochs": 3}, "--warmup-epochs must not exceed --epochs 3, got 9"),
         ({"encoder": "resnet18"}, "--encoder must be small for the digits, got resnet18"),
@@ -338,7 +340,7 @@ def test_an_unreadable_image_is_named(folders, workers):
     )
     broken = folders / "train" / "cat" / "3.jpg"
     broken.write_bytes(broken.read_bytes()[:300])
-    found = data.load(config)
+    found, before = data.load(config), {*multiprocessing.active_children()}
     with pytest.raises(RunError) as caught:
         list(
             data.training_batches(
@@ -347,6 +349,8 @@ def test_an_unreadable_image_is_named(folders, workers):
         )
     assert str(caught.value).startswith(f"cannot read image {broken} (OSError): repair it, or ")
     assert "\n" not in str(caught.value)
+    # The loader's processes are gone, although the traceback lives: they would outlive the command.
+    assert {*multiprocessing.active_children()} <= before
 
 
 def grey(values, dtype):
@@ -619,7 +623,7 @@ def test_learnt_temperature_moves_and_is_restored(tmp_path):
 
 
 def test_a_loss_that_stops_being_finite_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
-    class Breaks(loop.FusedAlphaCLLoss):
+    class Breaks(recipe.FusedAlphaCLLoss):
         calls = 0
 
         def forward(self, z1, z2):
@@ -627,7 +631,7 @@ def test_a_loss_that_stops_being_finite_keeps_the_last_good_checkpoint(tmp_path,
             # the first call is the trial
             return super().forward(z1, z2) * (float("nan") if self.calls == 8 else 1)
 
-    monkeypatch.setattr(loop, "FusedAlphaCLLoss", Breaks)
+    monkeypatch.setattr(recipe, "FusedAlphaCLLoss", Breaks)
     config = tiny(save_every=3)
     with pytest.raises(
         RunError, match="NaN in epoch 2, by step 7; the last good checkpoint, step 6, is kept"
@@ -641,7 +645,7 @@ def test_a_loss_that_stops_being_finite_keeps_the_last_good_checkpoint(tmp_path,
 
 
 def test_a_broken_weight_is_not_saved(tmp_path, monkeypatch):
-    class Breaks(loop.FusedAlphaCLLoss):
+    class Breaks(recipe.FusedAlphaCLLoss):
         calls = 0
 
         def forward(self, z1, z2):
@@ -653,7 +657,7 @@ def test_a_broken_weight_is_not_saved(tmp_path, monkeypatch):
                 value = torch.where(torch.isfinite(value), value, value.detach().nan_to_num())
             return value
 
-    monkeypatch.setattr(loop, "FusedAlphaCLLoss", Breaks)
+    monkeypatch.setattr(recipe, "FusedAlphaCLLoss", Breaks)
     with pytest.raises(RunError, match="became"):
         train(tiny(), tmp_path / "run")
     state = checkpoint.read(tmp_path / "run")

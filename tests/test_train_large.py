@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from alphacl_fast import FusedAlphaCLLoss
-from alphacl_fast.train import Config, RunError, gradient, loop, models, train
+from alphacl_fast.train import (
+    Config,
+    RunError,
+    gradient,
+    models,
+    process_context,
+    recipe,
+    train,
+)
 
 CPU = torch.device("cpu")
 TINY = {
@@ -194,5 +202,5 @@ def test_the_trial_of_the_loss_is_small(monkeypatch):
         "forward",
         lambda self, z1, z2: sizes.append(len(z1)) or z1.sum() + z2.sum(),
     )
-    loop._build_loss(Config.create(batch_size=65_536), CPU, loop.ProcessContext())
-    assert sizes == [loop.TRIAL_PAIRS]
+    recipe.build_loss(Config.create(batch_size=65_536), CPU, process_context.ProcessContext())
+    assert sizes == [recipe.TRIAL_PAIRS]

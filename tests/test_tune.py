@@ -11,7 +11,7 @@ import pytest
 import torch
 from pools import patient_pool
 
-from alphacl_fast import journal, ops, tune
+from alphacl_fast import flags, journal, ops, tune
 from alphacl_fast.kernels import config
 from alphacl_fast.kernels.config import Tile
 from tools.gpu import calls
@@ -137,7 +137,7 @@ def command(tmp_path, monkeypatch):
             lambda items, device, *rest: search(items, "cpu", *rest, "actors_of_the_tune_test:act"),
         )
         parser = argparse.ArgumentParser()
-        tune.add_flags(parser)
+        flags.add_tune_flags(parser)
         return tune.run(parser.parse_args(["--out", str(out)]), pytest.fail)
 
     return run

@@ -9,7 +9,9 @@
 batch.
 
 Modules import one way: config, rows; storage, process_context, data, augment, device_augmentation,
-models, gradient, device, checkpoint; report; evaluation; inspection; loop; reproduce.
+models, weights, sync_batch_norm, gradient, device, schedules, optimizers, callbacks, checkpoint;
+report; recipe; evaluation; moco, supervised, image_text; recipes; inspection; loop; reproduce,
+speedrun.
 
 As in `alphacl_fast`, a name is imported when it is first used.
 """
@@ -19,6 +21,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .callbacks import Callback
     from .checkpoint import is_run, saved_config
     from .config import Config, RunError
     from .evaluation import evaluate
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
 #: Public name → the module that defines it.
 _HOMES = {
+    "Callback": "callbacks",
     "Config": "config",
     "Outcome": "loop",
     "RunError": "config",
@@ -47,6 +51,7 @@ _PACKAGES = {
 }
 
 __all__ = [
+    "Callback",
     "Config",
     "Outcome",
     "RunError",

@@ -32,16 +32,22 @@ STATISTICS = {
     "cifar100": ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276)),
     "stl10": ((0.447, 0.440, 0.407), (0.260, 0.257, 0.271)),
     "imagefolder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "captions": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "fake": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
+
+
+#: Files of ``--dataset captions``, with lines "image<tab>caption".
+TRAIN_CAPTIONS, TEST_CAPTIONS = "captions.tsv", "captions-test.tsv"
 
 
 @dataclass
 class Data:
     """Map-style data sets of (PIL image, label), with a run's settings and device.
 
-    Training draws its views from ``views``; evaluation fits on ``train`` and scores on ``test``.
-    ``names`` are the files of ``views``, where each image is a file.
+    Training draws its views from ``views``; evaluation fits on ``train`` and scores on ``test``, or
+    during a run on ``validation``, if images are held out. ``names`` are the files of ``views``,
+    where each image is a file.
     """
 
     views: Dataset
@@ -51,6 +57,12 @@ class Data:
     config: Config
     device: torch.device
     names: list[str] | None = None
+    validation: Dataset | None = None
+
+    @property
+    def scored(self) -> Dataset:
+        """The images that evaluations score on during a run."""
+        return self.test if self.validation is None else self.validation
 
 
 def load(config: Config, device: torch.device | None = None) -> Data:
@@ -70,9 +82,11 @@ def load(config: Config, device: torch.device | None = None) -> Data:
         raise RunError(
             f"cannot open {config.dataset} in {config.data_root}{hint}: {reason}"
         ) from error
+    if config.validation:
+        _hold_out(data, config.validation)
     if config.subset:
         same = data.train is data.views
-        data.views = _subset(data.views, config.subset)
+        data.views = Subset(data.views, _balanced("--subset", data.views, config.subset))
         data.train = data.views if same else data.train
     data.names = _names(data.views)
     if len(data.views) < config.batch_size:
@@ -131,9 +145,64 @@ def _names(images: Dataset) -> list[str] | None:
     if isinstance(images, Subset):
         names = _names(images.dataset)
         return None if names is None else [names[index] for index in images.indices]
+    if isinstance(images, CaptionedImages):
+        return images.names
     if not isinstance(images, datasets.ImageFolder):
         return None
     return [Path(path).relative_to(images.root).as_posix() for path, _ in images.samples]
+
+
+def _captions(config: Config) -> tuple:
+    """Open images with captions; the label of an image is the number of its caption."""
+    root = Path(config.data_root)
+    train = _lines(root / TRAIN_CAPTIONS)
+    if (root / TEST_CAPTIONS).exists():
+        test = _lines(root / TEST_CAPTIONS)
+    else:  # about every tenth image, the same ones in any order of the lines
+        chosen = {name for name, _ in train if mix(*name.encode()) % 10 == 0}
+        test = [line for line in train if line[0] in chosen]
+        train = [line for line in train if line[0] not in chosen]
+    texts = sorted({text for _, text in (*train, *test)})
+    train, test = (CaptionedImages(root, lines, texts) for lines in (train, test))
+    if not len(train) or not len(test):
+        raise RunError(
+            f"{root} must hold training and test images, got {len(train)} and {len(test)}: add "
+            f"lines to {TRAIN_CAPTIONS}, or name the test images in {TEST_CAPTIONS}"
+        )
+    return train, train, test, texts
+
+
+def _lines(path: Path) -> list[tuple[str, str]]:
+    """Read the lines "image<tab>caption" of a file."""
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        name, tab, text = line.partition("\t")
+        if line.strip() and not (tab and name.strip() and text.strip()):
+            raise RunError(f"{path}, line {number}: expected image<tab>caption, got {line[:60]!r}")
+        if line.strip():
+            found.append((name.strip(), text.strip()))
+    return found
+
+
+class CaptionedImages(Dataset):
+    """Map a line of a captions file to its PIL image and its caption's place in ``texts``.
+
+    Args:
+        root: folder that the names of the images start from.
+        lines: names and captions.
+        texts: the captions, each once.
+    """
+
+    def __init__(self, root: Path, lines: list[tuple[str, str]], texts: list[str]):
+        place = {text: number for number, text in enumerate(texts)}
+        self.root, self.names = root, [name for name, _ in lines]
+        self.targets = [place[text] for _, text in lines]
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        return _open_image(str(self.root / self.names[index])), self.targets[index]
 
 
 def _fake(config: Config) -> tuple:
@@ -152,6 +221,7 @@ _OPEN = {
     "cifar100": _cifar,
     "stl10": _stl10,
     "imagefolder": _imagefolder,
+    "captions": _captions,
     "fake": _fake,
 }
 
@@ -203,19 +273,45 @@ _DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
 _DEEP_GREY_FORMATS = ("PNG", "PPM")
 
 
-def _subset(dataset: Dataset, size: int) -> Subset:
-    """Take ``size`` images round-robin over the classes, each shuffled with a fixed seed."""
+def _hold_out(data: Data, size: int) -> None:
+    """Move ``size`` images from the training images of ``data`` to its validation images.
+
+    Where ``views`` are more than ``train``, they begin with it.
+    """
+    if size >= len(data.train):
+        raise RunError(
+            f"--validation must be below the {len(data.train)} training images, got {size}"
+        )
+    held_out = _balanced("--validation", data.train, size)
+    same, gone = data.train is data.views, {*held_out}
+    data.validation = Subset(data.train, held_out)
+    data.views, data.train = (
+        Subset(images, [index for index in range(len(images)) if index not in gone])
+        for images in (data.views, data.train)
+    )
+    data.train = data.views if same else data.train
+
+
+def labels_of(images: Dataset) -> list[int]:
+    """List the labels, without opening an image where the data set knows them."""
+    if isinstance(images, Subset):
+        labels = labels_of(images.dataset)
+        return [labels[index] for index in images.indices]
+    return getattr(images, "targets", None) or [int(label) for _, label in images]
+
+
+def _balanced(flag: str, dataset: Dataset, size: int) -> list[int]:
+    """Pick ``size`` images round-robin over the classes, each shuffled with a fixed seed."""
     if size > len(dataset):
-        raise RunError(f"--subset must not exceed the {len(dataset)} training images, got {size}")
-    targets = getattr(dataset, "targets", None) or [int(label) for _, label in dataset]
-    labels = torch.tensor(targets)
+        raise RunError(f"{flag} must not exceed the {len(dataset)} training images, got {size}")
+    labels = torch.tensor(labels_of(dataset))
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     turn = torch.empty(len(labels), dtype=torch.long)
     for label in labels.unique():
         members = shuffled[labels[shuffled] == label]
         turn[members] = torch.arange(len(members))
     order = shuffled[turn[shuffled].argsort(stable=True)][:size]
-    return Subset(dataset, order.sort().values.tolist())
+    return order.sort().values.tolist()
 
 
 def mix(*numbers: int) -> int:
@@ -227,12 +323,12 @@ def mix(*numbers: int) -> int:
 class _Views(Dataset):
     """Map an image to uint8 (C, H, W) views, or to the RunError of an unreadable image.
 
-    With a seed, the key (epoch, index) gives two random views; without one, index gives one fixed
-    view and the label.
+    With a seed, the key (epoch, index) gives ``count`` random views; without one, index gives one
+    fixed view and the label.
     """
 
-    def __init__(self, images: Dataset, view: Callable, seed: int | None = None):
-        self.images, self.view, self.seed = images, view, seed
+    def __init__(self, images: Dataset, view: Callable, seed: int | None = None, count: int = 2):
+        self.images, self.view, self.seed, self.count = images, view, seed, count
 
     def __len__(self):
         return len(self.images)
@@ -245,7 +341,7 @@ class _Views(Dataset):
         if self.seed is None:
             return self.view(image), label
         with seeded(mix(self.seed, *key)):
-            return self.view(image), self.view(image)
+            return tuple(self.view(image) for _ in range(self.count))
 
 
 def steps_of(size: int, config: Config, start: int, stop: int) -> Iterator[list[tuple[int, int]]]:
@@ -274,6 +370,7 @@ def training_batches(
     stop: int,
     pin: bool,
     share: Callable[[list], list] = lambda keys: keys,
+    count: int = 2,
 ) -> Iterator[list]:
     """Yield each step as micro-batches [(x1, x2), …] of uint8 views (n, C, H, W).
 
@@ -286,6 +383,7 @@ def training_batches(
         start, stop: range of steps, counted over all epochs.
         pin: whether to pin the views' memory.
         share: picks this process's images of a step.
+        count: views of each image.
 
     Raises:
         RunError: a step contains an unreadable image; the message names the file.
@@ -297,10 +395,30 @@ def training_batches(
         for keys in map(share, steps_of(len(images), config, start, stop))
         for k in range(0, mine, size)
     )
-    views = _Views(images, augment, config.seed)
+    views = _Views(images, augment, config.seed, count)
     batches = _batches(views, config.workers, pin, batch_sampler=parts)
     while step := list(itertools.islice(batches, -(-mine // size))):
         yield step
+
+
+def with_indices(
+    batches: Iterator[list],
+    size: int,
+    config: Config,
+    start: int,
+    stop: int,
+    share: Callable[[list], list],
+) -> Iterator[list]:
+    """Add to every micro-batch the indices (n,) of its images among the ``size`` training images.
+
+    Args:
+        batches: what :func:`training_batches` yields for the same arguments.
+        size: number of training images.
+        config, start, stop, share: as there.
+    """
+    for parts, keys in zip(batches, map(share, steps_of(size, config, start, stop)), strict=True):
+        indices = torch.tensor([index for _, index in keys]).split(config.micro_batch or len(keys))
+        yield [(*part, index) for part, index in zip(parts, indices, strict=True)]
 
 
 def plain_batches(
@@ -333,10 +451,15 @@ def _batches(dataset: Dataset, workers: int, pin: bool, **sampling: int | Iterab
     )
     with _stop_signals_blocked():
         batches = iter(loader)
-    for batch in batches:
-        if isinstance(batch, RunError):
-            raise batch
-        yield batch
+    try:
+        for batch in batches:
+            if isinstance(batch, RunError):
+                raise batch
+            yield batch
+    finally:
+        # This ends the workers: a traceback may keep this frame until the process ends, which would
+        # then wait for them in vain, since they ignore its signals.
+        del batches
 
 
 def _collate(samples):

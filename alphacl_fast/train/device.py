@@ -35,6 +35,16 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     return device
 
 
+#: What the embeddings have under ``--amp``.
+DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(config: Config, device: torch.device) -> torch.autocast:
+    """Return the context in which the network runs under ``--amp``."""
+    dtype = torch.bfloat16 if config.amp == "none" else DTYPES[config.amp]
+    return torch.autocast(device.type, dtype, enabled=config.amp != "none")
+
+
 @contextmanager
 def threads(count: int):
     """Run with ``count`` CPU threads (0: as before) inside."""

@@ -47,11 +47,12 @@ def training_batches(
     start: int,
     stop: int,
     share: Callable[[list], list] = lambda keys: keys,
-) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    count: int = 2,
+) -> Iterator[list[tuple[Tensor, ...]]]:
     """Yield what `data.training_batches` does, from images (n, 3, H, W) already on the device."""
     for keys in steps_of(len(images), config, start, stop):
         indices = torch.tensor([index for _, index in share(keys)], device=images.device)
-        seeds = [mix(config.seed, keys[0][0], view) for view in range(2)]
+        seeds = [mix(config.seed, keys[0][0], view) for view in range(count)]
         yield [
             tuple(views(images[part], uniform(seed, part), config.image_size) for seed in seeds)
             for part in indices.split(config.micro_batch or len(indices))

@@ -20,8 +20,12 @@ from . import checkpoint, report, storage
 from .augment import plain
 from .config import RunError
 from .data import Data, load, plain_batches
-from .device import pick_device, settings, threads
+from .device import autocast, pick_device, settings, threads
 from .models import Encoder, build
+from .process_context import ProcessContext
+from .weights import evaluated, of_encoder
+
+ALONE = ProcessContext()
 
 
 class Split(NamedTuple):
@@ -46,9 +50,11 @@ def raw_pixels(images):
 
 @torch.no_grad()
 def extract(
-    images: Dataset, encoders: dict[str, Callable], data: Data
+    images: Dataset, encoders: dict[str, Callable], data: Data, context: ProcessContext = ALONE
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Compute every encoder's features of all images, with the settings and device of ``data``.
+
+    Each rank of ``context`` embeds its share of the images.
 
     Returns:
         Encoder name → float32 (n, f), and labels (n,), both on the device.
@@ -56,36 +62,51 @@ def extract(
     Raises:
         RunError: an image is unreadable; the message names the file.
     """
-    config, device = data.config, data.device
+    config, device, total = data.config, data.device, len(images)
     features, labels = {name: [] for name in encoders}, []
     modules = [encoder for encoder in encoders.values() if isinstance(encoder, nn.Module)]
     modes = [module.training for module in modules]
     for module in modules:
         module.eval()
     pin = device.type == "cuda"
+    if context.size > 1:
+        images = Subset(images, context.share([*range(len(images))]))
     for x, y in plain_batches(images, plain(config.image_size), config.workers, pin):
         x = x.to(device, non_blocking=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.amp == "bf16"):
+        with autocast(config, device):
             for name, encoder in encoders.items():
                 features[name].append(encoder(x).float())
         labels.append(y)
     for module, mode in zip(modules, modes, strict=True):
         module.train(mode)
-    features = {name: torch.cat(parts) for name, parts in features.items()}
-    return features, torch.cat(labels).to(device)
+    features = {name: context.gather(torch.cat(rows), total) for name, rows in features.items()}
+    return features, context.gather(torch.cat(labels).to(device), total)
 
 
-def splits(encoders: dict[str, Callable], data: Data) -> dict[str, Split]:
-    """Compute every encoder's features of the training and test images: name → Split."""
-    train, train_labels = extract(data.train, encoders, data)
-    test, labels = extract(data.test, encoders, data)
+def splits(
+    encoders: dict[str, Callable],
+    data: Data,
+    scored: Dataset | None = None,
+    context: ProcessContext = ALONE,
+) -> dict[str, Split]:
+    """Compute every encoder's features of the training and the scored images: name → Split.
+
+    ``scored`` are the test images by default.
+    """
+    train, train_labels = extract(data.train, encoders, data, context)
+    test, labels = extract(data.test if scored is None else scored, encoders, data, context)
     return {
         name: Split(train[name], train_labels, test[name], labels, len(data.classes))
         for name in encoders
     }
 
 
-def knn_accuracy(split: Split, k: int | None = None, temperature: float = 0.1) -> float:
+def knn_accuracy(
+    split: Split,
+    k: int | None = None,
+    temperature: float = 0.1,
+    context: ProcessContext = ALONE,
+) -> float:
     """Classify by a k-nearest-neighbour vote weighted by exp(cosine similarity / temperature).
 
     Test rows are processed in chunks, so the m·n similarities never exist at once.
@@ -94,19 +115,22 @@ def knn_accuracy(split: Split, k: int | None = None, temperature: float = 0.1) -
         split: features and labels.
         k: number of neighbours; None takes 200, or 20 if there are fewer than 10,000 training rows.
         temperature: temperature of the vote.
+        context: the ranks, each of which classifies its share of the test rows.
 
     Returns:
-        The accuracy on the test rows.
+        The accuracy on the test rows, on every rank.
     """
     k = k or (200 if len(split.train) >= 10_000 else min(20, len(split.train)))
     bank = F.normalize(split.train).T
     rows, correct = max(1, 2**24 // bank.shape[1]), 0
-    for chunk, truth in zip(split.test.split(rows), split.labels.split(rows), strict=True):
+    mine = context.share(range(len(split.labels)))
+    test, labels = (x[mine.start : mine.stop] for x in (split.test, split.labels))
+    for chunk, truth in zip(test.split(rows), labels.split(rows), strict=True):
         similarity, nearest = (F.normalize(chunk) @ bank).topk(k)  # (rows, k)
         votes = similarity.new_zeros(len(chunk), split.classes)
         votes.scatter_add_(1, split.train_labels[nearest], (similarity / temperature).exp())
         correct += (votes.argmax(1) == truth).sum().item()
-    return correct / len(split.labels)
+    return context.sum(correct) / len(split.labels)
 
 
 def standardise(split: Split) -> Split:
@@ -216,21 +240,32 @@ def score(split: Split, few_label: int, draws: int) -> dict:
     return row
 
 
-def figures(encoder: Encoder, data: Data, *, knn: bool, probed: bool) -> dict:
+def figures(
+    encoder: Encoder,
+    data: Data,
+    *,
+    knn: bool,
+    probed: bool,
+    scored: Dataset | None = None,
+    context: ProcessContext = ALONE,
+) -> dict:
     """Evaluate an encoder during training.
 
     Args:
         encoder: the encoder, whose training mode is preserved.
-        data: fits on ``data.train``, scores on ``data.test``.
+        data: its ``train`` is fitted on.
         knn: whether to compute "knn".
         probed: whether to compute "probe" (last epoch) and "probe_best".
+        scored: images to score on; by default ``data.test``.
+        context: the ranks that share the work; all of them call this function and have the same
+            encoder. The probe is fitted on each of them alike.
 
     Returns:
         The accuracies that were asked for.
     """
-    split, found = splits({"": encoder}, data)[""], {}
+    split, found = splits({"": encoder}, data, scored, context)[""], {}
     if knn:
-        found["knn"] = knn_accuracy(split)
+        found["knn"] = knn_accuracy(split, context=context)
     if probed:
         found["probe"], found["probe_best"] = probe(standardise(split))
     return found
@@ -271,6 +306,8 @@ def evaluate(run: str | Path, *, few_label: int = 5, draws: int = 10, **changes)
     """
     run = Path(run)
     config, state = checkpoint.open_run(run, changes)
+    if config.dataset == "captions":
+        raise RunError(f"{run} was trained on captions: its images have no labels to evaluate with")
     if few_label < 1 or draws < 1:
         raise RunError(f"--few-label and --draws must be at least 1, got {few_label} and {draws}")
     storage.check_writable(run)
@@ -281,7 +318,7 @@ def evaluate(run: str | Path, *, few_label: int = 5, draws: int = 10, **changes)
 def _evaluate(run: Path, data: Data, state: dict, few_label: int, draws: int) -> dict:
     config = data.config
     trained, untrained = (build(config).to(data.device) for _ in range(2))
-    trained.load_state_dict(state["model"])
+    trained.encoder.load_state_dict(of_encoder(evaluated(state)))
     encoders = {
         "raw pixels": raw_pixels,
         "untrained encoder": untrained.encoder,

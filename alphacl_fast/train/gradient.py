@@ -23,24 +23,30 @@ from torch.nn.modules.batchnorm import _BatchNorm
 Views = tuple[Tensor, Tensor]
 Embed = Callable[[Views], Views]
 Loss = Callable[[Tensor, Tensor], Tensor]
+Scale = Callable[[Tensor], Tensor]
 
 
-def whole(embed: Embed, loss: Loss, views: Views) -> tuple[Tensor, float]:
+def _unscaled(value: Tensor) -> Tensor:
+    return value
+
+
+def whole(embed: Embed, loss: Loss, views: Views, scale: Scale = _unscaled) -> tuple[Tensor, float]:
     """Accumulate the gradient of one batch in one pass.
 
     Args:
         embed: (x1, x2) → (z1, z2).
         loss: (z1, z2) → ().
         views: (x1, x2).
+        scale: loss → what is differentiated, as gradients in float16 need it.
 
     Returns:
         The detached loss, and host seconds in the loss, its backward included.
     """
     embedded = embed(views)
     # The graph is cut here, so that the time of the loss's backward can be measured.
-    z1, z2 = (z.detach().requires_grad_() for z in embedded)
-    value, in_loss = _backward(loss, z1, z2)
-    torch.autograd.backward(embedded, (z1.grad, z2.grad))
+    z1, z2 = (z.detach().requires_grad_(z.requires_grad) for z in embedded)
+    value, in_loss = _backward(loss, z1, z2, scale)
+    _backward_from(embedded, (z1.grad, z2.grad))
     return value, in_loss
 
 
@@ -51,6 +57,7 @@ def in_parts(
     parts: Sequence[Views],
     device: torch.device,
     look: Callable[[int], None] = lambda number: None,
+    scale: Scale = _unscaled,
 ) -> tuple[Tensor, float]:
     """Accumulate the gradient of one batch in micro-batches.
 
@@ -63,6 +70,7 @@ def in_parts(
         look: called with the number of each micro-batch, from 0, before it is embedded, except
             before the very first. It may raise to abandon the step; :func:`undone` then takes back
             what the step has done.
+        scale: as in :func:`whole`.
 
     Returns:
         The detached loss, and host seconds in the loss, its backward included.
@@ -78,14 +86,21 @@ def in_parts(
     sizes = [len(first) for first, _ in embeddings]
     del embeddings
     after = _rng_state(device)
-    value, in_loss = _backward(loss, z1, z2)
-    gradients = (z.grad.split(sizes) for z in (z1, z2))
+    value, in_loss = _backward(loss, z1, z2, scale)
+    gradients = ((torch.zeros_like(z) if z.grad is None else z.grad).split(sizes) for z in (z1, z2))
     for number, (part, state, dz1, dz2) in enumerate(zip(parts, states, *gradients, strict=True)):
         look(number)
         _set_rng_state(state, device)
-        torch.autograd.backward(embed(part), (dz1, dz2))
+        _backward_from(embed(part), (dz1, dz2))
     _set_rng_state(after, device)
     return value, in_loss
+
+
+def _backward_from(embedded: Views, gradients: Views) -> None:
+    """Backpropagate through those embeddings that have a graph; a momentum encoder's have none."""
+    pairs = zip(embedded, gradients, strict=True)
+    wanted = [(z, grad) for z, grad in pairs if z.requires_grad]
+    torch.autograd.backward([z for z, _ in wanted], [grad for _, grad in wanted])
 
 
 @contextmanager
@@ -104,11 +119,11 @@ def undone(net: nn.Module, device: torch.device, error: type[Exception]):
         raise
 
 
-def _backward(loss: Loss, z1: Tensor, z2: Tensor) -> tuple[Tensor, float]:
+def _backward(loss: Loss, z1: Tensor, z2: Tensor, scale: Scale) -> tuple[Tensor, float]:
     """Accumulate gradients in z1, z2 and the loss's own parameters; (detached loss, seconds)."""
     start = time.perf_counter()
     value = loss(z1, z2)
-    value.backward()
+    scale(value).backward()
     return value.detach(), time.perf_counter() - start
 
 

@@ -15,8 +15,9 @@ from . import checkpoint, storage
 from .augment import augmentation
 from .config import Config, RunError
 from .data import load, steps_of, training_batches
-from .device import pick_device, settings
+from .device import autocast, pick_device, settings
 from .models import build
+from .weights import evaluated
 
 #: Objectives compared with the run's own by default.
 OBJECTIVES = ("infonce", "alpha_direct", "alpha_square", "uniform")
@@ -98,7 +99,7 @@ def _embed(
     """Compute views uint8 (2·n, C, H, W), labels (n), class names, two embeddings (n, 128)."""
     device = pick_device(config.device)
     data, net = load(config, device), build(config)
-    net.load_state_dict(state["model"])
+    net.load_state_dict({name: evaluated(state)[name] for name in net.state_dict()})
     net.to(device).eval()
     size = min(pairs, len(data.views))
     one_step = dataclasses.replace(config, batch_size=size, micro_batch=256)
@@ -107,8 +108,7 @@ def _embed(
     views = [torch.cat(parts) for parts in zip(*next(batches), strict=True)]
     ((*keys,),) = steps_of(len(data.views), one_step, 0, 1)
     labels = [int(data.views[index][1]) for _, index in keys]
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.amp == "bf16")
-    with torch.no_grad(), autocast:
+    with torch.no_grad(), autocast(config, device):
         z = [torch.cat([net(x.to(device)).float() for x in view.split(256)]) for view in views]
     return torch.cat(views), labels, data.classes, z
 

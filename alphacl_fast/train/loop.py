@@ -1,8 +1,9 @@
 """The training loop: each step draws two views, embeds them, and takes one optimizer step.
 
-With several processes (`process_context`) every rank embeds its share of the batch; the loss is
-the whole batch's, and gradients are averaged in one all-reduce. Only rank 0 writes files, evaluates
-and logs.
+What is trained, and with which loss, is the recipe's business (`recipe`). With several processes
+(`process_context`) every rank embeds its share of the batch; the loss is the whole batch's, and
+gradients are averaged in one all-reduce. Only rank 0 writes files and logs, and unless all are
+asked to, only it evaluates.
 """
 
 import dataclasses
@@ -12,29 +13,35 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from alphacl_fast import FusedAlphaCLLoss, batch_metrics
+from alphacl_fast import batch_metrics
 
 from . import checkpoint, device_augmentation, gradient, report, storage
 from .augment import augmentation
-from .config import Config, Diverged, RunError, flag
-from .data import Data, load, mix, training_batches
-from .device import pick_device, settings
-from .evaluation import figures, picture
-from .models import Net, build
+from .callbacks import Callback, TensorBoard
+from .config import Config, Diverged, RunError
+from .data import Data, load, mix, training_batches, with_indices
+from .device import autocast, pick_device, settings
+from .evaluation import ALONE, figures, picture
+from .optimizers import build_optimizer, trained
 from .process_context import ProcessContext, joined, peers
+from .recipe import build_loss
+from .recipes import build_recipe
+from .schedules import depends_on_epochs, learning_rate, temperature
+from .weights import evaluated, load_weights
 
-TRIAL_PAIRS = 1024  # most pairs of the batch on which the loss is tried before a run
 PLOTS = ("curves.png", "embedding.png")  # drawn at the end, in this order
 REHEARSED_STEPS = 10  # more than the batches that four loader workers prefetch
+TEST = "test.json"  # the figures on the test images of a run that holds out others
 WARMUP_STEPS = 3  # steps excluded from images/s: first allocations, worker start, compilation
 #: Signals that end a run with a checkpoint, where the system has them. Slurm sends SIGUSR1 before a
 #: job's time is over, if it is asked to, and a terminal that closes sends SIGHUP.
@@ -72,7 +79,12 @@ class Stopped(Exception):
 
 
 def train(
-    config: Config, out: str | Path, *, resume: bool = False, accept_data_change: bool = False
+    config: Config,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    accept_data_change: bool = False,
+    callbacks: Sequence[Callback] = (),
 ) -> Outcome:
     """Train a network, or resume a run.
 
@@ -89,6 +101,7 @@ def train(
             have more epochs if the learning rates of all steps so far do not depend on their
             number: with a constant schedule, or within the warm-up.
         accept_data_change: whether to go on if the training images are others than before.
+        callbacks: objects that are told what is measured, as `callbacks.Callback` describes.
 
     Returns:
         How the run ended.
@@ -99,7 +112,9 @@ def train(
             last good checkpoint is kept).
     """
     with joined() as context, ExitStack() as lock:
-        return _Start(config, Path(out), context, lock).train(resume, accept_data_change)
+        start = _Start(config, Path(out), context, lock)
+        start.callbacks = [*callbacks]
+        return start.train(resume, accept_data_change)
 
 
 class _Start:
@@ -107,6 +122,7 @@ class _Start:
 
     def __init__(self, config: Config, out: Path, context: ProcessContext, lock: ExitStack):
         self.config, self.out, self.context, self.lock = config, out, context, lock
+        self.callbacks: list[Callback] = []
 
     def train(self, resume: bool, accept_data_change: bool) -> Outcome:
         config, out, context = self.config, self.out, self.context
@@ -114,27 +130,33 @@ class _Start:
         state, complete = context.on_rank_0(self.saved if resume else self.nothing)
         if state and state["epoch"] == config.epochs and complete:
             return Outcome(out, config.epochs, already=True, leads=context.leads)
-        if config.batch_size < context.size:
-            raise RunError(
-                f"--batch-size must be at least the number of processes, {context.size}, "
-                f"got {config.batch_size}"
-            )
+        _check_shares(config, context.size)
         device = pick_device(config.device, context.local_rank if context.size > 1 else None)
         if config.download:  # once, not in every process
             context.on_rank_0(lambda: len(load(config).views))
         data = load(config, device)
         with settings(config):
             run = _Run(data, out, context)
+            context.on_rank_0(lambda: self.listen(run))
+            if config.weights and not state:
+                context.on_rank_0(lambda: load_weights(run.net, Path(config.weights)))
             if state:
                 context.on_rank_0(lambda: self.check_images(state, data, accept_data_change))
             with stop_signals(context.launched) as caught:
                 context.on_rank_0(lambda: self.begin(data, state, resume))
                 run.restore(state)
-                stopped_by = run.epochs(caught)
+                with run.told():
+                    stopped_by = run.epochs(caught)
                 if stopped_by is None and context.leads:
                     self.draw(run)
         late = None if stopped_by else next(iter(caught), None)
         return Outcome(out, run.epoch, signal=stopped_by, leads=context.leads, late=late)
+
+    def listen(self, run: "_Run") -> None:
+        """Give the callbacks to the run of rank 0."""
+        run.callbacks = [*self.callbacks]
+        if self.config.tensorboard:
+            run.callbacks.append(TensorBoard(self.out))
 
     def nothing(self) -> tuple[None, bool]:
         """Check that ``out`` is free for a new run; its lock is taken when the run begins."""
@@ -166,7 +188,7 @@ class _Start:
             )
         if state:
             checkpoint.promote(out, state["file"])
-        complete = state and trained.epochs == config.epochs and (out / PLOTS[1]).exists()
+        complete = state and trained.epochs == config.epochs and (out / PLOTS[-1]).exists()
         return state, bool(complete) and checkpoint.Metrics(out).is_whole(state)
 
     def check_images(self, state: dict, data: Data, accept: bool) -> None:
@@ -184,7 +206,7 @@ class _Start:
             self.lock.enter_context(storage.locked(out))
             _check_empty(out)  # another process may have begun here meanwhile
         elif state and state["config"]["epochs"] != config.epochs:
-            for name in PLOTS:  # the last one marks a finished run
+            for name in (TEST, *PLOTS):  # the last one marks a finished run
                 (out / name).unlink(missing_ok=True)
         try:
             values = storage.read_json(out / checkpoint.CONFIG)["config"]
@@ -199,16 +221,26 @@ class _Start:
         out, config = self.out, self.config
         with storage.writing(out):
             title = f"{config.objective} on {config.dataset}"
+            if config.validation:
+                run.judged().load_state_dict(evaluated(run.checkpoint()))
+                storage.write_json(out / TEST, self.tested(run))
             report.curves(out / checkpoint.METRICS, out / PLOTS[0], title)
-            picture(run.net.encoder, run.data, out / PLOTS[1])
+            picture(run.judged().encoder, run.data, out / PLOTS[1])
+
+    def tested(self, run: "_Run") -> dict:
+        """Score the weights of the best evaluation on the test images, once."""
+        data, epoch = run.data, run.best["epoch"]
+        every = self.config.eval_every, self.config.probe_every
+        found = run.score(*map(bool, every), data.test, ALONE)
+        print(f"test images, weights of epoch {epoch}:{shown(found)}", flush=True)
+        return {"epoch": epoch, **found}
 
 
 def _may_extend(saved: Config, config: Config, state: dict | None) -> bool:
     """Whether a run may have the larger number of epochs of ``config``, as if from its start."""
     if state is None or config.epochs < saved.epochs:
         return state is None
-    warmup = saved.warmup_epochs * (state["images"] // saved.batch_size)
-    return saved.schedule == "constant" or state["step"] <= warmup
+    return not depends_on_epochs(saved, state["step"], state["images"] // saved.batch_size)
 
 
 def _why_not_longer(saved: Config, config: Config) -> str:
@@ -218,7 +250,8 @@ def _why_not_longer(saved: Config, config: Config) -> str:
         return "--epochs can only become larger; "
     return (
         "the learning rates of a cosine schedule depend on --epochs from the end of the warm-up "
-        "on, so that only --schedule constant can be continued; "
+        "on, and a temperature schedule without a period depends on them from the start, so that "
+        "only --schedule constant can be continued; "
     )
 
 
@@ -235,7 +268,7 @@ def try_out(configs: list[Config]) -> None:
     device = pick_device(configs[0].device)
     for config in configs:
         with settings(config):
-            _build_loss(config, device, ProcessContext())
+            build_loss(config, device, ProcessContext())
 
 
 def rehearse(config: Config, *, judged: bool) -> dict[str, float]:
@@ -267,26 +300,24 @@ def rehearse(config: Config, *, judged: bool) -> dict[str, float]:
         batches.close()  # ends the loader's processes
         if judged:
             before = time.perf_counter()
-            figures(run.net.encoder, data, knn=True, probed=True)
+            figures(run.judged().encoder, data, knn=True, probed=True)
             found["evaluation"] = time.perf_counter() - before
-            picture(run.net.encoder, data, Path(folder) / "embedding.png")
+            picture(run.judged().encoder, data, Path(folder) / "embedding.png")
             found["end"] = time.perf_counter() - before - found["evaluation"]
     return found
+
+
+def shown(found: dict) -> str:
+    """Format accuracies for the terminal."""
+    names = {"knn": "kNN", "probe": "probe", "zero_shot": "zero-shot", "retrieval": "retrieval"}
+    return "".join(
+        f"  {name} {100 * found[key]:.1f} %" for key, name in names.items() if key in found
+    )
 
 
 def due(epoch: int, every: int, epochs: int) -> bool:
     """Whether to evaluate after ``epoch`` (from 1): each ``every`` epochs (0: never), and last."""
     return bool(every) and (epoch % every == 0 or epoch == epochs)
-
-
-def learning_rate(config: Config, step: int, per_epoch: int) -> float:
-    """Compute the learning rate of ``step`` (from 0): linear warm-up, then the schedule."""
-    warmup, total = config.warmup_epochs * per_epoch, config.epochs * per_epoch
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    if config.schedule == "constant":
-        return config.lr
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 class _Run:
@@ -298,20 +329,31 @@ class _Run:
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
-        self.net: Net = build(config).to(device)
-        self.forward = torch.compile(self.net) if config.compile else self.net
-        self.loss = _build_loss(config, device, context)
-        self.optimizer = _build_optimizer(config, self.net, self.loss)
+        self.recipe = recipe = build_recipe(data, context)
+        self.net, self.loss = recipe.net, recipe.loss
+        self.parameters = [*trained(self.net), *trained(self.loss)]
+        self.optimizer = build_optimizer(config, self.net, self.loss)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+        self.average = self.moving_average() if config.ema else None
+        #: With validation images: the best evaluation so far, its epoch and its encoder's weights.
+        self.best: dict = {}
         self.per_epoch = len(data.views) // config.batch_size
         self.epoch = self.step = self.saved_step = 0
         # The epoch's summed loss stays on the device and is read at sync points only.
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.metrics = checkpoint.Metrics(out)
+        self.callbacks: list[Callback] = []
         self.caught: list[int] = []
         # Micro-batches of a step that every rank has. To look for a signal takes all ranks, so a
         # rank with one more does not look before it, and no rank looks if one has a single one.
         smallest = config.batch_size // context.size
         self.looks = -(-smallest // config.micro_batch) if config.micro_batch else 1
+
+    def moving_average(self) -> AveragedModel:
+        """Build the average of the weights, which its first update overwrites."""
+        net = self.recipe.build_net().to(self.device)  # `self.net` may hold process groups
+        function = get_ema_multi_avg_fn(self.config.ema)
+        return AveragedModel(net, multi_avg_fn=function, use_buffers=True)
 
     def restore(self, state: dict | None) -> None:
         """Load a checkpoint, or write the first one."""
@@ -319,10 +361,16 @@ class _Run:
         if state is None:
             self.seed_rank()
             self.context.broadcast([*self.net.state_dict().values()])
+            if self.average:
+                self.average.module.load_state_dict(self.net.state_dict())
             return self.save()
         self.net.load_state_dict(state["model"])
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state.get("scaler", {}))
+        if self.average:
+            self.average.load_state_dict(state["ema"])
+        self.best = state.get("best", {})
         self.epoch, self.step = state["epoch"], state["step"]
         if state["images"] != len(self.data.views):  # the epochs may have other numbers of steps
             begun = self.step - self.epoch * (state["images"] // self.config.batch_size)
@@ -346,8 +394,11 @@ class _Run:
         """Write the checkpoint, unless something in it is no longer finite (RunError)."""
         self.check_finite()
         state = self.checkpoint()
-        parts = [("model", "a weight"), ("loss", "the temperature"), ("optimizer", "the optimizer")]
-        broken = [not _finite(state[key]) for key, _ in parts]
+        parts = [
+            ("model", "a weight"), ("loss", "the temperature"), ("optimizer", "the optimizer"),
+            ("ema", "an averaged weight"), ("scaler", "the scale of the loss"),
+        ]  # fmt: skip
+        broken = [not _finite(state.get(key)) for key, _ in parts]
         found = self.context.all_reduce_max(1 + broken.index(True) if any(broken) else 0)
         if found:
             self.fail(f"{parts[found - 1][1]} became infinite or NaN")
@@ -358,7 +409,7 @@ class _Run:
 
     def checkpoint(self) -> dict:
         """Collect the state of the run, besides the random generators'."""
-        return {
+        state = {
             "config": dataclasses.asdict(self.config),
             "model": self.net.state_dict(),
             "loss": self.loss.state_dict(),
@@ -371,6 +422,13 @@ class _Run:
             "metrics": self.metrics.length,
             "metrics_digest": self.metrics.hash.hexdigest(),
         }
+        if self.scaler.is_enabled():
+            state["scaler"] = self.scaler.state_dict()
+        if self.average:
+            state["ema"] = self.average.state_dict()
+        if self.best:
+            state["best"] = self.best
+        return state
 
     def check_finite(self) -> float:
         """Return the epoch's summed loss (synchronises); RunError if it is not finite."""
@@ -390,11 +448,21 @@ class _Run:
     def batches(self, stop: int):
         """Yield the micro-batches of every step up to ``stop``, counted over all epochs."""
         config, images, share = self.config, self.data.views, self.context.share
+        views = self.recipe.views
         if config.augment == "device":
             held = device_augmentation.images_on(self.device, images, config.image_size)
-            return device_augmentation.training_batches(held, config, self.step, stop, share)
-        augment, pin = augmentation(config.dataset, config.image_size), self.device.type == "cuda"
-        return training_batches(images, augment, config, self.step, stop, pin, share)
+            batches = device_augmentation.training_batches(
+                held, config, self.step, stop, share, views
+            )
+        else:
+            augment = augmentation(config.dataset, config.image_size)
+            pin = self.device.type == "cuda"
+            batches = training_batches(
+                images, augment, config, self.step, stop, pin, share=share, count=views
+            )
+        if not self.recipe.indexed:
+            return batches
+        return with_indices(batches, len(images), config, self.step, stop, share)
 
     def epochs(self, caught: list[int]) -> int | None:
         """Train to the end (None), or save and return the signal that turns up in ``caught``."""
@@ -454,17 +522,33 @@ class _Run:
             raise Stopped
 
     def log(self, **row) -> None:
-        if self.context.leads:
-            self.metrics.write(**row)
+        """Write a line of metrics.jsonl and tell the callbacks."""
+        if not self.context.leads:
+            return
+        self.metrics.write(**row)
+        kind, step = row.pop("kind"), row.pop("step")
+        for callback in self.callbacks:
+            if kind in ("step", "epoch"):
+                getattr(callback, f"on_{kind}")(step, row)
 
-    def embed(self, views):
-        """Map two uint8 views (n, C, H, W) to two embeddings (n, 128), in one forward pass."""
-        views = torch.cat([x.to(self.device, non_blocking=True) for x in views])
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"):
-            return self.forward(views).chunk(2)
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Tell the callbacks that training begins, and that it ends in whatever way."""
+        for callback in self.callbacks:
+            callback.on_begin(dataclasses.asdict(self.config), self.step)
+        try:
+            yield
+        finally:
+            for callback in self.callbacks:
+                callback.on_end()
 
-    def one_step(self, parts) -> tuple[torch.Tensor, float, float]:
-        """Take one optimizer step on micro-batches of uint8 views (n, C, H, W).
+    def embed(self, part: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map a micro-batch to two embeddings (n, 128)."""
+        with autocast(self.config, self.device):
+            return self.recipe.embed(part)
+
+    def one_step(self, parts: list[tuple]) -> tuple[torch.Tensor, float, float]:
+        """Take one optimizer step on micro-batches.
 
         Returns:
             Loss (), learning rate, and host seconds spent in the loss.
@@ -472,26 +556,42 @@ class _Run:
         lr = learning_rate(self.config, self.step, self.per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.recipe.before_step(self.step, self.per_epoch)
         self.optimizer.zero_grad(set_to_none=True)
         with peers(), self.embeddings_of_loss() as embeddings:
-            if len(parts) == 1:
-                value, in_loss = gradient.whole(self.embed, self.loss, parts[0])
-            else:
-                with gradient.undone(self.net, self.device, Stopped):
-                    value, in_loss = gradient.in_parts(
-                        self.net, self.embed, self.loss, parts, self.device, self.look
-                    )
+            value, in_loss = self.accumulate_gradients(parts)
         summary = None
         if embeddings:
             summary = self.loss.alpha_summary(*embeddings, k=1).scalars()
             summary |= batch_metrics(*embeddings).scalars()
-        self.context.average_gradients([*self.net.parameters(), *self.loss.parameters()])
-        self.optimizer.step()
+        self.context.average_gradients(self.parameters)
+        if self.config.clip:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.recipe.after_step()
+        if self.average:
+            self.average.update_parameters(self.net)
         self.loss_sum += value
         self.step += 1
         if summary is not None:
             self.log(kind="alpha", step=self.step, **summary)
         return value, lr, in_loss
+
+    def accumulate_gradients(self, parts: list[tuple]) -> tuple[torch.Tensor, float]:
+        """Compute the loss (), every gradient, and host seconds spent in the loss."""
+
+        def loss(z1, z2):
+            return self.recipe.value(z1, z2, parts)
+
+        scale = self.scaler.scale
+        if len(parts) == 1:
+            return gradient.whole(self.embed, loss, parts[0], scale)
+        with gradient.undone(self.net, self.device, Stopped):
+            return gradient.in_parts(
+                self.net, self.embed, loss, parts, self.device, self.look, scale
+            )
 
     @contextmanager
     def embeddings_of_loss(self):
@@ -526,86 +626,79 @@ class _Run:
             if self.device.type == "cpu":  # on a GPU the host's clock sees the launches only
                 row["loss_ms"] = 1000 * loss_seconds / counted
                 speed += f", {loss_seconds / seconds:.0%} of the time in the loss"
-        if config.learn_temperature:
-            row["temperature"] = next(self.loss.parameters()).item()
+        row |= self.recipe.measured()
+        if config.temperature_schedule != "constant":
+            row["temperature"] = temperature(config, self.step - 1, self.per_epoch)
         knn, probed = (
             due(number, every, config.epochs) for every in (config.eval_every, config.probe_every)
         )
         if knn or probed:
             self.save()  # a second Ctrl-C during the evaluation then loses nothing
-            if self.context.leads:
-                found = figures(self.net.encoder, self.data, knn=knn, probed=probed)
-                row.update(found)
-                for key, name in (("knn", "kNN"), ("probe", "probe")):
-                    text += f"  {name} {100 * found[key]:.1f} %" if key in found else ""
+            found = self.evaluate(knn, probed)
+            row.update(found)
+            for callback in self.callbacks:
+                callback.on_evaluation(self.step, {"epoch": number, **found})
+            text += shown(found)
         self.log(kind="epoch", epoch=number, step=self.step, **row)
         self.epoch = number
+        if knn or probed:
+            self.keep_best(found)
         self.loss_sum.zero_()
         self.save()
         if self.context.leads and (knn or probed or number == config.epochs):
             bar.write(text + speed)
 
+    def judged(self) -> torch.nn.Module:
+        """Return the network that evaluations use: the averaged one, if there is one."""
+        return self.average.module if self.average else self.net
 
-def _build_optimizer(config: Config, net: nn.Module, loss: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimizer; LARS and LAMB come from the package pytorch_optimizer."""
-    groups = [
-        {"params": [*net.parameters()], "weight_decay": config.weight_decay},
-        {"params": [*loss.parameters()], "weight_decay": 0.0},
-    ]
-    if config.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=config.lr)
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
-    try:
-        from pytorch_optimizer import LARS, Lamb
-    except ImportError as error:
+    def evaluate(self, knn: bool, probed: bool) -> dict:
+        """Score the network; only on rank 0, unless all ranks share the work, is there a result."""
+        context = ALONE
+        if self.config.eval_ranks == "all":
+            context = self.context
+            context.broadcast(self.judged().buffers())  # each rank has statistics of its own
+        elif not self.context.leads:
+            return {}
+        return self.score(knn, probed, self.data.scored, context)
+
+    def score(self, knn: bool, probed: bool, images: Dataset, context: ProcessContext) -> dict:
+        """Score the network on labelled ``images``, with what the recipe adds whenever kNN is due.
+
+        Captions are no labels for kNN or a probe.
+        """
+        net, found = self.judged(), {}
+        if self.config.dataset != "captions":
+            found = figures(
+                net.encoder, self.data, knn=knn, probed=probed, scored=images, context=context
+            )
+        return found | (self.recipe.figures(net, images) if knn else {})
+
+    def keep_best(self, found: dict) -> None:
+        """Keep the weights of the best evaluation on held-out images, the first of several."""
+        judged_by = "knn" if self.config.eval_every else "probe"
+        judged_by = "zero_shot" if "zero_shot" in found else judged_by
+        if not (self.config.validation and judged_by in found):
+            return
+        if found[judged_by] > self.best.get("accuracy", -1):
+            weights = {name: x.clone() for name, x in self.judged().state_dict().items()}
+            self.best = {"epoch": self.epoch, "accuracy": found[judged_by], "model": weights}
+
+
+def _check_shares(config: Config, processes: int) -> None:
+    """Raise RunError if a step cannot be shared by so many processes."""
+    if config.batch_size < processes:
         raise RunError(
-            f"--optimizer {config.optimizer} needs pytorch_optimizer ({error}): "
-            "pip install pytorch_optimizer"
-        ) from error
-    if config.optimizer == "lars":
-        return LARS(groups, lr=config.lr, momentum=0.9)
-    return Lamb(groups, lr=config.lr)
-
-
-def _build_loss(config: Config, device: torch.device, context: ProcessContext) -> nn.Module:
-    """Build the loss and try it on random embeddings, so bad settings fail before any write."""
-    temperature, limits = config.temperature, {}
-    if config.learn_temperature:
-        temperature = nn.Parameter(torch.tensor(config.temperature, device=device))
-        limits = {"temperature_range": (0.01, 100.0)}
-    dtype = torch.bfloat16 if config.amp == "bf16" else torch.float32
-    generator = torch.Generator().manual_seed(0)
-    try:
-        loss = FusedAlphaCLLoss(
-            config.objective,
-            temperature=temperature,
-            negatives=config.negatives,
-            backend=config.backend,
-            process_group="world" if context.size > 1 else None,
-            **limits,
-            **config.option,
-        ).to(device)
-        z = torch.randn(2, min(config.batch_size, TRIAL_PAIRS), 128, generator=generator)
-        loss(*z.to(device, dtype).requires_grad_().unbind()).backward()
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise RunError(_loss_problem(config, " ".join(str(error).split()))) from error
-    loss.zero_grad(set_to_none=True)
-    return loss
-
-
-def _loss_problem(config: Config, text: str) -> str:
-    """Name the flag that an error of the loss is about."""
-    name = text.split()[0]
-    if name == "temperature" and "require grad" in text:
-        return f"--learn-temperature: {text}"
-    if name in ("temperature", "negatives", "backend"):
-        return flag(name) + text.removeprefix(name)
-    if name == "options" or {*text.replace("=", " ").split()} & {*config.option}:
-        return f"--option: {text}"
-    used = {name: getattr(config, name) for name in ("objective", "temperature", "backend")}
-    flags = " ".join(f"{flag(name)} {value}" for name, value in used.items())
-    return f"the loss cannot be used with {flags}: {text}"
+            f"--batch-size must be at least the number of processes, {processes}, "
+            f"got {config.batch_size}"
+        )
+    smallest, largest = config.batch_size // processes, -(-config.batch_size // processes)
+    size = config.micro_batch or largest
+    if config.norm == "sync" and -(-smallest // size) < -(-largest // size):
+        raise RunError(
+            f"--norm sync needs equal numbers of micro-batches on all {processes} processes, got "
+            f"--micro-batch {size} for {smallest} and {largest} images"
+        )
 
 
 def _check_empty(out: Path) -> None:

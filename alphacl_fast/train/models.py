@@ -41,7 +41,7 @@ class Net(nn.Module):
         self.projector = nn.Sequential(
             nn.Linear(encoder.out_dim, hidden),
             nn.BatchNorm1d(hidden, affine=False)
-            if norm == "batch"
+            if norm != "group"
             else nn.LayerNorm(hidden, elementwise_affine=False),
             nn.ReLU(inplace=True),
             nn.Linear(hidden, out_dim),
@@ -59,7 +59,7 @@ def build(config: Config) -> Net:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         mean, std = STATISTICS[config.dataset]
-        norm = {"batch": nn.BatchNorm2d, "group": _group_norm}[config.norm]
+        norm = _group_norm if config.norm == "group" else nn.BatchNorm2d
         small = config.encoder == "small"
         body, planes = (_small if small else _resnet)(config, len(mean), norm)
         cells = 2 if small else 1  # digits differ in where their strokes are

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -97,6 +98,29 @@ class ProcessContext:
         for parameter, grad, part in zip(parameters, grads, parts, strict=True):
             parameter.grad = grad.copy_(part.view(grad.shape))
 
+    def gather(self, rows: torch.Tensor, total: int) -> torch.Tensor:
+        """Join the ranks' shares (n_r, …) of ``total`` rows, in the order of the ranks."""
+        if self.size == 1:
+            return rows
+        group = self.group_of(rows)
+        bounds = [total * rank // self.size for rank in range(self.size + 1)]
+        sizes = [stop - start for start, stop in pairwise(bounds)]
+        with peers():
+            padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+            padded[: len(rows)] = rows
+            parts = [torch.empty_like(padded) for _ in sizes]
+            dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def sum(self, number: int) -> int:
+        """Return the sum of all ranks' ``number``."""
+        if self.size == 1:
+            return number
+        total = torch.tensor(number)
+        with peers():
+            dist.all_reduce(total, group=self.on_cpu)
+        return int(total)
+
     def all_reduce_max(self, number: int) -> int:
         """Return the largest ``number`` of all ranks."""
         if self.size == 1:
@@ -105,6 +129,33 @@ class ProcessContext:
         with peers():
             dist.all_reduce(largest, dist.ReduceOp.MAX, self.on_cpu)
         return int(largest)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over the ranks; its derivative sums their gradients."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, group) -> torch.Tensor:
+        ctx.group, x = group, x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+def sum_over_ranks(x: torch.Tensor, context: ProcessContext) -> torch.Tensor:
+    """Sum a tensor over the ranks, differentiably.
+
+    Every rank's gradient with respect to its own ``x`` is that of the sum of what the ranks make
+    of the result. A loss that all ranks share therefore has, after averaging, its own gradient.
+    """
+    if context.size == 1:
+        return x
+    return _SumOverRanks.apply(x, context.group_of(x))
 
 
 @contextmanager

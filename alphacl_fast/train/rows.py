@@ -33,4 +33,4 @@ ROWS = {
 #: Default rows; the others nearly repeat ``alpha_direct`` and ``uniform``.
 DEFAULT_ROWS = tuple(name for name in ROWS if name not in ("alpha_direct_raw", "alpha_gamma"))
 # Fields that differ between the runs of a table, or make no sense for most rows.
-OF_A_ROW = ("objective", "option", "seed", "learn_temperature")
+OF_A_ROW = ("recipe", "objective", "option", "seed", "learn_temperature")

@@ -1698,5 +1698,80 @@ plant(
         "setattr(layer, name, buffer.clone())",
         "pass",
         "tests/test_micro_batch.py::test_batch_normalisation_is_updated_once_for_each_micro_batch",
+# --- the trainer ----------------------------------------------------------------------------------
+
+plant(
+    "alphacl_fast/train/storage.py",
+    (
+        "checkpoints: the digest is not compared",
+        "good = comment == _MARK + hasher(body).hexdigest().encode()",
+        "good = True",
+        "tests/test_train.py::test_a_damaged_checkpoint_falls_back_to_the_one_before[0.3]",
+    ),
+    (
+        "locks: two processes may hold one",
+        "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)",
+        "tests/test_train.py::test_one_process_at_a_time_uses_a_run",
+    ),
+    (
+        "older checkpoints: the newest of them overwrites the others",
+        "for age in range(keep - 1, 1, -1):",
+        "for age in range(keep - 1, 2, -1):",
+        "tests/test_train.py::test_checkpoints_are_kept_in_order",
+    ),
+)
+plant(
+    "alphacl_fast/train/loop.py",
+    (
+        "resuming: the averaged weights begin again",
+        'self.average.load_state_dict(state["ema"])',
+        "pass",
+        "tests/test_train_features.py::test_all_of_it_resumes_bit_for_bit",
+    ),
+    (
+        "resuming: the scale of float16 begins again",
+        'self.scaler.load_state_dict(state.get("scaler", {}))',
+        "pass",
+        "tests/test_train_features.py::test_all_of_it_resumes_bit_for_bit",
+    ),
+    (
+        "held-out images: the worst evaluation is kept",
+        "if found[judged_by] > self.best.get(",
+        "if found[judged_by] < self.best.get(",
+        "tests/test_train_features.py::test_the_test_images_are_scored_once_with_the_best_weights",
+    ),
+)
+plant(
+    "alphacl_fast/train/moco.py",
+    (
+        "queue: new keys always replace the first ones",
+        "self.place.copy_((self.place + len(keys)) % rows)",
+        "self.place.copy_(self.place % rows)",
+        "tests/test_train_recipes.py::test_the_queue_keeps_the_latest_keys_in_a_ring",
+    ),
+    (
+        "momentum encoder: the decay is that of the other network",
+        "ours, 1 - momentum)",
+        "ours, momentum)",
+        "tests/test_train_recipes.py::test_keys_follow_and_have_no_gradient",
+    ),
+)
+plant(
+    "alphacl_fast/train/process_context.py",
+    (
+        "sums over ranks: the derivative is this rank's alone",
+        "dist.all_reduce(grad, group=ctx.group)",
+        "pass",
+        "tests/test_train_features.py::test_synchronised_normalisation_is_that_of_the_whole_batch[2]",
+    ),
+)
+plant(
+    "alphacl_fast/train/data.py",
+    (
+        "held-out images are trained on",
+        "for index in range(len(images)) if index not in gone]",
+        "for index in range(len(images))]",
+        "tests/test_train_features.py::test_held_out_images_are_neither_trained_on_nor_tested",
     ),
 )
