@@ -68,3 +68,11 @@ def in_blocks(
             for block in blocks
         ]
     return torch.cat(parts)
+
+
+def class_ids(*labels: Tensor) -> tuple[Tensor, ...]:
+    """Labels as integers that are equal where the labels are; those of one call belong together."""
+    if not any(x.is_floating_point() for x in labels):
+        return tuple(x.long() for x in labels)
+    _, ids = torch.unique(torch.cat(labels), return_inverse=True)
+    return ids.split([len(x) for x in labels])
