@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .. import functional, shared_rows
 from ..call import without_autocast
 
 #: The pairs of a block of `in_blocks`: 16 MiB of float32 similarities.
@@ -32,6 +33,16 @@ def world(wanted: bool) -> str | None:
     """The process group of a loss that is to meet all processes; one process needs none."""
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return "world" if wanted and several else None
+
+
+def everyone(rows: Tensor, group: str | None) -> tuple[Tensor, int]:
+    """The rows of all processes, which receive the gradients of all, and where one's own begin."""
+    if group is None:
+        return rows, 0
+    made = functional.make_group(group, "auto")
+    text = f"D={rows.shape[1]}, dtype={rows.dtype}"
+    sharing = shared_rows.agree(made, text, (len(rows),), None)
+    return sharing.share(rows, 0)[0], sharing.place(0).start
 
 
 def own_ids(rows: Tensor, group: str | None) -> Tensor:

@@ -10,13 +10,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import functional, shared_rows
+from .. import functional
 from ..autograd import unit_rows
 from ..explicit_negatives import loss_against
 from ..functional import alpha_cl_loss
 from ..objectives import infonce
 from ..zoo import macl
-from .entry import own_ids, promoted, world
+from .entry import everyone, own_ids, promoted, world
 
 _LOG_SUM = infonce(epsilon=0.0)
 _EPS = 1e-8
@@ -90,10 +90,7 @@ class MemoryBankModule(nn.Module):
     @torch.no_grad()
     def _enqueue(self, rows: Tensor) -> None:
         """Overwrite the bank from the pointer on; drop rows beyond its end and start over."""
-        if world(self.gather_distributed):
-            group = functional.make_group("world", "auto")
-            sharing = shared_rows.agree(group, f"bank of {self.size}", (len(rows),), None)
-            rows = sharing.gather(rows, 0)
+        rows, _ = everyone(rows, world(self.gather_distributed))
         if rows.is_meta:
             return
         start = int(self.bank_ptr)
