@@ -263,7 +263,9 @@ TABLE = [
     ),
     Contract("open_clip:SigLipLoss", "open_clip.loss:SigLipLoss", towers, towers=2),
     *(
-        Contract(f"pytorch_metric_learning:{name}", f"{PML}:{name}", rows_and_labels, call, settings)
+        Contract(
+            f"pytorch_metric_learning:{name}", f"{PML}:{name}", rows_and_labels, call, settings
+        )
         for name, settings in (
             ("NTXentLoss", ({}, {"temperature": 0.5})),
             ("SupConLoss", ({}, {"temperature": 0.5})),

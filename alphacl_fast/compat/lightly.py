@@ -125,7 +125,9 @@ class NTXentLoss(nn.Module):
     ) -> None:
         super().__init__()
         if not abs(temperature) >= _EPS:
-            raise ValueError(f"temperature must have a magnitude of 1e-8 or more, got {temperature}")
+            raise ValueError(
+                f"temperature must have a magnitude of 1e-8 or more, got {temperature}"
+            )
         _check_gather(gather_distributed)
         self.memory_bank = MemoryBankModule(memory_bank_size, gather_distributed)
         self.temperature, self.gather_distributed = temperature, gather_distributed

@@ -154,9 +154,7 @@ def multi_similarity(
     return pull / alpha + push / beta
 
 
-def circle(
-    t: Tensor, positives: Tensor, negatives: Tensor, margin: float, gamma: float
-) -> Tensor:
+def circle(t: Tensor, positives: Tensor, negatives: Tensor, margin: float, gamma: float) -> Tensor:
     """(b,) log(1 + Σ_n exp(γ·a_in·(t_in − m))·Σ_p exp(−γ·a_ip·(t_ip − 1 + m))).
 
     a_in = max(t_in + m, 0) and a_ip = max(1 + m − t_ip, 0) are constants of the gradient.

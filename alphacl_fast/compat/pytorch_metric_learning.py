@@ -166,8 +166,10 @@ class _PairLoss:
             return True
         reducer = getattr(reducer, "reducers", {"loss": reducer})["loss"]
         known = type(reducer).__name__ == self.DEFAULT_REDUCER
-        return known and not reducer.collect_stats and type(reducer).__module__.startswith(
-            "pytorch_metric_learning."
+        return (
+            known
+            and not reducer.collect_stats
+            and type(reducer).__module__.startswith("pytorch_metric_learning.")
         )
 
     def _zero(self, call: _Call) -> LossDict:
@@ -259,9 +261,7 @@ def _ids(
     for name, x, z in (("labels", labels, rows), ("ref_labels", ref_labels, others)):
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         if got != tuple(z.shape[:1]):
-            raise ValueError(
-                f"{name} must be a tensor of shape {tuple(z.shape[:1])}, got {got}"
-            )
+            raise ValueError(f"{name} must be a tensor of shape {tuple(z.shape[:1])}, got {got}")
     if ref_labels is labels:
         (ids,) = class_ids(labels.to(rows.device))
         return ids, ids

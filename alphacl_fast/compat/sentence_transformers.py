@@ -24,13 +24,6 @@ from ..functional import alpha_cl_loss, zero_with_graph
 from ..objectives import infonce
 from .entry import everyone, in_blocks, own_ids, promoted, world
 
-__all__ = [
-    "CachedMultipleNegativesRankingLoss",
-    "GISTEmbedLoss",
-    "MultipleNegativesRankingLoss",
-    "MultipleNegativesSymmetricRankingLoss",
-]
-
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 HARDNESS_MODES = (None, "in_batch_negatives", "hard_negatives", "all_negatives")
 _SIMILARITIES = {"cos_sim": "cosine", "dot_score": "dot"}
@@ -183,9 +176,7 @@ class MultipleNegativesRankingLoss(nn.Module):
             set(self.directions) == {"query_to_doc", "doc_to_query"}
             and self.partition_mode == "per_direction"
         )
-        return (
-            len(columns) == 2 and group is None and not self._strength() and one_softmax_each
-        )
+        return len(columns) == 2 and group is None and not self._strength() and one_softmax_each
 
     def _strength(self, *modes: str) -> float:
         """The hardness strength if it is used, or used for negatives of one of the modes."""
@@ -252,9 +243,7 @@ class MultipleNegativesRankingLoss(nn.Module):
             x, d = queries[block], positives[block]
             similarities, own_docs = self.similarity_fct(x, docs), groups == mine
             strength = torch.where(own_docs, near * ~is_positive, far)
-            parts = {
-                "query_to_doc": self.scale * similarities + strength * similarities.detach()
-            }
+            parts = {"query_to_doc": self.scale * similarities + strength * similarities.detach()}
             own = parts["query_to_doc"].gather(1, mine)
             if "query_to_query" in self.directions:
                 logits = self.scale * self.similarity_fct(x, everyones_queries)
@@ -397,7 +386,7 @@ _CITATIONS = {
     "all directions": """
 @misc{li2023generaltextembeddingsmultistage,
       title={Towards General Text Embeddings with Multi-stage Contrastive Learning},
-      author={Zehan Li and Xin Zhang and Yanzhao Zhang and Dingkun Long and Pengjun Xie and Meishan Zhang},
+      author={Zehan Li and Xin Zhang and Yanzhao Zhang and others},
       year={2023},
       eprint={2308.03281},
       archivePrefix={arXiv},

@@ -6,6 +6,7 @@ they replace is the loss of the embeddings.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -156,8 +157,7 @@ class GISTEmbedLoss(_package.GISTEmbedLoss):
             guide = promoted(*_gist.embed_columns(self.guide, guided))
         if len(embeddings) not in (2, 3):
             raise ValueError(
-                "sentence_features must have 2 columns, or 3 with negatives, got "
-                f"{len(embeddings)}"
+                f"sentence_features must have 2 columns, or 3 with negatives, got {len(embeddings)}"
             )
         functional.check_embeddings(*embeddings[:2], fewest=1)
         own, offset = [unit_rows(x) for x in embeddings], 0
@@ -215,6 +215,6 @@ class GISTEmbedLoss(_package.GISTEmbedLoss):
         tokens = column["input_ids"]
         if "cu_seq_lens_q" in column:  # all sequences follow each other in one
             ends, flat = column["cu_seq_lens_q"].tolist(), tokens[0].tolist()
-            tokens = [flat[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+            tokens = [flat[a:b] for a, b in itertools.pairwise(ends)]
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return _gist.batch_to_device(self.guide.preprocess(texts), self.guide.device)
