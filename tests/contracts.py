@@ -292,7 +292,7 @@ TABLE = [
         "sentence_transformers:CachedMultipleNegativesRankingLoss",
         f"{ST}:CachedMultipleNegativesRankingLoss", columns(3), embedded,
         tuple({**settings, "mini_batch_size": 2} for settings in RANKING[::3]),
-        lambda: (Embeddings(),), parameters=OURS_COS_SIM,
+        lambda: (Embeddings(),),
     ),
     *(
         Contract(

@@ -304,7 +304,7 @@ def test_no_package_is_needed():
     for name, value in zip(METRIC, values, strict=True):
         assert float(value) == getattr(pytorch_metric_learning, name)()(z, labels).item()
     assert distance == "distance must be None without pytorch-metric-learning installed"
-    assert guide == "GISTEmbedLoss needs sentence-transformers, with which it embeds"
+    assert guide == "GISTEmbedLoss needs sentence-transformers 6 or newer, with which it embeds"
 
 
 def test_what_is_not_served_is_said():

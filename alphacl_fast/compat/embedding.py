@@ -7,7 +7,7 @@ they replace is the loss of the embeddings.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..autograd import unit_rows
 from .entry import in_blocks, promoted
-from .sentence_transformers import MultipleNegativesRankingLoss, cos_sim
+from .ranking import MultipleNegativesRankingLoss
 
 
 class CachedMultipleNegativesRankingLoss(_package.CachedMultipleNegativesRankingLoss):
@@ -26,50 +26,15 @@ class CachedMultipleNegativesRankingLoss(_package.CachedMultipleNegativesRanking
 
     The package embeds; the loss of all embeddings is computed at once, in O(n·D) memory.
 
-    Args:
-        model: a SentenceTransformer.
-        scale: 1/τ, the factor of the similarities.
-        similarity_fct: as `MultipleNegativesRankingLoss`.
-        mini_batch_size: rows that are embedded at once.
-        mini_batch_num_tokens: tokens that are embedded at once, instead of rows.
-        gather_across_devices: as `MultipleNegativesRankingLoss`.
-        directions: as there.
-        partition_mode: as there.
-        show_progress_bar: whether a bar shows how far the embedding is.
-        hardness_mode: as `MultipleNegativesRankingLoss`.
-        hardness_strength: as there.
+    It takes the arguments of the package's class: those of `MultipleNegativesRankingLoss`, and
+    mini_batch_size, mini_batch_num_tokens and show_progress_bar, which say how much is embedded at
+    once.
 
     Raises:
         ValueError: an argument is out of range, or a model whose inputs cannot be cut into parts.
 
     Source: arXiv:2101.06983.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        scale: float = 20.0,
-        similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
-        mini_batch_size: int = 32,
-        mini_batch_num_tokens: int | None = None,
-        gather_across_devices: bool = False,
-        directions: Sequence[str] = ("query_to_doc",),
-        partition_mode: str = "joint",
-        show_progress_bar: bool = False,
-        hardness_mode: str | None = None,
-        hardness_strength: float = 0.0,
-    ) -> None:
-        settings = {
-            "scale": scale, "similarity_fct": similarity_fct,
-            "gather_across_devices": gather_across_devices, "directions": directions,
-            "partition_mode": partition_mode, "hardness_mode": hardness_mode,
-            "hardness_strength": hardness_strength,
-        }  # fmt: skip
-        super().__init__(
-            model, mini_batch_size=mini_batch_size, mini_batch_num_tokens=mini_batch_num_tokens,
-            show_progress_bar=show_progress_bar, **settings,
-        )  # fmt: skip
-        self.loss = MultipleNegativesRankingLoss(model, **settings)
 
     def calculate_loss(
         self,
@@ -88,7 +53,10 @@ class CachedMultipleNegativesRankingLoss(_package.CachedMultipleNegativesRanking
         Returns:
             (); a constant if the gradients were computed.
         """
-        loss = self.loss.compute_loss_from_embeddings([torch.cat(parts) for parts in reps])
+        # a setting of a later release, which ours does not know, is a TypeError here
+        settings = self.loss.get_config_dict() | {"similarity_fct": self.loss.similarity_fct}
+        ours = MultipleNegativesRankingLoss(**settings)
+        loss = ours.compute_loss_from_embeddings([torch.cat(parts) for parts in reps])
         if not with_backward:
             return loss
         loss.backward()
