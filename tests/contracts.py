@@ -27,6 +27,23 @@ def package(name: str) -> Any:
 
 
 @dataclass(frozen=True)
+class OverRanks:
+    """Flags of a loss over two processes under DistributedDataParallel.
+
+    Attributes:
+        text: the flags, as docs/compat.md writes them.
+        settings: what the constructors get.
+        ratio: our gradient of the encoders over theirs; None: they differ in direction.
+        wrapped: the flag ``efficient`` of pytorch-metric-learning's DistributedLossWrapper.
+    """
+
+    text: str
+    settings: dict[str, Any]
+    ratio: float | None = 1.0
+    wrapped: bool | None = None
+
+
+@dataclass(frozen=True)
 class Contract:
     """An adapter and what it replaces.
 
@@ -41,6 +58,7 @@ class Contract:
         parameters: parameter → why its default, or its place, is another one in ours.
         small: pairs → why ours gives something else than the package.
         other: attribute → why it is missing in ours.
+        ranks: flags to compare over processes.
     """
 
     ours: str
@@ -53,6 +71,7 @@ class Contract:
     parameters: dict[str, str] = field(default_factory=dict)
     small: dict[int, str] = field(default_factory=dict)
     other: dict[str, str] = field(default_factory=dict)
+    ranks: tuple[OverRanks, ...] = ()
 
     @property
     def name(self) -> str:
@@ -210,6 +229,39 @@ class DenseSupCon(nn.Module):
         return -mean[:anchors].mean() * (self.temperature / self.base_temperature)
 
 
+# --- flags over processes -------------------------------------------------------------------------
+
+
+def gathered(name: str, **settings: Any) -> OverRanks:
+    """A flag that gathers the rows of all processes, with other settings."""
+    others = (f"{key}={getattr(x, '__name__', repr(x))}" for key, x in settings.items())
+    return OverRanks(f"`{', '.join([f'{name}=True', *others])}`", {name: True, **settings})
+
+
+def over_lightly(*others: dict[str, Any]) -> tuple[OverRanks, ...]:
+    return tuple(gathered("gather_distributed", **settings) for settings in ({}, *others))
+
+
+CLIP = tuple(
+    OverRanks(
+        f"`local_loss={local}, gather_with_grad={with_grad}`",
+        {"local_loss": local, "gather_with_grad": with_grad},
+        ratio,
+    )
+    for local, with_grad, ratio in (
+        (False, False, 2.0), (False, True, 1.0), (True, False, None), (True, True, 1.0),
+    )
+)  # fmt: skip
+SIGLIP = tuple(
+    OverRanks(f'`dist_impl="{name}"`', {"dist_impl": name})
+    for name in ("bidir", "shift", "reduce", "gather")
+)
+WRAPPED = tuple(
+    OverRanks(f"in `DistributedLossWrapper(efficient={efficient})`", {}, wrapped=efficient)
+    for efficient in (False, True)
+)
+
+
 # --- the table ------------------------------------------------------------------------------------
 
 ONE_PAIR = "the package's loss is −inf without negatives; ours is 0"
@@ -227,6 +279,15 @@ RANKING = (
         "hardness_mode": "all_negatives", "hardness_strength": 2.0,
     },
 )  # fmt: skip
+OVER_ST = (
+    gathered("gather_across_devices"),
+    OverRanks(
+        "`gather_across_devices=True`, all directions",
+        {"gather_across_devices": True, "directions": DIRECTIONS},
+    ),
+    gathered("gather_across_devices", hardness_mode="all_negatives", hardness_strength=5.0),
+    gathered("gather_across_devices", similarity_fct=manhattan, scale=1.0),
+)
 GIST = (
     {},
     {"margin": 0.1, "margin_strategy": "relative", "contrast_anchors": False},
@@ -244,14 +305,16 @@ TABLE = [
             {}, {"temperature": 0.07}, {"temperature": -1.0}, {"gather_distributed": True},
             {"memory_bank_size": (16, 6)}, {"memory_bank_size": (16, 6), "temperature": -1.0},
         ),
+        ranks=over_lightly({"temperature": -1.0}, {"memory_bank_size": (16, 6)}),
     ),
     Contract(
         "lightly:DCLLoss", "lightly.loss:DCLLoss", views, towers=2, small={1: ONE_PAIR},
         settings=({}, {"weight_fn": squared_distance}, {"gather_distributed": True}),
+        ranks=over_lightly({"weight_fn": squared_distance}),
     ),
     Contract(
         "lightly:DCLWLoss", "lightly.loss:DCLWLoss", views, towers=2, small={1: ONE_PAIR},
-        settings=({}, {"sigma": 0.2}),
+        settings=({}, {"sigma": 0.2}), ranks=over_lightly(),
     ),
     Contract(
         "lightly:MACLLoss", "lightly.loss:MACLLoss", views, towers=2,
@@ -259,12 +322,13 @@ TABLE = [
     ),
     Contract(
         "open_clip:ClipLoss", "open_clip.loss:ClipLoss", towers, towers=2,
-        settings=({}, {"cache_labels": True, "local_loss": True}),
+        settings=({}, {"cache_labels": True, "local_loss": True}), ranks=CLIP,
     ),
-    Contract("open_clip:SigLipLoss", "open_clip.loss:SigLipLoss", towers, towers=2),
+    Contract("open_clip:SigLipLoss", "open_clip.loss:SigLipLoss", towers, towers=2, ranks=SIGLIP),
     *(
         Contract(
-            f"pytorch_metric_learning:{name}", f"{PML}:{name}", rows_and_labels, call, settings
+            f"pytorch_metric_learning:{name}", f"{PML}:{name}", rows_and_labels, call, settings,
+            ranks=WRAPPED if call is without_reference else (),
         )
         for name, settings in (
             ("NTXentLoss", ({}, {"temperature": 0.5})),
@@ -280,6 +344,7 @@ TABLE = [
             "sentence_transformers:MultipleNegativesRankingLoss",
             f"{ST}:MultipleNegativesRankingLoss", columns(count), embedded, RANKING,
             lambda: (Embeddings(),), towers=count, parameters=NO_MODEL | OURS_COS_SIM,
+            ranks=OVER_ST if count == 4 else OVER_ST[:1],
         )
         for count in (2, 4)
     ),
@@ -287,6 +352,7 @@ TABLE = [
         "sentence_transformers:MultipleNegativesSymmetricRankingLoss",
         f"{ST}:MultipleNegativesSymmetricRankingLoss", columns(3), embedded,
         arguments=lambda: (Embeddings(),), towers=3, parameters=NO_MODEL | OURS_COS_SIM,
+        ranks=OVER_ST[:1],
     ),
     Contract(
         "sentence_transformers:CachedMultipleNegativesRankingLoss",
@@ -297,7 +363,7 @@ TABLE = [
     *(
         Contract(
             "sentence_transformers:GISTEmbedLoss", f"{ST}:GISTEmbedLoss", columns(count), embedded,
-            GIST, model_and_guide, towers=count,
+            GIST, model_and_guide, towers=count, ranks=OVER_ST[:1],
         )
         for count in (2, 3)
     ),

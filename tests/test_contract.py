@@ -4,10 +4,13 @@ The package itself is the truth, in float64.
 """
 
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from contracts import TABLE
+from ranks import forked
 from torch import nn
 
 pytestmark = pytest.mark.xdist_group("packages")  # they take seconds to import
@@ -132,3 +135,86 @@ def test_dtypes_mixed_under_autocast(contract):
         assert value.dtype == torch.float32
         truth, _ = run(contract, theirs, [x.double() for x in mixed])
         assert abs(value - truth) <= 2e-3 * max(1, abs(truth)), settings
+
+
+# --- two processes --------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    """A loss behind one linear layer for each tower; numbers, as a scale, are parameters."""
+
+    def __init__(self, contract, loss, tensors):
+        super().__init__()
+        torch.manual_seed(0)
+        self.contract, self.loss = contract, [loss]  # no module of this one
+        self.layers = nn.ModuleList(
+            nn.Linear(x.shape[1], x.shape[1], dtype=x.dtype) if is_tower(x) else nn.Identity()
+            for x in tensors
+        )
+        self.numbers = nn.ParameterList(x.clone() for x in tensors if not x.dim())
+
+    def forward(self, tensors):
+        numbers = iter(self.numbers)
+        made = [
+            layer(x) if x.dim() else next(numbers)
+            for layer, x in zip(self.layers, tensors, strict=True)
+        ]
+        return self.contract.call(*self.loss, made)
+
+
+def is_tower(x):
+    return x.dim() > 0 and x.is_floating_point()
+
+
+def gradients(contract, loss, tensors):
+    """The loss of this process; the gradients of encoders and of numbers after the second step."""
+    model = nn.parallel.DistributedDataParallel(Model(contract, loss, tensors))
+    mine = [x[dist.get_rank() :: 2] if x.dim() else x for x in tensors]
+    for _ in range(2):  # a parameter without a gradient stops the second one
+        model.zero_grad()
+        value = model(mine)
+        value.backward()
+    parts = [
+        torch.cat([p.grad.flatten() for p in part.parameters()] or [torch.ones(1)])
+        for part in (model.module.layers, model.module.numbers)
+    ]
+    return value.detach(), *parts
+
+
+def compare_over_ranks(places):
+    """What ours gives next to what the package gives, for flags of entries of the table."""
+    results = []
+    for k, j in places:
+        contract, flags = TABLE[k], TABLE[k].ranks[j]
+        settings = dict(flags.settings)
+        if contract.ours.startswith("open_clip"):
+            settings |= {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
+        losses, tensors = alike(contract, settings), contract.inputs(8)
+        for buffer in (x for loss in losses for x in loss.buffers()):
+            dist.broadcast(buffer, 0)
+        if flags.wrapped is not None:
+            from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
+
+            losses = [DistributedLossWrapper(loss, flags.wrapped) for loss in losses]
+        losses[0].load_state_dict(losses[1].state_dict())
+        results.append([gradients(contract, loss, tensors) for loss in losses])
+    return results
+
+
+def test_processes_share_a_batch_as_theirs_do():
+    """Losses are the package's on every process, and the gradients have the listed ratios."""
+    for contract in CLASSES:
+        contract.classes()  # imported here, once for both processes
+    places = [(k, j) for k, contract in enumerate(TABLE) for j in range(len(contract.ranks))]
+    page = (Path(__file__).parent.parent / "docs" / "compat.md").read_text()
+    for of_rank in forked(2, compare_over_ranks, places):
+        for (k, j), (ours, theirs) in zip(places, of_rank, strict=True):
+            contract, flags = TABLE[k], TABLE[k].ranks[j]
+            torch.testing.assert_close(ours[0], theirs[0], rtol=1e-9, atol=1e-12)
+            ratio = "another direction" if flags.ratio is None else f"{flags.ratio:g}"
+            assert f"| `{contract.name}` | {flags.text} | {ratio} |" in page
+            if flags.ratio is None:
+                assert (ours[1] - theirs[1]).norm() > 0.1 * ours[1].norm()
+                continue
+            torch.testing.assert_close(ours[1], flags.ratio * theirs[1], rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(ours[2], theirs[2], rtol=1e-9, atol=1e-12)
