@@ -35,12 +35,13 @@ class MemoryBankModule(nn.Module):
     The buffers ``bank`` and ``bank_ptr`` are no part of the ``state_dict``, as in the package.
 
     Args:
-        size: (rows, features) of the bank; 0 keeps no bank.
+        size: (rows, features) of the bank; 0 keeps no bank. A number of rows alone, which releases
+            before 1.6 take, leaves the features to the first batch.
         gather_distributed: whether the rows of all processes enter the bank.
         feature_dim_first: whether the bank is returned as (features, rows).
 
     Raises:
-        ValueError: a size that is neither 0 nor two numbers ≥ 0.
+        ValueError: a size that is neither one number ≥ 0 nor two.
     """
 
     def __init__(
@@ -51,12 +52,13 @@ class MemoryBankModule(nn.Module):
     ) -> None:
         super().__init__()
         shape = (size,) if isinstance(size, int) else tuple(size)
-        if shape != (0,) and (len(shape) != 2 or min(shape) < 0):
-            raise ValueError(f"memory_bank_size must be 0 or (rows, features), got {size!r}")
+        if len(shape) not in (1, 2) or min(shape) < 0:
+            raise ValueError(
+                f"memory_bank_size must be a number of rows ≥ 0 or (rows, features), got {size!r}"
+            )
         self.size, self.gather_distributed = shape, gather_distributed
         self.feature_dim_first = feature_dim_first
-        bank = torch.zeros(shape) if shape == (0,) else F.normalize(torch.randn(shape), dim=-1)
-        self.register_buffer("bank", bank, persistent=False)
+        self.register_buffer("bank", self._first_rows(*shape), persistent=False)
         self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.long), persistent=False)
 
     def forward(
@@ -74,11 +76,19 @@ class MemoryBankModule(nn.Module):
         """
         if self.size[0] == 0:
             return output, None
+        if self.bank.dim() == 1:
+            self.bank = self._first_rows(self.size[0], output.shape[1])
         # A copy, because this step's rows replace some of the bank's before the backward.
         bank = self._bank_on(output.device).clone()
         if update:
             self._enqueue(output.detach())
         return output, bank.t() if self.feature_dim_first else bank
+
+    @staticmethod
+    def _first_rows(rows: int, features: int | None = None) -> Tensor:
+        if features is None:
+            return torch.zeros(rows)
+        return F.normalize(torch.randn(rows, features), dim=1)
 
     def _bank_on(self, device: torch.device) -> Tensor:
         """The bank, which moves to the rows' device; a device without values keeps none of it."""
@@ -104,8 +114,8 @@ class NTXentLoss(nn.Module):
 
     Args:
         temperature: temperature τ with |τ| ≥ 1e-8; with a negative one the positive repels.
-        memory_bank_size: (rows, features) of the bank of earlier second views; 0 uses no bank, and
-            the negatives come from the batch.
+        memory_bank_size: (rows, features) of the bank of earlier second views, or rows alone; 0
+            uses no bank, and the negatives come from the batch.
         gather_distributed: whether the negatives come from the batches of all processes, or, with
             a bank, whether the rows of all processes enter it. One process is a world of its own.
             A process returns the mean over its own rows; the gradient is exact after DDP's

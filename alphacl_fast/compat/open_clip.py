@@ -196,6 +196,7 @@ class SigLipLoss(nn.Module):
             process returns the mean over its own images, and the gradient is exact after DDP's
             averaging.
         dist_impl: "bidir", "shift", "reduce", "gather" or None; changes nothing.
+        chunk_size: changes nothing: the matrix of logits is never stored.
 
     Raises:
         ValueError: another dist_impl.
@@ -209,13 +210,14 @@ class SigLipLoss(nn.Module):
         rank: int = 0,
         world_size: int = 1,
         dist_impl: str | None = None,
+        chunk_size: int = 0,
     ) -> None:
         super().__init__()
         known = ("bidir", "shift", "reduce", "gather")
         if dist_impl is not None and dist_impl not in known:
             raise ValueError(f"dist_impl must be None or one of {known}, got {dist_impl!r}")
         self.cache_labels, self.rank, self.world_size = cache_labels, rank, world_size
-        self.dist_impl = dist_impl or "bidir"
+        self.dist_impl, self.chunk_size = dist_impl or "bidir", chunk_size
         self.prev_num_logits, self.labels = 0, {}
 
     def get_ground_truth(
