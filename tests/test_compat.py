@@ -315,7 +315,7 @@ def test_what_is_not_served_is_said():
         (lambda: lightly.NTXentLoss(0.0), "temperature must have a magnitude of 1e-8 or more"),
         (
             lambda: lightly.NTXentLoss(0.5, (50, 4, 2)),
-            r"memory_bank_size must be a number of rows ≥ 0 or \(rows, features\), got \(50, 4, 2\)",
+            r"memory_bank_size must be .* or \(rows, features\), got \(50, 4, 2\)",
         ),
         (lambda: lightly.MACLLoss(alpha=2.0), r"alpha must be in \[0, 1\], got 2"),
         (lambda: open_clip.ClipLoss(use_horovod=True), "use_horovod must be False"),

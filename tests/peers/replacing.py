@@ -66,6 +66,7 @@ def tiny_model(folder):
         set_seed(0)
         sizes = {"hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 512}
         layers = {"num_hidden_layers": 2, "num_attention_heads": 2}
-        BertModel(BertConfig(len(words), **sizes, **layers)).save_pretrained(made)
+        config = BertConfig(vocab_size=len(words), **sizes, **layers)
+        BertModel(config).save_pretrained(made)
         BertTokenizerFast(str(vocabulary), model_max_length=512).save_pretrained(made)
     return str(made)

@@ -81,6 +81,13 @@ SUITES = (
             {"TEST_DEVICE": "cpu", "TEST_DTYPES": dtype}
             for dtype in ("float16", "float32", "float64")
         ),
+        differences={
+            f"*::{name}[[]cpu][[]float16]": "ours gives a float32 loss, which torch.isclose refuses"
+            for name in (
+                "test_ntxent_loss", "test_circle_loss", "test_tuplet_margin_loss",
+                "test_multi_similarity_loss", "test_multi_similarity_loss_with_ref",
+            )
+        },
     ),
     Suite(
         "sentence-transformers",
@@ -90,7 +97,7 @@ SUITES = (
             f"tests/sentence_transformer/losses/test_{name}.py"
             for name in (
                 "adaptive_layer", "cached_mnsrl", "cmnrl", "gist_embed", "gradcache",
-                "matryoshka", "merged_forward",
+                "merged_forward",
             )
         ),
         _same_names(
