@@ -445,11 +445,6 @@ def test_loss_against_refuses():
     ok = torch.zeros(5, dtype=torch.float64)
     for arguments, error, message in (
         ((z, other[:, :2], ok), ValueError, "negatives must have the width, dtype and device of z"),
-        (
-            (z, other.float(), ok),
-            ValueError,
-            "negatives must have the width, dtype and device of z",
-        ),
         ((z, other[:0], ok), ValueError, "negatives must have at least 1 row"),
         ((z[:0], None, ok[:0]), ValueError, "z must have at least 1 row"),
         (
