@@ -1,5 +1,6 @@
 # make demo | test | test-all | bench | lint | headers | sanitize | soak | fuzz | faults | docs      Everything lives in .venv beside this file; PYTHON chooses the base.
 # make wheel      Builds one wheel of both compiled backends in dist/, and tries it with two versions of PyTorch.
+# make peers PEERS=dir      Runs other packages' own tests, from checkouts in a folder, with our losses in place of theirs.
 # make ptx      Interprets the PTX of every GPU kernel on a CPU, against float64.
 # make versions      Runs tests with the oldest and the newest supported Python, PyTorch and Triton.
 # make mutants | same-bits OLD=checkout | same-speed OLD=checkout      Plants faults; compares with another, compiled checkout.
@@ -10,7 +11,7 @@ STAMP := .venv/.installed
 OUT ?= benchmarks/results/gpu
 CALL ?= 1 2
 
-.PHONY: demo test test-all bench gpu lint headers sanitize soak fuzz faults mutants ptx same-bits same-speed wheel versions docs clean
+.PHONY: demo test test-all bench gpu lint headers sanitize soak fuzz faults mutants ptx peers same-bits same-speed wheel versions docs clean
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard tools/build_*.py csrc/*/*.*)
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: Python 3.10 or newer is needed (set PYTHON=...)"; exit 1; }
@@ -71,6 +72,10 @@ mutants: $(STAMP)
 
 ptx: $(STAMP)
 	ALPHACL_PTX_FULL=1 "$(BIN)" -m pytest tests/test_ptx.py tests/test_ptx_opcodes.py tests/test_ptx_sass.py
+
+peers: $(STAMP) # tests/peers/suites.py lists the repositories
+	"$(BIN)" -m pip install --quiet --disable-pip-version-check pytest-mock
+	"$(BIN)" tests/peers/run.py "$(PEERS)"
 
 same-bits: $(STAMP)
 	"$(BIN)" tests/same_bits.py "$(OLD)"

@@ -178,26 +178,28 @@ def _loss_against(
     return call.reduce(row_losses(given, call))
 
 
-def against_unit_rows(
+def row_losses_against(
     z: Tensor,
     negatives: Tensor | None,
     positive: Tensor,
     objective: Objective,
     *,
+    similarity: str,
     temperature: float | Tensor,
     ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
     backend: str = "auto",
     precision: str | None = None,
 ) -> Tensor:
-    """(N,) losses of `loss_against` for rows of unit length.
+    """(N,) losses of `loss_against`.
 
-    Their similarities lie in [−1, 1], which saves a sweep the search for the largest exponent.
+    With similarity="cosine" all rows must have unit length: their similarities then lie in
+    [−1, 1], which saves a sweep the search for the largest exponent.
     """
     call = functional.make_call(
         objective,
         {},
-        similarity="cosine",
+        similarity=similarity,
         negatives="one_view",
         reduction="none",
         backend=backend,

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from . import functional, shared_rows
 from .autograd import unit_rows
+from .bundles import accumulation_dtype
 from .call import without_autocast
-from .explicit_negatives import against_unit_rows
+from .explicit_negatives import row_losses_against
 from .functional import zero_with_graph
 from .objectives import infonce
 from .one_operator import one_operator
@@ -122,6 +123,7 @@ def supcon_loss(
     temperature: float | Tensor = 0.1,
     reference: Tensor | None = None,
     reference_ids: Tensor | None = None,
+    similarity: str = "cosine",
     reduction: str = "mean",
     backend: str = "auto",
     precision: str | None = None,
@@ -129,7 +131,7 @@ def supcon_loss(
 ) -> Tensor:
     """Supervised contrastive loss: the positives of a row are all other rows with its id.
 
-    With the cosine s, the rows P of the anchor's id, the rows N of other ids, and A of both:
+    With the similarity s, the rows P of the anchor's id, the rows N of other ids, and A of both:
 
     * ``"out"``: mean_{p∈P} [log Σ_{a∈A} exp(s_ia/τ) − s_ip/τ];
     * ``"in"``: log Σ_{a∈A} exp(s_ia/τ) − log((1/\\|P\\|) Σ_{p∈P} exp(s_ip/τ));
@@ -140,14 +142,14 @@ def supcon_loss(
     and "sincere" is 0.
 
     Args:
-        z: (n, D) embeddings of all views, n ≥ 1, float32, float64, bfloat16 or float16; they are
-            normalised here.
+        z: (n, D) embeddings of all views, n ≥ 1, float32, float64, bfloat16 or float16.
         ids: (n,) integers, the labels.
         form: "out", "in" or "sincere".
         temperature: τ > 0, a float or a tensor with one element, which receives its gradient.
         reference: (M, D) rows among which the positives and negatives of z are, instead of z
             itself: prototypes, a memory bank. No row of them is the anchor. None: the rows of z.
         reference_ids: (M,) integers; required exactly if ``reference`` is given.
+        similarity: "cosine" (rows are normalised here) or "dot" (rows as given).
         reduction: "mean" or "sum" over the anchors that have a positive, or "none": (n,), 0 for the
             others.
         backend: "auto" or the name of a sweep backend. There is no oracle: "reference" is refused;
@@ -171,8 +173,8 @@ def supcon_loss(
     (SINCERE).
     """
     group = functional.make_group(process_group, "auto")
-    _check_options(form, reduction, backend, precision)
-    given = _Given(z, ids, reference, reference_ids, temperature)
+    _check_options(form, similarity, reduction, backend, precision)
+    given = _Given(z, ids, reference, reference_ids, temperature, similarity)
     if group is not None:
         return _over_ranks(given, form, reduction, backend, precision, group)
     ids, reference_ids = given.checked(fewest=1)
@@ -181,12 +183,12 @@ def supcon_loss(
         if len(z) == 1 and reference is None:
             losses = zero_with_graph(z, tau).expand(1)
             return losses if reduction == "none" else losses.sum()
-        rows = unit_rows(z)
+        rows = given.rows(z)
         if reference is None:
-            pool = _Pool(rows, None, ids, None, Groups.among(ids))
+            pool = _Pool(rows, None, ids, None, Groups.among(ids), similarity)
         else:
             groups = Groups.between(ids, reference_ids)
-            pool = _Pool(rows, unit_rows(reference), ids, reference_ids, groups)
+            pool = _Pool(rows, given.rows(reference), ids, reference_ids, groups, similarity)
         return _evaluate(pool, tau, form, reduction, backend, precision)
 
 
@@ -198,6 +200,7 @@ class SupConLoss(nn.Module):
     Args:
         form: "out", "in" or "sincere".
         temperature: τ > 0, a float, or an ``nn.Parameter`` or a tensor with one element.
+        similarity: "cosine" or "dot".
         reduction: "mean", "sum" or "none".
         backend: "auto" or the name of a sweep backend.
         precision: arithmetic of float32 matrix products; None follows torch.
@@ -221,16 +224,18 @@ class SupConLoss(nn.Module):
         form: str = "out",
         temperature: float | Tensor = 0.1,
         *,
+        similarity: str = "cosine",
         reduction: str = "mean",
         backend: str = "auto",
         precision: str | None = None,
         process_group: Any = None,
     ) -> None:
         super().__init__()
-        _check_options(form, reduction, backend, precision)
+        _check_options(form, similarity, reduction, backend, precision)
         functional.check_temperature(temperature, _LOG_SUM)
         functional.make_group(process_group, "auto")
-        self.form, self.reduction, self.backend = form, reduction, backend
+        self.form, self.similarity = form, similarity
+        self.reduction, self.backend = reduction, backend
         self.precision, self.process_group = precision, process_group
         if isinstance(temperature, Tensor) and not isinstance(temperature, nn.Parameter):
             self.register_buffer("temperature", temperature.detach().clone())
@@ -265,6 +270,7 @@ class SupConLoss(nn.Module):
             temperature=self.temperature,
             reference=reference,
             reference_ids=reference_ids,
+            similarity=self.similarity,
             reduction=self.reduction,
             backend=self.backend,
             precision=self.precision,
@@ -274,7 +280,7 @@ class SupConLoss(nn.Module):
     def extra_repr(self) -> str:
         """Every setting. Tensor values are shown on a CPU only: reading others would wait."""
         parts = [f"form={self.form!r}", f"temperature={functional.shown(self.temperature)}"]
-        parts += [f"reduction={self.reduction!r}"]
+        parts += [f"similarity={self.similarity!r}", f"reduction={self.reduction!r}"]
         if self.process_group is not None:
             parts += [f"process_group={self.process_group!r}"]
         if self.precision is not None:
@@ -288,11 +294,12 @@ class SupConLoss(nn.Module):
 class _Pool(NamedTuple):
     """Anchors, the rows among which their positives and negatives are, and who shares an id."""
 
-    rows: Tensor  # (n, D) unit rows
-    others: Tensor | None  # (m, D) unit rows; None: the anchors
+    rows: Tensor  # (n, D) in the accumulation dtype
+    others: Tensor | None  # (m, D) likewise; None: the anchors
     ids: Tensor  # (n,)
     other_ids: Tensor | None  # (m,)
     groups: Groups
+    similarity: str  # "cosine": all rows have unit length
 
 
 def _evaluate(
@@ -306,7 +313,8 @@ def _evaluate(
 ) -> Tensor:
     # |g| ≤ 2/τ: where that is small no exponential overflows, and no largest g is looked for
     known = functional.known(tau)
-    losses_of = partial(FORMS[form], bounded=known is not None and 2 / known <= 60)
+    bounded = pool.similarity == "cosine" and known is not None and 2 / known <= 60
+    losses_of = partial(FORMS[form], bounded=bounded)
     vectors = _vectors(pool, tau, backend, precision)
     if reduction == "none":
         return losses_of_groups(pool.rows, pool.others, pool.groups, losses_of, *vectors)
@@ -323,11 +331,12 @@ def _vectors(
     """ℓ, m and τ of every anchor."""
     groups, rows = pool.groups, pool.rows
     origin = groups.mean_similarity(rows, pool.others)
-    log_sums = against_unit_rows(
+    log_sums = row_losses_against(
         rows,
         pool.others,
         origin,
         _LOG_SUM,
+        similarity=pool.similarity,
         temperature=tau,
         ids=pool.ids,
         negative_ids=pool.other_ids,
@@ -362,8 +371,8 @@ def _over_ranks(
         raise ValueError(f"all ranks together must have at least 1 row, got {sharing.counts(kind)}")
     with without_autocast(z.device):
         tau = functional.as_number(given.temperature, z)
-        rows = unit_rows(z)
-        own = rows if given.reference is None else unit_rows(given.reference)
+        rows = given.rows(z)
+        own = rows if given.reference is None else given.rows(given.reference)
         everyone, tau = sharing.share(own, kind, tau)
         other_ids = sharing.gather((ids if kind == 0 else reference_ids).long(), kind)
         mine = None
@@ -371,7 +380,7 @@ def _over_ranks(
             place = sharing.place(0)
             mine = torch.arange(place.start, place.stop, device=z.device)
         groups = Groups.between(ids.long(), other_ids, mine)
-        pool = _Pool(rows, everyone, ids.long(), other_ids, groups)
+        pool = _Pool(rows, everyone, ids.long(), other_ids, groups, given.similarity)
         if len(rows):
             loss = _evaluate(pool, tau, form, reduction, backend, precision, sharing)
         else:  # this rank takes part in all messages
@@ -393,6 +402,11 @@ class _Given(NamedTuple):
     reference: Tensor | None
     reference_ids: Tensor | None
     temperature: float | Tensor
+    similarity: str
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Rows (n, D) whose inner products are the similarities, in the accumulation dtype."""
+        return unit_rows(x) if self.similarity == "cosine" else x.to(accumulation_dtype(x.dtype))
 
     def checked(self, fewest: int) -> tuple[Tensor, Tensor | None]:
         """Raises unless the tensors are good; gives the ids on the device of the rows."""
@@ -421,18 +435,22 @@ class _Given(NamedTuple):
         """What must be the same on every rank."""
         wanted = [
             name
-            for name, x in zip(("z", "reference", "temperature"), self[0::2], strict=True)
+            for name, x in zip(("z", "reference", "temperature"), self[0:5:2], strict=True)
             if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled()
         ]
         return (
-            f"D={self.z.shape[1]}, dtype={self.z.dtype}, form={form!r}, reduction={reduction!r}, "
+            f"D={self.z.shape[1]}, dtype={self.z.dtype}, form={form!r}, "
+            f"similarity={self.similarity!r}, reduction={reduction!r}, "
             f"reference={'None' if self.reference is None else 'given'}, "
             f"temperature={functional.shown(self.temperature)}, gradients of {wanted}"
         )
 
 
-def _check_options(form: str, reduction: str, backend: str, precision: str | None) -> None:
+def _check_options(
+    form: str, similarity: str, reduction: str, backend: str, precision: str | None
+) -> None:
     functional.one_of("form", form, tuple(FORMS))
+    functional.one_of("similarity", similarity, ("cosine", "dot"))
     functional.make_call(
         _LOG_SUM,
         {},

@@ -420,13 +420,14 @@ def macl(
     temperature: float = 0.1,
     alpha: float = 0.5,
     initial_alignment: float = 0.0,
+    eps: float = 0.0,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
     """Model-aware contrastive loss: the temperature follows the alignment of the batch.
 
-    L_i = ℓ_i/(1 − exp(−ℓ_i)) with cross-entropy ℓ_i at τ = τ_0·(1 + α·(mean s⁺ − A_0)); both the
-    denominator and τ are constants of the gradient. Two sweeps.
+    L_i = ℓ_i/(1 − exp(−ℓ_i) + ε) with cross-entropy ℓ_i at τ = τ_0·(1 + α·(mean s⁺ − A_0)); both
+    the denominator and τ are constants of the gradient. Two sweeps.
 
     Args:
         z1: (N, D) first view; see `dcl`.
@@ -434,6 +435,7 @@ def macl(
         temperature: τ_0 > 0.
         alpha: α in [0, 1], how far the temperature follows.
         initial_alignment: A_0 in [0, 1].
+        eps: ε ≥ 0; the authors' code has 1e-8, which weakens anchors of a loss that small.
         reduction: "mean", "sum" or "none": (2N,).
         backend: see `dcl`.
 
@@ -448,13 +450,14 @@ def macl(
     _positive("temperature", temperature)
     _between("alpha", alpha, 0, 1)
     _between("initial_alignment", initial_alignment, 0, 1)
+    _between("eps", eps, 0, math.inf, open_above=True)
 
     def losses() -> Tensor:
         alignment = _positives(z1, z2).detach().mean()
         tau = temperature * (1 + alpha * (alignment - initial_alignment))
         tau = torch.where(tau.isnan(), temperature, tau)  # the loss is NaN in any case
         loss = alpha_cl_loss(z1, z2, temperature=tau, reduction="none", backend=backend)
-        failed = -torch.expm1(-loss.detach())  # 1 − P of the positive
+        failed = eps - torch.expm1(-loss.detach())  # 1 − P of the positive
         return loss / failed.clamp(min=torch.finfo(loss.dtype).tiny)
 
     return _of_views(z1, z2, temperature, reduction, losses)

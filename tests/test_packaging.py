@@ -222,8 +222,11 @@ functional same_id shared_rows
 one_operator
 explicit_negatives matryoshka metrics micro_batch rate tune verify accuracy
 pair_weights supcon guided
-loss siglip zoo theory compat.lightly compat.open_clip compat.pytorch_metric_learning
-checks compat.sentence_transformers device_check
+loss siglip zoo theory compat.entry compat.pairs
+checks device_check compat.info_nce compat.lightly compat.open_clip compat.pytorch_metric_learning
+compat.ranking compat.supcontrast
+compat.embedding
+compat.sentence_transformers
 """
 #: Folders whose modules import each other, alphacl_fast itself and these.
 WINGS = {

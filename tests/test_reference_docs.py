@@ -16,10 +16,12 @@ ROOT = Path(__file__).parent.parent
 MODULES = [
     *("objectives", "pair_weights", "theory", "plan", "train", "zoo"),
     *(
+        "compat.info_nce",
         "compat.lightly",
         "compat.open_clip",
         "compat.pytorch_metric_learning",
         "compat.sentence_transformers",
+        "compat.supcontrast",
     ),
 ]
 

@@ -274,7 +274,9 @@ def test_module():
     torch.testing.assert_close(loss(z, ids), expected, rtol=1e-6, atol=0)
     loss(z, ids).backward()
     assert tau.grad != 0
-    assert repr(loss).startswith("SupConLoss(form='in', temperature=0.2 (learnable), reduction=")
+    assert repr(loss).startswith(
+        "SupConLoss(form='in', temperature=0.2 (learnable), similarity='cosine', reduction="
+    )
     for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
         assert other(z, ids) == loss(z, ids)
     assert [name for name, _ in SupConLoss(temperature=torch.tensor(0.1)).named_buffers()]

@@ -1698,6 +1698,9 @@ plant(
         "setattr(layer, name, buffer.clone())",
         "pass",
         "tests/test_micro_batch.py::test_batch_normalisation_is_updated_once_for_each_micro_batch",
+    ),
+)
+
 # --- the trainer ----------------------------------------------------------------------------------
 
 plant(

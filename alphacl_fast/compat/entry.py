@@ -1,0 +1,89 @@
+"""What the adapters share: the tensors and the processes of a call, and work in blocks of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .. import functional, shared_rows
+from ..call import without_autocast
+
+#: The pairs of a block of `in_blocks`: 16 MiB of float32 similarities.
+PAIRS_OF_A_BLOCK = 1 << 22
+
+
+def promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Embeddings in the widest of their dtypes; each receives its gradient in its own.
+
+    Towers differ under autocast, where one ends in a matrix product and the other in a norm.
+    Anything but floating-point tensors passes, and meets the checks of the loss.
+    """
+    if not all(isinstance(x, Tensor) and x.is_floating_point() for x in tensors):
+        return tensors
+    dtype = reduce(torch.promote_types, (x.dtype for x in tensors))
+    return tuple(x.to(dtype) for x in tensors)
+
+
+def world(wanted: bool) -> str | None:
+    """The process group of a loss that is to meet all processes; one process needs none."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return "world" if wanted and several else None
+
+
+def everyone(rows: Tensor, group: str | None) -> tuple[Tensor, int]:
+    """The rows of all processes, which receive the gradients of all, and where one's own begin."""
+    if group is None:
+        return rows, 0
+    made = functional.make_group(group, "auto")
+    text = f"D={rows.shape[1]}, dtype={rows.dtype}"
+    sharing = shared_rows.agree(made, text, (len(rows),), None)
+    return sharing.share(rows, 0)[0], sharing.place(0).start
+
+
+def own_ids(rows: Tensor, group: str | None) -> Tensor:
+    """(N,) numbers of the rows (N, D) that no row of another process has."""
+    first = 0 if group is None else dist.get_rank() << 32
+    return torch.arange(first, first + len(rows), device=rows.device)
+
+
+def in_graph(loss: Tensor, *others: Tensor | float | None) -> Tensor:
+    """The loss with gradient 0 in the tensors on which its value does not depend.
+
+    A parameter without any gradient would stop DistributedDataParallel.
+    """
+    for x in others:
+        if isinstance(x, Tensor) and x.requires_grad:
+            loss = loss + (x * 0).sum().to(loss.device, loss.dtype)
+    return loss
+
+
+def in_blocks(
+    function: Callable[[slice], Tensor], rows: int, columns: int, device: torch.device
+) -> Tensor:
+    """Concatenates what a function makes of blocks of rows, each against all columns.
+
+    The backward computes a block again, so one block of pairs exists at a time. Nothing is
+    computed in autocast's dtype.
+    """
+    size = max(1, PAIRS_OF_A_BLOCK // max(1, columns))
+    blocks = [slice(k, min(k + size, rows)) for k in range(0, rows, size)]
+
+    with without_autocast(device):
+        parts = [
+            checkpoint(function, block, use_reentrant=False, preserve_rng_state=False)
+            for block in blocks
+        ]
+    return torch.cat(parts)
+
+
+def class_ids(*labels: Tensor) -> tuple[Tensor, ...]:
+    """Labels as integers that are equal where the labels are; those of one call belong together."""
+    if not any(x.is_floating_point() for x in labels):
+        return tuple(x.long() for x in labels)
+    _, ids = torch.unique(torch.cat(labels), return_inverse=True)
+    return ids.split([len(x) for x in labels])

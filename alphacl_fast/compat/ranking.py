@@ -1,0 +1,382 @@
+"""The in-batch losses of sentence-transformers that need nothing of the package."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from ..autograd import unit_rows
+from ..bundles import accumulation_dtype
+from ..explicit_negatives import loss_against
+from ..functional import alpha_cl_loss, zero_with_graph
+from ..objectives import infonce
+from .entry import everyone, in_blocks, own_ids, promoted, world
+
+DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+HARDNESS_MODES = (None, "in_batch_negatives", "hard_negatives", "all_negatives")
+_SIMILARITIES = {"cos_sim": "cosine", "dot_score": "dot"}
+#: The functions that ``model.similarity`` stands for, by the model's ``similarity_fn_name``.
+_OF_A_MODEL = {"cosine": "cos_sim", "dot": "dot_score"}
+_LOG_SUM = infonce(epsilon=0.0)
+
+
+def cos_sim(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine similarities of all pairs.
+
+    Args:
+        a: (N, D).
+        b: (M, D).
+
+    Returns:
+        (N, M).
+    """
+    return unit_rows(a) @ unit_rows(b).t()
+
+
+class MultipleNegativesRankingLoss(nn.Module):
+    """Cross-entropy of each anchor's positive among all positives and all hard negatives.
+
+    Args:
+        model: maps the features of a column to a dictionary with "sentence_embedding" (N, D); None
+            if only `compute_loss_from_embeddings` is called.
+        scale: 1/τ, the factor of the similarities.
+        similarity_fct: gives the similarities (N, M) of rows (N, D) and (M, D). Functions named
+            ``cos_sim`` and ``dot_score``, and ``model.similarity`` where it is one of them, are
+            never called: the sweeps stand for them. Another function is called for blocks of
+            anchors.
+        gather_across_devices: whether the documents of all processes are candidates. A process
+            returns the mean over its own anchors; the gradient is exact after DDP's averaging.
+        directions: which pairs are compared: "query_to_doc", always, and any of "query_to_query",
+            "doc_to_query" and "doc_to_doc".
+        partition_mode: "joint" (one softmax over all directions) or "per_direction" (the mean of
+            one softmax each; with "query_to_doc" and "doc_to_query" alone).
+        hardness_mode: None, or the negatives of "query_to_doc" to which ``hardness_strength`` times
+            their similarity, a constant of the gradient, is added: "in_batch_negatives" (documents
+            of other anchors), "hard_negatives" (an anchor's own) or "all_negatives".
+        hardness_strength: ≥ 0.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Source: arXiv:1705.00652; arXiv:2308.03281 (all directions in one softmax); arXiv:2503.04812 and
+    arXiv:2509.20354 (hardness).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        scale: float = 20.0,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] | None = cos_sim,
+        gather_across_devices: bool = False,
+        directions: Sequence[str] = ("query_to_doc",),
+        partition_mode: str = "joint",
+        hardness_mode: str | None = None,
+        hardness_strength: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not scale > 0:
+            raise ValueError(f"scale must be > 0, got {scale}")
+        if not set(directions) <= set(DIRECTIONS) or "query_to_doc" not in directions:
+            raise ValueError(
+                f"directions must be 'query_to_doc' and some of {DIRECTIONS[1:]}, got {directions}"
+            )
+        functional.one_of("partition_mode", partition_mode, ("joint", "per_direction"))
+        if partition_mode == "per_direction" and set(directions) & {"query_to_query", "doc_to_doc"}:
+            raise ValueError(
+                "partition_mode must be 'joint' with 'query_to_query' or 'doc_to_doc', which have "
+                "no positive pair of their own, got 'per_direction'"
+            )
+        functional.one_of("hardness_mode", hardness_mode, HARDNESS_MODES)
+        if not hardness_strength >= 0:
+            raise ValueError(f"hardness_strength must be ≥ 0, got {hardness_strength}")
+        self.model, self.scale = model, scale
+        self.similarity_fct = cos_sim if similarity_fct is None else similarity_fct
+        self.gather_across_devices = gather_across_devices
+        self.directions, self.partition_mode = tuple(directions), partition_mode
+        self.hardness_mode, self.hardness_strength = hardness_mode, hardness_strength
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Any = None) -> Tensor:
+        """Embed every column with the model and compute the loss.
+
+        Columns that the package can put together go through the model at once.
+
+        Args:
+            sentence_features: features of anchors, positives and any number of hard negative
+                columns.
+            labels: ignored: the positive of row i is row i.
+
+        Returns:
+            ().
+
+        Raises:
+            ValueError: as `compute_loss_from_embeddings`.
+        """
+        embeddings = _embedded(self.model, list(sentence_features))
+        return self.compute_loss_from_embeddings(embeddings, labels)
+
+    def compute_loss_from_embeddings(
+        self, embeddings: Sequence[Tensor], labels: Any = None
+    ) -> Tensor:
+        """Compute the loss of embeddings.
+
+        Args:
+            embeddings: anchors, positives and any number of hard negative columns, (N, D) each.
+            labels: ignored: the positive of row i is row i.
+
+        Returns:
+            ().
+
+        Raises:
+            ValueError: fewer than two columns, or columns of different shapes.
+        """
+        if len(embeddings) < 2 or any(e.shape != embeddings[0].shape for e in embeddings):
+            shapes = ", ".join(str(tuple(e.shape)) for e in embeddings)
+            raise ValueError(f"embeddings must be two columns or more of one shape, got {shapes}")
+        columns, group = promoted(*embeddings), world(self.gather_across_devices)
+        functional.check_embeddings(*columns[:2], fewest=1 if group is None else 0)
+        similarity = _SIMILARITIES.get(_name(self.similarity_fct))
+        if similarity is None:
+            return self._in_blocks(columns, group).mean()
+        if self._is_of_two_views(columns, group):
+            return alpha_cl_loss(
+                *columns, temperature=1 / self.scale, similarity=similarity,
+                negatives="cross_view", symmetric="doc_to_query" in self.directions,
+            )  # fmt: skip
+        rows = [
+            unit_rows(x) if similarity == "cosine" else x.to(accumulation_dtype(x.dtype))
+            for x in columns
+        ]
+        return self._row_losses(rows, group).mean()
+
+    def _is_of_two_views(self, columns: Sequence[Tensor], group: str | None) -> bool:
+        """Whether a softmax over the positives is all that there is."""
+        one_softmax_each = set(self.directions) == {"query_to_doc"} or (
+            set(self.directions) == {"query_to_doc", "doc_to_query"}
+            and self.partition_mode == "per_direction"
+        )
+        return len(columns) == 2 and group is None and not self._strength() and one_softmax_each
+
+    def _strength(self, *modes: str) -> float:
+        """The hardness strength if it is used, or used for negatives of one of the modes."""
+        used = self.hardness_mode in (modes or HARDNESS_MODES[1:])
+        return self.hardness_strength if used else 0.0
+
+    def _row_losses(self, rows: list[Tensor], group: str | None) -> Tensor:
+        """(N,) losses of rows whose inner products are the similarities.
+
+        Every logit is taken relative to the anchor's own positive, whose logit is then 0; sums of
+        exponentials are kept as logarithms.
+        """
+        queries, positives, *hard = rows
+        own, ids = (queries * positives).sum(1), own_ids(queries, group)
+        docs, doc_ids = torch.cat(rows[1:]), ids.repeat(len(rows) - 1)
+        alone = group is None and len(queries) == 1
+
+        def others(x: Tensor, y: Tensor, y_ids: Tensor, strength: float = 0.0) -> list[Tensor]:
+            """The sum over what belongs to other anchors, if there are any."""
+            if alone:
+                return []
+            kept = self.scale / (self.scale + strength)
+            x, y = _HeldGradient.apply(x, kept), _HeldGradient.apply(y, kept)
+            return [
+                loss_against(
+                    x, y, own * kept, _LOG_SUM, temperature=kept / self.scale, ids=ids,
+                    negative_ids=y_ids, process_group=group, reduction="none",
+                )
+            ]  # fmt: skip
+
+        strength = self._strength("in_batch_negatives", "all_negatives")
+        sums = {"query_to_doc": others(queries, docs, doc_ids, strength)}
+        strength = self._strength("hard_negatives", "all_negatives")
+        for column in hard:
+            near = (queries * column).sum(1)
+            sums["query_to_doc"].append(self.scale * (near - own) + strength * near.detach())
+        if "query_to_query" in self.directions:
+            sums["query_to_query"] = others(queries, queries, ids)
+        if "doc_to_query" in self.directions:
+            sums["doc_to_query"] = others(positives, queries, ids)
+        if "doc_to_doc" in self.directions:
+            sums["doc_to_doc"] = others(positives, docs, doc_ids)
+        if self.partition_mode == "per_direction":
+            return sum(_log_of_sum(1, x, own) for x in sums.values()) / len(sums)
+        positive_pairs = 1 + ("doc_to_query" in sums)
+        return _log_of_sum(positive_pairs, [x for part in sums.values() for x in part], own)
+
+    def _in_blocks(self, columns: Sequence[Tensor], group: str | None) -> Tensor:
+        """(N,) losses with a similarity that is known as a function alone."""
+        queries, positives = columns[:2]
+        gathered = [everyone(x, group) for x in columns]
+        everyones_queries, first = gathered[0]
+        docs = torch.cat([x for x, _ in gathered[1:]])
+        places = torch.arange(len(everyones_queries), device=queries.device)
+        groups = places.repeat(len(columns) - 1)  # whose document it is
+        is_positive = torch.arange(len(docs), device=queries.device) < len(places)
+        near, far = (
+            self._strength(mode, "all_negatives")
+            for mode in ("hard_negatives", "in_batch_negatives")
+        )
+
+        def losses(block: slice) -> Tensor:
+            mine = places[first + block.start : first + block.stop, None]
+            x, d = queries[block], positives[block]
+            similarities, own_docs = self.similarity_fct(x, docs), groups == mine
+            strength = torch.where(own_docs, near * ~is_positive, far)
+            parts = {"query_to_doc": self.scale * similarities + strength * similarities.detach()}
+            own = parts["query_to_doc"].gather(1, mine)
+            if "query_to_query" in self.directions:
+                logits = self.scale * self.similarity_fct(x, everyones_queries)
+                parts["query_to_query"] = logits.masked_fill(places == mine, -math.inf)
+            if "doc_to_query" in self.directions:
+                parts["doc_to_query"] = self.scale * self.similarity_fct(everyones_queries, d).t()
+            if "doc_to_doc" in self.directions:
+                logits = self.scale * self.similarity_fct(docs, d).t()
+                parts["doc_to_doc"] = logits.masked_fill(own_docs, -math.inf)
+            if self.partition_mode == "joint":
+                parts = {"joint": torch.cat([*parts.values()], 1)}
+            return sum((p - own).logsumexp(1) for p in parts.values()) / len(parts)
+
+        return in_blocks(losses, len(queries), len(docs), queries.device)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The settings, as they stand in a model card."""
+        return {
+            "scale": self.scale,
+            "similarity_fct": _name(self.similarity_fct),
+            "gather_across_devices": self.gather_across_devices,
+            "directions": self.directions,
+            "partition_mode": self.partition_mode,
+            "hardness_mode": self.hardness_mode,
+            "hardness_strength": self.hardness_strength,
+        }
+
+    @property
+    def temperature(self) -> float:
+        """1/scale."""
+        return 1.0 / self.scale
+
+    @property
+    def citation(self) -> str:
+        """The BibTeX entry of the paper that the settings follow, for a model card."""
+        if set(self.directions) == set(DIRECTIONS) and self.partition_mode == "joint":
+            return _CITATIONS["all directions"]
+        if set(self.directions) == {"query_to_doc", "doc_to_query"} and (
+            self.partition_mode == "per_direction"
+        ):
+            return _CITATIONS["both directions"]
+        return _CITATIONS["one direction"]
+
+
+class MultipleNegativesSymmetricRankingLoss(MultipleNegativesRankingLoss):
+    """`MultipleNegativesRankingLoss` in both directions, each with a softmax of its own.
+
+    Args:
+        model: as there.
+        scale: 1/τ.
+        similarity_fct: as there.
+        gather_across_devices: as there.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Source: arXiv:2310.19923.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        scale: float = 20.0,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] | None = cos_sim,
+        gather_across_devices: bool = False,
+    ) -> None:
+        super().__init__(
+            model, scale, similarity_fct, gather_across_devices,
+            directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction",
+        )  # fmt: skip
+
+
+class _HeldGradient(torch.autograd.Function):
+    """The rows themselves, with a share of their gradient: the rest of a logit is a constant."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, share: float) -> Tensor:
+        ctx.share = share
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.share, None
+
+
+def _log_of_sum(positive_pairs: int, logarithms: list[Tensor], own: Tensor) -> Tensor:
+    """log(positive_pairs + Σ exp(x)); the positives' own logits are 0."""
+    constant = zero_with_graph(own) + math.log(positive_pairs)
+    return torch.stack([constant.expand_as(own), *logarithms]).logsumexp(0)
+
+
+def _embedded(model: nn.Module, columns: list[dict[str, Tensor]]) -> list[Tensor]:
+    """(N, D) embeddings of every column; a model of the package's takes them together."""
+    if "sentence_transformers" in sys.modules:
+        try:
+            from sentence_transformers.base.losses.merged_forward import embed_columns
+        except ImportError:  # a release before 6
+            pass
+        else:
+            return embed_columns(model, columns)
+    return [model(column)["sentence_embedding"] for column in columns]
+
+
+def _name(function: Callable[..., Tensor]) -> str:
+    """The name of a similarity function, with the arguments that are bound to it."""
+    if isinstance(function, partial):
+        bound = ", ".join(f"{key}={value!r}" for key, value in function.keywords.items())
+        return _name(function.func) + (f"({bound})" if bound else "")
+    name = getattr(function, "__name__", type(function).__name__)
+    owner = getattr(function, "__self__", None)
+    if name == "similarity" and hasattr(owner, "similarity_fn_name"):
+        chosen = str(getattr(owner.similarity_fn_name, "value", owner.similarity_fn_name))
+        return _OF_A_MODEL.get(chosen, f"{chosen}_sim")
+    return name
+
+
+_CITATIONS = {
+    "one direction": """
+@misc{oord2019representationlearningcontrastivepredictive,
+      title={Representation Learning with Contrastive Predictive Coding},
+      author={Aaron van den Oord and Yazhe Li and Oriol Vinyals},
+      year={2019},
+      eprint={1807.03748},
+      archivePrefix={arXiv},
+      primaryClass={cs.LG},
+      url={https://arxiv.org/abs/1807.03748},
+}
+""",
+    "both directions": """
+@misc{günther2024jinaembeddings28192token,
+      title={Jina Embeddings 2: 8192-Token General-Purpose Text Embeddings for Long Documents},
+      author={Michael Günther and others},
+      year={2024},
+      eprint={2310.19923},
+      archivePrefix={arXiv},
+      primaryClass={cs.CL},
+      url={https://arxiv.org/abs/2310.19923},
+}
+""",
+    "all directions": """
+@misc{li2023generaltextembeddingsmultistage,
+      title={Towards General Text Embeddings with Multi-stage Contrastive Learning},
+      author={Zehan Li and Xin Zhang and Yanzhao Zhang and others},
+      year={2023},
+      eprint={2308.03281},
+      archivePrefix={arXiv},
+      primaryClass={cs.CL},
+      url={https://arxiv.org/abs/2308.03281},
+}
+""",
+}
