@@ -75,7 +75,7 @@ ptx: $(STAMP)
 
 peers: $(STAMP) # tests/peers/suites.py lists the repositories
 	"$(BIN)" -m pip install --quiet --disable-pip-version-check pytest-mock
-	"$(BIN)" tests/peers/run.py "$(PEERS)"
+	"$(BIN)" tests/peers/with_ours.py "$(PEERS)"
 
 same-bits: $(STAMP)
 	"$(BIN)" tests/same_bits.py "$(OLD)"

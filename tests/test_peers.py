@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
-import run
+import with_ours
 from suites import SUITES, Suite
 
 PACKAGE = """
@@ -53,7 +53,7 @@ def suite(**differences):
 def test_what_only_theirs_passes_is_said(checkouts, capsys, monkeypatch):
     """Our class is in the place of theirs; a difference that nobody explains fails the run."""
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-    assert run.main([str(checkouts)], (suite(**{"*::test_type": "a float"}),)) == 1
+    assert with_ours.main([str(checkouts)], (suite(**{"*::test_type": "a float"}),)) == 1
     out = capsys.readouterr().out
     assert "package: of 3 tests, theirs pass 3, ours 1" in out
     assert "tests.test_loss::test_type: a float" in out
@@ -64,13 +64,13 @@ def test_a_difference_with_a_reason_is_accepted(checkouts, capsys, monkeypatch):
     def outcomes(suite, checkout, variant, replaced):
         return {"a": "passed", "b": "failed" if replaced else "passed", "c": "skipped"}
 
-    monkeypatch.setattr(run, "outcomes", outcomes)
-    assert run.main([str(checkouts)], (suite(b="a float"),)) == 0
+    monkeypatch.setattr(with_ours, "outcomes", outcomes)
+    assert with_ours.main([str(checkouts)], (suite(b="a float"),)) == 0
     assert "of 2 tests, theirs pass 2, ours 1\n    b: a float" in capsys.readouterr().out
 
 
 def test_a_missing_checkout_is_named(tmp_path, capsys):
-    assert run.main([str(tmp_path)]) == 2
+    assert with_ours.main([str(tmp_path)]) == 2
     out = capsys.readouterr().out
     for known in SUITES:
         assert f"git clone {known.repository} and check out {known.commit}" in out
@@ -81,5 +81,5 @@ def test_the_classes_of_the_suites_are_there():
     for known in SUITES:
         for name in known.replaced.values():
             module, attribute = name.split(":")
-            assert (Path(run.ROOT) / f"{module.replace('.', '/')}.py").exists()
+            assert (Path(with_ours.ROOT) / f"{module.replace('.', '/')}.py").exists()
             assert attribute.isidentifier()

@@ -1,6 +1,6 @@
 """The packages' own tests of the losses that `alphacl_fast.compat` replaces, and what differs.
 
-None of their files is here: `run` takes checkouts of these repositories.
+None of their files is here: `with_ours` takes checkouts of these repositories.
 """
 
 from __future__ import annotations

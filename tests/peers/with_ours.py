@@ -1,6 +1,6 @@
 """Runs the tests of other packages from their checkouts, with their classes and with ours.
 
-    python tests/peers/run.py DIR [--only NAME]
+    python tests/peers/with_ours.py DIR [--only NAME]
 
 DIR holds checkouts under the names in `suites`; those that are missing are left out. The exit
 status is 1 if a test passes with the package's class and fails with ours, and `suites` does not say
