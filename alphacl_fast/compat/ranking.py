@@ -82,7 +82,8 @@ class MultipleNegativesRankingLoss(nn.Module):
     ) -> None:
         super().__init__()
         if not scale > 0:
-            raise ValueError(f"scale must be > 0, got {scale}")
+            # the package's own sentence comes first, as callers match it
+            raise ValueError(f"Scale must be a positive value. scale must be > 0, got {scale}")
         if not set(directions) <= set(DIRECTIONS) or "query_to_doc" not in directions:
             raise ValueError(
                 f"directions must be 'query_to_doc' and some of {DIRECTIONS[1:]}, got {directions}"

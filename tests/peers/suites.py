@@ -107,5 +107,11 @@ SUITES = (
             *("CachedMultipleNegativesRankingLoss", "GISTEmbedLoss"),
         ),
         variants=({"ALPHACL_PEERS_TINY_MODEL": "1"},),
+        differences={
+            "*::test_cmnrl_gather_across_devices_offset[[]1]": (
+                "it replaces the package's all_gather_with_grad, which ours does not call"
+            ),
+            "*::test_gradcache_under_autocast[[]1]": "it expects a bfloat16 loss; ours is float32",
+        },
     ),
 )  # fmt: skip
