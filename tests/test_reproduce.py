@@ -141,6 +141,10 @@ def test_a_figure_is_shown_for_its_own_setting_only():
         {"warmup_epochs": 3},
         {"negatives": "one_view"},
         {"micro_batch": 64},
+        {"clip": 1.0},
+        {"ema": 0.99},
+        {"temperature_schedule": "cosine"},
+        {"validation": 500},
     ):
         assert reproduce.published(Config.create(**{**setting, **other}), "infonce") is None, other
     assert reproduce.published(Config.create(**setting), "backprop") is None

@@ -67,8 +67,8 @@ PUBLISHED = {
 # Fields that define the recipe; the others change speed, rounding or logging.
 _RECIPE = (
     "width", "subset", "image_size", "norm", "temperature", "learn_temperature", "negatives",
-    "batch_size", "micro_batch", "optimizer", "lr", "weight_decay", "warmup_epochs", "recipe", "clip",
-    "ema", "weights", "temperature_schedule", "validation",
+    "batch_size", "micro_batch", "optimizer", "lr", "weight_decay", "warmup_epochs", "recipe",
+    "clip", "ema", "weights", "temperature_schedule", "validation",
 )  # fmt: skip
 
 
