@@ -330,8 +330,9 @@ def write(rows: list[Row], out: Path) -> list[Path]:
 
 
 def newest_machine(rows: list[Row]) -> list[Row]:
-    """Select the last measured device's rows, with the torch version of most of them."""
-    here = [row for row in rows if row["device"] == rows[-1]["device"]]
+    """Select the last measured machine's rows, with the torch version of most of them."""
+    machine = ("device", "capability")  # CPUs of one name may have other instructions
+    here = [row for row in rows if all(row[key] == rows[-1][key] for key in machine)]
     torch = Counter(row["torch"] for row in here).most_common(1)[0][0]
     return [row for row in here if row["torch"] == torch]
 
