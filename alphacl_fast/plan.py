@@ -21,6 +21,8 @@ from .bundles import accumulation_dtype
 from .call import Layout, Loss
 from .objectives import make
 
+__all__ = ["Plan", "messages", "plan", "recommended", "traffic"]
+
 #: Bytes of the message with which each process begins a call.
 STATEMENT_BYTES = 1024
 #: Scalars per anchor that travel with the rows: t⁺, and for the gradient also gain and shift. Sums
@@ -140,7 +142,7 @@ def messages(
 
     Returns:
         all_gather and all_reduce count the bytes of the process's own tensor, reduce_scatter counts
-        the tensors of all processes, and isend counts the bytes sent. The prefix "node_" belongs to
+        the tensors of all processes, and isend counts the bytes sent. The prefix ``node_`` belongs to
         the group of a node that is not the whole group.
     """
     world = len(sizes)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..bundles import Form, NormalizedRows, Term, Weight
-from ..objectives import ROW_STEPS
+from ..objectives import KINDS, ROW_STEPS
 from ..objectives import kind as lookup
 from . import gpu
 
@@ -75,7 +75,8 @@ def unsupported(
     elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         return f"needs compute capability 8.0, not {capability}"
-    return _missing() or (_kernels().trace.problem(kind) if kind.startswith("custom") else None)
+    users = bool(kind) and kind not in KINDS
+    return _missing() or (_kernels().trace.problem(kind) if users else None)
 
 
 # --- the sweeps -----------------------------------------------------------------------------------
