@@ -142,8 +142,8 @@ def messages(
 
     Returns:
         all_gather and all_reduce count the bytes of the process's own tensor, reduce_scatter counts
-        the tensors of all processes, and isend counts the bytes sent. The prefix ``node_`` belongs to
-        the group of a node that is not the whole group.
+        the tensors of all processes, and isend counts the bytes sent. The prefix ``node_`` belongs
+        to the group of a node that is not the whole group.
     """
     world = len(sizes)
     call = Loss(make("infonce"), "cosine", negatives, symmetric, "mean")

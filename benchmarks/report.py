@@ -26,7 +26,7 @@ OURS = ("cpu", "triton", "cuda", "blocked", "reference")
 PLAIN = ("eager", "compiled")
 NEGATIVES = ("two_view", "cross_view", "one_view")
 #: Smallest n of the README's table.
-HEADLINE_FROM = 1024
+HEADLINE_FROM = 256
 #: Smallest n that enters the fit of the growth: below it, launches and caches dominate.
 FIT_FROM = 2048
 
