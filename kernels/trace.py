@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.language.extra import libdevice
 
 from .. import objectives
@@ -255,7 +256,8 @@ def pair_functions(name: str, params: tuple[float, ...]) -> Traced:
 def problem(name: str) -> str | None:
     """Why the pair kind cannot be compiled, or None."""
     try:
-        pair_functions(name, (1.0,) * len(objectives.kind(name).parameters))
+        with _disable_current_modes():  # an exported graph records its own operations, not these
+            pair_functions(name, (1.0,) * len(objectives.kind(name).parameters))
     except UnsupportedFunction as error:
         return str(error)
     return None
