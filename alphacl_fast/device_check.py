@@ -265,7 +265,7 @@ class Run:
 
     def carry_out(self, devices: list[str], backends: list[str]) -> None:
         rows = self.given.json
-        # only a regular file has a folder in which a log can stand beside it
+        # a log can be written beside a regular file, but not beside /dev/stdout or a pipe
         log = f"{rows}.log" if rows and rows.is_file() else os.devnull
         # a run on a GPU spends most of its time compiling Triton's kernels, one core per process
         size = max(1, min(8, cores() // 2)) if devices != ["cpu"] else 1

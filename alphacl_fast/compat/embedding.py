@@ -26,9 +26,9 @@ class CachedMultipleNegativesRankingLoss(_package.CachedMultipleNegativesRanking
 
     The package embeds; the loss of all embeddings is computed at once, in O(n·D) memory.
 
-    It takes the arguments of the package's class: those of `MultipleNegativesRankingLoss`, and
-    mini_batch_size, mini_batch_num_tokens and show_progress_bar, which say how much is embedded at
-    once.
+    It takes every argument of `MultipleNegativesRankingLoss`, and as the package's class also
+    mini_batch_size, mini_batch_num_tokens and show_progress_bar: the first two limit how much is
+    embedded at once.
 
     Raises:
         ValueError: an argument is out of range, or a model whose inputs cannot be cut into parts.
@@ -66,8 +66,8 @@ class CachedMultipleNegativesRankingLoss(_package.CachedMultipleNegativesRanking
 class GISTEmbedLoss(_package.GISTEmbedLoss):
     """Cross-entropy among candidates that a guide model does not take for positives.
 
-    A candidate whose guide similarity exceeds that of the guide's own positive, minus a margin, is
-    left out. The similarities of the model and of the guide exist for a block of anchors at a time,
+    The guide compares each candidate with the anchor. A candidate is left out if the guide finds it
+    more similar than the anchor's positive, less a margin. The similarities of the model and of the guide exist for a block of anchors at a time,
     in PyTorch operations.
 
     Args:

@@ -82,7 +82,7 @@ def in_blocks(
 
 
 def class_ids(*labels: Tensor) -> tuple[Tensor, ...]:
-    """Labels as integers that are equal where the labels are; those of one call belong together."""
+    """Integers for labels of any dtype: equal labels get equal integers, also across arguments."""
     if not any(x.is_floating_point() for x in labels):
         return tuple(x.long() for x in labels)
     _, ids = torch.unique(torch.cat(labels), return_inverse=True)

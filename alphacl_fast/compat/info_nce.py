@@ -41,7 +41,7 @@ class InfoNCE(nn.Module):
     def forward(
         self, query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None
     ) -> Tensor:
-        """Compute the loss; the arguments and errors are those of `info_nce`.
+        """Compute the loss, with the arguments and errors of the function `info_nce`.
 
         Args:
             query: (N, D).

@@ -268,7 +268,7 @@ class DCLWLoss(DCLLoss):
     Args:
         temperature: temperature τ > 0.
         sigma: σ > 0 of the weights.
-        gather_distributed: as `NTXentLoss`; the weights are those of a process's own batch.
+        gather_distributed: as in `NTXentLoss`; each process weighs its own batch by itself.
 
     Raises:
         ValueError: as `DCLLoss`.

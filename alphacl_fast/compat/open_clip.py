@@ -40,8 +40,8 @@ class ClipLoss(nn.Module):
     return, and `get_logits` may be called for other losses; both need memory for N² numbers.
 
     Args:
-        local_loss: whether a process returns the mean over its own rows, and not over those of all
-            processes. It changes neither the memory nor the gradient.
+        local_loss: whether a process returns the mean over its own rows (True) or over the rows of
+            all processes (False). It changes neither the memory nor the gradient.
         gather_with_grad: changes nothing: the gradient is always exact.
         cache_labels: whether `get_ground_truth` keeps its result.
         rank: number of this process.

@@ -37,7 +37,9 @@ class PairsByLabel(NamedTuple):
         return torch.where(self.block(rows, torch.bool)[0])
 
     def in_order(self, values: Tensor) -> Tensor:
-        """Values of all positive pairs, from the order of the blocks to that of `indices`."""
+        """Reorders values of all positive pairs: they come block by block, and leave as `indices`
+        lists the pairs.
+        """
         return values
 
     def indices(self) -> tuple[Tensor, Tensor]:
@@ -75,7 +77,9 @@ class ListedPairs:
         return self._part(self.sorted_positives, rows)
 
     def in_order(self, values: Tensor) -> Tensor:
-        """Values of all positive pairs, from the order of the blocks to that of `indices`."""
+        """Reorders values of all positive pairs: they come block by block, and leave as `indices`
+        lists the pairs.
+        """
         return torch.empty_like(values).index_copy(0, self.order, values)
 
     def indices(self) -> tuple[Tensor, Tensor]:

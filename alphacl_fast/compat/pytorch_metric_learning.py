@@ -6,7 +6,7 @@ package they take neither of these objects.
 
 Labels and cosine similarities are served by the functions of this package. Pairs that a miner or a
 memory has chosen, other distances, and reducers that need every pair are served in blocks of rows
-(`pairs`): the memory is that of a block, and of what the reducer is given.
+(`pairs`). Memory then holds one block at a time, and the values that the reducer gets.
 """
 
 from __future__ import annotations
