@@ -635,8 +635,8 @@ class Problem:
 
 SECOND_DERIVATIVE = (
     "a second derivative of the loss was asked for (create_graph=True or "
-    "torch.func), it has first ones only; a gradient can be differentiated in a weight of the loss, "
-    "but only for alpha_cl_loss and siglip_loss with reduction 'mean' or 'sum' in eager mode"
+    "torch.func), it has first ones only; a gradient can be differentiated in a weight of the "
+    "loss, but only for alpha_cl_loss and siglip_loss with reduction 'mean' or 'sum' in eager mode"
 )
 
 

@@ -38,6 +38,7 @@ from .one_operator import one_operator
 from .process_groups import ProcessGroup
 
 
+@one_operator("z", "negatives")
 def loss_against(
     z: Tensor,
     negatives: Tensor | None,
@@ -110,48 +111,6 @@ def loss_against(
     Source: arXiv:1911.05722 (queue of negatives); arXiv:2004.11362 (several positives, whose mean
     is t⁺, with epsilon=0).
     """
-    guide = {} if guide is None else _checked_guide(guide, z, negatives)
-    return _loss_against(
-        z,
-        negatives,
-        positive,
-        objective,
-        temperature=temperature,
-        reduction=reduction,
-        backend=backend,
-        precision=precision,
-        process_group=process_group,
-        ids=ids,
-        negative_ids=negative_ids,
-        log_weights=log_weights,
-        max_gap=max_gap,
-        **guide,
-        **options,
-    )
-
-
-@one_operator("z", "negatives")
-def _loss_against(
-    z: Tensor,
-    negatives: Tensor | None,
-    positive: Tensor,
-    objective: str | Objective = "infonce",
-    *,
-    temperature: float | Tensor = 0.5,
-    reduction: str = "mean",
-    backend: str = "auto",
-    precision: str | None = None,
-    process_group: Any = None,
-    ids: Tensor | None = None,
-    negative_ids: Tensor | None = None,
-    log_weights: Tensor | None = None,
-    max_gap: float | None = None,
-    guide_of_z: Tensor | None = None,
-    guide_of_negatives: Tensor | None = None,
-    largest_guide: Tensor | None = None,
-    **options: Any,
-) -> Tensor:
-    """As `loss_against`, with tensors alone as arguments that an operator takes."""
     call = functional.make_call(
         objective,
         options,
@@ -165,7 +124,7 @@ def _loss_against(
     )
     if backend == "reference":
         raise ValueError("backend must not be 'reference': the oracle has two views")
-    guide = None if guide_of_z is None else (guide_of_z, guide_of_negatives, largest_guide)
+    guide = None if guide is None else _checked_guide(guide, z, negatives)
     given = Given(z, negatives, positive, temperature, ids, negative_ids, log_weights, guide)
     if guide is not None and isinstance(call.objective, ClosedForm):
         call = replace(call, objective=call.objective.of_each_pair)
@@ -444,8 +403,8 @@ def _same_id(
 
 def _checked_guide(
     guide: tuple[Tensor, Tensor | None, Tensor], z: Tensor, negatives: Tensor | None
-) -> dict[str, Tensor]:
-    """The guide as arguments of `_loss_against`; raises unless it fits the rows."""
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The guide without a graph; raises unless it fits the rows."""
     if not isinstance(guide, (tuple, list)) or len(guide) != 3:
         raise TypeError(f"guide must be None or (g, g_negatives, threshold), got {guide!r:.80}")
     g, g_negatives, threshold = guide
@@ -466,8 +425,7 @@ def _checked_guide(
     if g_negatives is not None and g_negatives.shape[1] != g.shape[1]:
         raise ValueError(f"guide[1] must have {g.shape[1]} columns, got {g_negatives.shape[1]}")
     _check_vector("guide[2]", threshold, z)
-    given = {"guide_of_z": g, "guide_of_negatives": g_negatives, "largest_guide": threshold}
-    return {name: x.detach() for name, x in given.items() if x is not None}
+    return g.detach(), None if g_negatives is None else g_negatives.detach(), threshold.detach()
 
 
 def _guide(given: tuple[Tensor, Tensor | None, Tensor], dtype: torch.dtype) -> Guide:

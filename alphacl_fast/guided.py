@@ -54,11 +54,11 @@ def loss(
     z1, z2 = functional.of_one_dtype(z1, z2)
     functional.check_temperature(temperature, call.objective)
     functional.check_embeddings(z1, z2)
-    g1, g2 = _checked(guide, z1)
+    guide = _checked(guide, z1)
     objective = call.objective
     if isinstance(objective, ClosedForm):
         objective = objective.of_each_pair
-    given = {"temperature": temperature, "guide1": g1, "guide2": g2}
+    given = {"temperature": temperature, "guide": guide}
     if ids is not None:
         given["ids"] = functional.checked_ids("ids", ids, z1)
     losses = _losses(
@@ -76,7 +76,7 @@ def loss(
     return call.reduce(losses[: call.anchors(len(z1))])
 
 
-def _checked(guide: Any, z: Tensor) -> list[Tensor]:
+def _checked(guide: Any, z: Tensor) -> tuple[Tensor, ...]:
     """The guide's embeddings of both views; raises unless they fit the rows z."""
     if not isinstance(guide, (tuple, list)) or len(guide) != 2:
         raise TypeError(f"guide must be None or (g1, g2), got {guide!r:.80}")
@@ -90,7 +90,7 @@ def _checked(guide: Any, z: Tensor) -> list[Tensor]:
     if guide[0].shape[1] != guide[1].shape[1]:
         widths = " and ".join(str(rows.shape[1]) for rows in guide)
         raise ValueError(f"guide must have one width in both views, got {widths}")
-    return [rows.detach() for rows in guide]
+    return tuple(rows.detach() for rows in guide)
 
 
 @one_operator("z1", "z2", losses=lambda n: (2 * n,))
@@ -100,8 +100,7 @@ def _losses(
     objective: Objective,
     *,
     temperature: float | Tensor,
-    guide1: Tensor,
-    guide2: Tensor,
+    guide: tuple[Tensor, Tensor],
     ids: Tensor | None = None,
     similarity: str,
     negatives: str,
@@ -114,7 +113,7 @@ def _losses(
     wide = accumulation_dtype(z1.dtype)
     rows = unit_rows if similarity == "cosine" else lambda z: z.to(wide)
     f1, f2 = rows(z1), rows(z2)
-    g1, g2 = unit_rows(guide1.to(wide)), unit_rows(guide2.to(wide))
+    g1, g2 = (unit_rows(rows.to(wide)) for rows in guide)
     positive, threshold = (f1 * f2).sum(1), (g1 * g2).sum(1) - guide_margin
     ids = torch.arange(len(z1), device=z1.device) if ids is None else ids
     call = functional.make_call(

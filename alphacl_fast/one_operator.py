@@ -84,7 +84,7 @@ def one_operator(
 def _record(name: str, given: dict[str, Any]) -> Tensor:
     """The loss as an operator of the graph that is being made."""
     tensors, names, settings = [], [], []
-    for argument, value in given.items():
+    for argument, value in _spread(given).items():
         if isinstance(value, Tensor):
             names.append(argument)
             tensors.append(value)
@@ -100,6 +100,30 @@ def _record(name: str, given: dict[str, Any]) -> Tensor:
     needed = [grad and x.requires_grad for x in tensors]
     text = _as_text(tuple(settings))
     return torch.ops.alphacl_fast.whole_loss(tensors, name, names, text, needed)[0]
+
+
+def _spread(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, with an entry of its own for each member of a tuple that holds tensors."""
+    spread = {}
+    for argument, value in given.items():
+        if isinstance(value, (tuple, list)) and any(isinstance(x, Tensor) for x in value):
+            spread.update({f"{argument} [{k}]": x for k, x in enumerate(value)})
+        else:
+            spread[argument] = value
+    return spread
+
+
+def _put_together(spread: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that `_spread` was given."""
+    given: dict[str, Any] = {}
+    members: dict[str, dict[int, Any]] = {}
+    for name, value in spread.items():
+        argument, of_tuple, place = name.partition(" [")
+        if of_tuple:
+            members.setdefault(argument, {})[int(place[:-1])] = value
+        else:
+            given[name] = value
+    return given | {name: tuple(found[k] for k in sorted(found)) for name, found in members.items()}
 
 
 @torch.compiler.assume_constant_result
@@ -118,7 +142,7 @@ def _call(tensors: list[Tensor], loss: str, names: list[str], settings: str) -> 
             given[argument.removesuffix(" as float")] = given.pop(argument).item()
     for argument, value, is_key in json.loads(settings):
         given[argument] = registered(value) if is_key else value
-    return _LOSSES[loss].function(**given)
+    return _LOSSES[loss].function(**_put_together(given))
 
 
 def _deferred(tensors: list[Tensor], loss: str, settings: str, needed: list[bool]) -> bool:

@@ -120,6 +120,25 @@ def test_module_and_compiled_graph():
     torch.testing.assert_close(compiled(z1, z2, *guides()), expected)
 
 
+def test_explicit_negatives_in_a_compiled_graph():
+    z, y = (normalize(x) for x in pair(N, 6, torch.float32))
+    positive, threshold = torch.zeros(N), torch.zeros(N)
+    for negatives, guide in ((y, (*guides(), threshold)), (None, (guides()[0], None, threshold))):
+
+        def loss(z, others, *of_guide):
+            return loss_against(z, others, positive, guide=of_guide)
+
+        torch._dynamo.reset()
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        z = z.detach().requires_grad_()
+        expected = loss(z, negatives, *guide)
+        assert expected != loss_against(z, negatives, positive)
+        found = compiled(z, negatives, *guide)
+        torch.testing.assert_close(found, expected)
+        truth = torch.autograd.grad(expected, z)
+        torch.testing.assert_close(torch.autograd.grad(found, z), truth)
+
+
 def test_the_guide_gets_no_gradient():
     z1, z2 = (z.requires_grad_() for z in pair(N, 6, torch.float32))
     guide = tuple(g.requires_grad_() for g in guides())

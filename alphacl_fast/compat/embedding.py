@@ -67,8 +67,8 @@ class GISTEmbedLoss(_package.GISTEmbedLoss):
     """Cross-entropy among candidates that a guide model does not take for positives.
 
     The guide compares each candidate with the anchor. A candidate is left out if the guide finds it
-    more similar than the anchor's positive, less a margin. The similarities of the model and of the guide exist for a block of anchors at a time,
-    in PyTorch operations.
+    more similar than the anchor's positive, less a margin. Similarities exist for a block of
+    anchors at a time, in PyTorch operations.
 
     Args:
         model: a SentenceTransformer with a tokenizer.
