@@ -16,6 +16,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from runs import rows
 
 from alphacl_fast import backends, functional, objectives
 from alphacl_fast.train import (
@@ -63,10 +64,6 @@ TINY = {
 
 def tiny(**given):
     return Config.create(**{**TINY, **given})
-
-
-def rows(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import types
 import pytest
 import torch
 
-from alphacl_fast.train import Callback, Config, RunError, loop, train
+from alphacl_fast.train import Callback, Config, RunError, train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_plots")
 
 SETTINGS = {
     "dataset": "digits",
@@ -21,14 +21,6 @@ SETTINGS = {
     "log_every": 1,
     "eval_every": 2,
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_plots(monkeypatch):
-    monkeypatch.setattr(loop.report, "curves", lambda *_: None)
-    monkeypatch.setattr(
-        loop, "picture", lambda encoder, data, path: loop.storage.write(path, b"a picture")
-    )
 
 
 class Heard(Callback):

@@ -7,13 +7,13 @@ import json
 import math
 import os
 import signal
-import traceback
 
 import pytest
 import torch
 import torch._dynamo.testing
 import torchvision
 from PIL import Image
+from runs import rows, state_of, train_on_ranks
 from torch import nn
 
 from alphacl_fast.train import (
@@ -32,7 +32,7 @@ from alphacl_fast.train import (
 from alphacl_fast.train.process_context import ProcessContext
 from alphacl_fast.train.sync_batch_norm import synchronised
 
-pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.usefixtures("one_thread", "no_plots")]
 
 CPU = torch.device("cpu")
 TINY = {
@@ -57,25 +57,8 @@ MUCH = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_plots(monkeypatch):
-    """The plots of a run are not looked at here, and take longer than its steps."""
-    monkeypatch.setattr(loop.report, "curves", lambda *_: None)
-    monkeypatch.setattr(
-        loop, "picture", lambda encoder, data, path: loop.storage.write(path, b"a picture")
-    )
-
-
 def tiny(**given):
     return Config.create(**{**TINY, **given})
-
-
-def rows(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def state_of(out):
-    return torch.load(out / "checkpoint.pt", weights_only=True)
 
 
 def assert_equal(ours, theirs, path=""):
@@ -481,21 +464,7 @@ def test_two_ranks_with_everything_train_as_one_process(tmp_path):
     given |= {"batch_size": 31, "lr": 0.02}
     train(tiny(**given), tmp_path / "one")
     both = tiny(**given, norm="sync", eval_ranks="all")
-    children = []
-    for rank in range(2):
-        children.append(os.fork())
-        if not children[-1]:
-            code = 1
-            try:
-                store = torch.distributed.FileStore(str(tmp_path / "store"), 2)
-                torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-                train(both, tmp_path / "two")
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    train_on_ranks(2, both, tmp_path / "two")
     one, two = (rows(tmp_path / name) for name in ("one", "two"))
     for name in ("loss", "knn"):
         ours, theirs = ([row[name] for row in found if name in row] for found in (two, one))

@@ -1,13 +1,12 @@
 """Recipes: a momentum encoder with a queue, supervised contrast, and images with texts."""
 
-import json
 import os
 import signal
-import traceback
 
 import pytest
 import torch
 from PIL import Image
+from runs import rows, state_of, train_on_ranks
 from torch.nn import functional as F
 
 from alphacl_fast.train import (
@@ -26,7 +25,7 @@ from alphacl_fast.train import (
 from alphacl_fast.train.process_context import ProcessContext
 from alphacl_fast.train.recipes import build_recipe
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_plots")
 
 TINY = {"dataset": "digits", "width": 4, "batch_size": 32, "subset": 128, "epochs": 2, "workers": 0}
 TINY |= {"text_width": 16}
@@ -34,20 +33,8 @@ TINY |= {"text_width": 16}
 LEARNS = {"dataset": "digits", "width": 8, "batch_size": 64, "subset": 640, "workers": 0}
 
 
-@pytest.fixture(autouse=True)
-def _no_plots(monkeypatch):
-    monkeypatch.setattr(loop.report, "curves", lambda *_: None)
-    monkeypatch.setattr(
-        loop, "picture", lambda encoder, data, path: loop.storage.write(path, b"a picture")
-    )
-
-
 def tiny(**given):
     return Config.create(**{**TINY, "log_every": 1, "eval_every": 0, **given})
-
-
-def rows(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def learned(out, **given):
@@ -134,26 +121,10 @@ def test_recipes_resume_bit_for_bit(tmp_path, monkeypatch, given):
 def test_two_ranks_train_as_one_process(tmp_path, given):
     config = tiny(**given, norm="group", optimizer="sgd", lr=0.02, batch_size=31)
     train(config, tmp_path / "one")
-    children = []
-    for rank in range(2):
-        children.append(os.fork())
-        if not children[-1]:
-            code = 1
-            try:
-                store = torch.distributed.FileStore(str(tmp_path / "store"), 2)
-                torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-                train(config, tmp_path / "two")
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    train_on_ranks(2, config, tmp_path / "two")
     one, two = ([row["loss"] for row in rows(tmp_path / name)] for name in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-4)
-    one, two = (
-        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("one", "two")
-    )
+    one, two = (state_of(tmp_path / name) for name in ("one", "two"))
     for part in ("model", "loss"):
         for name, value in one[part].items():
             torch.testing.assert_close(two[part][name], value, rtol=1e-3, atol=1e-5)
