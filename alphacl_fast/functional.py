@@ -115,10 +115,11 @@ def alpha_cl_loss(
             anchor that has none left has loss 0. It may be negative. Not supported with
             backend="cuda" or a process group. None: all negatives count.
         guide: (g1, g2), another model's embeddings (N, G) of both views, in any float dtype.
-            Negatives whose cosine similarity with the anchor, as the guide sees it, exceeds that of
-            the guide's own positive pair minus ``guide_margin`` are left out (GISTEmbed,
-            arXiv:2402.16829). The guide gets no gradient. Served by backend="blocked" alone, for
-            similarity "cosine" and "dot", without a process group. None: there is no guide.
+            A negative is left out if its cosine similarity with the anchor, in the guide's
+            embeddings, is larger than the similarity of the positive pair there minus
+            ``guide_margin`` (GISTEmbed, arXiv:2402.16829). The guide gets no gradient. Only
+            backend="blocked" serves it, for similarity "cosine" and "dot", without a process group.
+            None: there is no guide.
         guide_margin: any finite number; a positive one leaves out more.
         workspace: bytes in which the CPU kernels may keep tiles of pairs from one sweep to the
             next instead of computing them again; the memory is one per process and stays

@@ -1,8 +1,8 @@
 """Losses of two views in which another model, the guide, says which negatives are false.
 
 GISTEmbed (arXiv:2402.16829): a negative that the guide finds more similar to the anchor than the
-anchor's own positive does not count. The losses are those of `loss_against`, with the rows of the
-other views as negatives.
+anchor's own positive does not count. `loss_against` computes the losses, with the rows of the views
+as negatives.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _losses(
     max_gap: float | None,
     guide_margin: float,
 ) -> Tensor:
-    """(2N,) losses of the anchors of both views; 0 for those of z2 where they are none."""
+    """(2N,) losses of the anchors of both views; 0 for the rows of z2 where they are no anchors."""
     wide = accumulation_dtype(z1.dtype)
     rows = unit_rows if similarity == "cosine" else lambda z: z.to(wide)
     f1, f2 = rows(z1), rows(z2)

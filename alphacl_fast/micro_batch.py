@@ -25,7 +25,7 @@ def micro_batched(encoder: Callable[[Any], Any], inputs: Any, size: int) -> Any:
     """The embeddings ``encoder(inputs)``, with a graph, in the activation memory of ``size`` rows.
 
     Use it in place of ``encoder(inputs)``; the loss and its backward stay as they are. The gradient
-    is that of the whole batch: the encoder runs once to embed a micro-batch and once more in the
+    is exact for the whole batch: the encoder runs once to embed a micro-batch and once more in the
     backward, with the same random numbers (dropout) and under the same autocast.
 
     Batch normalisation is the exception: it sees the statistics of one micro-batch at a time, so

@@ -1179,7 +1179,7 @@ class ClosedForm(Objective):
         return n_neg if self.per_negative else 1.0
 
 
-#: What the key of a `ConstantWeight` ends with, behind that of its `ClosedForm`.
+#: The key of a `ConstantWeight` is the key of its `ClosedForm` and this.
 _OF_EACH_PAIR = " of each pair"
 #: exp(t/τ) is 1 at this τ for every similarity that is not beyond 1e22.
 INFINITE_TAU = 1e30

@@ -138,7 +138,7 @@ def _settings(
     dtype: torch.dtype | None,
     large_message: int,
 ) -> Iterator[_Setting]:
-    """All comparisons, ordered so that those of one truth follow one another."""
+    """All comparisons; those with the same expected tensors follow one another."""
     dtypes = (torch.float64, torch.float32, torch.bfloat16) if dtype is None else (dtype,)
     strategies = [("gather", None), ("ring", None), ("two_level", _ranks_per_node(world))]
     for narrow in dtypes:

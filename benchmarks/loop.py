@@ -3,7 +3,7 @@
     python -m benchmarks.loop --old CHECKOUT --out benchmarks/results/loop.jsonl
 
 Runs `alphacl train` with ResNet-18 of width 16 on random images of 32×32 pixels, in processes of
-their own that take turns. A figure is user + system seconds, those of loader processes included:
+their own that take turns. A figure is user + system seconds, loader processes included:
 the difference between a long and a short run over the difference of their images, so that imports,
 compilation and plots cancel. Both checkouts must be compiled. Each setting is run as both know it;
 those that the old checkout does not know have no ratio.

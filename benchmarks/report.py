@@ -233,7 +233,7 @@ def figure(path: Path, rows: int, columns: int, width: float, height: float) -> 
     pyplot.close(drawn)
 
 
-#: The package's own lines; those of baselines are thinner, and have the other colours.
+#: The package's own lines; baselines have thinner lines in other colours.
 OWN_STYLE = {
     "cpu": {"color": "black", "linewidth": 3.2, "zorder": 3},
     "cuda": {"color": "black", "linewidth": 3.2, "zorder": 3},

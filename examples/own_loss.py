@@ -1,7 +1,7 @@
 """A loss of one's own: φ and ψ as plain functions of a tensor, in O(N·D) memory.
 
-Run it with ``python examples/own_loss.py``. The loss is L_i = φ(Σ_j ψ(Δ_ij)), with Δ_ij the
-similarity of a negative pair minus that of the positive one; derivatives are automatic.
+Run it with ``python examples/own_loss.py``. The loss is L_i = φ(Σ_j ψ(Δ_ij)). Δ_ij is the
+similarity of a negative pair minus the similarity of the positive pair. Derivatives are automatic.
 """
 
 import torch

@@ -302,7 +302,7 @@ def test_initial_weights_of_torchvision():
     (b"text", r"must be a file of torch\.save, got one that cannot be read"),
     ([1, 2], "must hold a dict of tensors, got list"),
     ({"a": 3}, "must hold a dict of tensors, got int under 'a'"),
-    ({"a": torch.ones(2)}, "holds weights of another network: .* is missing; expected those of"),
+    ({"a": torch.ones(2)}, "holds weights of another network: .* is missing; expected weights of"),
     ({"a": torch.tensor([math.nan])}, "holds a weight that is infinite or NaN"),
 ])  # fmt: skip
 def test_unusable_weights_are_named_before_anything_is_written(tmp_path, value, message):

@@ -253,8 +253,8 @@ def tables() -> str:
     lines = [
         *markdown(header, plans), "",
         "Bytes that all processes sent in one step (64 pairs each, 32 features). Both columns put "
-        "counts of operations through the same formula for collectives; the counts of the first "
-        "were recorded in processes, those of the second are predicted:", "",
+        "counts of operations through the same formula for collectives; the first column's counts "
+        "were recorded in processes, the second column's are predicted:", "",
         *markdown(
             ("processes", "strategy", "rows", "recorded", "predicted"),
             ((*case, *(f"{total:,.0f}" for total in totals[case].values())) for case in cases),

@@ -117,8 +117,8 @@ class Config:
     width: int = _flag(64, "channels of the encoder's first stage", least=1)
     norm: str = _flag(
         "batch",
-        "normalisation layers; batch: over one process's micro-batch, sync: over that of all "
-        "processes, group: within an image",
+        "normalisation layers; batch: over one process's micro-batch, sync: over the "
+        "micro-batches of all processes, group: within an image",
         ("batch", "sync", "group"),
     )
     weights: str = _flag(

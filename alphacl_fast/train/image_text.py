@@ -64,8 +64,8 @@ class SigLip(nn.Module):
     """`siglip_loss` with the logarithm of its scale, and its bias, as parameters.
 
     Args:
-        config: gives the first scale, one over its temperature; the first bias, which is that of
-            the paper for its batches (−log of the batch size: 32K have −10.4); and the backend.
+        config: gives the first scale, 1/temperature; the first bias, −log of the batch size
+            (−10.4 for the paper's batches of 32K, where it takes −10); and the backend.
         group: process group of the loss, or None.
     """
 

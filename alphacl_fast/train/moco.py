@@ -47,7 +47,7 @@ class MomentumNet(nn.Module):
 
     @torch.no_grad()
     def follow(self, momentum: float) -> None:
-        """Move the weights of the keys' network towards those of the queries'."""
+        """Move the weights of the keys' network towards the queries' network."""
         ours = [*self.encoder.parameters(), *self.projector.parameters()]
         torch._foreach_lerp_([*self.keys.parameters()], ours, 1 - momentum)
 

@@ -150,8 +150,8 @@ class _SumOverRanks(torch.autograd.Function):
 def sum_over_ranks(x: torch.Tensor, context: ProcessContext) -> torch.Tensor:
     """Sum a tensor over the ranks, differentiably.
 
-    Every rank's gradient with respect to its own ``x`` is that of the sum of what the ranks make
-    of the result. A loss that all ranks share therefore has, after averaging, its own gradient.
+    Every rank differentiates the sum of all ranks' losses with respect to its own ``x``. If all
+    ranks have the same loss, averaging their gradients therefore gives the gradient of that loss.
     """
     if context.size == 1:
         return x

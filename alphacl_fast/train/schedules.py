@@ -18,7 +18,7 @@ def learning_rate(config: Config, step: int, per_epoch: int) -> float:
 def temperature(config: Config, step: int, per_epoch: int) -> float:
     """Compute the temperature of ``step`` (from 0).
 
-    With a period, it swings between both ends: the cosine is that of Kukleva et al., "Temperature
+    With a period, it swings between both ends: the cosine follows Kukleva et al., "Temperature
     Schedules for Self-Supervised Contrastive Methods on Long-Tail Data", ICLR 2023,
     arXiv:2303.13664. Without one, the last step has --temperature-end.
     """

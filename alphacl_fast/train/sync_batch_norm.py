@@ -30,7 +30,7 @@ def synchronised(net: nn.Module, context: ProcessContext, device: torch.device) 
 
 
 class SyncBatchNorm(_BatchNorm):
-    """Batch normalisation whose training statistics are those of all ranks' rows.
+    """Batch normalisation that takes its training statistics over the rows of all ranks.
 
     Args:
         layer: layer of one process, whose weights and statistics are taken over.

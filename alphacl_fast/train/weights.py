@@ -1,4 +1,4 @@
-"""Weights that come from a file, and those of a checkpoint that are evaluated."""
+"""Initial weights from a file, and the choice of a checkpoint's weights for evaluation."""
 
 from pathlib import Path
 
@@ -40,8 +40,8 @@ def load_weights(net: Net, path: Path) -> None:
         problems.append((len(set(own) & set(state)), wrong))
     _, wrong = max(problems, key=lambda problem: problem[0])
     raise RunError(
-        f"--weights {path} holds weights of another network: {wrong}; expected those of this "
-        "network, of its encoder, or of torchvision's ResNet of this size"
+        f"--weights {path} holds weights of another network: {wrong}; expected weights of "
+        "this network, of its encoder, or of torchvision's ResNet of this size"
     )
 
 

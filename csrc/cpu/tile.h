@@ -99,7 +99,7 @@ template <class T> ALPHACL_INLINE void add_rows(const Panel<T>& p, int term, con
   for (int64_t r = 0; r < p.rows; r++) p.row_sums[term][r] += double(sum_of<T>(sums[r]));
 }
 
-// Of the pairs to keep, those that count for the anchor of row r, or for those of the columns from c
+// Which of the pairs to keep count for the anchor of row r, or for the anchors of the columns from c
 // on. A NaN counts.
 template <class T> ALPHACL_INLINE Mask<T> of_row(const Panel<T>& p, int r, Vec<T> t, Mask<T> keep) {
   return keep & ~(Mask<T>)(t > broadcast<T>(p.row.largest_t[r]));
