@@ -53,7 +53,7 @@ MODES = [("two_view", True), ("one_view", True), ("cross_view", True), ("cross_v
 
 @pytest.mark.parametrize("objective", ["infonce", "triplet", "uniform"])
 @pytest.mark.parametrize(("negatives", "symmetric"), MODES)
-def test_equals_dense_code(objective, negatives, symmetric):
+def test_equals_dense_code(objective, negatives, symmetric, small_tiles):
     ids = torch.arange(N) % 9
     for similarity, margin, given in (
         ("cosine", 0.0, None),

@@ -291,45 +291,43 @@ template <class T, class K, bool Gradient> struct General {
   }
 };
 
-// The weights ∂f/∂x of a linear kind with no sums, with Σf, or with Σf, Σ∂f/∂x and its moment: what
+// The weights ∂f/∂x of a linear kind, with the sums of the terms whose bits are set in TERMS: what
 // `General` computes, without its choices inside the loop, so that f and ∂f/∂x share their
 // exponential.
-enum class Sums { NONE, VALUE, VALUE_AND_SLOPE };
-template <class T, class K, Sums SUMS> struct SlopeGradient {
+constexpr int bit(int term) { return 1 << term; }
+template <class T, class K, int TERMS> struct SlopeGradient {
   const Panel<T>& p;
-  Vec<T> f[PANEL_ROWS] = {}, df[PANEL_ROWS] = {}, moment[PANEL_ROWS] = {};
+  Vec<T> sums[SUM_COUNT][PANEL_ROWS] = {};
   ALPHACL_INLINE void begin(int64_t) {}
   ALPHACL_INLINE void end(int64_t) {}
-  static ALPHACL_INLINE void add(T* to, Vec<T> x) { store(to, load(to) + x); }
+  // ∂f/∂x of a vector of pairs; add(term, value) receives the terms.
+  template <bool Masked, class Add> ALPHACL_INLINE Vec<T> slope(Vec<T> x, Vec<T> u, Mask<T> keep, Add add) const {
+    Vec<T> f = K::f(x, p.numbers), df = K::df(x, p.numbers);
+    if (Masked) f = keep ? f : Vec<T>{}, df = keep ? df : Vec<T>{};
+    if constexpr (TERMS & bit(F)) add(F, f);
+    if constexpr (TERMS & bit(DF)) add(DF, df);
+    if constexpr (TERMS & bit(DF_MOMENT)) add(DF_MOMENT, df * u);
+    return df;
+  }
 
   template <bool Masked> ALPHACL_INLINE void pair(int r, int64_t c, Vec<T> t, Mask<T> keep) {
-    const Vec<T> zero{};
     Vec<T> x = (t - p.row.shift[r]) + p.row.argument_offset[r];
-    Vec<T> value = K::f(x, p.numbers), slope = K::df(x, p.numbers);
-    if (Masked) value = keep ? value : zero, slope = keep ? slope : zero;
-    if constexpr (SUMS != Sums::NONE) f[r] += value;
-    if constexpr (SUMS == Sums::VALUE_AND_SLOPE) df[r] += slope, moment[r] += slope * (t - p.row.moment_origin[r]);
-    Vec<T> g = slope * p.row.row_weight[r];
+    Vec<T> g = slope<Masked>(x, t - p.row.moment_origin[r], keep, [&](int term, Vec<T> y) { sums[term][r] += y; });
+    g *= p.row.row_weight[r];
     if (p.two_sided) {
       x = (t - load(p.col.shift + c)) + load(p.col.argument_offset + c);
-      value = K::f(x, p.numbers), slope = K::df(x, p.numbers);
-      if (Masked) value = keep ? value : zero, slope = keep ? slope : zero;
-      if (p.col_terms) {
-        if constexpr (SUMS != Sums::NONE) add(p.col_sums[F] + c, value);
-        if constexpr (SUMS == Sums::VALUE_AND_SLOPE) {
-          add(p.col_sums[DF] + c, slope);
-          add(p.col_sums[DF_MOMENT] + c, slope * (t - load(p.col.moment_origin + c)));
-        }
-      }
-      g += slope * load(p.col.row_weight + c);
+      const Vec<T> df = slope<Masked>(x, t - load(p.col.moment_origin + c), keep, [&](int term, Vec<T> y) {
+        if (p.col_terms) store(p.col_sums[term] + c, load(p.col_sums[term] + c) + y);
+      });
+      g += df * load(p.col.row_weight + c);
     }
     store(p.s + r * LD + c, g);
   }
   static __attribute__((noinline)) void run(const Panel<T>& p) {
     SlopeGradient op{p};
     for_pairs<T>(p, op);
-    if constexpr (SUMS != Sums::NONE) add_rows<T>(p, F, op.f);
-    if constexpr (SUMS == Sums::VALUE_AND_SLOPE) add_rows<T>(p, DF, op.df), add_rows<T>(p, DF_MOMENT, op.moment);
+    for (int term = 0; term < SUM_COUNT; term++)
+      if (TERMS & bit(term)) add_rows<T>(p, term, op.sums[term]);
   }
 };
 
@@ -381,11 +379,14 @@ template <class T, class K> PanelFunction<T> any_kind(const Sweep& s) {
 }
 template <class T, class K> PanelFunction<T> linear_kind(const Sweep& s, bool limited) {
   if (!s.gradient || s.weight != WEIGHT_DF || limited) return any_kind<T, K>(s);
-  int wanted = 0;  // a bit for each term
-  for (int k = 0; k < TERM_COUNT; k++) wanted |= (s.rows_of_terms[k] >= 0) << k;
-  if (wanted == 0) return SlopeGradient<T, K, Sums::NONE>::run;
-  if (wanted == 1 << F) return SlopeGradient<T, K, Sums::VALUE>::run;
-  if (wanted == (1 << F | 1 << DF | 1 << DF_MOMENT)) return SlopeGradient<T, K, Sums::VALUE_AND_SLOPE>::run;
+  int wanted = 0;
+  for (int term = 0; term < TERM_COUNT; term++) wanted |= s.rows_of_terms[term] >= 0 ? bit(term) : 0;
+  switch (wanted) {
+    case 0: return SlopeGradient<T, K, 0>::run;
+    case bit(F): return SlopeGradient<T, K, bit(F)>::run;
+    case bit(F) | bit(DF): return SlopeGradient<T, K, bit(F) | bit(DF)>::run;
+    case bit(F) | bit(DF) | bit(DF_MOMENT): return SlopeGradient<T, K, bit(F) | bit(DF) | bit(DF_MOMENT)>::run;
+  }
   return any_kind<T, K>(s);
 }
 template <class T, class K, bool Limited> PanelFunction<T> constant_shift(const Sweep& s) {

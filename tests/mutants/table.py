@@ -1585,14 +1585,14 @@ plant(
     "csrc/cpu/tile.h",
     (
         "slopes: the columns' anchors have the rows' shift",
-        "x = (t - load(p.col.shift + c)) + load(p.col.argument_offset + c);\n      value",
-        "x = (t - p.row.shift[r]) + load(p.col.argument_offset + c);\n      value",
+        "x = (t - load(p.col.shift + c)) + load(p.col.argument_offset + c);",
+        "x = (t - p.row.shift[r]) + load(p.col.argument_offset + c);",
         portable(TRIPLET),
     ),
     (
         "slopes: an excluded pair has a weight",
-        "if (Masked) value = keep ? value : zero, slope = keep ? slope : zero;\n    if constexpr",
-        "if (Masked) value = keep ? value : zero;\n    if constexpr",
+        "if (Masked) f = keep ? f : Vec<T>{}, df = keep ? df : Vec<T>{};",
+        "if (Masked) f = keep ? f : Vec<T>{};",
         portable(TRIPLET),
     ),
     variant="portable",
@@ -1776,5 +1776,31 @@ plant(
         "for index in range(len(images)) if index not in gone]",
         "for index in range(len(images))]",
         "tests/test_train_features.py::test_held_out_images_are_neither_trained_on_nor_tested",
+    ),
+)
+
+GUIDE = "tests/test_guide.py::test_equals_dense_code"
+plant(
+    "alphacl_fast/backend/blocked.py",
+    (
+        "guide: the columns' anchors have no limit",
+        "            x = x.masked_fill(self.guide > side.largest_guide, value)",
+        "            x = x.masked_fill((self.guide > side.largest_guide) & (side.dim == 1), value)",
+        f"{GUIDE}[two_view-True-infonce]",
+    ),
+)
+plant(
+    "alphacl_fast/guided.py",
+    (
+        "guide: the margin has the wrong sign",
+        "(g1 * g2).sum(1) - guide_margin",
+        "(g1 * g2).sum(1) + guide_margin",
+        f"{GUIDE}[one_view-True-infonce]",
+    ),
+    (
+        "guide: both directions have the first view's guide",
+        "against(f2, f1, g2, g1)",
+        "against(f2, f1, g1, g2)",
+        f"{GUIDE}[cross_view-True-infonce]",
     ),
 )
