@@ -19,10 +19,7 @@ from .autograd import unit_rows
 from .backend.blocked import deal, tile_size
 from .call import without_autocast
 from .functional import alpha_cl_loss, check_embeddings, of_one_dtype
-from .objectives import infonce
-
-#: log Σ_j exp(Δ_ij/τ); it is created at import, because a compiled graph cannot create objects.
-_LOG_SUM_EXP = infonce(epsilon=0.0)
+from .objectives import LOG_SUM
 
 
 def alignment(z1: Tensor, z2: Tensor) -> Tensor:
@@ -89,7 +86,7 @@ def _uniformity_of_view(rows: Tensor, t: float) -> Tensor:
     log_sums = alpha_cl_loss(
         rows,
         rows.detach(),
-        _LOG_SUM_EXP,
+        LOG_SUM,
         temperature=1 / (2 * t),
         similarity="euclidean",
         negatives="one_view",

@@ -1530,6 +1530,8 @@ def alpha_gamma(gamma: float = 2.0, detach_alpha: bool = True) -> Objective:
 __all__ += list(_FACTORIES)
 #: Every built-in objective with its default options.
 DEFAULTS: dict[str, Objective] = {name: factory() for name, factory in _FACTORIES.items()}
+#: L_i = log Σ_j exp(Δ_ij/τ), a part of many other losses.
+LOG_SUM = infonce(epsilon=0.0)
 
 
 def _remade(name: str, options: dict[str, Any]) -> Objective:

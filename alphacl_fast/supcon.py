@@ -21,13 +21,10 @@ from .bundles import accumulation_dtype
 from .call import without_autocast
 from .explicit_negatives import row_losses_against
 from .functional import zero_with_graph
-from .objectives import infonce
+from .objectives import LOG_SUM
 from .one_operator import one_operator
 from .process_groups import ProcessGroup
 from .same_id import Block, Formula, Groups, Outcome, losses_of_groups
-
-_LOG_SUM = infonce(epsilon=0.0)
-
 
 # --- the forms ------------------------------------------------------------------------------------
 
@@ -232,7 +229,7 @@ class SupConLoss(nn.Module):
     ) -> None:
         super().__init__()
         _check_options(form, similarity, reduction, backend, precision)
-        functional.check_temperature(temperature, _LOG_SUM)
+        functional.check_temperature(temperature, LOG_SUM)
         functional.make_group(process_group, "auto")
         self.form, self.similarity = form, similarity
         self.reduction, self.backend = reduction, backend
@@ -335,7 +332,7 @@ def _vectors(
         rows,
         pool.others,
         origin,
-        _LOG_SUM,
+        LOG_SUM,
         similarity=pool.similarity,
         temperature=tau,
         ids=pool.ids,
@@ -413,7 +410,7 @@ class _Given(NamedTuple):
         functional.check_rows("z", self.z, fewest)
         if self.z.shape[1] < 1:
             raise ValueError(f"z must have at least 1 column, got shape {tuple(self.z.shape)}")
-        functional.check_temperature(self.temperature, _LOG_SUM)
+        functional.check_temperature(self.temperature, LOG_SUM)
         if (self.reference is None) != (self.reference_ids is None):
             missing = "reference" if self.reference is None else "reference_ids"
             raise ValueError(
@@ -452,7 +449,7 @@ def _check_options(
     functional.one_of("form", form, tuple(FORMS))
     functional.one_of("similarity", similarity, ("cosine", "dot"))
     functional.make_call(
-        _LOG_SUM,
+        LOG_SUM,
         {},
         similarity="cosine",
         negatives="one_view",

@@ -26,7 +26,7 @@ from .autograd import unit_rows
 from .call import as_operator, without_autocast
 from .explicit_negatives import loss_against
 from .functional import alpha_cl_loss, zero_with_graph
-from .objectives import PairLoss, infonce
+from .objectives import LOG_SUM, PairLoss
 from .one_operator import one_operator
 from .same_id import Block, Groups, Outcome, losses_of_groups
 
@@ -45,9 +45,6 @@ __all__ = [
     "rince",
     "tuplet_margin",
 ]
-
-#: log Σ_j exp(Δ_ij/τ) over the negatives, made once: a compiled graph cannot create objects.
-_LOG_SUM = infonce(epsilon=0.0)
 
 
 # --- two views ------------------------------------------------------------------------------------
@@ -88,7 +85,7 @@ def dcl(
     Source: Yeh et al., arXiv:2110.06848.
     """
     return alpha_cl_loss(
-        z1, z2, _LOG_SUM, temperature=temperature, reduction=reduction, backend=backend
+        z1, z2, LOG_SUM, temperature=temperature, reduction=reduction, backend=backend
     )
 
 
@@ -663,7 +660,7 @@ def tuplet_margin(
             rows,
             None,
             origin,
-            _LOG_SUM,
+            LOG_SUM,
             temperature=1 / scale,
             ids=ids,
             reduction="none",
@@ -770,7 +767,7 @@ class SogCLR(nn.Module):
         losses = alpha_cl_loss(
             z1,
             z2,
-            _LOG_SUM,
+            LOG_SUM,
             temperature=self.temperature,
             reduction="none",
             backend=self.backend,
@@ -936,7 +933,7 @@ def log_mean_and_slope(x: Tensor, y: Tensor, tau: Tensor, backend: str) -> Tenso
             x,
             y,
             (x * y).sum(1),
-            _LOG_SUM,
+            LOG_SUM,
             temperature=tau,
             ids=places,
             negative_ids=places,
@@ -974,7 +971,7 @@ def _of_views(
     """Checks the arguments and reduces ``losses()``, of ``anchors`` anchors for each pair."""
     functional.check_embeddings(z1, z2)
     functional.one_of("reduction", reduction, functional.REDUCTIONS)
-    functional.check_temperature(temperature, _LOG_SUM)
+    functional.check_temperature(temperature, LOG_SUM)
     with without_autocast(z1.device):
         if len(z1) == 1:
             tensors = (z1, z2, *((temperature,) if isinstance(temperature, Tensor) else ()))
@@ -1024,7 +1021,7 @@ def _log_sums(
     return alpha_cl_loss(
         z1,
         z2,
-        _LOG_SUM,
+        LOG_SUM,
         temperature=temperature,
         negatives=negatives,
         reduction="none",

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..autograd import unit_rows
-from .entry import in_blocks, promoted
+from ..functional import of_one_dtype
+from .entry import in_blocks
 from .ranking import MultipleNegativesRankingLoss
 
 
@@ -118,11 +119,11 @@ class GISTEmbedLoss(_package.GISTEmbedLoss):
         """
         columns = list(sentence_features)
         guided = [dict(column) for column in columns]  # the guide writes its outputs into them
-        embeddings = promoted(*_gist.embed_columns(self.model, columns))
+        embeddings = of_one_dtype(*_gist.embed_columns(self.model, columns))
         with torch.no_grad():
             if self.must_retokenize:
                 guided = [self._retokenized(column) for column in columns]
-            guide = promoted(*_gist.embed_columns(self.guide, guided))
+            guide = of_one_dtype(*_gist.embed_columns(self.guide, guided))
         if len(embeddings) not in (2, 3):
             raise ValueError(
                 f"sentence_features must have 2 columns, or 3 with negatives, got {len(embeddings)}"

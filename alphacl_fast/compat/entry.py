@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
 
 import torch
 import torch.distributed as dist
@@ -15,18 +14,6 @@ from ..call import without_autocast
 
 #: The pairs of a block of `in_blocks`: 16 MiB of float32 similarities.
 PAIRS_OF_A_BLOCK = 1 << 22
-
-
-def promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Embeddings in the widest of their dtypes; each receives its gradient in its own.
-
-    Towers differ under autocast, where one ends in a matrix product and the other in a norm.
-    Anything but floating-point tensors passes, and meets the checks of the loss.
-    """
-    if not all(isinstance(x, Tensor) and x.is_floating_point() for x in tensors):
-        return tensors
-    dtype = reduce(torch.promote_types, (x.dtype for x in tensors))
-    return tuple(x.to(dtype) for x in tensors)
 
 
 def world(wanted: bool) -> str | None:

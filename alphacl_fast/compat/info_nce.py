@@ -9,8 +9,7 @@ from .. import functional
 from ..autograd import unit_rows
 from ..call import without_autocast
 from ..explicit_negatives import loss_against
-from ..functional import alpha_cl_loss
-from .entry import promoted
+from ..functional import alpha_cl_loss, of_one_dtype
 
 
 class InfoNCE(nn.Module):
@@ -94,7 +93,7 @@ def info_nce(
     """
     functional.one_of("negative_mode", negative_mode, ("unpaired", "paired"))
     if negative_keys is None:
-        query, positive_key = promoted(query, positive_key)
+        query, positive_key = of_one_dtype(query, positive_key)
         return alpha_cl_loss(
             query,
             positive_key,
@@ -103,7 +102,7 @@ def info_nce(
             symmetric=False,
             reduction=reduction,
         )
-    query, positive_key, negative_keys = promoted(query, positive_key, negative_keys)
+    query, positive_key, negative_keys = of_one_dtype(query, positive_key, negative_keys)
     functional.one_of("reduction", reduction, functional.REDUCTIONS)
     functional.check_embeddings(query, positive_key)
     paired = negative_mode == "paired"

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from .. import functional
 from ..autograd import unit_rows
 from ..explicit_negatives import loss_against
-from ..functional import alpha_cl_loss
-from ..objectives import infonce
+from ..functional import alpha_cl_loss, of_one_dtype
+from ..objectives import LOG_SUM
 from ..zoo import macl
-from .entry import everyone, own_ids, promoted, world
+from .entry import everyone, own_ids, world
 
-_LOG_SUM = infonce(epsilon=0.0)
 _EPS = 1e-8
 
 
@@ -158,7 +157,7 @@ class NTXentLoss(nn.Module):
         Raises:
             TypeError, ValueError: bad embeddings.
         """
-        out0, out1 = promoted(out0, out1)
+        out0, out1 = of_one_dtype(out0, out1)
         if self.memory_bank.size[0] == 0:
             return self._of_batch(out0, out1)
         functional.check_embeddings(out0, out1)
@@ -251,9 +250,9 @@ class DCLLoss(nn.Module):
         Raises:
             TypeError, ValueError: bad embeddings or a bad temperature.
         """
-        out0, out1 = promoted(out0, out1)
+        out0, out1 = of_one_dtype(out0, out1)
         group = world(self.gather_distributed)
-        loss = _own_mean(out0, out1, _LOG_SUM, self.temperature, group)
+        loss = _own_mean(out0, out1, LOG_SUM, self.temperature, group)
         if self.weight_fn is None or (len(out0) == 1 and group is None):
             return loss
         first, second = unit_rows(out0), unit_rows(out1)
@@ -320,7 +319,7 @@ class MACLLoss(nn.Module):
             TypeError, ValueError: bad embeddings.
         """
         return macl(
-            *promoted(z0, z1),
+            *of_one_dtype(z0, z1),
             temperature=self.temperature,
             alpha=self.alpha,
             initial_alignment=self.A_0,

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..bundles import accumulation_dtype
-from ..functional import alpha_cl_loss
+from ..functional import alpha_cl_loss, of_one_dtype
 from ..siglip import siglip_loss
-from .entry import in_graph, promoted
+from .entry import in_graph
 
 
 def _overrides(loss: nn.Module, ours: type[nn.Module], *names: str) -> bool:
@@ -156,7 +156,7 @@ class ClipLoss(nn.Module):
     def _fused(
         self, images: Tensor, texts: Tensor, scale: float | Tensor, bias: float | Tensor | None
     ) -> Tensor:
-        images, texts = promoted(images, texts)
+        images, texts = of_one_dtype(images, texts)
         group = "world" if self.world_size > 1 else None
         local = group is not None and self.local_loss
         loss = alpha_cl_loss(
@@ -314,7 +314,7 @@ class SigLipLoss(nn.Module):
     def _fused(
         self, images: Tensor, texts: Tensor, scale: float | Tensor, bias: float | Tensor | None
     ) -> Tensor:
-        images, texts = promoted(images, texts)
+        images, texts = of_one_dtype(images, texts)
         group = "world" if self.world_size > 1 else None
         loss = siglip_loss(
             images,

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from .. import functional, zoo
 from ..autograd import unit_rows
 from ..bundles import accumulation_dtype
-from ..functional import zero_with_graph
+from ..functional import of_one_dtype, zero_with_graph
 from ..same_id import Groups
 from ..supcon import supcon_loss
 from . import pairs
-from .entry import class_ids, in_blocks, promoted
+from .entry import class_ids, in_blocks
 from .pairs import ListedPairs, PairsByLabel
 
 try:
@@ -209,7 +209,7 @@ class _Call:
         if ref_emb is embeddings:
             others = embeddings
         else:
-            embeddings, others = promoted(embeddings, ref_emb)
+            embeddings, others = of_one_dtype(embeddings, ref_emb)
             functional.check_rows("ref_emb", others, fewest=1)
             functional.check_alike("ref_emb", others, "embeddings", embeddings)
         if indices_tuple is not None:

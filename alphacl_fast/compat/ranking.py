@@ -15,16 +15,15 @@ from .. import functional
 from ..autograd import unit_rows
 from ..bundles import accumulation_dtype
 from ..explicit_negatives import loss_against
-from ..functional import alpha_cl_loss, zero_with_graph
-from ..objectives import infonce
-from .entry import everyone, in_blocks, own_ids, promoted, world
+from ..functional import alpha_cl_loss, of_one_dtype, zero_with_graph
+from ..objectives import LOG_SUM
+from .entry import everyone, in_blocks, own_ids, world
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 HARDNESS_MODES = (None, "in_batch_negatives", "hard_negatives", "all_negatives")
 _SIMILARITIES = {"cos_sim": "cosine", "dot_score": "dot"}
 #: The functions that ``model.similarity`` stands for, by the model's ``similarity_fn_name``.
 _OF_A_MODEL = {"cosine": "cos_sim", "dot": "dot_score"}
-_LOG_SUM = infonce(epsilon=0.0)
 
 
 def cos_sim(a: Tensor, b: Tensor) -> Tensor:
@@ -140,7 +139,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         if len(embeddings) < 2 or any(e.shape != embeddings[0].shape for e in embeddings):
             shapes = ", ".join(str(tuple(e.shape)) for e in embeddings)
             raise ValueError(f"embeddings must be two columns or more of one shape, got {shapes}")
-        columns, group = promoted(*embeddings), world(self.gather_across_devices)
+        columns, group = of_one_dtype(*embeddings), world(self.gather_across_devices)
         functional.check_embeddings(*columns[:2], fewest=1 if group is None else 0)
         similarity = _SIMILARITIES.get(_name(self.similarity_fct))
         if similarity is None:
@@ -188,7 +187,7 @@ class MultipleNegativesRankingLoss(nn.Module):
             x, y = _HeldGradient.apply(x, kept), _HeldGradient.apply(y, kept)
             return [
                 loss_against(
-                    x, y, own * kept, _LOG_SUM, temperature=kept / self.scale, ids=ids,
+                    x, y, own * kept, LOG_SUM, temperature=kept / self.scale, ids=ids,
                     negative_ids=y_ids, process_group=group, reduction="none",
                 )
             ]  # fmt: skip
