@@ -131,22 +131,6 @@ class ProcessContext:
         return int(largest)
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """The sum over the ranks; its derivative sums their gradients."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, group) -> torch.Tensor:
-        ctx.group, x = group, x.clone()
-        dist.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
-
-
 def sum_over_ranks(x: torch.Tensor, context: ProcessContext) -> torch.Tensor:
     """Sum a tensor over the ranks, differentiably.
 
@@ -155,7 +139,9 @@ def sum_over_ranks(x: torch.Tensor, context: ProcessContext) -> torch.Tensor:
     """
     if context.size == 1:
         return x
-    return _SumOverRanks.apply(x, context.group_of(x))
+    from torch.distributed.nn.functional import all_reduce  # not in a torch without processes
+
+    return all_reduce(x, group=context.group_of(x))
 
 
 @contextmanager
