@@ -16,7 +16,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from runs import rows
+from training_runs import rows
 
 from alphacl_fast import backends, functional, objectives
 from alphacl_fast.train import (

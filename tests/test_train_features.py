@@ -13,8 +13,8 @@ import torch
 import torch._dynamo.testing
 import torchvision
 from PIL import Image
-from runs import rows, state_of, train_on_ranks
 from torch import nn
+from training_runs import rows, state_of, train_on_ranks
 
 from alphacl_fast.train import (
     Config,

@@ -6,8 +6,8 @@ import signal
 import pytest
 import torch
 from PIL import Image
-from runs import rows, state_of, train_on_ranks
 from torch.nn import functional as F
+from training_runs import rows, state_of, train_on_ranks
 
 from alphacl_fast.train import (
     Config,
