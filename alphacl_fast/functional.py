@@ -157,6 +157,7 @@ def alpha_cl_loss(
         if group is not None:
             distributed.agree(group, None, None, None, None, error)  # raises
         raise
+    check_guide_margin(guide_margin)
     if guide is not None:
         (guided_loss,) = GUIDED
         return guided_loss(z1, z2, temperature, call, ids, guide, guide_margin)
@@ -238,6 +239,14 @@ def check_workspace(workspace: int | None) -> None:
         raise TypeError(f"workspace must be None or a number of bytes, got {workspace!r}")
     if workspace < 0:
         raise ValueError(f"workspace must be ≥ 0, got {workspace}")
+
+
+def check_guide_margin(guide_margin: float) -> None:
+    """Raises unless it is a finite number."""
+    if isinstance(guide_margin, bool) or not isinstance(guide_margin, Real):
+        raise TypeError(f"guide_margin must be a number, got {guide_margin!r}")
+    if not math.isfinite(guide_margin):
+        raise ValueError(f"guide_margin must be finite, got {guide_margin}")
 
 
 def check_temperature(temperature: float | Tensor, objective: Objective) -> None:

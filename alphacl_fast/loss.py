@@ -102,7 +102,8 @@ class FusedAlphaCLLoss(nn.Module):
                 f"{temperature_range!r}"
             )
         self.temperature_range = _checked_range(temperature_range)
-        self.guide_margin = guide_margin
+        functional.check_guide_margin(guide_margin)
+        self.guide_margin = float(guide_margin)
         if (
             isinstance(temperature, Tensor)
             and not isinstance(temperature, nn.Parameter)
@@ -192,6 +193,8 @@ class FusedAlphaCLLoss(nn.Module):
             parts += [f"precision={call.precision!r}"]
         if call.max_gap is not None:
             parts += [f"max_gap={call.max_gap:g}"]
+        if self.guide_margin:
+            parts += [f"guide_margin={self.guide_margin:g}"]
         if call.workspace is not None:
             parts += [f"workspace={call.workspace}"]
         if self._served:

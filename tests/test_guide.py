@@ -166,6 +166,17 @@ def test_bad_arguments(given, error, message):
     z1, z2 = pair(N, 6)
     with pytest.raises(error, match=message):
         alpha_cl_loss(z1, z2, **given)
+    if "guide_margin" in given:
+        margin = {"guide_margin": given["guide_margin"]}
+        with pytest.raises(error, match=message):
+            FusedAlphaCLLoss(**margin)
+        with pytest.raises(error, match=message):
+            alpha_cl_loss(z1, z2, **margin)
+
+
+def test_repr_shows_the_margin():
+    assert "guide_margin=0.1" in repr(FusedAlphaCLLoss(guide_margin=0.1))
+    assert "guide_margin" not in repr(FusedAlphaCLLoss())
 
 
 def test_bad_guides_of_explicit_negatives():
