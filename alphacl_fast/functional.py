@@ -227,7 +227,7 @@ def check_max_gap(max_gap: float | None) -> None:
         return
     if isinstance(max_gap, bool) or not isinstance(max_gap, Real):
         raise TypeError(f"max_gap must be None or a number, got {max_gap!r}")
-    if math.isnan(max_gap):
+    if max_gap != max_gap:
         raise ValueError(f"max_gap must be None or a number, got {max_gap}")
 
 
@@ -245,7 +245,7 @@ def check_guide_margin(guide_margin: float) -> None:
     """Raises unless it is a finite number."""
     if isinstance(guide_margin, bool) or not isinstance(guide_margin, Real):
         raise TypeError(f"guide_margin must be a number, got {guide_margin!r}")
-    if not math.isfinite(guide_margin):
+    if not abs(guide_margin) < math.inf:  # a compiled graph cannot hold math.isfinite
         raise ValueError(f"guide_margin must be finite, got {guide_margin}")
 
 

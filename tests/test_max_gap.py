@@ -204,6 +204,20 @@ def test_module_compiled_graph_and_pickled_copy():
         torch.testing.assert_close(compiled(z1, z2), expected)
 
 
+def test_gaps_and_margins_change_in_a_compiled_graph():
+    z1, z2 = pair(11, 6, torch.float32)
+    guide = pair(11, 4, torch.float32, seed=3)
+
+    def loss(z1, z2, gap):
+        guided = alpha_cl_loss(z1, z2, guide=guide, guide_margin=gap)
+        return alpha_cl_loss(z1, z2, max_gap=gap) + guided
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for gap in (0.3, 0.2, 0.1, 0.0, -0.1):
+        torch.testing.assert_close(compiled(z1, z2, gap), loss(z1, z2, gap))
+
+
 def test_weights_made_visible():
     z1, z2 = pair(10, 5, noise=1.0)
     setting = {"max_gap": 0.1, "temperature": 0.3}
