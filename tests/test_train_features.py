@@ -457,7 +457,7 @@ def test_ranks_share_an_evaluation(ranks):
         )
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the ranks are forks of this process")
 def test_two_ranks_with_everything_train_as_one_process(tmp_path):
     """Batch normalisation over both ranks is that of the one process with the whole batch."""
     given = {"ema": 0.5, "clip": 1.0, "validation": 50, "eval_every": 1, "optimizer": "sgd"}

@@ -112,7 +112,7 @@ def test_recipes_resume_bit_for_bit(tmp_path, monkeypatch, given):
     assert losses[0] == losses[1]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the ranks are forks of this process")
 @pytest.mark.parametrize("given", [
     {"recipe": "moco", "queue": 100, "learn_temperature": True},
     {"recipe": "supcon"},
