@@ -160,7 +160,7 @@ def test_a_signal_to_the_whole_job_is_one_signal(tmp_path, reference):
     assert_same_run(out, reference)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forks of this process")
 def test_a_process_group_that_exists_is_used(tmp_path, one_thread):
     """Processes that Slurm or torch.multiprocessing started initialise the group themselves."""
     out, pipes = tmp_path / "run", []
