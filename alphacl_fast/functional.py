@@ -545,7 +545,7 @@ def check_rows(name: str, z: Tensor, fewest: int = 0) -> None:
     """Raises unless z is a plain (N, D) float tensor with N ≥ ``fewest``."""
     if not isinstance(z, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(z).__name__}")
-    if hasattr(z, "device_mesh"):
+    if type(z) not in (Tensor, torch.nn.Parameter) and hasattr(z, "device_mesh"):
         raise TypeError(
             f"{name} must be a plain tensor, got a DTensor (pass z.to_local() or z.full_tensor())"
         )

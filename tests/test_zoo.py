@@ -3,7 +3,6 @@ them.
 """
 
 import copy
-import importlib
 import itertools
 import math
 import warnings
@@ -252,7 +251,7 @@ def divisor(name, z, ids):
 def package(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return importlib.import_module(name)
+        return pytest.importorskip(name)
 
 
 @pytest.mark.parametrize(
