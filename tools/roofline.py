@@ -206,7 +206,7 @@ def forms(
     square = Tile(128, 128)
     sums = {
         "row-block": [sweep(n, dim, square, False, False, device, engine)],
-        "both sides": [sweep(n, dim, square, False, True, device, engine)],
+        "symmetric": [sweep(n, dim, square, False, True, device, engine)],
     }
     gradient = {}
     if dim <= 256:
