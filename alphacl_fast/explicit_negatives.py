@@ -98,7 +98,7 @@ def loss_against(
             (M, G), None with ``negatives=None``, in any float dtype, and one number per anchor
             (N,). Negatives whose cosine similarity with the anchor, as the guide sees it, exceeds
             the threshold do not count (GISTEmbed, arXiv:2402.16829). The guide gets no gradient.
-            On the backend "blocked" only, and not with a process group.
+            On the backend "blocked" only.
         **options: options of the objective, by its own names.
 
     Returns:
@@ -111,28 +111,31 @@ def loss_against(
     Source: arXiv:1911.05722 (queue of negatives); arXiv:2004.11362 (several positives, whose mean
     is t⁺, with epsilon=0).
     """
-    call = functional.make_call(
-        objective,
-        options,
-        similarity="dot",
-        negatives="one_view",
-        symmetric=True,
-        reduction=reduction,
-        backend=backend,
-        precision=precision,
-        max_gap=max_gap,
-    )
-    if backend == "reference":
-        raise ValueError("backend must not be 'reference': the oracle has two views")
-    guide = None if guide is None else _checked_guide(guide, z, negatives)
+    group = functional.make_group(process_group, "auto")
+    try:
+        call = functional.make_call(
+            objective,
+            options,
+            similarity="dot",
+            negatives="one_view",
+            symmetric=True,
+            reduction=reduction,
+            backend=backend,
+            precision=precision,
+            max_gap=max_gap,
+        )
+        if backend == "reference":
+            raise ValueError("backend must not be 'reference': the oracle has two views")
+    except (TypeError, ValueError) as error:
+        if group is not None:
+            shared_rows.agree(group, "", (), error)  # raises
+        raise
     given = Given(z, negatives, positive, temperature, ids, negative_ids, log_weights, guide)
     if guide is not None and isinstance(call.objective, ClosedForm):
         call = replace(call, objective=call.objective.of_each_pair)
-    group = functional.make_group(process_group, "auto")
     if group is not None:
-        if guide is not None:
-            raise ValueError("guide must be None with a process_group")
         return _over_ranks(given, call, group)
+    given = given.with_checked_guide()
     given.check(call.objective, fewest=1, max_gap=max_gap)
     return call.reduce(row_losses(given, call))
 
@@ -191,6 +194,12 @@ class Given(NamedTuple):
         """Whether there is a temperature for each anchor."""
         tau = self.temperature
         return isinstance(tau, Tensor) and tau.dim() == 1 and tau.numel() != 1
+
+    def with_checked_guide(self) -> Given:
+        """The same with a guide that has no graph; raises unless it fits the rows."""
+        if self.guide is None:
+            return self
+        return self._replace(guide=_checked_guide(self.guide, self.z, self.negatives))
 
     def check(self, objective: Objective, fewest: int, max_gap: float | None = None) -> None:
         """Raises unless all tensors are good but the ids; ``fewest``: rows that there must be."""
@@ -314,8 +323,10 @@ def _over_ranks(given: Given, call: Call, group: ProcessGroup) -> Tensor:
     """The loss of all ranks' anchors against all ranks' negatives."""
     failure, text, sizes = None, "", ()
     try:
+        given = given.with_checked_guide()
         given.check(call.objective, fewest=0, max_gap=call.max_gap)
         given.checked_ids()
+        _check_backend(given, call)
         text, sizes = _statement(given, call), (len(given.z), len(given.other))
     except Exception as error:  # the other processes wait for this one
         failure = error
@@ -335,6 +346,11 @@ def _over_ranks(given: Given, call: Call, group: ProcessGroup) -> Tensor:
         other_ids = sharing.gather(ids, 1)
     elif ids is not None:
         ids, other_ids = ids.long(), sharing.gather(other_ids.long(), 1)
+    guide = given.guide
+    if guide is not None:
+        own_rows, others, threshold = guide
+        of_shared = own_rows if given.negatives is None else others
+        guide = own_rows, sharing.gather(of_shared.to(wide), 1), threshold
     here = Given(
         z.to(wide),
         everyone[:, :dim],
@@ -343,6 +359,7 @@ def _over_ranks(given: Given, call: Call, group: ProcessGroup) -> Tensor:
         ids,
         other_ids,
         everyone[:, dim] if weights else None,
+        guide,
     )
     if len(z):
         losses, nothing = row_losses(here, call), 0.0
@@ -356,15 +373,23 @@ def _over_ranks(given: Given, call: Call, group: ProcessGroup) -> Tensor:
     return total / (sum(sharing.counts(0)) if call.reduction == "mean" else 1)
 
 
+def _check_backend(given: Given, call: Call) -> None:
+    """Raises unless a backend serves the call, before the ranks exchange any rows."""
+    wide = given.z[:0].to(accumulation_dtype(given.z.dtype))
+    with_ids = given.ids is not None or given.negatives is None
+    functional.bind_temperature(wide, 1.0, call, with_ids, with_guide=given.guide is not None)
+
+
 def _statement(given: Given, call: Call) -> str:
     """What must be the same on every rank."""
     grad = torch.is_grad_enabled()
     tensors = {name: x for name, x in given._asdict().items() if isinstance(x, Tensor)}
     wanted = [name for name, x in tensors.items() if x.requires_grad and grad]
     tau = "one per anchor" if given.per_anchor else functional.shown(given.temperature)
+    guide = "" if given.guide is None else f"guide of width {given.guide[0].shape[1]}, "
     return (
         f"D={given.z.shape[1]}, dtype={given.z.dtype}, {call.objective}, "
-        f"reduction={call.reduction!r}, max_gap={call.max_gap}, temperature={tau}, tensors "
+        f"reduction={call.reduction!r}, max_gap={call.max_gap}, temperature={tau}, {guide}tensors "
         f"{[*tensors]}, gradients of {wanted}"
     )
 
@@ -417,6 +442,8 @@ def _checked_guide(
         raise ValueError("guide[1] must be None with negatives=None")
     for name, rows, other_name, other in pairs:
         functional.check_rows(name, rows)
+        if rows.shape[1] < 1:
+            raise ValueError(f"{name} must have at least 1 column, got {tuple(rows.shape)}")
         if len(rows) != len(other) or rows.device != other.device:
             raise ValueError(
                 f"{name} must have as many rows as {other_name} ({len(other)}), on {other.device}, "

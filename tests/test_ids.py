@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from family import (
     BACKENDS,
@@ -581,15 +580,6 @@ def test_auto_passes_over_a_backend_without_ids(monkeypatch):
     name, why = ops.choose("auto", torch.device("cuda"), torch.float32, None, "exp", ("ids",))
     assert (name, "cuda: ids: not in this backend" in why) == ("blocked", True)
     assert ops.choose("auto", torch.device("cuda"), torch.float32, None, "exp")[0] == "cuda"
-
-
-def test_constant_weights_have_no_ids_over_processes():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        with pytest.raises(ValueError, match=r"ids must be None with a process_group and uniform"):
-            FusedAlphaCLLoss("uniform", process_group="world")(*pair(4, 3), torch.arange(4))
-    finally:
-        dist.destroy_process_group()
 
 
 def test_a_mask_that_forgets_is_found(monkeypatch):

@@ -247,8 +247,6 @@ def test_refusals():
         loss_against(z1, z2, z1[:, 0], max_gap=0.1, log_weights=torch.zeros(4))
     with pytest.raises(ValueError, match="max_gap must be None with a temperature per anchor"):
         loss_against(z1, z2, z1[:, 0], max_gap=0.1, temperature=torch.ones(4))
-    with pytest.raises(ValueError, match="max_gap must be None with a process_group"):
-        FusedAlphaCLLoss(max_gap=0.1, process_group="world")
     with pytest.raises(ValueError, match="backend must not be 'reference' with max_gap"):
         alpha(z1, z2, max_gap=0.1, backend="reference")
 

@@ -344,6 +344,7 @@ plant(
         f"{AGAINST}test_temperature_per_anchor[False-False-infonce2]",
     ),
 )
+LEFT_OUT = "tests/test_distributed.py::test_negatives_are_left_out_over_ranks"
 plant(
     "alphacl_fast/distributed.py",
     (
@@ -354,9 +355,21 @@ plant(
     ),
     (
         "ids over ranks: a rank's rows have the first rank's ids",
-        "Names(self.ranks.ids_of(rank).repeat(2)[: self.layouts[rank].rows])",
-        "Names(self.ranks.ids.repeat(2)[: self.layouts[rank].rows])",
+        "self.ranks.ids_of(rank).repeat(2)[: self.layouts[rank].rows]",
+        "self.ranks.ids.repeat(2)[: self.layouts[rank].rows]",
         "tests/test_distributed.py::test_ids_are_compared_over_ranks[(4, 1)-gather]",
+    ),
+    (
+        "gaps over ranks: a visiting block has no limits",
+        "Limits(*of_anchors[count:])",
+        "Limits()",
+        f"{LEFT_OUT}[max_gap-(5, 3)-ring]",
+    ),
+    (
+        "guide over ranks: its opinion on pairs of two ranks is lost",
+        "scalars, limits, Marks(ids, guide))",
+        "scalars, limits, Marks(ids, None if guide is None else 0 * guide))",
+        f"{LEFT_OUT}[guide_margin-(3, 0, 4)-gather]",
     ),
 )
 SUPCON = "tests/test_supcon.py::"
