@@ -9,6 +9,7 @@ with t_ij = ⟨z_i, y_j⟩ of the rows as given.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -152,8 +153,10 @@ def row_losses_against(
     negative_ids: Tensor | None = None,
     backend: str = "auto",
     precision: str | None = None,
+    process_group: Any = None,
+    one_each: bool | None = None,
 ) -> Tensor:
-    """(N,) losses of `loss_against`.
+    """(N,) losses of `loss_against`; ``one_each``: see `Given`.
 
     With similarity="cosine" all rows must have unit length: their similarities then lie in
     [−1, 1], which saves a sweep the search for the largest exponent.
@@ -167,7 +170,10 @@ def row_losses_against(
         backend=backend,
         precision=precision,
     )
-    given = Given(z, negatives, positive, temperature, ids, negative_ids, None)
+    given = Given(z, negatives, positive, temperature, ids, negative_ids, None, one_each=one_each)
+    group = functional.make_group(process_group, "auto")
+    if group is not None:
+        return _over_ranks(given, call, group)
     given.check(objective, fewest=1)
     return row_losses(given, call)
 
@@ -183,6 +189,7 @@ class Given(NamedTuple):
     negative_ids: Tensor | None
     log_weights: Tensor | None
     guide: tuple[Tensor, Tensor | None, Tensor] | None = None
+    one_each: bool | None = None  # whether each anchor has a temperature; None: its shape says it
 
     @property
     def other(self) -> Tensor:
@@ -192,6 +199,8 @@ class Given(NamedTuple):
     @property
     def per_anchor(self) -> bool:
         """Whether there is a temperature for each anchor."""
+        if self.one_each is not None:
+            return self.one_each
         tau = self.temperature
         return isinstance(tau, Tensor) and tau.dim() == 1 and tau.numel() != 1
 
@@ -321,16 +330,20 @@ def row_losses(given: Given, call: Call) -> Tensor:
 
 def _over_ranks(given: Given, call: Call, group: ProcessGroup) -> Tensor:
     """The loss of all ranks' anchors against all ranks' negatives."""
-    failure, text, sizes = None, "", ()
+    failure, text, sizes, temperature = None, "", (), ()
     try:
         given = given.with_checked_guide()
         given.check(call.objective, fewest=0, max_gap=call.max_gap)
         given.checked_ids()
         _check_backend(given, call)
         text, sizes = _statement(given, call), (len(given.z), len(given.other))
+        temperature = _readings(given)
     except Exception as error:  # the other processes wait for this one
         failure = error
-    sharing = shared_rows.agree(group, text, sizes, failure, given.z, call.objective)
+    sharing = shared_rows.agree(group, text, sizes, failure, given.z, call.objective, temperature)
+    given = given._replace(one_each=_one_each(sharing.temperatures))
+    if given.per_anchor:
+        _check_temperatures(given.temperature, given.z, call.objective)
     z, wide = given.z, accumulation_dtype(given.z.dtype)
     if not sum(sharing.counts(0)) or not sum(sharing.counts(1)):
         raise ValueError(f"all ranks together must have at least 1 row, got {sharing.sizes}")
@@ -360,6 +373,7 @@ def _over_ranks(given: Given, call: Call, group: ProcessGroup) -> Tensor:
         other_ids,
         everyone[:, dim] if weights else None,
         guide,
+        given.one_each,
     )
     if len(z):
         losses, nothing = row_losses(here, call), 0.0
@@ -385,12 +399,55 @@ def _statement(given: Given, call: Call) -> str:
     grad = torch.is_grad_enabled()
     tensors = {name: x for name, x in given._asdict().items() if isinstance(x, Tensor)}
     wanted = [name for name, x in tensors.items() if x.requires_grad and grad]
-    tau = "one per anchor" if given.per_anchor else functional.shown(given.temperature)
     guide = "" if given.guide is None else f"guide of width {given.guide[0].shape[1]}, "
     return (
         f"D={given.z.shape[1]}, dtype={given.z.dtype}, {call.objective}, "
-        f"reduction={call.reduction!r}, max_gap={call.max_gap}, temperature={tau}, {guide}tensors "
+        f"reduction={call.reduction!r}, max_gap={call.max_gap}, {guide}tensors "
         f"{[*tensors]}, gradients of {wanted}"
+    )
+
+
+#: In a rank's statement: each of its anchors has a temperature.
+_EACH = math.inf
+
+
+def _readings(given: Given) -> tuple[float, ...]:
+    """The temperature as a rank states it: its value (NaN: not known on the host), or `_EACH`.
+
+    (1,) of a rank with one anchor can be read in both ways.
+    """
+    if given.per_anchor:
+        return (_EACH,)
+    value = functional.known(given.temperature)
+    one = isinstance(given.temperature, Tensor) and given.temperature.dim() == 1
+    both = one and len(given.z) == 1 and given.one_each is None
+    return (math.nan if value is None else value, *[_EACH] * both)
+
+
+def _one_each(stated: tuple[tuple[float, ...], ...]) -> bool:
+    """Whether each anchor of all ranks has a temperature, and not all of them the same one.
+
+    Raises:
+        ValueError: the ranks' statements do not fit together.
+    """
+    first = stated[0][0]
+
+    def is_first(value: float) -> bool:
+        return not abs(value - first) > 1e-6 * abs(first)  # true for NaN
+
+    if first != _EACH and all(each[0] != _EACH and is_first(each[0]) for each in stated):
+        return False
+    if all(each[-1] == _EACH for each in stated):
+        return True
+    rank = next(r for r, each in enumerate(stated) if each[0] == _EACH or not is_first(each[0]))
+    rank = rank or next(r for r, each in enumerate(stated) if each[-1] != _EACH)
+    here, there = (
+        "one per anchor" if each[0] == _EACH else f"{each[0]:.6g}"
+        for each in (stated[0], stated[rank])
+    )
+    raise ValueError(
+        f"every rank must pass the same temperature, got {here} on rank 0 and {there} on rank "
+        f"{rank}"
     )
 
 

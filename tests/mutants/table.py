@@ -419,6 +419,18 @@ plant(
         f"{ZOO}test_of_views_equals_the_formula[blocked-debiased(tau_plus=0.6,temperature=0.2)]",
     ),
     (
+        "iSogCLR over ranks: one temperature for the only sample of every rank",
+        "one_each=True,",
+        "one_each=None,",
+        f"{ZOO}test_running_sums_over_processes[(1, 1, 1)-ISogCLR-options1]",
+    ),
+    (
+        "iSogCLR over ranks: only the visitor's own rank keeps its state",
+        "return self.sharing.gather(self.index, 0), self.sharing.gather(state, 0)",
+        "return self.index, state",
+        f"{ZOO}test_running_sums_over_processes[(3, 1, 4)-ISogCLR-options1]",
+    ),
+    (
         "ADNCE: the gradient runs through the weights",
         "return weight(s.detach()) * torch.exp",
         "return weight(s) * torch.exp",
