@@ -108,13 +108,13 @@ def alpha_cl_loss(
             Pass labels, or the index of the instance that was augmented. An anchor that has no
             negatives left has loss 0 and no gradient, and "mean" still counts it. With a process
             group every rank passes the ids of its own pairs, which are compared over all ranks.
-            Not supported with backend="cuda". None: only the anchor and its positive are excluded.
+            None: only the anchor and its positive are excluded.
         max_gap: a negative whose similarity exceeds the positive's by more than this, Δ_ij =
             t_ij − t⁺_i > max_gap, is not a negative of anchor i: it may be a false one
             (Qwen3-Embedding, arXiv:2506.05176, has 0.1). Each anchor has its own Δ, in both
             directions of "cross_view". Which negatives count is a constant of the gradient. An
             anchor that has none left has loss 0. It may be negative. All ranks of a process group
-            must pass the same. Not supported with backend="cuda". None: all negatives count.
+            must pass the same. None: all negatives count.
         guide: (g1, g2), another model's embeddings (N, G) of both views, in any float dtype.
             A negative is left out if its cosine similarity with the anchor, in the guide's
             embeddings, is larger than the similarity of the positive pair there minus
@@ -462,11 +462,11 @@ def bind_temperature(
         tau = temperature.reshape(()).to(z1.device)
     else:
         tau = as_number(temperature, z1)
-    objective, wgmma = call.objective, False
-    if z1.is_cuda and call.similarity == "cosine" and values[0] is not None:
-        wgmma = ops.cuda.has_wgmma_kernels(objective.kind, objective.params(1.0), z1.shape[1])
     operands = ("ids",) * with_ids + ("max_gap",) * (call.max_gap is not None)
     operands += ("guide",) * with_guide
+    objective, wgmma = call.objective, False
+    if z1.is_cuda and call.similarity == "cosine" and values[0] is not None and not operands:
+        wgmma = ops.cuda.has_wgmma_kernels(objective.kind, objective.params(1.0), z1.shape[1])
     asked = "blocked" if few_long_rows and call.backend == "auto" else call.backend
     backend, why = ops.choose(
         asked, z1.device, z1.dtype, call.precision, objective.kind, operands, wgmma
