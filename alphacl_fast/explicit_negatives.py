@@ -287,6 +287,7 @@ def row_losses(given: Given, call: Call) -> Tensor:
     """(N,) losses of tensors that are checked."""
     ids, negative_ids = given.checked_ids()
     z, negatives, temperature = given.z, given.negatives, given.temperature
+    of_guide = given.guide
     wide = accumulation_dtype(z.dtype)
     positive, scale = given.positive.to(wide), None
     if given.per_anchor:
@@ -294,6 +295,7 @@ def row_losses(given: Given, call: Call) -> Tensor:
         scale = temperature.to(wide)
         if negatives is None:
             negatives = z
+            of_guide = None if of_guide is None else (of_guide[0], of_guide[0], of_guide[2])
             ids = torch.arange(len(z), device=z.device) if ids is None else ids
             negative_ids = ids
         z, negatives = z.to(wide) / scale[:, None], negatives.to(wide)
@@ -303,7 +305,7 @@ def row_losses(given: Given, call: Call) -> Tensor:
     )
     layout = _layout(len(z), len(z) if negatives is None else len(z) + len(negatives))
     same_id = _same_id(ids, negative_ids, layout, wide)
-    guide = None if given.guide is None else _guide(given.guide, wide)
+    guide = None if of_guide is None else _guide(of_guide, wide)
     with without_autocast(z.device):
         if len(z) == 1 and negatives is None:
             return functional.zero_with_graph(z, positive, tau).expand(1)

@@ -167,6 +167,26 @@ def test_all_ranks_refuse(ranks):
             assert re.match(message, text), text
 
 
+@pytest.mark.parametrize("among", [False, True])
+def test_explicit_negatives_with_weights_or_temperatures(among):
+    z, y = (normalize(x) for x in pair(N, 6, noise=1.0))
+    g, h = guides()
+    positive, threshold = torch.linspace(0, 0.5, N).double(), torch.linspace(-0.5, 0.5, N)
+    tau, weights = torch.linspace(0.2, 0.5, N).double(), torch.linspace(-1, 0.5, N).double()
+    others, of_guide = (z, g) if among else (y, h)
+    keep = normalize(g).double() @ normalize(of_guide).double().t() <= threshold[:, None].double()
+    if among:
+        keep &= ~torch.eye(N, dtype=torch.bool)
+    gap = z @ others.t() - positive[:, None]
+    given = {"guide": (g, None if among else h, threshold), "reduction": "none"}
+    for options, exponents in (
+        ({"temperature": tau}, gap / tau[:, None]),
+        ({"log_weights": weights}, gap / 0.5 + weights),
+    ):
+        ours = loss_against(z, None if among else y, positive, **options, **given)
+        torch.testing.assert_close(ours, (exponents.exp() * keep).sum(1).log1p())
+
+
 def test_nothing_left_gives_0():
     z1, z2 = (z.requires_grad_() for z in pair(N, 6))
     for objective in ("infonce", "uniform", "alpha_entropy"):
