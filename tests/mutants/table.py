@@ -1351,6 +1351,7 @@ plant(
 
 # --- the CUDA kernels, emulated -------------------------------------------------------------------
 
+LEFT_OUT_OF_TILES = "tests/test_cuda.py::test_ids_and_gaps_over_several_tiles"
 plant(
     "csrc/cuda/walk.h",
     (
@@ -1358,6 +1359,12 @@ plant(
         "return position < special || (ragged && tile(position) == tiles - 1);",
         "return position < special;",
         cuda(INFONCE),
+    ),
+    (
+        "ids: two rows of one id meet in the other columns of a tile",
+        "bits &= ~(1u << Fragment::number(r, q));",
+        "bits &= ~(1u << Fragment::number(r, 0));",
+        f"{LEFT_OUT_OF_TILES}[{INFONCE}]",
     ),
     (
         "exclusion: neither the anchor itself nor its positive is masked",
@@ -1380,6 +1387,12 @@ plant(
         "sums[DTAU] += y.dtau * (moment - side.baseline);",
         "sums[DTAU] += y.dtau * moment;",
         cuda(THROUGH),
+    ),
+    (
+        "gaps: a column's limit is overlooked in the gradient",
+        "if (a.cols_anchor && side_j.takes(t)) {",
+        "if (a.cols_anchor) {",
+        f"{LEFT_OUT_OF_TILES}[{INFONCE}]",
     ),
     (
         "gradient: the columns' anchors do not weigh",
