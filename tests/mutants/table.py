@@ -422,13 +422,13 @@ plant(
         "iSogCLR over ranks: one temperature for the only sample of every rank",
         "one_each=True,",
         "one_each=None,",
-        f"{ZOO}test_running_sums_over_processes[(1, 1, 1)-ISogCLR-options1]",
+        f"{ZOO}test_running_sums_over_processes[ISogCLR-options1-(1, 1, 1)]",
     ),
     (
         "iSogCLR over ranks: only the visitor's own rank keeps its state",
         "return self.sharing.gather(self.index, 0), self.sharing.gather(state, 0)",
         "return self.index, state",
-        f"{ZOO}test_running_sums_over_processes[(3, 1, 4)-ISogCLR-options1]",
+        f"{ZOO}test_running_sums_over_processes[ISogCLR-options1-(3, 1, 4)]",
     ),
     (
         "ADNCE: the gradient runs through the weights",
