@@ -172,12 +172,8 @@ class Sweeps:
 
     def _count(self) -> None:
         """Counts every anchor's negatives by a sweep in which each weighs exp(t/∞) = 1."""
-        call = self.call
         one = PairFunction("exp", (), torch.full_like(self.function.tau, INFINITE_TAU), (0.0, 0.0))
-        terms, scalars = (Term.SHIFT, Term.F), RowScalars(self.pos)
-        _, count = ops.row_sums(
-            self.rows, self.pairing, one, scalars, terms, call.precision, call.backend
-        )
+        _, count = self.row_sums((Term.SHIFT, Term.F), RowScalars(self.pos), one)
         self._n_neg, self._empty = count.clamp(min=1), count == 0
 
     def _find_empty(self, terms: tuple[Term, ...], sums: Tensor) -> None:
@@ -223,11 +219,13 @@ class Sweeps:
         largest = torch.where(sums[:head] == -torch.inf, 0.0, sums[:head])
         return torch.cat([largest, torch.where(self._empty, 1.0, sums[head:])])
 
-    def row_sums(self, terms: tuple[Term, ...], scalars: RowScalars) -> Tensor:
-        """One `row_sums` sweep: (len(terms), anchors)."""
-        call = self.call
+    def row_sums(
+        self, terms: tuple[Term, ...], scalars: RowScalars, function: PairFunction | None = None
+    ) -> Tensor:
+        """One `row_sums` sweep: (len(terms), anchors), of the objective's pair kind or another."""
+        call, function = self.call, function or self.function
         return ops.row_sums(
-            self.rows, self.pairing, self.function, scalars, terms, call.precision, call.backend
+            self.rows, self.pairing, function, scalars, terms, call.precision, call.backend
         )
 
     def grad(

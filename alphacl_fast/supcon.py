@@ -149,8 +149,7 @@ def supcon_loss(
         similarity: "cosine" (rows are normalised here) or "dot" (rows as given).
         reduction: "mean" or "sum" over the anchors that have a positive, or "none": (n,), 0 for the
             others.
-        backend: "auto" or the name of a sweep backend. There is no oracle: "reference" is refused;
-            "cuda" has no ids.
+        backend: "auto" or the name of a sweep backend. There is no oracle: "reference" is refused.
         precision: arithmetic of the sweeps' float32 matrix products; see
             `alphacl_fast.functional.alpha_cl_loss`.
         process_group: a `torch.distributed.ProcessGroup` or "world", whose ranks share one batch:
@@ -170,7 +169,12 @@ def supcon_loss(
     (SINCERE).
     """
     group = functional.make_group(process_group, "auto")
-    _check_options(form, similarity, reduction, backend, precision)
+    try:
+        _check_options(form, similarity, reduction, backend, precision)
+    except (TypeError, ValueError) as error:
+        if group is not None:
+            shared_rows.agree(group, "", (), error)  # raises
+        raise
     given = _Given(z, ids, reference, reference_ids, temperature, similarity)
     if group is not None:
         return _over_ranks(given, form, reduction, backend, precision, group)

@@ -344,6 +344,7 @@ plant(
         f"{AGAINST}test_temperature_per_anchor[False-False-infonce2]",
     ),
 )
+LEFT_OUT = "tests/test_distributed.py::test_negatives_are_left_out_over_ranks"
 plant(
     "alphacl_fast/distributed.py",
     (
@@ -354,9 +355,21 @@ plant(
     ),
     (
         "ids over ranks: a rank's rows have the first rank's ids",
-        "Names(self.ranks.ids_of(rank).repeat(2)[: self.layouts[rank].rows])",
-        "Names(self.ranks.ids.repeat(2)[: self.layouts[rank].rows])",
+        "self.ranks.ids_of(rank).repeat(2)[: self.layouts[rank].rows]",
+        "self.ranks.ids.repeat(2)[: self.layouts[rank].rows]",
         "tests/test_distributed.py::test_ids_are_compared_over_ranks[(4, 1)-gather]",
+    ),
+    (
+        "gaps over ranks: a visiting block has no limits",
+        "Limits(*of_anchors[count:])",
+        "Limits()",
+        f"{LEFT_OUT}[max_gap-(5, 3)-ring]",
+    ),
+    (
+        "guide over ranks: its opinion on pairs of two ranks is lost",
+        "scalars, limits, Marks(ids, guide))",
+        "scalars, limits, Marks(ids, None if guide is None else 0 * guide))",
+        f"{LEFT_OUT}[guide_margin-(3, 0, 4)-gather]",
     ),
 )
 SUPCON = "tests/test_supcon.py::"
@@ -404,6 +417,18 @@ plant(
         "log_ratio = torch.where(usable, corrected, floor)",
         "log_ratio = corrected",
         f"{ZOO}test_of_views_equals_the_formula[blocked-debiased(tau_plus=0.6,temperature=0.2)]",
+    ),
+    (
+        "iSogCLR over ranks: one temperature for the only sample of every rank",
+        "one_each=True,",
+        "one_each=None,",
+        f"{ZOO}test_running_sums_over_processes[ISogCLR-options1-(1, 1, 1)]",
+    ),
+    (
+        "iSogCLR over ranks: only the visitor's own rank keeps its state",
+        "return self.sharing.gather(self.index, 0), self.sharing.gather(state, 0)",
+        "return self.index, state",
+        f"{ZOO}test_running_sums_over_processes[ISogCLR-options1-(3, 1, 4)]",
     ),
     (
         "ADNCE: the gradient runs through the weights",
@@ -1326,6 +1351,7 @@ plant(
 
 # --- the CUDA kernels, emulated -------------------------------------------------------------------
 
+LEFT_OUT_OF_TILES = "tests/test_cuda.py::test_ids_and_gaps_over_several_tiles"
 plant(
     "csrc/cuda/walk.h",
     (
@@ -1333,6 +1359,12 @@ plant(
         "return position < special || (ragged && tile(position) == tiles - 1);",
         "return position < special;",
         cuda(INFONCE),
+    ),
+    (
+        "ids: two rows of one id meet in the other columns of a tile",
+        "bits &= ~(1u << Fragment::number(r, q));",
+        "bits &= ~(1u << Fragment::number(r, 0));",
+        f"{LEFT_OUT_OF_TILES}[{INFONCE}]",
     ),
     (
         "exclusion: neither the anchor itself nor its positive is masked",
@@ -1355,6 +1387,12 @@ plant(
         "sums[DTAU] += y.dtau * (moment - side.baseline);",
         "sums[DTAU] += y.dtau * moment;",
         cuda(THROUGH),
+    ),
+    (
+        "gaps: a column's limit is overlooked in the gradient",
+        "if (a.cols_anchor && side_j.takes(t)) {",
+        "if (a.cols_anchor) {",
+        f"{LEFT_OUT_OF_TILES}[{INFONCE}]",
     ),
     (
         "gradient: the columns' anchors do not weigh",

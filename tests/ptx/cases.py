@@ -172,6 +172,7 @@ def _hopper() -> list[Case]:
         replace(case, dim=200, objective="alpha_direct"),
         replace(case, pairs=330, dim=128, multiprocessors=2),  # more tiles than stages
         *_rectangles(case, 104)[:1],
+        replace(case, pairs=40, ids=11),  # no kernel of hopper.h has ids
     ]  # fmt: skip
     many = [
         replace(case, pairs=n, dim=d, objective=o, multiprocessors=p, setting=s)
@@ -213,6 +214,10 @@ def _ampere() -> list[Case]:
             cases += _of_length(replace(one, dim=dim))
         cases += [replace(one, dim=24, pairs=n) for n in (2, 32, 129 if dtype == BF16 else 97)]
         cases += _alone(replace(one, dim=32, pairs=40))
+        kept = replace(one, dim=32, pairs=40, ids=11)
+        # where rounding moves no pair over the limit
+        limits = [] if precision == "tf32" else [{"max_gap": -0.8}]
+        cases += [kept, *(replace(kept, setting=s, objective="alpha_direct") for s in limits)]
         kinds = replace(one, pairs=10, call=calls.every_kind)
         cases += [replace(kinds, dim=dim) for dim in (dims[0], dims[-1])]
     cases += [replace(case, pairs=33, call=calls.every_kind)]  # two tiles: one serves its columns
@@ -231,6 +236,7 @@ def _ampere() -> list[Case]:
         replace(case, dtype=FP32, precision="tf32", pairs=40, nan_row=3),
         replace(case, dtype=FP16, dim=16, pairs=40, nan_row=3, setting=_ROWS),
         *_rectangles(case, 64)[:1],
+        replace(case, dim=32, pairs=40, ids=11, setting={"max_gap": -0.8}),
     ]  # fmt: skip
     return _listed(short, cases)
 

@@ -93,5 +93,6 @@ def _buffers(kernel: str, raw: bytes) -> Iterator[tuple[int, int, str, bool]]:
     for name, elements in zip(names, struct.elements, strict=True):
         address = getattr(struct, name)
         small = half and (name in narrow or (name == "weights" and struct.dtype == Dtype.BFLOAT16))
+        size = 4 if name == "ids" else 2 if small else wide
         if address:
-            yield address, elements * (2 if small else wide), name, name in written
+            yield address, elements * size, name, name in written
