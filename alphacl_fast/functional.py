@@ -85,16 +85,15 @@ def alpha_cl_loss(
             GPUs), "blocked" (PyTorch operations, any device) or "reference" (dense: the oracle).
         precision: arithmetic of float32 matrix products. None follows
             `torch.get_float32_matmul_precision`; "ieee", "tf32" or "bf16x3" (three products of
-            bfloat16 halves) demands one, and a backend that lacks it refuses the call.
+            bfloat16 halves) selects one, and a backend that lacks it raises an error.
         process_group: a `torch.distributed.ProcessGroup`, a 1-dimensional DeviceMesh or "world",
             whose ranks share one batch. Each rank passes its own pairs (any number) and receives
             the loss of the whole batch or, with reduction="none", the losses of its own anchors.
             All ranks must make the same call, with tensors on devices of one type. Each rank
             differentiates Σ_r L_r, so DDP's or FSDP's averaging gives the gradient of the whole
             batch; the temperature's gradient is that average on every rank. Unless
-            reduction="none", the incoming gradient must be the same on all ranks. The messages
-            travel in a group of the loss's own, which the first call makes. None: this process
-            alone.
+            reduction="none", the incoming gradient must be the same on all ranks. The first
+            call makes a separate group for the messages. None: the batch is on this process.
         strategy: how ranks exchange rows: "gather" (all-gather and reduce-scatter; few messages),
             "ring" (messages overlap with computation; memory for a few local blocks), "two_level"
             (gather within a node, ring between nodes; memory for the blocks of a node) or "auto"

@@ -251,8 +251,8 @@ def dhel(
     """Decoupled hyperspherical energy loss: each view is spread out on its own.
 
     L_i = log Σ_{j≠i} exp(x_i·x_j/τ) + log Σ_{j≠i} exp(y_i·y_j/τ) − x_i·y_i/τ with the rows x and y
-    of the views. It takes two sweeps for each view; together they meet half of the pairs that
-    two_view negatives meet.
+    of the views. It needs two sweeps for each view, which together cover half of the pairs of
+    two_view.
 
     Args:
         z1: (N, D) first view; see `dcl`.
@@ -292,7 +292,7 @@ def rince(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """Robust InfoNCE, for views that may not show the same thing.
+    """Robust InfoNCE, for positive pairs of which some may be false.
 
     L_i = −(e⁺)^q/q + (λ(e⁺ + Σ_j exp(s_ij/τ)))^q/q with e⁺ = exp(s⁺_i/τ). As q → 0 its gradient
     becomes InfoNCE's; q = 1 is the most robust. Two sweeps.
@@ -351,10 +351,10 @@ def adnce(
         z2: (N, D) second view.
         temperature: τ > 0, a float. The sums are not computed from logarithms, so τ and σ must keep
             every term in the range of float32: 2/τ + (1 + |μ|)²/(2σ²) ≤ 80.
-        mu: μ, the similarity that counts most.
+        mu: μ, the similarity with the largest weight.
         sigma: σ > 0, the width of the Gaussian.
         reduction: "mean", "sum" or "none": (2N,).
-        backend: see `dcl`; "cpu" has no users' functions, and this loss consists of them.
+        backend: see `dcl`; "cpu" does not serve this loss, which consists of plain functions.
 
     Returns:
         () or (2N,).
@@ -430,9 +430,9 @@ def macl(
         z1: (N, D) first view; see `dcl`.
         z2: (N, D) second view.
         temperature: τ_0 > 0.
-        alpha: α in [0, 1], how far the temperature follows.
+        alpha: α in [0, 1], how strongly the temperature follows the alignment.
         initial_alignment: A_0 in [0, 1].
-        eps: ε ≥ 0; the authors' code has 1e-8, which weakens anchors of a loss that small.
+        eps: ε ≥ 0; the authors' code has 1e-8, which weakens anchors whose loss is as small as ε.
         reduction: "mean", "sum" or "none": (2N,).
         backend: see `dcl`.
 
@@ -533,7 +533,7 @@ def circle(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """Circle loss of rows with ids: pairs that are far from their optimum pull more.
+    """Circle loss of rows with ids: pairs that are far from their optimum have larger weights.
 
     L_i = log(1 + Σ_n exp(γ·a_in·(s_in − m))·Σ_p exp(−γ·a_ip·(s_ip − 1 + m))) with a_in = max(s_in +
     m, 0) and a_ip = max(1 + m − s_ip, 0), which are constants of the gradient. Everything is
@@ -547,7 +547,7 @@ def circle(
         gamma: γ > 0, at most 1e4.
         reduction: "mean" or "sum" over the rows that have a positive and a negative, or "none":
             (n,), 0 for the others.
-        backend: see `dcl`; "cpu" has no users' functions, and this loss consists of them.
+        backend: see `dcl`; "cpu" does not serve this loss, which consists of plain functions.
 
     Returns:
         () or (n,).
