@@ -32,7 +32,7 @@ def move(m, modifiers: Modifiers, instruction):
 def _pack(m, kind: str, to, source):
     """Between a register and its halves or quarters; the lowest bits come first."""
     whole, parts = (source, to.parts) if isinstance(to, Vector) else (to, source.parts)
-    size = 8 * np.dtype(DTYPES[kind]).itemsize
+    size = 8 * DTYPES[kind].itemsize
     each = size // len(parts)
     if f"b{each}" not in _SIZES:
         raise Unsupported(f"mov of {len(parts)} parts of {kind}")

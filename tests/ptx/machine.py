@@ -10,6 +10,7 @@ but by vector clocks (memory.py), which see a race on every schedule.
 from __future__ import annotations
 
 import bisect
+import functools
 
 import numpy as np
 
@@ -26,6 +27,31 @@ MOST_TURNS = 1_000_000
 MOST_HAZARDS = 20
 
 
+class _Registers:
+    """Arrays with an element for each thread, many of them next to each other."""
+
+    AT_ONCE = 64
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.arrays: dict[int, list[np.ndarray]] = {0: [], 2: [], 4: [], 8: []}
+        self.free: dict[int, list[np.ndarray]] = {0: [], 2: [], 4: [], 8: []}
+
+    def new(self, size: int) -> np.ndarray:
+        """A register of ``size`` bytes; 0: of truth values."""
+        if not self.free[size]:
+            dtype = np.dtype(f"u{size}" if size else bool)
+            made = np.full((self.AT_ONCE, self.threads), NAN.get(size, 0), dtype)
+            self.arrays[size].append(made)
+            self.free[size] = [*reversed(made)]
+        return self.free[size].pop()
+
+    def reset(self) -> None:
+        for size, arrays in self.arrays.items():
+            for array in arrays:
+                array.fill(NAN.get(size, 0))
+
+
 class Machine:
     """Decodes a kernel once and runs its blocks one after the other."""
 
@@ -36,6 +62,7 @@ class Machine:
         self.number = np.arange(self.threads)
         self.warp = self.number // 32
         self.registers: dict[Register, np.ndarray] = {}
+        self.file = _Registers(self.threads)
         self.constants: dict[tuple[str, str], np.ndarray] = {}
         self.special = self._special()
         self.mask: np.ndarray | None = None  # None: every thread of the block
@@ -70,14 +97,14 @@ class Machine:
 
     def register(self, register: Register) -> np.ndarray:
         """The values of a register as unsigned integers, or as truth values."""
-        if register not in self.registers:
-            dtype = {0: np.bool_, 2: np.uint16, 4: np.uint32, 8: np.uint64}[register.bytes]
-            self.registers[register] = np.zeros(self.threads, dtype)
-        return self.registers[register]
+        found = self.registers.get(register)
+        if found is None:
+            found = self.registers[register] = self.file.new(register.bytes)
+        return found
 
     def value(self, operand, kind: str) -> np.ndarray:
         """An operand for all threads: a view of its register, or constants."""
-        dtype = np.dtype(DTYPES[kind])
+        dtype = DTYPES[kind]
         if isinstance(operand, Register):
             found = self.register(operand)
         elif isinstance(operand, Special) and operand.name in self.special:
@@ -91,9 +118,10 @@ class Machine:
         return found.view(dtype)
 
     def _constant(self, operand: Immediate | Symbol, kind: str) -> np.ndarray:
-        dtype, text = np.dtype(DTYPES[kind]), str(operand)
-        if (text, kind) not in self.constants:
-            if isinstance(operand, Symbol):
+        dtype, symbol = DTYPES[kind], isinstance(operand, Symbol)
+        key = operand.name if symbol else operand.text, kind
+        if key not in self.constants:
+            if symbol:
                 number = self.kernel.parameters.get(operand.name, Shared.BASE)
             else:
                 number = literal(operand.text, kind)
@@ -103,8 +131,8 @@ class Machine:
                 number &= (1 << 8 * dtype.itemsize) - 1
                 constant = np.full(self.threads, number, f"u{dtype.itemsize}").view(dtype)
             constant.flags.writeable = False
-            self.constants[text, kind] = constant
-        return self.constants[text, kind]
+            self.constants[key] = constant
+        return self.constants[key]
 
     # --- the threads that execute ---
 
@@ -154,21 +182,39 @@ class Machine:
     # --- decoding ---
 
     def _decode(self) -> None:
-        self.code, self.together, self.controls = [], [], []
-        for number, instruction in enumerate(self.kernel.instructions):
-            self.at = number
-            modifiers = Modifiers(instruction)
-            entry = TABLE[modifiers.name]
-            step = entry.build(self, modifiers, instruction)
-            modifiers.end()
-            if not entry.control and instruction.predicate:
-                step = self._guarded(step, instruction, number, entry.together)
-            watched = self.products.watched(number)
-            self.code.append(self._watched(step, watched) if watched else step)
-            self.together.append(entry.together)
-            self.controls.append(step if entry.control else None)
+        """Decodes the first instruction of each form; others wait until they are executed."""
+        instructions = self.kernel.instructions
+        entries = {i.opcode: TABLE[Modifiers(i).name] for i in instructions}
+        self.code = [functools.partial(self._first, at) for at in range(len(instructions))]
+        self.together = [entries[i.opcode].together for i in instructions]
+        self.controls = [None] * len(instructions)
+        forms = set()
+        for at, instruction in enumerate(instructions):
+            form = instruction.form()
+            if entries[instruction.opcode].control or form not in forms:
+                forms.add(form)
+                self._build(at)
         #: by the threads that run together, the next instruction that ends a straight line
         self.stops = [self._next(level) for level in (0, WARP, WARPGROUP)]
+
+    def _build(self, at: int) -> None:
+        instruction = self.kernel.instructions[at]
+        modifiers = Modifiers(instruction)
+        entry = TABLE[modifiers.name]
+        self.at = at
+        step = entry.build(self, modifiers, instruction)
+        modifiers.end()
+        if entry.control:
+            self.controls[at] = step
+        elif instruction.predicate:
+            step = self._guarded(step, instruction, at, entry.together)
+        watched = self.products.watched(at)
+        self.code[at] = self._watched(step, watched) if watched else step
+
+    def _first(self, at: int) -> None:
+        """An instruction that is executed for the first time."""
+        self._build(at)
+        self.code[at]()
 
     def _guarded(self, step, instruction: Instruction, number: int, together: int):
         predicate, negated = self.value(instruction.predicate, "pred"), instruction.negated
@@ -212,8 +258,7 @@ class Machine:
             self.special[f"%ctaid.{axis}"][:] = block[k]
             self.special[f"%nctaid.{axis}"][:] = grid[k]
         self.special["%nctaid.z"][:] = 1
-        for register in self.registers.values():
-            register[:] = 0 if register.dtype == bool else NAN[register.itemsize]
+        self.file.reset()
         self.pc, self.turns = np.zeros(self.threads, np.int64), 0
         self.exited = np.zeros(self.threads, bool)
         for part in (self.clocks, self.shared, self.async_state, self.products, self.barriers):
@@ -314,11 +359,11 @@ class Machine:
 
     def _straight(self, begin: int, end: int, warps: int) -> None:
         self._count(begin, end, warps)
-        code = self.code
+        code, products, skip = self.code, self.products, self.products.skip
         for at in range(begin, end):
             self.at = at
-            if self.products.in_flight:
-                self.products.check(at)
+            if products.in_flight and not skip[at]:
+                products.check(at)
             code[at]()
 
     def coverage(self) -> np.ndarray:

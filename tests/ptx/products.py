@@ -35,16 +35,19 @@ class Products:
 
     def __init__(self, m) -> None:
         self.m, self.groups = m, max(1, m.warps // 4)
-        self.operands, self.skip = set(), []
+        instructions = m.kernel.instructions
+        self.operands = set()
+        self.skip = [True] * len(instructions)  # those that no product can mind
         self.written, self.touched = [], []
-        for instruction in m.kernel.instructions:
+        for instruction in instructions:
             if instruction.opcode.startswith("wgmma.mma_async"):
                 for operand in instruction.operands[:2]:
                     self.operands.update(getattr(operand, "parts", ()))
-        for instruction in m.kernel.instructions:
-            self.skip.append(instruction.opcode.startswith("wgmma"))
-            self.written.append(frozenset(instruction.written()))
-            self.touched.append(frozenset(instruction.registers()))
+        if self.operands:
+            for at, instruction in enumerate(instructions):
+                self.written.append(self.operands & instruction.written())
+                self.touched.append(self.operands & instruction.registers())
+                self.skip[at] = not self.touched[at] or instruction.opcode.startswith("wgmma")
 
     def reset(self) -> None:
         self.queue: list[list[_Product]] = [[] for _ in range(self.groups)]
@@ -59,7 +62,7 @@ class Products:
         """
         if self.skip[at] or self.m.kernel.instructions[at].opcode.startswith("mov."):
             return frozenset()
-        return self.touched[at] & self.operands
+        return frozenset(self.touched[at])
 
     def touch(self, registers: frozenset) -> None:
         for group in self.m.groups:
@@ -67,8 +70,6 @@ class Products:
 
     def check(self, at: int) -> None:
         """An instruction leaves the registers of products under way alone."""
-        if self.skip[at]:
-            return
         for group in self.m.groups:
             for product in self.queue[group]:
                 if not product.accumulators.isdisjoint(self.touched[at]):

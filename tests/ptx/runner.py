@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import torch
 from .faults import Fault
 from .floats import NAN
 from .machine import Machine
-from .parse import parse
+from .parse import Kernel, parse
 
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -38,13 +37,16 @@ class Runner:
     rewrite: Callable[[str, str], str] = lambda name, ptx: ptx
     records: list[Record] = field(default_factory=list)
     machines: dict[tuple, Machine] = field(default_factory=dict)
+    kernels: dict[tuple, Kernel] = field(default_factory=dict)
     seed: int = 0
 
     def machine(self, ptx: str, name: str, shared: int) -> Machine:
         text = self.rewrite(name, ptx)
-        key = name, hashlib.sha256(text.encode()).hexdigest(), shared
+        key = name, text, shared
         if key not in self.machines:
-            self.machines[key] = Machine(parse(text, name), shared)
+            if (name, text) not in self.kernels:
+                self.kernels[name, text] = parse(text, name)
+            self.machines[key] = Machine(self.kernels[name, text], shared)
         return self.machines[key]
 
     def run(self, machine: Machine, parameters: bytes, grid: tuple[int, int]) -> None:
