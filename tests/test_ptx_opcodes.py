@@ -74,7 +74,7 @@ def run(body, inputs, outputs, declarations="", threads=32, shared=16):
     for k, array in enumerate(inputs):
         made.memory.add(array.ctypes.data, array.nbytes, f"p{k}", k in outputs)
     made.parameters.view(np.uint64)[:] = [array.ctypes.data for array in inputs]
-    made.run((0, 0), (1, 1))
+    made.run([(0, 0)], (1, 1))
     return made
 
 

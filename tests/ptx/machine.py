@@ -1,7 +1,7 @@
-"""A block of threads that runs a parsed kernel.
+"""Blocks of threads that run a parsed kernel side by side.
 
-Registers are arrays with an element for each thread of the block. Threads at the same instruction
-execute it together, whichever warps they belong to; the group at the lowest instruction goes first
+Registers are arrays with an element for each thread of the blocks. Threads at the same instruction
+execute it together, whichever warps and blocks they belong to; the group at the lowest instruction goes first
 and stops where other threads wait, so that branches come together again. An instruction that needs
 whole warps waits for its lanes. Whether the order of warps matters is not found by trying orders,
 but by vector clocks (memory.py), which see a race on every schedule.
@@ -22,7 +22,9 @@ from .memory import Global, Shared
 from .opcodes import DTYPES, TABLE, WARP, WARPGROUP, Control, Modifiers
 from .parse import Immediate, Instruction, Kernel, Register, Special, Symbol
 
-#: Branches and waits that a block may come to before it is said to loop for ever.
+#: Threads that run side by side, if there are so many blocks.
+AT_ONCE = 2048
+#: Branches and waits that blocks may come to before they are said to loop for ever.
 MOST_TURNS = 1_000_000
 MOST_HAZARDS = 20
 
@@ -53,14 +55,16 @@ class _Registers:
 
 
 class Machine:
-    """Decodes a kernel once and runs its blocks one after the other."""
+    """Decodes a kernel once and runs its blocks, as many side by side as ``blocks`` says."""
 
-    def __init__(self, kernel: Kernel, shared_bytes: int) -> None:
+    def __init__(self, kernel: Kernel, shared_bytes: int, blocks: int = 1) -> None:
         if kernel.threads % 32:
             raise Unsupported(f"{kernel.threads} threads, not a multiple of 32")
-        self.kernel, self.threads, self.warps = kernel, kernel.threads, kernel.threads // 32
+        self.kernel, self.blocks, self.block_warps = kernel, blocks, kernel.threads // 32
+        self.threads, self.warps = blocks * kernel.threads, blocks * self.block_warps
+        self.live_blocks, self.live = blocks, self.threads  # fewer in the last round
         self.number = np.arange(self.threads)
-        self.warp = self.number // 32
+        self.warp, self.block = self.number // 32, self.number // kernel.threads
         self.registers: dict[Register, np.ndarray] = {}
         self.file = _Registers(self.threads)
         self.constants: dict[tuple[str, str], np.ndarray] = {}
@@ -70,7 +74,7 @@ class Machine:
         self._groups: list[int] | None = None
         self.parameters = np.zeros(kernel.parameter_bytes, np.uint8)
         self.memory = Global()
-        self.clocks = Clocks(self.warps)
+        self.clocks = Clocks(blocks, self.block_warps)
         codes = {i.opcode for i in kernel.instructions}
         async_proxy = any(c.startswith(("wgmma", "cp.async.bulk")) for c in codes)
         self.shared = Shared(self, shared_bytes, async_proxy)
@@ -89,8 +93,8 @@ class Machine:
     def _special(self) -> dict[str, np.ndarray]:
         names = [f"%{name}.{axis}" for name in ("tid", "ctaid", "ntid", "nctaid") for axis in "xyz"]
         special = {name: np.zeros(self.threads, np.uint32) for name in names}
-        special["%tid.x"][:] = self.number
-        special["%ntid.x"][:] = self.threads
+        special["%tid.x"][:] = self.number % self.kernel.threads
+        special["%ntid.x"][:] = self.kernel.threads
         special["%ntid.y"][:] = special["%ntid.z"][:] = 1
         special["%laneid"] = (self.number % 32).astype(np.uint32)
         return special
@@ -151,7 +155,8 @@ class Machine:
         return self._groups
 
     def set_mask(self, mask: np.ndarray) -> None:
-        self.mask, self._index = (None, slice(None)) if mask.all() else (mask, None)
+        everyone = mask[: self.live].all()
+        self.mask, self._index = (None, slice(0, self.live)) if everyone else (mask, None)
         self._groups = None
 
     def active(self) -> np.ndarray:
@@ -161,11 +166,14 @@ class Machine:
     def active_warps(self) -> np.ndarray:
         """Numbers of the warps with executing threads."""
         if self.mask is None:
-            return np.arange(self.warps)
+            return np.arange(self.live // 32)
         return np.flatnonzero(self.mask.reshape(-1, 32).any(1))
 
     def put(self, destination: np.ndarray, value: np.ndarray) -> None:
-        """Gives the executing threads their element of ``value``."""
+        """Gives the executing threads their element of ``value``.
+
+        Where all execute, blocks that there are not in the last round get theirs too.
+        """
         if self.mask is None:
             destination[:] = value
         else:
@@ -252,15 +260,17 @@ class Machine:
 
     # --- running ---
 
-    def run(self, block: tuple[int, int], grid: tuple[int, int]) -> None:
-        """Runs one block from its first instruction until all threads have left."""
+    def run(self, blocks: list[tuple[int, int]], grid: tuple[int, int]) -> None:
+        """Runs blocks from the first instruction until all threads have left."""
+        self.live_blocks, self.live = len(blocks), len(blocks) * self.kernel.threads
         for axis, k in (("x", 0), ("y", 1)):
-            self.special[f"%ctaid.{axis}"][:] = block[k]
+            numbers = np.array([block[k] for block in blocks])
+            self.special[f"%ctaid.{axis}"][: self.live] = numbers.repeat(self.kernel.threads)
             self.special[f"%nctaid.{axis}"][:] = grid[k]
         self.special["%nctaid.z"][:] = 1
         self.file.reset()
         self.pc, self.turns = np.zeros(self.threads, np.int64), 0
-        self.exited = np.zeros(self.threads, bool)
+        self.exited = self.number >= self.live
         for part in (self.clocks, self.shared, self.async_state, self.products, self.barriers):
             part.reset()
         with np.errstate(all="ignore"):
@@ -282,7 +292,7 @@ class Machine:
         some = warps.any(1)
         if not (some == warps.all(1)).all():
             return 0
-        if self.warps % 4:
+        if self.block_warps % 4:
             return WARP
         groups = some.reshape(-1, 4)
         return WARPGROUP if (groups.any(1) == groups.all(1)).all() else WARP
@@ -304,7 +314,12 @@ class Machine:
         """Of these threads the whole warps or warpgroups; threads that have left do not count."""
         size = 32 if self.together[at] == WARP else 128
         whole = (mask | self.exited).reshape(-1, size).all(1).repeat(size)
-        left = whole & self.exited & mask.reshape(-1, size).any(1).repeat(size)
+        left = (
+            whole
+            & self.exited
+            & (self.number < self.live)
+            & mask.reshape(-1, size).any(1).repeat(size)
+        )
         if left.any() and not self.kernel.instructions[at].opcode.startswith("bar"):
             self.at = at
             raise self.fault("lanes have left that this instruction needs")

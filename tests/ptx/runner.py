@@ -12,7 +12,7 @@ import torch
 
 from .faults import Fault
 from .floats import NAN
-from .machine import Machine
+from .machine import AT_ONCE, Machine
 from .parse import Kernel, parse
 
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -40,13 +40,17 @@ class Runner:
     kernels: dict[tuple, Kernel] = field(default_factory=dict)
     seed: int = 0
 
-    def machine(self, ptx: str, name: str, shared: int) -> Machine:
+    def machine(self, ptx: str, name: str, shared: int, grid: tuple[int, int]) -> Machine:
+        """A machine for the kernel, with room for the blocks of a grid or for some of them."""
         text = self.rewrite(name, ptx)
-        key = name, text, shared
+        if (name, text) not in self.kernels:
+            self.kernels[name, text] = parse(text, name)
+        kernel = self.kernels[name, text]
+        most = max(1, AT_ONCE // kernel.threads)
+        blocks = min(1 << (grid[0] * grid[1] - 1).bit_length(), most)
+        key = name, text, shared, blocks
         if key not in self.machines:
-            if (name, text) not in self.kernels:
-                self.kernels[name, text] = parse(text, name)
-            self.machines[key] = Machine(self.kernels[name, text], shared)
+            self.machines[key] = Machine(kernel, shared, blocks)
         return self.machines[key]
 
     def run(self, machine: Machine, parameters: bytes, grid: tuple[int, int]) -> None:
@@ -60,10 +64,11 @@ class Runner:
         begin, steps = time.process_time(), machine.steps
         name = machine.kernel.name
         try:
-            for y in range(grid[1]):
-                for x in range(grid[0]):
-                    machine.async_state.seed = self.seed + 1000 * y + x
-                    machine.run((x, y), grid)
+            blocks = [(x, y) for y in range(grid[1]) for x in range(grid[0])]
+            for k in range(0, len(blocks), machine.blocks):
+                some = blocks[k : k + machine.blocks]
+                machine.async_state.seeds[: len(some)] = [self.seed + 1000 * y + x for x, y in some]
+                machine.run(some, grid)
         except Fault as fault:
             raise Fault(f"{name}: {fault}") from fault
         finally:

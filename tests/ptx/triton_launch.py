@@ -58,7 +58,8 @@ def interpreted(arch: str, runner: Runner) -> Iterator[None]:
     def run(self, *arguments, grid, warmup, **options):
         compiled = original(self, *arguments, grid=grid, warmup=True, **options)
         ptx = compiled.asm["ptx"]
-        machine = runner.machine(ptx, entries(ptx)[0], max(compiled.metadata.shared, 16))
+        grid = (*grid, 1)[:2]
+        machine = runner.machine(ptx, entries(ptx)[0], max(compiled.metadata.shared, 16), grid)
         named = {**dict(zip(self.arg_names, arguments, strict=False)), **options}
         leaves = [
             leaf
@@ -68,13 +69,13 @@ def interpreted(arch: str, runner: Runner) -> Iterator[None]:
         ]
         machine.memory.clear()
         raw = _parameters(machine, leaves)
-        runner.run(machine, raw, (*grid, 1)[:2])
+        runner.run(machine, raw, grid)
         return compiled
 
     # `driver.reset_active` would look for a GPU
     with (
         knobs.cache.scope(),
-        mock.patch.object(CUDABackend, "make_cubin", lambda *_: b""),
+        mock.patch.object(CUDABackend, "make_cubin", return_value=b""),
         mock.patch.object(driver, "_active", device),
         mock.patch.object(JITFunction, "run", run),
         poisoned(),
