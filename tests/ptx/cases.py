@@ -125,8 +125,8 @@ def run(case: Case, runner: Runner) -> Result:
 def _error(ours: Tensor, truth: Tensor, cancels: bool = False) -> float:
     """The relative error of what is not NaN.
 
-    ``cancels``: of a derivative in τ, which is a sum of terms of order 1. Where they cancel, what is
-    left is no measure of their rounding, which is all the error of an exact arithmetic.
+    ``cancels``: of a derivative in τ, which is a sum of terms of order 1. Where they cancel, what
+    is left is no measure of their rounding, which is all the error of an exact arithmetic.
     """
     known = ~truth.isnan()
     return relative_error(ours[known], truth[known], floor=0.1 if cancels else 1e-3)

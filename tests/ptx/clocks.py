@@ -1,8 +1,8 @@
 """Vector clocks: what a warp knows to have happened before.
 
-``of[w, v]`` is the latest moment of the block's warp v that warp w has learnt of through barriers; a
-warp's own moment moves on whenever it tells others. A tensor copy is one event, numbered within its
-block, which a warp has ``seen`` when it has waited for the barrier that counts its bytes.
+``of[w, v]`` is the latest moment of the block's warp v that warp w has learnt of through barriers;
+a warp's own moment moves on whenever it tells others. A tensor copy is one event, numbered within
+its block, which a warp has ``seen`` when it has waited for the barrier that counts its bytes.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ class Clocks:
 
     def __init__(self, blocks: int, block_warps: int) -> None:
         self.blocks, self.block_warps = blocks, block_warps
+        self.of = np.zeros((blocks * block_warps, block_warps), np.int64)
         self.reset()
 
     def reset(self) -> None:
-        self.of = np.tile(np.eye(self.block_warps, dtype=np.int64), (self.blocks, 1))
+        """Begins anew, after all moments that there have been: everyone knows of those."""
+        self.of[:] = self.of.max() + np.tile(np.eye(self.block_warps, dtype=int), (self.blocks, 1))
         warps = len(self.of)
         self.syncs = np.zeros(warps, np.int64)  # barriers that order a warp's own lanes
         self.seen = np.zeros((warps, 16), bool)

@@ -1,10 +1,10 @@
 """Blocks of threads that run a parsed kernel side by side.
 
 Registers are arrays with an element for each thread of the blocks. Threads at the same instruction
-execute it together, whichever warps and blocks they belong to; the group at the lowest instruction goes first
-and stops where other threads wait, so that branches come together again. An instruction that needs
-whole warps waits for its lanes. Whether the order of warps matters is not found by trying orders,
-but by vector clocks (memory.py), which see a race on every schedule.
+execute it together, whichever warps and blocks they belong to; the group at the lowest instruction
+goes first and stops where other threads wait, so that branches come together again. An instruction
+that needs whole warps waits for its lanes. Whether the order of warps matters is not found by
+trying orders, but by vector clocks (memory.py), which see a race on every schedule.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ class Machine:
         def run() -> None:
             mask, index = self.mask, self._index
             chosen = ~predicate if negated else predicate
-            chosen = chosen.copy() if mask is None else chosen & mask
+            chosen = chosen & (self.number < self.live if mask is None else mask)
             if chosen.any():
                 self.executed[number] = True
                 self.set_mask(chosen)
