@@ -48,6 +48,11 @@ class _Registers:
             self.free[size] = [*reversed(made)]
         return self.free[size].pop()
 
+    def matrix(self, count: int) -> np.ndarray:
+        """``count`` registers of 4 bytes that lie next to each other."""
+        self.arrays[4].append(np.full((count, self.threads), NAN[4], np.uint32))
+        return self.arrays[4][-1]
+
     def reset(self) -> None:
         for size, arrays in self.arrays.items():
             for array in arrays:
@@ -79,6 +84,7 @@ class Machine:
         async_proxy = any(c.startswith(("wgmma", "cp.async.bulk")) for c in codes)
         self.shared = Shared(self, shared_bytes, async_proxy)
         self.async_state = copies.Copies(self)
+        self.sums: dict[tuple, np.ndarray] = {}  # accumulators of products
         self.products = products.Products(self)
         self.barriers = synchronise.Barriers(self)
         self.hazards: dict[str, int] = {}
@@ -105,6 +111,13 @@ class Machine:
         if found is None:
             found = self.registers[register] = self.file.new(register.bytes)
         return found
+
+    def side_by_side(self, registers: tuple[Register, ...]) -> np.ndarray | None:
+        """Registers of 4 bytes as a matrix; None where some of them are parts of another one."""
+        if registers not in self.sums and not any(x in self.registers for x in registers):
+            self.sums[registers] = self.file.matrix(len(registers))
+            self.registers.update(zip(registers, self.sums[registers], strict=True))
+        return self.sums.get(registers)
 
     def value(self, operand, kind: str) -> np.ndarray:
         """An operand for all threads: a view of its register, or constants."""
@@ -196,6 +209,9 @@ class Machine:
         self.code = [functools.partial(self._first, at) for at in range(len(instructions))]
         self.together = [entries[i.opcode].together for i in instructions]
         self.controls = [None] * len(instructions)
+        for instruction in instructions:
+            if instruction.opcode.startswith("wgmma.mma_async"):
+                self.side_by_side(instruction.operands[0].parts)
         forms = set()
         for at, instruction in enumerate(instructions):
             form = instruction.form()

@@ -47,7 +47,7 @@ class _Target:
         self.wide = self.register.view(f"{'i' if signed else 'u'}{self.register.itemsize}")
 
     def put(self, bits: np.ndarray) -> None:
-        """``bits`` (executing threads) are unsigned, of the type's width."""
+        """``bits``, of the executing threads or of all, are unsigned, of the type's width."""
         if not self.sink:
             values = bits.view(f"i{bits.itemsize}") if self.dtype.kind == "i" else bits
             self.wide[self.m.index] = values
@@ -76,6 +76,8 @@ def load(m, modifiers: Modifiers, instruction):
     targets = [_Target(m, part, kind) for part in _parts(to)]
     _shape(modifiers, targets)
     each, count = DTYPES[kind].itemsize, len(targets)
+    if space == "param" and isinstance(source.base, Symbol):
+        return _parameter(m, source, targets, each)
     where = address(m, source, "u32" if space == "shared" else "u64")
     fetch = {"param": _parameters(m), "global": m.memory.load, "shared": m.shared.load}[space]
 
@@ -83,6 +85,20 @@ def load(m, modifiers: Modifiers, instruction):
         values = fetch(where()[m.index], each, count)
         for k, target in enumerate(targets):
             target.put(values[:, k])
+
+    return run
+
+
+def _parameter(m, source: Address, targets: list[_Target], each: int):
+    """A load from the same place for all threads."""
+    begin, size = m.kernel.parameters[source.base.name] + source.offset, each * len(targets)
+    if begin < 0 or begin + size > len(m.parameters) or begin % size:
+        raise m.fault("parameter out of bounds or misaligned")
+    values = m.parameters[begin : begin + size].view(f"u{each}")
+
+    def run() -> None:
+        for target, value in zip(targets, values, strict=True):
+            target.put(value)
 
     return run
 

@@ -163,6 +163,8 @@ class _Multiply:
         self.a_transposed = bool(flags[2]) if layouts == 2 else False
         self.b_transposed = bool(flags[-1]) if layouts else False
         self.to = [m.value(x, "f32") for x in to.parts]
+        sums = m.side_by_side(to.parts)
+        self.sums = None if sums is None else sums.view(np.float32)
         self.a = [m.value(x, "b32") for x in a.parts] if self.in_registers else m.value(a, "b64")
         self.b = m.value(b, "b64")
         constant = isinstance(add, Immediate)
@@ -202,11 +204,20 @@ class _Multiply:
         split = product.reshape(4, 2, 8, self.columns // 8, 4, 2).transpose(3, 1, 5, 0, 2, 4)
         total = split.reshape(self.columns // 2, 128)
         if self.uniform(self.add, threads):
-            total = total + np.array([x[threads] for x in self.to])
+            total = total + self.before(threads)
         total = canonical(total.astype(np.float32))
-        for register, values in zip(self.to, total, strict=True):
-            register[threads] = values
+        if self.sums is not None:
+            self.sums[:, threads] = total
+        else:
+            for register, values in zip(self.to, total, strict=True):
+                register[threads] = values
         self.m.products.issue(group, self.accumulators, self.a_registers, reads)
+
+    def before(self, threads: slice) -> np.ndarray:
+        """What is in the accumulators."""
+        if self.sums is not None:
+            return self.sums[:, threads]
+        return np.array([x[threads] for x in self.to])
 
     def shared(self, group: int, descriptor: int, count: int, transposed: bool):
         """An operand (count, K) in shared memory, and the rows of 16 bytes that it is in."""
