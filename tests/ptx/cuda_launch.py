@@ -47,9 +47,9 @@ def interpreted(arch: str, runner: Runner) -> Iterator[None]:
 
     def launch(name, x, y, threads, shared, argument):
         try:
-            machine = runner.machine(known[name.decode()], name.decode(), shared)
-            if threads != machine.threads:
-                raise ValueError(f"{threads} threads of a kernel of {machine.threads}")
+            machine = runner.machine(known[name.decode()], name.decode(), shared, (x, y))
+            if threads != machine.kernel.threads:
+                raise ValueError(f"{threads} threads of a kernel of {machine.kernel.threads}")
             raw = ctypes.string_at(argument, machine.kernel.parameter_bytes)
             machine.memory.clear()
             for buffer in _buffers(machine.kernel.name, raw):
