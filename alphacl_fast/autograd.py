@@ -651,8 +651,8 @@ def first_derivative(grad: Tensor | None, of_saved: tuple[Tensor | None, ...]) -
 
 
 def only_once(
-    gradients: tuple[Tensor | None, ...], sources: tuple[Tensor | None, ...]
-) -> tuple[Tensor | None, ...]:
+    gradients: Sequence[Tensor | None], sources: tuple[Tensor | None, ...]
+) -> Sequence[Tensor | None]:
     """``gradients``, made of ``sources`` without a graph: to differentiate them again is an
     error, not 0.
     """
@@ -731,8 +731,10 @@ class _OnlyOnce(torch.autograd.Function):
 
 def views_of(dz: Tensor | None, need: Need) -> tuple[Tensor | None, Tensor | None]:
     """dz1 and dz2 of the gradient of the views that are needed, one below the other."""
-    n = 0 if dz is None else dz.shape[0] // need.views
-    return (dz[:n] if need.z1 else None), (dz[-n:] if need.z2 else None)
+    if dz is None or not (need.z1 and need.z2):
+        return (dz if need.z1 else None), (dz if need.z2 else None)
+    n = dz.shape[0] // 2
+    return dz[:n], dz[n:]
 
 
 class AlphaCLFunction(torch.autograd.Function):
@@ -806,12 +808,24 @@ def scaled(
     return in_dtypes([None if x is None else x * grad for x in gradients], dtypes)
 
 
+def scaled_in_place(
+    gradients: Sequence[Tensor | None], grad: Tensor, dtypes: tuple[torch.dtype | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """As `scaled`, for gradients that nobody reads again; the host reads ``grad``."""
+    if grad.item() != 1:
+        for x in gradients:
+            if x is not None:
+                x.mul_(grad)
+    return in_dtypes(gradients, dtypes)
+
+
 def in_dtypes(
     tensors: Sequence[Tensor | None], dtypes: tuple[torch.dtype | None, ...]
 ) -> tuple[Tensor | None, ...]:
     """The tensors that are there, each in its own dtype."""
     return tuple(
-        None if x is None else x.to(dtype) for x, dtype in zip(tensors, dtypes, strict=True)
+        x if x is None or x.dtype == dtype else x.to(dtype)
+        for x, dtype in zip(tensors, dtypes, strict=True)
     )
 
 

@@ -15,7 +15,17 @@ from . import compiled_op, distributed, eager, native, ops, process_groups
 from .autograd import AlphaCLFunction, closed_form
 from .backend import reference
 from .bundles import accumulation_dtype
-from .call import BoundCall, Call, Layout, Need, SameId, as_operator, without_autocast
+from .call import (
+    LARGEST_TAU,
+    LEAST_TAU,
+    BoundCall,
+    Call,
+    Layout,
+    Need,
+    SameId,
+    as_operator,
+    without_autocast,
+)
 from .objectives import DEFAULTS, ClosedForm, Objective, make
 
 SIMILARITIES = ("cosine", "dot", "euclidean")
@@ -276,7 +286,7 @@ def check_temperature(temperature: float | Tensor, objective: Objective) -> None
         value = temperature
     if not value > 0 or value == math.inf:
         raise ValueError(f"temperature must be finite and > 0, got {value}")
-    if not 1e-15 <= value <= 1e15:  # float32 must hold τ² and 1/τ²
+    if not LEAST_TAU <= value <= LARGEST_TAU:
         raise ValueError(f"temperature must be between 1e-15 and 1e15, got {value}")
 
 
@@ -310,15 +320,15 @@ def evaluate(
 
     It checks everything that `make_call` has not checked.
     """
-    z1, z2 = of_one_dtype(z1, z2)
-    if call.process_group is not None:
-        return _evaluate_over_ranks(z1, z2, temperature, call, ids)
     key = None
-    if ids is None and not torch.compiler.is_compiling():
+    if ids is None and call.process_group is None and not torch.compiler.is_compiling():
         key = eager.key_of(z1, z2, temperature)
         served = key and eager.again(z1, z2, temperature, call, key)
         if served:
             return served
+    z1, z2 = of_one_dtype(z1, z2)
+    if call.process_group is not None:
+        return _evaluate_over_ranks(z1, z2, temperature, call, ids)
     tau, bound, why = bind(z1, z2, temperature, call, ids is not None)
     if ids is not None:
         ids = checked_ids("ids", ids, z1)
@@ -327,10 +337,10 @@ def evaluate(
             return no_negatives(z1, z2, tau, bound), bound.backend, why
     need = Need.of(z1, z2, tau)
     if native.serves(bound, need) and native.plain(z1, z2, tau):
-        plan = native.prepared(bound, z1, need)
+        prepared = eager.Prepared(bound, native.prepared(bound, z1, need), need, why)
         if key:
-            eager.remember(call, key, plan, why)
-        return eager.loss(z1, z2, tau, bound, plan, need, ids), bound.backend, why
+            eager.remember(call, key, prepared)
+        return prepared.loss(z1, z2, tau, ids), bound.backend, why
     with without_autocast(z1.device):
         return _loss(z1, z2, tau, bound, ids), bound.backend, why
 

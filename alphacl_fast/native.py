@@ -49,9 +49,8 @@ def prepared(call: BoundCall, z: Tensor, need: Need) -> cpu_step.Plan:
     loss = Loss(
         call.objective, "cosine", call.negatives, call.symmetric, call.reduction, call.max_gap
     )
-    return _plan(
-        loss, z.shape, z.dtype, call.temperature, need, call.workspace, cpu.instruction_set()
-    )
+    plan = _plan(loss, z.shape, z.dtype, need, call.workspace, cpu.instruction_set())
+    return plan.at(call.temperature)
 
 
 @functools.lru_cache(maxsize=256)
@@ -59,7 +58,6 @@ def _plan(
     loss: Loss,
     shape: torch.Size,
     dtype: torch.dtype,
-    tau: float,
     need: Need,
     workspace: int | None,
     instruction_set: str,
@@ -72,13 +70,18 @@ def _plan(
         need.tau, loss.reduction == "none",
         cpu_step.default_workspace() if workspace is None else workspace, loss.max_gap,
     )  # fmt: skip
-    seen = objective.kind_tau(torch.tensor(tau, dtype=torch.float64, device="cpu")).item()
-    log_range = ops.log_range(objective.kind, params, seen) if kind(objective.kind).log else None
+
+    def range_at(temperature: float) -> tuple[float, tuple[float, float] | None]:
+        tau = torch.tensor(temperature, dtype=torch.float64, device="cpu")
+        seen = objective.kind_tau(tau).item()
+        return seen, ops.log_range(objective.kind, params, seen) if log_kind else None
+
+    log_kind = kind(objective.kind).log
     program = record(objective, need.views > 0, need.tau)
-    plan = cpu_step.Plan(batch, program, objective.kind, params, seen, log_range)
+    plan = cpu_step.Plan(batch, program, objective.kind, params, range_at)
     if loss.reduction == "none" and any(need):
         alone = Need(False, False, False)
-        plan.forward = _plan(loss, shape, dtype, tau, alone, workspace, instruction_set)
+        plan.forward = _plan(loss, shape, dtype, alone, workspace, instruction_set)
     return plan
 
 

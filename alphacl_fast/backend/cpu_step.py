@@ -6,10 +6,12 @@ pointers, which are taken from the tensors of each call.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import os
 import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from ..bundles import (
     MOST_PARAMETERS,
     Dtype,
+    Form,
     PairFunction,
     Pairing,
     RowScalars,
@@ -100,7 +103,7 @@ class Batch(NamedTuple):
 
 
 class Plan:
-    """A step for all calls with the same shapes and settings."""
+    """A step for all calls with the same shapes and settings, at one temperature."""
 
     def __init__(
         self,
@@ -108,13 +111,17 @@ class Plan:
         program: Program,
         kind: str,
         params: tuple[float, ...],
-        tau: float,
-        log_range: tuple[float, float] | None,
+        range_at: Callable[[float], tuple[float, tuple[float, float] | None]],
     ) -> None:
+        """``range_at`` gives, for a temperature, the one that the pair kind sees, and the bounds of
+        log f if it has them. `at` must follow.
+        """
         self.batch, self.wide = batch, accumulation_dtype(batch.dtype)
+        self.kind, self.params, self.program, self.range_at = kind, params, program, range_at
+        # `new_empty` takes a quarter of the time of `torch.empty` with a dtype and a device
+        self.like = torch.empty(0, dtype=self.wide, device="cpu")
         self.forward = self  #: the plan that a forward executes
-        of_tau = torch.tensor(tau, dtype=self.wide, device="cpu")
-        function = PairFunction(kind, params, of_tau, log_range)
+        self.temperature: float | None = None
         isa = cpu.INSTRUCTION_SETS.index(cpu.instruction_set())
         _, self.multiple, self.largest = cpu._kernels(isa, Dtype.of(batch.dtype))
         low, high = batch.wanted
@@ -123,18 +130,33 @@ class Plan:
         self.step = _Step(
             n_pairs=batch.n_pairs, dim=batch.dim, rows=batch.rows, split=pairing.split,
             partner=pairing.partner, anchors=pairing.anchors, lo=low, hi=high,
-            workspace=batch.workspace, tau=tau, n_neg=batch.n_neg, divisor=batch.divisor,
-            params=function.padded(), dtype=Dtype.of(batch.dtype), kind=KINDS[kind].code,
-            each=batch.each, limited=batch.max_gap is not None, max_gap=batch.max_gap or 0.0,
-            instruction_set=isa, instructions=len(program.instructions),
-            places=program.places, mass=program.mass, losses=program.loss, dtau_of=program.dtau,
-            **cpu._HOOKS,
+            workspace=batch.workspace, n_neg=batch.n_neg, divisor=batch.divisor,
+            params=(*params, 0.0, 0.0, 0.0)[:MOST_PARAMETERS], dtype=Dtype.of(batch.dtype),
+            kind=KINDS[kind].code, each=batch.each, limited=batch.max_gap is not None,
+            max_gap=batch.max_gap or 0.0, instruction_set=isa,
+            instructions=len(program.instructions), places=program.places, mass=program.mass,
+            losses=program.loss, dtau_of=program.dtau, **cpu._HOOKS,
         )  # fmt: skip
         for target, instruction in zip(self.step.program, program.instructions, strict=False):
             if isinstance(instruction, Sweep):
-                _write_sweep(target, instruction, function)
+                _write_sweep(target, instruction)
             else:
                 _write_row_step(target, instruction)
+
+    def at(self, temperature: float) -> Plan:
+        """This plan at a temperature: the forms of its sweeps follow from it."""
+        if temperature == self.temperature:
+            return self
+        plan = copy.copy(self)
+        plan.temperature, plan.step = temperature, _Step.from_buffer_copy(self.step)
+        plan.forward = plan if self.forward is self else self.forward.at(temperature)
+        plan.step.tau, log_range = self.range_at(temperature)
+        tau = self.like.new_full((), plan.step.tau)
+        function = PairFunction(self.kind, self.params, tau, log_range)
+        for target, sweep in zip(plan.step.program, self.program.instructions, strict=False):
+            if isinstance(sweep, Sweep):
+                target.form, target.constant_shift = _form(sweep, function)
+        return plan
 
     def run(
         self,
@@ -156,19 +178,17 @@ class Plan:
         step = _Step.from_buffer_copy(self.step)
         loss = dz = dtau = None
         if incoming is None:
-            loss = torch.empty(
-                batch.pairing.anchors if batch.each else (), dtype=self.wide, device="cpu"
-            )
+            loss = self.like.new_empty(batch.pairing.anchors if batch.each else ())
             step.loss = loss.data_ptr()
         else:
             incoming = incoming.contiguous()
             step.incoming = incoming.data_ptr()
         if self.gradient:
             low, high = batch.wanted
-            dz = torch.empty((high - low, batch.dim), dtype=self.wide, device="cpu")
+            dz = self.like.new_empty((high - low, batch.dim))
             step.dz = dz.data_ptr()
         if batch.learn_tau:
-            dtau = torch.empty((), dtype=self.wide, device="cpu")
+            dtau = self.like.new_empty(())
             step.dtau = dtau.data_ptr()
         if same_id is not None:
             step.ids, step.n_neg_of, step.empty = (x.data_ptr() for x in same_id)
@@ -184,18 +204,21 @@ class Plan:
         return loss, dz, dtau
 
 
-def _write_sweep(target: _Instruction, sweep: Sweep, function: PairFunction) -> None:
+def _write_sweep(target: _Instruction, sweep: Sweep) -> None:
     places = rows_of_terms(sweep.terms)
     target.row_step = -1
     target.terms = tuple(-1 if row < 0 else sweep.outputs[row] for row in places)
     target.scalars = tuple(sweep.scalars)
-    if sweep.weight is None:
-        form, shift = forms.of_row_sums(function, sweep.terms)
-    else:
-        given = RowScalars(*(None if place == ZEROS else place for place in sweep.scalars))
-        form, shift = forms.of_pair_grad(function, given, sweep.weight, sweep.terms)
+    if sweep.weight is not None:
         target.gradient, target.weight = 1, sweep.weight
-    target.form, target.constant_shift = form, shift
+
+
+def _form(sweep: Sweep, function: PairFunction) -> tuple[Form, float]:
+    """The form of a sweep, and its constant shift."""
+    if sweep.weight is None:
+        return forms.of_row_sums(function, sweep.terms)
+    given = RowScalars(*(None if place == ZEROS else place for place in sweep.scalars))
+    return forms.of_pair_grad(function, given, sweep.weight, sweep.terms)
 
 
 def _write_row_step(target: _Instruction, step: Step) -> None:
