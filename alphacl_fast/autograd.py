@@ -274,7 +274,8 @@ class Sweeps:
         # without need a count costs a sweep, and a number of each anchor's own a compiled row step
         counted = self._n_neg is not None or self.call.objective.counts_negatives
         n_neg = self.n_neg if counted else self.layout.n_neg
-        if ops.has(backend, "row_step") and anchors and not isinstance(n_neg, Tensor):
+        of_host = not any(isinstance(x, Tensor) for x in (n_neg, *values))
+        if ops.has(backend, "row_step") and anchors and of_host:
             numbers = (tau, n_neg, self.divisor, anchors)
             outputs = ops.row_step(vectors, *numbers, step.name, values, backend).unbind(0)
         else:
@@ -283,6 +284,9 @@ class Sweeps:
 
     def zeros(self) -> Tensor:
         return torch.zeros_like(self.pos)
+
+    def stack(self, *vectors: Tensor) -> Tensor:
+        return torch.stack(vectors)
 
     def mean_negative(self) -> Tensor:
         return self._mean(1, self.same_id)

@@ -18,7 +18,7 @@ from .autograd import (
     views_of,
 )
 from .backend import cpu, cpu_step
-from .call import LARGEST_TAU, LEAST_TAU, Call, Loss, Need, Ready, SameId
+from .call import LARGEST_LOGIT, LARGEST_TAU, LEAST_TAU, Call, Loss, Need, Ready, SameId
 
 
 class Prepared(NamedTuple):
@@ -147,46 +147,65 @@ _Gradients = tuple[Tensor | None, ...]
 # --- calls like one before ------------------------------------------------------------------------
 
 
-def key_of(z1: Tensor, z2: Tensor, temperature: float | Tensor) -> Key | None:
+def key_of(z1: Tensor, z2: Tensor, temperature: Temperature) -> Key | None:
     """What the checks and the plan of a call depend on but the temperature's value, or None where a
     call is not plain.
     """
     if cpu._LIBRARY is None or not native.plain(z1, z2):
         return None
+    given = temperature if type(temperature) is tuple else (temperature,)
     learnt = False
-    if type(temperature) is not float:
-        if not (
-            isinstance(temperature, Tensor)
-            and native.plain(temperature)
-            and temperature.is_cpu
-            and temperature.numel() == 1
-        ):
+    for x in given:
+        if type(x) is float:
+            continue
+        if not (isinstance(x, Tensor) and native.plain(x) and x.is_cpu and x.numel() == 1):
             return None
-        learnt = temperature.requires_grad
+        learnt = learnt or x.requires_grad
     grad = torch.is_grad_enabled()
     return (
         z1.shape, z2.shape, z1.dtype, z2.dtype, z1.is_cpu, z2.is_cpu, z1.layout, z2.layout,
-        grad and z1.requires_grad, grad and z2.requires_grad, grad, learnt, type(temperature),
+        grad and z1.requires_grad, grad and z2.requires_grad, grad, learnt, *map(type, given),
         cpu._LIBRARY, cpu.instruction_set(),
     )  # fmt: skip
 
 
 def again(
-    z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, key: Key
+    z1: Tensor, z2: Tensor, temperature: Temperature, call: Call, key: Key
 ) -> tuple[Tensor, str, str] | None:
     """The loss, its backend and why it serves the call, if one like it has been made before."""
     prepared = call.ready and call.ready.get(key)
     if not prepared:
         return None
-    value = temperature if type(temperature) is float else temperature.detach().item()
+    several = type(temperature) is tuple
+    value = tuple(map(_value, temperature)) if several else _value(temperature)
     if value != prepared.plan.temperature:
-        if not LEAST_TAU <= value <= LARGEST_TAU:
+        if not _allowed(value):
             return None  # the checks will say so
         prepared = call.ready[key] = prepared._replace(plan=prepared.plan.at(value))
-    tau = temperature.reshape(()) if prepared.need.tau else None
+    tau = None
+    if prepared.need.tau:
+        like = prepared.plan.like
+        tau = torch.stack([_number(x, like) for x in temperature]) if several else temperature
+        tau = tau if several else tau.reshape(())
     return prepared.loss(z1, z2, tau), "cpu", prepared.why
 
 
+def _value(x: float | Tensor) -> float:
+    return x if type(x) is float else x.detach().item()
+
+
+def _number(x: float | Tensor, like: Tensor) -> Tensor:
+    return x.reshape(()).to(like) if isinstance(x, Tensor) else like.new_full((), x)
+
+
+def _allowed(value: cpu_step.Temperature) -> bool:
+    if type(value) is tuple:
+        return all(abs(x) <= LARGEST_LOGIT for x in value)
+    return LEAST_TAU <= value <= LARGEST_TAU
+
+
+#: τ, or SigLIP's scale and bias.
+Temperature = float | Tensor | tuple[float | Tensor, float | Tensor]
 Key = tuple[Any, ...]
 
 

@@ -16,6 +16,7 @@ from .autograd import AlphaCLFunction, closed_form
 from .backend import reference
 from .bundles import accumulation_dtype
 from .call import (
+    LARGEST_LOGIT,
     LARGEST_TAU,
     LEAST_TAU,
     BoundCall,
@@ -149,20 +150,21 @@ def alpha_cl_loss(
     Source: arXiv:2201.12680; the docstring of each objective names its equation and origin.
     """
     group = make_group(process_group, strategy, ranks_per_node)
+    settings = {
+        "similarity": similarity,
+        "negatives": negatives,
+        "symmetric": symmetric,
+        "reduction": reduction,
+        "backend": backend,
+        "precision": precision,
+        "max_gap": max_gap,
+        "workspace": workspace,
+    }
     try:
-        call = make_call(
-            objective,
-            options,
-            similarity=similarity,
-            negatives=negatives,
-            symmetric=symmetric,
-            reduction=reduction,
-            backend=backend,
-            precision=precision,
-            process_group=group,
-            max_gap=max_gap,
-            workspace=workspace,
-        )
+        if group is None:
+            call = call_like_before(objective, options, settings)
+        else:
+            call = make_call(objective, options, process_group=group, **settings)
     except (TypeError, ValueError) as error:
         if group is not None:
             distributed.agree(group, None, None, None, None, error)  # raises
@@ -172,6 +174,32 @@ def alpha_cl_loss(
         (guided_loss,) = GUIDED
         return guided_loss(z1, z2, temperature, call, ids, guide, guide_margin)
     return evaluate(z1, z2, temperature, call, ids)[0]
+
+
+def call_like_before(
+    objective: str | Objective, options: dict[str, Any], settings: dict[str, Any]
+) -> Call:
+    """As `make_call`, but the same arguments give the same call, with what was prepared for it."""
+    names, values = tuple(options), (*settings.values(), *options.values())
+    if (
+        type(objective) is not str  # an object may be changed, or be large
+        or torch.compiler.is_compiling()
+        or not all(type(x) in _PLAIN_ARGUMENTS for x in values)
+    ):
+        return make_call(objective, options, **settings)
+    return _call_of(objective, tuple(settings), names, *values)
+
+
+_PLAIN_ARGUMENTS = {str, bool, int, float, type(None)}
+
+
+@functools.lru_cache(maxsize=64, typed=True)  # 1, 1.0 and True are equal, but not the same argument
+def _call_of(
+    objective: str, settings: tuple[str, ...], options: tuple[str, ...], *values: Any
+) -> Call:
+    count = len(settings)
+    named = dict(zip(options, values[count:], strict=True))
+    return make_call(objective, named, **dict(zip(settings, values[:count], strict=True)))
 
 
 def make_group(
@@ -305,7 +333,7 @@ def check_scale_and_bias(scale: float | Tensor, bias: float | Tensor) -> None:
             raise TypeError(f"{name} must be a float or a tensor, got {type(given).__name__}")
         else:
             value = given
-        if not abs(value) <= 1e15:
+        if not abs(value) <= LARGEST_LOGIT:
             raise ValueError(f"{name} must be finite and between -1e15 and 1e15, got {value}")
 
 

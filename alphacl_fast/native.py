@@ -25,7 +25,7 @@ def serves(call: BoundCall, need: Need) -> bool:
         call.backend == "cpu"
         and call.similarity == "cosine"
         and call.objective.recordable
-        and call.temperature is not None
+        and None not in call.known
         and call.ranks is None
         and not (call.max_gap is not None and call.objective.counts_negatives)
     )
@@ -50,7 +50,7 @@ def prepared(call: BoundCall, z: Tensor, need: Need) -> cpu_step.Plan:
         call.objective, "cosine", call.negatives, call.symmetric, call.reduction, call.max_gap
     )
     plan = _plan(loss, z.shape, z.dtype, need, call.workspace, cpu.instruction_set())
-    return plan.at(call.temperature)
+    return plan.at(call.known[0] if len(call.known) == 1 else call.known)
 
 
 @functools.lru_cache(maxsize=256)
@@ -67,18 +67,21 @@ def _plan(
     wanted = (0 if need.z1 else n, 2 * n if need.z2 else n)
     batch = cpu_step.Batch(
         n, dim, dtype, layout.rows, layout.pairing(), layout.n_neg, loss.divisor(n), wanted,
-        need.tau, loss.reduction == "none",
+        loss.reduction == "none", objective.needs_negatives,
         cpu_step.default_workspace() if workspace is None else workspace, loss.max_gap,
     )  # fmt: skip
 
-    def range_at(temperature: float) -> tuple[float, tuple[float, float] | None]:
+    def numbers_at(temperature: cpu_step.Temperature) -> cpu_step.Numbers:
         tau = torch.tensor(temperature, dtype=torch.float64, device="cpu")
         seen = objective.kind_tau(tau).item()
-        return seen, ops.log_range(objective.kind, params, seen) if log_kind else None
+        log_range = ops.log_range(objective.kind, params, seen) if log_kind else None
+        values = dict(zip(objective.numbers, map(float, objective.values(tau)), strict=True))
+        factor = float(objective.first_view_factor(tau))
+        return cpu_step.Numbers(seen, log_range, factor, values)
 
     log_kind = kind(objective.kind).log
     program = record(objective, need.views > 0, need.tau)
-    plan = cpu_step.Plan(batch, program, objective.kind, params, range_at)
+    plan = cpu_step.Plan(batch, program, objective.kind, params, numbers_at)
     if loss.reduction == "none" and any(need):
         alone = Need(False, False, False)
         plan.forward = _plan(loss, shape, dtype, alone, workspace, instruction_set)

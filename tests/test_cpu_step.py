@@ -12,9 +12,25 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import WATCHDOG
-from family import BUILT_IN, loss_and_grads, member_id, pair, relative_error
+from family import (
+    BUILT_IN,
+    loss_and_grads,
+    member_id,
+    pair,
+    relative_error,
+    siglip_and_grads,
+)
 
-from alphacl_fast import FusedAlphaCLLoss, PairLoss, native, objectives, program
+from alphacl_fast import (
+    FusedAlphaCLLoss,
+    PairLoss,
+    SigLipLoss,
+    functional,
+    native,
+    objectives,
+    program,
+    siglip_loss,
+)
 from alphacl_fast.backend import cpu, cpu_step
 from alphacl_fast.bundles import Term, Weight
 from alphacl_fast.call import Need
@@ -45,6 +61,7 @@ def steps(monkeypatch):
 
 def two_sweeps(monkeypatch):
     monkeypatch.setattr(native, "serves", lambda call, need: False)
+    functional._call_of.cache_clear()  # nothing is prepared
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -78,6 +95,27 @@ def test_same_bits_for_any_workspace_and_threads(member, tau, dtype, negatives, 
         results.append([loss.detach(), *torch.autograd.grad(loss, (z1, z2))])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_sigmoid_loss(dtype, reduction, steps, monkeypatch):
+    """The same bits for any number of threads, with ids as well; and the two sweeps' result."""
+    views, ids = pair(150, 9, dtype), torch.arange(150) % 40
+    setting = {"reduction": reduction, "backend": "cpu", "ids": ids}
+
+    def evaluate(threads=1):
+        monkeypatch.setattr(cpu, "_threads", lambda *args: threads)
+        return siglip_and_grads(siglip_loss, *views, -7.0, 2.5, **setting)
+
+    results = [evaluate(threads) for threads in (1, 2, 3)]
+    assert len(steps) == (6 if reduction == "none" else 3)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    two_sweeps(monkeypatch)
+    bound = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    for a, b in zip(results[0], evaluate(), strict=True):
+        assert relative_error(a, b, floor=1e-4) < bound
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -257,6 +295,68 @@ def test_prepared_once_and_checked_again(steps, monkeypatch):
         loss.temperature.fill_(-1.0)
     with pytest.raises(ValueError, match="temperature must be finite and > 0"):
         loss(z1, z2)
+
+
+def test_one_plan_for_every_temperature(steps):
+    """A module whose temperature, or scale and bias, is learnt is prepared once."""
+    z1, z2 = pair(9, 4)
+    temperature = torch.nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+    loss = FusedAlphaCLLoss(temperature=temperature)
+    sigmoid = SigLipLoss(torch.tensor(3.0).double(), torch.tensor(-2.0).double())
+    for step in range(3):
+        for given in (temperature, sigmoid.scale, sigmoid.bias):
+            given.data.mul_(0.02 if step else 1.0)  # from a constant shift to online softmax
+            given.grad = None
+        ours = loss(z1, z2)
+        ours.backward()
+        (slope,) = torch.autograd.grad(
+            alpha_cl_loss(z1, z2, temperature=temperature, backend="reference"), temperature
+        )
+        assert relative_error(temperature.grad, slope) < 1e-9
+        sigmoid(z1, z2).backward()
+        truth = siglip_loss(z1, z2, scale=sigmoid.scale, bias=sigmoid.bias, backend="reference")
+        slopes = torch.autograd.grad(truth, (sigmoid.scale, sigmoid.bias))
+        for a, b in zip((sigmoid.scale.grad, sigmoid.bias.grad), slopes, strict=True):
+            assert relative_error(a, b) < 1e-9
+    assert len({*map(type, steps)}) == 1 and len(steps) == 6
+    assert len({id(plan.program) for plan in steps}) == 2
+    sigmoid.bias.data.fill_(torch.inf)
+    with pytest.raises(ValueError, match="bias must be finite"):
+        sigmoid(z1, z2)
+
+
+def test_the_same_call_of_the_function_is_prepared_once(steps):
+    z1, z2 = pair(9, 4)
+    for _ in range(2):
+        alpha_cl_loss(z1, z2, "alpha_direct", exponent=4.0)
+    assert steps[0] is steps[1]
+    with pytest.raises(TypeError, match="symmetric must be True or False, got 1"):
+        alpha_cl_loss(z1, z2, "alpha_direct", exponent=4.0, symmetric=1)
+    with pytest.raises(TypeError, match="exponent must be a number, got bool"):
+        alpha_cl_loss(z1, z2, "alpha_direct", exponent=True)
+    assert alpha_cl_loss(z1, z2, "alpha_direct", exponent=2.0) != alpha_cl_loss(
+        z1, z2, "alpha_direct", exponent=4.0
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_kept_graph_is_differentiated_again(dtype):
+    """The backward scales its own memory only where no other can follow."""
+    z1, z2 = (z.requires_grad_() for z in pair(20, 6, dtype))
+    loss = alpha_cl_loss(z1, z2)
+    first = torch.autograd.grad(3 * loss, (z1, z2), retain_graph=True)
+    z1.grad = z2.grad = None
+    loss.backward(retain_graph=True)
+    z1.grad += 1  # a gradient belongs to its owner
+    weights = torch.tensor([3.0, -2.0])
+    several = torch.autograd.grad(
+        loss, (z1, z2), weights.to(loss.dtype), is_grads_batched=True, retain_graph=True
+    )
+    last = torch.autograd.grad(3 * loss, (z1, z2))
+    for a, b, c in zip(first, last, several, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c[0])
+    assert torch.equal(z2.grad, torch.autograd.grad(alpha_cl_loss(z1, z2), z2)[0])
 
 
 def test_what_goes_through_the_two_sweeps(steps):

@@ -35,7 +35,7 @@ from . import cpu, forms
 #: The default of ``workspace``: bytes in which a step may keep tiles from one sweep to the next.
 DEFAULT_WORKSPACE = 64 << 20
 
-_MOST_INSTRUCTIONS, _MOST_VECTORS, _MOST_STEP_PARAMETERS = 8, 8, 4
+_MOST_INSTRUCTIONS, _MOST_VECTORS, _MOST_STEP_PARAMETERS, _MOST_SLOPES = 8, 8, 4, 2
 
 
 class _Instruction(ctypes.Structure):
@@ -69,20 +69,24 @@ class _Step(ctypes.Structure):
                 *("lo", "hi", "block", "workspace"),
             )
         ]
-        + [(name, ctypes.c_double) for name in ("tau", "n_neg", "divisor", "max_gap")]
+        + [(name, ctypes.c_double) for name in ("tau", "n_neg", "divisor", "max_gap", "factor")]
         + [("params", ctypes.c_double * MOST_PARAMETERS)]
         + [
             (name, ctypes.c_int32)
             for name in (
                 *("dtype", "kind", "each", "limited", "threads", "instruction_set", "instructions"),
-                *("places", "mass", "losses", "dtau_of"),
+                *("places", "mass", "losses", "slopes"),
             )
         ]
+        + [("dtau_of", ctypes.c_int32 * _MOST_SLOPES)]
         + [("program", _Instruction * _MOST_INSTRUCTIONS)]
     )
 
 
 SIZE = ctypes.sizeof(_Step)
+
+#: τ, or a scale and a bias.
+Temperature = float | tuple[float, float]
 
 
 class Batch(NamedTuple):
@@ -96,10 +100,19 @@ class Batch(NamedTuple):
     n_neg: int
     divisor: int
     wanted: tuple[int, int]  #: rows whose gradient is wanted
-    learn_tau: bool
     each: bool  #: one loss per anchor instead of one number
+    needs_negatives: bool  #: an anchor without negatives has loss 0
     workspace: int
     max_gap: float | None = None
+
+
+class Numbers(NamedTuple):
+    """What follows from the value of a temperature, or of a scale and a bias."""
+
+    tau: float  #: that the pair kind sees
+    log_range: tuple[float, float] | None  #: the bounds of log f, if it has them
+    factor: float  #: by which the rows of the first view are multiplied
+    values: dict[str, float]  #: of the program's row steps
 
 
 class Plan:
@@ -111,17 +124,15 @@ class Plan:
         program: Program,
         kind: str,
         params: tuple[float, ...],
-        range_at: Callable[[float], tuple[float, tuple[float, float] | None]],
+        numbers_at: Callable[[Temperature], Numbers],
     ) -> None:
-        """``range_at`` gives, for a temperature, the one that the pair kind sees, and the bounds of
-        log f if it has them. `at` must follow.
-        """
+        """``numbers_at`` gives what follows from a temperature. `at` must be called before `run`."""
         self.batch, self.wide = batch, accumulation_dtype(batch.dtype)
-        self.kind, self.params, self.program, self.range_at = kind, params, program, range_at
+        self.kind, self.params, self.program, self.numbers_at = kind, params, program, numbers_at
         # `new_empty` takes a quarter of the time of `torch.empty` with a dtype and a device
         self.like = torch.empty(0, dtype=self.wide, device="cpu")
         self.forward = self  #: the plan that a forward executes
-        self.temperature: float | None = None
+        self.temperature: Temperature | None = None
         isa = cpu.INSTRUCTION_SETS.index(cpu.instruction_set())
         _, self.multiple, self.largest = cpu._kernels(isa, Dtype.of(batch.dtype))
         low, high = batch.wanted
@@ -135,27 +146,32 @@ class Plan:
             kind=KINDS[kind].code, each=batch.each, limited=batch.max_gap is not None,
             max_gap=batch.max_gap or 0.0, instruction_set=isa,
             instructions=len(program.instructions), places=program.places, mass=program.mass,
-            losses=program.loss, dtau_of=program.dtau, **cpu._HOOKS,
+            losses=program.loss, slopes=len(program.dtau), **cpu._HOOKS,
         )  # fmt: skip
+        self.step.dtau_of[: len(program.dtau)] = program.dtau
         for target, instruction in zip(self.step.program, program.instructions, strict=False):
             if isinstance(instruction, Sweep):
                 _write_sweep(target, instruction)
             else:
                 _write_row_step(target, instruction)
 
-    def at(self, temperature: float) -> Plan:
+    def at(self, temperature: Temperature) -> Plan:
         """This plan at a temperature: the forms of its sweeps follow from it."""
         if temperature == self.temperature:
             return self
         plan = copy.copy(self)
         plan.temperature, plan.step = temperature, _Step.from_buffer_copy(self.step)
         plan.forward = plan if self.forward is self else self.forward.at(temperature)
-        plan.step.tau, log_range = self.range_at(temperature)
-        tau = self.like.new_full((), plan.step.tau)
-        function = PairFunction(self.kind, self.params, tau, log_range)
-        for target, sweep in zip(plan.step.program, self.program.instructions, strict=False):
-            if isinstance(sweep, Sweep):
-                target.form, target.constant_shift = _form(sweep, function)
+        numbers = self.numbers_at(temperature)
+        plan.step.tau, plan.step.factor = numbers.tau, numbers.factor
+        tau = self.like.new_full((), numbers.tau)
+        function = PairFunction(self.kind, self.params, tau, numbers.log_range)
+        for target, instruction in zip(plan.step.program, self.program.instructions, strict=False):
+            if isinstance(instruction, Sweep):
+                target.form, target.constant_shift = _form(instruction, function)
+            for k, name in enumerate(getattr(instruction, "params", ())):
+                if isinstance(name, str):
+                    target.params[k] = numbers.values[name]
         return plan
 
     def run(
@@ -187,11 +203,12 @@ class Plan:
             low, high = batch.wanted
             dz = self.like.new_empty((high - low, batch.dim))
             step.dz = dz.data_ptr()
-        if batch.learn_tau:
-            dtau = self.like.new_empty(())
+        if self.step.slopes:
+            dtau = self.like.new_empty(() if self.step.slopes == 1 else self.step.slopes)
             step.dtau = dtau.data_ptr()
         if same_id is not None:
-            step.ids, step.n_neg_of, step.empty = (x.data_ptr() for x in same_id)
+            step.ids, step.n_neg_of, empty = (x.data_ptr() for x in same_id)
+            step.empty = empty if batch.needs_negatives else None
         step.z1, step.z2 = z1.data_ptr(), z2.data_ptr()
         step.stride1, step.stride2 = z1.stride(0), z2.stride(0)
         if threading.get_ident() != threading.main_thread().ident:
@@ -226,7 +243,8 @@ def _write_row_step(target: _Instruction, step: Step) -> None:
     target.inputs = step.inputs + (ZEROS,) * (_MOST_VECTORS - len(step.inputs))
     target.outputs = step.outputs + (ZEROS,) * (_MOST_VECTORS - len(step.outputs))
     target.output_count = len(step.outputs)
-    target.params = step.params + (0.0,) * (_MOST_STEP_PARAMETERS - len(step.params))
+    known = [0.0 if isinstance(x, str) else x for x in step.params]
+    target.params = (*known, *[0.0] * (_MOST_STEP_PARAMETERS - len(known)))
 
 
 @functools.cache

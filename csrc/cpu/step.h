@@ -44,7 +44,7 @@ struct StepPlan {
   Plan plan;
   bool half, scaled;  // rows are stored as given; similarities are scaled, not rows
   int64_t number_bytes, tiles, phases;
-  Pieces rows, scales, norms, pairs, block_sums, phase_memory;
+  Pieces rows, scales, factors, norms, pairs, block_sums, phase_memory;
 
   StepPlan(const Step& call, const TileKernels& kernels)
       : sweep(sizes_of(call)), plan(sweep, kernels, call.places + own_places(call), row_bytes(call)) {
@@ -54,12 +54,14 @@ struct StepPlan {
     phases = 2 * call.instructions + 6;
     rows = plan.pieces(1, 2 * call.n_pairs * call.dim * (half ? 2 : number_bytes));
     scales = plan.pieces(half, 2 * call.n_pairs * number_bytes);
+    factors = plan.pieces(call.factor != 1, 2 * call.n_pairs * number_bytes);
     norms = plan.pieces(1, 2 * call.n_pairs * number_bytes);
     pairs = plan.pieces(2, call.n_pairs * number_bytes);  // t⁺ and q
-    block_sums = plan.pieces(3, plan.blocks * 8);         // losses, gradients in τ, largest row weights
+    block_sums = plan.pieces(BLOCK_SUMS, plan.blocks * 8);
     phase_memory = plan.pieces(phases, sizeof(Phase));
   }
   // Beside the places of the program; the last ones are left out where they are not needed.
+  enum BlockSum { LOSS, LARGEST_WEIGHT, SLOPES, BLOCK_SUMS = SLOPES + MOST_SLOPES };
   enum Own { N_NEG, MANTISSA, WEIGHT, IDS, LARGEST_T, EMPTY, ALL };
   static int64_t own_places(const Step& call) { return call.limited ? ALL : call.ids ? LARGEST_T : IDS; }
   static int64_t row_bytes(const Step& call) { return aligned(2 * (call.dim + 64) * (call.dtype == FLOAT64 ? 8 : 4)); }
@@ -78,6 +80,7 @@ template <class T> class StepRun {
     pack_ = layout.sweep;
     pack_.f = memory + layout.rows.at;
     if (layout.half) pack_.scale = memory + layout.scales.at;
+    if (call.factor != 1) pack_.scale = memory + layout.factors.at;
     rows_ = PairRows{};
     rows_.z1 = call.z1, rows_.z2 = call.z2, rows_.f = memory + layout.rows.at, rows_.scale = memory + layout.scales.at;
     rows_.inv_norm = memory + layout.norms.at, rows_.pos = memory + layout.pairs.at;
@@ -115,7 +118,8 @@ template <class T> class StepRun {
     }
     if (call_.hi == call_.lo) return;
     if (!me.phase(plan_.blocks, [&](int64_t b) {
-          if (blocks_[b].wanted) kernels_.unpack(pack_, blocks_[b], df_scale_, me.mine);
+          const double factor = b < plan_.left ? call_.factor : 1;
+          if (blocks_[b].wanted) kernels_.unpack(pack_, blocks_[b], df_scale_ * factor, me.mine);
         }))
       return;
     for_chunks([&](int64_t begin, int64_t end) {
@@ -127,10 +131,13 @@ template <class T> class StepRun {
   // Loss and gradient in τ, after all threads are done.
   Status finish() {
     if (progress_.status() != OK) return progress_.status();
-    double loss = 0, dtau = 0;
-    for (int64_t b = 0; b < plan_.blocks; b++) loss += block_sum(0)[b], dtau += block_sum(1)[b];
-    if (call_.loss && !call_.each) *static_cast<T*>(call_.loss) = T(loss / call_.divisor);
-    if (call_.dtau) *static_cast<T*>(call_.dtau) = T(dtau);
+    auto total = [&](int which) {
+      double sum = 0;
+      for (int64_t b = 0; b < plan_.blocks; b++) sum += block_sum(which)[b];
+      return sum;
+    };
+    if (call_.loss && !call_.each) *static_cast<T*>(call_.loss) = T(total(StepPlan::LOSS) / call_.divisor);
+    for (int32_t k = 0; k < call_.slopes; k++) static_cast<T*>(call_.dtau)[k] = T(total(StepPlan::SLOPES + k));
     return OK;
   }
 
@@ -176,7 +183,13 @@ template <class T> class StepRun {
   void start_block(int64_t b, void* mine) {
     const Block& x = blocks_[b];
     for (int64_t k = 0; k < plan_.vectors.count; k++) std::memset(place(k) + x.at, 0, size_t(plan_.stride) * sizeof(T));
-    for (int which = 0; which < 3; which++) block_sum(which)[b] = 0;  // of a block without anchors
+    for (int which = 0; which < StepPlan::BLOCK_SUMS; which++) block_sum(which)[b] = 0;  // of a block without anchors
+    if (call_.factor != 1) {
+      const T* scale = layout_.half ? reinterpret_cast<const T*>(memory_ + layout_.scales.at) : nullptr;
+      T* factors = reinterpret_cast<T*>(memory_ + layout_.factors.at);
+      const T factor = b < plan_.left ? T(call_.factor) : T(1);
+      for (int64_t row = x.first; row < x.first + x.rows; row++) factors[row] = scale ? scale[row] * factor : factor;
+    }
     kernels_.pack(pack_, x, mine);
     const T* pos = static_cast<const T*>(rows_.pos);
     const T* counts = static_cast<const T*>(call_.n_neg_of);
@@ -263,21 +276,32 @@ template <class T> class StepRun {
 
   // Loss, gradient and weights of anchors without negatives are 0.
   void leave_out_empty(const Block& x, int32_t weight, bool over) {
-    const int32_t places[] = {weight, over ? call_.mass : -1, over ? call_.losses : -1, over ? call_.dtau_of : -1};
-    for (int32_t p : places)
+    auto leave_out = [&](int32_t p) {
       for (int64_t r = 0; p > 0 && r < x.rows; r++)
         if (empty(x, r)) place(p)[x.at + r] = 0;
+    };
+    leave_out(weight);
+    if (!over) return;
+    leave_out(call_.mass), leave_out(call_.losses);
+    for (int32_t k = 0; k < call_.slopes; k++) leave_out(call_.dtau_of[k]);
   }
 
   void reduce(int64_t b) {
     const Block& x = blocks_[b];
-    const T* losses = place(call_.losses) + x.at;
-    T *mass = place(call_.mass) + x.at, *dtau = place(call_.dtau_of) + x.at;
-    if (const T* incoming = incoming_of(x))
-      for (int64_t r = 0; r < x.rows; r++) mass[r] *= incoming[r], dtau[r] *= incoming[r];
-    double loss = 0, slope = 0;
-    for (int64_t r = 0; r < x.rows; r++) loss += double(losses[r]), slope += double(dtau[r]);
-    block_sum(0)[b] = loss, block_sum(1)[b] = slope;
+    T* losses = place(call_.losses) + x.at;
+    const T* incoming = incoming_of(x);
+    auto sum_of = [&](T* vector, bool weighted) {
+      double sum = 0;
+      for (int64_t r = 0; r < x.rows; r++) {
+        if (weighted) vector[r] *= incoming[r];
+        sum += double(vector[r]);
+      }
+      return sum;
+    };
+    block_sum(StepPlan::LOSS)[b] = sum_of(losses, false);
+    if (incoming) sum_of(place(call_.mass) + x.at, true);
+    for (int32_t k = 0; k < call_.slopes; k++)
+      block_sum(StepPlan::SLOPES + k)[b] = sum_of(place(call_.dtau_of[k]) + x.at, incoming);
     if (call_.loss && call_.each) std::copy_n(losses, x.rows, static_cast<T*>(call_.loss) + x.first);
   }
 
@@ -315,11 +339,11 @@ template <class T> class StepRun {
       to[r] = incoming ? from[r] * incoming[r] : from[r];
       largest = std::fmax(largest, std::fabs(to[r]));
     }
-    block_sum(2)[b] = double(largest);
+    block_sum(StepPlan::LARGEST_WEIGHT)[b] = double(largest);
   }
   void scale_weights(int64_t b) {
     T largest = 0;
-    for (int64_t other = 0; other < plan_.blocks; other++) largest = std::fmax(largest, T(block_sum(2)[other]));
+    for (int64_t other = 0; other < plan_.blocks; other++) largest = std::fmax(largest, T(block_sum(StepPlan::LARGEST_WEIGHT)[other]));
     if (!(largest > std::numeric_limits<T>::min() && largest < std::numeric_limits<T>::max())) largest = 1;
     for (int64_t r = 0; r < plan_.stride; r++) own(StepPlan::WEIGHT)[blocks_[b].at + r] /= largest;
     if (b == 0) df_scale_ = double(largest);

@@ -55,7 +55,7 @@ struct PairRows {
   int32_t dtype, threads, instruction_set;
 };
 
-constexpr int MOST_INSTRUCTIONS = 8, MOST_VECTORS = 8;
+constexpr int MOST_INSTRUCTIONS = 8, MOST_VECTORS = 8, MOST_SLOPES = 2;
 
 // One instruction of a step's program (alphacl_fast/program.py): a sweep, or with `row_step` >= 0 a
 // row step. Vectors are numbered places; place 0 holds zeros, place 1 the positives' similarities.
@@ -79,7 +79,7 @@ struct Step {
   const void* incoming;  // (anchors) gradient of each anchor's loss; null: ones
   void* loss;            // () the sum divided by `divisor`, or (anchors) with `each`; null: not wanted
   void* dz;              // (hi − lo, dim) gradient in the rows [lo, hi) of the stacked views
-  void* dtau;            // () gradient in τ, or null
+  void* dtau;            // (slopes) gradient in τ, or in SigLIP's scale and bias; null: not wanted
   void* (*release_lock)();  // as in Sweep
   void (*take_lock)(void*);
   int (*check_signals)();
@@ -87,9 +87,10 @@ struct Step {
   int64_t workspace;  // bytes in which tiles may be kept from one sweep to the next
   double tau, n_neg, divisor;
   double max_gap;  // with `limited`: pairs whose t exceeds t⁺ by more do not count for the anchor
+  double factor;   // the sweeps see the rows [0, split) times this
   double params[3];
   int32_t dtype, kind, each, limited, threads, instruction_set;
   int32_t instructions, places;   // of the program
-  int32_t mass, losses, dtau_of;  // places of results
+  int32_t mass, losses, slopes, dtau_of[MOST_SLOPES];  // places of results
   Instruction program[MOST_INSTRUCTIONS];
 };
