@@ -126,7 +126,7 @@ class Plan:
         params: tuple[float, ...],
         numbers_at: Callable[[Temperature], Numbers],
     ) -> None:
-        """``numbers_at`` gives what follows from a temperature. `at` must be called before `run`."""
+        """``numbers_at`` says what follows from a temperature; `at` comes before `run`."""
         self.batch, self.wide = batch, accumulation_dtype(batch.dtype)
         self.kind, self.params, self.program, self.numbers_at = kind, params, program, numbers_at
         # `new_empty` takes a quarter of the time of `torch.empty` with a dtype and a device
