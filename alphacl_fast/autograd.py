@@ -655,8 +655,8 @@ def first_derivative(grad: Tensor | None, of_saved: tuple[Tensor | None, ...]) -
 
 
 def only_once(
-    gradients: Sequence[Tensor | None], sources: tuple[Tensor | None, ...]
-) -> Sequence[Tensor | None]:
+    gradients: tuple[Tensor | None, ...], sources: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
     """``gradients``, made of ``sources`` without a graph: to differentiate them again is an
     error, not 0.
     """
@@ -816,6 +816,7 @@ def scaled_in_place(
     gradients: Sequence[Tensor | None], grad: Tensor, dtypes: tuple[torch.dtype | None, ...]
 ) -> tuple[Tensor | None, ...]:
     """As `scaled`, for gradients that nobody reads again; the host reads ``grad``."""
+    gradients = [None if x is None else x.detach() for x in gradients]
     if grad.item() != 1:
         for x in gradients:
             if x is not None:

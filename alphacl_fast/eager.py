@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import native
 from .autograd import (
+    first_derivative,
     for_each_gradient,
     in_dtypes,
     only_once,
@@ -37,7 +38,7 @@ class Prepared(NamedTuple):
             return native.loss_and_gradient(z1, z2, call, plan, same_id)[0]
         if call.reduction == "none":
             return _Losses.apply(z1, z2, tau, self, same_id)[0]
-        return _Loss.of_plain(z1, z2, tau, self, same_id)
+        return _Loss.of_plain(z1, z2, tau, self, same_id)[0]
 
 
 class _Loss(torch.autograd.Function):
@@ -48,7 +49,7 @@ class _Loss(torch.autograd.Function):
     """
 
     @classmethod
-    def of_plain(cls, *operands: Any) -> Tensor:
+    def of_plain(cls, *operands: Any) -> tuple[Tensor | None, ...]:
         """`apply` without its search for transforms: `native.plain` has found none."""
         return super(torch.autograd.Function, cls).apply(*map(_unwrapped, operands))
 
@@ -60,25 +61,21 @@ class _Loss(torch.autograd.Function):
         tau: Tensor | None,
         prepared: Prepared,
         same_id: SameId | None,
-    ) -> Tensor:
-        value, *gradients = prepared.plan.run(z1, z2, same_id)
+    ) -> tuple[Tensor | None, ...]:
+        outputs = prepared.plan.run(z1, z2, same_id)
         ctx.need, ctx.dtypes = prepared.need, (z1.dtype, None if tau is None else tau.dtype)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*gradients, value)
-        return value
+        ctx.save_for_backward(*outputs[1:])
+        return outputs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> _Gradients:
-        if grad is None:
+    def backward(ctx: Any, grad: Tensor | None, *of_saved: Tensor | None) -> _Gradients:
+        if not first_derivative(grad, of_saved):
             return (None,) * 5
-        *gradients, value = ctx.saved_tensors
         # in the accumulation dtype: a half-precision gradient of 1e-8 would vanish before
         # GradScaler sees it
-        if _read_once(grad):
-            dz, dtau = scaled_in_place(gradients, grad, ctx.dtypes)
-        else:
-            # the product has a derivative in ``grad``; one in a gradient would arrive at the value
-            dz, dtau = scaled(only_once(gradients, (value,)), grad, ctx.dtypes)
+        scale = scaled_in_place if _read_once(grad) else scaled
+        dz, dtau = scale(ctx.saved_tensors, grad, ctx.dtypes)
         return *views_of(dz, ctx.need), dtau, None, None
 
 
