@@ -639,13 +639,13 @@ class Objective:
         """The rows of both views (2N, D) as the sweeps see them."""
         return rows
 
-    def first_view_factor(self, tau: Tensor) -> Tensor | float:
-        """() by which `rows_of_sweeps` multiplies the rows of the first view."""
-        return 1.0
-
-    def values(self, tau: Tensor) -> tuple[Tensor, ...]:
-        """() each of `numbers`."""
+    def known_numbers(self, *tau: float) -> tuple[float, ...]:
+        """The values of `numbers`."""
         return ()
+
+    def first_view_factor(self, *tau: float) -> float:
+        """The number by which `rows_of_sweeps` multiplies the rows of the first view."""
+        return 1.0
 
     def differentiate_rows(self, df: Tensor, n: int, tau: Tensor) -> None:
         """Converts df (rows, D), in place, from the gradient in `rows_of_sweeps` to the gradient in
@@ -1276,34 +1276,40 @@ class SigLip(Objective):
     def kind_tau(self, tau: Tensor) -> Tensor:
         return torch.ones_like(tau[0])
 
-    def first_view_factor(self, tau: Tensor) -> Tensor:
+    def known_numbers(self, scale: float, bias: float) -> tuple[float, ...]:
+        return scale, bias, self.first_view_factor(scale, bias)
+
+    def first_view_factor(self, scale: float, bias: float) -> float:
+        return self.LEAST_SCALE if abs(scale) < self.LEAST_SCALE else scale
+
+    def _used(self, tau: Tensor) -> Tensor:
+        """() the scale of the sweeps' rows."""
         return torch.where(tau[0].abs() < self.LEAST_SCALE, self.LEAST_SCALE, tau[0])
 
-    def values(self, tau: Tensor) -> tuple[Tensor, ...]:
-        if isinstance(tau, tuple):  # the names, while a program is recorded
-            return tau
-        return (*tau, self.first_view_factor(tau))
+    def _numbers(self, p: Pairs) -> tuple[Any, ...]:
+        """Scale, bias and the scale of the sweeps' rows; their names while `program` records."""
+        return p.tau if isinstance(p.tau, tuple) else (*p.tau, self._used(p.tau))
 
     def rows_of_sweeps(self, rows: Rows, tau: Tensor) -> Rows:
         factor = tau.new_ones(len(rows.f))
-        factor[: len(rows.f) // 2] = self.first_view_factor(tau)
+        factor[: len(rows.f) // 2] = self._used(tau)
         return rows._replace(scale=factor if rows.scale is None else rows.scale * factor)
 
     def differentiate_rows(self, df: Tensor, n: int, tau: Tensor) -> None:
-        df.view(-1, df.shape[-1])[:n].mul_(self.first_view_factor(tau))
+        df.view(-1, df.shape[-1])[:n].mul_(self._used(tau))
 
     def terms_of(self, learn_tau: bool) -> tuple[Term, ...]:
         return (Term.F, Term.DF, Term.DF_MOMENT) if learn_tau else (Term.F,)
 
     def start(self, p: Pairs) -> RowSolution:
-        scale, bias, used = self.values(p.tau)
+        scale, bias, used = self._numbers(p)
         weight, zero = self.uniform_weight(p), p.zeros()
         rows = p.step(siglip_start, weight, zero, scale=scale, bias=bias, used=used)
         return RowSolution(**rows, moment_origin=zero)
 
     def finish(self, p: Pairs, rows: RowSolution, sums: Tensor) -> RowSolution:
         total, *slope_and_moment = sums
-        scale, bias, used = self.values(p.tau)
+        scale, bias, used = self._numbers(p)
         rows = replace(rows, **p.step(siglip_rows, p.pos, total, scale=scale, bias=bias))
         if not slope_and_moment:
             return rows

@@ -68,16 +68,33 @@ def two_sweeps(monkeypatch):
 @pytest.mark.parametrize("member", BUILT_IN, ids=member_id)
 def test_equals_the_two_sweeps(member, reduction, steps, monkeypatch, poisoned):
     """In float32, to rounding, with ragged blocks; the step serves what can be recorded."""
-    z1, z2 = pair(75, 20, torch.float32)
-    setting = {"similarity": "cosine", "reduction": reduction, "backend": "cpu"}
+    equals_the_two_sweeps(member, "cosine", reduction, torch.float32, steps, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("similarity", ["dot", "euclidean"])
+@pytest.mark.parametrize("member", DIFFERENT, ids=member_id)
+def test_other_similarities_equal_the_two_sweeps(
+    member, similarity, dtype, steps, monkeypatch, poisoned
+):
+    """Of half precision as well, whose euclidean rows are centred in float32."""
+    equals_the_two_sweeps(member, similarity, "mean", dtype, steps, monkeypatch)
+
+
+def equals_the_two_sweeps(member, similarity, reduction, dtype, steps, monkeypatch):
+    z1, z2 = pair(75, 20, dtype)
+    setting = {"similarity": similarity, "reduction": reduction, "backend": "cpu"}
     ours = loss_and_grads(z1, z2, *member, **setting)
     served = len(steps)
     assert (served > 0) == objectives.make(*member).recordable
     two_sweeps(monkeypatch)
     theirs = loss_and_grads(z1, z2, *member, **setting)
     assert len(steps) == served
+    bound, floor = {torch.float64: (1e-8, 1e-4), torch.float32: (1e-4, 1e-4)}.get(
+        dtype, (2e-2, 1e-2)
+    )
     for a, b in zip(ours, theirs, strict=True):
-        assert relative_error(a, b, floor=1e-4) < 1e-4
+        assert relative_error(a, b, floor=floor) < bound
 
 
 @pytest.mark.parametrize("negatives", ["two_view", "one_view", "cross_view"])
@@ -95,6 +112,25 @@ def test_same_bits_for_any_workspace_and_threads(member, tau, dtype, negatives, 
         results.append([loss.detach(), *torch.autograd.grad(loss, (z1, z2))])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("similarity", ["dot", "euclidean"])
+@pytest.mark.parametrize("negatives", ["two_view", "one_view", "cross_view"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_other_similarities_have_the_same_bits(dtype, negatives, similarity, steps, monkeypatch):
+    """For any workspace and any number of threads; a common shift changes no distance."""
+    views, results = [z.requires_grad_() for z in pair(150, 9, dtype)], []
+    setting = {"negatives": negatives, "similarity": similarity}
+    for workspace, threads in ((0, 1), (100_000, 2), (ALL, 3)):
+        monkeypatch.setattr(cpu, "_threads", lambda *args, threads=threads: threads)
+        loss = alpha_cl_loss(*views, workspace=workspace, **setting)
+        results.append([loss.detach(), *torch.autograd.grad(loss, views)])
+    assert len(steps) == 3
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    if similarity == "euclidean" and dtype == torch.float32:
+        far = alpha_cl_loss(*(z + 100 for z in views), **setting)
+        assert relative_error(far.detach(), results[0][0]) < 1e-4
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -362,7 +398,6 @@ def test_a_kept_graph_is_differentiated_again(dtype):
 
 def test_what_goes_through_the_two_sweeps(steps):
     z1, z2 = pair(6, 3)
-    alpha_cl_loss(z1, z2, similarity="dot")
     alpha_cl_loss(z1, z2, PairLoss(None, torch.exp))
     alpha_cl_loss(z1, z2, "alpha_square")
     torch.func.grad(lambda z: alpha_cl_loss(z, z2, reduction="none").sum())(z1)

@@ -74,8 +74,8 @@ class _Step(ctypes.Structure):
         + [
             (name, ctypes.c_int32)
             for name in (
-                *("dtype", "kind", "each", "limited", "threads", "instruction_set", "instructions"),
-                *("places", "mass", "losses", "slopes"),
+                *("dtype", "kind", "each", "limited", "threads", "instruction_set", "similarity"),
+                *("instructions", "places", "mass", "losses", "slopes"),
             )
         ]
         + [("dtau_of", ctypes.c_int32 * _MOST_SLOPES)]
@@ -84,6 +84,8 @@ class _Step(ctypes.Structure):
 
 
 SIZE = ctypes.sizeof(_Step)
+#: `enum Similarity` of csrc/cpu/sweep.h.
+_SIMILARITIES = ("cosine", "dot", "euclidean")
 
 #: τ, or a scale and a bias.
 Temperature = float | tuple[float, float]
@@ -102,6 +104,7 @@ class Batch(NamedTuple):
     wanted: tuple[int, int]  #: rows whose gradient is wanted
     each: bool  #: one loss per anchor instead of one number
     needs_negatives: bool  #: an anchor without negatives has loss 0
+    similarity: str
     workspace: int
     max_gap: float | None = None
 
@@ -134,7 +137,9 @@ class Plan:
         self.forward = self  #: the plan that a forward executes
         self.temperature: Temperature | None = None
         isa = cpu.INSTRUCTION_SETS.index(cpu.instruction_set())
-        _, self.multiple, self.largest = cpu._kernels(isa, Dtype.of(batch.dtype))
+        # euclidean rows are centred, in the accumulation dtype
+        of_rows = self.wide if batch.similarity == "euclidean" else batch.dtype
+        _, self.multiple, self.largest = cpu._kernels(isa, Dtype.of(of_rows))
         low, high = batch.wanted
         self.gradient = high > low
         pairing = batch.pairing
@@ -145,15 +150,24 @@ class Plan:
             params=(*params, 0.0, 0.0, 0.0)[:MOST_PARAMETERS], dtype=Dtype.of(batch.dtype),
             kind=KINDS[kind].code, each=batch.each, limited=batch.max_gap is not None,
             max_gap=batch.max_gap or 0.0, instruction_set=isa,
+            similarity=_SIMILARITIES.index(batch.similarity),
             instructions=len(program.instructions), places=program.places, mass=program.mass,
             losses=program.loss, slopes=len(program.dtau), **cpu._HOOKS,
         )  # fmt: skip
         self.step.dtau_of[: len(program.dtau)] = program.dtau
-        for target, instruction in zip(self.step.program, program.instructions, strict=False):
+        self.log_range = None
+        #: by instructions: sweeps, and parameters that are numbers of the temperature
+        self.sweeps: list[tuple[int, Sweep]] = []
+        self.named: list[tuple[int, int, str]] = []
+        for k, instruction in enumerate(program.instructions):
             if isinstance(instruction, Sweep):
-                _write_sweep(target, instruction)
-            else:
-                _write_row_step(target, instruction)
+                self.sweeps.append((k, instruction))
+                _write_sweep(self.step.program[k], instruction)
+                continue
+            _write_row_step(self.step.program[k], instruction)
+            names = enumerate(instruction.params)
+            self.named += [(k, at, name) for at, name in names if isinstance(name, str)]
+        self._choose_forms(None)
 
     def at(self, temperature: Temperature) -> Plan:
         """This plan at a temperature: the forms of its sweeps follow from it."""
@@ -164,15 +178,18 @@ class Plan:
         plan.forward = plan if self.forward is self else self.forward.at(temperature)
         numbers = self.numbers_at(temperature)
         plan.step.tau, plan.step.factor = numbers.tau, numbers.factor
-        tau = self.like.new_full((), numbers.tau)
-        function = PairFunction(self.kind, self.params, tau, numbers.log_range)
-        for target, instruction in zip(plan.step.program, self.program.instructions, strict=False):
-            if isinstance(instruction, Sweep):
-                target.form, target.constant_shift = _form(instruction, function)
-            for k, name in enumerate(getattr(instruction, "params", ())):
-                if isinstance(name, str):
-                    target.params[k] = numbers.values[name]
+        for k, at, name in self.named:
+            plan.step.program[k].params[at] = numbers.values[name]
+        if numbers.log_range != self.log_range:
+            plan._choose_forms(numbers.log_range)
         return plan
+
+    def _choose_forms(self, log_range: tuple[float, float] | None) -> None:
+        self.log_range = log_range
+        function = PairFunction(self.kind, self.params, self.like, log_range)
+        for k, sweep in self.sweeps:
+            target = self.step.program[k]
+            target.form, target.constant_shift = _form(sweep, function)
 
     def run(
         self,

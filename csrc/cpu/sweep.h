@@ -6,6 +6,7 @@
 
 #include "../generated/codes.h"
 
+enum Similarity : int32_t { COSINE, DOT, EUCLIDEAN };
 enum Status : int32_t { OK, NO_MEMORY, INTERRUPTED, UNSUPPORTED };
 
 // One call of `row_sums` or, with `gradient`, of `pair_grad` (docs/design.md). Row vectors have the
@@ -41,11 +42,15 @@ struct Sweep {
 // pair.
 struct PairRows {
   const void *z1, *z2;  // (n_pairs, dim) inputs, stride1 and stride2 elements apart
-  // (2·n_pairs, dim) unit rows in the accumulation dtype; half precision: the inputs, extreme ones
-  // times a power of two
+  // (2·n_pairs, dim) cosine: unit rows in the accumulation dtype; half precision: the inputs,
+  // extreme ones times a power of two. DOT: the inputs. EUCLIDEAN: the inputs minus their mean, in
+  // the accumulation dtype
   void* f;
-  void* scale;     // (2·n_pairs) 1/‖f‖, of half precision only
-  void* inv_norm;  // (2·n_pairs) 1/‖z‖, 0 for an all-zero row
+  void* scale;     // (2·n_pairs) 1/‖f‖, of half precision and cosine only
+  void* inv_norm;  // (2·n_pairs) 1/‖z‖, 0 for an all-zero row; cosine only
+  const void* mean;         // (dim) of all inputs; EUCLIDEAN only, as the next two
+  void* bias;               // (2·n_pairs) −½‖f‖²
+  const void* weight_sums;  // (2·n_pairs) Σ_j (g_ij + g_ji)
   void* pos;       // (n_pairs) similarity of each positive pair
   void* d;         // (hi − lo, dim) in: Σ_j (g_ij + g_ji) F_j; out: the gradient in z
   const void* q;   // (n_pairs) weight of the positive pair, summed over both anchors
@@ -53,6 +58,7 @@ struct PairRows {
   int64_t lo, hi;  // the rows of d
   int64_t swept;   // the rows from here on meet no pair: what d holds of them is no gradient
   int32_t dtype, threads, instruction_set;
+  Similarity similarity;
 };
 
 constexpr int MOST_INSTRUCTIONS = 8, MOST_VECTORS = 8, MOST_SLOPES = 2;
@@ -70,7 +76,7 @@ struct Instruction {
   double params[4];  // of a row step
 };
 
-// A whole step of a loss with cosine similarity: from two views to loss and gradient.
+// A whole step of a loss: from two views to loss and gradient.
 struct Step {
   const void *z1, *z2;   // (n_pairs, dim) inputs, stride1 and stride2 elements apart
   const int32_t* ids;    // (rows) as in Sweep; with it also:
@@ -90,6 +96,7 @@ struct Step {
   double factor;   // the sweeps see the rows [0, split) times this
   double params[3];
   int32_t dtype, kind, each, limited, threads, instruction_set;
+  Similarity similarity;
   int32_t instructions, places;   // of the program
   int32_t mass, losses, slopes, dtau_of[MOST_SLOPES];  // places of results
   Instruction program[MOST_INSTRUCTIONS];

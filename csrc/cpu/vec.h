@@ -237,6 +237,20 @@ template <class T> ALPHACL_INLINE Vec<T> vlog1p(Vec<T> x) {
   return log_of<T, true>(u, x - (u - 1));
 }
 
+// log(1 + x) for 0 ≤ x ≤ 1, without a quotient: x + x²·q(x). At most 1.5 ulp.
+ALPHACL_INLINE Vec<float> vlog1p_unit(Vec<float> x) {
+  Vec<float> q = x * -3.318473231e-3f + 2.0204588771e-2f;
+  q = q * x - 5.7664450258e-2f;
+  q = q * x + 1.0680556297e-1f;
+  q = q * x - 1.5355396271e-1f;
+  q = q * x + 1.9695401192e-1f;
+  q = q * x - 2.4958588183e-1f;
+  q = q * x + 3.3330512047e-1f;
+  q = q * x - 4.9999931455e-1f;
+  return q * (x * x) + x;
+}
+ALPHACL_INLINE Vec<double> vlog1p_unit(Vec<double> x) { return vlog1p<double>(x); }
+
 template <class T> ALPHACL_INLINE Vec<T> vsqrt(Vec<T> x) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);

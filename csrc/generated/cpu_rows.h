@@ -311,7 +311,7 @@ template <class T> struct SiglipRows2 {
     const Vec<T> v1 = -v0;
     const Mask<T> v2 = v1 > Vec<T>{};
     const Vec<T> v3 = vexp<T>(v2 ? v0 : v1);
-    store(out[0] + at, (scale * ((v2 ? broadcast<T>(T(1)) : v3) / (v3 + T(1)))) / n.divisor); store(out[1] + at, x1 + (at_least<T>(v1, T(0)) + vlog1p<T>(v3)));
+    store(out[0] + at, (scale * ((v2 ? broadcast<T>(T(1)) : v3) / (v3 + T(1)))) / n.divisor); store(out[1] + at, x1 + (at_least<T>(v1, T(0)) + vlog1p_unit(v3)));
   }
 };
 template <class T> struct SiglipSlopes3 {

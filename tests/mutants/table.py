@@ -63,6 +63,9 @@ def half(case: str = "13-6-5") -> str:
     return f"{test}[torch.bfloat16-{case}]"
 
 
+OTHER = "tests/test_cpu_step.py::test_other_similarities_equal_the_two_sweeps"
+
+
 def step_bits() -> str:
     test = "tests/test_cpu_step.py::test_same_bits_for_any_workspace_and_threads"
     return f"{test}[{INFONCE}-0.3-torch.float32-two_view]"
@@ -473,7 +476,7 @@ plant(
     ),
     (
         "sigmoid loss: the first view's gradient lacks the scale of its rows",
-        "df.view(-1, df.shape[-1])[:n].mul_(self.first_view_factor(tau))",
+        "df.view(-1, df.shape[-1])[:n].mul_(self._used(tau))",
         "pass",
         f"{SIGLIP}test_equals_the_dense_formula[mean-cosine-blocked]",
     ),
@@ -999,6 +1002,12 @@ plant(
         "if value == prepared.plan.temperature:",
         "tests/test_cpu_step.py::test_prepared_once_and_checked_again",
     ),
+    (
+        "eager: a backward overwrites what a kept graph reads again",
+        "not _graph_is_kept()",
+        "True",
+        "tests/test_cpu_step.py::test_a_kept_graph_is_differentiated_again[torch.float32]",
+    ),
 )
 plant(
     "alphacl_fast/program.py",
@@ -1224,6 +1233,21 @@ plant(
         portable(TRIPLET),
     ),
     variant="portable",
+)
+plant(
+    "csrc/cpu/rows.h",
+    (
+        "step: a distance pushes its own row nowhere",
+        " - weight * mine[k];",
+        " - 0 * weight * mine[k];",
+        f"{OTHER}[{INFONCE}-euclidean-torch.float64]",
+    ),
+    (
+        "step: the similarity of a positive pair is half of its distance's square",
+        "*pos = dot(rows[1], rows[1], p.dim) / -2;",
+        "*pos = dot(rows[1], rows[1], p.dim) / 2;",
+        f"{OTHER}[{INFONCE}-euclidean-torch.float64]",
+    ),
 )
 plant(
     "csrc/cpu/rows.h",
