@@ -15,7 +15,19 @@ from . import compiled_op, distributed, eager, native, ops, process_groups
 from .autograd import AlphaCLFunction, closed_form
 from .backend import reference
 from .bundles import accumulation_dtype
-from .call import BoundCall, Call, Guide, Layout, Need, SameId, as_operator, without_autocast
+from .call import (
+    LARGEST_LOGIT,
+    LARGEST_TAU,
+    LEAST_TAU,
+    BoundCall,
+    Call,
+    Guide,
+    Layout,
+    Need,
+    SameId,
+    as_operator,
+    without_autocast,
+)
 from .objectives import DEFAULTS, ClosedForm, Objective, make
 
 SIMILARITIES = ("cosine", "dot", "euclidean")
@@ -139,20 +151,21 @@ def alpha_cl_loss(
     Source: arXiv:2201.12680; the docstring of each objective names its equation and origin.
     """
     group = make_group(process_group, strategy, ranks_per_node)
+    settings = {
+        "similarity": similarity,
+        "negatives": negatives,
+        "symmetric": symmetric,
+        "reduction": reduction,
+        "backend": backend,
+        "precision": precision,
+        "max_gap": max_gap,
+        "workspace": workspace,
+    }
     try:
-        call = make_call(
-            objective,
-            options,
-            similarity=similarity,
-            negatives=negatives,
-            symmetric=symmetric,
-            reduction=reduction,
-            backend=backend,
-            precision=precision,
-            process_group=group,
-            max_gap=max_gap,
-            workspace=workspace,
-        )
+        if group is None:
+            call = call_like_before(objective, options, settings)
+        else:
+            call = make_call(objective, options, process_group=group, **settings)
         check_guide_margin(guide_margin)
     except (TypeError, ValueError) as error:
         if group is not None:
@@ -162,6 +175,32 @@ def alpha_cl_loss(
         (guided_loss,) = GUIDED
         return guided_loss(z1, z2, temperature, call, ids, guide, guide_margin)
     return evaluate(z1, z2, temperature, call, ids)[0]
+
+
+def call_like_before(
+    objective: str | Objective, options: dict[str, Any], settings: dict[str, Any]
+) -> Call:
+    """As `make_call`, but the same arguments give the same call, with what was prepared for it."""
+    names, values = tuple(options), (*settings.values(), *options.values())
+    if (
+        type(objective) is not str  # an object may be changed, or be large
+        or torch.compiler.is_compiling()
+        or not all(type(x) in _PLAIN_ARGUMENTS for x in values)
+    ):
+        return make_call(objective, options, **settings)
+    return _call_of(objective, tuple(settings), names, *values)
+
+
+_PLAIN_ARGUMENTS = {str, bool, int, float, type(None)}
+
+
+@functools.lru_cache(maxsize=64, typed=True)  # 1, 1.0 and True are equal, but not the same argument
+def _call_of(
+    objective: str, settings: tuple[str, ...], options: tuple[str, ...], *values: Any
+) -> Call:
+    count = len(settings)
+    named = dict(zip(options, values[count:], strict=True))
+    return make_call(objective, named, **dict(zip(settings, values[:count], strict=True)))
 
 
 def make_group(
@@ -274,7 +313,7 @@ def check_temperature(temperature: float | Tensor, objective: Objective) -> None
         value = temperature
     if not value > 0 or value == math.inf:
         raise ValueError(f"temperature must be finite and > 0, got {value}")
-    if not 1e-15 <= value <= 1e15:  # float32 must hold τ² and 1/τ²
+    if not LEAST_TAU <= value <= LARGEST_TAU:
         raise ValueError(f"temperature must be between 1e-15 and 1e15, got {value}")
 
 
@@ -293,7 +332,7 @@ def check_scale_and_bias(scale: float | Tensor, bias: float | Tensor) -> None:
             raise TypeError(f"{name} must be a float or a tensor, got {type(given).__name__}")
         else:
             value = given
-        if not abs(value) <= 1e15:
+        if not abs(value) <= LARGEST_LOGIT:
             raise ValueError(f"{name} must be finite and between -1e15 and 1e15, got {value}")
 
 
@@ -308,15 +347,15 @@ def evaluate(
 
     It checks everything that `make_call` has not checked.
     """
-    z1, z2 = of_one_dtype(z1, z2)
-    if call.process_group is not None:
-        return evaluate_over_ranks(z1, z2, temperature, call, ids)
     key = None
-    if ids is None and not torch.compiler.is_compiling():
+    if ids is None and call.process_group is None and not torch.compiler.is_compiling():
         key = eager.key_of(z1, z2, temperature)
         served = key and eager.again(z1, z2, temperature, call, key)
         if served:
             return served
+    z1, z2 = of_one_dtype(z1, z2)
+    if call.process_group is not None:
+        return evaluate_over_ranks(z1, z2, temperature, call, ids)
     tau, bound, why = bind(z1, z2, temperature, call, ids is not None)
     if ids is not None:
         ids = checked_ids("ids", ids, z1)
@@ -325,10 +364,10 @@ def evaluate(
             return no_negatives(z1, z2, tau, bound), bound.backend, why
     need = Need.of(z1, z2, tau)
     if native.serves(bound, need) and native.plain(z1, z2, tau):
-        plan = native.prepared(bound, z1, need)
+        prepared = eager.Prepared(bound, native.prepared(bound, z1, need), need, why)
         if key:
-            eager.remember(call, key, plan, why)
-        return eager.loss(z1, z2, tau, bound, plan, need, ids), bound.backend, why
+            eager.remember(call, key, prepared)
+        return prepared.loss(z1, z2, tau, ids), bound.backend, why
     with without_autocast(z1.device):
         return _loss(z1, z2, tau, bound, ids), bound.backend, why
 

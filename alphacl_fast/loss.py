@@ -152,7 +152,8 @@ class FusedAlphaCLLoss(nn.Module):
         if guide is not None:
             return guided.loss(z1, z2, temperature, self._call, ids, guide, self.guide_margin)
         loss, *served = functional.evaluate(z1, z2, temperature, self._call, ids)
-        if not torch.compiler.is_compiling():  # in a checkpoint it would be a side effect
+        # while compiling, in a checkpoint, it would be a side effect
+        if not torch.compiler.is_compiling() and served != self._served:
             self._served = served
         return loss
 

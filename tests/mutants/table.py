@@ -63,6 +63,9 @@ def half(case: str = "13-6-5") -> str:
     return f"{test}[torch.bfloat16-{case}]"
 
 
+OTHER = "tests/test_cpu_step.py::test_other_similarities_equal_the_two_sweeps"
+
+
 def step_bits() -> str:
     test = "tests/test_cpu_step.py::test_same_bits_for_any_workspace_and_threads"
     return f"{test}[{INFONCE}-0.3-torch.float32-two_view]"
@@ -474,20 +477,20 @@ plant(
     ),
     (
         "sigmoid loss: the positive's term has the sign of a negative's",
-        "loss=total + logistic.f(-y, scale),",
-        "loss=total + logistic.f(y, scale),",
+        "total + logistic.f(-y, scale)",
+        "total + logistic.f(y, scale)",
         f"{SIGLIP}test_one_pair_is_its_positive_term[sum-blocked]",
     ),
     (
         "sigmoid loss: the bias has the gradient of the negatives alone",
-        "torch.stack([of_scale, slope - pull])",
-        "torch.stack([of_scale, slope])",
+        "moment / used - pull * pos, slope - pull",
+        "moment / used - pull * pos, slope",
         f"{SIGLIP}test_equals_the_dense_formula[mean-cosine-blocked]",
     ),
     (
         "sigmoid loss: the gradient in the scale belongs to moments of another origin",
-        "            moment_origin=zero,\n        )\n\n    def finish",
-        "        )\n\n    def finish",
+        "return RowSolution(**rows, moment_origin=zero)",
+        "return RowSolution(**rows)",
         f"{SIGLIP}test_equals_the_dense_formula[mean-cosine-blocked]",
     ),
     (
@@ -504,8 +507,8 @@ plant(
     ),
     (
         "sigmoid loss: an anchor whose negatives share its id has loss 0",
-        "one_sweep, derivative, needs_negatives = True, True, False",
-        "one_sweep, derivative, needs_negatives = True, True, True",
+        "one_sweep, derivative, needs_negatives, recordable = True, True, False, True",
+        "one_sweep, derivative, needs_negatives, recordable = True, True, True, True",
         f"{SIGLIP}test_ids[one-blocked]",
     ),
 )
@@ -513,8 +516,8 @@ plant(
     "csrc/cpu/vec.h",
     (
         "log(1 + x) without what the sum loses of x",
-        "const Vec<T> y = log_u + (x - (u - 1)) / u;",
-        "const Vec<T> y = log_u;",
+        "return log_of<T, true>(u, x - (u - 1));",
+        "return log_of<T, false>(u, x - (u - 1));",
         "tests/test_cpp_printer.py::test_log1p_keeps_the_digits_of_a_small_argument[torch.float32]",
     ),
 )
@@ -972,8 +975,8 @@ plant(
     ),
     (
         "step: the mean is a sum",
-        "T(loss / call_.divisor);",
-        "T(loss);",
+        "T(total(StepPlan::LOSS) / call_.divisor);",
+        "T(total(StepPlan::LOSS));",
         step_sweeps(INFONCE),
     ),
     (
@@ -987,6 +990,18 @@ plant(
         "std::memset(sums() + term * plan_.padded + x.at, 0, ",
         "std::memset(sums() + term * plan_.padded + x.at, 0, 0 * ",
         "tests/test_cpu_step.py::test_need_flags",
+    ),
+    (
+        "step: the first view's gradient lacks the factor of its rows",
+        "df_scale_ * factor, me.mine);",
+        "df_scale_, me.mine);",
+        f"{SIGLIP}test_equals_the_dense_formula[mean-cosine-cpu]",
+    ),
+    (
+        "step: the bias has the gradient in the scale",
+        "place(call_.dtau_of[k]) + x.at, incoming);",
+        "place(call_.dtau_of[0]) + x.at, incoming);",
+        f"{SIGLIP}test_equals_the_dense_formula[mean-cosine-cpu]",
     ),
     (
         "step: a block without anchors has what an earlier call left as its loss",
@@ -1008,9 +1023,15 @@ plant(
     "alphacl_fast/eager.py",
     (
         "eager: a plan of another temperature serves a call",
-        "value, isinstance(temperature, Tensor), cpu._LIBRARY",
-        "isinstance(temperature, Tensor), cpu._LIBRARY",
+        "if value != prepared.plan.temperature:",
+        "if value == prepared.plan.temperature:",
         "tests/test_cpu_step.py::test_prepared_once_and_checked_again",
+    ),
+    (
+        "eager: a backward overwrites what a kept graph reads again",
+        "not _graph_is_kept()",
+        "True",
+        "tests/test_cpu_step.py::test_a_kept_graph_is_differentiated_again[torch.float32]",
     ),
 )
 plant(
@@ -1237,6 +1258,21 @@ plant(
         portable(TRIPLET),
     ),
     variant="portable",
+)
+plant(
+    "csrc/cpu/rows.h",
+    (
+        "step: a distance pushes its own row nowhere",
+        " - weight * mine[k];",
+        " - 0 * weight * mine[k];",
+        f"{OTHER}[{INFONCE}-euclidean-torch.float64]",
+    ),
+    (
+        "step: the similarity of a positive pair is half of its distance's square",
+        "*pos = dot(rows[1], rows[1], p.dim) / -2;",
+        "*pos = dot(rows[1], rows[1], p.dim) / 2;",
+        f"{OTHER}[{INFONCE}-euclidean-torch.float64]",
+    ),
 )
 plant(
     "csrc/cpu/rows.h",
