@@ -220,7 +220,7 @@ class DenseSupCon(nn.Module):
             labels = torch.arange(n) if labels is None else labels.flatten()
             mask = labels[:, None] == labels
         oneself = torch.eye(n * views, dtype=torch.bool)
-        positive = mask.to(rows.dtype).repeat(views, views) * ~oneself
+        positive = mask.float().repeat(views, views) * ~oneself  # a float32 loss of half precision
         logits = rows @ rows.t() / self.temperature
         log_share = logits - logits.masked_fill(oneself, -torch.inf).logsumexp(1, keepdim=True)
         total = positive.sum(1)
@@ -358,7 +358,21 @@ TABLE = [
         "sentence_transformers:CachedMultipleNegativesRankingLoss",
         f"{ST}:CachedMultipleNegativesRankingLoss", columns(3), embedded,
         tuple({**settings, "mini_batch_size": 2} for settings in RANKING[::3]),
-        lambda: (Embeddings(),),
+        lambda: (Embeddings(),), ranks=OVER_ST[:1],
+    ),
+    Contract(
+        "sentence_transformers:CachedMultipleNegativesSymmetricRankingLoss",
+        f"{ST}:CachedMultipleNegativesSymmetricRankingLoss", columns(2), embedded,
+        ({}, {"mini_batch_size": 2}), lambda: (Embeddings(),), parameters=OURS_COS_SIM,
+        ranks=OVER_ST[:1],
+    ),
+    *(
+        Contract(
+            "sentence_transformers:CachedGISTEmbedLoss", f"{ST}:CachedGISTEmbedLoss",
+            columns(count), embedded, tuple({**x, "mini_batch_size": 2} for x in GIST),
+            model_and_guide, ranks=OVER_ST[:1],
+        )
+        for count in (2, 4)
     ),
     *(
         Contract(

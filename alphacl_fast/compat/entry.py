@@ -1,11 +1,16 @@
-"""What the adapters share: the tensors and the processes of a call, and work in blocks of rows."""
+"""What the adapters share: the tensors and the processes of a call, the dtype of a loss, and work in
+blocks of rows.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -47,6 +52,54 @@ def in_graph(loss: Tensor, *others: Tensor | float | None) -> Tensor:
         if isinstance(x, Tensor) and x.requires_grad:
             loss = loss + (x * 0).sum().to(loss.device, loss.dtype)
     return loss
+
+
+def loss_dtype(
+    dtype: torch.dtype, device: torch.device, of_logits: Callable[[Tensor], Tensor]
+) -> torch.dtype:
+    """The dtype in which a package gives its loss.
+
+    Outside autocast it is that of the embeddings. Within autocast it follows from the package's
+    operations, which each device casts by a list of its own: they are tried on one logit.
+
+    Args:
+        dtype: of the embeddings.
+        device: where they are.
+        of_logits: the operation that makes the loss of logits (1, 1).
+    """
+    if not _autocasts(device):
+        return dtype
+    with torch.no_grad():
+        row = torch.ones(1, 1, dtype=dtype, device=device)
+        return of_logits(row @ row.t()).dtype
+
+
+def cross_entropy(logits: Tensor) -> Tensor:
+    """For `loss_dtype`."""
+    return F.cross_entropy(logits, torch.zeros(1, dtype=torch.long, device=logits.device))
+
+
+def log_sum_exp(logits: Tensor) -> Tensor:
+    """For `loss_dtype`."""
+    return logits.logsumexp(1)
+
+
+def _autocasts(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def as_called(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+    """A user's function that meets autocast as it is now, also where `in_blocks` turns it off."""
+    if not _autocasts(device):
+        return function
+    dtype = torch.get_autocast_dtype(device.type)
+
+    @functools.wraps(function)
+    def called(*arguments: Any) -> Tensor:
+        with torch.autocast(device.type, dtype):
+            return function(*arguments)
+
+    return called
 
 
 def in_blocks(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..bundles import accumulation_dtype
 from ..functional import alpha_cl_loss, of_one_dtype
 from ..siglip import siglip_loss
-from .entry import in_graph
+from .entry import cross_entropy, in_graph, loss_dtype
 
 
 def _overrides(loss: nn.Module, ours: type[nn.Module], *names: str) -> bool:
@@ -168,7 +168,8 @@ class ClipLoss(nn.Module):
             process_group=group,
             reduction="none" if local else "mean",
         )
-        return in_graph(loss.mean() if local else loss, bias)
+        loss = in_graph(loss.mean() if local else loss, bias)
+        return loss.to(loss_dtype(images.dtype, images.device, cross_entropy))
 
     def _dense(self, images: Tensor, *others: Any) -> Tensor:
         logits = self.get_logits(images, *others)
@@ -314,6 +315,7 @@ class SigLipLoss(nn.Module):
     def _fused(
         self, images: Tensor, texts: Tensor, scale: float | Tensor, bias: float | Tensor | None
     ) -> Tensor:
+        given = images
         images, texts = of_one_dtype(images, texts)
         group = "world" if self.world_size > 1 else None
         loss = siglip_loss(
@@ -325,4 +327,7 @@ class SigLipLoss(nn.Module):
             process_group=group,
             reduction="mean" if group is None else "none",
         )
-        return loss.mean()
+        # the package's labels have the dtype of the images
+        label = torch.ones_like(given[:1, :1])
+        last = loss_dtype(images.dtype, images.device, lambda x: F.logsigmoid(x * label))
+        return loss.mean().to(last)

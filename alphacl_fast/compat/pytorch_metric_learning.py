@@ -26,7 +26,7 @@ from ..functional import of_one_dtype, zero_with_graph
 from ..same_id import Groups
 from ..supcon import supcon_loss
 from . import pairs
-from .entry import class_ids, in_blocks
+from .entry import as_called, class_ids, in_blocks, loss_dtype
 from .pairs import ListedPairs, PairsByLabel
 
 try:
@@ -114,6 +114,8 @@ class _PairLoss:
         ref_labels: Tensor | None,
     ) -> LossDict:
         call = _Call.make(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        # before the distance is called for all rows, of which it may keep statistics
+        call.loss_dtype = self._loss_dtype(embeddings)
         if call.few:
             return self._zero(call)
         losses, mean = None, self._reduces_itself()
@@ -128,19 +130,20 @@ class _PairLoss:
             losses = torch.where(call.any_negative(), losses, 0.0)
         if not mean:
             places = torch.arange(len(losses), device=losses.device)
-            return _given(losses, places, "element")
+            return self._given(call, losses, places, "element")
         if self.PER_PAIR:
-            return _given(losses.sum() / call.positives().clamp(min=1))
+            return self._given(call, losses.sum() / call.positives().clamp(min=1))
         if self.DEFAULT_REDUCER == "MeanReducer":
-            return _given(losses.mean())
+            return self._given(call, losses.mean())
         counted = ~(losses <= 0)  # NaN is counted
-        return _given(torch.where(counted, losses, 0.0).sum() / counted.sum().clamp(min=1))
+        total = torch.where(counted, losses, 0.0).sum()
+        return self._given(call, total / counted.sum().clamp(min=1))
 
     def _of_every_pair(self, call: _Call) -> LossDict:
         indices = call.pairs.indices()
         if len(indices[0]) == 0 or not call.any_negative():
             return self._zero(call)
-        return _given(self._in_blocks(call, every_pair=True), indices, "pos_pair")
+        return self._given(call, self._in_blocks(call, every_pair=True), indices, "pos_pair")
 
     def _in_blocks(self, call: _Call, every_pair: bool) -> Tensor:
         """(n,) losses of the anchors, or one for each positive pair."""
@@ -174,8 +177,21 @@ class _PairLoss:
 
     def _zero(self, call: _Call) -> LossDict:
         if self._reduces_itself():
-            return _given(zero_with_graph(call.embeddings, call.others))
+            return self._given(call, zero_with_graph(call.embeddings, call.others))
         return self.zero_losses()
+
+    def _given(
+        self, call: _Call, losses: Tensor, indices: Any = None, kind: str = "already_reduced"
+    ) -> LossDict:
+        """What the reducer gets, in the dtype in which the package gives it."""
+        losses = losses.to(call.loss_dtype)
+        return {"loss": {"losses": losses, "indices": indices, "reduction_type": kind}}
+
+    def _loss_dtype(self, embeddings: Tensor) -> torch.dtype:
+        """The dtype in which the package gives losses."""
+        row = torch.ones_like(embeddings[:1])
+        distance = (lambda x, y: x @ y.t()) if self.distance is None else self.distance
+        return loss_dtype(row.dtype, row.device, lambda _: distance(row, row).exp())
 
 
 class _Call:
@@ -192,6 +208,7 @@ class _Call:
         self.embeddings, self.others, self.pairs = embeddings, others, pairs
         #: Whether the other rows are the anchors themselves, or none of them is an anchor.
         self.plain = plain
+        self.loss_dtype = accumulation_dtype(embeddings.dtype)
         #: Whether there is at most one positive and one negative pair: the package's loss is 0.
         self.few = few
 
@@ -268,10 +285,6 @@ def _ids(
     return class_ids(labels.to(rows.device), ref_labels.to(rows.device))
 
 
-def _given(losses: Tensor, indices: Any = None, kind: str = "already_reduced") -> LossDict:
-    return {"loss": {"losses": losses, "indices": indices, "reduction_type": kind}}
-
-
 def _similarity(distance: Any) -> str | None:
     """What a distance object is to the public functions; None: it needs its own matrix."""
     if distance is None:
@@ -290,7 +303,8 @@ def _matrix(distance: Any, call: _Call) -> Callable[[slice], Tensor]:
     if _similarity(distance) == "cosine":
         z, others = unit_rows(z), unit_rows(others)
         return lambda rows: z[rows] @ others.t()
-    return lambda rows: distance(z[rows], others).to(wide)
+    called = as_called(distance, z.device)
+    return lambda rows: called(z[rows], others).to(wide)
 
 
 class NTXentLoss(_PairLoss, _base("NTXentLoss")):
