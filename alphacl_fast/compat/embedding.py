@@ -120,7 +120,8 @@ class GISTEmbedLoss(_package.GISTEmbedLoss):
     """Cross-entropy among candidates that a guide model does not take for positives.
 
     The guide compares each candidate with the anchor. A candidate is left out if the guide finds it
-    more similar than the anchor's positive, less a margin. Memory is O(n·D).
+    more similar than the anchor's positive, less a margin. Memory is O(n·D), unless
+    ``cross_entropy_loss`` or ``similarity_fct`` has been replaced, which the package's code calls.
 
     Args:
         model: a SentenceTransformer with a tokenizer.
@@ -168,6 +169,8 @@ class GISTEmbedLoss(_package.GISTEmbedLoss):
         Raises:
             ValueError: another number of columns than 2 or 3, or columns of different shapes.
         """
+        if not _is_plain(self, GISTEmbedLoss):
+            return super().forward(sentence_features, labels)
         columns = list(sentence_features)
         guided = [dict(column) for column in columns]  # the guide writes its outputs into them
         embeddings = _gist.embed_columns(self.model, columns)
@@ -231,6 +234,8 @@ class CachedGISTEmbedLoss(_package.CachedGISTEmbedLoss):
                 "reps and reps_guided must have the same length, "
                 f"got {len(reps)} and {len(reps_guided)}"
             )
+        if not _is_plain(self, CachedGISTEmbedLoss):
+            return super().calculate_loss(reps, reps_guided, with_backward=with_backward)
         columns, guides = ([torch.cat(parts) for parts in x] for x in (reps, reps_guided))
         loss = _guided_loss(self, columns, guides, _cached_gist)
         return _after_backward(loss) if with_backward else loss
@@ -239,6 +244,22 @@ class CachedGISTEmbedLoss(_package.CachedGISTEmbedLoss):
 def _after_backward(loss: Tensor) -> Tensor:
     loss.backward()
     return loss.detach()
+
+
+def _is_plain(loss: nn.Module, ours: type[nn.Module]) -> bool:
+    """Whether nobody has replaced the similarity or the cross-entropy of a guided loss."""
+    plain = {"similarity_fct": nn.CosineSimilarity(-1), "cross_entropy_loss": nn.CrossEntropyLoss()}
+    return type(loss).sim_matrix is ours.sim_matrix and all(
+        type(x) is type(getattr(loss, name)) and _settings(x) == _settings(getattr(loss, name))
+        for name, x in plain.items()
+    )
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """What the constructor of a module without state has set."""
+    buffers = dict.fromkeys(name for name, _ in module.named_buffers())
+    held = {k: x for k, x in vars(module).items() if not k.startswith("_") and k != "training"}
+    return held | buffers
 
 
 def _guided_loss(

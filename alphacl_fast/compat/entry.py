@@ -1,6 +1,4 @@
-"""What the adapters share: the tensors and the processes of a call, the dtype of a loss, and work in
-blocks of rows.
-"""
+"""What the adapters share: tensors and processes of a call, the dtype of a loss, blocks of rows."""
 
 from __future__ import annotations
 
