@@ -209,7 +209,7 @@ def test_objects_of_pytorch_metric_learning(name, monkeypatch):
     from pytorch_metric_learning.regularizers import LpRegularizer
     from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 
-    monkeypatch.setattr(entry, "PAIRS_OF_A_BLOCK", 50)  # several blocks
+    monkeypatch.setitem(entry.PAIRS_OF_A_BLOCK, "cpu", 50)  # several blocks
     z, labels = pair(14, 5)[0], torch.arange(14) % 4
     settings = [
         {"reducer": reducers.MeanReducer()},
@@ -363,7 +363,7 @@ def test_what_is_not_served_is_said():
 @pytest.mark.parametrize("mode", ["all", "one"])
 def test_masks_of_supcontrast(mode, monkeypatch):
     """A mask of weights, which is not symmetric, in several blocks; labels are a mask too."""
-    monkeypatch.setattr(entry, "PAIRS_OF_A_BLOCK", 50)
+    monkeypatch.setitem(entry.PAIRS_OF_A_BLOCK, "cpu", 50)
     features, labels = several_views(2)(7)
     generator = torch.Generator().manual_seed(0)
     same = labels[:, None] == labels

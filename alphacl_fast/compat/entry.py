@@ -15,8 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from .. import functional, shared_rows
 from ..call import without_autocast
 
-#: The pairs of a block of `in_blocks`: 16 MiB of float32 similarities.
-PAIRS_OF_A_BLOCK = 1 << 22
+#: The pairs of a block of `in_blocks`, by device: 4 MiB of float32 similarities stay in a CPU's
+#: cache; a GPU needs more work for each operation.
+PAIRS_OF_A_BLOCK = {"cpu": 1 << 20, "cuda": 1 << 22}
+#: Up to so many pairs, a CPU is faster with the matrix of all of them than with sweeps.
+PAIRS_OF_A_MATRIX = 1 << 17
 
 
 def world(wanted: bool) -> str | None:
@@ -100,18 +103,27 @@ def as_called(function: Callable[..., Tensor], device: torch.device) -> Callable
     return called
 
 
+def is_small(rows: int, columns: int, device: torch.device) -> bool:
+    """Whether all pairs are best computed as one matrix; a compiled graph serves every size."""
+    few = rows * columns <= PAIRS_OF_A_MATRIX
+    return few and device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def in_blocks(
     function: Callable[[slice], Tensor], rows: int, columns: int, device: torch.device
 ) -> Tensor:
     """Concatenates what a function makes of blocks of rows, each against all columns.
 
-    The backward computes a block again, so one block of pairs exists at a time. Nothing is
-    computed in autocast's dtype.
+    Where there are several blocks, the backward computes each again, so that one block of pairs
+    exists at a time. Nothing is computed in autocast's dtype.
     """
-    size = max(1, PAIRS_OF_A_BLOCK // max(1, columns))
+    pairs = PAIRS_OF_A_BLOCK.get(device.type, PAIRS_OF_A_BLOCK["cuda"])
+    size = max(1, pairs // max(1, columns))
     blocks = [slice(k, min(k + size, rows)) for k in range(0, rows, size)]
 
     with without_autocast(device):
+        if len(blocks) == 1:
+            return function(blocks[0])
         parts = [
             checkpoint(function, block, use_reentrant=False, preserve_rng_state=False)
             for block in blocks

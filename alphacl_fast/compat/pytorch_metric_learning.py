@@ -26,7 +26,7 @@ from ..functional import of_one_dtype, zero_with_graph
 from ..same_id import Groups
 from ..supcon import supcon_loss
 from . import pairs
-from .entry import as_called, class_ids, in_blocks, loss_dtype
+from .entry import as_called, class_ids, in_blocks, is_small, loss_dtype
 from .pairs import ListedPairs, PairsByLabel
 
 try:
@@ -120,7 +120,8 @@ class _PairLoss:
             return self._zero(call)
         losses, mean = None, self._reduces_itself()
         similarity = _similarity(self.distance)
-        if similarity is not None and call.by_label and call.plain and (mean or not self.PER_PAIR):
+        served = similarity is not None and call.by_label and call.plain
+        if served and (mean or not self.PER_PAIR) and not call.small:
             losses = self.fused(call, similarity)
         if losses is None and self.PER_PAIR and not mean:
             return self._of_every_pair(call)
@@ -208,6 +209,7 @@ class _Call:
         self.embeddings, self.others, self.pairs = embeddings, others, pairs
         #: Whether the other rows are the anchors themselves, or none of them is an anchor.
         self.plain = plain
+        self.small = is_small(len(embeddings), len(others), embeddings.device)
         self.loss_dtype = accumulation_dtype(embeddings.dtype)
         #: Whether there is at most one positive and one negative pair: the package's loss is 0.
         self.few = few
