@@ -220,7 +220,8 @@ class DenseSupCon(nn.Module):
             labels = torch.arange(n) if labels is None else labels.flatten()
             mask = labels[:, None] == labels
         oneself = torch.eye(n * views, dtype=torch.bool)
-        positive = mask.float().repeat(views, views) * ~oneself  # a float32 loss of half precision
+        wide = torch.promote_types(torch.float32, rows.dtype)  # of the mask, as there
+        positive = mask.to(wide).repeat(views, views) * ~oneself
         logits = rows @ rows.t() / self.temperature
         log_share = logits - logits.masked_fill(oneself, -torch.inf).logsumexp(1, keepdim=True)
         total = positive.sum(1)
@@ -331,9 +332,12 @@ TABLE = [
             ranks=WRAPPED if call is without_reference else (),
         )
         for name, settings in (
-            ("NTXentLoss", ({}, {"temperature": 0.5})),
-            ("SupConLoss", ({}, {"temperature": 0.5})),
-            ("MultiSimilarityLoss", ({}, {"alpha": 1.0, "beta": 20.0, "base": 0.3})),
+            ("NTXentLoss", ({}, {"temperature": 0.5}, {"temperature": -2})),
+            ("SupConLoss", ({}, {"temperature": 0.5}, {"temperature": -2})),
+            (
+                "MultiSimilarityLoss",
+                ({}, {"alpha": 1.0, "beta": 20.0, "base": 0.3}, {"alpha": -1}),
+            ),
             ("CircleLoss", ({}, {"m": 0.25, "gamma": 32.0}, {"m": -0.1})),
             ("TupletMarginLoss", ({}, {"margin": 20.0, "scale": 8.0}, {"margin": -1.0})),
         )

@@ -32,6 +32,12 @@ pytestmark = pytest.mark.xdist_group("packages")  # they take seconds to import
 ROUNDING = 4e-7  # tolerance of exact float32 results
 
 
+@pytest.fixture(autouse=True)
+def sweeps(monkeypatch):
+    """Small batches go through the sweeps, as large ones do."""
+    monkeypatch.setattr(entry, "PAIRS_OF_A_MATRIX", 0)
+
+
 def check(ours, theirs, *inputs):
     """Compare two losses of the inputs, and all gradients; ``theirs`` in float64 is the truth."""
 
@@ -309,7 +315,7 @@ def test_no_package_is_needed():
 
 def test_what_is_not_served_is_said():
     z1, z2 = pair(6, 4, torch.float32)
-    z = torch.cat([z1, z2])
+    z, labels = torch.cat([z1, z2]), torch.arange(12) // 2
     metric, ranking = pytorch_metric_learning, sentence_transformers.MultipleNegativesRankingLoss
     for call, message in (
         (lambda: lightly.NTXentLoss(0.0), "temperature must have a magnitude of 1e-8 or more"),
@@ -320,7 +326,10 @@ def test_what_is_not_served_is_said():
         (lambda: lightly.MACLLoss(alpha=2.0), r"alpha must be in \[0, 1\], got 2"),
         (lambda: open_clip.ClipLoss(use_horovod=True), "use_horovod must be False"),
         (lambda: open_clip.SigLipLoss(dist_impl="ring"), "dist_impl must be None or one of"),
-        (lambda: metric.NTXentLoss(temperature=-1.0)(z, torch.zeros(12)), "temperature must be"),
+        (lambda: metric.NTXentLoss(temperature=0)(z, labels), "temperature must be a number other"),
+        (lambda: metric.SupConLoss(0.0)(z, labels), "temperature must be a number other"),
+        (lambda: metric.MultiSimilarityLoss(alpha=0)(z, labels), "alpha must be a number other"),
+        (lambda: open_clip.ClipLoss()(z1, z2, 0.0), "logit_scale must be > 0, got 0.0"),
         (
             lambda: metric.SupConLoss()(z, torch.arange(5)),
             r"labels must be a tensor of shape \(12,\), got \(5,\)|Number of embeddings",

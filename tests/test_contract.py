@@ -14,6 +14,8 @@ from contracts import TABLE
 from ranks import forked
 from torch import nn
 
+from alphacl_fast.compat import entry
+
 pytestmark = pytest.mark.xdist_group("packages")  # they take seconds to import
 
 #: One entry for each class.
@@ -21,6 +23,14 @@ CLASSES = [*{contract.name: contract for contract in TABLE}.values()]
 IDS = [contract.name for contract in CLASSES]
 BOTH_CALLS = pytest.mark.parametrize("contract", TABLE, ids=[c.name for c in TABLE])
 EACH_CLASS = pytest.mark.parametrize("contract", CLASSES, ids=IDS)
+#: Those whose small batches are matrices.
+MATRICES = [c for c in TABLE if c.ours.startswith(("open_clip", "pytorch_metric_learning"))]
+
+
+@pytest.fixture(autouse=True)
+def sweeps(monkeypatch):
+    """Small batches go through the sweeps, as large ones do."""
+    monkeypatch.setattr(entry, "PAIRS_OF_A_MATRIX", 0)
 
 
 def parameters(function):
@@ -106,6 +116,13 @@ def test_values_and_gradients(contract, pairs):
             for mine, other in zip(grads, true_grads, strict=True):
                 other = torch.zeros_like(mine) if other is None else other
                 assert (mine - other).norm() <= 1e-9 * other.norm() + 1e-11, settings
+
+
+@pytest.mark.parametrize("contract", MATRICES, ids=[c.name for c in MATRICES])
+def test_small_batches(contract, monkeypatch):
+    monkeypatch.setattr(entry, "PAIRS_OF_A_MATRIX", 1000)
+    for pairs in (1, 6):
+        test_values_and_gradients(contract, pairs)
 
 
 @BOTH_CALLS

@@ -191,21 +191,20 @@ def _check_scale(scale: float | Tensor) -> None:
         raise ValueError(f"logit_scale must be > 0, got {scale}")
 
 
-def _logits(images: Tensor, texts: Tensor, scale: float | Tensor) -> Tensor:
-    """(n, n) in the accumulation dtype."""
+def _scaled(images: Tensor, texts: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Rows whose inner products are the logits, in the accumulation dtype."""
     functional.check_embeddings(images, texts)
     wide = accumulation_dtype(images.dtype)
-    return (images.to(wide) * _wide(scale, images)) @ texts.to(wide).t()
+    return images.to(wide) * _wide(scale, images), texts.to(wide)
 
 
 def _of_matrix(images: Tensor, texts: Tensor, scale: float | Tensor) -> Tensor:
     """CLIP's loss by the matrix of logits, as log(1 + Σ exp(l_ij − l_ii)) of rows and columns."""
     with without_autocast(images.device):
-        logits = _logits(images, texts, scale)
-        own = logits.diagonal()
-        oneself = torch.eye(len(own), dtype=torch.bool, device=own.device)
-        others = logits.masked_fill(oneself, torch.finfo(logits.dtype).min)
-        sums = torch.cat([others.logsumexp(0) - own, others.logsumexp(1) - own])
+        images, texts = _scaled(images, texts, scale)
+        own, logits = (images * texts).sum(1), images @ texts.t()
+        logits.fill_diagonal_(torch.finfo(logits.dtype).min)
+        sums = torch.cat([logits.logsumexp(0) - own, logits.logsumexp(1) - own])
         return torch.logaddexp(sums, torch.zeros_like(sums)).mean()
 
 
@@ -214,8 +213,9 @@ def _of_sigmoids(
 ) -> Tensor:
     """SigLIP's loss by the matrix of logits."""
     with without_autocast(images.device):
-        logits = _logits(images, texts, scale) + _wide(bias, images)
-        labels = torch.eye(len(images), dtype=logits.dtype, device=logits.device) * 2 - 1
+        images, texts = _scaled(images, texts, scale)
+        logits = images @ texts.t() + _wide(bias, images)
+        labels = torch.full_like(logits, -1.0).fill_diagonal_(1.0)
         return -F.logsigmoid(labels * logits).sum() / len(images)
 
 

@@ -287,6 +287,12 @@ def _ids(
     return class_ids(labels.to(rows.device), ref_labels.to(rows.device))
 
 
+def _not_zero(name: str, value: float) -> float:
+    if value == 0 or value != value:
+        raise ValueError(f"{name} must be a number other than 0, got {value}")
+    return value
+
+
 def _similarity(distance: Any) -> str | None:
     """What a distance object is to the public functions; None: it needs its own matrix."""
     if distance is None:
@@ -315,13 +321,13 @@ class NTXentLoss(_PairLoss, _base("NTXentLoss")):
     Two rows for each label make it SimCLR's loss.
 
     Args:
-        temperature: temperature τ > 0.
+        temperature: temperature τ ≠ 0; with a negative one similar rows repel, as in the package.
         **kwargs: distance, reducer, embedding_regularizer, embedding_reg_weight and collect_stats
             of the package's classes.
 
     Raises:
         ValueError: an object of the package without the package; when called, bad embeddings or
-            labels, or a bad temperature.
+            labels, or a hyperparameter of 0 by which the formula divides.
 
     Source: arXiv:2002.05709; arXiv:1807.03748.
     """
@@ -332,9 +338,11 @@ class NTXentLoss(_PairLoss, _base("NTXentLoss")):
         super().__init__(temperature=temperature, **kwargs)
 
     def formula(self, inverted: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        return partial(pairs.ntxent, temperature=self.temperature)
+        return partial(pairs.ntxent, temperature=_not_zero("temperature", self.temperature))
 
     def fused(self, call: _Call, similarity: str) -> Tensor | None:
+        if not self.temperature > 0:  # what the function takes
+            return None
         losses = supcon_loss(
             call.embeddings, call.pairs.labels, form="sincere", temperature=self.temperature,
             similarity=similarity, reduction="none", **call.reference,
@@ -349,7 +357,7 @@ class SupConLoss(_PairLoss, _base("SupConLoss")):
     without positives or without negatives; `alphacl_fast.supcon_loss` serves the latter.
 
     Args:
-        temperature: temperature τ > 0.
+        temperature: temperature τ ≠ 0, as `NTXentLoss`.
         **kwargs: as `NTXentLoss`.
 
     Raises:
@@ -365,13 +373,17 @@ class SupConLoss(_PairLoss, _base("SupConLoss")):
         super().__init__(temperature=temperature, **kwargs)
 
     def formula(self, inverted: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        temperature = _not_zero("temperature", self.temperature)
+
         def losses(t: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
             others = (positives > 0) | (negatives > 0)
-            return pairs.supcon_rows(t / self.temperature, (positives > 0).to(t.dtype), others)
+            return pairs.supcon_rows(t / temperature, (positives > 0).to(t.dtype), others)
 
         return losses
 
     def fused(self, call: _Call, similarity: str) -> Tensor | None:
+        if not self.temperature > 0:  # what the function takes
+            return None
         return supcon_loss(
             call.embeddings, call.pairs.labels, temperature=self.temperature,
             similarity=similarity, reduction="none", **call.reference,
@@ -382,8 +394,8 @@ class MultiSimilarityLoss(_PairLoss, _base("MultiSimilarityLoss")):
     """Multi-similarity loss, the mean over all rows.
 
     Args:
-        alpha: α > 0, of the positives.
-        beta: β > 0, of the negatives.
+        alpha: α ≠ 0, of the positives.
+        beta: β ≠ 0, of the negatives.
         base: λ, the similarity that separates them.
         **kwargs: as `NTXentLoss`.
 
@@ -400,10 +412,12 @@ class MultiSimilarityLoss(_PairLoss, _base("MultiSimilarityLoss")):
 
     def formula(self, inverted: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         base = self.base if inverted else -self.base
-        return partial(pairs.multi_similarity, alpha=self.alpha, beta=self.beta, base=base)
+        numbers = {name: _not_zero(name, getattr(self, name)) for name in ("alpha", "beta")}
+        return partial(pairs.multi_similarity, base=base, **numbers)
 
     def fused(self, call: _Call, similarity: str) -> Tensor | None:
-        if similarity != "cosine" or call.reference:
+        known = self.alpha > 0 and self.beta > 0  # what the function takes
+        if similarity != "cosine" or call.reference or not known:
             return None
         return zoo.multi_similarity(
             call.embeddings, call.pairs.labels, alpha=self.alpha, beta=self.beta, base=self.base,
