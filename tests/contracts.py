@@ -230,6 +230,61 @@ class DenseSupCon(nn.Module):
         return -mean[:anchors].mean() * (self.temperature / self.base_temperature)
 
 
+# --- odd calls ------------------------------------------------------------------------------------
+
+
+def of(*given, **named):
+    """A call with the rows z of the entry, and labels that are pairs of rows."""
+
+    def call(loss, z):
+        labels = torch.arange(len(z)) // 2
+        values = [x(z, labels) if callable(x) else x for x in given]
+        return loss(*values, **{name: x(z, labels) for name, x in named.items()})
+
+    return call
+
+
+def rows(z, labels):
+    return z
+
+
+def its_labels(z, labels):
+    return labels
+
+
+def no_rows(z, labels):
+    return z[:0]
+
+
+def other_rows(z, labels):
+    return z.flip(0) + 1
+
+
+def lists(*pairs):
+    return lambda z, labels: tuple(torch.tensor(x, dtype=torch.long) for x in pairs)
+
+
+#: Calls of every loss of pytorch-metric-learning, by name: our value and gradient are theirs.
+METRIC_CALLS = {
+    "no rows": of(no_rows, lambda z, labels: labels[:0]),
+    "no other rows": of(rows, its_labels, None, no_rows, lambda z, labels: labels[:0]),
+    "other rows without labels": of(rows, its_labels, ref_emb=other_rows),
+    "one class": of(rows, lambda z, labels: 0 * labels),
+    "a class for each row": of(rows, lambda z, labels: torch.arange(len(z))),
+    "int8 labels": of(rows, lambda z, labels: labels.to(torch.int8)),
+    "large labels": of(rows, lambda z, labels: labels + 2**40),
+    "labels in half precision": of(rows, lambda z, labels: labels.half()),
+    "a miner without triplets": of(rows, its_labels, lists([], [], [])),
+    "a miner without pairs": of(rows, its_labels, lists([], [], [], [])),
+    "positive pairs alone": of(rows, its_labels, lists([0, 1], [1, 0], [], [])),
+    "negative pairs alone": of(rows, its_labels, lists([], [], [0, 1], [5, 6])),
+    "one triplet": of(rows, its_labels, lists([0], [1], [5])),
+    "triplets without labels": of(rows, None, lists([0, 2], [1, 3], [4, 5])),
+    "named arguments": of(embeddings=rows, labels=its_labels),
+    "a row of zeros": of(lambda z, labels: z * (torch.arange(len(z)) > 0)[:, None], its_labels),
+}
+
+
 # --- flags over processes -------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from contracts import ST, DenseSupCon, package, several_views
+from contracts import ST, DenseSupCon, model_and_guide, package, several_views
 from family import BACKENDS, MEMBERS, assert_same_gradients, member_id, pair, relative_error
 
 from alphacl_fast import compat, explicit_negatives, objectives  # noqa: F401
@@ -313,6 +313,41 @@ def test_no_package_is_needed():
     assert guide == "GISTEmbedLoss needs sentence-transformers 6 or newer, with which it embeds"
 
 
+def smoothed(loss):
+    loss.cross_entropy = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+    return loss
+
+
+def test_a_guided_loss_keeps_the_parts_that_users_replace():
+    """Its cross-entropy and its similarity, which the package's code then calls."""
+    losses = package(ST)
+    features = [{"input_ids": z} for z in pair(6, 5)]
+    for name in ("GISTEmbedLoss", "CachedGISTEmbedLoss"):
+        made = [getattr(m, name)(*model_and_guide(), 0.2) for m in (sentence_transformers, losses)]
+        for loss in made:
+            loss.contrast_anchors = loss.contrast_positives = False
+            loss.margin = -3.0  # nothing is left out: smoothing would meet −inf
+        plain = made[1](features, None)
+        torch.testing.assert_close(made[0](features, None), plain)
+        for loss in made:
+            loss.cross_entropy_loss = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+        a, b = (loss(features, None) for loss in made)
+        torch.testing.assert_close(a, b)
+        assert abs(a - plain) > 1e-3
+
+
+def test_info_nce_without_negatives():
+    theirs = package("info_nce")
+    z1, z2 = pair(6, 4)
+    for negatives, mode in ((z1[:0], "unpaired"), (z1.new_zeros(6, 0, 4), "paired")):
+        for reduction in ("mean", "none"):
+            a, b = (
+                m.info_nce(z1, z2, negatives, reduction=reduction, negative_mode=mode)
+                for m in (info_nce, theirs)
+            )
+            torch.testing.assert_close(a, b)
+
+
 def test_what_is_not_served_is_said():
     z1, z2 = pair(6, 4, torch.float32)
     z, labels = torch.cat([z1, z2]), torch.arange(12) // 2
@@ -329,6 +364,16 @@ def test_what_is_not_served_is_said():
         (lambda: metric.NTXentLoss(temperature=0)(z, labels), "temperature must be a number other"),
         (lambda: metric.SupConLoss(0.0)(z, labels), "temperature must be a number other"),
         (lambda: metric.MultiSimilarityLoss(alpha=0)(z, labels), "alpha must be a number other"),
+        (lambda: metric.SupConLoss()(z, labels, (labels,) * 5), "must have 3 tensors .* got 5"),
+        (lambda: smoothed(lightly.NTXentLoss())(z1, z2), "cross_entropy must be the plain .* 0.1"),
+        (lambda: lightly.DCLLoss()(z1, z2[:3]), r"out1 must have the shape of out0 \(6, 4\), got"),
+        (lambda: lightly.MACLLoss()(z1.int(), z2), "z0 must have one of the dtypes"),
+        (lambda: open_clip.ClipLoss()(z1[0], z2, 1.0), "image_features must have shape"),
+        (
+            lambda: open_clip.SigLipLoss()(z1, z2[:, :2], 1.0, None),
+            "text_features must have the sh",
+        ),
+        (lambda: info_nce.info_nce(z1, z2[:2]), "positive_key must have the shape of query"),
         (lambda: open_clip.ClipLoss()(z1, z2, 0.0), "logit_scale must be > 0, got 0.0"),
         (
             lambda: metric.SupConLoss()(z, torch.arange(5)),
@@ -365,7 +410,7 @@ def test_what_is_not_served_is_said():
             r"labels must have shape \(12,\), got \(3,\)",
         ),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             call()
 
 

@@ -3,14 +3,16 @@
 The package itself is the truth, in float64.
 """
 
+import copy
 import inspect
 import itertools
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from contracts import TABLE
+from contracts import METRIC_CALLS, TABLE
 from ranks import forked
 from torch import nn
 
@@ -123,6 +125,38 @@ def test_small_batches(contract, monkeypatch):
     monkeypatch.setattr(entry, "PAIRS_OF_A_MATRIX", 1000)
     for pairs in (1, 6):
         test_values_and_gradients(contract, pairs)
+
+
+METRIC = [c for c in CLASSES if c.ours.startswith("pytorch_metric_learning")]
+
+
+@pytest.mark.parametrize("matrix", [False, True])
+@pytest.mark.parametrize("contract", METRIC, ids=[c.name for c in METRIC])
+def test_odd_calls(contract, matrix, monkeypatch):
+    """Empty batches, labels of any kind, what miners find: the package's value and gradient."""
+    monkeypatch.setattr(entry, "PAIRS_OF_A_MATRIX", 1000 * matrix)
+    for name, call in METRIC_CALLS.items():
+        found = []
+        for loss in contract.pair():
+            z = contract.inputs(4)[0].requires_grad_()
+            value = call(loss, z)
+            found.append([value.detach(), *torch.autograd.grad(value, z, allow_unused=True)])
+        (value, grad), (truth, true_grad) = found
+        true_grad = torch.zeros_like(grad) if true_grad is None else true_grad
+        torch.testing.assert_close(
+            [value, grad], [truth, true_grad], rtol=1e-9, atol=1e-11, msg=name
+        )
+
+
+@EACH_CLASS
+def test_copies(contract):
+    """Copies and pickles of a loss give what it gives; its text names no address."""
+    loss = contract.pair(**contract.settings[0])[0].double()
+    tensors = contract.inputs(4)
+    copies = [copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))]
+    values = [contract.call(x, tensors) for x in (loss, *copies)]
+    assert values[0] == values[1] == values[2]
+    assert " at 0x" not in repr(loss)
 
 
 @BOTH_CALLS

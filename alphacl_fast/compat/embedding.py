@@ -22,11 +22,10 @@ from sentence_transformers.sentence_transformer.losses import (
 from sentence_transformers.sentence_transformer.losses import gist_embed as _gist
 from torch import Tensor, nn
 
-from .. import functional
 from ..autograd import unit_rows
 from ..explicit_negatives import loss_against
 from ..functional import of_one_dtype
-from .entry import cross_entropy, loss_dtype
+from .entry import check_pair, cross_entropy, loss_dtype
 from .ranking import MultipleNegativesRankingLoss, cos_sim
 
 
@@ -269,8 +268,10 @@ def _guided_loss(
 
     The module ``package`` has the functions that gather and tell the rank.
     """
+    if len(columns) < 2:
+        raise ValueError(f"sentence_features must have 2 columns or more, got {len(columns)}")
     columns = of_one_dtype(*columns)
-    functional.check_embeddings(*columns[:2], fewest=1)
+    check_pair("the anchors' embeddings", columns[0], "the positives' embeddings", columns[1], None)
     dtype = loss_dtype(columns[0].dtype, columns[0].device, cross_entropy)
     own, first = [unit_rows(x) for x in columns], 0
     with torch.no_grad():

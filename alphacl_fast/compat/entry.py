@@ -38,6 +38,21 @@ def everyone(rows: Tensor, group: str | None) -> tuple[Tensor, int]:
     return sharing.share(rows, 0)[0], sharing.place(0).start
 
 
+def check_pair(name: str, x: Any, other_name: str, y: Any, group: str | None) -> None:
+    """Raises, in the names of the adapter's arguments, unless both have rows of one shape.
+
+    Among several processes the library's own checks make all of them raise.
+    """
+    if group is not None:
+        return
+    functional.check_rows(name, x, fewest=1)
+    functional.check_rows(other_name, y, fewest=1)
+    if x.shape != y.shape:
+        raise ValueError(
+            f"{other_name} must have the shape of {name} {tuple(x.shape)}, got {tuple(y.shape)}"
+        )
+
+
 def own_ids(rows: Tensor, group: str | None) -> Tensor:
     """(N,) numbers of the rows (N, D) that no row of another process has."""
     first = 0 if group is None else dist.get_rank() << 32

@@ -9,8 +9,8 @@ from .. import functional
 from ..autograd import unit_rows
 from ..call import without_autocast
 from ..explicit_negatives import loss_against
-from ..functional import alpha_cl_loss, of_one_dtype
-from .entry import cross_entropy, loss_dtype
+from ..functional import alpha_cl_loss, of_one_dtype, zero_with_graph
+from .entry import check_pair, cross_entropy, loss_dtype
 
 
 class InfoNCE(nn.Module):
@@ -94,6 +94,7 @@ def info_nce(
     """
     functional.one_of("negative_mode", negative_mode, ("unpaired", "paired"))
     tensors = of_one_dtype(query, positive_key, negative_keys)
+    check_pair("query", tensors[0], "positive_key", tensors[1], None)
     loss = _loss(*tensors, temperature, reduction, negative_mode)
     return loss.to(loss_dtype(tensors[0].dtype, loss.device, cross_entropy))
 
@@ -117,9 +118,11 @@ def _loss(
             reduction=reduction,
         )
     functional.one_of("reduction", reduction, functional.REDUCTIONS)
-    functional.check_embeddings(query, positive_key)
     paired = negative_mode == "paired"
     _check_negatives(negative_keys, query, paired)
+    if not negative_keys.numel():  # nothing repels
+        losses = zero_with_graph(query, positive_key, negative_keys).expand(len(query))
+        return losses if reduction == "none" else getattr(losses, reduction)()
     rows, keys = unit_rows(query), unit_rows(negative_keys.flatten(0, -2))
     positive = (rows * unit_rows(positive_key)).sum(1)
     if not paired:

@@ -16,7 +16,15 @@ from ..explicit_negatives import loss_against
 from ..functional import alpha_cl_loss, of_one_dtype
 from ..objectives import LOG_SUM
 from ..zoo import macl
-from .entry import cross_entropy, everyone, log_sum_exp, loss_dtype, own_ids, world
+from .entry import (
+    check_pair,
+    cross_entropy,
+    everyone,
+    log_sum_exp,
+    loss_dtype,
+    own_ids,
+    world,
+)
 
 _EPS = 1e-8
 
@@ -158,9 +166,22 @@ class NTXentLoss(nn.Module):
             TypeError, ValueError: bad embeddings.
         """
         out0, out1 = of_one_dtype(out0, out1)
+        self._check_cross_entropy()
+        check_pair("out0", out0, "out1", out1, world(self.gather_distributed))
         has_bank = self.memory_bank.size[0] > 0
         loss = (self._of_bank if has_bank else self._of_batch)(out0, out1)
         return loss.to(loss_dtype(out0.dtype, out0.device, cross_entropy))
+
+    def _check_cross_entropy(self) -> None:
+        """Raises if the attribute of the package is another loss now, which ours cannot call."""
+        given = self.cross_entropy
+        names = ("weight", "label_smoothing", "reduction")
+        found = {name: getattr(given, name, None) for name in names}
+        plain = {"weight": None, "label_smoothing": 0.0, "reduction": "mean"}
+        if type(given) is not nn.CrossEntropyLoss or found != plain:
+            raise ValueError(
+                f"cross_entropy must be the plain nn.CrossEntropyLoss(), got {given} with {found}"
+            )
 
     def _of_bank(self, out0: Tensor, out1: Tensor) -> Tensor:
         functional.check_embeddings(out0, out1)
@@ -255,6 +276,7 @@ class DCLLoss(nn.Module):
         """
         out0, out1 = of_one_dtype(out0, out1)
         group = world(self.gather_distributed)
+        check_pair("out0", out0, "out1", out1, group)
         loss = _own_mean(out0, out1, LOG_SUM, self.temperature, group)
         dtype = loss_dtype(out0.dtype, out0.device, partial(self._last_operation, out0))
         if self.weight_fn is None or (len(out0) == 1 and group is None):
@@ -331,6 +353,7 @@ class MACLLoss(nn.Module):
             TypeError, ValueError: bad embeddings.
         """
         z0, z1 = of_one_dtype(z0, z1)
+        check_pair("z0", z0, "z1", z1, None)
         loss = macl(
             z0,
             z1,

@@ -14,7 +14,7 @@ from ..bundles import accumulation_dtype
 from ..call import without_autocast
 from ..functional import alpha_cl_loss, of_one_dtype
 from ..siglip import siglip_loss
-from .entry import cross_entropy, in_graph, is_small, loss_dtype
+from .entry import check_pair, cross_entropy, in_graph, is_small, loss_dtype
 
 
 def _overrides(loss: nn.Module, ours: type[nn.Module], *names: str) -> bool:
@@ -161,6 +161,7 @@ class ClipLoss(nn.Module):
         images, texts = of_one_dtype(images, texts)
         group = "world" if self.world_size > 1 else None
         local = group is not None and self.local_loss
+        check_pair("image_features", images, "text_features", texts, group)
         _check_scale(scale)
         if group is None and is_small(len(images), len(texts), images.device):
             loss = _of_matrix(images, texts, scale)
@@ -193,7 +194,6 @@ def _check_scale(scale: float | Tensor) -> None:
 
 def _scaled(images: Tensor, texts: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:
     """Rows whose inner products are the logits, in the accumulation dtype."""
-    functional.check_embeddings(images, texts)
     wide = accumulation_dtype(images.dtype)
     return images.to(wide) * _wide(scale, images), texts.to(wide)
 
@@ -360,6 +360,7 @@ class SigLipLoss(nn.Module):
         given = images
         images, texts = of_one_dtype(images, texts)
         group = "world" if self.world_size > 1 else None
+        check_pair("image_features", images, "text_features", texts, group)
         bias = 0.0 if bias is None else bias
         if group is None and is_small(len(images), len(texts), images.device):
             functional.check_scale_and_bias(scale, bias)

@@ -129,6 +129,8 @@ class _PairLoss:
             losses = self._in_blocks(call, every_pair=False)
         if self.NEEDS_NEGATIVES:
             losses = torch.where(call.any_negative(), losses, 0.0)
+        if not mean and self.NEEDS_NEGATIVES and not (call.positives() > 0 and call.any_negative()):
+            return self._zero(call)
         if not mean:
             places = torch.arange(len(losses), device=losses.device)
             return self._given(call, losses, places, "element")
@@ -224,18 +226,24 @@ class _Call:
         ref_labels: Tensor | None,
     ) -> _Call:
         """Checks the arguments of `compute_loss`."""
-        functional.check_rows("embeddings", embeddings, fewest=1)
+        functional.check_rows("embeddings", embeddings, fewest=0)
         if ref_emb is embeddings:
             others = embeddings
         else:
             embeddings, others = of_one_dtype(embeddings, ref_emb)
-            functional.check_rows("ref_emb", others, fewest=1)
+            functional.check_rows("ref_emb", others, fewest=0)
             functional.check_alike("ref_emb", others, "embeddings", embeddings)
         if indices_tuple is not None:
-            listed = tuple(x.to(embeddings.device) for x in indices_tuple)
+            if len(indices_tuple) not in (3, 4):
+                raise ValueError(
+                    "indices_tuple must have 3 tensors (triplets) or 4 (positive and negative "
+                    f"pairs), got {len(indices_tuple)}"
+                )
+            listed = tuple(torch.as_tensor(x, device=embeddings.device) for x in indices_tuple)
             a1, p, a2, n = listed if len(listed) == 4 else (*listed[:2], listed[0], listed[2])
             few = max(len(x) for x in (a1, a2)) <= 1
             return cls(embeddings, others, ListedPairs((a1, p), (a2, n), len(others)), True, few)
+        ref_labels = labels if ref_labels is None else ref_labels
         ids, other_ids = _ids(labels, ref_labels, embeddings, others)
         same = ref_labels is labels
         by_label = PairsByLabel(ids, other_ids, same)
