@@ -336,6 +336,43 @@ def test_a_guided_loss_keeps_the_parts_that_users_replace():
         assert abs(a - plain) > 1e-3
 
 
+def test_a_guide_keeps_what_equals_the_positive():
+    """Copies of the positive are as similar to the anchor, whatever the rounding."""
+    losses = package(ST)
+    z1, z2 = pair(24, 5, torch.float32)
+    features = [{"input_ids": z1}, {"input_ids": z2[torch.arange(24) // 4]}]
+    for name in ("GISTEmbedLoss", "CachedGISTEmbedLoss"):
+        a, b = (
+            getattr(m, name)(*model_and_guide(), 0.2)(features, None)
+            for m in (sentence_transformers, losses)
+        )
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_of_both_orders():
+    """The package weighs each order of the views by itself."""
+    theirs = package("lightly.loss")
+
+    def of_the_first(x, y):
+        return x.square().sum(1) * x[:, 0] + 0 * y[:, 0]
+
+    z1, z2 = pair(9, 6)
+    a, b = (m.DCLLoss(weight_fn=of_the_first)(z1, z2) for m in (lightly, theirs))
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_powers_of_similarities():
+    theirs = package("pytorch_metric_learning.losses")
+    from pytorch_metric_learning.distances import CosineSimilarity
+
+    z, labels = pair(14, 5)[0], torch.arange(14) % 4
+    a, b = (
+        m.SupConLoss(distance=CosineSimilarity(power=2))(z, labels)
+        for m in (pytorch_metric_learning, theirs)
+    )
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
 def test_info_nce_without_negatives():
     theirs = package("info_nce")
     z1, z2 = pair(6, 4)
