@@ -26,7 +26,11 @@ IDS = [contract.name for contract in CLASSES]
 BOTH_CALLS = pytest.mark.parametrize("contract", TABLE, ids=[c.name for c in TABLE])
 EACH_CLASS = pytest.mark.parametrize("contract", CLASSES, ids=IDS)
 #: Those whose small batches are matrices.
-MATRICES = [c for c in TABLE if c.ours.startswith(("open_clip", "pytorch_metric_learning"))]
+MATRICES = [
+    c
+    for c in TABLE
+    if c.ours.startswith(("open_clip", "pytorch_metric_learning", "sentence_transformers:Mul"))
+]
 
 
 @pytest.fixture(autouse=True)

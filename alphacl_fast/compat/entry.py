@@ -137,8 +137,8 @@ def in_blocks(
     blocks = [slice(k, min(k + size, rows)) for k in range(0, rows, size)]
 
     with without_autocast(device):
-        if len(blocks) == 1:
-            return function(blocks[0])
+        if len(blocks) <= 1:
+            return function(slice(0, rows))
         parts = [
             checkpoint(function, block, use_reentrant=False, preserve_rng_state=False)
             for block in blocks

@@ -17,7 +17,15 @@ from ..bundles import accumulation_dtype
 from ..explicit_negatives import loss_against
 from ..functional import alpha_cl_loss, of_one_dtype, zero_with_graph
 from ..objectives import LOG_SUM
-from .entry import as_called, everyone, in_blocks, log_sum_exp, loss_dtype, world
+from .entry import (
+    as_called,
+    everyone,
+    in_blocks,
+    is_small,
+    log_sum_exp,
+    loss_dtype,
+    world,
+)
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 HARDNESS_MODES = (None, "in_batch_negatives", "hard_negatives", "all_negatives")
@@ -169,7 +177,8 @@ class MultipleNegativesRankingLoss(nn.Module):
             dtype = loss_dtype(
                 first.dtype, first.device, lambda _: log_sum_exp(self.similarity_fct(row, row))
             )
-            return self._in_blocks(columns, gather).mean().to(dtype)
+            similarity_fct = as_called(self.similarity_fct, first.device)
+            return self._in_blocks(columns, gather, similarity_fct).mean().to(dtype)
         # the package's two functions widen half precision
         dtype = loss_dtype(wide, first.device, log_sum_exp)
         if self._is_of_two_views(columns, gather):
@@ -178,7 +187,11 @@ class MultipleNegativesRankingLoss(nn.Module):
                 negatives="cross_view", symmetric="doc_to_query" in self.directions,
             ).to(dtype)  # fmt: skip
         rows = [unit_rows(x) if similarity == "cosine" else x.to(wide) for x in columns]
-        return self._row_losses(rows, gather).mean().to(dtype)
+        if is_small(len(first), len(first), first.device):
+            losses = self._in_blocks(rows, gather, lambda x, y: x @ y.t())
+        else:
+            losses = self._row_losses(rows, gather)
+        return losses.mean().to(dtype)
 
     def _is_of_two_views(self, columns: Sequence[Tensor], gather: Gather | None) -> bool:
         """Whether a softmax over the positives is all that there is."""
@@ -238,11 +251,15 @@ class MultipleNegativesRankingLoss(nn.Module):
         positive_pairs = 1 + ("doc_to_query" in sums)
         return _log_of_sum(positive_pairs, [x for part in sums.values() for x in part], own)
 
-    def _in_blocks(self, columns: Sequence[Tensor], gather: Gather | None) -> Tensor:
-        """(N,) losses with a similarity that is known as a function alone."""
+    def _in_blocks(
+        self,
+        columns: Sequence[Tensor],
+        gather: Gather | None,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """(N,) losses by matrices of the similarities of a block of queries."""
         queries, positives = columns[:2]
         everyones_queries, docs, first = _gathered(columns, gather)
-        similarity_fct = as_called(self.similarity_fct, queries.device)
         places = torch.arange(len(everyones_queries), device=queries.device)
         groups = places.repeat(len(columns) - 1)  # whose document it is
         is_positive = torch.arange(len(docs), device=queries.device) < len(places)
@@ -266,9 +283,14 @@ class MultipleNegativesRankingLoss(nn.Module):
             if "doc_to_doc" in self.directions:
                 logits = self.scale * similarity_fct(docs, d).t()
                 parts["doc_to_doc"] = logits.masked_fill(own_docs, -math.inf)
+            lowest = torch.finfo(own.dtype).min
+            parts["query_to_doc"] = parts["query_to_doc"].scatter(1, mine, lowest)
             if self.partition_mode == "joint":
                 parts = {"joint": torch.cat([*parts.values()], 1)}
-            return sum((p - own).logsumexp(1) for p in parts.values()) / len(parts)
+            with_positive, *others = ((p - own).logsumexp(1) for p in parts.values())
+            # the positive's own logit is 0 here
+            with_positive = torch.logaddexp(with_positive, torch.zeros_like(with_positive))
+            return sum(others, with_positive) / len(parts)
 
         return in_blocks(losses, len(queries), len(docs), queries.device)
 
