@@ -1878,3 +1878,238 @@ plant(
         f"{GUIDE}[cross_view-True-infonce]",
     ),
 )
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+CONTRACT = "tests/test_contract.py::"
+
+
+def as_theirs(name: str, pairs: int = 11) -> str:
+    return f"{CONTRACT}test_values_and_gradients[{pairs}-{name}]"
+
+
+def odd_calls(name: str, matrix: bool = True) -> str:
+    return f"{CONTRACT}test_odd_calls[pytorch_metric_learning.{name}-{matrix}]"
+
+
+def dtype_of(name: str) -> str:
+    return f"{CONTRACT}test_the_dtype_of_a_loss[{name}]"
+
+
+PML = "pytorch_metric_learning"
+ST = "sentence_transformers"
+OVER_RANKS = f"{CONTRACT}test_processes_share_a_batch_as_theirs_do"
+plant(
+    "alphacl_fast/compat/entry.py",
+    (
+        "a loss in half precision is float32",
+        "        return dtype\n    with torch.no_grad():",
+        "        return torch.promote_types(dtype, torch.float32)\n    with torch.no_grad():",
+        dtype_of("lightly.MACLLoss"),
+    ),
+    (
+        "autocast does not change the dtype of a loss",
+        "return of_logits(row @ row.t()).dtype",
+        "return dtype",
+        dtype_of("lightly.NTXentLoss"),
+    ),
+    (
+        "what a loss does not depend on leaves the graph",
+        "loss = loss + (x * 0).sum().to(loss.device, loss.dtype)",
+        "loss = loss + 0",
+        as_theirs("open_clip.ClipLoss"),
+    ),
+    (
+        "labels that are no integers are rounded",
+        "if not any(x.is_floating_point() for x in labels):",
+        "if True:",
+        f"{COMPAT}test_labels_may_be_any_numbers",
+    ),
+)
+plant(
+    "alphacl_fast/compat/info_nce.py",
+    (
+        "paired negatives: the positive does not count in the sum",
+        "torch.nn.functional.pad(logits, (1, 0)).logsumexp(1)",
+        "logits.logsumexp(1)",
+        as_theirs("info_nce.InfoNCE2"),
+    ),
+    (
+        "unpaired negatives are not normalised",
+        "unit_rows(query), unit_rows(negative_keys.flatten(0, -2))",
+        "unit_rows(query), negative_keys.flatten(0, -2).double()",
+        as_theirs("info_nce.InfoNCE1"),
+    ),
+)
+plant(
+    "alphacl_fast/compat/lightly.py",
+    (
+        "a bank forgets its newest rows",
+        "self.bank_ptr[0] = 0 if end >= self.size[0] else end",
+        "self.bank_ptr[0] = 0",
+        f"{COMPAT}test_lightly_memory_bank",
+    ),
+    (
+        "a bank that this step changes is what the backward sees",
+        "bank = self._bank_on(output.device).clone()",
+        "bank = self._bank_on(output.device)",
+        as_theirs("lightly.NTXentLoss"),
+    ),
+    (
+        "a negative temperature attracts",
+        "sign = 1 if self.temperature > 0 else -1",
+        "sign = 1",
+        as_theirs("lightly.NTXentLoss"),
+    ),
+    (
+        "the weights of positives lose their factor N",
+        "return 2 - len(out0) * similarity.softmax(0)",
+        "return 2 - similarity.softmax(0)",
+        as_theirs("lightly.DCLWLoss"),
+    ),
+    (
+        "weights of one order of the views alone",
+        "self.weight_fn(first, second) + self.weight_fn(second, first)",
+        "2 * self.weight_fn(first, second)",
+        f"{COMPAT}test_weights_of_both_orders",
+    ),
+)
+plant(
+    "alphacl_fast/compat/open_clip.py",
+    (
+        "a process returns the mean of all although its loss is local",
+        'reduction="none" if local else "mean"',
+        'reduction="mean"',
+        OVER_RANKS,
+    ),
+    (
+        "small batches: a row is its own negative",
+        "logits.fill_diagonal_(torch.finfo(logits.dtype).min)",
+        "logits.fill_diagonal_(0.0)",
+        f"{CONTRACT}test_small_batches[open_clip.ClipLoss]",
+    ),
+    (
+        "small batches: no positives",
+        "torch.full_like(logits, -1.0).fill_diagonal_(1.0)",
+        "torch.full_like(logits, -1.0)",
+        f"{CONTRACT}test_small_batches[open_clip.SigLipLoss]",
+    ),
+)
+plant(
+    "alphacl_fast/compat/pairs.py",
+    (
+        "a listed pair counts once, however often it is listed",
+        "ones, accumulate=True)",
+        "ones, accumulate=False)",
+        as_theirs(f"{PML}.NTXentLoss2"),
+    ),
+    (
+        "rows are positives of themselves",
+        "equal.diagonal(rows.start).fill_(False)",
+        "pass",
+        odd_calls("SupConLoss"),
+    ),
+    (
+        "the gradient of a row without pairs is NaN",
+        "x.masked_fill(~kept, torch.finfo(x.dtype).min)",
+        "x.masked_fill(~kept, -torch.inf)",
+        odd_calls("MultiSimilarityLoss"),
+    ),
+    (
+        "circle: weights are no constants of the gradient",
+        "held = t.detach()",
+        "held = t",
+        f"{CONTRACT}test_small_batches[{PML}.CircleLoss0]",
+    ),
+    (
+        "tuplet margin: the angle grows by the margin",
+        ".acos() - margin).cos()",
+        ".acos() + margin).cos()",
+        f"{CONTRACT}test_small_batches[{PML}.TupletMarginLoss0]",
+    ),
+)
+plant(
+    "alphacl_fast/compat/pytorch_metric_learning.py",
+    (
+        "the mean of positive pairs is one of anchors",
+        "losses.sum() / call.positives().clamp(min=1)",
+        "losses.mean()",
+        as_theirs(f"{PML}.NTXentLoss0"),
+    ),
+    (
+        "other rows without labels are no positives",
+        "ref_labels = labels if ref_labels is None else ref_labels",
+        "ref_labels = labels.clone() if ref_labels is None else ref_labels",
+        odd_calls("SupConLoss"),
+    ),
+    (
+        "zero losses enter a mean of losses that are not zero",
+        "counted = ~(losses <= 0)",
+        "counted = ~(losses < 0)",
+        odd_calls("CircleLoss"),
+    ),
+    (
+        "a distance that is no inner product is one",
+        "distance.power != 1 or distance.p != 2",
+        "distance.p != 2",
+        f"{COMPAT}test_powers_of_similarities",
+    ),
+)
+plant(
+    "alphacl_fast/compat/ranking.py",
+    (
+        "hardness is no constant of the gradient",
+        "return grad * ctx.share, None",
+        "return grad, None",
+        as_theirs(f"{ST}.MultipleNegativesRankingLoss1"),
+    ),
+    (
+        "both directions: the positive pair counts once in the joint sum",
+        'positive_pairs = 1 + ("doc_to_query" in sums)',
+        "positive_pairs = 1",
+        as_theirs(f"{ST}.MultipleNegativesRankingLoss1"),
+    ),
+    (
+        "several processes: every one has the first one's positives",
+        "return queries, torch.cat(docs), first",
+        "return queries, torch.cat(docs), 0",
+        OVER_RANKS,
+    ),
+)
+plant(
+    "alphacl_fast/compat/embedding.py",
+    (
+        "guide: the margin has the wrong sign",
+        "positive - width * loss.margin +",
+        "positive + width * loss.margin +",
+        as_theirs(f"{ST}.GISTEmbedLoss0"),
+    ),
+    (
+        "guide: what equals the positive is left out by rounding",
+        "+ 8 * torch.finfo(positive.dtype).eps",
+        "- 8 * torch.finfo(positive.dtype).eps",
+        f"{COMPAT}test_a_guide_keeps_what_equals_the_positive",
+    ),
+    (
+        "guide: of two sums the second replaces the first",
+        "torch.where(some, torch.logaddexp(x, log_b), x)",
+        "torch.where(some, y, x)",
+        as_theirs(f"{ST}.GISTEmbedLoss0"),
+    ),
+    (
+        "a cached loss forgets the directions",
+        'directions=("query_to_doc", "doc_to_query"),',
+        'directions=("query_to_doc",),',
+        as_theirs(f"{ST}.CachedMultipleNegativesSymmetricRankingLoss"),
+    ),
+)
+plant(
+    "alphacl_fast/compat/supcontrast.py",
+    (
+        "one view as anchors: all are",
+        'anchors = len(rows) if self.contrast_mode == "all" else n',
+        "anchors = len(rows)",
+        as_theirs("supcontrast.SupConLoss0"),
+    ),
+)
