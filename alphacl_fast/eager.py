@@ -17,7 +17,7 @@ from .autograd import (
     views_of,
 )
 from .backend import cpu, cpu_step
-from .call import Call, Loss, Need, Ready, SameId
+from .call import Call, Loss, Need, SameId
 
 
 def loss(
@@ -160,8 +160,4 @@ _NEED = 8
 
 def remember(call: Call, key: Key, plan: cpu_step.Plan, why: str) -> None:
     """Lets `again` serve the next call of this key."""
-    if call.ready is None:
-        object.__setattr__(call, "ready", Ready())  # frozen as a setting, not as a memory
-    if len(call.ready) >= 64:  # a learnt temperature is another one at every step
-        call.ready.clear()
-    call.ready[key] = Prepared(plan, why)
+    call.remember(key, Prepared(plan, why))

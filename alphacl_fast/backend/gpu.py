@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import launches
 from ..bundles import (
     Form,
     Gradient,
@@ -130,6 +131,7 @@ def pretend_gpu(multiprocessors: int, capability: tuple[int, int] = (8, 0)) -> N
     """For the rest of this process CPU tensors get the Triton launches of such a GPU."""
     global pretended, pretended_capability
     pretended, pretended_capability = multiprocessors, capability
+    launches.forget()
     multiprocessors_of.cache_clear()
     capability_of.cache_clear()
 
