@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 #: Every buffer of a workspace begins at a multiple of so many bytes: more than any kernel asks for.
@@ -123,7 +124,7 @@ def replay(ctx: Any, plan: Plan, *inputs: Tensor | None) -> tuple[Tensor | None,
     `save_for_backward` and `set_materialize_grads` set.
     """
     device, on_gpu = plan.device, plan.device.type == "cuda"
-    stream = torch._C._cuda_getCurrentRawStream(device.index) if on_gpu else None
+    stream = torch._C._cuda_getCurrentRawStream(device.index) if on_gpu else 0
     tensors: list[Tensor | None] = [None] * plan.registers
     address = [0] * plan.registers
     for register, x in enumerate(inputs):
@@ -195,6 +196,8 @@ class _Buffer:
         self.base = x.data_ptr() if kind == "input" else x.untyped_storage().data_ptr()
         self.bytes = x.untyped_storage().nbytes()
         self.contiguous = x.is_contiguous()
+        # while it exists, no other storage gets the address by which this one is known
+        self.storage = StorageWeakRef(x.untyped_storage())
         self.made, self.last = made, made  # instructions before it, and the last that uses it
         self.of_inputs = kind == "input"  # its content depends on them
         self.register = -1
@@ -240,7 +243,7 @@ class Recorder(TorchDispatchMode):
         for x, buffer in zip(inputs, self.inputs, strict=True):
             if x is not None:
                 there = self.input_storages.setdefault(x.untyped_storage()._cdata, [])
-                there.append((buffer, buffer.base + _extent(x)))
+                there.append((buffer, buffer.base + extent(x)))
         self.storages: dict[int, _Buffer] = {}
         self.buffers: list[_Buffer] = []
         self.hooks: Any = None
@@ -371,7 +374,7 @@ class Recorder(TorchDispatchMode):
         self.instructions.append(Operator(call, values, views, nests, length, options, made))
 
 
-def _extent(x: Tensor) -> int:
+def extent(x: Tensor) -> int:
     """Bytes from a tensor's first element to the end of its last."""
     if not x.numel():
         return 0
@@ -435,15 +438,13 @@ def record(
 
 def _overlap(x: Tensor, y: Tensor) -> bool:
     begin, other = x.data_ptr(), y.data_ptr()
-    return begin < other + _extent(y) and other < begin + _extent(x)
+    return begin < other + extent(y) and other < begin + extent(x)
 
 
 class _Writer:
     """Gives every buffer a register, and writes the plan."""
 
-    def __init__(
-        self, watch: Recorder, device: torch.device, outputs: list[_Place | None]
-    ) -> None:
+    def __init__(self, watch: Recorder, device: torch.device, outputs: list[_Place | None]) -> None:
         self.watch, self.device, self.outputs = watch, device, outputs
         self.registers = _WORKSPACE + 1
         returned = {id(place.buffer) for place in outputs if place is not None}
@@ -466,9 +467,8 @@ class _Writer:
         return self.registers - 1
 
     def plan(self, about: Any) -> Plan:
-        if any(b.device != self.device for b in self.own + [
-            b for b in self.watch.buffers if id(b) in self.shared and b.bytes
-        ]):  # fmt: skip
+        own = [b for b in self.watch.buffers if b.kind == "empty" and b.bytes]
+        if any(b.device != self.device for b in own):
             raise NotRecorded(f"a buffer is not on {self.device}")
         instructions = []
         for number, instruction in enumerate(self.watch.instructions):

@@ -58,10 +58,7 @@ class _Step(torch.autograd.Function):
                 dz = dz.to(dtype)
             n = dz.shape[0] // views
             dz1, dz2 = (dz[:n] if need_z1 else None), (dz[-n:] if need_z2 else None)
-        if grad is None or dtau is None:
-            dtau = None
-        else:
-            dtau = (dtau * grad).to(dtype_of_tau)
+        dtau = None if grad is None or dtau is None else (dtau * grad).to(dtype_of_tau)
         return None, dz1, dz2, dtau, None
 
 
@@ -85,9 +82,7 @@ _NO_KEY = None, None
 Found = tuple[tuple[Tensor, str, str] | None, Any]
 
 
-def again(
-    z1: Tensor, z2: Tensor, temperature: Any, call: Call, ids: Tensor | None = None
-) -> Found:
+def again(z1: Tensor, z2: Tensor, temperature: Any, call: Call, ids: Tensor | None = None) -> Found:
     """The loss of a call whose key has a plan; not for compiled graphs.
 
     It is one function without a call of Python but the plan's, because it is paid for at each step.
@@ -176,7 +171,7 @@ def prepare(
     if not (call.ready and key in call.ready):
         call.remember(key, _SEEN)
         return False
-    if call.ready.get(key) != _SEEN:
+    if call.ready.get(key) is not _SEEN or capturing(inputs[0]):
         return False
     z1, z2, temperature, _ = inputs
     need = Need.of(z1, z2, torch.empty(()) if temperature is None else temperature)
@@ -197,6 +192,11 @@ def prepare(
         return False
     call.remember(key, plan)
     return True
+
+
+def capturing(z: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, which must not hold the recorded step as well."""
+    return z.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 #: In place of the plan of a key that one call had; a reason stands there if there is no plan.

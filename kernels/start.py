@@ -66,7 +66,9 @@ def through_handle(
     try:
         spy.launch = lambda *given: received.append(given)
         blocks = (*grid, 1, 1)[:3]
-        spy(*blocks, stream, compiled.function, compiled.packed_metadata, None, None, None, *ordered)
+        spy(
+            *blocks, stream, compiled.function, compiled.packed_metadata, None, None, None, *ordered
+        )
     except (AttributeError, TypeError):
         return None
     (given,) = received or ((),)

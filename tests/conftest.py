@@ -136,6 +136,14 @@ def square_tile(rows, dim):
 
 
 @pytest.fixture(autouse=True)
+def _own_plans():
+    """A test replaces what chooses kernels, so that no plan outlives it."""
+    from alphacl_fast import launches
+
+    launches.forget()
+
+
+@pytest.fixture(autouse=True)
 def _large_interpreted_tiles(monkeypatch):
     """The interpreter's time goes by the number of tiles."""
     from alphacl_fast.backend import triton

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from triton import jit
 from triton.runtime.interpreter import GridExecutor
 
-from alphacl_fast import FusedAlphaCLLoss, PairLoss, PairWeight, ops
+from alphacl_fast import FusedAlphaCLLoss, PairLoss, PairWeight, launches, ops
 from alphacl_fast.backend import cuda, filling, gpu, triton
 from alphacl_fast.bundles import PairFunction, Pairing, Rows, RowScalars, Weight
 from alphacl_fast.functional import alpha_cl_loss
@@ -55,6 +55,7 @@ def set_tile(monkeypatch, *shape, symmetric_tiles=False, multiprocessors=3):
     shape = Tile(rows, cols, features, warps=4, stages=1, symmetric=symmetric_tiles)
     monkeypatch.setattr(triton, "tile", lambda sweep, mode, dim, n, device: shape)
     monkeypatch.setattr(gpu, "multiprocessors_of", lambda device: multiprocessors)
+    launches.forget()
 
 
 def assert_equal(z1, z2, member, bound=1e-10, **setting):
@@ -462,6 +463,7 @@ def test_launches_of_a_step(name, options, shared, own, monkeypatch):
     set_tile(monkeypatch, 8, 2, 8)
     for splits, most in ((4, shared), (1, own)):
         monkeypatch.setattr(filling, "splits_of", lambda *sizes, splits=splits: splits)
+        launches.forget()
         z1, z2 = (z.requires_grad_() for z in pair(8, 8, torch.float32))
         loss(z1, z2).backward()
         z1.grad = z2.grad = None

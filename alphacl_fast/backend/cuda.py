@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import launches
 from ..bundles import (
     MOST_PARAMETERS,
     Dtype,
@@ -29,7 +30,6 @@ from ..bundles import (
     accumulation_dtype,
     rows_of_terms,
 )
-from .. import launches
 from ..objectives import KINDS, codes_checksum, is_compiled
 from . import forms, gpu
 
@@ -423,8 +423,15 @@ def _run_rows(finish: bool, f: Tensor, buffers: dict[str, Tensor | None], **fiel
         name: _address(name, x, f.dtype if name in given else wide, f.device, name in given)
         for name, x in buffers.items()
     }
+    # a plan calls it again for other views, whose memory may end with their last row
+    elements = {name: _elements(x) for name, x in buffers.items()}
+    elements |= {
+        name: launches.extent(x) // x.itemsize
+        for name in ("z1", "z2")
+        if (x := buffers.get(name)) is not None
+    }
     struct = _PairRows(
-        **addresses, elements=tuple(_elements(buffers.get(name)) for name in _ROW_BUFFERS),
+        **addresses, elements=tuple(elements.get(name, 0) for name in _ROW_BUFFERS),
         n_pairs=len(f) // 2, dim=f.shape[1], stride=f.stride(0), dtype=Dtype.of(f.dtype), **fields,
     )  # fmt: skip
     _run("alphacl_cuda_rows", f.device, struct, buffers, int(finish))

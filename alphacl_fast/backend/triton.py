@@ -43,9 +43,7 @@ def _kernels() -> SimpleNamespace:
 
     from alphacl_fast.kernels import config, rows, start, sweeps, trace
 
-    return SimpleNamespace(
-        tl=tl, config=config, rows=rows, start=start, sweeps=sweeps, trace=trace
-    )
+    return SimpleNamespace(tl=tl, config=config, rows=rows, start=start, sweeps=sweeps, trace=trace)
 
 
 @functools.cache
