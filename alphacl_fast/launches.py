@@ -274,6 +274,8 @@ class Recorder(TorchDispatchMode):
             if any(self._of_inputs(x) for x in _tensors(args)):
                 raise NotRecorded(f"the host reads the result of {func._schema.name}")
             return found
+        if _has_shape_of_content(func, args) and any(self._of_inputs(x) for x in _tensors(args)):
+            raise NotRecorded(f"the shape of the result of {func._schema.name} is not known")
         fresh = [x.untyped_storage()._cdata not in storages for x in results]
         if func._schema.name in _EMPTY:
             self._new("empty", found)
@@ -338,6 +340,16 @@ class Recorder(TorchDispatchMode):
                 return buffer
         raise NotRecorded(f"a tensor {tuple(x.shape)} comes from outside of the step")
 
+    def _is_number(self, x: Tensor) -> bool:
+        """Whether a tensor is a number of Python that PyTorch has wrapped for an operator.
+
+        Such a tensor does not take part in type promotion, by which it is known.
+        """
+        if x.dim() or not x.is_cpu or x.untyped_storage()._cdata in self.storages:
+            return False
+        narrow = {torch.float64: torch.float32, torch.int64: torch.int32}.get(x.dtype)
+        return narrow is not None and torch.result_type(x, torch.empty((), dtype=narrow)) == narrow
+
     def _place(self, x: Tensor) -> _Place:
         buffer = self._buffer(x)
         buffer.last = len(self.instructions)
@@ -362,16 +374,26 @@ class Recorder(TorchDispatchMode):
         named: bool = False,
     ) -> None:
         flat, nests, length = _flat(args, named)
-        views = tuple((k, self._place(x)) for k, x in enumerate(flat) if isinstance(x, Tensor))
+        seen = {k: x for k, x in enumerate(flat) if isinstance(x, Tensor)}
+        seen = {k: x for k, x in seen.items() if not self._is_number(x)}
+        views = tuple((k, self._place(x)) for k, x in seen.items())
         if any(True for _ in _tensors(options.values())):
             raise NotRecorded(f"{call} has a tensor as an option")
-        values = [None if isinstance(x, Tensor) else x for x in flat]
+        values = [None if k in seen else x for k, x in enumerate(flat)]
         of_inputs = any(place.buffer.of_inputs for _, place in views)
         made = [self._new("result", x) for x in results]
         for buffer in (*made, *(place.buffer for _, place in views)):
             buffer.of_inputs = buffer.of_inputs or of_inputs
         call = getattr(call, "_op", call)  # of an operator: what its Python wrapper calls
         self.instructions.append(Operator(call, values, views, nests, length, options, made))
+
+
+def _has_shape_of_content(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the shape of an operator's result depends on the content of a tensor."""
+    if torch.Tag.dynamic_output_shape not in func.tags:
+        return False
+    by_mask = any(x.dtype in (torch.bool, torch.uint8) for x in _tensors(args[1:]))
+    return by_mask or func._schema.name != "aten::index"
 
 
 def extent(x: Tensor) -> int:

@@ -467,13 +467,13 @@ def test_launches_of_a_step(name, options, shared, own, monkeypatch):
         z1, z2 = (z.requires_grad_() for z in pair(8, 8, torch.float32))
         loss(z1, z2).backward()
         z1.grad = z2.grad = None
-        with monkeypatch.context() as patch, _Launches(patch) as launches:
+        with monkeypatch.context() as patch, _Launches(patch) as seen:
             loss(z1, z2).backward()
         if (name, options, splits) == ("infonce", {}, 4):
             after = ["pair_grad", "sum", "finish_rows_kernel", "mean", "ones_like", "mul"]
-            assert launches.names == ["full", *BEFORE_THE_GRADIENT, *after]
-        assert "_local_scalar_dense" not in launches.names
-        assert len(launches.names) == most, launches.names
+            assert seen.names == ["full", *BEFORE_THE_GRADIENT, *after]
+        assert "_local_scalar_dense" not in seen.names
+        assert len(seen.names) == most, seen.names
 
 
 @pytest.mark.parametrize(("multiprocessors", "each"), [(1, 4), (2, 5)])
@@ -484,7 +484,7 @@ def test_launches_of_a_min_player(multiprocessors, each, monkeypatch):
     for most in (2, 3, 4):  # the first one compiles
         monkeypatch.setattr("alphacl_fast.objectives.MinPlayer.max_sweeps", most)
         z1, z2 = (z.requires_grad_() for z in pair(32, 16, torch.float32))
-        with monkeypatch.context() as patch, _Launches(patch) as launches:
+        with monkeypatch.context() as patch, _Launches(patch) as seen:
             FusedAlphaCLLoss("alpha_gamma", temperature=1e-4, backend="triton")(z1, z2).backward()
-        names[most] = launches.names
+        names[most] = seen.names
     assert [len(names[4]) - len(names[3]), names[4].count("row_step_kernel")] == [each, 6]

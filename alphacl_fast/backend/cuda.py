@@ -373,7 +373,7 @@ class _Sweep(gpu.Sweep):
             out[0] = largest
             out[1:] = (workspace[:, 1:] * factor.unsqueeze(1)).sum(0)
         elif self.form == Form.CONSTANT:
-            out[0] = self.shift
+            out[0].fill_(self.shift)
             out[1:] = workspace.sum(0)
         else:
             out.copy_(workspace.sum(0))

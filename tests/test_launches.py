@@ -1,0 +1,536 @@
+"""Plans of the GPU backends: a replayed step is the ordinary one, with less Python."""
+
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import types
+import weakref
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import square_tile
+from counting import Eager, calls_of, eager, operators_of
+from family import pair
+
+from alphacl_fast import FusedAlphaCLLoss, PairLoss, functional, launches, steps
+from alphacl_fast.backend import cuda, gpu, triton
+from alphacl_fast.call import MOST_READY
+from alphacl_fast.functional import alpha_cl_loss
+
+TESTS = Path(__file__).parent
+needs_emulator = pytest.mark.skipif(
+    not cuda.emulated(), reason="no emulated library (tests/conftest.py says why)"
+)
+BACKENDS = [pytest.param("cuda", marks=needs_emulator), "triton"]
+
+
+@pytest.fixture(autouse=True)
+def small_interpreted_tiles(monkeypatch):
+    """Two row blocks, so that the interpreter has partial sums, and takes little time."""
+    monkeypatch.setattr(triton, "tile", lambda sweep, mode, dim, n, device: square_tile(8, dim))
+
+
+def plans(loss):
+    """The plans that a module has."""
+    return [x for x in (loss._call.ready or {}).values() if isinstance(x, launches.Plan)]
+
+
+def step(loss, z1, z2, *more):
+    """The loss, and the gradient of every view that wants one."""
+    value = loss(z1, z2, *more)
+    wants = [z for z in (z1, z2, loss.temperature) if getattr(z, "requires_grad", False)]
+    grads = torch.autograd.grad(value, wants) if wants and torch.is_grad_enabled() else ()
+    return value.detach(), *grads
+
+
+def replayed(monkeypatch):
+    """The plans that are run from now on."""
+    ran, apply = [], steps._apply
+
+    def note(plan, *inputs):
+        ran.append(plan)
+        return apply(plan, *inputs)
+
+    monkeypatch.setattr(steps, "_apply", note)
+    return ran
+
+
+def assert_equal_to_ordinary(loss, make, monkeypatch, calls=2):
+    """The third call and later ones give the bits of ordinary ones, from a plan."""
+    for _ in range(2):
+        step(loss, *make())
+    ran = replayed(monkeypatch)
+    for _ in range(calls):
+        given = [*make()]
+        ours = step(loss, *given)
+        with monkeypatch.context() as patch:
+            patch.setattr(steps, "again", lambda *_: (None, None))
+            ordinary = step(loss, *given)
+        assert all(map(torch.equal, ours, ordinary))
+        assert [x.dtype for x in ours] == [x.dtype for x in ordinary]
+    assert len(ran) == calls
+
+
+# --- how much Python and PyTorch ------------------------------------------------------------------
+
+
+@needs_emulator
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_of_cuda_calls_no_more_than_the_eager_loss(precision):
+    """It is the cheapest eager loss, called as a function and as a module."""
+    z1, z2 = (z.requires_grad_() for z in pair(12, 8, precision))
+    for ours, theirs in (
+        (partial(alpha_cl_loss, backend="cuda"), eager),
+        (FusedAlphaCLLoss(backend="cuda"), Eager()),
+    ):
+        for _ in range(3):
+            ours(z1, z2).backward()
+            theirs(z1, z2).backward()
+        calls, of_eager = (calls_of(lambda f=f: f(z1, z2).backward()) for f in (ours, theirs))
+        assert len(calls) <= len(of_eager), calls
+        assert "replay" in calls
+        found, of_eager = (operators_of(lambda f=f: f(z1, z2).backward()) for f in (ours, theirs))
+        assert len(found) <= len(of_eager), found
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """What Triton's own launchers receive, from a process without a GPU (launched.py)."""
+    compiler = shutil.which("gcc")
+    if not sys.platform.startswith("linux") or compiler is None:
+        pytest.skip("Triton's launchers need gcc, on Linux")
+    import triton as package
+
+    folder = tmp_path_factory.mktemp("libcuda")
+    include = Path(package.__file__).parent / "backends" / "nvidia" / "include"
+    stub = folder / "libcuda.so.1"
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", f"-I{include}", "-o", stub, TESTS / "stub_libcuda.c"],
+        check=True,
+    )
+    paths = {"TRITON_LIBCUDA_PATH": folder, "LD_LIBRARY_PATH": folder, "TRITON_CACHE_DIR": folder}
+    environment = os.environ | {name: str(path) for name, path in paths.items()}
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), *sys.path])
+    process = subprocess.run(
+        [sys.executable, TESTS / "launched.py", stub],
+        env=environment, stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    return json.loads(process.stdout)
+
+
+@pytest.mark.parametrize(
+    "case", ["probe 1 0", "probe 32 0", "probe 32 1", "module 0", "module 1", "function"]
+)
+def test_a_handle_launches_what_triton_would(case, launched):
+    """The same kernels on the same grids and stream, with the same numbers and alignments.
+
+    An integer 1 and an address that is no multiple of 16 bytes have kernels of their own.
+    """
+    found = launched[case]
+    assert len(found["ordinary"]) == (1 if "probe" in case else 7)
+    for ours, theirs in zip(found["replayed"], found["ordinary"], strict=True):
+        for field in ("name", "handle", "head", "numbers"):
+            assert ours[field] == theirs[field], (field, ours, theirs)
+        assert [x % 16 for x in ours["pointers"]] == [x % 16 for x in theirs["pointers"]]
+    first = found["replayed"][0]["pointers"]
+    if "probe" in case:
+        assert (found["kinds"], first[0]) == (["Kernel"], found["x"])
+    else:
+        assert first[:2] == found["views"]
+        assert "replay" in found["calls"]
+
+
+def test_kernels_are_specialised_on_what_the_key_holds(launched):
+    handles = [launched[case]["replayed"][0]["handle"] for case in ("probe 1 0", "probe 32 0")]
+    handles += [launched[f"module {k}"]["replayed"][0]["handle"] for k in (0, 1)]
+    assert len({*handles}) == 4
+
+
+def test_a_step_of_triton_calls_no_more_than_the_eager_loss(launched):
+    z1, z2 = (z.requires_grad_() for z in pair(40, 16, torch.float32))
+    for case, theirs in (("module 0", Eager()), ("function", eager)):
+        for _ in range(2):
+            theirs(z1, z2).backward()
+        calls = calls_of(lambda f=theirs: f(z1, z2).backward())
+        assert len(launched[case]["calls"]) <= len(calls), launched[case]["calls"]
+        operators = operators_of(lambda f=theirs: f(z1, z2).backward())
+        assert len(launched[case]["operators"]) <= len(operators), launched[case]["operators"]
+
+
+def test_hooks_of_triton_see_every_launch(launched):
+    """A profiler of Triton's launches gets the ordinary ones."""
+    assert launched["hooked"] == [x["name"] for x in launched["module 0"]["ordinary"]]
+
+
+# --- a replayed step is the ordinary one ----------------------------------------------------------
+
+SETTINGS = [
+    {},
+    {"objective": "alpha_direct", "detach_alpha": False},
+    {"objective": "triplet", "reduction": "sum"},
+    {"negatives": "cross_view", "max_gap": 0.1},
+    {"negatives": "one_view", "similarity": "euclidean"},
+    {"negatives": "cross_view", "symmetric": False, "similarity": "dot"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bits(backend, settings, monkeypatch, poisoned):
+    """Of other views than those of the recorded step."""
+    if backend == "cuda" and "max_gap" in settings:
+        settings = {k: v for k, v in settings.items() if k != "max_gap"}
+    loss = FusedAlphaCLLoss(**settings, backend=backend)
+    make = partial(map, torch.Tensor.requires_grad_)
+    assert_equal_to_ordinary(loss, lambda: make(pair(7, 6, torch.float32)), monkeypatch, calls=1)
+    assert plans(loss)
+
+
+@needs_emulator
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [6, 300])
+def test_bits_of_dtypes(dtype, dim, monkeypatch):
+    """Of rows in registers, and of long ones, whose weights a vendor product multiplies."""
+    monkeypatch.setattr(gpu, "WORKSPACE", 1 << 14)  # runs of row blocks
+    loss = FusedAlphaCLLoss(backend="cuda")
+    make = partial(map, torch.Tensor.requires_grad_)
+    assert_equal_to_ordinary(loss, lambda: make(pair(70, dim, dtype)), monkeypatch, calls=1)
+
+
+def _transposed():
+    return [torch.randn(6, 9).t()[:8].requires_grad_() for _ in "12"]
+
+
+def _halves():
+    return torch.randn(16, 6).requires_grad_().chunk(2)
+
+
+def _misaligned():
+    return [torch.randn(49)[1:].view(8, 6).requires_grad_() for _ in "12"]
+
+
+def _apart():
+    return [torch.randn(8, 20)[:, 3:9].requires_grad_() for _ in "12"]
+
+
+@needs_emulator
+@pytest.mark.parametrize(
+    ("make", "count"), [(_transposed, 2), (_misaligned, 2), (_apart, 2), (_halves, 1)]
+)
+def test_strides_and_alignments_have_plans_of_their_own(make, count, monkeypatch):
+    """Halves of a tensor lie as other views do."""
+    loss = FusedAlphaCLLoss(backend="cuda")
+    for _ in range(3):
+        step(loss, *(z.requires_grad_() for z in pair(8, 6, torch.float32)))
+    assert len(plans(loss)) == 1
+    assert_equal_to_ordinary(loss, make, monkeypatch)
+    assert len(plans(loss)) == count
+
+
+@needs_emulator
+def test_views_that_end_with_their_memory(monkeypatch):
+    """A plan that is recorded with views inside of a larger tensor serves others."""
+    loss = FusedAlphaCLLoss(backend="cuda")
+    large = torch.randn(30, 6)
+    for _ in range(2):
+        step(loss, large[:8].requires_grad_(), large[8:16].requires_grad_())
+    ran = replayed(monkeypatch)
+    step(loss, *(torch.randn(8, 6).requires_grad_() for _ in "12"))
+    assert len(ran) == 1
+
+
+@needs_emulator
+def test_wanted_gradients_change_between_calls(monkeypatch):
+    loss = FusedAlphaCLLoss(backend="cuda")
+    wanted = [(True, True), (True, False), (False, True), (False, False)] * 4
+    ran = replayed(monkeypatch)
+    for number, wants in enumerate(wanted):
+        z1, z2 = (z.requires_grad_(w) for z, w in zip(pair(8, 6), wants, strict=True))
+        ours = step(loss, z1, z2)
+        with torch.no_grad():
+            without = step(loss, z1, z2)
+        theirs = step(FusedAlphaCLLoss(backend="cuda"), z1, z2)
+        assert torch.equal(without[0], ours[0])
+        assert all(map(torch.equal, ours, theirs))
+        assert len(ours) == 1 + sum(wants), number
+    assert len(ran) >= 20
+
+
+@needs_emulator
+def test_ids_and_temperatures(monkeypatch):
+    monkeypatch.setattr(cuda, "OPTIONAL_OPERANDS", {"ids"})
+    tau = torch.nn.Parameter(torch.tensor(0.4))
+    loss = FusedAlphaCLLoss("alpha_direct", backend="cuda", temperature=0.3)
+    learnt = FusedAlphaCLLoss(backend="cuda", temperature=tau)
+    make = partial(map, torch.Tensor.requires_grad_)
+    assert_equal_to_ordinary(loss, lambda: make(pair(8, 6)), monkeypatch)
+    assert_equal_to_ordinary(learnt, lambda: make(pair(8, 6)), monkeypatch)
+    before = step(learnt, *pair(8, 6))
+    with torch.no_grad():
+        tau.mul_(2)  # a value that the host reads is a part of the key
+    z1, z2 = pair(8, 6)
+    for _ in range(3):
+        ours = step(learnt, z1, z2)
+        theirs = step(FusedAlphaCLLoss(backend="cuda", temperature=tau), z1, z2)
+        assert all(map(torch.equal, ours, theirs))
+    assert not torch.equal(before[0], ours[0])
+
+
+def test_ids_are_an_input(monkeypatch):
+    loss = FusedAlphaCLLoss(backend="triton")
+    make = lambda: (*(z.requires_grad_() for z in pair(7, 6)), torch.randint(3, (7,)))  # noqa: E731
+    assert_equal_to_ordinary(loss, make, monkeypatch, calls=1)
+
+
+@needs_emulator
+def test_a_temperature_that_only_the_device_knows(monkeypatch):
+    """Its value is no part of the key: one plan serves all."""
+    monkeypatch.setattr(functional, "known", lambda given: None)
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    tau = torch.nn.Parameter(torch.tensor(0.4))
+    loss = FusedAlphaCLLoss(backend="cuda", temperature=tau)
+
+    def make():
+        with torch.no_grad():
+            tau.mul_(0.9)
+        return (z.requires_grad_() for z in pair(8, 6, torch.float32))
+
+    assert_equal_to_ordinary(loss, make, monkeypatch, calls=3)
+    assert len(plans(loss)) == 1
+
+
+@needs_emulator
+def test_autocast_does_not_reach_the_step(monkeypatch):
+    loss = FusedAlphaCLLoss(backend="cuda")
+    z1, z2 = (z.requires_grad_() for z in pair(70, 80, torch.float32))  # long rows: a product
+    ordinary = step(loss, z1, z2)
+    ran = replayed(monkeypatch)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(3):
+            assert all(map(torch.equal, step(loss, z1, z2), ordinary))
+        assert torch.is_autocast_enabled("cpu")
+    assert ran
+
+
+@needs_emulator
+def test_a_scaled_gradient_and_a_second_derivative():
+    loss = FusedAlphaCLLoss(backend="cuda")
+    z1, z2 = (z.requires_grad_() for z in pair(8, 6))
+    grads = [torch.autograd.grad(loss(z1, z2) * 3, (z1, z2), retain_graph=True) for _ in "1234"]
+    assert all(torch.equal(a, b) for later in grads for a, b in zip(later, grads[0], strict=True))
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    (g,) = torch.autograd.grad(loss(z1, z2) * scale, z1, create_graph=True)
+    (of_scale,) = torch.autograd.grad(g.sum(), scale, retain_graph=True)
+    assert torch.allclose(of_scale, g.sum() / 2)
+    with pytest.raises(RuntimeError, match="a second derivative of the loss"):
+        torch.autograd.grad(g.square().sum(), z1)
+
+
+# --- what a plan is made for, and what not --------------------------------------------------------
+
+
+@needs_emulator
+def test_what_cannot_be_replayed_says_why():
+    loss = FusedAlphaCLLoss("alpha_square", backend="cuda")
+    for _ in range(3):
+        step(loss, *pair(8, 6))
+    assert [*loss._call.ready.values()] == [
+        "the host reads the result of aten::_local_scalar_dense"
+    ]
+    same = pair(8, 6)[0].requires_grad_()
+    loss = FusedAlphaCLLoss(backend="cuda")
+    for _ in range(3):
+        loss(same, same).backward()
+    assert [*loss._call.ready.values()] == ["two inputs share memory"]
+
+
+@needs_emulator
+def test_users_functions_and_single_losses_have_no_plan():
+    z1, z2 = pair(8, 6)
+    scale = 1.0
+    for loss in (
+        FusedAlphaCLLoss(reduction="none", backend="cuda"),
+        FusedAlphaCLLoss(backend="blocked"),
+        FusedAlphaCLLoss(PairLoss(None, lambda gap: torch.exp(scale * gap)), backend="triton"),
+    ):
+        for _ in range(3):
+            loss(z1, z2)
+        assert not plans(loss)
+
+
+@needs_emulator
+def test_watched_and_transformed_tensors_have_no_key():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    z1, z2 = pair(8, 6)
+    call = FusedAlphaCLLoss(backend="cuda")._call
+    key = lambda *given: steps.again(*given, call)[1]  # noqa: E731
+    assert key(z1, z2, 0.5)
+    with Watch():
+        assert key(z1, z2, 0.5) is None
+    seen = []
+    torch.func.vmap(lambda z: (seen.append(key(z, z2, 0.5)), z)[1])(z1[None])
+    assert seen == [None]
+    assert key(z1.to("meta"), z2.to("meta"), 0.5) is None
+    assert key(z1, z2.float(), 0.5) is None
+    assert key(torch._neg_view(z1), z2, 0.5) is None
+    assert key(z1, z2, True) is None
+    assert key(z1, z2, torch.ones(2)) is None
+    assert key(z1.to_sparse(), z2, 0.5) is None
+    assert key(z1, z2, 0.5) != key(z1, z2, 0.6)
+    assert steps.again(z1, z2, 0.5, FusedAlphaCLLoss()._call)[1] is None  # "auto" on a CPU
+
+
+@needs_emulator
+def test_bad_input_is_refused_whatever_has_a_plan():
+    z1, z2 = pair(8, 6)
+    for _ in range(4):
+        alpha_cl_loss(z1, z2, backend="cuda")
+    with pytest.raises(TypeError, match="symmetric must be True or False, got 1"):
+        alpha_cl_loss(z1, z2, backend="cuda", symmetric=1)
+    with pytest.raises(TypeError, match="temperature must be a float or a tensor, got bool"):
+        alpha_cl_loss(z1, z2, backend="cuda", temperature=True)
+    with pytest.raises(ValueError, match="z2 must have the shape of z1"):
+        alpha_cl_loss(z1, z2[:, :5], backend="cuda")
+    with pytest.raises(ValueError, match="similarity must be one of"):
+        alpha_cl_loss(z1, z2, backend="cuda", similarity=["cosine"])
+
+
+@needs_emulator
+def test_other_kernels_make_other_plans(monkeypatch):
+    loss = FusedAlphaCLLoss(backend="cuda")
+    views = pair(8, 6)
+    ran = replayed(monkeypatch)
+    for _ in range(3):
+        loss(*views)
+    assert len(ran) == 2
+    for context in (cuda.symmetric(False), cuda.hopper(False)):
+        with context:
+            loss(*views)
+        loss(*views)
+    assert len(ran) == 2
+    z1, z2 = pair(8, 6, torch.float32)
+    for _ in range(3):
+        loss(z1, z2)
+    before, torch.backends.mkldnn.matmul.fp32_precision = "none", "bf16"
+    try:
+        loss(z1, z2)
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    assert len(ran) == 4
+
+
+# --- what it keeps --------------------------------------------------------------------------------
+
+
+@needs_emulator
+def test_no_tensor_stays_alive():
+    loss = FusedAlphaCLLoss(backend="cuda")
+    for _ in range(4):
+        z1, z2 = (z.requires_grad_() for z in pair(8, 6))
+        value = loss(z1, z2)
+        value.backward()
+    held = [weakref.ref(x) for x in (z1, z2, value)]
+    del z1, z2, value
+    gc.collect()
+    assert not any(x() is not None for x in held)
+    tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+    known = {id(x) for x in tensors if any(r is plans(loss)[0] for r in gc.get_referrers(x))}
+    assert not known
+
+
+@needs_emulator
+def test_plans_are_few():
+    loss = FusedAlphaCLLoss(backend="cuda")
+    for number in range(2 * MOST_READY):
+        for _ in range(2):
+            loss(*pair(2 + number, 1, torch.float32))
+        assert len(loss._call.ready) <= MOST_READY
+    loss = FusedAlphaCLLoss(backend="cuda")
+    for _ in range(3):
+        loss(*pair(4, 2))
+    import copy
+    import pickle
+
+    assert not copy.deepcopy(loss)._call.ready
+    assert not pickle.loads(pickle.dumps(loss))._call.ready
+
+
+@needs_emulator
+def test_threads_share_a_plan():
+    loss = FusedAlphaCLLoss(backend="cuda")
+    batches = [[z.requires_grad_() for z in pair(20, 6)] for _ in range(4)]
+    expected = [step(loss, *views) for views in batches]
+    wrong = []
+
+    def work(number):
+        for _ in range(5):
+            found = step(loss, *batches[number])
+            wrong.extend(x for x, y in zip(found, expected[number], strict=True) if (x != y).any())
+
+    workers = [threading.Thread(target=work, args=(k,)) for k in range(len(batches))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def _buffer(size, made, last):
+    return types.SimpleNamespace(bytes=size, made=made, last=last, offset=None)
+
+
+def test_buffers_share_bytes_only_apart_in_time():
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda high: int(torch.randint(high, (), generator=generator))  # noqa: E731
+    for _ in range(50):
+        buffers = [_buffer(draw(2000), made := draw(10), made + draw(5)) for _ in range(12)]
+        total = launches.layout(buffers)
+        for k, x in enumerate(buffers):
+            assert x.offset % launches.ALIGNMENT == 0
+            assert x.offset + x.bytes <= total
+            for y in buffers[:k]:
+                apart = x.last < y.made or y.last < x.made
+                disjoint = x.offset + x.bytes <= y.offset or y.offset + y.bytes <= x.offset
+                assert apart or disjoint or not (x.bytes and y.bytes), (x, y)
+    one_after_another = [_buffer(1000, k, k) for k in range(5)]
+    assert launches.layout(one_after_another) == 1024
+
+
+def test_unknown_tensors_and_numbers_are_not_recorded():
+    x, foreign = torch.randn(4), torch.randn(4)
+    for step, why in (
+        (lambda x: (x + foreign,), "comes from outside of the step"),
+        (lambda x: (x * float(x.sum()),), "the host reads the result of aten::_local_scalar_dense"),
+        (lambda x: (x[x > 0],), "the shape of the result of aten::index is not known"),
+        (lambda x: (torch.add(x, x, out=torch.empty(4)),), "has a tensor as an option"),
+    ):
+        with pytest.raises(launches.NotRecorded, match=why):
+            launches.record(step, (x,), {})
+    with pytest.raises(launches.NotRecorded, match="two inputs share memory"):
+        launches.record(lambda x, y: (x + y,), (x, x[1:]), {})
+
+
+def test_a_result_that_is_freed_may_be_followed_by_another_at_its_address():
+    """Storages are told apart though the allocator gives an address twice."""
+
+    def step(x):
+        total = x.sum()
+        for k in range(6):
+            total = (x * k).sum() + total.clone()
+        return (total,)
+
+    plan = launches.record(step, (torch.randn(500),), {})
+    x = torch.randn(500)
+    (ours,) = launches.replay(types.SimpleNamespace(), plan, x)
+    assert torch.equal(ours, step(x)[0])
