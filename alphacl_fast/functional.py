@@ -25,7 +25,7 @@ from .call import (
     as_operator,
     without_autocast,
 )
-from .objectives import DEFAULTS, ClosedForm, Objective, make
+from .objectives import DEFAULTS, ClosedForm, Objective, is_built_in, make
 
 SIMILARITIES = ("cosine", "dot", "euclidean")
 NEGATIVES = ("two_view", "one_view", "cross_view")
@@ -41,7 +41,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 #: `guided.loss`, which is made of losses with explicit negatives, and they of this module.
 GUIDED: list[Callable[..., Tensor]] = []
-#: Calls of `alpha_cl_loss` with the usual settings, by these: what they keep serves the next one.
+#: Calls of `alpha_cl_loss` by its settings: what they keep serves the next one.
 _CALLS: dict[tuple[Any, ...], Call] = {}
 #: τ, or what SigLIP has in its place: (scale, bias).
 Temperature = float | Tensor | tuple[float | Tensor, float | Tensor]
@@ -149,19 +149,21 @@ def alpha_cl_loss(
 
     Source: arXiv:2201.12680; the docstring of each objective names its equation and origin.
     """
-    settings = None
+    settings = key = None
     if not torch.compiler.is_dynamo_compiling() and (
-        type(objective) is type(similarity) is type(negatives) is type(reduction) is str
-        and type(backend) is type(strategy) is str
-        and type(symmetric) is bool
-        and (precision is None or type(precision) is str)
+        process_group is ranks_per_node is guide is None
         and type(guide_margin) is float
         and (strategy, guide_margin) == ("auto", 0.0)
-        and process_group is ranks_per_node is max_gap is guide is workspace is None
-        and not options
     ):
-        settings = objective, similarity, negatives, symmetric, reduction, backend, precision
-        call = _CALLS.get(settings)
+        settings = (
+            objective, similarity, negatives, symmetric, reduction, backend, precision, max_gap,
+            workspace, *options.items(),
+            *map(type, (symmetric, max_gap, workspace, *options.values())),  # True is not 1
+        )  # fmt: skip
+        try:
+            call = _CALLS.get(settings)
+        except TypeError:  # the checks say which value it is that cannot be hashed
+            call = settings = None
         if call is not None:
             found, key = steps.again(z1, z2, temperature, call, ids)
             return (found or evaluate(z1, z2, temperature, call, ids, key))[0]
@@ -185,14 +187,15 @@ def alpha_cl_loss(
             distributed.agree(group, None, None, None, None, error)  # raises
         raise
     check_guide_margin(guide_margin)
-    if settings is not None:
+    if settings is not None and is_built_in(call.objective):
         if len(_CALLS) >= MOST_READY:
             _CALLS.clear()
         _CALLS[settings] = call
+        _, key = steps.again(z1, z2, temperature, call, ids)
     if guide is not None:
         (guided_loss,) = GUIDED
         return guided_loss(z1, z2, temperature, call, ids, guide, guide_margin)
-    return evaluate(z1, z2, temperature, call, ids)[0]
+    return evaluate(z1, z2, temperature, call, ids, key)[0]
 
 
 def make_group(

@@ -193,7 +193,7 @@ class _Buffer:
     def __init__(self, kind: str, x: Tensor, made: int) -> None:
         self.kind = kind  # input, empty (allocated by the step) or result (by an operator)
         self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
-        self.base = x.data_ptr() if kind == "input" else x.untyped_storage().data_ptr()
+        self.base = x.data_ptr()
         self.bytes = x.untyped_storage().nbytes()
         self.contiguous = x.is_contiguous()
         # while it exists, no other storage gets the address by which this one is known

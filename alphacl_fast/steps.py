@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import functools
 import operator
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import launches, objectives, ops
+from . import launches, ops
 from .autograd import SECOND_DERIVATIVE, AlphaCLFunction
 from .call import BoundCall, Call, Need
-from .objectives import ClosedForm
+from .objectives import ClosedForm, is_built_in
 
+#: Whether steps are recorded and replayed at all: not where ALPHACL_PLANS is 0.
+enabled = os.environ.get("ALPHACL_PLANS", "1") != "0"
 #: Backends that launch kernels. On other devices than GPUs a plan is made only where one of them
 #: was asked for by name.
 LAUNCHING = {"triton", "cuda"}
@@ -87,7 +90,7 @@ def again(z1: Tensor, z2: Tensor, temperature: Any, call: Call, ids: Tensor | No
 
     It is one function without a call of Python but the plan's, because it is paid for at each step.
     """
-    if type(z1) not in _PLAIN or type(z2) not in _PLAIN:
+    if not enabled or type(z1) not in _PLAIN or type(z2) not in _PLAIN:
         return _NO_KEY
     device = z1.device
     kind = device.type
@@ -99,6 +102,8 @@ def again(z1: Tensor, z2: Tensor, temperature: Any, call: Call, ids: Tensor | No
         or torch._C._is_tracing()
         or z1.layout is not torch.strided
         or z2.layout is not torch.strided
+        or torch._C._functorch.is_functorch_wrapped_tensor(z1)  # of a transform that has ended
+        or torch._C._functorch.is_functorch_wrapped_tensor(z2)
         or z1.dtype is not z2.dtype
         or z1.is_neg()
         or z2.is_neg()
@@ -159,13 +164,11 @@ def prepare(
     ``inputs``: z1, z2, the temperature if it is a tensor, ids. ``tau_of(z1)``: the temperature as
     it is bound, where it is no tensor.
     """
-    objective = bound.objective
-    built_in = type(objective).__module__ == objectives.__name__ and not objective.functions
     if (
         bound.backend not in LAUNCHING
         or bound.reduction == "none"
-        or isinstance(objective, ClosedForm)
-        or not built_in
+        or isinstance(bound.objective, ClosedForm)
+        or not is_built_in(bound.objective)
     ):
         return False
     if not (call.ready and key in call.ready):

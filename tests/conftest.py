@@ -138,9 +138,10 @@ def square_tile(rows, dim):
 @pytest.fixture(autouse=True)
 def _own_plans():
     """A test replaces what chooses kernels, so that no plan outlives it."""
-    from alphacl_fast import launches
+    from alphacl_fast import functional, launches
 
     launches.forget()
+    functional._CALLS.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -87,6 +87,7 @@ def test_a_step_of_cuda_calls_no_more_than_the_eager_loss(precision):
     z1, z2 = (z.requires_grad_() for z in pair(12, 8, precision))
     for ours, theirs in (
         (partial(alpha_cl_loss, backend="cuda"), eager),
+        (partial(alpha_cl_loss, objective="alpha_direct", alpha_eps=0.1, backend="cuda"), eager),
         (FusedAlphaCLLoss(backend="cuda"), Eager()),
     ):
         for _ in range(3):
@@ -365,7 +366,7 @@ def test_users_functions_and_single_losses_have_no_plan():
 
 
 @needs_emulator
-def test_watched_and_transformed_tensors_have_no_key():
+def test_watched_and_transformed_tensors_have_no_key(monkeypatch):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Watch(TorchDispatchMode):
@@ -387,8 +388,12 @@ def test_watched_and_transformed_tensors_have_no_key():
     assert key(z1, z2, True) is None
     assert key(z1, z2, torch.ones(2)) is None
     assert key(z1.to_sparse(), z2, 0.5) is None
+    torch.func.grad(lambda z: (seen.append(z), z.sum())[1])(z1)
+    assert key(seen[-1], z2, 0.5) is None  # the transform has ended
     assert key(z1, z2, 0.5) != key(z1, z2, 0.6)
     assert steps.again(z1, z2, 0.5, FusedAlphaCLLoss()._call)[1] is None  # "auto" on a CPU
+    monkeypatch.setattr(steps, "enabled", False)  # ALPHACL_PLANS=0
+    assert key(z1, z2, 0.5) is None
 
 
 @needs_emulator
@@ -404,6 +409,10 @@ def test_bad_input_is_refused_whatever_has_a_plan():
         alpha_cl_loss(z1, z2[:, :5], backend="cuda")
     with pytest.raises(ValueError, match="similarity must be one of"):
         alpha_cl_loss(z1, z2, backend="cuda", similarity=["cosine"])
+    gap = partial(alpha_cl_loss, z1, z2, backend="triton")
+    assert gap(max_gap=1).isfinite()
+    with pytest.raises(TypeError, match="max_gap must be None or a number, got True"):
+        gap(max_gap=True)
 
 
 @needs_emulator
