@@ -1,5 +1,6 @@
 """Plans of the GPU backends: a replayed step is the ordinary one, with less Python."""
 
+import ctypes
 import gc
 import json
 import os
@@ -543,3 +544,125 @@ def test_a_result_that_is_freed_may_be_followed_by_another_at_its_address():
     x = torch.randn(500)
     (ours,) = launches.replay(types.SimpleNamespace(), plan, x)
     assert torch.equal(ours, step(x)[0])
+
+
+# --- devices, streams and captures, without a GPU -------------------------------------------------
+
+
+def _plan(device, instructions, about=None):
+    return launches.Plan(
+        device, 9, 0, (), (), tuple((x, ()) for x in instructions), (), None, about
+    )
+
+
+def test_kernels_start_on_the_current_stream(monkeypatch):
+    """Of the plan's device, which may be another one at each call."""
+    received, current = [], {1: 77}
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", current.get, raising=False)
+
+    class Struct(ctypes.Structure):
+        _fields_ = (("x", ctypes.c_void_p), ("n", ctypes.c_int64))
+
+    def native(before, struct, stream):
+        received.append((before, struct.x, struct.n, stream))
+
+    x = torch.zeros(8)
+    kernel = launches.Kernel(
+        lambda *given: received.append(given), [3, None, None, 0.5, None, 7],
+        ((1, 0, 8), (5, 0, 4)), ((4, 5, 6, tuple),), 5, 2,
+    )  # fmt: skip
+    content = bytes(Struct(None, 9))
+    plan = _plan(
+        torch.device("cuda", 1),
+        [kernel, launches.Native(native, (1,), Struct, content, ((0, 0, 4),))],
+    )
+    for stream in (77, 78):
+        current[1] = stream
+        launches.replay(types.SimpleNamespace(), plan, x)
+        at = x.data_ptr()
+        assert received[-2:] == [(3, at + 8, stream, 0.5, (at + 4,)), (1, at + 4, 9, stream)]
+    assert bytes(Struct(None, 9)) == content
+
+
+def test_errors_of_the_library_name_the_function():
+    def alphacl_cuda_sweep(struct, stream):
+        return b"f must have 9 elements or more, got 8"
+
+    plan = _plan(
+        torch.device("cpu"),
+        [launches.Native(alphacl_cuda_sweep, (), ctypes.c_int64 * 1, b"\0" * 8, ())],
+    )
+    with pytest.raises(RuntimeError, match="alphacl_fast: alphacl_cuda_sweep: f must have 9"):
+        launches.replay(types.SimpleNamespace(), plan)
+
+
+class _OnAnotherDevice:
+    """As much of a tensor on the device cuda:1 as a key reads."""
+
+    device, dtype, shape = torch.device("cuda", 1), torch.float32, torch.Size((4, 2))
+    layout, requires_grad, is_cpu = torch.strided, False, False
+
+    def __init__(self, address):
+        self.address = address
+
+    def data_ptr(self):
+        return self.address
+
+    def is_neg(self):
+        return False
+
+    def stride(self):
+        return (2, 1)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_device_of_the_views_is_current_during_a_step(fails, monkeypatch):
+    """And the other one again afterwards, as autocast is, also after an error."""
+    current, seen = [0], []
+
+    def exchange(device):
+        before, current[0] = current[0], device
+        return before
+
+    def apply(plan, *inputs):
+        seen.append((current[0], torch.is_autocast_enabled("cuda")))
+        if fails:
+            raise RuntimeError("out of memory")
+        return (torch.ones(()),)
+
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[0], raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_exchangeDevice", exchange, raising=False)
+    monkeypatch.setattr(torch._C._functorch, "is_functorch_wrapped_tensor", lambda z: False)
+    monkeypatch.setattr(steps, "_PLAIN", {_OnAnotherDevice})
+    monkeypatch.setattr(steps, "_apply", apply)
+    call = FusedAlphaCLLoss()._call
+    z1, z2, moved = map(_OnAnotherDevice, (512, 1024, 1028))
+    _, key = steps.again(z1, z2, 0.5, call)
+    about = steps.About(None, 2, (torch.float32, None), ("triton", "first"))
+    call.remember(key, _plan(z1.device, [], about))
+    assert steps.again(z1, moved, 0.5, call)[0] is None
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        if fails:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                steps.again(z1, z2, 0.5, call)
+        else:
+            assert steps.again(z1, z2, 0.5, call)[0] == (1, "triton", "first")
+        assert torch.is_autocast_enabled("cuda")
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert (seen, current) == ([(1, False)], [0])
+
+
+@needs_emulator
+def test_nothing_is_recorded_while_a_graph_is_captured(monkeypatch):
+    """Else the graph would hold the step twice."""
+    loss = FusedAlphaCLLoss(backend="cuda")
+    views = pair(8, 6)
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "capturing", lambda z: True)
+        for _ in range(3):
+            loss(*views)
+        assert not plans(loss)
+    loss(*views)
+    assert plans(loss)
