@@ -73,6 +73,7 @@ class Kernel(NamedTuple):
     nests: tuple[tuple[int, int, int, Callable[..., Any]], ...]  # (position, begin, end, maker)
     length: int  # values before those of nested tuples
     stream: int  # position of the stream
+    owner: Any  # the compiled kernel, so that its code stays loaded
 
 
 class Native(NamedTuple):
@@ -287,15 +288,15 @@ class Recorder(TorchDispatchMode):
             self._record(func, args, kwargs, ())
         return found
 
-    def kernel(self, call: Callable[..., Any], values: Sequence[Any], stream: int, hooks: Any):
+    def kernel(
+        self, call: Callable[..., Any], values: Sequence[Any], stream: int, hooks: Any, owner: Any
+    ) -> None:
         """A launch through a handle; tensors among the values stand for their addresses."""
         self.hooks = hooks
         flat, nests, length = _flat(values, named=False)
-        addresses = self._addresses(flat)
-        self.instructions.append(
-            Kernel(call, [None if k in addresses else x for k, x in enumerate(flat)],
-                   tuple(addresses.items()), nests, length, stream)
-        )  # fmt: skip
+        pointers = tuple(self._addresses(flat).items())
+        numbers = [0 if isinstance(x, Tensor) else x for x in flat]
+        self.instructions.append(Kernel(call, numbers, pointers, nests, length, stream, owner))
 
     def native(
         self,

@@ -20,8 +20,16 @@ from .autograd import SECOND_DERIVATIVE, AlphaCLFunction
 from .call import BoundCall, Call, Need
 from .objectives import ClosedForm, is_built_in
 
-#: Whether steps are recorded and replayed at all: not where ALPHACL_PLANS is 0.
-enabled = os.environ.get("ALPHACL_PLANS", "1") != "0"
+
+def _asked_for() -> bool:
+    """Whether steps are to be recorded and replayed: unless ALPHACL_PLANS is 0."""
+    given = os.environ.get("ALPHACL_PLANS", "1")
+    if given not in ("0", "1"):
+        raise ValueError(f"ALPHACL_PLANS must be 0 or 1, got {given!r}")
+    return given == "1"
+
+
+enabled = _asked_for()
 #: Backends that launch kernels. On other devices than GPUs a plan is made only where one of them
 #: was asked for by name.
 LAUNCHING = {"triton", "cuda"}

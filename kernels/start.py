@@ -40,7 +40,7 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *arguments: Any, **
     if found is None:
         recorder.launch(kernel[grid], arguments, options)
     else:
-        recorder.kernel(*found)
+        recorder.kernel(*found, compiled)
 
 
 def through_handle(

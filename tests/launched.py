@@ -126,6 +126,15 @@ def of_probe(x: torch.Tensor, n: int) -> dict:
             "replayed": launched(lambda: launches.replay(context, plan, x))}  # fmt: skip
 
 
+def without_handle(x: torch.Tensor) -> dict:
+    """With a launcher that is not understood."""
+    through, start.through_handle = start.through_handle, lambda *_: None
+    try:
+        return of_probe(x, 32)
+    finally:
+        start.through_handle = through
+
+
 def of_step(loss, z1: torch.Tensor, z2: torch.Tensor) -> dict:
     """A step of the loss: the first call is ordinary, the second one is recorded."""
     ordinary = launched(lambda: loss(z1, z2).backward())
@@ -156,6 +165,7 @@ if __name__ == "__main__":
     backend.tile = lambda *_: Tile(16, 16, 16, 4, 1)
     x = torch.zeros(32)
     found = {f"probe {n} {k}": of_probe(x[k:], n) for n, k in ((1, 0), (32, 0), (32, 1))}
+    found["probe without a handle"] = without_handle(x)
     memory = torch.randn(2, 40 * 16 + 1)
     for k in (0, 1):  # views that begin at a multiple of 16 bytes, and others
         z1, z2 = (row[k : k + 640].view(40, 16).requires_grad_() for row in memory)
