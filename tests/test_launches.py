@@ -303,6 +303,16 @@ def test_views_that_end_with_their_memory(monkeypatch):
     assert len(ran) == 1
 
 
+def test_operators_see_views_where_they_begin():
+    """Inputs, and parts of them, may lie anywhere in their storage."""
+    memory = torch.randn(100)
+    plan = launches.record(lambda x: (x[1:] * 2, x.sum()), (memory[:10],), {})
+    x = memory[33:43]
+    part, total = launches.replay(types.SimpleNamespace(), plan, x)
+    assert torch.equal(part, x[1:] * 2)
+    assert torch.equal(total, x.sum())
+
+
 @needs_emulator
 def test_wanted_gradients_change_between_calls(monkeypatch):
     loss = FusedAlphaCLLoss(backend="cuda")
