@@ -467,6 +467,28 @@ def test_watched_and_transformed_tensors_have_no_key(monkeypatch):
         steps._asked_for()
 
 
+def test_keys_tell_calls_apart():
+    call = FusedAlphaCLLoss(backend="triton")._call
+    z = torch.randn(6, 6)
+    misaligned = torch.randn(37)[1:].view(6, 6)
+    wanted, tau = z.clone().requires_grad_(), torch.tensor(0.5)
+    given = [
+        (z, z, 0.5), (z, z.t(), 0.5), (z.t(), z, 0.5), (z, misaligned, 0.5), (misaligned, z, 0.5),
+        (z[:5], z[:5], 0.5), (z.double(), z.double(), 0.5), (wanted, z, 0.5), (z, wanted, 0.5),
+        (z, z, 0.6), (z, z, tau), (z, z, tau.double()), (z, z, tau.clone().requires_grad_()),
+    ]  # fmt: skip
+    keys = [steps.again(*arguments, call)[1] for arguments in given]
+    keys += [
+        steps.again(z, z, 0.5, call, torch.arange(6, dtype=d))[1]
+        for d in (torch.int64, torch.int32)
+    ]
+    with torch.no_grad():
+        keys.append(steps.again(wanted, z, 0.5, call)[1])
+    assert None not in keys
+    assert len({*keys}) == len(keys)
+    assert steps.again(z.clone(), z.clone(), 0.5, call)[1] == keys[0]
+
+
 @needs_emulator
 def test_bad_input_is_refused_whatever_has_a_plan():
     z1, z2 = pair(8, 6)
