@@ -493,10 +493,14 @@ class _Writer:
         own = [b for b in self.watch.buffers if b.kind == "empty" and b.bytes]
         if any(b.device != self.device for b in own):
             raise NotRecorded(f"a buffer is not on {self.device}")
-        instructions = []
+        instructions, freed = [], []
         for number, instruction in enumerate(self.watch.instructions):
-            freed = tuple(b.register for b in self.results if b.last == number)
-            instructions.append((self._written(instruction), freed))
+            freed += [b.register for b in self.results if b.last == number]
+            made = instruction.results if isinstance(instruction, Operator) else ()
+            if made and all(b.last == number for b in made):
+                continue  # nobody uses them
+            instructions.append((self._written(instruction), tuple(freed)))
+            freed = []
         outputs = tuple(None if place is None else self._view(place) for place in self.outputs)
         own = tuple((b.register, self._shape(b), b.dtype) for b in self.own)
         typed = tuple((register, dtype) for dtype, register in self.typed.items())

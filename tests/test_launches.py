@@ -303,6 +303,17 @@ def test_views_that_end_with_their_memory(monkeypatch):
     assert len(ran) == 1
 
 
+def test_operators_whose_results_nobody_uses_are_left_out():
+    plan = launches.record(lambda x: (x.sin(), x.cos().add_(x))[:1], (torch.ones(4),), {})
+    names = [instruction.call.__name__ for instruction, _ in plan.instructions]
+    assert len(names) == 3  # an operator in place is a use
+    plan = launches.record(
+        lambda x: ((y := x.sin()) * 2, y.cos(), x + 1)[::2], (torch.ones(4),), {}
+    )
+    freed = [register for _, registers in plan.instructions for register in registers]
+    assert (len(plan.instructions), len({*freed})) == (3, 2)
+
+
 def test_operators_see_views_where_they_begin():
     """Inputs, and parts of them, may lie anywhere in their storage."""
     memory = torch.randn(100)
