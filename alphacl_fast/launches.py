@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 #: Every buffer of a workspace begins at a multiple of so many bytes: more than any kernel asks for.
 ALIGNMENT = 256
@@ -46,6 +46,20 @@ def forget() -> None:
 def recorder() -> Recorder | None:
     """The recorder that watches this thread, if any."""
     return getattr(_thread, "recorder", None)
+
+
+def as_one(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """``function(*arguments)``, a new tensor, which a plan calls again as it is.
+
+    It is for functions that set more than their result, such as the precision of products.
+    """
+    watch = recorder()
+    if watch is None:
+        return function(*arguments)
+    with _disable_current_modes():
+        found = function(*arguments)
+    watch.one(function, arguments, found)
+    return found
 
 
 class NotRecorded(Exception):
@@ -319,6 +333,10 @@ class Recorder(TorchDispatchMode):
     def launch(self, call: Callable[..., Any], values: Sequence[Any], options: dict[str, Any]):
         """A launch that has no handle and takes tensors."""
         self._record(call, tuple(values), options, (), named=True)
+
+    def one(self, function: Callable[..., Tensor], arguments: Sequence[Any], found: Tensor) -> None:
+        """A function that a plan calls as it is."""
+        self._record(function, tuple(arguments), {}, (found,))
 
     # where operands lie
 

@@ -121,7 +121,12 @@ def again(z1: Tensor, z2: Tensor, temperature: Any, call: Call, ids: Tensor | No
     tau = None
     if type(temperature) is float:
         of_tau = temperature
-    elif type(temperature) in _PLAIN and temperature.numel() == 1:
+    elif (
+        type(temperature) in _PLAIN
+        and temperature.layout is torch.strided
+        and temperature.numel() == 1
+        and not torch._C._functorch.is_functorch_wrapped_tensor(temperature)
+    ):
         tau, value = temperature, temperature.item() if temperature.is_cpu else None
         of_tau = _facts(tau), tau.data_ptr() % 16, value
     else:

@@ -261,6 +261,29 @@ def test_bits_of_dtypes(dtype, dim, monkeypatch):
     assert_equal_to_ordinary(loss, lambda: make(pair(70, dim, dtype)), monkeypatch, calls=1)
 
 
+@needs_emulator
+def test_products_keep_their_precision(monkeypatch):
+    """A plan sets it around the product, as the ordinary step does."""
+    loss = FusedAlphaCLLoss(backend="cuda", precision="tf32")
+    views = pair(70, 140, torch.float32)
+    z1, z2 = (z.requires_grad_() for z in views)
+    seen, product = [], torch.Tensor.__matmul__
+
+    def note(a, b):
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
+        return product(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", note)
+    ran = replayed(monkeypatch)
+    before = torch.backends.cuda.matmul.fp32_precision
+    for _ in range(3):
+        seen.clear()
+        step(loss, z1, z2)
+        assert set(seen) == {"tf32"}
+    assert len(ran) == 2
+    assert torch.backends.cuda.matmul.fp32_precision == before
+
+
 def _transposed():
     return [torch.randn(6, 9).t()[:8].requires_grad_() for _ in "12"]
 

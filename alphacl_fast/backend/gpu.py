@@ -469,8 +469,9 @@ def _multiply(
     if columns.is_cuda and weights.itemsize == 2:
         product = torch.mm(weights, columns, out_dtype=torch.float32)
     else:
-        with matmul_precision(s.arithmetic.products):
-            product = weights.to(df.dtype) @ columns
+        product = launches.as_one(
+            _precise_product, weights, columns, df.dtype, s.arithmetic.products
+        )
     # a block's first half are rows of one view, its second half their partners
     if region.rows_paired:
         pairs = product.view(-1, 2, size // 2, s.dim).transpose(0, 1).flatten(1, 2)
@@ -480,6 +481,13 @@ def _multiply(
         begin = region.row_start + first * size - launch.wanted[0]
         rows = min(len(weights), region.n_rows - first * size)
         df[begin : begin + rows] = product[:rows]
+
+
+def _precise_product(
+    weights: Tensor, columns: Tensor, dtype: torch.dtype, precision: str
+) -> Tensor:
+    with matmul_precision(precision):
+        return weights.to(dtype) @ columns
 
 
 @contextlib.contextmanager
