@@ -21,6 +21,8 @@ import torch
 from conftest import square_tile
 from counting import Eager, calls_of, eager, operators_of
 from family import pair
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from alphacl_fast import FusedAlphaCLLoss, PairLoss, functional, launches, steps
 from alphacl_fast.backend import cuda, gpu, triton
@@ -432,6 +434,9 @@ def test_a_scaled_gradient_and_a_second_derivative():
     assert torch.allclose(of_scale, g.sum() / 2)
     with pytest.raises(RuntimeError, match="a second derivative of the loss"):
         torch.autograd.grad(g.square().sum(), z1)
+    each = torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64)
+    (many,) = torch.autograd.grad(loss(z1, z2), z1, each, is_grads_batched=True)
+    assert torch.allclose(many, each.view(3, 1, 1) * grads[0][0] / 3)
 
 
 # --- what a plan is made for, and what not --------------------------------------------------------
@@ -468,8 +473,6 @@ def test_users_functions_and_single_losses_have_no_plan():
 
 @needs_emulator
 def test_watched_and_transformed_tensors_have_no_key(monkeypatch):
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             return func(*args, **(kwargs or {}))
@@ -484,6 +487,9 @@ def test_watched_and_transformed_tensors_have_no_key(monkeypatch):
     torch.func.vmap(lambda z: (seen.append(key(z, z2, 0.5)), z)[1])(z1[None])
     assert seen == [None]
     assert key(z1.to("meta"), z2.to("meta"), 0.5) is None
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(z1)
+    assert key(fake, fake, 0.5) is None
     assert key(z1, z2.float(), 0.5) is None
     assert key(torch._neg_view(z1), z2, 0.5) is None
     assert key(z1, z2, True) is None
