@@ -354,10 +354,12 @@ class Recorder(TorchDispatchMode):
         storage, address = x.untyped_storage()._cdata, x.data_ptr()
         if storage in self.storages:
             return self.storages[storage]
-        for buffer, end in self.input_storages.get(storage, ()):
-            if buffer.base <= address < end:
-                return buffer
-        raise NotRecorded(f"a tensor {tuple(x.shape)} comes from outside of the step")
+        near = [b for b, end in self.input_storages.get(storage, ()) if b.base <= address < end]
+        # the rows of two inputs may lie between each other, but begin apart
+        found = [b for b in near if b.base == address] or near
+        if len(found) != 1:
+            raise NotRecorded(f"a tensor {tuple(x.shape)} comes from outside of the step")
+        return found[0]
 
     def _is_number(self, x: Tensor) -> bool:
         """Whether a tensor is a number of Python that PyTorch has wrapped for an operator.
@@ -478,8 +480,16 @@ def record(
 
 
 def _overlap(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors may share memory. Rows of one between rows of the other do not."""
     begin, other = x.data_ptr(), y.data_ptr()
-    return begin < other + extent(y) and other < begin + extent(x)
+    if other + extent(y) <= begin or begin + extent(x) <= other:
+        return False
+    alike = x.dim() == y.dim() == 2 and (x.stride(), x.dtype) == (y.stride(), y.dtype)
+    if not (alike and x.stride(1) == 1):
+        return True
+    apart = abs(begin - other) // x.itemsize % max(1, x.stride(0))
+    width = max(x.shape[1], y.shape[1])
+    return not width <= apart <= x.stride(0) - width
 
 
 class _Writer:

@@ -294,6 +294,10 @@ def _halves():
     return torch.randn(16, 6).requires_grad_().chunk(2)
 
 
+def _interleaved():
+    return torch.randn(8, 2, 6).requires_grad_().unbind(1)
+
+
 def _misaligned():
     return [torch.randn(49)[1:].view(8, 6).requires_grad_() for _ in "12"]
 
@@ -304,7 +308,8 @@ def _apart():
 
 @needs_emulator
 @pytest.mark.parametrize(
-    ("make", "count"), [(_transposed, 2), (_misaligned, 2), (_apart, 2), (_halves, 1)]
+    ("make", "count"),
+    [(_transposed, 2), (_misaligned, 2), (_apart, 2), (_halves, 1), (_interleaved, 2)],
 )
 def test_strides_and_alignments_have_plans_of_their_own(make, count, monkeypatch):
     """Halves of a tensor lie as other views do."""
@@ -664,8 +669,14 @@ def test_unknown_tensors_and_numbers_are_not_recorded():
     ):
         with pytest.raises(launches.NotRecorded, match=why):
             launches.record(step, (x,), {})
-    with pytest.raises(launches.NotRecorded, match="two inputs share memory"):
-        launches.record(lambda x, y: (x + y,), (x, x[1:]), {})
+    z = torch.randn(9, 4)
+    common = [(x, x[1:]), (z[:8], z[1:]), (z[:, :3], z[:, 2:]), (z[:, :2], z[:, 1:3]), (z, z)]
+    for both in common:
+        with pytest.raises(launches.NotRecorded, match="two inputs share memory"):
+            launches.record(lambda x, y: (x.sum() + y.sum(),), both, {})
+    launches.record(lambda x, y: (x + y,), (z[:, :2], z[:, 2:]), {})
+    with pytest.raises(launches.NotRecorded, match="comes from outside of the step"):
+        launches.record(lambda x, y: (x[1:] + y[1:],), (z[:, :2], z[:, 2:]), {})
 
 
 def test_a_result_that_is_freed_may_be_followed_by_another_at_its_address():
