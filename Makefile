@@ -71,7 +71,7 @@ mutants: $(STAMP)
 	"$(BIN)" tests/mutants/run.py
 
 ptx: $(STAMP)
-	ALPHACL_PTX_FULL=1 "$(BIN)" -m pytest tests/test_ptx.py tests/test_ptx_opcodes.py tests/test_ptx_sass.py
+	ALPHACL_PTX_FULL=1 "$(BIN)" -m pytest -n auto --dist loadgroup tests/test_ptx.py tests/test_ptx_opcodes.py tests/test_ptx_sass.py
 
 peers: $(STAMP) # tests/peers/suites.py lists the repositories
 	"$(BIN)" -m pip install --quiet --disable-pip-version-check pytest-mock

@@ -172,12 +172,8 @@ class Sweeps:
 
     def _count(self) -> None:
         """Counts every anchor's negatives by a sweep in which each weighs exp(t/∞) = 1."""
-        call = self.call
         one = PairFunction("exp", (), torch.full_like(self.function.tau, INFINITE_TAU), (0.0, 0.0))
-        terms, scalars = (Term.SHIFT, Term.F), RowScalars(self.pos)
-        _, count = ops.row_sums(
-            self.rows, self.pairing, one, scalars, terms, call.precision, call.backend
-        )
+        _, count = self.row_sums((Term.SHIFT, Term.F), RowScalars(self.pos), one)
         self._n_neg, self._empty = count.clamp(min=1), count == 0
 
     def _find_empty(self, terms: tuple[Term, ...], sums: Tensor) -> None:
@@ -223,11 +219,13 @@ class Sweeps:
         largest = torch.where(sums[:head] == -torch.inf, 0.0, sums[:head])
         return torch.cat([largest, torch.where(self._empty, 1.0, sums[head:])])
 
-    def row_sums(self, terms: tuple[Term, ...], scalars: RowScalars) -> Tensor:
-        """One `row_sums` sweep: (len(terms), anchors)."""
-        call = self.call
+    def row_sums(
+        self, terms: tuple[Term, ...], scalars: RowScalars, function: PairFunction | None = None
+    ) -> Tensor:
+        """One `row_sums` sweep: (len(terms), anchors), of the objective's pair kind or another."""
+        call, function = self.call, function or self.function
         return ops.row_sums(
-            self.rows, self.pairing, self.function, scalars, terms, call.precision, call.backend
+            self.rows, self.pairing, function, scalars, terms, call.precision, call.backend
         )
 
     def grad(
@@ -274,7 +272,8 @@ class Sweeps:
         # without need a count costs a sweep, and a number of each anchor's own a compiled row step
         counted = self._n_neg is not None or self.call.objective.counts_negatives
         n_neg = self.n_neg if counted else self.layout.n_neg
-        if ops.has(backend, "row_step") and anchors and not isinstance(n_neg, Tensor):
+        of_host = not any(isinstance(x, Tensor) for x in (n_neg, *values))
+        if ops.has(backend, "row_step") and anchors and of_host:
             numbers = (tau, n_neg, self.divisor, anchors)
             outputs = ops.row_step(vectors, *numbers, step.name, values, backend).unbind(0)
         else:
@@ -283,6 +282,9 @@ class Sweeps:
 
     def zeros(self) -> Tensor:
         return torch.zeros_like(self.pos)
+
+    def stack(self, *vectors: Tensor) -> Tensor:
+        return torch.stack(vectors)
 
     def mean_negative(self) -> Tensor:
         return self._mean(1, self.same_id)
@@ -731,8 +733,10 @@ class _OnlyOnce(torch.autograd.Function):
 
 def views_of(dz: Tensor | None, need: Need) -> tuple[Tensor | None, Tensor | None]:
     """dz1 and dz2 of the gradient of the views that are needed, one below the other."""
-    n = 0 if dz is None else dz.shape[0] // need.views
-    return (dz[:n] if need.z1 else None), (dz[-n:] if need.z2 else None)
+    if dz is None or not (need.z1 and need.z2):
+        return (dz if need.z1 else None), (dz if need.z2 else None)
+    n = dz.shape[0] // 2
+    return dz[:n], dz[n:]
 
 
 class AlphaCLFunction(torch.autograd.Function):
@@ -806,12 +810,25 @@ def scaled(
     return in_dtypes([None if x is None else x * grad for x in gradients], dtypes)
 
 
+def scaled_in_place(
+    gradients: Sequence[Tensor | None], grad: Tensor, dtypes: tuple[torch.dtype | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """As `scaled`, for gradients that nobody reads again; the host reads ``grad``."""
+    gradients = [None if x is None else x.detach() for x in gradients]
+    if grad.item() != 1:
+        for x in gradients:
+            if x is not None:
+                x.mul_(grad)
+    return in_dtypes(gradients, dtypes)
+
+
 def in_dtypes(
     tensors: Sequence[Tensor | None], dtypes: tuple[torch.dtype | None, ...]
 ) -> tuple[Tensor | None, ...]:
     """The tensors that are there, each in its own dtype."""
     return tuple(
-        None if x is None else x.to(dtype) for x, dtype in zip(tensors, dtypes, strict=True)
+        x if x is None or x.dtype == dtype else x.to(dtype)
+        for x, dtype in zip(tensors, dtypes, strict=True)
     )
 
 

@@ -13,6 +13,11 @@ from torch._subclasses.fake_tensor import is_fake
 from .bundles import Pairing
 from .objectives import Objective
 
+#: The temperatures that are allowed: float32 must hold τ² and 1/τ².
+LEAST_TAU, LARGEST_TAU = 1e-15, 1e15
+#: The largest magnitude of SigLIP's scale and bias.
+LARGEST_LOGIT = 1e15
+
 
 @dataclass(frozen=True)
 class Loss:

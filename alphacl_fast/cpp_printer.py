@@ -173,7 +173,8 @@ class CpuPrinter(CppPrinter):
 
     table = _COMMON | {
         "not": "~{}", "to_x": "one_where<T>({})", "exp": "vexp<T>({})", "log": "vlog<T>({})",
-        "log1p": "vlog1p<T>({})", "sqrt": "vsqrt<T>({})", "largest": "largest<T>({}, {})",
+        "log1p": "vlog1p<T>({})", "log1p_unit": "vlog1p_unit({})", "sqrt": "vsqrt<T>({})",
+        "largest": "largest<T>({}, {})",
         "at_least": "at_least<T>({}, {})", "pow": "vpow({}, {})", "to_double": "double({})",
         "to_float32": "lanewise<T>([](T a) {{ return T(float(a)); }}, {})",
         "lanewise_pow": "lanewise<T>([](T a, T b) {{ return std::pow(a, b); }}, {}, {})",
@@ -187,6 +188,8 @@ class CpuPrinter(CppPrinter):
     def lower(self, node: Node, args: list[Value]) -> Value:
         if node.op in ("to_x", "to_float32") and (node.op == "to_x" or args[0].dtype == "bool"):
             return real(args[0])
+        if node.op == "log1p" and _is_exp_of_minus_abs(args[0]):
+            return Node("log1p_unit", *args)
         if node.op == "pow":
             a, q = args
             if is_number(q):
@@ -226,6 +229,18 @@ class CpuPrinter(CppPrinter):
         if node.dtype == "float64":
             return "double"
         return "Mask<T>" if node.dtype == "bool" else "Vec<T>" if self.is_vector(node) else "T"
+
+
+def _is_exp_of_minus_abs(a: Value) -> bool:
+    """Whether a value is exp(−|x|), written as exp(x > 0 ? −x : x)."""
+    choice = a.args[0] if isinstance(a, Node) and a.op == "exp" else None
+    if not (isinstance(choice, Node) and choice.op == "where"):
+        return False
+    condition, below, x = choice.args
+    if not all(isinstance(y, Node) for y in choice.args):
+        return False
+    opposite = any(y.op == "neg" and y.args[0] is z for y, z in ((below, x), (x, below)))
+    return condition.op == "gt" and condition.args[0] is x and condition.args[1] == 0 and opposite
 
 
 class RowPrinter(CpuPrinter):

@@ -55,7 +55,7 @@ from .bundles import (
     accumulation_dtype,
     leading,
 )
-from .call import BoundCall, Layout, Loss, SameId, without_autocast
+from .call import BoundCall, Guide, Layout, Loss, SameId, without_autocast
 from .objectives import ClosedForm
 from .plan import aligned, recommended_ring, steps
 from .process_groups import (
@@ -90,6 +90,7 @@ class Ranks(Peers):
             waits.
         strategy: "gather", "ring" or "two_level".
         ids: (pairs of all processes,) int32, numbered from 0.
+        guide: of this process's rows and anchors.
         own: the group that the messages travel in.
         per_node: ranks of a node, for "two_level".
     """
@@ -98,6 +99,7 @@ class Ranks(Peers):
     want: Need
     strategy: str
     ids: Tensor | None = None
+    guide: Guide | None = None
     own: OwnGroup | None = field(default=None, kw_only=True)
     per_node: int = field(default=1, kw_only=True)
 
@@ -152,6 +154,22 @@ class Ranks(Peers):
 # --- agreeing on a call ---------------------------------------------------------------------------
 
 
+class LeftOut(NamedTuple):
+    """Which negatives of this process's pairs do not count, besides those of a large Δ."""
+
+    ids: Tensor | None = None  # (pairs,) integers
+    guide: Guide | None = None
+    guide_margin: float = 0.0
+
+    def __str__(self) -> str:
+        """What must be the same on every rank."""
+        parts = ["no ids" if self.ids is None else "ids"]
+        if self.guide is not None:
+            width = self.guide.rows.shape[1]
+            parts.append(f"guide of width {width}, guide_margin={self.guide_margin}")
+        return ", ".join(parts)
+
+
 def agree(
     group: ProcessGroup,
     z1: Tensor,
@@ -159,7 +177,7 @@ def agree(
     tau: Tensor | None,
     call: BoundCall | None,
     failure: Exception | None,
-    ids: Tensor | None = None,
+    left_out: LeftOut | None = None,
 ) -> Ranks:
     """One small all-gather, after which either all ranks go on with the same call or all raise the
     same error.
@@ -171,10 +189,11 @@ def agree(
         TypeError, ValueError, RuntimeError: on every rank; names the ranks whose arguments are bad,
             or differ.
     """
+    left_out = left_out or LeftOut()
     agreed = exchange(
         group,
         (0 if failure else len(z1), 0),
-        lambda own: _statement(own, group, z1, z2, tau, call, ids is not None),
+        lambda own: _statement(own, group, z1, z2, tau, call, left_out),
         failure,
         None if failure else z1.device,
     )
@@ -188,18 +207,19 @@ def agree(
     want = Need(*map(any, zip(*(each.wanted for each in agreed.statements), strict=True)))
     # nodes of different sizes are no hindrance to a strategy that is free to do without them
     per_node = first.per_node if len({each.per_node for each in agreed.statements}) == 1 else None
-    strategy = group.strategy
+    strategy, guide = group.strategy, left_out.guide
     if strategy == "auto":
         strategy = auto_strategy(
             sum(sizes), z1.shape[1], z1.dtype, call.negatives,
             ranks=own.world, ranks_per_node=per_node, device=z1.device.type,
+            guide_dim=0 if guide is None else guide.rows.shape[1],
         )  # fmt: skip
     ranks = Ranks(
-        own.handle, own.rank, own.world, sizes, want, strategy,
+        own.handle, own.rank, own.world, sizes, want, strategy, guide=guide,
         own=own, per_node=per_node or 1, call=brief(first), number=agreed.number,
     )  # fmt: skip
     with outside_transforms():
-        return ranks.with_ids(ids)
+        return ranks.with_ids(left_out.ids)
 
 
 def _require_same_call(first: Statement, other: Statement, rank: int, call: BoundCall) -> None:
@@ -228,13 +248,13 @@ def _statement(
     z2: Tensor,
     tau: Tensor,
     call: BoundCall,
-    with_ids: bool,
+    left_out: LeftOut,
 ) -> Statement:
     known = tuple(math.nan if x is None else x for x in call.known)
     text = (
         f"{call.objective}, similarity={call.similarity!r}, negatives={call.negatives!r}, "
         f"symmetric={call.symmetric}, reduction={call.reduction!r}, strategy={group.strategy!r}, "
-        f"ranks_per_node={group.ranks_per_node}, {'ids' if with_ids else 'no ids'}"
+        f"ranks_per_node={group.ranks_per_node}, max_gap={call.max_gap}, {left_out}"
     )
     return Statement(
         None,
@@ -258,16 +278,17 @@ def auto_strategy(
     ranks: int = 1,
     ranks_per_node: int | None = None,
     device: str = "cuda",
+    guide_dim: int = 0,
 ) -> str:
     """The strategy for a batch of this many pairs.
 
     Args:
         ranks_per_node: None if it is not known.
         device: type of the embeddings' device.
+        guide_dim: features of a guide, whose rows are gathered too.
     """
-    rows = pairs if negatives == "one_view" else 2 * pairs
-    size = dtype.itemsize + accumulation_dtype(dtype).itemsize
-    if rows * dim * size <= GATHER_BYTES:
+    rows, wide = pairs if negatives == "one_view" else 2 * pairs, accumulation_dtype(dtype).itemsize
+    if rows * (dim * (dtype.itemsize + wide) + guide_dim * wide) <= GATHER_BYTES:
         return "gather"
     if ranks_per_node is None or not 1 < ranks_per_node < ranks:
         return "ring"
@@ -302,18 +323,52 @@ def meetings(
 # --- blocks and their results ---------------------------------------------------------------------
 
 
-class Names(NamedTuple):
-    """The ids of some rows."""
+class Limits(NamedTuple):
+    """What a pair must not exceed to count for an anchor; see `bundles.Pairing`."""
 
-    ids: Tensor | None  # (n,) int32
+    largest_t: Tensor | None = None  # (anchors,)
+    largest_guide: Tensor | None = None  # (anchors,)
+
+
+class Marks(NamedTuple):
+    """What is compared of two rows, besides their similarity."""
+
+    ids: Tensor | None = None  # (n,) int32; every process knows those of all rows
+    guide: Tensor | None = None  # (n, G)
 
 
 class Block(NamedTuple):
-    """One process's rows with their row scalars, one for each of the first rows, or one per row."""
+    """One process's rows with their row scalars and limits, one for each of the first rows, or one
+    per row.
+    """
 
     rows: Rows
     scalars: RowScalars
-    names: Names
+    limits: Limits
+    marks: Marks
+
+    @property
+    def of_anchors(self) -> tuple[Tensor | None, ...]:
+        """What a message holds for every anchor."""
+        return *self.scalars, *self.limits
+
+    @property
+    def of_rows(self) -> tuple[Tensor | None, ...]:
+        """What a message holds for every row; the rows come last, because they may be narrow."""
+        f, *others = self.rows
+        return self.marks.guide, *others, f
+
+    @classmethod
+    def of_message(
+        cls,
+        of_anchors: Sequence[Tensor | None],
+        of_rows: Sequence[Tensor | None],
+        ids: Tensor | None,
+    ) -> Block:
+        """The block whose properties of these names are given."""
+        count, (guide, *others, f) = len(RowScalars._fields), of_rows
+        scalars, limits = RowScalars(*of_anchors[:count]), Limits(*of_anchors[count:])
+        return cls(Rows(f, *others), scalars, limits, Marks(ids, guide))
 
     @property
     def n_rows(self) -> int:
@@ -447,7 +502,8 @@ class _Sweep:
             into: for consecutive rows of the block: their result, their rows in it, and the number
                 of anchors.
         """
-        pairing = Pairing(split, partner, block.anchors, block.names.ids)
+        (largest_t, largest_guide), (ids, guide) = block.limits, block.marks
+        pairing = Pairing(split, partner, block.anchors, ids, largest_t, guide, largest_guide)
         operands = block.rows, pairing, self.function, block.scalars
         served = self.call.precision, self.call.backend
         if self.weight is None:
@@ -484,14 +540,17 @@ class GlobalSweeps(Sweeps):
         ranks = call.ranks
         n_neg = Layout.of(call, ranks.total).n_neg
         layout = Layout.of(call, pos.shape[0] // 2)._replace(n_neg=n_neg)
-        super().__init__(rows, pos, tau, call, layout, ranks.same_id(call, tau.dtype))
+        same_id = ranks.same_id(call, tau.dtype)
+        super().__init__(rows, pos, tau, call, layout, same_id, ranks.guide)
         self.divisor = call.divisor(ranks.total)
         self.ranks = ranks
         self.layouts = [Layout.of(call, n) for n in ranks.sizes]
         self._gathered: Tensor | None = None
 
-    def row_sums(self, terms: tuple[Term, ...], scalars: RowScalars) -> Tensor:
-        return self._sweep(terms, None, scalars).sums
+    def row_sums(
+        self, terms: tuple[Term, ...], scalars: RowScalars, function: PairFunction | None = None
+    ) -> Tensor:
+        return self._sweep(terms, None, scalars, function).sums
 
     def pair_grad(
         self, weight: Weight, terms: tuple[Term, ...], scalars: RowScalars, wanted: tuple[int, int]
@@ -504,11 +563,11 @@ class GlobalSweeps(Sweeps):
     def mean_negative(self) -> Tensor:
         return self._mean(1)  # as if there were no ids: it only starts an iteration
 
-    def names_of(self, rank: int) -> Names:
+    def ids_of(self, rank: int) -> Tensor | None:
         """The ids of a process's rows."""
         if self.ranks.ids is None:
-            return Names(None)
-        return Names(self.ranks.ids_of(rank).repeat(2)[: self.layouts[rank].rows])
+            return None
+        return self.ranks.ids_of(rank).repeat(2)[: self.layouts[rank].rows]
 
     def all_reduce_sum(self, x: Tensor) -> Tensor:
         return self.ranks.all_reduce(x)
@@ -517,13 +576,22 @@ class GlobalSweeps(Sweeps):
         flag = done.all().to(self.tau.dtype)
         return bool(self.ranks.all_reduce(flag, dist.ReduceOp.MIN))
 
-    def _sweep(self, terms: tuple[Term, ...], weight: Weight | None, scalars: RowScalars) -> Result:
+    def _sweep(
+        self,
+        terms: tuple[Term, ...],
+        weight: Weight | None,
+        scalars: RowScalars,
+        function: PairFunction | None = None,
+    ) -> Result:
         """One sweep over the pairs of all ranks; the result for this rank's rows."""
         rows, gradient = self.rows, weight is not None
         dim, euclidean = rows.f.shape[1] if gradient else 0, gradient and rows.bias is not None
         want = self.call.ranks.want
-        sweep = _Sweep(self.function, self.call, terms, weight, want, dim, euclidean)
-        own = Block(rows, scalars, self.names_of(self.ranks.rank))
+        function = function or self.function
+        sweep = _Sweep(function, self.call, terms, weight, want, dim, euclidean)
+        pairing, ids = self.pairing, self.ids_of(self.ranks.rank)
+        limits = Limits(pairing.largest_t, pairing.largest_guide)
+        own = Block(rows, scalars, limits, Marks(ids, pairing.guide))
         run = {"gather": self._gather, "ring": self._ring, "two_level": self._two_level}
         return run[self.ranks.strategy](sweep, own)
 
@@ -578,13 +646,10 @@ class GlobalSweeps(Sweeps):
     def _like(self, block: Block, rank: int) -> list[tuple[Tensor | None, int]]:
         """The tensors of a message that holds a block, with the number of rows they have for a
         process.
-
-        The rows come last, because they may be narrow.
         """
-        layout, (f, *others) = self.layouts[rank], block.rows
-        return [(x, layout.anchors) for x in block.scalars] + [
-            (x, layout.rows) for x in (*others, f)
-        ]
+        layout = self.layouts[rank]
+        of_anchors = [(x, layout.anchors) for x in block.of_anchors]
+        return of_anchors + [(x, layout.rows) for x in block.of_rows]
 
     def _ring(self, sweep: _Sweep, own: Block) -> Result:
         result = sweep.nothing(self.layout, self.tau.new_zeros(sweep.size(self.layout)))
@@ -637,14 +702,11 @@ class GlobalSweeps(Sweeps):
             message = block.wait()
             if step < last:
                 block = ranks.exchange(message, before, message_bytes(other + stride), after, 0)
-            *vectors, f = unpack(message, self._like(own, other))
-            count = len(RowScalars._fields)
-            visitor = Block(
-                Rows(f, *vectors[count:]), RowScalars(*vectors[:count]), self.names_of(other)
-            )
+            tensors, count = unpack(message, self._like(own, other)), len(own.of_anchors)
+            visitor = Block.of_message(tensors[:count], tensors[count:], self.ids_of(other))
             theirs = sweep.nothing(self.layouts[other], zeros(size(other)))
             visit(other, visitor, theirs)
-            del message, visitor, vectors, f
+            del message, visitor, tensors
             if behind is not None:
                 theirs.add(Result(sweep, self.layouts[other], behind.wait()))
             if step < last:
@@ -708,20 +770,23 @@ class GlobalSweeps(Sweeps):
         self, peers: Peers, own: Block, first: int, needed: set[int]
     ) -> dict[int, Block]:
         """The needed blocks of some peers, who all take part; their ranks begin with ``first``."""
-        f, *others = own.rows
-        features, scalars = (*others, f), own.scalars
         layouts = self.layouts[first : first + peers.world]
         if self._gathered is None:  # rows once for all sweeps, row scalars for each
-            self._gathered = self._gather_tensors(peers, features, [n.rows for n in layouts])
-        messages = self._gather_tensors(peers, scalars, [n.anchors for n in layouts])
+            self._gathered = self._gather_tensors(peers, own.of_rows, [n.rows for n in layouts])
+        messages = self._gather_tensors(peers, own.of_anchors, [n.anchors for n in layouts])
         blocks = {}
         for other in sorted(
             needed, key=lambda other: (other - self.ranks.rank) % len(self.layouts)
         ):
             layout = self.layouts[other]
-            *others, f = unpack(self._gathered[other - first], [(x, layout.rows) for x in features])
-            vectors = unpack(messages[other - first], [(x, layout.anchors) for x in scalars])
-            blocks[other] = Block(Rows(f, *others), RowScalars(*vectors), self.names_of(other))
+            of_rows, of_anchors = (
+                unpack(message, [(x, rows) for x in like])
+                for message, like, rows in (
+                    (self._gathered[other - first], own.of_rows, layout.rows),
+                    (messages[other - first], own.of_anchors, layout.anchors),
+                )
+            )
+            blocks[other] = Block.of_message(of_anchors, of_rows, self.ids_of(other))
         return blocks
 
     def _gather_tensors(

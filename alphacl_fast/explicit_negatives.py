@@ -9,6 +9,7 @@ with t_ij = ⟨z_i, y_j⟩ of the rows as given.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -98,7 +99,7 @@ def loss_against(
             (M, G), None with ``negatives=None``, in any float dtype, and one number per anchor
             (N,). Negatives whose cosine similarity with the anchor, as the guide sees it, exceeds
             the threshold do not count (GISTEmbed, arXiv:2402.16829). The guide gets no gradient.
-            On the backend "blocked" only, and not with a process group.
+            On the backend "blocked" only.
         **options: options of the objective, by its own names.
 
     Returns:
@@ -111,28 +112,31 @@ def loss_against(
     Source: arXiv:1911.05722 (queue of negatives); arXiv:2004.11362 (several positives, whose mean
     is t⁺, with epsilon=0).
     """
-    call = functional.make_call(
-        objective,
-        options,
-        similarity="dot",
-        negatives="one_view",
-        symmetric=True,
-        reduction=reduction,
-        backend=backend,
-        precision=precision,
-        max_gap=max_gap,
-    )
-    if backend == "reference":
-        raise ValueError("backend must not be 'reference': the oracle has two views")
-    guide = None if guide is None else _checked_guide(guide, z, negatives)
+    group = functional.make_group(process_group, "auto")
+    try:
+        call = functional.make_call(
+            objective,
+            options,
+            similarity="dot",
+            negatives="one_view",
+            symmetric=True,
+            reduction=reduction,
+            backend=backend,
+            precision=precision,
+            max_gap=max_gap,
+        )
+        if backend == "reference":
+            raise ValueError("backend must not be 'reference': the oracle has two views")
+    except (TypeError, ValueError) as error:
+        if group is not None:
+            shared_rows.agree(group, "", (), error)  # raises
+        raise
     given = Given(z, negatives, positive, temperature, ids, negative_ids, log_weights, guide)
     if guide is not None and isinstance(call.objective, ClosedForm):
         call = replace(call, objective=call.objective.of_each_pair)
-    group = functional.make_group(process_group, "auto")
     if group is not None:
-        if guide is not None:
-            raise ValueError("guide must be None with a process_group")
         return _over_ranks(given, call, group)
+    given = given.with_checked_guide()
     given.check(call.objective, fewest=1, max_gap=max_gap)
     return call.reduce(row_losses(given, call))
 
@@ -149,8 +153,10 @@ def row_losses_against(
     negative_ids: Tensor | None = None,
     backend: str = "auto",
     precision: str | None = None,
+    process_group: Any = None,
+    one_each: bool | None = None,
 ) -> Tensor:
-    """(N,) losses of `loss_against`.
+    """(N,) losses of `loss_against`; ``one_each``: see `Given`.
 
     With similarity="cosine" all rows must have unit length: their similarities then lie in
     [−1, 1], which saves a sweep the search for the largest exponent.
@@ -164,7 +170,10 @@ def row_losses_against(
         backend=backend,
         precision=precision,
     )
-    given = Given(z, negatives, positive, temperature, ids, negative_ids, None)
+    given = Given(z, negatives, positive, temperature, ids, negative_ids, None, one_each=one_each)
+    group = functional.make_group(process_group, "auto")
+    if group is not None:
+        return _over_ranks(given, call, group)
     given.check(objective, fewest=1)
     return row_losses(given, call)
 
@@ -180,6 +189,7 @@ class Given(NamedTuple):
     negative_ids: Tensor | None
     log_weights: Tensor | None
     guide: tuple[Tensor, Tensor | None, Tensor] | None = None
+    one_each: bool | None = None  # whether each anchor has a temperature; None: its shape says it
 
     @property
     def other(self) -> Tensor:
@@ -189,8 +199,16 @@ class Given(NamedTuple):
     @property
     def per_anchor(self) -> bool:
         """Whether there is a temperature for each anchor."""
+        if self.one_each is not None:
+            return self.one_each
         tau = self.temperature
         return isinstance(tau, Tensor) and tau.dim() == 1 and tau.numel() != 1
+
+    def with_checked_guide(self) -> Given:
+        """The same with a guide that has no graph; raises unless it fits the rows."""
+        if self.guide is None:
+            return self
+        return self._replace(guide=_checked_guide(self.guide, self.z, self.negatives))
 
     def check(self, objective: Objective, fewest: int, max_gap: float | None = None) -> None:
         """Raises unless all tensors are good but the ids; ``fewest``: rows that there must be."""
@@ -269,6 +287,7 @@ def row_losses(given: Given, call: Call) -> Tensor:
     """(N,) losses of tensors that are checked."""
     ids, negative_ids = given.checked_ids()
     z, negatives, temperature = given.z, given.negatives, given.temperature
+    of_guide = given.guide
     wide = accumulation_dtype(z.dtype)
     positive, scale = given.positive.to(wide), None
     if given.per_anchor:
@@ -276,6 +295,7 @@ def row_losses(given: Given, call: Call) -> Tensor:
         scale = temperature.to(wide)
         if negatives is None:
             negatives = z
+            of_guide = None if of_guide is None else (of_guide[0], of_guide[0], of_guide[2])
             ids = torch.arange(len(z), device=z.device) if ids is None else ids
             negative_ids = ids
         z, negatives = z.to(wide) / scale[:, None], negatives.to(wide)
@@ -285,7 +305,7 @@ def row_losses(given: Given, call: Call) -> Tensor:
     )
     layout = _layout(len(z), len(z) if negatives is None else len(z) + len(negatives))
     same_id = _same_id(ids, negative_ids, layout, wide)
-    guide = None if given.guide is None else _guide(given.guide, wide)
+    guide = None if of_guide is None else _guide(of_guide, wide)
     with without_autocast(z.device):
         if len(z) == 1 and negatives is None:
             return functional.zero_with_graph(z, positive, tau).expand(1)
@@ -312,14 +332,20 @@ def row_losses(given: Given, call: Call) -> Tensor:
 
 def _over_ranks(given: Given, call: Call, group: ProcessGroup) -> Tensor:
     """The loss of all ranks' anchors against all ranks' negatives."""
-    failure, text, sizes = None, "", ()
+    failure, text, sizes, temperature = None, "", (), ()
     try:
+        given = given.with_checked_guide()
         given.check(call.objective, fewest=0, max_gap=call.max_gap)
         given.checked_ids()
+        _check_backend(given, call)
         text, sizes = _statement(given, call), (len(given.z), len(given.other))
+        temperature = _readings(given)
     except Exception as error:  # the other processes wait for this one
         failure = error
-    sharing = shared_rows.agree(group, text, sizes, failure, given.z, call.objective)
+    sharing = shared_rows.agree(group, text, sizes, failure, given.z, call.objective, temperature)
+    given = given._replace(one_each=_one_each(sharing.temperatures))
+    if given.per_anchor:
+        _check_temperatures(given.temperature, given.z, call.objective)
     z, wide = given.z, accumulation_dtype(given.z.dtype)
     if not sum(sharing.counts(0)) or not sum(sharing.counts(1)):
         raise ValueError(f"all ranks together must have at least 1 row, got {sharing.sizes}")
@@ -335,6 +361,11 @@ def _over_ranks(given: Given, call: Call, group: ProcessGroup) -> Tensor:
         other_ids = sharing.gather(ids, 1)
     elif ids is not None:
         ids, other_ids = ids.long(), sharing.gather(other_ids.long(), 1)
+    guide = given.guide
+    if guide is not None:
+        own_rows, others, threshold = guide
+        of_shared = own_rows if given.negatives is None else others
+        guide = own_rows, sharing.gather(of_shared.to(wide), 1), threshold
     here = Given(
         z.to(wide),
         everyone[:, :dim],
@@ -343,6 +374,8 @@ def _over_ranks(given: Given, call: Call, group: ProcessGroup) -> Tensor:
         ids,
         other_ids,
         everyone[:, dim] if weights else None,
+        guide,
+        given.one_each,
     )
     if len(z):
         losses, nothing = row_losses(here, call), 0.0
@@ -356,16 +389,67 @@ def _over_ranks(given: Given, call: Call, group: ProcessGroup) -> Tensor:
     return total / (sum(sharing.counts(0)) if call.reduction == "mean" else 1)
 
 
+def _check_backend(given: Given, call: Call) -> None:
+    """Raises unless a backend serves the call, before the ranks exchange any rows."""
+    wide = given.z[:0].to(accumulation_dtype(given.z.dtype))
+    with_ids = given.ids is not None or given.negatives is None
+    functional.bind_temperature(wide, 1.0, call, with_ids, with_guide=given.guide is not None)
+
+
 def _statement(given: Given, call: Call) -> str:
     """What must be the same on every rank."""
     grad = torch.is_grad_enabled()
     tensors = {name: x for name, x in given._asdict().items() if isinstance(x, Tensor)}
     wanted = [name for name, x in tensors.items() if x.requires_grad and grad]
-    tau = "one per anchor" if given.per_anchor else functional.shown(given.temperature)
+    guide = "" if given.guide is None else f"guide of width {given.guide[0].shape[1]}, "
     return (
         f"D={given.z.shape[1]}, dtype={given.z.dtype}, {call.objective}, "
-        f"reduction={call.reduction!r}, max_gap={call.max_gap}, temperature={tau}, tensors "
+        f"reduction={call.reduction!r}, max_gap={call.max_gap}, {guide}tensors "
         f"{[*tensors]}, gradients of {wanted}"
+    )
+
+
+#: In a rank's statement: each of its anchors has a temperature.
+_EACH = math.inf
+
+
+def _readings(given: Given) -> tuple[float, ...]:
+    """The temperature as a rank states it: its value (NaN: not known on the host), or `_EACH`.
+
+    (1,) of a rank with one anchor can be read in both ways.
+    """
+    if given.per_anchor:
+        return (_EACH,)
+    value = functional.known(given.temperature)
+    one = isinstance(given.temperature, Tensor) and given.temperature.dim() == 1
+    both = one and len(given.z) == 1 and given.one_each is None
+    return (math.nan if value is None else value, *[_EACH] * both)
+
+
+def _one_each(stated: tuple[tuple[float, ...], ...]) -> bool:
+    """Whether each anchor of all ranks has a temperature, and not all of them the same one.
+
+    Raises:
+        ValueError: the ranks' statements do not fit together.
+    """
+    first = stated[0][0]
+
+    def is_first(value: float) -> bool:
+        return not abs(value - first) > 1e-6 * abs(first)  # true for NaN
+
+    if first != _EACH and all(each[0] != _EACH and is_first(each[0]) for each in stated):
+        return False
+    if all(each[-1] == _EACH for each in stated):
+        return True
+    rank = next(r for r, each in enumerate(stated) if each[0] == _EACH or not is_first(each[0]))
+    rank = rank or next(r for r, each in enumerate(stated) if each[-1] != _EACH)
+    here, there = (
+        "one per anchor" if each[0] == _EACH else f"{each[0]:.6g}"
+        for each in (stated[0], stated[rank])
+    )
+    raise ValueError(
+        f"every rank must pass the same temperature, got {here} on rank 0 and {there} on rank "
+        f"{rank}"
     )
 
 
@@ -417,6 +501,8 @@ def _checked_guide(
         raise ValueError("guide[1] must be None with negatives=None")
     for name, rows, other_name, other in pairs:
         functional.check_rows(name, rows)
+        if rows.shape[1] < 1:
+            raise ValueError(f"{name} must have at least 1 column, got {tuple(rows.shape)}")
         if len(rows) != len(other) or rows.device != other.device:
             raise ValueError(
                 f"{name} must have as many rows as {other_name} ({len(other)}), on {other.device}, "

@@ -16,9 +16,13 @@ from .autograd import AlphaCLFunction, closed_form
 from .backend import reference
 from .bundles import accumulation_dtype
 from .call import (
+    LARGEST_LOGIT,
+    LARGEST_TAU,
+    LEAST_TAU,
     MOST_READY,
     BoundCall,
     Call,
+    Guide,
     Layout,
     Need,
     SameId,
@@ -41,6 +45,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 #: `guided.loss`, which is made of losses with explicit negatives, and they of this module.
 GUIDED: list[Callable[..., Tensor]] = []
+#: The guide of a call with these embeddings, and its margin; it raises unless it fits them.
+Opinion = Callable[[Tensor, Call], tuple[Guide, float]]
 #: Calls of `alpha_cl_loss` by its settings: what they keep serves the next one.
 _CALLS: dict[tuple[Any, ...], Call] = {}
 #: τ, or what SigLIP has in its place: (scale, bias).
@@ -94,16 +100,15 @@ def alpha_cl_loss(
             GPUs), "blocked" (PyTorch operations, any device) or "reference" (dense: the oracle).
         precision: arithmetic of float32 matrix products. None follows
             `torch.get_float32_matmul_precision`; "ieee", "tf32" or "bf16x3" (three products of
-            bfloat16 halves) demands one, and a backend that lacks it refuses the call.
+            bfloat16 halves) selects one, and a backend that lacks it raises an error.
         process_group: a `torch.distributed.ProcessGroup`, a 1-dimensional DeviceMesh or "world",
             whose ranks share one batch. Each rank passes its own pairs (any number) and receives
             the loss of the whole batch or, with reduction="none", the losses of its own anchors.
             All ranks must make the same call, with tensors on devices of one type. Each rank
             differentiates Σ_r L_r, so DDP's or FSDP's averaging gives the gradient of the whole
             batch; the temperature's gradient is that average on every rank. Unless
-            reduction="none", the incoming gradient must be the same on all ranks. The messages
-            travel in a group of the loss's own, which the first call makes. None: this process
-            alone.
+            reduction="none", the incoming gradient must be the same on all ranks. The first
+            call makes a separate group for the messages. None: the batch is on this process.
         strategy: how ranks exchange rows: "gather" (all-gather and reduce-scatter; few messages),
             "ring" (messages overlap with computation; memory for a few local blocks), "two_level"
             (gather within a node, ring between nodes; memory for the blocks of a node) or "auto"
@@ -116,21 +121,20 @@ def alpha_cl_loss(
             negatives of each other in either view (false-negative elimination, arXiv:2011.11765).
             Pass labels, or the index of the instance that was augmented. An anchor that has no
             negatives left has loss 0 and no gradient, and "mean" still counts it. With a process
-            group every rank passes the ids of its own pairs, which are compared over all ranks;
-            "uniform" and "triplet_contrastive" then take no ids. Not supported with
-            backend="cuda". None: only the anchor and its positive are excluded.
+            group every rank passes the ids of its own pairs, which are compared over all ranks.
+            None: only the anchor and its positive are excluded.
         max_gap: a negative whose similarity exceeds the positive's by more than this, Δ_ij =
             t_ij − t⁺_i > max_gap, is not a negative of anchor i: it may be a false one
             (Qwen3-Embedding, arXiv:2506.05176, has 0.1). Each anchor has its own Δ, in both
             directions of "cross_view". Which negatives count is a constant of the gradient. An
-            anchor that has none left has loss 0. It may be negative. Not supported with
-            backend="cuda" or a process group. None: all negatives count.
+            anchor that has none left has loss 0. It may be negative. All ranks of a process group
+            must pass the same. None: all negatives count.
         guide: (g1, g2), another model's embeddings (N, G) of both views, in any float dtype.
             A negative is left out if its cosine similarity with the anchor, in the guide's
             embeddings, is larger than the similarity of the positive pair there minus
-            ``guide_margin`` (GISTEmbed, arXiv:2402.16829). The guide gets no gradient. Only
-            backend="blocked" serves it, for similarity "cosine" and "dot", without a process group.
-            None: there is no guide.
+            ``guide_margin`` (GISTEmbed, arXiv:2402.16829). The guide gets no gradient. With a
+            process group every rank passes the guide's embeddings of its own pairs. Only
+            backend="blocked" serves it, for similarity "cosine" and "dot". None: there is no guide.
         guide_margin: any finite number; a positive one leaves out more.
         workspace: bytes in which the CPU kernels may keep tiles of pairs from one sweep to the
             next instead of computing them again; the memory is one per process and stays
@@ -149,11 +153,9 @@ def alpha_cl_loss(
 
     Source: arXiv:2201.12680; the docstring of each objective names its equation and origin.
     """
-    settings = key = None
+    call = key = settings = None
     if not torch.compiler.is_dynamo_compiling() and (
-        process_group is ranks_per_node is guide is None
-        and type(guide_margin) is float
-        and (strategy, guide_margin) == ("auto", 0.0)
+        process_group is ranks_per_node is None and strategy == "auto"
     ):
         settings = (
             objective, similarity, negatives, symmetric, reduction, backend, precision, max_gap,
@@ -163,30 +165,33 @@ def alpha_cl_loss(
         try:
             call = _CALLS.get(settings)
         except TypeError:  # the checks say which value it is that cannot be hashed
-            call = settings = None
-        if call is not None:
+            settings = None
+        if call is not None and guide is None:
+            if type(guide_margin) is not float or guide_margin != 0.0:
+                check_guide_margin(guide_margin)
             found, key = steps.again(z1, z2, temperature, call, ids)
             return (found or evaluate(z1, z2, temperature, call, ids, key))[0]
     group = make_group(process_group, strategy, ranks_per_node)
     try:
-        call = make_call(
-            objective,
-            options,
-            similarity=similarity,
-            negatives=negatives,
-            symmetric=symmetric,
-            reduction=reduction,
-            backend=backend,
-            precision=precision,
-            process_group=group,
-            max_gap=max_gap,
-            workspace=workspace,
-        )
+        if call is None:
+            call = make_call(
+                objective,
+                options,
+                similarity=similarity,
+                negatives=negatives,
+                symmetric=symmetric,
+                reduction=reduction,
+                backend=backend,
+                precision=precision,
+                process_group=group,
+                max_gap=max_gap,
+                workspace=workspace,
+            )
+        check_guide_margin(guide_margin)
     except (TypeError, ValueError) as error:
         if group is not None:
             distributed.agree(group, None, None, None, None, error)  # raises
         raise
-    check_guide_margin(guide_margin)
     if settings is not None and is_built_in(call.objective):
         if len(_CALLS) >= MOST_READY:
             _CALLS.clear()
@@ -241,8 +246,6 @@ def make_call(
         # A compiled graph may use existing objects, but not make any.
         objective = DEFAULTS.get(objective, objective)
     made = make(objective, options)
-    if max_gap is not None and process_group is not None:
-        raise ValueError(f"max_gap must be None with a process_group, got {max_gap}")
     if max_gap is not None and isinstance(made, ClosedForm):
         made = made.of_each_pair
     return Call(
@@ -310,7 +313,7 @@ def check_temperature(temperature: float | Tensor, objective: Objective) -> None
         value = temperature
     if not value > 0 or value == math.inf:
         raise ValueError(f"temperature must be finite and > 0, got {value}")
-    if not 1e-15 <= value <= 1e15:  # float32 must hold τ² and 1/τ²
+    if not LEAST_TAU <= value <= LARGEST_TAU:
         raise ValueError(f"temperature must be between 1e-15 and 1e15, got {value}")
 
 
@@ -329,7 +332,7 @@ def check_scale_and_bias(scale: float | Tensor, bias: float | Tensor) -> None:
             raise TypeError(f"{name} must be a float or a tensor, got {type(given).__name__}")
         else:
             value = given
-        if not abs(value) <= 1e15:
+        if not abs(value) <= LARGEST_LOGIT:
             raise ValueError(f"{name} must be finite and between -1e15 and 1e15, got {value}")
 
 
@@ -347,15 +350,15 @@ def evaluate(
     plan for the call yet.
     """
     of_steps = key
-    z1, z2 = of_one_dtype(z1, z2)
-    if call.process_group is not None:
-        return _evaluate_over_ranks(z1, z2, temperature, call, ids)
     key = None
-    if ids is None and not torch.compiler.is_compiling():
+    if ids is None and call.process_group is None and not torch.compiler.is_compiling():
         key = eager.key_of(z1, z2, temperature)
         served = key and eager.again(z1, z2, temperature, call, key)
         if served:
             return served
+    z1, z2 = of_one_dtype(z1, z2)
+    if call.process_group is not None:
+        return evaluate_over_ranks(z1, z2, temperature, call, ids)
     tau, bound, why = bind(z1, z2, temperature, call, ids is not None)
     if ids is not None:
         ids = checked_ids("ids", ids, z1)
@@ -371,10 +374,10 @@ def evaluate(
             if found is not None:
                 return found
     if native.serves(bound, need) and native.plain(z1, z2, tau):
-        plan = native.prepared(bound, z1, need)
+        prepared = eager.Prepared(bound, native.prepared(bound, z1, need), need, why)
         if key:
-            eager.remember(call, key, plan, why)
-        return eager.loss(z1, z2, tau, bound, plan, need, ids), bound.backend, why
+            eager.remember(call, key, prepared)
+        return prepared.loss(z1, z2, tau, ids), bound.backend, why
     with without_autocast(z1.device):
         return _loss(z1, z2, tau, bound, ids), bound.backend, why
 
@@ -416,28 +419,30 @@ def _loss(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, ids: Tensor | No
 
 
 @torch.compiler.disable  # sizes and errors of the other processes are read on the host
-def _evaluate_over_ranks(
+def evaluate_over_ranks(
     z1: Tensor,
     z2: Tensor,
     temperature: Temperature,
     call: Call,
-    ids: Tensor | None,
+    ids: Tensor | None = None,
+    opinion: Opinion | None = None,
 ) -> tuple[Tensor, str, str]:
-    tau, bound, why, failure = None, None, "", None
+    """As `evaluate`, with a process group, and without the negatives that a guide calls false."""
+    tau, bound, why, left_out, failure = None, None, "", None, None
+    if isinstance(call.objective, ClosedForm) and (ids is not None or opinion is not None):
+        # its sums of rows know neither ids nor a guide
+        call = replace(call, objective=call.objective.of_each_pair)
     try:
-        tau, bound, why = bind(z1, z2, temperature, call, ids is not None)
-        if ids is not None:
-            ids = checked_ids("ids", ids, z1)
-            if isinstance(call.objective, ClosedForm):
-                raise ValueError(
-                    f"ids must be None with a process_group and {call.objective}: its sums of rows "
-                    "are exchanged without ids"
-                )
+        with_guide = opinion is not None
+        tau, bound, why = bind(z1, z2, temperature, call, ids is not None, with_guide)
+        ids = None if ids is None else checked_ids("ids", ids, z1)
+        guide = opinion(z1, call) if with_guide else (None, 0.0)
+        left_out = distributed.LeftOut(ids, *guide)
     except (
         Exception
     ) as error:  # the other processes wait for this one, so they must learn of any error
         failure = error
-    ranks = distributed.agree(call.process_group, z1, z2, tau, bound, failure, ids)
+    ranks = distributed.agree(call.process_group, z1, z2, tau, bound, failure, left_out)
     if ranks.total < bound.objective.fewest_pairs:
         return no_negatives(z1, z2, tau, bound), bound.backend, why
     loss = distributed.global_loss(z1, z2, tau, replace(bound, ranks=ranks))
@@ -450,6 +455,7 @@ def bind(
     temperature: Temperature,
     call: Call,
     with_ids: bool = False,
+    with_guide: bool = False,
 ) -> tuple[Tensor, BoundCall, str]:
     """Checks embeddings and temperature.
 
@@ -463,7 +469,9 @@ def bind(
     check_embeddings(z1, z2, fewest=1 if call.process_group is None else 0)
     # with several processes all must choose the same backend, whatever their rows
     few = call.process_group is None and _few_long_rows(z1)
-    return bind_temperature(z1, temperature, call, with_ids, few_long_rows=few)
+    return bind_temperature(
+        z1, temperature, call, with_ids, few_long_rows=few, with_guide=with_guide
+    )
 
 
 #: Rows of both views below which the blocks of `cpu`, padded to a few dozen rows, take more memory
@@ -502,11 +510,11 @@ def bind_temperature(
         tau = temperature.reshape(()).to(z1.device)
     else:
         tau = as_number(temperature, z1)
-    objective, wgmma = call.objective, False
-    if z1.is_cuda and call.similarity == "cosine" and values[0] is not None:
-        wgmma = ops.cuda.has_wgmma_kernels(objective.kind, objective.params(1.0), z1.shape[1])
     operands = ("ids",) * with_ids + ("max_gap",) * (call.max_gap is not None)
     operands += ("guide",) * with_guide
+    objective, wgmma = call.objective, False
+    if z1.is_cuda and call.similarity == "cosine" and values[0] is not None and not operands:
+        wgmma = ops.cuda.has_wgmma_kernels(objective.kind, objective.params(1.0), z1.shape[1])
     asked = "blocked" if few_long_rows and call.backend == "auto" else call.backend
     backend, why = ops.choose(
         asked, z1.device, z1.dtype, call.precision, objective.kind, operands, wgmma

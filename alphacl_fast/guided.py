@@ -2,7 +2,8 @@
 
 GISTEmbed (arXiv:2402.16829): a negative that the guide finds more similar to the anchor than the
 anchor's own positive does not count. `loss_against` computes the losses, with the rows of the views
-as negatives.
+as negatives. Over several processes the sweeps of `distributed` do, and the guide's rows travel
+with the others.
 """
 
 from __future__ import annotations
@@ -16,15 +17,13 @@ from torch import Tensor
 from . import explicit_negatives, functional
 from .autograd import unit_rows
 from .bundles import accumulation_dtype
-from .call import Call
+from .call import Call, Guide, Layout
 from .objectives import ClosedForm, Objective
 from .one_operator import one_operator
 
 
 def check(call: Call) -> None:
     """Raises unless a call can have a guide."""
-    if call.process_group is not None:
-        raise ValueError("guide must be None with a process_group")
     if call.similarity == "euclidean":
         raise ValueError("guide must be None with similarity='euclidean'")
     if call.backend not in ("auto", "blocked"):
@@ -44,6 +43,8 @@ def loss(
     guide_margin: float,
 ) -> Tensor:
     """The loss of a call, without the negatives that the guide calls false; see `alpha_cl_loss`."""
+    if call.process_group is not None:
+        return _over_ranks(z1, z2, temperature, call, ids, guide, guide_margin)
     check(call)
     z1, z2 = functional.of_one_dtype(z1, z2)
     functional.check_temperature(temperature, call.objective)
@@ -70,12 +71,37 @@ def loss(
     return call.reduce(losses[: call.anchors(len(z1))])
 
 
+def _over_ranks(
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float | Tensor,
+    call: Call,
+    ids: Tensor | None,
+    guide: tuple[Tensor, Tensor],
+    guide_margin: float,
+) -> Tensor:
+    """As `loss`, of the pairs of all processes."""
+
+    def opinion(z1: Tensor, call: Call) -> tuple[Guide, float]:
+        check(call)
+        wide, layout = accumulation_dtype(z1.dtype), Layout.of(call, len(z1))
+        first, second = (unit_rows(rows.to(wide)) for rows in _checked(guide, z1))
+        threshold = ((first * second).sum(1) - guide_margin).repeat(2)
+        rows = torch.cat([first, second])[: layout.rows]
+        return Guide(rows, threshold[: layout.anchors]), float(guide_margin)
+
+    z1, z2 = functional.of_one_dtype(z1, z2)
+    return functional.evaluate_over_ranks(z1, z2, temperature, call, ids, opinion)[0]
+
+
 def _checked(guide: Any, z: Tensor) -> tuple[Tensor, ...]:
     """The guide's embeddings of both views; raises unless they fit the rows z."""
     if not isinstance(guide, (tuple, list)) or len(guide) != 2:
         raise TypeError(f"guide must be None or (g1, g2), got {guide!r:.80}")
     for k, rows in enumerate(guide):
         functional.check_rows(f"guide[{k}]", rows)
+        if rows.shape[1] < 1:
+            raise ValueError(f"guide[{k}] must have at least 1 column, got {tuple(rows.shape)}")
         if len(rows) != len(z) or rows.device != z.device:
             raise ValueError(
                 f"guide[{k}] must have {len(z)} rows on {z.device}, as the views, got {len(rows)} "

@@ -19,10 +19,10 @@ class FusedAlphaCLLoss(nn.Module):
 
     Args:
         objective: a name listed by `alphacl_fast.objectives.names`, or an `Objective`.
-        temperature: τ as a float, a tensor or an ``nn.Parameter``. A parameter is learnt with its
-            exact gradient, where the objective has one; a tensor becomes a buffer.
+        temperature: τ as a float, a tensor or an ``nn.Parameter``. A parameter is
+            learned, if the objective depends on it; a tensor becomes a buffer.
         similarity: "cosine", "dot" or "euclidean"; see `alphacl_fast.functional.alpha_cl_loss`.
-        negatives: "two_view", "one_view" or "cross_view"; see there too.
+        negatives: "two_view", "one_view" or "cross_view"; see `alpha_cl_loss`.
         symmetric: whether "cross_view" averages both directions.
         reduction: "mean", "sum" or "none".
         backend: "auto" or the name of a backend.
@@ -32,12 +32,12 @@ class FusedAlphaCLLoss(nn.Module):
         strategy: how those ranks exchange rows: "auto", "gather", "ring" or "two_level".
         ranks_per_node: how many neighbouring ranks share a node, for "two_level"; None: the
             environment variable LOCAL_WORLD_SIZE.
-        guide_margin: of the guide, where a call has one; see there too.
+        guide_margin: the margin of a guide that a call passes; see `alpha_cl_loss`.
         max_gap: negatives more similar than the positive by more than this do not count; see
-            there too.
-        workspace: bytes in which the CPU kernels may keep tiles; see there too.
+            `alpha_cl_loss`.
+        workspace: bytes in which the CPU kernels may keep tiles; see `alpha_cl_loss`.
         temperature_range: (low, high) to which a learnable temperature is clamped in place before
-            each use, as CLIP clamps its scale; None leaves it alone.
+            each use, as CLIP clamps its scale. None: it is not clamped.
         **options: options of the objective, by its own names.
 
     Shape:
@@ -136,7 +136,7 @@ class FusedAlphaCLLoss(nn.Module):
         Args:
             z1: (N, D) embeddings of the first view.
             z2: (N, D) embeddings of the second view, on the same device.
-            ids: (N,) integers; pairs with equal ids are no negatives of each other.
+            ids: (N,) integers; pairs with equal ids are not negatives of each other.
             guide: (g1, g2), another model's embeddings (N, G) of both views, which says which
                 negatives are false; see `alphacl_fast.functional.alpha_cl_loss`.
 
@@ -155,17 +155,18 @@ class FusedAlphaCLLoss(nn.Module):
         if not torch.compiler.is_dynamo_compiling():
             found, key = steps.again(z1, z2, temperature, self._call, ids)
             if found is not None:
-                self.__dict__["_served"] = found[1:]  # a Module's own way takes three calls
+                self.__dict__["_served"] = [*found[1:]]  # a Module's own way takes three calls
                 return found[0]
         loss, *served = functional.evaluate(z1, z2, temperature, self._call, ids, key)
-        if not torch.compiler.is_compiling():  # in a checkpoint it would be a side effect
+        # while compiling, in a checkpoint, it would be a side effect
+        if not torch.compiler.is_compiling() and served != self._served:
             self._served = served
         return loss
 
     def alpha_summary(self, z1: Tensor, z2: Tensor, *, k: int = 8, bins: int = 40) -> AlphaSummary:
         """Statistics of α on these embeddings (`alphacl_fast.alpha_summary`).
 
-        With a process group they cover this rank's pairs alone.
+        With a process group they only cover this rank's pairs.
 
         Args:
             z1: (N, D) embeddings of the first view.

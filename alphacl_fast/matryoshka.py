@@ -13,10 +13,10 @@ from torch import Tensor, nn
 class MatryoshkaLoss(nn.Module):
     """Weighted sum of one loss on the first dims[k] features: Σ_k w_k · loss(z[:, :dims[k]]).
 
-    A model that is trained so has embeddings that can be cut to any of these widths. A loss with
-    cosine similarity normalises the cut rows itself; a loss that takes unit rows as given, such as
-    `loss_against`, needs a function that normalises them first. If n rows have D features, memory
-    is O(n·Σ_k dims[k]), and nothing is copied before the inner loss.
+    The embeddings of the trained model can be truncated to any of these widths. A loss with cosine
+    similarity normalises the truncated rows itself; a loss that expects unit rows, such as
+    `loss_against`, needs a function around it that normalises them. Memory is O(n·Σ_k dims[k]) for
+    n rows, and nothing is copied before the inner loss.
 
     Args:
         loss: a module or a function of (z1, z2), (z1, z2, ids), (z,) or (z, ids), such as
@@ -32,12 +32,12 @@ class MatryoshkaLoss(nn.Module):
           (anchors,).
 
     Raises:
-        TypeError: ``loss`` cannot be called, or dims or weights are no sequence.
+        TypeError: ``loss`` cannot be called, or dims or weights are not sequences.
         ValueError: dims are empty, not positive integers or not distinct; weights are not finite
-            numbers or of another count.
+            numbers, or there are more or fewer of them than dims.
 
-    Source: Kusupati et al., arXiv:2205.13147. Weights mean what they mean in the class of that name
-    in sentence-transformers.
+    Source: Kusupati et al., arXiv:2205.13147. Weights have the meaning of sentence-transformers'
+    MatryoshkaLoss.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class MatryoshkaLoss(nn.Module):
         """The weighted sum, from the arguments of the inner loss.
 
         Args:
-            *arguments: embeddings (n, D), that is floating-point tensors with two dimensions, of
-                which the inner loss gets the first features; anything else, such as ids or a
+            *arguments: embeddings (n, D), that is, floating-point tensors with two dimensions; the
+                inner loss receives their first features. Everything else, such as ids or a
                 temperature, is passed on unchanged.
             **keywords: the same by name.
 
@@ -66,9 +66,9 @@ class MatryoshkaLoss(nn.Module):
             The sum, with the shape and dtype of the inner loss.
 
         Raises:
-            ValueError: no argument holds embeddings, they differ in D, or D < max(dims). The
-                process that finds it raises, also where the inner loss has a process group.
-            TypeError, ValueError: whatever the inner loss raises.
+            ValueError: no argument has embeddings, they differ in D, or D < max(dims). Only the
+                process with the error raises, even if the inner loss has a process group.
+            TypeError, ValueError: the inner loss raises them.
         """
         self._check_widths([x.shape[1] for x in (*arguments, *keywords.values()) if _has_rows(x)])
         return sum(

@@ -1,7 +1,7 @@
 """Metrics of a batch of positive pairs: alignment, uniformity, in-batch accuracy, effective rank.
 
-All of them are about rows of unit length, and none stores a number per pair of rows. `alignment`
-and `uniformity` can be optimised; `batch_metrics` only observes, as `alpha_summary` does.
+All metrics use rows of unit length and O(N·D) memory. `alignment` and `uniformity` are
+differentiable; `batch_metrics` is not.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def alignment(z1: Tensor, z2: Tensor) -> Tensor:
 def uniformity(z1: Tensor, z2: Tensor, *, t: float = 2.0) -> Tensor:
     """log mean_{i≠j} exp(−t‖x_i − x_j‖²) over the pairs of a view, mean of both views.
 
-    Rows are normalised here. The value is 0 if all rows of a view coincide, and the lower the more
-    evenly they cover the sphere. It is the log-sum-exp of InfoNCE's row losses with ε = 0,
-    negatives of one view and τ = 1/(2t), so it is differentiable and takes O(N·D) memory.
+    Rows are normalised here. The value is 0 if all rows of a view coincide, and it falls as they
+    cover the sphere more evenly. It is the log-sum-exp of InfoNCE's row losses with ε = 0,
+    negatives of one view and τ = 1/(2t), so it is differentiable and needs O(N·D) memory.
 
     Args:
         z1: (N, D) embeddings of the first view, N ≥ 1, float32, float64, bfloat16 or float16.
@@ -120,15 +120,15 @@ def batch_metrics(
 ) -> BatchMetrics:
     """Alignment, uniformity, in-batch accuracy and effective rank, in O(N·D) memory.
 
-    One walk over tiles of pairs serves them, without gradients, in float32 (float64 for float64
-    embeddings); matrix products have the precision that torch is set to.
+    One pass over tiles of pairs computes them, without gradients, in float32 (float64 for float64
+    embeddings). Matrix products have torch's precision setting.
 
     * **Accuracy**: each row of either view is an anchor, and the rows of the other view are its
       candidates, by cosine. The rank of the positive is 1 + the number of other candidates that are
       at least as similar, where cosines tie within √D units of the dtype's rounding, 2⁻²³ for
-      float32. Rows that all coincide thus have accuracy 0. NaN counts against.
+      float32. Rows that all coincide thus have accuracy 0. A NaN counts as wrong.
     * **Effective rank**: exp(−Σ p log p) of the singular values of the 2N unit rows, divided by
-      their sum. It is 1 if all rows are parallel, and D if all directions are used alike.
+      their sum. It is 1 if all rows are parallel, and D if all singular values are equal.
 
     Args:
         z1: (N, D) embeddings of the first view, N ≥ 1, float32, float64, bfloat16 or float16; they

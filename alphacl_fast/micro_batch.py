@@ -24,16 +24,16 @@ __all__ = ["micro_batched"]
 def micro_batched(encoder: Callable[[Any], Any], inputs: Any, size: int) -> Any:
     """The embeddings ``encoder(inputs)``, with a graph, in the activation memory of ``size`` rows.
 
-    Use it in place of ``encoder(inputs)``; the loss and its backward stay as they are. The gradient
-    is exact for the whole batch: the encoder runs once to embed a micro-batch and once more in the
-    backward, with the same random numbers (dropout) and under the same autocast.
+    Use it in place of ``encoder(inputs)``; the loss and the backward pass stay as they are. The
+    gradient is exact for the whole batch. The encoder runs once to embed a micro-batch and again in
+    the backward pass, with the same random numbers (dropout) and the same autocast.
 
     Batch normalisation is the exception: it sees the statistics of one micro-batch at a time, so
     the result differs from ``encoder(inputs)``, although its gradient is exact. Running statistics
     are updated once for each micro-batch if ``encoder`` is a module. Synchronised batch
     normalisation needs the same number of micro-batches on all ranks.
 
-    A DistributedDataParallel model exchanges its gradients once in a step: pass the wrapped model
+    To reduce the gradients of a DistributedDataParallel model once per step, pass the wrapped model
     itself, or call `micro_batched` inside the ``forward`` of the module that is wrapped. Models of
     ``fully_shard`` (FSDP2) work too; they gather their parameters for every micro-batch.
 
@@ -41,20 +41,19 @@ def micro_batched(encoder: Callable[[Any], Any], inputs: Any, size: int) -> Any:
         encoder: maps a micro-batch to its embeddings, row by row: a module or a function that takes
             one argument of the structure of ``inputs``. Use a lambda for keyword arguments.
         inputs: a tensor, or dicts, tuples and lists of tensors, such as token ids and an attention
-            mask, in any nesting. All tensors have the same first dimension N ≥ 1, which is cut;
-            tensors without dimensions and anything that is no tensor go to every micro-batch.
+            mask, in any nesting. All tensors have the same first dimension N ≥ 1, which is split;
+            tensors without dimensions and non-tensors are passed to every micro-batch.
         size: the rows of a micro-batch, ≥ 1. The last micro-batch may be smaller; a batch with
             N ≤ size is embedded in one pass, without a second one.
 
     Returns:
         What the encoder returns, with the rows of all micro-batches: a tensor (N, …), or dicts,
-        tuples and lists of such tensors. Of anything that is no tensor, the first micro-batch's is
-        taken.
+        tuples and lists of such tensors. Non-tensors are those of the first micro-batch.
 
     Raises:
-        TypeError: ``encoder`` cannot be called, or ``size`` is no integer.
-        ValueError: ``size`` < 1; ``inputs`` hold no tensor with rows, none of N ≥ 1 rows, or
-            tensors of different N; the encoder returns another number of rows than it was given.
+        TypeError: ``encoder`` cannot be called, or ``size`` is not an integer.
+        ValueError: ``size`` < 1; ``inputs`` have no tensor with N ≥ 1 rows, or tensors of different
+            N; the encoder returns more or fewer rows than it was given.
 
     Source: Gao et al., arXiv:2101.06983; Chen et al., arXiv:1604.06174 (activation checkpoints).
     """

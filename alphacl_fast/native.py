@@ -1,8 +1,8 @@
 """Losses that one native call computes from the views to the gradient (`backend.cpu_step`).
 
 The call sees the objective as a recorded program. What it does not serve goes through the two
-sweeps (`autograd`): several processes, gradients of single anchors, other similarities than cosine,
-users' functions, transforms of torch.func.
+sweeps (`autograd`): several processes, explicit negatives, min players, users' functions,
+transforms of torch.func.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ def serves(call: BoundCall, need: Need) -> bool:
     """Whether a call is computed natively, for plain tensors."""
     return not torch.compiler.is_compiling() and (
         call.backend == "cpu"
-        and call.similarity == "cosine"
         and call.objective.recordable
-        and call.temperature is not None
+        and None not in call.known
         and call.ranks is None
         and not (call.max_gap is not None and call.objective.counts_negatives)
     )
@@ -47,11 +46,11 @@ _PLAIN = {Tensor, torch.nn.Parameter}
 def prepared(call: BoundCall, z: Tensor, need: Need) -> cpu_step.Plan:
     """The plan of a call that is served, for views of the shape and dtype of z."""
     loss = Loss(
-        call.objective, "cosine", call.negatives, call.symmetric, call.reduction, call.max_gap
-    )
-    return _plan(
-        loss, z.shape, z.dtype, call.temperature, need, call.workspace, cpu.instruction_set()
-    )
+        call.objective, call.similarity, call.negatives, call.symmetric, call.reduction,
+        call.max_gap,
+    )  # fmt: skip
+    plan = _plan(loss, z.shape, z.dtype, need, call.workspace, cpu.instruction_set())
+    return plan.at(call.known[0] if len(call.known) == 1 else call.known)
 
 
 @functools.lru_cache(maxsize=256)
@@ -59,7 +58,6 @@ def _plan(
     loss: Loss,
     shape: torch.Size,
     dtype: torch.dtype,
-    tau: float,
     need: Need,
     workspace: int | None,
     instruction_set: str,
@@ -69,16 +67,27 @@ def _plan(
     wanted = (0 if need.z1 else n, 2 * n if need.z2 else n)
     batch = cpu_step.Batch(
         n, dim, dtype, layout.rows, layout.pairing(), layout.n_neg, loss.divisor(n), wanted,
-        need.tau, loss.reduction == "none",
+        loss.reduction == "none", objective.needs_negatives,
+        loss.similarity,
         cpu_step.default_workspace() if workspace is None else workspace, loss.max_gap,
     )  # fmt: skip
-    seen = objective.kind_tau(torch.tensor(tau, dtype=torch.float64, device="cpu")).item()
-    log_range = ops.log_range(objective.kind, params, seen) if kind(objective.kind).log else None
+
+    bound = kind(objective.kind)
+    # t lies in [−1, 1]
+    bound = bound.bind(params) if bound.log and loss.similarity == "cosine" else None
+
+    def numbers_at(temperature: cpu_step.Temperature) -> cpu_step.Numbers:
+        each = temperature if isinstance(temperature, tuple) else (temperature,)
+        tau = objective.kind_tau(torch.tensor(temperature, dtype=torch.float64, device="cpu"))
+        values = dict(zip(objective.numbers, objective.known_numbers(*each), strict=True))
+        log_range = None if bound is None else ops.range_at(bound, tau)
+        return cpu_step.Numbers(tau.item(), log_range, objective.first_view_factor(*each), values)
+
     program = record(objective, need.views > 0, need.tau)
-    plan = cpu_step.Plan(batch, program, objective.kind, params, seen, log_range)
+    plan = cpu_step.Plan(batch, program, objective.kind, params, numbers_at)
     if loss.reduction == "none" and any(need):
         alone = Need(False, False, False)
-        plan.forward = _plan(loss, shape, dtype, tau, alone, workspace, instruction_set)
+        plan.forward = _plan(loss, shape, dtype, alone, workspace, instruction_set)
     return plan
 
 

@@ -529,6 +529,10 @@ class Pairs(Protocol):
         """(anchors,) zeros."""
         ...
 
+    def stack(self, *vectors: Tensor) -> Tensor:
+        """(k, anchors) of k vectors."""
+        ...
+
     def mean_negative(self) -> Tensor:
         """(anchors,) mean of t_ij over the negatives, in O(n·D)."""
         ...
@@ -590,6 +594,8 @@ class Objective:
     needs_negatives = True
     counts_negatives = False
     recordable = False
+    #: of a recorded program: the numbers that follow from the temperature, as row steps call them
+    numbers: tuple[str, ...] = ()
     terms: tuple[Term, ...] = ()
     parameters: Sequence[float] = ()  # of the pair kind, besides c
     functions: tuple[_CustomFunction, ...] = ()  # the user's
@@ -632,6 +638,14 @@ class Objective:
     def rows_of_sweeps(self, rows: Rows, tau: Tensor) -> Rows:
         """The rows of both views (2N, D) as the sweeps see them."""
         return rows
+
+    def known_numbers(self, *tau: float) -> tuple[float, ...]:
+        """The values of `numbers`."""
+        return ()
+
+    def first_view_factor(self, *tau: float) -> float:
+        """The number by which `rows_of_sweeps` multiplies the rows of the first view."""
+        return 1.0
 
     def differentiate_rows(self, df: Tensor, n: int, tau: Tensor) -> None:
         """Converts df (rows, D), in place, from the gradient in `rows_of_sweeps` to the gradient in
@@ -1218,6 +1232,25 @@ class ConstantWeight(PairWeight):
 # --- the positive has its own term ----------------------------------------------------------------
 
 
+@row_step("row_weight", "shift")
+def siglip_start(row_weight, zero, *, numbers, scale, bias, used):
+    return row_weight * (scale / used), zero - bias
+
+
+@row_step("mass", "loss")
+def siglip_rows(pos, total, *, numbers, scale, bias):
+    logistic, y = KINDS["logistic"], scale * pos + bias
+    pull = logistic.df(-y, scale)
+    return scale * pull / numbers.divisor, total + logistic.f(-y, scale)
+
+
+@row_step("of_scale", "of_bias")
+def siglip_slopes(pos, slope, moment, *, numbers, scale, bias, used):
+    pull = KINDS["logistic"].df(-(scale * pos + bias), scale)
+    of_scale, of_bias = moment / used - pull * pos, slope - pull
+    return of_scale / numbers.divisor, of_bias / numbers.divisor
+
+
 class SigLip(Objective):
     """``L_i = log(1 + e^{−y_ii}) + Σ_j log(1 + e^{y_ij})`` with y = scale·t + bias.
 
@@ -1230,7 +1263,8 @@ class SigLip(Objective):
 
     name, options = "siglip", {}
     kind, uses_temperature, tau_gradient = "logistic", True, "rows"
-    one_sweep, derivative, needs_negatives = True, True, False
+    one_sweep, derivative, needs_negatives, recordable = True, True, False, True
+    numbers = ("scale", "bias", "used")
 
     #: A smaller scale is replaced, because sums over pairs are divided by it. It leaves y = bias
     #: for similarities far below 2⁶⁰.
@@ -1242,9 +1276,19 @@ class SigLip(Objective):
     def kind_tau(self, tau: Tensor) -> Tensor:
         return torch.ones_like(tau[0])
 
+    def known_numbers(self, scale: float, bias: float) -> tuple[float, ...]:
+        return scale, bias, self.first_view_factor(scale, bias)
+
+    def first_view_factor(self, scale: float, bias: float) -> float:
+        return self.LEAST_SCALE if abs(scale) < self.LEAST_SCALE else scale
+
     def _used(self, tau: Tensor) -> Tensor:
         """() the scale of the sweeps' rows."""
         return torch.where(tau[0].abs() < self.LEAST_SCALE, self.LEAST_SCALE, tau[0])
+
+    def _numbers(self, p: Pairs) -> tuple[Any, ...]:
+        """Scale, bias and the scale of the sweeps' rows; their names while `program` records."""
+        return p.tau if isinstance(p.tau, tuple) else (*p.tau, self._used(p.tau))
 
     def rows_of_sweeps(self, rows: Rows, tau: Tensor) -> Rows:
         factor = tau.new_ones(len(rows.f))
@@ -1258,30 +1302,19 @@ class SigLip(Objective):
         return (Term.F, Term.DF, Term.DF_MOMENT) if learn_tau else (Term.F,)
 
     def start(self, p: Pairs) -> RowSolution:
-        scale, bias = p.tau
-        zero = torch.zeros_like(p.pos)
-        return RowSolution(
-            row_weight=self.uniform_weight(p) * (scale / self._used(p.tau)),
-            shift=zero - bias,
-            moment_origin=zero,
-        )
+        scale, bias, used = self._numbers(p)
+        weight, zero = self.uniform_weight(p), p.zeros()
+        rows = p.step(siglip_start, weight, zero, scale=scale, bias=bias, used=used)
+        return RowSolution(**rows, moment_origin=zero)
 
     def finish(self, p: Pairs, rows: RowSolution, sums: Tensor) -> RowSolution:
         total, *slope_and_moment = sums
-        scale, bias = p.tau
-        logistic, y = KINDS["logistic"], scale * p.pos + bias
-        pull = logistic.df(-y, scale)
-        dtau = None
-        if slope_and_moment:
-            slope, moment = slope_and_moment
-            of_scale = moment / self._used(p.tau) - pull * p.pos
-            dtau = torch.stack([of_scale, slope - pull]) / p.divisor
-        return replace(
-            rows,
-            mass=scale * pull / p.divisor,
-            loss=total + logistic.f(-y, scale),
-            dtau=dtau,
-        )
+        scale, bias, used = self._numbers(p)
+        rows = replace(rows, **p.step(siglip_rows, p.pos, total, scale=scale, bias=bias))
+        if not slope_and_moment:
+            return rows
+        slopes = p.step(siglip_slopes, p.pos, *slope_and_moment, scale=scale, bias=bias, used=used)
+        return replace(rows, dtau=p.stack(slopes["of_scale"], slopes["of_bias"]))
 
 
 #: The one instance, which a compiled graph finds by its key.

@@ -27,7 +27,7 @@ from .bundles import (
     Weight,
     empty_vectors,
 )
-from .objectives import ROW_STEPS, kind
+from .objectives import ROW_STEPS, BoundKind, kind
 
 #: Sweep backends in the order in which "auto" tries them, but for `FIRST`.
 SWEEP_BACKENDS: dict[str, ModuleType] = {
@@ -234,10 +234,17 @@ def has(backend: str, step: str) -> bool:
 @functools.lru_cache(maxsize=1024)
 def log_range(name: str, params: tuple[float, ...], temperature: float) -> tuple[float, float]:
     """The bounds of log f over t in [−1, 1], where every similarity of unit rows lies."""
-    ends = torch.tensor([-1.0, 1.0], dtype=torch.float64, device="cpu")
     tau = torch.tensor(temperature, dtype=torch.float64, device="cpu")
-    low, high = kind(name).bind(params).f(ends, tau).tolist()
+    return range_at(kind(name).bind(params), tau)
+
+
+def range_at(bound: BoundKind, tau: Tensor) -> tuple[float, float]:
+    """As `log_range`; ``tau`` () is in float64, on the CPU."""
+    low, high = bound.f(_ENDS, tau).tolist()
     return low, high
+
+
+_ENDS = torch.tensor([-1.0, 1.0], dtype=torch.float64, device="cpu")
 
 
 # --- the choice of a backend ----------------------------------------------------------------------

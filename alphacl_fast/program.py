@@ -33,7 +33,7 @@ class Step(NamedTuple):
     step: RowStep
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    params: tuple[float, ...]
+    params: tuple[float | str, ...]  #: a name stands for a number that follows from the temperature
 
 
 class Program(NamedTuple):
@@ -43,7 +43,7 @@ class Program(NamedTuple):
     places: int
     mass: int
     loss: int
-    dtau: int  #: `ZEROS` without a gradient in τ
+    dtau: tuple[int, ...]  #: for each number that is learnt
 
 
 class _Recorder:
@@ -51,7 +51,8 @@ class _Recorder:
 
     pos = POSITIVES
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: tuple[str, ...]) -> None:
+        self.tau = numbers
         self.instructions: list[Sweep | Step] = []
         self.places = POSITIVES + 1
 
@@ -61,6 +62,9 @@ class _Recorder:
 
     def zeros(self) -> int:
         return ZEROS
+
+    def stack(self, *vectors: int) -> tuple[int, ...]:
+        return vectors
 
     def sums(self, terms: tuple[Term, ...], **scalars: int | None) -> tuple[int, ...]:
         if scalars.get("moment_origin") is None:
@@ -84,17 +88,17 @@ class _Recorder:
 @functools.lru_cache(maxsize=256)
 def record(objective: Objective, gradient: bool, learn_tau: bool) -> Program:
     """The program of a recordable objective, with the gradient in the rows or in τ or without."""
-    p = _Recorder()
+    p = _Recorder(objective.numbers)
     from_pairs = learn_tau and objective.tau_gradient == "pairs"
     if objective.one_sweep:
         rows, terms = objective.start(p), objective.terms_of(learn_tau)
         if not gradient and not from_pairs:
             sums = p.sums(terms, shift=rows.shift, moment_origin=rows.moment_origin)
-            return _program(p, objective.finish(p, rows, sums), ZEROS)
+            return _program(p, objective.finish(p, rows, sums), learn_tau)
     else:
         rows, terms = objective.solve(p, learn_tau and objective.tau_gradient == "rows"), ()
         if not gradient and not from_pairs:
-            return _program(p, rows, rows.dtau if learn_tau else ZEROS)
+            return _program(p, rows, learn_tau)
     terms = (*terms, Term.DTAU) if from_pairs else terms
     scalars = {name: getattr(rows, name) for name in RowScalars._fields}
     if scalars["moment_origin"] is None:
@@ -104,10 +108,13 @@ def record(objective: Objective, gradient: bool, learn_tau: bool) -> Program:
         rows = objective.finish(p, rows, sums)
     if from_pairs:
         rows = replace(rows, **p.step(pair_dtau_rows, rows.row_weight, sums[-1]))
-    return _program(p, rows, rows.dtau if learn_tau else ZEROS)
+    return _program(p, rows, learn_tau)
 
 
-def _program(p: _Recorder, rows: RowSolution, dtau: int) -> Program:
+def _program(p: _Recorder, rows: RowSolution, learn_tau: bool) -> Program:
+    dtau = ()
+    if learn_tau:
+        dtau = rows.dtau if isinstance(rows.dtau, tuple) else (rows.dtau,)
     return Program(tuple(p.instructions), p.places, rows.mass, rows.loss, dtau)
 
 

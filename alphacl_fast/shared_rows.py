@@ -33,9 +33,11 @@ class Sharing(Peers):
 
     Attributes:
         sizes: for every rank, how many anchors and how many rows of the other kind it has.
+        temperatures: for every rank, as it has stated them.
     """
 
     sizes: tuple[tuple[int, ...], ...]
+    temperatures: tuple[tuple[float, ...], ...] = ()
 
     def counts(self, kind: int) -> list[int]:
         """The numbers of rows of all ranks, of one kind."""
@@ -126,6 +128,7 @@ def agree(
     failure: Exception | None,
     rows: Tensor | None = None,
     objective: Objective | None = None,
+    temperature: tuple[float, ...] = (),
 ) -> Sharing:
     """After one small message all ranks go on with the same call, or all raise the same error.
 
@@ -135,6 +138,7 @@ def agree(
         failure: the error of this rank's arguments; the other arguments may then be anything.
         rows: whose device every rank must have.
         objective: whose functions every rank must have.
+        temperature: what the caller compares over the ranks itself.
 
     Raises:
         TypeError, ValueError, RuntimeError: on every rank; names the ranks whose arguments are bad,
@@ -145,7 +149,9 @@ def agree(
     def state(own: OwnGroup) -> Statement:
         functions = () if objective is None else values_of(objective)
         kind = "" if device is None else device.type
-        return Statement(None, described(text), device=kind, functions=functions)
+        return Statement(
+            None, described(text), device=kind, functions=functions, temperature=temperature
+        )
 
     own, number, counts, statements = exchange(group, counts, state, failure, device)
     for r, other in enumerate(statements):
@@ -155,4 +161,5 @@ def agree(
                 f"got {statements[0].text} on rank 0 and {other.text} on rank {r}"
             )
     call = brief(statements[0])
-    return Sharing(own.handle, own.rank, own.world, tuple(counts), call=call, number=number)
+    stated = tuple(each.temperature for each in statements)
+    return Sharing(own.handle, own.rank, own.world, tuple(counts), stated, call=call, number=number)

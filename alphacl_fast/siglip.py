@@ -95,9 +95,9 @@ class SigLipLoss(nn.Module):
         scale: the factor of the similarities, a float, a tensor or an ``nn.Parameter``.
         bias: the number added to the scaled similarities, a float, a tensor or an ``nn.Parameter``.
         learnable: whether floats and tensors become parameters. Otherwise floats stay floats and
-            tensors become buffers; an ``nn.Parameter`` stays one in any case. The parameters are
-            scale and bias themselves: the paper's optimiser sees log(scale) instead, for which
-            call `siglip_loss` with ``scale=log_scale.exp()``.
+            tensors become buffers; an ``nn.Parameter`` always stays a parameter. The parameters are
+            scale and bias themselves. The paper learns log(scale): for this, call `siglip_loss`
+            with ``scale=log_scale.exp()``.
         similarity: "cosine" or "dot".
         reduction: "mean", "sum" or "none".
         backend: "auto" or the name of a backend.

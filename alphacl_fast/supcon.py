@@ -135,29 +135,29 @@ def supcon_loss(
     * ``"sincere"``: mean_{p∈P} [log(exp(s_ip/τ) + Σ_{n∈N} exp(s_in/τ)) − s_ip/τ], in which the
       positives do not repel each other.
 
-    The sums over P cost what the groups cost. With one id only, "out" and "in" follow the formula
-    and "sincere" is 0.
+    The time of the sums over P grows with Σ k² for groups of k rows. With one id only, "out" and
+    "in" follow the formula and "sincere" is 0.
 
     Args:
         z: (n, D) embeddings of all views, n ≥ 1, float32, float64, bfloat16 or float16.
         ids: (n,) integers, the labels.
         form: "out", "in" or "sincere".
         temperature: τ > 0, a float or a tensor with one element, which receives its gradient.
-        reference: (M, D) rows among which the positives and negatives of z are, instead of z
-            itself: prototypes, a memory bank. No row of them is the anchor. None: the rows of z.
+        reference: (M, D) rows that contain the positives and negatives of z, instead of z itself:
+            prototypes, a memory bank. None of them counts as the anchor. None: the rows of z.
         reference_ids: (M,) integers; required exactly if ``reference`` is given.
         similarity: "cosine" (rows are normalised here) or "dot" (rows as given).
         reduction: "mean" or "sum" over the anchors that have a positive, or "none": (n,), 0 for the
             others.
-        backend: "auto" or the name of a sweep backend. There is no oracle: "reference" is refused;
-            "cuda" has no ids.
+        backend: "auto" or the name of a sweep backend. "reference" does not have this loss and
+            raises an error.
         precision: arithmetic of the sweeps' float32 matrix products; see
             `alphacl_fast.functional.alpha_cl_loss`.
         process_group: a `torch.distributed.ProcessGroup` or "world", whose ranks share one batch:
             positives, negatives and references are the rows of all ranks. Each rank passes its own
-            rows (any number) and receives the loss of the whole batch or, with "none", its own
-            anchors'. Gradients follow the convention of
-            `alphacl_fast.functional.alpha_cl_loss`; every rank must want the same ones.
+            rows (any number) and receives the loss of the whole batch or, with "none", the
+            losses of its own anchors. Gradients follow the convention of
+            `alphacl_fast.functional.alpha_cl_loss`; every rank must need the same gradients.
 
     Returns:
         () or, with ``reduction="none"``, (n,); float32, or float64 for float64 embeddings.
@@ -170,7 +170,12 @@ def supcon_loss(
     (SINCERE).
     """
     group = functional.make_group(process_group, "auto")
-    _check_options(form, similarity, reduction, backend, precision)
+    try:
+        _check_options(form, similarity, reduction, backend, precision)
+    except (TypeError, ValueError) as error:
+        if group is not None:
+            shared_rows.agree(group, "", (), error)  # raises
+        raise
     given = _Given(z, ids, reference, reference_ids, temperature, similarity)
     if group is not None:
         return _over_ranks(given, form, reduction, backend, precision, group)

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable
 from functools import lru_cache
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from . import functional, shared_rows
 from .autograd import unit_rows
 from .call import as_operator, without_autocast
-from .explicit_negatives import loss_against
+from .explicit_negatives import loss_against, row_losses_against
 from .functional import alpha_cl_loss, zero_with_graph
 from .objectives import LOG_SUM, PairLoss
 from .one_operator import one_operator
@@ -251,8 +251,8 @@ def dhel(
     """Decoupled hyperspherical energy loss: each view is spread out on its own.
 
     L_i = log Σ_{j≠i} exp(x_i·x_j/τ) + log Σ_{j≠i} exp(y_i·y_j/τ) − x_i·y_i/τ with the rows x and y
-    of the views. It takes two sweeps for each view; together they meet half of the pairs that
-    two_view negatives meet.
+    of the views. It needs two sweeps for each view, which together cover half of the pairs of
+    two_view.
 
     Args:
         z1: (N, D) first view; see `dcl`.
@@ -292,7 +292,7 @@ def rince(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """Robust InfoNCE, for views that may not show the same thing.
+    """Robust InfoNCE, for positive pairs of which some may be false.
 
     L_i = −(e⁺)^q/q + (λ(e⁺ + Σ_j exp(s_ij/τ)))^q/q with e⁺ = exp(s⁺_i/τ). As q → 0 its gradient
     becomes InfoNCE's; q = 1 is the most robust. Two sweeps.
@@ -351,10 +351,10 @@ def adnce(
         z2: (N, D) second view.
         temperature: τ > 0, a float. The sums are not computed from logarithms, so τ and σ must keep
             every term in the range of float32: 2/τ + (1 + |μ|)²/(2σ²) ≤ 80.
-        mu: μ, the similarity that counts most.
+        mu: μ, the similarity with the largest weight.
         sigma: σ > 0, the width of the Gaussian.
         reduction: "mean", "sum" or "none": (2N,).
-        backend: see `dcl`; "cpu" has no users' functions, and this loss consists of them.
+        backend: see `dcl`; "cpu" does not serve this loss, which consists of plain functions.
 
     Returns:
         () or (2N,).
@@ -430,9 +430,9 @@ def macl(
         z1: (N, D) first view; see `dcl`.
         z2: (N, D) second view.
         temperature: τ_0 > 0.
-        alpha: α in [0, 1], how far the temperature follows.
+        alpha: α in [0, 1], how strongly the temperature follows the alignment.
         initial_alignment: A_0 in [0, 1].
-        eps: ε ≥ 0; the authors' code has 1e-8, which weakens anchors of a loss that small.
+        eps: ε ≥ 0; the authors' code has 1e-8, which weakens anchors whose loss is as small as ε.
         reduction: "mean", "sum" or "none": (2N,).
         backend: see `dcl`.
 
@@ -533,7 +533,7 @@ def circle(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """Circle loss of rows with ids: pairs that are far from their optimum pull more.
+    """Circle loss of rows with ids: pairs that are far from their optimum have larger weights.
 
     L_i = log(1 + Σ_n exp(γ·a_in·(s_in − m))·Σ_p exp(−γ·a_ip·(s_ip − 1 + m))) with a_in = max(s_in +
     m, 0) and a_ip = max(1 + m − s_ip, 0), which are constants of the gradient. Everything is
@@ -547,7 +547,7 @@ def circle(
         gamma: γ > 0, at most 1e4.
         reduction: "mean" or "sum" over the rows that have a positive and a negative, or "none":
             (n,), 0 for the others.
-        backend: see `dcl`; "cpu" has no users' functions, and this loss consists of them.
+        backend: see `dcl`; "cpu" does not serve this loss, which consists of plain functions.
 
     Returns:
         () or (n,).
@@ -760,7 +760,7 @@ class SogCLR(nn.Module):
             index = _checked_index(z1, z2, index, self.n_samples)
             count = len(z1)
         else:
-            index, sharing = self._agreed(z1, z2, index)
+            index, sharing = _agreed(self, z1, z2, index)
             count = sum(sharing.counts(0))
         if count == 1:
             return zero_with_graph(z1, z2)
@@ -784,27 +784,10 @@ class SogCLR(nn.Module):
         total = self.temperature * (log_mean - log_u).exp().sum() / (2 * count)
         return total if sharing is None else sharing.total(total)
 
-    @torch.compiler.disable  # sizes and errors of the other processes are read on the host
-    def _agreed(self, z1: Tensor, z2: Tensor, index: Tensor) -> tuple[Tensor, shared_rows.Sharing]:
-        """The index on the device of the rows, once all ranks have a good one."""
-        failure, sizes = None, ()
-        try:
-            index = _checked_index(z1, z2, index, self.n_samples, fewest=0)
-            sizes = (len(z1),)
-        except Exception as error:  # the other processes wait for this one
-            failure = error
-        group = functional.make_group(self.process_group, "auto")
-        sharing = shared_rows.agree(group, repr(self), sizes, failure, z1)
-        if not sum(sharing.counts(0)):
-            raise ValueError(f"all ranks together must have at least 1 pair, got {sharing.sizes}")
-        return index, sharing
-
     def extra_repr(self) -> str:
         """Every setting."""
         shown = f"{self.n_samples}, temperature={self.temperature:g}, gamma={self.gamma:g}"
-        if self.process_group is not None:
-            shown += f", process_group={functional.make_group(self.process_group, 'auto')!r}"
-        return shown
+        return shown + _shown_group(self.process_group)
 
 
 class ISogCLR(nn.Module):
@@ -816,8 +799,7 @@ class ISogCLR(nn.Module):
     in `SogCLR`, and each temperature takes a step of gradient descent with momentum when its sample
     is visited. Four sweeps for each view, one of them for the gradient in τ_i.
 
-    State: the buffers ``log_u``, ``tau`` and ``momentum``, all (2, n_samples). It takes no process
-    group: only rows of the same process are negatives.
+    State: the buffers ``log_u``, ``tau`` and ``momentum``, all (2, n_samples).
 
     Args:
         n_samples: size of the data set.
@@ -828,10 +810,12 @@ class ISogCLR(nn.Module):
         step: step size of the temperatures.
         momentum: share of the older gradients in a step, in [0, 1).
         backend: see `dcl`.
+        process_group: None, "world" or a `torch.distributed.ProcessGroup` whose ranks share one
+            batch; see `SogCLR`. Every rank gathers the rows of all ranks.
 
     Shape:
         * z1, z2: (N, D), float32, float64, bfloat16 or float16.
-        * index: (N,) integers in [0, n_samples), all different.
+        * index: (N,) integers in [0, n_samples), all different, on all ranks together.
         * output: (), float32, or float64 for float64 embeddings: the sum of both directions.
 
     Raises:
@@ -851,9 +835,12 @@ class ISogCLR(nn.Module):
         step: float = 0.001,
         momentum: float = 0.9,
         backend: str = "auto",
+        process_group: Any = None,
     ) -> None:
         super().__init__()
         _count("n_samples", n_samples)
+        functional.make_group(process_group, "auto")
+        self.process_group = process_group
         low, high = temperature_range
         _positive("temperature_range[0]", low)
         _between("temperature_range[1]", high, low, math.inf, open_above=True)
@@ -883,41 +870,95 @@ class ISogCLR(nn.Module):
         Raises:
             TypeError, ValueError: bad embeddings or a bad index.
         """
-        index = _checked_index(z1, z2, index, self.n_samples)
-        if len(z1) == 1:
+        sharing = None
+        if self.process_group is None:
+            index, count = _checked_index(z1, z2, index, self.n_samples), len(z1)
+        else:
+            index, sharing = _agreed(self, z1, z2, index)
+            count = sum(sharing.counts(0))
+        if count == 1:
             return zero_with_graph(z1, z2)
         x, y = unit_rows(z1), unit_rows(z2)
-        first, second = self._direction(0, x, y, index), self._direction(1, y, x, index)
-        return first + second
+        batch = _Batch(index, count, sharing)
+        first, second = self._direction(0, x, y, batch), self._direction(1, y, x, batch)
+        total = (first.sum() + second.sum()) / count
+        return total if sharing is None else sharing.total(total)
 
-    def _direction(self, view: int, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
-        """The loss of the anchors x (N, D) against y; updates the state of their view."""
+    def _direction(self, view: int, x: Tensor, y: Tensor, batch: _Batch) -> Tensor:
+        """(N,) losses of the anchors x (N, D) against y; updates the state of their view."""
+        index = batch.index
         tau = self.tau[view, index].to(x.dtype)
-        log_mean, slope = self._log_mean(x, y, tau)
+        log_mean, slope = self._log_mean(x, y, tau, batch)
         log_u = _running(self.log_u[view, index], log_mean.detach(), self.gamma)
         ratio = (log_mean - log_u).exp()
         if self.training:
             with torch.no_grad():
                 # ∂/∂τ of τ·log u + τ·ρ, where u moves as the batch's mean does
                 gradient = log_u + self.rho + tau * ratio * slope
-                new = (1 - self.share) * gradient + self.share * self.momentum[view, index]
-                tau_new = (tau - self.step * new).clamp(*self.range)
-                self.log_u[view, index] = log_u.to(self.log_u.dtype)
-                self.momentum[view, index] = new.to(self.momentum.dtype)
-                self.tau[view, index] = tau_new.to(self.tau.dtype)
-        return (tau * ratio).mean()
+                momentum = (1 - self.share) * gradient + self.share * self.momentum[view, index]
+                new_tau = (tau - self.step * momentum).clamp(*self.range)
+                where, state = batch.of_all(torch.stack([log_u, momentum, new_tau], 1))
+                for buffer, new in zip(
+                    (self.log_u, self.momentum, self.tau), state.unbind(1), strict=True
+                ):
+                    buffer[view, where] = new.to(buffer.dtype)
+        return tau * ratio
 
-    def _log_mean(self, x: Tensor, y: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    def _log_mean(self, x: Tensor, y: Tensor, tau: Tensor, batch: _Batch) -> tuple[Tensor, Tensor]:
         """log mean_j exp(Δ_ij/τ_i), and its derivative in τ_i as a constant."""
-        log_mean, slope = log_mean_and_slope(x, y, tau, self.backend)
+        if batch.sharing is None:
+            log_mean, slope = log_mean_and_slope(x, y, tau, self.backend)
+        else:
+            log_mean, slope = _log_mean_over_ranks(x, y, tau, self, batch)
         return log_mean, slope.detach()
 
     def extra_repr(self) -> str:
         """Every setting."""
-        return (
+        shown = (
             f"{self.n_samples}, temperature_range={self.range}, rho={self.rho:g}, "
             f"gamma={self.gamma:g}, step={self.step:g}, momentum={self.share:g}"
         )
+        return shown + _shown_group(self.process_group)
+
+
+class _Batch(NamedTuple):
+    """The samples of a batch of running sums."""
+
+    index: Tensor  # (N,) of this process
+    count: int  # of all processes
+    sharing: shared_rows.Sharing | None
+
+    def of_all(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The indices and the new state (N, …) of the samples of all processes."""
+        if self.sharing is None:
+            return self.index, state
+        return self.sharing.gather(self.index, 0), self.sharing.gather(state, 0)
+
+
+@torch.compiler.disable  # sizes and errors of the other processes are read on the host
+def _agreed(
+    loss: SogCLR | ISogCLR, z1: Tensor, z2: Tensor, index: Tensor
+) -> tuple[Tensor, shared_rows.Sharing]:
+    """The index on the device of the rows, once all ranks have a good one."""
+    failure, text, sizes = None, "", ()
+    try:
+        index = _checked_index(z1, z2, index, loss.n_samples, fewest=0)
+        text = f"{loss!r}, D={z1.shape[1]}, dtype={z1.dtype}, training={loss.training}"
+        sizes = (len(z1),)
+    except Exception as error:  # the other processes wait for this one
+        failure = error
+    group = functional.make_group(loss.process_group, "auto")
+    sharing = shared_rows.agree(group, text, sizes, failure, z1)
+    if not sum(sharing.counts(0)):
+        raise ValueError(f"all ranks together must have at least 1 pair, got {sharing.sizes}")
+    return index, sharing
+
+
+def _shown_group(process_group: Any) -> str:
+    """For ``repr``."""
+    if process_group is None:
+        return ""
+    return f", process_group={functional.make_group(process_group, 'auto')!r}"
 
 
 @one_operator("x", "y", losses=lambda n: (2, n))
@@ -927,20 +968,37 @@ def log_mean_and_slope(x: Tensor, y: Tensor, tau: Tensor, backend: str) -> Tenso
     The derivative is a constant.
     """
     places = torch.arange(len(x), device=x.device)
+    return _log_mean_and_slope(x, y, tau, places, len(x), backend=backend)
+
+
+@torch.compiler.disable
+def _log_mean_over_ranks(x: Tensor, y: Tensor, tau: Tensor, loss: ISogCLR, batch: _Batch) -> Tensor:
+    """As `log_mean_and_slope`, against the rows y of all processes."""
+    place = batch.sharing.place(0)
+    places = torch.arange(place.start, place.stop, device=x.device)
+    options = {"backend": loss.backend, "process_group": loss.process_group}
+    return _log_mean_and_slope(x, y, tau, places, batch.count, **options)
+
+
+def _log_mean_and_slope(
+    x: Tensor, y: Tensor, tau: Tensor, places: Tensor, count: int, **options: Any
+) -> Tensor:
+    """(2, N) of rows with these places among ``count`` rows."""
 
     def log_mean(x: Tensor, y: Tensor, tau: Tensor) -> Tensor:
-        losses = loss_against(
+        losses = row_losses_against(
             x,
             y,
             (x * y).sum(1),
             LOG_SUM,
+            similarity="dot",
             temperature=tau,
+            one_each=True,
             ids=places,
             negative_ids=places,
-            reduction="none",
-            backend=backend,
+            **options,
         )
-        return losses - math.log(len(x) - 1)
+        return losses - math.log(count - 1)
 
     with torch.enable_grad():
         leaf = tau.detach().requires_grad_()

@@ -1,4 +1,5 @@
-"""How fast a step of InfoNCE on the CPU is beside dense losses and beside the two sweeps.
+"""How fast a step of InfoNCE on the CPU is beside dense losses and beside the two sweeps, and how
+fast one of SigLIP is beside InfoNCE.
 
     python -m benchmarks.step [--sizes 32,64,…] [--threads 1] [--rounds 15] [--no-compile]
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from alphacl_fast import FusedAlphaCLLoss, native
+from alphacl_fast import FusedAlphaCLLoss, SigLipLoss, native
 from alphacl_fast.backend import cpu
 
 DIM, TAU = 128, 0.1
@@ -59,21 +60,28 @@ def seconds(function: Callable[..., Tensor], z: list[Tensor], steps: int) -> flo
     return (time.perf_counter() - start) / steps
 
 
-def row(dense: Callable[..., Tensor], n: int, rounds: int, compiled: bool) -> str:
-    """Medians of all contestants for one size."""
-    z = [torch.randn(n, DIM, requires_grad=True) for _ in range(2)]
-    ours, before = (FusedAlphaCLLoss(temperature=TAU, negatives=dense.__name__) for _ in range(2))
-    contestants = {"ours": ours, "two sweeps": without_steps(before), "eager": dense}
-    if compiled:
-        contestants["compile"] = torch.compile(dense)
-    steps = max(1, min(200, int(0.05 / seconds(dense, z, 2))))
+def medians(
+    contestants: dict[str, Callable[..., Tensor]], z: list[Tensor], rounds: int
+) -> dict[str, float]:
+    """Seconds of every contestant, which take turns."""
+    steps = max(1, min(200, int(0.05 / seconds(next(iter(contestants.values())), z, 2))))
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(rounds + 1):
         for name, function in contestants.items():
             taken = seconds(function, z, steps)
             if turn:  # the first one warms up
                 times[name].append(taken)
-    median = {name: statistics.median(each) for name, each in times.items()}
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def row(dense: Callable[..., Tensor], n: int, rounds: int, compiled: bool) -> str:
+    """Medians of all contestants for one size."""
+    z = [torch.randn(n, DIM, requires_grad=True) for _ in range(2)]
+    ours, before = (FusedAlphaCLLoss(temperature=TAU, negatives=dense.__name__) for _ in range(2))
+    contestants = {"eager": dense, "ours": ours, "two sweeps": without_steps(before)}
+    if compiled:
+        contestants["compile"] = torch.compile(dense)
+    median = medians(contestants, z, rounds)
     ratios = [
         f"{name}/ours {median[name] / median['ours']:5.2f}"
         for name in contestants
@@ -85,6 +93,20 @@ def row(dense: Callable[..., Tensor], n: int, rounds: int, compiled: bool) -> st
         f"faster dense/ours {faster / median['ours']:5.2f}  "
         f"ours/two sweeps {median['ours'] / median['two sweeps']:5.2f}"
     )
+
+
+def sigmoid_row(n: int, rounds: int) -> str:
+    """SigLIP beside InfoNCE of the same rows, which keeps tiles or does not."""
+    z = [torch.randn(n, DIM, requires_grad=True) for _ in range(2)]
+    kept, again = (
+        FusedAlphaCLLoss(temperature=TAU, negatives="cross_view", workspace=workspace)
+        for workspace in (None, 0)
+    )
+    sigmoid = SigLipLoss(1 / TAU, -10.0, learnable=False)
+    median = medians({"sigmoid": sigmoid, "InfoNCE": kept, "nothing kept": again}, z, rounds)
+    ours = median["sigmoid"]
+    ratios = [f"siglip/{name} {ours / median[name]:5.2f}" for name in ("InfoNCE", "nothing kept")]
+    return f"siglip     {n:6} {ours * 1e6:9.0f} µs  " + "  ".join(ratios)
 
 
 def main() -> None:
@@ -104,6 +126,8 @@ def main() -> None:
         for n in map(int, options.sizes.split(",")):
             torch._dynamo.reset()
             print(row(dense, n, options.rounds, not options.no_compile), flush=True)
+    for n in map(int, options.sizes.split(",")):
+        print(sigmoid_row(n, options.rounds), flush=True)
 
 
 if __name__ == "__main__":

@@ -220,13 +220,69 @@ class DenseSupCon(nn.Module):
             labels = torch.arange(n) if labels is None else labels.flatten()
             mask = labels[:, None] == labels
         oneself = torch.eye(n * views, dtype=torch.bool)
-        positive = mask.to(rows.dtype).repeat(views, views) * ~oneself
+        wide = torch.promote_types(torch.float32, rows.dtype)  # of the mask, as there
+        positive = mask.to(wide).repeat(views, views) * ~oneself
         logits = rows @ rows.t() / self.temperature
         log_share = logits - logits.masked_fill(oneself, -torch.inf).logsumexp(1, keepdim=True)
         total = positive.sum(1)
         mean = (positive * log_share).sum(1) / torch.where(total > 0, total, 1)
         anchors = n if self.contrast_mode == "one" else n * views
         return -mean[:anchors].mean() * (self.temperature / self.base_temperature)
+
+
+# --- odd calls ------------------------------------------------------------------------------------
+
+
+def of(*given, **named):
+    """A call with the rows z of the entry, and labels that are pairs of rows."""
+
+    def call(loss, z):
+        labels = torch.arange(len(z)) // 2
+        values = [x(z, labels) if callable(x) else x for x in given]
+        return loss(*values, **{name: x(z, labels) for name, x in named.items()})
+
+    return call
+
+
+def rows(z, labels):
+    return z
+
+
+def its_labels(z, labels):
+    return labels
+
+
+def no_rows(z, labels):
+    return z[:0]
+
+
+def other_rows(z, labels):
+    return z.flip(0) + 1
+
+
+def lists(*pairs):
+    return lambda z, labels: tuple(torch.tensor(x, dtype=torch.long) for x in pairs)
+
+
+#: Calls of every loss of pytorch-metric-learning, by name: our value and gradient are theirs.
+METRIC_CALLS = {
+    "no rows": of(no_rows, lambda z, labels: labels[:0]),
+    "no other rows": of(rows, its_labels, None, no_rows, lambda z, labels: labels[:0]),
+    "other rows without labels": of(rows, its_labels, ref_emb=other_rows),
+    "one class": of(rows, lambda z, labels: 0 * labels),
+    "a class for each row": of(rows, lambda z, labels: torch.arange(len(z))),
+    "int8 labels": of(rows, lambda z, labels: labels.to(torch.int8)),
+    "large labels": of(rows, lambda z, labels: labels + 2**40),
+    "labels in half precision": of(rows, lambda z, labels: labels.half()),
+    "a miner without triplets": of(rows, its_labels, lists([], [], [])),
+    "a miner without pairs": of(rows, its_labels, lists([], [], [], [])),
+    "positive pairs alone": of(rows, its_labels, lists([0, 1], [1, 0], [], [])),
+    "negative pairs alone": of(rows, its_labels, lists([], [], [0, 1], [5, 6])),
+    "one triplet": of(rows, its_labels, lists([0], [1], [5])),
+    "triplets without labels": of(rows, None, lists([0, 2], [1, 3], [4, 5])),
+    "named arguments": of(embeddings=rows, labels=its_labels),
+    "a row of zeros": of(lambda z, labels: z * (torch.arange(len(z)) > 0)[:, None], its_labels),
+}
 
 
 # --- flags over processes -------------------------------------------------------------------------
@@ -331,9 +387,12 @@ TABLE = [
             ranks=WRAPPED if call is without_reference else (),
         )
         for name, settings in (
-            ("NTXentLoss", ({}, {"temperature": 0.5})),
-            ("SupConLoss", ({}, {"temperature": 0.5})),
-            ("MultiSimilarityLoss", ({}, {"alpha": 1.0, "beta": 20.0, "base": 0.3})),
+            ("NTXentLoss", ({}, {"temperature": 0.5}, {"temperature": -2})),
+            ("SupConLoss", ({}, {"temperature": 0.5}, {"temperature": -2})),
+            (
+                "MultiSimilarityLoss",
+                ({}, {"alpha": 1.0, "beta": 20.0, "base": 0.3}, {"alpha": -1}),
+            ),
             ("CircleLoss", ({}, {"m": 0.25, "gamma": 32.0}, {"m": -0.1})),
             ("TupletMarginLoss", ({}, {"margin": 20.0, "scale": 8.0}, {"margin": -1.0})),
         )
@@ -358,7 +417,21 @@ TABLE = [
         "sentence_transformers:CachedMultipleNegativesRankingLoss",
         f"{ST}:CachedMultipleNegativesRankingLoss", columns(3), embedded,
         tuple({**settings, "mini_batch_size": 2} for settings in RANKING[::3]),
-        lambda: (Embeddings(),),
+        lambda: (Embeddings(),), ranks=OVER_ST[:1],
+    ),
+    Contract(
+        "sentence_transformers:CachedMultipleNegativesSymmetricRankingLoss",
+        f"{ST}:CachedMultipleNegativesSymmetricRankingLoss", columns(2), embedded,
+        ({}, {"mini_batch_size": 2}), lambda: (Embeddings(),), parameters=OURS_COS_SIM,
+        ranks=OVER_ST[:1],
+    ),
+    *(
+        Contract(
+            "sentence_transformers:CachedGISTEmbedLoss", f"{ST}:CachedGISTEmbedLoss",
+            columns(count), embedded, tuple({**x, "mini_batch_size": 2} for x in GIST),
+            model_and_guide, ranks=OVER_ST[:1],
+        )
+        for count in (2, 4)
     ),
     *(
         Contract(

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from contracts import ST, DenseSupCon, package, several_views
+from contracts import ST, DenseSupCon, model_and_guide, package, several_views
 from family import BACKENDS, MEMBERS, assert_same_gradients, member_id, pair, relative_error
 
 from alphacl_fast import compat, explicit_negatives, objectives  # noqa: F401
@@ -30,6 +30,12 @@ from alphacl_fast.supcon import supcon_loss
 pytestmark = pytest.mark.xdist_group("packages")  # they take seconds to import
 
 ROUNDING = 4e-7  # tolerance of exact float32 results
+
+
+@pytest.fixture(autouse=True)
+def sweeps(monkeypatch):
+    """Small batches go through the sweeps, as large ones do."""
+    monkeypatch.setattr(entry, "PAIRS_OF_A_MATRIX", 0)
 
 
 def check(ours, theirs, *inputs):
@@ -209,7 +215,7 @@ def test_objects_of_pytorch_metric_learning(name, monkeypatch):
     from pytorch_metric_learning.regularizers import LpRegularizer
     from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 
-    monkeypatch.setattr(entry, "PAIRS_OF_A_BLOCK", 50)  # several blocks
+    monkeypatch.setitem(entry.PAIRS_OF_A_BLOCK, "cpu", 50)  # several blocks
     z, labels = pair(14, 5)[0], torch.arange(14) % 4
     settings = [
         {"reducer": reducers.MeanReducer()},
@@ -307,9 +313,81 @@ def test_no_package_is_needed():
     assert guide == "GISTEmbedLoss needs sentence-transformers 6 or newer, with which it embeds"
 
 
+def smoothed(loss):
+    loss.cross_entropy = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+    return loss
+
+
+def test_a_guided_loss_keeps_the_parts_that_users_replace():
+    """Its cross-entropy and its similarity, which the package's code then calls."""
+    losses = package(ST)
+    features = [{"input_ids": z} for z in pair(6, 5)]
+    for name in ("GISTEmbedLoss", "CachedGISTEmbedLoss"):
+        made = [getattr(m, name)(*model_and_guide(), 0.2) for m in (sentence_transformers, losses)]
+        for loss in made:
+            loss.contrast_anchors = loss.contrast_positives = False
+            loss.margin = -3.0  # nothing is left out: smoothing would meet −inf
+        plain = made[1](features, None)
+        torch.testing.assert_close(made[0](features, None), plain)
+        for loss in made:
+            loss.cross_entropy_loss = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+        a, b = (loss(features, None) for loss in made)
+        torch.testing.assert_close(a, b)
+        assert abs(a - plain) > 1e-3
+
+
+def test_a_guide_keeps_what_equals_the_positive():
+    """Copies of the positive are as similar to the anchor, whatever the rounding."""
+    losses = package(ST)
+    z1, z2 = pair(24, 5, torch.float32)
+    features = [{"input_ids": z1}, {"input_ids": z2[torch.arange(24) // 4]}]
+    for name in ("GISTEmbedLoss", "CachedGISTEmbedLoss"):
+        a, b = (
+            getattr(m, name)(*model_and_guide(), 0.2)(features, None)
+            for m in (sentence_transformers, losses)
+        )
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_of_both_orders():
+    """The package weighs each order of the views by itself."""
+    theirs = package("lightly.loss")
+
+    def of_the_first(x, y):
+        return x.square().sum(1) * x[:, 0] + 0 * y[:, 0]
+
+    z1, z2 = pair(9, 6)
+    a, b = (m.DCLLoss(weight_fn=of_the_first)(z1, z2) for m in (lightly, theirs))
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_powers_of_similarities():
+    theirs = package("pytorch_metric_learning.losses")
+    from pytorch_metric_learning.distances import CosineSimilarity
+
+    z, labels = pair(14, 5)[0], torch.arange(14) % 4
+    a, b = (
+        m.SupConLoss(distance=CosineSimilarity(power=2))(z, labels)
+        for m in (pytorch_metric_learning, theirs)
+    )
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_info_nce_without_negatives():
+    theirs = package("info_nce")
+    z1, z2 = pair(6, 4)
+    for negatives, mode in ((z1[:0], "unpaired"), (z1.new_zeros(6, 0, 4), "paired")):
+        for reduction in ("mean", "none"):
+            a, b = (
+                m.info_nce(z1, z2, negatives, reduction=reduction, negative_mode=mode)
+                for m in (info_nce, theirs)
+            )
+            torch.testing.assert_close(a, b)
+
+
 def test_what_is_not_served_is_said():
     z1, z2 = pair(6, 4, torch.float32)
-    z = torch.cat([z1, z2])
+    z, labels = torch.cat([z1, z2]), torch.arange(12) // 2
     metric, ranking = pytorch_metric_learning, sentence_transformers.MultipleNegativesRankingLoss
     for call, message in (
         (lambda: lightly.NTXentLoss(0.0), "temperature must have a magnitude of 1e-8 or more"),
@@ -320,7 +398,20 @@ def test_what_is_not_served_is_said():
         (lambda: lightly.MACLLoss(alpha=2.0), r"alpha must be in \[0, 1\], got 2"),
         (lambda: open_clip.ClipLoss(use_horovod=True), "use_horovod must be False"),
         (lambda: open_clip.SigLipLoss(dist_impl="ring"), "dist_impl must be None or one of"),
-        (lambda: metric.NTXentLoss(temperature=-1.0)(z, torch.zeros(12)), "temperature must be"),
+        (lambda: metric.NTXentLoss(temperature=0)(z, labels), "temperature must be a number other"),
+        (lambda: metric.SupConLoss(0.0)(z, labels), "temperature must be a number other"),
+        (lambda: metric.MultiSimilarityLoss(alpha=0)(z, labels), "alpha must be a number other"),
+        (lambda: metric.SupConLoss()(z, labels, (labels,) * 5), "must have 3 tensors .* got 5"),
+        (lambda: smoothed(lightly.NTXentLoss())(z1, z2), "cross_entropy must be the plain .* 0.1"),
+        (lambda: lightly.DCLLoss()(z1, z2[:3]), r"out1 must have the shape of out0 \(6, 4\), got"),
+        (lambda: lightly.MACLLoss()(z1.int(), z2), "z0 must have one of the dtypes"),
+        (lambda: open_clip.ClipLoss()(z1[0], z2, 1.0), "image_features must have shape"),
+        (
+            lambda: open_clip.SigLipLoss()(z1, z2[:, :2], 1.0, None),
+            "text_features must have the sh",
+        ),
+        (lambda: info_nce.info_nce(z1, z2[:2]), "positive_key must have the shape of query"),
+        (lambda: open_clip.ClipLoss()(z1, z2, 0.0), "logit_scale must be > 0, got 0.0"),
         (
             lambda: metric.SupConLoss()(z, torch.arange(5)),
             r"labels must be a tensor of shape \(12,\), got \(5,\)|Number of embeddings",
@@ -356,14 +447,14 @@ def test_what_is_not_served_is_said():
             r"labels must have shape \(12,\), got \(3,\)",
         ),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             call()
 
 
 @pytest.mark.parametrize("mode", ["all", "one"])
 def test_masks_of_supcontrast(mode, monkeypatch):
     """A mask of weights, which is not symmetric, in several blocks; labels are a mask too."""
-    monkeypatch.setattr(entry, "PAIRS_OF_A_BLOCK", 50)
+    monkeypatch.setitem(entry.PAIRS_OF_A_BLOCK, "cpu", 50)
     features, labels = several_views(2)(7)
     generator = torch.Generator().manual_seed(0)
     same = labels[:, None] == labels

@@ -12,9 +12,25 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import WATCHDOG
-from family import BUILT_IN, loss_and_grads, member_id, pair, relative_error
+from family import (
+    BUILT_IN,
+    loss_and_grads,
+    member_id,
+    pair,
+    relative_error,
+    siglip_and_grads,
+)
 
-from alphacl_fast import FusedAlphaCLLoss, PairLoss, native, objectives, program
+from alphacl_fast import (
+    FusedAlphaCLLoss,
+    PairLoss,
+    SigLipLoss,
+    functional,
+    native,
+    objectives,
+    program,
+    siglip_loss,
+)
 from alphacl_fast.backend import cpu, cpu_step
 from alphacl_fast.bundles import Term, Weight
 from alphacl_fast.call import Need
@@ -45,22 +61,40 @@ def steps(monkeypatch):
 
 def two_sweeps(monkeypatch):
     monkeypatch.setattr(native, "serves", lambda call, need: False)
+    functional._CALLS.clear()  # nothing is prepared
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("member", BUILT_IN, ids=member_id)
 def test_equals_the_two_sweeps(member, reduction, steps, monkeypatch, poisoned):
     """In float32, to rounding, with ragged blocks; the step serves what can be recorded."""
-    z1, z2 = pair(75, 20, torch.float32)
-    setting = {"similarity": "cosine", "reduction": reduction, "backend": "cpu"}
+    equals_the_two_sweeps(member, "cosine", reduction, torch.float32, steps, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("similarity", ["dot", "euclidean"])
+@pytest.mark.parametrize("member", DIFFERENT, ids=member_id)
+def test_other_similarities_equal_the_two_sweeps(
+    member, similarity, dtype, steps, monkeypatch, poisoned
+):
+    """Of half precision as well, whose euclidean rows are centred in float32."""
+    equals_the_two_sweeps(member, similarity, "mean", dtype, steps, monkeypatch)
+
+
+def equals_the_two_sweeps(member, similarity, reduction, dtype, steps, monkeypatch):
+    z1, z2 = pair(75, 20, dtype)
+    setting = {"similarity": similarity, "reduction": reduction, "backend": "cpu"}
     ours = loss_and_grads(z1, z2, *member, **setting)
     served = len(steps)
     assert (served > 0) == objectives.make(*member).recordable
     two_sweeps(monkeypatch)
     theirs = loss_and_grads(z1, z2, *member, **setting)
     assert len(steps) == served
+    bound, floor = {torch.float64: (1e-8, 1e-4), torch.float32: (1e-4, 1e-4)}.get(
+        dtype, (2e-2, 1e-2)
+    )
     for a, b in zip(ours, theirs, strict=True):
-        assert relative_error(a, b, floor=1e-4) < 1e-4
+        assert relative_error(a, b, floor=floor) < bound
 
 
 @pytest.mark.parametrize("negatives", ["two_view", "one_view", "cross_view"])
@@ -78,6 +112,46 @@ def test_same_bits_for_any_workspace_and_threads(member, tau, dtype, negatives, 
         results.append([loss.detach(), *torch.autograd.grad(loss, (z1, z2))])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("similarity", ["dot", "euclidean"])
+@pytest.mark.parametrize("negatives", ["two_view", "one_view", "cross_view"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_other_similarities_have_the_same_bits(dtype, negatives, similarity, steps, monkeypatch):
+    """For any workspace and any number of threads; a common shift changes no distance."""
+    views, results = [z.requires_grad_() for z in pair(150, 9, dtype)], []
+    setting = {"negatives": negatives, "similarity": similarity}
+    for workspace, threads in ((0, 1), (100_000, 2), (ALL, 3)):
+        monkeypatch.setattr(cpu, "_threads", lambda *args, threads=threads: threads)
+        loss = alpha_cl_loss(*views, workspace=workspace, **setting)
+        results.append([loss.detach(), *torch.autograd.grad(loss, views)])
+    assert len(steps) == 3
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    if similarity == "euclidean" and dtype == torch.float32:
+        far = alpha_cl_loss(*(z + 100 for z in views), **setting)
+        assert relative_error(far.detach(), results[0][0]) < 1e-4
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_sigmoid_loss(dtype, reduction, steps, monkeypatch):
+    """The same bits for any number of threads, with ids as well; and the two sweeps' result."""
+    views, ids = pair(150, 9, dtype), torch.arange(150) % 40
+    setting = {"reduction": reduction, "backend": "cpu", "ids": ids}
+
+    def evaluate(threads=1):
+        monkeypatch.setattr(cpu, "_threads", lambda *args: threads)
+        return siglip_and_grads(siglip_loss, *views, -7.0, 2.5, **setting)
+
+    results = [evaluate(threads) for threads in (1, 2, 3)]
+    assert len(steps) == (6 if reduction == "none" else 3)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    two_sweeps(monkeypatch)
+    bound = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    for a, b in zip(results[0], evaluate(), strict=True):
+        assert relative_error(a, b, floor=1e-4) < bound
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -259,9 +333,71 @@ def test_prepared_once_and_checked_again(steps, monkeypatch):
         loss(z1, z2)
 
 
+def test_one_plan_for_every_temperature(steps):
+    """A module whose temperature, or scale and bias, is learnt is prepared once."""
+    z1, z2 = pair(9, 4)
+    temperature = torch.nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+    loss = FusedAlphaCLLoss(temperature=temperature)
+    sigmoid = SigLipLoss(torch.tensor(3.0).double(), torch.tensor(-2.0).double())
+    for step in range(3):
+        for given in (temperature, sigmoid.scale, sigmoid.bias):
+            given.data.mul_(0.02 if step else 1.0)  # from a constant shift to online softmax
+            given.grad = None
+        ours = loss(z1, z2)
+        ours.backward()
+        (slope,) = torch.autograd.grad(
+            alpha_cl_loss(z1, z2, temperature=temperature, backend="reference"), temperature
+        )
+        assert relative_error(temperature.grad, slope) < 1e-9
+        sigmoid(z1, z2).backward()
+        truth = siglip_loss(z1, z2, scale=sigmoid.scale, bias=sigmoid.bias, backend="reference")
+        slopes = torch.autograd.grad(truth, (sigmoid.scale, sigmoid.bias))
+        for a, b in zip((sigmoid.scale.grad, sigmoid.bias.grad), slopes, strict=True):
+            assert relative_error(a, b) < 1e-9
+    assert len(steps) == 6
+    assert len({id(plan.program) for plan in steps}) == 2
+    sigmoid.bias.data.fill_(torch.inf)
+    with pytest.raises(ValueError, match="bias must be finite"):
+        sigmoid(z1, z2)
+
+
+def test_the_same_call_of_the_function_is_prepared_once(steps):
+    z1, z2 = pair(9, 4)
+    for _ in range(2):
+        alpha_cl_loss(z1, z2, "alpha_direct", exponent=4.0)
+    assert steps[0] is steps[1]
+    with pytest.raises(TypeError, match="symmetric must be True or False, got 1"):
+        alpha_cl_loss(z1, z2, "alpha_direct", exponent=4.0, symmetric=1)
+    with pytest.raises(TypeError, match="exponent must be a number, got bool"):
+        alpha_cl_loss(z1, z2, "alpha_direct", exponent=True)
+    assert alpha_cl_loss(z1, z2, "alpha_direct", exponent=2.0) != alpha_cl_loss(
+        z1, z2, "alpha_direct", exponent=4.0
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_kept_graph_is_differentiated_again(dtype):
+    """The backward scales its own memory only where no other can follow."""
+    z1, z2 = (z.requires_grad_() for z in pair(20, 6, dtype))
+    loss = alpha_cl_loss(z1, z2)
+    loss += 0  # its value is nothing that a backward needs
+    first = torch.autograd.grad(3 * loss, (z1, z2), retain_graph=True)
+    z1.grad = z2.grad = None
+    loss.backward(retain_graph=True)
+    z1.grad += 1  # a gradient belongs to its owner
+    weights = torch.tensor([3.0, -2.0])
+    several = torch.autograd.grad(
+        loss, (z1, z2), weights.to(loss.dtype), is_grads_batched=True, retain_graph=True
+    )
+    last = torch.autograd.grad(3 * loss, (z1, z2))
+    for a, b, c in zip(first, last, several, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c[0])
+    assert torch.equal(z2.grad, torch.autograd.grad(alpha_cl_loss(z1, z2), z2)[0])
+
+
 def test_what_goes_through_the_two_sweeps(steps):
     z1, z2 = pair(6, 3)
-    alpha_cl_loss(z1, z2, similarity="dot")
     alpha_cl_loss(z1, z2, PairLoss(None, torch.exp))
     alpha_cl_loss(z1, z2, "alpha_square")
     torch.func.grad(lambda z: alpha_cl_loss(z, z2, reduction="none").sum())(z1)

@@ -187,6 +187,66 @@ def test_forms_agree(member, dim):
             assert relative_error(a, b) < bound, (negatives, similarity)
 
 
+@pytest.mark.parametrize("member", BUILT_IN, ids=member_id)
+def test_ids_and_gaps_over_several_tiles(member, poisoned):
+    """In float64 with both, and symmetric tiles of bfloat16 against others; settings in turn."""
+    turn, pairs = BUILT_IN.index(member), PAIRS
+    if objectives.make(*member).kind in ("square", "gamma"):
+        pairs = PAIRS // 2  # they iterate
+    ids = torch.arange(pairs) * 7 % 12
+    (dim,), (mode,) = in_turn((20, 40), turn)[:1], in_turn(MODES, turn // 2)[:1]
+    (similarity,) = in_turn(SIMILARITIES, turn)[:1]
+    views = [z if similarity == "cosine" else z / dim**0.5 for z in pair(pairs, dim)]
+    setting = {"negatives": mode[0], "symmetric": mode[1], "similarity": similarity}
+    for left_out in in_turn(({"ids": ids}, {"max_gap": -0.9}), turn) + [
+        {"ids": ids, "max_gap": -0.9}
+    ]:
+        assert max(compared(*views, member, **setting, **left_out)) < 1e-10, left_out
+    narrow = [z.bfloat16() for z in views]
+    setting |= {"ids": ids, "max_gap": -0.9, "backend": "cuda"}
+    with cuda.symmetric(False):
+        row_block = loss_and_grads(*narrow, *member, **setting)
+    with cuda.symmetric(True):
+        both = loss_and_grads(*narrow, *member, **setting)
+    for a, b in zip(both, row_block, strict=True):
+        assert relative_error(a, b) < (4e-3 if a.dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("mode", DTYPES)
+@pytest.mark.parametrize("dim", [40, 100, 300])
+def test_ids_in_other_dtypes(mode, dim, poisoned):
+    """The general kernels serve what fast ones would without ids."""
+    z1, z2 = pair(PAIRS, dim, DTYPES[mode])
+    setting = {"ids": torch.arange(PAIRS) % 9, "reduction": "sum"}
+    for member in ("infonce", {}), ("alpha_direct", {}):
+        wide = z1.double(), z2.double()
+        truth = loss_and_grads(*wide, *member, backend="reference", **setting)
+        precision = {"precision": "tf32"} if mode == "tf32" else {}
+        ours = loss_and_grads(z1, z2, *member, backend="cuda", **setting, **precision)
+        assert relative_error(ours[0], truth[0], floor=0.1) < (2e-3 if mode == "tf32" else 2e-5)
+        for o, t in zip(ours[1:3], truth[1:3], strict=True):
+            eps = {"bf16": 4e-3, "fp16": 1e-3, "tf32": 2e-3, "fp32": 2e-5}[mode]
+            assert relative_error(o.double(), t) < eps
+
+
+def test_which_kernels_serve_ids():
+    """A call of the fast kernels goes to the general ones, and to no kernel of hopper.h."""
+    z = torch.randn(128, 64, dtype=torch.bfloat16)
+    tau = torch.tensor(0.5)
+    function = PairFunction("exp", (), tau, (-2.0, 2.0))
+    scalars = RowScalars(torch.zeros(128))
+    plain = Rows(z), Pairing(0, 0, 128), function, scalars, None, (Term.SHIFT, Term.F), ""
+    with cuda.hopper(True):
+        hopper = cuda._Sweep(*plain).tile_rows
+        for left_out in (
+            {"ids": torch.zeros(128, dtype=torch.int32)},
+            {"largest_t": torch.zeros(128)},
+        ):
+            pairing = plain[1]._replace(**left_out)
+            assert cuda._Sweep(plain[0], pairing, *plain[2:]).tile_rows == 64
+    assert hopper == 128
+
+
 @pytest.mark.parametrize("negatives", ["two_view", "one_view", "cross_view"])
 def test_slices_come_in_runs(negatives, monkeypatch):
     """Partial sums, and weights of wide rows, that do not fit into the workspace at once."""
@@ -336,8 +396,13 @@ def test_sweeps_alone_agree_with_blocked():
         "logistic": (),
         "inverse": (4.0, 2.0, 1.0),
     }
-    for split, partner, anchors in ((0, 75, n), (0, 0, n), (75, 75, n), (75, 0, 75), (60, 0, n)):
+    ids = torch.arange(n, dtype=torch.int32) % 11
+    limits = torch.linspace(-0.9, 0.3, n, dtype=torch.float64).roll(40)
+    layouts = (0, 75, n), (0, 0, n), (75, 75, n), (75, 0, 75), (60, 0, n)
+    for (split, partner, anchors), left_out in itertools.product(layouts, (False, True)):
         pairing = Pairing(split, partner, anchors)
+        if left_out:
+            pairing = pairing._replace(ids=ids, largest_t=limits[:anchors])
         own = RowScalars(*(x[:anchors] for x in scalars))
         for kind, params in kinds.items():
             terms = (Term.DTAU, Term.DF_MOMENT, Term.F, Term.F_MOMENT, Term.DF)[

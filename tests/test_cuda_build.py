@@ -396,6 +396,8 @@ REFUSED = {
         sums(moment_origin=torch.zeros(N - 1)),
         f"moment_origin must have {N} elements or more",
     ),
+    "limits": (sums(largest_t=torch.zeros(N - 1)), f"largest_t must have {N} elements or more"),
+    "ids": (sums(ids=torch.zeros(N - 1).int()), f"ids must have {N} elements or more, got {N - 1}"),
     "no tau": (sums(tau=None), "tau is missing"),
     "no sums": (sums(sums=None), "sums is missing"),
     "few sums": (sums(splits=2), f"sums must have {2 * N} elements or more, got {N}"),

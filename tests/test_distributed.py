@@ -49,17 +49,21 @@ def differentiate(z1, z2, member, tau, reduction, weights, **options):
     return [loss.detach(), *torch.autograd.grad((loss * weights).sum(), inputs)]
 
 
-def residuals(group, cases, sizes, strategy, per_node=None, dim=5, tau=0.3, with_ids=False):
+def residuals(
+    group, cases, sizes, strategy, per_node=None, dim=5, tau=0.3, with_ids=False, more=None
+):
     """Largest residual of each case (member, negatives, symmetric, similarity, reduction),
-    gradients after averaging.
+    gradients after averaging; ``more``: other options of each case, a guide for a guide_margin.
     """
     rank, world = dist.get_rank(group), len(sizes)
     total, first = sum(sizes), sum(sizes[:rank])
     mine = slice(first, first + sizes[rank])
     z1, z2 = pair(total, dim)
     z1, z2 = z1 / 2, z2 / 2
+    guide = pair(total, 3, torch.float32, noise=1.5, seed=5)
     found = []
-    for member, negatives, symmetric, similarity, reduction in cases:
+    for case, other_options in zip(cases, more or [{}] * len(cases), strict=True):
+        member, negatives, symmetric, similarity, reduction = case
         options = {"negatives": negatives, "symmetric": symmetric, "similarity": similarity}
         views = 2 if negatives == "two_view" else 1
         weights = torch.tensor(1.7, dtype=torch.float64)
@@ -69,9 +73,13 @@ def residuals(group, cases, sizes, strategy, per_node=None, dim=5, tau=0.3, with
             # each process's own objective is averaged
             here = weights.view(views, total)[:, mine].flatten() * world
         ids = torch.arange(total) % 3
-        all_ids, own_ids = ({"ids": x} if with_ids else {} for x in (ids, ids[mine]))
-        truth = differentiate(z1, z2, member, tau, reduction, weights, **all_ids, **options)
-        options |= {"process_group": group, **how(strategy, world, per_node), **own_ids}
+        of_all, own = ({"ids": x, **other_options} for x in (ids, ids[mine]))
+        if not with_ids:
+            del of_all["ids"], own["ids"]
+        if "guide_margin" in other_options:
+            of_all["guide"], own["guide"] = guide, tuple(g[mine] for g in guide)
+        truth = differentiate(z1, z2, member, tau, reduction, weights, **of_all, **options)
+        options |= {"process_group": group, **how(strategy, world, per_node), **own}
         result = differentiate(z1[mine], z2[mine], member, tau, reduction, here, **options)
         if reduction == "none":
             truth[0] = truth[0].view(views, total)[:, mine].flatten()
@@ -162,6 +170,7 @@ def test_ids_are_compared_over_ranks(ranks, sizes, strategy):
         ("alpha_direct", {"detach_alpha": False, "exponent": 2, "alpha_eps": 0.1}),
         ("alpha_square", {"detach_alpha": False}),
         ("alpha_gamma", {}),
+        ("uniform", {}),
     ]
     cases = [
         (member, *mode, ("cosine", "euclidean")[k % 2], REDUCTIONS[(k + m) % 3])
@@ -169,6 +178,49 @@ def test_ids_are_compared_over_ranks(ranks, sizes, strategy):
         for k, mode in enumerate(MODES)
     ]
     check(ranks, len(sizes), cases, sizes, strategy, with_ids=True)
+
+
+#: Largest Δ of a negative that counts, which a third of them and most of them have.
+GAPS = {"cosine": (-1.0, -0.5), "dot": (-1.0, -0.5), "euclidean": (-1.3, -0.7)}
+MARGINS = (0.3, 0.0)
+LEFT_OUT = [((4,), "gather"), ((5, 3), "ring"), ((3, 0, 4), "gather"), ((3, 0, 4), "ring")]
+LEFT_OUT.append(((3, 1, 4, 2), "two_level"))
+
+
+@pytest.mark.parametrize(("sizes", "strategy"), LEFT_OUT, ids=str)
+@pytest.mark.parametrize("by", ["max_gap", "guide_margin"])
+def test_negatives_are_left_out_over_ranks(ranks, sizes, strategy, by):
+    """Members, settings and reductions in turn; without ids and with them."""
+    turn = LEFT_OUT.index((sizes, strategy))
+    settings = [s for s in every_setting() if by == "max_gap" or s[2] != "euclidean"]
+    for with_ids in (False, True):
+        cases, more = [], []
+        for k, member in enumerate(MEMBERS):
+            if not is_due(k + turn, 3):
+                continue
+            (setting,) = in_turn(settings, k // 3 + 5 * turn)[:1]
+            (reduction,) = in_turn(REDUCTIONS, k + with_ids)[:1]
+            cases.append((member, *setting, reduction))
+            values = GAPS[setting[2]] if by == "max_gap" else MARGINS
+            more.append({by: values[k % 2]})
+        check(ranks, len(sizes), cases, sizes, strategy, with_ids=with_ids, more=more)
+
+
+def test_those_that_are_left_out_matter():
+    """The comparisons above would pass if all negatives counted, or none."""
+    z1, z2 = (z / 2 for z in pair(8, 5))
+    guide = pair(8, 3, torch.float32, noise=1.5, seed=5)
+
+    def counted(**options):
+        """Negatives of an anchor, of 14."""
+        return float(alpha_cl_loss(z1, z2, "triplet", margin=1e6, **options) / 1e6)
+
+    assert counted() == pytest.approx(14, abs=0.01)
+    for similarity, gaps in GAPS.items():
+        few, most = (counted(similarity=similarity, max_gap=gap) for gap in gaps)
+        assert 4 < few < 8 < most < 12
+    for margin in MARGINS:
+        assert 8 < counted(guide=guide, guide_margin=margin) < 12
 
 
 @pytest.mark.parametrize("strategy", FLAT)
@@ -341,6 +393,26 @@ BAD = [
         {2: {"temperature": 0.4}},
         ValueError,
         "same temperature, got 0.5 on rank 0 and 0.4 on rank 2",
+    ),
+    ({1: {"max_gap": 0.1}}, ValueError, "same call, got .*max_gap=None.* and .*max_gap=0.1"),
+    ({2: {"max_gap": "x"}}, TypeError, "^rank 2: max_gap must be None or a number, got 'x'$"),
+    ({1: {"guide": (A, B)}}, ValueError, "same call, got .*no ids on .* and .*guide of width 3"),
+    (
+        {r: {"guide": (A, B), "guide_margin": 0.1 * (r == 2)} for r in range(3)},
+        ValueError,
+        "guide_margin=0.0 on rank 0 and .*guide_margin=0.1 on rank 2",
+    ),
+    ({0: {"guide": (A, B[:3])}}, ValueError, r"^rank 0: guide\[1\] must have 4 rows"),
+    ({1: {"guide_margin": "x"}}, TypeError, "^rank 1: guide_margin must be a number"),
+    (
+        {r: {"guide": (A, B), "backend": "cpu"} for r in range(3)},
+        ValueError,
+        "^rank 0: backend 'cpu' cannot serve this call: guide: not in this backend; use blocked",
+    ),
+    (
+        {r: {"guide": (A, B), "similarity": "euclidean"} for r in range(3)},
+        ValueError,
+        "^rank 0: guide must be None with similarity='euclidean'",
     ),
     (
         {r: {"z": (A[:0], B[:0])} for r in range(3)},

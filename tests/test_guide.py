@@ -1,7 +1,10 @@
 """A guide's false negatives do not count: losses and gradients as in dense code."""
 
+import re
+
 import pytest
 import torch
+import torch.distributed as dist
 from family import pair
 from torch.nn.functional import normalize
 
@@ -100,6 +103,90 @@ def test_explicit_negatives():
     torch.testing.assert_close(ours, truth)
 
 
+def against_over_ranks(group, sizes, among, reduction):
+    """The largest error of a rank's losses and gradients, which are averaged over the ranks."""
+    rank, world = dist.get_rank(group), len(sizes)
+    mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    theirs = mine if among else slice(rank, None, world)
+    z, y = (normalize(x) for x in pair(sum(sizes), 5, noise=1.0))
+    g, h = pair(sum(sizes), 3, torch.float32, noise=1.5, seed=5)
+    positive, threshold = (torch.linspace(a, 0.4, len(z)).double() for a in (0, -0.2))
+    weights = torch.linspace(-0.5, 1.5, len(z)).double()
+    found = []
+    for own, others, options in (
+        (slice(None), slice(None), {}),
+        (mine, theirs, {"process_group": group}),
+    ):
+        leaves = [x[own].clone().requires_grad_() for x in (z, positive)]
+        leaves += [] if among else [y[others].clone().requires_grad_()]
+        loss = loss_against(
+            leaves[0], None if among else leaves[2], leaves[1], "alpha_square", temperature=0.4,
+            guide=(g[own], None if among else h[others], threshold[own]), reduction=reduction,
+            max_gap=0.3, **options,
+        )  # fmt: skip
+        weight = torch.tensor(1.0) if reduction == "mean" else weights[own]
+        if options and reduction == "none":
+            weight = weight * world
+        found.append([loss.detach(), *torch.autograd.grad((loss * weight).sum(), leaves)])
+    truth, ours = found
+    if reduction == "none":
+        truth[0] = truth[0][mine]
+    errors = [ours[0] - truth[0]]
+    for a, b, cut in zip(ours[1:], truth[1:], (mine, mine, theirs), strict=False):
+        errors.append(a / world - b[cut])
+    return max(float(x.abs().max()) for x in errors if x.numel())
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("among", [False, True])
+def test_explicit_negatives_over_processes(ranks, among):
+    for sizes, reduction in (((5,), "mean"), ((5, 3), "none"), ((4, 0, 2), "mean")):
+        options = {"sizes": sizes, "among": among, "reduction": reduction}
+        assert max(ranks.run(len(sizes), against_over_ranks, **options)) < 1e-10
+
+
+def refused_over_ranks(group, changes):
+    z, y = pair(4, 3)
+    options = {"guide": (z, y, z[:, 0]), **changes.get(dist.get_rank(group), {})}
+    try:
+        loss_against(z, y, z[:, 0], process_group=group, **options)
+    except (TypeError, ValueError) as error:
+        return str(error)
+
+
+@pytest.mark.xdist_group("ranks")
+def test_all_ranks_refuse(ranks):
+    z, y = pair(4, 3)
+    for changes, message in (
+        ({1: {"guide": None}}, "every rank must make the same call, got .*guide of width 3"),
+        ({1: {"guide": (z, y[:2], z[:, 0])}}, r"rank 1: guide\[1\] must have as many rows"),
+        ({0: {"backend": "cpu"}}, "rank 0: backend 'cpu' cannot serve this call: guide"),
+        ({1: {"objective": "nothing"}}, "rank 1: objective must be one of"),
+    ):
+        for text in ranks.run(2, refused_over_ranks, changes=changes):
+            assert re.match(message, text), text
+
+
+@pytest.mark.parametrize("among", [False, True])
+def test_explicit_negatives_with_weights_or_temperatures(among):
+    z, y = (normalize(x) for x in pair(N, 6, noise=1.0))
+    g, h = guides()
+    positive, threshold = torch.linspace(0, 0.5, N).double(), torch.linspace(-0.5, 0.5, N)
+    tau, weights = torch.linspace(0.2, 0.5, N).double(), torch.linspace(-1, 0.5, N).double()
+    others, of_guide = (z, g) if among else (y, h)
+    keep = normalize(g).double() @ normalize(of_guide).double().t() <= threshold[:, None].double()
+    if among:
+        keep &= ~torch.eye(N, dtype=torch.bool)
+    gap = z @ others.t() - positive[:, None]
+    given = {"guide": (g, None if among else h, threshold), "reduction": "none"}
+    for options, exponents in (
+        ({"temperature": tau}, gap / tau[:, None]),
+        ({"log_weights": weights}, gap / 0.5 + weights),
+    ):
+        ours = loss_against(z, None if among else y, positive, **options, **given)
+        torch.testing.assert_close(ours, (exponents.exp() * keep).sum(1).log1p())
+
+
 def test_nothing_left_gives_0():
     z1, z2 = (z.requires_grad_() for z in pair(N, 6))
     for objective in ("infonce", "uniform", "alpha_entropy"):
@@ -149,6 +236,7 @@ def test_the_guide_gets_no_gradient():
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
+        ({"guide": (torch.ones(N, 0),) * 2}, ValueError, r"guide\[0\] must have at least 1 column"),
         ({"guide": torch.ones(2)}, TypeError, r"guide must be None or \(g1, g2\)"),
         (
             {"guide": (torch.ones(N, 2), torch.ones(3, 2))},

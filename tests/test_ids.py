@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from family import (
     BACKENDS,
@@ -567,29 +566,20 @@ def test_errors():
     ):
         with pytest.raises(ValueError, match=message):
             loss_against(z1, positive=z1[:, 0], **given)
-    refusal = (
-        "'cuda' cannot serve this call: ids: not in this backend; use cpu or triton or blocked"
-    )
-    with pytest.raises(ValueError, match=refusal):
-        alpha_cl_loss(z1, z2, ids=ids, backend="cuda")
 
 
 def test_auto_passes_over_a_backend_without_ids(monkeypatch):
     for name in ("cpu", "triton"):
         monkeypatch.setattr(ops.SWEEP_BACKENDS[name], "unsupported", lambda *call: "left out")
     monkeypatch.setattr(ops.SWEEP_BACKENDS["cuda"], "unsupported", lambda *call: None)
-    name, why = ops.choose("auto", torch.device("cuda"), torch.float32, None, "exp", ("ids",))
+    call = torch.device("cuda"), torch.float32, None, "exp"
+    assert ops.choose("auto", *call, ("ids",))[0] == "cuda"
+    monkeypatch.setattr(ops.SWEEP_BACKENDS["cuda"], "OPTIONAL_OPERANDS", set())
+    name, why = ops.choose("auto", *call, ("ids",))
     assert (name, "cuda: ids: not in this backend" in why) == ("blocked", True)
-    assert ops.choose("auto", torch.device("cuda"), torch.float32, None, "exp")[0] == "cuda"
-
-
-def test_constant_weights_have_no_ids_over_processes():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        with pytest.raises(ValueError, match=r"ids must be None with a process_group and uniform"):
-            FusedAlphaCLLoss("uniform", process_group="world")(*pair(4, 3), torch.arange(4))
-    finally:
-        dist.destroy_process_group()
+    assert ops.choose("auto", *call)[0] == "cuda"
+    with pytest.raises(ValueError, match="ids: not in this backend; use cpu or triton or blocked"):
+        ops.choose("cuda", *call, ("ids",))
 
 
 def test_a_mask_that_forgets_is_found(monkeypatch):

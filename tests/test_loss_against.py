@@ -238,6 +238,41 @@ def test_processes_share_a_batch(ranks, among, with_ids):
     assert max(ranks.run(3, parts, **options)) < 1e-10
 
 
+def tempered(group, sizes, shape):
+    """The largest error of a rank's loss and gradients, with a temperature for each anchor or one
+    for all.
+    """
+    rank, world = dist.get_rank(group), len(sizes)
+    mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    z, negatives, positive, _ = leaves_for(sum(sizes), 2 * sum(sizes))
+    each = torch.linspace(0.2, 0.6, sum(sizes)).double()
+    found = []
+    for own, others, options in (
+        (slice(None), slice(None), {}),
+        (mine, slice(rank, None, world), {"process_group": group}),
+    ):
+        tau = each[own] if shape == "each" else torch.full(shape, 0.3).double()
+        leaves = [x.detach()[own].clone() for x in (z, positive)]
+        leaves = [x.requires_grad_() for x in (*leaves, negatives.detach()[others].clone(), tau)]
+        loss = loss_against(leaves[0], leaves[2], leaves[1], temperature=tau, **options)
+        found.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    truth, ours = found
+    errors = [ours[0] - truth[0], ours[1] / world - truth[1][mine]]
+    errors += [ours[2] / world - truth[2][mine], ours[3] / world - truth[3][rank::world]]
+    errors.append(ours[4] / world - truth[4][mine] if shape == "each" else ours[4] - truth[4])
+    return max(float(x.abs().max()) for x in errors if x.numel())
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("shape", ["each", (), (1,)], ids=str)
+def test_temperatures_over_processes(ranks, shape):
+    """(1,) on a rank with one anchor is one per anchor exactly if it is so on the others, or if
+    their values differ.
+    """
+    for sizes in ((3, 1, 0), (2, 1), (1, 1), (1,)):
+        assert max(ranks.run(len(sizes), tempered, sizes=sizes, shape=shape)) < 1e-10
+
+
 def refused(group, options):
     rank = dist.get_rank(group)
     given = {name: x[rank] if isinstance(x, list) else x for name, x in options.items()}
@@ -252,7 +287,11 @@ def refused(group, options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": [0.1, 0.2]}, "every rank must make the same call"),
+        ({"temperature": [0.1, 0.2]}, "same temperature, got 0.1 on rank 0 and 0.2 on rank 1"),
+        (
+            {"temperature": [torch.full((4,), 0.1), torch.tensor(0.1)]},
+            "same temperature, got one per anchor on rank 0 and 0.1 on rank 1",
+        ),
         ({"log_weights": [None, torch.zeros(3)]}, "rank 1: log_weights must be"),
         ({"n": 0}, "all ranks together must have at least 1 row"),
     ],

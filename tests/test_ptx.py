@@ -22,8 +22,11 @@ CUDA, TRITON = ("cuda-90a", "cuda-80"), ("triton-90", "triton-80")
 
 needs_nvcc = pytest.mark.skipif(nvcc.missing() is not None, reason=f"no PTX: {nvcc.missing()}")
 needs_triton = pytest.mark.skipif(triton._missing() is not None, reason=str(triton._missing()))
-#: One process runs all cases of a list, and decodes its kernels once.
-one_process = pytest.mark.xdist_group("ptx")
+
+
+def one_process(name):
+    """One process runs all cases of a list, and decodes its kernels once."""
+    return pytest.mark.xdist_group(f"ptx-{name}")
 
 
 @functools.cache
@@ -35,11 +38,10 @@ def found(name):
 def listed():
     for name in CUDA:
         for number, case in enumerate(run.of_list(name, FULL)):
-            yield pytest.param(name, number, id=case.name)
+            yield pytest.param(name, number, id=case.name, marks=one_process(name))
 
 
 @needs_nvcc
-@one_process
 @pytest.mark.parametrize(("name", "number"), [*listed()])
 def test_cuda(name, number):
     result = found(name)["results"][number]
@@ -47,8 +49,7 @@ def test_cuda(name, number):
 
 
 @needs_nvcc
-@one_process
-@pytest.mark.parametrize("name", CUDA)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=one_process(name)) for name in CUDA])
 def test_instructions_of_cuda_are_executed(name):
     assert not run.coverage.missing(name, found(name)["coverage"], FULL)
 
@@ -77,11 +78,11 @@ def planted(lists):
     for mutant in mutants.MUTANTS:
         name = f"{mutant.case.backend}-{mutant.case.arch}"
         if name in lists and (FULL or mutant.short):
-            yield pytest.param(name, mutant.name, id=mutant.name.replace(" ", "-"))
+            label = mutant.name.replace(" ", "-")
+            yield pytest.param(name, mutant.name, id=label, marks=one_process(name))
 
 
 @needs_nvcc
-@one_process
 @pytest.mark.parametrize(("name", "mutant"), [*planted(CUDA)])
 def test_planted_defects_are_found(name, mutant):
     assert attempts(name)[mutant] is not None

@@ -46,7 +46,7 @@ met = set()
 pytestmark = pytest.mark.xdist_group("ptx_opcodes")
 
 
-def machine(body, declarations, parameters, threads=32, shared=16):
+def machine(body, declarations, parameters, threads=32, shared=16, blocks=1):
     """A kernel of 64-bit parameters p0, p1, …; registers besides %r, %rd, %p, %h are declared."""
     listed = ", ".join(f".param .u64 p{k}" for k in range(parameters))
     text = f"""
@@ -62,7 +62,7 @@ def machine(body, declarations, parameters, threads=32, shared=16):
 ret;
 }}
 """
-    made = Machine(parse(text, "kernel"), shared)
+    made = Machine(parse(text, "kernel"), shared, blocks)
     for instruction in made.kernel.instructions:
         met.add(opcodes.Modifiers(instruction).name)
     return made
@@ -74,7 +74,7 @@ def run(body, inputs, outputs, declarations="", threads=32, shared=16):
     for k, array in enumerate(inputs):
         made.memory.add(array.ctypes.data, array.nbytes, f"p{k}", k in outputs)
     made.parameters.view(np.uint64)[:] = [array.ctypes.data for array in inputs]
-    made.run((0, 0), (1, 1))
+    made.run([(0, 0)], (1, 1))
     return made
 
 
@@ -591,6 +591,17 @@ def test_unknown_opcodes_modifiers_and_operands_are_errors(text):
         machine(f"{text};", "", 1)
 
 
+def test_an_unknown_modifier_is_an_error_where_nothing_executes_it():
+    """Also where the same opcode has been understood before, with other modifiers or operands."""
+    for text in (
+        "add.sat.s32 %r1, %r2, %r3",
+        "add.s32 %r1, %rd1, %r2",
+        "shl.b32 %r1, %r2, 0f00000000",
+    ):
+        with pytest.raises(Unsupported):
+            machine(f"add.s32 %r1, %r2, %r3; shl.b32 %r1, %r2, 1; ret; {text};", "", 1)
+
+
 # --- memory, lanes and matrices -------------------------------------------------------------------
 
 #: %rd1 and %rd2 point to this thread's 16 bytes of p0 and p1, %r1 to its 16 bytes of shared memory.
@@ -713,6 +724,43 @@ def test_a_lane_that_reads_what_another_wrote():
     assert any("race in a warp" in hazard for hazard in made.hazards)
     _, _, made = through(LOAD + TO_SHARED + "bar.warp.sync -1; " + read)
     assert not made.hazards
+
+
+#: Every thread of a block gets its opposite's words and adds the block's number; blocks from number
+#: FIRST on store it.
+BLOCKS = """
+mov.u32 %r20, %ctaid.x; mad.lo.s32 %r21, %r20, 64, %r0; mul.wide.u32 %rd3, %r21, 16;
+ld.param.u64 %rd1, [p0]; ld.param.u64 %rd2, [p1];
+add.s64 %rd1, %rd1, %rd3; add.s64 %rd2, %rd2, %rd3; setp.ge.u32 %p1, %r20, FIRST;
+xor.b32 %r6, %r0, 32; mov.u32 %r7, smem; mad.lo.s32 %r7, %r6, 16, %r7;
+"""
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_blocks_side_by_side(first):
+    """Three blocks, all at once in a machine for four, or one after another: each has shared memory
+    and barriers of its own, and a race is one within a block.
+    """
+    read = "ld.shared.v4.b32 {%r2,%r3,%r4,%r5}, [%r7]; add.u32 %r2, %r2, %r20; @%p1 "
+    for barrier, hazard in (("bar.sync 0; ", ""), ("", "race: reads what another warp wrote")):
+        body = (
+            PLACES + BLOCKS.replace("FIRST", str(first)) + LOAD + TO_SHARED + barrier + read + KEEP
+        )
+        for side_by_side in (4, 1):
+            given, out = words(3 * 64)[0], np.zeros((3 * 64, 4), np.uint32)
+            made = machine(body, "", 2, 64, 1024, side_by_side)
+            for k, array in enumerate((given, out)):
+                made.memory.add(array.ctypes.data, array.nbytes, f"p{k}", k == 1)
+            made.parameters.view(np.uint64)[:] = given.ctypes.data, out.ctypes.data
+            for _ in range(2):  # the second time nothing of the first is left
+                for k in range(0, 3, side_by_side):
+                    some = [(x, 0) for x in range(k, min(k + side_by_side, 3))]
+                    made.run(some, (3, 1))
+            opposite = np.roll(given.reshape(3, 64, 4), 32, axis=1)
+            opposite[:, :, 0] += np.arange(3, dtype=np.uint32)[:, None]
+            opposite[:first] = 0
+            assert (out == opposite.reshape(-1, 4)).all()
+            assert [*made.hazards] == [] if not hazard else hazard in str(made.hazards)
 
 
 FAULTS = {

@@ -73,11 +73,6 @@ def leaves_of(z, tau=0.3, *more):
     return leaves + [x.clone().requires_grad_() for x in more]
 
 
-def serving():
-    """The backends with ids."""
-    return [b for b in BACKENDS if b != "cuda"]
-
-
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Sweeps and blocks are cut; the last of each is ragged."""
@@ -85,7 +80,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setitem(same_id.BLOCK_SIZES, "cpu", same_id.BlockSize(3, 5))
 
 
-@pytest.mark.parametrize("backend", serving())
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", IDS)
 def test_equals_the_dense_formula(backend, form, kind, small_blocks, poisoned):
@@ -163,7 +158,7 @@ def gaps(z, ids, form, tau):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("size", [2, 3, 8])
-@pytest.mark.parametrize("backend", serving())
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_exact_once_trained(form, size, backend):
     """Groups that all but coincide, others orthogonal: the share of N(i) in the softmax over A(i)
     falls from 1e-3 to 1e-12, and the gradient keeps its digits.

@@ -170,7 +170,7 @@ def backends_of(name):
     """The backends that serve a loss: adnce and circle consist of users' functions."""
     if name in ("adnce", "circle"):
         return [b for b in BACKENDS if b in ("blocked", "triton")]
-    return [b for b in BACKENDS if b != "cuda" or name not in {n for n, _ in ROWS}]
+    return BACKENDS
 
 
 def every(cases):
@@ -466,11 +466,13 @@ def test_state_is_saved_and_loaded(module):
     assert "12" in repr(loss)
 
 
-def three_steps(group, sizes):
+def three_steps(group, module, sizes, options):
     """The largest error of a rank's losses, gradients and state against one process's."""
     rank, world = dist.get_rank(group), len(sizes)
     mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-    whole, part = (zoo.SogCLR(12, **o).double() for o in ({}, {"process_group": group}))
+    whole, part = (
+        getattr(zoo, module)(12, **options, **o).double() for o in ({}, {"process_group": group})
+    )
     errors = []
     for z1, z2, index in batches(12, sum(sizes), 3):
         found = []
@@ -481,25 +483,54 @@ def three_steps(group, sizes):
         errors += [ours[0] - truth[0]]
         errors += [a / world - b[mine] for a, b in zip(ours[1:], truth[1:], strict=True)]
     errors.append(part.log_u.exp() - whole.log_u.exp())
+    states = [(x, whole.state_dict()[name]) for name, x in part.state_dict().items()]
+    errors += [a - b for a, b in states[1:]]
     return max(float(x.abs().max()) for x in errors if x.numel())
 
 
+OF_SAMPLES = [
+    ("SogCLR", {}),
+    ("ISogCLR", {"temperature": 0.25, "temperature_range": (0.2, 0.5), "rho": 1.5, "step": 0.05}),
+]
+
+
 @pytest.mark.xdist_group("ranks")
-@pytest.mark.parametrize("sizes", [(5, 0), (3, 1, 4)])
-def test_sogclr_over_processes(ranks, sizes):
-    assert max(ranks.run(len(sizes), three_steps, sizes=sizes)) < 1e-10
+@pytest.mark.parametrize("sizes", [(4,), (5, 0), (3, 1, 4), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize(("module", "options"), OF_SAMPLES)
+def test_running_sums_over_processes(ranks, module, options, sizes):
+    arguments = {"module": module, "sizes": sizes, "options": options}
+    assert max(ranks.run(len(sizes), three_steps, **arguments)) < 1e-10
 
 
-def refused(group):
+def one_pair(group, module):
+    """Loss and gradients of a batch of one pair, which the last rank has."""
+    n = int(dist.get_rank(group) == 1)
+    leaves = leaves_of(*(z[:n] for z in pair(1, 3)))
+    loss = getattr(zoo, module)(9, process_group=group)(*leaves, torch.arange(n))
+    return [float(x.abs().sum()) for x in (loss, *torch.autograd.grad(loss, leaves))]
+
+
+def refused(group, module, changes):
+    rank = dist.get_rank(group)
+    loss = getattr(zoo, module)(9, process_group=group)
+    index = torch.tensor([0, changes.get("index", {}).get(rank, 1)])
+    loss.train(changes.get("training", {}).get(rank, True))
     try:
-        zoo.SogCLR(9, process_group=group)(*pair(2, 3), torch.tensor([0, 9 * dist.get_rank(group)]))
+        loss(*pair(2, 3), index)
     except ValueError as error:
         return str(error)
 
 
 @pytest.mark.xdist_group("ranks")
-def test_all_ranks_refuse(ranks):
-    assert all("rank 1: index must be in [0, 9)" in text for text in ranks.run(2, refused))
+@pytest.mark.parametrize("module", ["SogCLR", "ISogCLR"])
+def test_all_ranks_refuse(ranks, module):
+    for changes, message in (
+        ({"index": {1: 9}}, "rank 1: index must be in [0, 9)"),
+        ({"training": {1: False}}, "every rank must make the same call"),
+    ):
+        arguments = {"module": module, "changes": changes}
+        assert all(message in text for text in ranks.run(2, refused, **arguments))
+    assert ranks.run(2, one_pair, module=module) == [[0.0] * 3] * 2
 
 
 # --- small batches, bad arguments -----------------------------------------------------------------

@@ -113,13 +113,16 @@ class _PairRows(ctypes.Structure):
     _fields_ = (
         [
             (name, ctypes.c_void_p)
-            for name in ("z1", "z2", "f", "scale", "inv_norm", "pos", "d", "q")
+            for name in (
+                *("z1", "z2", "f", "scale", "inv_norm", "mean", "bias", "weight_sums"),
+                *("pos", "d", "q"),
+            )
         ]
         + [
             (name, ctypes.c_int64)
             for name in ("n_pairs", "dim", "stride1", "stride2", "stride", "lo", "hi", "swept")
         ]
-        + [(name, ctypes.c_int32) for name in ("dtype", "threads", "instruction_set")]
+        + [(name, ctypes.c_int32) for name in ("dtype", "threads", "instruction_set", "similarity")]
     )
 
 

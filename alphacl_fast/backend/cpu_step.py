@@ -6,10 +6,12 @@ pointers, which are taken from the tensors of each call.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import os
 import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from ..bundles import (
     MOST_PARAMETERS,
     Dtype,
+    Form,
     PairFunction,
     Pairing,
     RowScalars,
@@ -32,7 +35,7 @@ from . import cpu, forms
 #: The default of ``workspace``: bytes in which a step may keep tiles from one sweep to the next.
 DEFAULT_WORKSPACE = 64 << 20
 
-_MOST_INSTRUCTIONS, _MOST_VECTORS, _MOST_STEP_PARAMETERS = 8, 8, 4
+_MOST_INSTRUCTIONS, _MOST_VECTORS, _MOST_STEP_PARAMETERS, _MOST_SLOPES = 8, 8, 4, 2
 
 
 class _Instruction(ctypes.Structure):
@@ -66,20 +69,26 @@ class _Step(ctypes.Structure):
                 *("lo", "hi", "block", "workspace"),
             )
         ]
-        + [(name, ctypes.c_double) for name in ("tau", "n_neg", "divisor", "max_gap")]
+        + [(name, ctypes.c_double) for name in ("tau", "n_neg", "divisor", "max_gap", "factor")]
         + [("params", ctypes.c_double * MOST_PARAMETERS)]
         + [
             (name, ctypes.c_int32)
             for name in (
-                *("dtype", "kind", "each", "limited", "threads", "instruction_set", "instructions"),
-                *("places", "mass", "losses", "dtau_of"),
+                *("dtype", "kind", "each", "limited", "threads", "instruction_set", "similarity"),
+                *("instructions", "places", "mass", "losses", "slopes"),
             )
         ]
+        + [("dtau_of", ctypes.c_int32 * _MOST_SLOPES)]
         + [("program", _Instruction * _MOST_INSTRUCTIONS)]
     )
 
 
 SIZE = ctypes.sizeof(_Step)
+#: `enum Similarity` of csrc/cpu/sweep.h.
+_SIMILARITIES = ("cosine", "dot", "euclidean")
+
+#: τ, or a scale and a bias.
+Temperature = float | tuple[float, float]
 
 
 class Batch(NamedTuple):
@@ -93,14 +102,24 @@ class Batch(NamedTuple):
     n_neg: int
     divisor: int
     wanted: tuple[int, int]  #: rows whose gradient is wanted
-    learn_tau: bool
     each: bool  #: one loss per anchor instead of one number
+    needs_negatives: bool  #: an anchor without negatives has loss 0
+    similarity: str
     workspace: int
     max_gap: float | None = None
 
 
+class Numbers(NamedTuple):
+    """What follows from the value of a temperature, or of a scale and a bias."""
+
+    tau: float  #: that the pair kind sees
+    log_range: tuple[float, float] | None  #: the bounds of log f, if it has them
+    factor: float  #: by which the rows of the first view are multiplied
+    values: dict[str, float]  #: of the program's row steps
+
+
 class Plan:
-    """A step for all calls with the same shapes and settings."""
+    """A step for all calls with the same shapes and settings, at one temperature."""
 
     def __init__(
         self,
@@ -108,33 +127,69 @@ class Plan:
         program: Program,
         kind: str,
         params: tuple[float, ...],
-        tau: float,
-        log_range: tuple[float, float] | None,
+        numbers_at: Callable[[Temperature], Numbers],
     ) -> None:
+        """``numbers_at`` says what follows from a temperature; `at` comes before `run`."""
         self.batch, self.wide = batch, accumulation_dtype(batch.dtype)
+        self.kind, self.params, self.program, self.numbers_at = kind, params, program, numbers_at
+        # `new_empty` takes a quarter of the time of `torch.empty` with a dtype and a device
+        self.like = torch.empty(0, dtype=self.wide, device="cpu")
         self.forward = self  #: the plan that a forward executes
-        of_tau = torch.tensor(tau, dtype=self.wide, device="cpu")
-        function = PairFunction(kind, params, of_tau, log_range)
+        self.temperature: Temperature | None = None
         isa = cpu.INSTRUCTION_SETS.index(cpu.instruction_set())
-        _, self.multiple, self.largest = cpu._kernels(isa, Dtype.of(batch.dtype))
+        # euclidean rows are centred, in the accumulation dtype
+        of_rows = self.wide if batch.similarity == "euclidean" else batch.dtype
+        _, self.multiple, self.largest = cpu._kernels(isa, Dtype.of(of_rows))
         low, high = batch.wanted
         self.gradient = high > low
         pairing = batch.pairing
         self.step = _Step(
             n_pairs=batch.n_pairs, dim=batch.dim, rows=batch.rows, split=pairing.split,
             partner=pairing.partner, anchors=pairing.anchors, lo=low, hi=high,
-            workspace=batch.workspace, tau=tau, n_neg=batch.n_neg, divisor=batch.divisor,
-            params=function.padded(), dtype=Dtype.of(batch.dtype), kind=KINDS[kind].code,
-            each=batch.each, limited=batch.max_gap is not None, max_gap=batch.max_gap or 0.0,
-            instruction_set=isa, instructions=len(program.instructions),
-            places=program.places, mass=program.mass, losses=program.loss, dtau_of=program.dtau,
-            **cpu._HOOKS,
+            workspace=batch.workspace, n_neg=batch.n_neg, divisor=batch.divisor,
+            params=(*params, 0.0, 0.0, 0.0)[:MOST_PARAMETERS], dtype=Dtype.of(batch.dtype),
+            kind=KINDS[kind].code, each=batch.each, limited=batch.max_gap is not None,
+            max_gap=batch.max_gap or 0.0, instruction_set=isa,
+            similarity=_SIMILARITIES.index(batch.similarity),
+            instructions=len(program.instructions), places=program.places, mass=program.mass,
+            losses=program.loss, slopes=len(program.dtau), **cpu._HOOKS,
         )  # fmt: skip
-        for target, instruction in zip(self.step.program, program.instructions, strict=False):
+        self.step.dtau_of[: len(program.dtau)] = program.dtau
+        self.log_range = None
+        #: by instructions: sweeps, and parameters that are numbers of the temperature
+        self.sweeps: list[tuple[int, Sweep]] = []
+        self.named: list[tuple[int, int, str]] = []
+        for k, instruction in enumerate(program.instructions):
             if isinstance(instruction, Sweep):
-                _write_sweep(target, instruction, function)
-            else:
-                _write_row_step(target, instruction)
+                self.sweeps.append((k, instruction))
+                _write_sweep(self.step.program[k], instruction)
+                continue
+            _write_row_step(self.step.program[k], instruction)
+            names = enumerate(instruction.params)
+            self.named += [(k, at, name) for at, name in names if isinstance(name, str)]
+        self._choose_forms(None)
+
+    def at(self, temperature: Temperature) -> Plan:
+        """This plan at a temperature: the forms of its sweeps follow from it."""
+        if temperature == self.temperature:
+            return self
+        plan = copy.copy(self)
+        plan.temperature, plan.step = temperature, _Step.from_buffer_copy(self.step)
+        plan.forward = plan if self.forward is self else self.forward.at(temperature)
+        numbers = self.numbers_at(temperature)
+        plan.step.tau, plan.step.factor = numbers.tau, numbers.factor
+        for k, at, name in self.named:
+            plan.step.program[k].params[at] = numbers.values[name]
+        if numbers.log_range != self.log_range:
+            plan._choose_forms(numbers.log_range)
+        return plan
+
+    def _choose_forms(self, log_range: tuple[float, float] | None) -> None:
+        self.log_range = log_range
+        function = PairFunction(self.kind, self.params, self.like, log_range)
+        for k, sweep in self.sweeps:
+            target = self.step.program[k]
+            target.form, target.constant_shift = _form(sweep, function)
 
     def run(
         self,
@@ -156,22 +211,21 @@ class Plan:
         step = _Step.from_buffer_copy(self.step)
         loss = dz = dtau = None
         if incoming is None:
-            loss = torch.empty(
-                batch.pairing.anchors if batch.each else (), dtype=self.wide, device="cpu"
-            )
+            loss = self.like.new_empty(batch.pairing.anchors if batch.each else ())
             step.loss = loss.data_ptr()
         else:
             incoming = incoming.contiguous()
             step.incoming = incoming.data_ptr()
         if self.gradient:
             low, high = batch.wanted
-            dz = torch.empty((high - low, batch.dim), dtype=self.wide, device="cpu")
+            dz = self.like.new_empty((high - low, batch.dim))
             step.dz = dz.data_ptr()
-        if batch.learn_tau:
-            dtau = torch.empty((), dtype=self.wide, device="cpu")
+        if self.step.slopes:
+            dtau = self.like.new_empty(() if self.step.slopes == 1 else self.step.slopes)
             step.dtau = dtau.data_ptr()
         if same_id is not None:
-            step.ids, step.n_neg_of, step.empty = (x.data_ptr() for x in same_id)
+            step.ids, step.n_neg_of, empty = (x.data_ptr() for x in same_id)
+            step.empty = empty if batch.needs_negatives else None
         step.z1, step.z2 = z1.data_ptr(), z2.data_ptr()
         step.stride1, step.stride2 = z1.stride(0), z2.stride(0)
         if threading.get_ident() != threading.main_thread().ident:
@@ -184,18 +238,21 @@ class Plan:
         return loss, dz, dtau
 
 
-def _write_sweep(target: _Instruction, sweep: Sweep, function: PairFunction) -> None:
+def _write_sweep(target: _Instruction, sweep: Sweep) -> None:
     places = rows_of_terms(sweep.terms)
     target.row_step = -1
     target.terms = tuple(-1 if row < 0 else sweep.outputs[row] for row in places)
     target.scalars = tuple(sweep.scalars)
-    if sweep.weight is None:
-        form, shift = forms.of_row_sums(function, sweep.terms)
-    else:
-        given = RowScalars(*(None if place == ZEROS else place for place in sweep.scalars))
-        form, shift = forms.of_pair_grad(function, given, sweep.weight, sweep.terms)
+    if sweep.weight is not None:
         target.gradient, target.weight = 1, sweep.weight
-    target.form, target.constant_shift = form, shift
+
+
+def _form(sweep: Sweep, function: PairFunction) -> tuple[Form, float]:
+    """The form of a sweep, and its constant shift."""
+    if sweep.weight is None:
+        return forms.of_row_sums(function, sweep.terms)
+    given = RowScalars(*(None if place == ZEROS else place for place in sweep.scalars))
+    return forms.of_pair_grad(function, given, sweep.weight, sweep.terms)
 
 
 def _write_row_step(target: _Instruction, step: Step) -> None:
@@ -203,7 +260,8 @@ def _write_row_step(target: _Instruction, step: Step) -> None:
     target.inputs = step.inputs + (ZEROS,) * (_MOST_VECTORS - len(step.inputs))
     target.outputs = step.outputs + (ZEROS,) * (_MOST_VECTORS - len(step.outputs))
     target.output_count = len(step.outputs)
-    target.params = step.params + (0.0,) * (_MOST_STEP_PARAMETERS - len(step.params))
+    known = [0.0 if isinstance(x, str) else x for x in step.params]
+    target.params = (*known, *[0.0] * (_MOST_STEP_PARAMETERS - len(known)))
 
 
 @functools.cache

@@ -34,7 +34,7 @@ from ..objectives import KINDS, codes_checksum, is_compiled
 from . import forms, gpu
 
 #: Optional operands that this backend serves.
-OPTIONAL_OPERANDS: set[str] = set()
+OPTIONAL_OPERANDS = {"ids", "max_gap"}
 #: Where `setup.py` puts the library, or the reason why there is none.
 LIBRARY = Path(__file__).parent.parent / "_cuda.abi3.so"
 FAILURE = LIBRARY.with_name("_cuda_not_built.txt")
@@ -63,6 +63,8 @@ _INPUTS = (
     "shift",
     "argument_offset",
     "baseline",
+    "largest_t",
+    "ids",
     "tau",
     "unit",
 )
@@ -352,7 +354,9 @@ class _Sweep(gpu.Sweep):
         f, terms = self.f, self.terms or (Term.F,)
         fast = has_wgmma_kernels(self.function.kind, self.function.params, self.dim)
         sums = Term.F in terms and set(terms) <= {Term.F, Term.F_MOMENT}
-        constant = self.form == Form.CONSTANT and self.rows.bias is None and sums
+        plain = self.rows.bias is None and self.pairing.ids is None
+        plain = plain and self.pairing.largest_t is None
+        constant = self.form == Form.CONSTANT and plain and sums
         aligned = f.data_ptr() % 16 == 0 and f.stride(0) % 8 == 0 and f.stride(0) >= self.dim
         fits = self.arithmetic.mode == "bf16" and aligned and not self.in_chunks
         return fast and constant and fits and _has_hopper(f.device)
@@ -382,8 +386,9 @@ class _Sweep(gpu.Sweep):
         region, device, wide, low = launch.region, self.f.device, self.tau.dtype, launch.wanted[0]
         inputs = (None, *self.vectors(_INPUTS[1:-2]), self.tau, self.unit)
         outputs = (launch.sums, launch.df, launch.weight_sums, launch.weights)
+        dtypes = {"weights": self.arithmetic.weights, "ids": torch.int32}
         addresses = {
-            name: _address(name, x, self.arithmetic.weights if name == "weights" else wide, device)
+            name: _address(name, x, dtypes.get(name, wide), device)
             for name, x in zip(_INPUTS + _OUTPUTS, inputs + outputs, strict=True)
         }
         elements = [_elements(self.f), *map(_elements, (inputs + outputs)[1:])]

@@ -9,7 +9,8 @@ from .. import functional
 from ..autograd import unit_rows
 from ..call import without_autocast
 from ..explicit_negatives import loss_against
-from ..functional import alpha_cl_loss, of_one_dtype
+from ..functional import alpha_cl_loss, of_one_dtype, zero_with_graph
+from .entry import check_pair, cross_entropy, loss_dtype
 
 
 class InfoNCE(nn.Module):
@@ -92,8 +93,22 @@ def info_nce(
     Source: arXiv:1807.03748; arXiv:2010.05113.
     """
     functional.one_of("negative_mode", negative_mode, ("unpaired", "paired"))
+    tensors = of_one_dtype(query, positive_key, negative_keys)
+    check_pair("query", tensors[0], "positive_key", tensors[1], None)
+    loss = _loss(*tensors, temperature, reduction, negative_mode)
+    return loss.to(loss_dtype(tensors[0].dtype, loss.device, cross_entropy))
+
+
+def _loss(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None,
+    temperature: float,
+    reduction: str,
+    negative_mode: str,
+) -> Tensor:
+    """`info_nce` of tensors of one dtype, in the accumulation dtype."""
     if negative_keys is None:
-        query, positive_key = of_one_dtype(query, positive_key)
         return alpha_cl_loss(
             query,
             positive_key,
@@ -102,11 +117,12 @@ def info_nce(
             symmetric=False,
             reduction=reduction,
         )
-    query, positive_key, negative_keys = of_one_dtype(query, positive_key, negative_keys)
     functional.one_of("reduction", reduction, functional.REDUCTIONS)
-    functional.check_embeddings(query, positive_key)
     paired = negative_mode == "paired"
     _check_negatives(negative_keys, query, paired)
+    if not negative_keys.numel():  # nothing repels
+        losses = zero_with_graph(query, positive_key, negative_keys).expand(len(query))
+        return losses if reduction == "none" else getattr(losses, reduction)()
     rows, keys = unit_rows(query), unit_rows(negative_keys.flatten(0, -2))
     positive = (rows * unit_rows(positive_key)).sum(1)
     if not paired:

@@ -16,7 +16,15 @@ from ..explicit_negatives import loss_against
 from ..functional import alpha_cl_loss, of_one_dtype
 from ..objectives import LOG_SUM
 from ..zoo import macl
-from .entry import everyone, own_ids, world
+from .entry import (
+    check_pair,
+    cross_entropy,
+    everyone,
+    log_sum_exp,
+    loss_dtype,
+    own_ids,
+    world,
+)
 
 _EPS = 1e-8
 
@@ -158,8 +166,24 @@ class NTXentLoss(nn.Module):
             TypeError, ValueError: bad embeddings.
         """
         out0, out1 = of_one_dtype(out0, out1)
-        if self.memory_bank.size[0] == 0:
-            return self._of_batch(out0, out1)
+        self._check_cross_entropy()
+        check_pair("out0", out0, "out1", out1, world(self.gather_distributed))
+        has_bank = self.memory_bank.size[0] > 0
+        loss = (self._of_bank if has_bank else self._of_batch)(out0, out1)
+        return loss.to(loss_dtype(out0.dtype, out0.device, cross_entropy))
+
+    def _check_cross_entropy(self) -> None:
+        """Raises if the attribute of the package is another loss now, which ours cannot call."""
+        given = self.cross_entropy
+        names = ("weight", "label_smoothing", "reduction")
+        found = {name: getattr(given, name, None) for name in names}
+        plain = {"weight": None, "label_smoothing": 0.0, "reduction": "mean"}
+        if type(given) is not nn.CrossEntropyLoss or found != plain:
+            raise ValueError(
+                f"cross_entropy must be the plain nn.CrossEntropyLoss(), got {given} with {found}"
+            )
+
+    def _of_bank(self, out0: Tensor, out1: Tensor) -> Tensor:
         functional.check_embeddings(out0, out1)
         first, second = unit_rows(out0), unit_rows(out1)
         _, bank = self.memory_bank(second, update=out0.requires_grad)
@@ -252,13 +276,20 @@ class DCLLoss(nn.Module):
         """
         out0, out1 = of_one_dtype(out0, out1)
         group = world(self.gather_distributed)
+        check_pair("out0", out0, "out1", out1, group)
         loss = _own_mean(out0, out1, LOG_SUM, self.temperature, group)
+        dtype = loss_dtype(out0.dtype, out0.device, partial(self._last_operation, out0))
         if self.weight_fn is None or (len(out0) == 1 and group is None):
-            return loss
+            return loss.to(dtype)
         first, second = unit_rows(out0), unit_rows(out1)
         weights = self.weight_fn(first, second) + self.weight_fn(second, first)
         positive = (first * second).sum(1) / self.temperature
-        return loss + ((1 - weights / 2) * positive).mean()
+        return (loss + ((1 - weights / 2) * positive).mean()).to(dtype)
+
+    def _last_operation(self, rows: Tensor, logits: Tensor) -> Tensor:
+        """For `loss_dtype`: the weights may be of another dtype than the products."""
+        row, loss = torch.ones_like(rows[:1]), log_sum_exp(logits)
+        return loss if self.weight_fn is None else loss + self.weight_fn(row, row)
 
 
 class DCLWLoss(DCLLoss):
@@ -280,6 +311,9 @@ class DCLWLoss(DCLLoss):
     ) -> None:
         weight_fn = partial(negative_mises_fisher_weights, sigma=sigma)
         super().__init__(temperature, weight_fn, gather_distributed)
+
+    def _last_operation(self, rows: Tensor, logits: Tensor) -> Tensor:
+        return log_sum_exp(logits)  # the package's weights have the dtype of its products
 
 
 class MACLLoss(nn.Module):
@@ -318,10 +352,14 @@ class MACLLoss(nn.Module):
         Raises:
             TypeError, ValueError: bad embeddings.
         """
-        return macl(
-            *of_one_dtype(z0, z1),
+        z0, z1 = of_one_dtype(z0, z1)
+        check_pair("z0", z0, "z1", z1, None)
+        loss = macl(
+            z0,
+            z1,
             temperature=self.temperature,
             alpha=self.alpha,
             initial_alignment=self.A_0,
             eps=self.eps,
         )
+        return loss.to(loss_dtype(z0.dtype, z0.device, log_sum_exp))

@@ -9,10 +9,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import functional
 from ..bundles import accumulation_dtype
+from ..call import without_autocast
 from ..functional import alpha_cl_loss, of_one_dtype
 from ..siglip import siglip_loss
-from .entry import in_graph
+from .entry import check_pair, cross_entropy, in_graph, is_small, loss_dtype
 
 
 def _overrides(loss: nn.Module, ours: type[nn.Module], *names: str) -> bool:
@@ -159,21 +161,62 @@ class ClipLoss(nn.Module):
         images, texts = of_one_dtype(images, texts)
         group = "world" if self.world_size > 1 else None
         local = group is not None and self.local_loss
-        loss = alpha_cl_loss(
-            images,
-            texts,
-            temperature=1 / _wide(scale, images),
-            similarity="dot",
-            negatives="cross_view",
-            process_group=group,
-            reduction="none" if local else "mean",
-        )
-        return in_graph(loss.mean() if local else loss, bias)
+        check_pair("image_features", images, "text_features", texts, group)
+        _check_scale(scale)
+        if group is None and is_small(len(images), len(texts), images.device):
+            loss = _of_matrix(images, texts, scale)
+        else:
+            loss = alpha_cl_loss(
+                images,
+                texts,
+                temperature=1 / _wide(scale, images),
+                similarity="dot",
+                negatives="cross_view",
+                process_group=group,
+                reduction="none" if local else "mean",
+            )
+        loss = in_graph(loss.mean() if local else loss, bias)
+        return loss.to(loss_dtype(images.dtype, images.device, cross_entropy))
 
     def _dense(self, images: Tensor, *others: Any) -> Tensor:
         logits = self.get_logits(images, *others)
         labels = self.get_ground_truth(images.device, logits[0].shape[0])
         return sum(F.cross_entropy(x, labels) for x in logits) / 2
+
+
+def _check_scale(scale: float | Tensor) -> None:
+    """Raises unless the scale is a positive number, as far as it can be seen."""
+    functional.check_scale_and_bias(scale, 0.0)
+    visible = not isinstance(scale, Tensor) or scale.device.type == "cpu"
+    if visible and not torch.compiler.is_compiling() and not scale > 0:
+        raise ValueError(f"logit_scale must be > 0, got {scale}")
+
+
+def _scaled(images: Tensor, texts: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Rows whose inner products are the logits, in the accumulation dtype."""
+    wide = accumulation_dtype(images.dtype)
+    return images.to(wide) * _wide(scale, images), texts.to(wide)
+
+
+def _of_matrix(images: Tensor, texts: Tensor, scale: float | Tensor) -> Tensor:
+    """CLIP's loss by the matrix of logits, as log(1 + Σ exp(l_ij − l_ii)) of rows and columns."""
+    with without_autocast(images.device):
+        images, texts = _scaled(images, texts, scale)
+        own, logits = (images * texts).sum(1), images @ texts.t()
+        logits.fill_diagonal_(torch.finfo(logits.dtype).min)
+        sums = torch.cat([logits.logsumexp(0) - own, logits.logsumexp(1) - own])
+        return torch.logaddexp(sums, torch.zeros_like(sums)).mean()
+
+
+def _of_sigmoids(
+    images: Tensor, texts: Tensor, scale: float | Tensor, bias: float | Tensor
+) -> Tensor:
+    """SigLIP's loss by the matrix of logits."""
+    with without_autocast(images.device):
+        images, texts = _scaled(images, texts, scale)
+        logits = images @ texts.t() + _wide(bias, images)
+        labels = torch.full_like(logits, -1.0).fill_diagonal_(1.0)
+        return -F.logsigmoid(labels * logits).sum() / len(images)
 
 
 def _wide(number: float | Tensor, rows: Tensor) -> float | Tensor:
@@ -314,15 +357,25 @@ class SigLipLoss(nn.Module):
     def _fused(
         self, images: Tensor, texts: Tensor, scale: float | Tensor, bias: float | Tensor | None
     ) -> Tensor:
+        given = images
         images, texts = of_one_dtype(images, texts)
         group = "world" if self.world_size > 1 else None
-        loss = siglip_loss(
-            images,
-            texts,
-            scale=scale,
-            bias=0.0 if bias is None else bias,
-            similarity="dot",
-            process_group=group,
-            reduction="mean" if group is None else "none",
-        )
-        return loss.mean()
+        check_pair("image_features", images, "text_features", texts, group)
+        bias = 0.0 if bias is None else bias
+        if group is None and is_small(len(images), len(texts), images.device):
+            functional.check_scale_and_bias(scale, bias)
+            loss = _of_sigmoids(images, texts, scale, bias)
+        else:
+            loss = siglip_loss(
+                images,
+                texts,
+                scale=scale,
+                bias=bias,
+                similarity="dot",
+                process_group=group,
+                reduction="mean" if group is None else "none",
+            )
+        # the package's labels have the dtype of the images
+        label = torch.ones_like(given[:1, :1])
+        last = loss_dtype(images.dtype, images.device, lambda x: F.logsigmoid(x * label))
+        return loss.mean().to(last)

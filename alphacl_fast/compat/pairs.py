@@ -143,10 +143,9 @@ def supcon_rows(logits: Tensor, positives: Tensor, others: Tensor) -> Tensor:
         positives: (b, m) weights ≥ 0 of the mean.
         others: (b, m) bool, the pairs a of the sum.
     """
-    log_sums = _logsumexp(logits, others)
-    gaps = torch.where(positives > 0, log_sums[:, None] - logits, 0.0)
     total = positives.sum(1)
-    return (positives * gaps).sum(1) / torch.where(total > 0, total, 1.0)
+    mean = (positives * logits).sum(1) / torch.where(total > 0, total, 1.0)
+    return torch.where(total > 0, _logsumexp(logits, others) - mean, 0.0)
 
 
 def multi_similarity(
@@ -174,11 +173,9 @@ def circle(t: Tensor, positives: Tensor, negatives: Tensor, margin: float, gamma
 
 def _logsumexp(x: Tensor, kept: Tensor) -> Tensor:
     """(b,) over the kept entries; −inf, with gradient 0, where there are none."""
-    some = kept.any(1)
-    x = torch.where(kept | ~some[:, None], x, -torch.inf)
-    # an empty row is replaced before the sum: its gradient would be NaN
-    x = torch.where(some[:, None], x, 0.0)
-    return torch.where(some, x.logsumexp(1), -torch.inf)
+    # a finite number, as the gradient of a row of −inf alone would be NaN
+    x = x.masked_fill(~kept, torch.finfo(x.dtype).min)
+    return torch.where(kept.any(1), x.logsumexp(1), -torch.inf)
 
 
 def _log1p_exp(x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from ..functional import of_one_dtype, zero_with_graph
 from ..same_id import Groups
 from ..supcon import supcon_loss
 from . import pairs
-from .entry import class_ids, in_blocks
+from .entry import as_called, class_ids, in_blocks, is_small, loss_dtype
 from .pairs import ListedPairs, PairsByLabel
 
 try:
@@ -114,11 +114,14 @@ class _PairLoss:
         ref_labels: Tensor | None,
     ) -> LossDict:
         call = _Call.make(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        # before the distance is called for all rows, of which it may keep statistics
+        call.loss_dtype = self._loss_dtype(embeddings)
         if call.few:
             return self._zero(call)
         losses, mean = None, self._reduces_itself()
         similarity = _similarity(self.distance)
-        if similarity is not None and call.by_label and call.plain and (mean or not self.PER_PAIR):
+        served = similarity is not None and call.by_label and call.plain
+        if served and (mean or not self.PER_PAIR) and not call.small:
             losses = self.fused(call, similarity)
         if losses is None and self.PER_PAIR and not mean:
             return self._of_every_pair(call)
@@ -126,21 +129,24 @@ class _PairLoss:
             losses = self._in_blocks(call, every_pair=False)
         if self.NEEDS_NEGATIVES:
             losses = torch.where(call.any_negative(), losses, 0.0)
+        if not mean and self.NEEDS_NEGATIVES and not (call.positives() > 0 and call.any_negative()):
+            return self._zero(call)
         if not mean:
             places = torch.arange(len(losses), device=losses.device)
-            return _given(losses, places, "element")
+            return self._given(call, losses, places, "element")
         if self.PER_PAIR:
-            return _given(losses.sum() / call.positives().clamp(min=1))
+            return self._given(call, losses.sum() / call.positives().clamp(min=1))
         if self.DEFAULT_REDUCER == "MeanReducer":
-            return _given(losses.mean())
+            return self._given(call, losses.mean())
         counted = ~(losses <= 0)  # NaN is counted
-        return _given(torch.where(counted, losses, 0.0).sum() / counted.sum().clamp(min=1))
+        total = torch.where(counted, losses, 0.0).sum()
+        return self._given(call, total / counted.sum().clamp(min=1))
 
     def _of_every_pair(self, call: _Call) -> LossDict:
         indices = call.pairs.indices()
         if len(indices[0]) == 0 or not call.any_negative():
             return self._zero(call)
-        return _given(self._in_blocks(call, every_pair=True), indices, "pos_pair")
+        return self._given(call, self._in_blocks(call, every_pair=True), indices, "pos_pair")
 
     def _in_blocks(self, call: _Call, every_pair: bool) -> Tensor:
         """(n,) losses of the anchors, or one for each positive pair."""
@@ -174,8 +180,21 @@ class _PairLoss:
 
     def _zero(self, call: _Call) -> LossDict:
         if self._reduces_itself():
-            return _given(zero_with_graph(call.embeddings, call.others))
+            return self._given(call, zero_with_graph(call.embeddings, call.others))
         return self.zero_losses()
+
+    def _given(
+        self, call: _Call, losses: Tensor, indices: Any = None, kind: str = "already_reduced"
+    ) -> LossDict:
+        """What the reducer gets, in the dtype in which the package gives it."""
+        losses = losses.to(call.loss_dtype)
+        return {"loss": {"losses": losses, "indices": indices, "reduction_type": kind}}
+
+    def _loss_dtype(self, embeddings: Tensor) -> torch.dtype:
+        """The dtype in which the package gives losses."""
+        row = torch.ones_like(embeddings[:1])
+        distance = (lambda x, y: x @ y.t()) if self.distance is None else self.distance
+        return loss_dtype(row.dtype, row.device, lambda _: distance(row, row).exp())
 
 
 class _Call:
@@ -192,6 +211,8 @@ class _Call:
         self.embeddings, self.others, self.pairs = embeddings, others, pairs
         #: Whether the other rows are the anchors themselves, or none of them is an anchor.
         self.plain = plain
+        self.small = is_small(len(embeddings), len(others), embeddings.device)
+        self.loss_dtype = accumulation_dtype(embeddings.dtype)
         #: Whether there is at most one positive and one negative pair: the package's loss is 0.
         self.few = few
 
@@ -205,18 +226,24 @@ class _Call:
         ref_labels: Tensor | None,
     ) -> _Call:
         """Checks the arguments of `compute_loss`."""
-        functional.check_rows("embeddings", embeddings, fewest=1)
+        functional.check_rows("embeddings", embeddings, fewest=0)
         if ref_emb is embeddings:
             others = embeddings
         else:
             embeddings, others = of_one_dtype(embeddings, ref_emb)
-            functional.check_rows("ref_emb", others, fewest=1)
+            functional.check_rows("ref_emb", others, fewest=0)
             functional.check_alike("ref_emb", others, "embeddings", embeddings)
         if indices_tuple is not None:
-            listed = tuple(x.to(embeddings.device) for x in indices_tuple)
+            if len(indices_tuple) not in (3, 4):
+                raise ValueError(
+                    "indices_tuple must have 3 tensors (triplets) or 4 (positive and negative "
+                    f"pairs), got {len(indices_tuple)}"
+                )
+            listed = tuple(torch.as_tensor(x, device=embeddings.device) for x in indices_tuple)
             a1, p, a2, n = listed if len(listed) == 4 else (*listed[:2], listed[0], listed[2])
             few = max(len(x) for x in (a1, a2)) <= 1
             return cls(embeddings, others, ListedPairs((a1, p), (a2, n), len(others)), True, few)
+        ref_labels = labels if ref_labels is None else ref_labels
         ids, other_ids = _ids(labels, ref_labels, embeddings, others)
         same = ref_labels is labels
         by_label = PairsByLabel(ids, other_ids, same)
@@ -268,8 +295,10 @@ def _ids(
     return class_ids(labels.to(rows.device), ref_labels.to(rows.device))
 
 
-def _given(losses: Tensor, indices: Any = None, kind: str = "already_reduced") -> LossDict:
-    return {"loss": {"losses": losses, "indices": indices, "reduction_type": kind}}
+def _not_zero(name: str, value: float) -> float:
+    if value == 0 or value != value:
+        raise ValueError(f"{name} must be a number other than 0, got {value}")
+    return value
 
 
 def _similarity(distance: Any) -> str | None:
@@ -290,7 +319,8 @@ def _matrix(distance: Any, call: _Call) -> Callable[[slice], Tensor]:
     if _similarity(distance) == "cosine":
         z, others = unit_rows(z), unit_rows(others)
         return lambda rows: z[rows] @ others.t()
-    return lambda rows: distance(z[rows], others).to(wide)
+    called = as_called(distance, z.device)
+    return lambda rows: called(z[rows], others).to(wide)
 
 
 class NTXentLoss(_PairLoss, _base("NTXentLoss")):
@@ -299,13 +329,13 @@ class NTXentLoss(_PairLoss, _base("NTXentLoss")):
     Two rows for each label make it SimCLR's loss.
 
     Args:
-        temperature: temperature τ > 0.
+        temperature: temperature τ ≠ 0; with a negative one similar rows repel, as in the package.
         **kwargs: distance, reducer, embedding_regularizer, embedding_reg_weight and collect_stats
             of the package's classes.
 
     Raises:
         ValueError: an object of the package without the package; when called, bad embeddings or
-            labels, or a bad temperature.
+            labels, or a hyperparameter of 0 by which the formula divides.
 
     Source: arXiv:2002.05709; arXiv:1807.03748.
     """
@@ -316,9 +346,11 @@ class NTXentLoss(_PairLoss, _base("NTXentLoss")):
         super().__init__(temperature=temperature, **kwargs)
 
     def formula(self, inverted: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        return partial(pairs.ntxent, temperature=self.temperature)
+        return partial(pairs.ntxent, temperature=_not_zero("temperature", self.temperature))
 
     def fused(self, call: _Call, similarity: str) -> Tensor | None:
+        if not self.temperature > 0:  # what the function takes
+            return None
         losses = supcon_loss(
             call.embeddings, call.pairs.labels, form="sincere", temperature=self.temperature,
             similarity=similarity, reduction="none", **call.reference,
@@ -333,7 +365,7 @@ class SupConLoss(_PairLoss, _base("SupConLoss")):
     without positives or without negatives; `alphacl_fast.supcon_loss` serves the latter.
 
     Args:
-        temperature: temperature τ > 0.
+        temperature: temperature τ ≠ 0, as `NTXentLoss`.
         **kwargs: as `NTXentLoss`.
 
     Raises:
@@ -349,13 +381,17 @@ class SupConLoss(_PairLoss, _base("SupConLoss")):
         super().__init__(temperature=temperature, **kwargs)
 
     def formula(self, inverted: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        temperature = _not_zero("temperature", self.temperature)
+
         def losses(t: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
             others = (positives > 0) | (negatives > 0)
-            return pairs.supcon_rows(t / self.temperature, (positives > 0).to(t.dtype), others)
+            return pairs.supcon_rows(t / temperature, (positives > 0).to(t.dtype), others)
 
         return losses
 
     def fused(self, call: _Call, similarity: str) -> Tensor | None:
+        if not self.temperature > 0:  # what the function takes
+            return None
         return supcon_loss(
             call.embeddings, call.pairs.labels, temperature=self.temperature,
             similarity=similarity, reduction="none", **call.reference,
@@ -366,8 +402,8 @@ class MultiSimilarityLoss(_PairLoss, _base("MultiSimilarityLoss")):
     """Multi-similarity loss, the mean over all rows.
 
     Args:
-        alpha: α > 0, of the positives.
-        beta: β > 0, of the negatives.
+        alpha: α ≠ 0, of the positives.
+        beta: β ≠ 0, of the negatives.
         base: λ, the similarity that separates them.
         **kwargs: as `NTXentLoss`.
 
@@ -384,10 +420,12 @@ class MultiSimilarityLoss(_PairLoss, _base("MultiSimilarityLoss")):
 
     def formula(self, inverted: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         base = self.base if inverted else -self.base
-        return partial(pairs.multi_similarity, alpha=self.alpha, beta=self.beta, base=base)
+        numbers = {name: _not_zero(name, getattr(self, name)) for name in ("alpha", "beta")}
+        return partial(pairs.multi_similarity, base=base, **numbers)
 
     def fused(self, call: _Call, similarity: str) -> Tensor | None:
-        if similarity != "cosine" or call.reference:
+        known = self.alpha > 0 and self.beta > 0  # what the function takes
+        if similarity != "cosine" or call.reference or not known:
             return None
         return zoo.multi_similarity(
             call.embeddings, call.pairs.labels, alpha=self.alpha, beta=self.beta, base=self.base,

@@ -17,10 +17,20 @@ from ..bundles import accumulation_dtype
 from ..explicit_negatives import loss_against
 from ..functional import alpha_cl_loss, of_one_dtype, zero_with_graph
 from ..objectives import LOG_SUM
-from .entry import everyone, in_blocks, own_ids, world
+from .entry import (
+    as_called,
+    everyone,
+    in_blocks,
+    is_small,
+    log_sum_exp,
+    loss_dtype,
+    world,
+)
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 HARDNESS_MODES = (None, "in_batch_negatives", "hard_negatives", "all_negatives")
+#: Gives the rows (P·N, D) of all processes and the place of this one's first row among them.
+Gather = Callable[[Tensor], tuple[Tensor, int]]
 _SIMILARITIES = {"cos_sim": "cosine", "dot_score": "dot"}
 #: The functions that ``model.similarity`` stands for, by the model's ``similarity_fn_name``.
 _OF_A_MODEL = {"cosine": "cos_sim", "dot": "dot_score"}
@@ -136,48 +146,80 @@ class MultipleNegativesRankingLoss(nn.Module):
         Raises:
             ValueError: fewer than two columns, or columns of different shapes.
         """
+        group = world(self.gather_across_devices)
+        return self.loss_of_columns(
+            embeddings, None if group is None else partial(everyone, group=group)
+        )
+
+    def loss_of_columns(self, embeddings: Sequence[Tensor], gather: Gather | None) -> Tensor:
+        """`compute_loss_from_embeddings` with a user's way to gather.
+
+        Args:
+            embeddings: as there.
+            gather: rows (N, D) → the rows (M, D) of all processes, and the place of this one's
+                first row among them. None: there are no other processes.
+
+        Returns:
+            ().
+
+        Raises:
+            ValueError: as there.
+        """
         if len(embeddings) < 2 or any(e.shape != embeddings[0].shape for e in embeddings):
             shapes = ", ".join(str(tuple(e.shape)) for e in embeddings)
             raise ValueError(f"embeddings must be two columns or more of one shape, got {shapes}")
-        columns, group = of_one_dtype(*embeddings), world(self.gather_across_devices)
-        functional.check_embeddings(*columns[:2], fewest=1 if group is None else 0)
+        columns = of_one_dtype(*embeddings)
+        functional.check_embeddings(*columns[:2], fewest=1 if gather is None else 0)
         similarity = _SIMILARITIES.get(_name(self.similarity_fct))
+        first, wide = columns[0], accumulation_dtype(columns[0].dtype)
         if similarity is None:
-            return self._in_blocks(columns, group).mean()
-        if self._is_of_two_views(columns, group):
+            row = torch.ones_like(first[:1])
+            dtype = loss_dtype(
+                first.dtype, first.device, lambda _: log_sum_exp(self.similarity_fct(row, row))
+            )
+            similarity_fct = as_called(self.similarity_fct, first.device)
+            return self._in_blocks(columns, gather, similarity_fct).mean().to(dtype)
+        # the package's two functions widen half precision
+        dtype = loss_dtype(wide, first.device, log_sum_exp)
+        if self._is_of_two_views(columns, gather):
             return alpha_cl_loss(
                 *columns, temperature=1 / self.scale, similarity=similarity,
                 negatives="cross_view", symmetric="doc_to_query" in self.directions,
-            )  # fmt: skip
-        rows = [
-            unit_rows(x) if similarity == "cosine" else x.to(accumulation_dtype(x.dtype))
-            for x in columns
-        ]
-        return self._row_losses(rows, group).mean()
+            ).to(dtype)  # fmt: skip
+        rows = [unit_rows(x) if similarity == "cosine" else x.to(wide) for x in columns]
+        if is_small(len(first), len(first), first.device):
+            losses = self._in_blocks(rows, gather, lambda x, y: x @ y.t())
+        else:
+            losses = self._row_losses(rows, gather)
+        return losses.mean().to(dtype)
 
-    def _is_of_two_views(self, columns: Sequence[Tensor], group: str | None) -> bool:
+    def _is_of_two_views(self, columns: Sequence[Tensor], gather: Gather | None) -> bool:
         """Whether a softmax over the positives is all that there is."""
         one_softmax_each = set(self.directions) == {"query_to_doc"} or (
             set(self.directions) == {"query_to_doc", "doc_to_query"}
             and self.partition_mode == "per_direction"
         )
-        return len(columns) == 2 and group is None and not self._strength() and one_softmax_each
+        return len(columns) == 2 and gather is None and not self._strength() and one_softmax_each
 
     def _strength(self, *modes: str) -> float:
         """The hardness strength if it is used, or used for negatives of one of the modes."""
         used = self.hardness_mode in (modes or HARDNESS_MODES[1:])
         return self.hardness_strength if used else 0.0
 
-    def _row_losses(self, rows: list[Tensor], group: str | None) -> Tensor:
+    def _row_losses(self, rows: list[Tensor], gather: Gather | None) -> Tensor:
         """(N,) losses of rows whose inner products are the similarities.
 
         Every logit is taken relative to the anchor's own positive, whose logit is then 0; sums of
         exponentials are kept as logarithms.
         """
         queries, positives, *hard = rows
-        own, ids = (queries * positives).sum(1), own_ids(queries, group)
-        docs, doc_ids = torch.cat(rows[1:]), ids.repeat(len(rows) - 1)
-        alone = group is None and len(queries) == 1
+        everyones_queries, docs, first = _gathered(rows, gather)
+        if not len(queries):  # this process takes part in all messages
+            return zero_with_graph(everyones_queries, docs).expand(0)
+        own = (queries * positives).sum(1)
+        query_ids = torch.arange(len(everyones_queries), device=own.device)
+        ids, doc_ids = query_ids[first : first + len(own)], query_ids.repeat(len(rows) - 1)
+        alone = len(query_ids) == 1
 
         def others(x: Tensor, y: Tensor, y_ids: Tensor, strength: float = 0.0) -> list[Tensor]:
             """The sum over what belongs to other anchors, if there are any."""
@@ -188,7 +230,7 @@ class MultipleNegativesRankingLoss(nn.Module):
             return [
                 loss_against(
                     x, y, own * kept, LOG_SUM, temperature=kept / self.scale, ids=ids,
-                    negative_ids=y_ids, process_group=group, reduction="none",
+                    negative_ids=y_ids, reduction="none",
                 )
             ]  # fmt: skip
 
@@ -199,9 +241,9 @@ class MultipleNegativesRankingLoss(nn.Module):
             near = (queries * column).sum(1)
             sums["query_to_doc"].append(self.scale * (near - own) + strength * near.detach())
         if "query_to_query" in self.directions:
-            sums["query_to_query"] = others(queries, queries, ids)
+            sums["query_to_query"] = others(queries, everyones_queries, query_ids)
         if "doc_to_query" in self.directions:
-            sums["doc_to_query"] = others(positives, queries, ids)
+            sums["doc_to_query"] = others(positives, everyones_queries, query_ids)
         if "doc_to_doc" in self.directions:
             sums["doc_to_doc"] = others(positives, docs, doc_ids)
         if self.partition_mode == "per_direction":
@@ -209,12 +251,15 @@ class MultipleNegativesRankingLoss(nn.Module):
         positive_pairs = 1 + ("doc_to_query" in sums)
         return _log_of_sum(positive_pairs, [x for part in sums.values() for x in part], own)
 
-    def _in_blocks(self, columns: Sequence[Tensor], group: str | None) -> Tensor:
-        """(N,) losses with a similarity that is known as a function alone."""
+    def _in_blocks(
+        self,
+        columns: Sequence[Tensor],
+        gather: Gather | None,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """(N,) losses by matrices of the similarities of a block of queries."""
         queries, positives = columns[:2]
-        gathered = [everyone(x, group) for x in columns]
-        everyones_queries, first = gathered[0]
-        docs = torch.cat([x for x, _ in gathered[1:]])
+        everyones_queries, docs, first = _gathered(columns, gather)
         places = torch.arange(len(everyones_queries), device=queries.device)
         groups = places.repeat(len(columns) - 1)  # whose document it is
         is_positive = torch.arange(len(docs), device=queries.device) < len(places)
@@ -226,21 +271,26 @@ class MultipleNegativesRankingLoss(nn.Module):
         def losses(block: slice) -> Tensor:
             mine = places[first + block.start : first + block.stop, None]
             x, d = queries[block], positives[block]
-            similarities, own_docs = self.similarity_fct(x, docs), groups == mine
+            similarities, own_docs = similarity_fct(x, docs), groups == mine
             strength = torch.where(own_docs, near * ~is_positive, far)
             parts = {"query_to_doc": self.scale * similarities + strength * similarities.detach()}
             own = parts["query_to_doc"].gather(1, mine)
             if "query_to_query" in self.directions:
-                logits = self.scale * self.similarity_fct(x, everyones_queries)
+                logits = self.scale * similarity_fct(x, everyones_queries)
                 parts["query_to_query"] = logits.masked_fill(places == mine, -math.inf)
             if "doc_to_query" in self.directions:
-                parts["doc_to_query"] = self.scale * self.similarity_fct(everyones_queries, d).t()
+                parts["doc_to_query"] = self.scale * similarity_fct(everyones_queries, d).t()
             if "doc_to_doc" in self.directions:
-                logits = self.scale * self.similarity_fct(docs, d).t()
+                logits = self.scale * similarity_fct(docs, d).t()
                 parts["doc_to_doc"] = logits.masked_fill(own_docs, -math.inf)
+            lowest = torch.finfo(own.dtype).min
+            parts["query_to_doc"] = parts["query_to_doc"].scatter(1, mine, lowest)
             if self.partition_mode == "joint":
                 parts = {"joint": torch.cat([*parts.values()], 1)}
-            return sum((p - own).logsumexp(1) for p in parts.values()) / len(parts)
+            with_positive, *others = ((p - own).logsumexp(1) for p in parts.values())
+            # the positive's own logit is 0 here
+            with_positive = torch.logaddexp(with_positive, torch.zeros_like(with_positive))
+            return sum(others, with_positive) / len(parts)
 
         return in_blocks(losses, len(queries), len(docs), queries.device)
 
@@ -312,6 +362,15 @@ class _HeldGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.share, None
+
+
+def _gathered(columns: Sequence[Tensor], gather: Gather | None) -> tuple[Tensor, Tensor, int]:
+    """The queries and the documents of all processes, and where this one's queries begin."""
+    if gather is None:
+        return columns[0], torch.cat(columns[1:]), 0
+    rows, first = gather(torch.cat(tuple(columns), 1))  # one message
+    queries, *docs = rows.chunk(len(columns), 1)
+    return queries, torch.cat(docs), first
 
 
 def _log_of_sum(positive_pairs: int, logarithms: list[Tensor], own: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Drop-in replacements for the in-batch losses of ``sentence_transformers.losses``.
 
 The module path of release 6 is ``sentence_transformers.sentence_transformer.losses``.
-`CachedMultipleNegativesRankingLoss` and `GISTEmbedLoss` embed with the package's own code, so the
-package is imported when one of these two names is used, and no earlier.
+The other losses of `_EMBEDDING` embed with the package's own code, so the package is imported when
+one of these names is used, and no earlier.
 """
 
 from typing import Any
@@ -11,9 +11,17 @@ from .ranking import MultipleNegativesRankingLoss, MultipleNegativesSymmetricRan
 
 __all__ = ["MultipleNegativesRankingLoss", "MultipleNegativesSymmetricRankingLoss"]
 
+#: What needs the package.
+_EMBEDDING = (
+    "CachedGISTEmbedLoss",
+    "CachedMultipleNegativesRankingLoss",
+    "CachedMultipleNegativesSymmetricRankingLoss",
+    "GISTEmbedLoss",
+)
+
 
 def __getattr__(name: str) -> Any:
-    if name not in ("CachedMultipleNegativesRankingLoss", "GISTEmbedLoss"):
+    if name not in _EMBEDDING:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         from . import embedding

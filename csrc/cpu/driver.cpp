@@ -96,7 +96,7 @@ int32_t alphacl_cpu_sweep(const Sweep* s) {
 }
 
 int32_t alphacl_cpu_step(const Step* s) {
-  const TileKernels* kernels = choose(s->instruction_set, s->dtype);
+  const TileKernels* kernels = choose(s->instruction_set, dtype_of_rows(*s));
   const TileKernels* rows = choose(s->instruction_set, s->dtype == FLOAT64 ? FLOAT64 : FLOAT32);
   if (!kernels || !rows || s->kind < 0 || s->kind >= KIND_COUNT) return UNSUPPORTED;
   try {

@@ -61,6 +61,7 @@ struct TileKernels {
   // unpacked.
   bool (*in_place)(int64_t dim, int64_t stride);
   void (*unpack)(const Sweep&, const Block&, double scale, void* workspace);  // to df, times scale
+  void (*add_columns)(const PairRows&, int64_t begin, int64_t end, void* workspace, double* sums);  // of all inputs
   void (*normalize)(const PairRows&, int64_t begin, int64_t end, void* workspace);  // of two rows
   void (*finish)(const PairRows&, int64_t begin, int64_t end, void* workspace);
   void (*row_step)(const RowStepCall&);

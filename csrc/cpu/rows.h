@@ -101,10 +101,52 @@ inline float lift_of(const uint16_t* x, int32_t dtype, int64_t dim) {
   return from_bits32(uint32_t(2 * bias - std::clamp(exponent, 1, 2 * bias - 1)) << 23);
 }
 
+// Adds the rows of both views to the sums of their columns.
+template <class T> void add_columns(const PairRows& p, int64_t begin, int64_t end, void* workspace, double* sums) {
+  T* row = static_cast<T*>(workspace);
+  for (int view = 0; view < 2; view++)
+    for (int64_t i = begin; i < end; i++) {
+      widen<T>(view ? p.z2 : p.z1, p.dtype, i * (view ? p.stride2 : p.stride1), p.dim, T(1), row);
+      for (int64_t k = 0; k < p.dim; k++) sums[k] += double(row[k]);
+    }
+}
+
+// Rows of a similarity that does not normalise them, and that of the positive pair.
+template <class T> void place_pair(const PairRows& p, int64_t i, T* const rows[2]) {
+  const bool half = (p.dtype == BFLOAT16 || p.dtype == FLOAT16) && p.similarity == DOT;
+  for (int view = 0; view < 2; view++) {
+    const int64_t at = i * (view ? p.stride2 : p.stride1), row = i + view * p.n_pairs;
+    const void* z = view ? p.z2 : p.z1;
+    T* const y = rows[view];
+    widen<T>(z, p.dtype, at, p.dim, T(1), y);
+    if (half) {
+      std::memcpy(static_cast<uint16_t*>(p.f) + row * p.stride, static_cast<const uint16_t*>(z) + at, p.dim * 2);
+      continue;
+    }
+    if (p.similarity == EUCLIDEAN) {
+      const T* mean = static_cast<const T*>(p.mean);
+      for (int64_t k = 0; k < p.dim; k++) y[k] -= mean[k];
+      static_cast<T*>(p.bias)[row] = dot(y, y, p.dim) / -2;
+    }
+    std::memcpy(static_cast<T*>(p.f) + row * p.stride, y, p.dim * sizeof(T));
+  }
+  T* const pos = static_cast<T*>(p.pos) + i;
+  if (p.similarity == DOT) {
+    *pos = dot(rows[0], rows[1], p.dim);
+  } else {
+    for (int64_t k = 0; k < p.dim; k++) rows[1][k] -= rows[0][k];
+    *pos = dot(rows[1], rows[1], p.dim) / -2;
+  }
+}
+
 template <class T> void normalize_pairs(const PairRows& p, int64_t begin, int64_t end, void* workspace) {
   T* rows[2] = {static_cast<T*>(workspace), static_cast<T*>(workspace) + padded_dim<T>(p.dim)};
   const bool half = p.dtype == BFLOAT16 || p.dtype == FLOAT16;
   for (int64_t i = begin; i < end; i++) {
+    if (p.similarity != COSINE) {
+      place_pair<T>(p, i, rows);
+      continue;
+    }
     for (int view = 0; view < 2; view++) {
       const int64_t at = i * (view ? p.stride2 : p.stride1), row = i + view * p.n_pairs;
       const void* z = view ? p.z2 : p.z1;
@@ -130,15 +172,16 @@ template <class T> void normalize_pairs(const PairRows& p, int64_t begin, int64_
   }
 }
 
-// d ← (g − F⟨F, g⟩)/‖z‖ with g = d − q·F of the partner
+// Cosine: d ← (g − F⟨F, g⟩)/‖z‖ with g = d − q·F of the partner; DOT: d ← g; EUCLIDEAN, whose t
+// holds −½‖F‖²: d ← d + q·(F − F of the partner) − weight_sums·F
 template <class T> void finish_pairs(const PairRows& p, int64_t begin, int64_t end, void* workspace) {
-  const bool half = p.dtype == BFLOAT16 || p.dtype == FLOAT16;
+  const bool half = (p.dtype == BFLOAT16 || p.dtype == FLOAT16) && p.similarity != EUCLIDEAN;
   for (int64_t i = begin; i < end; i++) {
     const T* rows[2];
     for (int view = 0; view < 2; view++) {
       const int64_t row = i + view * p.n_pairs;
       T* unit = static_cast<T*>(workspace) + view * padded_dim<T>(p.dim);
-      if (half) widen<T>(p.f, p.dtype, row * p.stride, p.dim, static_cast<const T*>(p.scale)[row], unit);
+      if (half) widen<T>(p.f, p.dtype, row * p.stride, p.dim, p.scale ? static_cast<const T*>(p.scale)[row] : T(1), unit);
       rows[view] = half ? unit : static_cast<const T*>(p.f) + row * p.stride;
     }
     const T q = static_cast<const T*>(p.q)[i];
@@ -148,7 +191,13 @@ template <class T> void finish_pairs(const PairRows& p, int64_t begin, int64_t e
       T* d = static_cast<T*>(p.d) + (row - p.lo) * p.dim;
       if (row >= p.swept) std::fill_n(d, p.dim, T(0));
       const T *mine = rows[view], *partner = rows[1 - view];
+      if (p.similarity == EUCLIDEAN) {
+        const T weight = row < p.swept ? static_cast<const T*>(p.weight_sums)[row] : T(0);
+        for (int64_t k = 0; k < p.dim; k++) d[k] += q * (mine[k] - partner[k]) - weight * mine[k];
+        continue;
+      }
       for (int64_t k = 0; k < p.dim; k++) d[k] -= q * partner[k];
+      if (p.similarity == DOT) continue;
       const T along = dot(mine, d, p.dim), inverse = static_cast<const T*>(p.inv_norm)[row];
       for (int64_t k = 0; k < p.dim; k++) d[k] = (d[k] - mine[k] * along) * inverse;
     }

@@ -25,14 +25,20 @@ struct alignas(64) Phase {
   std::atomic<int64_t> next{0}, done{0};
 };
 
+// Rows minus their mean are no longer rows of half precision.
+inline Dtype dtype_of_rows(const Step& call) {
+  return call.similarity != EUCLIDEAN ? Dtype(call.dtype) : call.dtype == FLOAT64 ? FLOAT64 : FLOAT32;
+}
+
 // The sizes of a step as those of a sweep, for the layout of the blocks and the packing of rows.
 inline Sweep sizes_of(const Step& call) {
   Sweep s{};
   s.n = call.rows, s.dim = s.row_stride = call.dim, s.split = call.split, s.partner = call.partner;
   s.anchors = call.anchors, s.lo = std::min(call.lo, call.rows), s.hi = std::min(call.hi, call.rows);
-  s.block = call.block, s.tau = call.tau, s.dtype = call.dtype, s.kind = call.kind;
+  s.block = call.block, s.tau = call.tau, s.dtype = dtype_of_rows(call), s.kind = call.kind;
   std::copy(std::begin(call.params), std::end(call.params), s.params);
   s.threads = call.threads, s.df = call.dz, s.ids = call.ids;
+  s.bias = call.similarity == EUCLIDEAN ? call.z1 : nullptr;  // of interest is only whether there is one
   for (int32_t k = 0; k < call.instructions; k++) s.gradient |= call.program[k].row_step < 0 && call.program[k].gradient;
   return s;
 }
@@ -44,23 +50,32 @@ struct StepPlan {
   Plan plan;
   bool half, scaled;  // rows are stored as given; similarities are scaled, not rows
   int64_t number_bytes, tiles, phases;
-  Pieces rows, scales, norms, pairs, block_sums, phase_memory;
+  int64_t chunks;     // of pairs
+  Pieces rows, scales, factors, norms, pairs, columns, mean, biases, weight_sums, block_sums, phase_memory;
 
   StepPlan(const Step& call, const TileKernels& kernels)
       : sweep(sizes_of(call)), plan(sweep, kernels, call.places + own_places(call), row_bytes(call)) {
-    half = call.dtype == BFLOAT16 || call.dtype == FLOAT16, scaled = kernels.operands == BFLOAT16;
+    half = sweep.dtype == BFLOAT16 || sweep.dtype == FLOAT16, scaled = kernels.operands == BFLOAT16;
+    chunks = (call.n_pairs + CHUNK - 1) / CHUNK;
     number_bytes = call.dtype == FLOAT64 ? 8 : 4;
     tiles = Schedule(plan).tiles();
-    phases = 2 * call.instructions + 6;
+    phases = 2 * call.instructions + 8;
     rows = plan.pieces(1, 2 * call.n_pairs * call.dim * (half ? 2 : number_bytes));
-    scales = plan.pieces(half, 2 * call.n_pairs * number_bytes);
+    scales = plan.pieces(half && call.similarity == COSINE, 2 * call.n_pairs * number_bytes);
+    factors = plan.pieces(call.factor != 1, 2 * call.n_pairs * number_bytes);
     norms = plan.pieces(1, 2 * call.n_pairs * number_bytes);
     pairs = plan.pieces(2, call.n_pairs * number_bytes);  // t⁺ and q
-    block_sums = plan.pieces(3, plan.blocks * 8);         // losses, gradients in τ, largest row weights
+    const bool euclidean = call.similarity == EUCLIDEAN;
+    columns = plan.pieces(euclidean ? chunks : 0, call.dim * 8);
+    mean = plan.pieces(euclidean, call.dim * number_bytes);
+    biases = plan.pieces(euclidean, 2 * call.n_pairs * number_bytes);
+    weight_sums = plan.pieces(euclidean, 2 * call.n_pairs * number_bytes);
+    block_sums = plan.pieces(BLOCK_SUMS, plan.blocks * 8);
     phase_memory = plan.pieces(phases, sizeof(Phase));
   }
   // Beside the places of the program; the last ones are left out where they are not needed.
-  enum Own { N_NEG, MANTISSA, WEIGHT, IDS, LARGEST_T, EMPTY, ALL };
+  enum BlockSum { LOSS, LARGEST_WEIGHT, SLOPES, BLOCK_SUMS = SLOPES + MOST_SLOPES };
+  enum Own { N_NEG, MANTISSA, WEIGHT, BIAS, IDS, LARGEST_T, EMPTY, ALL };
   static int64_t own_places(const Step& call) { return call.limited ? ALL : call.ids ? LARGEST_T : IDS; }
   static int64_t row_bytes(const Step& call) { return aligned(2 * (call.dim + 64) * (call.dtype == FLOAT64 ? 8 : 4)); }
 };
@@ -77,9 +92,13 @@ template <class T> class StepRun {
     for (int64_t k = 0; k < layout.phases; k++) new (phases_ + k) Phase();
     pack_ = layout.sweep;
     pack_.f = memory + layout.rows.at;
-    if (layout.half) pack_.scale = memory + layout.scales.at;
+    if (layout.scales.count) pack_.scale = memory + layout.scales.at;
+    if (call.factor != 1) pack_.scale = memory + layout.factors.at;
     rows_ = PairRows{};
-    rows_.z1 = call.z1, rows_.z2 = call.z2, rows_.f = memory + layout.rows.at, rows_.scale = memory + layout.scales.at;
+    rows_.z1 = call.z1, rows_.z2 = call.z2, rows_.f = memory + layout.rows.at, rows_.similarity = call.similarity;
+    if (layout.scales.count) rows_.scale = memory + layout.scales.at;
+    rows_.mean = memory + layout.mean.at, rows_.bias = memory + layout.biases.at;
+    rows_.weight_sums = memory + layout.weight_sums.at;
     rows_.inv_norm = memory + layout.norms.at, rows_.pos = memory + layout.pairs.at;
     rows_.d = call.dz, rows_.q = memory + layout.pairs.at + layout.pairs.size;
     rows_.n_pairs = call.n_pairs, rows_.dim = rows_.stride = call.dim;
@@ -91,13 +110,16 @@ template <class T> class StepRun {
   // What one thread does; `interrupted` is asked after each item.
   template <class Interrupted> void work(int thread, Interrupted interrupted) {
     Worker<Interrupted> me{*this, memory_ + plan_.thread.at + thread * plan_.thread.size, interrupted, 0};
-    const int64_t chunks = (call_.n_pairs + StepPlan::CHUNK - 1) / StepPlan::CHUNK;
     auto for_chunks = [&](auto function) {
-      return me.phase(chunks, [&](int64_t k) {
+      return me.phase(layout_.chunks, [&](int64_t k) {
         const int64_t begin = k * StepPlan::CHUNK, end = std::min(begin + StepPlan::CHUNK, call_.n_pairs);
         function(begin, end);
       });
     };
+    if (call_.similarity == EUCLIDEAN) {
+      if (!for_chunks([&](int64_t begin, int64_t end) { add_columns(begin, end, me.mine); })) return;
+      if (!me.phase(1, [&](int64_t) { take_mean(); })) return;
+    }
     if (!for_chunks([&](int64_t begin, int64_t end) { row_kernels_.normalize(rows_, begin, end, me.mine); })) return;
     if (!me.phase(plan_.blocks, [&](int64_t b) { start_block(b, me.mine); })) return;
     int sweeps = 0;
@@ -115,7 +137,8 @@ template <class T> class StepRun {
     }
     if (call_.hi == call_.lo) return;
     if (!me.phase(plan_.blocks, [&](int64_t b) {
-          if (blocks_[b].wanted) kernels_.unpack(pack_, blocks_[b], df_scale_, me.mine);
+          const double factor = b < plan_.left ? call_.factor : 1;
+          if (blocks_[b].wanted) kernels_.unpack(pack_, blocks_[b], df_scale_ * factor, me.mine);
         }))
       return;
     for_chunks([&](int64_t begin, int64_t end) {
@@ -127,10 +150,13 @@ template <class T> class StepRun {
   // Loss and gradient in τ, after all threads are done.
   Status finish() {
     if (progress_.status() != OK) return progress_.status();
-    double loss = 0, dtau = 0;
-    for (int64_t b = 0; b < plan_.blocks; b++) loss += block_sum(0)[b], dtau += block_sum(1)[b];
-    if (call_.loss && !call_.each) *static_cast<T*>(call_.loss) = T(loss / call_.divisor);
-    if (call_.dtau) *static_cast<T*>(call_.dtau) = T(dtau);
+    auto total = [&](int which) {
+      double sum = 0;
+      for (int64_t b = 0; b < plan_.blocks; b++) sum += block_sum(which)[b];
+      return sum;
+    };
+    if (call_.loss && !call_.each) *static_cast<T*>(call_.loss) = T(total(StepPlan::LOSS) / call_.divisor);
+    for (int32_t k = 0; k < call_.slopes; k++) static_cast<T*>(call_.dtau)[k] = T(total(StepPlan::SLOPES + k));
     return OK;
   }
 
@@ -171,12 +197,38 @@ template <class T> class StepRun {
     if (tile.j != tile.i) progress_.finish(tile.j, before + tile.round + 1);
   }
 
+  // --- rows ----------------------------------------------------------------------------------------
+
+  double* columns(int64_t chunk) const {
+    return reinterpret_cast<double*>(memory_ + layout_.columns.at + chunk * layout_.columns.size);
+  }
+  void add_columns(int64_t begin, int64_t end, void* mine) {
+    double* sums = columns(begin / StepPlan::CHUNK);
+    std::fill_n(sums, call_.dim, 0.0);
+    row_kernels_.add_columns(rows_, begin, end, mine, sums);
+  }
+  // t does not change under a common shift, but its error does.
+  void take_mean() {
+    T* mean = reinterpret_cast<T*>(memory_ + layout_.mean.at);
+    for (int64_t k = 0; k < call_.dim; k++) {
+      double sum = 0;
+      for (int64_t chunk = 0; chunk < layout_.chunks; chunk++) sum += columns(chunk)[k];
+      mean[k] = T(sum / double(2 * call_.n_pairs));
+    }
+  }
+
   // --- blocks ------------------------------------------------------------------------------------
 
   void start_block(int64_t b, void* mine) {
     const Block& x = blocks_[b];
     for (int64_t k = 0; k < plan_.vectors.count; k++) std::memset(place(k) + x.at, 0, size_t(plan_.stride) * sizeof(T));
-    for (int which = 0; which < 3; which++) block_sum(which)[b] = 0;  // of a block without anchors
+    for (int which = 0; which < StepPlan::BLOCK_SUMS; which++) block_sum(which)[b] = 0;  // of a block without anchors
+    if (call_.factor != 1) {
+      const T* scale = static_cast<const T*>(rows_.scale);
+      T* factors = reinterpret_cast<T*>(memory_ + layout_.factors.at);
+      const T factor = b < plan_.left ? T(call_.factor) : T(1);
+      for (int64_t row = x.first; row < x.first + x.rows; row++) factors[row] = scale ? scale[row] * factor : factor;
+    }
     kernels_.pack(pack_, x, mine);
     const T* pos = static_cast<const T*>(rows_.pos);
     const T* counts = static_cast<const T*>(call_.n_neg_of);
@@ -186,6 +238,7 @@ template <class T> class StepRun {
       all_pos[r] = pos[row < call_.n_pairs ? row : row - call_.n_pairs];
       n_neg[r] = counts && row < call_.anchors ? counts[row] : T(call_.n_neg);
     }
+    if (pack_.bias) std::copy_n(static_cast<const T*>(rows_.bias) + x.first, x.rows, own(StepPlan::BIAS) + x.at);
     if (call_.limited)
       for (int64_t r = 0; r < x.rows; r++) own(StepPlan::LARGEST_T)[x.at + r] = all_pos[r] + T(call_.max_gap);
     if (layout_.scaled && pack_.scale) {
@@ -206,7 +259,8 @@ template <class T> class StepRun {
   void prepare(int32_t k, const Block& x) {
     while (k < call_.instructions && call_.program[k].row_step >= 0) k++;
     if (k == call_.instructions) return;
-    for (int term = 0; term < SUM_COUNT; term++)
+    const int count = SUM_COUNT + (pack_.bias && call_.program[k].gradient);  // the last: of weights
+    for (int term = 0; term < count; term++)
       std::memset(sums() + term * plan_.padded + x.at, 0, size_t(plan_.stride) * sizeof(double));
     if (T* largest = running_max(k)) std::fill_n(largest + x.at, plan_.stride, T(-HUGE_VAL));
   }
@@ -263,30 +317,44 @@ template <class T> class StepRun {
 
   // Loss, gradient and weights of anchors without negatives are 0.
   void leave_out_empty(const Block& x, int32_t weight, bool over) {
-    const int32_t places[] = {weight, over ? call_.mass : -1, over ? call_.losses : -1, over ? call_.dtau_of : -1};
-    for (int32_t p : places)
+    auto leave_out = [&](int32_t p) {
       for (int64_t r = 0; p > 0 && r < x.rows; r++)
         if (empty(x, r)) place(p)[x.at + r] = 0;
+    };
+    leave_out(weight);
+    if (!over) return;
+    leave_out(call_.mass), leave_out(call_.losses);
+    for (int32_t k = 0; k < call_.slopes; k++) leave_out(call_.dtau_of[k]);
   }
 
   void reduce(int64_t b) {
     const Block& x = blocks_[b];
-    const T* losses = place(call_.losses) + x.at;
-    T *mass = place(call_.mass) + x.at, *dtau = place(call_.dtau_of) + x.at;
-    if (const T* incoming = incoming_of(x))
-      for (int64_t r = 0; r < x.rows; r++) mass[r] *= incoming[r], dtau[r] *= incoming[r];
-    double loss = 0, slope = 0;
-    for (int64_t r = 0; r < x.rows; r++) loss += double(losses[r]), slope += double(dtau[r]);
-    block_sum(0)[b] = loss, block_sum(1)[b] = slope;
+    T* losses = place(call_.losses) + x.at;
+    const T* incoming = incoming_of(x);
+    auto sum_of = [&](T* vector, bool weighted) {
+      double sum = 0;
+      for (int64_t r = 0; r < x.rows; r++) {
+        if (weighted) vector[r] *= incoming[r];
+        sum += double(vector[r]);
+      }
+      return sum;
+    };
+    block_sum(StepPlan::LOSS)[b] = sum_of(losses, false);
+    if (incoming) sum_of(place(call_.mass) + x.at, true);
+    for (int32_t k = 0; k < call_.slopes; k++)
+      block_sum(StepPlan::SLOPES + k)[b] = sum_of(place(call_.dtau_of[k]) + x.at, incoming);
     if (call_.loss && call_.each) std::copy_n(losses, x.rows, static_cast<T*>(call_.loss) + x.first);
   }
 
   // The weights of the positive pairs of both anchors.
   void weigh_pairs(int64_t begin, int64_t end) {
     T* q = static_cast<T*>(const_cast<void*>(rows_.q));
+    T* weights = static_cast<T*>(const_cast<void*>(rows_.weight_sums));
     const T* mass = place(call_.mass);
     for (int64_t i = begin; i < end; i++) {
       q[i] = mass[padded_place(i)];
+      for (int64_t row : {i, call_.n_pairs + i})
+        if (pack_.bias && row < call_.rows) weights[row] = T(sums()[SUM_COUNT * plan_.padded + padded_place(row)]);
       if (call_.anchors > call_.n_pairs) q[i] += mass[padded_place(call_.n_pairs + i)];
     }
   }
@@ -315,11 +383,11 @@ template <class T> class StepRun {
       to[r] = incoming ? from[r] * incoming[r] : from[r];
       largest = std::fmax(largest, std::fabs(to[r]));
     }
-    block_sum(2)[b] = double(largest);
+    block_sum(StepPlan::LARGEST_WEIGHT)[b] = double(largest);
   }
   void scale_weights(int64_t b) {
     T largest = 0;
-    for (int64_t other = 0; other < plan_.blocks; other++) largest = std::fmax(largest, T(block_sum(2)[other]));
+    for (int64_t other = 0; other < plan_.blocks; other++) largest = std::fmax(largest, T(block_sum(StepPlan::LARGEST_WEIGHT)[other]));
     if (!(largest > std::numeric_limits<T>::min() && largest < std::numeric_limits<T>::max())) largest = 1;
     for (int64_t r = 0; r < plan_.stride; r++) own(StepPlan::WEIGHT)[blocks_[b].at + r] /= largest;
     if (b == 0) df_scale_ = double(largest);
@@ -355,7 +423,9 @@ template <class T> class StepRun {
     if (call_.ids) v.ids = own(StepPlan::IDS);
     if (call_.limited) v.largest_t = own(StepPlan::LARGEST_T);
     v.running_max = running_max(k);
+    if (pack_.bias) v.bias = own(StepPlan::BIAS);
     v.sums = sums(), v.padded = plan_.padded, v.df_scale = 1;
+    if (pack_.bias && call_.program[k].gradient) v.weight_sums = v.sums + SUM_COUNT * plan_.padded;
     return v;
   }
 

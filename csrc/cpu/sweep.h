@@ -6,6 +6,7 @@
 
 #include "../generated/codes.h"
 
+enum Similarity : int32_t { COSINE, DOT, EUCLIDEAN };
 enum Status : int32_t { OK, NO_MEMORY, INTERRUPTED, UNSUPPORTED };
 
 // One call of `row_sums` or, with `gradient`, of `pair_grad` (docs/design.md). Row vectors have the
@@ -41,11 +42,15 @@ struct Sweep {
 // pair.
 struct PairRows {
   const void *z1, *z2;  // (n_pairs, dim) inputs, stride1 and stride2 elements apart
-  // (2·n_pairs, dim) unit rows in the accumulation dtype; half precision: the inputs, extreme ones
-  // times a power of two
+  // (2·n_pairs, dim) cosine: unit rows in the accumulation dtype; half precision: the inputs,
+  // extreme ones times a power of two. DOT: the inputs. EUCLIDEAN: the inputs minus their mean, in
+  // the accumulation dtype
   void* f;
-  void* scale;     // (2·n_pairs) 1/‖f‖, of half precision only
-  void* inv_norm;  // (2·n_pairs) 1/‖z‖, 0 for an all-zero row
+  void* scale;     // (2·n_pairs) 1/‖f‖, of half precision and cosine only
+  void* inv_norm;  // (2·n_pairs) 1/‖z‖, 0 for an all-zero row; cosine only
+  const void* mean;         // (dim) of all inputs; EUCLIDEAN only, as the next two
+  void* bias;               // (2·n_pairs) −½‖f‖²
+  const void* weight_sums;  // (2·n_pairs) Σ_j (g_ij + g_ji)
   void* pos;       // (n_pairs) similarity of each positive pair
   void* d;         // (hi − lo, dim) in: Σ_j (g_ij + g_ji) F_j; out: the gradient in z
   const void* q;   // (n_pairs) weight of the positive pair, summed over both anchors
@@ -53,9 +58,10 @@ struct PairRows {
   int64_t lo, hi;  // the rows of d
   int64_t swept;   // the rows from here on meet no pair: what d holds of them is no gradient
   int32_t dtype, threads, instruction_set;
+  Similarity similarity;
 };
 
-constexpr int MOST_INSTRUCTIONS = 8, MOST_VECTORS = 8;
+constexpr int MOST_INSTRUCTIONS = 8, MOST_VECTORS = 8, MOST_SLOPES = 2;
 
 // One instruction of a step's program (alphacl_fast/program.py): a sweep, or with `row_step` >= 0 a
 // row step. Vectors are numbered places; place 0 holds zeros, place 1 the positives' similarities.
@@ -70,7 +76,7 @@ struct Instruction {
   double params[4];  // of a row step
 };
 
-// A whole step of a loss with cosine similarity: from two views to loss and gradient.
+// A whole step of a loss: from two views to loss and gradient.
 struct Step {
   const void *z1, *z2;   // (n_pairs, dim) inputs, stride1 and stride2 elements apart
   const int32_t* ids;    // (rows) as in Sweep; with it also:
@@ -79,7 +85,7 @@ struct Step {
   const void* incoming;  // (anchors) gradient of each anchor's loss; null: ones
   void* loss;            // () the sum divided by `divisor`, or (anchors) with `each`; null: not wanted
   void* dz;              // (hi − lo, dim) gradient in the rows [lo, hi) of the stacked views
-  void* dtau;            // () gradient in τ, or null
+  void* dtau;            // (slopes) gradient in τ, or in SigLIP's scale and bias; null: not wanted
   void* (*release_lock)();  // as in Sweep
   void (*take_lock)(void*);
   int (*check_signals)();
@@ -87,9 +93,11 @@ struct Step {
   int64_t workspace;  // bytes in which tiles may be kept from one sweep to the next
   double tau, n_neg, divisor;
   double max_gap;  // with `limited`: pairs whose t exceeds t⁺ by more do not count for the anchor
+  double factor;   // the sweeps see the rows [0, split) times this
   double params[3];
   int32_t dtype, kind, each, limited, threads, instruction_set;
+  Similarity similarity;
   int32_t instructions, places;   // of the program
-  int32_t mass, losses, dtau_of;  // places of results
+  int32_t mass, losses, slopes, dtau_of[MOST_SLOPES];  // places of results
   Instruction program[MOST_INSTRUCTIONS];
 };

@@ -207,15 +207,21 @@ ALPHACL_INLINE Vec<float> log_series(Vec<float> s2) {
   return p * s2;
 }
 
-template <class T> ALPHACL_INLINE Vec<T> vlog(Vec<T> x) {
+// With Lost, log(x + lost), |lost| at most half a unit in the last place of x.
+template <class T, bool Lost> ALPHACL_INLINE Vec<T> log_of(Vec<T> x, Vec<T> lost) {
   using C = ExpConstants<T>;
   using I = typename VectorOf<T>::Int;
-  const I root_half = I(sizeof(T) == 4 ? 0x3f3504f3 : 0x3fe6a09e667f3bcd);
+  const I root_half = I(sizeof(T) == 4 ? 0x3f3504f3 : 0x3fe6a09e667f3bcd), one = I(sizeof(T) == 4 ? 127 : 1023);
   const Mask<T> ix = bits<T>(x);
   // arithmetic: floor
   const Mask<T> k = (Mask<T>)((Word<T>)ix - (Word<T>)(Mask<T>{} + root_half)) >> C::mantissa;
   const Vec<T> m = from_bits<T>((Mask<T>)((Word<T>)ix - ((Word<T>)k << C::mantissa)));
-  const Vec<T> f = m - 1, s = f / (m + 1), half = f * f * T(0.5);
+  Vec<T> f = m - 1;
+  if (Lost) {
+    const Vec<T> unit = from_bits<T>((Mask<T>)((Word<T>)(one - k) << C::mantissa));  // 2^-k
+    f = x < T(0x1p60) ? f + lost * unit : f;  // above, nothing is lost, and 2^-k may be no number
+  }
+  const Vec<T> s = f / (f + 2), half = f * f * T(0.5);
   const Vec<T> kf = __builtin_convertvector(k, Vec<T>);
   Vec<T> y = f - (half - s * (half + log_series(s * s)));
   y = kf * C::ln2_high + (y + kf * C::ln2_low);
@@ -223,14 +229,27 @@ template <class T> ALPHACL_INLINE Vec<T> vlog(Vec<T> x) {
   y = x == broadcast<T>(__builtin_inf()) ? x : y;
   return x >= 0 ? y : broadcast<T>(__builtin_nan(""));
 }
+template <class T> ALPHACL_INLINE Vec<T> vlog(Vec<T> x) { return log_of<T, false>(x, Vec<T>{}); }
 
-// log(1 + x) to the last digits of a small x: what the sum u = 1 + x has lost of x changes log u by
-// (x − (u − 1))/u.
+// log(1 + x) to the last digits of a small x, with what the sum 1 + x has lost of it.
 template <class T> ALPHACL_INLINE Vec<T> vlog1p(Vec<T> x) {
-  const Vec<T> u = x + 1, log_u = vlog<T>(u);
-  const Vec<T> y = log_u + (x - (u - 1)) / u;
-  return (u > 0) & (u < broadcast<T>(__builtin_inf())) ? y : log_u;
+  const Vec<T> u = x + 1;
+  return log_of<T, true>(u, x - (u - 1));
 }
+
+// log(1 + x) for 0 ≤ x ≤ 1, without a quotient: x + x²·q(x). At most 1.5 ulp.
+ALPHACL_INLINE Vec<float> vlog1p_unit(Vec<float> x) {
+  Vec<float> q = x * -3.318473231e-3f + 2.0204588771e-2f;
+  q = q * x - 5.7664450258e-2f;
+  q = q * x + 1.0680556297e-1f;
+  q = q * x - 1.5355396271e-1f;
+  q = q * x + 1.9695401192e-1f;
+  q = q * x - 2.4958588183e-1f;
+  q = q * x + 3.3330512047e-1f;
+  q = q * x - 4.9999931455e-1f;
+  return q * (x * x) + x;
+}
+ALPHACL_INLINE Vec<double> vlog1p_unit(Vec<double> x) { return vlog1p<double>(x); }
 
 template <class T> ALPHACL_INLINE Vec<T> vsqrt(Vec<T> x) {
 #if defined(__AVX512F__)

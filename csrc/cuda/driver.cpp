@@ -78,6 +78,7 @@ void check(const Sweep& a) {
   holds(a, Buffer::ROW_WEIGHT, "row_weight", a.row_weight, anchors), holds(a, Buffer::SHIFT, "shift", a.shift, anchors);
   holds(a, Buffer::ARGUMENT_OFFSET, "argument_offset", a.argument_offset, anchors);
   holds(a, Buffer::BASELINE, "baseline", a.baseline, anchors);
+  holds(a, Buffer::LARGEST_T, "largest_t", a.largest_t, anchors), holds(a, Buffer::IDS, "ids", a.ids, read);
   holds(a, Buffer::TAU, "tau", a.tau, 1, true), holds(a, Buffer::UNIT, "unit", a.unit, 1);
 
   // Results for rows of f in [from, to), and for the columns too where a tile serves both sides.

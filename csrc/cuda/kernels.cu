@@ -36,7 +36,7 @@ template <class K> const char* start(const Sweep& a, void* stream) {
 template <class E, bool CHUNKS> const char* row_sums(const Sweep& a, void* stream) {
   if constexpr (E::TENSOR_CORES) {
     const bool f = a.row_of_term[F] >= 0, f_moment = a.row_of_term[F_MOMENT] >= 0;
-    if (a.form == Form::CONSTANT && is_fast(a) && !a.bias && f && f + f_moment == a.terms) {
+    if (a.form == Form::CONSTANT && is_fast(a) && all_meet(a) && !a.bias && f && f + f_moment == a.terms) {
       if constexpr (E::IS_BF16 && !CHUNKS) {
         if (const auto started = hopper::row_sums<E::K>(a, stream)) return *started;
       }
@@ -55,7 +55,7 @@ template <class E, bool CHUNKS> const char* pair_grad(const Sweep& a, void* stre
   if (a.symmetric) return "pair_grad has no symmetric tiles";
   if constexpr (E::TENSOR_CORES) {
     const bool gradient_alone = !a.terms && !a.weight_sums && !sums_only;
-    if (a.form == Form::CONSTANT && is_fast(a) && !a.bias && a.weight == WEIGHT_F && gradient_alone) {
+    if (a.form == Form::CONSTANT && is_fast(a) && all_meet(a) && !a.bias && a.weight == WEIGHT_F && gradient_alone) {
       if constexpr (E::IS_BF16 && !CHUNKS) {
         if (const auto started = hopper::pair_grad<E::K>(a, stream)) return *started;
       }

@@ -10,7 +10,7 @@
 
 // The buffers of a launch, in the order in which `Sweep` points to them.
 enum class Buffer : int32_t {
-  FEATURES, SCALE, BIAS, MOMENT_ORIGIN, ROW_WEIGHT, SHIFT, ARGUMENT_OFFSET, BASELINE, TAU, UNIT,
+  FEATURES, SCALE, BIAS, MOMENT_ORIGIN, ROW_WEIGHT, SHIFT, ARGUMENT_OFFSET, BASELINE, LARGEST_T, IDS, TAU, UNIT,
   SUMS, DF, WEIGHT_SUMS, WEIGHTS, COUNT
 };
 
@@ -19,6 +19,8 @@ struct Sweep {
   const void* f;  // (rows, dim), `stride` elements apart
   const void *scale, *bias;  // (rows)
   const void *moment_origin, *row_weight, *shift, *argument_offset, *baseline;  // (anchors)
+  const void* largest_t;  // (anchors): a pair with a larger t does not count for the anchor
+  const int32_t* ids;     // (rows): two rows with the same id do not meet
   // (): weights are divided by `unit` before they are rounded, gradients multiplied by it
   const void *tau, *unit;
   void* sums;         // (splits [+ ring distances], [shift,] terms, anchors)

@@ -150,13 +150,18 @@ template <class E, bool CHUNKS, bool SYMMETRIC> struct FastRowSums {
   }
 };
 
+// Called on the host. Only the general kernels know ids and limits.
+inline bool all_meet(const Sweep& a) { return !a.ids && !a.largest_t; }
+
 // The row scalars of one side of a pair.
 template <class T> struct Side {
-  T scale, bias, moment_origin, row_weight, shift, argument_offset, baseline;
+  T scale, bias, moment_origin, row_weight, shift, argument_offset, baseline, largest_t;
   DEVICE Side(const T* v, int i)
       : scale(v[SCALE * SIDE + i]), bias(v[BIAS * SIDE + i]), moment_origin(v[MOMENT_ORIGIN * SIDE + i]),
         row_weight(v[ROW_WEIGHT * SIDE + i]), shift(v[SHIFT * SIDE + i]), argument_offset(v[ARGUMENT_OFFSET * SIDE + i]),
-        baseline(v[BASELINE * SIDE + i]) {}
+        baseline(v[BASELINE * SIDE + i]), largest_t(v[LARGEST_T * SIDE + i]) {}
+  // Whether a pair is not too similar to count for this side; NaN counts.
+  DEVICE bool takes(T t) const { return !(t > largest_t); }
 };
 
 // Row scalars are combined first: t_ij and t_ji must agree to the last bit.
@@ -169,6 +174,8 @@ template <class T> struct Pair {
   // been rounded together.
   T t, log_f;
   bool counts;
+  // for one side alone
+  DEVICE Pair of(bool taken) const { return {t, log_f, counts && taken}; }
 };
 template <class Kind, class T> DEVICE Pair<T> pair(T t, bool counts, const Numbers<T>& n) {
   Pair<T> x{counts ? t : T(0), 0, counts};
@@ -261,8 +268,10 @@ template <class E, bool CHUNKS> struct RowSums {
         T column = -INFINITE<T>;
 #pragma unroll
         for (int r = 0; r < Fragment::ROWS; ++r) {
-          const T t = meet(r, q) ? t_of(r, q, row_scalars(r), side_j) : -INFINITE<T>;
-          largest[r] = larger(largest[r], t), column = larger(column, t);
+          const Side<T> side_i = row_scalars(r);
+          const T t = meet(r, q) ? t_of(r, q, side_i, side_j) : -INFINITE<T>;
+          if (side_i.takes(t)) largest[r] = larger(largest[r], t);
+          if (side_j.takes(t)) column = larger(column, t);
         }
         if (a.symmetric) {
           column = column_max(column);
@@ -282,8 +291,9 @@ template <class E, bool CHUNKS> struct RowSums {
         const Side<T> side_j(cols, fragment.column(q));
 #pragma unroll
         for (int r = 0; r < Fragment::ROWS; ++r) {
-          const T t = t_of(r, q, row_scalars(r), side_j);
-          largest[r] = larger(largest[r], pair<decltype(kind)>(t, meet(r, q), n).log_f);
+          const Side<T> side_i = row_scalars(r);
+          const T t = t_of(r, q, side_i, side_j);
+          largest[r] = larger(largest[r], pair<decltype(kind)>(t, meet(r, q) && side_i.takes(t), n).log_f);
         }
       }
 #pragma unroll
@@ -310,10 +320,13 @@ template <class E, bool CHUNKS> struct RowSums {
 #pragma unroll
         for (int r = 0; r < Fragment::ROWS; ++r) {
           const Side<T> side_i = row_scalars(r);
-          const Pair<T> x = pair<Kind>(t_of(r, q, side_i, side_j), meet(r, q), n);
-          add_terms(sums[r], values<Kind>(x, subtracted[r], side_i.argument_offset, need_df, need_dtau, n), x.t, side_i);
-          if (a.symmetric)
-            add_terms(column, values<Kind>(x, side_j.shift, side_j.argument_offset, need_df, need_dtau, n), x.t, side_j);
+          const T t = t_of(r, q, side_i, side_j);
+          const Pair<T> x = pair<Kind>(t, meet(r, q), n), x_i = x.of(side_i.takes(t));
+          add_terms(sums[r], values<Kind>(x_i, subtracted[r], side_i.argument_offset, need_df, need_dtau, n), x.t, side_i);
+          if (a.symmetric) {
+            const Pair<T> x_j = x.of(side_j.takes(t));
+            add_terms(column, values<Kind>(x_j, side_j.shift, side_j.argument_offset, need_df, need_dtau, n), x.t, side_j);
+          }
         }
         if (a.symmetric) {
 #pragma unroll
@@ -332,7 +345,7 @@ template <class E, bool CHUNKS> struct RowSums {
 
     const T no_shift = T(a.form == Form::CONSTANT ? a.constant_shift : 0);
     walk<E, CHUNKS, ALL_SCALARS>(a, schedule, block, no_shift, T(1), [&](const T(&s)[8][4], const TileAt<T>& tile) {
-      const Meeting meet = tile.masked ? Meeting::of(a, block, tile.tile) : Meeting{};
+      const Meeting meet = Meeting::of(a, block, tile.tile, tile.masked);
       products.put(s);  // each lane reads its own elements only
       if (a.form == Form::T_MAX) maxima(meet, tile.cols);
       else with_kind<T>(a.kind, [&](auto kind) { sums_of(kind, meet, tile.cols); });
@@ -501,14 +514,15 @@ template <class E, bool CHUNKS> struct PairGrad {
         for (int r = 0; r < Fragment::ROWS; ++r) {
           const Side<T> side_i(M::row_scalars(), fragment.row(r));
           T& element = elements.at(r, q);
-          const Pair<T> x = pair<Kind>(similarity(element, side_i, side_j), meet(r, q), n);
+          const T t = similarity(element, side_i, side_j);
+          const Pair<T> x = pair<Kind>(t, meet(r, q), n);
           T w = 0;
-          if (a.rows_anchor) {
+          if (a.rows_anchor && side_i.takes(t)) {
             const Values<T> y = values<Kind>(x, side_i.shift, side_i.argument_offset, need_df, need_dtau, n);
             add_terms(sums[r], y, x.t, side_i);
             w += weigh(y, x.t, side_i);
           }
-          if (a.cols_anchor) {
+          if (a.cols_anchor && side_j.takes(t)) {
             const Values<T> y = values<Kind>(x, side_j.shift, side_j.argument_offset, need_df, need_dtau, n);
             w += weigh(y, x.t, side_j);
           }
@@ -527,7 +541,7 @@ template <class E, bool CHUNKS> struct PairGrad {
 
     const T no_shift = a.form == Form::CONSTANT ? T(a.constant_shift) : T(0);
     walk<E, CHUNKS, ALL_SCALARS>(a, schedule, block, no_shift, 1 / unit_of<T>(a), [&](T(&s)[8][4], const TileAt<T>& tile) {
-      const Meeting meet = tile.masked ? Meeting::of(a, block, tile.tile) : Meeting{};
+      const Meeting meet = Meeting::of(a, block, tile.tile, tile.masked);
       elements.put(s);
       with_kind<T>(a.kind, [&](auto kind) { weights_of(kind, meet, tile); });
       if (a.gradient == Gradient::NONE) return;

@@ -60,7 +60,7 @@ struct Schedule {
 
 // Row scalars of one side in shared memory: vector v of row i is at v·SIDE + i.
 enum Scalar : int {
-  SCALE = 0, BIAS = 1, MOMENT_ORIGIN = 2, ROW_WEIGHT = 3, SHIFT = 4, ARGUMENT_OFFSET = 5, BASELINE = 6, ALL_SCALARS = 7
+  SCALE = 0, BIAS = 1, MOMENT_ORIGIN = 2, ROW_WEIGHT = 3, SHIFT = 4, ARGUMENT_OFFSET = 5, BASELINE = 6, LARGEST_T = 7, ALL_SCALARS = 8
 };
 // Fast kernels need two: the scale, and the row weight (pair_grad) or the moment's origin
 // (row_sums).
@@ -83,6 +83,7 @@ template <class T, int COUNT> DEVICE Scalars<T, COUNT> scalars(const Sweep& a, i
     s.x[SHIFT] = of_anchor(a.shift, no_shift);
     s.x[ARGUMENT_OFFSET] = of_anchor(a.argument_offset, 0);
     s.x[BASELINE] = of_anchor(a.baseline, 0);
+    s.x[LARGEST_T] = of_anchor(a.largest_t, INFINITE<T>);
   }
   return s;
 }
@@ -210,6 +211,26 @@ struct Meeting {
       }
     }
     return meeting;
+  }
+
+  // As the general kernels need it: any two rows may have the same id.
+  static DEVICE Meeting of(const Sweep& a, int64_t block, int64_t tile, bool masked) {
+    Meeting meeting = masked ? of(a, block, tile) : Meeting{};
+    if (a.ids) meeting.leave_out_equal_ids(a, block, tile);
+    return meeting;
+  }
+  DEVICE void leave_out_equal_ids(const Sweep& a, int64_t block, int64_t tile) {
+    const Fragment fragment;
+    int32_t own[Fragment::ROWS];
+#pragma unroll
+    for (int r = 0; r < Fragment::ROWS; ++r) own[r] = a.ids[row_place(a, block, fragment.row(r)).row];
+#pragma unroll 1
+    for (int q = 0; q < Fragment::COLUMNS; ++q) {
+      const int32_t other = a.ids[column_place(a, tile, fragment.column(q)).row];
+#pragma unroll
+      for (int r = 0; r < Fragment::ROWS; ++r)
+        if (own[r] == other) bits &= ~(1u << Fragment::number(r, q));
+    }
   }
 };
 

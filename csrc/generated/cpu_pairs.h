@@ -169,7 +169,7 @@ template <class T> struct Gamma {
 template <class T> struct Logistic {
   static constexpr bool log = false, linear_in_t = false;
   static ALPHACL_INLINE Vec<T> f(Vec<T> x, const Numbers<T>&) {
-    return at_least<T>(x, T(0)) + vlog1p<T>(vexp<T>((x > Vec<T>{}) ? (-x) : x));
+    return at_least<T>(x, T(0)) + vlog1p_unit(vexp<T>((x > Vec<T>{}) ? (-x) : x));
   }
   static ALPHACL_INLINE Vec<T> df(Vec<T> x, const Numbers<T>&) {
     const Mask<T> v0 = x > Vec<T>{};

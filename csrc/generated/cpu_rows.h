@@ -296,6 +296,36 @@ template <class T> struct StartAtMean4 {
     store(out[0] + at, -largest<T>(-x3, -largest<T>(x2, ((v0 == v0) & (lanewise<T>([](auto... a) { return std::abs(a...); }, v0) != broadcast<T>(T(__builtin_inf())))) ? v0 : x3)));
   }
 };
+template <class T> struct SiglipStart2 {
+  static ALPHACL_INLINE void rows(const T* const* in, T* const* out, int64_t at, const RowNumbers<T>& n) {
+    const Vec<T> x0 = load(in[0] + at), x1 = load(in[1] + at);
+    const T scale = n.params[0], bias = n.params[1], used = n.params[2];
+    store(out[0] + at, x0 * (scale / used)); store(out[1] + at, x1 - bias);
+  }
+};
+template <class T> struct SiglipRows2 {
+  static ALPHACL_INLINE void rows(const T* const* in, T* const* out, int64_t at, const RowNumbers<T>& n) {
+    const Vec<T> x0 = load(in[0] + at), x1 = load(in[1] + at);
+    const T scale = n.params[0], bias = n.params[1];
+    const Vec<T> v0 = (scale * x0) + bias;
+    const Vec<T> v1 = -v0;
+    const Mask<T> v2 = v1 > Vec<T>{};
+    const Vec<T> v3 = vexp<T>(v2 ? v0 : v1);
+    store(out[0] + at, (scale * ((v2 ? broadcast<T>(T(1)) : v3) / (v3 + T(1)))) / n.divisor); store(out[1] + at, x1 + (at_least<T>(v1, T(0)) + vlog1p_unit(v3)));
+  }
+};
+template <class T> struct SiglipSlopes3 {
+  static ALPHACL_INLINE void rows(const T* const* in, T* const* out, int64_t at, const RowNumbers<T>& n) {
+    const Vec<T> x0 = load(in[0] + at), x1 = load(in[1] + at), x2 = load(in[2] + at);
+    const T scale = n.params[0], bias = n.params[1], used = n.params[2];
+    const Vec<T> v0 = (scale * x0) + bias;
+    const Vec<T> v1 = -v0;
+    const Mask<T> v2 = v1 > Vec<T>{};
+    const Vec<T> v3 = vexp<T>(v2 ? v0 : v1);
+    const Vec<T> v4 = (v2 ? broadcast<T>(T(1)) : v3) / (v3 + T(1));
+    store(out[0] + at, ((x2 / used) - (v4 * x0)) / n.divisor); store(out[1] + at, (x1 - v4) / n.divisor);
+  }
+};
 
 // Calls `use` with the row step of a code.
 template <class T, class Use> void with_row_step(int32_t code, Use&& use) {
@@ -317,6 +347,9 @@ template <class T, class Use> void with_row_step(int32_t code, Use&& use) {
     case MIN_PLAYER_ROWS_THROUGH_ALPHA_6: return use(MinPlayerRowsThroughAlpha6<T>{});
     case START_AT_NORMAL_TAIL_5: return use(StartAtNormalTail5<T>{});
     case START_AT_MEAN_4: return use(StartAtMean4<T>{});
+    case SIGLIP_START_2: return use(SiglipStart2<T>{});
+    case SIGLIP_ROWS_2: return use(SiglipRows2<T>{});
+    case SIGLIP_SLOPES_3: return use(SiglipSlopes3<T>{});
   }
 }
 

@@ -1145,6 +1145,7 @@ void test_pair_rows(Random& random, bool thorough) {
 struct StepCase {
   int64_t n, dim, rows, split, anchors, lo, hi;
   int dtype;
+  Similarity similarity;
   bool online, ids, incoming;
 };
 
@@ -1162,7 +1163,7 @@ ExactStep exact_step(const StepCase& c, const std::vector<double>& z, const std:
   for (int64_t r = 0; r < 2 * n; r++) {
     double square = 0;
     for (int64_t k = 0; k < d; k++) square += z[size_t(r * d + k)] * z[size_t(r * d + k)];
-    norm[size_t(r)] = std::sqrt(square);
+    norm[size_t(r)] = c.similarity == COSINE ? std::sqrt(square) : 1;
     for (int64_t k = 0; k < d; k++) f[size_t(r * d + k)] = z[size_t(r * d + k)] / norm[size_t(r)];
   }
   auto dot = [&](const std::vector<double>& a, int64_t i, const std::vector<double>& b, int64_t j) {
@@ -1170,21 +1171,26 @@ ExactStep exact_step(const StepCase& c, const std::vector<double>& z, const std:
     for (int64_t k = 0; k < d; k++) sum += a[size_t(i * d + k)] * b[size_t(j * d + k)];
     return sum;
   };
+  const bool euclidean = c.similarity == EUCLIDEAN;
+  auto similarity = [&](int64_t i, int64_t j) {
+    return euclidean ? dot(f, i, f, j) - (dot(f, i, f, i) + dot(f, j, f, j)) / 2 : dot(f, i, f, j);
+  };
   auto add = [&](int64_t i, int64_t j, double g) {  // g·∂t_ij
     for (int64_t k = 0; k < d; k++) {
-      df[size_t(i * d + k)] += g * f[size_t(j * d + k)];
-      df[size_t(j * d + k)] += g * f[size_t(i * d + k)];
+      const double mine = f[size_t(i * d + k)], other = f[size_t(j * d + k)];
+      df[size_t(i * d + k)] += g * (other - (euclidean ? mine : 0));
+      df[size_t(j * d + k)] += g * (mine - (euclidean ? other : 0));
     }
   };
   for (int64_t i = 0; i < c.anchors; i++) {
     const int64_t partner = i < n ? i + n : i - n;
-    const double pos = dot(f, i, f, partner);
+    const double pos = similarity(i, partner);
     std::vector<std::pair<int64_t, double>> factors;
     double sum = 0, moment = 0;
     for (int64_t j = 0; j < c.rows; j++) {
       if (j == i || j == partner || (c.split && (i < c.split) == (j < c.split))) continue;
       if (c.ids && ids[size_t(i)] == ids[size_t(j)]) continue;
-      const double gap = dot(f, i, f, j) - pos;
+      const double gap = similarity(i, j) - pos;
       factors.emplace_back(j, std::exp(gap / tau));
       sum += factors.back().second, moment += factors.back().second * gap;
     }
@@ -1196,7 +1202,7 @@ ExactStep exact_step(const StepCase& c, const std::vector<double>& z, const std:
     e.loss += e.losses.back() / divisor;
   }
   for (int64_t r = c.lo; r < c.hi; r++) {
-    const double along = dot(f, r, df, r);
+    const double along = c.similarity == COSINE ? dot(f, r, df, r) : 0;
     for (int64_t k = 0; k < d; k++)
       e.dz.push_back((df[size_t(r * d + k)] - f[size_t(r * d + k)] * along) / norm[size_t(r)]);
   }
@@ -1222,7 +1228,7 @@ void write_program(Step& s, bool online, bool gradient) {
   last.form = online ? Form::PLAIN : Form::CONSTANT, last.gradient = 1, last.weight = WEIGHT_F;
   last.scalars[1] = ROW_WEIGHT, last.scalars[2] = TOP;
   s.instructions = gradient ? 3 : 2, s.places = PLACES;
-  s.mass = MASS, s.losses = LOSSES, s.dtau_of = SLOPE;
+  s.mass = MASS, s.losses = LOSSES, s.slopes = 1, s.dtau_of[0] = SLOPE;
 }
 
 // Against the definition, and to the last bit alike for any threads and any workspace, which may
@@ -1230,8 +1236,9 @@ void write_program(Step& s, bool online, bool gradient) {
 template <class T> void test_step(Random& random, const Served& s, const StepCase& c) {
   const int64_t n = c.n, dim = c.dim, size = element_size(c.dtype), wanted = c.hi - c.lo;
   char what[300];
-  std::snprintf(what, sizeof(what), "step: %s, %s, n %lld, dim %lld, %lld rows, split %lld, %lld anchors, [%lld, %lld), %s%s%s",
-                s.kernels.c_str(), DTYPES[c.dtype], (long long)(n), (long long)(dim), (long long)(c.rows), (long long)(c.split),
+  const char* similarity = c.similarity == COSINE ? "cosine" : c.similarity == DOT ? "dot" : "euclidean";
+  std::snprintf(what, sizeof(what), "step: %s, %s, %s, n %lld, dim %lld, %lld rows, split %lld, %lld anchors, [%lld, %lld), %s%s%s",
+                s.kernels.c_str(), DTYPES[c.dtype], similarity, (long long)(n), (long long)(dim), (long long)(c.rows), (long long)(c.split),
                 (long long)(c.anchors), (long long)(c.lo), (long long)(c.hi), c.online ? "online" : "constant shift",
                 c.ids ? ", ids" : "", c.incoming ? ", incoming" : "");
   watch(what);
@@ -1242,7 +1249,7 @@ template <class T> void test_step(Random& random, const Served& s, const StepCas
     z[view].fill_with_nan();
     for (int64_t i = 0; i < n; i++)
       for (int64_t k = 0; k < dim; k++) {
-        double x = random.normal();
+        double x = random.normal() * (c.similarity == COSINE ? 1 : 0.3);
         char* at = z[view].data + (i * strides[view] + k) * size;
         if (c.dtype == FLOAT64) {
           std::memcpy(at, &x, 8);
@@ -1289,6 +1296,7 @@ template <class T> void test_step(Random& random, const Served& s, const StepCas
         step.n_pairs = n, step.dim = dim, step.rows = c.rows, step.split = c.split;
         step.partner = c.rows > n ? n : 0, step.anchors = c.anchors, step.lo = c.lo, step.hi = c.hi;
         step.block = 13, step.workspace = workspace, step.tau = tau, step.n_neg = double(c.rows), step.divisor = divisor;
+        step.similarity = c.similarity, step.factor = 1;
         step.dtype = c.dtype, step.kind = EXP, step.threads = threads, step.instruction_set = s.set;
         write_program(step, c.online, wanted > 0);
         poison_workspace();
@@ -1320,11 +1328,12 @@ void test_steps(Random& random, bool thorough) {
       for (int mode = 0; mode < 4; mode++)
         for (bool online : {false, true}) {
           if (!thorough && online != bool(mode & 1)) continue;
+          const Similarity similarity = online ? random.pick({COSINE, DOT, EUCLIDEAN}) : COSINE;  // of unit rows log f is bounded
           const int64_t n = random.integer(2, 60), dim = random.integer(1, 70);
           const int64_t rows = mode == 1 ? n : 2 * n, split = mode > 1 ? n : 0;
           const int64_t anchors = mode == 0 || mode == 2 ? 2 * n : n;
           const int64_t lo = random.pick({int64_t(0), int64_t(0), n}), hi = random.pick({2 * n, 2 * n, n});
-          const StepCase c{n, dim, rows, split, anchors, lo, std::max(lo, hi), dtype, online, random.chance(0.4), random.chance(0.3)};
+          const StepCase c{n, dim, rows, split, anchors, lo, std::max(lo, hi), dtype, similarity, online, random.chance(0.4), random.chance(0.3)};
           by_dtype(dtype, [&](auto zero) { test_step<decltype(zero)>(random, s, c); });
         }
 }

@@ -63,6 +63,9 @@ def half(case: str = "13-6-5") -> str:
     return f"{test}[torch.bfloat16-{case}]"
 
 
+OTHER = "tests/test_cpu_step.py::test_other_similarities_equal_the_two_sweeps"
+
+
 def step_bits() -> str:
     test = "tests/test_cpu_step.py::test_same_bits_for_any_workspace_and_threads"
     return f"{test}[{INFONCE}-0.3-torch.float32-two_view]"
@@ -344,6 +347,7 @@ plant(
         f"{AGAINST}test_temperature_per_anchor[False-False-infonce2]",
     ),
 )
+LEFT_OUT = "tests/test_distributed.py::test_negatives_are_left_out_over_ranks"
 plant(
     "alphacl_fast/distributed.py",
     (
@@ -354,9 +358,21 @@ plant(
     ),
     (
         "ids over ranks: a rank's rows have the first rank's ids",
-        "Names(self.ranks.ids_of(rank).repeat(2)[: self.layouts[rank].rows])",
-        "Names(self.ranks.ids.repeat(2)[: self.layouts[rank].rows])",
+        "self.ranks.ids_of(rank).repeat(2)[: self.layouts[rank].rows]",
+        "self.ranks.ids.repeat(2)[: self.layouts[rank].rows]",
         "tests/test_distributed.py::test_ids_are_compared_over_ranks[(4, 1)-gather]",
+    ),
+    (
+        "gaps over ranks: a visiting block has no limits",
+        "Limits(*of_anchors[count:])",
+        "Limits()",
+        f"{LEFT_OUT}[max_gap-(5, 3)-ring]",
+    ),
+    (
+        "guide over ranks: its opinion on pairs of two ranks is lost",
+        "scalars, limits, Marks(ids, guide))",
+        "scalars, limits, Marks(ids, None if guide is None else 0 * guide))",
+        f"{LEFT_OUT}[guide_margin-(3, 0, 4)-gather]",
     ),
 )
 SUPCON = "tests/test_supcon.py::"
@@ -406,6 +422,18 @@ plant(
         f"{ZOO}test_of_views_equals_the_formula[blocked-debiased(tau_plus=0.6,temperature=0.2)]",
     ),
     (
+        "iSogCLR over ranks: one temperature for the only sample of every rank",
+        "one_each=True,",
+        "one_each=None,",
+        f"{ZOO}test_running_sums_over_processes[ISogCLR-options1-(1, 1, 1)]",
+    ),
+    (
+        "iSogCLR over ranks: only the visitor's own rank keeps its state",
+        "return self.sharing.gather(self.index, 0), self.sharing.gather(state, 0)",
+        "return self.index, state",
+        f"{ZOO}test_running_sums_over_processes[ISogCLR-options1-(3, 1, 4)]",
+    ),
+    (
         "ADNCE: the gradient runs through the weights",
         "return weight(s.detach()) * torch.exp",
         "return weight(s) * torch.exp",
@@ -449,20 +477,20 @@ plant(
     ),
     (
         "sigmoid loss: the positive's term has the sign of a negative's",
-        "loss=total + logistic.f(-y, scale),",
-        "loss=total + logistic.f(y, scale),",
+        "total + logistic.f(-y, scale)",
+        "total + logistic.f(y, scale)",
         f"{SIGLIP}test_one_pair_is_its_positive_term[sum-blocked]",
     ),
     (
         "sigmoid loss: the bias has the gradient of the negatives alone",
-        "torch.stack([of_scale, slope - pull])",
-        "torch.stack([of_scale, slope])",
+        "moment / used - pull * pos, slope - pull",
+        "moment / used - pull * pos, slope",
         f"{SIGLIP}test_equals_the_dense_formula[mean-cosine-blocked]",
     ),
     (
         "sigmoid loss: the gradient in the scale belongs to moments of another origin",
-        "            moment_origin=zero,\n        )\n\n    def finish",
-        "        )\n\n    def finish",
+        "return RowSolution(**rows, moment_origin=zero)",
+        "return RowSolution(**rows)",
         f"{SIGLIP}test_equals_the_dense_formula[mean-cosine-blocked]",
     ),
     (
@@ -479,8 +507,8 @@ plant(
     ),
     (
         "sigmoid loss: an anchor whose negatives share its id has loss 0",
-        "one_sweep, derivative, needs_negatives = True, True, False",
-        "one_sweep, derivative, needs_negatives = True, True, True",
+        "one_sweep, derivative, needs_negatives, recordable = True, True, False, True",
+        "one_sweep, derivative, needs_negatives, recordable = True, True, True, True",
         f"{SIGLIP}test_ids[one-blocked]",
     ),
 )
@@ -488,8 +516,8 @@ plant(
     "csrc/cpu/vec.h",
     (
         "log(1 + x) without what the sum loses of x",
-        "const Vec<T> y = log_u + (x - (u - 1)) / u;",
-        "const Vec<T> y = log_u;",
+        "return log_of<T, true>(u, x - (u - 1));",
+        "return log_of<T, false>(u, x - (u - 1));",
         "tests/test_cpp_printer.py::test_log1p_keeps_the_digits_of_a_small_argument[torch.float32]",
     ),
 )
@@ -947,8 +975,8 @@ plant(
     ),
     (
         "step: the mean is a sum",
-        "T(loss / call_.divisor);",
-        "T(loss);",
+        "T(total(StepPlan::LOSS) / call_.divisor);",
+        "T(total(StepPlan::LOSS));",
         step_sweeps(INFONCE),
     ),
     (
@@ -962,6 +990,18 @@ plant(
         "std::memset(sums() + term * plan_.padded + x.at, 0, ",
         "std::memset(sums() + term * plan_.padded + x.at, 0, 0 * ",
         "tests/test_cpu_step.py::test_need_flags",
+    ),
+    (
+        "step: the first view's gradient lacks the factor of its rows",
+        "df_scale_ * factor, me.mine);",
+        "df_scale_, me.mine);",
+        f"{SIGLIP}test_equals_the_dense_formula[mean-cosine-cpu]",
+    ),
+    (
+        "step: the bias has the gradient in the scale",
+        "place(call_.dtau_of[k]) + x.at, incoming);",
+        "place(call_.dtau_of[0]) + x.at, incoming);",
+        f"{SIGLIP}test_equals_the_dense_formula[mean-cosine-cpu]",
     ),
     (
         "step: a block without anchors has what an earlier call left as its loss",
@@ -983,9 +1023,15 @@ plant(
     "alphacl_fast/eager.py",
     (
         "eager: a plan of another temperature serves a call",
-        "value, isinstance(temperature, Tensor), cpu._LIBRARY",
-        "isinstance(temperature, Tensor), cpu._LIBRARY",
+        "if value != prepared.plan.temperature:",
+        "if value == prepared.plan.temperature:",
         "tests/test_cpu_step.py::test_prepared_once_and_checked_again",
+    ),
+    (
+        "eager: a backward overwrites what a kept graph reads again",
+        "not _graph_is_kept()",
+        "True",
+        "tests/test_cpu_step.py::test_a_kept_graph_is_differentiated_again[torch.float32]",
     ),
 )
 plant(
@@ -1216,6 +1262,21 @@ plant(
 plant(
     "csrc/cpu/rows.h",
     (
+        "step: a distance pushes its own row nowhere",
+        " - weight * mine[k];",
+        " - 0 * weight * mine[k];",
+        f"{OTHER}[{INFONCE}-euclidean-torch.float64]",
+    ),
+    (
+        "step: the similarity of a positive pair is half of its distance's square",
+        "*pos = dot(rows[1], rows[1], p.dim) / -2;",
+        "*pos = dot(rows[1], rows[1], p.dim) / 2;",
+        f"{OTHER}[{INFONCE}-euclidean-torch.float64]",
+    ),
+)
+plant(
+    "csrc/cpu/rows.h",
+    (
         "positive term: a row is pulled to itself instead of its partner",
         "*partner = rows[1 - view];",
         "*partner = rows[view];",
@@ -1326,6 +1387,7 @@ plant(
 
 # --- the CUDA kernels, emulated -------------------------------------------------------------------
 
+LEFT_OUT_OF_TILES = "tests/test_cuda.py::test_ids_and_gaps_over_several_tiles"
 plant(
     "csrc/cuda/walk.h",
     (
@@ -1333,6 +1395,12 @@ plant(
         "return position < special || (ragged && tile(position) == tiles - 1);",
         "return position < special;",
         cuda(INFONCE),
+    ),
+    (
+        "ids: two rows of one id meet in the other columns of a tile",
+        "bits &= ~(1u << Fragment::number(r, q));",
+        "bits &= ~(1u << Fragment::number(r, 0));",
+        f"{LEFT_OUT_OF_TILES}[{INFONCE}]",
     ),
     (
         "exclusion: neither the anchor itself nor its positive is masked",
@@ -1355,6 +1423,12 @@ plant(
         "sums[DTAU] += y.dtau * (moment - side.baseline);",
         "sums[DTAU] += y.dtau * moment;",
         cuda(THROUGH),
+    ),
+    (
+        "gaps: a column's limit is overlooked in the gradient",
+        "if (a.cols_anchor && side_j.takes(t)) {",
+        "if (a.cols_anchor) {",
+        f"{LEFT_OUT_OF_TILES}[{INFONCE}]",
     ),
     (
         "gradient: the columns' anchors do not weigh",
@@ -1854,5 +1928,238 @@ plant(
         "torch.set_autocast_enabled(kind, False)",
         "pass",
         f"{PLANS}::test_the_device_of_the_views_is_current_during_a_step[False]",
+    ),
+)
+# --- adapters -------------------------------------------------------------------------------------
+
+CONTRACT = "tests/test_contract.py::"
+
+
+def as_theirs(name: str, pairs: int = 11) -> str:
+    return f"{CONTRACT}test_values_and_gradients[{pairs}-{name}]"
+
+
+def odd_calls(name: str, matrix: bool = True) -> str:
+    return f"{CONTRACT}test_odd_calls[pytorch_metric_learning.{name}-{matrix}]"
+
+
+def dtype_of(name: str) -> str:
+    return f"{CONTRACT}test_the_dtype_of_a_loss[{name}]"
+
+
+PML = "pytorch_metric_learning"
+ST = "sentence_transformers"
+OVER_RANKS = f"{CONTRACT}test_processes_share_a_batch_as_theirs_do"
+plant(
+    "alphacl_fast/compat/entry.py",
+    (
+        "a loss in half precision is float32",
+        "        return dtype\n    with torch.no_grad():",
+        "        return torch.promote_types(dtype, torch.float32)\n    with torch.no_grad():",
+        dtype_of("lightly.MACLLoss"),
+    ),
+    (
+        "autocast does not change the dtype of a loss",
+        "return of_logits(row @ row.t()).dtype",
+        "return dtype",
+        dtype_of("lightly.NTXentLoss"),
+    ),
+    (
+        "what a loss does not depend on leaves the graph",
+        "loss = loss + (x * 0).sum().to(loss.device, loss.dtype)",
+        "loss = loss + 0",
+        as_theirs("open_clip.ClipLoss"),
+    ),
+    (
+        "labels that are no integers are rounded",
+        "if not any(x.is_floating_point() for x in labels):",
+        "if True:",
+        f"{COMPAT}test_labels_may_be_any_numbers",
+    ),
+)
+plant(
+    "alphacl_fast/compat/info_nce.py",
+    (
+        "paired negatives: the positive does not count in the sum",
+        "torch.nn.functional.pad(logits, (1, 0)).logsumexp(1)",
+        "logits.logsumexp(1)",
+        as_theirs("info_nce.InfoNCE2"),
+    ),
+    (
+        "unpaired negatives are not normalised",
+        "unit_rows(query), unit_rows(negative_keys.flatten(0, -2))",
+        "unit_rows(query), negative_keys.flatten(0, -2).double()",
+        as_theirs("info_nce.InfoNCE1"),
+    ),
+)
+plant(
+    "alphacl_fast/compat/lightly.py",
+    (
+        "a bank forgets its newest rows",
+        "self.bank_ptr[0] = 0 if end >= self.size[0] else end",
+        "self.bank_ptr[0] = 0",
+        f"{COMPAT}test_lightly_memory_bank",
+    ),
+    (
+        "a bank that this step changes is what the backward sees",
+        "bank = self._bank_on(output.device).clone()",
+        "bank = self._bank_on(output.device)",
+        as_theirs("lightly.NTXentLoss"),
+    ),
+    (
+        "a negative temperature attracts",
+        "sign = 1 if self.temperature > 0 else -1",
+        "sign = 1",
+        as_theirs("lightly.NTXentLoss"),
+    ),
+    (
+        "the weights of positives lose their factor N",
+        "return 2 - len(out0) * similarity.softmax(0)",
+        "return 2 - similarity.softmax(0)",
+        as_theirs("lightly.DCLWLoss"),
+    ),
+    (
+        "weights of one order of the views alone",
+        "self.weight_fn(first, second) + self.weight_fn(second, first)",
+        "2 * self.weight_fn(first, second)",
+        f"{COMPAT}test_weights_of_both_orders",
+    ),
+)
+plant(
+    "alphacl_fast/compat/open_clip.py",
+    (
+        "a process returns the mean of all although its loss is local",
+        'reduction="none" if local else "mean"',
+        'reduction="mean"',
+        OVER_RANKS,
+    ),
+    (
+        "small batches: a row is its own negative",
+        "logits.fill_diagonal_(torch.finfo(logits.dtype).min)",
+        "logits.fill_diagonal_(0.0)",
+        f"{CONTRACT}test_small_batches[open_clip.ClipLoss]",
+    ),
+    (
+        "small batches: no positives",
+        "torch.full_like(logits, -1.0).fill_diagonal_(1.0)",
+        "torch.full_like(logits, -1.0)",
+        f"{CONTRACT}test_small_batches[open_clip.SigLipLoss]",
+    ),
+)
+plant(
+    "alphacl_fast/compat/pairs.py",
+    (
+        "a listed pair counts once, however often it is listed",
+        "ones, accumulate=True)",
+        "ones, accumulate=False)",
+        as_theirs(f"{PML}.NTXentLoss2"),
+    ),
+    (
+        "rows are positives of themselves",
+        "equal.diagonal(rows.start).fill_(False)",
+        "pass",
+        odd_calls("SupConLoss"),
+    ),
+    (
+        "the gradient of a row without pairs is NaN",
+        "x.masked_fill(~kept, torch.finfo(x.dtype).min)",
+        "x.masked_fill(~kept, -torch.inf)",
+        odd_calls("MultiSimilarityLoss"),
+    ),
+    (
+        "circle: weights are no constants of the gradient",
+        "held = t.detach()",
+        "held = t",
+        f"{CONTRACT}test_small_batches[{PML}.CircleLoss0]",
+    ),
+    (
+        "tuplet margin: the angle grows by the margin",
+        ".acos() - margin).cos()",
+        ".acos() + margin).cos()",
+        f"{CONTRACT}test_small_batches[{PML}.TupletMarginLoss0]",
+    ),
+)
+plant(
+    "alphacl_fast/compat/pytorch_metric_learning.py",
+    (
+        "the mean of positive pairs is one of anchors",
+        "losses.sum() / call.positives().clamp(min=1)",
+        "losses.mean()",
+        as_theirs(f"{PML}.NTXentLoss0"),
+    ),
+    (
+        "other rows without labels are no positives",
+        "ref_labels = labels if ref_labels is None else ref_labels",
+        "ref_labels = labels.clone() if ref_labels is None else ref_labels",
+        odd_calls("SupConLoss"),
+    ),
+    (
+        "zero losses enter a mean of losses that are not zero",
+        "counted = ~(losses <= 0)",
+        "counted = ~(losses < 0)",
+        odd_calls("CircleLoss"),
+    ),
+    (
+        "a distance that is no inner product is one",
+        "distance.power != 1 or distance.p != 2",
+        "distance.p != 2",
+        f"{COMPAT}test_powers_of_similarities",
+    ),
+)
+plant(
+    "alphacl_fast/compat/ranking.py",
+    (
+        "hardness is no constant of the gradient",
+        "return grad * ctx.share, None",
+        "return grad, None",
+        as_theirs(f"{ST}.MultipleNegativesRankingLoss1"),
+    ),
+    (
+        "both directions: the positive pair counts once in the joint sum",
+        'positive_pairs = 1 + ("doc_to_query" in sums)',
+        "positive_pairs = 1",
+        as_theirs(f"{ST}.MultipleNegativesRankingLoss1"),
+    ),
+    (
+        "several processes: every one has the first one's positives",
+        "return queries, torch.cat(docs), first",
+        "return queries, torch.cat(docs), 0",
+        OVER_RANKS,
+    ),
+)
+plant(
+    "alphacl_fast/compat/embedding.py",
+    (
+        "guide: the margin has the wrong sign",
+        "positive - width * loss.margin +",
+        "positive + width * loss.margin +",
+        as_theirs(f"{ST}.GISTEmbedLoss0"),
+    ),
+    (
+        "guide: what equals the positive is left out by rounding",
+        "+ 8 * torch.finfo(positive.dtype).eps",
+        "- 8 * torch.finfo(positive.dtype).eps",
+        f"{COMPAT}test_a_guide_keeps_what_equals_the_positive",
+    ),
+    (
+        "guide: of two sums the second replaces the first",
+        "torch.where(some, torch.logaddexp(x, log_b), x)",
+        "torch.where(some, y, x)",
+        as_theirs(f"{ST}.GISTEmbedLoss0"),
+    ),
+    (
+        "a cached loss forgets the directions",
+        'directions=("query_to_doc", "doc_to_query"),',
+        'directions=("query_to_doc",),',
+        as_theirs(f"{ST}.CachedMultipleNegativesSymmetricRankingLoss"),
+    ),
+)
+plant(
+    "alphacl_fast/compat/supcontrast.py",
+    (
+        "one view as anchors: all are",
+        'anchors = len(rows) if self.contrast_mode == "all" else n',
+        "anchors = len(rows)",
+        as_theirs("supcontrast.SupConLoss0"),
     ),
 )

@@ -6,7 +6,7 @@ import numpy as np
 
 from .faults import Unsupported
 from .opcodes import DTYPES, Modifiers, opcode
-from .parse import Vector
+from .parse import Immediate, Vector
 
 _SIZES = ("b16", "b32", "b64")
 _COMPARISONS = {
@@ -32,7 +32,7 @@ def move(m, modifiers: Modifiers, instruction):
 def _pack(m, kind: str, to, source):
     """Between a register and its halves or quarters; the lowest bits come first."""
     whole, parts = (source, to.parts) if isinstance(to, Vector) else (to, source.parts)
-    size = 8 * np.dtype(DTYPES[kind]).itemsize
+    size = 8 * DTYPES[kind].itemsize
     each = size // len(parts)
     if f"b{each}" not in _SIZES:
         raise Unsupported(f"mov of {len(parts)} parts of {kind}")
@@ -108,6 +108,9 @@ def shift(m, modifiers: Modifiers, instruction):
     bits = 8 * out.itemsize
     move_by = np.left_shift if modifiers.name == "shl" else np.right_shift
     signed = kind[0] == "s"
+    if isinstance(instruction.operands[2], Immediate) and count[0] < bits:
+        by = x.dtype.type(count[0])
+        return lambda: m.put(out, move_by(x, by))
 
     def run() -> None:
         near = np.minimum(count, np.uint32(bits - 1)).astype(x.dtype)
@@ -140,21 +143,29 @@ def extract_field(m, modifiers: Modifiers, instruction):
     out, x = (m.value(a, kind) for a in instruction.operands[:2])
     begin, length = (m.value(a, "u32") for a in instruction.operands[2:])
     bits, signed = 8 * out.itemsize, kind[0] == "s"
-    unsigned = out.dtype.str.replace("i", "u")
-
-    def field(value: int, at: int, count: int) -> int:
-        value &= (1 << bits) - 1
-        field = value >> at & (1 << count) - 1
-        sign = value >> min(at + count - 1, bits - 1) & 1 if signed and count else 0
-        have = max(0, min(count, bits - at))
-        return (field | (-sign << have)) & (1 << bits) - 1
 
     def run() -> None:
-        at, count = begin & np.uint32(255), length & np.uint32(255)
-        fields = map(field, x.tolist(), at.tolist(), count.tolist())
-        m.put(out, np.array(list(fields), unsigned).view(out.dtype))
+        at, count = (v.astype(np.int64) & 255 for v in (begin, length))
+        have = np.clip(bits - at, 0, count)  # bits that lie within the register
+        above = _ones(have, bits) ^ _ones(np.full(m.threads, bits), bits)
+        value = x.view(above.dtype)
+        field = np.where(have > 0, value >> np.minimum(at, bits - 1).astype(value.dtype), 0)
+        field &= _ones(have, bits)
+        if signed:
+            last = np.minimum(at + count - 1, bits - 1) % bits
+            sign = (value >> last.astype(value.dtype) & value.dtype.type(1)).astype(bool)
+            field |= np.where(sign & (count > 0), above, 0)
+        m.put(out, field.view(out.dtype))
 
     return run
+
+
+def _ones(count: np.ndarray, bits: int) -> np.ndarray:
+    """Registers whose lowest bits, so many as ``count`` says, are ones; all if it is larger."""
+    dtype = np.dtype(f"u{bits // 8}")
+    near = np.minimum(count, bits - 1).astype(dtype)
+    ones = (dtype.type(1) << near) - dtype.type(1)
+    return np.where(count >= bits, dtype.type(2**bits - 1), ones)
 
 
 @opcode("bfi")
@@ -164,14 +175,11 @@ def insert_field(m, modifiers: Modifiers, instruction):
     begin, length = (m.value(a, "u32") for a in instruction.operands[3:])
     bits = 8 * out.itemsize
 
-    def insert(field: int, into: int, at: int, count: int) -> int:
-        mask = ((1 << count) - 1) << at & (1 << bits) - 1
-        return into & ~mask | field << at & mask
-
     def run() -> None:
-        at, count = begin & np.uint32(255), length & np.uint32(255)
-        values = map(insert, x.tolist(), y.tolist(), at.tolist(), count.tolist())
-        m.put(out, np.array(list(values), out.dtype))
+        at, count = (v.astype(np.int64) & 255 for v in (begin, length))
+        near = np.minimum(at, bits - 1).astype(x.dtype)
+        mask = np.where(at < bits, _ones(count, bits) << near, 0).astype(x.dtype)
+        m.put(out, y & ~mask | x << near & mask)
 
     return run
 

@@ -104,7 +104,12 @@ def run(case: Case, runner: Runner) -> Result:
         with _device(case):
             ours = case.call(case, views, case.backend, case.precision)
         groups = [[*zip(*lists, strict=True)] for lists in zip(ours, truth, strict=True)]
-        errors = [max(_error(a, b) for a, b in group) for group in groups]
+        values, gradients = groups
+        exact = case.mode in ("bf16x3", "fp32", "fp64")
+        errors = [
+            max(_error(a, b) for a, b in values),
+            max(_error(a, b, exact and b.numel() == 1) for a, b in gradients),
+        ]
         same = all(torch.equal(a.isnan(), b.isnan()) for group in groups for a, b in group)
         ok = same and all(e < bound for e, bound in zip(errors, BOUNDS[case.mode], strict=True))
     except Exception as error:  # a fault comes as what the library's caller raises
@@ -117,10 +122,14 @@ def run(case: Case, runner: Runner) -> Result:
     )  # fmt: skip
 
 
-def _error(ours: Tensor, truth: Tensor) -> float:
-    """The relative error of what is not NaN."""
+def _error(ours: Tensor, truth: Tensor, cancels: bool = False) -> float:
+    """The relative error of what is not NaN.
+
+    ``cancels``: of a derivative in τ, which is a sum of terms of order 1. Where they cancel, what
+    is left is no measure of their rounding, which is all the error of an exact arithmetic.
+    """
     known = ~truth.isnan()
-    return relative_error(ours[known], truth[known])
+    return relative_error(ours[known], truth[known], floor=0.1 if cancels else 1e-3)
 
 
 @contextlib.contextmanager
@@ -172,6 +181,7 @@ def _hopper() -> list[Case]:
         replace(case, dim=200, objective="alpha_direct"),
         replace(case, pairs=330, dim=128, multiprocessors=2),  # more tiles than stages
         *_rectangles(case, 104)[:1],
+        replace(case, pairs=40, ids=11),  # no kernel of hopper.h has ids
     ]  # fmt: skip
     many = [
         replace(case, pairs=n, dim=d, objective=o, multiprocessors=p, setting=s)
@@ -213,6 +223,10 @@ def _ampere() -> list[Case]:
             cases += _of_length(replace(one, dim=dim))
         cases += [replace(one, dim=24, pairs=n) for n in (2, 32, 129 if dtype == BF16 else 97)]
         cases += _alone(replace(one, dim=32, pairs=40))
+        kept = replace(one, dim=32, pairs=40, ids=11)
+        # where rounding moves no pair over the limit
+        limits = [] if precision == "tf32" else [{"max_gap": -0.8}]
+        cases += [kept, *(replace(kept, setting=s, objective="alpha_direct") for s in limits)]
         kinds = replace(one, pairs=10, call=calls.every_kind)
         cases += [replace(kinds, dim=dim) for dim in (dims[0], dims[-1])]
     cases += [replace(case, pairs=33, call=calls.every_kind)]  # two tiles: one serves its columns
@@ -231,6 +245,7 @@ def _ampere() -> list[Case]:
         replace(case, dtype=FP32, precision="tf32", pairs=40, nan_row=3),
         replace(case, dtype=FP16, dim=16, pairs=40, nan_row=3, setting=_ROWS),
         *_rectangles(case, 64)[:1],
+        replace(case, dim=32, pairs=40, ids=11, setting={"max_gap": -0.8}),
     ]  # fmt: skip
     return _listed(short, cases)
 

@@ -81,7 +81,7 @@ def _operand(m, operand, kind: str) -> np.ndarray:
 
 
 def _conversion(modifiers: Modifiers, target: str, source: str):
-    dtype, bits = DTYPES[target], 8 * np.dtype(DTYPES[source]).itemsize
+    dtype, bits = DTYPES[target], 8 * DTYPES[source].itemsize
     if source not in _FLOATS and target not in _FLOATS:
         return lambda x: x.astype(dtype)
     if source not in _FLOATS:

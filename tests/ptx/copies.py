@@ -21,7 +21,7 @@ from .parse import Address
 class _Copy:
     threads: np.ndarray
     group: np.ndarray  # of each thread
-    at: np.ndarray  # offsets in shared memory
+    rows: np.ndarray  # of shared memory, as `Shared.locate` counts them
     source: np.ndarray
     count: np.ndarray  # bytes that are read; zeros follow
     size: int
@@ -29,30 +29,29 @@ class _Copy:
 
 @dataclass
 class _TensorCopy:
-    at: np.ndarray  # offset in shared memory of each two bytes
+    rows: np.ndarray  # of 16 bytes of shared memory
     data: np.ndarray
     barrier: int
-    bytes: int
 
 
 class Copies:
     def __init__(self, m) -> None:
         self.m = m
-        self.seed = 0
+        self.seeds = [0] * m.blocks
 
     def reset(self) -> None:
-        self.order = random.Random(self.seed)
+        self.order = [random.Random(seed) for seed in self.seeds]
         self.waiting: list[_Copy] = []
-        self.tensors: list[_TensorCopy] = []
+        self.tensors: list[list[_TensorCopy]] = [[] for _ in self.seeds]  # of each block
         self.committed = np.zeros(self.m.threads, np.int64)
 
     def any(self) -> bool:
-        return bool(self.waiting or self.tensors)
+        return bool(self.waiting) or any(self.tensors)
 
     def finish(self) -> None:
         if self.waiting:
             self.m.report("cp.async under way at the end of the block")
-        if self.tensors:
+        if any(self.tensors):
             self.m.report("tensor copies under way at the end of the block")
 
     # --- cp.async ---
@@ -60,22 +59,23 @@ class Copies:
     def start(self, to: np.ndarray, source: np.ndarray, count: np.ndarray, size: int) -> None:
         m = self.m
         threads = m.active()
-        at = m.shared.locate(to, size)
+        rows = m.shared.locate(to, size, threads)
         if (count > size).any():
             raise m.fault(f"cp.async of {size} bytes reads {count.max()}")
         if (source & np.uint64(size - 1))[count > 0].any():
             raise m.fault("cp.async from a misaligned address")
-        granules = m.shared.granules(at, size)
-        m.shared.writing(granules, threads)
-        m.shared.await_copy(granules, 1)
+        m.shared.writing(rows, size // 2, threads)
+        m.shared.await_copy(rows, size // 2, 1)
         group = self.committed[threads]
-        self.waiting.append(_Copy(threads, group, at, source.copy(), count.copy(), size))
+        self.waiting.append(_Copy(threads, group, rows, source.copy(), count.copy(), size))
 
     def commit(self) -> None:
         self.committed[self.m.index] += 1
 
     def wait(self, pending: int) -> None:
         """All but the last ``pending`` groups of the executing threads arrive."""
+        if not self.waiting:
+            return
         waits = np.zeros(self.m.threads, bool)
         waits[self.m.index] = True
         left = []
@@ -89,18 +89,20 @@ class Copies:
 
     def _arrive(self, copy: _Copy) -> None:
         shared = self.m.shared
-        data = np.zeros((len(copy.at), copy.size), np.uint8)
-        for count in np.unique(copy.count).tolist():
+        data = np.zeros((len(copy.rows), copy.size), np.uint8)
+        for count in {*copy.count.tolist()}:
             lanes = copy.count == count
             data[lanes, :count] = self._bytes(copy.source[lanes], count)
-        granules = shared.granules(copy.at, copy.size)
-        shared.await_copy(granules, -1)
-        shared.view[2][granules] = data.view(np.uint16)
-        shared.wrote(granules, copy.threads)
-        shared.unfenced[granules] = -1  # compilers fence what st.shared wrote, not this
+        g = copy.size // 2
+        shared.await_copy(copy.rows, g, -1)
+        shared.bytes[copy.size][copy.rows] = data
+        shared.wrote(copy.rows, g, copy.threads)
+        shared.unfenced[g][copy.rows] = -1  # compilers fence what st.shared wrote, not this
 
     def _bytes(self, source: np.ndarray, count: int) -> np.ndarray:
         """(lanes, count) bytes of global memory."""
+        if count in (8, 16):
+            return self.m.memory.load(source, 8, count // 8).view(np.uint8)
         each = min(count & -count, 8)  # the largest power of two that divides the count
         parts = [
             self.m.memory.load(source + np.uint64(k), each, 1) for k in range(0, count, each or 1)
@@ -116,40 +118,36 @@ class Copies:
         rows, line = box.shape
         if to % 128 or line != 128:
             raise m.fault("a tensor copy needs aligned lines of 128 bytes")
-        begin = int(m.shared.locate(np.array([to]), 16)[0])
-        m.shared.locate(np.array([to + rows * line - 16]), 16)
-        at = begin + np.arange(0, rows * line, 2)
-        absolute = at + m.shared.BASE
-        swizzled = absolute ^ ((absolute >> 7 & 7) << 4)
-        at = swizzled - m.shared.BASE
-        granules = (at >> 1)[:, None]
-        m.shared.writing(granules, np.full(len(granules), thread))
-        m.shared.await_copy(granules, 1)
+        at = to + np.arange(0, rows * line, 16)
+        threads = np.full(len(at), thread)
+        swizzled = m.shared.locate(at ^ ((at >> 7 & 7) << 4), 16, threads)
+        m.shared.writing(swizzled, 8, threads)
+        m.shared.await_copy(swizzled, 8, 1)
         m.barriers.check_tensor_barrier(thread, barrier)
-        data = np.ascontiguousarray(box).view(np.uint16).ravel()
-        self.tensors.append(_TensorCopy(at, data, barrier, rows * line))
+        copy = _TensorCopy(swizzled, box.reshape(-1, 16), barrier)
+        self.tensors[m.block[thread]].append(copy)
 
     def deliver_one(self) -> bool:
-        """One tensor copy arrives, whichever; False if there is none."""
-        if not self.tensors:
+        """One tensor copy of each block arrives, whichever; False if there is none."""
+        if not any(self.tensors):
             return False
-        copy = self.tensors.pop(self.order.randrange(len(self.tensors)))
-        shared, clocks = self.m.shared, self.m.clocks
-        granules = copy.at >> 1
-        shared.await_copy(granules, -1)
-        shared.view[2][granules] = copy.data
-        shared.state[granules] = 2
-        shared.writer[granules] = self.m.warps
-        shared.when[granules] = clocks.new_copy()
-        shared.unfenced[granules] = -1
-        self.m.barriers.bytes_arrive(copy.barrier, copy.bytes, clocks.copies - 1)
+        for block, (tensors, order) in enumerate(zip(self.tensors, self.order, strict=True)):
+            if tensors:
+                self._deliver(block, tensors.pop(order.randrange(len(tensors))))
         return True
+
+    def _deliver(self, block: int, copy: _TensorCopy) -> None:
+        shared, number = self.m.shared, self.m.clocks.new_copy(block)
+        shared.await_copy(copy.rows, 8, -1)
+        shared.bytes[16][copy.rows] = copy.data
+        shared.copied(copy.rows, number)
+        self.m.barriers.bytes_arrive(block, copy.barrier, copy.data.size, number)
 
 
 def _chosen(copy: _Copy, lanes: np.ndarray) -> _Copy:
     if lanes.all():
         return copy
-    parts = (copy.threads, copy.group, copy.at, copy.source, copy.count)
+    parts = (copy.threads, copy.group, copy.rows, copy.source, copy.count)
     return _Copy(*(part[lanes] for part in parts), copy.size)
 
 
@@ -206,8 +204,9 @@ def _box(m, tensor: tuple, x: int, y: int, height: int) -> np.ndarray:
     base, columns, rows, pitch = tensor
     box = np.zeros((height, 128), np.uint8)
     low, high = max(x, 0), min(x + 64, columns)
-    if high > low:
-        for row in range(max(y, 0), min(y + height, rows)):
-            line = m.memory.bytes_at(base + row * pitch + 2 * low, 2 * (high - low))
-            box[row - y, 2 * (low - x) : 2 * (high - x)] = line
+    first, last = max(y, 0), min(y + height, rows)
+    if high > low and last > first:
+        lines = base + np.arange(first, last) * pitch + 2 * low
+        there = m.memory.lines(lines, 2 * (high - low))
+        box[first - y : last - y, 2 * (low - x) : 2 * (high - x)] = there
     return box

@@ -47,9 +47,9 @@ def interpreted(arch: str, runner: Runner) -> Iterator[None]:
 
     def launch(name, x, y, threads, shared, argument):
         try:
-            machine = runner.machine(known[name.decode()], name.decode(), shared)
-            if threads != machine.threads:
-                raise ValueError(f"{threads} threads of a kernel of {machine.threads}")
+            machine = runner.machine(known[name.decode()], name.decode(), shared, (x, y))
+            if threads != machine.kernel.threads:
+                raise ValueError(f"{threads} threads of a kernel of {machine.kernel.threads}")
             raw = ctypes.string_at(argument, machine.kernel.parameter_bytes)
             machine.memory.clear()
             for buffer in _buffers(machine.kernel.name, raw):
@@ -93,5 +93,6 @@ def _buffers(kernel: str, raw: bytes) -> Iterator[tuple[int, int, str, bool]]:
     for name, elements in zip(names, struct.elements, strict=True):
         address = getattr(struct, name)
         small = half and (name in narrow or (name == "weights" and struct.dtype == Dtype.BFLOAT16))
+        size = 4 if name == "ids" else 2 if small else wide
         if address:
-            yield address, elements * (2 if small else wide), name, name in written
+            yield address, elements * size, name, name in written

@@ -1,15 +1,16 @@
-"""A block of threads that runs a parsed kernel.
+"""Blocks of threads that run a parsed kernel side by side.
 
-Registers are arrays with an element for each thread of the block. Threads at the same instruction
-execute it together, whichever warps they belong to; the group at the lowest instruction goes first
-and stops where other threads wait, so that branches come together again. An instruction that needs
-whole warps waits for its lanes. Whether the order of warps matters is not found by trying orders,
-but by vector clocks (memory.py), which see a race on every schedule.
+Registers are arrays with an element for each thread of the blocks. Threads at the same instruction
+execute it together, whichever warps and blocks they belong to; the group at the lowest instruction
+goes first and stops where other threads wait, so that branches come together again. An instruction
+that needs whole warps waits for its lanes. Whether the order of warps matters is not found by
+trying orders, but by vector clocks (memory.py), which see a race on every schedule.
 """
 
 from __future__ import annotations
 
 import bisect
+import functools
 
 import numpy as np
 
@@ -21,21 +22,56 @@ from .memory import Global, Shared
 from .opcodes import DTYPES, TABLE, WARP, WARPGROUP, Control, Modifiers
 from .parse import Immediate, Instruction, Kernel, Register, Special, Symbol
 
-#: Branches and waits that a block may come to before it is said to loop for ever.
+#: Threads that run side by side, if there are so many blocks.
+AT_ONCE = 2048
+#: Branches and waits that blocks may come to before they are said to loop for ever.
 MOST_TURNS = 1_000_000
 MOST_HAZARDS = 20
 
 
-class Machine:
-    """Decodes a kernel once and runs its blocks one after the other."""
+class _Registers:
+    """Arrays with an element for each thread, many of them next to each other."""
 
-    def __init__(self, kernel: Kernel, shared_bytes: int) -> None:
+    AT_ONCE = 64
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.arrays: dict[int, list[np.ndarray]] = {0: [], 2: [], 4: [], 8: []}
+        self.free: dict[int, list[np.ndarray]] = {0: [], 2: [], 4: [], 8: []}
+
+    def new(self, size: int) -> np.ndarray:
+        """A register of ``size`` bytes; 0: of truth values."""
+        if not self.free[size]:
+            dtype = np.dtype(f"u{size}" if size else bool)
+            made = np.full((self.AT_ONCE, self.threads), NAN.get(size, 0), dtype)
+            self.arrays[size].append(made)
+            self.free[size] = [*reversed(made)]
+        return self.free[size].pop()
+
+    def matrix(self, count: int) -> np.ndarray:
+        """``count`` registers of 4 bytes that lie next to each other."""
+        self.arrays[4].append(np.full((count, self.threads), NAN[4], np.uint32))
+        return self.arrays[4][-1]
+
+    def reset(self) -> None:
+        for size, arrays in self.arrays.items():
+            for array in arrays:
+                array.fill(NAN.get(size, 0))
+
+
+class Machine:
+    """Decodes a kernel once and runs its blocks, as many side by side as ``blocks`` says."""
+
+    def __init__(self, kernel: Kernel, shared_bytes: int, blocks: int = 1) -> None:
         if kernel.threads % 32:
             raise Unsupported(f"{kernel.threads} threads, not a multiple of 32")
-        self.kernel, self.threads, self.warps = kernel, kernel.threads, kernel.threads // 32
+        self.kernel, self.blocks, self.block_warps = kernel, blocks, kernel.threads // 32
+        self.threads, self.warps = blocks * kernel.threads, blocks * self.block_warps
+        self.live_blocks, self.live = blocks, self.threads  # fewer in the last round
         self.number = np.arange(self.threads)
-        self.warp = self.number // 32
+        self.warp, self.block = self.number // 32, self.number // kernel.threads
         self.registers: dict[Register, np.ndarray] = {}
+        self.file = _Registers(self.threads)
         self.constants: dict[tuple[str, str], np.ndarray] = {}
         self.special = self._special()
         self.mask: np.ndarray | None = None  # None: every thread of the block
@@ -43,11 +79,12 @@ class Machine:
         self._groups: list[int] | None = None
         self.parameters = np.zeros(kernel.parameter_bytes, np.uint8)
         self.memory = Global()
-        self.clocks = Clocks(self.warps)
+        self.clocks = Clocks(blocks, self.block_warps)
         codes = {i.opcode for i in kernel.instructions}
         async_proxy = any(c.startswith(("wgmma", "cp.async.bulk")) for c in codes)
         self.shared = Shared(self, shared_bytes, async_proxy)
         self.async_state = copies.Copies(self)
+        self.sums: dict[tuple, np.ndarray] = {}  # accumulators of products
         self.products = products.Products(self)
         self.barriers = synchronise.Barriers(self)
         self.hazards: dict[str, int] = {}
@@ -62,22 +99,29 @@ class Machine:
     def _special(self) -> dict[str, np.ndarray]:
         names = [f"%{name}.{axis}" for name in ("tid", "ctaid", "ntid", "nctaid") for axis in "xyz"]
         special = {name: np.zeros(self.threads, np.uint32) for name in names}
-        special["%tid.x"][:] = self.number
-        special["%ntid.x"][:] = self.threads
+        special["%tid.x"][:] = self.number % self.kernel.threads
+        special["%ntid.x"][:] = self.kernel.threads
         special["%ntid.y"][:] = special["%ntid.z"][:] = 1
         special["%laneid"] = (self.number % 32).astype(np.uint32)
         return special
 
     def register(self, register: Register) -> np.ndarray:
         """The values of a register as unsigned integers, or as truth values."""
-        if register not in self.registers:
-            dtype = {0: np.bool_, 2: np.uint16, 4: np.uint32, 8: np.uint64}[register.bytes]
-            self.registers[register] = np.zeros(self.threads, dtype)
-        return self.registers[register]
+        found = self.registers.get(register)
+        if found is None:
+            found = self.registers[register] = self.file.new(register.bytes)
+        return found
+
+    def side_by_side(self, registers: tuple[Register, ...]) -> np.ndarray | None:
+        """Registers of 4 bytes as a matrix; None where some of them are parts of another one."""
+        if registers not in self.sums and not any(x in self.registers for x in registers):
+            self.sums[registers] = self.file.matrix(len(registers))
+            self.registers.update(zip(registers, self.sums[registers], strict=True))
+        return self.sums.get(registers)
 
     def value(self, operand, kind: str) -> np.ndarray:
         """An operand for all threads: a view of its register, or constants."""
-        dtype = np.dtype(DTYPES[kind])
+        dtype = DTYPES[kind]
         if isinstance(operand, Register):
             found = self.register(operand)
         elif isinstance(operand, Special) and operand.name in self.special:
@@ -91,9 +135,10 @@ class Machine:
         return found.view(dtype)
 
     def _constant(self, operand: Immediate | Symbol, kind: str) -> np.ndarray:
-        dtype, text = np.dtype(DTYPES[kind]), str(operand)
-        if (text, kind) not in self.constants:
-            if isinstance(operand, Symbol):
+        dtype, symbol = DTYPES[kind], isinstance(operand, Symbol)
+        key = operand.name if symbol else operand.text, kind
+        if key not in self.constants:
+            if symbol:
                 number = self.kernel.parameters.get(operand.name, Shared.BASE)
             else:
                 number = literal(operand.text, kind)
@@ -103,8 +148,8 @@ class Machine:
                 number &= (1 << 8 * dtype.itemsize) - 1
                 constant = np.full(self.threads, number, f"u{dtype.itemsize}").view(dtype)
             constant.flags.writeable = False
-            self.constants[text, kind] = constant
-        return self.constants[text, kind]
+            self.constants[key] = constant
+        return self.constants[key]
 
     # --- the threads that execute ---
 
@@ -123,7 +168,8 @@ class Machine:
         return self._groups
 
     def set_mask(self, mask: np.ndarray) -> None:
-        self.mask, self._index = (None, slice(None)) if mask.all() else (mask, None)
+        everyone = mask[: self.live].all()
+        self.mask, self._index = (None, slice(0, self.live)) if everyone else (mask, None)
         self._groups = None
 
     def active(self) -> np.ndarray:
@@ -133,11 +179,14 @@ class Machine:
     def active_warps(self) -> np.ndarray:
         """Numbers of the warps with executing threads."""
         if self.mask is None:
-            return np.arange(self.warps)
+            return np.arange(self.live // 32)
         return np.flatnonzero(self.mask.reshape(-1, 32).any(1))
 
     def put(self, destination: np.ndarray, value: np.ndarray) -> None:
-        """Gives the executing threads their element of ``value``."""
+        """Gives the executing threads their element of ``value``.
+
+        Where all execute, blocks that there are not in the last round get theirs too.
+        """
         if self.mask is None:
             destination[:] = value
         else:
@@ -154,21 +203,42 @@ class Machine:
     # --- decoding ---
 
     def _decode(self) -> None:
-        self.code, self.together, self.controls = [], [], []
-        for number, instruction in enumerate(self.kernel.instructions):
-            self.at = number
-            modifiers = Modifiers(instruction)
-            entry = TABLE[modifiers.name]
-            step = entry.build(self, modifiers, instruction)
-            modifiers.end()
-            if not entry.control and instruction.predicate:
-                step = self._guarded(step, instruction, number, entry.together)
-            watched = self.products.watched(number)
-            self.code.append(self._watched(step, watched) if watched else step)
-            self.together.append(entry.together)
-            self.controls.append(step if entry.control else None)
+        """Decodes the first instruction of each form; others wait until they are executed."""
+        instructions = self.kernel.instructions
+        entries = {i.opcode: TABLE[Modifiers(i).name] for i in instructions}
+        self.code = [functools.partial(self._first, at) for at in range(len(instructions))]
+        self.together = [entries[i.opcode].together for i in instructions]
+        self.controls = [None] * len(instructions)
+        for instruction in instructions:
+            if instruction.opcode.startswith("wgmma.mma_async"):
+                self.side_by_side(instruction.operands[0].parts)
+        forms = set()
+        for at, instruction in enumerate(instructions):
+            form = instruction.form()
+            if entries[instruction.opcode].control or form not in forms:
+                forms.add(form)
+                self._build(at)
         #: by the threads that run together, the next instruction that ends a straight line
         self.stops = [self._next(level) for level in (0, WARP, WARPGROUP)]
+
+    def _build(self, at: int) -> None:
+        instruction = self.kernel.instructions[at]
+        modifiers = Modifiers(instruction)
+        entry = TABLE[modifiers.name]
+        self.at = at
+        step = entry.build(self, modifiers, instruction)
+        modifiers.end()
+        if entry.control:
+            self.controls[at] = step
+        elif instruction.predicate:
+            step = self._guarded(step, instruction, at, entry.together)
+        watched = self.products.watched(at)
+        self.code[at] = self._watched(step, watched) if watched else step
+
+    def _first(self, at: int) -> None:
+        """An instruction that is executed for the first time."""
+        self._build(at)
+        self.code[at]()
 
     def _guarded(self, step, instruction: Instruction, number: int, together: int):
         predicate, negated = self.value(instruction.predicate, "pred"), instruction.negated
@@ -176,7 +246,7 @@ class Machine:
         def run() -> None:
             mask, index = self.mask, self._index
             chosen = ~predicate if negated else predicate
-            chosen = chosen.copy() if mask is None else chosen & mask
+            chosen = chosen & (self.number < self.live if mask is None else mask)
             if chosen.any():
                 self.executed[number] = True
                 self.set_mask(chosen)
@@ -206,16 +276,17 @@ class Machine:
 
     # --- running ---
 
-    def run(self, block: tuple[int, int], grid: tuple[int, int]) -> None:
-        """Runs one block from its first instruction until all threads have left."""
+    def run(self, blocks: list[tuple[int, int]], grid: tuple[int, int]) -> None:
+        """Runs blocks from the first instruction until all threads have left."""
+        self.live_blocks, self.live = len(blocks), len(blocks) * self.kernel.threads
         for axis, k in (("x", 0), ("y", 1)):
-            self.special[f"%ctaid.{axis}"][:] = block[k]
+            numbers = np.array([block[k] for block in blocks])
+            self.special[f"%ctaid.{axis}"][: self.live] = numbers.repeat(self.kernel.threads)
             self.special[f"%nctaid.{axis}"][:] = grid[k]
         self.special["%nctaid.z"][:] = 1
-        for register in self.registers.values():
-            register[:] = 0 if register.dtype == bool else NAN[register.itemsize]
+        self.file.reset()
         self.pc, self.turns = np.zeros(self.threads, np.int64), 0
-        self.exited = np.zeros(self.threads, bool)
+        self.exited = self.number >= self.live
         for part in (self.clocks, self.shared, self.async_state, self.products, self.barriers):
             part.reset()
         with np.errstate(all="ignore"):
@@ -237,7 +308,7 @@ class Machine:
         some = warps.any(1)
         if not (some == warps.all(1)).all():
             return 0
-        if self.warps % 4:
+        if self.block_warps % 4:
             return WARP
         groups = some.reshape(-1, 4)
         return WARPGROUP if (groups.any(1) == groups.all(1)).all() else WARP
@@ -259,7 +330,12 @@ class Machine:
         """Of these threads the whole warps or warpgroups; threads that have left do not count."""
         size = 32 if self.together[at] == WARP else 128
         whole = (mask | self.exited).reshape(-1, size).all(1).repeat(size)
-        left = whole & self.exited & mask.reshape(-1, size).any(1).repeat(size)
+        left = (
+            whole
+            & self.exited
+            & (self.number < self.live)
+            & mask.reshape(-1, size).any(1).repeat(size)
+        )
         if left.any() and not self.kernel.instructions[at].opcode.startswith("bar"):
             self.at = at
             raise self.fault("lanes have left that this instruction needs")
@@ -314,11 +390,11 @@ class Machine:
 
     def _straight(self, begin: int, end: int, warps: int) -> None:
         self._count(begin, end, warps)
-        code = self.code
+        code, products, skip = self.code, self.products, self.products.skip
         for at in range(begin, end):
             self.at = at
-            if self.products.in_flight:
-                self.products.check(at)
+            if products.in_flight and not skip[at]:
+                products.check(at)
             code[at]()
 
     def coverage(self) -> np.ndarray:

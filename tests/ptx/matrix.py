@@ -48,11 +48,10 @@ class _Matrices:
         self.where = address(m, memory, "u32")
 
     def rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """The lanes that give addresses, and the granules of the row that each of them gives."""
+        """The lanes that give addresses, and the row of shared memory that each of them gives."""
         active = self.m.active()
-        threads = active[active % 32 < 8 * self.count]
-        at = self.m.shared.locate(self.where()[threads], 16)
-        return threads, self.m.shared.granules(at, 16)
+        threads = active if self.count == 4 else active[active % 32 < 8 * self.count]
+        return threads, self.m.shared.locate(self.where()[threads], 16, threads)
 
 
 @opcode("ldmatrix.sync.aligned", together=WARP)
@@ -60,12 +59,12 @@ def load_matrices(m, modifiers: Modifiers, instruction):
     form = _Matrices(m, modifiers, instruction, *instruction.operands)
 
     def run() -> None:
-        threads, granules = form.rows()
-        m.shared.reading(granules, threads)
-        m.shared.log.append((m.warp[threads], granules))
-        rows = m.shared.view[2][granules].reshape(-1, form.count, 8, 8)
-        rows = np.ascontiguousarray(rows.swapaxes(2, 3) if form.transposed else rows)
-        words = rows.view(np.uint32).reshape(-1, form.count, 32)
+        threads, rows = form.rows()
+        m.shared.reading(rows, 8, threads)
+        m.shared.log.append((threads, rows, 8))
+        values = m.shared.values[2, 8][rows].reshape(-1, form.count, 8, 8)
+        values = np.ascontiguousarray(values.swapaxes(2, 3) if form.transposed else values)
+        words = values.view(np.uint32).reshape(-1, form.count, 32)
         for k, register in enumerate(form.registers):
             register[m.index] = words[:, k].ravel()
 
@@ -77,21 +76,21 @@ def store_matrices(m, modifiers: Modifiers, instruction):
     form = _Matrices(m, modifiers, instruction, *reversed(instruction.operands))
 
     def run() -> None:
-        threads, granules = form.rows()
+        threads, rows = form.rows()
         words = np.stack([x[m.index].reshape(-1, 32) for x in form.registers], axis=1)
-        rows = np.ascontiguousarray(words).view(np.uint16).reshape(-1, form.count, 8, 8)
-        values = (rows.swapaxes(2, 3) if form.transposed else rows).reshape(-1, 8)
-        m.shared.writing(granules, threads, values)
-        m.shared.view[2][granules] = values
-        m.shared.wrote(granules, threads)
+        halves = np.ascontiguousarray(words).view(np.uint16).reshape(-1, form.count, 8, 8)
+        values = (halves.swapaxes(2, 3) if form.transposed else halves).reshape(-1, 8)
+        m.shared.writing(rows, 8, threads, values)
+        m.shared.values[2, 8][rows] = values
+        m.shared.wrote(rows, 8, threads)
         # the lane that holds an element has written it, not the one that gives the address
         lanes = np.arange(32).reshape(8, 4).repeat(2, axis=1)
         lanes = lanes.T if form.transposed else lanes
         warps = threads.reshape(-1, form.count, 8) // 32 * 32
-        writers = warps[:, :, :1, None] + lanes
-        m.shared.thread[granules] = writers.reshape(-1, 8)
+        writers = (warps[:, :, :1, None] + lanes).reshape(-1, 8)
+        m.shared.thread[8][rows] = writers
         if m.shared.async_proxy:
-            m.shared.unfenced[granules] = writers.reshape(-1, 8)
+            m.shared.unfenced[8][rows] = writers
 
     return run
 

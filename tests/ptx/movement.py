@@ -26,7 +26,7 @@ def address(m, operand: Address, kind: str):
         constant = np.full(m.threads, int(base.text, 0) + operand.offset, dtype)
         return lambda: constant
     found = m.value(base, "u64" if base.bytes == 8 else "u32")
-    offset = dtype(operand.offset & (1 << 8 * np.dtype(dtype).itemsize) - 1)
+    offset = dtype.type(operand.offset & (1 << 8 * dtype.itemsize) - 1)
     if found.dtype == dtype:
         return (lambda: found + offset) if operand.offset else (lambda: found)
     return lambda: found.astype(dtype) + offset
@@ -39,7 +39,7 @@ class _Target:
         self.m, self.sink = m, register is None
         if self.sink:
             return
-        self.dtype = np.dtype(DTYPES[kind])
+        self.dtype = DTYPES[kind]
         self.register = m.register(register)
         if self.register.dtype == bool or self.register.itemsize < self.dtype.itemsize:
             raise Unsupported(f"{kind} into {register.name}")
@@ -47,7 +47,7 @@ class _Target:
         self.wide = self.register.view(f"{'i' if signed else 'u'}{self.register.itemsize}")
 
     def put(self, bits: np.ndarray) -> None:
-        """``bits`` (executing threads) are unsigned, of the type's width."""
+        """``bits``, of the executing threads or of all, are unsigned, of the type's width."""
         if not self.sink:
             values = bits.view(f"i{bits.itemsize}") if self.dtype.kind == "i" else bits
             self.wide[self.m.index] = values
@@ -75,7 +75,9 @@ def load(m, modifiers: Modifiers, instruction):
         raise Unsupported(instruction.text)
     targets = [_Target(m, part, kind) for part in _parts(to)]
     _shape(modifiers, targets)
-    each, count = np.dtype(DTYPES[kind]).itemsize, len(targets)
+    each, count = DTYPES[kind].itemsize, len(targets)
+    if space == "param" and isinstance(source.base, Symbol):
+        return _parameter(m, source, targets, each)
     where = address(m, source, "u32" if space == "shared" else "u64")
     fetch = {"param": _parameters(m), "global": m.memory.load, "shared": m.shared.load}[space]
 
@@ -83,6 +85,20 @@ def load(m, modifiers: Modifiers, instruction):
         values = fetch(where()[m.index], each, count)
         for k, target in enumerate(targets):
             target.put(values[:, k])
+
+    return run
+
+
+def _parameter(m, source: Address, targets: list[_Target], each: int):
+    """A load from the same place for all threads."""
+    begin, size = m.kernel.parameters[source.base.name] + source.offset, each * len(targets)
+    if begin < 0 or begin + size > len(m.parameters) or begin % size:
+        raise m.fault("parameter out of bounds or misaligned")
+    values = m.parameters[begin : begin + size].view(f"u{each}")
+
+    def run() -> None:
+        for target, value in zip(targets, values, strict=True):
+            target.put(value)
 
     return run
 
@@ -107,7 +123,7 @@ def store(m, modifiers: Modifiers, instruction):
             pass
     parts = _parts(instruction.operands[1])
     _shape(modifiers, parts)
-    each = np.dtype(DTYPES[kind]).itemsize
+    each = DTYPES[kind].itemsize
     sources = [_source(m, part, each) for part in parts]
     where = address(m, instruction.operands[0], "u32" if space == "shared" else "u64")
     write = m.memory.store if space == "global" else m.shared.store

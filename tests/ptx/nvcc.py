@@ -1,21 +1,25 @@
 """Compiles csrc/cuda to PTX, and to a library whose launches `runtime.cpp` hands over.
 
-One object for each dtype holds both: the host code that chooses kernels, and their PTX as plain
-text. ptxas has no part in it. Objects are kept in build/cuda under a hash of what they are made
-from, so a second run compiles nothing.
+The objects of the library for GPUs hold both where they have been compiled: the host code that
+chooses kernels, and PTX for sm_80, which cuobjdump prints. Where they have not, an object for each
+dtype is compiled without ptxas. PTX for sm_90a is in no library, so it is compiled in any case.
+What is compiled here is kept in build/cuda under a hash of what it is made from, so a second run
+compiles nothing.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import re
 import shutil
 from pathlib import Path
 
 from tools import build_cuda as build
+from tools import cuda_resources
 
-#: Architectures of the PTX in the objects: bfloat16 rows alone have kernels for sm_90a.
-ARCHITECTURES = {"BFLOAT16": ("80", "90a")}
+#: The dtype whose rows have kernels for sm_90a.
+HOPPER = "BFLOAT16"
 RUNTIME = "../../tests/ptx/runtime.cpp"  # beside csrc/cuda
 
 
@@ -30,45 +34,73 @@ def missing() -> str | None:
     return None
 
 
-def _jobs() -> list[build.Object]:
-    compiler, host = build.nvcc(), [f"-Xcompiler={flag}" for flag in build.COMMON[1:]]
-    flags = [build.COMMON[0], "-O3", *host, "--no-compress"]
-    jobs = []
-    for dtype in build.DTYPES:
-        codes = [
-            flag
-            for arch in ARCHITECTURES.get(dtype, ("80",))
-            for flag in ("-gencode", f"arch=compute_{arch},code=compute_{arch}")
-        ]
-        command = (*compiler, *flags, *codes, f"-DALPHACL_DTYPE={dtype}")
-        jobs.append(build.Object(f"ptx_{dtype}", command, "kernels.cu"))
-    jobs.append(build.driver([*build.COMMON, "-O1"], "PTX", "ptx_"))
-    jobs.append(build.Object("ptx_runtime", (*compiler, build.COMMON[0], *host), RUNTIME))
-    return jobs
+def _of_library() -> dict[str, Path]:
+    """Objects of the library for GPUs that are there and hold PTX for sm_80, by dtype."""
+    try:
+        cuda_resources.cuobjdump()
+    except RuntimeError:
+        return {}
+    jobs = build.kernel_jobs(build.nvcc())[0]
+    holding = [
+        job for job in jobs if any(re.search(r"code=.*compute_80\b", x) for x in job.command)
+    ]
+    return {job.name: build.target(job) for job in holding if build.target(job).exists()}
+
+
+def _host_flags() -> list[str]:
+    return [f"-Xcompiler={flag}" for flag in build.COMMON[1:]]
+
+
+def _with_text(dtype: str, arch: str) -> build.Object:
+    """An object that holds PTX as plain text, and host code."""
+    flags = [build.COMMON[0], "-O3", *_host_flags(), "--no-compress"]
+    code = ["-gencode", f"arch=compute_{arch},code=compute_{arch}"]
+    command = (*build.nvcc(), *flags, *code, f"-DALPHACL_DTYPE={dtype}")
+    return build.Object(f"ptx_{dtype}_{arch}", command, "kernels.cu")
 
 
 @functools.cache
-def objects() -> tuple[Path, dict[str, Path]]:
-    """The library, and the objects with the PTX of each dtype."""
-    jobs = _jobs()
-    link = [*build.host_compiler(), "-shared", "-pthread", "-Wl,-Bsymbolic"]
+def objects() -> tuple[Path, dict[tuple[str, str], Path]]:
+    """The library, and the objects with PTX by dtype and architecture, such as 80 or 90a."""
+    there = _of_library()
+    own = {(dtype, "80"): _with_text(dtype, "80") for dtype in build.DTYPES if dtype not in there}
+    hopper = _with_text(HOPPER, "90a")  # is read only: its host code is in another object
+    runtime = (*build.nvcc(), build.COMMON[0], *_host_flags())
+    jobs = [
+        *own.values(),
+        build.driver([*build.COMMON, "-O1"], "PTX", "ptx_"),
+        build.Object("ptx_runtime", runtime, RUNTIME),
+    ]
+    link = [*build.host_compiler(), *map(str, there.values()), "-shared", "-pthread"]
+    link.append("-Wl,-Bsymbolic")
     text = "\0".join([*map(build.key, jobs), *link])
     output = build.cache() / f"ptx-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
     with build.locked("ptx"):
-        targets = {job.name: build.target(job) for job in jobs}
-        if not output.exists() or not all(file.exists() for file in targets.values()):
+        if not output.exists() or not all(build.target(job).exists() for job in jobs):
             build.assemble(jobs, link, output)
             build.forget(build.cache().glob("ptx-*.so"))
-    return output, {d: targets[f"ptx_{d}"] for d in build.DTYPES}
+        build.compiled_object(hopper)
+    files = {(dtype, "80"): file for dtype, file in there.items()}
+    files |= {known: build.target(job) for known, job in own.items()}
+    return output, {**files, (HOPPER, "90a"): build.target(hopper)}
 
 
 @functools.cache
 def texts(dtype: str) -> dict[str, str]:
     """The PTX of a dtype's kernels by architecture, such as 80 or 90a."""
-    data = objects()[1][dtype].read_bytes()
-    found, at = {}, data.find(b"\n.version ")
-    while at >= 0:
-        text = data[at : data.index(b"\0", at)].decode()
-        found[text.split(".target sm_")[1].split()[0].rstrip(",")] = text
-        at = data.find(b"\n.version ", at + len(text))
-    return found
+    files = {arch: file for (name, arch), file in objects()[1].items() if name == dtype}
+    return {arch: _printed(file) if file in _of_library().values() else _plain(file)
+            for arch, file in files.items()}  # fmt: skip
+
+
+def _plain(file: Path) -> str:
+    """The PTX that an object holds as it is."""
+    data = file.read_bytes()
+    at = data.index(b"\n.version ")
+    return data[at : data.index(b"\0", at)].decode()
+
+
+def _printed(file: Path) -> str:
+    """The PTX for sm_80 of an object that holds it compressed, beside machine code."""
+    parts = build.run([cuda_resources.cuobjdump(), "-ptx", str(file)]).split("\nFatbin ")
+    return next(part[part.index("\n.version ") :] for part in parts if "\n.target sm_80" in part)

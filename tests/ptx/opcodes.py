@@ -8,6 +8,7 @@ modifier unread has not understood the instruction: that is an error.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,13 +17,14 @@ import numpy as np
 from .faults import Unsupported
 from .parse import Instruction
 
-DTYPES = {
+_SCALARS = {
     "pred": np.bool_, "u8": np.uint8, "b8": np.uint8, "s8": np.int8,
     "u16": np.uint16, "b16": np.uint16, "s16": np.int16, "f16": np.uint16, "bf16": np.uint16,
     "u32": np.uint32, "b32": np.uint32, "s32": np.int32, "f32": np.float32,
     "f16x2": np.uint32, "bf16x2": np.uint32, "tf32": np.uint32,
     "u64": np.uint64, "b64": np.uint64, "s64": np.int64, "f64": np.float64,
 }  # fmt: skip
+DTYPES = {name: np.dtype(scalar) for name, scalar in _SCALARS.items()}
 
 #: Where the parameters of a kernel are as generic addresses.
 PARAMETERS = 0x5_0000_0000
@@ -67,16 +69,25 @@ def opcode(*names: str, together: int = ALONE, control: bool = False) -> Callabl
     return register
 
 
+@functools.cache
+def _name(text: str) -> str | None:
+    """The opcode of the table that an instruction's text begins with; the longest."""
+    parts = text.split(".")
+    names = (".".join(parts[:k]) for k in range(len(parts), 0, -1))
+    return next((name for name in names if name in TABLE), None)
+
+
 class Modifiers:
     """What stands after an opcode, which a builder takes piece by piece."""
 
     def __init__(self, instruction: Instruction) -> None:
         self.text = instruction.opcode
-        parts = self.text.split(".")
-        length = next((k for k in range(len(parts), 0, -1) if ".".join(parts[:k]) in TABLE), None)
-        if length is None:
+        name = _name(self.text)
+        if name is None:
             raise Unsupported(f"opcode {instruction.text}")
-        self.name, self.left = ".".join(parts[:length]), parts[length:]
+        self.name, self.left = name, self.text[len(name) + 1 :].split(".")
+        if self.text == name:
+            self.left.clear()
 
     def one(self, *names: str) -> str:
         """The modifier among ``names`` that is there, "" if none is."""

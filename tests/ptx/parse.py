@@ -6,7 +6,9 @@ asked for is parsed, because a file of nvcc has dozens of them.
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from .faults import Unsupported
@@ -15,9 +17,9 @@ from .faults import Unsupported
 _WIDTHS = {"pred": 0, "8": 1, "16": 2, "32": 4, "64": 8}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one object for a register of a kernel
 class Register:
-    name: str  # unique in the kernel: registers of inner scopes carry the scope's number
+    name: str  # registers of inner scopes carry the scope's number
     bytes: int  # 0 for predicates
 
 
@@ -71,6 +73,11 @@ class Instruction:
             return set()
         return set(_registers_of(self.operands[0]))
 
+    def form(self) -> tuple:
+        """The same for all instructions that differ in registers, floats and addresses alone."""
+        forms = tuple(map(_form, self.operands)) if self.target < 0 else ()
+        return self.opcode, self.predicate is None, forms
+
     def registers(self) -> set[Register]:
         found = {self.predicate} - {None}
         for operand in self.operands:
@@ -80,6 +87,20 @@ class Instruction:
 
 _WRITES_NOTHING = ("st", "bra", "brx", "ret", "exit", "bar", "cp.", "fence", "setmaxnreg",
                    "mbarrier.init", "mbarrier.arrive", "wgmma.fence", "wgmma.commit")  # fmt: skip
+
+
+def _form(operand) -> Hashable:
+    if isinstance(operand, Register):
+        return operand.bytes
+    if isinstance(operand, Immediate):
+        return "float" if operand.text[:2].lower() in ("0f", "0d") else operand.text
+    if isinstance(operand, Vector):
+        return tuple(map(_form, operand.parts))
+    if isinstance(operand, Pair):
+        return operand.first is None, operand.second is None
+    if isinstance(operand, Address):
+        return type(operand.base), tuple(map(_form, operand.coordinates))
+    return operand
 
 
 def _registers_of(operand):
@@ -137,6 +158,7 @@ def parse(ptx: str, name: str) -> Kernel:
     return Kernel(name, int(threads[1]), parameters, at, instructions, ptx)
 
 
+@functools.lru_cache(256)
 def _function(ptx: str, pattern: str) -> tuple[str, str]:
     """The text before a function's braces and the text between them, without comments."""
     found = re.search(pattern, ptx)
@@ -157,10 +179,25 @@ _ADDRESS = re.compile(r"([%\w$]+)\s*(?:\+\s*(-?\d+))?$")
 
 
 class _Scope(dict):
-    """Names that a pair of braces declares; `number` tells scopes apart."""
+    """Names that a pair of braces declares, with their registers; `number` tells scopes apart.
+
+    Of a declared range such as %r<90> a register is made when its name is first met.
+    """
 
     def __init__(self, number: int) -> None:
         self.number = number
+        self.ranges: dict[str, tuple[int, int]] = {}  # count and width by the names' beginning
+        self.operands: dict[str, object] = {}  # texts that have been read in this scope
+
+    def find(self, name: str) -> Register | None:
+        """The register of that name, None if it is declared elsewhere."""
+        found = self.get(name)
+        if found is None and self.ranges:
+            digits = len(name) - len(name.rstrip("0123456789"))
+            count, width = self.ranges.get(name[: len(name) - digits], (0, 0))
+            if digits and int(name[-digits:]) < count:
+                found = self[name] = Register(f"{name}@{self.number}", width)
+        return found
 
 
 class _Reader:
@@ -245,15 +282,19 @@ class _Reader:
 
     def _declare(self, name: str, width: int) -> None:
         scope = self.scopes[-1]
+        scope.operands.clear()  # the name may have meant a register of an outer scope
         ranged = re.match(r"(%\w+?)<(\d+)>$", name)
         if ranged:
-            for k in range(int(ranged[2])):
-                scope[f"{ranged[1]}{k}"] = Register(f"{ranged[1]}{k}@{scope.number}", width)
+            scope.ranges[ranged[1]] = int(ranged[2]), width
         else:
             scope[name] = Register(f"{name}@{scope.number}", width)
 
     def _register(self, name: str) -> Register | None:
-        return next((scope[name] for scope in reversed(self.scopes) if name in scope), None)
+        for scope in reversed(self.scopes):
+            found = scope.find(name)
+            if found is not None:
+                return found
+        return None
 
     def _add(self, opcode, rest, predicate, negated, text, origin) -> None:
         if opcode in ("call.uni", "call"):
@@ -295,7 +336,13 @@ class _Reader:
         self.scopes.pop()
 
     def operand(self, text: str):
-        text = text.strip()
+        """An operand that stands in the innermost scope."""
+        known = self.scopes[-1].operands
+        if text not in known:
+            known[text] = self._operand(text.strip())
+        return known[text]
+
+    def _operand(self, text: str):
         if text.startswith("{"):
             return Vector(tuple(map(self.operand, split(text[1:-1]))))
         if text.startswith("["):
@@ -324,8 +371,13 @@ def _move(opcode: str, operands: tuple) -> tuple[str, tuple]:
     return f"mov.{kind}", tuple(values)
 
 
+_BRACKET = re.compile(r"[\[{(]")
+
+
 def split(text: str) -> list[str]:
     """Operands between commas that no bracket encloses."""
+    if not _BRACKET.search(text):
+        return [x for x in map(str.strip, text.split(",")) if x]
     parts, depth, begin = [], 0, 0
     for k, c in enumerate(text):
         if c in "{[(":

@@ -27,7 +27,7 @@ class _Product:
     accumulators: frozenset
     left: frozenset
     group: int
-    granules: list[tuple[np.ndarray, np.ndarray]]  # with the warps that read them
+    reads: list[tuple[np.ndarray, np.ndarray]]  # warps and rows of 16 bytes, for `Shared.remember`
 
 
 class Products:
@@ -35,16 +35,19 @@ class Products:
 
     def __init__(self, m) -> None:
         self.m, self.groups = m, max(1, m.warps // 4)
-        self.operands, self.skip = set(), []
+        instructions = m.kernel.instructions
+        self.operands = set()
+        self.skip = [True] * len(instructions)  # those that no product can mind
         self.written, self.touched = [], []
-        for instruction in m.kernel.instructions:
+        for instruction in instructions:
             if instruction.opcode.startswith("wgmma.mma_async"):
                 for operand in instruction.operands[:2]:
                     self.operands.update(getattr(operand, "parts", ()))
-        for instruction in m.kernel.instructions:
-            self.skip.append(instruction.opcode.startswith("wgmma"))
-            self.written.append(frozenset(instruction.written()))
-            self.touched.append(frozenset(instruction.registers()))
+        if self.operands:
+            for at, instruction in enumerate(instructions):
+                self.written.append(self.operands & instruction.written())
+                self.touched.append(self.operands & instruction.registers())
+                self.skip[at] = not self.touched[at] or instruction.opcode.startswith("wgmma")
 
     def reset(self) -> None:
         self.queue: list[list[_Product]] = [[] for _ in range(self.groups)]
@@ -59,7 +62,7 @@ class Products:
         """
         if self.skip[at] or self.m.kernel.instructions[at].opcode.startswith("mov."):
             return frozenset()
-        return self.touched[at] & self.operands
+        return frozenset(self.touched[at])
 
     def touch(self, registers: frozenset) -> None:
         for group in self.m.groups:
@@ -67,8 +70,6 @@ class Products:
 
     def check(self, at: int) -> None:
         """An instruction leaves the registers of products under way alone."""
-        if self.skip[at]:
-            return
         for group in self.m.groups:
             for product in self.queue[group]:
                 if not product.accumulators.isdisjoint(self.touched[at]):
@@ -95,50 +96,46 @@ class Products:
             self.committed[group] += 1
 
     def wait(self, pending: int) -> None:
-        shared, clocks = self.m.shared, self.m.clocks
+        shared = self.m.shared
         for group in self.m.groups:
             done = [p for p in self.queue[group] if p.group < self.committed[group] - pending]
             self.queue[group] = [p for p in self.queue[group] if p not in done]
             for product in done:
-                for granules, warps in product.granules:
-                    shared.operand[granules] -= 1
-                    shared.reads[warps[:, None], granules] = clocks.now(warps)[:, None]
-                    shared.any_reads = True
+                for warps, rows in product.reads:
+                    shared.operand[8][rows] -= 1
+                    shared.remember(warps, rows, 8)
         self.in_flight = any(self.queue)
 
-    def issue(self, group: int, accumulators: frozenset, a: frozenset, granules: list) -> None:
+    def issue(self, group: int, accumulators: frozenset, a: frozenset, reads: list) -> None:
         if self.unordered[group] & (accumulators | a):
             self.m.report("wgmma without a fence since its registers were used")
         for product in self.queue[group]:
             if product.accumulators != accumulators and product.accumulators & accumulators:
                 self.m.report("wgmma on accumulators that overlap others under way")
-        self.queue[group].append(_Product(accumulators, a, self.committed[group], granules))
+        self.queue[group].append(_Product(accumulators, a, self.committed[group], reads))
         self.in_flight = True
 
 
 @functools.lru_cache(4096)
-def places(descriptor: int, size: tuple[int, int], transposed: bool, item: int, row: int):
-    """Addresses (MN, K) of an operand in shared memory, from row ``row`` on.
+def places(descriptor: int, size: int, transposed: bool, item: int) -> np.ndarray:
+    """Addresses of the 16 bytes that an operand of (``size``, K) consists of, where K is 32 bytes.
 
-    The canonical layouts of the PTX manual: eight rows of a swizzle's width after one another, the
-    stride offset from one such group to the next along K (transposed) or MN.
+    (MN, 2) along K, or transposed (K, MN / 8) along MN. The canonical layouts of the PTX manual:
+    eight rows of a swizzle's width after one another, the stride offset from one such group to the
+    next along K (transposed) or MN.
     """
     if descriptor >> 49 & 7:
         raise Unsupported("base offset of a matrix descriptor")
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
     width, bits = _SWIZZLES[descriptor >> 62]
-    mn, k = np.arange(row, row + size[0])[:, None], np.arange(size[1])[None, :]
-    if width == 16:
-        if transposed:
+    if transposed:
+        if width == 16:
             raise Unsupported("a transposed operand without swizzle")
-        at = mn // 8 * stride + mn % 8 * 16 + k * item // 16 * leading + k * item % 16
-    elif not transposed:
-        if size[1] * item > width:
-            raise Unsupported("a step along K wider than the swizzle")
-        at = mn // 8 * stride + mn % 8 * width + k * item
-    else:
-        per = width // item
+        mn, k, per = np.arange(0, size, 8)[None, :], np.arange(16)[:, None], width // item
         at = mn // per * leading + mn % per * item + k // 8 * stride + k % 8 * width
+    else:
+        mn, half = np.arange(size)[:, None], np.arange(2)[None, :]
+        at = mn // 8 * stride + mn % 8 * width + half * (leading if width == 16 else 16)
     at = at + start
     return at ^ ((at >> 7 & bits) << 4)
 
@@ -166,6 +163,8 @@ class _Multiply:
         self.a_transposed = bool(flags[2]) if layouts == 2 else False
         self.b_transposed = bool(flags[-1]) if layouts else False
         self.to = [m.value(x, "f32") for x in to.parts]
+        sums = m.side_by_side(to.parts)
+        self.sums = None if sums is None else sums.view(np.float32)
         self.a = [m.value(x, "b32") for x in a.parts] if self.in_registers else m.value(a, "b64")
         self.b = m.value(b, "b64")
         constant = isinstance(add, Immediate)
@@ -184,57 +183,64 @@ class _Multiply:
         return int(found[0])
 
     def run(self, group: int, threads: slice) -> None:
-        granules, warps = [], np.arange(4 * group, 4 * group + 4)
-        b, used = self.shared(
-            self.uniform(self.b, threads), self.columns, self.b_transposed, 0, warps
-        )
-        granules.append((used, warps))
+        warps = np.arange(4 * group, 4 * group + 4)
+        b, rows = self.shared(group, self.uniform(self.b, threads), self.columns, self.b_transposed)
+        self.m.shared.reading_operand(rows.ravel(), warps)
+        reads = [(warps[:, None], rows.ravel())]
         if self.in_registers:
             values = np.array([x[threads] for x in self.a]).reshape(4, 4, 8, 4)
             a = left(elements(values, self.kind), 2).reshape(64, self.depth)
         else:
-            descriptor = self.uniform(self.a, threads)
-            parts = []
-            for k, warp in enumerate(warps):
-                part, used = self.shared(
-                    descriptor, 16, self.a_transposed, 16 * k, warps[k : k + 1]
-                )
-                parts.append(part)
-                granules.append((used, np.array([warp])))
-            a = np.concatenate(parts)
+            a, rows = self.shared(group, self.uniform(self.a, threads), 64, self.a_transposed)
+            # each warp reads sixteen rows of A
+            parts = rows.reshape(16, 4, 2).swapaxes(0, 1) if self.a_transposed else rows
+            parts = parts.reshape(4, 32)
+            for warp, part in zip(warps, parts, strict=True):
+                self.m.shared.reading_operand(part, warps=np.array([warp]))
+            reads.append((warps[:, None], parts))
+        for _, rows in reads:
+            self.check(rows)
         product = a.astype(np.float64) @ b.astype(np.float64).T  # (64, N)
         split = product.reshape(4, 2, 8, self.columns // 8, 4, 2).transpose(3, 1, 5, 0, 2, 4)
         total = split.reshape(self.columns // 2, 128)
         if self.uniform(self.add, threads):
-            total = total + np.array([x[threads] for x in self.to])
+            total = total + self.before(threads)
         total = canonical(total.astype(np.float32))
-        for register, values in zip(self.to, total, strict=True):
-            register[threads] = values
-        self.m.products.issue(group, self.accumulators, self.a_registers, granules)
+        if self.sums is not None:
+            self.sums[:, threads] = total
+        else:
+            for register, values in zip(self.to, total, strict=True):
+                register[threads] = values
+        self.m.products.issue(group, self.accumulators, self.a_registers, reads)
 
-    def shared(self, descriptor: int, count: int, transposed: bool, row: int, warps: np.ndarray):
-        """An operand (count, K) in shared memory and the granules that it is in."""
+    def before(self, threads: slice) -> np.ndarray:
+        """What is in the accumulators."""
+        if self.sums is not None:
+            return self.sums[:, threads]
+        return np.array([x[threads] for x in self.to])
+
+    def shared(self, group: int, descriptor: int, count: int, transposed: bool):
+        """An operand (count, K) in shared memory, and the rows of 16 bytes that it is in."""
         shared = self.m.shared
-        size = count, self.depth
-        at = places(descriptor, size, transposed, self.item, row) - shared.BASE
-        if at.min() < 0 or at.max() + self.item > shared.size:
+        at = places(descriptor, count, transposed, self.item) - shared.BASE
+        if at.min() < 0 or at.max() + 16 > shared.size:
             raise self.m.fault("an operand outside of shared memory")
-        granules = (at >> 1).ravel()
-        if self.item == 4:
-            granules = np.concatenate([granules, granules + 1])
-        self.check(granules, warps)
-        shared.operand[granules] += 1
+        rows = (at + shared.bases[128 * group]) >> 4
+        values = shared.values[self.item, 16 // self.item][rows]
+        if transposed:  # (K, MN / 8, 8)
+            values = values.reshape(16, count).T
+        values = values.reshape(count, self.depth)
         if self.kind == "bf16":
-            return from_bf16(shared.view[2][at >> 1]), granules
+            return from_bf16(values), rows
         if self.kind == "f16":
-            return shared.view[2][at >> 1].view(np.float16).astype(np.float32), granules
-        return (shared.view[4][at >> 2] & TF32).view(np.float32), granules
+            return values.view(np.float16).astype(np.float32), rows
+        return (values & TF32).view(np.float32), rows
 
-    def check(self, granules: np.ndarray, warps: np.ndarray) -> None:
+    def check(self, rows: np.ndarray) -> None:
+        """Notes that a product reads rows, and that other threads' writes to them are fenced."""
         shared = self.m.shared
-        for warp in warps:  # a lane that wrote nothing: its own warp's writes must be fenced too
-            shared.reading(granules[None, :], np.array([32 * warp]))
-        if (shared.unfenced[granules] >= 0).any():
+        shared.operand[8][rows] += 1
+        if (shared.unfenced[8][rows] >= 0).any():
             self.m.report("wgmma reads what threads wrote, with no fence.proxy.async since")
 
 

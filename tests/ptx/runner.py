@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,8 +12,8 @@ import torch
 
 from .faults import Fault
 from .floats import NAN
-from .machine import Machine
-from .parse import parse
+from .machine import AT_ONCE, Machine
+from .parse import Kernel, parse
 
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -38,13 +37,20 @@ class Runner:
     rewrite: Callable[[str, str], str] = lambda name, ptx: ptx
     records: list[Record] = field(default_factory=list)
     machines: dict[tuple, Machine] = field(default_factory=dict)
+    kernels: dict[tuple, Kernel] = field(default_factory=dict)
     seed: int = 0
 
-    def machine(self, ptx: str, name: str, shared: int) -> Machine:
+    def machine(self, ptx: str, name: str, shared: int, grid: tuple[int, int]) -> Machine:
+        """A machine for the kernel, with room for the blocks of a grid or for some of them."""
         text = self.rewrite(name, ptx)
-        key = name, hashlib.sha256(text.encode()).hexdigest(), shared
+        if (name, text) not in self.kernels:
+            self.kernels[name, text] = parse(text, name)
+        kernel = self.kernels[name, text]
+        most = max(1, AT_ONCE // kernel.threads)
+        blocks = min(1 << (grid[0] * grid[1] - 1).bit_length(), most)
+        key = name, text, shared, blocks
         if key not in self.machines:
-            self.machines[key] = Machine(parse(text, name), shared)
+            self.machines[key] = Machine(kernel, shared, blocks)
         return self.machines[key]
 
     def run(self, machine: Machine, parameters: bytes, grid: tuple[int, int]) -> None:
@@ -58,10 +64,11 @@ class Runner:
         begin, steps = time.process_time(), machine.steps
         name = machine.kernel.name
         try:
-            for y in range(grid[1]):
-                for x in range(grid[0]):
-                    machine.async_state.seed = self.seed + 1000 * y + x
-                    machine.run((x, y), grid)
+            blocks = [(x, y) for y in range(grid[1]) for x in range(grid[0])]
+            for k in range(0, len(blocks), machine.blocks):
+                some = blocks[k : k + machine.blocks]
+                machine.async_state.seeds[: len(some)] = [self.seed + 1000 * y + x for x, y in some]
+                machine.run(some, grid)
         except Fault as fault:
             raise Fault(f"{name}: {fault}") from fault
         finally:

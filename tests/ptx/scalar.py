@@ -210,7 +210,8 @@ def _double_width(m, modifiers: Modifiers, how: str, kind: str, destination, ope
     dtype, shift = DTYPES[wide], int(kind[1:])
     if how == "hi":
         out = m.value(destination, kind)
-        return lambda: m.put(out, (x.astype(dtype) * y >> dtype(shift)).astype(out.dtype))
+        by = dtype.type(shift)
+        return lambda: m.put(out, (x.astype(dtype) * y >> by).astype(out.dtype))
     out = m.value(destination, wide)
     if modifiers.name == "mul":
         return lambda: m.put(out, x.astype(dtype) * y)

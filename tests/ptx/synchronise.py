@@ -34,7 +34,7 @@ class Barriers:
     def reset(self) -> None:
         self.arrived: dict[int, np.ndarray] = {}  # warps that wait, by number of the barrier
         self.counts: dict[int, int | None] = {}
-        self.mbarriers: dict[int, Mbarrier] = {}
+        self.mbarriers: dict[tuple[int, int], Mbarrier] = {}  # by block and address
         self.tried = np.full(self.m.threads, -1)
 
     # --- bar.sync ---
@@ -55,22 +55,27 @@ class Barriers:
                 self._release(number)
 
     def _release(self, number: int) -> None:
-        """Lets warps go on if all have arrived."""
-        m, arrived = self.m, self.arrived[number]
-        left = m.exited.reshape(-1, 32).all(1)
-        count = self.counts[number]
-        needed = int((~left).sum()) if count is None else count // 32
-        if arrived.sum() > needed:
-            raise m.fault(f"{arrived.sum()} warps at a barrier of {needed}")
-        if arrived.sum() < needed:
+        """Lets the warps of a block go on if all have arrived."""
+        m, count = self.m, self.counts[number]
+        arrived = self.arrived[number].reshape(m.blocks, -1)
+        here = arrived.sum(1)
+        left = m.exited.reshape(m.blocks, -1, 32).all(2)
+        needed = (~left).sum(1) if count is None else np.full(m.blocks, count // 32)
+        if (here > needed).any():
+            block = int(np.argmax(here > needed))
+            raise m.fault(f"{here[block]} warps at a barrier of {needed[block]}")
+        full = (here == needed) & (here > 0)
+        if not full.any():
             return
-        warps = np.flatnonzero(arrived)
-        m.shared.before_clocks_move()
-        m.clocks.join(warps)
-        if len(warps) == m.warps:
-            m.shared.settle()
-        m.pc[arrived.repeat(32) & ~m.exited] += 1
-        arrived[:] = False
+        released = (arrived & full[:, None]).ravel()
+        whole = np.flatnonzero(full & (here == m.block_warps))
+        if len(whole) < m.live_blocks:
+            m.shared.before_clocks_move()
+        m.clocks.join(released)
+        if len(whole):
+            m.shared.settle(whole)
+        m.pc[released.repeat(32) & ~m.exited] += 1
+        arrived[full] = False
 
     # --- mbarriers ---
 
@@ -78,17 +83,19 @@ class Barriers:
         m, warp = self.m, thread // 32
         if place % 8:
             raise m.fault("misaligned mbarrier")
-        m.shared.locate(np.array([place]), 8)
-        maker = warp, int(m.clocks.of[warp, warp])
-        nothing = np.zeros(m.warps, int)
-        self.mbarriers[place] = Mbarrier(count, maker, thread, nothing, nothing, pending=count)
+        m.shared.locate(np.array([place]), 8, np.array([thread]))
+        maker = warp, int(m.clocks.now(np.array([warp]))[0])
+        nothing = np.zeros(m.block_warps, int)
+        made = Mbarrier(count, maker, thread, nothing, nothing, pending=count)
+        self.mbarriers[warp // m.block_warps, place] = made
 
     def at(self, place: int, warp: int) -> Mbarrier:
-        if place not in self.mbarriers:
+        barrier = self.mbarriers.get((warp // self.m.block_warps, place))
+        if barrier is None:
             raise self.m.fault(f"no mbarrier at {place:#x}")
-        barrier = self.mbarriers[place]
         maker, when = barrier.maker
-        if maker != warp and self.m.clocks.of[warp, maker] < when:
+        known = self.m.clocks.of[warp, maker % self.m.block_warps]
+        if maker != warp and known < when:
             self.m.report("uses an mbarrier whose initialisation it may not see")
         return barrier
 
@@ -109,8 +116,8 @@ class Barriers:
         barrier.pending -= 1
         self._turn(barrier)
 
-    def bytes_arrive(self, place: int, count: int, copy: int) -> None:
-        barrier = self.mbarriers[place]
+    def bytes_arrive(self, block: int, place: int, count: int, copy: int) -> None:
+        barrier = self.mbarriers[block, place]
         barrier.copies.append(copy)
         barrier.bytes -= count
         self._turn(barrier)
@@ -126,6 +133,13 @@ class Barriers:
     def fence(self, threads: np.ndarray) -> None:
         for barrier in self.mbarriers.values():
             barrier.fenced |= bool((threads == barrier.thread).any())
+
+    def phases(self, places: np.ndarray) -> np.ndarray:
+        """Of each thread's mbarrier; 0 where there is none."""
+        keys = (self.m.block << 32) + places.astype(np.int64)
+        known, which = np.unique(keys, return_inverse=True)
+        found = [self.mbarriers.get(divmod(key, 1 << 32)) for key in known.tolist()]
+        return np.array([b.phase if b else 0 for b in found])[which]
 
 
 class _BlockBarrier(Control):
@@ -211,25 +225,23 @@ class _Wait(Control):
         self.out, self.parity = m.value(out, "pred"), m.value(parity, "u32")
         self.place, self.at = address(m, place, "u32"), -1
 
-    def _over(self) -> np.ndarray:
-        phases = {place: b.phase for place, b in self.m.barriers.mbarriers.items()}
-        now = np.array([phases.get(place, 0) for place in self.place().tolist()])
-        return now % 2 != self.parity % 2
-
     def ready(self, mask: np.ndarray) -> np.ndarray:
-        return mask & ((self.m.barriers.tried != id(self)) | self._over())
+        again = self.m.barriers.tried == id(self)
+        if not (again & mask).any():
+            return mask
+        over = self.m.barriers.phases(self.place()) % 2 != self.parity % 2
+        return mask & (~again | over)
 
     def run(self, at: int) -> int:
         m = self.m
-        places = self.place()
-        again = m.barriers.tried[m.index] == id(self)
         threads = m.active()
-        for warp in m.active_warps().tolist():
-            mine = threads[threads // 32 == warp]
-            for place in np.unique(places[mine]).tolist():
-                barrier = m.barriers.at(place, warp)
-                if m.barriers.tried[mine[0]] == id(self):
-                    m.clocks.learn(warp, barrier.told, np.array(barrier.told_copies, int))
+        again = m.barriers.tried[threads] == id(self)
+        pairs = {*zip(m.warp[threads].tolist(), self.place()[threads].tolist(), strict=True)}
+        asked = {*m.warp[threads[again]].tolist()}
+        for warp, place in sorted(pairs):
+            barrier = m.barriers.at(place, warp)
+            if warp in asked:
+                m.clocks.learn(warp, barrier.told, np.array(barrier.told_copies, int))
         self.out[threads] = again
         m.barriers.tried[threads] = np.where(again, -1, id(self))
         return at + 1

@@ -1,7 +1,8 @@
 """`backend="triton"` on CPU tensors, with what Triton compiles for a GPU interpreted.
 
-Triton's own launcher compiles every launch for a device that does not exist. It does so in a
-process without TRITON_INTERPRET alone.
+Triton's own launcher compiles every launch for a device that does not exist, up to its PTX. That
+stays in build/triton, apart from Triton's own cache, whose users need machine code. Triton does so
+in a process without TRITON_INTERPRET alone.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -19,6 +21,7 @@ from .memory import Global
 from .parse import entries
 from .runner import Runner, poisoned
 
+_CACHE = Path(__file__).parents[2] / "build" / "triton"
 _SCALARS = {"fp32": ctypes.c_float, "i32": ctypes.c_int32, "i64": ctypes.c_int64}
 
 
@@ -44,7 +47,9 @@ class _Device:
 @contextlib.contextmanager
 def interpreted(arch: str, runner: Runner) -> Iterator[None]:
     """Within the context CPU tensors are on a device of the architecture 80 or 90."""
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -53,7 +58,8 @@ def interpreted(arch: str, runner: Runner) -> Iterator[None]:
     def run(self, *arguments, grid, warmup, **options):
         compiled = original(self, *arguments, grid=grid, warmup=True, **options)
         ptx = compiled.asm["ptx"]
-        machine = runner.machine(ptx, entries(ptx)[0], max(compiled.metadata.shared, 16))
+        grid = (*grid, 1)[:2]
+        machine = runner.machine(ptx, entries(ptx)[0], max(compiled.metadata.shared, 16), grid)
         named = {**dict(zip(self.arg_names, arguments, strict=False)), **options}
         leaves = [
             leaf
@@ -63,15 +69,18 @@ def interpreted(arch: str, runner: Runner) -> Iterator[None]:
         ]
         machine.memory.clear()
         raw = _parameters(machine, leaves)
-        runner.run(machine, raw, (*grid, 1)[:2])
+        runner.run(machine, raw, grid)
         return compiled
 
     # `driver.reset_active` would look for a GPU
     with (
+        knobs.cache.scope(),
+        mock.patch.object(CUDABackend, "make_cubin", return_value=b""),
         mock.patch.object(driver, "_active", device),
         mock.patch.object(JITFunction, "run", run),
         poisoned(),
     ):
+        knobs.cache.dir = str(_CACHE)
         yield
 
 
