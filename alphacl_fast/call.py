@@ -73,6 +73,10 @@ class Loss:
         return 2 if self.two_directions else 1
 
 
+#: Most keys for which a call keeps what was prepared.
+MOST_READY = 64
+
+
 class Ready(dict[Any, Any]):
     """What was prepared for calls like one before; a copy of the call begins with nothing."""
 
@@ -90,8 +94,16 @@ class Call(Loss):
         None  # `distributed.ProcessGroup`, whose processes each hold a part of the batch
     )
     workspace: int | None = None  # bytes for kept tiles of the CPU kernels; None: their default
-    # of `native`: what was prepared for calls like one before, by what it depends on
+    # of `native` and `steps`: what was prepared for calls like one before, by what it depends on
     ready: Ready | None = field(default=None, compare=False, repr=False)
+
+    def remember(self, key: Any, prepared: Any) -> None:
+        """Keeps what was prepared for calls of a key."""
+        if self.ready is None:
+            object.__setattr__(self, "ready", Ready())  # frozen as a setting, not as a memory
+        if len(self.ready) >= MOST_READY:  # a learnt temperature is another one at every step
+            self.ready.clear()
+        self.ready[key] = prepared
 
     def bind(
         self, backend: str, known: tuple[float | None, ...], reduction: str | None = None

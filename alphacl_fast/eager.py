@@ -19,7 +19,7 @@ from .autograd import (
     views_of,
 )
 from .backend import cpu, cpu_step
-from .call import LARGEST_LOGIT, LARGEST_TAU, LEAST_TAU, Call, Loss, Need, Ready, SameId
+from .call import LARGEST_LOGIT, LARGEST_TAU, LEAST_TAU, Call, Loss, Need, SameId
 
 
 class Prepared(NamedTuple):
@@ -208,8 +208,4 @@ Key = tuple[Any, ...]
 
 def remember(call: Call, key: Key, prepared: Prepared) -> None:
     """Lets `again` serve the next call of this key."""
-    if call.ready is None:
-        object.__setattr__(call, "ready", Ready())  # frozen as a setting, not as a memory
-    if len(call.ready) >= 64:  # of batches of many sizes
-        call.ready.clear()
-    call.ready[key] = prepared
+    call.remember(key, prepared)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from . import compiled_op, distributed, eager, native, ops, process_groups
+from . import compiled_op, distributed, eager, native, ops, process_groups, steps
 from .autograd import AlphaCLFunction, closed_form
 from .backend import reference
 from .bundles import accumulation_dtype
@@ -19,6 +19,7 @@ from .call import (
     LARGEST_LOGIT,
     LARGEST_TAU,
     LEAST_TAU,
+    MOST_READY,
     BoundCall,
     Call,
     Guide,
@@ -28,7 +29,7 @@ from .call import (
     as_operator,
     without_autocast,
 )
-from .objectives import DEFAULTS, ClosedForm, Objective, make
+from .objectives import DEFAULTS, ClosedForm, Objective, is_built_in, make
 
 SIMILARITIES = ("cosine", "dot", "euclidean")
 NEGATIVES = ("two_view", "one_view", "cross_view")
@@ -46,6 +47,8 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 GUIDED: list[Callable[..., Tensor]] = []
 #: The guide of a call with these embeddings, and its margin; it raises unless it fits them.
 Opinion = Callable[[Tensor, Call], tuple[Guide, float]]
+#: Calls of `alpha_cl_loss` by its settings: what they keep serves the next one.
+_CALLS: dict[tuple[Any, ...], Call] = {}
 #: τ, or what SigLIP has in its place: (scale, bias).
 Temperature = float | Tensor | tuple[float | Tensor, float | Tensor]
 
@@ -150,57 +153,54 @@ def alpha_cl_loss(
 
     Source: arXiv:2201.12680; the docstring of each objective names its equation and origin.
     """
+    call = key = settings = None
+    if not torch.compiler.is_dynamo_compiling() and (
+        process_group is ranks_per_node is None and strategy == "auto"
+    ):
+        settings = (
+            objective, similarity, negatives, symmetric, reduction, backend, precision, max_gap,
+            workspace, *options.items(),
+            *map(type, (symmetric, max_gap, workspace, *options.values())),  # True is not 1
+        )  # fmt: skip
+        try:
+            call = _CALLS.get(settings)
+        except TypeError:  # the checks say which value it is that cannot be hashed
+            settings = None
+        if call is not None and guide is None:
+            if type(guide_margin) is not float or guide_margin != 0.0:
+                check_guide_margin(guide_margin)
+            found, key = steps.again(z1, z2, temperature, call, ids)
+            return (found or evaluate(z1, z2, temperature, call, ids, key))[0]
     group = make_group(process_group, strategy, ranks_per_node)
-    settings = {
-        "similarity": similarity,
-        "negatives": negatives,
-        "symmetric": symmetric,
-        "reduction": reduction,
-        "backend": backend,
-        "precision": precision,
-        "max_gap": max_gap,
-        "workspace": workspace,
-    }
     try:
-        if group is None:
-            call = call_like_before(objective, options, settings)
-        else:
-            call = make_call(objective, options, process_group=group, **settings)
+        if call is None:
+            call = make_call(
+                objective,
+                options,
+                similarity=similarity,
+                negatives=negatives,
+                symmetric=symmetric,
+                reduction=reduction,
+                backend=backend,
+                precision=precision,
+                process_group=group,
+                max_gap=max_gap,
+                workspace=workspace,
+            )
         check_guide_margin(guide_margin)
     except (TypeError, ValueError) as error:
         if group is not None:
             distributed.agree(group, None, None, None, None, error)  # raises
         raise
+    if settings is not None and is_built_in(call.objective):
+        if len(_CALLS) >= MOST_READY:
+            _CALLS.clear()
+        _CALLS[settings] = call
+        _, key = steps.again(z1, z2, temperature, call, ids)
     if guide is not None:
         (guided_loss,) = GUIDED
         return guided_loss(z1, z2, temperature, call, ids, guide, guide_margin)
-    return evaluate(z1, z2, temperature, call, ids)[0]
-
-
-def call_like_before(
-    objective: str | Objective, options: dict[str, Any], settings: dict[str, Any]
-) -> Call:
-    """As `make_call`, but the same arguments give the same call, with what was prepared for it."""
-    names, values = tuple(options), (*settings.values(), *options.values())
-    if (
-        type(objective) is not str  # an object may be changed, or be large
-        or torch.compiler.is_compiling()
-        or not all(type(x) in _PLAIN_ARGUMENTS for x in values)
-    ):
-        return make_call(objective, options, **settings)
-    return _call_of(objective, tuple(settings), names, *values)
-
-
-_PLAIN_ARGUMENTS = {str, bool, int, float, type(None)}
-
-
-@functools.lru_cache(maxsize=64, typed=True)  # 1, 1.0 and True are equal, but not the same argument
-def _call_of(
-    objective: str, settings: tuple[str, ...], options: tuple[str, ...], *values: Any
-) -> Call:
-    count = len(settings)
-    named = dict(zip(options, values[count:], strict=True))
-    return make_call(objective, named, **dict(zip(settings, values[:count], strict=True)))
+    return evaluate(z1, z2, temperature, call, ids, key)[0]
 
 
 def make_group(
@@ -342,11 +342,14 @@ def evaluate(
     temperature: Temperature,
     call: Call,
     ids: Tensor | None = None,
+    key: Any = None,
 ) -> tuple[Tensor, str, str]:
     """The loss, the backend that computed it and why.
 
-    It checks everything that `make_call` has not checked.
+    It checks everything that `make_call` has not checked. ``key``: of `steps.again`, which has no
+    plan for the call yet.
     """
+    of_steps = key
     key = None
     if ids is None and call.process_group is None and not torch.compiler.is_compiling():
         key = eager.key_of(z1, z2, temperature)
@@ -363,6 +366,13 @@ def evaluate(
         with without_autocast(z1.device):
             return no_negatives(z1, z2, tau, bound), bound.backend, why
     need = Need.of(z1, z2, tau)
+    if of_steps is not None:
+        given = temperature if isinstance(temperature, Tensor) else None
+        inputs, tau_of = (z1, z2, given, ids), functools.partial(as_number, temperature)
+        if steps.prepare(inputs, tau_of, call, bound, of_steps, why):
+            found, _ = steps.again(z1, z2, temperature, call, ids)
+            if found is not None:
+                return found
     if native.serves(bound, need) and native.plain(z1, z2, tau):
         prepared = eager.Prepared(bound, native.prepared(bound, z1, need), need, why)
         if key:

@@ -1578,6 +1578,11 @@ def names() -> tuple[str, ...]:
     return tuple(_FACTORIES)
 
 
+def is_built_in(objective: Objective) -> bool:
+    """Whether an objective is made of this module's functions alone."""
+    return type(objective).__module__ == __name__ and not objective.functions
+
+
 def make(objective: str | Objective, options: Mapping[str, Any] | None = None) -> Objective:
     """An objective from its name and options; an `Objective` passes through.
 

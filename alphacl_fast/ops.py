@@ -84,11 +84,14 @@ def _unflatten(operands: tuple[Any, ...]) -> tuple[Rows, Pairing, PairFunction, 
 #: Indexed by value: calling the enum is several times slower.
 _TERMS, _WEIGHTS = tuple(Term), tuple(Weight)
 _LIBRARY = torch.library.Library("alphacl_fast", "DEF")
+#: What the operators do, by their names.
+IMPLEMENTATIONS: dict[str, Any] = {}
 
 
 def _define(schema: str, function: Any, fake: Any) -> Any:
     """Defines an operator; returns its overload, which is what the package calls."""
     name = schema.partition("(")[0]
+    IMPLEMENTATIONS[f"alphacl_fast::{name}"] = function
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"alphacl_fast::{name}", fake, lib=_LIBRARY)

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from .. import launches
+
 #: Arithmetic of a sweep: the input's dtype, and for float32 the precision of its products.
 MODES = ("bf16", "fp16", "tf32", "bf16x3", "fp32", "fp64")
 FOLDER = Path(__file__).parent / "tuned"
@@ -132,11 +134,13 @@ def forced(**tiles: Tile) -> Iterator[None]:
     """Within the context, sweeps named by keyword (row_sums, pair_grad) use these tiles."""
     before = dict(_forced)
     _forced.update(tiles)
+    launches.forget()
     try:
         yield
     finally:
         _forced.clear()
         _forced.update(before)
+        launches.forget()
 
 
 @functools.cache

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from alphacl_fast.bundles import NormalizedRows, empty_vectors
 
+from .start import launch
 from .trace import libdevice
 
 #: Features that a program holds at a time.
@@ -286,10 +286,10 @@ def unit_rows(z1: Tensor, z2: Tensor) -> NormalizedRows:
     z1, z2 = (z if z.stride(1) == 1 else z.contiguous() for z in (z1, z2))
     n, dim = z1.shape
     rows, config = NormalizedRows.empty(z1), tile(dim)
-    with torch.cuda.device_of(z1):
-        unit_rows_kernel[(triton.cdiv(n, config["PAIRS"]),)](
-            z1, z2, *rows, z1.stride(0), z2.stride(0), rows.f.stride(0), n, DIM=dim, **config
-        )
+    launch(
+        unit_rows_kernel, (triton.cdiv(n, config["PAIRS"]),), z1,
+        z1, z2, *rows, z1.stride(0), z2.stride(0), rows.f.stride(0), n, DIM=dim, **config,
+    )  # fmt: skip
     return rows
 
 
@@ -304,11 +304,11 @@ def finish_rows(d: Tensor, f: Tensor, scale: Tensor | None, inv_norm: Tensor, q:
     """
     n, dim = f.shape[0] // 2, f.shape[1]
     config = tile(dim)
-    with torch.cuda.device_of(d):
-        finish_rows_kernel[(triton.cdiv(n, config["PAIRS"]),)](
-            d, f, scale, inv_norm, q.contiguous(), f.stride(0), n, BOTH=q.shape[0] > n, DIM=dim,
-            **config,
-        )  # fmt: skip
+    launch(
+        finish_rows_kernel, (triton.cdiv(n, config["PAIRS"]),), d,
+        d, f, scale, inv_norm, q.contiguous(), f.stride(0), n, BOTH=q.shape[0] > n, DIM=dim,
+        **config,
+    )  # fmt: skip
 
 
 # --- vectors of the anchors -----------------------------------------------------------------------
@@ -381,21 +381,11 @@ def row_step(
     strides = tuple(v.stride(0) for v in vectors)
     out = empty_vectors(tau, outputs, anchors)
     absent = (None,) * (MOST_VECTORS - len(vectors))
-    with torch.cuda.device_of(tau):
-        row_step_kernel[(triton.cdiv(anchors, BLOCK),)](
-            *vectors,
-            *absent,
-            tau,
-            n_neg,
-            divisor,
-            out,
-            anchors,
-            out.stride(0),
-            FUNCTION=function,
-            STRIDES=strides,
-            OUTPUTS=outputs,
-            BLOCK=BLOCK,
-        )
+    launch(
+        row_step_kernel, (triton.cdiv(anchors, BLOCK),), tau,
+        *vectors, *absent, tau, n_neg, divisor, out, anchors, out.stride(0),
+        FUNCTION=function, STRIDES=strides, OUTPUTS=outputs, BLOCK=BLOCK,
+    )  # fmt: skip
     return out
 
 
@@ -485,12 +475,12 @@ def reduce_splits(workspace: Tensor, out: Tensor, form: str, constant_shift: flo
     """
     sums = {"T_MAX": 0, "ONLINE": workspace.shape[1] - 1}.get(form, workspace.shape[1])
     anchors = out.shape[1]
-    with torch.cuda.device_of(out):
-        reduce_splits_kernel[(triton.cdiv(anchors, BLOCK),)](
-            workspace, out, workspace.shape[0], anchors, workspace.stride(0), workspace.stride(1),
-            out.stride(0), constant_shift, FORM=form, SUMS=sums, BLOCK_SLICES=BLOCK_SLICES,
-            BLOCK=BLOCK,
-        )  # fmt: skip
+    launch(
+        reduce_splits_kernel, (triton.cdiv(anchors, BLOCK),), out,
+        workspace, out, workspace.shape[0], anchors, workspace.stride(0), workspace.stride(1),
+        out.stride(0), constant_shift, FORM=form, SUMS=sums, BLOCK_SLICES=BLOCK_SLICES,
+        BLOCK=BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit(
@@ -533,9 +523,9 @@ def scaled_weights(
     programs = triton.cdiv(weight.shape[0], ROWS_OF_WEIGHTS)
     out = weight if shift is None else weight.new_empty(weight.shape)
     largest = weight.new_empty(programs)
-    with torch.cuda.device_of(weight):
-        scaled_weights_kernel[(programs,)](
-            weight, shift, out, largest, weight.shape[0], constant_shift, ROWS=ROWS_OF_WEIGHTS,
-            BLOCK=BLOCK_OF_WEIGHTS,
-        )  # fmt: skip
+    launch(
+        scaled_weights_kernel, (programs,), weight,
+        weight, shift, out, largest, weight.shape[0], constant_shift, ROWS=ROWS_OF_WEIGHTS,
+        BLOCK=BLOCK_OF_WEIGHTS,
+    )  # fmt: skip
     return out, largest[0] if programs == 1 else largest.amax()

@@ -136,6 +136,15 @@ def square_tile(rows, dim):
 
 
 @pytest.fixture(autouse=True)
+def _own_plans():
+    """A test replaces what chooses kernels, so that no plan outlives it."""
+    from alphacl_fast import functional, launches
+
+    launches.forget()
+    functional._CALLS.clear()
+
+
+@pytest.fixture(autouse=True)
 def _large_interpreted_tiles(monkeypatch):
     """The interpreter's time goes by the number of tiles."""
     from alphacl_fast.backend import triton

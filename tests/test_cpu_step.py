@@ -61,7 +61,7 @@ def steps(monkeypatch):
 
 def two_sweeps(monkeypatch):
     monkeypatch.setattr(native, "serves", lambda call, need: False)
-    functional._call_of.cache_clear()  # nothing is prepared
+    functional._CALLS.clear()  # nothing is prepared
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -207,8 +207,8 @@ print(alphacl_fast.FusedAlphaCLLoss("alpha_square")(torch.eye(4), torch.eye(4)).
 
 #: A module imports modules of the lines above its own, and none of its own line.
 LAYERS = """
-_version bundles journal graph suggestions backend.filling backend.precision kernels.config
-flags objectives subprocess_pool
+_version bundles journal graph launches suggestions backend.filling backend.precision
+flags kernels.config kernels.start objectives subprocess_pool
 call cpp_printer program backend.forms backend.reference kernels.trace
 backend.blocked backend.cpu backend.gpu kernels.rows
 kernels.sweeps
@@ -217,7 +217,7 @@ ops
 native
 autograd plan
 process_groups
-distributed compiled_op eager
+distributed compiled_op eager steps
 functional same_id shared_rows
 one_operator
 explicit_negatives matryoshka metrics micro_batch rate tune verify accuracy

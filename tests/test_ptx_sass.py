@@ -1,10 +1,12 @@
-"""The machine code of the kernels of hopper.h leaves registers of products under way alone."""
+"""The machine code of the kernels of hopper.h: registers of products under way are left alone, and
+a tile costs what tools/roofline.py says.
+"""
 
 import pytest
 from ptx import sass
 
 from alphacl_fast.backend import cuda
-from tools import cuda_resources
+from tools import cuda_resources, roofline
 
 
 def cuobjdump():
@@ -21,15 +23,61 @@ def why_not():
     return cuobjdump()[1]
 
 
-@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-def test_products_under_way_are_left_alone():
-    kernels = sass.functions(sass.of_library(cuda.LIBRARY, cuobjdump()[0], "hopper"))
-    scanned = {name: sass.hazards(code) for name, code in kernels.items() if "hopper" in name}
-    if not scanned:
+@pytest.fixture(scope="module")
+def kernels():
+    """The code of the kernels of hopper.h."""
+    if reason := why_not():
+        pytest.skip(str(reason))
+    found = sass.functions(sass.of_library(cuda.LIBRARY, cuobjdump()[0], "hopper"))
+    found = {name: code for name, code in found.items() if "hopper" in name}
+    if not found:
         pytest.skip("the library is compiled for other architectures than sm_90a")
+    return found
+
+
+def test_products_under_way_are_left_alone(kernels):
+    scanned = {name: sass.hazards(code) for name, code in kernels.items()}
     assert len(scanned) == 24
     assert all(count >= 12 for count, _ in scanned.values())
     assert not {name: found[:3] for name, (_, found) in scanned.items() if found}
+
+
+#: The kernels of the predictions (D = 128, exponentials of numbers affine in t), and what one must
+#: hold: sums alone, sums of both sides, gradient.
+PREDICTED = [
+    ("7RowSumsILi128ELb1ELb0ELb0E", False, False),
+    ("7RowSumsILi128ELb1ELb0ELb1E", False, True),
+    ("8PairGradILi128ELb1E", True, False),
+]
+
+
+@pytest.mark.parametrize(("name", "gradient", "both"), PREDICTED)
+def test_a_tile_costs_what_the_prediction_says(name, gradient, both, kernels):
+    """In products, instructions, shuffles and what products read from shared memory."""
+    (code,) = (code for kernel, code in kernels.items() if name in kernel)
+    cost = sass.cost_of_tiles(code)
+    square, device = roofline.Tile(128, 128), roofline.DEVICES["H200"]
+    work = roofline.sweep(1 << 14, 128, square, gradient, both, device, "hopper")
+    arriving = 2 * 128 / square.rows  # a column tile's bytes for a pair
+    assert cost.flop == work.flop / work.exp
+    assert cost.shared == work.shared / work.exp - arriving
+    assert cost.instructions == pytest.approx(work.issue / work.exp, rel=0.02)
+    # two of a loop's shuffles, for two tiles, are not of sums
+    assert cost.shuffles - 2 / 128 == pytest.approx(work.shuffle / work.exp)
+
+
+def test_the_shortest_way_is_found():
+    """Round the loop, past what a predicate skips, through what a branch without one enters."""
+    lines = [
+        "MOV R1, R2", *["HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24"] * 7,
+        "HGMMA.64x64x16.F32.BF16 R24, R148, gdesc[UR4], R24, gsb0", "MUFU.EX2 R1, R2",
+        "@P0 BRA 0x00d0", "FADD R1, R1, R1", "FADD R1, R1, R1", "MUFU.EX2 R3, R4",
+        "BRA 0x0110", "@P1 BRA 0x0010", "EXIT", "SHFL.BFLY R1, R1", "BRA 0x00f0",
+    ]  # fmt: skip
+    code = "".join(f"        /*{16 * k:04x}*/    {x} ;\n" for k, x in enumerate(lines))
+    products = 7 * 2 * 64 * 128 * 16 + 2 * 64 * 64 * 16
+    shared = 7 * 2 * 16 * (64 + 128) + 2 * 16 * 64
+    assert sass.cost_of_tiles(code) == (products / 256, 15 / 2, 1 / 2, shared / 256)
 
 
 CODE = """

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from triton import jit
 from triton.runtime.interpreter import GridExecutor
 
-from alphacl_fast import FusedAlphaCLLoss, PairLoss, PairWeight, ops
+from alphacl_fast import FusedAlphaCLLoss, PairLoss, PairWeight, launches, ops
 from alphacl_fast.backend import cuda, filling, gpu, triton
 from alphacl_fast.bundles import PairFunction, Pairing, Rows, RowScalars, Weight
 from alphacl_fast.functional import alpha_cl_loss
@@ -55,6 +55,7 @@ def set_tile(monkeypatch, *shape, symmetric_tiles=False, multiprocessors=3):
     shape = Tile(rows, cols, features, warps=4, stages=1, symmetric=symmetric_tiles)
     monkeypatch.setattr(triton, "tile", lambda sweep, mode, dim, n, device: shape)
     monkeypatch.setattr(gpu, "multiprocessors_of", lambda device: multiprocessors)
+    launches.forget()
 
 
 def assert_equal(z1, z2, member, bound=1e-10, **setting):
@@ -462,16 +463,17 @@ def test_launches_of_a_step(name, options, shared, own, monkeypatch):
     set_tile(monkeypatch, 8, 2, 8)
     for splits, most in ((4, shared), (1, own)):
         monkeypatch.setattr(filling, "splits_of", lambda *sizes, splits=splits: splits)
+        launches.forget()
         z1, z2 = (z.requires_grad_() for z in pair(8, 8, torch.float32))
         loss(z1, z2).backward()
         z1.grad = z2.grad = None
-        with monkeypatch.context() as patch, _Launches(patch) as launches:
+        with monkeypatch.context() as patch, _Launches(patch) as seen:
             loss(z1, z2).backward()
         if (name, options, splits) == ("infonce", {}, 4):
             after = ["pair_grad", "sum", "finish_rows_kernel", "mean", "ones_like", "mul"]
-            assert launches.names == ["full", *BEFORE_THE_GRADIENT, *after]
-        assert "_local_scalar_dense" not in launches.names
-        assert len(launches.names) == most, launches.names
+            assert seen.names == ["full", *BEFORE_THE_GRADIENT, *after]
+        assert "_local_scalar_dense" not in seen.names
+        assert len(seen.names) == most, seen.names
 
 
 @pytest.mark.parametrize(("multiprocessors", "each"), [(1, 4), (2, 5)])
@@ -482,7 +484,7 @@ def test_launches_of_a_min_player(multiprocessors, each, monkeypatch):
     for most in (2, 3, 4):  # the first one compiles
         monkeypatch.setattr("alphacl_fast.objectives.MinPlayer.max_sweeps", most)
         z1, z2 = (z.requires_grad_() for z in pair(32, 16, torch.float32))
-        with monkeypatch.context() as patch, _Launches(patch) as launches:
+        with monkeypatch.context() as patch, _Launches(patch) as seen:
             FusedAlphaCLLoss("alpha_gamma", temperature=1e-4, backend="triton")(z1, z2).backward()
-        names[most] = launches.names
+        names[most] = seen.names
     assert [len(names[4]) - len(names[3]), names[4].count("row_step_kernel")] == [each, 6]

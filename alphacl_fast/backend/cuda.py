@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import launches
 from ..bundles import (
     MOST_PARAMETERS,
     Dtype,
@@ -148,13 +149,21 @@ def _elements(x: Tensor | None) -> int:
     return x.untyped_storage().nbytes() // x.itemsize - x.storage_offset()
 
 
-def _run(function: str, device: torch.device, *arguments: Any) -> None:
-    """Calls the library on a device's current stream.
+def _run(
+    function: str,
+    device: torch.device,
+    struct: ctypes.Structure,
+    pointers: dict[str, Tensor | None],
+    *before: int,
+) -> None:
+    """Calls the library on a device's current stream. ``pointers``: what the fields of these names
+    point to; ``before``: arguments before the struct.
 
     Raises:
         RuntimeError: the launch failed or would leave its buffers.
     """
     library, _ = _library(device.type)
+    arguments = (*before, ctypes.byref(struct))
     if device.type == "cpu":
         error = getattr(library, function)(*arguments, None)
     else:
@@ -164,6 +173,8 @@ def _run(function: str, device: torch.device, *arguments: Any) -> None:
             )
     if error:
         raise RuntimeError(f"alphacl_fast: {function}: {error.decode()}")
+    if (recorder := launches.recorder()) is not None:
+        recorder.native(getattr(library, function), before, struct, pointers)
 
 
 # --- the library ----------------------------------------------------------------------------------
@@ -259,10 +270,12 @@ def symmetric(wanted: bool | None) -> Iterator[None]:
     """Within the context `row_sums` takes symmetric tiles, or does not."""
     global _symmetric
     before, _symmetric = _symmetric, wanted
+    launches.forget()
     try:
         yield
     finally:
         _symmetric = before
+        launches.forget()
 
 
 @contextlib.contextmanager
@@ -276,12 +289,14 @@ def hopper(wanted: bool | None) -> Iterator[None]:
     libraries = [library for kind in ("cuda", "cpu") if (library := _library(kind)[0]) is not None]
     before = [library.alphacl_cuda_hopper(mode) for library in libraries]
     _has_hopper.cache_clear()
+    launches.forget()
     try:
         yield
     finally:
         for library, earlier in zip(libraries, before, strict=True):
             library.alphacl_cuda_hopper(earlier)
         _has_hopper.cache_clear()
+        launches.forget()
 
 
 @functools.cache
@@ -362,7 +377,7 @@ class _Sweep(gpu.Sweep):
             out[0] = largest
             out[1:] = (workspace[:, 1:] * factor.unsqueeze(1)).sum(0)
         elif self.form == Form.CONSTANT:
-            out[0] = self.shift
+            out[0].fill_(self.shift)
             out[1:] = workspace.sum(0)
         else:
             out.copy_(workspace.sum(0))
@@ -393,7 +408,8 @@ class _Sweep(gpu.Sweep):
             symmetric=launch.symmetric, side=self.tile_rows, in_chunks=self.in_chunks,
             **region._asdict(),
         )  # fmt: skip
-        _run("alphacl_cuda_sweep", device, ctypes.byref(struct))
+        pointers = dict(zip(_INPUTS + _OUTPUTS, (self.f, *(inputs + outputs)[1:]), strict=True))
+        _run("alphacl_cuda_sweep", device, struct, pointers)
 
 
 #: The two sweeps, with the signatures that every backend has (docs/extending.md).
@@ -412,11 +428,18 @@ def _run_rows(finish: bool, f: Tensor, buffers: dict[str, Tensor | None], **fiel
         name: _address(name, x, f.dtype if name in given else wide, f.device, name in given)
         for name, x in buffers.items()
     }
+    # a plan calls it again for other views, whose memory may end with their last row
+    elements = {name: _elements(x) for name, x in buffers.items()}
+    elements |= {
+        name: launches.extent(x) // x.itemsize
+        for name in ("z1", "z2")
+        if (x := buffers.get(name)) is not None
+    }
     struct = _PairRows(
-        **addresses, elements=tuple(_elements(buffers.get(name)) for name in _ROW_BUFFERS),
+        **addresses, elements=tuple(elements.get(name, 0) for name in _ROW_BUFFERS),
         n_pairs=len(f) // 2, dim=f.shape[1], stride=f.stride(0), dtype=Dtype.of(f.dtype), **fields,
     )  # fmt: skip
-    _run("alphacl_cuda_rows", f.device, int(finish), ctypes.byref(struct))
+    _run("alphacl_cuda_rows", f.device, struct, buffers, int(finish))
 
 
 def unit_rows(z1: Tensor, z2: Tensor) -> NormalizedRows:

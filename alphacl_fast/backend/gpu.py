@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import launches
 from ..bundles import (
     Form,
     Gradient,
@@ -130,6 +131,7 @@ def pretend_gpu(multiprocessors: int, capability: tuple[int, int] = (8, 0)) -> N
     """For the rest of this process CPU tensors get the Triton launches of such a GPU."""
     global pretended, pretended_capability
     pretended, pretended_capability = multiprocessors, capability
+    launches.forget()
     multiprocessors_of.cache_clear()
     capability_of.cache_clear()
 
@@ -467,8 +469,9 @@ def _multiply(
     if columns.is_cuda and weights.itemsize == 2:
         product = torch.mm(weights, columns, out_dtype=torch.float32)
     else:
-        with matmul_precision(s.arithmetic.products):
-            product = weights.to(df.dtype) @ columns
+        product = launches.as_one(
+            _precise_product, weights, columns, df.dtype, s.arithmetic.products
+        )
     # a block's first half are rows of one view, its second half their partners
     if region.rows_paired:
         pairs = product.view(-1, 2, size // 2, s.dim).transpose(0, 1).flatten(1, 2)
@@ -478,6 +481,13 @@ def _multiply(
         begin = region.row_start + first * size - launch.wanted[0]
         rows = min(len(weights), region.n_rows - first * size)
         df[begin : begin + rows] = product[:rows]
+
+
+def _precise_product(
+    weights: Tensor, columns: Tensor, dtype: torch.dtype, precision: str
+) -> Tensor:
+    with matmul_precision(precision):
+        return weights.to(dtype) @ columns
 
 
 @contextlib.contextmanager

@@ -41,9 +41,9 @@ def _kernels() -> SimpleNamespace:
     """Triton and the kernel modules."""
     import triton.language as tl
 
-    from alphacl_fast.kernels import config, rows, sweeps, trace
+    from alphacl_fast.kernels import config, rows, start, sweeps, trace
 
-    return SimpleNamespace(tl=tl, config=config, rows=rows, sweeps=sweeps, trace=trace)
+    return SimpleNamespace(tl=tl, config=config, rows=rows, start=start, sweeps=sweeps, trace=trace)
 
 
 @functools.cache
@@ -138,11 +138,11 @@ class _Sweep(gpu.Sweep):
             outputs = kernels.Outputs(launch.df, launch.weight_sums, launch.sums, launch.weights)
             arguments = self.unit, outputs, *place, self.n, high - low, low, launch.first_block
         options = {} if self.tile.max_registers is None else {"maxnreg": self.tile.max_registers}
-        with torch.cuda.device_of(self.f):
-            getattr(kernels, self.kernel)[launch.blocks, launch.splits](
-                self.f, vectors, self.tau, *arguments, self.shift, self.static(launch),
-                num_warps=self.tile.warps, num_stages=self.tile.stages, **options,
-            )  # fmt: skip
+        _kernels().start.launch(
+            getattr(kernels, self.kernel), (launch.blocks, launch.splits), self.f,
+            self.f, vectors, self.tau, *arguments, self.shift, self.static(launch),
+            num_warps=self.tile.warps, num_stages=self.tile.stages, **options,
+        )  # fmt: skip
 
     def static(self, launch: gpu.Launch):
         """`kernels.sweeps.Static` of a launch; unused derivatives are None."""

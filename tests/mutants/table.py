@@ -1879,7 +1879,57 @@ plant(
     ),
 )
 
-
+PLANS = "tests/test_launches.py"
+plant(
+    "alphacl_fast/launches.py",
+    (
+        "plans: buffers share bytes while both are in use",
+        "apart = other.last < buffer.made or buffer.last < other.made",
+        "apart = other.last < buffer.last or buffer.last < other.last",
+        f"{PLANS}::test_buffers_share_bytes_only_apart_in_time",
+    ),
+    (
+        "plans: kernels start on the default stream",
+        "values[instruction.stream] = stream",
+        "values[instruction.stream] = 0",
+        f"{PLANS}::test_kernels_start_on_the_current_stream",
+    ),
+    (
+        "plans: a view begins where that of the recorded step did",
+        "x = x.as_strided(view.size, view.stride, x.storage_offset() + view.start)\n"
+        "                values[position] = x",
+        "x = x.as_strided(view.size, view.stride, view.start)\n"
+        "                values[position] = x",
+        f"{PLANS}::test_operators_see_views_where_they_begin",
+    ),
+    (
+        "plans: a shape that depends on the content of a tensor is recorded",
+        "by_mask = any(",
+        "by_mask = False and any(",
+        f"{PLANS}::test_unknown_tensors_and_numbers_are_not_recorded",
+    ),
+)
+plant(
+    "alphacl_fast/steps.py",
+    (
+        "plans: strides are no part of the key",
+        "_facts(z1), z1.stride(), z1.data_ptr() % 16",
+        "_facts(z1), z1.data_ptr() % 16",
+        f"{PLANS}::test_keys_tell_calls_apart",
+    ),
+    (
+        "plans: the gradients of the two views are exchanged",
+        "(dz[:n] if need_z1 else None), (dz[-n:] if need_z2 else None)",
+        "(dz[-n:] if need_z1 else None), (dz[:n] if need_z2 else None)",
+        f"{PLANS}::test_bits[triton-{{}}]",
+    ),
+    (
+        "plans: autocast reaches the step",
+        "torch.set_autocast_enabled(kind, False)",
+        "pass",
+        f"{PLANS}::test_the_device_of_the_views_is_current_during_a_step[False]",
+    ),
+)
 # --- adapters -------------------------------------------------------------------------------------
 
 CONTRACT = "tests/test_contract.py::"

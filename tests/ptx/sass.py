@@ -1,15 +1,20 @@
-"""Machine code around wgmma: which instructions touch registers of a product under way.
+"""Machine code around wgmma: which instructions touch registers of a product under way, and what
+a tile costs.
 
-ptxas allocates registers after everything that PTX says, so its result is looked at as well. The
-instructions are read in the order of their addresses, branches are not followed.
+ptxas allocates registers after everything that PTX says, so its result is looked at as well. For
+hazards the instructions are read in the order of their addresses, and branches are not followed;
+costs are those of the shortest way through the loop over tiles.
 """
 
 from __future__ import annotations
 
+import heapq
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 _LINE = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 #: These read the registers that they name and write none.
@@ -78,3 +83,89 @@ def _registers(opcode: str, operands: str) -> tuple[set[int], set[int]]:
         data = named[-1:] if opcode.startswith("ST") else []
         return {*named, *(x + k for x in data for k in range(wide))}, set()
     return set(named[1:]), {named[0] + k for k in range(wide)}
+
+
+# --- what a tile costs ----------------------------------------------------------------------------
+
+_PLACED = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+
+
+class Instruction(NamedTuple):
+    """An instruction of a kernel."""
+
+    address: int
+    predicate: str
+    opcode: str
+    operands: str
+
+    @property
+    def target(self) -> int | None:
+        """Where a branch goes to."""
+        found = re.search(r"0x([0-9a-f]+)", self.operands)
+        return int(found[1], 16) if self.opcode.startswith("BRA") and found else None
+
+    @property
+    def passes(self) -> bool:
+        """Whether the next instruction may follow."""
+        if self.predicate or self.opcode.split(".")[0] not in ("BRA", "EXIT", "RET"):
+            return True
+        return "P" in self.operands.split("0x")[0] or "DIV" in self.opcode
+
+
+class Cost(NamedTuple):
+    """What a thread does for one pair in the loop over tiles."""
+
+    flop: float  # of products
+    instructions: float
+    shuffles: float
+    shared: float  # bytes that products read from shared memory, for the threads of a warpgroup
+
+
+def cost_of_tiles(code: str) -> Cost:
+    """The cost of a pair on the shortest way round the innermost loop with products.
+
+    That is the way of tiles without masks and of waits that end at once. Each pair has one
+    exponential, by which pairs are counted.
+    """
+    way = _shortest_way(code)
+    products = [x for x in way if x.opcode.startswith("HGMMA")]
+    pairs = sum(x.opcode == "MUFU.EX2" for x in way)
+    threads = 128 * pairs  # of a warpgroup
+    sizes = [tuple(map(int, re.search(r"(\d+)x(\d+)x(\d+)", x.opcode).groups())) for x in products]
+    flop = sum(2 * m * n * k for m, n, k in sizes)
+    # the second factor, and the first one unless it is in registers
+    shared = sum(
+        2 * k * (n + m * x.operands.split(",")[1].strip().startswith("gdesc"))
+        for x, (m, n, k) in zip(products, sizes, strict=True)
+    )
+    shuffles = sum(x.opcode.startswith("SHFL") for x in way)
+    return Cost(flop / threads, len(way) / pairs, shuffles / pairs, shared / threads)
+
+
+def _shortest_way(code: str) -> list[Instruction]:
+    found = [
+        Instruction(int(address, 16), predicate, opcode, operands)
+        for address, predicate, opcode, operands in _PLACED.findall(code)
+    ]
+    number = {x.address: k for k, x in enumerate(found)}
+    begin, end = min(_loops(found, number), key=lambda loop: loop[1] - loop[0])
+    before, length, ahead = {}, {begin: 0}, [(0, begin)]
+    while ahead:
+        steps, k = heapq.heappop(ahead)
+        nexts = [number[found[k].target]] if found[k].target in number else []
+        for following in [*nexts, k + 1] if found[k].passes else nexts:
+            if steps + 1 < length.get(following, len(found)) and k != end:
+                before[following], length[following] = k, steps + 1
+                heapq.heappush(ahead, (steps + 1, following))
+    way = [end]
+    while way[-1] != begin:
+        way.append(before[way[-1]])
+    return [found[k] for k in reversed(way)]
+
+
+def _loops(found: list[Instruction], number: dict[int, int]) -> Iterator[tuple[int, int]]:
+    """The first and the last instruction of the loops that hold products of two tiles."""
+    for end, x in enumerate(found):
+        begin = number.get(x.target, end)
+        if sum(y.opcode.startswith("HGMMA") for y in found[begin:end]) >= 8:
+            yield begin, end
