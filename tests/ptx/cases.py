@@ -181,7 +181,6 @@ def _hopper() -> list[Case]:
         replace(case, dim=200, objective="alpha_direct"),
         replace(case, pairs=330, dim=128, multiprocessors=2),  # more tiles than stages
         *_rectangles(case, 104)[:1],
-        replace(case, pairs=40, ids=11),  # no kernel of hopper.h has ids
     ]  # fmt: skip
     many = [
         replace(case, pairs=n, dim=d, objective=o, multiprocessors=p, setting=s)
@@ -245,7 +244,6 @@ def _ampere() -> list[Case]:
         replace(case, dtype=FP32, precision="tf32", pairs=40, nan_row=3),
         replace(case, dtype=FP16, dim=16, pairs=40, nan_row=3, setting=_ROWS),
         *_rectangles(case, 64)[:1],
-        replace(case, dim=32, pairs=40, ids=11, setting={"max_gap": -0.8}),
     ]  # fmt: skip
     return _listed(short, cases)
 
