@@ -503,3 +503,18 @@ def test_memory_of_a_step_is_not_asked_for_again():
         pytest.skip("another allocator, or huge pages")
     with device.settings(tiny()):
         assert faults() < usual / 10
+
+
+@pytest.mark.parametrize("name", ["meta", "cuda"])
+def test_another_default_device_changes_nothing(tmp_path, name):
+    """Also one that the machine lacks."""
+    config = tiny(epochs=1, eval_every=1, device="cpu")
+    train(config, tmp_path / "usual")
+    torch.set_default_device(name)
+    try:
+        train(config, tmp_path / "other")
+        evaluate(tmp_path / "other", draws=1)
+    finally:
+        torch.set_default_device(None)
+    ours, theirs = (state_of(tmp_path / name)["model"] for name in ("other", "usual"))
+    assert_equal(ours, theirs)

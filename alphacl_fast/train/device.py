@@ -3,7 +3,7 @@
 import ctypes
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -35,6 +35,17 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise RunError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
     return device
+
+
+@contextmanager
+def usual_default_device():
+    """Make tensors on the CPU where no device is named, whatever ``set_default_device`` says."""
+    try:
+        usual = torch.get_default_device().type == "cpu"
+    except (RuntimeError, AssertionError):  # a default device that this machine lacks
+        usual = False
+    with nullcontext() if usual else torch.device("cpu"):  # which would slow every operation
+        yield
 
 
 #: What the embeddings have under ``--amp``.

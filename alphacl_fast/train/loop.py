@@ -30,7 +30,7 @@ from .augment import augmentation
 from .callbacks import Callback, TensorBoard
 from .config import Config, Diverged, RunError
 from .data import Data, load, mix, training_batches, with_indices
-from .device import autocast, pick_device, settings
+from .device import autocast, pick_device, settings, usual_default_device
 from .evaluation import ALONE, figures, picture
 from .gradient_average import GradientAverage
 from .optimizers import build_optimizer, trained
@@ -79,6 +79,7 @@ class Stopped(Exception):
     """A signal ends the run within a step, which counts as not begun."""
 
 
+@usual_default_device()
 def train(
     config: Config,
     out: str | Path,

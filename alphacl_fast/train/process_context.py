@@ -103,7 +103,7 @@ class ProcessContext:
         """Return the sum of all ranks' ``number``."""
         if self.size == 1:
             return number
-        total = torch.tensor(number)
+        total = torch.tensor(number, device="cpu")
         with peers():
             dist.all_reduce(total, group=self.on_cpu)
         return int(total)
@@ -112,7 +112,7 @@ class ProcessContext:
         """Return the largest ``number`` of all ranks."""
         if self.size == 1:
             return number
-        largest = torch.tensor(number)
+        largest = torch.tensor(number, device="cpu")
         with peers():
             dist.all_reduce(largest, dist.ReduceOp.MAX, self.on_cpu)
         return int(largest)
