@@ -15,7 +15,10 @@ from training_runs import Fork
 from alphacl_fast.cli import main
 from alphacl_fast.train import Config, RunError, evaluate, loop, train
 
-pytestmark = pytest.mark.xdist_group("train_resume")  # one worker makes what its tests share
+pytestmark = [
+    pytest.mark.xdist_group("train_resume"),  # one worker makes what its tests share
+    pytest.mark.usefixtures("quick_plots"),  # the reference, which is made before, has real ones
+]
 
 SETTINGS = {
     "dataset": "digits",
@@ -64,15 +67,6 @@ def reference(tmp_path_factory):
     for name in loop.PLOTS:
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     return state, lines
-
-
-@pytest.fixture(autouse=True)
-def quick_plots():
-    """Pictures take longer than the few steps of a run; only the reference draws real ones."""
-    with pytest.MonkeyPatch.context() as patch:  # a test may undo its own
-        patch.setattr(loop, "picture", lambda encoder, data, path: path.write_bytes(b"a picture"))
-        patch.setattr(loop.report, "curves", lambda metrics, path, title: path.write_bytes(b"one"))
-        yield
 
 
 def start(out, workers, hold):
