@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .call import Need
+from .graph import on_cpu
 from .objectives import Objective
 from .plan import STATEMENT_BYTES
 
@@ -470,7 +471,8 @@ def values_of(objective: Objective) -> tuple[tuple[str, bytes], ...]:
     """
     if not objective.functions:
         return ()
-    with torch.no_grad(), outside_transforms():
+    # Constants that a function makes are beside the probes, whatever the default device is.
+    with torch.no_grad(), outside_transforms(), on_cpu():
         probes = torch.tensor(_PROBES, dtype=torch.float64)
         values = ((each.name, each(probes.clone())) for each in objective.functions)
         return tuple((name, x.float().numpy().tobytes()) for name, x in values)

@@ -204,8 +204,8 @@ def _views(
     total: int, dim: int, dtype: torch.dtype, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
     """Two correlated views, the same on every process."""
-    generator = torch.Generator().manual_seed(0)
-    views = torch.randn(2, total, dim, generator=generator, dtype=torch.float64)
+    made = {"generator": torch.Generator("cpu").manual_seed(0), "device": "cpu"}
+    views = torch.randn(2, total, dim, dtype=torch.float64, **made)
     views[1] = views[0] + views[1] / 2
     z1, z2 = views.to(device, dtype)
     return z1, z2

@@ -83,6 +83,17 @@ def one_thread():
 
 
 @pytest.fixture
+def quick_plots():
+    """A training run writes its pictures without drawing them, whatever patches a test undoes."""
+    from alphacl_fast.train import loop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "picture", lambda encoder, data, path: path.write_bytes(b"a picture"))
+        patch.setattr(loop.report, "curves", lambda metrics, path, title: path.write_bytes(b"one"))
+        yield
+
+
+@pytest.fixture
 def no_plots(monkeypatch):
     """A training run draws nothing: plots take longer than the few steps of a test."""
     from alphacl_fast.train import loop

@@ -276,7 +276,7 @@ def test_towers_of_two_dtypes(name, first, second, autocast):
         assert torch.equal(got, right.to(z.dtype))
 
 
-@pytest.mark.parametrize("device", ["meta"])
+@pytest.mark.parametrize("device", ["meta", "cuda"])
 def test_another_default_device_changes_nothing(device):
     views, ids = pair(8, 5), torch.arange(8) % 3
     functions = (None, torch.exp), (torch.exp,), (torch.relu,)

@@ -20,8 +20,11 @@ from alphacl_fast import (
     distributed,
     loss_against,
     process_groups,
+    siglip_loss,
+    supcon_loss,
 )
 from alphacl_fast.functional import alpha_cl_loss, make_call
+from alphacl_fast.verify import verify_distributed
 
 pytestmark = pytest.mark.xdist_group("ranks")  # one worker starts the processes
 
@@ -335,6 +338,48 @@ def test_a_timeout_names_the_call_and_the_ranks(ranks):
         r"ranks \[1\], which did not make the same call",
         message,
     )
+
+
+# --- another default device ---
+
+
+def under_default_device(group, name):
+    """Losses and gradients with and without another default device; and a check of the group."""
+    z1, z2 = (z.requires_grad_() for z in pair(4, 3))
+    labels, tau = torch.tensor([0, 1, 0, 1]), torch.tensor(0.4, dtype=z1.dtype)
+    objectives = ("infonce", "alpha_square", PairLoss(None, torch.exp))
+    strategies = [{"strategy": name} for name in ("gather", "ring")]
+    strategies.append({"strategy": "two_level", "ranks_per_node": 2})
+
+    def values():
+        for objective in objectives:
+            for options in strategies:
+                given = {"temperature": tau, "process_group": group, **options}
+                yield alpha_cl_loss(z1, z2, objective, **given)
+        yield supcon_loss(z1, labels, process_group=group)
+        yield siglip_loss(z1, z2, process_group=group)
+
+    def all_of_it():
+        return [x for loss in values() for x in (loss, *torch.autograd.grad(loss, z1))]
+
+    expected = all_of_it()
+    torch.set_default_device(name)
+    try:
+        found = all_of_it()
+        rows = verify_distributed(
+            group, objectives=("infonce",), dtype=torch.float32, large_message=0, print=None
+        )
+    finally:
+        torch.set_default_device(None)
+    return len(rows), all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["meta", "cuda"])
+def test_another_default_device_changes_nothing(ranks, name):
+    """Also one that the machine lacks, as long as no tensor is made there."""
+    for rows, same in ranks.run(2, under_default_device, name=name):
+        assert rows > 0
+        assert same
 
 
 # --- torch.func ---

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import os
+import platform
 import signal
 
 import pytest
@@ -20,6 +21,7 @@ from alphacl_fast.train import (
     Config,
     RunError,
     data,
+    device,
     evaluate,
     evaluation,
     loop,
@@ -480,3 +482,39 @@ def test_ranks_that_would_wait_for_one_another_are_refused():
         loop._check_shares(config, 2)
     loop._check_shares(dataclasses.replace(config, micro_batch=15), 2)
     loop._check_shares(dataclasses.replace(config, norm="batch"), 2)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is set")
+def test_memory_of_a_step_is_not_asked_for_again():
+    """Blocks of the size of activations; the page faults of allocating them anew are counted."""
+    import resource
+
+    def faults():
+        def step():
+            return [torch.ones(2**22) for _ in range(4)]
+
+        step()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        step()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    usual = faults()
+    if usual < 100:
+        pytest.skip("another allocator, or huge pages")
+    with device.settings(tiny()):
+        assert faults() < usual / 10
+
+
+@pytest.mark.parametrize("name", ["meta", "cuda"])
+def test_another_default_device_changes_nothing(tmp_path, name):
+    """Also one that the machine lacks."""
+    config = tiny(epochs=1, eval_every=1, device="cpu")
+    train(config, tmp_path / "usual")
+    torch.set_default_device(name)
+    try:
+        train(config, tmp_path / "other")
+        evaluate(tmp_path / "other", draws=1)
+    finally:
+        torch.set_default_device(None)
+    ours, theirs = (state_of(tmp_path / name)["model"] for name in ("other", "usual"))
+    assert_equal(ours, theirs)

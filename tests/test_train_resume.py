@@ -4,17 +4,21 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from conftest import WATCHDOG, wait_until
+from training_runs import Fork
 
 from alphacl_fast.cli import main
 from alphacl_fast.train import Config, RunError, evaluate, loop, train
 
-pytestmark = pytest.mark.xdist_group("train_resume")  # one worker makes what its tests share
+pytestmark = [
+    pytest.mark.xdist_group("train_resume"),  # one worker makes what its tests share
+    pytest.mark.usefixtures("quick_plots"),  # the reference, which is made before, has real ones
+]
 
 SETTINGS = {
     "dataset": "digits",
@@ -60,45 +64,32 @@ def reference(tmp_path_factory):
     state, lines = final(out)
     assert state["step"] == STEPS
     assert len(lines) == STEPS + 4
+    for name in loop.PLOTS:
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
     return state, lines
 
 
-#: `alphacl train`, which waits before step 30 until a file is gone: until its signal has been sent,
-#: however busy the machine is.
-CHILD = """
-import pathlib, sys, time
-from alphacl_fast.cli import main
-from alphacl_fast.train import loop
-one_step, hold = loop._Run.one_step, pathlib.Path(sys.argv[1])
-def held(self, *views):
-    while self.step == 30 and hold.exists():
-        time.sleep(0.01)
-    return one_step(self, *views)
-loop._Run.one_step = held
-sys.exit(main(["train", *sys.argv[2:]]))
-"""
-
-
 def start(out, workers, hold):
-    flags = [
-        f"--{key.replace('_', '-')}={value}"
-        for key, value in {**SETTINGS, "workers": workers}.items()
-    ]
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
-    }
+    """Run `alphacl train` in a fork of this process.
+
+    It waits before step 30 until the file ``hold`` is gone: until its signal has been sent, however
+    busy the machine is.
+    """
+    settings = {**SETTINGS, "workers": workers}
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
+    one_step = loop._Run.one_step
+
+    def held(self, *views):
+        while self.step == 30 and hold.exists():
+            time.sleep(0.01)
+        return one_step(self, *views)
+
+    def command():
+        loop._Run.one_step = held
+        return main(["train", f"--out={out}", *flags])
+
     hold.touch()
-    command = [sys.executable, "-c", CHILD, str(hold), f"--out={out}", *flags]
-    return subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    return Fork(command)
 
 
 def wait_for_step(process, out, step):
@@ -107,6 +98,7 @@ def wait_for_step(process, out, step):
     wait_until(process, lambda: file.exists() and file.read_bytes().count(b'"step", ') >= step)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="forks this process")
 @pytest.mark.parametrize(
     ("number", "workers", "code"),
     [
@@ -123,12 +115,12 @@ def test_interrupted_and_resumed(tmp_path, capsys, reference, number, workers, c
         if number == signal.SIGINT:
             os.killpg(process.pid, number)  # as a terminal does: the loader's processes get it too
         else:
-            process.send_signal(number)
+            os.kill(process.pid, number)
         hold.unlink()
-        message = process.communicate(timeout=WATCHDOG)[1]
+        message = process.ended(WATCHDOG)
     finally:
         process.kill()
-    assert process.returncode == code, message
+    assert process.poll() == code, message
     stopped = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
     assert stopped < STEPS
     if number == signal.SIGKILL:

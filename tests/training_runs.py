@@ -1,6 +1,13 @@
-"""Training runs in tests: what they wrote, and runs on several ranks."""
+"""Training runs in tests: what they wrote, and runs in forks of this process, also as ranks."""
 
+import contextlib
 import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
 
 import torch
 from ranks import forked
@@ -25,3 +32,55 @@ def train_on_ranks(count, config, out):
 
 def _train(config, out):
     train(config, out)  # its outcome stays in the process
+
+
+class Fork:
+    """A fork of this process, in a session of its own, that exits with what ``command()`` returns.
+
+    What this process has imported need not be imported again. It has the signal handlers that a
+    new process has, and its standard error is kept.
+    """
+
+    def __init__(self, command):
+        self.stderr, self.code = tempfile.TemporaryFile("w+"), None  # noqa: SIM115 - as Popen's
+        self.pid = os.fork()
+        if self.pid:
+            return
+        code = 1
+        try:
+            os.setsid()
+            os.dup2(self.stderr.fileno(), 2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_DFL)
+            code = command()
+            sys.stderr.flush()
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+
+    def poll(self):
+        """The exit code, negative for a signal; None while the fork runs."""
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code
+
+    def ended(self, seconds):
+        """Wait for its end, and return what it wrote to standard error."""
+        deadline = time.monotonic() + seconds
+        while self.poll() is None:
+            assert time.monotonic() < deadline, "the fork hangs"
+            time.sleep(0.005)
+        self.stderr.seek(0)
+        return self.stderr.read()
+
+    def kill(self):
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            self.ended(60)

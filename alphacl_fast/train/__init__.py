@@ -9,9 +9,9 @@
 batch.
 
 Modules import one way: config, rows; storage, process_context, data, augment, device_augmentation,
-models, weights, sync_batch_norm, gradient, device, schedules, optimizers, callbacks, checkpoint;
-report; recipe; evaluation; moco, supervised, image_text; recipes; inspection; loop; reproduce,
-speedrun.
+models, weights, sync_batch_norm, gradient, gradient_average, device, schedules, optimizers,
+callbacks, checkpoint; report; recipe; evaluation; moco, supervised, image_text; recipes;
+inspection; loop; reproduce, speedrun.
 
 As in `alphacl_fast`, a name is imported when it is first used.
 """

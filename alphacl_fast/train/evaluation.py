@@ -20,7 +20,7 @@ from . import checkpoint, report, storage
 from .augment import plain
 from .config import RunError
 from .data import Data, load, plain_batches
-from .device import autocast, pick_device, settings, threads
+from .device import autocast, pick_device, settings, threads, usual_default_device
 from .models import Encoder, build
 from .process_context import ProcessContext
 from .weights import evaluated, of_encoder
@@ -285,6 +285,7 @@ def picture(encoder: Encoder, data: Data, path: Path, most: int = 2000) -> None:
     report.embedding(features, labels, data.classes, path)
 
 
+@usual_default_device()
 def evaluate(run: str | Path, *, few_label: int = 5, draws: int = 10, **changes) -> dict:
     """Evaluate a run: kNN and linear probes of raw pixels, untrained and trained encoder.
 

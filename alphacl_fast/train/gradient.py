@@ -30,7 +30,17 @@ def _unscaled(value: Tensor) -> Tensor:
     return value
 
 
-def whole(embed: Embed, loss: Loss, views: Views, scale: Scale = _unscaled) -> tuple[Tensor, float]:
+def _nothing() -> None:
+    pass
+
+
+def whole(
+    embed: Embed,
+    loss: Loss,
+    views: Views,
+    scale: Scale = _unscaled,
+    last: Callable[[], None] = _nothing,
+) -> tuple[Tensor, float]:
     """Accumulate the gradient of one batch in one pass.
 
     Args:
@@ -38,6 +48,8 @@ def whole(embed: Embed, loss: Loss, views: Views, scale: Scale = _unscaled) -> t
         loss: (z1, z2) → ().
         views: (x1, x2).
         scale: loss → what is differentiated, as gradients in float16 need it.
+        last: called before the backward that completes the gradients of the network; those of the
+            loss's parameters are complete then.
 
     Returns:
         The detached loss, and host seconds in the loss, its backward included.
@@ -46,6 +58,7 @@ def whole(embed: Embed, loss: Loss, views: Views, scale: Scale = _unscaled) -> t
     # The graph is cut here, so that the time of the loss's backward can be measured.
     z1, z2 = (z.detach().requires_grad_(z.requires_grad) for z in embedded)
     value, in_loss = _backward(loss, z1, z2, scale)
+    last()
     _backward_from(embedded, (z1.grad, z2.grad))
     return value, in_loss
 
@@ -58,6 +71,7 @@ def in_parts(
     device: torch.device,
     look: Callable[[int], None] = lambda number: None,
     scale: Scale = _unscaled,
+    last: Callable[[], None] = _nothing,
 ) -> tuple[Tensor, float]:
     """Accumulate the gradient of one batch in micro-batches.
 
@@ -70,7 +84,7 @@ def in_parts(
         look: called with the number of each micro-batch, from 0, before it is embedded, except
             before the very first. It may raise to abandon the step; :func:`undone` then takes back
             what the step has done.
-        scale: as in :func:`whole`.
+        scale, last: as in :func:`whole`.
 
     Returns:
         The detached loss, and host seconds in the loss, its backward included.
@@ -91,7 +105,10 @@ def in_parts(
     for number, (part, state, dz1, dz2) in enumerate(zip(parts, states, *gradients, strict=True)):
         look(number)
         _set_rng_state(state, device)
-        _backward_from(embed(part), (dz1, dz2))
+        embedded = embed(part)
+        if number == len(parts) - 1:
+            last()
+        _backward_from(embedded, (dz1, dz2))
     _set_rng_state(after, device)
     return value, in_loss
 

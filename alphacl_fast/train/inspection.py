@@ -15,7 +15,7 @@ from . import checkpoint, storage
 from .augment import augmentation
 from .config import Config, RunError
 from .data import load, steps_of, training_batches
-from .device import autocast, pick_device, settings
+from .device import autocast, pick_device, settings, usual_default_device
 from .models import build
 from .weights import evaluated
 
@@ -23,6 +23,7 @@ from .weights import evaluated
 OBJECTIVES = ("infonce", "alpha_direct", "alpha_square", "uniform")
 
 
+@usual_default_device()
 def inspect(
     run: str | Path,
     *,

@@ -2,8 +2,8 @@
 
 What is trained, and with which loss, is the recipe's business (`recipe`). With several processes
 (`process_context`) every rank embeds its share of the batch; the loss is the whole batch's, and
-gradients are averaged in one all-reduce. Only rank 0 writes files and logs, and unless all are
-asked to, only it evaluates.
+gradients are averaged while the backward computes them (`gradient_average`). Only rank 0 writes
+files and logs, and unless all are asked to, only it evaluates.
 """
 
 import dataclasses
@@ -30,8 +30,9 @@ from .augment import augmentation
 from .callbacks import Callback, TensorBoard
 from .config import Config, Diverged, RunError
 from .data import Data, load, mix, training_batches, with_indices
-from .device import autocast, pick_device, settings
+from .device import autocast, pick_device, settings, usual_default_device
 from .evaluation import ALONE, figures, picture
+from .gradient_average import GradientAverage
 from .optimizers import build_optimizer, trained
 from .process_context import ProcessContext, joined, peers
 from .recipe import build_loss
@@ -78,6 +79,7 @@ class Stopped(Exception):
     """A signal ends the run within a step, which counts as not begun."""
 
 
+@usual_default_device()
 def train(
     config: Config,
     out: str | Path,
@@ -332,6 +334,7 @@ class _Run:
         self.recipe = recipe = build_recipe(data, context)
         self.net, self.loss = recipe.net, recipe.loss
         self.parameters = [*trained(self.net), *trained(self.loss)]
+        self.mean_gradient = GradientAverage(trained(self.net), trained(self.loss), context)
         self.optimizer = build_optimizer(config, self.net, self.loss)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         self.average = self.moving_average() if config.ema else None
@@ -564,7 +567,7 @@ class _Run:
         if embeddings:
             summary = self.loss.alpha_summary(*embeddings, k=1).scalars()
             summary |= batch_metrics(*embeddings).scalars()
-        self.context.average_gradients(self.parameters)
+        self.mean_gradient.finish()
         if self.config.clip:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
@@ -585,12 +588,12 @@ class _Run:
         def loss(z1, z2):
             return self.recipe.value(z1, z2, parts)
 
-        scale = self.scaler.scale
+        scale, last = self.scaler.scale, self.mean_gradient.begin
         if len(parts) == 1:
-            return gradient.whole(self.embed, loss, parts[0], scale)
+            return gradient.whole(self.embed, loss, parts[0], scale, last)
         with gradient.undone(self.net, self.device, Stopped):
             return gradient.in_parts(
-                self.net, self.embed, loss, parts, self.device, self.look, scale
+                self.net, self.embed, loss, parts, self.device, self.look, scale, last
             )
 
     @contextmanager

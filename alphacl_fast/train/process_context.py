@@ -85,19 +85,6 @@ class ProcessContext:
                     dist.broadcast(dense, 0, self.group_of(dense))
                     tensor.copy_(dense)
 
-    def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Average every gradient over the ranks, in one all-reduce."""
-        if self.size == 1:
-            return
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([grad.flatten() for grad in grads])
-        with peers():
-            dist.all_reduce(flat, group=self.group_of(flat))
-        flat /= self.size
-        parts = flat.split([grad.numel() for grad in grads])
-        for parameter, grad, part in zip(parameters, grads, parts, strict=True):
-            parameter.grad = grad.copy_(part.view(grad.shape))
-
     def gather(self, rows: torch.Tensor, total: int) -> torch.Tensor:
         """Join the ranks' shares (n_r, …) of ``total`` rows, in the order of the ranks."""
         if self.size == 1:
@@ -116,7 +103,7 @@ class ProcessContext:
         """Return the sum of all ranks' ``number``."""
         if self.size == 1:
             return number
-        total = torch.tensor(number)
+        total = torch.tensor(number, device="cpu")
         with peers():
             dist.all_reduce(total, group=self.on_cpu)
         return int(total)
@@ -125,7 +112,7 @@ class ProcessContext:
         """Return the largest ``number`` of all ranks."""
         if self.size == 1:
             return number
-        largest = torch.tensor(number)
+        largest = torch.tensor(number, device="cpu")
         with peers():
             dist.all_reduce(largest, dist.ReduceOp.MAX, self.on_cpu)
         return int(largest)

@@ -1843,6 +1843,30 @@ plant(
         "tests/test_train_features.py::test_synchronised_normalisation_is_that_of_the_whole_batch[2]",
     ),
 )
+AVERAGED = (
+    "tests/test_train_gradient_average.py::test_gradients_are_averaged_while_the_backward_runs"
+)
+plant(
+    "alphacl_fast/train/gradient_average.py",
+    (
+        "averages over ranks: sums",
+        "_unpack(flat.div_(self.context.size), bucket)",
+        "_unpack(flat, bucket)",
+        f"{AVERAGED}[1-early0-late0-whole]",
+    ),
+    (
+        "averages over ranks: the first micro-batch's gradient is sent",
+        "if self.waits is None:  # of an earlier micro-batch",
+        "if self.waits is None and self.begin() is not None:",
+        f"{AVERAGED}[1-early0-late0-parts]",
+    ),
+    (
+        "averages over ranks: nothing is sent before the backward has ended",
+        "while len(self.sent) < len(self.waits) and self.waits[len(self.sent)] == 0:",
+        "while False:",
+        f"{AVERAGED}[200-early1-late1-whole]",
+    ),
+)
 plant(
     "alphacl_fast/train/data.py",
     (
