@@ -64,6 +64,13 @@ def power_of_two(x: int, least: int = 16) -> int:
     return max(least, 1 << (x - 1).bit_length())
 
 
+#: Tiles of long rows for sm_120 alone, where the others would spill at 128 registers.
+_ON_SM_120 = {
+    ("row_sums", "tf32"): Tile(64, 64, 32, 8, 2),
+    ("pair_grad", "bf16"): Tile(64, 64, 64, 8, 3, max_registers=232, resident=1),
+}
+
+
 def default(sweep: str, mode: str, dim: int, capability: tuple[int, int] = (8, 0)) -> Tile:
     """A tile that compiles without spills (tools/triton_resources.py).
 
@@ -72,18 +79,22 @@ def default(sweep: str, mode: str, dim: int, capability: tuple[int, int] = (8, 0
     of a pair, each with row scalars). A pair_grad that compares ids ends with _ids.
     """
     features, plain = power_of_two(dim), "_plain" in sweep
+    kind = "row_sums" if sweep.startswith("row_sums") else "pair_grad"
+    long = features > (128 if plain or kind == "row_sums" else 256)
+    if capability[0] == 12 and long and (kind, mode) in _ON_SM_120:
+        return _ON_SM_120[kind, mode]
     if mode == "bf16" and capability[0] == 9:
         return _on_hopper(sweep, features)
     if mode == "fp64":
         return Tile(32, 32, min(features, 32), 4, 1)
-    if sweep.startswith("row_sums"):
+    if kind == "row_sums":
         if mode != "bf16":
             return Tile(64, 64, min(features, 32), 8, 3)
-        if features > 128:  # up to 512 features three stages would spill on sm_120
+        if long:  # up to 512 features three stages would spill on sm_120
             return Tile(64, 128, 64, 4, 2 if features <= 512 else 3)
         return Tile(64, 64, features, 8, 2) if plain else Tile(64, 128, features, 4, 2)
     if mode == "bf16":
-        if features > 256 or (plain and features > 128):
+        if long:
             return Tile(64, 64, 64, 8, 3, resident=1)
         # one program per SM in any case; ptxas alone spills at 128 registers on sm_100
         if features > 128:

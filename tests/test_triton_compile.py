@@ -1,4 +1,4 @@
-"""Every production configuration of the Triton kernels, compiled for sm_80, sm_90 and sm_100."""
+"""Every production configuration of the Triton kernels, compiled for sm_80, 90, 100 and 120."""
 
 import os
 import re

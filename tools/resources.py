@@ -40,11 +40,12 @@ _LIMITS = {
     89: Limits(99 * _KB, 1536, 24),
     90: Limits(227 * _KB),
     100: Limits(227 * _KB),
+    120: Limits(99 * _KB, 1536, 24),
 }
 
 
 def limits(capability: int) -> Limits:
-    """Limits of a compute capability (80, 86, 89, 90, 100); ValueError for another."""
+    """Limits of a compute capability (80, 86, 89, 90, 100, 120); ValueError for another."""
     if capability not in _LIMITS:
         raise ValueError(f"capability must be one of {sorted(_LIMITS)}, got {capability!r}")
     return _LIMITS[capability]

@@ -4,9 +4,9 @@
     python -m tools.triton_resources --in-turn     # what `make test` runs
 
 A configuration is a call of the loss: the package's own launcher chooses kernels, tiles and static
-arguments, and instead of launching them this file compiles them for sm_80, sm_90 and sm_100, and
-prints a line for each. It fails on a spill, a stack frame, a serialised wgmma, a block that does
-not fit on a multiprocessor, or missing matrix instructions.
+arguments, and instead of launching them this file compiles them for sm_80, sm_90, sm_100 and
+sm_120, and prints a line for each. It fails on a spill, a stack frame, a serialised wgmma, a block
+that does not fit on a multiprocessor, or missing matrix instructions.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ from alphacl_fast.functional import alpha_cl_loss
 
 from . import resources
 
-CAPABILITIES = (80, 90, 100)
+CAPABILITIES = (80, 90, 100, 120)
 _TYPES = {
     torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
     torch.int32: "*i32",
 }  # fmt: skip
 #: Matrix instructions; products of IEEE float32 have none.
-_MATRIX = {80: "^(HMMA|DMMA)", 90: "^(HGMMA|DMMA)", 100: "^(UTC|DMMA)"}
+_MATRIX = {
+    80: "^(HMMA|DMMA)", 90: "^(HGMMA|DMMA)", 100: "^(UTC|DMMA)", 120: "^(HMMA|DMMA)",
+}  # fmt: skip
 
 
 class Configuration(NamedTuple):

@@ -231,6 +231,8 @@ def _ampere() -> list[Case]:
     cases += [replace(case, pairs=33, call=calls.every_kind)]  # two tiles: one serves its columns
     for dim in (64, 128, 256, 264):
         cases += [replace(case, dim=dim, symmetric=False, setting=s) for s in _SIDES]
+        # so many pairs that a symmetric tile needs no mask
+        cases += [replace(case, dim=dim, pairs=129, objective="alpha_direct")]
     short = [
         case, replace(case, dim=264, pairs=40),
         replace(case, dtype=FP16, dim=61, multiprocessors=10),
