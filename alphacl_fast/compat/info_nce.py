@@ -10,7 +10,7 @@ from ..autograd import unit_rows
 from ..call import without_autocast
 from ..explicit_negatives import loss_against
 from ..functional import alpha_cl_loss, of_one_dtype, zero_with_graph
-from .entry import check_pair, cross_entropy, loss_dtype
+from .entry import check_pair, cross_entropy, is_small, loss_dtype
 
 
 class InfoNCE(nn.Module):
@@ -125,13 +125,16 @@ def _loss(
         return losses if reduction == "none" else getattr(losses, reduction)()
     rows, keys = unit_rows(query), unit_rows(negative_keys.flatten(0, -2))
     positive = (rows * unit_rows(positive_key)).sum(1)
-    if not paired:
+    if not paired and not is_small(len(rows), len(keys), rows.device):
         return loss_against(rows, keys, positive, temperature=temperature, reduction=reduction)
     functional.check_temperature(temperature, functional.DEFAULTS["infonce"])
     with without_autocast(rows.device):
-        similarities = torch.bmm(keys.view(negative_keys.shape), rows[:, :, None]).squeeze(2)
-    logits = (similarities - positive[:, None]) / temperature
-    losses = torch.nn.functional.pad(logits, (1, 0)).logsumexp(1)  # the positive's own is 0
+        if paired:
+            similarities = torch.bmm(keys.view(negative_keys.shape), rows[:, :, None]).squeeze(2)
+        else:
+            similarities = rows @ keys.t()
+        sums = (similarities / temperature).logsumexp(1) - positive / temperature
+    losses = torch.logaddexp(sums, torch.zeros_like(sums))  # the positive's own logit is 0
     return losses if reduction == "none" else getattr(losses, reduction)()
 
 

@@ -173,7 +173,7 @@ def circle(t: Tensor, positives: Tensor, negatives: Tensor, margin: float, gamma
 
 def _logsumexp(x: Tensor, kept: Tensor) -> Tensor:
     """(b,) over the kept entries; −inf, with gradient 0, where there are none."""
-    # a finite number, as the gradient of a row of −inf alone would be NaN
+    # a finite number: anomaly detection would find NaN in the gradient of a row of −inf alone
     x = x.masked_fill(~kept, torch.finfo(x.dtype).min)
     return torch.where(kept.any(1), x.logsumexp(1), -torch.inf)
 

@@ -271,10 +271,14 @@ class MultipleNegativesRankingLoss(nn.Module):
         def losses(block: slice) -> Tensor:
             mine = places[first + block.start : first + block.stop, None]
             x, d = queries[block], positives[block]
-            similarities, own_docs = similarity_fct(x, docs), groups == mine
-            strength = torch.where(own_docs, near * ~is_positive, far)
-            parts = {"query_to_doc": self.scale * similarities + strength * similarities.detach()}
-            own = parts["query_to_doc"].gather(1, mine)
+            similarities = similarity_fct(x, docs)
+            logits = self.scale * similarities
+            if near or far:
+                strength = torch.where(groups == mine, near * ~is_positive, far)
+                logits = logits + strength * similarities.detach()
+            own = logits.gather(1, mine)
+            # the positive's own logit is added at the end, as 0
+            parts = {"query_to_doc": logits.scatter(1, mine, torch.finfo(logits.dtype).min)}
             if "query_to_query" in self.directions:
                 logits = self.scale * similarity_fct(x, everyones_queries)
                 parts["query_to_query"] = logits.masked_fill(places == mine, -math.inf)
@@ -282,13 +286,11 @@ class MultipleNegativesRankingLoss(nn.Module):
                 parts["doc_to_query"] = self.scale * similarity_fct(everyones_queries, d).t()
             if "doc_to_doc" in self.directions:
                 logits = self.scale * similarity_fct(docs, d).t()
-                parts["doc_to_doc"] = logits.masked_fill(own_docs, -math.inf)
-            lowest = torch.finfo(own.dtype).min
-            parts["query_to_doc"] = parts["query_to_doc"].scatter(1, mine, lowest)
-            if self.partition_mode == "joint":
+                parts["doc_to_doc"] = logits.masked_fill(groups == mine, -math.inf)
+            if self.partition_mode == "joint" and len(parts) > 1:
                 parts = {"joint": torch.cat([*parts.values()], 1)}
-            with_positive, *others = ((p - own).logsumexp(1) for p in parts.values())
-            # the positive's own logit is 0 here
+            own = own.squeeze(1)
+            with_positive, *others = (p.logsumexp(1) - own for p in parts.values())
             with_positive = torch.logaddexp(with_positive, torch.zeros_like(with_positive))
             return sum(others, with_positive) / len(parts)
 

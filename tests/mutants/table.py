@@ -2005,8 +2005,8 @@ plant(
     "alphacl_fast/compat/info_nce.py",
     (
         "paired negatives: the positive does not count in the sum",
-        "torch.nn.functional.pad(logits, (1, 0)).logsumexp(1)",
-        "logits.logsumexp(1)",
+        "torch.logaddexp(sums, torch.zeros_like(sums))",
+        "sums",
         as_theirs("info_nce.InfoNCE2"),
     ),
     (
@@ -2085,9 +2085,9 @@ plant(
         odd_calls("SupConLoss"),
     ),
     (
-        "the gradient of a row without pairs is NaN",
+        "pairs that are left out count in a sum",
         "x.masked_fill(~kept, torch.finfo(x.dtype).min)",
-        "x.masked_fill(~kept, -torch.inf)",
+        "x",
         odd_calls("MultiSimilarityLoss"),
     ),
     (

@@ -70,8 +70,7 @@ SUITES = (
             for name in (
                 "ntxent", "circle", "tuplet_margin", "multi_similarity", "self_supervised",
             )
-        )
-        + ("tests/losses/test_cross_batch_memory.py", "tests/losses/test_losses_without_labels.py"),
+        ),
         _same_names(
             "pytorch_metric_learning.losses",
             "pytorch_metric_learning",
