@@ -239,6 +239,7 @@ WINGS = {
         "native",
         "objectives",
         "ops",
+        "train",
     },
     "tools": {
         "accuracy",

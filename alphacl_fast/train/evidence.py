@@ -11,6 +11,7 @@ it was stopped. Until then its folder is OUT/unfinished/PART, an ordinary run th
    share initial weights, the order of the images and their views, so they are compared in pairs.
 """
 
+import contextlib
 import shutil
 import statistics
 import time
@@ -92,6 +93,10 @@ class Run(NamedTuple):
         return {"part": self.part, "phase": self.phase, "name": self.name, **self.given}
 
 
+class NotYet(RunError):
+    """A part needs the choice of another part, which has not made it yet."""
+
+
 class Progress(NamedTuple):
     """How :func:`evidence` ended.
 
@@ -145,7 +150,7 @@ def evidence(
         with storage.locked(out / "unfinished" / f"{part}-queue"):
             progress = _work_off(part, out, data_root)
     if progress.signal is None:
-        print(evidence_report.table(part, rows_of(part, out)), flush=True)
+        print(table(part, out), flush=True)
     return progress
 
 
@@ -173,11 +178,29 @@ def _about() -> dict:
     return {name: about[name] for name in RECORDED}
 
 
-def rows_of(part: str, out: Path) -> list[Row]:
-    """Read the rows of a part's runs as they stand in the table today, in the queue's order."""
+def rows_of(part: str, out: str | Path) -> list[Row]:
+    """Read the rows of a part's runs with today's settings, in the queue's order.
+
+    Args:
+        part: key of `PARTS`.
+        out: folder of the rows.
+    """
+    out, found = Path(out), []
     rows = journal.read(out / f"{part}.jsonl")
-    found = (run.row_in(rows) for run in runs(part, rows, out))
+    with contextlib.suppress(NotYet):
+        for run in runs(part, rows, out):
+            found.append(run.row_in(rows))
     return [row for row in found if row is not None]
+
+
+def table(part: str, out: str | Path) -> str:
+    """Format the tables of a part in Markdown.
+
+    Args:
+        part: key of `PARTS`.
+        out: folder of the rows.
+    """
+    return evidence_report.table(part, rows_of(part, out), total(part))
 
 
 # The queue
@@ -204,7 +227,7 @@ def runs(part: str, rows: list[Row], out: Path) -> Iterator[Run]:
         out: folder of the rows of other parts.
 
     Raises:
-        RunError: the part needs the choice of another part, which has not made it yet.
+        NotYet: the part needs the choice of another part, which has not made it yet.
     """
     shape = PARTS[part]
     fixed = {**shape.setting, **(_setting(out) if shape.uses else {})}
@@ -266,7 +289,7 @@ def _setting(out: Path) -> dict:
     for name, fields in candidates.items():
         if _passes("setting", name, rows):
             return fields
-    raise RunError(
+    raise NotYet(
         f"{file} has no setting of InfoNCE yet that is {MARGIN:g} points above raw pixels with a "
         f"standard deviation of at most {DEVIATION:g}: run --part setting first"
     )
@@ -286,7 +309,7 @@ def _of_batch_sizes(part: str, fixed: dict, name: str, out: Path) -> Iterator[Ru
     search = searched("cifar10", fixed, name)
     chosen = choice(search, journal.read(out / "cifar10.jsonl"), PARTS["cifar10"].judge)
     if chosen is None:
-        raise RunError(f"the search of {name} is not over: run --part cifar10 first")
+        raise NotYet(f"the search of {name} is not over: run --part cifar10 first")
     for seed in range(1, PARTS[part].seeds + 1):
         for size in PARTS[part].batch_sizes:
             lr = chosen["lr"] * (size / BATCH_SIZE) ** 0.5

@@ -14,7 +14,7 @@ from scipy import stats
 
 from alphacl_fast.journal import Row
 
-from .evidence_table import CONTESTANTS, PARTS, Part
+from .evidence_table import CONTESTANTS, DEVIATION, MARGIN, PARTS, Part
 
 TITLES = {
     "knn": "kNN",
@@ -80,29 +80,40 @@ def holm(values: list[float]) -> list[float]:
     return corrected
 
 
-def table(part: str, rows: list[Row]) -> str:
+def table(part: str, rows: list[Row], total: int) -> str:
     """Format the tables of a part in Markdown, with what their columns mean.
 
     Args:
         part: key of `PARTS`.
         rows: the rows of the part's runs.
+        total: number of all runs of the part.
     """
     shape = PARTS[part]
+    over = f"{len(rows)} of {'at most ' * bool(shape.candidates)}{total:,} runs are over"
     groups: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         if row["phase"] == "seed":
             groups.setdefault((row["name"], row["batch_size"]), []).append(row)
-    lines = [["", "runs", "settings", *(TITLES[measure] for measure in shape.measures)]]
+    if not groups:
+        return f"{over}, none of them a run that is compared.\n"
+    lines = [["", "runs", "settings", *(TITLES[measure] for measure in shape.measures), "seconds"]]
     for row in rows:
         if row["phase"] == "baseline":
-            lines.append([row["name"], "", "", *(f"{100 * row[m]:.1f}" for m in shape.measures)])
-    for (name, _), those in groups.items():
-        means = [_mean([*_by_seed(those, measure).values()]) for measure in shape.measures]
-        lines.append([f"`{name}`", _count(those, shape.seeds), _settings(shape, those[0]), *means])
-    text = [*_markdown(lines), "", _meaning(groups)]
-    if len(groups) > 1 and shape.names:
+            values = (f"{100 * row[measure]:.1f}" for measure in shape.measures)
+            lines.append([row["name"], "", "", *values, ""])
+    lines += [_line(shape, name, those) for (name, _), those in groups.items()]
+    text = [f"{over}.", "", *_markdown(lines), "", _meaning(shape, groups)]
+    if len({name for name, _ in groups}) > 1 and shape.names:
         text += ["", *_comparison(shape, groups)]
     return "\n".join(text) + "\n"
+
+
+def _line(shape: Part, name: str, rows: list[Row]) -> list[str]:
+    """Format a contestant's or candidate's line."""
+    means = [_mean([*_by_seed(rows, measure).values()]) for measure in shape.measures]
+    used = [row["cpu_seconds"] for row in rows if row["cpu_seconds"] is not None]
+    seconds = f"{statistics.median(used):.0f}" if used else "–"
+    return [f"`{name}`", _count(rows, shape.seeds), _settings(shape, rows), *means, seconds]
 
 
 def _comparison(shape: Part, groups: dict[tuple[str, int], list[Row]]) -> list[str]:
@@ -155,30 +166,34 @@ def _count(rows: list[Row], seeds: int) -> str:
     return f"{len(rows)} of {seeds}" + f", {diverged} diverged" * bool(diverged)
 
 
-def _settings(shape: Part, row: Row) -> str:
+def _settings(shape: Part, rows: list[Row]) -> str:
     """Name what the search, or the list of candidates, has decided."""
+    row = rows[0]
     scale = CONTESTANTS[row["name"]].scale if row["name"] in CONTESTANTS else "temperature"
     words = [] if scale is None else [f"{scale} {row.get(scale, row['option'].get(scale))}"]
-    if "lr" in row:
-        words.append(f"lr {row['lr']:.3g}")
+    words.append(f"lr {row['lr']:.3g}")
     if shape.batch_sizes:
         words.append(f"batch {row['batch_size']:,}")
+    values = [*_by_seed(rows, "knn").values()]
+    if shape.candidates and len(values) > 1:
+        words.append(f"kNN deviates by {statistics.stdev(values):.2f}")
     return ", ".join(words)
 
 
-def _meaning(groups: dict[tuple[str, int], list[Row]]) -> str:
-    """Say what the means are of, and what a run costs."""
+def _meaning(shape: Part, groups: dict[tuple[str, int], list[Row]]) -> str:
+    """Say what the columns mean."""
     rows = [row for those in groups.values() for row in those]
+    machines = sorted({f"{row['device_name']} with {row['capability']}" for row in rows})
     text = (
         "Accuracy on the test images in per cent, mean ± standard error over the seeds; the probe "
-        "is at its last epoch."
+        "is at its last epoch. Seconds: those of one core for training and scoring, median "
+        f"({', '.join(machines)}, shared with other work)."
     )
-    used = [row["cpu_seconds"] for row in rows if row["cpu_seconds"] is not None]
-    if used:
-        machines = {f"{row['device_name']} with {row['capability']}" for row in rows}
+    if shape.candidates:
         text += (
-            f" A run takes {min(used):.0f} to {max(used):.0f} seconds of one core, the median "
-            f"{statistics.median(used):.0f} ({', '.join(sorted(machines))})."
+            f" The first candidate is chosen whose kNN accuracy is {MARGIN:g} points above raw "
+            f"pixels with every seed and deviates by at most {DEVIATION:g}; one that misses the "
+            "margin gets no more seeds."
         )
     return text
 
