@@ -9,9 +9,9 @@
 batch.
 
 Modules import one way: config, rows, evidence_table; storage, process_context, data, augment,
-device_augmentation, models, weights, sync_batch_norm, gradient, device, schedules, optimizers,
-callbacks, checkpoint; report, evidence_report; recipe; evaluation; moco, supervised, image_text;
-recipes; inspection; loop; reproduce, speedrun, evidence.
+digit_augmentation, device_augmentation, models, weights, sync_batch_norm, gradient, device,
+schedules, optimizers, callbacks, checkpoint; report, evidence_report; recipe; evaluation; moco,
+supervised, image_text; recipes; inspection; loop; reproduce, speedrun, evidence.
 
 As in `alphacl_fast`, a name is imported when it is first used.
 """

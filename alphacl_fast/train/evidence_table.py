@@ -85,7 +85,7 @@ _COLOUR = {
 MARGIN, DEVIATION = 10.0, 0.5
 PARTS = {
     "digits": Part(
-        {**_SMALL, "dataset": "digits", "epochs": 20},
+        {**_SMALL, "dataset": "digits", "augment": "device", "epochs": 20},
         tuple(CONTESTANTS),
         seeds=20,
         judge="probe_few",
