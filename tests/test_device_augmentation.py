@@ -180,9 +180,10 @@ def test_unsuitable_data_sets(given, message):
 
 @pytest.mark.parametrize("brightness_first", [True, False])
 def test_views_of_digits_are_those_of_pillow(brightness_first):
-    """Image by image the affine map, brightness and contrast that `augment` draws, to 3 of 255.
+    """Image by image the affine map, brightness and contrast that `augment` draws, to 5 of 255.
 
-    Pillow truncates to whole numbers after each of the three.
+    Pillow truncates to whole numbers after each of the three, and a change multiplies what was lost
+    before it by up to 1.4: 1.4² + 1.4 + 1 < 5.
     """
     images = data.load(Config.create(dataset="digits")).views
     n = 120
@@ -203,7 +204,7 @@ def test_views_of_digits_are_those_of_pillow(brightness_first):
         changes = [(V.adjust_brightness, 1 + 0.4 * light), (V.adjust_contrast, 1 + 0.4 * contrast)]
         for change, factor in changes if brightness_first else reversed(changes):
             view = change(view, factor)
-        assert (V.pil_to_tensor(view).int() - ours[k].int()).abs().max() <= 3, k
+        assert (V.pil_to_tensor(view).int() - ours[k].int()).abs().max() <= 5, k
     assert len(moved) == 9
 
 
