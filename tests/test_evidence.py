@@ -12,6 +12,8 @@ from alphacl_fast.cli import main
 from alphacl_fast.train import Config, Outcome, RunError, evidence, evidence_report, loop
 from alphacl_fast.train import evidence_table as settings
 from alphacl_fast.train.config import Diverged
+from alphacl_fast.train.data import load
+from alphacl_fast.train.evaluation import raw_pixels
 from alphacl_fast.train.evidence_table import PARTS, Part
 
 pytestmark = [pytest.mark.xdist_group("evidence"), pytest.mark.usefixtures("one_thread")]
@@ -32,12 +34,15 @@ def rows_in(file):
 @pytest.fixture
 def small(monkeypatch):
     """A part of two contestants, two runs of a search each and two seeds."""
-    part = Part(SMALL, ("infonce", "uniform"), seeds=2, measures=("knn_few", "probe"), held_out=5)
+    part = Part(
+        SMALL, names=("infonce", "uniform"), seeds=2, measures=("knn_few", "probe"), held_out=5
+    )
     monkeypatch.setitem(PARTS, "small", part)
     for module in (evidence, settings):
         monkeypatch.setattr(module, "LEARNING_RATES", (0.01,))
         monkeypatch.setattr(module, "RATES_ALONE", (0.001, 0.01))
         monkeypatch.setattr(module, "SCALES", {"temperature": (0.1, 0.5)})
+    monkeypatch.setattr(evidence, "DRAWS", 2)
     monkeypatch.setattr(loop.report, "curves", lambda *_: None)
     monkeypatch.setattr(loop, "picture", lambda *_: None)
 
@@ -132,6 +137,25 @@ def test_a_run_that_diverges_has_a_row(small, tmp_path, monkeypatch, capsys):
     assert [(row["phase"], row["status"]) for row in rows] == [("search", "failed")] * 4
     assert rows[0]["reason"] == "the loss became NaN"
     assert "none of them a run that is compared" in capsys.readouterr().out
+
+
+def test_images_that_judge_a_search_are_not_fitted_on():
+    data = load(Config.create(**SMALL))
+    split = evidence._held_out(raw_pixels, data, 5)
+    assert (len(split.train), len(split.test)) == (150, 50)
+    assert split.labels.bincount().tolist() == [5] * 10
+    both = [row.tobytes() for part in (split.train, split.test) for row in part.numpy()]
+    whole = [
+        row.tobytes() for row in evidence.extract(data.train, {"": raw_pixels}, data)[0][""].numpy()
+    ]
+    assert sorted(both) == sorted(whole)
+
+
+def test_a_data_set_of_other_classes_is_refused(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(PARTS, "small", PARTS["small"]._replace(classes=100))
+    with pytest.raises(SystemExit):
+        work_off(tmp_path)
+    assert "--part small needs a data set of 100 classes, got 10 in" in capsys.readouterr().err
 
 
 def test_the_choice_is_the_best_finished_run():

@@ -157,6 +157,7 @@ def evidence(
 def _work_off(part: str, out: Path, data_root: str) -> Progress:
     file, signal, about = out / f"{part}.jsonl", None, _about()
     rows = journal.read(file)
+    _check_data(next(runs(part, rows, out)), data_root)
     for number, run in enumerate(runs(part, rows, out), 1):
         if run.row_in(rows) is None:
             print(f"{part}, run {number} of {total(part)}: {run.shown()}", flush=True)
@@ -169,6 +170,16 @@ def _work_off(part: str, out: Path, data_root: str) -> Progress:
         if signal is not None:
             break
     return Progress(file, len(rows_of(part, out)), total(part), signal)
+
+
+def _check_data(run: Run, data_root: str) -> None:
+    """Raise RunError unless the data set is there and has the number of classes of the part."""
+    expected = PARTS[run.part].classes
+    found = len(load(Config.create(**run.given, data_root=data_root)).classes)
+    if found != expected:
+        raise RunError(
+            f"--part {run.part} needs a data set of {expected} classes, got {found} in {data_root}"
+        )
 
 
 def _about() -> dict:

@@ -26,6 +26,7 @@ class Part(NamedTuple):
 
     Attributes:
         setting: fields of Config that all of its runs share.
+        classes: number of classes that its data set has.
         names: its contestants, in the order of their runs; the others are compared with the first.
         seeds: runs of every contestant, with the seeds 1, 2, ….
         judge: the accuracy that decides a search.
@@ -38,6 +39,7 @@ class Part(NamedTuple):
     """
 
     setting: dict
+    classes: int = 10
     names: tuple[str, ...] = ()
     seeds: int = 5
     judge: str = "probe"
@@ -86,7 +88,7 @@ MARGIN, DEVIATION = 10.0, 0.5
 PARTS = {
     "digits": Part(
         {**_SMALL, "dataset": "digits", "augment": "device", "epochs": 20},
-        tuple(CONTESTANTS),
+        names=tuple(CONTESTANTS),
         seeds=20,
         judge="probe_few",
         measures=("knn_few", "probe_few", "knn", "probe"),
@@ -99,11 +101,17 @@ PARTS = {
             for width, epochs in ((8, 3), (8, 4), (8, 5), (16, 3), (16, 4))
         },
     ),
-    "cifar10": Part(_COLOUR, tuple(CONTESTANTS)[:10], held_out=400, uses=True),
-    "cifar100": Part(_COLOUR, ("infonce", "alpha_direct_p4", "uniform"), held_out=40, uses=True),
+    "cifar10": Part(_COLOUR, names=tuple(CONTESTANTS)[:10], held_out=400, uses=True),
+    "cifar100": Part(
+        _COLOUR,
+        classes=100,
+        names=("infonce", "alpha_direct_p4", "uniform"),
+        held_out=40,
+        uses=True,
+    ),
     "batch_size": Part(
         _COLOUR,
-        ("infonce", "alpha_direct_p4"),
+        names=("infonce", "alpha_direct_p4"),
         seeds=3,
         batch_sizes=(64, 128, 256, 512, 1024),
         uses=True,
