@@ -216,11 +216,32 @@ def test_the_first_setting_with_margin_and_small_deviation_is_chosen(tmp_path):
     assert queue == [*evidence.BASELINES, *[first] * 2, *[second] * 5, *[third] * 5]
     file = tmp_path / "setting.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
-    with pytest.raises(RunError, match="10 points above raw pixels with a standard deviation of"):
+    with pytest.raises(RunError, match="10 points above raw pixels: run --part setting first"):
         evidence._setting(tmp_path)
     journal.append(file, rows[-1])
     assert evidence._setting(tmp_path) == PARTS["setting"].candidates[third]
     assert next(evidence.runs("cifar10", [], tmp_path)).given["width"] == 8
+
+
+def test_without_a_small_deviation_the_smallest_is_chosen(tmp_path):
+    """Of the candidates with the margin, once all were tried."""
+    names = [*PARTS["setting"].candidates]
+    accuracies = dict.fromkeys(names, (0.3,))  # no margin
+    accuracies[names[1]] = (0.41, 0.43, 0.45, 0.43, 0.41)
+    accuracies[names[2]] = (0.41, 0.43, 0.44, 0.43, 0.41)
+    rows = setting_rows(accuracies)
+    file = tmp_path / "setting.jsonl"
+    for row in rows:
+        journal.append(file, row)
+    untrained = evidence._baselines("setting", PARTS["setting"].setting)[1]
+    with pytest.raises(RunError, match="run --part setting first"):
+        evidence._setting(tmp_path)
+    journal.append(file, untrained.row(SCORES, {}))
+    assert evidence._setting(tmp_path) == PARTS["setting"].candidates[names[2]]
+    rows = [*setting_rows(dict.fromkeys(names, (0.3,))), untrained.row(SCORES, {})]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(RunError, match="all candidates were tried"):
+        evidence._setting(tmp_path)
 
 
 def test_batch_sizes_use_the_choice_of_cifar10(tmp_path):
@@ -297,7 +318,7 @@ def test_the_table_says_what_the_rows_say():
         (["--part", "digit"], "--part must be one of digits, setting, cifar10"),
         ([], "evidence needs --part, one of digits, setting"),
         (["--part", "digits", "--lr", "0.1"], "--lr is not a flag of evidence, whose settings"),
-        (["--part", "cifar10"], "runs/evidence/setting.jsonl has no setting of InfoNCE yet that"),
+        (["--part", "cifar10"], "runs/evidence/setting.jsonl has no setting of InfoNCE that is"),
     ],
 )
 def test_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):

@@ -192,8 +192,8 @@ def _meaning(shape: Part, groups: dict[tuple[str, int], list[Row]]) -> str:
     if shape.candidates:
         text += (
             f" The first candidate is chosen whose kNN accuracy is {MARGIN:g} points above raw "
-            f"pixels with every seed and deviates by at most {DEVIATION:g}; one that misses the "
-            "margin gets no more seeds."
+            f"pixels with every seed and deviates by at most {DEVIATION:g}, or the one that "
+            "deviates least if none does; one that misses the margin gets no more seeds."
         )
     return text
 
