@@ -393,17 +393,19 @@ def _tune(arguments: list[str]) -> int:
 
 def _reproduce(arguments: list[str]) -> int:
     again = f"go on with: alphacl reproduce {shlex.join(arguments)}"
-    from alphacl_fast.train import rows
+    from alphacl_fast.train import evidence_table, rows
 
     others = ", ".join(row for row in rows.ROWS if row not in rows.DEFAULT_ROWS)
     parser = _parser(
         "reproduce",
         "table: train every row of the paper's comparison with every seed, or continue, and "
         "show mean and standard deviation. recipes: the commands for the published "
-        "experiments. speedrun: SimCLR on CIFAR-10 to 90 % kNN; the same command goes on.",
+        "experiments. speedrun: SimCLR on CIFAR-10 to 90 % kNN. evidence: a searched comparison "
+        "over many seeds, one row of JSON per run. The same command goes on.",
         {
-            "--out": (str, "folder of the table and its runs, or of the speedrun "
-                      "(default: runs/table-DATASET-ENCODER, runs/speedrun)", "DIR"),
+            "--out": (str, "folder of the table and its runs, of the speedrun or of the rows "
+                      "(default: runs/table-DATASET-ENCODER, runs/speedrun, runs/evidence)", "DIR"),
+            "--part": (str, f"evidence: {', '.join(evidence_table.PARTS)}"),
             "--rows": (lambda text: tuple(text.split(",")),
                        f"of {', '.join(rows.ROWS)} (default: all but {others})", "A,B,…"),
             "--seeds": (int, "runs per row, with seeds 1, 2, … (default: 5)"),
@@ -412,19 +414,24 @@ def _reproduce(arguments: list[str]) -> int:
         },
         argument_default=argparse.SUPPRESS,
     )  # fmt: skip
-    parser.add_argument("what", choices=("table", "recipes", "speedrun"))
+    parser.add_argument("what", choices=("table", "recipes", "speedrun", "evidence"))
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="speedrun: predict its time, try some steps on the CPU, and write nothing",
+        help="speedrun: predict its time, try some steps on the CPU, and write nothing; "
+        "evidence: print the table of the rows that are there, and train nothing",
     )
     _add_config(parser, without=rows.OF_A_ROW)
     given = vars(parser.parse_args(arguments))
     what = given.pop("what")
     if what == "speedrun":
         return _speedrun(given, again)
+    if what == "evidence":
+        return _evidence(given, again)
     if "dry_run" in given:
-        fail(f"--dry-run belongs to speedrun, not to {what}")
+        fail(f"--dry-run belongs to speedrun and evidence, not to {what}")
+    if "part" in given:
+        fail(f"--part belongs to evidence, not to {what}")
     if what == "recipes" and given:
         flags = ", ".join("--" + name.replace("_", "-") for name in given)
         fail(f"recipes takes no flags, got {flags}")
@@ -457,9 +464,10 @@ def _reproduce(arguments: list[str]) -> int:
 
 
 def _speedrun(given: dict[str, Any], again: str) -> int:
-    of_table = [name for name in ("rows", "seeds", "budget") if name in given]
+    of_table = [name for name in ("rows", "seeds", "budget", "part") if name in given]
     if of_table:
-        fail(f"--{of_table[0]} belongs to table, not to speedrun")
+        owner = "evidence" if of_table[0] == "part" else "table"
+        fail(f"--{of_table[0]} belongs to {owner}, not to speedrun")
     with _train_package():
         from alphacl_fast.train import speedrun
 
@@ -476,6 +484,37 @@ def _speedrun(given: dict[str, Any], again: str) -> int:
             file=sys.stderr,
         )
     return 128 + outcome.signal
+
+
+def _evidence(given: dict[str, Any], again: str) -> int:
+    usable = ("part", "out", "data_root", "dry_run")
+    if foreign := [name for name in given if name not in usable]:
+        fail(
+            f"{_flag(foreign[0])} is not a flag of evidence, whose settings are those of "
+            f"train/evidence_table.py: give some of {', '.join(map(_flag, usable))}"
+        )
+    if "part" not in given:
+        from alphacl_fast.train.evidence_table import PARTS
+
+        fail(f"evidence needs --part, one of {', '.join(PARTS)}")
+    with _train_package():
+        from alphacl_fast.train import evidence
+
+        try:
+            progress = evidence.evidence(**given)
+        except KeyboardInterrupt:
+            print(f"alphacl: interrupted; {again}", file=sys.stderr)
+            return INTERRUPTED
+    state = f"{progress.done} of {progress.total} runs have their row in {progress.file}"
+    if progress.signal is not None:
+        print(f"alphacl: stopped; {state}; {again}", file=sys.stderr)
+        return 128 + progress.signal
+    print(state)
+    return 0
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _plan(arguments: list[str]) -> int:

@@ -1,7 +1,7 @@
-"""Turn rows of `benchmarks.bench` into tables and plots, also README.md's and docs/benchmarks.md's.
+"""Turn rows of `benchmarks.bench` into tables and plots, also those of the documents.
 
 python -m benchmarks.report            # print the documents' tables
-python -m benchmarks.report --write    # write them, from benchmarks/results/cpu.jsonl
+python -m benchmarks.report --write    # write them, from benchmarks/results
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from alphacl_fast.journal import Row
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.jsonl"
+#: Rows of `alphacl reproduce evidence`, a file for each of its parts.
+EVIDENCE = RESULTS.parent / "evidence"
 BEGIN, END = "<!-- from rows: python -m benchmarks.report --write -->", "<!-- end of rows -->"
 #: The package's backends; every other implementation is a baseline.
 OURS = ("cpu", "triton", "cuda", "blocked", "reference")
@@ -399,7 +401,15 @@ def sections(rows: list[Row]) -> dict[Path, list[str]]:
         ROOT / "docs" / "benchmarks.md": [
             f"Measured on {where}.\n\n{tables(newest)}", training(rows), tables(older),
         ],
+        ROOT / "docs" / "results.md": evidence_tables(),
     }  # fmt: skip
+
+
+def evidence_tables() -> list[str]:
+    """Format the tables of every part of `alphacl reproduce evidence`."""
+    from alphacl_fast.train import evidence, evidence_table
+
+    return [evidence.table(part, EVIDENCE) for part in evidence_table.PARTS]
 
 
 def filled(text: str, parts: list[str], begin: str = BEGIN, end_mark: str = END) -> str:

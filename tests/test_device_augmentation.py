@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
-from alphacl_fast.train import Config, RunError, data, train
+from alphacl_fast.train import Config, RunError, data, digit_augmentation, train
 from alphacl_fast.train import device_augmentation as augmentation
 from alphacl_fast.train.process_context import ProcessContext
 
@@ -163,12 +163,12 @@ def test_a_run_with_views_made_on_the_device(tmp_path):
     ("given", "message"),
     [
         (
-            {"dataset": "digits"},
-            "--augment device is for colour images up to 64 pixels, got digits of 8",
+            {"dataset": "digits", "image_size": 16},
+            "--augment device is for colour images up to 64 pixels and digits of 8, got digits",
         ),
         (
             {"image_size": 96},
-            "--augment device is for colour images up to 64 pixels, got fake of 96",
+            "--augment device is for colour images up to 64 pixels and digits of 8, got fake of 96",
         ),
     ],
 )
@@ -176,6 +176,44 @@ def test_unsuitable_data_sets(given, message):
     defaults = {"dataset": "fake", "augment": "device"}
     with pytest.raises(RunError, match=message):
         Config.create(**{**defaults, **given})
+
+
+@pytest.mark.parametrize("brightness_first", [True, False])
+def test_views_of_digits_are_those_of_pillow(brightness_first):
+    """Image by image the affine map, brightness and contrast that `augment` draws, to 5 of 255.
+
+    Pillow truncates to whole numbers after each of the three, and a change multiplies what was lost
+    before it by up to 1.4: 1.4² + 1.4 + 1 < 5.
+    """
+    images = data.load(Config.create(dataset="digits")).views
+    n = 120
+    u = torch.rand(n, digit_augmentation.NUMBERS, generator=torch.Generator().manual_seed(3))
+    u[:, 7] = 0.0 if brightness_first else 0.9
+    x = augmentation.images_on(torch.device("cpu"), torch.utils.data.Subset(images, range(n)), 8)
+    ours = augmentation.views(x, torch.cat([u, torch.zeros(n, 40)], 1), 8)
+    assert ours.shape == (n, 1, 8, 8)
+    moved = set()
+    for k, numbers in enumerate(u.tolist()):
+        angle, shear, right, down, light, contrast = (2 * number - 1 for number in numbers[:6])
+        shift = [round(0.12 * 8 * right), round(0.12 * 8 * down)]
+        moved.add(tuple(shift))
+        view = V.affine(
+            images[k][0], 15 * angle, shift, 0.8 + 0.4 * numbers[6], [15 * shear, 0.0],
+            interpolation=InterpolationMode.BILINEAR,
+        )  # fmt: skip
+        changes = [(V.adjust_brightness, 1 + 0.4 * light), (V.adjust_contrast, 1 + 0.4 * contrast)]
+        for change, factor in changes if brightness_first else reversed(changes):
+            view = change(view, factor)
+        assert (V.pil_to_tensor(view).int() - ours[k].int()).abs().max() <= 5, k
+    assert len(moved) == 9
+
+
+def test_a_run_on_digits_with_batched_views(tmp_path):
+    config = Config.create(
+        dataset="digits", augment="device", width=2, batch_size=64, subset=128, epochs=1, workers=0
+    )
+    train(config, tmp_path / "run")
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 2
 
 
 def test_larger_images_are_refused():

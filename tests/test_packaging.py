@@ -230,7 +230,7 @@ compat.sentence_transformers
 """
 #: Folders whose modules import each other, alphacl_fast itself and these.
 WINGS = {
-    "alphacl_fast.train": {"suggestions"},
+    "alphacl_fast.train": {"journal", "suggestions"},
     "alphacl_fast.benchmarks": {
         "accuracy",
         "backend.cpu",
@@ -239,6 +239,7 @@ WINGS = {
         "native",
         "objectives",
         "ops",
+        "train",
     },
     "tools": {
         "accuracy",

@@ -8,10 +8,11 @@
 ``torchrun --nproc-per-node=N -m alphacl_fast.train …`` trains with N processes that share every
 batch.
 
-Modules import one way: config, rows; storage, process_context, data, augment, device_augmentation,
-models, weights, sync_batch_norm, gradient, gradient_average, device, schedules, optimizers,
-callbacks, checkpoint; report; recipe; evaluation; moco, supervised, image_text; recipes;
-inspection; loop; reproduce, speedrun.
+Modules import one way: config, rows, evidence_table; storage, process_context, data, augment,
+digit_augmentation, device_augmentation, models, weights, sync_batch_norm, gradient,
+gradient_average, device, schedules, optimizers, callbacks, checkpoint; report, evidence_report;
+recipe; evaluation; moco, supervised, image_text; recipes; inspection; loop; reproduce, speedrun,
+evidence.
 
 As in `alphacl_fast`, a name is imported when it is first used.
 """

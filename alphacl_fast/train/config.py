@@ -110,7 +110,7 @@ class Config:
     augment: str = _flag(
         "workers",
         "where augmentation runs: in loader workers, image by image, or batched on the device "
-        "(colour images of one size, up to 64 pixels, all held on the device)",
+        "(digits, or colour images of one size up to 64 pixels, all held on the device)",
         ("workers", "device"),
     )
     encoder: str = _flag("resnet18", "encoder architecture", tuple(ENCODERS))
@@ -318,9 +318,12 @@ class Config:
             )
         if self.validation and not (self.eval_every or self.probe_every):
             raise RunError("--validation needs --eval-every or --probe-every, got 0 for both")
-        if self.augment == "device" and (self.dataset == "digits" or self.image_size > 64):
+        most = 8 if self.dataset == "digits" else 64
+        if self.augment == "device" and (
+            self.image_size > most or (self.dataset == "digits" and self.image_size < most)
+        ):
             raise RunError(
-                "--augment device is for colour images up to 64 pixels, got "
+                "--augment device is for colour images up to 64 pixels and digits of 8, got "
                 f"{self.dataset} of {self.image_size}"
             )
         if self.dataset == "digits" and self.encoder != "small":

@@ -4,7 +4,7 @@ The recipe equals `augment`'s for colour images up to 64 pixels: random resized 
 horizontal flip, colour jitter in random order, grayscale. Each image draws its own random numbers,
 a hash of (seed, epoch, image index, view), so the views depend neither on the batch, nor on the
 number of processes, nor on where a run was stopped. `augment` draws other numbers: the two give
-different views from the same distribution.
+different views from the same distribution. Grey images are digits: `digit_augmentation`.
 """
 
 import math
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as V
 
+from . import digit_augmentation
 from .config import Config, RunError
 from .data import mix, steps_of
 
@@ -24,18 +25,18 @@ NUMBERS = 4 * TRIES + 11  # random numbers per view
 
 
 def images_on(device: torch.device, images: Dataset, size: int) -> Tensor:
-    """Load a data set onto the device as uint8 (n, 3, H, W).
+    """Load a data set onto the device as uint8 (n, 3, H, W), digits as (n, 1, H, W).
 
     Raises:
-        RunError: the images are not in colour, differ in shape, or are larger than ``size``.
+        RunError: the images differ in shape, or are larger than ``size``.
             Crops may only be enlarged: to shrink them, bilinear interpolation would need
             antialiasing.
     """
     tensors = [V.pil_to_tensor(images[k][0]) for k in range(len(images))]
     shapes = sorted({tuple(x.shape) for x in tensors})
-    if len(shapes) > 1 or shapes[0][0] != 3 or max(shapes[0][1:]) > size:
+    if len(shapes) > 1 or max(shapes[0][1:]) > size:
         raise RunError(
-            f"--augment device needs colour images of one shape and at most --image-size {size}, "
+            f"--augment device needs images of one shape and at most --image-size {size}, "
             f"got the shapes {', '.join(map(str, shapes[:3]))}"
         )
     return torch.stack(tensors).to(device)
@@ -49,7 +50,7 @@ def training_batches(
     share: Callable[[list], list] = lambda keys: keys,
     count: int = 2,
 ) -> Iterator[list[tuple[Tensor, ...]]]:
-    """Yield what `data.training_batches` does, from images (n, 3, H, W) already on the device."""
+    """Yield what `data.training_batches` does, from images already on the device."""
     for keys in steps_of(len(images), config, start, stop):
         indices = torch.tensor([index for _, index in share(keys)], device=images.device)
         seeds = [mix(config.seed, keys[0][0], view) for view in range(count)]
@@ -78,7 +79,12 @@ def _shifted(z: Tensor, bits: int) -> Tensor:
 
 
 def views(images: Tensor, u: Tensor, size: int) -> Tensor:
-    """Augment uint8 (n, 3, H, W) with random numbers (n, NUMBERS) to uint8 (n, 3, size, size)."""
+    """Augment uint8 (n, 3, H, W) with random numbers (n, NUMBERS) to uint8 (n, 3, size, size).
+
+    Digits (n, 1, size, size) keep their shape.
+    """
+    if images.shape[1] == 1:
+        return digit_augmentation.views(images, u[:, : digit_augmentation.NUMBERS])
     boxes = crop_boxes(u[:, : 4 * TRIES], *images.shape[2:])
     flip, apply, gray = u[:, 4 * TRIES : 4 * TRIES + 3, None, None, None].unbind(1)
     order, strength = u[:, 4 * TRIES + 3 :].split(4, 1)

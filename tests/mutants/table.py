@@ -2185,5 +2185,49 @@ plant(
         'anchors = len(rows) if self.contrast_mode == "all" else n',
         "anchors = len(rows)",
         as_theirs("supcontrast.SupConLoss0"),
+EVIDENCE = "tests/test_evidence.py::test"
+plant(
+    "alphacl_fast/train/evidence.py",
+    (
+        "evidence: the images that judge a search are fitted on",
+        "fitted[held] = False",
+        "fitted[held] = True",
+        f"{EVIDENCE}_images_that_judge_a_search_are_not_fitted_on",
+    ),
+    (
+        "evidence: the worst run of a search is chosen",
+        "return max(zip(search, found, strict=True)",
+        "return min(zip(search, found, strict=True)",
+        f"{EVIDENCE}_the_choice_is_the_best_finished_run",
+    ),
+    (
+        "evidence: the learning rate grows with the batch size, not with its root",
+        "(size / BATCH_SIZE) ** 0.5",
+        "(size / BATCH_SIZE) ** 1.0",
+        f"{EVIDENCE}_batch_sizes_use_the_choice_of_cifar10",
+    ),
+)
+plant(
+    "alphacl_fast/train/evidence_report.py",
+    (
+        "evidence: the standard error is s/n",
+        "spread / math.sqrt(len(values))",
+        "spread / len(values)",
+        f"{EVIDENCE}_paired_differences_by_hand",
+    ),
+    (
+        "evidence: Bonferroni's correction in place of Holm's",
+        "min(1.0, (len(values) - place) * values[k])",
+        "min(1.0, len(values) * values[k])",
+        f"{EVIDENCE}_holm_by_hand",
+    ),
+)
+plant(
+    "alphacl_fast/train/digit_augmentation.py",
+    (
+        "views of digits: they are sheared the other way",
+        "[cos - sin * tan, sin + cos * tan, -sin, cos]",
+        "[cos + sin * tan, sin - cos * tan, -sin, cos]",
+        "tests/test_device_augmentation.py::test_views_of_digits_are_those_of_pillow[True]",
     ),
 )
