@@ -148,7 +148,7 @@ def key_of(z1: Tensor, z2: Tensor, temperature: Temperature) -> Key | None:
     """What the checks and the plan of a call depend on but the temperature's value, or None where a
     call is not plain.
     """
-    if cpu._LIBRARY is None or not native.plain(z1, z2):
+    if cpu._LIBRARY is None or not native.plain(z1, z2) or z1.dtype != z2.dtype:
         return None
     given = temperature if type(temperature) is tuple else (temperature,)
     learnt = False
@@ -160,7 +160,7 @@ def key_of(z1: Tensor, z2: Tensor, temperature: Temperature) -> Key | None:
         learnt = learnt or x.requires_grad
     grad = torch.is_grad_enabled()
     return (
-        z1.shape, z2.shape, z1.dtype, z2.dtype, z1.is_cpu, z2.is_cpu, z1.layout, z2.layout,
+        z1.shape, z2.shape, z1.dtype, z1.is_cpu, z2.is_cpu, z1.layout, z2.layout,
         grad and z1.requires_grad, grad and z2.requires_grad, grad, learnt, *map(type, given),
         cpu._LIBRARY, cpu.instruction_set(),
     )  # fmt: skip

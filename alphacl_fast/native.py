@@ -87,7 +87,7 @@ def _plan(
     plan = cpu_step.Plan(batch, program, objective.kind, params, numbers_at)
     if loss.reduction == "none" and any(need):
         alone = Need(False, False, False)
-        plan.forward = _plan(loss, shape, dtype, alone, workspace, instruction_set)
+        plan.alone = _plan(loss, shape, dtype, alone, workspace, instruction_set)
     return plan
 
 

@@ -323,6 +323,8 @@ def test_prepared_once_and_checked_again(steps, monkeypatch):
     assert steps[-1].batch.n_pairs == 7
     loss(z1.double(), z2.double())
     assert steps[-1].wide == torch.float64
+    mixed = [loss(z1, z2.double()).item() for _ in range(2)]  # promoted in each call
+    assert mixed == [loss(z1.double(), z2.double()).item()] * 2
     with pytest.raises(ValueError, match="z2 must have the shape of z1"):
         loss(z1, z2[:7])
     with pytest.raises(TypeError, match="z2 must have one of the dtypes"):

@@ -134,7 +134,7 @@ class Plan:
         self.kind, self.params, self.program, self.numbers_at = kind, params, program, numbers_at
         # `new_empty` takes a quarter of the time of `torch.empty` with a dtype and a device
         self.like = torch.empty(0, dtype=self.wide, device="cpu")
-        self.forward = self  #: the plan that a forward executes
+        self.alone: Plan | None = None
         self.temperature: Temperature | None = None
         isa = cpu.INSTRUCTION_SETS.index(cpu.instruction_set())
         # euclidean rows are centred, in the accumulation dtype
@@ -169,13 +169,18 @@ class Plan:
             self.named += [(k, at, name) for at, name in names if isinstance(name, str)]
         self._choose_forms(None)
 
+    @property
+    def forward(self) -> Plan:
+        """The plan that a forward executes: `alone`, without gradients, if it differs."""
+        return self.alone or self
+
     def at(self, temperature: Temperature) -> Plan:
         """This plan at a temperature: the forms of its sweeps follow from it."""
         if temperature == self.temperature:
             return self
         plan = copy.copy(self)
         plan.temperature, plan.step = temperature, _Step.from_buffer_copy(self.step)
-        plan.forward = plan if self.forward is self else self.forward.at(temperature)
+        plan.alone = self.alone and self.alone.at(temperature)
         numbers = self.numbers_at(temperature)
         plan.step.tau, plan.step.factor = numbers.tau, numbers.factor
         for k, at, name in self.named:

@@ -1028,6 +1028,12 @@ plant(
         "tests/test_cpu_step.py::test_prepared_once_and_checked_again",
     ),
     (
+        "eager: a plan for promoted rows reads the rows as given",
+        " or z1.dtype != z2.dtype:",
+        ":",
+        "tests/test_cpu_step.py::test_prepared_once_and_checked_again",
+    ),
+    (
         "eager: a backward overwrites what a kept graph reads again",
         "not _graph_is_kept()",
         "True",
