@@ -2191,6 +2191,8 @@ plant(
         'anchors = len(rows) if self.contrast_mode == "all" else n',
         "anchors = len(rows)",
         as_theirs("supcontrast.SupConLoss0"),
+    ),
+)
 EVIDENCE = "tests/test_evidence.py::test"
 plant(
     "alphacl_fast/train/evidence.py",
