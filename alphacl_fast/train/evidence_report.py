@@ -95,7 +95,7 @@ def table(part: str, rows: list[Row], total: int) -> str:
         if row["phase"] == "seed":
             groups.setdefault((row["name"], row["batch_size"]), []).append(row)
     if not groups:
-        return f"{over}, none of them a run that is compared.\n"
+        return f"{over}, none of them one that is compared.\n" if rows else "No run is over yet.\n"
     lines = [["", "runs", "settings", *(TITLES[measure] for measure in shape.measures), "seconds"]]
     for row in rows:
         if row["phase"] == "baseline":
