@@ -435,7 +435,7 @@ def test_no_matrix_of_all_pairs(member, backend, monkeypatch):
 @pytest.mark.parametrize("backend", ["cpu", "blocked"])
 def test_what_lies_in_a_pair_left_out_does_not_matter(backend):
     """Two rows of one id whose product overflows."""
-    z1, z2 = (z * 1e25 for z in pair(12, 6, torch.float32))
+    z1, z2 = (z * 1e15 for z in pair(12, 6, torch.float32))  # other products are finite
     z1[:, 0] = z2[:, 0] = 0
     for k in (4, 5):
         z1[k] = 0
