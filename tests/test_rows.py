@@ -258,6 +258,9 @@ ROW_STEPS = {  # params and vectors
     "unnormalized_rows": [((), 2)],
     "scaled_shift": [((), 1)],
     "pair_dtau_rows": [((), 2)],
+    "siglip_start": [((10.0, -3.0, 10.0), 2)],  # params: scale, bias, the scale of the sweeps
+    "siglip_rows": [((10.0, -3.0), 2), ((0.0, -10.0), 2)],
+    "siglip_slopes": [((10.0, -3.0, 10.0), 3), ((0.0, -10.0, 2.0**-60), 3)],
 }
 
 

@@ -72,7 +72,7 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["speedrun", "--seeds", "3"], "--seeds belongs to table, not to speedrun"),
-    (["table", "--dry-run"], "--dry-run belongs to speedrun, not to table"),
+    (["table", "--dry-run"], "--dry-run belongs to speedrun and evidence, not to table"),
     (["speedrun", "--eval-every", "0"], "--eval-every must be at least 1 in a speedrun, got 0"),
 ])  # fmt: skip
 def test_misuse_is_named(capsys, arguments, message):
