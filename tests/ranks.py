@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -28,8 +29,20 @@ class Failed(Exception):
     """A function raised in a process; the text is its traceback."""
 
 
+def map_large_blocks():
+    """Give every block of 64 KiB or more a mapping of its own, which ends when the block is freed.
+
+    In glibc's heap it would leave a hole for later blocks, and a test could not say from the size
+    of the process how much memory a call needs.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
+
+
 def _work(rank, store, pipe, environment):
     os.environ.update(environment)  # the fork server's own may be older
+    map_large_blocks()
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

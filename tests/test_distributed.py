@@ -739,11 +739,7 @@ def test_a_copied_loss_shares_the_group(ranks):
 
 
 def peak(group, strategy, pairs, dim, ranks_per_node=None):
-    """Growth of this process's memory in a call, in bytes."""
-    import ctypes
-
-    # what is freed goes back to the system at once, so that the peak is what is in use
-    ctypes.CDLL(None).mallopt(-3, 65536)
+    """Growth of this process's memory in a call, in bytes; see `ranks.map_large_blocks`."""
 
     def status(name):
         with open("/proc/self/status") as file:
@@ -753,7 +749,6 @@ def peak(group, strategy, pairs, dim, ranks_per_node=None):
     z1, z2 = (torch.randn(pairs, dim, generator=generator).requires_grad_() for _ in range(2))
     loss = FusedAlphaCLLoss(process_group=group, strategy=strategy, ranks_per_node=ranks_per_node)
     loss(z1, z2)  # its workspace is too large to be kept
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left in the heap would be used unseen
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the peak begins anew
     before = status("VmRSS")
