@@ -2,9 +2,10 @@
 fast one of SigLIP is beside InfoNCE.
 
     python -m benchmarks.step [--sizes 32,64,…] [--threads 1] [--rounds 15] [--no-compile]
+                             [--out FILE]
 
 Contestants take turns in one process; a row holds the medians' ratios to ours. The two sweeps are
-this package's other path, the one before there was a step in one call.
+the path of calls that one native call cannot serve.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from alphacl_fast import FusedAlphaCLLoss, SigLipLoss, native
-from alphacl_fast.backend import cpu
+from alphacl_fast.benchmarks.loss import provenance
+from alphacl_fast.journal import append
 
 DIM, TAU = 128, 0.1
 
@@ -74,39 +78,45 @@ def medians(
     return {name: statistics.median(each) for name, each in times.items()}
 
 
-def row(dense: Callable[..., Tensor], n: int, rounds: int, compiled: bool) -> str:
-    """Medians of all contestants for one size."""
+def infonce(dense: Callable[..., Tensor], n: int, rounds: int, compiled: bool) -> dict[str, Any]:
+    """InfoNCE of n pairs: a row with the ratio of every contestant's median to ours."""
     z = [torch.randn(n, DIM, requires_grad=True) for _ in range(2)]
     ours, before = (FusedAlphaCLLoss(temperature=TAU, negatives=dense.__name__) for _ in range(2))
-    contestants = {"eager": dense, "ours": ours, "two sweeps": without_steps(before)}
+    contestants = {"ours": ours, "eager": dense, "two sweeps": without_steps(before)}
     if compiled:
         contestants["compile"] = torch.compile(dense)
     median = medians(contestants, z, rounds)
-    ratios = [
-        f"{name}/ours {median[name] / median['ours']:5.2f}"
-        for name in contestants
-        if name != "ours"
-    ]
     faster = min(x for name, x in median.items() if name in ("eager", "compile"))
-    return (
-        f"{dense.__name__:10} {n:6} {median['ours'] * 1e6:9.0f} µs  {'  '.join(ratios)}  "
-        f"faster dense/ours {faster / median['ours']:5.2f}  "
-        f"ours/two sweeps {median['ours'] / median['two sweeps']:5.2f}"
-    )
+    return {
+        "loss": "infonce", "negatives": dense.__name__, "pairs": n,
+        "over_ours": over(median, "ours"), "faster_dense_over_ours": faster / median["ours"],
+    }  # fmt: skip
 
 
-def sigmoid_row(n: int, rounds: int) -> str:
-    """SigLIP beside InfoNCE of the same rows, which keeps tiles or does not."""
+def siglip(n: int, rounds: int) -> dict[str, Any]:
+    """SigLIP of n pairs beside InfoNCE of the same rows, which keeps tiles or does not."""
     z = [torch.randn(n, DIM, requires_grad=True) for _ in range(2)]
     kept, again = (
         FusedAlphaCLLoss(temperature=TAU, negatives="cross_view", workspace=workspace)
         for workspace in (None, 0)
     )
-    sigmoid = SigLipLoss(1 / TAU, -10.0, learnable=False)
-    median = medians({"sigmoid": sigmoid, "InfoNCE": kept, "nothing kept": again}, z, rounds)
-    ours = median["sigmoid"]
-    ratios = [f"siglip/{name} {ours / median[name]:5.2f}" for name in ("InfoNCE", "nothing kept")]
-    return f"siglip     {n:6} {ours * 1e6:9.0f} µs  " + "  ".join(ratios)
+    ours = SigLipLoss(1 / TAU, -10.0, learnable=False)
+    contestants = {"ours": ours, "InfoNCE": kept, "InfoNCE, nothing kept": again}
+    median = medians(contestants, z, rounds)
+    return {"loss": "siglip", "pairs": n, "over_ours": over(median, "ours")}
+
+
+def over(median: dict[str, float], name: str) -> dict[str, float]:
+    """The others' medians over one contestant's."""
+    return {other: x / median[name] for other, x in median.items() if other != name}
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row in words."""
+    ratios = [f"{name}/ours {ratio:.2f}" for name, ratio in row["over_ours"].items()]
+    if "faster_dense_over_ours" in row:
+        ratios.append(f"faster dense/ours {row['faster_dense_over_ours']:.2f}")
+    return f"{row['loss']} {row.get('negatives', '')} {row['pairs']}: {', '.join(ratios)}"
 
 
 def main() -> None:
@@ -115,19 +125,25 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(
-        f"InfoNCE, float32, D = {DIM}, τ = {TAU}, loss and gradient, {options.threads} threads, "
-        f"{cpu.kernels_for(torch.float32)} kernels, torch {torch.__version__}",
-        flush=True,
-    )
-    for dense in (two_view, cross_view):
-        for n in map(int, options.sizes.split(",")):
-            torch._dynamo.reset()
-            print(row(dense, n, options.rounds, not options.no_compile), flush=True)
-    for n in map(int, options.sizes.split(",")):
-        print(sigmoid_row(n, options.rounds), flush=True)
+    shared = {"dim": DIM, "temperature": TAU, "dtype": "float32", "rounds": options.rounds}
+    shared |= provenance(torch.device("cpu"))
+    sizes = [*map(int, options.sizes.split(","))]
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for dense in (two_view, cross_view):
+            for n in sizes:
+                torch._dynamo.reset()
+                yield infonce(dense, n, options.rounds, not options.no_compile)
+        for n in sizes:
+            yield siglip(n, options.rounds)
+
+    for row in rows():
+        print(line(row), flush=True)
+        if options.out:
+            append(options.out, row | shared)
 
 
 if __name__ == "__main__":
