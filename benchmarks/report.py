@@ -22,6 +22,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.jsonl"
 #: Rows of `alphacl reproduce evidence`, a file for each of its parts.
 EVIDENCE = RESULTS.parent / "evidence"
+#: Rows of `benchmarks.step`.
+STEPS = RESULTS.parent / "step.jsonl"
 BEGIN, END = "<!-- from rows: python -m benchmarks.report --write -->", "<!-- end of rows -->"
 #: The package's backends; every other implementation is a baseline.
 OURS = ("cpu", "triton", "cuda", "blocked", "reference")
@@ -388,6 +390,26 @@ def training(rows: list[Row]) -> str:
     return "\n".join(markdown(header, lines)) + "\n"
 
 
+def small_batches(rows: list[Row]) -> str:
+    """Format the rows of `benchmarks.step`: what others take relative to one native step."""
+    newest = {(row["loss"], row.get("negatives"), row["pairs"]): row for row in rows}
+    last = list(newest.values())[-1]
+    where = f"{last['device']} ({last['capability']}), {counted(last['threads'])}, torch "
+    parts = [f"Measured on {where}{last['torch']}, commit {last['commit']}."]
+    for name in dict.fromkeys(loss for loss, _, _ in newest):
+        found = [row for (loss, _, _), row in newest.items() if loss == name]
+        others = list(found[0]["over_ours"])
+        lines = [
+            [
+                f"{name} {row.get('negatives', '')}".strip(), f"{row['pairs']:,}",
+                *(f"{row['over_ours'][other]:.2f}" for other in others),
+            ]
+            for row in found
+        ]  # fmt: skip
+        parts.append("\n".join(markdown(["loss", "N", *(f"{x} (×)" for x in others)], lines)))
+    return "\n\n".join(parts)
+
+
 def sections(rows: list[Row]) -> dict[Path, list[str]]:
     """Format the texts between the marks of each document, in order."""
     calls = [row for row in rows if row["benchmark"] != "training"]
@@ -399,7 +421,8 @@ def sections(rows: list[Row]) -> dict[Path, list[str]]:
     return {
         ROOT / "README.md": [headline(newest)],
         ROOT / "docs" / "benchmarks.md": [
-            f"Measured on {where}.\n\n{tables(newest)}", training(rows), tables(older),
+            f"Measured on {where}.\n\n{tables(newest)}", small_batches(journal.read(STEPS)),
+            training(rows), tables(older),
         ],
         ROOT / "docs" / "results.md": evidence_tables(),
     }  # fmt: skip

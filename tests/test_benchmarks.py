@@ -327,6 +327,18 @@ def test_the_headline_leaves_small_batches_to_the_document():
     assert "n = 128 | n = 256" in report.tables(rows)
 
 
+def test_small_batches_are_the_newest_rows_of_each_loss():
+    about = {"device": "a CPU", "capability": "AVX2", "threads": 1, "torch": "2", "commit": "abc"}
+    rows = [
+        {"loss": "infonce", "negatives": "two_view", "pairs": 32, "over_ours": {"eager": 9.0}},
+        {"loss": "infonce", "negatives": "two_view", "pairs": 32, "over_ours": {"eager": 2.0}},
+        {"loss": "siglip", "pairs": 1024, "over_ours": {"InfoNCE": 1.05}},
+    ]
+    text = report.small_batches([row | about for row in rows])
+    assert "| infonce two_view | 32 | 2.00 |" in text and "9.00" not in text
+    assert "| loss | N | InfoNCE (×) |" in text and "| siglip | 1,024 | 1.05 |" in text
+
+
 def test_objectives_stand_beside_infonce():
     """Objectives without a baseline share one table with InfoNCE; otherwise each has its own."""
     rows = [row("cpu", 64, 2.0), row("cpu", 64, 1.0, objective="triplet"), row("eager", 64, 3.0)]
