@@ -119,14 +119,14 @@ def line(row: dict[str, Any]) -> str:
     return f"{row['loss']} {row.get('negatives', '')} {row['pairs']}: {', '.join(ratios)}"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", default="32,64,128,256,512,1024,2048,4096")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     shared = {"dim": DIM, "temperature": TAU, "dtype": "float32", "rounds": options.rounds}
     shared |= provenance(torch.device("cpu"))
