@@ -33,7 +33,7 @@ SCALARS, SUMS = (1, 3), 2
 FIRST_SWEEP = 1 / 4
 #: Seconds that the host takes for a step of a ring, and for the statement of a process; a block of
 #: a gather takes a fifth of a step. Measured by `python -m tools.scaling --host` (docs/scaling.md).
-HOST_STEP, HOST_STATEMENT = 750e-6, 2e-6
+HOST_STEP, HOST_STATEMENT = 270e-6, 2e-6
 HOST_BLOCK = 1 / 5
 #: What `recommended_ring` takes for the rate of a device, in FLOP/s at 8·D per pair of rows.
 RATES = {"cuda": 300e12}
