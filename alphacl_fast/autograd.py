@@ -813,7 +813,7 @@ def scaled(
 def scaled_in_place(
     gradients: Sequence[Tensor | None], grad: Tensor, dtypes: tuple[torch.dtype | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    """As `scaled`, for gradients that nobody reads again; the host reads ``grad``."""
+    """As `scaled`, but overwrites the gradients. The host reads ``grad``, to skip a factor of 1."""
     gradients = [None if x is None else x.detach() for x in gradients]
     if grad.item() != 1:
         for x in gradients:

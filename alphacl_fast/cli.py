@@ -424,30 +424,38 @@ def _reproduce(arguments: list[str]) -> int:
     _add_config(parser, without=rows.OF_A_ROW)
     given = vars(parser.parse_args(arguments))
     what = given.pop("what")
-    if what == "speedrun":
-        return _speedrun(given, again)
-    if what == "evidence":
-        return _evidence(given, again)
-    if "dry_run" in given:
-        fail(f"--dry-run belongs to speedrun and evidence, not to {what}")
-    if "part" in given:
-        fail(f"--part belongs to evidence, not to {what}")
-    if what == "recipes" and given:
-        flags = ", ".join("--" + name.replace("_", "-") for name in given)
-        fail(f"recipes takes no flags, got {flags}")
+    if what in ("table", "recipes"):
+        if "dry_run" in given:
+            fail(f"--dry-run belongs to speedrun and evidence, not to {what}")
+        if "part" in given:
+            fail(f"--part belongs to evidence, not to {what}")
+    carry_out = {
+        "table": _table, "recipes": _recipes, "speedrun": _speedrun, "evidence": _evidence,
+    }  # fmt: skip
+    try:
+        return carry_out[what](given, again)
+    except KeyboardInterrupt:
+        print(f"alphacl: interrupted; {again}", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _recipes(given: dict[str, Any], _: str) -> int:
+    if given:
+        fail(f"recipes takes no flags, got {', '.join(map(_flag, given))}")
     with _train_package():
         from alphacl_fast.train import reproduce
 
-        if what == "recipes":
-            print(reproduce.recipes())
-            return 0
+        print(reproduce.recipes())
+    return 0
+
+
+def _table(given: dict[str, Any], again: str) -> int:
+    with _train_package():
+        from alphacl_fast.train import reproduce
+
         if "budget" in given:
             given["budget"] = reproduce.seconds(given["budget"])
-        try:
-            progress = reproduce.table(**given)
-        except KeyboardInterrupt:
-            print(f"alphacl: interrupted; {again}", file=sys.stderr)
-            return 130
+        progress = reproduce.table(**given)
     if progress.signal:
         where = f" in {progress.run}" if progress.run else ""
         print(
@@ -471,11 +479,7 @@ def _speedrun(given: dict[str, Any], again: str) -> int:
     with _train_package():
         from alphacl_fast.train import speedrun
 
-        try:
-            outcome = speedrun.speedrun(**given)
-        except KeyboardInterrupt:
-            print(f"alphacl: interrupted; {again}", file=sys.stderr)
-            return INTERRUPTED
+        outcome = speedrun.speedrun(**given)
     if outcome is None or outcome.signal is None:
         return 0
     if outcome.leads:
@@ -490,8 +494,8 @@ def _evidence(given: dict[str, Any], again: str) -> int:
     usable = ("part", "out", "data_root", "dry_run")
     if foreign := [name for name in given if name not in usable]:
         fail(
-            f"{_flag(foreign[0])} is not a flag of evidence, whose settings are those of "
-            f"train/evidence_table.py: give some of {', '.join(map(_flag, usable))}"
+            f"evidence does not take {_flag(foreign[0])}: it takes "
+            f"{', '.join(map(_flag, usable))}; train/evidence_table.py sets everything else"
         )
     if "part" not in given:
         from alphacl_fast.train.evidence_table import PARTS
@@ -500,11 +504,7 @@ def _evidence(given: dict[str, Any], again: str) -> int:
     with _train_package():
         from alphacl_fast.train import evidence
 
-        try:
-            progress = evidence.evidence(**given)
-        except KeyboardInterrupt:
-            print(f"alphacl: interrupted; {again}", file=sys.stderr)
-            return INTERRUPTED
+        progress = evidence.evidence(**given)
     state = f"{progress.done} of {progress.total} runs have their row in {progress.file}"
     if progress.signal is not None:
         print(f"alphacl: stopped; {state}; {again}", file=sys.stderr)

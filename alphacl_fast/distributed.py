@@ -155,7 +155,7 @@ class Ranks(Peers):
 
 
 class LeftOut(NamedTuple):
-    """Which negatives of this process's pairs do not count, besides those of a large Δ."""
+    """What excludes negatives of this process's pairs, besides `max_gap`, which the call has."""
 
     ids: Tensor | None = None  # (pairs,) integers
     guide: Guide | None = None
@@ -333,7 +333,7 @@ class Limits(NamedTuple):
 class Marks(NamedTuple):
     """What is compared of two rows, besides their similarity."""
 
-    ids: Tensor | None = None  # (n,) int32; every process knows those of all rows
+    ids: Tensor | None = None  # (n,) int32; not sent, because every process has the ids of all rows
     guide: Tensor | None = None  # (n, G)
 
 

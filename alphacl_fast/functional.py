@@ -153,49 +153,43 @@ def alpha_cl_loss(
 
     Source: arXiv:2201.12680; the docstring of each objective names its equation and origin.
     """
-    call = key = settings = None
+    settings = {
+        "similarity": similarity,
+        "negatives": negatives,
+        "symmetric": symmetric,
+        "reduction": reduction,
+        "backend": backend,
+        "precision": precision,
+        "max_gap": max_gap,
+        "workspace": workspace,
+    }
+    known = key = None
     if not torch.compiler.is_dynamo_compiling() and (
-        process_group is ranks_per_node is None and strategy == "auto"
+        guide is process_group is ranks_per_node is None and strategy == "auto"
     ):
-        settings = (
-            objective, similarity, negatives, symmetric, reduction, backend, precision, max_gap,
-            workspace, *options.items(),
-            *map(type, (symmetric, max_gap, workspace, *options.values())),  # True is not 1
-        )  # fmt: skip
+        values = *settings.values(), *options.values()
+        known = objective, *options, *values, *map(type, values)  # True is not 1
         try:
-            call = _CALLS.get(settings)
+            call = _CALLS.get(known)
         except TypeError:  # the checks say which value it is that cannot be hashed
-            settings = None
-        if call is not None and guide is None:
+            call = known = None
+        if call is not None:
             if type(guide_margin) is not float or guide_margin != 0.0:
                 check_guide_margin(guide_margin)
             found, key = steps.again(z1, z2, temperature, call, ids)
             return (found or evaluate(z1, z2, temperature, call, ids, key))[0]
     group = make_group(process_group, strategy, ranks_per_node)
     try:
-        if call is None:
-            call = make_call(
-                objective,
-                options,
-                similarity=similarity,
-                negatives=negatives,
-                symmetric=symmetric,
-                reduction=reduction,
-                backend=backend,
-                precision=precision,
-                process_group=group,
-                max_gap=max_gap,
-                workspace=workspace,
-            )
+        call = make_call(objective, options, process_group=group, **settings)
         check_guide_margin(guide_margin)
     except (TypeError, ValueError) as error:
         if group is not None:
             distributed.agree(group, None, None, None, None, error)  # raises
         raise
-    if settings is not None and is_built_in(call.objective):
+    if known is not None and is_built_in(call.objective):
         if len(_CALLS) >= MOST_READY:
             _CALLS.clear()
-        _CALLS[settings] = call
+        _CALLS[known] = call
         _, key = steps.again(z1, z2, temperature, call, ids)
     if guide is not None:
         (guided_loss,) = GUIDED

@@ -8,6 +8,7 @@ with the others.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -43,10 +44,11 @@ def loss(
     guide_margin: float,
 ) -> Tensor:
     """The loss of a call, without the negatives that the guide calls false; see `alpha_cl_loss`."""
-    if call.process_group is not None:
-        return _over_ranks(z1, z2, temperature, call, ids, guide, guide_margin)
-    check(call)
     z1, z2 = functional.of_one_dtype(z1, z2)
+    if call.process_group is not None:
+        opinion = functools.partial(_opinion, guide, float(guide_margin))
+        return functional.evaluate_over_ranks(z1, z2, temperature, call, ids, opinion)[0]
+    check(call)
     functional.check_temperature(temperature, call.objective)
     functional.check_embeddings(z1, z2)
     guide = _checked(guide, z1)
@@ -71,27 +73,22 @@ def loss(
     return call.reduce(losses[: call.anchors(len(z1))])
 
 
-def _over_ranks(
-    z1: Tensor,
-    z2: Tensor,
-    temperature: float | Tensor,
-    call: Call,
-    ids: Tensor | None,
-    guide: tuple[Tensor, Tensor],
-    guide_margin: float,
-) -> Tensor:
-    """As `loss`, of the pairs of all processes."""
+def _opinion(guide: Any, guide_margin: float, z1: Tensor, call: Call) -> tuple[Guide, float]:
+    """The guide of this process's pairs as the sweeps take it, and its margin."""
+    check(call)
+    layout = Layout.of(call, len(z1))
+    rows, threshold = _compared(_checked(guide, z1), guide_margin, accumulation_dtype(z1.dtype))
+    return Guide(
+        torch.cat(rows)[: layout.rows], threshold.repeat(2)[: layout.anchors]
+    ), guide_margin
 
-    def opinion(z1: Tensor, call: Call) -> tuple[Guide, float]:
-        check(call)
-        wide, layout = accumulation_dtype(z1.dtype), Layout.of(call, len(z1))
-        first, second = (unit_rows(rows.to(wide)) for rows in _checked(guide, z1))
-        threshold = ((first * second).sum(1) - guide_margin).repeat(2)
-        rows = torch.cat([first, second])[: layout.rows]
-        return Guide(rows, threshold[: layout.anchors]), float(guide_margin)
 
-    z1, z2 = functional.of_one_dtype(z1, z2)
-    return functional.evaluate_over_ranks(z1, z2, temperature, call, ids, opinion)[0]
+def _compared(
+    guide: tuple[Tensor, Tensor], guide_margin: float, dtype: torch.dtype
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """The guide's unit rows of both views, and the largest similarity of a true negative (N,)."""
+    first, second = (unit_rows(rows.to(dtype)) for rows in guide)
+    return (first, second), (first * second).sum(1) - guide_margin
 
 
 def _checked(guide: Any, z: Tensor) -> tuple[Tensor, ...]:
@@ -133,8 +130,8 @@ def _losses(
     wide = accumulation_dtype(z1.dtype)
     rows = unit_rows if similarity == "cosine" else lambda z: z.to(wide)
     f1, f2 = rows(z1), rows(z2)
-    g1, g2 = (unit_rows(rows.to(wide)) for rows in guide)
-    positive, threshold = (f1 * f2).sum(1), (g1 * g2).sum(1) - guide_margin
+    (g1, g2), threshold = _compared(guide, guide_margin, wide)
+    positive = (f1 * f2).sum(1)
     ids = torch.arange(len(z1), device=z1.device) if ids is None else ids
     call = functional.make_call(
         objective, {}, similarity=similarity, negatives="one_view", reduction="none",

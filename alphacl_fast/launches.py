@@ -85,7 +85,7 @@ class Kernel(NamedTuple):
     values: list[Any]
     pointers: tuple[tuple[int, int, int], ...]  # (position, register, bytes)
     nests: tuple[tuple[int, int, int, Callable[..., Any]], ...]  # (position, begin, end, maker)
-    length: int  # values before those of nested tuples
+    length: int  # of the call's own values; those of nested tuples follow them
     stream: int  # position of the stream
     owner: Any  # the compiled kernel, so that its code stays loaded
 
@@ -124,11 +124,11 @@ class Plan(NamedTuple):
     outputs: tuple[View | None, ...]
     #: Triton's settings and its two hooks, which launches through handles do not call
     hooks: tuple[Any, Any, Any] | None
-    about: Any  # what the caller of `record` keeps beside it
+    about: Any  # data of the caller, which `replay` passes on to the backward
 
 
 _pack = struct.Struct("=Q").pack_into
-_WORKSPACE = 8  # the first register after the inputs, of which a step has fewer
+_WORKSPACE = 8  # a step has at most eight inputs, whose registers come first
 
 
 def replay(ctx: Any, plan: Plan, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -526,7 +526,7 @@ class _Writer:
             freed += [b.register for b in self.results if b.last == number]
             made = instruction.results if isinstance(instruction, Operator) else ()
             if made and all(b.last == number for b in made):
-                continue  # nobody uses them
+                continue  # its results are not used
             instructions.append((self._written(instruction), tuple(freed)))
             freed = []
         outputs = tuple(None if place is None else self._view(place) for place in self.outputs)

@@ -1,3 +1,4 @@
+import contextlib
 import inspect
 import os
 import shlex
@@ -38,19 +39,23 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 WATCHDOG = 900
 
 
-def wait_until(process, holds):
-    """Waits until ``holds()`` while a subprocess runs; its end before that is a failure.
-
-    A process that hangs is killed, so the test needs no clock of its own.
-    """
-    watchdog = threading.Timer(WATCHDOG, process.kill)
-    watchdog.start()
+@contextlib.contextmanager
+def watchdog(process):
+    """Kill a process that hangs, so that a test which waits for it needs no clock of its own."""
+    timer = threading.Timer(WATCHDOG, process.kill)
+    timer.start()
     try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def wait_until(process, holds):
+    """Waits until ``holds()`` while a subprocess runs; its end before that is a failure."""
+    with watchdog(process):
         while not holds():
             assert process.poll() is None, process.stderr.read() if process.stderr else "it ended"
             time.sleep(0.005)
-    finally:
-        watchdog.cancel()
 
 
 # Small tensors run fastest on one thread, and a barrier per operation would make a busy machine's

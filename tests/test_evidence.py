@@ -317,7 +317,7 @@ def test_the_table_says_what_the_rows_say():
     [
         (["--part", "digit"], "--part must be one of digits, setting, cifar10"),
         ([], "evidence needs --part, one of digits, setting"),
-        (["--part", "digits", "--lr", "0.1"], "--lr is not a flag of evidence, whose settings"),
+        (["--part", "digits", "--lr", "0.1"], "evidence does not take --lr: it takes --part,"),
         (["--part", "cifar10"], "runs/evidence/setting.jsonl has no setting of InfoNCE that is"),
     ],
 )

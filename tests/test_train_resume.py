@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import WATCHDOG, wait_until
+from conftest import wait_until
 from training_runs import Fork
 
 from alphacl_fast.cli import main
@@ -117,7 +117,7 @@ def test_interrupted_and_resumed(tmp_path, capsys, reference, number, workers, c
         else:
             os.kill(process.pid, number)
         hold.unlink()
-        message = process.ended(WATCHDOG)
+        message = process.ended()
     finally:
         process.kill()
     assert process.poll() == code, message

@@ -10,6 +10,7 @@ import time
 import traceback
 
 import torch
+from conftest import watchdog
 from ranks import forked
 
 from alphacl_fast.train import train
@@ -70,17 +71,15 @@ class Fork:
             self.code = os.waitstatus_to_exitcode(status) if pid else None
         return self.code
 
-    def ended(self, seconds):
+    def ended(self):
         """Wait for its end, and return what it wrote to standard error."""
-        deadline = time.monotonic() + seconds
-        while self.poll() is None:
-            assert time.monotonic() < deadline, "the fork hangs"
-            time.sleep(0.005)
+        with watchdog(self):
+            while self.poll() is None:
+                time.sleep(0.005)
         self.stderr.seek(0)
         return self.stderr.read()
 
     def kill(self):
-        if self.poll() is None:
+        if self.code is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
-            self.ended(60)

@@ -246,7 +246,7 @@ def _after_backward(loss: Tensor) -> Tensor:
 
 
 def _is_plain(loss: nn.Module, ours: type[nn.Module]) -> bool:
-    """Whether nobody has replaced the similarity or the cross-entropy of a guided loss."""
+    """Whether a guided loss still has the package's own similarity and cross-entropy."""
     plain = {"similarity_fct": nn.CosineSimilarity(-1), "cross_entropy_loss": nn.CrossEntropyLoss()}
     return type(loss).sim_matrix is ours.sim_matrix and all(
         type(x) is type(getattr(loss, name)) and _settings(x) == _settings(getattr(loss, name))

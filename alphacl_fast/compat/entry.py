@@ -75,8 +75,9 @@ def loss_dtype(
 ) -> torch.dtype:
     """The dtype in which a package gives its loss.
 
-    Outside autocast it is that of the embeddings. Within autocast it follows from the package's
-    operations, which each device casts by a list of its own: they are tried on one logit.
+    Outside autocast it is the dtype of the embeddings. Autocast changes the dtype of some
+    operations, which differ between devices; the package's operation is applied to one logit to
+    find out.
 
     Args:
         dtype: of the embeddings.

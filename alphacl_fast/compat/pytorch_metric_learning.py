@@ -114,7 +114,8 @@ class _PairLoss:
         ref_labels: Tensor | None,
     ) -> LossDict:
         call = _Call.make(embeddings, labels, indices_tuple, ref_emb, ref_labels)
-        # before the distance is called for all rows, of which it may keep statistics
+        # This may call the distance for one row. The call for all rows comes last, because a
+        # distance keeps the statistics of its last call.
         call.loss_dtype = self._loss_dtype(embeddings)
         if call.few:
             return self._zero(call)

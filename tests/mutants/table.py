@@ -1897,8 +1897,8 @@ plant(
     "alphacl_fast/guided.py",
     (
         "guide: the margin has the wrong sign",
-        "(g1 * g2).sum(1) - guide_margin",
-        "(g1 * g2).sum(1) + guide_margin",
+        "(first * second).sum(1) - guide_margin",
+        "(first * second).sum(1) + guide_margin",
         f"{GUIDE}[one_view-True-infonce]",
     ),
     (
