@@ -116,6 +116,37 @@ def test_a_stopped_run_goes_on_in_its_folder(small, tmp_path, monkeypatch, capsy
     assert calls == [False, True]
 
 
+def test_a_trained_run_waits_for_its_row(small, tmp_path, monkeypatch, capsys):
+    """Killed, or on a full disk, before its row is written, it is resumed at its end."""
+    train, append, calls = evidence.train, journal.append, []
+
+    def full(file, row):
+        if row["phase"] == "search":
+            raise OSError(28, "No space left on device")
+        append(file, row)
+
+    def noted(config, folder, resume):
+        calls.append((resume, train(config, folder, resume=resume)))
+        return calls[-1][1] if len(calls) < 3 else Outcome(folder, 1, signal=15)
+
+    monkeypatch.setattr(evidence, "train", noted)
+    monkeypatch.setattr(journal, "append", full)
+    with pytest.raises(SystemExit):
+        work_off(tmp_path)
+    assert "No space left on device" in capsys.readouterr().err
+    log = tmp_path / "unfinished" / "small" / "metrics.jsonl"
+    before = log.read_text()
+    monkeypatch.setattr(journal, "append", lambda *a: logs.append(log.read_text()) or append(*a))
+    logs = []
+    assert work_off(tmp_path) == 128 + 15
+    assert [resume for resume, _ in calls] == [False, True, False]
+    assert logs == [before]
+    assert [row["phase"] for row in rows_in(tmp_path / "small.jsonl")] == [
+        *["baseline"] * 2,
+        "search",
+    ]
+
+
 def test_a_late_signal_ends_the_queue_after_the_row(small, tmp_path, monkeypatch):
     monkeypatch.setattr(
         evidence, "train", lambda config, folder, resume: Outcome(folder, 1, late=15)
@@ -279,6 +310,23 @@ def test_paired_differences_by_hand():
     assert (one.n, one.mean, one.t, one.wilcoxon) == (1, 1.0, None, None)
     same = evidence_report.paired({1: 2.0, 2: 3.0}, {1: 1.0, 2: 2.0})
     assert (same.error, same.t) == (0, None)
+
+
+def test_rounding_errors_break_no_tie():
+    """Accuracies are counts over the number of images; here of 360, as on the digits."""
+
+    def compare(pairs):
+        values, base = (
+            {k: 100 * (x / 360) for k, x in enumerate(xs)} for xs in zip(*pairs, strict=True)
+        )
+        return evidence_report.paired(values, base)
+
+    equal = [(300 + k, 297 + k) for k in range(6)]
+    assert (compare(equal).error, compare(equal).t, compare(equal).wilcoxon) == (0, None, None)
+    counts = [3, -3, 5, 5, 3, 7, -1, 1, 9]
+    found = compare([(300 + 2 * k + d, 300 + 2 * k) for k, d in enumerate(counts)])
+    assert found.t == pytest.approx(stats.ttest_1samp(counts, 0).pvalue)
+    assert found.wilcoxon == stats.wilcoxon(counts).pvalue
 
 
 def test_holm_by_hand():
