@@ -167,7 +167,7 @@ def test_a_rank_alone_hooks_nothing():
     assert net.unused.grad is None
 
 
-def test_ranks_train_as_one_with_many_buckets(tmp_path, monkeypatch, no_plots):
+def test_ranks_train_as_one_with_many_buckets(tmp_path, monkeypatch, quick_plots):
     """All that touches gradients together; the checkpoint differs by rounding."""
     monkeypatch.setattr(gradient_average, "BUCKET_BYTES", 1)
     config = Config.create(
