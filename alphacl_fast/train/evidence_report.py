@@ -22,7 +22,6 @@ TITLES = {
     "knn_few": "kNN, 5 labels/class",
     "probe_few": "probe, 5 labels/class",
 }
-SIGNIFICANT = 0.05
 
 
 class Paired(NamedTuple):
