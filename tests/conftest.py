@@ -99,17 +99,6 @@ def quick_plots():
 
 
 @pytest.fixture
-def no_plots(monkeypatch):
-    """A training run draws nothing: plots take longer than the few steps of a test."""
-    from alphacl_fast.train import loop
-
-    monkeypatch.setattr(loop.report, "curves", lambda *_: None)
-    monkeypatch.setattr(
-        loop, "picture", lambda encoder, data, path: loop.storage.write(path, b"a picture")
-    )
-
-
-@pytest.fixture
 def fresh_dynamo():
     """What torch.compile has kept of other tests does not count, and nothing is left to them."""
     torch._dynamo.reset()

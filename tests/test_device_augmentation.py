@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from torchvision.transforms import InterpolationMode, v2
+from training_runs import state_of
 
 from alphacl_fast.train import Config, RunError, data, digit_augmentation, train
 from alphacl_fast.train import device_augmentation as augmentation
@@ -155,7 +156,7 @@ def test_batches_go_on_anywhere_and_are_shared():
 
 def test_a_run_with_views_made_on_the_device(tmp_path):
     train(Config.create(**FAKE), tmp_path / "run")
-    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    state = state_of(tmp_path / "run")
     assert (state["step"], state["epoch"]) == (4, 1)
 
 
@@ -213,7 +214,7 @@ def test_a_run_on_digits_with_batched_views(tmp_path):
         dataset="digits", augment="device", width=2, batch_size=64, subset=128, epochs=1, workers=0
     )
     train(config, tmp_path / "run")
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 2
+    assert state_of(tmp_path / "run")["step"] == 2
 
 
 def test_larger_images_are_refused():

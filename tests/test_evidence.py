@@ -9,7 +9,7 @@ from scipy import stats
 
 from alphacl_fast import FusedAlphaCLLoss, journal, objectives
 from alphacl_fast.cli import main
-from alphacl_fast.train import Config, Outcome, RunError, evidence, evidence_report, loop
+from alphacl_fast.train import Config, Outcome, RunError, evidence, evidence_report
 from alphacl_fast.train import evidence_table as settings
 from alphacl_fast.train.config import Diverged
 from alphacl_fast.train.data import load
@@ -32,7 +32,7 @@ def rows_in(file):
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small(monkeypatch, quick_plots):
     """A part of two contestants, two runs of a search each and two seeds."""
     part = Part(
         SMALL, names=("infonce", "uniform"), seeds=2, measures=("knn_few", "probe"), held_out=5
@@ -43,8 +43,6 @@ def small(monkeypatch):
         monkeypatch.setattr(module, "RATES_ALONE", (0.001, 0.01))
         monkeypatch.setattr(module, "SCALES", {"temperature": (0.1, 0.5)})
     monkeypatch.setattr(evidence, "DRAWS", 2)
-    monkeypatch.setattr(loop.report, "curves", lambda *_: None)
-    monkeypatch.setattr(loop, "picture", lambda *_: None)
 
 
 def work_off(out):
@@ -114,6 +112,33 @@ def test_a_stopped_run_goes_on_in_its_folder(small, tmp_path, monkeypatch, capsy
     assert (tmp_path / "unfinished" / "small" / "config.json").exists()
     assert work_off(tmp_path) == 130
     assert calls == [False, True]
+
+
+def test_a_trained_run_waits_for_its_row(small, tmp_path, monkeypatch, capsys):
+    """Killed, or on a full disk, before its row is written, it is not trained again."""
+    train, append, outcomes = evidence.train, journal.append, []
+
+    def full(file, row):
+        if row["phase"] == "search":
+            raise OSError(28, "No space left on device")
+        append(file, row)
+
+    def noted(config, folder, resume):
+        outcomes.append(train(config, folder, resume=resume))
+        return outcomes[-1] if len(outcomes) < 3 else Outcome(folder, 1, signal=15)
+
+    monkeypatch.setattr(evidence, "train", noted)
+    monkeypatch.setattr(journal, "append", full)
+    with pytest.raises(SystemExit):
+        work_off(tmp_path)
+    assert "No space left on device" in capsys.readouterr().err
+    monkeypatch.setattr(journal, "append", append)
+    assert work_off(tmp_path) == 128 + 15
+    assert [outcome.already for outcome in outcomes] == [False, True, False]
+    assert [row["phase"] for row in rows_in(tmp_path / "small.jsonl")] == [
+        *["baseline"] * 2,
+        "search",
+    ]
 
 
 def test_a_late_signal_ends_the_queue_after_the_row(small, tmp_path, monkeypatch):
@@ -279,6 +304,23 @@ def test_paired_differences_by_hand():
     assert (one.n, one.mean, one.t, one.wilcoxon) == (1, 1.0, None, None)
     same = evidence_report.paired({1: 2.0, 2: 3.0}, {1: 1.0, 2: 2.0})
     assert (same.error, same.t) == (0, None)
+
+
+def test_rounding_errors_break_no_tie():
+    """Accuracies are counts over the number of images; here of 360, as on the digits."""
+
+    def compare(pairs):
+        values, base = (
+            {k: 100 * (x / 360) for k, x in enumerate(xs)} for xs in zip(*pairs, strict=True)
+        )
+        return evidence_report.paired(values, base)
+
+    equal = [(300 + k, 297 + k) for k in range(6)]
+    assert (compare(equal).error, compare(equal).t, compare(equal).wilcoxon) == (0, None, None)
+    counts = [3, -3, 5, 5, 3, 7, -1, 1, 9]
+    found = compare([(300 + 2 * k + d, 300 + 2 * k) for k, d in enumerate(counts)])
+    assert found.t == pytest.approx(stats.ttest_1samp(counts, 0).pvalue)
+    assert found.wilcoxon == stats.wilcoxon(counts).pvalue
 
 
 def test_holm_by_hand():

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from training_runs import rows
+from training_runs import rows, state_of
 
 from alphacl_fast import backends, functional, objectives
 from alphacl_fast.train import (
@@ -148,7 +148,7 @@ def test_a_run_saved_before_a_field_existed_goes_on(finished, tmp_path):
     run, config = tmp_path / "run", tiny(objective="alpha_direct", eval_every=1)
     shutil.copytree(finished, run)
     saved = json.loads((run / "config.json").read_text())
-    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state = state_of(run)
     del saved["config"]["probe_every"], state["config"]["probe_every"]
     del saved["digest"]
     (run / "config.json").write_text(json.dumps(saved))
@@ -589,7 +589,7 @@ def test_knn_and_probe_have_their_own_epochs_and_share_features(tmp_path, monkey
 
 def test_same_seed_same_run_and_bf16_and_sgd_differ(finished, tmp_path):
     def weights(out):
-        return torch.load(out / "checkpoint.pt", weights_only=True)["model"]
+        return state_of(out)["model"]
 
     first = weights(finished)
     for index, (given, equal) in enumerate(
@@ -700,7 +700,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(finished, tmp_path, c
     assert f"{newest} is damaged: it is cut off or differs from its digest" in warning
     assert warning.rstrip().endswith("using checkpoint-1.pt, of step 8")
     for name in ("model", "optimizer"):
-        ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True)[name]
+        ours, theirs = (state_of(folder)[name]
                         for folder in (run, finished))  # fmt: skip
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     assert [row["kind"] for row in rows(run)] == [row["kind"] for row in rows(finished)]

@@ -5,11 +5,11 @@ import sys
 import types
 
 import pytest
-import torch
+from training_runs import state_of
 
 from alphacl_fast.train import Callback, Config, RunError, train
 
-pytestmark = pytest.mark.usefixtures("one_thread", "no_plots")
+pytestmark = pytest.mark.usefixtures("one_thread", "quick_plots")
 
 SETTINGS = {
     "dataset": "digits",
@@ -133,4 +133,4 @@ def test_events_of_the_real_package(tmp_path):
     train(Config.create(**SETTINGS, tensorboard=True), tmp_path / "run")
     [events] = (tmp_path / "run" / "tensorboard").iterdir()
     assert b"evaluation/knn" in events.read_bytes()
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 4
+    assert state_of(tmp_path / "run")["step"] == 4

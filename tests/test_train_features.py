@@ -34,7 +34,10 @@ from alphacl_fast.train import (
 from alphacl_fast.train.process_context import ProcessContext
 from alphacl_fast.train.sync_batch_norm import synchronised
 
-pytestmark = [pytest.mark.xdist_group("ranks"), pytest.mark.usefixtures("one_thread", "no_plots")]
+pytestmark = [
+    pytest.mark.xdist_group("ranks"),
+    pytest.mark.usefixtures("one_thread", "quick_plots"),
+]
 
 CPU = torch.device("cpu")
 TINY = {

@@ -115,6 +115,38 @@ def test_gradients_are_averaged_while_the_backward_runs(sizes, bucket_bytes, ear
         assert strides[0] == strides[1]
 
 
+def skipped_on_one_rank():
+    """Gradients of two steps in which only rank 0 uses the last layer, before and after."""
+    gradient_average.BUCKET_BYTES, rank = 1, dist.get_rank()
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(SIDE, SIDE), nn.Linear(SIDE, SIDE))
+    context = ProcessContext(rank, dist.get_world_size())
+    mean = GradientAverage([*net.parameters()], [], context)
+    x = torch.randn(3, SIDE, generator=torch.Generator().manual_seed(rank))
+    used, found = net[: 2 - rank], []
+    for _ in range(2):
+        net.zero_grad()
+        (own,) = torch.autograd.grad(used(x).square().sum(), [net[0].weight])
+        mean.begin()
+        used(x).square().sum().backward()
+        own_last = torch.zeros(SIDE) if net[1].bias.grad is None else net[1].bias.grad.clone()
+        mean.finish()
+        found.append((own, own_last, net[0].weight.grad.clone(), net[1].bias.grad.clone()))
+    return found
+
+
+def test_a_parameter_may_be_unused_on_one_rank():
+    """The first bucket waits for it, so this rank sends its buckets after its backward."""
+    ranks = forked(2, skipped_on_one_rank)
+    for (first, last, mean, mean_last), (other, none, *same) in zip(*ranks, strict=True):
+        assert not none.any()
+        assert torch.equal(mean, (first + other) / 2)
+        assert torch.equal(mean_last, last / 2)
+        assert last.any()
+        assert torch.equal(same[0], mean)
+        assert torch.equal(same[1], mean_last)
+
+
 def test_buckets_follow_from_the_parameters_alone(monkeypatch):
     monkeypatch.setattr(gradient_average, "BUCKET_BYTES", 40)
     a, b, c, d, loss = (nn.Parameter(torch.zeros(n)) for n in (3, 9, 4, 6, 1))
@@ -135,7 +167,7 @@ def test_a_rank_alone_hooks_nothing():
     assert net.unused.grad is None
 
 
-def test_ranks_train_as_one_with_many_buckets(tmp_path, monkeypatch, no_plots):
+def test_ranks_train_as_one_with_many_buckets(tmp_path, monkeypatch, quick_plots):
     """All that touches gradients together; the checkpoint differs by rounding."""
     monkeypatch.setattr(gradient_average, "BUCKET_BYTES", 1)
     config = Config.create(

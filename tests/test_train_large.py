@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from training_runs import state_of
 
 from alphacl_fast import FusedAlphaCLLoss
 from alphacl_fast.train import (
@@ -162,9 +163,7 @@ def test_a_run_in_micro_batches_ends_with_the_same_weights(tmp_path):
             **TINY, norm="group", optimizer="sgd", lr=0.01, micro_batch=micro, eval_every=0
         )
         train(config, tmp_path / str(micro))
-        states.append(
-            torch.load(tmp_path / str(micro) / "checkpoint.pt", weights_only=True)["model"]
-        )
+        states.append(state_of(tmp_path / str(micro))["model"])
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-5)
 
@@ -176,7 +175,7 @@ def test_optimizers_for_large_batches(tmp_path, optimizer):
         **{**TINY, "epochs": 2}, optimizer=optimizer, lr={"lars": 1.0, "lamb": 0.01}[optimizer]
     )
     train(config, tmp_path / "run")
-    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    state = state_of(tmp_path / "run")
     before = models.build(config).state_dict()
     weights = [name for name in before if name.endswith("weight") and before[name].dim() > 1]
     assert all(

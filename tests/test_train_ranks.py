@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import WATCHDOG, wait_until
+from training_runs import state_of
 
 from alphacl_fast.train import Config, RunError, process_context, train
 
@@ -104,10 +105,7 @@ def assert_same_run(out, reference):
     assert len(expected) == 20
     assert expected[0] - expected[-1] > 1e-3
     for part in ("model", "loss"):
-        ours, theirs = (
-            torch.load(folder / "checkpoint.pt", weights_only=True)[part]
-            for folder in (out, reference)
-        )
+        ours, theirs = (state_of(folder)[part] for folder in (out, reference))
         for name, value in theirs.items():
             torch.testing.assert_close(ours[name], value, rtol=1e-2, atol=1e-4)
     assert (out / "embedding.png").exists()
@@ -156,7 +154,7 @@ def test_a_signal_to_the_whole_job_is_one_signal(tmp_path, reference):
         _, message = process.communicate(timeout=WATCHDOG)
     finally:
         process.kill()
-    saved = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
+    saved = state_of(out)["step"]
     assert message.count(f"alphacl: stopped after {saved // 5} of 4 epochs, state saved") == 1
     assert 3 <= saved == len(steps(out)) < 20
     train(Config.create(**SETTINGS), out, resume=True)

@@ -25,7 +25,7 @@ from alphacl_fast.train import (
 from alphacl_fast.train.process_context import ProcessContext
 from alphacl_fast.train.recipes import build_recipe
 
-pytestmark = pytest.mark.usefixtures("one_thread", "no_plots")
+pytestmark = pytest.mark.usefixtures("one_thread", "quick_plots")
 
 TINY = {"dataset": "digits", "width": 4, "batch_size": 32, "subset": 128, "epochs": 2, "workers": 0}
 TINY |= {"text_width": 16}
@@ -99,10 +99,7 @@ def test_recipes_resume_bit_for_bit(tmp_path, monkeypatch, given):
         patch.setattr(loop._Run, "one_step", stop)
         assert train(config, tmp_path / "run").signal == signal.SIGTERM
     assert train(config, tmp_path / "run", resume=True).epochs == 2
-    ours, theirs = (
-        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
-        for name in ("run", "whole")
-    )
+    ours, theirs = (state_of(tmp_path / name) for name in ("run", "whole"))
     for part in ("model", "loss", *({"ema"} & {*theirs})):
         for name, value in theirs[part].items():
             assert torch.equal(ours[part][name], value), name

@@ -1,6 +1,5 @@
 """A stopped or killed run, resumed, ends with the weights and metrics of an uninterrupted run."""
 
-import json
 import os
 import random
 import signal
@@ -10,7 +9,7 @@ import time
 import pytest
 import torch
 from conftest import wait_until
-from training_runs import Fork
+from training_runs import Fork, rows, state_of
 
 from alphacl_fast.cli import main
 from alphacl_fast.train import Config, RunError, evaluate, loop, train
@@ -37,8 +36,8 @@ STEPS = 40
 def final(out):
     """Read the checkpoint, and the metrics without measured times."""
     clock = ("images_per_s", "step_ms", "loss_ms")
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    lines = rows(out)
+    state = state_of(out)
     return state, [
         {key: value for key, value in line.items() if key not in clock} for line in lines
     ]
@@ -121,7 +120,7 @@ def test_interrupted_and_resumed(tmp_path, capsys, reference, number, workers, c
     finally:
         process.kill()
     assert process.poll() == code, message
-    stopped = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
+    stopped = state_of(out)["step"]
     assert stopped < STEPS
     if number == signal.SIGKILL:
         assert stopped <= len(final(out)[1])
@@ -234,7 +233,7 @@ def test_a_run_stops_between_micro_batches(tmp_path, monkeypatch, part):
     outcome = train(config, tmp_path / "run")
     assert (outcome.signal, outcome.epochs) == (signal.SIGUSR1, 0)
     assert calls == [0] * 6 + [1] * part
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 1
+    assert state_of(tmp_path / "run")["step"] == 1
     monkeypatch.undo()
     assert train(config, tmp_path / "run", resume=True).epochs == 2
     assert_same_end(tmp_path / "run", final(tmp_path / "whole"))

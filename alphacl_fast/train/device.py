@@ -78,8 +78,8 @@ def memory_kept():
     """Keep freed memory in the process inside, with glibc; it goes back to the system on exit.
 
     A step frees its activations, and the next one allocates them again. glibc returns blocks of
-    this size at once, and to get them back the kernel clears every page, which takes a tenth of a
-    step of a small ResNet. Numbers do not change.
+    this size at once, and the kernel clears every page of a block that it hands out anew. Numbers
+    do not change.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):

@@ -157,16 +157,18 @@ def evidence(
 def _work_off(part: str, out: Path, data_root: str) -> Progress:
     file, signal, about = out / f"{part}.jsonl", None, _about()
     rows = journal.read(file)
+    folder = out / "unfinished" / part
     _check_data(next(runs(part, rows, out)), data_root)
     for number, run in enumerate(runs(part, rows, out), 1):
         if run.row_in(rows) is None:
             print(f"{part}, run {number} of {total(part)}: {run.shown()}", flush=True)
-            found, signal = _one(run, out / "unfinished" / part, data_root)
+            found, signal = _one(run, folder, data_root)
             if found is not None:
                 row = run.row(found, about)
                 with storage.writing(file):
                     journal.append(file, row)
                 rows.append(row)
+                shutil.rmtree(folder, ignore_errors=True)  # only now: a kill costs no training
         if signal is not None:
             break
     return Progress(file, len(rows_of(part, out)), total(part), signal)
@@ -407,7 +409,6 @@ def _one(run: Run, folder: Path, data_root: str) -> tuple[dict | None, int | Non
             found, signal = _judged(folder, config, run), outcome.late
         except Diverged as error:
             found = {"status": "failed", "reason": str(error)}
-    shutil.rmtree(folder, ignore_errors=True)
     # The first part of a resumed run was not measured.
     wall, used = time.monotonic() - begun, time.process_time() - cpu
     found["wall_seconds"] = None if resumed else round(wall, 1)

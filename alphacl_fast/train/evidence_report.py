@@ -22,7 +22,6 @@ TITLES = {
     "knn_few": "kNN, 5 labels/class",
     "probe_few": "probe, 5 labels/class",
 }
-SIGNIFICANT = 0.05
 
 
 class Paired(NamedTuple):
@@ -53,7 +52,9 @@ def paired(values: dict[int, float], base: dict[int, float]) -> Paired | None:
     Returns:
         The comparison over the seeds that both have; None if there is no such seed.
     """
-    differences = [values[seed] - base[seed] for seed in values if seed in base]
+    # Rounding errors of the accuracies would make equal differences unequal: Wilcoxon's ranks
+    # depend on ties, and a t-test of equal differences has no p.
+    differences = [round(values[seed] - base[seed], 9) for seed in values if seed in base]
     if not differences:
         return None
     mean, error = mean_and_error(differences)

@@ -2229,6 +2229,12 @@ plant(
         "min(1.0, len(values) * values[k])",
         f"{EVIDENCE}_holm_by_hand",
     ),
+    (
+        "evidence: rounding errors break ties of differences",
+        "round(values[seed] - base[seed], 9)",
+        "values[seed] - base[seed]",
+        f"{EVIDENCE}_rounding_errors_break_no_tie",
+    ),
 )
 plant(
     "alphacl_fast/train/digit_augmentation.py",

@@ -144,7 +144,7 @@ class _Multiply:
     """One wgmma.mma_async."""
 
     def __init__(self, m, modifiers: Modifiers, instruction) -> None:
-        self.m, self.text = m, instruction.text
+        self.m = m
         kind = modifiers.left[-1]
         if modifiers.left[-3:] != ["f32", kind, kind] or kind not in ("bf16", "f16", "tf32"):
             raise Unsupported(instruction.text)
