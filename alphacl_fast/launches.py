@@ -301,9 +301,7 @@ class Recorder(TorchDispatchMode):
         elif any(fresh):
             if not all(fresh) or func._schema.is_mutable:
                 name = func._schema.name
-                raise NotRecorded(
-                    f"{name} returns something new, and changes or returns an operand"
-                )
+                raise NotRecorded(f"{name} returns something new and changes or returns an operand")
             self._record(func, args, kwargs, results)
         elif func._schema.is_mutable:
             self._record(func, args, kwargs, ())
