@@ -340,40 +340,39 @@ def evaluate(
 ) -> tuple[Tensor, str, str]:
     """The loss, the backend that computed it and why.
 
-    It checks everything that `make_call` has not checked. ``key``: of `steps.again`, which has no
-    plan for the call yet.
+    It checks everything that `make_call` has not checked. ``key``: what `steps.again` returned for
+    this call, which has no plan yet.
     """
-    of_steps = key
-    key = None
+    native_key = None
     if ids is None and call.process_group is None and not torch.compiler.is_compiling():
-        key = eager.key_of(z1, z2, temperature)
-        served = key and eager.again(z1, z2, temperature, call, key)
+        native_key = eager.key_of(z1, z2, temperature)
+        served = native_key and eager.again(z1, z2, temperature, call, native_key)
         if served:
             return served
     z1, z2 = of_one_dtype(z1, z2)
     if call.process_group is not None:
         return evaluate_over_ranks(z1, z2, temperature, call, ids)
     tau, bound, why = bind(z1, z2, temperature, call, ids is not None)
-    if ids is not None:
-        ids = checked_ids("ids", ids, z1)
+    own_ids = None if ids is None else checked_ids("ids", ids, z1)
     if z1.shape[0] < bound.objective.fewest_pairs:
         with without_autocast(z1.device):
             return no_negatives(z1, z2, tau, bound), bound.backend, why
     need = Need.of(z1, z2, tau)
-    if of_steps is not None:
+    if key is not None:
+        # the plan moves the temperature and the ids, which may lie on another device at every call
         given = temperature if isinstance(temperature, Tensor) else None
         inputs, tau_of = (z1, z2, given, ids), functools.partial(as_number, temperature)
-        if steps.prepare(inputs, tau_of, call, bound, of_steps, why):
+        if steps.prepare(inputs, tau_of, call, bound, key, why):
             found, _ = steps.again(z1, z2, temperature, call, ids)
             if found is not None:
                 return found
     if native.serves(bound, need) and native.plain(z1, z2, tau):
         prepared = eager.Prepared(bound, native.prepared(bound, z1, need), need, why)
-        if key:
-            eager.remember(call, key, prepared)
-        return prepared.loss(z1, z2, tau, ids), bound.backend, why
+        if native_key:
+            eager.remember(call, native_key, prepared)
+        return prepared.loss(z1, z2, tau, own_ids), bound.backend, why
     with without_autocast(z1.device):
-        return _loss(z1, z2, tau, bound, ids), bound.backend, why
+        return _loss(z1, z2, tau, bound, own_ids), bound.backend, why
 
 
 def no_negatives(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall) -> Tensor:

@@ -18,10 +18,11 @@ reads from a tensor that depends on the inputs, or a tensor of unknown origin.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import operator
 import struct
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -120,7 +121,8 @@ class Plan(NamedTuple):
     bytes: int  # of the workspace
     workspaces: tuple[tuple[int, torch.dtype], ...]  # registers that see the workspace so
     own: tuple[tuple[int, tuple[int, ...], torch.dtype], ...]  # (register, shape, dtype)
-    instructions: tuple[tuple[Kernel | Native | Operator, tuple[int, ...]], ...]  # what it frees
+    #: each with the registers that no later one reads
+    instructions: tuple[tuple[Kernel | Native | Operator, tuple[int, ...]], ...]
     outputs: tuple[View | None, ...]
     #: Triton's settings and its two hooks, which launches through handles do not call
     hooks: tuple[Any, Any, Any] | None
@@ -282,21 +284,24 @@ class Recorder(TorchDispatchMode):
         if func.namespace == "alphacl_fast":
             with self:
                 return self.implementations[func._schema.name](*args, **kwargs)
-        storages = {x.untyped_storage()._cdata for x in _tensors((*args, *kwargs.values()))}
+        given = [*_tensors((*args, *kwargs.values()))]
+        storages = {x.untyped_storage()._cdata for x in given}
         found = func(*args, **kwargs)
-        results = found if isinstance(found, (tuple, list)) else (found,)
+        several = () if found is None else found
+        results = several if isinstance(several, (tuple, list)) else (found,)
         if not all(isinstance(x, Tensor) for x in results):
-            if any(self._of_inputs(x) for x in _tensors(args)):
+            if any(map(self._of_inputs, given)):
                 raise NotRecorded(f"the host reads the result of {func._schema.name}")
             return found
-        if _has_shape_of_content(func, args) and any(self._of_inputs(x) for x in _tensors(args)):
+        if _has_shape_of_content(func, args) and any(map(self._of_inputs, given)):
             raise NotRecorded(f"the shape of the result of {func._schema.name} is not known")
         fresh = [x.untyped_storage()._cdata not in storages for x in results]
         if func._schema.name in _EMPTY:
             self._new("empty", found)
         elif any(fresh):
-            if not all(fresh):
-                raise NotRecorded(f"{func._schema.name} returns a view and something new")
+            if not all(fresh) or func._schema.is_mutable:
+                name = func._schema.name
+                raise NotRecorded(f"{name} returns something new and changes or returns an operand")
             self._record(func, args, kwargs, results)
         elif func._schema.is_mutable:
             self._record(func, args, kwargs, ())
@@ -398,7 +403,7 @@ class Recorder(TorchDispatchMode):
         seen = {k: x for k, x in enumerate(flat) if isinstance(x, Tensor)}
         seen = {k: x for k, x in seen.items() if not self._is_number(x)}
         views = tuple((k, self._place(x)) for k, x in seen.items())
-        if any(True for _ in _tensors(options.values())):
+        if _have_tensors(options.values()):
             raise NotRecorded(f"{call} has a tensor as an option")
         values = [None if k in seen else x for k, x in enumerate(flat)]
         of_inputs = any(place.buffer.of_inputs for _, place in views)
@@ -425,7 +430,7 @@ def extent(x: Tensor) -> int:
     return (last + 1) * x.itemsize
 
 
-def _tensors(values: Any) -> Any:
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     """The tensors among values and in lists and tuples of them."""
     for value in values:
         if isinstance(value, Tensor):
@@ -434,20 +439,25 @@ def _tensors(values: Any) -> Any:
             yield from _tensors(value)
 
 
+def _have_tensors(values: Iterable[Any]) -> bool:
+    return any(True for _ in _tensors(values))
+
+
 def _flat(values: Sequence[Any], named: bool) -> tuple[list[Any], tuple[Any, ...], int]:
     """Values with the members of tuples that hold tensors behind them, how to nest these again,
     and the number of values. ``named``: a named tuple is to become one again.
     """
     flat, nests = list(values), []
     for position, value in enumerate(values):
-        if isinstance(value, (tuple, list)) and any(isinstance(x, Tensor) for x in value):
+        members = value if isinstance(value, (tuple, list)) else ()
+        if _have_tensors(x for x in members if not isinstance(x, Tensor)):
+            raise NotRecorded("tensors in tuples of tuples")
+        if _have_tensors(members):
             maker = list if isinstance(value, list) else tuple
             nests.append((position, len(flat), len(flat) + len(value),
                           getattr(value, "_make", maker) if named else maker))  # fmt: skip
             flat += value
             flat[position] = None
-        elif any(True for _ in _tensors((value,) if isinstance(value, (tuple, list)) else ())):
-            raise NotRecorded("tensors in tuples of tuples")
     return flat, tuple(nests), len(values)
 
 
@@ -468,11 +478,11 @@ def record(
     if len(inputs) > _WORKSPACE:
         raise ValueError(f"a step must have at most {_WORKSPACE} inputs, got {len(inputs)}")
     given = [None if x is None else x.detach() for x in inputs]
-    for number, x in enumerate(given):
-        if any(y is not None and _overlap(x, y) for y in given[:number] if x is not None):
-            raise NotRecorded("two inputs share memory")
+    present = [x for x in given if x is not None]
+    if any(_overlap(x, y) for x, y in itertools.combinations(present, 2)):
+        raise NotRecorded("two inputs share memory")
     watch = Recorder(given, implementations)
-    device = next(x.device for x in given if x is not None)
+    device = present[0].device
     with torch.no_grad(), watch:
         outputs = function(*given)
         places = [None if x is None else watch._place(x) for x in outputs]
@@ -518,8 +528,8 @@ class _Writer:
         return self.registers - 1
 
     def plan(self, about: Any) -> Plan:
-        own = [b for b in self.watch.buffers if b.kind == "empty" and b.bytes]
-        if any(b.device != self.device for b in own):
+        allocated = [b for b in self.watch.buffers if b.kind == "empty" and b.bytes]
+        if any(b.device != self.device for b in allocated):
             raise NotRecorded(f"a buffer is not on {self.device}")
         instructions, freed = [], []
         for number, instruction in enumerate(self.watch.instructions):

@@ -88,6 +88,9 @@ if hasattr(torch._C, "_get_fp32_precision_getter"):
 else:
     _PRECISION = dict.fromkeys(("cuda", "cpu"), torch._C._get_float32_matmul_precision)
 _NO_KEY = None, None
+#: What `Call.ready` holds for a key after its first call; later it holds the plan, or the reason
+#: why there is none.
+_SEEN = True
 
 #: The loss, its backend and why that backend; and the key of the call, if it has one.
 Found = tuple[tuple[Tensor, str, str] | None, Any]
@@ -125,6 +128,7 @@ def again(z1: Tensor, z2: Tensor, temperature: Any, call: Call, ids: Tensor | No
         type(temperature) in _PLAIN
         and temperature.layout is torch.strided
         and temperature.numel() == 1
+        and not temperature.is_neg()
         and not torch._C._functorch.is_functorch_wrapped_tensor(temperature)
     ):
         tau, value = temperature, temperature.item() if temperature.is_cpu else None
@@ -133,7 +137,11 @@ def again(z1: Tensor, z2: Tensor, temperature: Any, call: Call, ids: Tensor | No
         return _NO_KEY
     of_ids = None
     if ids is not None:
-        if type(ids) is not Tensor or ids.layout is not torch.strided:
+        if (
+            type(ids) is not Tensor
+            or ids.layout is not torch.strided
+            or torch._C._functorch.is_functorch_wrapped_tensor(ids)
+        ):
             return _NO_KEY
         of_ids = _facts(ids), ids.stride(), ids.data_ptr() % 16
     key = (
@@ -213,7 +221,3 @@ def prepare(
 def capturing(z: Tensor) -> bool:
     """Whether a CUDA graph is being captured, which must not hold the recorded step as well."""
     return z.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-#: In place of the plan of a key that one call had; a reason stands there if there is no plan.
-_SEEN = True

@@ -244,8 +244,6 @@ SETTINGS = [
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bits(backend, settings, monkeypatch, poisoned):
     """Of other views than those of the recorded step."""
-    if backend == "cuda" and "max_gap" in settings:
-        settings = {k: v for k, v in settings.items() if k != "max_gap"}
     loss = FusedAlphaCLLoss(**settings, backend=backend)
     make = partial(map, torch.Tensor.requires_grad_)
     assert_equal_to_ordinary(loss, lambda: make(pair(7, 6, torch.float32)), monkeypatch, calls=1)
@@ -372,8 +370,7 @@ def test_wanted_gradients_change_between_calls(monkeypatch):
 
 
 @needs_emulator
-def test_ids_and_temperatures(monkeypatch):
-    monkeypatch.setattr(cuda, "OPTIONAL_OPERANDS", {"ids"})
+def test_temperatures(monkeypatch):
     tau = torch.nn.Parameter(torch.tensor(0.4))
     loss = FusedAlphaCLLoss("alpha_direct", backend="cuda", temperature=0.3)
     learnt = FusedAlphaCLLoss(backend="cuda", temperature=tau)
@@ -391,10 +388,28 @@ def test_ids_and_temperatures(monkeypatch):
     assert not torch.equal(before[0], ours[0])
 
 
-def test_ids_are_an_input(monkeypatch):
-    loss = FusedAlphaCLLoss(backend="triton")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ids_are_an_input(backend, monkeypatch):
+    loss = FusedAlphaCLLoss(backend=backend)
     make = lambda: (*(z.requires_grad_() for z in pair(7, 6)), torch.randint(3, (7,)))  # noqa: E731
     assert_equal_to_ordinary(loss, make, monkeypatch, calls=1)
+
+
+@needs_emulator
+def test_ids_are_recorded_where_the_caller_has_them(monkeypatch):
+    """They may lie on another device than the views; later calls bring them from there too."""
+    inputs, record = [], launches.record
+
+    def note(step, given, *more):
+        inputs.extend(given)
+        return record(step, given, *more)
+
+    monkeypatch.setattr(launches, "record", note)
+    monkeypatch.setattr(functional, "checked_ids", lambda name, ids, rows: ids.clone())
+    loss, ids = FusedAlphaCLLoss(backend="cuda"), torch.randint(3, (7,))
+    for _ in range(2):
+        step(loss, *pair(7, 6), ids)
+    assert inputs[3] is ids
 
 
 @needs_emulator
@@ -499,9 +514,12 @@ def test_watched_and_transformed_tensors_have_no_key(monkeypatch):
     assert key(torch._neg_view(z1), z2, 0.5) is None
     assert key(z1, z2, True) is None
     assert key(z1, z2, torch.ones(2)) is None
+    assert key(z1, z2, torch._neg_view(torch.tensor(-0.5))) is None
     assert key(z1.to_sparse(), z2, 0.5) is None
     torch.func.grad(lambda z: (seen.append(z), z.sum())[1])(z1)
     assert key(seen[-1], z2, 0.5) is None  # the transform has ended
+    torch.func.vmap(lambda i: (seen.append(i), i)[1])(torch.zeros(1, 8, dtype=torch.int64))
+    assert steps.again(z1, z2, 0.5, call, seen[-1])[1] is None
     assert key(z1, z2, 0.5) != key(z1, z2, 0.6)
     assert steps.again(z1, z2, 0.5, FusedAlphaCLLoss()._call)[1] is None  # "auto" on a CPU
     monkeypatch.setenv("ALPHACL_PLANS", "0")
@@ -666,6 +684,10 @@ def test_unknown_tensors_and_numbers_are_not_recorded():
         (lambda x: (x * float(x.sum()),), "the host reads the result of aten::_local_scalar_dense"),
         (lambda x: (x[x > 0],), "the shape of the result of aten::index is not known"),
         (lambda x: (torch.add(x, x, out=torch.empty(4)),), "has a tensor as an option"),
+        (
+            lambda x: (torch.ops.aten.rrelu_with_noise(x, torch.empty(4), 0.1, 0.3, True),),
+            "returns something new and changes or returns an operand",
+        ),
     ):
         with pytest.raises(launches.NotRecorded, match=why):
             launches.record(step, (x,), {})
@@ -677,6 +699,26 @@ def test_unknown_tensors_and_numbers_are_not_recorded():
     launches.record(lambda x, y: (x + y,), (z[:, :2], z[:, 2:]), {})
     with pytest.raises(launches.NotRecorded, match="comes from outside of the step"):
         launches.record(lambda x, y: (x[1:] + y[1:],), (z[:, :2], z[:, 2:]), {})
+
+
+def test_tensors_in_inner_tuples_are_not_recorded():
+    """Their addresses would be those of the recorded step."""
+    watch, x = launches.Recorder((), {}), torch.ones(2)
+    for values in (((x,),),), ((x, (x,)),), ([x, [x]],):
+        with pytest.raises(launches.NotRecorded, match="tensors in tuples of tuples"):
+            watch.launch(print, values, {})
+
+
+def test_operators_without_a_result_are_recorded():
+    def step(x):
+        out = torch.zeros(4)
+        torch._foreach_add_([out], 3)  # its operand does not depend on the input
+        return (out + x,)
+
+    x = torch.randn(4)
+    plan = launches.record(step, (x,), {})
+    (ours,) = launches.replay(types.SimpleNamespace(), plan, x)
+    assert torch.equal(ours, x + 3)
 
 
 def test_a_result_that_is_freed_may_be_followed_by_another_at_its_address():
