@@ -1039,6 +1039,18 @@ plant(
         "True",
         "tests/test_cpu_step.py::test_a_kept_graph_is_differentiated_again[torch.float32]",
     ),
+    (
+        "eager: a backward overwrites what hooks have kept",
+        "if not ctx.hooked and _read_once(grad)",
+        "if _read_once(grad)",
+        "tests/test_cpu_step.py::test_what_hooks_have_packed_is_not_overwritten",
+    ),
+    (
+        "eager: a plan for a float temperature serves an integer",
+        "dtypes.append(x.dtype)",
+        "dtypes.append(Tensor)",
+        "tests/test_cpu_step.py::test_the_same_call_of_the_function_is_prepared_once",
+    ),
 )
 plant(
     "alphacl_fast/program.py",
