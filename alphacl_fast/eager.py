@@ -156,6 +156,8 @@ def key_of(z1: Tensor, z2: Tensor, temperature: Temperature) -> Key | None:
     """
     if cpu._LIBRARY is None or not native.plain(z1, z2) or z1.dtype != z2.dtype:
         return None
+    if z1.is_neg() or z2.is_neg():  # a plan reads memory
+        return None
     learnt, dtypes = False, []
     for x in temperature if type(temperature) is tuple else (temperature,):
         if type(x) is float:
