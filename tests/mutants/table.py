@@ -520,6 +520,12 @@ plant(
         "return log_of<T, false>(u, x - (u - 1));",
         "tests/test_cpp_printer.py::test_log1p_keeps_the_digits_of_a_small_argument[torch.float32]",
     ),
+    (
+        "log(1 + e) of a probability: a coefficient of the polynomial",
+        "q = q * x + 1.9695401192e-1f;",
+        "q = q * x + 1.9696401192e-1f;",
+        "tests/test_cpp_printer.py::test_log1p_of_a_probability_keeps_its_digits[torch.float32]",
+    ),
 )
 plant(
     "alphacl_fast/objectives.py",
