@@ -64,6 +64,7 @@ class _Loss(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         outputs = prepared.plan.run(z1, z2, same_id)
         ctx.need, ctx.dtypes = prepared.need, (z1.dtype, None if tau is None else tau.dtype)
+        ctx.hooked = _hooks_of_saved_tensors(False) is not None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*outputs[1:])
         return outputs
@@ -74,7 +75,7 @@ class _Loss(torch.autograd.Function):
             return (None,) * 5
         # in the accumulation dtype: a half-precision gradient of 1e-8 would vanish before
         # GradScaler sees it
-        scale = scaled_in_place if _read_once(grad) else scaled
+        scale = scaled_in_place if not ctx.hooked and _read_once(grad) else scaled
         dz, dtau = scale(ctx.saved_tensors, grad, ctx.dtypes)
         return *views_of(dz, ctx.need), dtau, None, None
 
@@ -99,6 +100,11 @@ def _read_once(grad: Tensor) -> bool:
 # torch < 2.6 does not say; the graph may then be kept
 _graph_is_kept: Callable[[], bool] = getattr(
     torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)
+# hooks of the user (torch.autograd.graph.saved_tensors_hooks) may keep what was saved; older
+# versions of torch do not say whether there are any
+_hooks_of_saved_tensors: Callable[[bool], Any] = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: True
 )
 
 
@@ -150,18 +156,21 @@ def key_of(z1: Tensor, z2: Tensor, temperature: Temperature) -> Key | None:
     """
     if cpu._LIBRARY is None or not native.plain(z1, z2) or z1.dtype != z2.dtype:
         return None
-    given = temperature if type(temperature) is tuple else (temperature,)
-    learnt = False
-    for x in given:
+    if z1.is_neg() or z2.is_neg():  # a plan reads memory
+        return None
+    learnt, dtypes = False, []
+    for x in temperature if type(temperature) is tuple else (temperature,):
         if type(x) is float:
+            dtypes.append(float)
             continue
         if not (isinstance(x, Tensor) and native.plain(x) and x.is_cpu and x.numel() == 1):
             return None
+        dtypes.append(x.dtype)
         learnt = learnt or x.requires_grad
     grad = torch.is_grad_enabled()
     return (
         z1.shape, z2.shape, z1.dtype, z1.is_cpu, z2.is_cpu, z1.layout, z2.layout,
-        grad and z1.requires_grad, grad and z2.requires_grad, grad, learnt, *map(type, given),
+        grad and z1.requires_grad, grad and z2.requires_grad, grad, learnt, *dtypes,
         cpu._LIBRARY, cpu.instruction_set(),
     )  # fmt: skip
 

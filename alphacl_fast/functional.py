@@ -558,8 +558,13 @@ def of_one_dtype(*tensors: Any) -> tuple[Any, ...]:
     """Tensors of rows in the dtype to which torch promotes theirs, if they have several.
 
     Autocast may leave one tower in bfloat16 and the other in float32. Every gradient is cast back.
-    Anything that is no tensor of rows is left to the checks.
+    Anything that is no tensor of rows is left to the checks. A negation that PyTorch has put off,
+    as in ``z.conj().imag``, is carried out, because the kernels read memory.
     """
+    if not torch.compiler.is_compiling():  # an operator of a graph gets none
+        tensors = tuple(
+            x.resolve_neg() if isinstance(x, Tensor) and x.is_neg() else x for x in tensors
+        )
     dtypes = {x.dtype for x in tensors if isinstance(x, Tensor)}
     if len(dtypes) < 2 or not dtypes.issubset(DTYPES):
         return tensors

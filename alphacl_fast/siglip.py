@@ -49,7 +49,7 @@ def siglip_loss(
         bias: a float or a tensor with one element; see ``scale``.
         ids: (N,) integers, moved to z1's device if necessary. A pair j ≠ i of samples with equal
             ids is left out of the sum; positive pairs stay. With a process group the ids of all
-            ranks are compared. Not supported with backend="cuda". None: all pairs count.
+            ranks are compared. None: all pairs count.
         similarity: "cosine" (rows are normalised here; an all-zero row has gradient 0) or "dot"
             (rows as given).
         reduction: "mean" (over the rows of z1, the paper's form), "sum", or "none": (N,) sums over

@@ -99,6 +99,9 @@ def library(tmp_path_factory):
     for name, piece in PIECES:
         names.append(cpp_name(name, piece))
         codes.append(printed(names[-1], psi(name, piece), 1, 1))
+    logistic = objectives.KINDS["logistic"]
+    names.append("logistic")
+    codes.append(printed("logistic", lambda x, tau, *others: [logistic.f(x, tau)], 1, 1))
     entries = [
         f'extern "C" void {name}_{t}(const {t}* v, const {t}* s, {t}* out, int64_t n) '
         f"{{ {name}<{t}>(v, s, out, n); }}"
@@ -177,6 +180,18 @@ def test_log1p_keeps_the_digits_of_a_small_argument(library, dtype):
     ends = torch.tensor([0.0, torch.inf, torch.nan], dtype=dtype).repeat(16)
     (ours,) = run(library, cpp_name("log1p", "f"), [ends], (0.3, 1, 1), 1)
     torch.testing.assert_close(ours, ends, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_log1p_of_a_probability_keeps_its_digits(library, dtype):
+    """log(1 + eˣ), x ≤ 0, has a polynomial of its own: two units for it, two for the exponential."""
+    points = torch.cat([torch.linspace(-60, 0, 1008), torch.linspace(-1, 0, 1008)]).to(dtype)
+    (ours,) = run(library, "logistic", [points], (0.3, 1, 1), 1)
+    truth = torch.log1p(points.double().exp())
+    torch.testing.assert_close(ours.double(), truth, rtol=4 * torch.finfo(dtype).eps, atol=0)
+    ends = torch.tensor([-torch.inf, torch.inf, torch.nan], dtype=dtype).repeat(16)
+    (ours,) = run(library, "logistic", [ends], (0.3, 1, 1), 1)
+    torch.testing.assert_close(ours, ends.clamp(min=0), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", REFUSED)

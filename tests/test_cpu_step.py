@@ -375,6 +375,10 @@ def test_the_same_call_of_the_function_is_prepared_once(steps):
     assert alpha_cl_loss(z1, z2, "alpha_direct", exponent=2.0) != alpha_cl_loss(
         z1, z2, "alpha_direct", exponent=4.0
     )
+    assert alpha_cl_loss(z1, z2, temperature=torch.tensor(1.0)).isfinite()
+    for wrong in (torch.tensor(1), torch.tensor(True), torch.tensor(1 + 0j)):
+        with pytest.raises(TypeError, match="temperature must be a floating-point tensor"):
+            alpha_cl_loss(z1, z2, temperature=wrong)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -396,6 +400,24 @@ def test_a_kept_graph_is_differentiated_again(dtype):
         assert torch.equal(a, b)
         assert torch.equal(a, c[0])
     assert torch.equal(z2.grad, torch.autograd.grad(alpha_cl_loss(z1, z2), z2)[0])
+
+
+def test_what_hooks_have_packed_is_not_overwritten():
+    """Hooks on saved tensors may keep them and read them after the backward."""
+    z1, z2 = (z.requires_grad_() for z in pair(20, 6, torch.float32))
+    packed = []
+
+    def pack(x):
+        packed.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = alpha_cl_loss(z1, z2)
+    before = [x.clone() for x in packed]
+    (3 * loss).backward()
+    assert len(packed) == 1
+    assert torch.equal(packed[0], before[0])
+    assert torch.equal(torch.cat([z1.grad, z2.grad]), 3 * before[0])
 
 
 def test_what_goes_through_the_two_sweeps(steps):

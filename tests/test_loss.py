@@ -8,7 +8,15 @@ import sys
 
 import pytest
 import torch
-from family import MEMBERS, loss_and_grads, member_id, pair, relative_error, smooth_hinge
+from family import (
+    BACKENDS,
+    MEMBERS,
+    loss_and_grads,
+    member_id,
+    pair,
+    relative_error,
+    smooth_hinge,
+)
 
 from alphacl_fast import (
     FusedAlphaCLLoss,
@@ -309,6 +317,18 @@ def test_torch_compile_gives_the_same_numbers(name, reduction):
         results.append([value.detach(), *torch.autograd.grad(value.square().sum(), [z1, z2])])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_negation_that_was_put_off(backend):
+    """``conj().imag`` has the memory of its opposite; a column of it needs no other copy."""
+    z1, z2 = pair(8, 1)
+    opposite = torch.complex(z1, -z1).conj().imag
+    assert opposite.is_neg()
+    loss = FusedAlphaCLLoss(similarity="dot", backend=backend)
+    for _ in range(2):  # the second call would find a plan
+        assert loss(opposite, z2) == loss(z1, z2)
+        assert loss(z2, opposite) == loss(z2, z1)
 
 
 @pytest.mark.skipif(

@@ -131,9 +131,10 @@ class Plan:
     ) -> None:
         """``numbers_at`` says what follows from a temperature; `at` comes before `run`."""
         self.batch, self.wide = batch, accumulation_dtype(batch.dtype)
-        self.kind, self.params, self.program, self.numbers_at = kind, params, program, numbers_at
+        self.program, self.numbers_at = program, numbers_at
         # `new_empty` takes a quarter of the time of `torch.empty` with a dtype and a device
         self.like = torch.empty(0, dtype=self.wide, device="cpu")
+        self.function = PairFunction(kind, params, self.like)
         self.alone: Plan | None = None
         self.temperature: Temperature | None = None
         isa = cpu.INSTRUCTION_SETS.index(cpu.instruction_set())
@@ -147,7 +148,7 @@ class Plan:
             n_pairs=batch.n_pairs, dim=batch.dim, rows=batch.rows, split=pairing.split,
             partner=pairing.partner, anchors=pairing.anchors, lo=low, hi=high,
             workspace=batch.workspace, n_neg=batch.n_neg, divisor=batch.divisor,
-            params=(*params, 0.0, 0.0, 0.0)[:MOST_PARAMETERS], dtype=Dtype.of(batch.dtype),
+            params=self.function.padded(), dtype=Dtype.of(batch.dtype),
             kind=KINDS[kind].code, each=batch.each, limited=batch.max_gap is not None,
             max_gap=batch.max_gap or 0.0, instruction_set=isa,
             similarity=_SIMILARITIES.index(batch.similarity),
@@ -155,7 +156,6 @@ class Plan:
             losses=program.loss, slopes=len(program.dtau), **cpu._HOOKS,
         )  # fmt: skip
         self.step.dtau_of[: len(program.dtau)] = program.dtau
-        self.log_range = None
         #: by instructions: sweeps, and parameters that are numbers of the temperature
         self.sweeps: list[tuple[int, Sweep]] = []
         self.named: list[tuple[int, int, str]] = []
@@ -167,7 +167,7 @@ class Plan:
             _write_row_step(self.step.program[k], instruction)
             names = enumerate(instruction.params)
             self.named += [(k, at, name) for at, name in names if isinstance(name, str)]
-        self._choose_forms(None)
+        self._choose_forms()
 
     @property
     def forward(self) -> Plan:
@@ -185,16 +185,15 @@ class Plan:
         plan.step.tau, plan.step.factor = numbers.tau, numbers.factor
         for k, at, name in self.named:
             plan.step.program[k].params[at] = numbers.values[name]
-        if numbers.log_range != self.log_range:
-            plan._choose_forms(numbers.log_range)
+        if numbers.log_range != self.function.log_range:
+            plan.function = self.function._replace(log_range=numbers.log_range)
+            plan._choose_forms()
         return plan
 
-    def _choose_forms(self, log_range: tuple[float, float] | None) -> None:
-        self.log_range = log_range
-        function = PairFunction(self.kind, self.params, self.like, log_range)
+    def _choose_forms(self) -> None:
         for k, sweep in self.sweeps:
             target = self.step.program[k]
-            target.form, target.constant_shift = _form(sweep, function)
+            target.form, target.constant_shift = _form(sweep, self.function)
 
     def run(
         self,

@@ -520,6 +520,12 @@ plant(
         "return log_of<T, false>(u, x - (u - 1));",
         "tests/test_cpp_printer.py::test_log1p_keeps_the_digits_of_a_small_argument[torch.float32]",
     ),
+    (
+        "log(1 + e) of a probability: a coefficient of the polynomial",
+        "q = q * x + 1.9695401192e-1f;",
+        "q = q * x + 1.9696401192e-1f;",
+        "tests/test_cpp_printer.py::test_log1p_of_a_probability_keeps_its_digits[torch.float32]",
+    ),
 )
 plant(
     "alphacl_fast/objectives.py",
@@ -1038,6 +1044,18 @@ plant(
         "not _graph_is_kept()",
         "True",
         "tests/test_cpu_step.py::test_a_kept_graph_is_differentiated_again[torch.float32]",
+    ),
+    (
+        "eager: a backward overwrites what hooks have kept",
+        "if not ctx.hooked and _read_once(grad)",
+        "if _read_once(grad)",
+        "tests/test_cpu_step.py::test_what_hooks_have_packed_is_not_overwritten",
+    ),
+    (
+        "eager: a plan for a float temperature serves an integer",
+        "dtypes.append(x.dtype)",
+        "dtypes.append(Tensor)",
+        "tests/test_cpu_step.py::test_the_same_call_of_the_function_is_prepared_once",
     ),
 )
 plant(
