@@ -7,7 +7,7 @@ they replace is the loss of the embeddings.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -26,7 +26,7 @@ from ..autograd import unit_rows
 from ..explicit_negatives import loss_against
 from ..functional import of_one_dtype
 from .entry import check_pair, cross_entropy, loss_dtype
-from .ranking import MultipleNegativesRankingLoss, cos_sim
+from .ranking import MultipleNegativesRankingLoss
 
 
 class CachedMultipleNegativesRankingLoss(_package.CachedMultipleNegativesRankingLoss):
@@ -74,7 +74,9 @@ class CachedMultipleNegativesRankingLoss(_package.CachedMultipleNegativesRanking
         return _after_backward(loss) if with_backward else loss
 
 
-class CachedMultipleNegativesSymmetricRankingLoss(CachedMultipleNegativesRankingLoss):
+class CachedMultipleNegativesSymmetricRankingLoss(
+    CachedMultipleNegativesRankingLoss, _package.CachedMultipleNegativesSymmetricRankingLoss
+):
     """`MultipleNegativesSymmetricRankingLoss` of a batch that is embedded in parts.
 
     Args:
@@ -91,28 +93,6 @@ class CachedMultipleNegativesSymmetricRankingLoss(CachedMultipleNegativesRanking
 
     Source: arXiv:2310.19923; arXiv:2101.06983.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        scale: float = 20.0,
-        similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
-        mini_batch_size: int = 32,
-        mini_batch_num_tokens: int | None = None,
-        gather_across_devices: bool = False,
-        show_progress_bar: bool = False,
-    ) -> None:
-        super().__init__(
-            model,
-            scale=scale,
-            similarity_fct=similarity_fct,
-            mini_batch_size=mini_batch_size,
-            mini_batch_num_tokens=mini_batch_num_tokens,
-            gather_across_devices=gather_across_devices,
-            show_progress_bar=show_progress_bar,
-            directions=("query_to_doc", "doc_to_query"),
-            partition_mode="per_direction",
-        )
 
 
 class GISTEmbedLoss(_package.GISTEmbedLoss):
@@ -138,22 +118,6 @@ class GISTEmbedLoss(_package.GISTEmbedLoss):
 
     Source: arXiv:2402.16829.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        guide: nn.Module,
-        temperature: float = 0.01,
-        margin_strategy: str = "absolute",
-        margin: float = 0.0,
-        contrast_anchors: bool = True,
-        contrast_positives: bool = True,
-        gather_across_devices: bool = False,
-    ) -> None:
-        super().__init__(
-            model, guide, temperature, margin_strategy, margin, contrast_anchors,
-            contrast_positives, gather_across_devices,
-        )  # fmt: skip
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Any = None) -> Tensor:
         """Embed every column with both models and compute the loss.
