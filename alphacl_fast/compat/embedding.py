@@ -1,7 +1,7 @@
 """The losses of sentence-transformers that do more with models than embed columns.
 
-They are subclasses of the package's own, whose gradient caching and guide models they keep; what
-they replace is the loss of the embeddings.
+They are subclasses of the package's own, whose constructors, gradient caching and guide models they
+keep; they replace only the loss of the embeddings.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..autograd import unit_rows
 from ..explicit_negatives import loss_against
-from ..functional import of_one_dtype
+from ..functional import check_alike, check_rows, of_one_dtype
 from .entry import check_pair, cross_entropy, loss_dtype
 from .ranking import MultipleNegativesRankingLoss
 
@@ -130,7 +130,8 @@ class GISTEmbedLoss(_package.GISTEmbedLoss):
             ().
 
         Raises:
-            ValueError: another number of columns than 2 or 3, or columns of different shapes.
+            ValueError: another number of columns than 2 or 3, positives of another shape than the
+                anchors, or negatives of another width.
         """
         if not _is_plain(self, GISTEmbedLoss):
             return super().forward(sentence_features, labels)
@@ -190,7 +191,8 @@ class CachedGISTEmbedLoss(_package.CachedGISTEmbedLoss):
             (); a constant if the gradients were computed.
 
         Raises:
-            ValueError: the guide has another number of columns.
+            ValueError: the guide has another number of columns, the positives have another shape
+                than the anchors, or the negatives another width.
         """
         if len(reps) != len(reps_guided):
             raise ValueError(
@@ -235,7 +237,11 @@ def _guided_loss(
     if len(columns) < 2:
         raise ValueError(f"sentence_features must have 2 columns or more, got {len(columns)}")
     columns = of_one_dtype(*columns)
-    check_pair("the anchors' embeddings", columns[0], "the positives' embeddings", columns[1], None)
+    anchors = "the anchors' embeddings"
+    check_pair(anchors, columns[0], "the positives' embeddings", columns[1], None)
+    for column in columns[2:]:
+        check_rows("the negatives' embeddings", column, fewest=1)
+        check_alike("the negatives' embeddings", column, anchors, columns[0])
     dtype = loss_dtype(columns[0].dtype, columns[0].device, cross_entropy)
     own, first = [unit_rows(x) for x in columns], 0
     with torch.no_grad():
