@@ -113,7 +113,7 @@ def loss_against(
     is t⁺, with epsilon=0).
     """
     group = functional.make_group(process_group, "auto")
-    try:
+    with shared_rows.failing_together(group):
         call = functional.make_call(
             objective,
             options,
@@ -127,10 +127,6 @@ def loss_against(
         )
         if backend == "reference":
             raise ValueError("backend must not be 'reference': the oracle has two views")
-    except (TypeError, ValueError) as error:
-        if group is not None:
-            shared_rows.agree(group, "", (), error)  # raises
-        raise
     given = Given(z, negatives, positive, temperature, ids, negative_ids, log_weights, guide)
     if guide is not None and isinstance(call.objective, ClosedForm):
         call = replace(call, objective=call.objective.of_each_pair)
@@ -344,8 +340,8 @@ def _over_ranks(given: Given, call: Call, group: ProcessGroup) -> Tensor:
         failure = error
     sharing = shared_rows.agree(group, text, sizes, failure, given.z, call.objective, temperature)
     given = given._replace(one_each=_one_each(sharing.temperatures))
-    if given.per_anchor:
-        _check_temperatures(given.temperature, given.z, call.objective)
+    if given.per_anchor:  # perhaps only in the reading that all ranks share
+        given.check(call.objective, fewest=0, max_gap=call.max_gap)
     z, wide = given.z, accumulation_dtype(given.z.dtype)
     if not sum(sharing.counts(0)) or not sum(sharing.counts(1)):
         raise ValueError(f"all ranks together must have at least 1 row, got {sharing.sizes}")

@@ -471,7 +471,7 @@ def values_of(objective: Objective) -> tuple[tuple[str, bytes], ...]:
     """
     if not objective.functions:
         return ()
-    # Constants that a function makes are beside the probes, whatever the default device is.
+    # A function may create tensors, which must be on the device of the probes.
     with torch.no_grad(), outside_transforms(), on_cpu():
         probes = torch.tensor(_PROBES, dtype=torch.float64)
         values = ((each.name, each(probes.clone())) for each in objective.functions)

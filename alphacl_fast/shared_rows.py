@@ -8,6 +8,8 @@ differentiates Σ_r L_r, as everywhere (`distributed`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,6 +121,17 @@ class _Shared(torch.autograd.Function):
         ]
         home = sharing.send_home(d_rows, ctx.kind) if need_rows else None
         return None, None, home, *averages
+
+
+@contextmanager
+def failing_together(group: ProcessGroup | None) -> Iterator[None]:
+    """A bad argument that is found in the body raises on every rank, which waits for this one."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if group is not None:
+            agree(group, "", (), error)
+        raise
 
 
 def agree(

@@ -170,12 +170,8 @@ def supcon_loss(
     (SINCERE).
     """
     group = functional.make_group(process_group, "auto")
-    try:
+    with shared_rows.failing_together(group):
         _check_options(form, similarity, reduction, backend, precision)
-    except (TypeError, ValueError) as error:
-        if group is not None:
-            shared_rows.agree(group, "", (), error)  # raises
-        raise
     given = _Given(z, ids, reference, reference_ids, temperature, similarity)
     if group is not None:
         return _over_ranks(given, form, reduction, backend, precision, group)

@@ -755,14 +755,8 @@ class SogCLR(nn.Module):
         Raises:
             TypeError, ValueError: bad embeddings or a bad index.
         """
-        sharing, count = None, 0
-        if self.process_group is None:
-            index = _checked_index(z1, z2, index, self.n_samples)
-            count = len(z1)
-        else:
-            index, sharing = _agreed(self, z1, z2, index)
-            count = sum(sharing.counts(0))
-        if count == 1:
+        batch = _Batch.of(self, z1, z2, index)
+        if batch.count == 1:
             return zero_with_graph(z1, z2)
         losses = alpha_cl_loss(
             z1,
@@ -773,16 +767,12 @@ class SogCLR(nn.Module):
             backend=self.backend,
             process_group=self.process_group,
         )
-        log_mean = (losses - math.log(2 * count - 2)).view(2, -1)
-        log_u = _running(self.log_u[:, index], log_mean.detach(), self.gamma)
+        log_mean = (losses - math.log(2 * batch.count - 2)).view(2, -1)
+        log_u = _running(self.log_u[:, batch.index], log_mean.detach(), self.gamma)
         if self.training:
-            where, new = index, log_u
-            if sharing is not None:  # every rank keeps the state of all samples
-                where = sharing.gather(index, 0)
-                new = sharing.gather(log_u.t().contiguous(), 0).t()
-            self.log_u[:, where] = new.to(self.log_u.dtype)
-        total = self.temperature * (log_mean - log_u).exp().sum() / (2 * count)
-        return total if sharing is None else sharing.total(total)
+            where, new = batch.of_all(log_u.t().contiguous())
+            self.log_u[:, where] = new.t().to(self.log_u.dtype)
+        return batch.total(self.temperature * (log_mean - log_u).exp().sum() / (2 * batch.count))
 
     def extra_repr(self) -> str:
         """Every setting."""
@@ -870,19 +860,12 @@ class ISogCLR(nn.Module):
         Raises:
             TypeError, ValueError: bad embeddings or a bad index.
         """
-        sharing = None
-        if self.process_group is None:
-            index, count = _checked_index(z1, z2, index, self.n_samples), len(z1)
-        else:
-            index, sharing = _agreed(self, z1, z2, index)
-            count = sum(sharing.counts(0))
-        if count == 1:
+        batch = _Batch.of(self, z1, z2, index)
+        if batch.count == 1:
             return zero_with_graph(z1, z2)
         x, y = unit_rows(z1), unit_rows(z2)
-        batch = _Batch(index, count, sharing)
         first, second = self._direction(0, x, y, batch), self._direction(1, y, x, batch)
-        total = (first.sum() + second.sum()) / count
-        return total if sharing is None else sharing.total(total)
+        return batch.total((first.sum() + second.sum()) / batch.count)
 
     def _direction(self, view: int, x: Tensor, y: Tensor, batch: _Batch) -> Tensor:
         """(N,) losses of the anchors x (N, D) against y; updates the state of their view."""
@@ -928,11 +911,23 @@ class _Batch(NamedTuple):
     count: int  # of all processes
     sharing: shared_rows.Sharing | None
 
+    @classmethod
+    def of(cls, loss: SogCLR | ISogCLR, z1: Tensor, z2: Tensor, index: Tensor) -> _Batch:
+        """Checks the arguments of a call, on all ranks of the loss's process group."""
+        if loss.process_group is None:
+            return cls(_checked_index(z1, z2, index, loss.n_samples), len(z1), None)
+        index, sharing = _agreed(loss, z1, z2, index)
+        return cls(index, sum(sharing.counts(0)), sharing)
+
     def of_all(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """The indices and the new state (N, …) of the samples of all processes."""
+        """The indices and the new state (N, …) of all processes' samples, which each keeps."""
         if self.sharing is None:
             return self.index, state
         return self.sharing.gather(self.index, 0), self.sharing.gather(state, 0)
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of x over the processes."""
+        return x if self.sharing is None else self.sharing.total(x)
 
 
 @torch.compiler.disable  # sizes and errors of the other processes are read on the host
@@ -963,7 +958,7 @@ def _shown_group(process_group: Any) -> str:
 
 @one_operator("x", "y", losses=lambda n: (2, n))
 def log_mean_and_slope(x: Tensor, y: Tensor, tau: Tensor, backend: str) -> Tensor:
-    """(2, N) log mean_j exp(s_ij − s_ii)/τ_i) of unit rows, and its derivative in τ_i (N,).
+    """(2, N) log mean_j exp((s_ij − s_ii)/τ_i) of unit rows, and its derivative in τ_i (N,).
 
     The derivative is a constant.
     """

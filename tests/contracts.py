@@ -422,8 +422,7 @@ TABLE = [
     Contract(
         "sentence_transformers:CachedMultipleNegativesSymmetricRankingLoss",
         f"{ST}:CachedMultipleNegativesSymmetricRankingLoss", columns(2), embedded,
-        ({}, {"mini_batch_size": 2}), lambda: (Embeddings(),), parameters=OURS_COS_SIM,
-        ranks=OVER_ST[:1],
+        ({}, {"mini_batch_size": 2}), lambda: (Embeddings(),), ranks=OVER_ST[:1],
     ),
     *(
         Contract(

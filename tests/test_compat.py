@@ -349,6 +349,15 @@ def test_a_guide_keeps_what_equals_the_positive():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_a_guided_loss_names_the_column_that_does_not_fit():
+    package(ST)
+    anchors, positives = pair(6, 5)
+    for negatives in (anchors[:, :3], anchors[:0]):
+        features = [{"input_ids": z} for z in (anchors, positives, negatives)]
+        with pytest.raises(ValueError, match="the negatives' embeddings must have"):
+            sentence_transformers.GISTEmbedLoss(*model_and_guide())(features, None)
+
+
 def test_weights_of_both_orders():
     """The package weighs each order of the views by itself."""
     theirs = package("lightly.loss")
@@ -412,6 +421,10 @@ def test_what_is_not_served_is_said():
         ),
         (lambda: info_nce.info_nce(z1, z2[:2]), "positive_key must have the shape of query"),
         (lambda: open_clip.ClipLoss()(z1, z2, 0.0), "logit_scale must be > 0, got 0.0"),
+        (
+            lambda: ranking().compute_loss_from_embeddings([z1, z2.int()]),
+            r"embeddings\[1\] must have one of the dtypes",
+        ),
         (
             lambda: metric.SupConLoss()(z, torch.arange(5)),
             r"labels must be a tensor of shape \(12,\), got \(5,\)|Number of embeddings",

@@ -1,13 +1,13 @@
 """The losses of sentence-transformers that do more with models than embed columns.
 
-They are subclasses of the package's own, whose gradient caching and guide models they keep; what
-they replace is the loss of the embeddings.
+They are subclasses of the package's own, whose constructors, gradient caching and guide models they
+keep; they replace only the loss of the embeddings.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from ..autograd import unit_rows
 from ..explicit_negatives import loss_against
-from ..functional import of_one_dtype
+from ..functional import check_alike, check_rows, of_one_dtype
 from .entry import check_pair, cross_entropy, loss_dtype
-from .ranking import MultipleNegativesRankingLoss, cos_sim
+from .ranking import MultipleNegativesRankingLoss
 
 
 class CachedMultipleNegativesRankingLoss(_package.CachedMultipleNegativesRankingLoss):
@@ -74,7 +74,9 @@ class CachedMultipleNegativesRankingLoss(_package.CachedMultipleNegativesRanking
         return _after_backward(loss) if with_backward else loss
 
 
-class CachedMultipleNegativesSymmetricRankingLoss(CachedMultipleNegativesRankingLoss):
+class CachedMultipleNegativesSymmetricRankingLoss(
+    CachedMultipleNegativesRankingLoss, _package.CachedMultipleNegativesSymmetricRankingLoss
+):
     """`MultipleNegativesSymmetricRankingLoss` of a batch that is embedded in parts.
 
     Args:
@@ -91,28 +93,6 @@ class CachedMultipleNegativesSymmetricRankingLoss(CachedMultipleNegativesRanking
 
     Source: arXiv:2310.19923; arXiv:2101.06983.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        scale: float = 20.0,
-        similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
-        mini_batch_size: int = 32,
-        mini_batch_num_tokens: int | None = None,
-        gather_across_devices: bool = False,
-        show_progress_bar: bool = False,
-    ) -> None:
-        super().__init__(
-            model,
-            scale=scale,
-            similarity_fct=similarity_fct,
-            mini_batch_size=mini_batch_size,
-            mini_batch_num_tokens=mini_batch_num_tokens,
-            gather_across_devices=gather_across_devices,
-            show_progress_bar=show_progress_bar,
-            directions=("query_to_doc", "doc_to_query"),
-            partition_mode="per_direction",
-        )
 
 
 class GISTEmbedLoss(_package.GISTEmbedLoss):
@@ -139,22 +119,6 @@ class GISTEmbedLoss(_package.GISTEmbedLoss):
     Source: arXiv:2402.16829.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        guide: nn.Module,
-        temperature: float = 0.01,
-        margin_strategy: str = "absolute",
-        margin: float = 0.0,
-        contrast_anchors: bool = True,
-        contrast_positives: bool = True,
-        gather_across_devices: bool = False,
-    ) -> None:
-        super().__init__(
-            model, guide, temperature, margin_strategy, margin, contrast_anchors,
-            contrast_positives, gather_across_devices,
-        )  # fmt: skip
-
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Any = None) -> Tensor:
         """Embed every column with both models and compute the loss.
 
@@ -166,7 +130,8 @@ class GISTEmbedLoss(_package.GISTEmbedLoss):
             ().
 
         Raises:
-            ValueError: another number of columns than 2 or 3, or columns of different shapes.
+            ValueError: another number of columns than 2 or 3, positives of another shape than the
+                anchors, or negatives of another width.
         """
         if not _is_plain(self, GISTEmbedLoss):
             return super().forward(sentence_features, labels)
@@ -226,7 +191,8 @@ class CachedGISTEmbedLoss(_package.CachedGISTEmbedLoss):
             (); a constant if the gradients were computed.
 
         Raises:
-            ValueError: the guide has another number of columns.
+            ValueError: the guide has another number of columns, the positives have another shape
+                than the anchors, or the negatives another width.
         """
         if len(reps) != len(reps_guided):
             raise ValueError(
@@ -271,7 +237,11 @@ def _guided_loss(
     if len(columns) < 2:
         raise ValueError(f"sentence_features must have 2 columns or more, got {len(columns)}")
     columns = of_one_dtype(*columns)
-    check_pair("the anchors' embeddings", columns[0], "the positives' embeddings", columns[1], None)
+    anchors = "the anchors' embeddings"
+    check_pair(anchors, columns[0], "the positives' embeddings", columns[1], None)
+    for column in columns[2:]:
+        check_rows("the negatives' embeddings", column, fewest=1)
+        check_alike("the negatives' embeddings", column, anchors, columns[0])
     dtype = loss_dtype(columns[0].dtype, columns[0].device, cross_entropy)
     own, first = [unit_rows(x) for x in columns], 0
     with torch.no_grad():

@@ -106,7 +106,7 @@ def _autocasts(device: torch.device) -> bool:
 
 
 def as_called(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
-    """A user's function that meets autocast as it is now, also where `in_blocks` turns it off."""
+    """A user's function, to be called under the autocast of now, which `in_blocks` turns off."""
     if not _autocasts(device):
         return function
     dtype = torch.get_autocast_dtype(device.type)

@@ -58,7 +58,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         scale: 1/τ, the factor of the similarities.
         similarity_fct: gives the similarities (N, M) of rows (N, D) and (M, D). Functions named
             ``cos_sim`` and ``dot_score``, and ``model.similarity`` where it is one of them, are
-            never called: the sweeps stand for them. Another function is called for blocks of
+            never called: the sweeps replace them. Another function is called for blocks of
             anchors.
         gather_across_devices: whether the documents of all processes are candidates. A process
             returns the mean over its own anchors; the gradient is exact after DDP's averaging.
@@ -126,7 +126,7 @@ class MultipleNegativesRankingLoss(nn.Module):
             ().
 
         Raises:
-            ValueError: as `compute_loss_from_embeddings`.
+            TypeError, ValueError: as `compute_loss_from_embeddings`.
         """
         embeddings = _embedded(self.model, list(sentence_features))
         return self.compute_loss_from_embeddings(embeddings, labels)
@@ -144,7 +144,8 @@ class MultipleNegativesRankingLoss(nn.Module):
             ().
 
         Raises:
-            ValueError: fewer than two columns, or columns of different shapes.
+            TypeError, ValueError: fewer than two columns, columns of different shapes, or a column
+                that is no (N, D) tensor of a dtype of the backends.
         """
         group = world(self.gather_across_devices)
         return self.loss_of_columns(
@@ -163,13 +164,14 @@ class MultipleNegativesRankingLoss(nn.Module):
             ().
 
         Raises:
-            ValueError: as there.
+            TypeError, ValueError: as there.
         """
-        if len(embeddings) < 2 or any(e.shape != embeddings[0].shape for e in embeddings):
-            shapes = ", ".join(str(tuple(e.shape)) for e in embeddings)
-            raise ValueError(f"embeddings must be two columns or more of one shape, got {shapes}")
         columns = of_one_dtype(*embeddings)
-        functional.check_embeddings(*columns[:2], fewest=1 if gather is None else 0)
+        for k, column in enumerate(columns):
+            functional.check_rows(f"embeddings[{k}]", column, fewest=1 if gather is None else 0)
+        if len(columns) < 2 or any(x.shape != columns[0].shape for x in columns):
+            shapes = ", ".join(str(tuple(x.shape)) for x in columns)
+            raise ValueError(f"embeddings must be two columns or more of one shape, got {shapes}")
         similarity = _SIMILARITIES.get(_name(self.similarity_fct))
         first, wide = columns[0], accumulation_dtype(columns[0].dtype)
         if similarity is None:
