@@ -184,7 +184,7 @@ def test_log1p_keeps_the_digits_of_a_small_argument(library, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_log1p_of_a_probability_keeps_its_digits(library, dtype):
-    """log(1 + eˣ), x ≤ 0, has a polynomial of its own: two units for it, two for the exponential."""
+    """log(1 + eˣ), x ≤ 0, has its own polynomial: two units for it, two for the exponential."""
     points = torch.cat([torch.linspace(-60, 0, 1008), torch.linspace(-1, 0, 1008)]).to(dtype)
     (ours,) = run(library, "logistic", [points], (0.3, 1, 1), 1)
     truth = torch.log1p(points.double().exp())
