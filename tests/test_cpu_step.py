@@ -81,9 +81,15 @@ def test_other_similarities_equal_the_two_sweeps(
     equals_the_two_sweeps(member, similarity, "mean", dtype, steps, monkeypatch)
 
 
-def equals_the_two_sweeps(member, similarity, reduction, dtype, steps, monkeypatch):
+@pytest.mark.parametrize("member", DIFFERENT, ids=member_id)
+def test_running_maxima_equal_the_two_sweeps(member, steps, monkeypatch, poisoned):
+    """At a temperature at which no constant shift serves (online softmax)."""
+    equals_the_two_sweeps(member, "cosine", "mean", torch.float64, steps, monkeypatch, tau=1e-3)
+
+
+def equals_the_two_sweeps(member, similarity, reduction, dtype, steps, monkeypatch, tau=0.3):
     z1, z2 = pair(75, 20, dtype)
-    setting = {"similarity": similarity, "reduction": reduction, "backend": "cpu"}
+    setting = {"similarity": similarity, "reduction": reduction, "backend": "cpu", "tau": tau}
     ours = loss_and_grads(z1, z2, *member, **setting)
     served = len(steps)
     assert (served > 0) == objectives.make(*member).recordable

@@ -1116,7 +1116,7 @@ plant(
         "ids: every block has the ids of the first",
         "to[b.at + r] = from[b.first + r];",
         "to[b.at + r] = from[(from == (const void*)s.ids ? 0 : b.first) + r];",
-        f"{IDS}test_many_tiles[member1-cross_view-euclidean]",
+        "tests/test_cpu_step.py::test_sigmoid_loss[torch.float32-mean]",
     ),
     (
         "bfloat16 gradient: the largest row weight, divided out, is not multiplied back",
@@ -1137,7 +1137,7 @@ plant(
         "online softmax: the moment is the sum",
         "gather(v.sums + term * v.padded, out, s.anchors);",
         "gather(v.sums + (s.form == Form::ONLINE ? F : term) * v.padded, out, s.anchors);",
-        portable(INFONCE),
+        f"tests/test_cpu_step.py::test_running_maxima_equal_the_two_sweeps[{INFONCE}]",
     ),
 )
 plant(
