@@ -814,12 +814,13 @@ def scaled_in_place(
     gradients: Sequence[Tensor | None], grad: Tensor, dtypes: tuple[torch.dtype | None, ...]
 ) -> tuple[Tensor | None, ...]:
     """As `scaled`, but overwrites the gradients. The host reads ``grad``, to skip a factor of 1."""
-    gradients = [None if x is None else x.detach() for x in gradients]
-    if grad.item() != 1:
-        for x in gradients:
-            if x is not None:
-                x.mul_(grad)
-    return in_dtypes(gradients, dtypes)
+    factor, found = grad.item(), []
+    for x, dtype in zip(gradients, dtypes, strict=True):
+        if x is not None:
+            x = x.detach() if factor == 1 else x.detach().mul_(grad)
+            x = x if x.dtype is dtype else x.to(dtype)
+        found.append(x)
+    return tuple(found)
 
 
 def in_dtypes(

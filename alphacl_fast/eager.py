@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from . import native
 from .autograd import (
-    first_derivative,
+    SECOND_DERIVATIVE,
     for_each_gradient,
     in_dtypes,
     only_once,
@@ -19,26 +20,38 @@ from .autograd import (
     views_of,
 )
 from .backend import cpu, cpu_step
-from .call import LARGEST_LOGIT, LARGEST_TAU, LEAST_TAU, Call, Loss, Need, SameId
+from .call import LARGEST_LOGIT, LARGEST_TAU, LEAST_TAU, BoundCall, Call, Need, SameId
 
 
 class Prepared(NamedTuple):
     """What has been checked and prepared for all calls that are alike."""
 
-    call: Loss
+    call: BoundCall
     plan: cpu_step.Plan
     need: Need
     why: str  #: this backend serves them
+    dtypes: tuple[torch.dtype, torch.dtype]  #: of the embeddings and of τ
+    #: (z1, z2, τ, this, ids as the sweeps take them) → the reduced loss, differentiable, and
+    #: outputs that are not the caller's; τ is read only if its gradient is needed
+    losses: Callable[..., tuple[Tensor | None, ...]]
 
-    def loss(self, z1: Tensor, z2: Tensor, tau: Tensor | None, ids: Tensor | None = None) -> Tensor:
-        """The reduced loss, differentiable; ``tau`` is read only if its gradient is needed."""
-        call, plan, need, _ = self
-        same_id = None if ids is None else SameId.of_views(ids, call, z1.shape[0], plan.wide)
-        if not any(need):
-            return native.loss_and_gradient(z1, z2, call, plan, same_id)[0]
-        if call.reduction == "none":
-            return _Losses.apply(z1, z2, tau, self, same_id)[0]
-        return _Loss.of_plain(z1, z2, tau, self, same_id)[0]
+
+def prepare(z1: Tensor, tau: Tensor, call: BoundCall, need: Need, why: str) -> Prepared:
+    """Prepares a call that `native` serves, for views of the shape and dtype of z1."""
+    if not any(need):
+        losses = _without_gradient
+    else:
+        # without what `Function.apply` does for torch.func, which plain tensors do not need
+        function = _Losses if call.reduction == "none" else _Loss
+        losses = super(torch.autograd.Function, function).apply
+    plan = native.prepared(call, z1, need)
+    return Prepared(call, plan, need, why, (z1.dtype, tau.dtype), losses)
+
+
+def _without_gradient(
+    z1: Tensor, z2: Tensor, tau: Tensor | None, prepared: Prepared, same_id: SameId | None
+) -> tuple[Tensor]:
+    return (native.loss_and_gradient(z1, z2, prepared.call, prepared.plan, same_id)[0],)
 
 
 class _Loss(torch.autograd.Function):
@@ -47,11 +60,6 @@ class _Loss(torch.autograd.Function):
     It has no separate setup_context, which would cost as much as the rest of the function:
     torch.func goes through `autograd.AlphaCLFunction`.
     """
-
-    @classmethod
-    def of_plain(cls, *operands: Any) -> tuple[Tensor | None, ...]:
-        """`apply` without its search for transforms: `native.plain` has found none."""
-        return super(torch.autograd.Function, cls).apply(*map(_unwrapped, operands))
 
     @staticmethod
     def forward(
@@ -63,26 +71,25 @@ class _Loss(torch.autograd.Function):
         same_id: SameId | None,
     ) -> tuple[Tensor | None, ...]:
         outputs = prepared.plan.run(z1, z2, same_id)
-        ctx.need, ctx.dtypes = prepared.need, (z1.dtype, None if tau is None else tau.dtype)
-        ctx.hooked = _hooks_of_saved_tensors(False) is not None
+        ctx.prepared, ctx.hooked = prepared, _hooks_of_saved_tensors(False) is not None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*outputs[1:])
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *of_saved: Tensor | None) -> _Gradients:
-        if not first_derivative(grad, of_saved):
-            return (None,) * 5
+    def backward(
+        ctx: Any, grad: Tensor | None, of_dz: Tensor | None, of_dtau: Tensor | None
+    ) -> _Gradients:
+        if of_dz is not None or of_dtau is not None:
+            raise RuntimeError(SECOND_DERIVATIVE)
+        if grad is None:
+            return _NO_GRADIENTS
+        _, _, need, _, dtypes, _ = ctx.prepared
         # in the accumulation dtype: a half-precision gradient of 1e-8 would vanish before
         # GradScaler sees it
         scale = scaled_in_place if not ctx.hooked and _read_once(grad) else scaled
-        dz, dtau = scale(ctx.saved_tensors, grad, ctx.dtypes)
-        return *views_of(dz, ctx.need), dtau, None, None
-
-
-def _unwrapped(x: Any) -> Any:
-    """A tensor without the wrapper of a torch.func transform that has ended."""
-    return torch._C._functorch.unwrap_if_dead(x) if isinstance(x, Tensor) else x
+        dz, dtau = scale(ctx.saved_tensors, grad, dtypes)
+        return *views_of(dz, need), dtau, None, None
 
 
 def _read_once(grad: Tensor) -> bool:
@@ -121,7 +128,6 @@ class _Losses(torch.autograd.Function):
         same_id: SameId | None,
     ) -> tuple[Tensor]:
         ctx.prepared = prepared
-        ctx.dtypes = z1.dtype, None if tau is None else tau.dtype
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(z1, z2, tau, *(same_id or ()))
         call, plan = prepared.call, prepared.plan.forward
@@ -130,13 +136,13 @@ class _Losses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> _Gradients:
         if grad is None:
-            return (None,) * 5
+            return _NO_GRADIENTS
         z1, z2, tau, *same_id = ctx.saved_tensors
-        call, plan, need, _ = ctx.prepared
+        call, plan, need, _, dtypes, _ = ctx.prepared
 
         def run(grad: Tensor) -> tuple[Tensor | None, ...]:
             found = native.gradient(z1, z2, call, plan, same_id or None, grad)
-            return in_dtypes(found, ctx.dtypes)
+            return in_dtypes(found, dtypes)
 
         with torch.no_grad():
             found = for_each_gradient(run, grad)
@@ -145,76 +151,88 @@ class _Losses(torch.autograd.Function):
 
 
 _Gradients = tuple[Tensor | None, ...]
+_NO_GRADIENTS = (None,) * 5
 
 
 # --- calls like one before ------------------------------------------------------------------------
 
+#: τ, or SigLIP's scale and bias.
+Temperature = float | Tensor | tuple[float | Tensor, float | Tensor]
+#: The loss, its backend and why that backend; and the key of the call, if it has one.
+Found = tuple[tuple[Tensor, str, str] | None, Any]
+_facts = operator.attrgetter("shape", "dtype", "device", "layout", "requires_grad")
 
-def key_of(z1: Tensor, z2: Tensor, temperature: Temperature) -> Key | None:
-    """What the checks and the plan of a call depend on but the temperature's value, or None where a
-    call is not plain.
+
+def again(z1: Tensor, z2: Tensor, temperature: Temperature, call: Call) -> Found:
+    """The loss of a call like one that was prepared before, and the call's key.
+
+    The key holds what the checks and the plan depend on but the temperature's value. A call whose
+    tensors anybody watches or transforms has none, nor one whose rows are of two dtypes.
+    It is one function without a call of Python but the plan's, because every step pays for it.
     """
-    if cpu._LIBRARY is None or not native.plain(z1, z2) or z1.dtype != z2.dtype:
-        return None
-    if z1.is_neg() or z2.is_neg():  # a plan reads memory
-        return None
-    learnt, dtypes = False, []
-    for x in temperature if type(temperature) is tuple else (temperature,):
-        if type(x) is float:
-            dtypes.append(float)
-            continue
-        if not (isinstance(x, Tensor) and native.plain(x) and x.is_cpu and x.numel() == 1):
-            return None
-        dtypes.append(x.dtype)
-        learnt = learnt or x.requires_grad
-    grad = torch.is_grad_enabled()
-    return (
-        z1.shape, z2.shape, z1.dtype, z1.is_cpu, z2.is_cpu, z1.layout, z2.layout,
-        grad and z1.requires_grad, grad and z2.requires_grad, grad, learnt, *dtypes,
-        cpu._LIBRARY, cpu.instruction_set(),
-    )  # fmt: skip
-
-
-def again(
-    z1: Tensor, z2: Tensor, temperature: Temperature, call: Call, key: Key
-) -> tuple[Tensor, str, str] | None:
-    """The loss, its backend and why it serves the call, if one like it has been made before."""
-    prepared = call.ready and call.ready.get(key)
-    if not prepared:
-        return None
-    several = type(temperature) is tuple
-    value = tuple(map(_value, temperature)) if several else _value(temperature)
+    if (
+        type(z1) not in native.PLAIN
+        or type(z2) not in native.PLAIN
+        or z1.dtype is not z2.dtype
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._is_tracing()
+        or torch._C._functorch.is_functorch_wrapped_tensor(z1)  # of a transform that has ended
+        or torch._C._functorch.is_functorch_wrapped_tensor(z2)
+        or z1.is_neg()  # a plan reads memory
+        or z2.is_neg()
+        or call.process_group is not None
+        or cpu._LIBRARY is None
+    ):
+        return None, None
+    value, of_value = temperature, None
+    if type(temperature) is not float:
+        known = _of_tensors(temperature)
+        if known is None:
+            return None, None
+        value, of_value = known
+    key = _facts(z1), _facts(z2), of_value, torch.is_grad_enabled(), cpu._LIBRARY, cpu._forced
+    prepared = call.ready.get(key) if call.ready else None
+    if prepared is None:
+        return None, key
     if value != prepared.plan.temperature:
         if not _allowed(value):
-            return None  # the checks will say so
+            return None, None  # the checks will say so
         prepared = call.ready[key] = prepared._replace(plan=prepared.plan.at(value))
-    tau = None
-    if prepared.need.tau:
-        like = prepared.plan.like
-        tau = torch.stack([_number(x, like) for x in temperature]) if several else temperature
-        tau = tau if several else tau.reshape(())
-    return prepared.loss(z1, z2, tau), "cpu", prepared.why
+    tau = _learnt(temperature, prepared.plan.like) if prepared.need.tau else None
+    return (prepared.losses(z1, z2, tau, prepared, None)[0], "cpu", prepared.why), key
 
 
-def _value(x: float | Tensor) -> float:
-    return x if type(x) is float else x.detach().item()
+def _of_tensors(temperature: Any) -> tuple[cpu_step.Temperature, tuple[Any, ...]] | None:
+    """The value of a temperature that is not a float, or of a scale and a bias, and what else a
+    plan depends on; None where it is not plain.
+    """
+    several = type(temperature) is tuple
+    values, facts = [], []
+    for x in temperature if several else (temperature,):
+        if type(x) is float:
+            values.append(x)
+            facts.append(float)
+        elif native.plain(x) and x.is_cpu and x.numel() == 1 and not x.is_neg():
+            values.append(x.detach().item())
+            facts.append(_facts(x))
+        else:
+            return None
+    return (tuple(values) if several else values[0]), tuple(facts)
 
 
-def _number(x: float | Tensor, like: Tensor) -> Tensor:
-    return x.reshape(()).to(like) if isinstance(x, Tensor) else like.new_full((), x)
+def _learnt(temperature: Temperature, like: Tensor) -> Tensor:
+    """τ as the function of a loss takes it, or a scale and a bias in one tensor."""
+    if type(temperature) is not tuple:
+        return temperature.reshape(())
+    numbers = [
+        x.reshape(()).to(like) if isinstance(x, Tensor) else like.new_full((), x)
+        for x in temperature
+    ]
+    return torch.stack(numbers)
 
 
 def _allowed(value: cpu_step.Temperature) -> bool:
     if type(value) is tuple:
         return all(abs(x) <= LARGEST_LOGIT for x in value)
     return LEAST_TAU <= value <= LARGEST_TAU
-
-
-#: τ, or SigLIP's scale and bias.
-Temperature = float | Tensor | tuple[float | Tensor, float | Tensor]
-Key = tuple[Any, ...]
-
-
-def remember(call: Call, key: Key, prepared: Prepared) -> None:
-    """Lets `again` serve the next call of this key."""
-    call.remember(key, prepared)

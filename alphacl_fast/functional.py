@@ -153,6 +153,26 @@ def alpha_cl_loss(
 
     Source: arXiv:2201.12680; the docstring of each objective names its equation and origin.
     """
+    known = key = None
+    if not torch.compiler.is_dynamo_compiling() and (
+        guide is process_group is ranks_per_node is None and strategy == "auto"
+    ):
+        # True is not 1
+        known = (
+            objective, similarity, negatives, reduction, backend, precision, symmetric, max_gap,
+            workspace, type(symmetric), type(max_gap), type(workspace),
+        )  # fmt: skip
+        if options:
+            known += (*options.items(), *map(type, options.values()))
+        try:
+            call = _CALLS.get(known)
+        except TypeError:  # the checks say which value it is that cannot be hashed
+            call = known = None
+        if call is not None:
+            if type(guide_margin) is not float or guide_margin != 0.0:
+                check_guide_margin(guide_margin)
+            found, key = steps.again(z1, z2, temperature, call, ids)
+            return (found or evaluate(z1, z2, temperature, call, ids, key))[0]
     settings = {
         "similarity": similarity,
         "negatives": negatives,
@@ -163,21 +183,6 @@ def alpha_cl_loss(
         "max_gap": max_gap,
         "workspace": workspace,
     }
-    known = key = None
-    if not torch.compiler.is_dynamo_compiling() and (
-        guide is process_group is ranks_per_node is None and strategy == "auto"
-    ):
-        values = *settings.values(), *options.values()
-        known = objective, *options, *values, *map(type, values)  # True is not 1
-        try:
-            call = _CALLS.get(known)
-        except TypeError:  # the checks say which value it is that cannot be hashed
-            call = known = None
-        if call is not None:
-            if type(guide_margin) is not float or guide_margin != 0.0:
-                check_guide_margin(guide_margin)
-            found, key = steps.again(z1, z2, temperature, call, ids)
-            return (found or evaluate(z1, z2, temperature, call, ids, key))[0]
     group = make_group(process_group, strategy, ranks_per_node)
     try:
         call = make_call(objective, options, process_group=group, **settings)
@@ -330,6 +335,16 @@ def check_scale_and_bias(scale: float | Tensor, bias: float | Tensor) -> None:
             raise ValueError(f"{name} must be finite and between -1e15 and 1e15, got {value}")
 
 
+def loss_of(
+    z1: Tensor, z2: Tensor, temperature: Temperature, call: Call, ids: Tensor | None
+) -> Tensor:
+    """The loss of a call that `make_call` has checked, prepared or not."""
+    found = key = None
+    if not torch.compiler.is_dynamo_compiling():
+        found, key = steps.again(z1, z2, temperature, call, ids)
+    return (found or evaluate(z1, z2, temperature, call, ids, key))[0]
+
+
 def evaluate(
     z1: Tensor,
     z2: Tensor,
@@ -343,12 +358,6 @@ def evaluate(
     It checks everything that `make_call` has not checked. ``key``: what `steps.again` returned for
     this call, which has no plan yet.
     """
-    native_key = None
-    if ids is None and call.process_group is None and not torch.compiler.is_compiling():
-        native_key = eager.key_of(z1, z2, temperature)
-        served = native_key and eager.again(z1, z2, temperature, call, native_key)
-        if served:
-            return served
     z1, z2 = of_one_dtype(z1, z2)
     if call.process_group is not None:
         return evaluate_over_ranks(z1, z2, temperature, call, ids)
@@ -367,10 +376,13 @@ def evaluate(
             if found is not None:
                 return found
     if native.serves(bound, need) and native.plain(z1, z2, tau):
-        prepared = eager.Prepared(bound, native.prepared(bound, z1, need), need, why)
-        if native_key:
-            eager.remember(call, native_key, prepared)
-        return prepared.loss(z1, z2, tau, own_ids), bound.backend, why
+        prepared = eager.prepare(z1, tau, bound, need, why)
+        if key is not None:
+            call.remember(key, prepared)
+        same_id = (
+            None if ids is None else SameId.of_views(own_ids, bound, len(z1), prepared.plan.wide)
+        )
+        return prepared.losses(z1, z2, tau, prepared, same_id)[0], bound.backend, why
     with without_autocast(z1.device):
         return _loss(z1, z2, tau, bound, own_ids), bound.backend, why
 

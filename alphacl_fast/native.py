@@ -32,15 +32,18 @@ def serves(call: BoundCall, need: Need) -> bool:
 
 def plain(*tensors: Tensor) -> bool:
     """Whether operations on these tensors are not watched or transformed by anybody."""
+    for x in tensors:
+        # wrapped: of a transform that has ended
+        if type(x) not in PLAIN or torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return False
     return (
-        all(type(x) in _PLAIN for x in tensors)
-        and not torch._C._are_functorch_transforms_active()
+        not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._is_tracing()
     )
 
 
-_PLAIN = {Tensor, torch.nn.Parameter}
+PLAIN = {Tensor, torch.nn.Parameter}
 
 
 def prepared(call: BoundCall, z: Tensor, need: Need) -> cpu_step.Plan:

@@ -83,7 +83,7 @@ def siglip_loss(
         if group is not None:
             distributed.agree(group, None, None, None, None, error)  # raises
         raise
-    return functional.evaluate(z1, z2, (scale, bias), call, ids)[0]
+    return functional.loss_of(z1, z2, (scale, bias), call, ids)
 
 
 class SigLipLoss(nn.Module):
@@ -171,7 +171,7 @@ class SigLipLoss(nn.Module):
         Raises:
             TypeError, ValueError: bad embeddings or ids.
         """
-        return functional.evaluate(z1, z2, (self.scale, self.bias), self._call, ids)[0]
+        return functional.loss_of(z1, z2, (self.scale, self.bias), self._call, ids)
 
     def extra_repr(self) -> str:
         """Every setting. Tensor values are shown on a CPU only: reading others would wait."""

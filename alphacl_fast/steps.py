@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import launches, ops
+from . import eager, launches, native, ops
 from .autograd import SECOND_DERIVATIVE, AlphaCLFunction
 from .call import BoundCall, Call, Need
 from .objectives import ClosedForm, is_built_in
@@ -76,7 +76,6 @@ class _Step(torch.autograd.Function):
 #: Without what `Function.apply` does for torch.func, whose tensors have no key.
 _apply = super(torch.autograd.Function, _Step).apply
 
-_PLAIN = {Tensor, torch.nn.Parameter}
 _facts = operator.attrgetter("__class__", "shape", "dtype", "device", "requires_grad")
 if hasattr(torch._C, "_get_fp32_precision_getter"):
     _getter = torch._C._get_fp32_precision_getter
@@ -92,20 +91,22 @@ _NO_KEY = None, None
 #: why there is none.
 _SEEN = True
 
-#: The loss, its backend and why that backend; and the key of the call, if it has one.
-Found = tuple[tuple[Tensor, str, str] | None, Any]
 
+def again(
+    z1: Tensor, z2: Tensor, temperature: Any, call: Call, ids: Tensor | None = None
+) -> eager.Found:
+    """The loss of a call whose key has a plan, and the key, if it has one; not for compiled graphs.
 
-def again(z1: Tensor, z2: Tensor, temperature: Any, call: Call, ids: Tensor | None = None) -> Found:
-    """The loss of a call whose key has a plan; not for compiled graphs.
-
-    It is one function without a call of Python but the plan's, because it is paid for at each step.
+    `eager` has the plans of the CPU kernels. This is one function without a call of Python but the
+    plan's, because every step pays for it.
     """
-    if not enabled or type(z1) not in _PLAIN or type(z2) not in _PLAIN:
+    if type(z1) not in native.PLAIN or type(z2) not in native.PLAIN:
         return _NO_KEY
     device = z1.device
     kind = device.type
-    if not (kind == "cuda" or (kind == "cpu" and call.backend in LAUNCHING)):
+    if kind == "cpu" and call.backend not in LAUNCHING:
+        return _NO_KEY if ids is not None else eager.again(z1, z2, temperature, call)
+    if not enabled or kind not in ("cuda", "cpu"):
         return _NO_KEY
     if (
         torch._C._are_functorch_transforms_active()
@@ -125,7 +126,7 @@ def again(z1: Tensor, z2: Tensor, temperature: Any, call: Call, ids: Tensor | No
     if type(temperature) is float:
         of_tau = temperature
     elif (
-        type(temperature) in _PLAIN
+        type(temperature) in native.PLAIN
         and temperature.layout is torch.strided
         and temperature.numel() == 1
         and not temperature.is_neg()

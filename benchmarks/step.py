@@ -1,7 +1,7 @@
 """How fast a step of InfoNCE on the CPU is beside dense losses and beside the two sweeps, and how
 fast one of SigLIP is beside InfoNCE.
 
-    python -m benchmarks.step [--sizes 32,64,…] [--threads 1] [--rounds 15] [--no-compile]
+    python -m benchmarks.step [--sizes 16,32,…] [--threads 1] [--rounds 15] [--no-compile]
                              [--out FILE]
 
 Contestants take turns in one process; a row holds the medians' ratios to ours. The two sweeps are
@@ -121,7 +121,7 @@ def line(row: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", default="32,64,128,256,512,1024,2048,4096")
+    parser.add_argument("--sizes", default="16,32,64,128,256,512,1024,2048,4096", help="pairs")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-compile", action="store_true")

@@ -24,7 +24,7 @@ from family import pair
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alphacl_fast import FusedAlphaCLLoss, PairLoss, functional, launches, steps
+from alphacl_fast import FusedAlphaCLLoss, PairLoss, functional, launches, native, steps
 from alphacl_fast.backend import cuda, gpu, triton
 from alphacl_fast.functional import alpha_cl_loss
 
@@ -492,13 +492,16 @@ def test_users_functions_and_single_losses_have_no_plan():
 
 
 @needs_emulator
-def test_watched_and_transformed_tensors_have_no_key(monkeypatch):
+@pytest.mark.parametrize("backend", ["cuda", "auto"])
+def test_watched_and_transformed_tensors_have_no_key(backend):
+    """Neither a GPU's plans nor those of the CPU kernels, which serve "auto"."""
+
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             return func(*args, **(kwargs or {}))
 
     z1, z2 = pair(8, 6)
-    call = FusedAlphaCLLoss(backend="cuda")._call
+    call = FusedAlphaCLLoss(backend=backend)._call
     key = lambda *given: steps.again(*given, call)[1]  # noqa: E731
     assert key(z1, z2, 0.5)
     with Watch():
@@ -515,13 +518,18 @@ def test_watched_and_transformed_tensors_have_no_key(monkeypatch):
     assert key(z1, z2, True) is None
     assert key(z1, z2, torch.ones(2)) is None
     assert key(z1, z2, torch._neg_view(torch.tensor(-0.5))) is None
-    assert key(z1.to_sparse(), z2, 0.5) is None
+    assert key(z1.to_sparse(), z2, 0.5) != key(z1, z2, 0.5)
     torch.func.grad(lambda z: (seen.append(z), z.sum())[1])(z1)
     assert key(seen[-1], z2, 0.5) is None  # the transform has ended
     torch.func.vmap(lambda i: (seen.append(i), i)[1])(torch.zeros(1, 8, dtype=torch.int64))
     assert steps.again(z1, z2, 0.5, call, seen[-1])[1] is None
+
+
+def test_no_key_without_plans(monkeypatch):
+    z1, z2 = pair(8, 6)
+    call = FusedAlphaCLLoss(backend="cuda")._call
+    key = lambda *given: steps.again(*given, call)[1]  # noqa: E731
     assert key(z1, z2, 0.5) != key(z1, z2, 0.6)
-    assert steps.again(z1, z2, 0.5, FusedAlphaCLLoss()._call)[1] is None  # "auto" on a CPU
     monkeypatch.setenv("ALPHACL_PLANS", "0")
     monkeypatch.setattr(steps, "enabled", steps._asked_for())
     assert key(z1, z2, 0.5) is None
@@ -823,7 +831,7 @@ def test_the_device_of_the_views_is_current_during_a_step(fails, monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[0], raising=False)
     monkeypatch.setattr(torch._C, "_cuda_exchangeDevice", exchange, raising=False)
     monkeypatch.setattr(torch._C._functorch, "is_functorch_wrapped_tensor", lambda z: False)
-    monkeypatch.setattr(steps, "_PLAIN", {_OnAnotherDevice})
+    monkeypatch.setattr(native, "PLAIN", {_OnAnotherDevice})
     monkeypatch.setattr(steps, "_apply", apply)
     call = FusedAlphaCLLoss()._call
     z1, z2, moved = map(_OnAnotherDevice, (512, 1024, 1028))

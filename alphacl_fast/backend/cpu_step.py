@@ -132,7 +132,6 @@ class Plan:
         """``numbers_at`` says what follows from a temperature; `at` comes before `run`."""
         self.batch, self.wide = batch, accumulation_dtype(batch.dtype)
         self.program, self.numbers_at = program, numbers_at
-        # `new_empty` takes a quarter of the time of `torch.empty` with a dtype and a device
         self.like = torch.empty(0, dtype=self.wide, device="cpu")
         self.function = PairFunction(kind, params, self.like)
         self.alone: Plan | None = None
@@ -143,17 +142,23 @@ class Plan:
         _, self.multiple, self.largest = cpu._kernels(isa, Dtype.of(of_rows))
         low, high = batch.wanted
         self.gradient = high > low
-        pairing = batch.pairing
+        pairing, slopes = batch.pairing, len(program.dtau)
+        # shapes without memory: `empty_like` takes half the time of `new_empty`
+        one = self.like.new_empty(())
+        self.like_loss = one.expand(pairing.anchors) if batch.each else one
+        self.like_dz = one.expand(high - low, batch.dim)
+        self.like_dtau = (one if slopes == 1 else one.expand(slopes)) if slopes else None
         self.step = _Step(
-            n_pairs=batch.n_pairs, dim=batch.dim, rows=batch.rows, split=pairing.split,
-            partner=pairing.partner, anchors=pairing.anchors, lo=low, hi=high,
+            n_pairs=batch.n_pairs, dim=batch.dim, stride1=batch.dim, stride2=batch.dim,
+            rows=batch.rows, split=pairing.split, partner=pairing.partner,
+            anchors=pairing.anchors, lo=low, hi=high,
             workspace=batch.workspace, n_neg=batch.n_neg, divisor=batch.divisor,
             params=self.function.padded(), dtype=Dtype.of(batch.dtype),
             kind=KINDS[kind].code, each=batch.each, limited=batch.max_gap is not None,
             max_gap=batch.max_gap or 0.0, instruction_set=isa,
             similarity=_SIMILARITIES.index(batch.similarity),
             instructions=len(program.instructions), places=program.places, mass=program.mass,
-            losses=program.loss, slopes=len(program.dtau), **cpu._HOOKS,
+            losses=program.loss, slopes=slopes, **cpu._HOOKS,
         )  # fmt: skip
         self.step.dtau_of[: len(program.dtau)] = program.dtau
         #: by instructions: sweeps, and parameters that are numbers of the temperature
@@ -207,31 +212,28 @@ class Plan:
         ``incoming`` (anchors,) is the gradient of every anchor's loss; the losses themselves are
         then not returned.
         """
-        batch = self.batch
-        if z1.stride(1) != 1 and batch.dim > 1:
-            z1 = z1.contiguous()
-        if z2.stride(1) != 1 and batch.dim > 1:
-            z2 = z2.contiguous()
-        step = _Step.from_buffer_copy(self.step)
+        batch, step = self.batch, _Step.from_buffer_copy(self.step)
+        if not z1.is_contiguous():
+            z1, step.stride1 = _with_stride(z1)
+        if not z2.is_contiguous():
+            z2, step.stride2 = _with_stride(z2)
+        step.z1, step.z2 = z1.data_ptr(), z2.data_ptr()
         loss = dz = dtau = None
         if incoming is None:
-            loss = self.like.new_empty(batch.pairing.anchors if batch.each else ())
+            loss = torch.empty_like(self.like_loss)
             step.loss = loss.data_ptr()
         else:
             incoming = incoming.contiguous()
             step.incoming = incoming.data_ptr()
         if self.gradient:
-            low, high = batch.wanted
-            dz = self.like.new_empty((high - low, batch.dim))
+            dz = torch.empty_like(self.like_dz)
             step.dz = dz.data_ptr()
-        if self.step.slopes:
-            dtau = self.like.new_empty(() if self.step.slopes == 1 else self.step.slopes)
+        if self.like_dtau is not None:
+            dtau = torch.empty_like(self.like_dtau)
             step.dtau = dtau.data_ptr()
         if same_id is not None:
             step.ids, step.n_neg_of, empty = (x.data_ptr() for x in same_id)
             step.empty = empty if batch.needs_negatives else None
-        step.z1, step.z2 = z1.data_ptr(), z2.data_ptr()
-        step.stride1, step.stride2 = z1.stride(0), z2.stride(0)
         if threading.get_ident() != threading.main_thread().ident:
             step.check_signals = None  # signals are the main thread's
         step.block = cpu.block_rows(batch.rows, self.multiple, self.largest)
@@ -240,6 +242,13 @@ class Plan:
         if status != cpu._OK:
             cpu.fail(status, batch.rows, batch.dim, batch.dtype)
         return loss, dz, dtau
+
+
+def _with_stride(z: Tensor) -> tuple[Tensor, int]:
+    """Rows whose features are neighbours in memory, and the stride of the rows."""
+    if z.stride(1) != 1 and z.shape[1] > 1:
+        z = z.contiguous()
+    return z, z.stride(0)
 
 
 def _write_sweep(target: _Instruction, sweep: Sweep) -> None:
