@@ -637,6 +637,7 @@ def _info(arguments: list[str]) -> int:
             name if here else f"({name})" for name, here in cpu.instruction_sets().items()
         )
         rows += [("cpu kernels", cpu.build()), ("cpu kernels use", f"{served}; compiled: {sets}")]
+        rows.append(("users' functions", cpu.users_functions()))
     rows.append(("objectives", ", ".join(alphacl_fast.objectives.names())))
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:{width}}  {value}" for name, value in rows))

@@ -29,6 +29,7 @@ from .objectives import BatchNumbers, BoundKind, PairKind, RowStep
 __all__ = [
     "CpuPrinter",
     "CudaPrinter",
+    "FunctionPrinter",
     "RowPrinter",
     "branching_function",
     "pair_struct",
@@ -250,6 +251,34 @@ class RowPrinter(CpuPrinter):
         return Node("div", *args) if node.op == "div" else super().lower(node, args)
 
 
+class FunctionPrinter(CpuPrinter):
+    """On vectors, with every number of the formula as an argument: k0, k1, … in double precision.
+
+    The code then depends on the formula's form alone, and what was compiled serves all values of
+    its constants. Each place has an argument of its own, since two numbers may be equal by chance.
+    """
+
+    def __init__(self, label: str, dtype: torch.dtype) -> None:
+        super().__init__(label, dtype)
+        self.constants: list[float] = []
+
+    def constant(self, number: float) -> str:
+        self.constants.append(float(number))
+        return f"k{len(self.constants) - 1}"
+
+    def operand(self, node: Node, a: Any, names: Mapping[Node, str]) -> str:
+        if isinstance(a, bool) or not is_number(a):
+            return super().operand(node, a, names)
+        name = self.constant(a)
+        if node.dtype == "float64" or (node.op == "pow" and a is node.args[1]):
+            return name
+        scalar = node.op in _ARITHMETIC or node.op == "at_least"
+        return f"T({name})" if scalar else f"broadcast<T>(T({name}))"
+
+    def result(self, value: Value, names: Mapping[Node, str]) -> str:
+        return f"broadcast<T>(T({self.constant(value)}))" if is_number(value) else names[value]
+
+
 def _in_double(a: Value) -> Value:
     """A scalar expression evaluated in double precision on parameters rounded to T."""
     if not isinstance(a, Node):
@@ -351,6 +380,40 @@ def pair_struct(
         lines += _indented(_indented(body))
         lines.append("  }")
     return "\n".join([*lines, "};"])
+
+
+_FUNCTION = """\
+namespace of_{type} {{
+using T = {type};
+template <bool F, bool DF> void values(const double* k, const T* xs, T* fs, T* dfs, int64_t n) {{
+{numbers}  for (int64_t i = 0; i < n; i += LANES<T>) {{
+    const Vec<T> x = load(xs + i);
+{body}
+    if (F) store(fs + i, {f});
+    if (DF) store(dfs + i, {df});
+  }}
+}}
+}}  // namespace of_{type}"""
+_ENTRY = """\
+extern "C" __attribute__((visibility("default"))) void alphacl_{type}(const double* k, const {type}* x, {type}* f, {type}* df, int64_t n) {{
+  using namespace of_{type};
+  (f ? df ? values<true, true> : values<true, false> : values<false, true>)(k, x, f, df, n);
+}}"""  # noqa: E501
+
+
+def pair_function(
+    label: str, function: Callable[..., Any], dtype: torch.dtype
+) -> tuple[str, list[float]]:
+    """C++ of a function that returns f and ∂f/∂x of vectors x in a dtype, and its constants."""
+    printer = FunctionPrinter(label, dtype)
+    declarations, (f, df) = printer.print(Tracer(label, dtype).trace(function, ["x"], []))
+    name = "float" if dtype == torch.float32 else "double"
+    numbers = "".join(f"  const double k{i} = k[{i}];\n" for i in range(len(printer.constants)))
+    code = _FUNCTION.format(
+        type=name, numbers=numbers, body="\n".join(f"    {line}" for line in declarations),
+        f=f, df=df,
+    )  # fmt: skip
+    return "\n".join([code, _ENTRY.format(type=name)]), printer.constants
 
 
 # --- row steps ------------------------------------------------------------------------------------

@@ -210,6 +210,7 @@ LAYERS = """
 _version bundles journal graph launches suggestions backend.filling backend.precision
 flags kernels.config kernels.start objectives subprocess_pool
 call cpp_printer program backend.forms backend.reference kernels.trace
+backend.cpu_functions
 backend.blocked backend.cpu backend.gpu kernels.rows
 kernels.sweeps
 backend.cpu_step backend.cuda backend.triton

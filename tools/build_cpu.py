@@ -5,6 +5,7 @@ library alone.
 """
 
 import hashlib
+import json
 import os
 import shlex
 import subprocess
@@ -23,6 +24,8 @@ COMMON = [
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 BF16 = [*AVX512, "-mavx512bf16"]
+#: The vectors and functions that printed formulas use, in the order in which they are included.
+VECTOR_HEADERS = ("vec.h", "functions.h")
 INSTRUCTION_SETS = {
     "portable": [],
     "avx2": AVX2,
@@ -46,7 +49,7 @@ def library(output: Path) -> str:
         sets = supported(compiler, folder)
         summary = "; ".join([version(compiler), shlex.join([*flags, threads]), ", ".join(sets)])
         jobs = units(sets)
-        jobs["driver"] += [threads, *reported(summary, SOURCES)]
+        jobs["driver"] += [threads, *reported(summary, SOURCES), recipe(sets)]
 
         def compiled(name: str) -> str:
             target = f"{folder}/{name}.o"
@@ -79,8 +82,26 @@ def reported(summary: str, sources: Path) -> list[str]:
     """Flags of a driver, for what its library says of itself: how and from which sources it was
     compiled.
     """
-    text = summary.replace("\\", "\\\\").replace('"', '\\"')
-    return [f'-DALPHACL_BUILD="{text}"', f'-DALPHACL_SOURCES="{fingerprint(sources)}"']
+    return [f"-DALPHACL_BUILD={quoted(summary)}", f'-DALPHACL_SOURCES="{fingerprint(sources)}"']
+
+
+def recipe(sets: dict[str, list[str]]) -> str:
+    """A flag of the driver: what users' functions are compiled with
+    (alphacl_fast/backend/cpu_functions.py), so that an installation needs no file of csrc.
+
+    Sets that differ in their matrix products alone share the vectors of the set before them.
+    """
+    files = [(ROOT / SOURCES / name).read_text(encoding="utf-8") for name in VECTOR_HEADERS]
+    lines = [line for text in files for line in text.splitlines()]
+    code = [x for x in lines if x != "#pragma once" and not x.startswith('#include "')]
+    own = {name: f for name, f in sets.items() if not any(x.startswith("-D") for x in f)}
+    content = {"flags": COMMON, "sets": own, "source": "\n".join(code)}
+    return f"-DALPHACL_RECIPE={quoted(json.dumps(content, ensure_ascii=False))}"
+
+
+def quoted(text: str) -> str:
+    """A string literal of C++."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
 
 
 def fingerprint(sources: Path = SOURCES) -> str:

@@ -1,5 +1,5 @@
-"""The two sweeps in C++ (csrc/cpu): every built-in pair kind, float32, float64, bfloat16 and
-float16, on any CPU.
+"""The two sweeps in C++ (csrc/cpu): every pair kind, float32, float64, bfloat16 and float16, on any
+CPU. Users' functions are compiled when they are first used (`cpu_functions`).
 
 The library has a plain C interface and knows neither torch nor Python, so one binary serves every
 version of both; it is loaded with this module. Threads are torch's own OpenMP threads, as many as
@@ -32,7 +32,7 @@ from ..bundles import (
     rows_of_terms,
 )
 from ..objectives import KINDS, codes_checksum, is_compiled, row_codes_checksum
-from . import forms
+from . import cpu_functions, forms
 
 #: Optional operands that this backend serves.
 OPTIONAL_OPERANDS = {"ids", "max_gap"}
@@ -70,6 +70,8 @@ class _Sweep(ctypes.Structure):
                 "release_lock",
                 "take_lock",
                 "check_signals",
+                "values",
+                "constants",
             )
         ]
         + [
@@ -158,7 +160,7 @@ def _load() -> tuple[ctypes.PyDLL | None, str | None]:
         if not fits or codes != (codes_checksum(), row_codes_checksum()):
             raise OSError(f"{LIBRARY.name} does not fit this version of the package")
         library.alphacl_cpu_build.restype = library.alphacl_cpu_sources.restype = ctypes.c_char_p
-        library.alphacl_cpu_kernels.restype = ctypes.c_char_p
+        library.alphacl_cpu_kernels.restype = library.alphacl_cpu_recipe.restype = ctypes.c_char_p
         library.alphacl_cpu_sweep.argtypes = [ctypes.POINTER(_Sweep)]
         library.alphacl_cpu_normalize.argtypes = library.alphacl_cpu_finish.argtypes = [
             ctypes.POINTER(_PairRows)
@@ -258,11 +260,42 @@ def unsupported(
         return f"runs on cpu, not {device.type}"
     if _LOAD_ERROR is not None:
         return f"not compiled: {_LOAD_ERROR}"
-    if kind and not is_compiled(kind):
-        return "compiled for the built-in pair functions, not for a user's own"
     if precision not in (None, "ieee"):
         return f"multiplies float32 as IEEE says, not precision={precision!r}"
-    return None
+    if not kind or is_compiled(kind):
+        return None
+    if kind in KINDS:
+        return "compiled without this registered pair kind"
+    return cpu_functions.problem(kind, _recipe(), _usable_sets())
+
+
+@functools.cache
+def _recipe() -> cpu_functions.Recipe:
+    return cpu_functions.Recipe.of(_library().alphacl_cpu_recipe().decode())
+
+
+def _usable_sets() -> tuple[str, ...]:
+    return INSTRUCTION_SETS[: INSTRUCTION_SETS.index(instruction_set()) + 1]
+
+
+def users_functions() -> str:
+    """How users' functions are compiled here, or why they are not."""
+    return cpu_functions.status(_recipe(), _usable_sets())
+
+
+def function_fields(
+    function: PairFunction, dtype: torch.dtype
+) -> tuple[dict[str, int], cpu_functions.Function | None]:
+    """The fields of a sweep or step that say what the pairs' function is, and what must live as
+    long as they do. ``dtype``: of the accumulation.
+    """
+    if function.kind in KINDS:
+        return {"kind": KINDS[function.kind].code}, None
+    found = cpu_functions.compiled(
+        function.kind, function.params, dtype, _recipe(), _usable_sets()
+    )
+    constants = ctypes.addressof(found.constants)
+    return {"kind": -1, "values": found.address, "constants": constants}, found
 
 
 def block_rows(n: int, multiple: int, largest: int) -> int:
@@ -306,6 +339,7 @@ def _run(
     vectors = zip(_VECTORS, (*rows[1:], *scalars, pairing.ids, pairing.largest_t), strict=True)
     kept = {name: x.contiguous() for name, x in vectors if x is not None}
     kept.update(outputs, f=f)
+    of_function, _alive = function_fields(function, function.tau.dtype)
     sweep = _Sweep(
         n=f.shape[0],
         dim=f.shape[1],
@@ -318,10 +352,10 @@ def _run(
         block=block_rows(f.shape[0], multiple, largest),
         threads=_threads(*f.shape, pairing.split, "gradient" in fields),
         tau=float(function.tau),
-        kind=KINDS[function.kind].code,
         params=function.padded(),
         rows_of_terms=rows_of_terms(terms),
         **{name: x.data_ptr() for name, x in kept.items()},
+        **of_function,
         **fields,
         **_hooks(),
     )

@@ -60,6 +60,7 @@ class _Step(ctypes.Structure):
             for name in (
                 *("z1", "z2", "ids", "n_neg_of", "empty", "incoming", "loss", "dz", "dtau"),
                 *cpu._HOOKS,
+                *("values", "constants"),
             )
         ]
         + [

@@ -36,6 +36,11 @@ template <class T> Status sweep(const Sweep& s, const TileKernels& kernels) {
   return progress.status();
 }
 
+// Whether a sweep or a step has a user's function, or names a kind.
+template <class Call> bool has_function(const Call& call) {
+  return call.values || (call.kind >= 0 && call.kind < KIND_COUNT);
+}
+
 // Pairs of rows in chunks; a row is done by itself, so the number of threads changes nothing.
 int32_t run_rows(const PairRows& p, decltype(TileKernels::normalize) TileKernels::*function) {
   const TileKernels* kernels = choose(p.instruction_set, p.dtype == FLOAT64 ? FLOAT64 : FLOAT32);
@@ -67,6 +72,8 @@ int32_t alphacl_cpu_row_steps() { return ROW_STEPS_CHECKSUM; }
 
 const char* alphacl_cpu_build() { return ALPHACL_BUILD; }
 const char* alphacl_cpu_sources() { return ALPHACL_SOURCES; }
+// What users' functions are compiled with, as JSON (tools/build_cpu.py).
+const char* alphacl_cpu_recipe() { return ALPHACL_RECIPE; }
 
 // Bit k is set if instruction set k is compiled in (bits 0…) and runs here (bits 16…).
 int32_t alphacl_cpu_instruction_sets() {
@@ -87,7 +94,7 @@ const char* alphacl_cpu_kernels(int32_t set, int32_t dtype, int32_t* multiple, i
 
 int32_t alphacl_cpu_sweep(const Sweep* s) {
   const TileKernels* kernels = choose(s->instruction_set, s->dtype);
-  if (!kernels || s->kind < 0 || s->kind >= KIND_COUNT) return UNSUPPORTED;
+  if (!kernels || !has_function(*s)) return UNSUPPORTED;
   try {
     return kernels->accumulate == FLOAT64 ? sweep<double>(*s, *kernels) : sweep<float>(*s, *kernels);
   } catch (const std::bad_alloc&) {
@@ -98,7 +105,7 @@ int32_t alphacl_cpu_sweep(const Sweep* s) {
 int32_t alphacl_cpu_step(const Step* s) {
   const TileKernels* kernels = choose(s->instruction_set, dtype_of_rows(*s));
   const TileKernels* rows = choose(s->instruction_set, s->dtype == FLOAT64 ? FLOAT64 : FLOAT32);
-  if (!kernels || !rows || s->kind < 0 || s->kind >= KIND_COUNT) return UNSUPPORTED;
+  if (!kernels || !rows || !has_function(*s)) return UNSUPPORTED;
   try {
     return kernels->accumulate == FLOAT64 ? run_step<double>(*s, *kernels, *rows) : run_step<float>(*s, *kernels, *rows);
   } catch (const std::bad_alloc&) {

@@ -36,6 +36,7 @@ inline Sweep sizes_of(const Step& call) {
   s.n = call.rows, s.dim = s.row_stride = call.dim, s.split = call.split, s.partner = call.partner;
   s.anchors = call.anchors, s.lo = std::min(call.lo, call.rows), s.hi = std::min(call.hi, call.rows);
   s.block = call.block, s.tau = call.tau, s.dtype = dtype_of_rows(call), s.kind = call.kind;
+  s.values = call.values, s.constants = call.constants;
   std::copy(std::begin(call.params), std::end(call.params), s.params);
   s.threads = call.threads, s.df = call.dz, s.ids = call.ids;
   s.bias = call.similarity == EUCLIDEAN ? call.z1 : nullptr;  // of interest is only whether there is one

@@ -9,6 +9,11 @@
 enum Similarity : int32_t { COSINE, DOT, EUCLIDEAN };
 enum Status : int32_t { OK, NO_MEMORY, INTERRUPTED, UNSUPPORTED };
 
+// A user's function of pairs, compiled by alphacl_fast/backend/cpu_functions.py for the vectors of the
+// kernels that call it: f and ∂f/∂x at n numbers x. Null: not wanted. Pointers are multiples of 64
+// bytes, and so is the size of n numbers. Only the kernels know the accumulation type T.
+template <class T> using ValuesFunction = void (*)(const double* constants, const T* x, T* f, T* df, int64_t n);
+
 // One call of `row_sums` or, with `gradient`, of `pair_grad` (docs/design.md). Row vectors have the
 // accumulation dtype: double for float64, float otherwise. A null pointer stands for zeros (scale:
 // ones).
@@ -28,6 +33,8 @@ struct Sweep {
   void* (*release_lock)();
   void (*take_lock)(void*);
   int (*check_signals)();
+  void (*values)();         // a `ValuesFunction` instead of the kind: a user's function; or null
+  const double* constants;  // its first argument
   int64_t n, dim, row_stride, split, partner, anchors, lo, hi, block;
   double tau, constant_shift;
   double params[3];
@@ -89,6 +96,8 @@ struct Step {
   void* (*release_lock)();  // as in Sweep
   void (*take_lock)(void*);
   int (*check_signals)();
+  void (*values)();
+  const double* constants;
   int64_t n_pairs, dim, stride1, stride2, rows, split, partner, anchors, lo, hi, block;
   int64_t workspace;  // bytes in which tiles may be kept from one sweep to the next
   double tau, n_neg, divisor;

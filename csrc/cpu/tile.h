@@ -47,7 +47,10 @@ template <class T> struct Panel {
   int weight;
   bool need_f, need_df, need_dtau, terms;
   Numbers<T> numbers;
-  explicit Panel(const Sweep& sweep) : numbers(sweep) {}
+  ValuesFunction<T> values;  // a user's function, or null
+  const double* constants;
+  explicit Panel(const Sweep& sweep)
+      : numbers(sweep), values(reinterpret_cast<ValuesFunction<T>>(sweep.values)), constants(sweep.constants) {}
 };
 
 // Which vectors of columns hold the id of one of the panel's rows. This is determined before the
@@ -331,6 +334,73 @@ template <class T, class K, int TERMS> struct SlopeGradient {
   }
 };
 
+// What `General` computes, for a user's function of linear kind. The function is called for the pairs
+// of the panel's rows with one vector of columns, of both sides at once: the call costs little, and
+// its numbers stay in the first-level cache.
+template <class T, bool Gradient> struct OfFunction {
+  enum Side { ROW, COL, SIDES };
+  const Panel<T>& p;
+  Vec<T> sums[SUM_COUNT][PANEL_ROWS] = {};
+  Vec<T> t[PANEL_ROWS];
+  Mask<T> keep[SIDES][PANEL_ROWS];
+  bool masked;
+  alignas(64) Vec<T> x[SIDES][PANEL_ROWS], f[SIDES][PANEL_ROWS], df[SIDES][PANEL_ROWS];
+
+  explicit OfFunction(const Panel<T>& panel) : p(panel) {}
+  ALPHACL_INLINE void begin(int64_t) { masked = p.limited; }
+  template <bool Masked> ALPHACL_INLINE void pair(int r, int64_t c, Vec<T> of_pair, Mask<T> counts) {
+    t[r] = of_pair;
+    x[ROW][r] = (of_pair - p.row.shift[r]) + p.row.argument_offset[r];
+    if (p.two_sided) x[COL][r] = (of_pair - load(p.col.shift + c)) + load(p.col.argument_offset + c);
+    if (!Masked) counts = all_lanes<T>();
+    masked |= Masked;
+    keep[ROW][r] = p.limited ? of_row<T>(p, r, of_pair, counts) : counts;
+    keep[COL][r] = p.limited && p.two_sided ? of_cols<T>(p, c, of_pair, counts) : counts;
+  }
+  ALPHACL_INLINE void end(int64_t c) {
+    const int sides = p.two_sided ? SIDES : 1;
+    auto numbers = [](Vec<T>(*of)[PANEL_ROWS]) { return reinterpret_cast<T*>(of); };
+    p.values(p.constants, numbers(x), p.need_f ? numbers(f) : nullptr, p.need_df ? numbers(df) : nullptr,
+             sides * PANEL_ROWS * LANES<T>);
+    if (masked)
+      for (int side = 0; side < sides; side++)
+        for (int r = 0; r < PANEL_ROWS; r++) {
+          if (p.need_f) f[side][r] = keep[side][r] ? f[side][r] : Vec<T>{};
+          if (p.need_df) df[side][r] = keep[side][r] ? df[side][r] : Vec<T>{};
+        }
+    const Vec<T> origin = load(p.col.moment_origin + c);
+    for (int k = 0; p.terms && k < SUM_COUNT; k++) {
+      if (!p.row_sums[k]) continue;
+      const auto& y = k == DF || k == DF_MOMENT ? df : f;
+      const bool moment = k == F_MOMENT || k == DF_MOMENT;
+      Vec<T> of_cols = load(p.col_sums[k] + c);
+      for (int r = 0; r < PANEL_ROWS; r++) {
+        sums[k][r] += moment ? y[ROW][r] * (t[r] - p.row.moment_origin[r]) : y[ROW][r];
+        if (p.col_terms) of_cols += moment ? y[COL][r] * (t[r] - origin) : y[COL][r];
+      }
+      store(p.col_sums[k] + c, of_cols);
+    }
+    if constexpr (Gradient)
+      for (int r = 0; r < PANEL_ROWS; r++) {
+        Vec<T> g = weight(ROW, r, p.row.moment_origin[r] + Vec<T>{}, p.row.baseline[r] + Vec<T>{}) * p.row.row_weight[r];
+        if (p.two_sided) g += weight(COL, r, origin, load(p.col.baseline + c)) * load(p.col.row_weight + c);
+        store(p.s + r * LD + c, g);
+      }
+  }
+  ALPHACL_INLINE Vec<T> weight(Side side, int r, Vec<T> origin, Vec<T> baseline) const {
+    if (p.weight == WEIGHT_F) return f[side][r];
+    if (p.weight == WEIGHT_DF) return df[side][r];
+    return f[side][r] + df[side][r] * ((t[r] - origin) - baseline);
+  }
+  static __attribute__((noinline)) void run(const Panel<T>& p) {
+    OfFunction op(p);
+    for_pairs<T>(p, op);
+    if (p.terms)
+      for (int k = 0; k < SUM_COUNT; k++)
+        if (p.row_sums[k]) add_rows<T>(p, k, op.sums[k]);
+  }
+};
+
 // g_ij + g_ji = exp(log f − constant_shift)·(row_weight_i + row_weight_j); rows that are no anchors
 // have weight 0
 template <class T, class K, bool Limited> struct ConstantShiftGradient {
@@ -407,6 +477,7 @@ template <class T> PanelFunction<T> panel_function(const Sweep& s, const RowVect
   const bool factors = kept.what == Keep::FACTORS;
   if (s.form == Form::T_MAX) return Maximum<T>::run;
   if (factors && kept.filled) return KeptGradient<T>::run;
+  if (s.values) return s.gradient ? OfFunction<T, true>::run : OfFunction<T, false>::run;
   return with_kind<T>(s, [&](auto kind) {
     using K = decltype(kind);
     if constexpr (K::log) return log_kind<T, K>(s, v.largest_t, factors);

@@ -104,7 +104,7 @@ def build(sanitize: str, programs: Sequence[str]) -> dict[str, Path]:
         # Threads meet in the driver: two engines are enough; one of them packs pairs of bfloat16.
         sets = {name: sets[name] for name in ("portable", "avx512_bf16") if name in sets}
     jobs = builder.units(sets)
-    known = ['-DALPHACL_BUILD="test"', '-DALPHACL_SOURCES="test"']
+    known = [f'-DALPHACL_{name}="test"' for name in ("BUILD", "SOURCES", "RECIPE")]
     jobs["driver"] = [*threads, *known, *jobs["driver"]]
     jobs["test_kernels"] = [
         *threads,
