@@ -280,6 +280,9 @@ class Sweeps:
             outputs = step(vectors, BatchNumbers(tau, n_neg, self.divisor), values)
         return dict(zip(step.outputs, outputs, strict=True))
 
+    def apply(self, function: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        return function(x), function.derivative(x)
+
     def zeros(self) -> Tensor:
         return torch.zeros_like(self.pos)
 

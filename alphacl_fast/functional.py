@@ -377,7 +377,8 @@ def evaluate(
                 return found
     if native.serves(bound, need) and native.plain(z1, z2, tau):
         prepared = eager.prepare(z1, tau, bound, need, why)
-        if key is not None:
+        # a user's function is looked at in every call: what it reads may have changed
+        if key is not None and not bound.objective.functions:
             call.remember(key, prepared)
         same_id = (
             None if ids is None else SameId.of_views(own_ids, bound, len(z1), prepared.plan.wide)

@@ -1,8 +1,7 @@
 """Losses that one native call computes from the views to the gradient (`backend.cpu_step`).
 
 The call sees the objective as a recorded program. What it does not serve goes through the two
-sweeps (`autograd`): several processes, explicit negatives, min players, users' functions,
-transforms of torch.func.
+sweeps (`autograd`): several processes, explicit negatives, min players, transforms of torch.func.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ def serves(call: BoundCall, need: Need) -> bool:
     return not torch.compiler.is_compiling() and (
         call.backend == "cpu"
         and call.objective.recordable
+        and all(cpu.uncompiled(function.key) is None for function in call.objective.functions)
         and None not in call.known
         and call.ranks is None
         and not (call.max_gap is not None and call.objective.counts_negatives)

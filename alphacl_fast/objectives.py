@@ -525,6 +525,10 @@ class Pairs(Protocol):
         """The outputs of a row step by name; vectors are (anchors,) or expanded to it."""
         ...
 
+    def apply(self, function: _CustomFunction, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A user's function of a vector (anchors,): its values and derivatives."""
+        ...
+
     def zeros(self) -> Tensor:
         """(anchors,) zeros."""
         ...
@@ -580,8 +584,8 @@ class Objective:
         needs_negatives: an anchor without negatives has loss 0.
         counts_negatives: the loss of an anchor depends on |Neg(i)| besides its sums, if only
             because it must be 0 without negatives.
-        recordable: `solve`, `start` and `finish` do nothing with row vectors but sums and row
-            steps, so that `program` can record them.
+        recordable: `solve`, `start` and `finish` do nothing with row vectors but sums, row steps
+            and users' functions, so that `program` can record them.
     """
 
     name: str
@@ -721,7 +725,7 @@ class PairLoss(Objective):
     Source: arXiv:2201.12680; α_ij = φ′(ξ_i)·ψ′(Δ_ij) is its Theorem 1.
     """
 
-    derivative = True
+    derivative = recordable = True
     terms = (Term.F, Term.DF)
     _phi: _CustomFunction | None = None
 
@@ -737,16 +741,14 @@ class PairLoss(Objective):
     def phi(self, xi: Tensor, tau: Tensor) -> Tensor:
         return xi if self._phi is None else self._phi(xi)
 
-    def dphi(self, xi: Tensor, tau: Tensor) -> Tensor:
-        return torch.ones_like(xi) if self._phi is None else self._phi.derivative(xi)
-
     def start(self, p: Pairs) -> RowSolution:
         return RowSolution(row_weight=self.uniform_weight(p), shift=p.pos)
 
     def finish(self, p: Pairs, rows: RowSolution, sums: Tensor) -> RowSolution:
         xi, dxi = sums
-        weight = rows.row_weight if self._phi is None else self.dphi(xi, p.tau) / p.divisor
-        return replace(rows, row_weight=weight, mass=weight * dxi, loss=self.phi(xi, p.tau))
+        if self._phi is None:
+            return replace(rows, **p.step(linear_rows, rows.row_weight, xi, dxi))
+        return replace(rows, **p.step(outer_rows, *p.apply(self._phi, xi), dxi))
 
 
 @row_step("mass", "loss")
@@ -754,16 +756,19 @@ def linear_rows(row_weight, xi, dxi, *, numbers):
     return row_weight * dxi, xi
 
 
+@row_step("row_weight", "mass", "loss")
+def outer_rows(phi, dphi, dxi, *, numbers):
+    weight = dphi / numbers.divisor
+    return weight, weight * dxi, phi
+
+
 class _LinearPairLoss(PairLoss):
     """Built-in linear ψ with one parameter, and φ = identity."""
 
-    one_sweep = recordable = True
+    one_sweep = True
 
     def __init__(self, kind: str, parameter: float) -> None:
         self.kind, self.parameters = kind, (parameter,)
-
-    def finish(self, p: Pairs, rows: RowSolution, sums: Tensor) -> RowSolution:
-        return replace(rows, **p.step(linear_rows, rows.row_weight, *sums))
 
 
 def _log(parameter: float | Tensor) -> float | Tensor:
@@ -932,7 +937,7 @@ class PairWeight(Objective):
     Source: arXiv:2201.12680, pair-weighted CL (α-CL-direct).
     """
 
-    terms = (Term.F, Term.F_MOMENT)
+    terms, recordable = (Term.F, Term.F_MOMENT), True
 
     def __init__(
         self,
@@ -980,7 +985,7 @@ class PairWeight(Objective):
 
 
 class _NamedPairWeight(PairWeight):
-    uses_temperature = recordable = True
+    uses_temperature = True
 
     def __init__(self, kind: str, parameters: Sequence[float], *options: Any) -> None:
         self.kind, self.parameters = kind, parameters
@@ -1205,7 +1210,7 @@ class ConstantWeight(PairWeight):
     Its weights are exp(t/∞) = 1.
     """
 
-    kind, recordable = "exp", True
+    kind = "exp"
 
     def __init__(self, closed_form: ClosedForm) -> None:
         self.closed_form = closed_form

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .bundles import RowScalars, Term, Weight
 from .objectives import Objective, RowSolution, RowStep, pair_dtau_rows
@@ -36,10 +36,18 @@ class Step(NamedTuple):
     params: tuple[float | str, ...]  #: a name stands for a number that follows from the temperature
 
 
+class Apply(NamedTuple):
+    """A user's function of a vector."""
+
+    function: str  #: its key
+    input: int
+    outputs: tuple[int, int]  #: its values and derivatives
+
+
 class Program(NamedTuple):
     """What to compute, in order, and where the results are."""
 
-    instructions: tuple[Sweep | Step, ...]
+    instructions: tuple[Sweep | Step | Apply, ...]
     places: int
     mass: int
     loss: int
@@ -53,7 +61,7 @@ class _Recorder:
 
     def __init__(self, numbers: tuple[str, ...]) -> None:
         self.tau = numbers
-        self.instructions: list[Sweep | Step] = []
+        self.instructions: list[Sweep | Step | Apply] = []
         self.places = POSITIVES + 1
 
     def _new(self, count: int) -> tuple[int, ...]:
@@ -83,6 +91,11 @@ class _Recorder:
         values = tuple(params[name] for name in step.parameters)
         self.instructions.append(Step(step, vectors, outputs, values))
         return dict(zip(step.outputs, outputs, strict=True))
+
+    def apply(self, function: Any, vector: int) -> tuple[int, ...]:
+        outputs = self._new(2)
+        self.instructions.append(Apply(function.key, vector, outputs))
+        return outputs
 
 
 @functools.lru_cache(maxsize=256)

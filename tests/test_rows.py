@@ -255,6 +255,7 @@ ROW_STEPS = {  # params and vectors
     "start_at_mean": [((), 4)],
     "uniform_rows": [((), 1)],
     "linear_rows": [((), 3)],
+    "outer_rows": [((), 3)],
     "unnormalized_rows": [((), 2)],
     "scaled_shift": [((), 1)],
     "pair_dtau_rows": [((), 2)],

@@ -266,7 +266,12 @@ def unsupported(
         return None
     if kind in KINDS:
         return "compiled without this registered pair kind"
-    return cpu_functions.problem(kind, _recipe(), _usable_sets())
+    return uncompiled(kind)
+
+
+def uncompiled(function: str) -> str | None:
+    """Why a user's function, given by its key, cannot be compiled, or None."""
+    return cpu_functions.problem(function, _recipe(), _usable_sets())
 
 
 @functools.cache
@@ -291,11 +296,16 @@ def function_fields(
     """
     if function.kind in KINDS:
         return {"kind": KINDS[function.kind].code}, None
-    found = cpu_functions.compiled(
-        function.kind, function.params, dtype, _recipe(), _usable_sets()
-    )
+    found = compiled(function.kind, function.params, dtype)
     constants = ctypes.addressof(found.constants)
     return {"kind": -1, "values": found.address, "constants": constants}, found
+
+
+def compiled(
+    function: str, params: tuple[float, ...], dtype: torch.dtype
+) -> cpu_functions.Function:
+    """A user's function, given by its key, for an accumulation dtype."""
+    return cpu_functions.compiled(function, params, dtype, _recipe(), _usable_sets())
 
 
 def block_rows(n: int, multiple: int, largest: int) -> int:

@@ -12,7 +12,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from ..bundles import (
     rows_of_terms,
 )
 from ..objectives import KINDS, row_codes
-from ..program import ZEROS, Program, Step, Sweep
+from ..program import ZEROS, Apply, Program, Step, Sweep
 from . import cpu, forms
 
 #: The default of ``workspace``: bytes in which a step may keep tiles from one sweep to the next.
@@ -48,6 +48,7 @@ class _Instruction(ctypes.Structure):
         + [(name, ctypes.c_int32 * _MOST_VECTORS) for name in ("inputs", "outputs")]
         + [("output_count", ctypes.c_int32), ("constant_shift", ctypes.c_double)]
         + [("params", ctypes.c_double * _MOST_STEP_PARAMETERS)]
+        + [(name, ctypes.c_void_p) for name in ("values", "constants")]
     )
 
 
@@ -155,8 +156,8 @@ class Plan:
             anchors=pairing.anchors, lo=low, hi=high,
             workspace=batch.workspace, n_neg=batch.n_neg, divisor=batch.divisor,
             params=self.function.padded(), dtype=Dtype.of(batch.dtype),
-            kind=KINDS[kind].code, each=batch.each, limited=batch.max_gap is not None,
-            max_gap=batch.max_gap or 0.0, instruction_set=isa,
+            kind=KINDS[kind].code if kind in KINDS else -1, each=batch.each,
+            limited=batch.max_gap is not None, max_gap=batch.max_gap or 0.0, instruction_set=isa,
             similarity=_SIMILARITIES.index(batch.similarity),
             instructions=len(program.instructions), places=program.places, mass=program.mass,
             losses=program.loss, slopes=slopes, **cpu._HOOKS,
@@ -165,7 +166,14 @@ class Plan:
         #: by instructions: sweeps, and parameters that are numbers of the temperature
         self.sweeps: list[tuple[int, Sweep]] = []
         self.named: list[tuple[int, int, str]] = []
+        self.applied: list[tuple[int, Apply]] = []
         for k, instruction in enumerate(program.instructions):
+            if isinstance(instruction, Apply):
+                self.applied.append((k, instruction))
+                self.step.program[k].inputs[0] = instruction.input
+                self.step.program[k].outputs[:2] = instruction.outputs
+                self.step.program[k].output_count = 2
+                continue
             if isinstance(instruction, Sweep):
                 self.sweeps.append((k, instruction))
                 _write_sweep(self.step.program[k], instruction)
@@ -173,6 +181,7 @@ class Plan:
             _write_row_step(self.step.program[k], instruction)
             names = enumerate(instruction.params)
             self.named += [(k, at, name) for at, name in names if isinstance(name, str)]
+        self.of_users = kind not in KINDS or bool(self.applied)
         self._choose_forms()
 
     @property
@@ -201,6 +210,21 @@ class Plan:
             target = self.step.program[k]
             target.form, target.constant_shift = _form(sweep, self.function)
 
+    def _place_functions(self, step: _Step) -> list[Any]:
+        """Writes users' functions into a step; returns what must live as long as it.
+
+        They may have changed since the last step.
+        """
+        fields, found = cpu.function_fields(self.function, self.wide)
+        for name, value in fields.items():
+            setattr(step, name, value)
+        alive = [found]
+        for k, apply in self.applied:
+            alive.append(cpu.compiled(apply.function, (), self.wide))
+            step.program[k].values = alive[-1].address
+            step.program[k].constants = ctypes.addressof(alive[-1].constants)
+        return alive
+
     def run(
         self,
         z1: Tensor,
@@ -219,6 +243,7 @@ class Plan:
         if not z2.is_contiguous():
             z2, step.stride2 = _with_stride(z2)
         step.z1, step.z2 = z1.data_ptr(), z2.data_ptr()
+        alive = self._place_functions(step) if self.of_users else None
         loss = dz = dtau = None
         if incoming is None:
             loss = torch.empty_like(self.like_loss)
@@ -240,6 +265,7 @@ class Plan:
         step.block = cpu.block_rows(batch.rows, self.multiple, self.largest)
         step.threads = cpu._threads(batch.rows, batch.dim, batch.pairing.split, self.gradient)
         status = cpu._library().alphacl_cpu_step(ctypes.byref(step))
+        del alive
         if status != cpu._OK:
             cpu.fail(status, batch.rows, batch.dim, batch.dtype)
         return loss, dz, dtau

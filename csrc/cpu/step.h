@@ -310,8 +310,12 @@ template <class T> class StepRun {
     const void* inputs[MOST_VECTORS];
     void* outputs[MOST_VECTORS];
     for (int k = 0; k < MOST_VECTORS; k++) inputs[k] = place(step.inputs[k]), outputs[k] = place(step.outputs[k]);
-    kernels_.row_step({inputs, outputs, own(StepPlan::N_NEG), step.params, call_.tau, call_.divisor, step.row_step, x.at,
-                       x.at + plan_.stride});
+    if (step.values)
+      reinterpret_cast<ValuesFunction<T>>(step.values)(step.constants, place(step.inputs[0]) + x.at, place(step.outputs[0]) + x.at,
+                                                       place(step.outputs[1]) + x.at, plan_.stride);
+    else
+      kernels_.row_step({inputs, outputs, own(StepPlan::N_NEG), step.params, call_.tau, call_.divisor, step.row_step, x.at,
+                         x.at + plan_.stride});
     for (int32_t k = 0; k < step.output_count; k++)  // padding meets no pair
       std::fill(static_cast<T*>(outputs[k]) + x.at + x.rows, static_cast<T*>(outputs[k]) + x.at + plan_.stride, T(0));
   }

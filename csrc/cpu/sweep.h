@@ -81,6 +81,9 @@ struct Instruction {
   int32_t inputs[MOST_VECTORS], outputs[MOST_VECTORS], output_count;  // of a row step
   double constant_shift;
   double params[4];  // of a row step
+  // instead of a row step: a `ValuesFunction` of the first input, with two outputs; or null
+  void (*values)();
+  const double* constants;
 };
 
 // A whole step of a loss: from two views to loss and gradient.

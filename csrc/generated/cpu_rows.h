@@ -21,6 +21,13 @@ template <class T> struct LinearRows3 {
     store(out[0] + at, x0 * x2); store(out[1] + at, x1);
   }
 };
+template <class T> struct OuterRows3 {
+  static ALPHACL_INLINE void rows(const T* const* in, T* const* out, int64_t at, const RowNumbers<T>& n) {
+    const Vec<T> x0 = load(in[0] + at), x1 = load(in[1] + at), x2 = load(in[2] + at);
+    const Vec<T> v0 = x1 / n.divisor;
+    store(out[0] + at, v0); store(out[1] + at, v0 * x2); store(out[2] + at, x0);
+  }
+};
 template <class T> struct ExpRows3 {
   static ALPHACL_INLINE void rows(const T* const* in, T* const* out, int64_t at, const RowNumbers<T>& n) {
     const Vec<T> x0 = load(in[0] + at), x1 = load(in[1] + at), x2 = load(in[2] + at);
@@ -333,6 +340,7 @@ template <class T, class Use> void with_row_step(int32_t code, Use&& use) {
     case UNIFORM_ROWS_1: return use(UniformRows1<T>{});
     case PAIR_DTAU_ROWS_2: return use(PairDtauRows2<T>{});
     case LINEAR_ROWS_3: return use(LinearRows3<T>{});
+    case OUTER_ROWS_3: return use(OuterRows3<T>{});
     case EXP_ROWS_3: return use(ExpRows3<T>{});
     case EXP_ROWS_WITH_DTAU_4: return use(ExpRowsWithDtau4<T>{});
     case EXP_DTAU_IN_FRONT_4: return use(ExpDtauInFront4<T>{});

@@ -628,8 +628,8 @@ plant(
     ),
     (
         "φ/ψ: φ′ is missing in the row weight",
-        "weight = rows.row_weight if self._phi is None else self.dphi(xi, p.tau) / p.divisor",
-        "weight = rows.row_weight",
+        "weight = dphi / numbers.divisor",
+        "weight = 1 / numbers.divisor + 0 * dphi",
         blocked(CUSTOM_LOSS),
     ),
     (
