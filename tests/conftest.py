@@ -13,6 +13,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # torch's inductor compiles in this process: a pool of its own would import torch in each worker
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
+# a compiler's call for every function that a test makes up; test_cpu_functions.py compiles some
+os.environ.setdefault("ALPHACL_CPU_COMPILE", "0")
+
 import pytest
 import torch
 

@@ -86,10 +86,10 @@ void rescale(const Sweep& s, const RowVectors& v, int64_t at, int64_t n, T* larg
   }
 }
 
-// A panel of similarities to or from a kept tile.
-template <class T> void copy_panel(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t cols) {
+// A panel of similarities to a kept tile.
+template <class T> void keep_panel(const T* from, T* to, int64_t stride, int64_t cols) {
   for (int64_t r = 0; r < PANEL_ROWS; r++)
-    for (int64_t c = 0; c < cols; c += LANES<T>) store(to + r * to_stride + c, load(from + r * from_stride + c));
+    for (int64_t c = 0; c < cols; c += LANES<T>) store(to + r * stride + c, load(from + r * LD + c));
 }
 
 template <class Products>
@@ -99,7 +99,7 @@ void tile(const Sweep& s, const RowVectors& v, const Block& i, const Block& j, v
   const bool diagonal = !s.split && i.first == j.first;
   const bool gradient = s.gradient, online = s.form == Form::ONLINE;
   const PanelFunction<T> panel = panel_function<T>(s, v, kept);
-  const bool factors = kept.what == Keep::FACTORS, similarities = kept.what == Keep::SIMILARITIES;
+  const bool similarities = kept.what == Keep::SIMILARITIES;
 
   Panel<T> p(s);
   p.cols = j.rows;
@@ -143,19 +143,23 @@ void tile(const Sweep& s, const RowVectors& v, const Block& i, const Block& j, v
     for (int k = 0; k < SUM_COUNT; k++) p.row_sums[k] = wanted[k] >= 0 ? v.sums + k * v.padded + i.at + r0 : nullptr;
   };
   const bool keep_tile = online || (gradient && Products::WEIGHTS_IN_PLACE);
+  const bool read_kept = similarities && kept.filled;
+  auto similarities_at = [&](int64_t r0, T* computed) {
+    p.s = computed;
+    p.kept = kept.at ? static_cast<T*>(kept.at) + r0 * p.kept_stride : nullptr;
+    p.t = read_kept ? p.kept : p.s;
+    p.t_stride = read_kept ? p.kept_stride : LD;
+  };
 
   if (online || s.form == Form::T_MAX)
     for (int64_t c = 0; c < MAX_BLOCK; c++) workspace.col_max[c] = T(-__builtin_inf());
   for (int64_t r0 = 0; r0 < i.rows; r0 += PANEL_ROWS) {
     position(r0);
-    p.s = workspace.tile + (keep_tile ? r0 : r0 % Products::SIMILARITY_ROWS) * LD;
-    p.kept = kept.at ? static_cast<T*>(kept.at) + r0 * p.kept_stride : nullptr;
-    if (similarities && kept.filled) {
-      copy_panel<T>(p.kept, p.kept_stride, p.s, LD, p.cols);
-    } else if (!(factors && kept.filled)) {
+    similarities_at(r0, workspace.tile + (keep_tile ? r0 : r0 % Products::SIMILARITY_ROWS) * LD);
+    if (!kept.filled) {
       Products::similarities(s, v, i, j, r0, p.s);
       if (v.bias || (v.scale && !Products::SCALES)) scale_and_shift<T>(v, !Products::SCALES, i, j, r0, p.s);
-      if (similarities) copy_panel<T>(p.s, LD, p.kept, p.kept_stride, p.cols);
+      if (similarities) keep_panel<T>(p.s, p.kept, p.kept_stride, p.cols);
     }
     if (online) {
       Maximum<T>::run(p);
@@ -172,7 +176,7 @@ void tile(const Sweep& s, const RowVectors& v, const Block& i, const Block& j, v
     if (p.two_sided) rescale<T>(s, v, j.at, j.rows, workspace.col_max, workspace.col_shift);
     for (int64_t r0 = 0; r0 < i.rows; r0 += PANEL_ROWS) {
       position(r0);
-      p.s = workspace.tile + r0 * LD;
+      similarities_at(r0, workspace.tile + r0 * LD);
       panel(p);
     }
   }

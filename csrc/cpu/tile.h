@@ -27,7 +27,9 @@ template <class T> struct SideScalars {
 };
 
 template <class T> struct Panel {
-  T* s;  // (PANEL_ROWS, LD): similarities in, weights out
+  const T* t;  // (PANEL_ROWS, t_stride): similarities in; s, or a kept tile
+  int64_t t_stride;
+  T* s;  // (PANEL_ROWS, LD): weights out
   T* kept;  // (PANEL_ROWS, kept_stride) of a kept tile, or null
   int64_t kept_stride;
   int64_t rows, cols;
@@ -95,7 +97,7 @@ ALPHACL_INLINE void for_pairs(const Panel<T>& p, Op& op, const T* from, int64_t 
 }
 
 template <class T, class Op> ALPHACL_INLINE void for_pairs(const Panel<T>& p, Op& op) {
-  for_pairs<T>(p, op, p.s, LD);
+  for_pairs<T>(p, op, p.t, p.t_stride);
 }
 
 template <class T> ALPHACL_INLINE void add_rows(const Panel<T>& p, int term, const Vec<T>* sums) {
@@ -347,13 +349,14 @@ template <class T, bool Gradient> struct OfFunction {
   alignas(64) Vec<T> x[SIDES][PANEL_ROWS], f[SIDES][PANEL_ROWS], df[SIDES][PANEL_ROWS];
 
   explicit OfFunction(const Panel<T>& panel) : p(panel) {}
-  ALPHACL_INLINE void begin(int64_t) { masked = p.limited; }
+  ALPHACL_INLINE void begin(int64_t) { masked = false; }
   template <bool Masked> ALPHACL_INLINE void pair(int r, int64_t c, Vec<T> of_pair, Mask<T> counts) {
     t[r] = of_pair;
     x[ROW][r] = (of_pair - p.row.shift[r]) + p.row.argument_offset[r];
     if (p.two_sided) x[COL][r] = (of_pair - load(p.col.shift + c)) + load(p.col.argument_offset + c);
+    if (!Masked && !p.limited) return;
+    masked = true;
     if (!Masked) counts = all_lanes<T>();
-    masked |= Masked;
     keep[ROW][r] = p.limited ? of_row<T>(p, r, of_pair, counts) : counts;
     keep[COL][r] = p.limited && p.two_sided ? of_cols<T>(p, c, of_pair, counts) : counts;
   }
