@@ -1,8 +1,8 @@
 """Users' pair functions as machine code for the CPU kernels.
 
 `graph` traces a function and its derivative, `cpp_printer` prints them as C++, and the compiler of
-this machine makes a small library of it, for the instruction set of the kernels. The kernels call it
-with vectors of pairs (``ValuesFunction`` of csrc/cpu/sweep.h). All numbers of a formula are
+this machine makes a small library of them, for the instruction set of the kernels. The kernels call
+it with vectors of pairs (``ValuesFunction`` of csrc/cpu/sweep.h). All numbers of a formula are
 arguments of the code, so that a new value of a constant compiles nothing.
 
 Libraries are kept in a folder that no other user can write to. A file's name holds a digest of what
@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .. import objectives
 from .._version import __version__
 from ..cpp_printer import pair_function
-from ..graph import UnsupportedFunction, on_cpu
+from ..graph import UnsupportedFunction
 
 
 class Recipe(NamedTuple):
@@ -133,16 +133,14 @@ class _Formula(NamedTuple):
     constants: dict[torch.dtype, ctypes.Array[ctypes.c_double]]
 
 
-_PROBE = torch.linspace(-4.0, 4.0, 65, dtype=torch.float64, device="cpu").view(5, 13)
-#: For every user's function: params → its values at the probe points when it was printed, and the
-#: formula, or why there is none.
+#: For every user's function: params → its values when it was printed, and the formula, or why
+#: there is none.
 _Known = dict[tuple[float, ...], tuple[bytes, "_Formula | str"]]
 _known: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
 
 
 def _formula(function: Any, params: tuple[float, ...]) -> _Formula:
-    with on_cpu():
-        values = function(_PROBE.clone()).detach().numpy().tobytes()
+    values = function.values()
     known = _known.setdefault(function, {})
     before, outcome = known.get(params, (None, ""))
     if before != values:
