@@ -354,7 +354,7 @@ def adnce(
         mu: μ, the similarity with the largest weight.
         sigma: σ > 0, the width of the Gaussian.
         reduction: "mean", "sum" or "none": (2N,).
-        backend: see `dcl`; "cpu" does not serve this loss, which consists of plain functions.
+        backend: see `dcl`; "cuda" does not serve this loss, which consists of plain functions.
 
     Returns:
         () or (2N,).
@@ -547,7 +547,7 @@ def circle(
         gamma: γ > 0, at most 1e4.
         reduction: "mean" or "sum" over the rows that have a positive and a negative, or "none":
             (n,), 0 for the others.
-        backend: see `dcl`; "cpu" does not serve this loss, which consists of plain functions.
+        backend: see `dcl`; "cuda" does not serve this loss, which consists of plain functions.
 
     Returns:
         () or (n,).

@@ -269,11 +269,12 @@ def test_instruction_set_from_the_environment(monkeypatch):
         alpha_cl_loss(torch.eye(3), torch.eye(3), backend="cpu")
 
 
-def test_what_it_refuses():
+def test_what_it_refuses(monkeypatch):
+    monkeypatch.setenv("ALPHACL_CPU_COMPILE", "0")
     z1, z2 = pair(4, 3, torch.float32)
     with pytest.raises(
         ValueError,
-        match="backend 'cpu' cannot serve this call: compiled for the built-in pair functions",
+        match="backend 'cpu' cannot serve this call: ALPHACL_CPU_COMPILE=0 leaves users' functions",
     ):
         FusedAlphaCLLoss(PairLoss(None, torch.exp), backend="cpu")(z1, z2)
     with pytest.raises(ValueError, match="precision='tf32'"):
@@ -284,7 +285,7 @@ def test_what_it_refuses():
     loss = FusedAlphaCLLoss(PairLoss(None, torch.exp))
     loss(z1, z2)
     assert (
-        "blocked, first that serves float32 on cpu; skipped cpu: compiled for the built-in"
+        "blocked, first that serves float32 on cpu; skipped cpu: ALPHACL_CPU_COMPILE=0 leaves"
         in repr(loss)
     )
 

@@ -711,6 +711,17 @@ template <class T> struct Outputs {
   std::array<Exact<T>*, 3> all() { return {&df, &weight_sums, &sums}; }
 };
 
+// The hinge as a user's function, which may rely on aligned pointers.
+template <class T> void hinge(const double* margin, const T* x, T* f, T* df, int64_t n) {
+  for (const T* p : {x, const_cast<const T*>(f), const_cast<const T*>(df)})
+    if (reinterpret_cast<uintptr_t>(p) % 64 || n * int64_t(sizeof(T)) % 64) std::abort();
+  for (int64_t k = 0; k < n; k++) {
+    const T y = x[k] + T(*margin);
+    if (f) f[k] = y > 0 ? y : 0;
+    if (df) df[k] = y > 0;
+  }
+}
+
 Sweep sweep_of(const Data& d, const Case& c, const Setting& setting) {
   Sweep s{};
   s.f = d.raw.data, s.scale = d.scale.pointer(), s.bias = d.bias.pointer();
@@ -722,6 +733,10 @@ Sweep sweep_of(const Data& d, const Case& c, const Setting& setting) {
   s.lo = c.lo, s.hi = c.hi, s.block = setting.block, s.tau = c.tau, s.constant_shift = c.constant_shift;
   for (int k = 0; k < 3; k++) s.params[k] = c.params[k];
   s.dtype = d.dtype, s.kind = c.v.kind, s.form = c.v.form, s.gradient = c.v.gradient, s.weight = c.v.weight;
+  if (c.v.kind == HINGE && d.n % 2) {
+    auto* of_dtype = is_double(d.dtype) ? reinterpret_cast<void (*)()>(hinge<double>) : reinterpret_cast<void (*)()>(hinge<float>);
+    s.values = of_dtype, s.constants = c.params, s.kind = -1;
+  }
   s.threads = setting.threads, s.instruction_set = setting.set;
   for (int k = 0; k < SUM_COUNT; k++) s.rows_of_terms[k] = c.rows_of_terms[k] < 0 ? -1 : c.rows_of_terms[k] + c.log_sums();
   s.rows_of_terms[SHIFT] = c.log_sums() ? 0 : -1, s.rows_of_terms[T_MAX] = c.largest() ? 0 : -1;
