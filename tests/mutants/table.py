@@ -1074,6 +1074,96 @@ plant(
         step_sweeps(THROUGH),
     ),
 )
+USERS = "tests/test_cpu_functions.py::"
+
+
+def as_built_in(member: str) -> str:
+    return f"{USERS}test_equals_the_built_in_loss_and_the_reference[{member}]"
+
+
+plant(
+    "alphacl_fast/backend/cpu_functions.py",
+    (
+        "users' functions: the numbers are those of the first call",
+        "if before != values:",
+        "if before is None:",
+        f"{USERS}test_an_attribute_is_read_in_every_call",
+    ),
+    (
+        "users' functions: a damaged library is loaded",
+        'if file.stem.endswith(f"-{_digest(file)}"):',
+        "if file.exists():",
+        f"{USERS}test_a_damaged_library_is_compiled_again",
+    ),
+    (
+        "users' functions: code is loaded from where other users can write",
+        "about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)",
+        "about.st_mode & 0",
+        f"{USERS}test_without_a_usable_folder[open to all]",
+    ),
+    (
+        "users' functions: a compiler that fails is called again",
+        "found = str(error)",
+        "raise",
+        f"{USERS}test_a_compiler_that_fails",
+    ),
+    (
+        "users' functions: threads compile one after the other",
+        "            found = _libraries.get(key)\n            if found is None:\n                try:",
+        "            if found is None:\n                try:",
+        f"{USERS}test_threads_compile_once",
+    ),
+)
+plant(
+    "alphacl_fast/cpp_printer.py",
+    (
+        "users' functions: a number is written into the code",
+        "scalar = node.op in _ARITHMETIC or",
+        'name = f"({a!r} + 0 * {name})"\n        scalar = node.op in _ARITHMETIC or',
+        f"{USERS}test_a_constant_compiles_nothing",
+    ),
+)
+plant(
+    "alphacl_fast/program.py",
+    (
+        "a native step confuses φ and φ′",
+        "return outputs\n\n\n@functools",
+        "return outputs[::-1]\n\n\n@functools",
+        as_built_in("infonce"),
+    ),
+)
+plant(
+    "csrc/cpu/tile.h",
+    (
+        "users' functions: the columns' anchors have the rows' shift",
+        "x[COL][r] = (of_pair - load(p.col.shift + c)) +",
+        "x[COL][r] = (of_pair - p.row.shift[r]) +",
+        as_built_in("triplet"),
+    ),
+    (
+        "users' functions: an excluded pair has a weight",
+        "if (p.need_df) df[side][r] = keep[side][r] ? df[side][r] : Vec<T>{};",
+        "",
+        as_built_in("triplet"),
+    ),
+    (
+        "users' functions: the columns' moments are about the rows' origins",
+        "y[COL][r] * (t[r] - origin) : y[COL][r];",
+        "y[COL][r] * (t[r] - p.row.moment_origin[r]) : y[COL][r];",
+        as_built_in("alpha_direct"),
+    ),
+    variant="portable",
+)
+plant(
+    "csrc/cpu/kernels.cpp",
+    (
+        "kept similarities are read with the stride of a tile in work",
+        "p.t_stride = read_kept ? p.kept_stride : LD;",
+        "p.t_stride = LD;",
+        as_built_in("infonce"),
+    ),
+    variant="portable",
+)
 plant(
     "csrc/cpu/schedule.h",
     (
