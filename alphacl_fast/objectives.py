@@ -366,7 +366,7 @@ def is_of_this_process(key: str) -> bool:
 
 
 #: Where users' functions are looked at.
-_PROBE = torch.linspace(-4.0, 4.0, 65, dtype=torch.float64, device="cpu").view(5, 13)
+_PROBE = torch.linspace(-4.0, 4.0, 65, dtype=torch.float64, device="cpu").view(13, 5)
 
 
 class _CustomFunction:
