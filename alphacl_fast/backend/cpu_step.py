@@ -28,7 +28,7 @@ from ..bundles import (
     accumulation_dtype,
     rows_of_terms,
 )
-from ..objectives import row_codes
+from ..objectives import KINDS, row_codes
 from ..program import ZEROS, Apply, Program, Step, Sweep
 from . import cpu, forms
 

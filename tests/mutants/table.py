@@ -1109,8 +1109,8 @@ plant(
     ),
     (
         "users' functions: threads compile one after the other",
-        "            found = _libraries.get(key)\n            if found is None:\n                try:",
-        "            if found is None:\n                try:",
+        "with _lock:\n            found = _libraries.get(key)\n",
+        "with _lock:\n",
         f"{USERS}test_threads_compile_once",
     ),
 )
