@@ -329,7 +329,7 @@ def test_error_in_a_worker_reaches_the_caller(small_tiles):
     torch.set_num_threads(2)
     try:
         with pytest.raises(RuntimeError, match="no such tile"):
-            alpha_cl_loss(*pair(31, 6), objectives.PairLoss(None, psi))
+            alpha_cl_loss(*pair(31, 6), objectives.PairLoss(None, psi), backend="blocked")
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
