@@ -23,10 +23,10 @@ def serves(call: BoundCall, need: Need) -> bool:
     return not torch.compiler.is_compiling() and (
         call.backend == "cpu"
         and call.objective.recordable
-        and all(cpu.uncompiled(function.key) is None for function in call.objective.functions)
         and None not in call.known
         and call.ranks is None
         and not (call.max_gap is not None and call.objective.counts_negatives)
+        and all(cpu.uncompiled(function.key) is None for function in call.objective.functions)
     )
 
 

@@ -280,7 +280,10 @@ def _compile(command: list[str], text: str, keep: Callable[[Path], Path]) -> _Li
             source, output = Path(temporary, "function.cpp"), Path(temporary, "function.so")
             source.write_text(text, encoding="utf-8")
             run([*command, "-o", str(output), str(source)])
-            return _Library(keep(output))
+            try:
+                return _Library(keep(output))
+            except OSError:  # nothing may be executed in the folder of caches
+                return _Library(output)
     except subprocess.CalledProcessError as error:
         lines = (error.stderr or "").strip().splitlines() or [f"exit status {error.returncode}"]
         reason = next((line for line in lines if "error" in line), lines[0])
