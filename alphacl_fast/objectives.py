@@ -411,9 +411,9 @@ class _CustomFunction:
             with torch.enable_grad():
                 whole = self(probe.clone())
             # under a transform, which has no values, the derivative raises
-            if self._checked is not None and not torch._C._are_functorch_transforms_active():
-                if self.values() == self._checked:
-                    return
+            known = self._checked is not None and not torch._C._are_functorch_transforms_active()
+            if known and self.values() == self._checked:
+                return
             pieces = [
                 torch.cat([self(part.clone()) for part in probe.split(1, dim)], dim)
                 for dim in (0, 1)
