@@ -295,8 +295,8 @@ def refused(group, options):
         ({"log_weights": [None, torch.zeros(3)]}, "rank 1: log_weights must be"),
         ({"n": 0}, "all ranks together must have at least 1 row"),
         (
-            {"n": 1, "max_gap": 0.1, "temperature": [torch.tensor([0.1]), torch.tensor([0.2])]},
-            "max_gap must be None with a temperature per anchor",
+            {"n": 1, "objective": "mine", "temperature": [torch.tensor([x]) for x in (0.1, 0.2)]},
+            "temperature must have one element with mine",
         ),
     ],
 )
