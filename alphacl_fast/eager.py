@@ -31,8 +31,9 @@ class Prepared(NamedTuple):
     need: Need
     why: str  #: this backend serves them
     dtypes: tuple[torch.dtype, torch.dtype]  #: of the embeddings and of τ
-    #: (z1, z2, τ, this, ids and the guide as the sweeps take them) → the reduced loss, differentiable, and
-    #: outputs that are not the caller's; τ is read only if its gradient is needed
+    #: (z1, z2, τ, this, ids and the guide as the sweeps take them) → the reduced loss,
+    #: differentiable, and outputs that are not the caller's; τ is read only if its gradient is
+    #: needed
     losses: Callable[..., tuple[Tensor | None, ...]]
 
 
