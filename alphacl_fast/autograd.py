@@ -136,8 +136,13 @@ class Sweeps:
         layout: Layout | None = None,
         same_id: SameId | None = None,
         guide: Guide | None = None,
+        limit: Tensor | None = None,
     ) -> None:
-        """``rows`` and ``pos`` may have more rows than the layout, which come behind."""
+        """``rows`` and ``pos`` may have more rows than the layout, which come behind.
+
+        ``limit`` (anchors,): the largest t of a negative, without log-weights; None: that of
+        ``max_gap`` beyond ``pos``. Rows have log-weights for a bias only with a limit.
+        """
         self.layout = Layout.of(call, pos.shape[0] // 2) if layout is None else layout
         self.same_id, self.call, self.guided = same_id, call, guide is not None
         self.rows = first(call.objective.rows_of_sweeps(rows, tau), self.layout.rows)
@@ -145,8 +150,10 @@ class Sweeps:
         self.pos, self.tau = pos if len(pos) == anchors else pos[:anchors], tau
         self.divisor = call.divisor(pos.shape[0] // 2)
         self.function = pair_function(tau, call)
-        largest_t = None if call.max_gap is None else self.pos + call.max_gap
-        self.pairing = self.layout.pairing(same_id, largest_t, guide)
+        weighted = limit is not None and rows.bias is not None
+        if limit is None:
+            limit = None if call.max_gap is None else self.pos + call.max_gap
+        self.pairing = self.layout.pairing(same_id, limit, guide, weighted)
         # (anchors,) |Neg(i)| and whether it is 0, where not all negatives count; None: not known
         self._n_neg: Tensor | None = None
         self._empty: Tensor | None = None
@@ -478,6 +485,7 @@ class Saved(NamedTuple):
     pos: Tensor  # t⁺ of all rows of the problem
     solution: RowSolution  # without its loss
     same_id: SameId | None
+    guide: Guide | None = None
 
     def flatten(self) -> tuple[Tensor | None, ...]:
         """The number of entries is always the same.
@@ -490,6 +498,7 @@ class Saved(NamedTuple):
             self.pos,
             *(getattr(self.solution, name) for name in _SOLVED),
             *(self.same_id or (None,) * len(SameId._fields)),
+            *(self.guide or (None,) * len(Guide._fields)),
         )
         return tuple(None if x is None else x.view_as(x) for x in tensors)
 
@@ -501,8 +510,12 @@ class Saved(NamedTuple):
             next(rest),
             RowSolution(**dict(zip(_SOLVED, islice(rest, len(_SOLVED)), strict=True))),
         )
-        same_id = SameId._make(rest)
-        return cls(features, pos, solution, None if same_id.ids is None else same_id)
+        same_id = SameId._make(islice(rest, len(SameId._fields)))
+        guide = Guide._make(rest)
+        return cls(
+            features, pos, solution,
+            None if same_id.ids is None else same_id, None if guide.rows is None else guide,
+        )  # fmt: skip
 
 
 class Problem:
@@ -518,37 +531,39 @@ class Problem:
         call: BoundCall,
         same_id: SameId | None = None,
         sweeps: Sweeps | None = None,
+        guide: Guide | None = None,
     ) -> None:
-        self.features, self.pos, self.tau, self.call, self.same_id = (
-            features,
-            pos,
-            tau,
-            call,
-            same_id,
-        )
+        self.features, self.pos, self.tau, self.call = features, pos, tau, call
+        self.same_id, self.guide = same_id, guide
         self.n_first = pos.shape[0] // 2  # rows of the first view
-        self.sweeps = sweeps or Sweeps(features.rows, pos, tau, call, same_id=same_id)
+        self.sweeps = sweeps or Sweeps(features.rows, pos, tau, call, same_id=same_id, guide=guide)
 
     @classmethod
     def of_views(
-        cls, z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, ids: Tensor | None = None
+        cls,
+        z1: Tensor,
+        z2: Tensor,
+        tau: Tensor,
+        call: BoundCall,
+        ids: Tensor | None = None,
+        guide: Guide | None = None,
     ) -> Problem:
         """From embeddings (N, D), of this process or of one among several."""
         tau = tau.to(accumulation_dtype(z1.dtype))
         if call.ranks is not None:
             return call.ranks.problem(z1, z2, tau, call)
         same_id = SameId.of_views(ids, call, z1.shape[0], tau.dtype)
-        return cls(*Features.of_views(z1, z2, call), tau, call, same_id)
+        return cls(*Features.of_views(z1, z2, call), tau, call, same_id, guide=guide)
 
     @classmethod
     def of_saved(cls, saved: Saved, tau: Tensor, call: BoundCall) -> Problem:
         tau = tau.to(saved.pos.dtype)
         if call.ranks is not None:
             return call.ranks.problem_of_saved(saved, tau, call)
-        return cls(saved.features, saved.pos, tau, call, saved.same_id)
+        return cls(saved.features, saved.pos, tau, call, saved.same_id, guide=saved.guide)
 
     def saved(self, solution: RowSolution) -> Saved:
-        return Saved(self.features, self.pos, solution, self.same_id)
+        return Saved(self.features, self.pos, solution, self.same_id, self.guide)
 
     def reduce(self, row_losses: Tensor) -> Tensor:
         """(anchors,) → what the caller receives."""
@@ -751,15 +766,22 @@ class AlphaCLFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, need: Need, ids: Tensor | None
+        z1: Tensor,
+        z2: Tensor,
+        tau: Tensor,
+        call: BoundCall,
+        need: Need,
+        ids: Tensor | None,
+        guide: Guide | None = None,
     ) -> tuple[Tensor | None, ...]:
         alone = call.reduction == "none" and any(need)  # what the backward needs is returned
-        if not alone and native.serves(call, need) and native.plain(z1, z2):
+        served = not alone and native.serves(call, need, guide is not None)
+        if served and native.plain(z1, z2):
             plan = native.prepared(call, z1, need)
             same_id = SameId.of_views(ids, call, len(z1), plan.wide)
-            return native.loss_and_gradient(z1, z2, call, plan, same_id)
+            return native.loss_and_gradient(z1, z2, call, plan, same_id, guide)
         with without_autocast(z1.device):
-            problem = Problem.of_views(z1, z2, tau, call, ids)
+            problem = Problem.of_views(z1, z2, tau, call, ids, guide)
             if not any(need):
                 return (problem.reduce(problem.solve(learn_tau=False).loss),)
             if call.reduction == "none":
@@ -769,7 +791,7 @@ class AlphaCLFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        z1, _, tau, ctx.call, ctx.need, _ = inputs
+        z1, _, tau, ctx.call, ctx.need, *_ = inputs
         ctx.dtypes, loss = (z1.dtype, tau.dtype), output[0]
         ctx.like_loss = partial(torch.zeros, loss.shape, dtype=loss.dtype, device=loss.device)
         ctx.set_materialize_grads(False)
@@ -779,7 +801,7 @@ class AlphaCLFunction(torch.autograd.Function):
     def backward(ctx, grad: Tensor | None, *of_saved: Tensor | None) -> tuple[Tensor | None, ...]:
         if not first_derivative(grad, of_saved):
             if ctx.call.ranks is None or ctx.call.reduction != "none":
-                return (None,) * 6
+                return (None,) * 7
             grad = ctx.like_loss()  # the other ranks wait for this one's part of their gradients
         tensors = ctx.saved_tensors  # once: a checkpoint makes them again for each reading
         with without_autocast(grad.device):
@@ -790,7 +812,7 @@ class AlphaCLFunction(torch.autograd.Function):
                 # float32 until it is scaled: a half-precision gradient of 1e-8 would vanish before
                 # GradScaler sees it
                 dz, dtau = scaled(tensors, grad, ctx.dtypes)
-        return *views_of(dz, ctx.need), dtau, None, None, None
+        return *views_of(dz, ctx.need), dtau, None, None, None, None
 
     @staticmethod
     @torch.no_grad()

@@ -81,6 +81,8 @@ class Pairing(NamedTuple):
     ids: Tensor | None = None  # (n,) int32; two rows with the same id do not meet
     # (anchors,) accumulation dtype; a pair with a larger t does not count for the anchor
     largest_t: Tensor | None = None
+    # whether the bias of the rows holds log-weights, which ``largest_t`` is compared without
+    weighted: bool = False
     # (n, G) unit rows of another model, the guide, and (anchors,) its largest similarity at which a
     # pair counts for the anchor; both in the accumulation dtype
     guide: Tensor | None = None

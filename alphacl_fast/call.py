@@ -184,10 +184,15 @@ class Layout(NamedTuple):
         same_id: SameId | None = None,
         largest_t: Tensor | None = None,
         guide: Guide | None = None,
+        weighted: bool = False,
     ) -> Pairing:
         """The operators' bundle."""
         ids = None if same_id is None else same_id.ids
-        return Pairing(self.split, self.partner, self.anchors, ids, largest_t, *(guide or ()))
+        of_guide = {} if guide is None else {"guide": guide.rows, "largest_guide": guide.largest}
+        return Pairing(
+            self.split, self.partner, self.anchors, ids,
+            largest_t=largest_t, weighted=weighted, **of_guide,
+        )  # fmt: skip
 
 
 class Guide(NamedTuple):

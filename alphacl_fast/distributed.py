@@ -503,7 +503,15 @@ class _Sweep:
                 of anchors.
         """
         (largest_t, largest_guide), (ids, guide) = block.limits, block.marks
-        pairing = Pairing(split, partner, block.anchors, ids, largest_t, guide, largest_guide)
+        pairing = Pairing(
+            split,
+            partner,
+            block.anchors,
+            ids,
+            largest_t=largest_t,
+            guide=guide,
+            largest_guide=largest_guide,
+        )
         operands = block.rows, pairing, self.function, block.scalars
         served = self.call.precision, self.call.backend
         if self.weight is None:
@@ -988,4 +996,4 @@ def global_loss(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall) -> Tensor:
             z1, z2, tau = z1.detach(), z2.detach(), tau.detach()
         if isinstance(call.objective, ClosedForm):
             return GlobalClosedForm.apply(z1, z2, call, Need.of(z1, z2, tau))[0]
-        return AlphaCLFunction.apply(z1, z2, tau, call, call.ranks.want, None)[0]
+        return AlphaCLFunction.apply(z1, z2, tau, call, call.ranks.want, None, None)[0]

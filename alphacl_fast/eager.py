@@ -20,7 +20,7 @@ from .autograd import (
     views_of,
 )
 from .backend import cpu, cpu_step
-from .call import LARGEST_LOGIT, LARGEST_TAU, LEAST_TAU, BoundCall, Call, Need, SameId
+from .call import LARGEST_LOGIT, LARGEST_TAU, LEAST_TAU, BoundCall, Call, Guide, Need, SameId
 
 
 class Prepared(NamedTuple):
@@ -31,8 +31,9 @@ class Prepared(NamedTuple):
     need: Need
     why: str  #: this backend serves them
     dtypes: tuple[torch.dtype, torch.dtype]  #: of the embeddings and of τ
-    #: (z1, z2, τ, this, ids as the sweeps take them) → the reduced loss, differentiable, and
-    #: outputs that are not the caller's; τ is read only if its gradient is needed
+    #: (z1, z2, τ, this, ids and the guide as the sweeps take them) → the reduced loss,
+    #: differentiable, and outputs that are not the caller's; τ is read only if its gradient is
+    #: needed
     losses: Callable[..., tuple[Tensor | None, ...]]
 
 
@@ -49,9 +50,14 @@ def prepare(z1: Tensor, tau: Tensor, call: BoundCall, need: Need, why: str) -> P
 
 
 def _without_gradient(
-    z1: Tensor, z2: Tensor, tau: Tensor | None, prepared: Prepared, same_id: SameId | None
+    z1: Tensor,
+    z2: Tensor,
+    tau: Tensor | None,
+    prepared: Prepared,
+    same_id: SameId | None,
+    guide: Guide | None,
 ) -> tuple[Tensor]:
-    return (native.loss_and_gradient(z1, z2, prepared.call, prepared.plan, same_id)[0],)
+    return (native.loss_and_gradient(z1, z2, prepared.call, prepared.plan, same_id, guide)[0],)
 
 
 class _Loss(torch.autograd.Function):
@@ -69,8 +75,9 @@ class _Loss(torch.autograd.Function):
         tau: Tensor | None,
         prepared: Prepared,
         same_id: SameId | None,
+        guide: Guide | None,
     ) -> tuple[Tensor | None, ...]:
-        outputs = prepared.plan.run(z1, z2, same_id)
+        outputs = prepared.plan.run(z1, z2, same_id, None, guide)
         ctx.prepared, ctx.hooked = prepared, _hooks_of_saved_tensors(False) is not None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*outputs[1:])
@@ -89,7 +96,7 @@ class _Loss(torch.autograd.Function):
         # GradScaler sees it
         scale = scaled_in_place if not ctx.hooked and _read_once(grad) else scaled
         dz, dtau = scale(ctx.saved_tensors, grad, dtypes)
-        return *views_of(dz, need), dtau, None, None
+        return *views_of(dz, need), dtau, None, None, None
 
 
 def _read_once(grad: Tensor) -> bool:
@@ -126,32 +133,35 @@ class _Losses(torch.autograd.Function):
         tau: Tensor | None,
         prepared: Prepared,
         same_id: SameId | None,
+        guide: Guide | None,
     ) -> tuple[Tensor]:
         ctx.prepared = prepared
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(z1, z2, tau, *(same_id or ()))
+        ctx.save_for_backward(z1, z2, tau, *(guide or (None, None)), *(same_id or ()))
         call, plan = prepared.call, prepared.plan.forward
-        return (native.loss_and_gradient(z1, z2, call, plan, same_id)[0],)
+        return (native.loss_and_gradient(z1, z2, call, plan, same_id, guide)[0],)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> _Gradients:
         if grad is None:
             return _NO_GRADIENTS
-        z1, z2, tau, *same_id = ctx.saved_tensors
+        z1, z2, tau, *guide_and_ids = ctx.saved_tensors
+        guide, same_id = guide_and_ids[:2], guide_and_ids[2:]
+        guide = None if guide[0] is None else guide
         call, plan, need, _, dtypes, _ = ctx.prepared
 
         def run(grad: Tensor) -> tuple[Tensor | None, ...]:
-            found = native.gradient(z1, z2, call, plan, same_id or None, grad)
+            found = native.gradient(z1, z2, call, plan, same_id or None, grad, guide)
             return in_dtypes(found, dtypes)
 
         with torch.no_grad():
             found = for_each_gradient(run, grad)
         dz, dtau = only_once(found, (grad, z1, z2, tau))
-        return *views_of(dz, need), dtau, None, None
+        return *views_of(dz, need), dtau, None, None, None
 
 
 _Gradients = tuple[Tensor | None, ...]
-_NO_GRADIENTS = (None,) * 5
+_NO_GRADIENTS = (None,) * 6
 
 
 # --- calls like one before ------------------------------------------------------------------------
@@ -200,7 +210,7 @@ def again(z1: Tensor, z2: Tensor, temperature: Temperature, call: Call) -> Found
             return None, None  # the checks will say so
         prepared = call.ready[key] = prepared._replace(plan=prepared.plan.at(value))
     tau = _learnt(temperature, prepared.plan.like) if prepared.need.tau else None
-    return (prepared.losses(z1, z2, tau, prepared, None)[0], "cpu", prepared.why), key
+    return (prepared.losses(z1, z2, tau, prepared, None, None)[0], "cpu", prepared.why), key
 
 
 def _of_tensors(temperature: Any) -> tuple[cpu_step.Temperature, tuple[Any, ...]] | None:

@@ -93,13 +93,13 @@ def loss_against(
             probability to be drawn corrects for sampled negatives (logQ). Only for exponential
             objectives.
         max_gap: negatives with Δ_ij = t_ij − t⁺_i > max_gap do not count; see
-            `alphacl_fast.functional.alpha_cl_loss`. It takes neither log_weights nor a temperature
-            per anchor.
+            `alphacl_fast.functional.alpha_cl_loss`. Neither log_weights nor temperatures change a
+            Δ. With log_weights it needs the backend "cpu" or "blocked".
         guide: (g, g_negatives, threshold): another model's embeddings of z (N, G) and of negatives
             (M, G), None with ``negatives=None``, in any float dtype, and one number per anchor
             (N,). Negatives whose cosine similarity with the anchor, as the guide sees it, exceeds
             the threshold do not count (GISTEmbed, arXiv:2402.16829). The guide gets no gradient.
-            On the backend "blocked" only.
+            On the backends "cpu" and "blocked" only.
         **options: options of the objective, by its own names.
 
     Returns:
@@ -133,7 +133,7 @@ def loss_against(
     if group is not None:
         return _over_ranks(given, call, group)
     given = given.with_checked_guide()
-    given.check(call.objective, fewest=1, max_gap=max_gap)
+    given.check(call.objective, fewest=1)
     return call.reduce(row_losses(given, call))
 
 
@@ -206,11 +206,8 @@ class Given(NamedTuple):
             return self
         return self._replace(guide=_checked_guide(self.guide, self.z, self.negatives))
 
-    def check(self, objective: Objective, fewest: int, max_gap: float | None = None) -> None:
+    def check(self, objective: Objective, fewest: int) -> None:
         """Raises unless all tensors are good but the ids; ``fewest``: rows that there must be."""
-        if max_gap is not None and (self.log_weights is not None or self.per_anchor):
-            other = "log_weights" if self.log_weights is not None else "a temperature per anchor"
-            raise ValueError(f"max_gap must be None with {other}, got {max_gap}")
         functional.check_rows("z", self.z, fewest)
         functional.check_rows("negatives", self.other, fewest)
         functional.check_alike("negatives", self.other, "z", self.z)
@@ -286,6 +283,8 @@ def row_losses(given: Given, call: Call) -> Tensor:
     of_guide = given.guide
     wide = accumulation_dtype(z.dtype)
     positive, scale = given.positive.to(wide), None
+    # Δ has no weights and is not divided by a temperature
+    limit = None if call.max_gap is None else positive.detach() + call.max_gap
     if given.per_anchor:
         # each anchor divides its own similarities; among one another, rows are on both sides
         scale = temperature.to(wide)
@@ -296,9 +295,11 @@ def row_losses(given: Given, call: Call) -> Tensor:
             negative_ids = ids
         z, negatives = z.to(wide) / scale[:, None], negatives.to(wide)
         positive, temperature = positive / scale, 1.0
+        limit = None if limit is None else limit / scale.detach()
     tau, bound, _ = functional.bind_temperature(
-        z, temperature, call, ids is not None, reduction="none", with_guide=given.guide is not None
-    )
+        z, temperature, call, ids is not None, reduction="none", with_guide=given.guide is not None,
+        weighted=given.log_weights is not None,
+    )  # fmt: skip
     layout = _layout(len(z), len(z) if negatives is None else len(z) + len(negatives))
     same_id = _same_id(ids, negative_ids, layout, wide)
     guide = None if of_guide is None else _guide(of_guide, wide)
@@ -318,7 +319,7 @@ def row_losses(given: Given, call: Call) -> Tensor:
                 bias = torch.cat([bias.new_zeros(len(z)), bias])
         learn_tau = tau.requires_grad and torch.is_grad_enabled()
         losses = _ExplicitNegatives.apply(
-            z, negatives, positive, tau, bias, bound, same_id, guide, learn_tau
+            z, negatives, positive, tau, bias, bound, same_id, guide, limit, learn_tau
         )[0]
     return losses if scale is None else call.objective.times_temperature(losses, scale)
 
@@ -331,7 +332,7 @@ def _over_ranks(given: Given, call: Call, group: ProcessGroup) -> Tensor:
     failure, text, sizes, temperature = None, "", (), ()
     try:
         given = given.with_checked_guide()
-        given.check(call.objective, fewest=0, max_gap=call.max_gap)
+        given.check(call.objective, fewest=0)
         given.checked_ids()
         _check_backend(given, call)
         text, sizes = _statement(given, call), (len(given.z), len(given.other))
@@ -341,7 +342,7 @@ def _over_ranks(given: Given, call: Call, group: ProcessGroup) -> Tensor:
     sharing = shared_rows.agree(group, text, sizes, failure, given.z, call.objective, temperature)
     given = given._replace(one_each=_one_each(sharing.temperatures))
     if given.per_anchor:  # perhaps only in the reading that all ranks share
-        given.check(call.objective, fewest=0, max_gap=call.max_gap)
+        given.check(call.objective, fewest=0)
     z, wide = given.z, accumulation_dtype(given.z.dtype)
     if not sum(sharing.counts(0)) or not sum(sharing.counts(1)):
         raise ValueError(f"all ranks together must have at least 1 row, got {sharing.sizes}")
@@ -389,7 +390,10 @@ def _check_backend(given: Given, call: Call) -> None:
     """Raises unless a backend serves the call, before the ranks exchange any rows."""
     wide = given.z[:0].to(accumulation_dtype(given.z.dtype))
     with_ids = given.ids is not None or given.negatives is None
-    functional.bind_temperature(wide, 1.0, call, with_ids, with_guide=given.guide is not None)
+    functional.bind_temperature(
+        wide, 1.0, call, with_ids, with_guide=given.guide is not None,
+        weighted=given.log_weights is not None,
+    )  # fmt: skip
 
 
 def _statement(given: Given, call: Call) -> str:
@@ -533,10 +537,11 @@ class _GivenPositives(Problem):
         call: BoundCall,
         same_id: SameId | None,
         guide: Guide | None,
+        limit: Tensor | None,
     ) -> None:
         rows = Rows(z if negatives is None else torch.cat([z, negatives]), bias=bias)
         tau = tau.to(pos.dtype)
-        sweeps = Sweeps(rows, pos, tau, call, _layout(len(z), len(rows.f)), same_id, guide)
+        sweeps = Sweeps(rows, pos, tau, call, _layout(len(z), len(rows.f)), same_id, guide, limit)
         super().__init__(Features(rows, None), pos, tau, call, same_id, sweeps)
         self.n_first = len(z)
 
@@ -560,9 +565,10 @@ class _ExplicitNegatives(torch.autograd.Function):
         call: BoundCall,
         same_id: SameId | None,
         guide: Guide | None,
+        limit: Tensor | None,
         learn_tau: bool,
     ) -> tuple[Tensor | None, ...]:
-        problem = _GivenPositives(z, negatives, pos, tau, bias, call, same_id, guide)
+        problem = _GivenPositives(z, negatives, pos, tau, bias, call, same_id, guide, limit)
         solution = problem.solve(learn_tau)
         # The inputs themselves are saved, not the rows that were put together from them.
         saved = problem.saved(solution)._replace(features=Features(Rows(None), None))
@@ -570,28 +576,29 @@ class _ExplicitNegatives(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        z, negatives, _, tau, bias, ctx.call, _, guide, _ = inputs
+        z, negatives, _, tau, bias, ctx.call, _, guide, limit, _ = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(z, negatives, tau, bias, *(guide or (None, None)), *output[1:])
+        guide = guide or (None, None)
+        ctx.save_for_backward(z, negatives, tau, bias, limit, *guide, *output[1:])
 
     @staticmethod
     def backward(ctx, grad: Tensor | None, *of_saved: Tensor | None) -> tuple[Tensor | None, ...]:
         if not first_derivative(grad, of_saved):
-            return (None,) * 9
+            return (None,) * 10
         tensors = ctx.saved_tensors
         with torch.no_grad(), without_autocast(grad.device):
             run = partial(_ExplicitNegatives._gradients, ctx, tensors)
             gradients = for_each_gradient(run, grad)
-        return *only_once(gradients, (grad, *tensors)), None, None, None, None
+        return *only_once(gradients, (grad, *tensors)), *(None,) * 5
 
     @staticmethod
     def _gradients(ctx, saved: Sequence[Tensor | None], grad: Tensor) -> tuple[Tensor | None, ...]:
         """Those of the tensors, for the gradient of every loss."""
         need_z, need_negatives, need_pos, need_tau, need_bias = ctx.needs_input_grad[:5]
-        z, negatives, tau, bias, guide, largest, *tensors = saved
+        z, negatives, tau, bias, limit, guide, largest, *tensors = saved
         saved, guide = Saved.unflatten(tensors), None if guide is None else Guide(guide, largest)
         problem = _GivenPositives(
-            z, negatives, saved.pos, tau, bias, ctx.call, saved.same_id, guide
+            z, negatives, saved.pos, tau, bias, ctx.call, saved.same_id, guide, limit
         )
         # the sums of the weights come with the rows' gradient
         first = need_z or (need_bias and negatives is None)

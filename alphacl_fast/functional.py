@@ -43,7 +43,7 @@ VALID = {
 }
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-#: `guided.loss`, which is made of losses with explicit negatives, and they of this module.
+#: `guided.loss`, which is an operator of compiled graphs, and that is made of this module.
 GUIDED: list[Callable[..., Tensor]] = []
 #: The guide of a call with these embeddings, and its margin; it raises unless it fits them.
 Opinion = Callable[[Tensor, Call], tuple[Guide, float]]
@@ -132,9 +132,10 @@ def alpha_cl_loss(
         guide: (g1, g2), another model's embeddings (N, G) of both views, in any float dtype.
             A negative is left out if its cosine similarity with the anchor, in the guide's
             embeddings, is larger than the similarity of the positive pair there minus
-            ``guide_margin`` (GISTEmbed, arXiv:2402.16829). The guide gets no gradient. With a
-            process group every rank passes the guide's embeddings of its own pairs. Only
-            backend="blocked" serves it, for similarity "cosine" and "dot". None: there is no guide.
+            ``guide_margin`` (GISTEmbed, arXiv:2402.16829). Two similarities that differ by less
+            than eight units of rounding count as equal. The guide gets no gradient. With a process
+            group every rank passes the guide's embeddings of its own pairs. The backends "cpu",
+            "blocked" and "reference" serve it. None: there is no guide.
         guide_margin: any finite number; a positive one leaves out more.
         workspace: bytes in which the CPU kernels may keep tiles of pairs from one sweep to the
             next instead of computing them again; the memory is one per process and stays
@@ -352,16 +353,21 @@ def evaluate(
     call: Call,
     ids: Tensor | None = None,
     key: Any = None,
+    opinion: Opinion | None = None,
 ) -> tuple[Tensor, str, str]:
     """The loss, the backend that computed it and why.
 
     It checks everything that `make_call` has not checked. ``key``: what `steps.again` returned for
-    this call, which has no plan yet.
+    this call, which has no plan yet. ``opinion``: of a guide.
     """
+    with_guide = opinion is not None
     z1, z2 = of_one_dtype(z1, z2)
+    if with_guide and isinstance(call.objective, ClosedForm):  # its sums of rows know no guide
+        call = replace(call, objective=call.objective.of_each_pair)
     if call.process_group is not None:
-        return evaluate_over_ranks(z1, z2, temperature, call, ids)
-    tau, bound, why = bind(z1, z2, temperature, call, ids is not None)
+        return evaluate_over_ranks(z1, z2, temperature, call, ids, opinion)
+    tau, bound, why = bind(z1, z2, temperature, call, ids is not None, with_guide)
+    guide = opinion(z1, call)[0] if with_guide else None
     own_ids = None if ids is None else checked_ids("ids", ids, z1)
     if z1.shape[0] < bound.objective.fewest_pairs:
         with without_autocast(z1.device):
@@ -375,7 +381,7 @@ def evaluate(
             found, _ = steps.again(z1, z2, temperature, call, ids)
             if found is not None:
                 return found
-    if native.serves(bound, need) and native.plain(z1, z2, tau):
+    if native.serves(bound, need, with_guide) and native.plain(z1, z2, tau):
         prepared = eager.prepare(z1, tau, bound, need, why)
         # a user's function is looked at in every call: what it reads may have changed
         if key is not None and not bound.objective.functions:
@@ -383,9 +389,9 @@ def evaluate(
         same_id = (
             None if ids is None else SameId.of_views(own_ids, bound, len(z1), prepared.plan.wide)
         )
-        return prepared.losses(z1, z2, tau, prepared, same_id)[0], bound.backend, why
+        return prepared.losses(z1, z2, tau, prepared, same_id, guide)[0], bound.backend, why
     with without_autocast(z1.device):
-        return _loss(z1, z2, tau, bound, own_ids), bound.backend, why
+        return _loss(z1, z2, tau, bound, own_ids, guide), bound.backend, why
 
 
 def no_negatives(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall) -> Tensor:
@@ -401,7 +407,14 @@ def zero_with_graph(*tensors: Tensor) -> Tensor:
     return torch.stack([(x * 0).sum().to(tensors[0].device, wide) for x in tensors]).sum()
 
 
-def _loss(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, ids: Tensor | None) -> Tensor:
+def _loss(
+    z1: Tensor,
+    z2: Tensor,
+    tau: Tensor,
+    call: BoundCall,
+    ids: Tensor | None,
+    guide: Guide | None,
+) -> Tensor:
     wide = accumulation_dtype(z1.dtype)
     if call.backend == "reference":
         operands = (x.to(wide) for x in (z1, z2, tau))
@@ -413,6 +426,7 @@ def _loss(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, ids: Tensor | No
             call.symmetric,
             ids,
             call.max_gap,
+            guide,
         )
         return call.reduce(losses)
     if isinstance(call.objective, ClosedForm):
@@ -421,7 +435,7 @@ def _loss(z1: Tensor, z2: Tensor, tau: Tensor, call: BoundCall, ids: Tensor | No
         return call.reduce(closed_form(z1, z2, call, layout, same_id=same_id))
     if as_operator(z1):
         return compiled_op.loss(z1, z2, tau, call, ids)
-    return AlphaCLFunction.apply(z1, z2, tau, call, Need.of(z1, z2, tau), ids)[0]
+    return AlphaCLFunction.apply(z1, z2, tau, call, Need.of(z1, z2, tau), ids, guide)[0]
 
 
 @torch.compiler.disable  # sizes and errors of the other processes are read on the host
@@ -435,8 +449,7 @@ def evaluate_over_ranks(
 ) -> tuple[Tensor, str, str]:
     """As `evaluate`, with a process group, and without the negatives that a guide calls false."""
     tau, bound, why, left_out, failure = None, None, "", None, None
-    if isinstance(call.objective, ClosedForm) and (ids is not None or opinion is not None):
-        # its sums of rows know neither ids nor a guide
+    if isinstance(call.objective, ClosedForm) and ids is not None:  # its sums know no ids of ranks
         call = replace(call, objective=call.objective.of_each_pair)
     try:
         with_guide = opinion is not None
@@ -501,10 +514,12 @@ def bind_temperature(
     reduction: str | None = None,
     few_long_rows: bool = False,
     with_guide: bool = False,
+    weighted: bool = False,
 ) -> tuple[Tensor, BoundCall, str]:
     """As `bind`, for embeddings and a temperature that have been checked.
 
-    ``reduction`` replaces the call's; ``few_long_rows``: see `_few_long_rows`.
+    ``reduction`` replaces the call's; ``few_long_rows``: see `_few_long_rows`; ``weighted``:
+    there are log-weights.
     """
     if not as_operator(z1):  # else the operator checks
         call.objective.check()
@@ -518,6 +533,7 @@ def bind_temperature(
         tau = as_number(temperature, z1)
     operands = ("ids",) * with_ids + ("max_gap",) * (call.max_gap is not None)
     operands += ("guide",) * with_guide
+    operands += ("max_gap with log_weights",) * (weighted and call.max_gap is not None)
     objective, wgmma = call.objective, False
     if z1.is_cuda and call.similarity == "cosine" and values[0] is not None and not operands:
         wgmma = ops.cuda.has_wgmma_kernels(objective.kind, objective.params(1.0), z1.shape[1])

@@ -13,19 +13,20 @@ from torch import Tensor
 
 from . import ops
 from .backend import cpu, cpu_step
-from .call import BoundCall, Layout, Loss, Need, SameId
+from .call import BoundCall, Guide, Layout, Loss, Need, SameId
 from .objectives import kind
 from .program import record
 
 
-def serves(call: BoundCall, need: Need) -> bool:
+def serves(call: BoundCall, need: Need, with_guide: bool = False) -> bool:
     """Whether a call is computed natively, for plain tensors."""
+    some_left_out = call.max_gap is not None or with_guide
     return not torch.compiler.is_compiling() and (
         call.backend == "cpu"
         and call.objective.recordable
         and None not in call.known
         and call.ranks is None
-        and not (call.max_gap is not None and call.objective.counts_negatives)
+        and not (some_left_out and call.objective.counts_negatives)
         and all(cpu.uncompiled(function.key) is None for function in call.objective.functions)
     )
 
@@ -95,10 +96,15 @@ def _plan(
 
 
 def loss_and_gradient(
-    z1: Tensor, z2: Tensor, call: Loss, plan: cpu_step.Plan, same_id: SameId | None
+    z1: Tensor,
+    z2: Tensor,
+    call: Loss,
+    plan: cpu_step.Plan,
+    same_id: SameId | None,
+    guide: Guide | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The reduced loss, (dz1, dz2) in one tensor, and dτ; None where not needed."""
-    value, dz, dtau = plan.run(z1, z2, same_id)
+    value, dz, dtau = plan.run(z1, z2, same_id, None, guide)
     return call.reduce(value) if call.reduction == "none" else value, dz, dtau
 
 
@@ -109,10 +115,11 @@ def gradient(
     plan: cpu_step.Plan,
     same_id: SameId | None,
     grad: Tensor,
+    guide: Guide | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dz1, dz2) in one tensor and dτ, for the gradient of every loss of reduction="none".
 
     The rows are solved again, which costs less than to keep what the forward made of them.
     """
     incoming = call.of_anchors(grad.to(plan.wide))
-    return plan.run(z1, z2, same_id, incoming)[1:]
+    return plan.run(z1, z2, same_id, incoming, guide)[1:]

@@ -31,10 +31,14 @@ _LIBRARY.define(f"whole_loss({_SETTINGS}) -> (Tensor, Tensor[])")
 _LIBRARY.define(f"whole_loss_grad({_SETTINGS}, Tensor grad) -> Tensor[]")
 
 
+#: (n rows, the call's settings) → the shape of the losses of reduction="none".
+Losses = Callable[[int, dict[str, Any]], tuple[int, ...]]
+
+
 class _Loss(NamedTuple):
     function: Callable[..., Tensor]
     rows: tuple[str, ...]  # the arguments that hold embeddings; all have one dtype
-    losses: Callable[[int], tuple[int, ...]]  # n rows → the shape of the losses of reduction="none"
+    losses: Losses
     reduction: str  # its default; "none" for a function without this argument
 
 
@@ -43,7 +47,7 @@ _LOSSES: dict[str, _Loss] = {}
 
 
 def one_operator(
-    *rows: str, losses: Callable[[int], tuple[int, ...]] = lambda n: (n,)
+    *rows: str, losses: Losses = lambda n, settings: (n,)
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Makes a loss one operator of a compiled graph, and of tensors without data.
 
@@ -51,7 +55,8 @@ def one_operator(
 
     Args:
         *rows: the names of the arguments that hold embeddings.
-        losses: n rows → the shape of the losses that ``reduction="none"`` gives.
+        losses: (n rows, the arguments that are no tensors) → the shape of the losses that
+            ``reduction="none"`` gives.
     """
 
     def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -155,8 +160,11 @@ def _deferred(tensors: list[Tensor], loss: str, settings: str, needed: list[bool
 
 
 def _reduction(loss: str, settings: str) -> str:
-    given = {argument: value for argument, value, _ in json.loads(settings)}
-    return given.get("reduction", _LOSSES[loss].reduction)
+    return _given(settings).get("reduction", _LOSSES[loss].reduction)
+
+
+def _given(settings: str) -> dict[str, Any]:
+    return {argument: value for argument, value, _ in json.loads(settings)}
 
 
 def _leaves(tensors: list[Tensor], needed: list[bool]) -> tuple[list[Tensor], list[Tensor]]:
@@ -196,7 +204,7 @@ def _fake_gradients(tensors: list[Tensor], needed: list[bool]) -> list[Tensor]:
 def _whole_loss_fake(tensors, loss, names, settings, needed):
     rows = tensors[names.index(_LOSSES[loss].rows[0])]
     none = _reduction(loss, settings) == "none"
-    shape = _LOSSES[loss].losses(rows.shape[0]) if none else ()
+    shape = _LOSSES[loss].losses(rows.shape[0], _given(settings)) if none else ()
     value = rows.new_empty(shape, dtype=accumulation_dtype(rows.dtype))
     deferred = _deferred(tensors, loss, settings, needed)
     return value, [] if deferred else _fake_gradients(tensors, needed)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .autograd import first_derivative, for_each_gradient, only_once
+from .backend import cpu_groups
 from .call import without_autocast
 
 
@@ -50,6 +51,14 @@ class Outcome(NamedTuple):
 
 #: (block, *vectors (b,)) → what a block contributes.
 Formula = Callable[..., Outcome]
+
+
+class Compiled(NamedTuple):
+    """A formula of the vectors ℓ, origin and τ that `backend.cpu_groups` has compiled."""
+
+    form: int
+    bounded: bool
+    tau: float
 
 
 class Groups(NamedTuple):
@@ -118,15 +127,15 @@ class Groups(NamedTuple):
 
         The others are None if they are the anchors. It costs O((n + m)·D).
         """
-        rows = (anchors if others is None else others)[self.others]
+        rows = (anchors if others is None else others).index_select(0, self.others)
         sums = torch.zeros_like(rows).index_add_(0, self.first_of_others, rows)
-        mine = anchors[self.anchors]
-        total = sums[self.first.clamp(max=len(rows) - 1)]
+        mine = anchors.index_select(0, self.anchors)
+        total = sums.index_select(0, self.first.clamp(max=len(rows) - 1))
         if self.own is not None:
-            total = total - rows[self.own]
+            total -= rows.index_select(0, self.own)
         count = self.count[self.anchors]
         mean = (mine * total).sum(1) / count.clamp(min=1)
-        return _unsorted(torch.where(count > 0, mean, 0.0), self.anchors)
+        return unsorted(torch.where(count > 0, mean, 0.0), self.anchors)
 
     def blocks(self) -> Iterator[tuple[slice, slice]]:
         """Anchors and the other rows that their groups span, both in order.
@@ -174,13 +183,12 @@ class _Sorted:
         anchors: Tensor,
         others: Tensor | None,
         vectors: tuple[Tensor, ...],
-        groups: Groups,
-        formula: Formula,
-        needed: tuple[bool, ...],
+        call: _Call,
     ) -> None:
-        self.groups, self.formula, self.needed = groups, formula, needed
-        self.anchors = anchors[groups.anchors]
-        self.others = self.anchors if others is None else others[groups.others]
+        self.groups = groups = call.groups
+        self.formula, self.compiled, self.needed = call.formula, call.compiled, call.needed
+        self.anchors = anchors.index_select(0, groups.anchors)
+        self.others = self.anchors if others is None else others.index_select(0, groups.others)
         self.vectors = [x[groups.anchors] for x in vectors]
         self.same = others is None
         count = groups.count[groups.anchors]
@@ -188,8 +196,14 @@ class _Sorted:
         #: where the group of an anchor begins among the others; −1: none of them has its id
         self.group = torch.where(groups.last > groups.first, groups.first, -1)
 
-    def outcomes(self) -> Iterator[tuple[slice, slice, Outcome]]:
-        """Of every block: its anchors and others in order."""
+    def outcomes(self, weight: Tensor | None = None) -> Iterator[tuple[slice, slice, Outcome]]:
+        """Of every block: its anchors and others in order.
+
+        A compiled formula multiplies the derivatives in t by the ``weight`` of the anchors.
+        """
+        if self.compiled is not None:
+            yield from self._of_compiled(weight)
+            return
         groups = self.groups
         for i, j in groups.blocks():
             excluded = self.group[i, None] != groups.first_of_others[j]
@@ -200,7 +214,28 @@ class _Sorted:
                 excluded |= place == groups.own[i, None]
             t = self.anchors[i] @ self.others[j].t()
             block = Block(t, excluded, self.count[i], self.needed)
-            yield i, j, self.formula(block, *(x[i] for x in self.vectors))
+            outcome = self.formula(block, *(x[i] for x in self.vectors))
+            if weight is not None:
+                outcome.dt.mul_((weight[i] * outcome.scale)[:, None])
+            yield i, j, outcome
+
+    def _of_compiled(self, weight: Tensor | None) -> Iterator[tuple[slice, slice, Outcome]]:
+        groups, (form, bounded, tau) = self.groups, self.compiled
+        log_sums, origin, _ = (x.contiguous() for x in self.vectors)
+        found = [torch.empty_like(log_sums) for _ in range(3)]
+        own = groups.own
+        for i, j in groups.blocks():
+            t = self.anchors[i] @ self.others[j].t()
+            of_block = None if weight is None else weight[i]
+            loss, of_log_sums, of_tau = (x[i] for x in found)
+            cpu_groups.differentiate(
+                form, bounded, tau, t=t, first=groups.first[i] - j.start,
+                last=groups.last[i] - j.start, own=None if own is None else own[i] - j.start,
+                log_sums=log_sums[i], origin=origin[i], weight=of_block,
+                loss=loss, of_log_sums=of_log_sums, of_tau=of_tau,
+            )  # fmt: skip
+            dvectors = of_log_sums, None, of_tau if self.needed[2] else None
+            yield i, j, Outcome(loss, t, 1.0, dvectors)
 
     def losses(self) -> Tensor:
         """(n,) losses, 0 for an anchor without a positive."""
@@ -219,9 +254,9 @@ class _Sorted:
         d_anchors = torch.zeros_like(self.anchors)
         d_others = d_anchors if self.same else torch.zeros_like(self.others)
         d_vectors = [torch.zeros_like(x) for x in self.vectors]
-        for i, j, outcome in self.outcomes():
+        for i, j, outcome in self.outcomes(weight):
             losses[i] = outcome.loss
-            dt = outcome.dt.mul_((weight[i] * outcome.scale)[:, None])
+            dt = outcome.dt
             if self.same and i == j:
                 d_anchors[i].addmm_(dt + dt.t(), self.anchors[i])
             else:
@@ -231,19 +266,20 @@ class _Sorted:
                 if dv is not None:
                     out[i] = dv
         total = (torch.where(self.usable, losses, 0.0) * weight).sum()
-        of_others = None if self.same else _unsorted(d_others, self.groups.others)
+        of_others = None if self.same else unsorted(d_others, self.groups.others)
         of_vectors = (self._of_anchors(x * weight) for x in d_vectors)
-        return total, _unsorted(d_anchors, self.groups.anchors), of_others, *of_vectors
+        return total, unsorted(d_anchors, self.groups.anchors), of_others, *of_vectors
 
     def _of_anchors(self, x: Tensor) -> Tensor:
         """(n,) as the anchors were given; 0, which may replace NaN, without a positive."""
-        return _unsorted(torch.where(self.usable, x, 0.0), self.groups.anchors)
+        return unsorted(torch.where(self.usable, x, 0.0), self.groups.anchors)
 
 
-def _unsorted(x: Tensor, order: Tensor) -> Tensor:
-    out = torch.empty_like(x)
-    out[order] = x
-    return out
+def unsorted(x: Tensor, order: Tensor) -> Tensor:
+    """The rows that were taken in this order, where they were before."""
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    return x.index_select(0, place)
 
 
 def losses_of_groups(
@@ -253,6 +289,7 @@ def losses_of_groups(
     formula: Formula,
     *vectors: Tensor,
     weight: Tensor | None = None,
+    compiled: Compiled | None = None,
 ) -> Tensor:
     """(n,) losses of the formula, 0 for an anchor without a positive; or their weighted sum.
 
@@ -263,6 +300,7 @@ def losses_of_groups(
         formula: the loss of an anchor from its block.
         *vectors: (n,) more arguments of the formula.
         weight: (n,) constants; gives Σ_i weight_i·loss_i in one walk for loss and gradient.
+        compiled: the same formula in C++, for rows in the memory of the host.
 
     Returns:
         (n,), or () with ``weight``. Gradients flow to anchors, others and vectors.
@@ -270,13 +308,14 @@ def losses_of_groups(
     inputs = [x for x in (anchors, others, *vectors) if x is not None]
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     needed = tuple(wanted and x.requires_grad for x in vectors)
-    call = _Call(groups, formula, wanted, needed)
+    call = _Call(groups, formula, compiled, wanted, needed)
     return _LossesOfGroups.apply(anchors, others, weight, call, *vectors)[0]
 
 
 class _Call(NamedTuple):
     groups: Groups
     formula: Formula
+    compiled: Compiled | None
     wanted: bool  # whether any gradient is
     needed: tuple[bool, ...]  # whether each vector's gradient is
 
@@ -293,7 +332,7 @@ class _LossesOfGroups(torch.autograd.Function):
         *vectors: Tensor,
     ) -> tuple[Tensor | None, ...]:
         with without_autocast(anchors.device):
-            walk = _Sorted(anchors, others, vectors, call.groups, call.formula, call.needed)
+            walk = _Sorted(anchors, others, vectors, call)
             if weight is None:
                 return (walk.losses(),)
             if not call.wanted:
@@ -330,5 +369,4 @@ class _LossesOfGroups(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         """Those of the tensors, for the gradient of every loss."""
         anchors, others, *vectors = tensors
-        walk = _Sorted(anchors, others, vectors, call.groups, call.formula, call.needed)
-        return walk.gradients(grad)[1:]
+        return _Sorted(anchors, others, vectors, call).gradients(grad)[1:]

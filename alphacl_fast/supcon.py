@@ -9,14 +9,16 @@ constant: g_ip = (s_ip − m_i)/τ, ℓ_i = log Σ_N exp((s_in − m_i)/τ).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import functional, shared_rows
-from .autograd import unit_rows
+from . import functional, native, ops, shared_rows
+from .autograd import first_derivative, scaled, unit_rows
+from .backend import cpu, cpu_step
 from .bundles import accumulation_dtype
 from .call import without_autocast
 from .explicit_negatives import row_losses_against
@@ -24,7 +26,7 @@ from .functional import zero_with_graph
 from .objectives import LOG_SUM
 from .one_operator import one_operator
 from .process_groups import ProcessGroup
-from .same_id import Block, Formula, Groups, Outcome, losses_of_groups
+from .same_id import Block, Compiled, Formula, Groups, Outcome, losses_of_groups, unsorted
 
 # --- the forms ------------------------------------------------------------------------------------
 
@@ -181,13 +183,12 @@ def supcon_loss(
         if len(z) == 1 and reference is None:
             losses = zero_with_graph(z, tau).expand(1)
             return losses if reduction == "none" else losses.sum()
-        rows = given.rows(z)
-        if reference is None:
-            pool = _Pool(rows, None, ids, None, Groups.among(ids), similarity)
-        else:
-            groups = Groups.between(ids, reference_ids)
-            pool = _Pool(rows, given.rows(reference), ids, reference_ids, groups, similarity)
-        return _evaluate(pool, tau, form, reduction, backend, precision)
+        evaluate = partial(
+            _alone, given, form=form, reduction=reduction, backend=backend, precision=precision,
+        )  # fmt: skip
+        if reduction != "none" and _in_one_go(backend, precision, z, reference, tau):
+            return _InOneGo.apply(evaluate, ids, reference_ids, z, reference, tau)[0]
+        return evaluate(ids, reference_ids, z, reference, tau)
 
 
 class SupConLoss(nn.Module):
@@ -300,6 +301,93 @@ class _Pool(NamedTuple):
     similarity: str  # "cosine": all rows have unit length
 
 
+def _alone(
+    given: _Given,
+    ids: Tensor,
+    reference_ids: Tensor | None,
+    z: Tensor,
+    reference: Tensor | None,
+    tau: Tensor,
+    **settings: Any,
+) -> Tensor:
+    """The loss of checked tensors in one process."""
+    rows = given.rows(z)
+    if reference is None:
+        pool = _Pool(rows, None, ids, None, Groups.among(ids), given.similarity)
+    else:
+        groups = Groups.between(ids, reference_ids)
+        pool = _Pool(rows, given.rows(reference), ids, reference_ids, groups, given.similarity)
+    return _evaluate(pool, tau, **settings)
+
+
+def _in_one_go(backend: str, precision: str | None, *tensors: Tensor | None) -> bool:
+    """Whether the loss and its gradients are computed together: by the CPU kernels, for tensors
+    that nobody watches or transforms.
+    """
+    there = [x for x in tensors if x is not None]
+    z = there[0]
+    return (
+        torch.is_grad_enabled()
+        and any(x.requires_grad for x in there)
+        and native.plain(*there)
+        and _serving(backend, z, precision) == "cpu"
+    )
+
+
+def _serving(backend: str, z: Tensor, precision: str | None) -> str:
+    """The backend of the sweeps."""
+    dtype = accumulation_dtype(z.dtype)
+    return ops.choose(backend, z.device, dtype, precision, "exp", ("ids",))[0]
+
+
+class _InOneGo(torch.autograd.Function):
+    """A loss that is one number, with its gradients: the second sweep finds what the first kept.
+
+    Rows are sorted by their ids, so that few tiles of the sweeps hold pairs of equal ids.
+    The gradients are outputs because a gradient that arrives at them belongs to a second
+    derivative, which raises.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        evaluate: Callable[..., Tensor],
+        ids: Tensor,
+        reference_ids: Tensor | None,
+        *inputs: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[3:]
+        ctx.dtypes = tuple(None if x is None else x.dtype for x in inputs)
+        # in the accumulation dtype: a half-precision gradient of 1e-8 would vanish before
+        # GradScaler sees it
+        wide = [None if x is None else x.detach().to(accumulation_dtype(x.dtype)) for x in inputs]
+        each = [x if x is None else x.sort(stable=True) for x in (ids, reference_ids)]
+        for k, x in enumerate(each):
+            wide[k] = None if x is None else wide[k].index_select(0, x.indices)
+        leaves = [
+            x if x is None else x.requires_grad_(n) for x, n in zip(wide, needed, strict=True)
+        ]
+        with torch.enable_grad(), cpu.keeping_tiles(cpu_step.default_workspace()):
+            loss = evaluate(*(x if x is None else x.values for x in each), *leaves)
+            wanted = [x for x, n in zip(leaves, needed, strict=True) if n]
+            found = iter(
+                torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+            )
+        gradients = [next(found) if n else None for n in needed]
+        for k, x in enumerate(each):
+            if gradients[k] is not None:
+                gradients[k] = unsorted(gradients[k], x.indices)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*gradients)
+        return loss.detach(), *gradients
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *of_saved: Tensor | None) -> Any:
+        if not first_derivative(grad, of_saved):
+            return (None,) * (3 + len(ctx.dtypes))
+        return None, None, None, *scaled(ctx.saved_tensors, grad, ctx.dtypes)
+
+
 def _evaluate(
     pool: _Pool,
     tau: Tensor,
@@ -312,15 +400,20 @@ def _evaluate(
     # |g| ≤ 2/τ: where that is small no exponential overflows, and no largest g is looked for
     known = functional.known(tau)
     bounded = pool.similarity == "cosine" and known is not None and 2 / known <= 60
-    losses_of = partial(FORMS[form], bounded=bounded)
+    losses_of, compiled = partial(FORMS[form], bounded=bounded), None
+    if known is not None and _serving(backend, pool.rows, precision) == "cpu":
+        compiled = Compiled([*FORMS].index(form), bounded, known)
+    losses_of = partial(
+        losses_of_groups, pool.rows, pool.others, pool.groups, losses_of, compiled=compiled
+    )
     vectors = _vectors(pool, tau, backend, precision)
     if reduction == "none":
-        return losses_of_groups(pool.rows, pool.others, pool.groups, losses_of, *vectors)
+        return losses_of(*vectors)
     weight = pool.groups.has_positive.to(pool.rows.dtype)
     if reduction == "mean":
         count = weight.sum() if sharing is None else sharing.sum(weight.sum())
         weight = weight / count.clamp(min=1)
-    return losses_of_groups(pool.rows, pool.others, pool.groups, losses_of, *vectors, weight=weight)
+    return losses_of(*vectors, weight=weight)
 
 
 def _vectors(

@@ -50,7 +50,7 @@ __all__ = [
 # --- two views ------------------------------------------------------------------------------------
 
 
-def _two_for_each(n: int) -> tuple[int]:
+def _two_for_each(n: int, settings: dict[str, Any]) -> tuple[int]:
     """The shape of the losses of both anchors of n pairs."""
     return (2 * n,)
 
@@ -956,7 +956,7 @@ def _shown_group(process_group: Any) -> str:
     return f", process_group={functional.make_group(process_group, 'auto')!r}"
 
 
-@one_operator("x", "y", losses=lambda n: (2, n))
+@one_operator("x", "y", losses=lambda n, settings: (2, n))
 def log_mean_and_slope(x: Tensor, y: Tensor, tau: Tensor, backend: str) -> Tensor:
     """(2, N) log mean_j exp((s_ij − s_ii)/τ_i) of unit rows, and its derivative in τ_i (N,).
 

@@ -60,7 +60,7 @@ def steps(monkeypatch):
 
 
 def two_sweeps(monkeypatch):
-    monkeypatch.setattr(native, "serves", lambda call, need: False)
+    monkeypatch.setattr(native, "serves", lambda *_: False)
     functional._CALLS.clear()  # nothing is prepared
 
 

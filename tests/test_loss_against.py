@@ -213,7 +213,7 @@ def parts(group, sizes, among, with_ids, reduction, objective):
                 options = {"negative_ids": negative_ids[others], **options}
         loss = loss_against(
             z, None if among else negatives, positive, objective, reduction=reduction,
-            temperature=tau if exponential else 0.4, **options,
+            temperature=tau if exponential else 0.4, max_gap=0.5 if with_ids else None, **options,
         )  # fmt: skip
         found.append([loss.detach(), *torch.autograd.grad((loss * weight).sum(), leaves)])
     truth, ours = found
@@ -254,6 +254,7 @@ def tempered(group, sizes, shape):
         tau = each[own] if shape == "each" else torch.full(shape, 0.3).double()
         leaves = [x.detach()[own].clone() for x in (z, positive)]
         leaves = [x.requires_grad_() for x in (*leaves, negatives.detach()[others].clone(), tau)]
+        options = {"max_gap": 0.5 if shape == "each" else None, **options}
         loss = loss_against(leaves[0], leaves[2], leaves[1], temperature=tau, **options)
         found.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
     truth, ours = found
@@ -295,8 +296,8 @@ def refused(group, options):
         ({"log_weights": [None, torch.zeros(3)]}, "rank 1: log_weights must be"),
         ({"n": 0}, "all ranks together must have at least 1 row"),
         (
-            {"n": 1, "max_gap": 0.1, "temperature": [torch.tensor([0.1]), torch.tensor([0.2])]},
-            "max_gap must be None with a temperature per anchor",
+            {"n": 1, "objective": "mine", "temperature": [torch.tensor([x]) for x in (0.1, 0.2)]},
+            "temperature must have one element with mine",
         ),
     ],
 )

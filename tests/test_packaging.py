@@ -213,7 +213,7 @@ call cpp_printer program backend.forms backend.reference kernels.trace
 backend.cpu_functions
 backend.blocked backend.cpu backend.gpu kernels.rows
 kernels.sweeps
-backend.cpu_step backend.cuda backend.triton
+backend.cpu_groups backend.cpu_step backend.cuda backend.triton
 ops
 native
 autograd plan

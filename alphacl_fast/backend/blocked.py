@@ -28,7 +28,7 @@ from . import forms
 from .precision import float32_precision
 
 #: Optional operands that this backend serves.
-OPTIONAL_OPERANDS = {"ids", "max_gap", "guide"}
+OPTIONAL_OPERANDS = {"ids", "max_gap", "max_gap with log_weights", "guide"}
 
 
 def unsupported(
@@ -121,6 +121,7 @@ class _Tile:
         function: PairFunction,
         need_t: bool,
         divided: bool,
+        unweighted: Tensor | None,
     ) -> None:
         self.excluded, self.same_id, self.guide = excluded, same_id, guide
         self.kind, self.tau = lookup(function.kind), function.tau
@@ -132,6 +133,8 @@ class _Tile:
             self._log_f = self.mask(product, -torch.inf)
         else:
             self.t = product
+        #: t without log-weights, which limits are compared with
+        self.unweighted = self.t if unweighted is None else unweighted
 
     def mask(self, x: Tensor, value: float = 0.0) -> Tensor:
         """Writes ``value`` where a pair is the anchor itself, its positive, or two rows of one id.
@@ -145,7 +148,7 @@ class _Tile:
     def of_side(self, x: Tensor, side: _Side, value: float = 0.0) -> Tensor:
         """x with ``value`` where a pair is too similar to count for the side's anchor."""
         if side.largest_t is not None:
-            x = x.masked_fill(self.t > side.largest_t, value)
+            x = x.masked_fill(self.unweighted > side.largest_t, value)
         if self.guide is not None:
             x = x.masked_fill(self.guide > side.largest_guide, value)
         return x
@@ -256,6 +259,7 @@ class _Sweep:
         for i0, i1, j0, j1 in tiles:
             t = buffer[: (i1 - i0) * (j1 - j0)].view(i1 - i0, j1 - j0)
             torch.mm(left[i0:i1], self.rows[j0:j1].t(), out=t)
+            unweighted = t.clone() if pairing.weighted else None
             if bias is not None:
                 t.add_(bias[i0:i1, None]).add_(bias[None, j0:j1])
             excluded = excluded_diagonals(i0, i1, j0, j1, pairing.split, pairing.partner)
@@ -266,7 +270,8 @@ class _Sweep:
             sides = [_Side(i0, i1, 1, self.scalars, pairing)]
             if pairing.anchors > pairing.split if pairing.split else j0 > i0:
                 sides.append(_Side(j0, j1, 0, self.scalars, pairing))
-            tile = _Tile(t, excluded, same_id, guide, self.function, self.need_t, self.divided)
+            how = self.function, self.need_t, self.divided, unweighted
+            tile = _Tile(t, excluded, same_id, guide, *how)
             yield (i0, i1, j0, j1), tile, sides
 
 

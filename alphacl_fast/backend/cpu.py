@@ -22,6 +22,7 @@ from torch import Tensor
 from ..bundles import (
     MOST_PARAMETERS,
     Dtype,
+    Form,
     NormalizedRows,
     PairFunction,
     Pairing,
@@ -35,7 +36,7 @@ from ..objectives import KINDS, codes_checksum, is_compiled, row_codes_checksum
 from . import cpu_functions, forms
 
 #: Optional operands that this backend serves.
-OPTIONAL_OPERANDS = {"ids", "max_gap"}
+OPTIONAL_OPERANDS = {"ids", "max_gap", "max_gap with log_weights", "guide"}
 
 #: Instruction sets, the lowest first; the environment variable ALPHACL_CPU_ISA names the highest to
 #: use.
@@ -64,9 +65,12 @@ class _Sweep(ctypes.Structure):
                 "baseline",
                 "ids",
                 "largest_t",
+                "guide",
+                "largest_guide",
                 "df",
                 "weight_sums",
                 "sums",
+                "kept",
                 "release_lock",
                 "take_lock",
                 "check_signals",
@@ -80,6 +84,7 @@ class _Sweep(ctypes.Structure):
                 "n",
                 "dim",
                 "row_stride",
+                "guide_dim",
                 "split",
                 "partner",
                 "anchors",
@@ -101,6 +106,8 @@ class _Sweep(ctypes.Structure):
                 "form",
                 "gradient",
                 "weight",
+                "filled",
+                "weighted",
                 "threads",
                 "instruction_set",
             )
@@ -165,6 +172,9 @@ def _load() -> tuple[ctypes.PyDLL | None, str | None]:
         library.alphacl_cpu_normalize.argtypes = library.alphacl_cpu_finish.argtypes = [
             ctypes.POINTER(_PairRows)
         ]
+        library.alphacl_cpu_keep.argtypes = [ctypes.c_int64]
+        library.alphacl_cpu_keep.restype = ctypes.c_void_p
+        library.alphacl_cpu_forget.argtypes = [ctypes.c_void_p]
         library.alphacl_cpu_function.argtypes = (
             [ctypes.c_int32] * 3 + [ctypes.c_void_p] * 2 + [ctypes.c_int64]
         )
@@ -322,14 +332,53 @@ def block_rows(n: int, multiple: int, largest: int) -> int:
 WORK_PER_THREAD = 4_000_000
 
 
-def _threads(n: int, dim: int, split: int, gradient: bool) -> int:
+def _threads(n: int, dim: int, split: int, gradient: bool, guide_dim: int = 0) -> int:
     pairs = split * (n - split) if split else n * n // 2
-    work = pairs * dim * (3 if gradient else 1)
+    work = pairs * (dim * (3 if gradient else 1) + guide_dim)
     return max(1, min(torch.get_num_threads(), work // WORK_PER_THREAD))
 
 
-#: Row vectors, by the names of `_Sweep`.
-_VECTORS = (*Rows._fields[1:], *RowScalars._fields, "ids", "largest_t")
+#: Row vectors and the guide's rows, by the names of `_Sweep`.
+_VECTORS = (*Rows._fields[1:], *RowScalars._fields, "ids", "largest_t", "guide", "largest_guide")
+
+
+class _Kept:
+    """Tiles that one sweep keeps for the next over the same pairs."""
+
+    def __init__(self, workspace: int) -> None:
+        self.handle = _library().alphacl_cpu_keep(workspace)
+        self.key: tuple[object, ...] | None = None
+        self.form: tuple[Form, float] | None = None
+        self.tensors: tuple[Tensor, ...] = ()
+
+    def fields(
+        self, key: tuple[object, ...], form: tuple[Form, float], tensors: tuple[Tensor, ...]
+    ) -> dict[str, int]:
+        """Those of `_Sweep` for a sweep of this form; ``key``: what its similarities depend on."""
+        if self.key is None:
+            # the tensors stay: no other one can lie at their address
+            self.key, self.form, self.tensors = key, form, tensors
+            return {"kept": self.handle}
+        factors = self.form[0] == Form.CONSTANT
+        usable = self.key == key and (self.form == form or not factors)
+        return {"kept": self.handle, "filled": 1} if usable else {}
+
+
+_local = threading.local()
+
+
+@contextlib.contextmanager
+def keeping_tiles(workspace: int) -> Iterator[None]:
+    """A context in which the first sweep of this thread keeps tiles, for later ones over its pairs.
+
+    ``workspace``: bytes for them.
+    """
+    before, _local.kept = getattr(_local, "kept", None), _Kept(workspace)
+    try:
+        yield
+    finally:
+        _library().alphacl_cpu_forget(_local.kept.handle)
+        _local.kept = before
 
 
 def _run(
@@ -346,27 +395,42 @@ def _run(
     if f.stride(1) != 1 and f.shape[1] > 1:
         f = f.contiguous()
     _, multiple, largest = _kernels(isa, Dtype.of(f.dtype))
-    vectors = zip(_VECTORS, (*rows[1:], *scalars, pairing.ids, pairing.largest_t), strict=True)
+    of_pairs = pairing.ids, pairing.largest_t, pairing.guide, pairing.largest_guide
+    vectors = zip(_VECTORS, (*rows[1:], *scalars, *of_pairs), strict=True)
+    guide_dim = 0 if pairing.guide is None else pairing.guide.shape[1]
     kept = {name: x.contiguous() for name, x in vectors if x is not None}
-    kept.update(outputs, f=f)
+    kept.update(f=f)
+    of_tiles = {}
+    if getattr(_local, "kept", None) is not None:
+        tensors = tuple(x for name, x in kept.items() if name not in RowScalars._fields)
+        key = (
+            *((x.data_ptr(), x.stride(), x._version) for x in tensors), *f.shape, *pairing[:3],
+            pairing.weighted, float(function.tau), *function[:2], isa,
+        )  # fmt: skip
+        form = fields["form"], fields["constant_shift"]
+        of_tiles = _local.kept.fields(key, form, tensors)
+    kept.update(outputs)
     of_function, _alive = function_fields(function, function.tau.dtype)
     sweep = _Sweep(
         n=f.shape[0],
         dim=f.shape[1],
         row_stride=f.stride(0),
+        guide_dim=guide_dim,
         dtype=Dtype.of(f.dtype),
         instruction_set=isa,
         split=pairing.split,
         partner=pairing.partner,
         anchors=pairing.anchors,
+        weighted=pairing.weighted,
         block=block_rows(f.shape[0], multiple, largest),
-        threads=_threads(*f.shape, pairing.split, "gradient" in fields),
+        threads=_threads(*f.shape, pairing.split, "gradient" in fields, guide_dim),
         tau=float(function.tau),
         params=function.padded(),
         rows_of_terms=rows_of_terms(terms),
         **{name: x.data_ptr() for name, x in kept.items()},
         **of_function,
         **fields,
+        **of_tiles,
         **_hooks(),
     )
     status = _library().alphacl_cpu_sweep(ctypes.byref(sweep))

@@ -59,7 +59,8 @@ class _Step(ctypes.Structure):
         [
             (name, ctypes.c_void_p)
             for name in (
-                *("z1", "z2", "ids", "n_neg_of", "empty", "incoming", "loss", "dz", "dtau"),
+                *("z1", "z2", "ids", "n_neg_of", "empty", "guide", "largest_guide"),
+                *("incoming", "loss", "dz", "dtau"),
                 *cpu._HOOKS,
                 *("values", "constants"),
             )
@@ -68,7 +69,7 @@ class _Step(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in (
                 *("n_pairs", "dim", "stride1", "stride2", "rows", "split", "partner", "anchors"),
-                *("lo", "hi", "block", "workspace"),
+                *("lo", "hi", "block", "guide_dim", "workspace"),
             )
         ]
         + [(name, ctypes.c_double) for name in ("tau", "n_neg", "divisor", "max_gap", "factor")]
@@ -231,11 +232,12 @@ class Plan:
         z2: Tensor,
         same_id: tuple[Tensor, Tensor, Tensor] | None = None,
         incoming: Tensor | None = None,
+        guide: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Loss, the gradient in the wanted rows, the gradient in τ; None where not wanted.
 
         ``incoming`` (anchors,) is the gradient of every anchor's loss; the losses themselves are
-        then not returned.
+        then not returned. ``guide``: the contiguous tensors of a `call.Guide`.
         """
         batch, step = self.batch, _Step.from_buffer_copy(self.step)
         if not z1.is_contiguous():
@@ -260,10 +262,15 @@ class Plan:
         if same_id is not None:
             step.ids, step.n_neg_of, empty = (x.data_ptr() for x in same_id)
             step.empty = empty if batch.needs_negatives else None
+        if guide is not None:
+            step.guide, step.largest_guide = (x.data_ptr() for x in guide)
+            step.guide_dim = guide[0].shape[1]
         if threading.get_ident() != threading.main_thread().ident:
             step.check_signals = None  # signals are the main thread's
         step.block = cpu.block_rows(batch.rows, self.multiple, self.largest)
-        step.threads = cpu._threads(batch.rows, batch.dim, batch.pairing.split, self.gradient)
+        step.threads = cpu._threads(
+            batch.rows, batch.dim, batch.pairing.split, self.gradient, step.guide_dim
+        )
         status = cpu._library().alphacl_cpu_step(ctypes.byref(step))
         del alive
         if status != cpu._OK:

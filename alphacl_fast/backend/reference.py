@@ -133,6 +133,7 @@ def row_losses(
     symmetric: bool,
     ids: Tensor | None = None,
     max_gap: float | None = None,
+    guide: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """(anchors,) losses L_i; symmetric cross_view gives the 2N anchors of both towers.
 
@@ -141,17 +142,43 @@ def row_losses(
         tau: () temperature, or (2,) scale and bias of SigLIP, same dtype.
         ids: (N,) integers; samples with the id of an anchor are none of its negatives.
         max_gap: negatives with a larger Δ do not count.
+        guide: unit rows of another model, of one view or both, and (anchors,) the largest inner
+            product with the anchor's one at which a negative counts.
     """
     if isinstance(objective, SigLip):
         return _siglip(z1, z2, tau, similarity, ids)
     c = 0.0 if similarity == "euclidean" else 1.0
-    if ids is not None or max_gap is not None:
+    if ids is not None or max_gap is not None or guide is not None:
         # without ids every pair has its own
         ids = torch.arange(len(z1), device=z1.device) if ids is None else ids
-        return _one_by_one(z1, z2, tau, objective, similarity, negatives, symmetric, ids, max_gap)
+        counts = _counts(len(z1), negatives, symmetric, ids, guide)
+        return _one_by_one(z1, z2, tau, objective, similarity, negatives, counts, max_gap)
     return of_similarities(
         objective, *negatives_and_positives(z1, z2, similarity, negatives, symmetric), tau, c
     )
+
+
+def _counts(
+    n: int,
+    negatives: str,
+    symmetric: bool,
+    ids: Tensor,
+    guide: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """(anchors, others) bool: which rows count for an anchor, by their ids and by the guide."""
+    first, second, both = slice(n), slice(n, 2 * n), slice(2 * n)
+    sides = {
+        "two_view": [(both, both)],
+        "one_view": [(first, first)],
+        "cross_view": [(first, second), (second, first)][: 1 + symmetric],
+    }[negatives]
+    ids, counts = ids.repeat(2), []
+    for anchors, others in sides:
+        counts.append(ids[anchors, None] != ids[others])
+        if guide is not None:
+            rows, largest = guide
+            counts[-1] &= ~(rows[anchors] @ rows[others].t() > largest[anchors, None])
+    return torch.cat(counts)
 
 
 def _one_by_one(
@@ -161,37 +188,28 @@ def _one_by_one(
     objective: Objective,
     similarity: str,
     negatives: str,
-    symmetric: bool,
-    ids: Tensor,
+    counts: Tensor,
     max_gap: float | None,
 ) -> Tensor:
     """(anchors,) losses, each anchor with a list of negatives of its own; 0 where that is empty."""
     c = 0.0 if similarity == "euclidean" else 1.0
     if similarity == "cosine":
         z1, z2 = normalized(z1), normalized(z2)
-    sides = (
-        [(z1, z2), (z2, z1)]
-        if negatives == "two_view" or (negatives == "cross_view" and symmetric)
-        else [(z1, z2)]
-    )
+    anchors, positives = (torch.cat(x)[: len(counts)] for x in ((z1, z2), (z2, z1)))
     losses = []
-    for anchors, positives in sides:
-        others = {"two_view": [*z1, *z2], "one_view": [*z1], "cross_view": [*positives]}[negatives]
-        names = ids.tolist() * (len(others) // len(anchors))
-        for anchor, positive, name in zip(anchors, positives, ids.tolist(), strict=True):
-            mine = [
-                other for other, its_name in zip(others, names, strict=True) if its_name != name
-            ]
-            pos = similarities(anchor[None], positive[None], similarity)[0]
-            t = pos.new_empty(1, 0)
-            if mine:
-                t = similarities(anchor[None], torch.stack(mine), similarity)
-            if max_gap is not None:
-                t = t[:, ~(t[0] > pos + max_gap)]
-            if t.numel():
-                losses += of_similarities(objective, t, pos, tau, c)
-            else:
-                losses.append((anchor * 0).sum())
+    for k, (anchor, positive) in enumerate(zip(anchors, positives, strict=True)):
+        others = {"two_view": anchors, "one_view": z1, "cross_view": z2 if k < len(z1) else z1}
+        mine = others[negatives][counts[k]]
+        pos = similarities(anchor[None], positive[None], similarity)[0]
+        t = pos.new_empty(1, 0)
+        if len(mine):
+            t = similarities(anchor[None], mine, similarity)
+        if max_gap is not None:
+            t = t[:, ~(t[0] > pos + max_gap)]
+        if t.numel():
+            losses += of_similarities(objective, t, pos, tau, c)
+        else:
+            losses.append((anchor * 0).sum())
     return torch.stack(losses)
 
 

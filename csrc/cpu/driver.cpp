@@ -24,11 +24,17 @@ template <class T> Status sweep(const Sweep& s, const TileKernels& kernels) {
   const RowVectors vectors = pad_row_vectors<T>(plan, blocks, memory);
   const Schedule schedule(plan);
   Progress progress(memory + plan.rounds.at, plan.blocks);
+  auto* const kept = static_cast<KeptTiles*>(s.kept);
+  if (kept && !s.filled)
+    kept->keep(s.form == Form::CONSTANT ? Keep::FACTORS : Keep::SIMILARITIES, plan.stride * plan.stride * int64_t(sizeof(T)),
+               s.largest_t || s.guide ? kernels.mark_bytes(plan.stride) : 0, schedule.tiles());
   in_parallel(plan.threads, [&](int thread) {
     void* mine = memory + plan.thread.at + thread * plan.thread.size;
     run_thread(
         plan, schedule, progress, [&](int64_t b) { kernels.pack(s, blocks[b], mine); },
-        [&](int64_t i, int64_t j) { kernels.tile(s, vectors, blocks[i], blocks[j], mine, KeptTile{}); },
+        [&](int64_t number, int64_t i, int64_t j) {
+          kernels.tile(s, vectors, blocks[i], blocks[j], mine, kept ? kept->tile(number, s.filled) : KeptTile{});
+        },
         [&](int64_t b) { kernels.unpack(s, blocks[b], vectors.df_scale, mine); },
         [&] { return interpreter.interrupted(); });
   });
@@ -111,6 +117,26 @@ int32_t alphacl_cpu_step(const Step* s) {
   } catch (const std::bad_alloc&) {
     return NO_MEMORY;
   }
+}
+
+// Memory in which one sweep keeps tiles for the next: `kept` of a Sweep. Null: there is none.
+void* alphacl_cpu_keep(int64_t bytes) { return new (std::nothrow) KeptTiles(bytes); }
+void alphacl_cpu_forget(void* kept) { delete static_cast<KeptTiles*>(kept); }
+
+int32_t alphacl_cpu_same_id_size() { return sizeof(SameIdBlock); }
+int32_t alphacl_cpu_same_id(const SameIdBlock* b) {
+  const TileKernels* kernels = choose(b->instruction_set, b->dtype);
+  if (!kernels) return UNSUPPORTED;
+  const int64_t row_bytes = aligned((b->cols + 16) * (b->dtype == FLOAT64 ? 8 : 4));
+  const Workspace workspace(b->threads * row_bytes);
+  if (!workspace.start()) return NO_MEMORY;
+  constexpr int64_t CHUNK = 16;
+  std::atomic<int64_t> next{0};
+  in_parallel(b->threads, [&](int thread) {
+    for (int64_t r; (r = next.fetch_add(CHUNK)) < b->rows;)
+      kernels->same_id(*b, r, std::min(r + CHUNK, b->rows), workspace.start() + thread * row_bytes);
+  });
+  return OK;
 }
 
 // Cosine similarity: unit rows, their inverse norms and the positives' similarities; the last step

@@ -23,16 +23,18 @@ class KeptTiles {
   }
   KeptTiles(const KeptTiles&) = delete;
 
-  // `count` tiles of `size` bytes are to be kept, where there is room.
-  void keep(Keep what, int64_t size, int64_t count) {
-    count = std::min(count, bytes_ / size);
+  // `count` tiles of `size` bytes, with so many bytes of marks each, are to be kept, where there is
+  // room.
+  void keep(Keep what, int64_t size, int64_t marks, int64_t count) {
+    count = std::min(count, bytes_ / (size + marks));
     if (what == Keep::NOTHING || count <= 0 || !take()) return;
-    if (!reserve(count * size)) return;
-    what_ = what, size_ = size, count_ = count;
+    if (!reserve(count * (size + marks))) return;
+    what_ = what, size_ = size, marks_ = marks, count_ = count;
   }
   KeptTile tile(int64_t number, bool filled) const {
     if (number >= count_) return {};
-    return {memory_ + number * size_, what_, filled};
+    char* const at = memory_ + number * (size_ + marks_);
+    return {at, marks_ ? at + size_ : nullptr, what_, filled};
   }
   int64_t count() const { return count_; }
 
@@ -58,7 +60,7 @@ class KeptTiles {
   static inline std::atomic<int64_t> owner_{0};  // the process whose thread has it, 0: nobody
   static inline char* memory_ = nullptr;
   static inline int64_t reserved_ = 0;
-  int64_t bytes_, size_ = 0, count_ = 0;
+  int64_t bytes_, size_ = 0, marks_ = 0, count_ = 0;
   Keep what_ = Keep::NOTHING;
   bool mine_ = false;
 };

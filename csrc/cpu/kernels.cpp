@@ -11,6 +11,7 @@
 #else
 #include "native.h"
 #endif
+#include "same_id.h"
 
 #define ALPHACL_JOIN_(a, b) a##b
 #define ALPHACL_JOIN(a, b) ALPHACL_JOIN_(a, b)
@@ -20,29 +21,34 @@
 namespace {
 
 template <class T> struct ThreadWorkspace {
-  T *tile, *col_sums, *row_max, *col_max, *row_shift, *col_shift;
+  T *tile, *guide, *col_sums, *row_max, *col_max, *row_shift, *col_shift;
+  Marks* marks;
   void* rest;
-  static int64_t bytes() { return (TILE_SIZE + (SUM_COUNT + 4) * MAX_BLOCK) * int64_t(sizeof(T)); }
+  static int64_t bytes() {
+    return (TILE_SIZE + PANEL_ROWS * LD + (SUM_COUNT + 4) * MAX_BLOCK) * int64_t(sizeof(T)) + mark_bytes<T>(MAX_BLOCK);
+  }
   explicit ThreadWorkspace(void* p) {
     tile = static_cast<T*>(p);
-    col_sums = tile + TILE_SIZE;
+    guide = tile + TILE_SIZE;
+    col_sums = guide + PANEL_ROWS * LD;
     row_max = col_sums + SUM_COUNT * MAX_BLOCK;
     col_max = row_max + MAX_BLOCK;
     row_shift = col_max + MAX_BLOCK;
     col_shift = row_shift + MAX_BLOCK;
-    rest = col_shift + MAX_BLOCK;
+    marks = reinterpret_cast<Marks*>(col_shift + MAX_BLOCK);
+    rest = reinterpret_cast<char*>(marks) + mark_bytes<T>(MAX_BLOCK);
   }
 };
 
 template <class T> SideScalars<T> side(const RowVectors& v, int64_t at, const T* online_shift) {
-  auto vector = [at](const void* p) { return static_cast<const T*>(p) + at; };
+  auto vector = [at](const void* p) { return p ? static_cast<const T*>(p) + at : nullptr; };
   return {vector(v.moment_origin), vector(v.row_weight), vector(v.shift), vector(v.argument_offset),
-          vector(v.baseline), online_shift, v.largest_t ? vector(v.largest_t) : nullptr};
+          vector(v.baseline), online_shift, vector(v.largest_t), vector(v.largest_guide)};
 }
-// t = scale_i·scale_j·s + (bias_i + bias_j) on one panel; t_ij and t_ji must be the same number
-template <class T> void scale_and_shift(const RowVectors& v, bool scales, const Block& i, const Block& j, int64_t r0, T* s) {
-  const T* scale = scales ? static_cast<const T*>(v.scale) : nullptr;
-  const T* bias = static_cast<const T*>(v.bias);
+// t = scale_i·scale_j·s + (bias_i + bias_j) on one panel, for those vectors that there are; t_ij and
+// t_ji must be the same number
+template <class T> void scale_and_shift(const T* scale, const T* bias, const Block& i, const Block& j, int64_t r0, T* s) {
+  if (!scale && !bias) return;
   for (int64_t r = 0; r < PANEL_ROWS; r++)
     for (int64_t c = 0; c < j.rows; c += LANES<T>) {
       Vec<T> t = load(s + r * LD + c);
@@ -86,6 +92,14 @@ void rescale(const Sweep& s, const RowVectors& v, int64_t at, int64_t n, T* larg
   }
 }
 
+// A block's rows of the guide, in the layout of the first operand.
+template <class T> void pack_guide(const Sweep& s, Block block, void* workspace) {
+  Sweep guide{};
+  guide.f = s.guide, guide.dim = guide.row_stride = s.guide_dim, guide.dtype = sizeof(T) == 4 ? FLOAT32 : FLOAT64;
+  block.packed = block.guide;
+  NativeProducts<T>::pack(guide, block, workspace);
+}
+
 // A panel of similarities to a kept tile.
 template <class T> void keep_panel(const T* from, T* to, int64_t stride, int64_t cols) {
   for (int64_t r = 0; r < PANEL_ROWS; r++)
@@ -108,7 +122,9 @@ void tile(const Sweep& s, const RowVectors& v, const Block& i, const Block& j, v
   p.col_terms = p.two_sided && !diagonal;
   p.weight = s.weight;
   p.col_max = workspace.col_max;
-  p.limited = v.largest_t;
+  p.marked = v.largest_t || v.largest_guide;
+  Marks* const marks = kept.marks ? static_cast<Marks*>(kept.marks) : workspace.marks;
+  p.marks_stride = (kept.marks ? j.stride : MAX_BLOCK) / LANES<T>;
   const Int<T>* ids = static_cast<const Int<T>*>(v.ids);
   bool clash[MAX_BLOCK];
   p.row_ids = nullptr, p.col_ids = ids ? ids + j.at : nullptr, p.clash = clash;
@@ -125,10 +141,19 @@ void tile(const Sweep& s, const RowVectors& v, const Block& i, const Block& j, v
   p.need_df = weight_df || wanted[DF] >= 0 || wanted[DF_MOMENT] >= 0;
   p.need_dtau = wanted[DTAU] >= 0;
 
+  const T* const scale = Products::SCALES ? nullptr : static_cast<const T*>(v.scale);
+  const T* const bias = static_cast<const T*>(v.bias);
+  const bool weighted = s.weighted && p.marked;
+
+  auto mark = [&](int64_t r0) {
+    if (v.largest_guide) NativeProducts<T>::panel(i.guide, j.guide, s.guide_dim, j.rows, r0, workspace.guide);
+    mark_pairs<T>(p, workspace.guide);
+  };
   auto position = [&](int64_t r0) {  // the panel of rows [r0, r0 + PANEL_ROWS)
     p.rows = i.rows - r0 < PANEL_ROWS ? i.rows - r0 : PANEL_ROWS;
     p.row = side<T>(v, i.at + r0, workspace.row_shift + r0);
     p.row_max = workspace.row_max + r0;
+    p.marks = marks + r0 * p.marks_stride;
     if (ids) {
       p.row_ids = ids + i.at + r0;
       find_clashes<T>(p.row_ids, p.col_ids, p.cols, clash);
@@ -158,9 +183,14 @@ void tile(const Sweep& s, const RowVectors& v, const Block& i, const Block& j, v
     similarities_at(r0, workspace.tile + (keep_tile ? r0 : r0 % Products::SIMILARITY_ROWS) * LD);
     if (!kept.filled) {
       Products::similarities(s, v, i, j, r0, p.s);
-      if (v.bias || (v.scale && !Products::SCALES)) scale_and_shift<T>(v, !Products::SCALES, i, j, r0, p.s);
+      scale_and_shift<T>(scale, weighted ? nullptr : bias, i, j, r0, p.s);
+      if (weighted) {
+        mark(r0);
+        scale_and_shift<T>(nullptr, bias, i, j, r0, p.s);
+      }
       if (similarities) keep_panel<T>(p.s, p.kept, p.kept_stride, p.cols);
     }
+    if (p.marked && !weighted && !kept.filled) mark(r0);
     if (online) {
       Maximum<T>::run(p);
       continue;
@@ -214,18 +244,22 @@ template <class Products> constexpr TileKernels tile_kernels(Dtype operands) {
   using T = typename Products::T;
   return {ALPHACL_TEXT(ALPHACL_ISA), operands, sizeof(T) == 4 ? FLOAT32 : FLOAT64,
           Products::MULTIPLE, Products::LARGEST, Products::packed_bytes, Products::df_bytes,
-          [](int64_t dim, int64_t stride) {
-            return padded(ThreadWorkspace<T>::bytes() + Products::workspace_bytes(dim, stride), 4096);
+          [](int64_t dim, int64_t stride) { return NativeProducts<T>::packed_bytes(dim, stride, false); }, mark_bytes<T>,
+          [](int64_t dim, int64_t guide_dim, int64_t stride) {
+            const int64_t own = Products::workspace_bytes(dim, stride);
+            const int64_t of_guide = NativeProducts<T>::workspace_bytes(guide_dim, stride);
+            return padded(ThreadWorkspace<T>::bytes() + (own > of_guide ? own : of_guide), 4096);
           },
           [](const Sweep& s, const Block& b, void* memory) {
             Products::pack(s, b, ThreadWorkspace<T>(memory).rest);
+            if (b.guide) pack_guide<T>(s, b, ThreadWorkspace<T>(memory).rest);
             if (b.df) std::memset(b.df, 0, Products::df_bytes(s.dim, b.stride));
           },
           tile<Products>, Products::in_place,
           [](const Sweep& s, const Block& b, double scale, void* memory) {
             Products::unpack(s, b, scale, ThreadWorkspace<T>(memory).tile);
           },
-          add_columns<T>, normalize_pairs<T>, finish_pairs<T>, row_step<T>, apply<T, vexp<T>>, apply<T, vlog<T>>};
+          add_columns<T>, normalize_pairs<T>, finish_pairs<T>, row_step<T>, same_id_rows<T>, apply<T, vexp<T>>, apply<T, vlog<T>>};
 }
 
 }  // namespace

@@ -11,6 +11,7 @@ struct Block {
   void* packed;                     // operands of the matrix products, in the kernels' own layout
   // accumulator of the gradient, in the kernels' own layout; null: not wanted
   void* df;
+  void* guide;                      // the guide's rows, packed as an operand; null: there is no guide
   bool anchor, wanted;              // its rows are anchors; the gradient of some of them is wanted
 };
 
@@ -18,7 +19,7 @@ struct Block {
 struct RowVectors {
   const void *moment_origin, *row_weight, *shift, *argument_offset, *baseline, *scale, *bias;
   const void* ids;      // integers as wide as a number, or null
-  const void* largest_t;  // or null
+  const void *largest_t, *largest_guide;  // or null
   void* running_max;    // Form::ONLINE: of log f; Form::T_MAX: of t
   double* sums;         // [SUM_COUNT][padded]
   double* weight_sums;  // [padded], or null
@@ -29,9 +30,23 @@ struct RowVectors {
 // What a sweep does with a tile whose results are kept for the next sweep.
 enum class Keep { NOTHING, SIMILARITIES, FACTORS };
 struct KeptTile {
-  void* at = nullptr;  // [stride][stride], or null
+  void* at = nullptr;     // [stride][stride], or null
+  void* marks = nullptr;  // which of the pairs count; null where all do
   Keep what = Keep::NOTHING;
   bool filled = false;  // by an earlier sweep
+};
+
+// Anchors and the other rows that hold all their positives, for one form of a supervised loss
+// (alphacl_fast/supcon.py, in the order of its `FORMS`). backend/cpu_groups.py mirrors it.
+struct SameIdBlock {
+  void* t;  // (rows, cols) in: inner products; out: ∂loss/∂t, times the weights
+  const int64_t *first, *last;  // (rows) the columns [first, last) have the anchor's id …
+  const int64_t* own;           // … and this one is the anchor itself; null: none is
+  const void *log_sums, *origin, *weight;  // (rows); no weight: 1
+  void *loss, *of_log_sums, *of_tau;       // (rows) out: the loss and its derivatives, without weights
+  int64_t rows, cols;
+  double tau;
+  int32_t form, bounded, dtype, threads, instruction_set;
 };
 
 // Rows [begin, end) of a row step, in whole vectors.
@@ -54,7 +69,9 @@ struct TileKernels {
   int64_t largest_block;  // … and have at most so many rows
   int64_t (*packed_bytes)(int64_t dim, int64_t stride, bool gradient);
   int64_t (*df_bytes)(int64_t dim, int64_t stride);
-  int64_t (*workspace_bytes)(int64_t dim, int64_t stride);  // of one thread
+  int64_t (*guide_bytes)(int64_t dim, int64_t stride);  // of a block's rows of the guide
+  int64_t (*mark_bytes)(int64_t stride);                // of a tile
+  int64_t (*workspace_bytes)(int64_t dim, int64_t guide_dim, int64_t stride);  // of one thread
   void (*pack)(const Sweep&, const Block&, void* workspace);
   void (*tile)(const Sweep&, const RowVectors&, const Block& i, const Block& j, void* workspace, const KeptTile&);
   // Whether the accumulator of a full block has the size of its rows of df and may lie there until
@@ -65,6 +82,7 @@ struct TileKernels {
   void (*normalize)(const PairRows&, int64_t begin, int64_t end, void* workspace);  // of two rows
   void (*finish)(const PairRows&, int64_t begin, int64_t end, void* workspace);
   void (*row_step)(const RowStepCall&);
+  void (*same_id)(const SameIdBlock&, int64_t begin, int64_t end, void* workspace);
   // for tests: the vector functions by themselves
   void (*exponential)(const void* x, void* y, int64_t n);
   void (*logarithm)(const void* x, void* y, int64_t n);

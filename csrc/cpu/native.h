@@ -114,16 +114,19 @@ template <class Scalar> struct NativeProducts {
 
   // s (PANEL_ROWS, LD) = F_I[r0 …]·F_Jᵀ
   static ALPHACL_INLINE void similarities(const Sweep& s, const RowVectors&, const Block& i, const Block& j, int64_t r0, T* out) {
-    const T* left = static_cast<const T*>(i.packed);
-    const T* right = static_cast<const T*>(j.packed);
-    for (int64_t c = 0; c < j.rows; c += WIDE)
+    panel(i.packed, j.packed, s.dim, j.rows, r0, out);
+  }
+  // The same from the `left` layouts of two blocks of rows of any kind.
+  static ALPHACL_INLINE void panel(const void* of_rows, const void* of_columns, int64_t dim, int64_t cols, int64_t r0, T* out) {
+    const T *left = static_cast<const T*>(of_rows), *right = static_cast<const T*>(of_columns);
+    for (int64_t c = 0; c < cols; c += WIDE)
       for (int64_t r = r0; r < r0 + PANEL_ROWS; r += REGISTER_ROWS) {
-        const T *a = left + r / WIDE * WIDE * s.dim + r % WIDE, *b = right + c * s.dim;
+        const T *a = left + r / WIDE * WIDE * dim + r % WIDE, *b = right + c * dim;
         T* t = out + (r - r0) * LD + c;
-        switch ((j.rows - c + L - 1) / L) {  // vectors of columns: a small batch has few whole panels
-          case 1: similarities_of<1>(a, b, s.dim, t); break;
-          case 2: similarities_of<2>(a, b, s.dim, t); break;
-          default: similarities_of<3>(a, b, s.dim, t);
+        switch ((cols - c + L - 1) / L) {  // vectors of columns: a small batch has few whole panels
+          case 1: similarities_of<1>(a, b, dim, t); break;
+          case 2: similarities_of<2>(a, b, dim, t); break;
+          default: similarities_of<3>(a, b, dim, t);
         }
       }
   }

@@ -23,12 +23,12 @@ struct Plan {
   int64_t left, blocks;        // blocks of those, and of all rows
   int64_t padded;              // length of a padded row vector
   int threads;
-  Pieces packed, accumulators, vectors, sums, thread, rounds;
+  Pieces packed, guides, accumulators, vectors, sums, thread, rounds;
   int64_t bytes = 0;  // of the workspace
 
-  // Zeros for those that are missing, five row scalars, scale, bias, ids, largest_t, running
-  // maxima.
-  static constexpr int64_t ROW_VECTORS = 11;
+  // Zeros for those that are missing, five row scalars, scale, bias, ids, largest_t, largest_guide,
+  // running maxima.
+  static constexpr int64_t ROW_VECTORS = 12;
 
   Plan(const Sweep& s, const TileKernels& k, int64_t row_vectors = ROW_VECTORS, int64_t thread_bytes = 0)
       : sweep(s), kernels(k) {
@@ -45,10 +45,11 @@ struct Plan {
       apart += x.wanted && !in_place(x);
     }
     packed = pieces(blocks, k.packed_bytes(s.dim, stride, s.gradient));
+    guides = s.guide ? pieces(blocks, k.guide_bytes(s.guide_dim, stride)) : Pieces{};
     accumulators = pieces(apart, k.df_bytes(s.dim, stride));
     vectors = pieces(row_vectors, padded * (k.accumulate == FLOAT64 ? 8 : 4));
     sums = pieces(1, padded * 8 * (SUM_COUNT + (s.bias && s.gradient)));  // the last: of weights
-    thread = pieces(threads, std::max(k.workspace_bytes(s.dim, stride), thread_bytes));
+    thread = pieces(threads, std::max(k.workspace_bytes(s.dim, s.guide ? s.guide_dim : 0, stride), thread_bytes));
     rounds = pieces(1, blocks * 8);
   }
 

@@ -17,6 +17,7 @@ inline std::vector<Block> place_blocks(const Plan& plan, char* workspace) {
   for (int64_t b = 0; b < plan.blocks; b++, packed += plan.packed.size) {
     Block& x = blocks[size_t(b)] = plan.block(b);
     x.packed = packed;
+    if (plan.guides.count) x.guide = workspace + plan.guides.at + b * plan.guides.size;
     if (!x.wanted) continue;
     if (plan.in_place(x)) x.df = plan.rows_of_df(x);
     else x.df = accumulator, accumulator += plan.accumulators.size;
@@ -64,6 +65,7 @@ RowVectors pad_row_vectors(const Plan& plan, const std::vector<Block>& blocks, c
   }
   if (s.bias) v.bias = padded(s.bias, s.n);
   if (s.largest_t) v.largest_t = padded(s.largest_t, s.anchors);
+  if (s.guide) v.largest_guide = padded(s.largest_guide, s.anchors);
   using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   if (s.ids) v.ids = spread(s.ids, s.n, filled(Int(-1)));
   if (s.form == Form::ONLINE || s.form == Form::T_MAX) v.running_max = filled(T(-HUGE_VAL));

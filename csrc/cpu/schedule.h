@@ -98,7 +98,7 @@ void run_thread(const Plan& plan, const Schedule& schedule, Watched& progress, P
   for (int64_t number; (number = progress.next_tile.fetch_add(1)) < schedule.tiles();) {
     const Tile tile = schedule.tile(number);
     if (!progress.wait(tile.i, tile.round) || !progress.wait(tile.j, tile.round)) return;
-    if (tile.i != NO_BLOCK && tile.j != NO_BLOCK) on_tile(tile.i, tile.j);
+    if (tile.i != NO_BLOCK && tile.j != NO_BLOCK) on_tile(number, tile.i, tile.j);
     progress.finish(tile.i, tile.round + 1);
     // One store per block: a second store for a diagonal tile could follow another thread's store for
     // the next round, set the counter back, and leave all threads waiting for ever.

@@ -39,6 +39,7 @@ inline Sweep sizes_of(const Step& call) {
   s.values = call.values, s.constants = call.constants;
   std::copy(std::begin(call.params), std::end(call.params), s.params);
   s.threads = call.threads, s.df = call.dz, s.ids = call.ids;
+  s.guide = call.guide, s.guide_dim = call.guide_dim;
   s.bias = call.similarity == EUCLIDEAN ? call.z1 : nullptr;  // of interest is only whether there is one
   for (int32_t k = 0; k < call.instructions; k++) s.gradient |= call.program[k].row_step < 0 && call.program[k].gradient;
   return s;
@@ -76,8 +77,10 @@ struct StepPlan {
   }
   // Beside the places of the program; the last ones are left out where they are not needed.
   enum BlockSum { LOSS, LARGEST_WEIGHT, SLOPES, BLOCK_SUMS = SLOPES + MOST_SLOPES };
-  enum Own { N_NEG, MANTISSA, WEIGHT, BIAS, IDS, LARGEST_T, EMPTY, ALL };
-  static int64_t own_places(const Step& call) { return call.limited ? ALL : call.ids ? LARGEST_T : IDS; }
+  enum Own { N_NEG, MANTISSA, WEIGHT, BIAS, IDS, EMPTY, LARGEST_T, LARGEST_GUIDE, ALL };
+  static int64_t own_places(const Step& call) {
+    return call.guide ? ALL : call.limited ? LARGEST_GUIDE : call.ids ? EMPTY : IDS;
+  }
   static int64_t row_bytes(const Step& call) { return aligned(2 * (call.dim + 64) * (call.dtype == FLOAT64 ? 8 : 4)); }
 };
 
@@ -242,6 +245,9 @@ template <class T> class StepRun {
     if (pack_.bias) std::copy_n(static_cast<const T*>(rows_.bias) + x.first, x.rows, own(StepPlan::BIAS) + x.at);
     if (call_.limited)
       for (int64_t r = 0; r < x.rows; r++) own(StepPlan::LARGEST_T)[x.at + r] = all_pos[r] + T(call_.max_gap);
+    if (call_.guide)
+      for (int64_t r = 0; r < x.rows && x.first + r < call_.anchors; r++)
+        own(StepPlan::LARGEST_GUIDE)[x.at + r] = static_cast<const T*>(call_.largest_guide)[x.first + r];
     if (layout_.scaled && pack_.scale) {
       // rows are packed with the power of two of their scale
       int exponent;
@@ -280,13 +286,15 @@ template <class T> class StepRun {
     prepare(last, x);
   }
 
-  bool may_be_empty() const { return call_.empty || call_.limited; }
+  // Whether the similarities say which pairs count.
+  bool marked() const { return call_.limited || call_.guide; }
+  bool may_be_empty() const { return call_.empty || marked(); }
   bool empty(const Block& x, int64_t r) const {
-    return (call_.empty && call_.empty[x.first + r]) || (call_.limited && own(StepPlan::EMPTY)[x.at + r] != 0);
+    return (call_.empty && call_.empty[x.first + r]) || (marked() && own(StepPlan::EMPTY)[x.at + r] != 0);
   }
 
   void collect(const Instruction& sweep, const Block& x) {
-    if (call_.limited && sweep.terms[SHIFT] >= 0)  // the sum of exponentials of no pairs is 0
+    if (marked() && sweep.terms[SHIFT] >= 0)  // the sum of exponentials of no pairs is 0
       for (int64_t r = 0; r < x.rows; r++) own(StepPlan::EMPTY)[x.at + r] = T(sums()[F * plan_.padded + x.at + r] == 0);
     for (int term = 0; term < TERM_COUNT; term++) {
       if (sweep.terms[term] < 0) continue;
@@ -412,10 +420,10 @@ template <class T> class StepRun {
       std::copy(std::begin(instruction.terms), std::end(instruction.terms), s.rows_of_terms);
       count++, constant &= instruction.form == Form::CONSTANT;
     }
-    // whether a pair counts for an anchor is read off its similarity
-    const bool factors = count == 2 && constant && !call_.limited;
+    const bool factors = count == 2 && constant;
     kept_.keep(count < 2 ? Keep::NOTHING : factors ? Keep::FACTORS : Keep::SIMILARITIES,
-               plan_.stride * plan_.stride * int64_t(sizeof(T)), layout_.tiles);
+               plan_.stride * plan_.stride * int64_t(sizeof(T)), marked() ? kernels_.mark_bytes(plan_.stride) : 0,
+               layout_.tiles);
   }
 
   RowVectors vectors(int32_t k) const {
@@ -427,6 +435,7 @@ template <class T> class StepRun {
     if (layout_.scaled && pack_.scale) v.scale = own(StepPlan::MANTISSA);
     if (call_.ids) v.ids = own(StepPlan::IDS);
     if (call_.limited) v.largest_t = own(StepPlan::LARGEST_T);
+    if (call_.guide) v.largest_guide = own(StepPlan::LARGEST_GUIDE);
     v.running_max = running_max(k);
     if (pack_.bias) v.bias = own(StepPlan::BIAS);
     v.sums = sums(), v.padded = plan_.padded, v.df_scale = 1;

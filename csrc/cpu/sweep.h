@@ -24,9 +24,13 @@ struct Sweep {
   const void *moment_origin, *row_weight, *shift, *argument_offset, *baseline;  // (anchors)
   const int32_t* ids;  // (n) rows with the same id do not meet; null: no pair is left out
   const void* largest_t;  // (anchors) pairs that are more similar do not count for the anchor; null: all count
+  // (n, guide_dim) unit rows of another model, and (anchors) the largest product of two of them at
+  // which a pair counts for the anchor; null: all count
+  const void *guide, *largest_guide;
   void* df;            // (hi − lo, dim)
   void* weight_sums;   // (n), with a bias
   void* sums;          // (terms, anchors)
+  void* kept;          // of `alphacl_cpu_keep`, for two sweeps over the same pairs; or null
   // Python's PyEval_SaveThread, PyEval_RestoreThread and PyErr_CheckSignals, or null: a sweep runs
   // without the interpreter's lock. From time to time the calling thread asks whether a signal
   // (Ctrl-C) has raised an exception, which ends the sweep.
@@ -35,12 +39,15 @@ struct Sweep {
   int (*check_signals)();
   void (*values)();         // a `ValuesFunction` instead of the kind: a user's function; or null
   const double* constants;  // its first argument
-  int64_t n, dim, row_stride, split, partner, anchors, lo, hi, block;
+  int64_t n, dim, row_stride, guide_dim, split, partner, anchors, lo, hi, block;
   double tau, constant_shift;
   double params[3];
   int32_t dtype, kind;
   Form form;
-  int32_t gradient, weight, threads, instruction_set;
+  int32_t gradient, weight;
+  int32_t filled;    // the sweep before has filled `kept`, as this one would
+  int32_t weighted;  // the bias holds log-weights: largest_t is compared without it
+  int32_t threads, instruction_set;
   // row of `sums` in which a term ends up, −1: the term is not wanted
   int32_t rows_of_terms[TERM_COUNT];
 };
@@ -92,6 +99,7 @@ struct Step {
   const int32_t* ids;    // (rows) as in Sweep; with it also:
   const void* n_neg_of;  // (anchors) number of negatives of each anchor, at least 1
   const bool* empty;     // (anchors) whether it has none
+  const void *guide, *largest_guide;  // of the swept rows and of the anchors, as in Sweep
   const void* incoming;  // (anchors) gradient of each anchor's loss; null: ones
   void* loss;            // () the sum divided by `divisor`, or (anchors) with `each`; null: not wanted
   void* dz;              // (hi − lo, dim) gradient in the rows [lo, hi) of the stacked views
@@ -101,7 +109,7 @@ struct Step {
   int (*check_signals)();
   void (*values)();
   const double* constants;
-  int64_t n_pairs, dim, stride1, stride2, rows, split, partner, anchors, lo, hi, block;
+  int64_t n_pairs, dim, stride1, stride2, rows, split, partner, anchors, lo, hi, block, guide_dim;
   int64_t workspace;  // bytes in which tiles may be kept from one sweep to the next
   double tau, n_neg, divisor;
   double max_gap;  // with `limited`: pairs whose t exceeds t⁺ by more do not count for the anchor

@@ -23,8 +23,15 @@ ALPHACL_INLINE int64_t padded(int64_t x, int64_t multiple) { return (x + multipl
 // one side's row vectors, from the panel's first row (column) on
 template <class T> struct SideScalars {
   const T *moment_origin, *row_weight, *shift, *argument_offset, *baseline, *online_shift;
-  const T* largest_t;  // null without Panel::limited
+  const T *largest_t, *largest_guide;  // or null
 };
+
+// Which pairs of a row and a vector of columns count for the row's anchor, and for the columns': a
+// bit for each lane.
+struct Marks {
+  uint16_t of_row, of_cols;
+};
+template <class T> int64_t mark_bytes(int64_t stride) { return stride * (stride / LANES<T>) * int64_t(sizeof(Marks)); }
 
 template <class T> struct Panel {
   const T* t;  // (PANEL_ROWS, t_stride): similarities in; s, or a kept tile
@@ -42,7 +49,9 @@ template <class T> struct Panel {
   T* col_sums[SUM_COUNT];       // of this tile
   T* col_max;
   T* row_max;
-  bool limited;     // pairs above an anchor's largest_t do not count for that anchor
+  bool marked;          // not all pairs count for their anchors; only then there are
+  Marks* marks;         // [PANEL_ROWS][marks_stride] those that do
+  int64_t marks_stride;
   bool two_sided;   // the columns are anchors of their own
   // … and their terms are summed here (not in a diagonal tile, whose pairs appear twice)
   bool col_terms;
@@ -104,21 +113,41 @@ template <class T> ALPHACL_INLINE void add_rows(const Panel<T>& p, int term, con
   for (int64_t r = 0; r < p.rows; r++) p.row_sums[term][r] += double(sum_of<T>(sums[r]));
 }
 
-// Which of the pairs to keep count for the anchor of row r, or for the anchors of the columns from c
-// on. A NaN counts.
-template <class T> ALPHACL_INLINE Mask<T> of_row(const Panel<T>& p, int r, Vec<T> t, Mask<T> keep) {
-  return keep & ~(Mask<T>)(t > broadcast<T>(p.row.largest_t[r]));
-}
-template <class T> ALPHACL_INLINE Mask<T> of_cols(const Panel<T>& p, int64_t c, Vec<T> t, Mask<T> keep) {
-  return keep & ~(Mask<T>)(t > load(p.col.largest_t + c));
-}
 template <class T> ALPHACL_INLINE Mask<T> all_lanes() {
   return ~Mask<T>{};
 }
 
+// Marks the pairs whose similarity, and that of the guide (PANEL_ROWS, LD), is not above the largest
+// one of their anchor. A NaN is not. Every sweep reads the marks: no pair counts in one of them alone.
+template <class T> __attribute__((noinline)) void mark_pairs(const Panel<T>& p, const T* guide) {
+  constexpr int L = LANES<T>;
+  for (int64_t r = 0; r < PANEL_ROWS; r++)
+    for (int64_t c = 0; c < p.cols; c += L) {
+      Mask<T> above_row{}, above_cols{};
+      if (p.row.largest_t) {
+        const Vec<T> t = load(p.s + r * LD + c);
+        above_row |= t > broadcast<T>(p.row.largest_t[r]), above_cols |= t > load(p.col.largest_t + c);
+      }
+      if (p.row.largest_guide) {
+        const Vec<T> t = load(guide + r * LD + c);
+        above_row |= t > broadcast<T>(p.row.largest_guide[r]), above_cols |= t > load(p.col.largest_guide + c);
+      }
+      p.marks[r * p.marks_stride + c / L] = {bits_of<T>(~above_row), bits_of<T>(~above_cols)};
+    }
+}
+
+// Which of the pairs to keep count for the anchor of row r, or for the anchors of the columns from c
+// on.
+template <class T> ALPHACL_INLINE Mask<T> of_row(const Panel<T>& p, int r, int64_t c, Mask<T> keep) {
+  return keep & mask_of<T>(p.marks[r * p.marks_stride + c / LANES<T>].of_row);
+}
+template <class T> ALPHACL_INLINE Mask<T> of_cols(const Panel<T>& p, int r, int64_t c, Mask<T> keep) {
+  return keep & mask_of<T>(p.marks[r * p.marks_stride + c / LANES<T>].of_cols);
+}
+
 // Σ exp(log f − constant_shift) and, with Moment, Σ exp(log f − constant_shift)·(t − moment_origin);
 // with Kept, each exp(log f − constant_shift) is kept for the gradient
-template <class T, class K, bool Moment, bool Kept, bool Limited> struct ConstantShiftSums {
+template <class T, class K, bool Moment, bool Kept, bool Marked> struct ConstantShiftSums {
   const Panel<T>& p;
   Vec<T> f[PANEL_ROWS] = {}, ft[PANEL_ROWS] = {};
   Vec<T> col_f, col_ft, col_origin;
@@ -131,9 +160,9 @@ template <class T, class K, bool Moment, bool Kept, bool Limited> struct Constan
     if (Masked) e = keep ? e : Vec<T>{};
     if (Kept) store(p.kept + r * p.kept_stride + c, e);
     Vec<T> of_r = e, of_c = e;
-    if (Limited) {
-      of_r = of_row<T>(p, r, t, all_lanes<T>()) ? e : Vec<T>{};
-      of_c = of_cols<T>(p, c, t, all_lanes<T>()) ? e : Vec<T>{};
+    if (Marked) {
+      of_r = of_row<T>(p, r, c, all_lanes<T>()) ? e : Vec<T>{};
+      of_c = of_cols<T>(p, r, c, all_lanes<T>()) ? e : Vec<T>{};
     }
     f[r] += of_r;
     col_f += of_c;
@@ -164,13 +193,13 @@ template <class T, class K> struct OnlineSums {
     const Vec<T> log_f = rounded<T>(K::f(t, p.numbers));
     Vec<T> e = vexp<T>(log_f - p.row.online_shift[r]);
     if (Masked) e = keep ? e : Vec<T>{};
-    if (p.limited) e = of_row<T>(p, r, t, all_lanes<T>()) ? e : Vec<T>{};
+    if (p.marked) e = of_row<T>(p, r, c, all_lanes<T>()) ? e : Vec<T>{};
     f[r] += e;
     if (p.terms) ft[r] += e * (t - p.row.moment_origin[r]);
     if (!p.two_sided) return;
     e = vexp<T>(log_f - load(p.col.online_shift + c));
     if (Masked) e = keep ? e : Vec<T>{};
-    if (p.limited) e = of_cols<T>(p, c, t, all_lanes<T>()) ? e : Vec<T>{};
+    if (p.marked) e = of_cols<T>(p, r, c, all_lanes<T>()) ? e : Vec<T>{};
     store(p.col_sums[F] + c, load(p.col_sums[F] + c) + e);
     if (p.terms) store(p.col_sums[F_MOMENT] + c, load(p.col_sums[F_MOMENT] + c) + e * (t - load(p.col.moment_origin + c)));
   }
@@ -193,9 +222,9 @@ template <class T> struct Maximum {
     const Vec<T> none = broadcast<T>(-__builtin_inf());
     if (Masked) t = keep ? t : none;
     Vec<T> of_r = t, of_c = t;
-    if (p.limited) {
-      of_r = of_row<T>(p, r, t, all_lanes<T>()) ? t : none;
-      if (p.two_sided) of_c = of_cols<T>(p, c, t, all_lanes<T>()) ? t : none;
+    if (p.marked) {
+      of_r = of_row<T>(p, r, c, all_lanes<T>()) ? t : none;
+      if (p.two_sided) of_c = of_cols<T>(p, r, c, all_lanes<T>()) ? t : none;
     }
     best[r] = largest<T>(of_r, best[r]);
     col_best = largest<T>(of_c, col_best);
@@ -260,10 +289,10 @@ template <class T, class K, bool Gradient> struct General {
 
   template <bool Masked> ALPHACL_INLINE void pair(int r, int64_t c, Vec<T> t, Mask<T> keep) {
     Mask<T> row_keep = keep, col_keep = keep;
-    if (p.limited) {
+    if (p.marked) {
       if (!Masked) keep = all_lanes<T>();
-      row_keep = of_row<T>(p, r, t, keep);
-      if (p.two_sided) col_keep = of_cols<T>(p, c, t, keep);
+      row_keep = of_row<T>(p, r, c, keep);
+      if (p.two_sided) col_keep = of_cols<T>(p, r, c, keep);
     }
     Vec<T> log_f{};
     if constexpr (K::log) log_f = rounded<T>(K::f(t, p.numbers));
@@ -271,14 +300,14 @@ template <class T, class K, bool Gradient> struct General {
     // pairs differ by exactly 0.
     if constexpr (K::linear_in_t) t = rounded<T>(log_f * p.numbers.tau);
     const Vec<T> zero{};
-    PairValues<T> y = values(t, log_f, zero + p.row.shift[r], zero + p.row.argument_offset[r], row_keep, Masked || p.limited);
+    PairValues<T> y = values(t, log_f, zero + p.row.shift[r], zero + p.row.argument_offset[r], row_keep, Masked || p.marked);
     Vec<T> u = t - p.row.moment_origin[r], baseline = zero + p.row.baseline[r], g{};
     if (p.terms)
       for (int k = 0; k < SUM_COUNT; k++)
         if (p.row_sums[k]) sums[k][r] += term(k, y, u, baseline);
     if constexpr (Gradient) g = weight(y, u, baseline) * p.row.row_weight[r];
     if (p.two_sided) {
-      y = values(t, log_f, load(p.col.shift + c), load(p.col.argument_offset + c), col_keep, Masked || p.limited);
+      y = values(t, log_f, load(p.col.shift + c), load(p.col.argument_offset + c), col_keep, Masked || p.marked);
       u = t - load(p.col.moment_origin + c), baseline = load(p.col.baseline + c);
       if (p.col_terms)
         for (int k = 0; k < SUM_COUNT; k++)
@@ -354,11 +383,11 @@ template <class T, bool Gradient> struct OfFunction {
     t[r] = of_pair;
     x[ROW][r] = (of_pair - p.row.shift[r]) + p.row.argument_offset[r];
     if (p.two_sided) x[COL][r] = (of_pair - load(p.col.shift + c)) + load(p.col.argument_offset + c);
-    if (!Masked && !p.limited) return;
+    if (!Masked && !p.marked) return;
     masked = true;
     if (!Masked) counts = all_lanes<T>();
-    keep[ROW][r] = p.limited ? of_row<T>(p, r, of_pair, counts) : counts;
-    keep[COL][r] = p.limited && p.two_sided ? of_cols<T>(p, c, of_pair, counts) : counts;
+    keep[ROW][r] = p.marked ? of_row<T>(p, r, c, counts) : counts;
+    keep[COL][r] = p.marked && p.two_sided ? of_cols<T>(p, r, c, counts) : counts;
   }
   ALPHACL_INLINE void end(int64_t c) {
     const int sides = p.two_sided ? SIDES : 1;
@@ -406,16 +435,16 @@ template <class T, bool Gradient> struct OfFunction {
 
 // g_ij + g_ji = exp(log f − constant_shift)·(row_weight_i + row_weight_j); rows that are no anchors
 // have weight 0
-template <class T, class K, bool Limited> struct ConstantShiftGradient {
+template <class T, class K, bool Marked> struct ConstantShiftGradient {
   const Panel<T>& p;
   Vec<T> col_weight;
   ALPHACL_INLINE void begin(int64_t c) { col_weight = load(p.col.row_weight + c); }
   ALPHACL_INLINE void end(int64_t) {}
   template <bool Masked> ALPHACL_INLINE void pair(int r, int64_t c, Vec<T> t, Mask<T> keep) {
     Vec<T> of_r = broadcast<T>(p.row.row_weight[r]), of_c = col_weight;
-    if (Limited) {
-      of_r = of_row<T>(p, r, t, all_lanes<T>()) ? of_r : Vec<T>{};
-      if (p.two_sided) of_c = of_cols<T>(p, c, t, all_lanes<T>()) ? of_c : Vec<T>{};
+    if (Marked) {
+      of_r = of_row<T>(p, r, c, all_lanes<T>()) ? of_r : Vec<T>{};
+      if (p.two_sided) of_c = of_cols<T>(p, r, c, all_lanes<T>()) ? of_c : Vec<T>{};
     }
     Vec<T> g = vexp_bounded<T>(K::f(t, p.numbers) - p.numbers.middle) * (of_c + of_r);
     if (Masked) g = keep ? g : Vec<T>{};
@@ -429,13 +458,18 @@ template <class T, class K, bool Limited> struct ConstantShiftGradient {
 
 // The same from kept factors. Masks are as before: a factor of 0 times an infinite row weight is a
 // NaN, but that of an excluded pair counts for nothing.
-template <class T> struct KeptGradient {
+template <class T, bool Marked> struct KeptGradient {
   const Panel<T>& p;
   Vec<T> col_weight;
   ALPHACL_INLINE void begin(int64_t c) { col_weight = load(p.col.row_weight + c); }
   ALPHACL_INLINE void end(int64_t) {}
   template <bool Masked> ALPHACL_INLINE void pair(int r, int64_t c, Vec<T> e, Mask<T> keep) {
-    Vec<T> g = e * (col_weight + p.row.row_weight[r]);
+    Vec<T> of_r = broadcast<T>(p.row.row_weight[r]), of_c = col_weight;
+    if (Marked) {
+      of_r = of_row<T>(p, r, c, all_lanes<T>()) ? of_r : Vec<T>{};
+      if (p.two_sided) of_c = of_cols<T>(p, r, c, all_lanes<T>()) ? of_c : Vec<T>{};
+    }
+    Vec<T> g = e * (of_c + of_r);
     if (Masked) g = keep ? g : Vec<T>{};
     store(p.s + r * LD + c, g);
   }
@@ -450,8 +484,8 @@ template <class T> using PanelFunction = void (*)(const Panel<T>&);
 template <class T, class K> PanelFunction<T> any_kind(const Sweep& s) {
   return s.gradient ? General<T, K, true>::run : General<T, K, false>::run;
 }
-template <class T, class K> PanelFunction<T> linear_kind(const Sweep& s, bool limited) {
-  if (!s.gradient || s.weight != WEIGHT_DF || limited) return any_kind<T, K>(s);
+template <class T, class K> PanelFunction<T> linear_kind(const Sweep& s, bool marked) {
+  if (!s.gradient || s.weight != WEIGHT_DF || marked) return any_kind<T, K>(s);
   int wanted = 0;
   for (int term = 0; term < TERM_COUNT; term++) wanted |= s.rows_of_terms[term] >= 0 ? bit(term) : 0;
   switch (wanted) {
@@ -462,29 +496,27 @@ template <class T, class K> PanelFunction<T> linear_kind(const Sweep& s, bool li
   }
   return any_kind<T, K>(s);
 }
-template <class T, class K, bool Limited> PanelFunction<T> constant_shift(const Sweep& s) {
-  if (s.gradient) return ConstantShiftGradient<T, K, Limited>::run;
+template <class T, class K, bool Marked> PanelFunction<T> constant_shift(const Sweep& s, bool keeps_factors) {
+  if (s.gradient) return ConstantShiftGradient<T, K, Marked>::run;
   const bool moment = s.rows_of_terms[F_MOMENT] >= 0;
-  return moment ? ConstantShiftSums<T, K, true, false, Limited>::run : ConstantShiftSums<T, K, false, false, Limited>::run;
+  if (keeps_factors) return moment ? ConstantShiftSums<T, K, true, true, Marked>::run : ConstantShiftSums<T, K, false, true, Marked>::run;
+  return moment ? ConstantShiftSums<T, K, true, false, Marked>::run : ConstantShiftSums<T, K, false, false, Marked>::run;
 }
-template <class T, class K> PanelFunction<T> log_kind(const Sweep& s, bool limited, bool keeps_factors) {
-  const bool moment = s.rows_of_terms[F_MOMENT] >= 0;
+template <class T, class K> PanelFunction<T> log_kind(const Sweep& s, bool marked, bool keeps_factors) {
   if (s.form == Form::ONLINE) return OnlineSums<T, K>::run;
   if (s.form != Form::CONSTANT) return any_kind<T, K>(s);
-  if (limited) return constant_shift<T, K, true>(s);
-  if (s.gradient || !keeps_factors) return constant_shift<T, K, false>(s);
-  return moment ? ConstantShiftSums<T, K, true, true, false>::run : ConstantShiftSums<T, K, false, true, false>::run;
+  return marked ? constant_shift<T, K, true>(s, keeps_factors) : constant_shift<T, K, false>(s, keeps_factors);
 }
 
 template <class T> PanelFunction<T> panel_function(const Sweep& s, const RowVectors& v, const KeptTile& kept) {
-  const bool factors = kept.what == Keep::FACTORS;
+  const bool factors = kept.what == Keep::FACTORS, marked = v.largest_t || v.largest_guide;
   if (s.form == Form::T_MAX) return Maximum<T>::run;
-  if (factors && kept.filled) return KeptGradient<T>::run;
+  if (factors && kept.filled) return marked ? KeptGradient<T, true>::run : KeptGradient<T, false>::run;
   if (s.values) return s.gradient ? OfFunction<T, true>::run : OfFunction<T, false>::run;
   return with_kind<T>(s, [&](auto kind) {
     using K = decltype(kind);
-    if constexpr (K::log) return log_kind<T, K>(s, v.largest_t, factors);
-    else return linear_kind<T, K>(s, v.largest_t);
+    if constexpr (K::log) return log_kind<T, K>(s, marked, factors);
+    else return linear_kind<T, K>(s, marked);
   });
 }
 

@@ -110,6 +110,25 @@ template <class T> ALPHACL_INLINE bool any(Mask<T> m) {
   for (uint64_t word : words) found |= word;
   return found != 0;
 }
+// A mask as one bit for each lane, and back.
+template <class T> ALPHACL_INLINE uint16_t bits_of(Mask<T> m) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return uint16_t(_mm512_movepi32_mask((__m512i)m));
+  else return uint16_t(_mm512_movepi64_mask((__m512i)m));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return uint16_t(_mm256_movemask_ps((__m256)m));
+  else return uint16_t(_mm256_movemask_pd((__m256d)m));
+#else
+  int found = 0;
+  for (int i = 0; i < LANES<T>; i++) found |= int(m[i] & 1) << i;
+  return uint16_t(found);
+#endif
+}
+template <class T> ALPHACL_INLINE Mask<T> mask_of(uint16_t bits) {
+  Mask<T> own;
+  for (int i = 0; i < LANES<T>; i++) own[i] = Int<T>(1) << i;
+  return (own & (Mask<T>{} + Int<T>(bits))) != 0;
+}
 template <class T> ALPHACL_INLINE T max_of(Vec<T> v) {
   T best = v[0];
   for (int i = 1; i < LANES<T>; i++) best = v[i] > best || v[i] != v[i] ? v[i] : best;
@@ -139,16 +158,15 @@ template <> struct ExpConstants<double> {
   static constexpr int mantissa = 52;
 };
 
-ALPHACL_INLINE Vec<float> exp_polynomial(Vec<float> r) {  // minimax on |r| <= ln 2 / 2
+ALPHACL_INLINE Vec<float> expm1_polynomial(Vec<float> r) {  // minimax on |r| <= ln 2 / 2
   Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r;
-  return p + 1.0f;
+  return p * (r * r) + r;
 }
-ALPHACL_INLINE Vec<double> exp_polynomial(Vec<double> r) {
+ALPHACL_INLINE Vec<double> expm1_polynomial(Vec<double> r) {
   Vec<double> p = r * 1.6059043836821613e-10 + 2.08767569878681e-9;
   p = p * r + 2.505210838544172e-8;
   p = p * r + 2.7557319223985893e-7;
@@ -160,9 +178,9 @@ ALPHACL_INLINE Vec<double> exp_polynomial(Vec<double> r) {
   p = p * r + 4.1666666666666667e-2;
   p = p * r + 1.6666666666666667e-1;
   p = p * r + 0.5;
-  p = p * (r * r) + r;
-  return p + 1.0;
+  return p * (r * r) + r;
 }
+template <class V> ALPHACL_INLINE V exp_polynomial(V r) { return expm1_polynomial(r) + 1; }
 
 template <class T> ALPHACL_INLINE Vec<T> vexp(Vec<T> x) {
   using C = ExpConstants<T>;

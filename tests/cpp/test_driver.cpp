@@ -33,7 +33,8 @@ TileKernels stand_in(const char* set, Dtype operands) {
   k.row_multiple = 8, k.largest_block = 24;
   k.packed_bytes = [](int64_t dim, int64_t stride, bool gradient) { return stride * dim * (gradient ? 8 : 4) + 1; };
   k.df_bytes = [](int64_t dim, int64_t stride) { return stride * dim * 8; };
-  k.workspace_bytes = [](int64_t dim, int64_t stride) { return dim + stride; };
+  k.guide_bytes = [](int64_t dim, int64_t stride) { return stride * dim * 4; };
+  k.workspace_bytes = [](int64_t dim, int64_t guide_dim, int64_t stride) { return std::max(dim, guide_dim) + stride; };
   k.in_place = [](int64_t dim, int64_t) { return dim % 16 == 0; };
   return k;
 }
@@ -154,7 +155,7 @@ void test_bytes(const Case& c, const Plan& p) {
   CHECK(p.accumulators.count == own_accumulators, c.name());
   CHECK(p.packed.count == p.blocks && p.packed.size >= p.kernels.packed_bytes(c.dim, p.stride, c.gradient), c.name());
   CHECK(p.accumulators.size >= p.kernels.df_bytes(c.dim, p.stride), c.name());
-  CHECK(p.thread.count == c.threads && p.thread.size >= p.kernels.workspace_bytes(c.dim, p.stride), c.name());
+  CHECK(p.thread.count == c.threads && p.thread.size >= p.kernels.workspace_bytes(c.dim, 0, p.stride), c.name());
   CHECK(p.sums.size >= p.padded * 8 * (c.gradient && c.bias ? 6 : 5), c.name());
   CHECK(p.rounds.size >= p.blocks * int64_t(sizeof(std::atomic<int64_t>)), c.name());
 }
@@ -216,7 +217,8 @@ std::vector<std::vector<int64_t>> logs_of(const Case& c, const Plan& plan, int t
     uint64_t chance = uint64_t(thread) + 1;
     run_thread(
         plan, schedule, progress, [&](int64_t b) { packed[size_t(b)]++; },
-        [&](int64_t i, int64_t j) {
+        [&](int64_t number, int64_t i, int64_t j) {
+          CHECK(schedule.tile(number).i == i && schedule.tile(number).j == j, c.name());
           for (chance = chance * 6364136223846793005u + 1442695040888963407u; chance >> 62 == 0; chance *= 3)
             std::this_thread::yield();
           CHECK(packed[size_t(i)] == 1 && packed[size_t(j)] == 1, c.name());

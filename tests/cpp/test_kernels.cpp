@@ -32,7 +32,7 @@
 
 #include <unistd.h>
 
-#include "../../csrc/cpu/sweep.h"
+#include "../../csrc/cpu/kernels.h"
 #include "../../csrc/generated/row_codes.h"
 
 extern "C" {
@@ -46,6 +46,8 @@ int32_t alphacl_cpu_sweep(const Sweep* s);
 int32_t alphacl_cpu_normalize(const PairRows* p);
 int32_t alphacl_cpu_finish(const PairRows* p);
 int32_t alphacl_cpu_step(const Step* s);
+int32_t alphacl_cpu_same_id_size();
+int32_t alphacl_cpu_same_id(const SameIdBlock* b);
 int32_t alphacl_cpu_function(int32_t set, int32_t dtype, int32_t which, const void* x, void* y, int64_t n);
 }
 
@@ -1162,6 +1164,7 @@ struct StepCase {
   int dtype;
   Similarity similarity;
   bool online, ids, incoming;
+  int64_t guide_dim;  // 0: no guide
 };
 
 // log(1 + Σ_j exp((t_ij − t⁺_i)/τ)) and its gradient, from the definitions.
@@ -1171,6 +1174,7 @@ struct ExactStep {
 };
 
 ExactStep exact_step(const StepCase& c, const std::vector<double>& z, const std::vector<int32_t>& ids,
+                     const std::vector<double>& guide, const std::vector<double>& largest_guide,
                      const std::vector<double>& incoming, double tau, double divisor) {
   ExactStep e;
   const int64_t n = c.n, d = c.dim;
@@ -1205,6 +1209,9 @@ ExactStep exact_step(const StepCase& c, const std::vector<double>& z, const std:
     for (int64_t j = 0; j < c.rows; j++) {
       if (j == i || j == partner || (c.split && (i < c.split) == (j < c.split))) continue;
       if (c.ids && ids[size_t(i)] == ids[size_t(j)]) continue;
+      double of_guide = 0;
+      for (int64_t k = 0; k < c.guide_dim; k++) of_guide += guide[size_t(i * c.guide_dim + k)] * guide[size_t(j * c.guide_dim + k)];
+      if (c.guide_dim && of_guide > largest_guide[size_t(i)]) continue;
       const double gap = similarity(i, j) - pos;
       factors.emplace_back(j, std::exp(gap / tau));
       sum += factors.back().second, moment += factors.back().second * gap;
@@ -1255,7 +1262,7 @@ template <class T> void test_step(Random& random, const Served& s, const StepCas
   std::snprintf(what, sizeof(what), "step: %s, %s, %s, n %lld, dim %lld, %lld rows, split %lld, %lld anchors, [%lld, %lld), %s%s%s",
                 s.kernels.c_str(), DTYPES[c.dtype], similarity, (long long)(n), (long long)(dim), (long long)(c.rows), (long long)(c.split),
                 (long long)(c.anchors), (long long)(c.lo), (long long)(c.hi), c.online ? "online" : "constant shift",
-                c.ids ? ", ids" : "", c.incoming ? ", incoming" : "");
+                c.ids ? ", ids" : "", c.incoming ? ", incoming" : c.guide_dim ? ", guide" : "");
   watch(what);
   std::vector<double> exact;
   Exact<char> z[2] = {Exact<char>(n * dim * size, size), Exact<char>(n * (dim + 1) * size)};
@@ -1293,8 +1300,13 @@ template <class T> void test_step(Random& random, const Served& s, const StepCas
       count += ids[size_t(i)] != ids[size_t(j)] && (!c.split || (i < c.split) != (j < c.split));
     n_neg[i] = T(std::max<int64_t>(count, 1)), empty[i] = count == 0;
   }
+  // whole numbers: products are exact, and many equal the limit, at which a pair counts
+  std::vector<double> guide, largest_guide;
+  Exact<T> own_guide(c.rows * c.guide_dim), limits(c.anchors);
+  for (int64_t k = 0; k < own_guide.size; k++) guide.push_back(double(random.integer(-1, 1))), own_guide[k] = T(guide.back());
+  for (int64_t i = 0; i < c.anchors; i++) largest_guide.push_back(double(random.integer(-1, 1))), limits[i] = T(largest_guide.back());
   const double tau = 0.25, divisor = double(c.anchors);
-  const ExactStep truth = exact_step(c, exact, ids, incoming, tau, divisor);
+  const ExactStep truth = exact_step(c, exact, ids, guide, largest_guide, incoming, tau, divisor);
   std::vector<T> first;
   for (int threads : {1, 3})
     for (int64_t workspace : {int64_t(0), int64_t(300000), int64_t(1) << 24})
@@ -1305,6 +1317,7 @@ template <class T> void test_step(Random& random, const Served& s, const StepCas
         Step step{};
         step.z1 = z[0].data, step.z2 = z[1].data, step.stride1 = strides[0], step.stride2 = strides[1];
         if (c.ids) step.ids = given.data, step.n_neg_of = n_neg.data, step.empty = empty.data;
+        if (c.guide_dim) step.guide = own_guide.data, step.largest_guide = limits.data, step.guide_dim = c.guide_dim;
         if (c.incoming) step.incoming = weights.data;
         else step.loss = loss.data;
         step.dz = wanted ? dz.data : nullptr, step.dtau = dtau.data, step.each = each;
@@ -1348,9 +1361,68 @@ void test_steps(Random& random, bool thorough) {
           const int64_t rows = mode == 1 ? n : 2 * n, split = mode > 1 ? n : 0;
           const int64_t anchors = mode == 0 || mode == 2 ? 2 * n : n;
           const int64_t lo = random.pick({int64_t(0), int64_t(0), n}), hi = random.pick({2 * n, 2 * n, n});
-          const StepCase c{n, dim, rows, split, anchors, lo, std::max(lo, hi), dtype, similarity, online, random.chance(0.4), random.chance(0.3)};
+          const StepCase c{n, dim, rows, split, anchors, lo, std::max(lo, hi), dtype, similarity, online, random.chance(0.4), random.chance(0.3),
+                           random.chance(0.5) ? random.integer(1, 140) : 0};
           by_dtype(dtype, [&](auto zero) { test_step<decltype(zero)>(random, s, c); });
         }
+}
+
+// --- rows of equal ids ---------------------------------------------------------------------------
+
+// The forms of supervised losses, from the definitions.
+template <class T> void test_same_id_block(Random& random, const Served& s, int32_t form, bool bounded) {
+  const int64_t rows = random.integer(1, 40), cols = random.integer(1, 90), size = rows * cols;
+  const double tau = 0.3;
+  Exact<T> t(size), log_sums(rows), origin(rows), weight(rows), loss(rows), of_log_sums(rows), of_tau(rows);
+  Exact<int64_t> first(rows), last(rows), own(rows);
+  for (int64_t k = 0; k < size; k++) t[k] = T(random.normal() * 0.3);
+  for (int64_t r = 0; r < rows; r++) {
+    first[r] = random.integer(0, cols - 1), last[r] = random.integer(first[r], cols), own[r] = random.integer(-2, cols + 1);
+    log_sums[r] = T(random.normal() * 2), origin[r] = T(random.normal() * 0.1), weight[r] = T(random.normal());
+  }
+  std::vector<double> right(size_t(3 * rows + size), 0.0);
+  for (int64_t r = 0; r < rows; r++) {
+    std::vector<int64_t> columns;
+    for (int64_t c = first[r]; c < last[r]; c++)
+      if (c != own[r]) columns.push_back(c);
+    if (columns.empty()) continue;
+    auto g = [&](int64_t c) { return (double(t[r * cols + c]) - double(origin[r])) / tau; };
+    const double count = double(columns.size()), negatives = std::exp(double(log_sums[r]));
+    double sum = 0, mean = 0;
+    for (int64_t c : columns) sum += std::exp(g(c)), mean += g(c) / count;
+    double moment = 0, value = form == 0 ? std::log(sum + negatives) - mean : form == 1 ? std::log(count * (1 + negatives / sum)) : 0;
+    double slope = form == 2 ? 0 : negatives / (sum + negatives);
+    for (int64_t c : columns) {
+      const double e = std::exp(g(c)), share = e / (sum + negatives), pull = negatives / (negatives + e);
+      const double dg = form == 0 ? share - 1 / count : form == 1 ? share - e / sum : -pull / count;
+      if (form == 2) value += std::log1p(negatives / e) / count, slope += pull / count;
+      moment += dg * g(c), right[size_t(3 * rows + r * cols + c)] = dg / tau * double(weight[r]);
+    }
+    right[size_t(r)] = value, right[size_t(rows + r)] = slope, right[size_t(2 * rows + r)] = -moment / tau;
+  }
+  const SameIdBlock block{t.data, first.data, last.data, own.data, log_sums.data, origin.data, weight.data, loss.data,
+                          of_log_sums.data, of_tau.data, rows, cols, tau, form, bounded, sizeof(T) == 8 ? FLOAT64 : FLOAT32,
+                          int32_t(random.pick({1, 3})), s.set};
+  watch("rows of equal ids");
+  poison_workspace();
+  if (const int32_t status = alphacl_cpu_same_id(&block)) return fail("rows of equal ids: status %d", status);
+  const double slack = sizeof(T) == 8 ? 1e-13 : 3e-6;
+  auto check = [&](const char* name, const T* got, int64_t at, int64_t length) {
+    for (int64_t k = 0; k < length; k++)
+      if (!(std::fabs(double(got[k]) - right[size_t(at + k)]) <= slack * (1 + std::fabs(right[size_t(at + k)]))))
+        return fail("rows of equal ids: %s of form %d, %s: %g, not %g", name, form, s.kernels.c_str(), double(got[k]), right[size_t(at + k)]);
+  };
+  check("loss", loss.data, 0, rows), check("slope in the sums", of_log_sums.data, rows, rows);
+  check("slope in tau", of_tau.data, 2 * rows, rows), check("gradient", t.data, 3 * rows, size);
+}
+
+void test_same_id(Random& random, bool thorough) {
+  for (int dtype : {FLOAT32, FLOAT64})
+    for (const Served& s : served(dtype))
+      for (int32_t form : {0, 1, 2})
+        for (int k = 0; k < (thorough ? 8 : 2); k++)
+          by_dtype(dtype, [&](auto zero) { test_same_id_block<decltype(zero)>(random, s, form, k % 2); });
+  if (alphacl_cpu_same_id_size() != int32_t(sizeof(SameIdBlock))) fail("size of SameIdBlock: %d", alphacl_cpu_same_id_size());
 }
 
 // --- several callers, interruption, refusals -----------------------------------------------------
@@ -1597,6 +1669,8 @@ int main(int argc, char** argv) {
   timed("rows");
   test_steps(random, thorough);
   timed("steps");
+  test_same_id(random, thorough);
+  timed("equal ids");
   // The driver keeps its largest workspace, which is filled with NaN before every call: what needs
   // much of it comes late.
   test_corners(random, thorough);

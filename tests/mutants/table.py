@@ -341,11 +341,10 @@ plant(
         f"{AGAINST}test_log_weights[False-infonce0-blocked]",
     ),
     (
-        "temperature per anchor: max_gap is not checked once the ranks agree on it",
+        "temperature per anchor: the objective is not checked once the ranks agree on it",
         "if given.per_anchor:  # perhaps",
         "if False:  # perhaps",
-        f"{AGAINST}test_all_ranks_refuse[options4-max_gap must be None with a temperature per "
-        "anchor]",
+        f"{AGAINST}test_all_ranks_refuse[options4-temperature must have one element with mine]",
     ),
     (
         "temperature per anchor: the one in front of the loss is left out",
@@ -1294,8 +1293,8 @@ plant(
     ),
     (
         "kept tiles: the columns' anchors do not weigh in the gradient",
-        "e * (col_weight + p.row.row_weight[r]);",
-        "e * (p.row.row_weight[r] + 0 * col_weight);",
+        "Vec<T> g = e * (of_c + of_r);",
+        "Vec<T> g = e * (of_r + 0 * of_c);",
         step_bits(),
     ),
     (
@@ -1797,15 +1796,69 @@ plant(
     "csrc/cpu/tile.h",
     (
         "max_gap: the columns' anchors have the rows' limit",
-        "return keep & ~(Mask<T>)(t > load(p.col.largest_t + c));",
-        "return keep & ~(Mask<T>)(t > broadcast<T>(p.row.largest_t[0]));",
+        "above_cols |= t > load(p.col.largest_t + c);",
+        "above_cols |= t > broadcast<T>(p.row.largest_t[0]);",
         f"{GAP}test_every_instruction_set[portable-infonce]",
     ),
     (
         "max_gap: the gradient counts every pair",
-        "if (s.gradient) return ConstantShiftGradient<T, K, Limited>::run;",
+        "if (s.gradient) return ConstantShiftGradient<T, K, Marked>::run;",
         "if (s.gradient) return ConstantShiftGradient<T, K, false>::run;",
         f"{GAP}test_every_instruction_set[portable-infonce]",
+    ),
+    (
+        "max_gap: a kept tile's pairs all count",
+        "return marked ? KeptGradient<T, true>::run",
+        "return marked ? KeptGradient<T, false>::run",
+        f"{GAP}test_every_instruction_set[portable-infonce]",
+    ),
+    (
+        "guide: a similarity that equals the limit does not count",
+        "above_row |= t > broadcast<T>(p.row.largest_guide[r])",
+        "above_row |= t >= broadcast<T>(p.row.largest_guide[r])",
+        "tests/test_guide.py::test_whole_numbers_at_the_limit_count[cpu]",
+    ),
+    (
+        "guide: the columns' anchors have the rows' limit",
+        "above_cols |= t > load(p.col.largest_guide + c);",
+        "above_cols |= t > broadcast<T>(p.row.largest_guide[0]);",
+        "tests/test_guide.py::test_every_instruction_set[dtype0-portable]",
+    ),
+    variant="portable",
+)
+plant(
+    "csrc/cpu/kernels.cpp",
+    (
+        "max_gap: log-weights count as similarity",
+        "const bool weighted = s.weighted && p.marked;",
+        "const bool weighted = false;",
+        f"{GAP}test_gaps_have_neither_weights_nor_temperatures[cpu-False]",
+    ),
+    variant="portable",
+)
+plant(
+    "csrc/cpu/kept.h",
+    (
+        "kept tiles: the marks of a tile lie in the next one",
+        "at + size_ : nullptr",
+        "at + size_ + marks_ : nullptr",
+        "tests/test_guide.py::test_same_bits_for_any_workspace_and_threads[two_view-member0]",
+    ),
+    variant="portable",
+)
+plant(
+    "csrc/cpu/same_id.h",
+    (
+        "equal ids: the share of a positive is subtracted from 1",
+        "return vexpm1<T>(g - log_mean) * among - others;",
+        "return vexp<T>(g - log_mean) * among - 1;",
+        f"{SUPCON}test_exact_once_trained[cpu-2-out]",
+    ),
+    (
+        "equal ids: the anchor is one of its positives",
+        "const bool inside = own >= first && own < last;",
+        "const bool inside = false;",
+        f"{SUPCON}test_equals_the_dense_formula[any-in-cpu]",
     ),
     variant="portable",
 )
@@ -2017,10 +2070,10 @@ plant(
         f"{GUIDE}[one_view-True-infonce]",
     ),
     (
-        "guide: both directions have the first view's guide",
-        "against(f2, f1, g2, g1)",
-        "against(f2, f1, g1, g2)",
-        f"{GUIDE}[cross_view-True-infonce]",
+        "guide: a copy of the positive is left out by rounding",
+        "+ ROUNDING * torch.finfo",
+        "- ROUNDING * torch.finfo",
+        "tests/test_guide.py::test_copies_of_the_positive_count[blocked]",
     ),
 )
 
