@@ -291,6 +291,8 @@ def _alone(case: Case) -> list[Case]:
 def triton_cases(arch: str) -> list[Case]:
     """Every arithmetic of the Triton kernels, with their default tiles."""
     case = Case("triton", arch, 75, 64, BF16)
+    if arch == "120":
+        return _blackwell(case)
     # so many pairs that a row block meets a whole tile of other rows, which has no mask
     whole = 140 if arch == "90" else 70
     short = [
@@ -327,5 +329,25 @@ def triton_cases(arch: str) -> list[Case]:
         one = replace(case, pairs=pairs, dim=32, dtype=dtype, precision=precision)
         more += [*_alone(one), replace(one, ids=11)]
     more += [replace(case, pairs=40, ids=1), replace(case, pairs=40, ids=11, setting=_SIDES[1])]
+    limited = replace(case, pairs=whole, setting={"max_gap": -0.8})
+    more += [replace(limited, objective=o) for o in ("infonce", "alpha_direct", "triplet")]
+    more += [replace(limited, dtype=FP32, precision="ieee", pairs=40, ids=11)]
+    more += [replace(case, pairs=129, dim=d, workspace=1) for d in (64, 512)]  # several launches
     more += [replace(case, pairs=whole, objective=o, options=k) for o, k in CUSTOM[:5]]
     return _listed(short, more)
+
+
+def _blackwell(case: Case) -> list[Case]:
+    """The arithmetics and lengths whose tiles or instructions sm_120 has for itself."""
+    return [
+        replace(case, pairs=n, dim=d, dtype=t, precision=p, objective=o)
+        for n, d, t, p, o in [
+            (75, 64, BF16, None, "infonce"), (70, 96, BF16, None, "infonce"),
+            (70, 96, BF16, None, "alpha_direct"), (70, 128, BF16, None, "infonce"),
+            (70, 128, BF16, None, "triplet"), (70, 256, BF16, None, "infonce"),
+            (66, 512, BF16, None, "alpha_direct"), (70, 128, FP16, None, "infonce"),
+            (40, 64, FP32, "tf32", "infonce"), (70, 256, FP32, "tf32", "infonce"),
+            (40, 64, FP32, "ieee", "infonce"), (40, 64, FP32, "bf16x3", "infonce"),
+            (40, 40, FP64, None, "infonce"),
+        ]
+    ] + [replace(case, nan_row=3), replace(case, ids=11), replace(case, call=calls.every_length)]  # fmt: skip
