@@ -675,6 +675,24 @@ def test_loads_and_stores():
     assert (out[:, 2] == given[:, 1]).all()
 
 
+def test_single_bytes_of_shared_memory():
+    """They are read where at least two were written at once."""
+    body = (
+        LOAD + "mov.b32 {%h1,%h2}, %r2; st.shared.v2.b8 [%r1], {%h1,%h2}; "
+        "ld.shared.u8 %r3, [%r1]; ld.shared.s8 %r4, [%r1+1]; ld.shared.u8 %r5, [%r1+FROM]; " + KEEP
+    )
+    given, out, made = through(body.replace("FROM", "0"))
+    halves_of_words = given[:, :1].copy().view(np.uint16)
+    low_bytes = halves_of_words.astype(np.uint8)
+    assert (out[:, 1] == low_bytes[:, 0]).all()
+    assert (out[:, 2].view(np.int32) == low_bytes[:, 1].view(np.int8)).all()
+    assert not made.hazards
+    _, _, made = through(body.replace("FROM", "2"))
+    assert any("nobody wrote" in text for text in made.hazards)
+    with pytest.raises(Fault, match="single bytes"):
+        through(LOAD + "st.shared.b8 [%r1], %h1; " + KEEP)
+
+
 def test_predicates_leave_lanes_alone():
     given, out, made = through(LOAD + "setp.lt.u32 %p1, %r0, 5; @%p1 mov.u32 %r2, 9; "
                                "@!%p1 add.s32 %r2, %r2, 1; " + KEEP)  # fmt: skip
