@@ -7,7 +7,10 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable
 
+import numpy as np
+
 from . import cuda_launch
+from .parse import Kernel
 
 #: Least share of the instructions of a family of kernels that a full list executes, by a pattern of
 #: their names. The general kernels of csrc/cuda hold every pair kind in every form, with and
@@ -20,16 +23,18 @@ LEAST = (
 SHORT = {"cuda-90a": 0.85, "cuda-80": 0.28, "triton-90": 0.9, "triton-80": 0.9}
 
 
-def of_machines(machines: Iterable) -> dict[str, dict]:
-    """Of every kernel: instructions there, executed, and the texts of those that were not."""
-    merged: dict[str, tuple[list, set]] = {}
-    for machine in machines:
-        instructions = machine.kernel.instructions
-        name = machine.kernel.name
+def of_kernels(runs: Iterable[tuple[Kernel, np.ndarray]]) -> dict[str, dict]:
+    """Of every kernel: instructions there, executed, and the texts of those that were not.
+
+    ``runs``: as `Runner.executed` has them.
+    """
+    merged: dict[str, tuple[dict, set]] = {}
+    for kernel, coverage in runs:
+        name = kernel.name
         if name in ("row_sums", "pair_grad") or name.endswith("_kernel"):  # Triton's, by its text
-            name = f"{name}-{zlib.crc32(machine.kernel.text.encode()):08x}"
+            name = f"{name}-{zlib.crc32(kernel.text.encode()):08x}"
         texts, done = merged.setdefault(name, ({}, set()))
-        for instruction, executed in zip(instructions, machine.coverage(), strict=True):
+        for instruction, executed in zip(kernel.instructions, coverage, strict=True):
             texts[instruction.origin] = instruction.text
             if executed:
                 done.add(instruction.origin)

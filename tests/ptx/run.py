@@ -54,7 +54,7 @@ def run_list(name: str, full: bool) -> dict:
             print(_line(results[-1]), flush=True)
     return {
         "list": name, "results": results, "cpu": time.process_time() - begin,
-        "coverage": coverage.of_machines(runner.machines.values()),
+        "coverage": coverage.of_kernels(runner.executed()),
     }  # fmt: skip
 
 
