@@ -22,7 +22,7 @@ for _folder in (Path(__file__).parents[2], Path(__file__).parents[1]):
         sys.path.insert(0, str(_folder))
 
 import torch  # noqa: E402
-from ptx import cases, run  # noqa: E402
+from ptx import calls, cases, run  # noqa: E402
 from ptx.runner import Runner  # noqa: E402
 
 Change = Callable[[str], str | None]
@@ -109,6 +109,8 @@ _RING = replace(_HOPPER, pairs=330, multiprocessors=2)  # more tiles than stages
 _AMPERE = replace(_HOPPER, arch="80", symmetric=False)
 _CHUNKS = replace(_AMPERE, dim=264)
 _IEEE = replace(_AMPERE, dtype=cases.FP32, precision="ieee")
+_TF32 = replace(_AMPERE, pairs=4, dim=32, dtype=cases.FP32, precision="tf32",
+                call=calls.rectangle, sides=(3, 3))  # fmt: skip
 _ONLINE = replace(_IEEE, tau=8.0, setting={"similarity": "dot"})
 _TRITON = cases.Case("triton", "90", 75, 64, cases.BF16)
 _TRITON80 = replace(_TRITON, arch="80")
@@ -176,8 +178,8 @@ MUTANTS = [
            "FastRowSumsINS1_4HalfILi64ELb1EEELb0ELb1", removed(r"bar\.sync", 1)),
     Mutant("neighbouring weights for cuBLAS exchanged", _CHUNKS, "FastPairGrad", _PACK),
     Mutant("the last chunk is left out", _CHUNKS, "FastPairGrad", one_tile_less),
-    Mutant("operands are not rounded to TF32", replace(_AMPERE, dtype=cases.FP32, precision="tf32"),
-           "FastPairGradINS1_4Tf32ILi64", each(r"cvt\.rna\.tf32\.f32", "mov.b32")),
+    Mutant("operands are not rounded to TF32", _TF32, "FastRowSumsINS1_4Tf32ILi64",
+           each(r"cvt\.rna\.tf32\.f32", "mov.b32")),
     # general kernels, and those of rows
     Mutant("weights are read before other lanes have written them", _IEEE,
            "PairGradINS1_4SimtIfLi64", removed(r"bar\.warp\.sync")),
@@ -188,6 +190,8 @@ MUTANTS = [
     Mutant("a row's norm behind a branch", replace(_IEEE, dim=16, nan_row=3), "UnitRows",
            behind_a_branch),
     # Triton
+    Mutant("Triton: rows are not rounded to TF32", replace(_TF32, backend="triton"), "rounded_rows",
+           each(r"cvt\.rna\.tf32\.f32", "mov.b32")),
     Mutant("Triton: the last tile is left out", _TRITON80, "pair_grad", one_tile_less),
     Mutant("Triton: no barrier", _TRITON, "pair_grad", removed(r"bar\.sync", 3)),
     Mutant("Triton: no proxy fence", _TRITON, "unit_rows|pair_grad",
