@@ -251,7 +251,9 @@ def _ampere() -> list[Case]:
     for dim in (64, 128, 256, 264):
         cases += [replace(case, dim=dim, symmetric=False, setting=s) for s in _SIDES]
         # so many pairs that a symmetric tile needs no mask
-        cases += [replace(case, dim=dim, pairs=129, objective="alpha_direct")]
+        one = replace(case, dim=dim, pairs=129, objective="alpha_direct")
+        cases += [one, replace(one, symmetric=False)]
+    cases += [replace(case, dtype=FP64, dim=200, pairs=4)]  # several features for each lane
     short = [
         case, replace(case, dim=264, pairs=40),
         replace(case, dtype=FP16, dim=61, multiprocessors=10),

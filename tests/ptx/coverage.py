@@ -13,11 +13,12 @@ from . import cuda_launch
 from .parse import Kernel
 
 #: Least share of the instructions of a family of kernels that a full list executes, by a pattern of
-#: their names. The general kernels of csrc/cuda hold every pair kind in every form, with and
-#: without symmetric tiles: many of these no objective asks for, and some only of another dtype.
+#: their names. The general kernels of csrc/cuda hold every pair kind in every form. Their row_sums
+#: also hold symmetric tiles, which the host asks for with bfloat16 alone: in the other dtypes two
+#: fifths are never executed. Of the lengths of rows, `calls.every_kind` takes two for each dtype.
 LEAST = (
-    ("hopper", 0.97), ("FastPairGrad", 0.95), ("FastRowSums", 0.85), ("PairGrad", 0.7),
-    ("RowSums", 0.5), ("UnitRows|FinishRows", 0.85), ("", 0.9),
+    ("hopper", 0.97), ("FastPairGrad", 0.95), ("FastRowSums", 0.93), ("PairGrad", 0.8),
+    ("RowSums", 0.53), ("UnitRows|FinishRows", 0.97), ("", 0.9),
 )  # fmt: skip
 #: Least share of the instructions of all kernels that a short list runs.
 SHORT = {"cuda-90a": 0.85, "cuda-80": 0.28, "triton-90": 0.9, "triton-80": 0.9}
