@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .rows import INTERPRETED, larger, largest_along
+from .rows import larger, largest_along, rounded_to_tf32
 
 
 class Vectors(NamedTuple):
@@ -654,21 +654,6 @@ def _constant_weights(log_f, raw, i, j, c, S: tl.constexpr):
         return e * (i.row_weight[0] * c.inv_unit)[:, None]
     else:
         return e * (j.row_weight[0] * c.inv_unit)[None, :]
-
-
-@triton.jit
-def rounded_to_tf32(x):
-    """float32 with 10 bits of mantissa.
-
-    The hardware would cut the others off, which makes every weight too small. NaN stays NaN.
-    """
-    if INTERPRETED:  # there is no inline assembly
-        rounded = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
-        return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
-    else:
-        return tl.inline_asm_elementwise(
-            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from family import (
     every_setting,
     in_turn,
     is_due,
+    loss_and_grads,
     member_id,
     members_for,
     pair,
@@ -148,6 +149,14 @@ def test_distinct_ids_change_nothing(backend):
             }
             ours = evaluate(z1, z2, member, torch.randperm(14) * 1000, **given)
             assert_same(ours, evaluate(z1, z2, member, None, **given), 1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", *WITH_IDS])
+def test_a_temperature_has_a_gradient_without_negatives(backend):
+    ids = torch.zeros(5, dtype=torch.long)
+    found = loss_and_grads(*pair(5, 3), "infonce", learn_tau=True, backend=backend, ids=ids)
+    assert len(found) == 4
+    assert not any(x.any() for x in found)
 
 
 @pytest.mark.parametrize("backend", WITH_IDS)

@@ -55,7 +55,7 @@ def test_instructions_of_cuda_are_executed(name):
 
 
 @needs_triton
-@pytest.mark.parametrize("name", TRITON)
+@pytest.mark.parametrize("name", [*TRITON, *(run.FULL_ALONE if FULL else ())])
 def test_triton(name, tmp_path):
     """In a process of its own: in this one Triton's kernels are interpreted as Python."""
     command = [sys.executable, FOLDER / "run.py", name, "--json", tmp_path / "found.json"]

@@ -340,6 +340,33 @@ def test_flushed_arithmetic():
           lambda x: F32.nan if is_nan(decode(x, F32)) else flush(x) & 2**31 - 1)  # fmt: skip
 
 
+def in_both_halves(plain):
+    """The function of 64-bit operands whose halves are operands of ``plain``."""
+
+    def both(*row):
+        low, high = (plain(*(x >> shift & 0xFFFFFFFF for x in row)) for shift in (0, 32))
+        return low | high << 32
+
+    return both
+
+
+def pairs_of(rows):
+    """64-bit operands: one row in the lower halves, the one before it in the upper halves."""
+    return [
+        tuple(x | y << 32 for x, y in zip(row, before, strict=True))
+        for row, before in zip(rows, [rows[-1], *rows], strict=False)
+    ]
+
+
+@pytest.mark.parametrize("name", ARITHMETIC)
+def test_two_floats_at_once(name):
+    plain = in_both_halves(arithmetic(ARITHMETIC[name], "f32"))
+    flushing = in_both_halves(arithmetic(ARITHMETIC[name], "f32", ftz=True))
+    rows = pairs_of(rows_of(["f32"] * 2))
+    check(f"{name}.f32x2 {{out}}, {{0}}, {{1}}", ["b64"] * 2, "b64", plain, rows)
+    check(f"{name}.rn.ftz.f32x2 {{out}}, {{0}}, {{1}}", ["b64"] * 2, "b64", flushing, rows)
+
+
 @pytest.mark.parametrize("mode", ["rz", "rm", "rp"])
 def test_directed_rounding(mode):
     finite = [row for row in rows_of(["f32"] * 3) if all(
@@ -399,6 +426,8 @@ def test_fused_multiply_add():
     # Other sums are rounded twice, to float64 and to float32.
     rows = [row for row in rows_of(["f32"] * 3, 1024) if float64_holds(row)]
     check("fma.rn.f32 {out}, {0}, {1}, {2}", ["f32"] * 3, "f32", arithmetic(fma, "f32"), rows)
+    both = in_both_halves(arithmetic(fma, "f32"))
+    check("fma.rn.f32x2 {out}, {0}, {1}, {2}", ["b64"] * 3, "b64", both, pairs_of(rows))
     rows = [row for row in rows_of(["f64"] * 3, 1024)
             if all(0x200 < (x >> 52 & 0x7FF) < 0x5F0 for x in row)]  # fmt: skip
     generator = random.Random(1)
@@ -583,7 +612,7 @@ def test_saturation():
         "mma.sync.aligned.m16n8k16.row.row.f32.bf16.bf16.f32 {%r1,%r2,%r3,%r4}, {%r5,%r6,%r7,%r8}, "
         "{%r9,%r10}, {%r1,%r2,%r3,%r4}", "cp.async.cg.shared.global [%r1], [%rd1], 8",
         "bar.red.popc.u32 %r1, 0, %p1", "shl.b32 %r1, %r2, 0f00000000",
-        "ld.param.u64 %rd1, [p0], 1",
+        "ld.param.u64 %rd1, [p0], 1", "max.f32x2 %rd1, %rd2, %rd3",
     ],
 )  # fmt: skip
 def test_unknown_opcodes_modifiers_and_operands_are_errors(text):
@@ -644,6 +673,24 @@ def test_loads_and_stores():
     assert (out[:, 0] == given[:, 0] >> 16).all()
     assert (out[:, 1].view(np.int32) == given[:, 0].astype(np.uint16).view(np.int16)).all()
     assert (out[:, 2] == given[:, 1]).all()
+
+
+def test_single_bytes_of_shared_memory():
+    """They are read where at least two were written at once."""
+    body = (
+        LOAD + "mov.b32 {%h1,%h2}, %r2; st.shared.v2.b8 [%r1], {%h1,%h2}; "
+        "ld.shared.u8 %r3, [%r1]; ld.shared.s8 %r4, [%r1+1]; ld.shared.u8 %r5, [%r1+FROM]; " + KEEP
+    )
+    given, out, made = through(body.replace("FROM", "0"))
+    halves_of_words = given[:, :1].copy().view(np.uint16)
+    low_bytes = halves_of_words.astype(np.uint8)
+    assert (out[:, 1] == low_bytes[:, 0]).all()
+    assert (out[:, 2].view(np.int32) == low_bytes[:, 1].view(np.int8)).all()
+    assert not made.hazards
+    _, _, made = through(body.replace("FROM", "2"))
+    assert any("nobody wrote" in text for text in made.hazards)
+    with pytest.raises(Fault, match="single bytes"):
+        through(LOAD + "st.shared.b8 [%r1], %h1; " + KEEP)
 
 
 def test_predicates_leave_lanes_alone():

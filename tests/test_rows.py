@@ -192,6 +192,19 @@ def test_sizes_at_the_ends_of_the_range(dtype, poisoned, chunk):
     assert not d[0].any()
 
 
+@pytest.mark.parametrize("dim", [1, 17, 64])
+def test_rows_as_tf32_numbers(dim, chunk, poisoned):
+    """The nearest ones, the larger of two, of rows of any stride; NaN stays NaN."""
+    f = torch.randn(37, dim + 5)[:, :dim]
+    f[3].view(torch.int32).fill_(0x7FFFFFFF)
+    out = rows.rounded_rows(f)
+    spacing = 2.0 ** (f.double().abs().log2().floor() - 10)
+    nearest = (f.double().abs() / spacing + 0.5).floor() * spacing * f.sign()
+    assert torch.equal(out.nan_to_num(7).double(), nearest.nan_to_num(7))
+    assert out[3].isnan().all()
+    assert out.stride(0) % 4 == 0
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stays_so(dtype, value, chunk):
@@ -388,10 +401,15 @@ def compile_everything():
         f = {"f_ptr": z, "scale_ptr": "*fp32" if kind == "bf16" else None, "stride": "i32"}
         normalize = {"z1_ptr": z, "z2_ptr": z, "pos_ptr": wide, **f, **vectors, **strides}
         finish = {"d_ptr": wide, "q_ptr": wide, **f, **vectors}
-        for fn, signature, fixed, divisible in (
-            (rows.unit_rows_kernel, normalize, {}, strides if dim % 16 == 0 else ()),
-            (rows.finish_rows_kernel, finish, {"BOTH": True}, ("stride",) if dim % 16 == 0 else ()),
-        ):
+        both = ("stride", "out_stride")
+        rounding = {"f_ptr": z, "out_ptr": z, "rows": "i32", **dict.fromkeys(both, "i32")}
+        kernels = [
+            (rows.unit_rows_kernel, normalize, {}, strides),
+            (rows.finish_rows_kernel, finish, {"BOTH": True}, ("stride",)),
+            (rows.rounded_rows_kernel, rounding, {}, both),
+        ]
+        for fn, signature, fixed, aligned in kernels if kind == "fp32" else kernels[:2]:
+            divisible = aligned if dim % 16 == 0 else ()
             r = compile_for(
                 fn,
                 signature,
@@ -465,7 +483,7 @@ def compiled():
 
 
 def test_compiled_for_each_generation(compiled):
-    assert len(compiled) == 16 + (len(TARGETS) if FULL else 1) * (
+    assert len(compiled) == 17 + (len(TARGETS) if FULL else 1) * (
         sum(map(len, ROW_STEPS.values())) + 6
     )
     for name, found in compiled.items():

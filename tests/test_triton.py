@@ -32,7 +32,7 @@ from alphacl_fast.bundles import PairFunction, Pairing, Rows, RowScalars, Weight
 from alphacl_fast.functional import alpha_cl_loss
 from alphacl_fast.kernels import sweeps
 from alphacl_fast.kernels.config import Tile
-from alphacl_fast.kernels.sweeps import rounded_to_tf32
+from alphacl_fast.kernels.rows import rounded_to_tf32
 
 #: Objectives whose second sweep reads every row scalar.
 ALIGNED = [

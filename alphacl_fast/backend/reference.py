@@ -209,7 +209,7 @@ def _one_by_one(
         if t.numel():
             losses += of_similarities(objective, t, pos, tau, c)
         else:
-            losses.append((anchor * 0).sum())
+            losses.append((anchor * 0).sum() + tau * 0)  # every input has a gradient: 0
     return torch.stack(losses)
 
 

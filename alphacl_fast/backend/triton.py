@@ -100,6 +100,8 @@ class _Sweep(gpu.Sweep):
 
     def __init__(self, *operands: Any) -> None:
         super().__init__(*operands)
+        if self.arithmetic.mode == "tf32":
+            self.f = _kernels().rows.rounded_rows(self.f)
         self.shift = ctypes.c_float(self.shift).value  # as a kernel receives it
         self.kernel = "row_sums" if self.weight is None else "pair_grad"
         name = f"{self.kernel}_plain" if self.form == Form.PLAIN else self.kernel

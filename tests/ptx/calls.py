@@ -50,6 +50,17 @@ def siglip(case: Case, views: Views, backend: str, precision: str | None) -> Res
     return [value], gradients
 
 
+def every_length(case: Case, views: Views, backend: str, precision: str | None) -> Results:
+    """The loss of rows whose lengths go from 2⁻¹⁰⁰ to 2¹⁰⁰, and the gradients times the lengths."""
+    exponents = torch.linspace(-100, 100, case.pairs, dtype=torch.float64).round()
+    lengths = 2.0 ** exponents.unsqueeze(1)
+    lengths = lengths, lengths.flip(0)
+    views = tuple((z * by).to(z.dtype) for z, by in zip(views, lengths, strict=True))
+    value, (dz1, dz2, *others) = loss(case, views, backend, precision)
+    scaled = [d.double() * by for d, by in zip((dz1, dz2), lengths, strict=True)]
+    return value, [*scaled, *others]
+
+
 # --- the operators alone --------------------------------------------------------------------------
 
 
@@ -89,6 +100,27 @@ def _dense_rectangle(f: Tensor, split: int, gain: Tensor, tau: float) -> Results
     if len(gain) > split:
         g += (t - lse[split:]).exp() * gain[split:]
     return [lse], [torch.cat([g @ f[split:], g.t() @ f[:split]])]
+
+
+def one_sum(case: Case, views: Views, backend: str, precision: str | None) -> Results:
+    """The log-sum-exp of every row over all others and over the other view, with no other sum.
+
+    Of exp(t/τ) or, where the objective is `alpha_direct`, of exp(−d⁴/τ), whose moment every
+    objective wants too. The truth is `blocked`'s in float64.
+    """
+    f = _unit_rows(views, 2 * case.pairs, case.dtype)
+    n, tau = len(f), f.new_tensor(case.tau, dtype=accumulation_dtype(f.dtype))
+    kind, params, log_range = "exp", (), (-1.01 / case.tau, 1.01 / case.tau)
+    if case.objective == "alpha_direct":
+        kind, params, log_range = "power", (2.0, 2.0), (-9.1 / case.tau, 0.0)
+    scalars, sums = RowScalars(tau.new_zeros(n)), []
+    for pairing in (Pairing(0, n // 2, n), Pairing(n // 2, 0, n)):
+        shift, total = ops.row_sums(
+            Rows(f), pairing, PairFunction(kind, params, tau, log_range), scalars,
+            (Term.SHIFT, Term.F), precision or "", "blocked" if backend == "reference" else backend,
+        )  # fmt: skip
+        sums.append(shift + total.log())
+    return sums, []
 
 
 #: Pair kinds with their parameters: each exponent for which a formula has a branch of its own, and

@@ -43,22 +43,26 @@ class Case:
     both: bool = True  # they are anchors on both sides of it
     multiprocessors: int = 3  # few: schedules have splits where there are many
     symmetric: bool | None = None  # tiles of row_sums of the cuda backend
+    workspace: int | None = None  # bytes, where a sweep takes several launches for lack of it
     nan_row: int | None = None
     short: bool = False
 
     @property
     def name(self) -> str:
         loss = str(self.objective).replace(" ", "")
+        if self.call is not calls.loss:
+            loss = self.call.__name__ + ("" if self.objective == "infonce" else f"-{loss}")
         parts = [
             self.backend, f"sm_{self.arch}", str(self.dtype).removeprefix("torch."), self.precision,
             f"n{self.pairs}" if self.sides is None else "{}x{}".format(*self.sides),
-            f"d{self.dim}", loss if self.call is calls.loss else self.call.__name__,
+            f"d{self.dim}", loss,
             *(f"{k}={v}" for k, v in {**self.options, **self.setting}.items()),
             f"tau={self.tau}" if self.tau != 0.3 else "",
             "" if self.ids is None else f"ids={self.ids}",
             "" if self.both else "one_side",
             f"multiprocessors={self.multiprocessors}" if self.multiprocessors != 3 else "",
             "" if self.symmetric is None else f"symmetric_tiles={self.symmetric}",
+            "" if self.workspace is None else f"workspace={self.workspace}",
             "" if self.nan_row is None else f"nan_row={self.nan_row}",
         ]  # fmt: skip
         return "-".join(part for part in parts if part)
@@ -108,7 +112,7 @@ def run(case: Case, runner: Runner) -> Result:
         exact = case.mode in ("bf16x3", "fp32", "fp64")
         errors = [
             max(_error(a, b) for a, b in values),
-            max(_error(a, b, exact and b.numel() == 1) for a, b in gradients),
+            max((_error(a, b, exact and b.numel() == 1) for a, b in gradients), default=0.0),
         ]
         same = all(torch.equal(a.isnan(), b.isnan()) for group in groups for a, b in group)
         ok = same and all(e < bound for e, bound in zip(errors, BOUNDS[case.mode], strict=True))
@@ -134,13 +138,15 @@ def _error(ours: Tensor, truth: Tensor, cancels: bool = False) -> float:
 
 @contextlib.contextmanager
 def _device(case: Case) -> Iterator[None]:
-    before = gpu.pretended, gpu.pretended_capability
+    before = gpu.pretended, gpu.pretended_capability, gpu.WORKSPACE
     gpu.pretend_gpu(case.multiprocessors, divmod(int(case.arch.rstrip("a")), 10))
+    gpu.WORKSPACE = case.workspace or gpu.WORKSPACE
     try:
         with cuda.symmetric(case.symmetric):
             yield
     finally:
-        gpu.pretend_gpu(*before)
+        *device, gpu.WORKSPACE = before
+        gpu.pretend_gpu(*device)
 
 
 # --- the lists ------------------------------------------------------------------------------------
@@ -151,6 +157,8 @@ _SWEPT = [member for member in BUILT_IN if objectives.make(*member).kind]
 #: Without a gradient in τ the first sweep has one sum, and on sm_90 Triton's symmetric tiles.
 _ONE_SUM = {"learn_tau": False}
 _ONE_SIDED = {"negatives": "cross_view", "symmetric": False}
+#: Calls whose sweeps take several launches where there is little workspace.
+_ONE_BY_ONE = (calls.loss, calls.one_sum)
 #: A NaN in a row of the first view spoils its own loss and gradient, and those of the second view.
 _ROWS = {**_ONE_SIDED, "reduction": "none"}
 
@@ -200,6 +208,15 @@ def _hopper() -> list[Case]:
         one = replace(case, pairs=126, dim=dim)
         many += [one, replace(one, setting=_ONE_SUM)]
         many += [replace(one, objective="alpha_direct")]
+        # tiles without a mask, one after the other
+        one = replace(case, pairs=330, dim=dim, multiprocessors=2, call=calls.one_sum)
+        many += [
+            replace(one, objective=o, symmetric=s)
+            for o in ("infonce", "alpha_direct")
+            for s in (None, False)
+        ]
+    # sums of a few ring distances in each launch
+    many += [replace(case, pairs=330, call=calls.one_sum, workspace=4 * 660 * 3)]
     for dim in (64, 200):
         many += _alone(replace(case, dim=dim))
     return _listed(short, many)
@@ -229,10 +246,14 @@ def _ampere() -> list[Case]:
         kinds = replace(one, pairs=10, call=calls.every_kind)
         cases += [replace(kinds, dim=dim) for dim in (dims[0], dims[-1])]
     cases += [replace(case, pairs=33, call=calls.every_kind)]  # two tiles: one serves its columns
+    for dim in (64, 264):  # several launches
+        cases += [replace(case, pairs=129, dim=dim, call=k, workspace=1) for k in _ONE_BY_ONE]
     for dim in (64, 128, 256, 264):
         cases += [replace(case, dim=dim, symmetric=False, setting=s) for s in _SIDES]
         # so many pairs that a symmetric tile needs no mask
-        cases += [replace(case, dim=dim, pairs=129, objective="alpha_direct")]
+        one = replace(case, dim=dim, pairs=129, objective="alpha_direct")
+        cases += [one, replace(one, symmetric=False)]
+    cases += [replace(case, dtype=FP64, dim=200, pairs=4)]  # several features for each lane
     short = [
         case, replace(case, dim=264, pairs=40),
         replace(case, dtype=FP16, dim=61, multiprocessors=10),
@@ -262,14 +283,18 @@ def _of_length(case: Case) -> list[Case]:
 
 
 def _alone(case: Case) -> list[Case]:
-    """What any arithmetic takes once: NaN, SigLIP, rectangles."""
-    nan = [replace(case, nan_row=3, setting=s) for s in ({}, _ROWS)]
-    return [*nan, replace(case, call=calls.siglip), *_rectangles(case, case.dim)]
+    """What any arithmetic takes once: NaN, rows of any length, SigLIP, rectangles."""
+    cases = [replace(case, nan_row=3, setting=s) for s in ({}, _ROWS)]
+    if case.dtype != FP16:  # whose range is too small
+        cases += [replace(case, call=calls.every_length)]
+    return [*cases, replace(case, call=calls.siglip), *_rectangles(case, case.dim)]
 
 
 def triton_cases(arch: str) -> list[Case]:
     """Every arithmetic of the Triton kernels, with their default tiles."""
     case = Case("triton", arch, 75, 64, BF16)
+    if arch == "120":
+        return _blackwell(case)
     # so many pairs that a row block meets a whole tile of other rows, which has no mask
     whole = 140 if arch == "90" else 70
     short = [
@@ -306,5 +331,27 @@ def triton_cases(arch: str) -> list[Case]:
         one = replace(case, pairs=pairs, dim=32, dtype=dtype, precision=precision)
         more += [*_alone(one), replace(one, ids=11)]
     more += [replace(case, pairs=40, ids=1), replace(case, pairs=40, ids=11, setting=_SIDES[1])]
+    limited = replace(case, pairs=whole, setting={"max_gap": -0.8})
+    more += [replace(limited, objective=o) for o in ("infonce", "alpha_direct", "triplet")]
+    more += [replace(limited, dtype=FP32, precision="ieee", pairs=40, ids=11)]
+    more += [replace(case, pairs=129, dim=d, workspace=1) for d in (64, 512)]  # several launches
     more += [replace(case, pairs=whole, objective=o, options=k) for o, k in CUSTOM[:5]]
     return _listed(short, more)
+
+
+def _blackwell(case: Case) -> list[Case]:
+    """The arithmetics and lengths whose tiles or instructions sm_120 has for itself."""
+    own = [
+        (75, 64, BF16, None, "infonce"), (70, 96, BF16, None, "infonce"),
+        (70, 96, BF16, None, "alpha_direct"), (70, 128, BF16, None, "infonce"),
+        (70, 128, BF16, None, "triplet"), (70, 256, BF16, None, "infonce"),
+        (66, 512, BF16, None, "alpha_direct"), (70, 128, FP16, None, "infonce"),
+        (40, 64, FP32, "tf32", "infonce"), (70, 256, FP32, "tf32", "infonce"),
+        (40, 64, FP32, "ieee", "infonce"), (40, 64, FP32, "bf16x3", "infonce"),
+        (40, 40, FP64, None, "infonce"),
+    ]  # fmt: skip
+    cases = [
+        replace(case, pairs=n, dim=d, dtype=t, precision=p, objective=o) for n, d, t, p, o in own
+    ]
+    cases += [replace(case, nan_row=3), replace(case, ids=11)]
+    return [*cases, replace(case, call=calls.every_length)]

@@ -113,7 +113,7 @@ class Shared:
         self.bytes = {size: self.raw.reshape(-1, size) for size in (2, 4, 8, 16)}
         self.values = {
             (each, count): self.raw.view(f"u{each}").reshape(-1, count)
-            for each in (2, 4, 8) for count in (1, 2, 4, 8) if each * count <= 16
+            for each in (1, 2, 4, 8) for count in (1, 2, 4, 8) if 2 <= each * count <= 16
         }  # fmt: skip
         self.granules = total // 2
         self.state, states = self._record(np.uint8)
@@ -157,13 +157,16 @@ class Shared:
         if int(np.bitwise_or.reduce(at)) & (size - 1):
             raise Fault(f"shared memory misaligned: {size} bytes")
         if size < 2:
-            raise Fault("single bytes of shared memory are not watched")
+            raise Fault("writes of single bytes of shared memory are not watched")
         if self.m.blocks > 1:
             at += self.bases[threads]
         return at >> (size.bit_length() - 1)
 
     def load(self, address: np.ndarray, each: int, count: int) -> np.ndarray:
         """(lanes, count) values of the executing threads."""
+        if each * count == 1:  # one of the two bytes of a granule
+            pairs = self.load(address & ~address.dtype.type(1), 1, 2)
+            return np.where((address & 1)[:, None], pairs[:, 1:], pairs[:, :1])
         threads, g = self.m.active(), each * count // 2
         rows = self.locate(address, each * count, threads)
         self.reading(rows, g, threads)

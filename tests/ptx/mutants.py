@@ -22,7 +22,7 @@ for _folder in (Path(__file__).parents[2], Path(__file__).parents[1]):
         sys.path.insert(0, str(_folder))
 
 import torch  # noqa: E402
-from ptx import cases, run  # noqa: E402
+from ptx import calls, cases, run  # noqa: E402
 from ptx.runner import Runner  # noqa: E402
 
 Change = Callable[[str], str | None]
@@ -48,6 +48,11 @@ def sub(pattern: str, replacement: str, number: int = 0) -> Change:
         return text[: match.start()] + match.expand(replacement) + text[match.end() :]
 
     return change
+
+
+def each(pattern: str, replacement: str) -> Change:
+    """Replaces every match of a pattern."""
+    return lambda text: re.sub(pattern, replacement, text)
 
 
 def removed(instruction: str, number: int = 0) -> Change:
@@ -102,6 +107,11 @@ def behind_a_branch(text: str) -> str | None:
 _HOPPER = cases.Case("cuda", "90a", 75, 64, cases.BF16)
 _RING = replace(_HOPPER, pairs=330, multiprocessors=2)  # more tiles than stages
 _AMPERE = replace(_HOPPER, arch="80", symmetric=False)
+_CHUNKS = replace(_AMPERE, dim=264)
+_IEEE = replace(_AMPERE, dtype=cases.FP32, precision="ieee")
+_TF32 = replace(_AMPERE, pairs=4, dim=32, dtype=cases.FP32, precision="tf32",
+                call=calls.rectangle, sides=(3, 3))  # fmt: skip
+_ONLINE = replace(_IEEE, tau=8.0, setting={"similarity": "dot"})
 _TRITON = cases.Case("triton", "90", 75, 64, cases.BF16)
 _TRITON80 = replace(_TRITON, arch="80")
 _GRAD, _SUMS = "hopper8PairGradILi64ELb1", "hopper7RowSumsILi64ELb1"
@@ -109,7 +119,8 @@ _FAST_GRAD, _FAST_SUMS = "FastPairGradINS1_4HalfILi64", "FastRowSumsINS1_4HalfIL
 _DESCRIPTOR = 4611686293305294848  # 128-byte swizzle, groups of eight rows 1024 bytes apart
 _CLOSER = str(_DESCRIPTOR - (32 << 32))
 _PACK = sub(r"(cvt\.rn\.bf16x2\.f32\s+%r\d+), (%\w+), (%\w+)", r"\1, \3, \2")
-_SHUFFLE = sub(r"(shfl\.sync\.bfly\.b32\s+[^,]*, %\w+, )[^,]*,", r"\g<1>4,")
+_SHUFFLED = r"(shfl\.sync\.bfly\.b32\s+[^,]*, %\w+, )[^,]*,"
+_SHUFFLE = sub(_SHUFFLED, r"\g<1>4,")
 
 MUTANTS = [
     # hopper.h
@@ -143,6 +154,9 @@ MUTANTS = [
     Mutant("a tensor copy takes row for column", _HOPPER, _GRAD,
            sub(r"\{(%r\d+), (%r\d+)\}\], \[", r"{\2, \1}], [", 2)),
     Mutant("the last tile is left out (hopper.h)", _HOPPER, _GRAD, one_tile_less),
+    Mutant("no barrier before a tile's column sums (hopper.h)",
+           replace(_HOPPER, setting={"learn_tau": False}), "hopper7RowSumsILi64ELb1ELb0ELb1",
+           each(r"bar\.sync[ \t]+%r[^;]*;", "")),
     # mma.sync
     Mutant("no wait for cp.async", _AMPERE, _FAST_GRAD, removed(r"cp\.async\.wait_group"), True),
     Mutant("cp.async is not committed", _AMPERE, _FAST_GRAD,
@@ -160,7 +174,25 @@ MUTANTS = [
     Mutant("the operand's halves exchanged", _AMPERE, _FAST_GRAD,
            sub(r"(mma\.sync[^{]*\{[^}]*\},\s*\{[^}]*\},\s*)\{(%\w+),\s*(%\w+)\}", r"\1{\3, \2}")),
     Mutant("the last tile is left out (mma.sync)", _AMPERE, _FAST_SUMS, one_tile_less, True),
+    Mutant("no barrier before a tile's column sums", replace(_AMPERE, symmetric=True),
+           "FastRowSumsINS1_4HalfILi64ELb1EEELb0ELb1", removed(r"bar\.sync", 1)),
+    Mutant("neighbouring weights for cuBLAS exchanged", _CHUNKS, "FastPairGrad", _PACK),
+    Mutant("the last chunk is left out", _CHUNKS, "FastPairGrad", one_tile_less),
+    Mutant("operands are not rounded to TF32", _TF32, "FastRowSumsINS1_4Tf32ILi64",
+           each(r"cvt\.rna\.tf32\.f32", "mov.b32")),
+    # general kernels, and those of rows
+    Mutant("weights are read before other lanes have written them", _IEEE,
+           "PairGradINS1_4SimtIfLi64", removed(r"bar\.warp\.sync")),
+    Mutant("no wait for cp.async (general)", _IEEE, "RowSumsINS1_4SimtIfLi64",
+           removed(r"cp\.async\.wait_group")),
+    Mutant("the largest similarity over the wrong lanes", _ONLINE, "RowSumsINS1_4SimtIfLi64",
+           each(_SHUFFLED, r"\g<1>4,")),
+    Mutant("a row's norm behind a branch", replace(_IEEE, dim=16, nan_row=3), "UnitRows",
+           behind_a_branch),
     # Triton
+    Mutant("Triton: rows are not rounded to TF32", replace(_TF32, backend="triton"), "rounded_rows",
+           each(r"cvt\.rna\.tf32\.f32", "mov.b32")),
+    Mutant("Triton: the last tile is left out", _TRITON80, "pair_grad", one_tile_less),
     Mutant("Triton: no barrier", _TRITON, "pair_grad", removed(r"bar\.sync", 3)),
     Mutant("Triton: no proxy fence", _TRITON, "unit_rows|pair_grad",
            removed(r"fence\.proxy\.async")),

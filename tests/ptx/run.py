@@ -26,6 +26,8 @@ from ptx import cases, coverage, cuda_launch, nvcc, triton_launch  # noqa: E402
 from ptx.runner import Runner  # noqa: E402
 
 LISTS = ("cuda-90a", "cuda-80", "triton-90", "triton-80")
+#: The list that has no short version.
+FULL_ALONE = ("triton-120",)
 
 
 def of_list(name: str, full: bool) -> list[cases.Case]:
@@ -52,7 +54,7 @@ def run_list(name: str, full: bool) -> dict:
             print(_line(results[-1]), flush=True)
     return {
         "list": name, "results": results, "cpu": time.process_time() - begin,
-        "coverage": coverage.of_machines(runner.machines.values()),
+        "coverage": coverage.of_kernels(runner.executed()),
     }  # fmt: skip
 
 
@@ -90,13 +92,13 @@ def failures(found: dict, full: bool) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("lists", nargs="*", default=LISTS)
+    parser.add_argument("lists", nargs="*")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
     found = []
-    for name in given.lists:
+    for name in given.lists or (*LISTS, *(FULL_ALONE if given.full else ())):
         if name.startswith("cuda") and nvcc.missing():
             print(f"{name} is left out: {nvcc.missing()}")
             continue

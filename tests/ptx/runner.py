@@ -16,6 +16,8 @@ from .machine import AT_ONCE, Machine
 from .parse import Kernel, parse
 
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+#: Machines that are kept, the last ones that ran: one of a general kernel takes 100 MB.
+MOST_MACHINES = 16
 
 
 @dataclass
@@ -38,6 +40,8 @@ class Runner:
     records: list[Record] = field(default_factory=list)
     machines: dict[tuple, Machine] = field(default_factory=dict)
     kernels: dict[tuple, Kernel] = field(default_factory=dict)
+    #: what machines that are gone have executed
+    retired: list[tuple[Kernel, np.ndarray]] = field(default_factory=list)
     seed: int = 0
 
     def machine(self, ptx: str, name: str, shared: int, grid: tuple[int, int]) -> Machine:
@@ -49,9 +53,18 @@ class Runner:
         most = max(1, AT_ONCE // kernel.threads)
         blocks = min(1 << (grid[0] * grid[1] - 1).bit_length(), most)
         key = name, text, shared, blocks
-        if key not in self.machines:
-            self.machines[key] = Machine(kernel, shared, blocks)
-        return self.machines[key]
+        machine = self.machines.pop(key, None)
+        if machine is None:
+            if len(self.machines) == MOST_MACHINES:
+                oldest = self.machines.pop(next(iter(self.machines)))
+                self.retired.append((oldest.kernel, oldest.coverage()))
+            machine = Machine(kernel, shared, blocks)
+        self.machines[key] = machine
+        return machine
+
+    def executed(self) -> list[tuple[Kernel, np.ndarray]]:
+        """Kernels, each with the instructions that one of its machines has executed."""
+        return self.retired + [(m.kernel, m.coverage()) for m in self.machines.values()]
 
     def run(self, machine: Machine, parameters: bytes, grid: tuple[int, int]) -> None:
         """Runs all blocks; the caller has given the machine its ranges of global memory.

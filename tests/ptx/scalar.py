@@ -151,8 +151,10 @@ def _float_function(modifiers: Modifiers, kind: str):
 @opcode("add", "sub", "min", "max", "abs", "neg", "div", "mul", "fma", "sqrt", "rcp", "rsqrt",
         "ex2", "lg2")  # fmt: skip
 def arithmetic(m, modifiers: Modifiers, instruction):
-    kind = modifiers.kind("f32", "f64", "s16", "u16", "s32", "u32", "s64", "u64")
+    kind = modifiers.kind("f32", "f64", "f32x2", "s16", "u16", "s32", "u32", "s64", "u64")
     out, *operands = instruction.operands
+    if kind == "f32x2":
+        return _two_floats(m, modifiers, out, operands)
     if kind not in ("f32", "f64"):
         return _integer(m, modifiers, kind, out, operands)
     ftz = bool(modifiers.one("ftz"))
@@ -161,6 +163,22 @@ def arithmetic(m, modifiers: Modifiers, instruction):
             raise Unsupported(modifiers.text)
         ftz = False  # the one form that float64 has
     return floating(m, out, kind, _float_function(modifiers, kind), operands, ftz)
+
+
+def _two_floats(m, modifiers: Modifiers, destination, operands):
+    """The same for each half of 64 bits, which sm_100 and later architectures compute."""
+    if modifiers.name not in ("add", "sub", "mul", "fma"):
+        raise Unsupported(modifiers.text)
+    ftz = bool(modifiers.one("ftz"))
+    compute = _float_function(modifiers, "f32")
+    out, inputs = m.value(destination, "b64"), [m.value(x, "b64") for x in operands]
+
+    def run() -> None:
+        halves = [x.view(np.float32) for x in inputs]
+        values = canonical(compute(*map(flushed, halves)) if ftz else compute(*halves))
+        m.put(out, (flushed(values) if ftz else values).view(np.uint64))
+
+    return run
 
 
 # --- integers -------------------------------------------------------------------------------------
