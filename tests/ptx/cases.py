@@ -176,11 +176,15 @@ def cuda_cases(arch: str) -> list[Case]:
 
 def _hopper() -> list[Case]:
     case = Case("cuda", "90a", 75, 64, BF16)
+    half = replace(case, dtype=FP16)
     short = [
         case, replace(case, dim=104, multiprocessors=20, setting={"negatives": "cross_view"}),
         replace(case, dim=200, objective="alpha_direct"),
         replace(case, pairs=330, dim=128, multiprocessors=2),  # more tiles than stages
         *_rectangles(case, 104)[:1],
+        replace(half, dim=128, objective="alpha_direct"),
+        replace(half, dim=200, setting=_ONE_SUM), replace(half, nan_row=3, setting=_ROWS),
+        _far_apart(half, True),
     ]  # fmt: skip
     many = [
         replace(case, pairs=n, dim=d, objective=o, multiprocessors=p, setting=s)
@@ -201,8 +205,23 @@ def _hopper() -> list[Case]:
         many += [one, replace(one, setting=_ONE_SUM)]
         many += [replace(one, objective="alpha_direct")]
     for dim in (64, 200):
-        many += _alone(replace(case, dim=dim))
+        many += _alone(replace(case, dim=dim)) + _alone(replace(half, dim=dim))
+    many += [replace(c, dtype=FP16) for c in many if c.dtype == BF16 and c.call is calls.loss]
+    many += [
+        replace(_far_apart(replace(one, dim=dim), both), tau=tau)
+        for one in (case, half) for dim in (64, 128, 256) for both in (True, False)
+        for tau in (0.02, 1.0)
+    ]  # fmt: skip
     return _listed(short, many)
+
+
+def _far_apart(case: Case, both: bool) -> Case:
+    """Three tiles of columns, whose weights rise and fall."""
+    sides = (75, 330)
+    return replace(
+        case, call=calls.weights_far_apart, sides=sides, both=both, pairs=sum(sides) // 2 + 1,
+        tau=0.02,
+    )  # fmt: skip
 
 
 #: Arithmetics of the cuda backend, each with lengths of rows: every one that a kernel holds whole,
