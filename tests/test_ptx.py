@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ptx import banks, cases, memory, mutants, nvcc, run
+from ptx import banks, calls, cases, memory, mutants, nvcc, run
 from ptx.runner import Runner
 
 from alphacl_fast.backend import triton
@@ -76,7 +76,9 @@ def test_tf32_reads_shared_memory_without_bank_conflicts(monkeypatch):
     monkeypatch.setattr(memory.Shared, "load", loads.counting(memory.Shared.load))
     runner = Runner()
     with run.launches("cuda-80", runner):
-        one = cases.Case("cuda", "80", 40, 64, cases.FP32, "tf32")
+        one = cases.Case(
+            "cuda", "80", 58, 64, cases.FP32, "tf32", call=calls.rectangle, sides=(75, 40)
+        )
         assert all(cases.run(replace(one, dim=dim), runner).ok for dim in (64, 128))
     for kernel in ("FastRowSums", "FastPairGrad"):
         found = {name: rows for name, rows in loads.found.items() if kernel in name}

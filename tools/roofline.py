@@ -64,9 +64,9 @@ OVERLAP = 0.7
 #: Features for which csrc/cuda/hopper.h has kernels, which overlap.
 HOPPER_DIMS = (64, 128, 256)
 #: Instructions per pair of a sweep's inner loop at D = 128, read from the kernels as triton 3.6.0
-#: and nvcc 13.0 compile them (those of hopper.h by tests/test_ptx_sass.py). "hopper float16" are the
-#: same kernels for float16, "mma" those of sweeps.h for TF32, where a pair's share of copying and
-#: rounding a tile counts too.
+#: and nvcc 13.0 compile them (those of hopper.h by tests/test_ptx_sass.py). "hopper float16" are
+#: the same kernels for float16, "mma" those of sweeps.h for TF32, where a pair's share of copying
+#: and rounding a tile counts too.
 ISSUE = {
     ("hopper", "sums"): 5.8, ("hopper", "gradient"): 7.6, ("triton", "sums"): 9.5,
     ("triton", "gradient"): 12.3, ("triton", "sums of both sides"): 15.7,

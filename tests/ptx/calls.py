@@ -103,9 +103,7 @@ def _rectangle_of(
     return [lse], [df]
 
 
-def _dense_rectangle(
-    f: Tensor, split: int, gain: Tensor, tau: float, rows: bool = True
-) -> Results:
+def _dense_rectangle(f: Tensor, split: int, gain: Tensor, tau: float, rows: bool = True) -> Results:
     """Without ``rows``: the sums of their weights in place of their gradients."""
     t = f[:split] @ f[split:].t() / tau
     lse = torch.cat([t.logsumexp(1), t.logsumexp(0)])[: len(gain)]

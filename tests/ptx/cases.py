@@ -183,8 +183,9 @@ def _hopper() -> list[Case]:
         replace(case, pairs=330, dim=128, multiprocessors=2),  # more tiles than stages
         *_rectangles(case, 104)[:1],
         replace(half, dim=128, objective="alpha_direct"),
-        replace(half, dim=200, setting=_ONE_SUM), replace(half, nan_row=3, setting=_ROWS),
-        _far_apart(half, True),
+        replace(half, pairs=130, dim=200, setting=_ONE_SUM),
+        replace(half, pairs=130, nan_row=3, setting=_ROWS),
+        far_apart(half, True),
     ]  # fmt: skip
     many = [
         replace(case, pairs=n, dim=d, objective=o, multiprocessors=p, setting=s)
@@ -208,16 +209,16 @@ def _hopper() -> list[Case]:
         many += _alone(replace(case, dim=dim)) + _alone(replace(half, dim=dim))
     many += [replace(c, dtype=FP16) for c in many if c.dtype == BF16 and c.call is calls.loss]
     many += [
-        replace(_far_apart(replace(one, dim=dim), both), tau=tau)
+        replace(far_apart(replace(one, dim=dim), both), tau=tau)
         for one in (case, half) for dim in (64, 128, 256) for both in (True, False)
         for tau in (0.02, 1.0)
     ]  # fmt: skip
     return _listed(short, many)
 
 
-def _far_apart(case: Case, both: bool) -> Case:
-    """Three tiles of columns, whose weights rise and fall."""
-    sides = (75, 330)
+def far_apart(case: Case, both: bool) -> Case:
+    """Four tiles of columns, whose weights rise and fall."""
+    sides = (75, 390)
     return replace(
         case, call=calls.weights_far_apart, sides=sides, both=both, pairs=sum(sides) // 2 + 1,
         tau=0.02,
