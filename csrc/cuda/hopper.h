@@ -461,19 +461,27 @@ template <int K, bool AFFINE, bool BF16> struct PairGrad {
       const auto s = row.scalars(a, r, 1 / unit_of<float>(a));
       slope[r] = exponential.of_row(s.x[SCALE]), weight[r] = s.x[SECOND];
     }
-    // Turns the similarities of a piece into weights times the columns' scales.
-    const auto weights = [&](auto masked, float(&s)[N / 2], int piece, const Four* cols, int tile) {
+    // Weights of a piece times the columns' scales: as operand of 16 columns a step, or, where they
+    // are still to be lifted, in place of the similarities.
+    const auto weights = [&](auto masked, auto& s, int piece, const Four* cols, int tile) {
       const Mask<N> mask(a, tile, row.row);
 #pragma unroll
-      for (int m = 2 * STEPS * piece; m < 2 * STEPS * (piece + 1); ++m) {
+      for (int k = 0; k < 2 * STEPS; ++k) {
+        const int m = 2 * STEPS * piece + k;
         const Four column = cols[4 * m + device::thread() % 4];
+        float x[4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int r = e / 2, p = e % 2;
-          float& x = s[4 * m + e];
-          const float f = exponential(x * column.x[p], slope[r]), g = weight[r] * column.x[p] + column.x[2 + p];
-          x = !masked.value || mask.counts(r, 8 * m + p) ? f * g : 0.0f;
-          if constexpr (!BF16) lift.meets(r, x);
+          const float f = exponential(s[4 * m + e] * column.x[p], slope[r]), g = weight[r] * column.x[p] + column.x[2 + p];
+          x[e] = !masked.value || mask.counts(r, 8 * m + p) ? f * g : 0.0f;
+        }
+        if constexpr (BF16) {
+          uint32_t(&to)[4] = w[piece][k / 2];
+          to[k % 2 * 2] = device::pack_bf16(x[0], x[1]), to[k % 2 * 2 + 1] = device::pack_bf16(x[2], x[3]);
+        } else {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) lift.meets(e / 2, x[e]), s[4 * m + e] = x[e];
         }
       }
     };
@@ -486,12 +494,11 @@ template <int K, bool AFFINE, bool BF16> struct PairGrad {
         for (int d = 0; d < K / 8; ++d) acc[4 * d + 2 * r] *= factor, acc[4 * d + 2 * r + 1] *= factor;
       }
     };
-    // A piece as operand of 16 columns a step.
-    const auto pack = [&](uint32_t(&to)[STEPS][4], const float(&s)[N / 2], int piece) {
+    const auto pack_lifted = [&](uint32_t(&to)[STEPS][4], const float(&s)[N / 2], int piece) {
 #pragma unroll
       for (int k = 0; k < 4 * STEPS; ++k) {
         const float low = s[8 * STEPS * piece + 2 * k], high = s[8 * STEPS * piece + 2 * k + 1], factor = lift.factor[k % 2];
-        to[k / 4][k % 4] = BF16 ? device::pack_bf16(low, high) : device::pack_f16(low * factor, high * factor);
+        to[k / 4][k % 4] = device::pack_f16(low * factor, high * factor);
       }
     };
     // Starts acc += W·F for the columns of a piece.
@@ -523,7 +530,7 @@ template <int K, bool AFFINE, bool BF16> struct PairGrad {
       int before = -1;  // stage of the tile whose W·F is under way
       // Adds the tile whose S is there, while the next one's is on its way; the last one's is asked
       // for once more.
-      const auto step = [&](float(&s)[N / 2], float(&next)[N / 2]) {
+      const auto step = [&](const float(&s)[N / 2], float(&next)[N / 2]) {
         const bool last = schedule.last(), masked = schedule.masked();
         const int tile = schedule.tile, stage = now.stage;
         const Four* cols = M::scalars(now.scalars);
@@ -537,7 +544,6 @@ template <int K, bool AFFINE, bool BF16> struct PairGrad {
         for (int piece = 0; piece < PIECES; ++piece) {
           if (masked) weights(True{}, s, piece, cols, tile);
           else weights(False{}, s, piece, cols, tile);
-          pack(w[piece], s, piece);
           multiply(w[piece], piece, stage);
         }
         device::product_wait<PENDING>();
@@ -564,7 +570,7 @@ template <int K, bool AFFINE, bool BF16> struct PairGrad {
       const auto lift_and_pack = [&] {
         choose_lift();
 #pragma unroll
-        for (int piece = 0; piece < PIECES; ++piece) pack(w[piece], s, piece);
+        for (int piece = 0; piece < PIECES; ++piece) pack_lifted(w[piece], s, piece);
       };
       const auto multiply_all = [&](int stage) {
 #pragma unroll

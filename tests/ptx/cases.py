@@ -203,11 +203,19 @@ def _hopper() -> list[Case]:
     # the last of two tiles is nearly full: almost every column of a masked tile counts
     for dim in (64, 128, 256):
         one = replace(case, pairs=126, dim=dim)
-        many += [one, replace(one, setting=_ONE_SUM)]
+        many += [one, *(replace(one, pairs=n, setting=_ONE_SUM) for n in (126, 330))]
         many += [replace(one, objective="alpha_direct")]
     for dim in (64, 200):
         many += _alone(replace(case, dim=dim)) + _alone(replace(half, dim=dim))
-    many += [replace(c, dtype=FP16) for c in many if c.dtype == BF16 and c.call is calls.loss]
+    # float16 rounds the gradients of so many pairs of the other objective to subnormals
+    many += [
+        replace(c, dtype=FP16)
+        for c in many
+        if c.dtype == BF16 and c.call is calls.loss and (c.pairs < 330 or c.objective == "infonce")
+    ]
+    many += [
+        replace(half, pairs=150, dim=dim, objective="alpha_direct") for dim in (64, 128, 256)
+    ]
     many += [
         replace(far_apart(replace(one, dim=dim), both), tau=tau)
         for one in (case, half) for dim in (64, 128, 256) for both in (True, False)
