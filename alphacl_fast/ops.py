@@ -38,7 +38,10 @@ SWEEP_BACKENDS: dict[str, ModuleType] = {
 }
 #: The backend that "auto" tries first for a compute capability and a dtype, for calls that wgmma
 #: kernels can serve. The choice rests on counted instructions; nothing was measured on a device.
-FIRST: dict[tuple[tuple[int, int], torch.dtype], str] = {((9, 0), torch.bfloat16): "cuda"}
+FIRST: dict[tuple[tuple[int, int], torch.dtype], str] = {
+    ((9, 0), torch.bfloat16): "cuda",
+    ((9, 0), torch.float16): "cuda",
+}
 #: Every name that ``backend=`` accepts.
 BACKEND_NAMES = ("auto", "reference", *SWEEP_BACKENDS)
 

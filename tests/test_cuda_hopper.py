@@ -49,19 +49,28 @@ def every_second_mode(turn):
     return [mode for k, mode in enumerate(MODES) if is_due(turn + k, 2)]
 
 
+#: Largest relative errors of gradients in the inputs' dtype; those of float16 are subnormal.
+ROUNDED = {torch.bfloat16: 4e-3, torch.float16: 4e-3}
+DTYPES = [*ROUNDED]
+
+
+def dtype_id(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
 def assert_close(ours, truth, setting):
     """Losses and dτ are float32, gradients of the inputs' dtype."""
     for value, expected in zip(ours, truth, strict=True):
-        bound = 4e-3 if value.dtype == torch.bfloat16 else 2e-6
-        assert relative_error(value, expected) < bound, setting
+        assert relative_error(value, expected) < ROUNDED.get(value.dtype, 2e-6), setting
 
 
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("member", MEMBERS, ids=member_id)
 def test_against_float64(member, dim, poisoned):
     """In every second mode, which changes with member and dim; in all under `make test-all`."""
-    for negatives, symmetric in every_second_mode(MEMBERS.index(member) + DIMS.index(dim)):
-        z1, z2 = pair(PAIRS, dim, torch.bfloat16)
+    turn = MEMBERS.index(member) + DIMS.index(dim)
+    for number, (negatives, symmetric) in enumerate(every_second_mode(turn)):
+        z1, z2 = pair(PAIRS, dim, DTYPES[(turn // 2 + number) % 2])
         setting = {"negatives": negatives, "symmetric": symmetric}
         truth = loss_and_grads(z1.double(), z2.double(), *member, backend="reference", **setting)
         ours = loss_and_grads(z1, z2, *member, backend="cuda", **setting)
@@ -69,7 +78,7 @@ def test_against_float64(member, dim, poisoned):
         with cuda.hopper(False), cuda.symmetric(False):
             others = loss_and_grads(z1, z2, *member, backend="cuda", **setting)
         for a, b in zip(ours, others, strict=True):
-            assert relative_error(a, b) < (2e-3 if a.dtype == torch.bfloat16 else 1e-6), setting
+            assert relative_error(a, b) < ROUNDED.get(a.dtype, 2e-6) / 2, setting
 
 
 @pytest.mark.parametrize("pairs", [2, 33, 64, 65, 128, 129])
@@ -86,7 +95,8 @@ def test_sizes(pairs, many_processors, poisoned):
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_the_stages_go_round(dim, schedule, poisoned):
     """More tiles than there are stages; the order of threads and copies changes no bit."""
-    z1, z2 = pair(410, dim, torch.bfloat16)  # 820 rows: seven tiles
+    # 820 rows: seven tiles
+    z1, z2 = pair(410, dim, torch.float16 if dim == 64 else torch.bfloat16)
     truth = loss_and_grads(z1.double(), z2.double(), "infonce", backend="reference")
     first = loss_and_grads(z1, z2, "infonce", backend="cuda")
     assert_close(first, truth, dim)
@@ -101,7 +111,7 @@ def test_the_stages_go_round(dim, schedule, poisoned):
 def test_no_order_of_threads_changes_a_bit(member, dim, many_processors, schedule):
     """In every second mode, which changes with member and dim; in all under `make test-all`."""
     for negatives, symmetric in every_second_mode(MEMBERS.index(member) + dim // 128):
-        z1, z2 = pair(PAIRS, dim, torch.bfloat16)
+        z1, z2 = pair(PAIRS, dim, torch.float16 if dim == 128 else torch.bfloat16)
         setting = {"negatives": negatives, "symmetric": symmetric}
         results = []
         for seed in (0, 1, 3):
@@ -132,6 +142,76 @@ def test_one_sided_gradients(poisoned):
                 )
                 grads += torch.autograd.grad(loss, inputs[side])
             assert float((grads[1].double() - grads[0]).norm() / grads[0].norm()) < 4e-3
+
+
+# --- float16 weights ------------------------------------------------------------------------------
+
+
+def gradient_of_rows(f, row_weight, kind, params, tau, split):
+    """`pair_grad` of rows before ``split``, which alone are anchors, against the others."""
+    backend, wide = (cuda, torch.float32) if f.dtype == torch.float16 else (blocked, torch.float64)
+    function = PairFunction(kind, params, torch.tensor(tau, dtype=wide), (-1.01 / tau, 1.01 / tau))
+    weights = row_weight.to(wide)
+    scalars = RowScalars(torch.zeros_like(weights), weights, torch.zeros_like(weights))
+    df, *_ = backend.pair_grad(
+        Rows(f), Pairing(split, 0, split), function, scalars, Weight.F, (), (0, len(f)), ""
+    )
+    return df.double()
+
+
+def relative_errors_of_rows(f, row_weight, kind, params, tau, split):
+    """The largest error of a row of the gradient, relative to the row."""
+    ours = gradient_of_rows(f, row_weight, kind, params, tau, split)
+    truth = gradient_of_rows(f.double(), row_weight.double(), kind, params, tau, split)
+    return float(((ours - truth).norm(dim=1) / truth.norm(dim=1)).max())
+
+
+def unit_rows(count, dim):
+    return torch.nn.functional.normalize(torch.randn(count, dim), dim=1).to(torch.float16)
+
+
+@pytest.mark.parametrize("kind", ["exp", "power"])
+@pytest.mark.parametrize("dim", [40, 128, 200])
+def test_small_float16_weights_keep_their_digits(kind, dim):
+    """Weights far below what float16 represents, in rows whose weights rise and fall by tiles."""
+    f, split = unit_rows(420, dim), 140
+    place = torch.linspace(-1, 1, split).abs()
+    for weight in ((-80 * place).exp2(), (80 * place - 80).exp2()):
+        for tau in (1.0, 0.05):
+            error = relative_errors_of_rows(f, weight, kind, KINDS[kind], tau, split)
+            assert error < 6e-4, (tau, error)
+
+
+def test_a_large_float16_weight_late_in_a_row():
+    """Every tile has a pair whose weight is up to 2¹⁰⁰ times as large as those before."""
+    split, tau = 130, 0.016
+    f = unit_rows(split + 384, 64)
+    for tile in range(3):  # of columns, with a row nearer and nearer to the first one
+        at = split + 128 * tile + 7
+        mixed = (tile - 1) * f[0].double() + 0.1 * f[at].double()
+        f[at] = torch.nn.functional.normalize(mixed, dim=0).to(torch.float16)
+    for weight in (1.0, 2.0**-60):
+        weights = torch.ones(split)
+        weights[0] = weight
+        error = relative_errors_of_rows(f, weights, "exp", (), tau, split)
+        assert error < 6e-4, (weight, error)
+
+
+def test_float16_weights_of_nothing_and_of_nan():
+    """Rows without weight have the gradient 0, and NaN spoils no other row."""
+    f, split = unit_rows(420, 72), 140
+    weight = torch.ones(split)
+    weight[3:70] = 0
+    clean = gradient_of_rows(f, weight, "exp", (), 0.1, split)
+    assert not clean[3:70].any()
+    assert clean[70:].any(1).all()
+    f[100] = torch.nan
+    weight[5] = torch.nan
+    spoilt = gradient_of_rows(f, weight, "exp", (), 0.1, split)
+    others = [k for k in range(split) if k not in (5, 100) and k not in range(3, 70)]
+    assert spoilt[[5, 100]].isnan().all()
+    assert spoilt[split:].isnan().all()
+    assert relative_error(spoilt[others], clean[others]) < 6e-4
 
 
 # --- the operators alone --------------------------------------------------------------------------

@@ -372,7 +372,7 @@ def test_which_backend_a_gpu_takes_first(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         return ops.choose("auto", gpu, dtype, None, "exp", wgmma=wgmma)[0]
 
-    assert chosen((9, 0), torch.bfloat16) == "cuda"
+    assert chosen((9, 0), torch.bfloat16) == chosen((9, 0), torch.float16) == "cuda"
     assert chosen((9, 0), torch.float32) == chosen((8, 0), torch.bfloat16) == "triton"
     assert chosen((9, 0), torch.bfloat16, wgmma=False) == "triton"
     usable.discard("cuda")

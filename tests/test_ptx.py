@@ -8,11 +8,13 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-from ptx import cases, mutants, nvcc, run
+from ptx import banks, calls, cases, memory, mutants, nvcc, run
+from ptx.runner import Runner
 
 from alphacl_fast.backend import triton
 
@@ -64,6 +66,36 @@ def test_triton(name, tmp_path):
     result = json.loads((tmp_path / "found.json").read_text())
     assert not result["failures"], "\n".join(result["failures"])
     assert len(result["found"][0]["results"]) == len(run.of_list(name, FULL))
+
+
+@needs_nvcc
+@one_process("cuda-80")
+def test_tf32_reads_shared_memory_without_bank_conflicts(monkeypatch):
+    """Every load of operands needs as few wavefronts as its bytes do."""
+    loads = banks.Loads()
+    monkeypatch.setattr(memory.Shared, "load", loads.counting(memory.Shared.load))
+    runner = Runner()
+    with run.launches("cuda-80", runner):
+        one = cases.Case(
+            "cuda", "80", 58, 64, cases.FP32, "tf32", call=calls.rectangle, sides=(75, 40)
+        )
+        assert all(cases.run(replace(one, dim=dim), runner).ok for dim in (64, 128))
+    for kernel in ("FastRowSums", "FastPairGrad"):
+        found = {name: rows for name, rows in loads.found.items() if kernel in name}
+        assert len(found) == 2
+        for rows in found.values():
+            # the operands of a product of 64 × 64 × 8 are 10 loads of two features, or 16 of one
+            assert len(rows) >= 40
+            assert not {text for text, (count, least) in rows.items() if count > least}
+
+
+def test_bank_conflicts_are_counted():
+    lanes = 4 * np.arange(32)
+    for places, size, count in (
+        (lanes, 4, 1), (2 * lanes, 4, 2), (32 * lanes, 4, 32), (0 * lanes, 4, 1),
+        (2 * lanes, 8, 2), (4 * lanes, 8, 4), (4 * lanes, 16, 4), (2 * (lanes // 4), 2, 1),
+    ):  # fmt: skip
+        assert banks.wavefronts(places, size) == count
 
 
 # --- planted defects ------------------------------------------------------------------------------

@@ -729,6 +729,13 @@ def test_shuffles():
         assert out[k, 2] == (k == 0)
 
 
+def test_votes():
+    """Of two warps, one has a lane where the predicate holds."""
+    body = LOAD + "setp.eq.u32 %p1, %r0, 40; vote.sync.any.pred %p2, %p1, -1; "
+    _, out, _ = through(body + "selp.b32 %r2, 1, 0, %p2; " + KEEP, 64)
+    assert out[:, 0].tolist() == [0] * 32 + [1] * 32
+
+
 def test_addresses():
     given, out, _ = through("cvta.to.global.u64 %rd4, %rd1; ld.global.v4.b32 {%r2,%r3,%r4,%r5}, "
                             "[%rd4]; " + KEEP)  # fmt: skip

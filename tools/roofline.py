@@ -2,7 +2,7 @@
 
 ``python -m tools.roofline`` prints the tables of docs/roofline.md, and ``--write FILE`` renews them
 there, between the marks; ``--device`` and ``--set gemm=6e14`` change the machine. The work is one
-step of two_view InfoNCE, bfloat16, loss and gradient.
+step of two_view InfoNCE, loss and gradient, in bfloat16 where no dtype is named.
 
 If everything overlaps, a kernel takes the time of its busiest resource ("bound"). Products,
 pointwise work and shuffles of a tile depend on each other: a program that does one after the other
@@ -64,19 +64,43 @@ OVERLAP = 0.7
 #: Features for which csrc/cuda/hopper.h has kernels, which overlap.
 HOPPER_DIMS = (64, 128, 256)
 #: Instructions per pair of a sweep's inner loop at D = 128, read from the kernels as triton 3.6.0
-#: and nvcc 13.0 compile them (the latter by tests/test_ptx_sass.py).
+#: and nvcc 13.0 compile them (those of hopper.h by tests/test_ptx_sass.py). "hopper float16" are
+#: the same kernels for float16, "mma" those of sweeps.h for TF32, where a pair's share of copying
+#: and rounding a tile counts too.
 ISSUE = {
     ("hopper", "sums"): 5.8, ("hopper", "gradient"): 7.6, ("triton", "sums"): 9.5,
     ("triton", "gradient"): 12.3, ("triton", "sums of both sides"): 15.7,
-    ("hopper", "sums of both sides"): 8.6,
+    ("hopper", "sums of both sides"): 8.4, ("hopper float16", "sums"): 5.8,
+    ("hopper float16", "gradient"): 9.6, ("hopper float16", "sums of both sides"): 8.4,
+    ("mma", "sums"): 36, ("mma", "gradient"): 51,
 }  # fmt: skip
 #: Warps, and shuffles of a thread for the columns of a 128 × 128 tile: three steps in each of which
 #: a thread sends a quarter of the columns, or recursive halving.
-BOTH_SIDES = {"triton": (4, 96), "hopper": (8, 28)}
+BOTH_SIDES = {"triton": (4, 96), "hopper": (8, 28), "hopper float16": (8, 28)}
+#: The longest rows that a block of hopper.h keeps in registers, as an operand of the first sweep.
+IN_REGISTERS = 128
 #: The most programs that share a row block.
 MOST_PARTS = 32
 #: Bytes of rows that stay in shared memory beside the ring of column tiles.
 RESIDENT = 128 * 1024
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How rows are multiplied, at which rates relative to a large bfloat16 product."""
+
+    item: int = 2  # bytes of a feature
+    gemm: float = 1.0  # of a large product in this arithmetic
+    products: float = 1.0  # of the kernels' products
+
+
+#: TF32 has half of bfloat16's rate (datasheet); the kernels take mma.sync, with which published
+#: measurements of sm_90 reach 0.62 of wgmma's rate.
+ARITHMETICS = {
+    "bfloat16": Arithmetic(),
+    "float16": Arithmetic(),
+    "tf32": Arithmetic(4, 0.5, 0.5 * 0.62),
+}
 
 
 @dataclass(frozen=True)
@@ -139,8 +163,9 @@ def sweep(
     device: Device,
     engine: str = "triton",
     product: bool = True,
+    item: int = 2,
 ) -> Work:
-    """One sweep, of which the sums alone have a both-sides form.
+    """One sweep of rows whose features have ``item`` bytes; the sums alone have a both-sides form.
 
     Without ``product`` a gradient sweep writes W in bfloat16 instead of multiplying it.
     """
@@ -151,16 +176,18 @@ def sweep(
         parts(n, tile, both, device),
         math.ceil(n / tile.rows),
     )
-    # a warpgroup multiplies 64 rows at a time
+    # a warpgroup multiplies 64 rows at a time, a warp 16
     area, groups = (
         tile.rows * tile.cols,
-        math.ceil(tile.rows / 64),
+        math.ceil(tile.rows / (16 if engine == "mma" else 64)),
     )
-    own_bytes, cols_bytes = 2 * tile.rows * held, 2 * tile.cols * held
+    own_bytes, cols_bytes = item * tile.rows * held, item * tile.cols * held
     stays = own_bytes <= RESIDENT
+    in_registers = engine.startswith("hopper") and not gradient and held <= IN_REGISTERS
     products, shuffle = 1, 0.0
     shared = cols_bytes + (not stays) * own_bytes  # tiles that arrive
-    shared += own_bytes + groups * cols_bytes  # operands of S; each warpgroup reads the columns
+    # operands of S; each warpgroup, or warp, reads the columns
+    shared += (not in_registers) * own_bytes + groups * cols_bytes
     slots, width = count, dim if gradient else 1
     if gradient and product:
         products += 1
@@ -181,8 +208,8 @@ def sweep(
         * ISSUE[engine, ("gradient" if gradient else "sums") + " of both sides" * both],
         shuffle=shuffle,
         shared=tiles * shared,
-        l2=tiles * 2 * dim * (tile.cols + (not stays) * tile.rows),
-        hbm=2 * n * dim * (waves if 2 * n * dim > device.l2_bytes else 1) + written,
+        l2=tiles * item * dim * (tile.cols + (not stays) * tile.rows),
+        hbm=item * n * dim * (waves if item * n * dim > device.l2_bytes else 1) + written,
         fill=fill,
     )
 
@@ -192,8 +219,11 @@ def vendor_product(n: int, dim: int) -> Work:
     return Work(flop=2 * n * n * dim, hbm=2 * n * n + 6 * n * dim)
 
 
-def row_kernels(n: int, dim: int) -> dict[str, Work]:
-    return {"unit_rows": Work(hbm=4 * n * dim), "finish_rows": Work(hbm=10 * n * dim)}
+def row_kernels(n: int, dim: int, item: int = 2) -> dict[str, Work]:
+    return {
+        "unit_rows": Work(hbm=2 * item * n * dim),
+        "finish_rows": Work(hbm=(item + 8) * n * dim),
+    }
 
 
 # --- kernels of a step ----------------------------------------------------------------------------
@@ -203,6 +233,12 @@ def forms(
     n: int, dim: int, device: Device, engine: str
 ) -> tuple[dict[str, list[Work]], dict[str, list[Work]]]:
     """List both sweeps in every form that fits; ``engine`` has the row-block forms."""
+    if engine == "mma":
+        small = [
+            sweep(n, dim, Tile(64, 64), gradient, False, device, engine, item=4)
+            for gradient in (False, True)
+        ]
+        return {"row-block": small[:1]}, {"row-block": small[1:]}
     square = Tile(128, 128)
     sums = {
         "row-block": [sweep(n, dim, square, False, False, device, engine)],
@@ -236,17 +272,27 @@ class Step(NamedTuple):
     gradient: str
 
 
-def step(n: int, dim: int, device: Device, overlap: float) -> Step:
-    """Choose the fastest forms for n rows of ``dim`` features; in order (0) all are Triton's."""
+def step(n: int, dim: int, device: Device, overlap: float, dtype: str = "bfloat16") -> Step:
+    """Choose the fastest forms for n rows of ``dim`` features; in order (0) all are Triton's, but
+    for TF32, which the kernels of mma.sync multiply.
+    """
+    arithmetic = ARITHMETICS[dtype]
+    gemm, device = (
+        device.gemm * arithmetic.gemm,
+        replace(device, gemm=device.gemm * arithmetic.products),
+    )
     total, chosen = LAUNCHES * device.gap, []
     engine = "hopper" if overlap and dim in HOPPER_DIMS else "triton"
-    for choices in (*forms(n, dim, device, engine), {"rows": list(row_kernels(n, dim).values())}):
+    if dtype != "bfloat16":
+        engine = "mma" if dtype == "tf32" else engine.replace("hopper", "hopper float16")
+    rows = list(row_kernels(n, dim, arithmetic.item).values())
+    for choices in (*forms(n, dim, device, engine), {"rows": rows}):
         times = {name: [w.time(device, overlap) for w in works] for name, works in choices.items()}
         name = min(times, key=lambda name: sum(times[name]))
         total += sum(times[name])
         slowest = choices[name][times[name].index(max(times[name]))].seconds(device)
         chosen.append(f"{name} ({max(slowest, key=slowest.__getitem__)})")
-    return Step(total, 4 * n * n * dim / total / device.gemm, *chosen[:2])
+    return Step(total, 4 * n * n * dim / total / gemm, *chosen[:2])
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -254,6 +300,8 @@ def step(n: int, dim: int, device: Device, overlap: float) -> Step:
 #: Names of the degrees of overlap.
 LEVELS = {"bound": 1, "overlapped": OVERLAP, "in order": 0}
 TARGETS = ((65536, 128, 0.60), (16384, 128, 0.50), (16384, 512, 0.60), (65536, 512, 0.60))
+#: Dtypes and features of the table of the other dtypes.
+OTHERS = (("float16", 64), ("float16", 128), ("float16", 256), ("tf32", 128))
 
 
 def _duration(seconds: float) -> str:
@@ -328,6 +376,28 @@ def tables(device: Device) -> str:
                 *(f"fraction, {x}" for x in LEVELS),
             ],
             every,
+        ),
+    ]
+    others = []
+    for dtype, dim in OTHERS:
+        found = [step(65536, dim, device, overlap, dtype) for overlap in LEVELS.values()]
+        times = [_duration(s.time) for s in found]
+        fractions = [f"{s.fraction:.2f}" for s in found]
+        others.append([dtype, dim, found[1].sums, found[1].gradient, *times, *fractions])
+    lines += [
+        "",
+        "Other dtypes at n = 65,536, with fractions of their own product's rate (predictions):",
+        "",
+        *markdown(
+            [
+                "dtype",
+                "D",
+                "sums (limit)",
+                "gradient (limit)",
+                *LEVELS,
+                *(f"fraction, {x}" for x in LEVELS),
+            ],
+            others,
         ),
     ]
     for dim in (128, 512):

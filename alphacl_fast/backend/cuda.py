@@ -42,6 +42,8 @@ FAILURE = LIBRARY.with_name("_cuda_not_built.txt")
 OLDEST = (2, 10)
 #: Rows and columns of a tile, and of the blocks of hopper.h.
 SIDE, HOPPER_SIDE = 64, 128
+#: The arithmetics that hopper.h has kernels for.
+HOPPER_MODES = ("bf16", "fp16")
 #: The longest rows whose gradient the kernels accumulate in registers (launch.h). Longer rows come
 #: in chunks of features, and cuBLAS multiplies their weights with the rows: nothing is computed
 #: twice.
@@ -280,7 +282,7 @@ def symmetric(wanted: bool | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hopper(wanted: bool | None) -> Iterator[None]:
-    """A context that says whether bfloat16 rows take the warpgroup kernels (hopper.h, sm_90a).
+    """A context that says whether rows of 16 bits take the warpgroup kernels (hopper.h, sm_90a).
 
     None: where they serve a launch; False: never; True: always, and a launch that they cannot serve
     is refused.
@@ -309,7 +311,7 @@ def _has_hopper(device: torch.device) -> bool:
 
 def has_wgmma_kernels(kind: str, params: tuple[float, ...], dim: int) -> bool:
     """Whether the kernels of hopper.h know a pair function (`is_fast` in sweeps.h) and rows of this
-    length. They also need bfloat16 rows and the constant form.
+    length. They also need bfloat16 or float16 rows and the constant form.
     """
     if dim > LARGEST["bf16"] or kind not in ("exp", "gibbs", "power"):
         return False
@@ -343,7 +345,8 @@ class _Sweep(gpu.Sweep):
         self.dtype = Dtype.TFLOAT32 if tf32 else Dtype.of(self.f.dtype)
         hopper, one_sum = self._on_hopper(), self.terms == (Term.F,)
         wanted = not hopper or one_sum if _symmetric is None else _symmetric
-        self.symmetric = wanted and self.arithmetic.mode == "bf16" and self.form != Form.ONLINE
+        there = self.arithmetic.mode == "bf16" or (hopper and one_sum)
+        self.symmetric = wanted and there and self.form != Form.ONLINE
         # the kernels of hopper.h have symmetric tiles for one sum
         if hopper and (self.weight is not None or one_sum or not self.symmetric):
             self.tile_rows = self.tile_cols = HOPPER_SIDE
@@ -358,7 +361,7 @@ class _Sweep(gpu.Sweep):
         plain = plain and self.pairing.largest_t is None
         constant = self.form == Form.CONSTANT and plain and sums
         aligned = f.data_ptr() % 16 == 0 and f.stride(0) % 8 == 0 and f.stride(0) >= self.dim
-        fits = self.arithmetic.mode == "bf16" and aligned and not self.in_chunks
+        fits = self.arithmetic.mode in HOPPER_MODES and aligned and not self.in_chunks
         return fast and constant and fits and _has_hopper(f.device)
 
     def scale_weights(self) -> None:

@@ -8,6 +8,7 @@
 //   sync_warp()                           barrier of a warp, after which its writes to shared memory are seen by its lanes
 //   shuffle_xor(x, mask)                  the value of lane ^ mask; all 32 lanes take part
 //   uniform(x)                            x, which is the same in all lanes, and the compiler is to know it
+//   any(x)                                whether x is true in some lane of the warp; all 32 lanes take part
 //   copy16(to, from, bytes)               asynchronous copy of 16 bytes, 16-byte aligned, from global to shared memory; beyond
 //                                         the first `bytes` (0 … 16) nothing is read and zeros are written
 //   copy_commit(), copy_wait<N>()         closes a group of a thread's copies; waits until all but the last N groups are done
@@ -34,15 +35,16 @@
 //   tensor_copy(to, map, x, y, b)                      one box of a two-dimensional tensor map (element offset x in the row,
 //                                                      row y) to shared memory, 128-byte swizzle, zeros outside; counts on b
 //   matrix_descriptor(start, leading, stride)          wgmma operand in shared memory, 128-byte swizzle; bytes
-//   product_ss<N, TRANS_B>(c, a, b, add)               wgmma m64nNk16 bf16, A and B by descriptors; c[N/2]; add = 0 overwrites
-//   product_rs<N, TRANS_B>(c, a, b, add)               A from registers (uint32_t[4])
+//   product_ss<BF16, N, TRANS_B>(c, a, b, add)         wgmma m64nNk16 of bfloat16 or float16, A and B by descriptors; c[N/2];
+//                                                      add = 0 overwrites
+//   product_rs<BF16, N, TRANS_B>(c, a, b, add)         A from registers (uint32_t[4])
 //   product_begin(), product_commit(), product_wait<N>()   wgmma.fence, commit_group, wait_group
 //   hold_registers(x)                                  the compiler moves no use of x[N] from one side of this to the other
 //   registers_more<N>(), registers_less<N>()           setmaxnreg of a warpgroup
 //   sync_some(id, threads)                             named barrier 1 … 15
 //
 // and for the host: tensor_map(map, base, columns, rows, pitch, box_rows) describes a tensor of
-// bfloat16, `pitch` bytes from row to row, for boxes of 64 columns × box_rows, and returns null or
+// 16-bit elements, `pitch` bytes from row to row, for boxes of 64 columns × box_rows, and returns null or
 // what went wrong. HOPPER says whether the code that is being compiled may use all this,
 // runs_hopper<K>() whether the current device would run a K that was compiled so.
 #pragma once

@@ -25,6 +25,7 @@ DEVICE void sync() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
 template <class T> DEVICE T shuffle_xor(T x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+DEVICE bool any(bool x) { return __any_sync(0xffffffffu, x); }
 
 DEVICE uint32_t address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
@@ -136,7 +137,7 @@ template <int N> DEVICE void registers_more() { asm volatile("setmaxnreg.inc.syn
 template <int N> DEVICE void registers_less() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
 
 // N = 64, 128, 256; the assembler wants every accumulator by name
-template <int N, int TRANS_B> struct Product;
+template <bool BF16, int N, int TRANS_B> struct Product;
 
 #define ALPHACL_TEN(T) "%" #T "0, %" #T "1, %" #T "2, %" #T "3, %" #T "4, %" #T "5, %" #T "6, %" #T "7, %" #T "8, %" #T "9"
 #define ALPHACL_8(C, I)                                                                                                       \
@@ -150,24 +151,30 @@ template <int N, int TRANS_B> struct Product;
   ALPHACL_60_NAMES ALPHACL_TEN(6) ", " ALPHACL_TEN(7) ", " ALPHACL_TEN(8) ", " ALPHACL_TEN(9) ", " ALPHACL_TEN(10) ", "       \
   ALPHACL_TEN(11) ", "
 // Pn are the names of the operands after the accumulators.
-#define ALPHACL_PRODUCT(N, NAMES, C, P0, P1, P2, P3, P4, P5, P6)                                                              \
-  template <int TRANS_B> struct Product<N, TRANS_B> {                                                                         \
+#define ALPHACL_PRODUCT(BF16, TYPE, N, NAMES, C, P0, P1, P2, P3, P4, P5, P6)                                               \
+  template <int TRANS_B> struct Product<BF16, N, TRANS_B> {                                                                   \
     static DEVICE void ss(float (&c)[N / 2], uint64_t a, uint64_t b, int add) {                                               \
       asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " P2 ", 0;\n"                                                        \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" NAMES "}, " P0 ", " P1                        \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NAMES "}, " P0 ", " P1                \
                    ", add, 1, 1, 0, " P3 ";\n}" : C : "l"(a), "l"(b), "r"(add), "n"(TRANS_B));                                \
     }                                                                                                                         \
     static DEVICE void rs(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b, int add) {                                   \
       asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " P5 ", 0;\n"                                                        \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" NAMES "}, {" P0 ", " P1 ", " P2 ", " P3 "}, " \
-                   P4 ", add, 1, 1, " P6 ";\n}"                                                                               \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                                            \
+                   " {" NAMES "}, {" P0 ", " P1 ", " P2 ", " P3 "}, " P4 ", add, 1, 1, " P6 ";\n}"                            \
                    : C : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TRANS_B));                         \
     }                                                                                                                         \
   };
-ALPHACL_PRODUCT(64, ALPHACL_30_NAMES "%30, %31", ALPHACL_32(c, 0), "%32", "%33", "%34", "%35", "%36", "%37", "%38")
-ALPHACL_PRODUCT(128, ALPHACL_60_NAMES "%60, %61, %62, %63", ALPHACL_64(c, 0), "%64", "%65", "%66", "%67", "%68", "%69", "%70")
-ALPHACL_PRODUCT(256, ALPHACL_120_NAMES "%120, %121, %122, %123, %124, %125, %126, %127",
-                ALPHACL_128(c, 0), "%128", "%129", "%130", "%131", "%132", "%133", "%134")
+#define ALPHACL_PRODUCTS(BF16, TYPE)                                                                                          \
+  ALPHACL_PRODUCT(BF16, TYPE, 64, ALPHACL_30_NAMES "%30, %31", ALPHACL_32(c, 0), "%32", "%33", "%34", "%35", "%36", "%37",    \
+                  "%38")                                                                                                      \
+  ALPHACL_PRODUCT(BF16, TYPE, 128, ALPHACL_60_NAMES "%60, %61, %62, %63", ALPHACL_64(c, 0), "%64", "%65", "%66", "%67",       \
+                  "%68", "%69", "%70")                                                                                        \
+  ALPHACL_PRODUCT(BF16, TYPE, 256, ALPHACL_120_NAMES "%120, %121, %122, %123, %124, %125, %126, %127", ALPHACL_128(c, 0),     \
+                  "%128", "%129", "%130", "%131", "%132", "%133", "%134")
+ALPHACL_PRODUCTS(true, "bf16")
+ALPHACL_PRODUCTS(false, "f16")
+#undef ALPHACL_PRODUCTS
 #undef ALPHACL_PRODUCT
 #undef ALPHACL_120_NAMES
 #undef ALPHACL_60_NAMES
@@ -178,11 +185,12 @@ ALPHACL_PRODUCT(256, ALPHACL_120_NAMES "%120, %121, %122, %123, %124, %125, %126
 #undef ALPHACL_8
 #undef ALPHACL_TEN
 
-template <int N, int TRANS_B> DEVICE void product_ss(float (&c)[N / 2], uint64_t a, uint64_t b, int add) {
-  Product<N, TRANS_B>::ss(c, a, b, add);
+template <bool BF16, int N, int TRANS_B> DEVICE void product_ss(float (&c)[N / 2], uint64_t a, uint64_t b, int add) {
+  Product<BF16, N, TRANS_B>::ss(c, a, b, add);
 }
-template <int N, int TRANS_B> DEVICE void product_rs(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b, int add) {
-  Product<N, TRANS_B>::rs(c, a, b, add);
+template <bool BF16, int N, int TRANS_B>
+DEVICE void product_rs(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b, int add) {
+  Product<BF16, N, TRANS_B>::rs(c, a, b, add);
 }
 
 DEVICE void sync_some(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
@@ -254,7 +262,7 @@ inline const char* tensor_map(TensorMap& map, const void* base, int64_t columns,
   const cuuint64_t sizes[2] = {cuuint64_t(columns), cuuint64_t(rows)}, pitches[1] = {cuuint64_t(pitch)};
   const cuuint32_t box[2] = {64, cuuint32_t(box_rows)}, steps[2] = {1, 1};
   const CUresult error = encode(
-      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(base), sizes, pitches, box, steps,
+      &map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, const_cast<void*>(base), sizes, pitches, box, steps,
       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return error == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refuses the rows";

@@ -4,8 +4,10 @@
 //
 //   similarities(s, a, b)    s += A·Bᵀ for tiles a, b of rows in shared memory
 //   gradient(acc, w, b)      acc += W·B; w is already scaled and is rounded here, as the engine needs it
+//   place(i)                 bytes from a tile to its row i
+//   prepare(p)               rounds 16 bytes of a tile as the engine needs them, once after their arrival
 //
-// Rows lie PITCH bytes apart, which spreads the rows that one instruction reads over all banks.
+// Places spread the rows that one instruction reads over all banks of shared memory.
 #pragma once
 
 #include "device.h"
@@ -46,7 +48,9 @@ template <int FEATURES, bool BF16> struct Half {
   using T = float;
   using Element = uint16_t;
   static constexpr int K = FEATURES, PITCH = 2 * K + 16;
-  static constexpr bool TENSOR_CORES = true, IS_BF16 = BF16;
+  static constexpr bool PREPARES = false;
+  static DEVICE constexpr int place(int i) { return i * PITCH; }
+  static constexpr bool TENSOR_CORES = true, IS_HALF = true, IS_BF16 = BF16;
 
   static DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     if constexpr (BF16) device::mma_bf16(c, a, b0, b1);
@@ -108,41 +112,58 @@ template <int FEATURES, bool BF16> struct Half {
 
 // float32 rows multiplied as TF32. The order of a product's 8 terms is free: term t is feature 2t,
 // term t + 4 feature 2t + 1.
+//
+// Eight banks, or 32 bytes, hold what one row gives to an instruction. The similarities read four
+// neighbouring rows at once, the gradient the even or the odd ones of eight. Both find different
+// banks, because a row begins 8 banks after the one before, and every fourth row 16.
 template <int FEATURES> struct Tf32 {
   using T = float;
   using Element = float;
-  static constexpr int K = FEATURES, PITCH = 4 * K + 32;
-  static constexpr bool TENSOR_CORES = true, IS_BF16 = false;
+  static constexpr int K = FEATURES, PITCH = 4 * K + 32, EIGHT_ROWS = 8 * PITCH + 64;
+  static constexpr bool PREPARES = true;
+  static DEVICE constexpr int place(int i) { return i * PITCH + i / 4 * 32; }
+  static constexpr bool TENSOR_CORES = true, IS_HALF = false, IS_BF16 = false;
 
-  static DEVICE uint32_t at(const unsigned char* p) { return rounded_to_tf32(*reinterpret_cast<const float*>(p)); }
+  template <int COUNT> struct alignas(4 * COUNT) Words {  // which one instruction loads
+    uint32_t x[COUNT];
+    static DEVICE Words at(const unsigned char* p) { return *reinterpret_cast<const Words*>(p); }
+  };
+  // Every feature is read by four warps, and by more than one of their lanes: rounding at each load
+  // would cost more than the products.
+  static DEVICE void prepare(unsigned char* p) {
+    Words<4> x = Words<4>::at(p);
+    for (uint32_t& feature : x.x) feature = rounded_to_tf32(device::from_bits(feature));
+    *reinterpret_cast<Words<4>*>(p) = x;
+  }
 
   static DEVICE void similarities(float (&s)[8][4], const unsigned char* a, const unsigned char* b) {
     const Fragment fragment;
-    a += fragment.row(0) * PITCH + 8 * fragment.quad;
-    b += fragment.group * PITCH + 8 * fragment.quad;
-#pragma unroll
+    a += place(fragment.row(0)) + 8 * fragment.quad;
+    b += place(fragment.group) + 8 * fragment.quad;
+    // more steps at once would take the gradient's registers
+#pragma unroll 4
     for (int k = 0; k < K; k += 8) {
-      const unsigned char* x = a + 4 * k;
-      const uint32_t operand[4] = {at(x), at(x + 8 * PITCH), at(x + 4), at(x + 8 * PITCH + 4)};
+      const auto upper = Words<2>::at(a + 4 * k), lower = Words<2>::at(a + EIGHT_ROWS + 4 * k);
+      const uint32_t operand[4] = {upper.x[0], lower.x[0], upper.x[1], lower.x[1]};
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
-        const unsigned char* y = b + 8 * n * PITCH + 4 * k;
-        device::mma_tf32(s[n], operand, at(y), at(y + 4));
+        const auto y = Words<2>::at(b + n * EIGHT_ROWS + 4 * k);
+        device::mma_tf32(s[n], operand, y.x[0], y.x[1]);
       }
     }
   }
 
   static DEVICE void gradient(float (&acc)[K / 8][4], const float (&w)[8][4], const unsigned char* b) {
     const Fragment fragment;
-    b += 2 * fragment.quad * PITCH + 4 * fragment.group;
+    b += place(2 * fragment.quad) + 4 * fragment.group;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const uint32_t x[4] = {rounded_to_tf32(w[j][0]), rounded_to_tf32(w[j][2]), rounded_to_tf32(w[j][1]),
                              rounded_to_tf32(w[j][3])};
 #pragma unroll
       for (int d = 0; d < K / 8; ++d) {
-        const unsigned char* y = b + 8 * j * PITCH + 32 * d;
-        device::mma_tf32(acc[d], x, at(y), at(y + PITCH));
+        const unsigned char* y = b + j * EIGHT_ROWS + 32 * d;
+        device::mma_tf32(acc[d], x, word(y), word(y + PITCH));
       }
     }
   }
@@ -154,7 +175,9 @@ template <class Number, int FEATURES> struct Simt {
   using T = Number;
   using Element = Number;
   static constexpr int K = FEATURES, PITCH = K * int(sizeof(T)) + 16, VECTOR = 16 / int(sizeof(T));
-  static constexpr bool TENSOR_CORES = false, IS_BF16 = false;
+  static constexpr bool PREPARES = false;
+  static DEVICE constexpr int place(int i) { return i * PITCH; }
+  static constexpr bool TENSOR_CORES = false, IS_HALF = false, IS_BF16 = false;
   struct alignas(16) Vector {
     T x[VECTOR];
   };

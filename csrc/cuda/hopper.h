@@ -1,5 +1,5 @@
-// The fast kernels (sweeps.h) of bfloat16 rows for sm_90a: products of whole warpgroups (wgmma),
-// which run while exponentials are computed.
+// The fast kernels (sweeps.h) of bfloat16 and float16 rows for sm_90a: products of whole warpgroups
+// (wgmma), which run while exponentials are computed.
 //
 // A block has 128 rows, 64 for each of two consumer warpgroups; a producer warpgroup copies the
 // tiles of columns that they walk over into stages of shared memory, one after the other. A stage
@@ -199,7 +199,7 @@ template <int K, int N, int STAGES, class Scalars> struct Memory {
   }
 
   // Starts S (64, N) = a warpgroup's rows · a stage's columns.
-  static DEVICE void similarities(float (&s)[N / 2], int group, int k) {
+  template <bool BF16> static DEVICE void similarities(float (&s)[N / 2], int group, int k) {
     // Each tile tells the compiler again that all lanes agree: otherwise eight descriptors of the
     // rows would stay in registers.
     const uint64_t a = device::matrix_descriptor(rows(device::uniform(group)), 0, 8 * LINE);
@@ -209,8 +209,30 @@ template <int K, int N, int STAGES, class Scalars> struct Memory {
 #pragma unroll
     for (int step = 0; step < K / 16; ++step) {  // a descriptor counts in 16 bytes
       const int box = step / 4, within = step % 4 * 2;
-      device::product_ss<N, 0>(s, a + box * (GROUP_ROWS * LINE / 16) + within, b + box * (N * LINE / 16) + within, step > 0);
+      device::product_ss<BF16, N, 0>(s, a + box * (GROUP_ROWS * LINE / 16) + within, b + box * (N * LINE / 16) + within, step > 0);
     }
+    device::product_commit();
+  }
+
+  // The same with a warpgroup's rows in registers, which spares shared memory a third of its reads.
+  using Rows = uint32_t[K / 16][4];
+  static DEVICE void load_rows(Rows& a, int group) {
+    const int row = device::thread() % GROUP / 32 * 16 + Fragment::matrix() % 2 * 8 + Fragment::matrix_row();
+#pragma unroll
+    for (int step = 0; step < K / 16; ++step) {
+      const int piece = step % 4 * 2 + Fragment::matrix() / 2;  // of 16 bytes, which are swizzled
+      device::load_matrices(a[step], rows(group) + step / 4 * (GROUP_ROWS * LINE) + row * LINE + (piece ^ row % 8) * 16);
+    }
+  }
+  template <bool BF16> static DEVICE void similarities(float (&s)[N / 2], Rows& a, int k) {
+    const uint64_t b = device::matrix_descriptor(stage(k), 0, 8 * LINE);
+    device::hold_registers(s);
+#pragma unroll
+    for (int step = 0; step < K / 16; ++step) device::hold_registers(a[step]);
+    device::product_begin();
+#pragma unroll
+    for (int step = 0; step < K / 16; ++step)
+      device::product_rs<BF16, N, 0>(s, a[step], b + step / 4 * (N * LINE / 16) + step % 4 * 2, step > 0);
     device::product_commit();
   }
 };
@@ -248,10 +270,11 @@ struct Row {
 
 // With SYMMETRIC a tile's similarities count for its columns too. Their sums over the block's rows
 // come together in shared memory, where two tiles take turns.
-template <int K, bool AFFINE, bool MOMENT, bool SYMMETRIC = false> struct RowSums {
+template <int K, bool AFFINE, bool MOMENT, bool SYMMETRIC, bool BF16> struct RowSums {
   using Args = hopper::Args;
   static constexpr bool BOTH_SIDES = SYMMETRIC;
   static constexpr int N = 128, STAGES = K <= 128 ? 4 : 2, WARPS = 4 * CONSUMERS;
+  static constexpr bool ROWS_IN_REGISTERS = K <= 128;  // there are not enough for more features
   using M = Memory<K, N, STAGES, Two>;
   static constexpr int SPREAD_AT = (M::BYTES + 15) / 16 * 16, SPREAD = WARPS * N;
   static constexpr int THREADS = hopper::THREADS, BLOCKS = 1;
@@ -309,6 +332,12 @@ template <int K, bool AFFINE, bool MOMENT, bool SYMMETRIC = false> struct RowSum
 
     Schedule<N> schedule(a);
     StageOf<STAGES> now;
+    typename M::Rows rows;
+    const auto similarities = [&](float(&s)[N / 2]) {
+      device::barrier_wait(M::full(now.stage), now.phase);
+      if constexpr (ROWS_IN_REGISTERS) M::template similarities<BF16>(s, rows, now.stage);
+      else M::template similarities<BF16>(s, group, now.stage);
+    };
     // Takes the sums of the tile whose S is there, while the next one's is on its way; the last
     // one's is asked for once more.
     const auto step = [&](const float(&s)[N / 2], float(&next)[N / 2]) {
@@ -318,8 +347,7 @@ template <int K, bool AFFINE, bool MOMENT, bool SYMMETRIC = false> struct RowSum
       M::release(now.stage);
       schedule.next();
       if (!last) now.next();
-      device::barrier_wait(M::full(now.stage), now.phase);
-      M::similarities(next, group, now.stage);
+      similarities(next);
       if (masked) tile_sums(True{}, s, cols, tile, position);
       else tile_sums(False{}, s, cols, tile, position);
       device::product_wait<0>();
@@ -329,8 +357,8 @@ template <int K, bool AFFINE, bool MOMENT, bool SYMMETRIC = false> struct RowSum
     if (!schedule.none()) {
       float even[N / 2], odd[N / 2];
       device::barrier_wait(M::rows_full(), 0);
-      device::barrier_wait(M::full(0), 0);
-      M::similarities(even, group, 0);
+      if constexpr (ROWS_IN_REGISTERS) M::load_rows(rows, group);
+      similarities(even);
       device::product_wait<0>();
       device::hold_registers(even);
 #pragma unroll 1
@@ -371,12 +399,40 @@ template <int K, bool AFFINE, bool MOMENT, bool SYMMETRIC = false> struct RowSum
 
 // --- sweep 2 -------------------------------------------------------------------------------------
 
-template <int K, bool AFFINE> struct PairGrad {
+// float16 has five bits of exponent: before they are rounded, the weights of a row are multiplied by
+// a power of two that brings the largest one so far into a range which ends where float16 does. When
+// a tile's weights leave the range, the factor changes, and the row's sum so far is multiplied by
+// the quotient. No other bound of the weights is needed.
+//
+// A weight below 2⁻¹⁴ is rounded by 2⁻²⁵ at most, which is 2⁻³² of the row's largest weight so far.
+// For up to 2²⁰ columns all these errors together are less than 2⁻¹² of it, its own rounding.
+struct Lift {
+  static constexpr float LEAST = 128.0f, MOST = 32768.0f;
+  static constexpr int TARGET = 11, BIAS = 127, LIMIT = 126;  // powers of two, whose inverses are normal too
+  float largest[2] = {}, factor[2] = {1, 1};  // of the weights that this thread has seen; of the row
+
+  static DEVICE float power_of_two(int exponent) { return device::from_bits(uint32_t(BIAS + exponent) << 23); }
+  static DEVICE int exponent(float x) { return int(device::to_bits(x) >> 23) - BIAS; }
+  // NaN says nothing about the others
+  DEVICE void meets(int r, float weight) { largest[r] = fmaxf(largest[r], fabsf(weight)); }
+  DEVICE bool fits(int r) const { return largest[r] * factor[r] >= LEAST && largest[r] * factor[r] <= MOST; }
+  // Chooses a row's factor, and returns the one by which its sum changes.
+  DEVICE float change(int r) {
+    largest[r] = row_max(largest[r]);
+    if (fits(r) || largest[r] == 0 || largest[r] == INFINITE<float>) return 1;
+    const int before = exponent(factor[r]), wanted = TARGET - exponent(largest[r]), now = wanted < LIMIT ? wanted : LIMIT;
+    factor[r] = power_of_two(now);
+    return now - before < -LIMIT ? 0.0f : power_of_two(now - before);
+  }
+};
+
+template <int K, bool AFFINE, bool BF16> struct PairGrad {
   using Args = hopper::Args;
   static constexpr bool BOTH_SIDES = false;
+  // Lifted weights need a whole tile's before the first is rounded: registers hold fewer columns.
   static constexpr int N = K <= 128 ? 128 : 64, STAGES = 4, PIECES = 4, STEPS = N / 16 / PIECES;
   // pieces still being multiplied when a tile ends: registers allow no more
-  static constexpr int PENDING = K == 64 ? 2 : 1;
+  static constexpr int PENDING = BF16 && K == 64 ? 2 : 1;
   using M = Memory<K, N, STAGES, Four>;
   static constexpr int THREADS = hopper::THREADS, BLOCKS = 1, SHARED = M::BYTES;
 
@@ -397,6 +453,7 @@ template <int K, bool AFFINE> struct PairGrad {
     const int group = device::thread() / GROUP;
     const Row row;
     const Exponential<AFFINE> exponential(a);
+    Lift lift;
     float slope[2], weight[2], acc[K / 2] = {};
     uint32_t w[PIECES][STEPS][4];
 #pragma unroll
@@ -404,9 +461,9 @@ template <int K, bool AFFINE> struct PairGrad {
       const auto s = row.scalars(a, r, 1 / unit_of<float>(a));
       slope[r] = exponential.of_row(s.x[SCALE]), weight[r] = s.x[SECOND];
     }
-    // Weights times the columns' scales, as operand of 16 columns a step.
-    const auto weights = [&](auto masked, uint32_t(&to)[STEPS][4], int piece, const float(&s)[N / 2], const Four* cols,
-                             int tile) {
+    // Weights of a piece times the columns' scales: as operand of 16 columns a step, or, where they
+    // are still to be lifted, in place of the similarities.
+    const auto weights = [&](auto masked, auto& s, int piece, const Four* cols, int tile) {
       const Mask<N> mask(a, tile, row.row);
 #pragma unroll
       for (int k = 0; k < 2 * STEPS; ++k) {
@@ -419,7 +476,29 @@ template <int K, bool AFFINE> struct PairGrad {
           const float f = exponential(s[4 * m + e] * column.x[p], slope[r]), g = weight[r] * column.x[p] + column.x[2 + p];
           x[e] = !masked.value || mask.counts(r, 8 * m + p) ? f * g : 0.0f;
         }
-        to[k / 2][k % 2 * 2] = device::pack_bf16(x[0], x[1]), to[k / 2][k % 2 * 2 + 1] = device::pack_bf16(x[2], x[3]);
+        if constexpr (BF16) {
+          uint32_t(&to)[4] = w[piece][k / 2];
+          to[k % 2 * 2] = device::pack_bf16(x[0], x[1]), to[k % 2 * 2 + 1] = device::pack_bf16(x[2], x[3]);
+        } else {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) lift.meets(e / 2, x[e]), s[4 * m + e] = x[e];
+        }
+      }
+    };
+    const auto choose_lift = [&] {
+      if (!device::any(!(lift.fits(0) && lift.fits(1)))) return;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float factor = lift.change(r);
+#pragma unroll
+        for (int d = 0; d < K / 8; ++d) acc[4 * d + 2 * r] *= factor, acc[4 * d + 2 * r + 1] *= factor;
+      }
+    };
+    const auto pack_lifted = [&](uint32_t(&to)[STEPS][4], const float(&s)[N / 2], int piece) {
+#pragma unroll
+      for (int k = 0; k < 4 * STEPS; ++k) {
+        const float low = s[8 * STEPS * piece + 2 * k], high = s[8 * STEPS * piece + 2 * k + 1], factor = lift.factor[k % 2];
+        to[k / 4][k % 4] = device::pack_f16(low * factor, high * factor);
       }
     };
     // Starts acc += W·F for the columns of a piece.
@@ -429,47 +508,93 @@ template <int K, bool AFFINE> struct PairGrad {
       for (int k = 0; k < STEPS; ++k) device::hold_registers(x[k]);
       device::product_begin();
 #pragma unroll
-      for (int k = 0; k < STEPS; ++k) device::product_rs<K, 1>(acc, x[k], b + k * (16 * LINE / 16), 1);
+      for (int k = 0; k < STEPS; ++k) device::product_rs<BF16, K, 1>(acc, x[k], b + k * (16 * LINE / 16), 1);
       device::product_commit();
     };
 
     Schedule<N> schedule(a);
     StageOf<STAGES> now;
-    int before = -1;  // stage of the tile whose W·F is under way
-    // Adds the tile whose S is there, while the next one's is on its way; the last one's is asked
-    // for once more.
-    const auto step = [&](const float(&s)[N / 2], float(&next)[N / 2]) {
-      const bool last = schedule.last(), masked = schedule.masked();
-      const int tile = schedule.tile, stage = now.stage;
-      const Four* cols = M::scalars(now.scalars);
-      schedule.next();
-      if (!last) now.next();
+    const auto start_similarities = [&](float(&s)[N / 2]) {
       device::barrier_wait(M::full(now.stage), now.phase);
-      M::similarities(next, group, now.stage);
-      device::product_wait<1>();  // the tile before has been multiplied
-      if (before >= 0) M::release(before);
-      before = stage;
-#pragma unroll
-      for (int piece = 0; piece < PIECES; ++piece) {
-        if (masked) weights(True{}, w[piece], piece, s, cols, tile);
-        else weights(False{}, w[piece], piece, s, cols, tile);
-        multiply(w[piece], piece, stage);
-      }
-      device::product_wait<PENDING>();
-      device::hold_registers(next);
-      return last;
+      M::template similarities<BF16>(s, group, now.stage);
+    };
+    const auto first_similarities = [&](float(&s)[N / 2]) {
+      device::barrier_wait(M::rows_full(), 0);
+      start_similarities(s);
+      device::product_wait<0>();
+      device::hold_registers(s);
     };
     device::hold_registers(acc);
-    if (!schedule.none()) {
+    if (schedule.none()) {
+    } else if constexpr (BF16) {
+      int before = -1;  // stage of the tile whose W·F is under way
+      // Adds the tile whose S is there, while the next one's is on its way; the last one's is asked
+      // for once more.
+      const auto step = [&](const float(&s)[N / 2], float(&next)[N / 2]) {
+        const bool last = schedule.last(), masked = schedule.masked();
+        const int tile = schedule.tile, stage = now.stage;
+        const Four* cols = M::scalars(now.scalars);
+        schedule.next();
+        if (!last) now.next();
+        start_similarities(next);
+        device::product_wait<1>();  // the tile before has been multiplied
+        if (before >= 0) M::release(before);
+        before = stage;
+#pragma unroll
+        for (int piece = 0; piece < PIECES; ++piece) {
+          if (masked) weights(True{}, s, piece, cols, tile);
+          else weights(False{}, s, piece, cols, tile);
+          multiply(w[piece], piece, stage);
+        }
+        device::product_wait<PENDING>();
+        device::hold_registers(next);
+        return last;
+      };
       float even[N / 2], odd[N / 2];
-      device::barrier_wait(M::rows_full(), 0);
-      device::barrier_wait(M::full(0), 0);
-      M::similarities(even, group, 0);
-      device::product_wait<0>();
-      device::hold_registers(even);
+      first_similarities(even);
 #pragma unroll 1
       while (!step(even, odd) && !step(odd, even)) {
       }
+      device::product_wait<0>();
+    } else {
+      float s[N / 2];
+      const auto lifted_weights = [&] {
+        const Four* cols = M::scalars(now.scalars);
+        const bool masked = schedule.masked();
+#pragma unroll
+        for (int piece = 0; piece < PIECES; ++piece) {
+          if (masked) weights(True{}, s, piece, cols, schedule.tile);
+          else weights(False{}, s, piece, cols, schedule.tile);
+        }
+      };
+      const auto lift_and_pack = [&] {
+        choose_lift();
+#pragma unroll
+        for (int piece = 0; piece < PIECES; ++piece) pack_lifted(w[piece], s, piece);
+      };
+      const auto multiply_all = [&](int stage) {
+#pragma unroll
+        for (int piece = 0; piece < PIECES; ++piece) multiply(w[piece], piece, stage);
+      };
+      first_similarities(s);
+      lifted_weights();
+      lift_and_pack();
+      // Multiplies a tile, and takes the weights of the next one meanwhile.
+#pragma unroll 1
+      while (!schedule.last()) {
+        const int stage = now.stage;
+        schedule.next(), now.next();
+        start_similarities(s);
+        multiply_all(stage);
+        device::product_wait<PIECES>();
+        device::hold_registers(s);
+        lifted_weights();
+        device::product_wait<0>();
+        device::hold_registers(acc);
+        M::release(stage);
+        lift_and_pack();
+      }
+      multiply_all(now.stage);
       device::product_wait<0>();
     }
     device::hold_registers(acc);
@@ -478,13 +603,14 @@ template <int K, bool AFFINE> struct PairGrad {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (!row.exists(a, r)) continue;
+      const float lowered = 1 / lift.factor[r];
       float* to = static_cast<float*>(a.df) + (device::block_y() * a.n_out + row.number(a, r) - a.lo) * a.dim;
 #pragma unroll
       for (int d = 0; d < K / 8; ++d)
 #pragma unroll
         for (int p = 0; p < 2; ++p) {
           const int feature = 8 * d + 2 * (device::thread() % 4) + p;
-          if (feature < a.dim) to[feature] = acc[4 * d + 2 * r + p] * unit;
+          if (feature < a.dim) to[feature] = acc[4 * d + 2 * r + p] * lowered * unit;
         }
     }
   }
@@ -520,18 +646,18 @@ template <class Kernel> std::optional<const char*> start(const Sweep& a, void* s
 }
 
 // Serves a call of the fast kernels.
-template <int K> std::optional<const char*> row_sums(const Sweep& a, void* stream) {
+template <int K, bool BF16> std::optional<const char*> row_sums(const Sweep& a, void* stream) {
   const bool affine = a.kind != POWER, moment = a.row_of_term[F_MOMENT] >= 0;
-  if (a.symmetric && !moment)
-    return affine ? start<RowSums<K, true, false, true>>(a, stream) : start<RowSums<K, false, false, true>>(a, stream);
-  if (affine && moment) return start<RowSums<K, true, true>>(a, stream);
-  if (affine) return start<RowSums<K, true, false>>(a, stream);
-  if (moment) return start<RowSums<K, false, true>>(a, stream);
-  return start<RowSums<K, false, false>>(a, stream);
+  if (a.symmetric && !moment && affine) return start<RowSums<K, true, false, true, BF16>>(a, stream);
+  if (a.symmetric && !moment) return start<RowSums<K, false, false, true, BF16>>(a, stream);
+  if (affine && moment) return start<RowSums<K, true, true, false, BF16>>(a, stream);
+  if (affine) return start<RowSums<K, true, false, false, BF16>>(a, stream);
+  if (moment) return start<RowSums<K, false, true, false, BF16>>(a, stream);
+  return start<RowSums<K, false, false, false, BF16>>(a, stream);
 }
-template <int K> std::optional<const char*> pair_grad(const Sweep& a, void* stream) {
-  if (a.kind != POWER) return start<PairGrad<K, true>>(a, stream);
-  return start<PairGrad<K, false>>(a, stream);
+template <int K, bool BF16> std::optional<const char*> pair_grad(const Sweep& a, void* stream) {
+  if (a.kind != POWER) return start<PairGrad<K, true, BF16>>(a, stream);
+  return start<PairGrad<K, false, BF16>>(a, stream);
 }
 
 }  // namespace alphacl::hopper

@@ -37,8 +37,8 @@ template <class E, bool CHUNKS> const char* row_sums(const Sweep& a, void* strea
   if constexpr (E::TENSOR_CORES) {
     const bool f = a.row_of_term[F] >= 0, f_moment = a.row_of_term[F_MOMENT] >= 0;
     if (a.form == Form::CONSTANT && is_fast(a) && all_meet(a) && !a.bias && f && f + f_moment == a.terms) {
-      if constexpr (E::IS_BF16 && !CHUNKS) {
-        if (const auto started = hopper::row_sums<E::K>(a, stream)) return *started;
+      if constexpr (E::IS_HALF && !CHUNKS) {
+        if (const auto started = hopper::row_sums<E::K, E::IS_BF16>(a, stream)) return *started;
       }
       if (!a.symmetric) return start<FastRowSums<E, CHUNKS, false>>(a, stream);
       if constexpr (E::IS_BF16) return start<FastRowSums<E, CHUNKS, true>>(a, stream);
@@ -56,8 +56,8 @@ template <class E, bool CHUNKS> const char* pair_grad(const Sweep& a, void* stre
   if constexpr (E::TENSOR_CORES) {
     const bool gradient_alone = !a.terms && !a.weight_sums && !sums_only;
     if (a.form == Form::CONSTANT && is_fast(a) && all_meet(a) && !a.bias && a.weight == WEIGHT_F && gradient_alone) {
-      if constexpr (E::IS_BF16 && !CHUNKS) {
-        if (const auto started = hopper::pair_grad<E::K>(a, stream)) return *started;
+      if constexpr (E::IS_HALF && !CHUNKS) {
+        if (const auto started = hopper::pair_grad<E::K, E::IS_BF16>(a, stream)) return *started;
       }
       return start<FastPairGrad<E, CHUNKS>>(a, stream);
     }
@@ -83,7 +83,7 @@ template <> const char* sweep<ALPHACL_DTYPE>(const Sweep& a, void* stream) {
 }
 
 template <class E> bool device_has_hopper() {
-  if constexpr (E::IS_BF16) return device::runs_hopper<hopper::PairGrad<64, true>>();
+  if constexpr (E::IS_HALF) return device::runs_hopper<hopper::PairGrad<64, true, E::IS_BF16>>();
   return false;
 }
 template <> bool has_hopper<ALPHACL_DTYPE>() { return device_has_hopper<Engines<ALPHACL_DTYPE>::Engine<64>>(); }

@@ -92,7 +92,7 @@ template <class T, int COUNT> DEVICE Scalars<T, COUNT> scalars(const Sweep& a, i
 // tiles of both sides pass by.
 template <class E, bool CHUNKS, int SCALARS> struct Memory {
   using T = typename E::T;
-  static constexpr int TILE = SIDE * E::PITCH, VECTORS = SCALARS * SIDE * int(sizeof(T));
+  static constexpr int TILE = E::place(SIDE), VECTORS = SCALARS * SIDE * int(sizeof(T));
   static constexpr int STAGE = (CHUNKS ? 2 : 1) * TILE;
   static constexpr int ROW_VECTORS = STAGES * STAGE + (CHUNKS ? 0 : TILE), COL_VECTORS = ROW_VECTORS + VECTORS;
   static constexpr int REST = COL_VECTORS + STAGES * VECTORS;
@@ -113,13 +113,21 @@ template <class E, class Where> DEVICE void fetch(const Sweep& a, unsigned char*
 #pragma unroll 1
   for (int i = device::thread() / CHUNKS; i < SIDE; i += STEP) {
     const Element* source = f + place(i).row * a.stride + feature;
-    unsigned char* target = to + i * E::PITCH + 16 * chunk;
+    unsigned char* target = to + E::place(i) + 16 * chunk;
     if (a.aligned) {
       device::copy16(target, left > 0 ? source : f, left >= PER ? 16 : left > 0 ? left * int(sizeof(Element)) : 0);
     } else {
       for (int e = 0; e < PER; ++e) reinterpret_cast<Element*>(target)[e] = e < left ? source[e] : Element(0);
     }
   }
+}
+
+// Prepares the part of a tile that this thread has fetched and waited for.
+template <class E> DEVICE void prepare(unsigned char* tile) {
+  constexpr int CHUNKS = E::K * int(sizeof(typename E::Element)) / 16, STEP = THREADS / CHUNKS;
+  unsigned char* const first = tile + 16 * (device::thread() % CHUNKS);
+#pragma unroll 4
+  for (int i = device::thread() / CHUNKS; i < SIDE; i += STEP) E::prepare(first + E::place(i));
 }
 
 // A tile whose similarities are there.
@@ -168,6 +176,10 @@ DEVICE void walk(const Sweep& a, const Schedule& schedule, int64_t block, typena
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     device::copy_wait<STAGES - 2>();
+    if constexpr (E::PREPARES) {
+      prepare<E>(M::cols(step % STAGES));
+      if (CHUNKS || step == 0) prepare<E>(M::rows(step % STAGES));
+    }
     device::sync();
     const int next = step + STAGES - 1;
     const bool more = next < steps, scalars_too = more && thread < SIDE && next % chunks == 0;

@@ -25,12 +25,12 @@ struct Everywhere {
     sync_warp();
     const float x = shuffle_xor(c[0], 1) + from_f16(uint16_t(pack_f16(c[1], c[2]) >> 16)) + from_bits(pack_bf16(c[3], c[2]));
     const float y = exp2_approx(x) + from_bits(to_bits(x) ^ 1) + float(shuffle_xor(double(x), 2));
-    args.out[block_x() + 4 * block_y() + uniform(thread() / 32)] = y;
+    args.out[block_x() + 4 * block_y() + uniform(thread() / 32)] = device::any(y > 0) ? y : x;
   }
 };
 
 // The compiler is to see a call for each N, not its meaning.
-template <int N, int TRANS_B> DEVICE float products(const float* out) {
+template <bool BF16, int N, int TRANS_B> DEVICE float products(const float* out) {
   using namespace device;
   float c[N / 2];
   for (float& x : c) x = out[thread()];
@@ -38,10 +38,10 @@ template <int N, int TRANS_B> DEVICE float products(const float* out) {
   const uint32_t left[4] = {pack_bf16(out[0], out[1]), 1, 2, 3};
   hold_registers(c);
   product_begin();
-  product_ss<N, TRANS_B>(c, a, b, 0);
-  product_ss<N, TRANS_B>(c, a + 2, b + 2, 1);
+  product_ss<BF16, N, TRANS_B>(c, a, b, 0);
+  product_ss<BF16, N, TRANS_B>(c, a + 2, b + 2, 1);
   product_commit();
-  product_rs<N, TRANS_B>(c, left, b, 1);
+  product_rs<BF16, N, TRANS_B>(c, left, b, 1);
   product_commit();
   product_wait<1>();
   product_wait<0>();
@@ -76,8 +76,11 @@ struct Hopper {
     } else {
       registers_more<240>();
       barrier_wait(barrier, 0);
-      args.out[thread()] = products<64, 0>(args.out) + products<64, 1>(args.out) + products<128, 0>(args.out) +
-                           products<128, 1>(args.out) + products<256, 0>(args.out) + products<256, 1>(args.out);
+      args.out[thread()] = products<true, 64, 0>(args.out) + products<true, 64, 1>(args.out) +
+                           products<true, 128, 0>(args.out) + products<true, 128, 1>(args.out) +
+                           products<true, 256, 0>(args.out) + products<true, 256, 1>(args.out) +
+                           products<false, 64, 0>(args.out) + products<false, 64, 1>(args.out) +
+                           products<false, 128, 0>(args.out) + products<false, 256, 1>(args.out);
       sync_some(1, 128);
       barrier_arrive(barrier + 1);
     }

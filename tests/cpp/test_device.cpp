@@ -423,10 +423,14 @@ enum Hurry { NO, C_TOO_EARLY, OPERAND_TOO_EARLY, A_TOO_EARLY };
 
 // 64 × N from k = 64, by two warpgroups. The second one multiplies twice the A. A warpgroup that
 // hurries gets garbage.
-template <int N, int TRANS_B> void test_product(bool registers, Hurry hurry) {
+template <bool BF16, int N, int TRANS_B> void test_product(bool registers, Hurry hurry) {
   constexpr int A = 64 * 128, B = N * 128;
   std::vector<float> left(64 * 64), right(64 * N), before(64 * N), wanted(2 * 64 * N);
-  const auto round = [](float x) { return float(value_bf16(device::pack_bf16(x, 0) & 0xffff)); };
+  const auto pack = [](float low, float high) { return BF16 ? device::pack_bf16(low, high) : device::pack_f16(low, high); };
+  const auto round = [&](float x) {
+    const auto bits = uint16_t(pack(x, 0));
+    return BF16 ? float(value_bf16(bits)) : device::from_f16(bits);
+  };
   for (auto* values : {&left, &right, &before})
     for (float& x : *values) x = round(uniform());
   for (int i = 0; i < 64; i++)
@@ -449,7 +453,7 @@ template <int N, int TRANS_B> void test_product(bool registers, Hurry hurry) {
       const int t = thread(), lane = t % 32, group = t / 128, warp = t / 32 % 4;
       unsigned char* const a = shared() + group * A;
       unsigned char* const b = shared() + 2 * A;
-      const auto bits = [](float x) { return uint16_t(pack_bf16(x, 0)); };
+      const auto bits = [&](float x) { return uint16_t(pack(x, 0)); };
       for (int e = t % 128; e < 64 * 64; e += 128)
         place_k_major(a, e / 64, e % 64, bits(float(1 + group) * left[size_t(e)]));
       for (int e = t; e < 64 * N; e += 256) {
@@ -469,20 +473,20 @@ template <int N, int TRANS_B> void test_product(bool registers, Hurry hurry) {
             const Place p = a16(lane, e);
             return float(1 + group) * left[size_t((16 * warp + p.row) * 64 + 16 * step + p.column)];
           };
-          x[step][i] = pack_bf16(l(2 * i), l(2 * i + 1));
+          x[step][i] = pack(l(2 * i), l(2 * i + 1));
         }
       product_begin();
       for (int step = 0; step < 4; step++) {
         const uint64_t operand = TRANS_B ? matrix_descriptor(b + step * 2048, 64 * 128, 1024)
                                          : matrix_descriptor(b + step * 32, 0, 1024);
-        if (registers) product_rs<N, TRANS_B>(c, x[step], operand, 1);
-        else product_ss<N, TRANS_B>(c, matrix_descriptor(a + step * 32, 0, 1024), operand, 1);
+        if (registers) product_rs<BF16, N, TRANS_B>(c, x[step], operand, 1);
+        else product_ss<BF16, N, TRANS_B>(c, matrix_descriptor(a + step * 32, 0, 1024), operand, 1);
       }
       product_commit();
       float sum = 0;
       if (hurry == C_TOO_EARLY) sum = c[0];
-      if (hurry == A_TOO_EARLY) x[3][0] = 0x7fc07fc0;
-      if (hurry == OPERAND_TOO_EARLY && t == 0) place_k_major(a, 0, 0, 0x7fc0);
+      if (hurry == A_TOO_EARLY) x[3][0] = 0x7fff7fff;
+      if (hurry == OPERAND_TOO_EARLY && t == 0) place_k_major(a, 0, 0, 0x7fff);
       product_wait<0>();
       if (hurry == C_TOO_EARLY) c[0] = sum;
       for (int e = 0; e < N / 2; e++) out[size_t(64 * N * group) + place(e)] = c[e];
@@ -491,6 +495,13 @@ template <int N, int TRANS_B> void test_product(bool registers, Hurry hurry) {
     const bool right_result = out == wanted, noticed = seed > 1 || !right_result;
     if (hurry ? !noticed : !right_result) fail("product of %d columns, %d %d %d, seed %d", N, TRANS_B, registers, hurry, seed);
   }
+}
+
+void test_votes() {  // the second of two warps has a lane where it holds
+  std::vector<int> found(64);
+  const std::string error = launch<64>(1, 1, 16, [&] { found[size_t(device::thread())] = device::any(device::thread() == 40); });
+  if (!error.empty()) fail("%s", error.c_str());
+  for (int t = 0; t < 64; t++) CHECK(found[size_t(t)] == (t >= 32));
 }
 
 void test_groups() {  // two under way, the first waited for; add = 0 overwrites
@@ -504,10 +515,10 @@ void test_groups() {  // two under way, the first waited for; add = 0 overwrites
     const uint64_t a = matrix_descriptor(shared(), 0, 1024), b = matrix_descriptor(shared() + 64 * 128, 0, 1024);
     float first[32] = {}, second[32] = {};
     product_begin();
-    product_ss<64, 0>(first, a, b, 0);
-    product_ss<64, 0>(first, a, b, 1);
+    product_ss<true, 64, 0>(first, a, b, 0);
+    product_ss<true, 64, 0>(first, a, b, 1);
     product_commit();
-    product_ss<64, 0>(second, a, b, 0);
+    product_ss<true, 64, 0>(second, a, b, 0);
     product_commit();
     CHECK(std::isnan(first[0]) && std::isnan(second[31]));
     product_wait<1>();
@@ -562,7 +573,7 @@ void test_hopper_errors() {
   static const auto product = [](int bytes) {
     float c[32] = {};
     const uint64_t a = matrix_descriptor(shared() + bytes, 0, 1024);
-    product_ss<64, 0>(c, a, a, 0);
+    product_ss<true, 64, 0>(c, a, a, 0);
     product_commit();
     product_wait<0>();
   };
@@ -580,7 +591,7 @@ void test_hopper_errors() {
   expect_error<128>("products that nobody waited for", 8192, [] {
     float c[32];
     product_begin();
-    product_ss<64, 0>(c, matrix_descriptor(shared(), 0, 1024), matrix_descriptor(shared(), 0, 1024), 0);
+    product_ss<true, 64, 0>(c, matrix_descriptor(shared(), 0, 1024), matrix_descriptor(shared(), 0, 1024), 0);
   });
 }
 
@@ -619,7 +630,7 @@ const Race RACES[] = {
        std::vector<uint16_t> out(size_t(512 * ring.boxes));
        launch<160>(1, 1, 2 * STAGE + 32, [&] { ring.run(0, out); });
      }},
-    {"operand", [] { test_product<64, 0>(false, OPERAND_TOO_EARLY); }},
+    {"operand", [] { test_product<true, 64, 0>(false, OPERAND_TOO_EARLY); }},
 };
 
 // -------------------------------------------------------------------------------------------------
@@ -663,15 +674,18 @@ int main(int count, char** arguments) {
   for (const Format format : {BF16, F16, TF32}) test_products(format);
   test_ring();
   for (const bool registers : {false, true}) {
-    test_product<64, 0>(registers, NO), test_product<64, 1>(registers, NO), test_product<128, 0>(registers, NO);
-    test_product<128, 1>(registers, NO), test_product<256, 0>(registers, NO), test_product<256, 1>(registers, NO);
-    test_product<64, 0>(registers, C_TOO_EARLY);
+    test_product<true, 64, 0>(registers, NO), test_product<true, 64, 1>(registers, NO);
+    test_product<true, 128, 0>(registers, NO), test_product<true, 128, 1>(registers, NO);
+    test_product<true, 256, 0>(registers, NO), test_product<true, 256, 1>(registers, NO);
+    test_product<false, 64, 0>(registers, NO), test_product<false, 128, 1>(registers, NO);
+    test_product<true, 64, 0>(registers, C_TOO_EARLY);
   }
-  test_product<64, 0>(true, A_TOO_EARLY);
+  test_product<true, 64, 0>(true, A_TOO_EARLY);
+  test_votes();
   test_groups();
   test_hopper_errors();
 #ifndef __SANITIZE_THREAD__  // which says so
-  test_product<64, 0>(false, OPERAND_TOO_EARLY);
+  test_product<true, 64, 0>(false, OPERAND_TOO_EARLY);
   CHECK(without_barrier(0) != without_barrier(1));
 #endif
   std::printf(failures ? "%d failures\n" : "all as it should be\n", failures);

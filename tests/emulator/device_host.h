@@ -73,6 +73,18 @@ DEVICE int uniform(int x) {
   return x;
 }
 
+DEVICE bool any(bool x) {
+  struct Operands {
+    bool x, result;
+  } mine{x, false};
+  emulation::together("any", &mine, [](Operands** lanes) {
+    bool found = false;
+    for (int lane = 0; lane < 32; lane++) found |= lanes[lane]->x;
+    for (int lane = 0; lane < 32; lane++) lanes[lane]->result = found;
+  });
+  return mine.result;
+}
+
 // --- asynchronous copies -------------------------------------------------------------------------
 
 DEVICE void copy16(void* to, const void* from, int bytes) {

@@ -60,7 +60,7 @@ struct TensorCopy {
 
 struct Product {
   int n, add, group;
-  bool transposed, registers, fresh;  // fresh: no product under way had written c
+  bool bf16, transposed, registers, fresh;  // fresh: no product under way had written c
   uint64_t a, b;
   float* c[32];
   const uint32_t* left[32];
@@ -85,10 +85,11 @@ struct Hopper {
   } products[MOST_WARPS];
   struct Issued {
     int n, add;
-    bool transposed, registers;
+    bool bf16, transposed, registers;
     uint64_t a, b;
     bool operator!=(const Issued& o) const {
-      return n != o.n || add != o.add || transposed != o.transposed || registers != o.registers || a != o.a || b != o.b;
+      return n != o.n || add != o.add || bf16 != o.bf16 || transposed != o.transposed || registers != o.registers ||
+             a != o.a || b != o.b;
     }
   };
   std::vector<Issued> issued[MOST_WARPS / 4];  // by warpgroup: its warps issue the same
@@ -254,9 +255,12 @@ DEVICE uint64_t matrix_descriptor(const void* start, int leading, int stride) {
 
 namespace emulation {
 
+inline float from_half(uint16_t bits, bool bf16) { return bf16 ? from_bf16(bits) : from_f16(bits); }
+
 struct Operand {
+  bool bf16;
   size_t start, leading, stride;
-  explicit Operand(uint64_t d) : start(bytes(d)), leading(bytes(d >> 16)), stride(bytes(d >> 32)) {
+  Operand(uint64_t d, bool bf16) : bf16(bf16), start(bytes(d)), leading(bytes(d >> 16)), stride(bytes(d >> 32)) {
     if (d >> 62 != 1) fail("a product's operand that no matrix_descriptor() describes");
   }
   static size_t bytes(uint64_t field) { return size_t(field & 0x3fff) << 4; }
@@ -264,12 +268,12 @@ struct Operand {
   float mn_major(int k, int j) const {
     return at(start + size_t(j / 64) * leading + size_t(k / 8) * stride + size_t(k % 8 * LINE + j % 64 * 2));
   }
-  static float at(size_t offset) {
+  float at(size_t offset) const {
     const size_t place = swizzled(offset);
     if (place + 2 > engine->bytes) fail("a product's operand reaches out of shared memory");
     uint16_t bits;
     std::memcpy(&bits, engine->memory + place, 2);
-    return from_bf16(bits);
+    return from_half(bits, bf16);
   }
 };
 
@@ -279,11 +283,11 @@ inline void multiply(const Product& p) {
   std::vector<double> right(size_t(16 * p.n)), sum(size_t(16 * p.n), 0.0);
   {
     Audible audible;  // reads operands as the warp does
-    const Operand b(p.b);
+    const Operand b(p.b, p.bf16);
     for (int k = 0; k < 16; k++)
       for (int j = 0; j < p.n; j++) right[size_t(k * p.n + j)] = double(p.transposed ? b.mn_major(k, j) : b.k_major(j, k));
     if (!p.registers) {
-      const Operand a(p.a);
+      const Operand a(p.a, p.bf16);
       for (int i = 0; i < 16; i++)
         for (int k = 0; k < 16; k++) left[i][k] = double(a.k_major(self->warp % 4 * 16 + i, k));
     }
@@ -293,7 +297,7 @@ inline void multiply(const Product& p) {
       for (int r = 0; r < 4; r++)
         for (int e = 0; e < 2; e++) {
           const uint32_t pair = p.left[lane][r];
-          left[lane / 4 + r % 2 * 8][lane % 4 * 2 + r / 2 * 8 + e] = double(from_bf16(e ? high16(pair) : low16(pair)));
+          left[lane / 4 + r % 2 * 8][lane % 4 * 2 + r / 2 * 8 + e] = double(from_half(e ? high16(pair) : low16(pair), p.bf16));
         }
   const auto element = [&](int lane, int e) -> double& {
     return sum[size_t((lane / 4 + e / 2 % 2 * 8) * p.n + e / 4 * 8 + lane % 4 * 2 + e % 2)];
@@ -335,7 +339,7 @@ inline void issue(float* c, const uint32_t* left, const Hopper::Issued& what) {
     products.count++;
     if (!products.begun) fail("a product without product_begin() since the last product_wait()");
     if (seed() > 1 && engine->next_random() % 2) finish_products(products, products.group);
-    Product p{what.n, what.add, products.group, what.transposed, what.registers, true, what.a, what.b, {}, {}, {}};
+    Product p{what.n, what.add, products.group, what.bf16, what.transposed, what.registers, true, what.a, what.b, {}, {}, {}};
     for (const Product& other : products.under_way) p.fresh &= other.c[0] != lanes[0]->c;
     for (int lane = 0; lane < 32; lane++) {
       p.c[lane] = lanes[lane]->c, p.left[lane] = lanes[lane]->left;
@@ -349,13 +353,14 @@ inline void issue(float* c, const uint32_t* left, const Hopper::Issued& what) {
 
 }  // namespace emulation
 
-template <int N, int TRANS_B> DEVICE void product_ss(float (&c)[N / 2], uint64_t a, uint64_t b, int add) {
+template <bool BF16, int N, int TRANS_B> DEVICE void product_ss(float (&c)[N / 2], uint64_t a, uint64_t b, int add) {
   static_assert(N % 8 == 0 && N <= 256, "m64nNk16");
-  emulation::issue(c, nullptr, {N, add, TRANS_B != 0, false, a, b});
+  emulation::issue(c, nullptr, {N, add, BF16, TRANS_B != 0, false, a, b});
 }
-template <int N, int TRANS_B> DEVICE void product_rs(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b, int add) {
+template <bool BF16, int N, int TRANS_B>
+DEVICE void product_rs(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b, int add) {
   static_assert(N % 8 == 0 && N <= 256, "m64nNk16");
-  emulation::issue(c, a, {N, add, TRANS_B != 0, true, 0, b});
+  emulation::issue(c, a, {N, add, BF16, TRANS_B != 0, true, 0, b});
 }
 
 template <class T> DEVICE void hold_registers(T&) {}  // nothing is reordered here

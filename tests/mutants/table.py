@@ -1729,6 +1729,28 @@ plant(
     variant="BFLOAT16",
 )
 plant(
+    "csrc/cuda/hopper.h",
+    (
+        "float16 weights: a row's sum keeps its factor when the factor changes",
+        "acc[4 * d + 2 * r] *= factor, acc[4 * d + 2 * r + 1] *= factor;",
+        "acc[4 * d + 2 * r] *= factor;",
+        "tests/test_cuda_hopper.py::test_a_large_float16_weight_late_in_a_row",
+    ),
+    (
+        "float16 weights: those of no tile are too small",
+        "largest[r] * factor[r] >= LEAST && largest",
+        "largest",
+        "tests/test_cuda_hopper.py::test_small_float16_weights_keep_their_digits[40-exp]",
+    ),
+    (
+        "float16 weights: those of no tile are too large",
+        "&& largest[r] * factor[r] <= MOST;",
+        ";",
+        "tests/test_cuda_hopper.py::test_a_large_float16_weight_late_in_a_row",
+    ),
+    variant="FLOAT16",
+)
+plant(
     "csrc/cuda/rows.h",
     (
         "normalisation: huge bfloat16 rows are stored as they are",

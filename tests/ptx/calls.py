@@ -80,6 +80,27 @@ def rectangle(case: Case, views: Views, backend: str, precision: str | None) -> 
     f, split = _unit_rows(views, sum(case.sides), case.dtype), case.sides[0]
     anchors = len(f) if case.both else split
     gain = torch.linspace(0.5, 1.5, anchors, dtype=accumulation_dtype(f.dtype))
+    return _rectangle_of(case, f, gain, backend, precision)
+
+
+def weights_far_apart(case: Case, views: Views, backend: str, precision: str | None) -> Results:
+    """The same of anchors whose weights range from 2⁻⁵⁰ to 2³⁰, and rise and fall again.
+
+    Every row of the gradient is relative to the sum of its own weights.
+    """
+    f, split = _unit_rows(views, sum(case.sides), case.dtype), case.sides[0]
+    anchors = len(f) if case.both else split
+    place = torch.linspace(-1, 1, anchors, dtype=accumulation_dtype(f.dtype)).abs()
+    gain = (30 - 80 * place).exp2()
+    sums, (df,) = _rectangle_of(case, f, gain, backend, precision)
+    _, (weights,) = _dense_rectangle(f.double(), split, gain.double(), case.tau, rows=False)
+    return sums, [df / weights]
+
+
+def _rectangle_of(
+    case: Case, f: Tensor, gain: Tensor, backend: str, precision: str | None
+) -> Results:
+    split, anchors = case.sides[0], len(gain)
     if backend == "reference":
         return _dense_rectangle(f, split, gain, case.tau)
     largest = 1.01 / case.tau
@@ -93,12 +114,15 @@ def rectangle(case: Case, views: Views, backend: str, precision: str | None) -> 
     return [lse], [df]
 
 
-def _dense_rectangle(f: Tensor, split: int, gain: Tensor, tau: float) -> Results:
+def _dense_rectangle(f: Tensor, split: int, gain: Tensor, tau: float, rows: bool = True) -> Results:
+    """Without ``rows``: the sums of their weights in place of their gradients."""
     t = f[:split] @ f[split:].t() / tau
     lse = torch.cat([t.logsumexp(1), t.logsumexp(0)])[: len(gain)]
     g = (t - lse[:split, None]).exp() * gain[:split, None]
     if len(gain) > split:
         g += (t - lse[split:]).exp() * gain[split:]
+    if not rows:
+        return [lse], [torch.cat([g.sum(1), g.sum(0)]).unsqueeze(1)]
     return [lse], [torch.cat([g @ f[split:], g.t() @ f[:split]])]
 
 

@@ -184,11 +184,16 @@ def cuda_cases(arch: str) -> list[Case]:
 
 def _hopper() -> list[Case]:
     case = Case("cuda", "90a", 75, 64, BF16)
+    half = replace(case, dtype=FP16)
     short = [
         case, replace(case, dim=104, multiprocessors=20, setting={"negatives": "cross_view"}),
         replace(case, dim=200, objective="alpha_direct"),
         replace(case, pairs=330, dim=128, multiprocessors=2),  # more tiles than stages
         *_rectangles(case, 104)[:1],
+        replace(half, dim=128, objective="alpha_direct"),
+        replace(half, pairs=130, dim=200, setting=_ONE_SUM),
+        replace(half, pairs=130, nan_row=3, setting=_ROWS),
+        far_apart(half, True),
     ]  # fmt: skip
     many = [
         replace(case, pairs=n, dim=d, objective=o, multiprocessors=p, setting=s)
@@ -206,7 +211,7 @@ def _hopper() -> list[Case]:
     # the last of two tiles is nearly full: almost every column of a masked tile counts
     for dim in (64, 128, 256):
         one = replace(case, pairs=126, dim=dim)
-        many += [one, replace(one, setting=_ONE_SUM)]
+        many += [one, *(replace(one, pairs=n, setting=_ONE_SUM) for n in (126, 330))]
         many += [replace(one, objective="alpha_direct")]
         # tiles without a mask, one after the other
         one = replace(case, pairs=330, dim=dim, multiprocessors=2, call=calls.one_sum)
@@ -218,8 +223,31 @@ def _hopper() -> list[Case]:
     # sums of a few ring distances in each launch
     many += [replace(case, pairs=330, call=calls.one_sum, workspace=4 * 660 * 3)]
     for dim in (64, 200):
-        many += _alone(replace(case, dim=dim))
+        many += _alone(replace(case, dim=dim)) + _alone(replace(half, dim=dim))
+    # float16 rounds the gradients of so many pairs of the other objective to subnormals
+    many += [
+        replace(c, dtype=FP16)
+        for c in many
+        if c.dtype == BF16 and c.call is calls.loss and (c.pairs < 330 or c.objective == "infonce")
+    ]
+    many += [
+        replace(half, pairs=150, dim=dim, objective="alpha_direct") for dim in (64, 128, 256)
+    ]
+    many += [
+        replace(far_apart(replace(one, dim=dim), both), tau=tau)
+        for one in (case, half) for dim in (64, 128, 256) for both in (True, False)
+        for tau in (0.02, 1.0)
+    ]  # fmt: skip
     return _listed(short, many)
+
+
+def far_apart(case: Case, both: bool) -> Case:
+    """Four tiles of columns, whose weights rise and fall."""
+    sides = (75, 390)
+    return replace(
+        case, call=calls.weights_far_apart, sides=sides, both=both, pairs=sum(sides) // 2 + 1,
+        tau=0.02,
+    )  # fmt: skip
 
 
 #: Arithmetics of the cuda backend, each with lengths of rows: every one that a kernel holds whole,

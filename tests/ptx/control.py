@@ -117,6 +117,20 @@ def shuffle(m, modifiers: Modifiers, instruction):
     return whole_warps(m, members, always(m, clamp, 31, run))
 
 
+@opcode("vote.sync", together=WARP)
+def vote(m, modifiers: Modifiers, instruction):
+    """Whether a predicate holds in some lane of a warp."""
+    modifiers.need("any")
+    kind = modifiers.kind("pred")
+    to, asked, members = instruction.operands
+    out, asked = m.value(to, kind), m.value(asked, kind)
+
+    def run() -> None:
+        m.put(out, asked.reshape(-1, 32).any(1).repeat(32))
+
+    return whole_warps(m, members, run)
+
+
 @opcode("elect.sync", together=WARP)
 def elect(m, modifiers: Modifiers, instruction):
     """Lane 0 of every warp."""

@@ -106,6 +106,8 @@ def behind_a_branch(text: str) -> str | None:
 
 _HOPPER = cases.Case("cuda", "90a", 75, 64, cases.BF16)
 _RING = replace(_HOPPER, pairs=330, multiprocessors=2)  # more tiles than stages
+_HALF = replace(_HOPPER, dtype=cases.FP16)
+_FAR = cases.far_apart(_HALF, False)
 _AMPERE = replace(_HOPPER, arch="80", symmetric=False)
 _CHUNKS = replace(_AMPERE, dim=264)
 _IEEE = replace(_AMPERE, dtype=cases.FP32, precision="ieee")
@@ -131,6 +133,12 @@ MUTANTS = [
     Mutant("W·F takes F untransposed", _HOPPER, _GRAD,
            sub(r"(wgmma\.mma_async[^;]*\}, \{%r[^;]*), 1, 1, 1;", r"\1, 1, 1, 0;"), True),
     Mutant("bf16 pairs packed the other way", _HOPPER, _GRAD, _PACK),
+    Mutant("f16 pairs packed the other way", _HALF, _GRAD,
+           sub(r"(cvt\.rn\.f16x2\.f32\s+%r\d+), (%\w+), (%\w+)", r"\1, \3, \2")),
+    Mutant("no lane is asked for the range of its weights", _FAR, _GRAD,
+           sub(r"(vote\.sync\.any\.pred\s+%p\d+), %p\d+,", r"\1, 0,")),
+    Mutant("the wait for float16 W·F leaves it under way", _HALF, _GRAD,
+           sub(r"wait_group\.sync\.aligned 0", "wait_group.sync.aligned 4", 1)),
     Mutant("the first product adds to what was there", _HOPPER, _SUMS,
            sub(r"setp\.ne\.b32(\s+add[^;]*);", r"setp.eq.b32\1;")),
     Mutant("no wait for the first S", _HOPPER, _SUMS, removed(r"wgmma\.wait_group"), True),

@@ -18,8 +18,8 @@ from pathlib import Path
 from tools import build_cuda as build
 from tools import cuda_resources
 
-#: The dtype whose rows have kernels for sm_90a.
-HOPPER = "BFLOAT16"
+#: The dtypes whose rows have kernels for sm_90a.
+HOPPER = ("BFLOAT16", "FLOAT16")
 RUNTIME = "../../tests/ptx/runtime.cpp"  # beside csrc/cuda
 
 
@@ -64,7 +64,8 @@ def objects() -> tuple[Path, dict[tuple[str, str], Path]]:
     """The library, and the objects with PTX by dtype and architecture, such as 80 or 90a."""
     there = _of_library()
     own = {(dtype, "80"): _with_text(dtype, "80") for dtype in build.DTYPES if dtype not in there}
-    hopper = _with_text(HOPPER, "90a")  # is read only: its host code is in another object
+    # are read only: their host code is in other objects
+    hopper = {(dtype, "90a"): _with_text(dtype, "90a") for dtype in HOPPER}
     runtime = (*build.nvcc(), build.COMMON[0], *_host_flags())
     jobs = [
         *own.values(),
@@ -79,10 +80,11 @@ def objects() -> tuple[Path, dict[tuple[str, str], Path]]:
         if not output.exists() or not all(build.target(job).exists() for job in jobs):
             build.assemble(jobs, link, output)
             build.forget(build.cache().glob("ptx-*.so"))
-        build.compiled_object(hopper)
+        for job in hopper.values():
+            build.compiled_object(job)
     files = {(dtype, "80"): file for dtype, file in there.items()}
-    files |= {known: build.target(job) for known, job in own.items()}
-    return output, {**files, (HOPPER, "90a"): build.target(hopper)}
+    files |= {known: build.target(job) for known, job in {**own, **hopper}.items()}
+    return output, files
 
 
 @functools.cache

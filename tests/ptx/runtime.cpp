@@ -33,7 +33,7 @@ std::map<const void*, int> more_shared;  // kernels that may have more than 48 K
 CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base, const cuuint64_t* sizes,
                 const cuuint64_t* pitches, const cuuint32_t* box, const cuuint32_t* steps, CUtensorMapInterleave interleave,
                 CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
-  const bool known = type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 && rank == 2 && interleave == CU_TENSOR_MAP_INTERLEAVE_NONE &&
+  const bool known = type == CU_TENSOR_MAP_DATA_TYPE_UINT16 && rank == 2 && interleave == CU_TENSOR_MAP_INTERLEAVE_NONE &&
                      swizzle == CU_TENSOR_MAP_SWIZZLE_128B && fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;
   const bool allowed = reinterpret_cast<uintptr_t>(base) % 16 == 0 && pitches[0] % 16 == 0 && pitches[0] < (1ull << 40) &&
                        sizes[0] >= 1 && sizes[1] >= 1 && sizes[0] <= (1ull << 32) && sizes[1] <= (1ull << 32) && box[0] == 64 &&

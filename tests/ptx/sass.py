@@ -22,18 +22,20 @@ _STORES = ("ST", "RED", "SYNCS", "ISETP", "FSETP", "BAR", "R2UR", "UTMA", "HGMMA
 
 
 def of_library(library: Path, cuobjdump: str, name: str) -> str:
-    """The machine code of the one part of a library whose kernels have ``name`` in theirs."""
+    """The machine code of those parts of a library whose kernels have ``name`` in theirs."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
             [cuobjdump, "--extract-elf", "all", str(library.resolve())],
             cwd=folder, check=True, capture_output=True,
         )  # fmt: skip
-        for part in sorted(Path(folder).glob("*.sm_90*.cubin")):
-            if name.encode() in part.read_bytes():
-                return subprocess.run(
-                    [cuobjdump, "-sass", str(part)], check=True, capture_output=True, text=True
-                ).stdout
-    return ""
+        parts = sorted(Path(folder).glob("*.sm_90*.cubin"))
+        return "".join(
+            subprocess.run(
+                [cuobjdump, "-sass", str(part)], check=True, capture_output=True, text=True
+            ).stdout
+            for part in parts
+            if name.encode() in part.read_bytes()
+        )
 
 
 def functions(text: str) -> dict[str, str]:

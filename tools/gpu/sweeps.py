@@ -79,7 +79,9 @@ def table(engine: str, layout: str, sizes: tuple[int, ...] = SIZES) -> tuple[Swe
     ]
     found += [Sweep(engine, sizes[1], layout=layout, nan=True)]
     found += [Sweep(engine, sizes[2], dim, layout=layout, runs=3) for dim in (64, 256)]
-    if engine not in ("cuda_hopper", "triton_64"):  # these serve bfloat16 alone
+    if engine == "cuda_hopper":
+        found += [Sweep(engine, sizes[1], dim, "float16", layout, runs=3) for dim in (64, 256)]
+    elif engine != "triton_64":  # which serves bfloat16 alone
         found += [
             Sweep(engine, sizes[1], 20, dtype, layout, nan=nan, runs=3)
             for dtype, nan in itertools.product(("tf32", "float32"), (False, True))

@@ -1,0 +1,53 @@
+"""Bank conflicts of loads from shared memory.
+
+Shared memory has 32 banks of 4 bytes. A load takes a wavefront for every 128 bytes that a warp asks
+for. It takes more where several words of a wavefront are in one bank; lanes that read the same word
+share it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import numpy as np
+
+BANKS, WORD = 32, 4
+
+
+def wavefronts(addresses: np.ndarray, size: int) -> int:
+    """How many a load of ``size`` bytes takes, of the lanes with these addresses."""
+    lanes = min(32, BANKS * WORD // size)  # that a wavefront serves
+    return sum(_of_words(addresses[k : k + lanes], size) for k in range(0, len(addresses), lanes))
+
+
+def _of_words(addresses: np.ndarray, size: int) -> int:
+    words = {int(a + k) // WORD for a in addresses for k in range(0, size, WORD)}
+    return max(np.bincount([word % BANKS for word in words]))
+
+
+class Loads:
+    """What loads of whole warps have taken, for each kernel and instruction.
+
+    Attributes:
+        found: by kernel and by the instruction's place and text: wavefronts, and how few are
+            possible.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, list[int]]] = defaultdict(dict)
+
+    def counting(self, load: Callable) -> Callable:
+        """`Shared.load`, which also counts."""
+
+        def counted(shared, address: np.ndarray, each: int, count: int) -> np.ndarray:
+            size, m = each * count, shared.m
+            if len(address) % 32 == 0:
+                text = f"{m.at} {m.kernel.instructions[m.at].text}"
+                row = self.found[m.kernel.name].setdefault(text, [0, 0])
+                for warp in np.asarray(address, np.int64).reshape(-1, 32)[:4]:
+                    row[0] += wavefronts(warp, size)
+                    row[1] += max(1, 32 * size // (BANKS * WORD))
+            return load(shared, address, each, count)
+
+        return counted
