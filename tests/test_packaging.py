@@ -156,6 +156,15 @@ print(alphacl_fast.FusedAlphaCLLoss()(torch.eye(3), torch.eye(3)).item() > 0)
     assert all(Path(file).is_relative_to(tmp_path) for file in imported_files)
 
 
+def test_check_runs_from_a_wheel(wheel, tmp_path):
+    """In processes of its own, which import the wheel too: `alphacl check` needs no checkout."""
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(tmp_path)
+    flags = ["check", "--quick", "--backends", "blocked", "--device", "cpu", "--limit", "600"]
+    *_, verdict = run_isolated(f"from alphacl_cli import main\nmain({flags})", tmp_path)
+    assert re.fullmatch(r"no failure in \d{2,} cases", verdict)
+
+
 @pytest.mark.parametrize("mode", ["default", "compat", "strict"])
 def test_editable(source, tmp_path, mode):
     """Every way of an editable install has the stubs' modules, and not what else is at the top."""
