@@ -230,9 +230,7 @@ def _hopper() -> list[Case]:
         for c in many
         if c.dtype == BF16 and c.call is calls.loss and (c.pairs < 330 or c.objective == "infonce")
     ]
-    many += [
-        replace(half, pairs=150, dim=dim, objective="alpha_direct") for dim in (64, 128, 256)
-    ]
+    many += [replace(half, pairs=150, dim=dim, objective="alpha_direct") for dim in (64, 128, 256)]
     many += [
         replace(far_apart(replace(one, dim=dim), both), tau=tau)
         for one in (case, half) for dim in (64, 128, 256) for both in (True, False)
