@@ -68,9 +68,9 @@ HOPPER_DIMS = (64, 128, 256)
 #: the same kernels for float16, "mma" those of sweeps.h for TF32, where a pair's share of copying
 #: and rounding a tile counts too.
 ISSUE = {
-    ("hopper", "sums"): 5.8, ("hopper", "gradient"): 7.6, ("triton", "sums"): 9.5,
+    ("hopper", "sums"): 5.6, ("hopper", "gradient"): 7.6, ("triton", "sums"): 9.5,
     ("triton", "gradient"): 12.3, ("triton", "sums of both sides"): 15.7,
-    ("hopper", "sums of both sides"): 8.4, ("hopper float16", "sums"): 5.8,
+    ("hopper", "sums of both sides"): 8.4, ("hopper float16", "sums"): 5.6,
     ("hopper float16", "gradient"): 9.6, ("hopper float16", "sums of both sides"): 8.4,
     ("mma", "sums"): 36, ("mma", "gradient"): 51,
 }  # fmt: skip
