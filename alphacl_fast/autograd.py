@@ -8,7 +8,7 @@ docs/mathematics.md.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from itertools import islice
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import native, ops
+from .backend import cpu
 from .bundles import PairFunction, Rows, RowScalars, Term, Weight, accumulation_dtype, leading
 from .call import BoundCall, Guide, Layout, Loss, Need, SameId, without_autocast
 from .objectives import (
@@ -28,6 +29,7 @@ from .objectives import (
     RowSolution,
     RowStep,
     kind,
+    newton,
 )
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -290,6 +292,23 @@ class Sweeps:
     def apply(self, function: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         return function(x), function.derivative(x)
 
+    def newton(
+        self,
+        terms: tuple[Term, ...],
+        origin: Tensor,
+        start: tuple[Tensor, Tensor, Tensor],
+        most: int,
+        powers: Mapping[str, float],
+    ) -> tuple[Tensor, Tensor]:
+        low, high, y = start
+        for _ in range(most):
+            sums = self.sums(terms, shift=origin, argument_offset=y, moment_origin=origin)
+            low, high, new, done = self.step(newton, *sums[:2], y, low, high, **powers).values()
+            if self.all_done(done):  # reads a flag on the host once per sweep
+                break
+            y = new
+        return y, sums
+
     def zeros(self) -> Tensor:
         return torch.zeros_like(self.pos)
 
@@ -468,9 +487,30 @@ class UnitRows(torch.autograd.Function):
         return through_normalization(grad, *ctx.saved_tensors).to(ctx.dtype)
 
 
+class _PlainUnitRows(native.PlainFunction):
+    """`UnitRows` of plain tensors on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows, inv_norm = cpu.normalized(z)
+        saved = rows.clone()  # the rows are the caller's
+        UnitRows.setup_context(ctx, (z,), (rows, saved, inv_norm))
+        return rows, saved, inv_norm
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *of_saved: Tensor | None) -> Tensor | None:
+        if grad is None or torch.is_grad_enabled() or not native.readable(grad):
+            return UnitRows.backward(ctx, grad, *of_saved)
+        return cpu.through_normalization(grad, *ctx.saved_tensors).to(ctx.dtype)
+
+
 def unit_rows(z: Tensor) -> Tensor:
     """(n, D) rows of unit length in the accumulation dtype, differentiable."""
-    return UnitRows.apply(z)[0]
+    if torch.compiler.is_compiling() or not native.readable(z):
+        return UnitRows.apply(z)[0]
+    if not (z.requires_grad and torch.is_grad_enabled()):
+        return cpu.normalized(z)[0]
+    return _PlainUnitRows.of_plain(z)[0]
 
 
 # --- a batch from sums to gradients ---------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from .backend import cpu
 from .bundles import Pairing
 from .objectives import Objective
 
@@ -217,6 +218,10 @@ class SameId(NamedTuple):
 
         No shape depends on a value, so the host does not wait.
         """
+        if not torch.compiler.is_compiling() and ids.is_cpu and cpu.load_error() is None:
+            has_rows = layout.split or not layout.rectangle  # a process may have none
+            if has_rows and plain(ids):
+                return cls(*cpu.number_ids(ids, layout.split, layout.anchors, dtype))
         in_order, order = ids.sort()
         first = torch.nn.functional.pad(in_order[1:] != in_order[:-1], (1, 0))
         number = torch.empty_like(order).scatter_(0, order, first.cumsum(0))
@@ -249,6 +254,22 @@ class SameId(NamedTuple):
         """
         of_id = rows.new_zeros(len(self.ids), rows.shape[1]).index_add(0, self.ids[others], rows)
         return rows.sum(0) - of_id.index_select(0, self.ids[anchors])
+
+
+def plain(*tensors: Tensor) -> bool:
+    """Whether operations on these tensors are not watched or transformed by anybody."""
+    for x in tensors:
+        # wrapped: of a transform that has ended
+        if type(x) not in PLAIN or torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return False
+    return (
+        not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._is_tracing()
+    )
+
+
+PLAIN = {Tensor, torch.nn.Parameter}
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

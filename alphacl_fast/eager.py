@@ -122,6 +122,21 @@ _hooks_of_saved_tensors: Callable[[bool], Any] = getattr(
 )
 
 
+def keep_of_step(
+    ctx: Any, gradients: tuple[Tensor | None, ...], dtypes: tuple[torch.dtype | None, ...]
+) -> None:
+    """Keeps gradients of a loss that is one number for its backward, which wants these dtypes."""
+    ctx.dtypes, ctx.hooked = dtypes, _hooks_of_saved_tensors(False) is not None
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*gradients)
+
+
+def scaled_once(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """What `keep_of_step` has kept, times the incoming gradient, each in its dtype."""
+    scale = scaled_in_place if not ctx.hooked and _read_once(grad) else scaled
+    return scale(ctx.saved_tensors, grad, ctx.dtypes)
+
+
 class _Losses(torch.autograd.Function):
     """One loss per anchor; the backward solves the rows again, for the gradient of each."""
 
@@ -206,7 +221,7 @@ def again(z1: Tensor, z2: Tensor, temperature: Temperature, call: Call) -> Found
     if prepared is None:
         return None, key
     if value != prepared.plan.temperature:
-        if not _allowed(value):
+        if not allowed(value):
             return None, None  # the checks will say so
         prepared = call.ready[key] = prepared._replace(plan=prepared.plan.at(value))
     tau = _learnt(temperature, prepared.plan.like) if prepared.need.tau else None
@@ -242,7 +257,7 @@ def _learnt(temperature: Temperature, like: Tensor) -> Tensor:
     return torch.stack(numbers)
 
 
-def _allowed(value: cpu_step.Temperature) -> bool:
+def allowed(value: cpu_step.Temperature) -> bool:
     if type(value) is tuple:
         return all(abs(x) <= LARGEST_LOGIT for x in value)
     return LEAST_TAU <= value <= LARGEST_TAU

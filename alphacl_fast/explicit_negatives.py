@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import functional, shared_rows
+from . import functional, given_positives, native, shared_rows
 from .autograd import (
     Features,
     Need,
@@ -114,17 +114,7 @@ def loss_against(
     """
     group = functional.make_group(process_group, "auto")
     with shared_rows.failing_together(group):
-        call = functional.make_call(
-            objective,
-            options,
-            similarity="dot",
-            negatives="one_view",
-            symmetric=True,
-            reduction=reduction,
-            backend=backend,
-            precision=precision,
-            max_gap=max_gap,
-        )
+        call = _call(objective, options, "dot", reduction, backend, precision, max_gap)
         if backend == "reference":
             raise ValueError("backend must not be 'reference': the oracle has two views")
     given = Given(z, negatives, positive, temperature, ids, negative_ids, log_weights, guide)
@@ -132,12 +122,36 @@ def loss_against(
         call = replace(call, objective=call.objective.of_each_pair)
     if group is not None:
         return _over_ranks(given, call, group)
+    found, key = _again(given, call)
+    if found is not None:
+        return found
     given = given.with_checked_guide()
     given.check(call.objective, fewest=1)
-    return call.reduce(row_losses(given, call))
+    return loss_of(given, call, key=key)
 
 
-def row_losses_against(
+def _call(
+    objective: str | Objective,
+    options: dict[str, Any],
+    similarity: str,
+    reduction: str,
+    backend: str,
+    precision: str | None,
+    max_gap: float | None = None,
+) -> Call:
+    """The settings of a call, checked; those of a call like one before are made once."""
+    settings = {
+        "similarity": similarity, "reduction": reduction, "backend": backend,
+        "precision": precision, "max_gap": max_gap,
+    }  # fmt: skip
+    known = "loss_against", objective, *settings.values(), *options, *options.values()
+    return functional.like_before(
+        known, lambda: functional.make_call(objective, options, negatives="one_view", **settings)
+    )
+
+
+@one_operator("z", "negatives")
+def loss_against_rows(
     z: Tensor,
     negatives: Tensor | None,
     positive: Tensor,
@@ -151,27 +165,23 @@ def row_losses_against(
     precision: str | None = None,
     process_group: Any = None,
     one_each: bool | None = None,
+    reduction: str = "none",
 ) -> Tensor:
-    """(N,) losses of `loss_against`; ``one_each``: see `Given`.
+    """`loss_against` of rows with one more property; ``one_each``: see `Given`.
 
     With similarity="cosine" all rows must have unit length: their similarities then lie in
     [−1, 1], which saves a sweep the search for the largest exponent.
     """
-    call = functional.make_call(
-        objective,
-        {},
-        similarity=similarity,
-        negatives="one_view",
-        reduction="none",
-        backend=backend,
-        precision=precision,
-    )
+    call = _call(objective, {}, similarity, reduction, backend, precision)
     given = Given(z, negatives, positive, temperature, ids, negative_ids, None, one_each=one_each)
     group = functional.make_group(process_group, "auto")
     if group is not None:
         return _over_ranks(given, call, group)
+    found, key = _again(given, call)
+    if found is not None:
+        return found
     given.check(objective, fewest=1)
-    return row_losses(given, call)
+    return loss_of(given, call, key=key)
 
 
 class Given(NamedTuple):
@@ -278,50 +288,122 @@ def _check_temperatures(temperature: Tensor, z: Tensor, objective: Objective) ->
 
 def row_losses(given: Given, call: Call) -> Tensor:
     """(N,) losses of tensors that are checked."""
+    return loss_of(given, replace(call, reduction="none"))
+
+
+def loss_of(given: Given, call: Call, key: Any = None) -> Tensor:
+    """The reduced loss of tensors that are checked; ``key``: what `_again` returned for them."""
     ids, negative_ids = given.checked_ids()
-    z, negatives, temperature = given.z, given.negatives, given.temperature
-    of_guide = given.guide
-    wide = accumulation_dtype(z.dtype)
-    positive, scale = given.positive.to(wide), None
-    # Δ has no weights and is not divided by a temperature
-    limit = None if call.max_gap is None else positive.detach() + call.max_gap
-    if given.per_anchor:
+    given = given._replace(ids=ids, negative_ids=negative_ids)
+    with without_autocast(given.z.device):
+        if given.per_anchor:
+            return call.reduce(_at_temperatures(given, replace(call, reduction="none")))
+        return _at_one_temperature(given, call, key)
+
+
+def _at_temperatures(given: Given, call: Call) -> Tensor:
+    """(N,) losses of anchors that have a temperature each."""
+    wide = accumulation_dtype(given.z.dtype)
+    scale = given.temperature.to(wide)
+    if given.negatives is None:
         # each anchor divides its own similarities; among one another, rows are on both sides
-        scale = temperature.to(wide)
-        if negatives is None:
-            negatives = z
-            of_guide = None if of_guide is None else (of_guide[0], of_guide[0], of_guide[2])
-            ids = torch.arange(len(z), device=z.device) if ids is None else ids
-            negative_ids = ids
-        z, negatives = z.to(wide) / scale[:, None], negatives.to(wide)
-        positive, temperature = positive / scale, 1.0
-        limit = None if limit is None else limit / scale.detach()
+        ids = torch.arange(len(scale), device=scale.device) if given.ids is None else given.ids
+        given = given._replace(negatives=given.z, ids=ids, negative_ids=ids)
+        if given.guide is not None:
+            rows, _, threshold = given.guide
+            given = given._replace(guide=(rows, rows, threshold))
+    divided = given._replace(
+        z=given.z.to(wide) / scale[:, None],
+        negatives=given.negatives.to(wide),
+        positive=given.positive.to(wide) / scale,
+        temperature=1.0,
+        one_each=False,
+    )
+    limit = None  # of Δ, which no temperature divides
+    if call.max_gap is not None:
+        limit = ((given.positive.to(wide) + call.max_gap) / scale).detach()
+    losses = _at_one_temperature(divided, call, limit=limit)
+    return call.objective.times_temperature(losses, scale)
+
+
+def _at_one_temperature(
+    given: Given, call: Call, key: Any = None, limit: Tensor | None = None
+) -> Tensor:
+    """The reduced loss; the ids are on the device of the rows.
+
+    ``limit`` (N,): the largest t of a negative, if it is not t⁺ + ``max_gap``.
+    """
+    z, negatives, with_guide = given.z, given.negatives, given.guide is not None
+    wide = accumulation_dtype(z.dtype)
     tau, bound, _ = functional.bind_temperature(
-        z, temperature, call, ids is not None, reduction="none", with_guide=given.guide is not None,
+        z, given.temperature, call, given.ids is not None, with_guide=with_guide,
         weighted=given.log_weights is not None,
     )  # fmt: skip
     layout = _layout(len(z), len(z) if negatives is None else len(z) + len(negatives))
-    same_id = _same_id(ids, negative_ids, layout, wide)
-    guide = None if of_guide is None else _guide(of_guide, wide)
-    with without_autocast(z.device):
-        if len(z) == 1 and negatives is None:
-            return functional.zero_with_graph(z, positive, tau).expand(1)
-        if isinstance(call.objective, ClosedForm):
-            mean = _mean_negative(z, negatives, layout, same_id)
-            return constant_alpha(call.objective, mean - positive, layout, same_id)
-        bias = None
-        if given.log_weights is not None:
-            # t_ij + τ·w_j; a row that is an anchor too has its own w in all of its t, and in t⁺
-            bias = call.objective.kind_tau(tau).to(wide) * given.log_weights.to(wide)
-            if negatives is None:
-                positive = positive + bias
-            else:
-                bias = torch.cat([bias.new_zeros(len(z)), bias])
-        learn_tau = tau.requires_grad and torch.is_grad_enabled()
-        losses = _ExplicitNegatives.apply(
-            z, negatives, positive, tau, bias, bound, same_id, guide, limit, learn_tau
-        )[0]
-    return losses if scale is None else call.objective.times_temperature(losses, scale)
+    if len(z) == 1 and negatives is None:
+        nothing = functional.zero_with_graph(z, given.positive.to(wide), tau)
+        return call.reduce(nothing.expand(1))
+    same_id = _same_id(given.ids, given.negative_ids, layout, wide)
+    if isinstance(call.objective, ClosedForm):
+        mean = _mean_negative(z, negatives, layout, same_id)
+        gap = mean - given.positive.to(wide)
+        return call.reduce(constant_alpha(call.objective, gap, layout, same_id))
+    positive, bias = _positive_and_bias(given, call.objective, tau, wide)
+    need = native.NeedGiven.of(z, negatives, positive, tau, bias)
+    there = (x for x in (z, negatives, positive, tau, bias) if x is not None)
+    # a step compares Δ as it sees it, with the weights and divided by the temperature
+    own_limit = limit is not None or (call.max_gap is not None and bias is not None)
+    served = not with_guide and not own_limit and native.serves(bound, need)
+    if served and native.plain(*there):
+        plan = native.prepared_given(bound, z, layout, need)
+        prepared = given_positives.Prepared(bound, layout, plan, need)
+        if key:
+            call.remember(key, prepared)
+        return prepared.loss(z, negatives, positive, tau, bias, same_id)
+    if bias is not None and negatives is not None:
+        bias = torch.cat([bias.new_zeros(len(z)), bias])
+    guide = _guide(given.guide, wide) if with_guide else None
+    if limit is None and call.max_gap is not None:
+        limit = given.positive.detach().to(wide) + call.max_gap
+    bound = replace(bound, reduction="none")
+    losses = _ExplicitNegatives.apply(
+        z, negatives, positive, tau, bias, bound, same_id, guide, limit, need.tau
+    )[0]
+    return call.reduce(losses)
+
+
+def _positive_and_bias(
+    given: Given, objective: Objective, tau: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """t⁺ (N,), and what is added to the similarities with each of the rows that are met."""
+    positive = given.positive.to(dtype)
+    if given.log_weights is None:
+        return positive.resolve_neg(), None
+    # t_ij + τ·w_j; a row that is an anchor too has its own w in all of its t, and in t⁺
+    bias = objective.kind_tau(tau).to(dtype) * given.log_weights.to(dtype)
+    if given.negatives is None:
+        positive = positive + bias
+    return positive.resolve_neg(), bias
+
+
+def _again(given: Given, call: Call) -> tuple[Tensor | None, Any]:
+    """The loss if a call like this has been made before, and the key of such calls; or None."""
+    key = given_positives.key_of(given)
+    prepared = key and call.ready and call.ready.get(key)
+    if not prepared:
+        return None, key
+    prepared = prepared.at(given.temperature)
+    if prepared is None:  # the checks say why
+        return None, None
+    call.ready[key] = prepared
+    tau, wide = given.temperature, prepared.plan.wide
+    if isinstance(tau, Tensor):
+        tau = tau.reshape(())
+    elif given.log_weights is not None:
+        tau = functional.as_number(tau, given.z)
+    positive, bias = _positive_and_bias(given, call.objective, tau, wide)
+    same_id = _same_id(given.ids, given.negative_ids, prepared.layout, wide)
+    return prepared.loss(given.z, given.negatives, positive, tau, bias, same_id), key
 
 
 # --- several processes ----------------------------------------------------------------------------

@@ -47,7 +47,7 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 GUIDED: list[Callable[..., Tensor]] = []
 #: The guide of a call with these embeddings, and its margin; it raises unless it fits them.
 Opinion = Callable[[Tensor, Call], tuple[Guide, float]]
-#: Calls of `alpha_cl_loss` by its settings: what they keep serves the next one.
+#: Calls by their settings: what they keep serves the next one.
 _CALLS: dict[tuple[Any, ...], Call] = {}
 #: τ, or what SigLIP has in its place: (scale, bias).
 Temperature = float | Tensor | tuple[float | Tensor, float | Tensor]
@@ -201,6 +201,25 @@ def alpha_cl_loss(
         (guided_loss,) = GUIDED
         return guided_loss(z1, z2, temperature, call, ids, guide, guide_margin)
     return evaluate(z1, z2, temperature, call, ids, key)[0]
+
+
+def like_before(known: tuple[Any, ...], make: Callable[[], Call]) -> Call:
+    """The settings ``make()`` of a built-in objective; those of equal ``known`` are made once.
+
+    What a call keeps then serves the next one.
+    """
+    known = *known, *map(type, known)  # True is not 1
+    try:
+        call = _CALLS.get(known)
+    except TypeError:  # the checks say which value it is that cannot be hashed
+        return make()
+    if call is None:
+        call = make()
+        if is_built_in(call.objective):
+            if len(_CALLS) >= MOST_READY:
+                _CALLS.clear()
+            _CALLS[known] = call
+    return call
 
 
 def make_group(

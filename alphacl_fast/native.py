@@ -1,24 +1,26 @@
-"""Losses that one native call computes from the views to the gradient (`backend.cpu_step`).
+"""Losses that one native call computes from the rows to the gradient (`backend.cpu_step`).
 
 The call sees the objective as a recorded program. What it does not serve goes through the two
-sweeps (`autograd`): several processes, explicit negatives, min players, transforms of torch.func.
+sweeps (`autograd`): several processes, users' min players, transforms of torch.func.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops
 from .backend import cpu, cpu_step
-from .call import BoundCall, Guide, Layout, Loss, Need, SameId
+from .bundles import accumulation_dtype
+from .call import PLAIN, BoundCall, Guide, Layout, Loss, Need, SameId, plain  # noqa: F401
 from .objectives import kind
 from .program import record
 
 
-def serves(call: BoundCall, need: Need, with_guide: bool = False) -> bool:
+def serves(call: BoundCall, need: Need | NeedGiven, with_guide: bool = False) -> bool:
     """Whether a call is computed natively, for plain tensors."""
     some_left_out = call.max_gap is not None or with_guide
     return not torch.compiler.is_compiling() and (
@@ -31,20 +33,34 @@ def serves(call: BoundCall, need: Need, with_guide: bool = False) -> bool:
     )
 
 
-def plain(*tensors: Tensor) -> bool:
-    """Whether operations on these tensors are not watched or transformed by anybody."""
-    for x in tensors:
-        # wrapped: of a transform that has ended
-        if type(x) not in PLAIN or torch._C._functorch.is_functorch_wrapped_tensor(x):
-            return False
+def readable(z: Tensor) -> bool:
+    """Whether the compiled library can read plain rows (n, D)."""
     return (
-        not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._is_tracing()
+        z.is_cpu
+        and cpu.load_error() is None
+        and plain(z)
+        and z.layout == torch.strided
+        and z.dim() == 2
+        and z.dtype in _DTYPES
+        and not z.is_neg()
+        and not torch._C._functorch.is_legacy_batchedtensor(z)
     )
 
 
-PLAIN = {Tensor, torch.nn.Parameter}
+_DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
+
+
+class PlainFunction(torch.autograd.Function):
+    """A function of plain tensors (`plain`); first derivatives only.
+
+    It has no separate setup_context, which would cost as much as the rest of the function:
+    torch.func goes through the two sweeps.
+    """
+
+    @classmethod
+    def of_plain(cls, *operands: Any) -> tuple[Tensor | None, ...]:
+        """`apply` without its search for transforms: `plain` has found none."""
+        return super(torch.autograd.Function, cls).apply(*operands)
 
 
 def prepared(call: BoundCall, z: Tensor, need: Need) -> cpu_step.Plan:
@@ -66,33 +82,108 @@ def _plan(
     workspace: int | None,
     instruction_set: str,
 ) -> cpu_step.Plan:
-    (n, dim), objective = shape, loss.objective
-    layout, params = Layout.of(loss, n), objective.params(loss.c)
+    n, dim = shape
+    layout = Layout.of(loss, n)
     wanted = (0 if need.z1 else n, 2 * n if need.z2 else n)
-    batch = cpu_step.Batch(
-        n, dim, dtype, layout.rows, layout.pairing(), layout.n_neg, loss.divisor(n), wanted,
-        loss.reduction == "none", objective.needs_negatives,
-        loss.similarity,
+    batch = _batch(loss, layout, n, (n, dim, dtype), wanted, workspace)
+    plan = _with_program(loss, batch, need.views > 0, need.tau)
+    if loss.reduction == "none" and any(need):
+        alone = Need(False, False, False)
+        plan.alone = _plan(loss, shape, dtype, alone, workspace, instruction_set)
+    return plan
+
+
+class NeedGiven(NamedTuple):
+    """Whose gradients are wanted of anchors with given positives."""
+
+    z: bool
+    others: bool
+    pos: bool
+    tau: bool
+    bias: bool
+
+    @classmethod
+    def of(cls, *tensors: Tensor | None) -> NeedGiven:
+        """Of these tensors, in the order of the fields; None where there is none."""
+        grad = torch.is_grad_enabled()
+        return cls(*(grad and x is not None and x.requires_grad for x in tensors))
+
+    def wanted(self, layout: Layout) -> tuple[int, int]:
+        """The rows whose gradient a step computes: the sums of weights come with that of rows."""
+        z, others = self.z, self.others
+        if self.bias and layout.rectangle:
+            others = True
+        elif self.bias:
+            z = True
+        n = layout.anchors
+        return (0 if z else n, layout.rows if others and layout.rectangle else n)
+
+
+def prepared_given(call: BoundCall, z: Tensor, layout: Layout, need: NeedGiven) -> cpu_step.Plan:
+    """The plan of a call that is served, for anchors z (N, D) whose positives are given."""
+    loss = Loss(
+        call.objective, call.similarity, call.negatives, call.symmetric, call.reduction,
+        call.max_gap,
+    )  # fmt: skip
+    sizes = (*z.shape, z.dtype)
+    plan = _plan_given(loss, layout, sizes, need, call.workspace, cpu.instruction_set())
+    return plan.at(call.known[0])
+
+
+@functools.lru_cache(maxsize=256)
+def _plan_given(
+    loss: Loss,
+    layout: Layout,
+    sizes: tuple[int, int, torch.dtype],
+    need: NeedGiven,
+    workspace: int | None,
+    instruction_set: str,
+) -> cpu_step.Plan:
+    n, dim, dtype = sizes
+    wanted = need.wanted(layout)
+    batch = _batch(loss, layout, n, (0, dim, dtype), wanted, workspace)._replace(similarity="dot")
+    plan = _with_program(loss, batch, wanted[1] > wanted[0], need.tau)
+    if loss.reduction == "none" and any(need):
+        alone = NeedGiven(False, False, False, False, False)
+        plan.alone = _plan_given(loss, layout, sizes, alone, workspace, instruction_set)
+    return plan
+
+
+def _batch(
+    loss: Loss,
+    layout: Layout,
+    n: int,
+    pairs: tuple[int, int, torch.dtype],
+    wanted: tuple[int, int],
+    workspace: int | None,
+) -> cpu_step.Batch:
+    """``pairs``: the first fields of a `Batch`."""
+    return cpu_step.Batch(
+        *pairs, layout.rows, layout.pairing(), layout.n_neg, loss.divisor(n), wanted,
+        loss.reduction == "none", loss.objective.needs_negatives, loss.similarity,
         cpu_step.default_workspace() if workspace is None else workspace, loss.max_gap,
     )  # fmt: skip
 
-    bound = kind(objective.kind)
+
+def _with_program(
+    loss: Loss, batch: cpu_step.Batch, gradient: bool, learn_tau: bool
+) -> cpu_step.Plan:
+    """The plan of a batch, with the gradient in the rows or in τ or without."""
+    objective = loss.objective
+    params, bound = objective.params(loss.c), kind(objective.kind)
     # t lies in [−1, 1]
     bound = bound.bind(params) if bound.log and loss.similarity == "cosine" else None
 
     def numbers_at(temperature: cpu_step.Temperature) -> cpu_step.Numbers:
         each = temperature if isinstance(temperature, tuple) else (temperature,)
         tau = objective.kind_tau(torch.tensor(temperature, dtype=torch.float64, device="cpu"))
-        values = dict(zip(objective.numbers, objective.known_numbers(*each), strict=True))
+        known = objective.known_numbers(each, batch.n_neg, accumulation_dtype(batch.dtype))
+        values = dict(zip(objective.numbers, known, strict=True))
         log_range = None if bound is None else ops.range_at(bound, tau)
         return cpu_step.Numbers(tau.item(), log_range, objective.first_view_factor(*each), values)
 
-    program = record(objective, need.views > 0, need.tau)
-    plan = cpu_step.Plan(batch, program, objective.kind, params, numbers_at)
-    if loss.reduction == "none" and any(need):
-        alone = Need(False, False, False)
-        plan.alone = _plan(loss, shape, dtype, alone, workspace, instruction_set)
-    return plan
+    program = record(objective, gradient, learn_tau)
+    return cpu_step.Plan(batch, program, objective.kind, params, numbers_at)
 
 
 def loss_and_gradient(

@@ -545,6 +545,21 @@ class Pairs(Protocol):
         """A user's function of a vector (anchors,): its values and derivatives."""
         ...
 
+    def newton(
+        self,
+        terms: tuple[Term, ...],
+        origin: Tensor,
+        start: tuple[Tensor, Tensor, Tensor],
+        most: int,
+        powers: Mapping[str, float],
+    ) -> tuple[Tensor, Tensor]:
+        """Solves Σ_j h(x_ij) = 1 with x = (t − origin) + y: y (anchors,), and the sums there.
+
+        ``start``: the bracket [low, high] and the first y; ``most``: sweeps; ``powers``: parameters
+        of the row step `newton`; the first two of ``terms`` are F and DF.
+        """
+        ...
+
     def zeros(self) -> Tensor:
         """(anchors,) zeros."""
         ...
@@ -659,8 +674,10 @@ class Objective:
         """The rows of both views (2N, D) as the sweeps see them."""
         return rows
 
-    def known_numbers(self, *tau: float) -> tuple[float, ...]:
-        """The values of `numbers`."""
+    def known_numbers(
+        self, tau: tuple[float, ...], most_neg: int, dtype: torch.dtype
+    ) -> tuple[float, ...]:
+        """The values of `numbers`; ``most_neg``: `Pairs.most_neg`, ``dtype``: of the vectors."""
         return ()
 
     def first_view_factor(self, *tau: float) -> float:
@@ -1025,6 +1042,24 @@ def newton(mass, slope, y, low, high, *, numbers, power, far_power):
     return low, high, torch.where(done, y, new), done
 
 
+@row_step("low", "high")
+def newton_bracket(t_max, *, numbers, low, high):
+    return torch.zeros_like(t_max) + low, torch.zeros_like(t_max) + high
+
+
+@row_step("low")
+def low_of_each(low, *, numbers, power, most):
+    """From inverse(1/most) to inverse(1/|Neg(i)|), where h = (·)^(−1/power)."""
+    return (low * (numbers.n_neg / most).pow(power),)
+
+
+@row_step("mean", "mean_square")
+def means_of_sums(pos, count, total, squares, *, numbers):
+    """Means of t and t² from the sums of t − t⁺ and of its square."""
+    gap = total / count
+    return pos + gap, squares / count + pos * (gap + gap + pos)
+
+
 @row_step("row_weight", "mass", "loss")
 def min_player_rows(t_max, pos, mass, moment, *, numbers):
     # Σ_j α_ij Δ_ij from the moment about t_max: Δ itself, times h′ = O(1/τ), would leave eps·|Δ|/τ
@@ -1095,6 +1130,7 @@ class MinPlayer(Objective):
     #: times.
     far_power = -0.5
     max_sweeps = 60
+    numbers = ("low", "high", "most")
 
     def __init__(self, h: Callable[[Tensor], Tensor], *, detach_alpha: bool = True) -> None:
         self.functions = (_CustomFunction(h, "h"),)
@@ -1112,6 +1148,19 @@ class MinPlayer(Objective):
     def inverse(self, alpha: float, tau: Tensor) -> Tensor:
         """x with h(x) = alpha."""
         return torch.full_like(tau, self._numeric_inverse(alpha))
+
+    def known_numbers(
+        self, tau: tuple[float, ...], most_neg: int, dtype: torch.dtype
+    ) -> tuple[float, ...]:
+        seen = torch.tensor(tau[0], dtype=dtype, device="cpu")
+        return *(self.inverse(a, seen).item() for a in (1 / most_neg, 1.0)), most_neg
+
+    def bracket(self, p: Pairs, t_max: Tensor) -> tuple[Tensor, Tensor]:
+        """[low, high] (anchors,), which hold every y_i."""
+        if isinstance(p.tau, tuple):  # names, while `program` records
+            low, high, _ = p.tau
+            return tuple(p.step(newton_bracket, t_max, low=low, high=high).values())
+        return tuple(self.inverse(a, p.tau).expand_as(t_max) for a in (1 / p.most_neg, 1.0))
 
     def start_of_newton(self, p: Pairs, t_max: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """The first y_i = μ_i − min_j d²_ij, inside [low, high]; all (anchors,)."""
@@ -1137,20 +1186,15 @@ class MinPlayer(Objective):
         # With y = μ − d²_min, x_ij = (t_ij − t_max) + y: differences keep float32 row sums accurate
         # to 1e-7 at τ = 1e-3, where μ − d² itself would lose three digits.
         (t_max,) = p.sums((Term.T_MAX,))
-        low, high = (self.inverse(a, p.tau).expand_as(t_max) for a in (1 / p.most_neg, 1.0))
-        y = self.start_of_newton(p, t_max, low, high)
+        low, high = self.bracket(p, t_max)
+        start = low, high, self.start_of_newton(p, t_max, low, high)
         terms = (Term.F, Term.DF, Term.F_MOMENT)
         if not self.detach_alpha:
             terms = (*terms, Term.DF_MOMENT)
         powers = {"power": self.newton_power, "far_power": self.far_power}
-        for _ in range(self.max_sweeps):
-            mass, slope, moment, *slope_moment = p.sums(
-                terms, shift=t_max, argument_offset=y, moment_origin=t_max
-            )
-            low, high, new, done = p.step(newton, mass, slope, y, low, high, **powers).values()
-            if p.all_done(done):  # reads a flag on the host once per sweep
-                break
-            y = new
+        y, (mass, slope, moment, *slope_moment) = p.newton(
+            terms, t_max, start, self.max_sweeps, powers
+        )
         rows = (t_max, p.pos, mass, moment)
         if self.detach_alpha:
             solved = p.step(min_player_rows, *rows)
@@ -1160,7 +1204,7 @@ class MinPlayer(Objective):
 
 
 class _AlphaSquare(MinPlayer):
-    kind, uses_temperature = "square", True
+    kind, uses_temperature, recordable = "square", True, True
 
     def __init__(self, detach_alpha: bool) -> None:
         self._configure(detach_alpha)
@@ -1173,7 +1217,7 @@ class _AlphaSquare(MinPlayer):
 
 
 class _AlphaGamma(MinPlayer):
-    kind, uses_temperature = "gamma", True
+    kind, uses_temperature, recordable = "gamma", True, True
 
     def __init__(self, gamma: float, detach_alpha: bool) -> None:
         self._configure(detach_alpha)
@@ -1193,9 +1237,9 @@ class _AlphaGamma(MinPlayer):
         return -tau * math.exp(exponent)
 
     def start_of_newton(self, p: Pairs, t_max: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        if isinstance(p.n_neg, Tensor):
+        if not isinstance(p.n_neg, int):
             # every anchor's own inverse(1/|Neg(i)|): from below Newton may take 20 steps more
-            low = low * (p.n_neg / p.most_neg) ** self.newton_power
+            low = p.step(low_of_each, low, power=self.newton_power, most=p.most_neg)["low"]
         return p.step(start_at_mean, t_max, p.mean_negative(), low, high)["y"]
 
 
@@ -1297,8 +1341,10 @@ class SigLip(Objective):
     def kind_tau(self, tau: Tensor) -> Tensor:
         return torch.ones_like(tau[0])
 
-    def known_numbers(self, scale: float, bias: float) -> tuple[float, ...]:
-        return scale, bias, self.first_view_factor(scale, bias)
+    def known_numbers(
+        self, tau: tuple[float, ...], most_neg: int, dtype: torch.dtype
+    ) -> tuple[float, ...]:
+        return *tau, self.first_view_factor(*tau)
 
     def first_view_factor(self, scale: float, bias: float) -> float:
         return self.LEAST_SCALE if abs(scale) < self.LEAST_SCALE else scale

@@ -8,11 +8,19 @@ the program; no formula is written again for it.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from .bundles import RowScalars, Term, Weight
-from .objectives import Objective, RowSolution, RowStep, pair_dtau_rows
+from .objectives import (
+    Objective,
+    RowSolution,
+    RowStep,
+    means_of_sums,
+    newton,
+    pair_dtau_rows,
+)
 
 #: The places of the vectors that exist before the first instruction: zeros, and t⁺.
 ZEROS, POSITIVES = 0, 1
@@ -25,6 +33,8 @@ class Sweep(NamedTuple):
     outputs: tuple[int, ...]  #: the place of each term's vector
     scalars: RowScalars  #: of places, `ZEROS` where a vector is missing
     weight: Weight | None = None
+    most: int = 0  #: repeated with the next row step, at most so often, until …
+    done: int = ZEROS  #: … this place's vector is nonzero for every anchor
 
 
 class Step(NamedTuple):
@@ -59,6 +69,9 @@ class _Recorder:
 
     pos = POSITIVES
 
+    n_neg = None  # in `BatchNumbers` only
+    most_neg = "most"
+
     def __init__(self, numbers: tuple[str, ...]) -> None:
         self.tau = numbers
         self.instructions: list[Sweep | Step | Apply] = []
@@ -88,6 +101,15 @@ class _Recorder:
 
     def step(self, step: RowStep, *vectors: int, **params: float) -> dict[str, int]:
         outputs = self._new(len(step.outputs))
+        return self._step(step, vectors, outputs, params)
+
+    def _step(
+        self,
+        step: RowStep,
+        vectors: tuple[int, ...],
+        outputs: tuple[int, ...],
+        params: Mapping[str, float | str],
+    ) -> dict[str, int]:
         values = tuple(params[name] for name in step.parameters)
         self.instructions.append(Step(step, vectors, outputs, values))
         return dict(zip(step.outputs, outputs, strict=True))
@@ -96,6 +118,34 @@ class _Recorder:
         outputs = self._new(2)
         self.instructions.append(Apply(function.key, vector, outputs))
         return outputs
+
+    def newton(
+        self,
+        terms: tuple[Term, ...],
+        origin: int,
+        start: tuple[int, int, int],
+        most: int,
+        powers: Mapping[str, float],
+    ) -> tuple[int, tuple[int, ...]]:
+        low, high, y = start
+        sums = self.sums(terms, shift=origin, argument_offset=y, moment_origin=origin)
+        (done,) = self._new(1)
+        self.instructions[-1] = self.instructions[-1]._replace(most=most, done=done)
+        # in place: where all anchors are done, the next y is this one
+        self._step(newton, (*sums[:2], y, low, high), (low, high, y, done), powers)
+        return y, sums
+
+    def mean_negative(self) -> int:
+        return self.moments()[0]
+
+    def moments(self) -> tuple[int, ...]:
+        """From sums that the sweep for the largest t takes along."""
+        sums, terms = self._new(3), (Term.F, Term.F_MOMENT, Term.DF_MOMENT)
+        (at,) = (k for k, x in enumerate(self.instructions) if isinstance(x, Sweep))
+        first = self.instructions[at]
+        outputs = (*first.outputs, *sums)
+        self.instructions[at] = first._replace(terms=(*first.terms, *terms), outputs=outputs)
+        return tuple(self.step(means_of_sums, self.pos, *sums).values())
 
 
 @functools.lru_cache(maxsize=256)

@@ -78,7 +78,13 @@ def siglip_loss(
     """
     group = functional.make_group(process_group, "auto")
     try:
-        call = _make_call(similarity, reduction, backend, precision, group)
+        settings = similarity, reduction, backend, precision
+        if group is None:
+            call = functional.like_before(
+                ("siglip", *settings), lambda: _make_call(*settings, None)
+            )
+        else:
+            call = _make_call(*settings, group)
     except (TypeError, ValueError) as error:
         if group is not None:
             distributed.agree(group, None, None, None, None, error)  # raises

@@ -21,7 +21,7 @@ from .autograd import first_derivative, scaled, unit_rows
 from .backend import cpu, cpu_step
 from .bundles import accumulation_dtype
 from .call import without_autocast
-from .explicit_negatives import row_losses_against
+from .explicit_negatives import loss_against_rows
 from .functional import zero_with_graph
 from .objectives import LOG_SUM
 from .one_operator import one_operator
@@ -422,7 +422,7 @@ def _vectors(
     """ℓ, m and τ of every anchor."""
     groups, rows = pool.groups, pool.rows
     origin = groups.mean_similarity(rows, pool.others)
-    log_sums = row_losses_against(
+    log_sums = loss_against_rows(
         rows,
         pool.others,
         origin,

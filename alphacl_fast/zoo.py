@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from . import functional, shared_rows
 from .autograd import unit_rows
 from .call import as_operator, without_autocast
-from .explicit_negatives import loss_against, row_losses_against
+from .explicit_negatives import loss_against, loss_against_rows
 from .functional import alpha_cl_loss, zero_with_graph
 from .objectives import LOG_SUM, PairLoss
 from .one_operator import one_operator
@@ -981,7 +981,7 @@ def _log_mean_and_slope(
     """(2, N) of rows with these places among ``count`` rows."""
 
     def log_mean(x: Tensor, y: Tensor, tau: Tensor) -> Tensor:
-        losses = row_losses_against(
+        losses = loss_against_rows(
             x,
             y,
             (x * y).sum(1),

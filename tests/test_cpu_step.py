@@ -23,6 +23,7 @@ from family import (
 
 from alphacl_fast import (
     FusedAlphaCLLoss,
+    MinPlayer,
     PairLoss,
     SigLipLoss,
     functional,
@@ -39,12 +40,14 @@ from alphacl_fast.functional import alpha_cl_loss
 if cpu.load_error():
     pytest.skip(f"no compiled CPU backend: {cpu.load_error()}", allow_module_level=True)
 
-#: Members whose sweeps differ: constant shift, a third sweep, one sweep, α differentiated.
+#: Members whose sweeps differ: constant shift, a third sweep, one sweep, α differentiated, an
+#: iteration.
 DIFFERENT = [
     ("infonce", {}),
     ("infonce", {"temperature_scaled": True}),
     ("triplet", {}),
     ("alpha_direct", {"detach_alpha": False}),
+    ("alpha_gamma", {"detach_alpha": False}),
 ]
 ALL = 1 << 26
 
@@ -179,6 +182,44 @@ def test_limited_pairs_are_kept_as_similarities(member, dtype, steps, monkeypatc
     bound = 1e-2 if dtype == torch.bfloat16 else 1e-5
     for a, b in zip(results[0], evaluate(0), strict=True):
         assert relative_error(a, b, floor=1e-4) < bound
+
+
+@pytest.mark.parametrize("setting", [{"ids": True}, {"max_gap": -0.1}, {"similarity": "euclidean"}])
+@pytest.mark.parametrize("name", ["alpha_square", "alpha_gamma"])
+def test_min_players(name, setting, steps, monkeypatch, poisoned):
+    """The iteration ends where Python's does, with anchors that have few negatives or none."""
+    views, options = pair(40, 6), {"detach_alpha": False, "negatives": "one_view", **setting}
+    if setting.get("ids"):
+        options["ids"] = torch.arange(40) // 20 * (torch.arange(40) % 3)
+    temperature = torch.tensor(0.4, dtype=torch.float64)
+
+    def evaluate():
+        leaves = [x.clone().requires_grad_() for x in (*views, temperature)]
+        loss = alpha_cl_loss(*leaves[:2], name, temperature=leaves[2], **options)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    ours = evaluate()
+    assert len(steps) == 1
+    two_sweeps(monkeypatch)
+    for a, b in zip(ours, evaluate(), strict=True):
+        assert relative_error(a, b) < 1e-9
+
+
+def test_an_iteration_that_does_not_converge_ends():
+    z1, z2 = pair(9, 4)
+    z1[3] = torch.nan
+    for name in ("alpha_square", "alpha_gamma"):
+        losses = alpha_cl_loss(z1, z2, name, negatives="cross_view", reduction="none")
+        assert losses.isnan().all()
+
+
+def test_one_sum_of_a_repeated_sweep_is_not_added_to_the_last_one(steps):
+    """With no sweep behind the repeated one, whose sums would be cleared as well."""
+    z1, z2 = pair(30, 4)
+    value = alpha_cl_loss(z1, z2, "alpha_square")
+    assert [k.most for k in steps[-1].step.program[: steps[-1].step.instructions]].count(60) == 1
+    truth = alpha_cl_loss(z1, z2, "alpha_square", backend="reference")
+    assert relative_error(value, truth) < 1e-9
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -429,7 +470,7 @@ def test_what_hooks_have_packed_is_not_overwritten():
 def test_what_goes_through_the_two_sweeps(steps):
     z1, z2 = pair(6, 3)
     alpha_cl_loss(z1, z2, PairLoss(None, torch.exp))
-    alpha_cl_loss(z1, z2, "alpha_square")
+    alpha_cl_loss(z1, z2, MinPlayer(torch.relu))
     torch.func.grad(lambda z: alpha_cl_loss(z, z2, reduction="none").sum())(z1)
     assert not steps
     bound = native.BoundCall(objectives.make("infonce"), "cosine", "two_view", True, "mean")

@@ -218,17 +218,17 @@ print(alphacl_fast.FusedAlphaCLLoss("alpha_square")(torch.eye(4), torch.eye(4)).
 LAYERS = """
 _version bundles journal graph launches suggestions backend.filling backend.precision
 flags kernels.config kernels.start objectives subprocess_pool
-call cpp_printer program backend.forms backend.reference kernels.trace
+cpp_printer program backend.forms backend.reference kernels.trace
 backend.cpu_functions
 backend.blocked backend.cpu backend.gpu kernels.rows
-kernels.sweeps
+call kernels.sweeps
 backend.cpu_groups backend.cpu_step backend.cuda backend.triton
 ops
 native
 autograd plan
 process_groups
 distributed compiled_op eager steps
-functional same_id shared_rows
+functional same_id shared_rows given_positives
 one_operator
 explicit_negatives matryoshka metrics micro_batch rate tune verify accuracy
 pair_weights supcon guided

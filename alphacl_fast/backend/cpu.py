@@ -30,6 +30,7 @@ from ..bundles import (
     RowScalars,
     Term,
     Weight,
+    accumulation_dtype,
     rows_of_terms,
 )
 from ..objectives import KINDS, codes_checksum, is_compiled, row_codes_checksum
@@ -135,6 +136,16 @@ class _PairRows(ctypes.Structure):
     )
 
 
+class _UnitRows(ctypes.Structure):
+    """`struct UnitRows` of csrc/cpu/sweep.h."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("z", "f", "inv_norm", "d", "dz")]
+        + [(name, ctypes.c_int64) for name in ("n", "dim", "z_stride", "d_stride")]
+        + [(name, ctypes.c_int32) for name in ("dtype", "threads", "instruction_set")]
+    )
+
+
 #: A sweep runs without the interpreter's lock and asks for signals with it.
 _HOOKS = {
     name: ctypes.cast(getattr(ctypes.pythonapi, function), ctypes.c_void_p).value
@@ -161,8 +172,10 @@ def _load() -> tuple[ctypes.PyDLL | None, str | None]:
             )
         # not CDLL: PyDLL passes on an exception that a signal has raised
         library = ctypes.PyDLL(str(LIBRARY))
-        sizes = library.alphacl_cpu_sweep_size(), library.alphacl_cpu_rows_size()
-        fits = sizes == (ctypes.sizeof(_Sweep), ctypes.sizeof(_PairRows))
+        sizes = [
+            getattr(library, f"alphacl_cpu_{x}_size")() for x in ("sweep", "rows", "unit_rows")
+        ]
+        fits = sizes == [ctypes.sizeof(struct) for struct in (_Sweep, _PairRows, _UnitRows)]
         codes = library.alphacl_cpu_codes(), library.alphacl_cpu_row_steps()
         if not fits or codes != (codes_checksum(), row_codes_checksum()):
             raise OSError(f"{LIBRARY.name} does not fit this version of the package")
@@ -175,6 +188,10 @@ def _load() -> tuple[ctypes.PyDLL | None, str | None]:
         library.alphacl_cpu_keep.argtypes = [ctypes.c_int64]
         library.alphacl_cpu_keep.restype = ctypes.c_void_p
         library.alphacl_cpu_forget.argtypes = [ctypes.c_void_p]
+        library.alphacl_cpu_unit_rows.argtypes = [ctypes.POINTER(_UnitRows)]
+        library.alphacl_cpu_number_ids.argtypes = (
+            [ctypes.c_void_p] + [ctypes.c_int64] * 3 + [ctypes.c_int32] + [ctypes.c_void_p] * 3
+        )
         library.alphacl_cpu_function.argtypes = (
             [ctypes.c_int32] * 3 + [ctypes.c_void_p] * 2 + [ctypes.c_int64]
         )
@@ -523,3 +540,49 @@ def finish_rows(d: Tensor, f: Tensor, scale: Tensor | None, inv_norm: Tensor, q:
     q = q.contiguous() if q.shape[0] == n else q[:n] + q[n:]  # both anchors of a positive pair
     buffers = {"inv_norm": inv_norm, "d": d, "q": q}
     _run_rows("alphacl_cpu_finish", f, buffers if scale is None else {**buffers, "scale": scale})
+
+
+def number_ids(
+    ids: Tensor, split: int, anchors: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers from 0 for ids (rows,), and for every anchor how many of the rows that it meets have
+    another id, at least 1 and in ``dtype``, and whether none has.
+
+    Rows [0, split) meet the others; with ``split`` = 0 all rows meet one another.
+    """
+    ids, n = ids.to(torch.int64).contiguous(), len(ids)
+    numbers = ids.new_empty(n, dtype=torch.int32)
+    n_neg, empty = (ids.new_empty(anchors, dtype=d) for d in (dtype, torch.bool))
+    outputs = (x.data_ptr() for x in (numbers, n_neg, empty))
+    sizes = n, split, anchors, Dtype.of(dtype)
+    status = _library().alphacl_cpu_number_ids(ids.data_ptr(), *sizes, *outputs)
+    if status != _OK:
+        raise MemoryError(f"not enough memory to number the ids of {n} rows")
+    return numbers, n_neg, empty
+
+
+def normalized(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit rows of z (n, D) in the accumulation dtype, and 1/‖z‖ (n,); 0 for an all-zero row."""
+    z, wide = (z if z.stride(1) == 1 else z.contiguous()), accumulation_dtype(z.dtype)
+    f, inv_norm = z.new_empty(z.shape, dtype=wide), z.new_empty(len(z), dtype=wide)
+    _run_unit_rows(z, f, inv_norm, z=z.data_ptr(), z_stride=z.stride(0))
+    return f, inv_norm
+
+
+def through_normalization(d: Tensor, f: Tensor, inv_norm: Tensor) -> Tensor:
+    """The gradient in z (n, D) from the gradient d in its unit rows f; all contiguous but d."""
+    d = d if d.stride(1) == 1 else d.contiguous()
+    dz = torch.empty_like(f)
+    _run_unit_rows(f, f, inv_norm, d=d.data_ptr(), d_stride=d.stride(0), dz=dz.data_ptr())
+    return dz
+
+
+def _run_unit_rows(given: Tensor, f: Tensor, inv_norm: Tensor, **fields: int) -> None:
+    n, dim = f.shape
+    rows = _UnitRows(
+        n=n, dim=dim, dtype=Dtype.of(given.dtype), f=f.data_ptr(), inv_norm=inv_norm.data_ptr(),
+        threads=max(1, min(torch.get_num_threads(), n * dim // _ELEMENTS_PER_THREAD)),
+        instruction_set=INSTRUCTION_SETS.index(instruction_set()), **fields,
+    )  # fmt: skip
+    if _library().alphacl_cpu_unit_rows(ctypes.byref(rows)) != _OK:
+        fail(-1, n, dim, given.dtype)

@@ -35,7 +35,7 @@ from . import cpu, forms
 #: The default of ``workspace``: bytes in which a step may keep tiles from one sweep to the next.
 DEFAULT_WORKSPACE = 64 << 20
 
-_MOST_INSTRUCTIONS, _MOST_VECTORS, _MOST_STEP_PARAMETERS, _MOST_SLOPES = 8, 8, 4, 2
+_MOST_INSTRUCTIONS, _MOST_VECTORS, _MOST_STEP_PARAMETERS, _MOST_SLOPES = 12, 8, 4, 2
 
 
 class _Instruction(ctypes.Structure):
@@ -46,7 +46,8 @@ class _Instruction(ctypes.Structure):
         + [("terms", ctypes.c_int32 * len(Term))]
         + [("scalars", ctypes.c_int32 * len(RowScalars._fields))]
         + [(name, ctypes.c_int32 * _MOST_VECTORS) for name in ("inputs", "outputs")]
-        + [("output_count", ctypes.c_int32), ("constant_shift", ctypes.c_double)]
+        + [(name, ctypes.c_int32) for name in ("output_count", "most", "done")]
+        + [("constant_shift", ctypes.c_double)]
         + [("params", ctypes.c_double * _MOST_STEP_PARAMETERS)]
         + [(name, ctypes.c_void_p) for name in ("values", "constants")]
     )
@@ -59,7 +60,8 @@ class _Step(ctypes.Structure):
         [
             (name, ctypes.c_void_p)
             for name in (
-                *("z1", "z2", "ids", "n_neg_of", "empty", "guide", "largest_guide"),
+                *("z1", "z2", "pos", "bias", "dpos", "dbias"),
+                *("ids", "n_neg_of", "empty", "guide", "largest_guide"),
                 *("incoming", "loss", "dz", "dtau"),
                 *cpu._HOOKS,
                 *("values", "constants"),
@@ -97,7 +99,7 @@ Temperature = float | tuple[float, float]
 class Batch(NamedTuple):
     """What a step computes, but for its objective and its tensors."""
 
-    n_pairs: int
+    n_pairs: int  #: of two views; 0: the rows are anchors whose positives are given, and others
     dim: int
     dtype: torch.dtype
     rows: int  #: of the stacked views, that the sweeps see
@@ -239,14 +241,58 @@ class Plan:
         ``incoming`` (anchors,) is the gradient of every anchor's loss; the losses themselves are
         then not returned. ``guide``: the contiguous tensors of a `call.Guide`.
         """
-        batch, step = self.batch, _Step.from_buffer_copy(self.step)
+        step = _Step.from_buffer_copy(self.step)
         if not z1.is_contiguous():
             z1, step.stride1 = _with_stride(z1)
         if not z2.is_contiguous():
             z2, step.stride2 = _with_stride(z2)
         step.z1, step.z2 = z1.data_ptr(), z2.data_ptr()
+        return self._execute(step, same_id, incoming, guide)
+
+    def run_given(
+        self,
+        z: Tensor,
+        others: Tensor | None,
+        pos: Tensor,
+        bias: Tensor | None,
+        needs: tuple[bool, bool],
+        same_id: tuple[Tensor, Tensor, Tensor] | None = None,
+        incoming: Tensor | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        """As `run`, for anchors z whose positives' similarities are ``pos`` (anchors,).
+
+        They meet the rows ``others`` or, without these, one another. ``bias`` is added to what each
+        of the rows met meets. Beside what `run` returns come the gradients in ``pos`` and
+        ``bias``; ``needs`` says which of the two are wanted.
+        """
+        step = _Step.from_buffer_copy(self.step)
+        pos, (z, step.stride1) = pos.contiguous(), _with_stride(z)
+        step.z1, step.pos = z.data_ptr(), pos.data_ptr()
+        if others is not None:
+            others, step.stride2 = _with_stride(others)
+            step.z2 = others.data_ptr()
+        dpos = dbias = None
+        if needs[0]:
+            dpos = torch.empty_like(pos)
+            step.dpos = dpos.data_ptr()
+        if bias is not None:
+            bias = bias.contiguous()
+            step.bias = bias.data_ptr()
+            if needs[1]:
+                dbias = torch.empty_like(bias)
+                step.dbias = dbias.data_ptr()
+        return *self._execute(step, same_id, incoming), dpos, dbias
+
+    def _execute(
+        self,
+        step: _Step,
+        same_id: tuple[Tensor, Tensor, Tensor] | None,
+        incoming: Tensor | None,
+        guide: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Runs a step whose inputs are written; returns what `run` does."""
+        batch, loss, dz, dtau = self.batch, None, None, None
         alive = self._place_functions(step) if self.of_users else None
-        loss = dz = dtau = None
         if incoming is None:
             loss = torch.empty_like(self.like_loss)
             step.loss = loss.data_ptr()
@@ -289,7 +335,7 @@ def _write_sweep(target: _Instruction, sweep: Sweep) -> None:
     places = rows_of_terms(sweep.terms)
     target.row_step = -1
     target.terms = tuple(-1 if row < 0 else sweep.outputs[row] for row in places)
-    target.scalars = tuple(sweep.scalars)
+    target.scalars, target.most, target.done = tuple(sweep.scalars), sweep.most, sweep.done
     if sweep.weight is not None:
         target.gradient, target.weight = 1, sweep.weight
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import functional, shared_rows
+from ..backend import cpu
 from ..call import without_autocast
 
 #: The pairs of a block of `in_blocks`, by device: 4 MiB of float32 similarities stay in a CPU's
@@ -119,9 +120,13 @@ def as_called(function: Callable[..., Tensor], device: torch.device) -> Callable
     return called
 
 
-def is_small(rows: int, columns: int, device: torch.device) -> bool:
-    """Whether all pairs are best computed as one matrix; a compiled graph serves every size."""
+def is_small(rows: int, columns: int, device: torch.device, in_one_step: bool = False) -> bool:
+    """Whether all pairs are best computed as one matrix; a compiled graph serves every size.
+
+    ``in_one_step``: one step of the CPU kernels could compute the loss, and would be faster.
+    """
     few = rows * columns <= PAIRS_OF_A_MATRIX
+    few = few and not (in_one_step and cpu.load_error() is None)
     return few and device.type == "cpu" and not torch.compiler.is_compiling()
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..autograd import unit_rows
 from ..call import without_autocast
-from ..explicit_negatives import loss_against
+from ..explicit_negatives import loss_against_rows
 from ..functional import alpha_cl_loss, of_one_dtype, zero_with_graph
 from .entry import check_pair, cross_entropy, is_small, loss_dtype
 
@@ -125,8 +125,11 @@ def _loss(
         return losses if reduction == "none" else getattr(losses, reduction)()
     rows, keys = unit_rows(query), unit_rows(negative_keys.flatten(0, -2))
     positive = (rows * unit_rows(positive_key)).sum(1)
-    if not paired and not is_small(len(rows), len(keys), rows.device):
-        return loss_against(rows, keys, positive, temperature=temperature, reduction=reduction)
+    if not paired and not is_small(len(rows), len(keys), rows.device, True):
+        return loss_against_rows(
+            rows, keys, positive, functional.DEFAULTS["infonce"], similarity="cosine",
+            temperature=temperature, reduction=reduction,
+        )  # fmt: skip
     functional.check_temperature(temperature, functional.DEFAULTS["infonce"])
     with without_autocast(rows.device):
         if paired:

@@ -163,7 +163,7 @@ class ClipLoss(nn.Module):
         local = group is not None and self.local_loss
         check_pair("image_features", images, "text_features", texts, group)
         _check_scale(scale)
-        if group is None and is_small(len(images), len(texts), images.device):
+        if group is None and is_small(len(images), len(texts), images.device, True):
             loss = _of_matrix(images, texts, scale)
         else:
             loss = alpha_cl_loss(
@@ -362,7 +362,7 @@ class SigLipLoss(nn.Module):
         group = "world" if self.world_size > 1 else None
         check_pair("image_features", images, "text_features", texts, group)
         bias = 0.0 if bias is None else bias
-        if group is None and is_small(len(images), len(texts), images.device):
+        if group is None and is_small(len(images), len(texts), images.device, True):
             functional.check_scale_and_bias(scale, bias)
             loss = _of_sigmoids(images, texts, scale, bias)
         else:
@@ -376,6 +376,7 @@ class SigLipLoss(nn.Module):
                 reduction="mean" if group is None else "none",
             )
         # the package's labels have the dtype of the images
-        label = torch.ones_like(given[:1, :1])
-        last = loss_dtype(images.dtype, images.device, lambda x: F.logsigmoid(x * label))
-        return loss.mean().to(last)
+        last = loss_dtype(
+            images.dtype, images.device, lambda x: F.logsigmoid(x * torch.ones_like(given[:1, :1]))
+        )
+        return (loss.mean() if loss.dim() else loss).to(last)

@@ -152,8 +152,8 @@ def multi_similarity(
     t: Tensor, positives: Tensor, negatives: Tensor, alpha: float, beta: float, base: float
 ) -> Tensor:
     """(b,) (1/α)·log(1 + Σ_p exp(α(λ − t_ip))) + (1/β)·log(1 + Σ_n exp(β(t_in − λ)))."""
-    pull = _log1p_exp(_logsumexp(alpha * (base - t), positives > 0))
-    push = _log1p_exp(_logsumexp(beta * (t - base), negatives > 0))
+    pull = _log1p_exp(_logsumexp(-alpha * t, positives > 0) + alpha * base)
+    push = _log1p_exp(_logsumexp(beta * t, negatives > 0) - beta * base)
     return pull / alpha + push / beta
 
 

@@ -318,7 +318,9 @@ def _matrix(distance: Any, call: _Call) -> Callable[[slice], Tensor]:
     z, others = call.embeddings, call.others
     wide = accumulation_dtype(z.dtype)
     if _similarity(distance) == "cosine":
-        z, others = unit_rows(z), unit_rows(others)
+        alike = others is z
+        z = unit_rows(z)
+        others = z if alike else unit_rows(others)
         return lambda rows: z[rows] @ others.t()
     called = as_called(distance, z.device)
     return lambda rows: called(z[rows], others).to(wide)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..autograd import unit_rows
 from ..bundles import accumulation_dtype
-from ..explicit_negatives import loss_against
+from ..explicit_negatives import loss_against_rows
 from ..functional import alpha_cl_loss, of_one_dtype, zero_with_graph
 from ..objectives import LOG_SUM
 from .entry import (
@@ -189,10 +189,13 @@ class MultipleNegativesRankingLoss(nn.Module):
                 negatives="cross_view", symmetric="doc_to_query" in self.directions,
             ).to(dtype)  # fmt: skip
         rows = [unit_rows(x) if similarity == "cosine" else x.to(wide) for x in columns]
-        if is_small(len(first), len(first), first.device):
+        one_softmax = self._is_one_softmax()
+        if is_small(len(first), len(first), first.device, one_softmax):
             losses = self._in_blocks(rows, gather, lambda x, y: x @ y.t())
+        elif one_softmax:
+            return self._softmax_of_queries(rows, gather, similarity).to(dtype)
         else:
-            losses = self._row_losses(rows, gather)
+            losses = self._row_losses(rows, gather, similarity)
         return losses.mean().to(dtype)
 
     def _is_of_two_views(self, columns: Sequence[Tensor], gather: Gather | None) -> bool:
@@ -203,12 +206,38 @@ class MultipleNegativesRankingLoss(nn.Module):
         )
         return len(columns) == 2 and gather is None and not self._strength() and one_softmax_each
 
+    def _is_one_softmax(self) -> bool:
+        """Whether each query has one softmax, over negatives of which all are equally hard."""
+        return self.directions == ("query_to_doc",) and (
+            not self._strength() or self.hardness_mode == "all_negatives"
+        )
+
+    def _softmax_of_queries(
+        self, rows: list[Tensor], gather: Gather | None, similarity: str
+    ) -> Tensor:
+        """() the mean loss of queries against the documents of all, if `_is_one_softmax`."""
+        queries, positives, *_ = rows
+        everyones_queries, docs, first = _gathered(rows, gather)
+        if not len(queries):  # this process takes part in all messages
+            return zero_with_graph(everyones_queries, docs).expand(0).mean()
+        own = (queries * positives).sum(1)
+        ids = torch.arange(len(docs), device=own.device)  # a query's positive has its id
+        share = self.scale / (self.scale + self._strength())
+        if share != 1:
+            queries, docs = _HeldGradient.apply(queries, share), _HeldGradient.apply(docs, share)
+            own = own * share
+        return loss_against_rows(
+            queries, docs, own, functional.DEFAULTS["infonce"], similarity=similarity,
+            temperature=share / self.scale, ids=ids[first : first + len(own)], negative_ids=ids,
+            reduction="mean",
+        )  # fmt: skip
+
     def _strength(self, *modes: str) -> float:
         """The hardness strength if it is used, or used for negatives of one of the modes."""
         used = self.hardness_mode in (modes or HARDNESS_MODES[1:])
         return self.hardness_strength if used else 0.0
 
-    def _row_losses(self, rows: list[Tensor], gather: Gather | None) -> Tensor:
+    def _row_losses(self, rows: list[Tensor], gather: Gather | None, similarity: str) -> Tensor:
         """(N,) losses of rows whose inner products are the similarities.
 
         Every logit is taken relative to the anchor's own positive, whose logit is then 0; sums of
@@ -230,9 +259,9 @@ class MultipleNegativesRankingLoss(nn.Module):
             kept = self.scale / (self.scale + strength)
             x, y = _HeldGradient.apply(x, kept), _HeldGradient.apply(y, kept)
             return [
-                loss_against(
-                    x, y, own * kept, LOG_SUM, temperature=kept / self.scale, ids=ids,
-                    negative_ids=y_ids, reduction="none",
+                loss_against_rows(
+                    x, y, own * kept, LOG_SUM, similarity=similarity,
+                    temperature=kept / self.scale, ids=ids, negative_ids=y_ids,
                 )
             ]  # fmt: skip
 

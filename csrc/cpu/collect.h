@@ -22,7 +22,10 @@ template <class T> void collect(const Plan& plan, const std::vector<Block>& bloc
     else if (v.running_max) gather(static_cast<const T*>(v.running_max), out, s.anchors);
     else std::fill_n(out, s.anchors, T(s.constant_shift));
   }
-  if (v.weight_sums) gather(v.weight_sums, static_cast<T*>(s.weight_sums), s.n);
+  if (v.weight_sums) {
+    for (int64_t r = 0; r < v.padded; r++) v.weight_sums[r] *= v.df_scale;
+    gather(v.weight_sums, static_cast<T*>(s.weight_sums), s.n);
+  }
 }
 
 }  // namespace

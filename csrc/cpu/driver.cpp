@@ -3,6 +3,7 @@
 
 #include "../generated/row_codes.h"
 #include "collect.h"
+#include "ids.h"
 #include "isa.h"
 #include "prepare.h"
 #include "schedule.h"
@@ -64,6 +65,17 @@ int32_t run_rows(const PairRows& p, decltype(TileKernels::normalize) TileKernels
   return OK;
 }
 
+int32_t run_unit_rows(const UnitRows& u) {
+  const TileKernels* kernels = choose(u.instruction_set, u.dtype == FLOAT64 ? FLOAT64 : FLOAT32);
+  if (!kernels) return UNSUPPORTED;
+  constexpr int64_t CHUNK = 128;
+  std::atomic<int64_t> next{0};
+  in_parallel(u.threads > 1 ? u.threads : 1, [&](int) {
+    for (int64_t i; (i = next.fetch_add(CHUNK)) < u.n;) kernels->unit_rows(u, i, std::min(i + CHUNK, u.n));
+  });
+  return OK;
+}
+
 }  // namespace
 
 #pragma GCC visibility push(default)
@@ -73,6 +85,7 @@ extern "C" {
 int32_t alphacl_cpu_sweep_size() { return sizeof(Sweep); }
 int32_t alphacl_cpu_rows_size() { return sizeof(PairRows); }
 int32_t alphacl_cpu_step_size() { return sizeof(Step); }
+int32_t alphacl_cpu_unit_rows_size() { return sizeof(UnitRows); }
 int32_t alphacl_cpu_codes() { return CODES_CHECKSUM; }
 int32_t alphacl_cpu_row_steps() { return ROW_STEPS_CHECKSUM; }
 
@@ -143,6 +156,19 @@ int32_t alphacl_cpu_same_id(const SameIdBlock* b) {
 // of the gradient.
 int32_t alphacl_cpu_normalize(const PairRows* p) { return run_rows(*p, &TileKernels::normalize); }
 int32_t alphacl_cpu_finish(const PairRows* p) { return run_rows(*p, &TileKernels::finish); }
+int32_t alphacl_cpu_unit_rows(const UnitRows* u) { return run_unit_rows(*u); }
+
+// See number_ids; `n_neg` holds floats or, with dtype FLOAT64, doubles.
+int32_t alphacl_cpu_number_ids(const int64_t* ids, int64_t n, int64_t split, int64_t anchors, int32_t dtype, int32_t* numbers, void* n_neg,
+                               bool* empty) {
+  try {
+    if (dtype == FLOAT64) number_ids(ids, n, split, anchors, numbers, static_cast<double*>(n_neg), empty);
+    else number_ids(ids, n, split, anchors, numbers, static_cast<float*>(n_neg), empty);
+  } catch (const std::bad_alloc&) {
+    return NO_MEMORY;
+  }
+  return OK;
+}
 
 // exp (which = 0) or log (1) of n numbers, 64-byte aligned, n a multiple of 16.
 int32_t alphacl_cpu_function(int32_t set, int32_t dtype, int32_t which, const void* x, void* y, int64_t n) {

@@ -259,7 +259,8 @@ template <class Products> constexpr TileKernels tile_kernels(Dtype operands) {
           [](const Sweep& s, const Block& b, double scale, void* memory) {
             Products::unpack(s, b, scale, ThreadWorkspace<T>(memory).tile);
           },
-          add_columns<T>, normalize_pairs<T>, finish_pairs<T>, row_step<T>, same_id_rows<T>, apply<T, vexp<T>>, apply<T, vlog<T>>};
+          add_columns<T>, normalize_pairs<T>, finish_pairs<T>, unit_rows<T>, row_step<T>, same_id_rows<T>,
+          apply<T, vexp<T>>, apply<T, vlog<T>>};
 }
 
 }  // namespace

@@ -81,6 +81,7 @@ struct TileKernels {
   void (*add_columns)(const PairRows&, int64_t begin, int64_t end, void* workspace, double* sums);  // of all inputs
   void (*normalize)(const PairRows&, int64_t begin, int64_t end, void* workspace);  // of two rows
   void (*finish)(const PairRows&, int64_t begin, int64_t end, void* workspace);
+  void (*unit_rows)(const UnitRows&, int64_t begin, int64_t end);
   void (*row_step)(const RowStepCall&);
   void (*same_id)(const SameIdBlock&, int64_t begin, int64_t end, void* workspace);
   // for tests: the vector functions by themselves

@@ -172,6 +172,23 @@ template <class T> void normalize_pairs(const PairRows& p, int64_t begin, int64_
   }
 }
 
+// Rows [begin, end) of unit length or, with `d`, the gradient through them: (d − f⟨f, d⟩)/‖z‖.
+template <class T> void unit_rows(const UnitRows& u, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i++) {
+    T* f = static_cast<T*>(u.f) + i * u.dim;
+    T& inverse = static_cast<T*>(u.inv_norm)[i];
+    if (!u.d) {
+      widen<T>(u.z, u.dtype, i * u.z_stride, u.dim, T(1), f);
+      inverse = normalize_row(f, u.dim);
+      continue;
+    }
+    const T* d = static_cast<const T*>(u.d) + i * u.d_stride;
+    T* dz = static_cast<T*>(u.dz) + i * u.dim;
+    const T along = dot<T>(f, d, u.dim);
+    for (int64_t k = 0; k < u.dim; k++) dz[k] = (d[k] - f[k] * along) * inverse;
+  }
+}
+
 // Cosine: d ← (g − F⟨F, g⟩)/‖z‖ with g = d − q·F of the partner; DOT: d ← g; EUCLIDEAN, whose t
 // holds −½‖F‖²: d ← d + q·(F − F of the partner) − weight_sums·F
 template <class T> void finish_pairs(const PairRows& p, int64_t begin, int64_t end, void* workspace) {

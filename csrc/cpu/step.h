@@ -20,9 +20,10 @@
 
 namespace {
 
-// Items of one phase that have been dealt out, and that are done.
+// Items of one phase that have been dealt out, and that are done; of a repeated sweep also the items
+// with anchors that are not done.
 struct alignas(64) Phase {
-  std::atomic<int64_t> next{0}, done{0};
+  std::atomic<int64_t> next{0}, done{0}, undone{0};
 };
 
 // Rows minus their mean are no longer rows of half precision.
@@ -40,7 +41,7 @@ inline Sweep sizes_of(const Step& call) {
   std::copy(std::begin(call.params), std::end(call.params), s.params);
   s.threads = call.threads, s.df = call.dz, s.ids = call.ids;
   s.guide = call.guide, s.guide_dim = call.guide_dim;
-  s.bias = call.similarity == EUCLIDEAN ? call.z1 : nullptr;  // of interest is only whether there is one
+  s.bias = call.similarity == EUCLIDEAN ? call.z1 : call.bias;  // of interest is only whether there is one
   for (int32_t k = 0; k < call.instructions; k++) s.gradient |= call.program[k].row_step < 0 && call.program[k].gradient;
   return s;
 }
@@ -62,6 +63,7 @@ struct StepPlan {
     number_bytes = call.dtype == FLOAT64 ? 8 : 4;
     tiles = Schedule(plan).tiles();
     phases = 2 * call.instructions + 8;
+    for (int32_t k = 0; k < call.instructions; k++) phases += 2 * call.program[k].most;
     rows = plan.pieces(1, 2 * call.n_pairs * call.dim * (half ? 2 : number_bytes));
     scales = plan.pieces(half && call.similarity == COSINE, 2 * call.n_pairs * number_bytes);
     factors = plan.pieces(call.factor != 1, 2 * call.n_pairs * number_bytes);
@@ -127,22 +129,26 @@ template <class T> class StepRun {
     if (!for_chunks([&](int64_t begin, int64_t end) { row_kernels_.normalize(rows_, begin, end, me.mine); })) return;
     if (!me.phase(plan_.blocks, [&](int64_t b) { start_block(b, me.mine); })) return;
     int sweeps = 0;
-    for (int32_t k = 0; k < call_.instructions;) {
-      if (call_.program[k].row_step < 0) {
-        if (has_own_weights(k) && layout_.scaled && !me.phase(plan_.blocks, [&](int64_t b) { scale_weights(b); })) return;
-        const RowVectors v = vectors(k);
-        if (!me.phase(schedule_.tiles(), [&](int64_t number) { tile(k, sweeps, v, number, me.mine); })) return;
-        sweeps++;
+    for (int32_t k = 0, end; k < call_.instructions; k = end) {
+      const Instruction& begin = call_.program[k];
+      const bool sweep = begin.row_step < 0;
+      end = k + sweep;
+      while (end < call_.instructions && call_.program[end].row_step >= 0 && !(begin.most && end == k + 2)) end++;
+      for (int32_t round = 1;; round++) {
+        if (sweep && !sweep_tiles(me, k, sweeps++)) return;
+        if (!me.phase(plan_.blocks, [&](int64_t b) {
+              between_sweeps(b, sweep ? k : -1, k + sweep, end);
+              if (begin.most && !all_done(blocks_[b], begin.done)) me.undone();
+            }))
+          return;
+        if (round >= begin.most || me.all_done()) break;
       }
-      const int32_t sweep = call_.program[k].row_step < 0 ? k++ : -1;
-      const int32_t first = k;
-      while (k < call_.instructions && call_.program[k].row_step >= 0) k++;
-      if (!me.phase(plan_.blocks, [&](int64_t b) { between_sweeps(b, sweep, first, k); })) return;
     }
     if (call_.hi == call_.lo) return;
     if (!me.phase(plan_.blocks, [&](int64_t b) {
           const double factor = b < plan_.left ? call_.factor : 1;
           if (blocks_[b].wanted) kernels_.unpack(pack_, blocks_[b], df_scale_ * factor, me.mine);
+          copy_dbias(blocks_[b]);
         }))
       return;
     for_chunks([&](int64_t begin, int64_t end) {
@@ -189,7 +195,23 @@ template <class T> class StepRun {
       }
       return true;
     }
+    // An item of this phase has anchors that are not done; after it all threads see whether any has.
+    void undone() { run.phases_[number - 1].undone.fetch_add(1, std::memory_order_relaxed); }
+    bool all_done() const { return run.phases_[number - 1].undone.load(std::memory_order_relaxed) == 0; }
   };
+
+  // The tiles of the sweep k, which `before` others precede.
+  template <class Me> bool sweep_tiles(Me& me, int32_t k, int before) {
+    if (has_own_weights(k) && layout_.scaled && !me.phase(plan_.blocks, [&](int64_t b) { scale_weights(b); })) return false;
+    const RowVectors v = vectors(k);
+    return me.phase(schedule_.tiles(), [&](int64_t number) { tile(k, before, v, number, me.mine); });
+  }
+
+  bool all_done(const Block& x, int32_t done) const {
+    bool all = true;
+    for (int64_t r = 0; x.anchor && r < x.rows; r++) all &= place(done)[x.at + r] != 0;
+    return all;
+  }
 
   void tile(int32_t k, int sweep, const RowVectors& v, int64_t number, void* mine) {
     const Tile tile = schedule_.tile(number);
@@ -233,16 +255,15 @@ template <class T> class StepRun {
       const T factor = b < plan_.left ? T(call_.factor) : T(1);
       for (int64_t row = x.first; row < x.first + x.rows; row++) factors[row] = scale ? scale[row] * factor : factor;
     }
-    kernels_.pack(pack_, x, mine);
-    const T* pos = static_cast<const T*>(rows_.pos);
+    pack(x, mine);
     const T* counts = static_cast<const T*>(call_.n_neg_of);
     T *all_pos = place(POSITIVES) + x.at, *n_neg = own(StepPlan::N_NEG) + x.at;
     for (int64_t r = 0; r < x.rows; r++) {
       const int64_t row = x.first + r;
-      all_pos[r] = pos[row < call_.n_pairs ? row : row - call_.n_pairs];
+      all_pos[r] = positive(row);
       n_neg[r] = counts && row < call_.anchors ? counts[row] : T(call_.n_neg);
     }
-    if (pack_.bias) std::copy_n(static_cast<const T*>(rows_.bias) + x.first, x.rows, own(StepPlan::BIAS) + x.at);
+    copy_bias(x);
     if (call_.limited)
       for (int64_t r = 0; r < x.rows; r++) own(StepPlan::LARGEST_T)[x.at + r] = all_pos[r] + T(call_.max_gap);
     if (call_.guide)
@@ -260,6 +281,27 @@ template <class T> class StepRun {
     }
     progress_.finish(b, 0);
     prepare(0, x);
+  }
+
+  // Packs rows that have been prepared or, with given positives, rows as they lie in z1 and z2.
+  void pack(const Block& x, void* mine) {
+    if (!call_.pos) return kernels_.pack(pack_, x, mine);
+    const bool second = call_.split && x.first >= call_.split;
+    Sweep rows = pack_;
+    rows.f = second ? call_.z2 : call_.z1, rows.row_stride = second ? call_.stride2 : call_.stride1;
+    Block block = x;
+    if (second) block.first -= call_.split;
+    kernels_.pack(rows, block, mine);
+  }
+  T positive(int64_t row) const {
+    if (call_.pos) return row < call_.anchors ? static_cast<const T*>(call_.pos)[row] : T(0);
+    return static_cast<const T*>(rows_.pos)[row < call_.n_pairs ? row : row - call_.n_pairs];
+  }
+  void copy_bias(const Block& x) {
+    if (!pack_.bias || (call_.bias && x.first < call_.split)) return;
+    const T* bias = call_.bias ? static_cast<const T*>(call_.bias) + (x.first - call_.split)
+                               : static_cast<const T*>(rows_.bias) + x.first;
+    std::copy_n(bias, x.rows, own(StepPlan::BIAS) + x.at);
   }
 
   // Clears what the next sweep from instruction k on adds to.
@@ -283,6 +325,7 @@ template <class T> class StepRun {
       if (over) reduce(b);
       else if (has_own_weights(last)) copy_weights(b, call_.program[last].scalars[ROW_WEIGHT]);
     }
+    if (sweep >= 0 && call_.program[sweep].most) prepare(sweep, x);
     prepare(last, x);
   }
 
@@ -296,6 +339,8 @@ template <class T> class StepRun {
   void collect(const Instruction& sweep, const Block& x) {
     if (marked() && sweep.terms[SHIFT] >= 0)  // the sum of exponentials of no pairs is 0
       for (int64_t r = 0; r < x.rows; r++) own(StepPlan::EMPTY)[x.at + r] = T(sums()[F * plan_.padded + x.at + r] == 0);
+    if (marked() && sweep.terms[T_MAX] >= 0)
+      for (int64_t r = 0; r < x.rows; r++) own(StepPlan::EMPTY)[x.at + r] = T(place(sweep.terms[T_MAX])[x.at + r] == T(-HUGE_VAL));
     for (int term = 0; term < TERM_COUNT; term++) {
       if (sweep.terms[term] < 0) continue;
       T* to = place(sweep.terms[term]) + x.at;
@@ -305,6 +350,7 @@ template <class T> class StepRun {
       } else if (sweep.form == Form::CONSTANT) {
         std::fill_n(to, x.rows, T(sweep.constant_shift));
       }
+      std::fill(to + x.rows, to + plan_.stride, T(0));  // a running maximum has −∞ there, and 0·∞ is no 0
       // An empty sum becomes that over one pair with f = 1, where every formula is finite.
       if (!may_be_empty() || sweep.gradient) continue;
       for (int64_t r = 0; r < x.rows; r++) {
@@ -312,6 +358,8 @@ template <class T> class StepRun {
         else if (to[r] == T(-HUGE_VAL)) to[r] = 0;
       }
     }
+    if (marked() && sweep.form == Form::T_MAX && sweep.terms[F] >= 0)  // it has counted them
+      std::copy_n(place(sweep.terms[F]) + x.at, x.rows, own(StepPlan::N_NEG) + x.at);
   }
 
   void make_row_step(const Instruction& step, const Block& x) {
@@ -353,7 +401,10 @@ template <class T> class StepRun {
       return sum;
     };
     block_sum(StepPlan::LOSS)[b] = sum_of(losses, false);
-    if (incoming) sum_of(place(call_.mass) + x.at, true);
+    T* mass = place(call_.mass) + x.at;
+    if (incoming) sum_of(mass, true);
+    if (call_.dpos)
+      for (int64_t r = 0; r < x.rows; r++) static_cast<T*>(call_.dpos)[x.first + r] = -mass[r];
     for (int32_t k = 0; k < call_.slopes; k++)
       block_sum(StepPlan::SLOPES + k)[b] = sum_of(place(call_.dtau_of[k]) + x.at, incoming);
     if (call_.loss && call_.each) std::copy_n(losses, x.rows, static_cast<T*>(call_.loss) + x.first);
@@ -370,6 +421,13 @@ template <class T> class StepRun {
         if (pack_.bias && row < call_.rows) weights[row] = T(sums()[SUM_COUNT * plan_.padded + padded_place(row)]);
       if (call_.anchors > call_.n_pairs) q[i] += mass[padded_place(call_.n_pairs + i)];
     }
+  }
+
+  void copy_dbias(const Block& x) {
+    if (!call_.dbias || x.first < call_.split) return;
+    const double* weights = sums() + SUM_COUNT * plan_.padded + x.at;
+    T* dbias = static_cast<T*>(call_.dbias) + (x.first - call_.split);
+    for (int64_t r = 0; r < x.rows; r++) dbias[r] = T(weights[r] * df_scale_);
   }
 
   int64_t padded_place(int64_t row) const {
@@ -418,7 +476,7 @@ template <class T> class StepRun {
       s.form = instruction.form, s.constant_shift = instruction.constant_shift;
       s.gradient = instruction.gradient, s.weight = instruction.weight;
       std::copy(std::begin(instruction.terms), std::end(instruction.terms), s.rows_of_terms);
-      count++, constant &= instruction.form == Form::CONSTANT;
+      count += instruction.most > 1 ? 2 : 1, constant &= instruction.form == Form::CONSTANT;
     }
     const bool factors = count == 2 && constant;
     kept_.keep(count < 2 ? Keep::NOTHING : factors ? Keep::FACTORS : Keep::SIMILARITIES,

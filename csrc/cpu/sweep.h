@@ -75,7 +75,18 @@ struct PairRows {
   Similarity similarity;
 };
 
-constexpr int MOST_INSTRUCTIONS = 8, MOST_VECTORS = 8, MOST_SLOPES = 2;
+// Rows of unit length, and the gradient through them.
+struct UnitRows {
+  const void* z;   // (n, dim) inputs, z_stride elements apart
+  void* f;         // (n, dim) unit rows in the accumulation dtype; of an all-zero row: zeros
+  void* inv_norm;  // (n) 1/‖z‖, 0 for an all-zero row
+  const void* d;   // (n, dim) gradient in f, d_stride elements apart; null: f and inv_norm are computed
+  void* dz;        // (n, dim) gradient in z, in the accumulation dtype
+  int64_t n, dim, z_stride, d_stride;
+  int32_t dtype, threads, instruction_set;
+};
+
+constexpr int MOST_INSTRUCTIONS = 12, MOST_VECTORS = 8, MOST_SLOPES = 2;
 
 // One instruction of a step's program (alphacl_fast/program.py): a sweep, or with `row_step` >= 0 a
 // row step. Vectors are numbered places; place 0 holds zeros, place 1 the positives' similarities.
@@ -83,9 +94,14 @@ struct Instruction {
   int32_t row_step;  // -1: a sweep
   Form form;
   int32_t gradient, weight;     // of a sweep
-  int32_t terms[TERM_COUNT];    // place of each term, -1: not wanted
+  // Place of each term, -1: not wanted. With T_MAX there may be F, the number of the pairs,
+  // F_MOMENT, Σ (t − moment_origin), and DF_MOMENT, Σ (t − moment_origin)².
+  int32_t terms[TERM_COUNT];
   int32_t scalars[5];           // places of moment_origin, row_weight, shift, argument_offset, baseline
   int32_t inputs[MOST_VECTORS], outputs[MOST_VECTORS], output_count;  // of a row step
+  // A sweep that is repeated with the one row step behind it, at most so often (0: it is not), until
+  // the vector in the place `done` is nonzero for every anchor.
+  int32_t most, done;
   double constant_shift;
   double params[4];  // of a row step
   // instead of a row step: a `ValuesFunction` of the first input, with two outputs; or null
@@ -93,9 +109,16 @@ struct Instruction {
   const double* constants;
 };
 
-// A whole step of a loss: from two views to loss and gradient.
+// A whole step of a loss: from rows to loss and gradient. The rows are two views of n_pairs positive
+// pairs or, with `pos`, anchors whose positives' similarities are given.
 struct Step {
-  const void *z1, *z2;   // (n_pairs, dim) inputs, stride1 and stride2 elements apart
+  // (n_pairs, dim) inputs, stride1 and stride2 elements apart; with `pos` the rows [0, split) and
+  // [split, rows), or without a split z1 has all rows
+  const void *z1, *z2;
+  const void* pos;       // (anchors) similarity of each positive pair; null: of rows i and n_pairs + i
+  const void* bias;      // (rows − split) is added to what the rows from `split` on meet; with `pos` only
+  void* dpos;            // (anchors) gradient in `pos`; null: not wanted
+  void* dbias;           // (rows − split) gradient in `bias`, with one in these rows; null: not wanted
   const int32_t* ids;    // (rows) as in Sweep; with it also:
   const void* n_neg_of;  // (anchors) number of negatives of each anchor, at least 1
   const bool* empty;     // (anchors) whether it has none

@@ -237,6 +237,36 @@ template <class T> struct Maximum {
   }
 };
 
+// The same with F, the number of the pairs that count, F_MOMENT, Σ (t − moment_origin), and
+// DF_MOMENT, Σ (t − moment_origin)².
+template <class T> struct MaximumAndMoments {
+  const Panel<T>& p;
+  Maximum<T> largest;
+  Vec<T> count[PANEL_ROWS] = {}, first[PANEL_ROWS] = {}, second[PANEL_ROWS] = {};
+  ALPHACL_INLINE void begin(int64_t c) { largest.begin(c); }
+  ALPHACL_INLINE void end(int64_t c) { largest.end(c); }
+  template <bool Masked> ALPHACL_INLINE void pair(int r, int64_t c, Vec<T> t, Mask<T> keep) {
+    largest.template pair<Masked>(r, c, t, keep);
+    if (!Masked) keep = all_lanes<T>();
+    const Mask<T> of_r = p.marked ? of_row<T>(p, r, c, keep) : keep;
+    const Vec<T> gap = of_r ? t - p.row.moment_origin[r] : Vec<T>{};
+    count[r] += one_where<T>(of_r), first[r] += gap, second[r] += gap * gap;
+    if (!p.two_sided) return;
+    const Mask<T> of_c = p.marked ? of_cols<T>(p, r, c, keep) : keep;
+    const Vec<T> col_gap = of_c ? t - load(p.col.moment_origin + c) : Vec<T>{};
+    store(p.col_sums[F] + c, load(p.col_sums[F] + c) + one_where<T>(of_c));
+    store(p.col_sums[F_MOMENT] + c, load(p.col_sums[F_MOMENT] + c) + col_gap);
+    store(p.col_sums[DF_MOMENT] + c, load(p.col_sums[DF_MOMENT] + c) + col_gap * col_gap);
+  }
+  static __attribute__((noinline)) void run(const Panel<T>& p) {
+    MaximumAndMoments op{p, {p, {}, {}}};
+    for (auto& b : op.largest.best) b = broadcast<T>(-__builtin_inf());
+    for_pairs<T>(p, op);
+    for (int64_t r = 0; r < p.rows; r++) p.row_max[r] = max_of<T>(op.largest.best[r]);
+    add_rows<T>(p, F, op.count), add_rows<T>(p, F_MOMENT, op.first), add_rows<T>(p, DF_MOMENT, op.second);
+  }
+};
+
 // Value and derivatives of a pair for one anchor's scalars; those not wanted are left undefined.
 template <class T> struct PairValues {
   Vec<T> f, df, dtau;
@@ -510,7 +540,7 @@ template <class T, class K> PanelFunction<T> log_kind(const Sweep& s, bool marke
 
 template <class T> PanelFunction<T> panel_function(const Sweep& s, const RowVectors& v, const KeptTile& kept) {
   const bool factors = kept.what == Keep::FACTORS, marked = v.largest_t || v.largest_guide;
-  if (s.form == Form::T_MAX) return Maximum<T>::run;
+  if (s.form == Form::T_MAX) return s.rows_of_terms[F] < 0 ? Maximum<T>::run : MaximumAndMoments<T>::run;
   if (factors && kept.filled) return marked ? KeptGradient<T, true>::run : KeptGradient<T, false>::run;
   if (s.values) return s.gradient ? OfFunction<T, true>::run : OfFunction<T, false>::run;
   return with_kind<T>(s, [&](auto kind) {

@@ -259,6 +259,26 @@ template <class T> struct Newton5 {
     }
   }
 };
+template <class T> struct NewtonBracket1 {
+  static ALPHACL_INLINE void rows(const T* const*, T* const* out, int64_t at, const RowNumbers<T>& n) {
+    const T low = n.params[0], high = n.params[1];
+    store(out[0] + at, broadcast<T>(T(0) + low)); store(out[1] + at, broadcast<T>(T(0) + high));
+  }
+};
+template <class T> struct LowOfEach1 {
+  static ALPHACL_INLINE void rows(const T* const* in, T* const* out, int64_t at, const RowNumbers<T>& n) {
+    const Vec<T> x0 = load(in[0] + at), n_neg = load(n.n_neg + at);
+    const T power = n.params[0], most = n.params[1];
+    store(out[0] + at, x0 * vpow(n_neg / most, double(power)));
+  }
+};
+template <class T> struct MeansOfSums4 {
+  static ALPHACL_INLINE void rows(const T* const* in, T* const* out, int64_t at, const RowNumbers<T>&) {
+    const Vec<T> x0 = load(in[0] + at), x1 = load(in[1] + at), x2 = load(in[2] + at), x3 = load(in[3] + at);
+    const Vec<T> v0 = x2 / x1;
+    store(out[0] + at, x0 + v0); store(out[1] + at, (x3 / x1) + (x0 * ((v0 + v0) + x0)));
+  }
+};
 template <class T> struct MinPlayerRows4 {
   static ALPHACL_INLINE void rows(const T* const* in, T* const* out, int64_t at, const RowNumbers<T>& n) {
     const Vec<T> x0 = load(in[0] + at), x1 = load(in[1] + at), x2 = load(in[2] + at), x3 = load(in[3] + at);
@@ -351,6 +371,9 @@ template <class T, class Use> void with_row_step(int32_t code, Use&& use) {
     case WEIGHT_ROWS_THROUGH_ALPHA_3: return use(WeightRowsThroughAlpha3<T>{});
     case UNNORMALIZED_ROWS_2: return use(UnnormalizedRows2<T>{});
     case NEWTON_5: return use(Newton5<T>{});
+    case NEWTON_BRACKET_1: return use(NewtonBracket1<T>{});
+    case LOW_OF_EACH_1: return use(LowOfEach1<T>{});
+    case MEANS_OF_SUMS_4: return use(MeansOfSums4<T>{});
     case MIN_PLAYER_ROWS_4: return use(MinPlayerRows4<T>{});
     case MIN_PLAYER_ROWS_THROUGH_ALPHA_6: return use(MinPlayerRowsThroughAlpha6<T>{});
     case START_AT_NORMAL_TAIL_5: return use(StartAtNormalTail5<T>{});

@@ -48,6 +48,9 @@ int32_t alphacl_cpu_finish(const PairRows* p);
 int32_t alphacl_cpu_step(const Step* s);
 int32_t alphacl_cpu_same_id_size();
 int32_t alphacl_cpu_same_id(const SameIdBlock* b);
+int32_t alphacl_cpu_unit_rows(const UnitRows* u);
+int32_t alphacl_cpu_number_ids(const int64_t* ids, int64_t n, int64_t split, int64_t anchors, int32_t dtype, int32_t* numbers, void* n_neg,
+                               bool* empty);
 int32_t alphacl_cpu_function(int32_t set, int32_t dtype, int32_t which, const void* x, void* y, int64_t n);
 }
 
@@ -1350,6 +1353,205 @@ template <class T> void test_step(Random& random, const Served& s, const StepCas
       }
 }
 
+// InfoNCE of anchors with given positives against other rows, or one another, with a bias: against the
+// definition, and to the last bit alike for any threads and any workspace.
+template <class T> void test_given_step(Random& random, const Served& s, int dtype, bool online, bool rectangle) {
+  const int64_t n = random.integer(2, 50), m = rectangle ? random.integer(1, 50) : 0, dim = random.integer(1, 40);
+  const int64_t rows = n + m, split = rectangle ? n : 0, met = rows - split, size = element_size(dtype);
+  char what[200];
+  std::snprintf(what, sizeof(what), "given step: %s, %s, n %lld, m %lld, dim %lld, %s", s.kernels.c_str(), DTYPES[dtype],
+                (long long)(n), (long long)(m), (long long)(dim), online ? "online" : "constant shift");
+  watch(what);
+  std::vector<double> f;
+  Exact<char> z(n * dim * size, size), others(std::max<int64_t>(m, 1) * dim * size, size);
+  for (int64_t r = 0; r < rows; r++) {
+    std::vector<double> row;
+    double square = 1e-3;
+    for (int64_t k = 0; k < dim; k++) row.push_back(random.normal()), square += row.back() * row.back();
+    for (int64_t k = 0; k < dim; k++) {
+      double x = row[size_t(k)] / std::sqrt(square);
+      char* at = r < n ? z.data + (r * dim + k) * size : others.data + ((r - n) * dim + k) * size;
+      if (dtype == FLOAT64) {
+        std::memcpy(at, &x, 8);
+      } else if (dtype == FLOAT32) {
+        const float y = float(x);
+        std::memcpy(at, &y, 4), x = y;
+      } else {
+        const uint16_t y = dtype == BFLOAT16 ? to_bfloat16(x) : to_float16(x);
+        std::memcpy(at, &y, 2), x = dtype == BFLOAT16 ? from_bfloat16(y) : from_float16(y);
+      }
+      f.push_back(x);
+    }
+  }
+  Exact<T> pos(n), bias(met);
+  for (int64_t i = 0; i < n; i++) pos[i] = T(random.normal() * 0.3);
+  for (int64_t j = 0; j < met; j++) bias[j] = T(random.normal() * 0.1);
+  const double tau = 0.25, divisor = double(n);
+  double loss = 0, dtau = 0;
+  std::vector<double> dz(size_t(rows * dim)), dpos(size_t(n), 0.0), dbias(size_t(met), 0.0);
+  for (int64_t i = 0; i < n; i++) {
+    std::vector<double> factors(size_t(rows), 0.0), gaps(size_t(rows), 0.0);
+    double sum = 0, moment = 0;
+    for (int64_t j = split; j < rows; j++) {
+      if (j == i) continue;
+      double t = double(bias[j - split]) + (split ? 0 : double(bias[i])) - double(pos[i]);
+      for (int64_t k = 0; k < dim; k++) t += f[size_t(i * dim + k)] * f[size_t(j * dim + k)];
+      sum += factors[size_t(j)] = std::exp(t / tau);
+      moment += factors[size_t(j)] * t;
+    }
+    const double scale = 1 / divisor / (1 + sum);
+    loss += std::log1p(sum) / divisor, dtau -= scale * moment / tau / tau, dpos[size_t(i)] = -scale / tau * sum;
+    for (int64_t j = split; j < rows; j++) {
+      const double g = scale / tau * factors[size_t(j)];
+      dbias[size_t(j - split)] += g;
+      if (!split) dbias[size_t(i)] += g;
+      for (int64_t k = 0; k < dim; k++) {
+        dz[size_t(i * dim + k)] += g * f[size_t(j * dim + k)];
+        dz[size_t(j * dim + k)] += g * f[size_t(i * dim + k)];
+      }
+    }
+  }
+  std::vector<T> first;
+  for (int threads : {1, 3})
+    for (int64_t workspace : {int64_t(0), int64_t(40000), int64_t(1) << 24}) {
+      Exact<T> of_loss(1), of_z(rows * dim), of_tau(1), of_pos(n), of_bias(met);
+      for (auto* x : {&of_loss, &of_z, &of_tau, &of_pos, &of_bias}) x->fill_with_nan();
+      Step step{};
+      step.z1 = z.data, step.z2 = rectangle ? others.data : nullptr, step.stride1 = step.stride2 = dim;
+      step.pos = pos.data, step.bias = bias.data, step.dpos = of_pos.data, step.dbias = of_bias.data;
+      step.loss = of_loss.data, step.dz = of_z.data, step.dtau = of_tau.data;
+      step.dim = dim, step.rows = rows, step.split = split, step.anchors = n, step.hi = rows;
+      step.block = 13, step.workspace = workspace, step.tau = tau, step.n_neg = double(rows), step.divisor = divisor;
+      step.similarity = DOT, step.factor = 1, step.dtype = dtype, step.kind = EXP, step.threads = threads;
+      step.instruction_set = s.set;
+      write_program(step, online, true);
+      poison_workspace();
+      if (const int32_t status = alphacl_cpu_step(&step)) return fail("%s: status %d", what, status);
+      std::vector<T> results;
+      auto check = [&](const char* name, const Exact<T>& got, const double* right) {
+        double apart = 0, norm = 1e-6;
+        for (int64_t k = 0; k < got.size; k++) {
+          apart += (double(got[k]) - right[k]) * (double(got[k]) - right[k]), norm += right[k] * right[k];
+          results.push_back(got[k]);
+        }
+        const double slack = dtype == FLOAT64 ? 1e-12 : is_half(dtype) ? 2e-2 : 2e-5;
+        if (!(std::sqrt(apart) <= slack * std::sqrt(norm)))
+          fail("%s: %s is %.3g apart, its norm is %.3g", what, name, std::sqrt(apart), std::sqrt(norm));
+      };
+      check("loss", of_loss, &loss), check("dz", of_z, dz.data()), check("dtau", of_tau, &dtau);
+      check("dpos", of_pos, dpos.data()), check("dbias", of_bias, dbias.data());
+      if (first.empty()) first = results;
+      if (std::memcmp(first.data(), results.data(), first.size() * sizeof(T)))
+        fail("%s: %d threads and %lld bytes change bits", what, threads, (long long)(workspace));
+    }
+}
+
+// Σ_j max(x_ij, 0)/τ = 1 by the repeated sweep, whose row step moves y from one iterate to the next.
+template <class T> void test_repeated_sweep(Random& random, const Served& s, int dtype) {
+  enum Place { ZEROS, POSITIVES, TOP, LOW, HIGH, Y, MASS, SLOPE, MOMENT, DONE, ROW_WEIGHT, ALPHA, LOSSES, PLACES };
+  const int64_t n = random.integer(3, 60), dim = random.integer(1, 20);
+  watch("repeated sweep");
+  Exact<T> z1(n * dim), z2(n * dim);
+  for (int64_t k = 0; k < n * dim; k++) z1[k] = T(random.normal()), z2[k] = T(random.normal());
+  std::vector<T> first;
+  for (int threads : {1, 3})
+    for (int64_t workspace : {int64_t(0), int64_t(1) << 24}) {
+      Exact<T> losses(n);
+      losses.fill_with_nan();
+      Step step{};
+      step.z1 = z1.data, step.z2 = z2.data, step.stride1 = step.stride2 = dim, step.loss = losses.data, step.each = 1;
+      step.n_pairs = n, step.dim = dim, step.rows = n, step.anchors = n, step.block = 13, step.workspace = workspace;
+      step.tau = 0.5, step.n_neg = double(n - 1), step.divisor = 1, step.similarity = COSINE, step.factor = 1;
+      step.dtype = dtype, step.kind = SQUARE, step.threads = threads, step.instruction_set = s.set;
+      Instruction &top = step.program[0], &bracket = step.program[1], &sums = step.program[2], &newton = step.program[3],
+                  &last = step.program[4];
+      auto sweep = [](Instruction& k, Form form) {
+        k.row_step = -1, k.form = form;
+        std::fill(std::begin(k.terms), std::end(k.terms), -1);
+        std::fill(std::begin(k.scalars), std::end(k.scalars), int32_t(ZEROS));
+      };
+      auto rows = [](Instruction& k, int32_t code, std::initializer_list<int32_t> in, std::initializer_list<int32_t> out) {
+        k.row_step = code, k.output_count = int32_t(out.size());
+        std::copy(in.begin(), in.end(), k.inputs), std::copy(out.begin(), out.end(), k.outputs);
+      };
+      sweep(top, Form::T_MAX), top.terms[T_MAX] = TOP;
+      // y is 0 at first: the place of an output that is not asked for
+      rows(bracket, NEWTON_BRACKET_1, {TOP}, {LOW, HIGH}), bracket.params[0] = 0.5 / double(n - 1), bracket.params[1] = 0.5;
+      sweep(sums, Form::PLAIN), sums.terms[F] = MASS, sums.terms[DF] = SLOPE, sums.terms[F_MOMENT] = MOMENT;
+      sums.scalars[0] = sums.scalars[2] = TOP, sums.scalars[3] = Y, sums.most = 60, sums.done = DONE;
+      rows(newton, NEWTON_5, {MASS, SLOPE, Y, LOW, HIGH}, {LOW, HIGH, Y, DONE}), newton.params[0] = -1, newton.params[1] = -0.5;
+      rows(last, MIN_PLAYER_ROWS_4, {TOP, POSITIVES, MASS, MOMENT}, {ROW_WEIGHT, LOSSES, ALPHA});
+      step.instructions = 5, step.places = PLACES, step.mass = ROW_WEIGHT, step.losses = LOSSES;  // the losses are the masses
+      poison_workspace();
+      if (const int32_t status = alphacl_cpu_step(&step)) return fail("repeated sweep: status %d", status);
+      for (int64_t i = 0; i < n; i++)
+        if (!(std::fabs(double(losses[i]) - 1) < (sizeof(T) == 4 ? 1e-4 : 1e-12)))
+          fail("repeated sweep: the masses of anchor %lld add up to %.9g", (long long)(i), double(losses[i]));
+      if (first.empty()) first.assign(losses.data, losses.data + n);
+      if (std::memcmp(first.data(), losses.data, size_t(n) * sizeof(T)))
+        fail("repeated sweep: %d threads and %lld bytes change bits", threads, (long long)(workspace));
+    }
+}
+
+void test_given_steps(Random& random) {
+  for (int dtype : {FLOAT32, FLOAT64, BFLOAT16, FLOAT16})
+    for (const Served& s : served(dtype)) {
+      for (bool rectangle : {false, true})
+        by_dtype(dtype, [&](auto zero) { test_given_step<decltype(zero)>(random, s, dtype, random.chance(0.5), rectangle); });
+      if (dtype == FLOAT32) test_repeated_sweep<float>(random, s, dtype);
+      if (dtype == FLOAT64) test_repeated_sweep<double>(random, s, dtype);
+    }
+}
+
+void test_unit_rows(Random& random) {
+  for (int dtype : {FLOAT32, FLOAT64})
+    for (const Served& s : served(dtype))
+      by_dtype(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        const int64_t n = random.integer(1, 300), dim = random.integer(1, 40);
+        Exact<T> z(n * dim), f(n * dim), inverse(n), d(n * dim), dz(n * dim);
+        for (int64_t k = 0; k < n * dim; k++) z[k] = T(random.normal()), d[k] = T(random.normal());
+        UnitRows u{z.data, f.data, inverse.data, nullptr, nullptr, n, dim, dim, 0, dtype, 3, s.set};
+        if (alphacl_cpu_unit_rows(&u)) return fail("unit rows: refused");
+        u.d = d.data, u.dz = dz.data, u.d_stride = dim;
+        if (alphacl_cpu_unit_rows(&u)) return fail("unit rows: refused");
+        for (int64_t i = 0; i < n; i++) {
+          double square = 0, along = 0, apart = 0;
+          for (int64_t k = 0; k < dim; k++) square += double(z[i * dim + k]) * double(z[i * dim + k]);
+          const double norm = std::sqrt(square);
+          for (int64_t k = 0; k < dim; k++) along += double(z[i * dim + k]) * double(d[i * dim + k]) / square;
+          for (int64_t k = 0; k < dim; k++) {
+            const double right = (double(d[i * dim + k]) - double(z[i * dim + k]) * along) / norm;
+            apart = std::max(apart, std::fabs(double(f[i * dim + k]) - double(z[i * dim + k]) / norm));
+            apart = std::max(apart, std::fabs(double(dz[i * dim + k]) - right) * norm / (1 + std::fabs(along) * norm));
+          }
+          if (!(apart < (dtype == FLOAT64 ? 1e-13 : 1e-5))) fail("unit rows: %.3g apart", apart);
+        }
+      });
+}
+
+void test_ids(Random& random) {
+  for (int repeat = 0; repeat < 20; repeat++) {
+    const int64_t n = random.integer(1, 90), split = random.chance(0.5) ? random.integer(1, n) : 0;
+    const int64_t anchors = split && random.chance(0.5) ? split : n;
+    Exact<int64_t> ids(n);
+    Exact<int32_t> numbers(n);
+    Exact<double> n_neg(anchors);
+    Exact<bool> empty(anchors);
+    for (int64_t i = 0; i < n; i++) ids[i] = random.integer(-3, 3) * (int64_t(1) << random.pick({0, 32, 60}));
+    if (alphacl_cpu_number_ids(ids.data, n, split, anchors, FLOAT64, numbers.data, n_neg.data, empty.data))
+      return fail("ids: refused");
+    for (int64_t i = 0; i < anchors; i++) {
+      int64_t count = 0;
+      for (int64_t j = 0; j < n; j++) {
+        if ((ids[i] == ids[j]) != (numbers[i] == numbers[j])) return fail("ids: other numbers");
+        count += ids[i] != ids[j] && (!split || (i < split) != (j < split));
+      }
+      if (n_neg[i] != double(std::max<int64_t>(count, 1)) || empty[i] != (count == 0)) return fail("ids: other counts");
+    }
+  }
+}
+
 void test_steps(Random& random, bool thorough) {
   for (int dtype : {FLOAT32, FLOAT64, BFLOAT16, FLOAT16})
     for (const Served& s : served(dtype))
@@ -1668,6 +1870,9 @@ int main(int argc, char** argv) {
   test_pair_rows(random, thorough);
   timed("rows");
   test_steps(random, thorough);
+  test_given_steps(random);
+  test_unit_rows(random);
+  test_ids(random);
   timed("steps");
   test_same_id(random, thorough);
   timed("equal ids");

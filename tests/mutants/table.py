@@ -336,8 +336,8 @@ plant(
     ),
     (
         "log-weights: they are divided by the temperature",
-        "bias = call.objective.kind_tau(tau).to(wide) * given.log_weights.to(wide)",
-        "bias = given.log_weights.to(wide) + 0 * tau.to(wide)",
+        "bias = objective.kind_tau(tau).to(dtype) * given.log_weights.to(dtype)",
+        "bias = given.log_weights.to(dtype) + 0 * tau.to(dtype)",
         f"{AGAINST}test_log_weights[False-infonce0-blocked]",
     ),
     (
@@ -348,7 +348,7 @@ plant(
     ),
     (
         "temperature per anchor: the one in front of the loss is left out",
-        "return losses if scale is None else call.objective.times_temperature(losses, scale)",
+        "return call.objective.times_temperature(losses, scale)",
         "return losses",
         f"{AGAINST}test_temperature_per_anchor[False-False-infonce2]",
     ),
@@ -1021,6 +1021,30 @@ plant(
         "(void)which;",
         "tests/test_cpu_step.py::test_nothing_of_an_earlier_call_is_left[mean]",
     ),
+    (
+        "step: the rows that anchors with given positives meet are the anchors",
+        "rows.f = second ? call_.z2 : call_.z1,",
+        "rows.f = call_.z1,",
+        "tests/test_cpu_given.py::test_equals_the_two_sweeps[infonce-37]",
+    ),
+    (
+        "step: the gradient in given positives has the wrong sign",
+        "[x.first + r] = -mass[r];",
+        "[x.first + r] = mass[r];",
+        "tests/test_cpu_given.py::test_equals_the_two_sweeps[infonce-37]",
+    ),
+    (
+        "step: a repeated sweep adds to the sums of the round before",
+        "if (sweep >= 0 && call_.program[sweep].most) prepare(sweep, x);",
+        "",
+        "tests/test_cpu_step.py::test_one_sum_of_a_repeated_sweep_is_not_added_to_the_last_one",
+    ),
+    (
+        "step: a repeated sweep ends after its first round",
+        "if (round >= begin.most || me.all_done()) break;",
+        "break;",
+        "tests/test_cpu_step.py::test_min_players[alpha_square-setting0]",
+    ),
 )
 plant(
     "alphacl_fast/native.py",
@@ -1227,6 +1251,21 @@ plant(
         "gather(v.sums + term * v.padded, out, s.anchors);",
         "gather(v.sums + (s.form == Form::ONLINE ? F : term) * v.padded, out, s.anchors);",
         f"tests/test_cpu_step.py::test_running_maxima_equal_the_two_sweeps[{INFONCE}]",
+    ),
+    (
+        "log-weights of bfloat16 rows: their gradient is divided by the largest row weight",
+        "v.weight_sums[r] *= v.df_scale;",
+        "",
+        "tests/test_cpu_given.py::test_other_dtypes_equal_the_two_sweeps[torch.bfloat16-37]",
+    ),
+)
+plant(
+    "csrc/cpu/ids.h",
+    (
+        "ids: an anchor without negatives has some",
+        "empty[i] = count == 0;",
+        "empty[i] = false;",
+        f"{IDS}test_anchors_without_negatives[none-cpu]",
     ),
 )
 plant(
