@@ -133,7 +133,8 @@ def keep_of_step(
 
 def scaled_once(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """What `keep_of_step` has kept, times the incoming gradient, each in its dtype."""
-    scale = scaled_in_place if not ctx.hooked and _read_once(grad) else scaled
+    overwrites = _read_once(grad) and not ctx.hooked
+    scale = scaled_in_place if overwrites else scaled
     return scale(ctx.saved_tensors, grad, ctx.dtypes)
 
 

@@ -1150,8 +1150,8 @@ plant(
     "alphacl_fast/program.py",
     (
         "a native step confuses φ and φ′",
-        "return outputs\n\n\n@functools",
-        "return outputs[::-1]\n\n\n@functools",
+        "return outputs\n\n    def newton(",
+        "return outputs[::-1]\n\n    def newton(",
         as_built_in("infonce"),
     ),
 )
