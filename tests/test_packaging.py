@@ -226,8 +226,8 @@ backend.cpu_groups backend.cpu_step backend.cuda backend.triton
 ops
 native
 autograd plan
-process_groups
-distributed compiled_op eager steps
+process_groups eager
+distributed compiled_op steps
 functional same_id shared_rows
 one_operator
 explicit_negatives matryoshka metrics micro_batch rate tune verify accuracy
