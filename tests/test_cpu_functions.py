@@ -123,11 +123,13 @@ def test_losses_and_weights_are_native_steps(steps):
 
 @pytest.mark.parametrize("name", ["infonce", "triplet", "alpha_entropy"])
 def test_pairs_that_do_not_count(name):
-    """Equal ids, and negatives beyond a gap: each anchor of a pair decides for itself."""
+    """Equal ids, negatives beyond a gap or by a guide: each anchor of a pair decides for itself."""
     own, _ = PAIRS[name]
     z1, z2 = pair(40, 6)
-    ids = torch.arange(40) // 3
-    for options in ({"ids": ids}, {"max_gap": -0.2}, {"ids": ids, "max_gap": -0.5}):
+    ids, guide = torch.arange(40) // 3, pair(40, 3, seed=1)
+    for options in (
+        {"ids": ids}, {"max_gap": -0.2}, {"ids": ids, "max_gap": -0.5}, {"guide": guide},
+    ):  # fmt: skip
         for reduction in ("mean", "none"):
             found = [evaluate(z1, z2, own, b, reduction=reduction, **options)
                      for b in ("cpu", "blocked")]  # fmt: skip
@@ -162,7 +164,7 @@ def test_excluded_pairs_do_not_matter():
 @pytest.mark.parametrize("native", [True, False])
 def test_same_bits_for_any_number_of_threads(native, monkeypatch):
     if not native:
-        monkeypatch.setattr("alphacl_fast.native.serves", lambda call, need: False)
+        monkeypatch.setattr("alphacl_fast.native.serves", lambda *_: False)
     z1, z2 = pair(150, 9, torch.float32)
     found = []
     for threads in (1, 2, 3):
