@@ -28,11 +28,11 @@ from triton.runtime.interpreter import GridExecutor
 
 from alphacl_fast import FusedAlphaCLLoss, PairLoss, PairWeight, launches, ops
 from alphacl_fast.backend import cuda, filling, gpu, triton
-from alphacl_fast.bundles import PairFunction, Pairing, Rows, RowScalars, Weight
+from alphacl_fast.bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight
 from alphacl_fast.functional import alpha_cl_loss
 from alphacl_fast.kernels import sweeps
 from alphacl_fast.kernels.config import Tile
-from alphacl_fast.kernels.rows import rounded_to_tf32
+from alphacl_fast.kernels.rows import rounded_rows, rounded_to_tf32
 
 #: Objectives whose second sweep reads every row scalar.
 ALIGNED = [
@@ -306,6 +306,24 @@ def test_weights_are_rounded_to_tf32():
     assert out.isnan().all()
     _round_to_tf32[(1,)](torch.full((8,), torch.finfo(torch.float32).max), out)
     assert (out == torch.inf).all()
+
+
+def test_rows_are_rounded_to_tf32():
+    """In both sweeps, and where TF32 was asked for."""
+    f = torch.randn(12, 5)
+    tau, weight = torch.tensor(0.5), torch.rand(12)
+    scalars = RowScalars(torch.zeros(12), row_weight=weight, shift=torch.zeros(12))
+    operands = Pairing(0, 6, 12), PairFunction("exp", (), tau, None), scalars
+
+    def both(rows, precision):
+        sums = triton.row_sums(Rows(rows), *operands, (Term.F,), precision)
+        df, *_ = triton.pair_grad(Rows(rows), *operands, Weight.F, (), (0, 12), precision)
+        return torch.cat([sums, df.t()])
+
+    by_hand = both(rounded_rows(f), "tf32")
+    assert torch.equal(both(f, "tf32"), by_hand)
+    for precision in ("ieee", "bf16x3"):
+        assert (both(f, precision) != by_hand).any(1).all()
 
 
 def test_nothing_is_compiled_again_for_another_batch_size(monkeypatch):
