@@ -1050,7 +1050,7 @@ def newton_bracket(t_max, *, numbers, low, high):
 @row_step("low")
 def low_of_each(low, *, numbers, power, most):
     """From inverse(1/most) to inverse(1/|Neg(i)|), where h = (·)^(−1/power)."""
-    return (low * (numbers.n_neg / most).pow(power),)
+    return (low * (numbers.n_neg / most) ** power,)
 
 
 @row_step("mean", "mean_square")
