@@ -499,7 +499,9 @@ class _PlainUnitRows(native.PlainFunction):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *of_saved: Tensor | None) -> Tensor | None:
-        if grad is None or torch.is_grad_enabled() or not native.readable(grad):
+        if not first_derivative(grad, of_saved):
+            return None
+        if torch.is_grad_enabled() or not native.readable(grad):
             return UnitRows.backward(ctx, grad, *of_saved)
         return cpu.through_normalization(grad, *ctx.saved_tensors).to(ctx.dtype)
 
