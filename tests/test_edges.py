@@ -379,7 +379,10 @@ def test_derivative_of_a_gradient_in_a_loss_weight(name):
 
 def test_a_weight_for_every_anchor_has_no_derivative():
     z1, z2 = (z.requires_grad_() for z in pair(6, 5))
-    for loss in (alpha_cl_loss(z1, z2, reduction="none"), loss_against(z1, z2, z1[:, 0])):
+    for loss in (
+        alpha_cl_loss(z1, z2, reduction="none"),
+        loss_against(z1, z2, z1[:, 0], reduction="none"),
+    ):
         w = torch.ones((), requires_grad=True)
         (dz,) = torch.autograd.grad(w * loss.sum(), z1, create_graph=True)
         with pytest.raises(
