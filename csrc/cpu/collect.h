@@ -11,9 +11,9 @@ namespace {
 // T is the accumulation dtype.
 template <class T> void collect(const Plan& plan, const std::vector<Block>& blocks, const RowVectors& v) {
   const Sweep& s = plan.sweep;
-  auto gather = [&](const auto* from, T* to, int64_t length) {
+  auto gather = [&](const auto* from, T* to, int64_t length, double scale = 1) {
     for (const Block& b : blocks)
-      for (int64_t r = 0; r < b.rows && b.first + r < length; r++) to[b.first + r] = T(from[b.at + r]);
+      for (int64_t r = 0; r < b.rows && b.first + r < length; r++) to[b.first + r] = T(from[b.at + r] * scale);
   };
   for (int term = 0; term < TERM_COUNT; term++) {
     if (s.rows_of_terms[term] < 0) continue;
@@ -22,10 +22,7 @@ template <class T> void collect(const Plan& plan, const std::vector<Block>& bloc
     else if (v.running_max) gather(static_cast<const T*>(v.running_max), out, s.anchors);
     else std::fill_n(out, s.anchors, T(s.constant_shift));
   }
-  if (v.weight_sums) {
-    for (int64_t r = 0; r < v.padded; r++) v.weight_sums[r] *= v.df_scale;
-    gather(v.weight_sums, static_cast<T*>(s.weight_sums), s.n);
-  }
+  if (v.weight_sums) gather(v.weight_sums, static_cast<T*>(s.weight_sums), s.n, v.df_scale);
 }
 
 }  // namespace

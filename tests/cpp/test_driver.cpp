@@ -334,7 +334,7 @@ template <class T> void test_collect(const Case& c, const TileKernels& kernels) 
   std::vector<double> sums(size_t(SUM_COUNT * plan.padded)), weight_sums(size_t(plan.padded));
   std::vector<T> maxima(size_t(plan.padded));
   RowVectors v{};
-  v.padded = plan.padded, v.sums = sums.data(), v.weight_sums = c.gradient ? weight_sums.data() : nullptr;
+  v.padded = plan.padded, v.sums = sums.data(), v.weight_sums = c.gradient ? weight_sums.data() : nullptr, v.df_scale = 0.5;
   std::vector<Block> blocks;
   for (int64_t b = 0; b < plan.blocks; b++) blocks.push_back(plan.block(b));
   for (const Block& b : blocks)
@@ -351,7 +351,7 @@ template <class T> void test_collect(const Case& c, const TileKernels& kernels) 
       for (int term = 0; term < SUM_COUNT; term++)
         CHECK(rows[term] < 0 || out[size_t(rows[term] * c.anchors + i)] == T(1000 * term + i), c.name());
     }
-    for (int64_t i = 0; i < c.n; i++) CHECK(out_weights[size_t(i)] == (c.gradient ? T(2 * i) : T(-1)), c.name());
+    for (int64_t i = 0; i < c.n; i++) CHECK(out_weights[size_t(i)] == (c.gradient ? T(i) : T(-1)), c.name());
   }
 }
 
