@@ -1,5 +1,5 @@
-"""How fast a step of InfoNCE on the CPU is beside dense losses and beside the two sweeps, and how
-fast one of SigLIP is beside InfoNCE.
+"""How fast a step of InfoNCE on the CPU is beside dense losses and beside the two sweeps, how fast
+one of SigLIP is beside InfoNCE, and what variants of InfoNCE and SupCon cost.
 
     python -m benchmarks.step [--sizes 16,32,…] [--threads 1] [--rounds 15] [--no-compile]
                              [--out FILE]
@@ -21,9 +21,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from alphacl_fast import FusedAlphaCLLoss, SigLipLoss, native
+from alphacl_fast import (
+    FusedAlphaCLLoss,
+    MatryoshkaLoss,
+    PairLoss,
+    SigLipLoss,
+    SupConLoss,
+    native,
+)
 from alphacl_fast.benchmarks.loss import provenance
 from alphacl_fast.journal import append
+from alphacl_fast.supcon import FORMS
 
 DIM, TAU = 128, 0.1
 
@@ -45,7 +53,7 @@ def without_steps(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The loss through the two sweeps."""
 
     def run(*z: Tensor) -> Tensor:
-        serves, native.serves = native.serves, lambda call, need: False
+        serves, native.serves = native.serves, lambda *call: False
         if loss._call.ready:
             loss._call.ready.clear()
         try:
@@ -106,6 +114,47 @@ def siglip(n: int, rounds: int) -> dict[str, Any]:
     return {"loss": "siglip", "pairs": n, "over_ours": over(median, "ours")}
 
 
+def own_infonce() -> PairLoss:
+    """InfoNCE as a user writes it, with constants of its own."""
+    return PairLoss(phi=lambda x: TAU * torch.log1p(x), psi=lambda x: torch.exp(x / TAU))
+
+
+def variants(n: int, rounds: int) -> dict[str, Any]:
+    """What a user's function and options of InfoNCE cost beside InfoNCE of the same n pairs."""
+    z = [torch.randn(n, DIM, requires_grad=True) for _ in range(2)]
+    guide = tuple(torch.randn(n, DIM) for _ in range(2))
+    ours, each = (FusedAlphaCLLoss(temperature=TAU, reduction=r) for r in ("mean", "none"))
+    contestants = {
+        "ours": ours,
+        "own function": FusedAlphaCLLoss(own_infonce()),
+        "reduction none": lambda *z: each(*z).mean(),
+        "one side": lambda z1, z2: ours(z1, z2.detach()),
+        "max_gap": FusedAlphaCLLoss(temperature=TAU, max_gap=0.1),
+        "guide": lambda *z: ours(*z, guide=guide),
+        "Matryoshka 128, 64, 32": MatryoshkaLoss(ours, (DIM, DIM // 2, DIM // 4)),
+    }
+    return {
+        "loss": "variants",
+        "pairs": n,
+        "over_ours": over(medians(contestants, z, rounds), "ours"),
+    }
+
+
+def supcon(n: int, classes: int, rounds: int) -> dict[str, Any]:
+    """SupCon's forms beside `alpha_cl_loss` on the halves, with the labels as ids."""
+    z = [torch.randn(n, DIM, requires_grad=True) for _ in range(2)]
+    ids = torch.randint(classes, (n,))
+    loss = FusedAlphaCLLoss(temperature=TAU)
+
+    def run(form: str) -> Callable[..., Tensor]:
+        forms = SupConLoss(temperature=TAU, form=form)
+        return lambda *z: forms(torch.cat(z), ids.repeat(2))
+
+    contestants = {"ours": lambda *z: loss(*z, ids=ids)} | {form: run(form) for form in FORMS}
+    median = medians(contestants, z, rounds)
+    return {"loss": f"supcon, {classes} classes", "pairs": n, "over_ours": over(median, "ours")}
+
+
 def over(median: dict[str, float], name: str) -> dict[str, float]:
     """The others' medians over one contestant's."""
     return {other: x / median[name] for other, x in median.items() if other != name}
@@ -139,6 +188,10 @@ def main(arguments: list[str] | None = None) -> None:
                 yield infonce(dense, n, options.rounds, not options.no_compile)
         for n in sizes:
             yield siglip(n, options.rounds)
+        for n in sizes:
+            yield variants(n, options.rounds)
+        for classes in (10, 100, 1000):
+            yield supcon(max(sizes), classes, options.rounds)
 
     for row in rows():
         print(line(row), flush=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from alphacl_fast import cli
-from alphacl_fast.benchmarks import baselines, bench, loss, memory, report
+from alphacl_fast import cli, journal
+from alphacl_fast.benchmarks import baselines, bench, loss, memory, report, step
 from tools import training
 
 ROOT = Path(__file__).parent.parent
@@ -299,6 +299,20 @@ def row(contestant, n, gemms, **other):
         "peak_extra_bytes": None,
         **other,
     }
+
+
+def test_rows_of_steps(tmp_path, capsys):
+    out = tmp_path / "step.jsonl"
+    step.main(["--sizes=16", "--rounds=1", "--no-compile", f"--out={out}"])
+    rows = journal.read(out)
+    losses = ["infonce", "infonce", "siglip", "variants"]
+    assert [row["loss"] for row in rows][:4] == losses
+    assert len(rows) == 7
+    assert all(ratio > 0 for row in rows for ratio in row["over_ours"].values())
+    assert len(capsys.readouterr().out.splitlines()) == len(rows)
+    table = report.small_batches(rows)
+    assert table.count("| 16 |") == len(rows)
+    assert "own function (×)" in table
 
 
 def test_growth_is_fitted():
