@@ -192,7 +192,7 @@ LEFT_OUT.append(((3, 1, 4, 2), "two_level"))
 def test_negatives_are_left_out_over_ranks(ranks, sizes, strategy, by):
     """Members, settings and reductions in turn; without ids and with them."""
     turn = LEFT_OUT.index((sizes, strategy))
-    settings = [s for s in every_setting() if by == "max_gap" or s[2] != "euclidean"]
+    settings = [*every_setting()]
     for with_ids in (False, True):
         cases, more = [], []
         for k, member in enumerate(MEMBERS):
@@ -404,16 +404,6 @@ BAD = [
     ),
     ({0: {"guide": (A, B[:3])}}, ValueError, r"^rank 0: guide\[1\] must have 4 rows"),
     ({1: {"guide_margin": "x"}}, TypeError, "^rank 1: guide_margin must be a number"),
-    (
-        {r: {"guide": (A, B), "backend": "cpu"} for r in range(3)},
-        ValueError,
-        "^rank 0: backend 'cpu' cannot serve this call: guide: not in this backend; use blocked",
-    ),
-    (
-        {r: {"guide": (A, B), "similarity": "euclidean"} for r in range(3)},
-        ValueError,
-        "^rank 0: guide must be None with similarity='euclidean'",
-    ),
     (
         {r: {"z": (A[:0], B[:0])} for r in range(3)},
         ValueError,

@@ -484,15 +484,17 @@ class TestAutograd:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", ["infonce", "triplet", "alpha_direct", "alpha_square", "uniform"])
 def test_functional_gradients(name, reduction):
-    """torch.func.grad and vjp give what backward gives, to the last bit where the loss is one
-    number: without a reduction, its row steps are PyTorch operations, a backward's are not.
+    """torch.func.grad and vjp give what backward gives, to the last bit where one native step makes
+    the loss: without a reduction, and for constant α, some of it are PyTorch operations here alone.
 
     A second derivative raises.
     """
     z1, z2 = pair(6, 3)
 
     def same(a, b):
-        return torch.equal(a, b) if reduction == "mean" else relative_error(a, b) < 1e-13
+        if reduction == "mean" and name != "uniform":
+            return torch.equal(a, b)
+        return relative_error(a, b) < 1e-13
 
     def loss(z1, z2):
         return alpha_cl_loss(z1, z2, name, reduction=reduction).square().sum()
@@ -527,7 +529,7 @@ def test_functional_gradients_of_a_module_and_of_other_negatives():
     ):
         z = z1.clone().requires_grad_()
         (truth,) = torch.autograd.grad(loss(z), z)
-        assert torch.equal(torch.func.grad(loss)(z1), truth)
+        assert relative_error(torch.func.grad(loss)(z1), truth) < 1e-12
         with pytest.raises(RuntimeError, match="first ones only"):
             torch.func.grad(lambda z, loss=loss: torch.func.grad(loss)(z).sum())(z1)
 
