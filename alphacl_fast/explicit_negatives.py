@@ -32,6 +32,7 @@ from .autograd import (
     only_once,
     unit_rows,
 )
+from .backend import cpu
 from .bundles import Rows, accumulation_dtype
 from .call import BoundCall, Call, Guide, Layout, SameId, without_autocast
 from .objectives import ClosedForm, Objective
@@ -354,6 +355,8 @@ def _at_one_temperature(
     # a step compares Δ as it sees it, with the weights and divided by the temperature
     own_limit = limit is not None or (call.max_gap is not None and bias is not None)
     served = not with_guide and not own_limit and native.serves(bound, need)
+    # there, the gradient's sweep finds what the first one kept: a step would solve the rows again
+    served = served and not cpu.keeps_tiles()
     if served and native.plain(*there):
         plan = native.prepared_given(bound, z, layout, need)
         prepared = given_positives.Prepared(bound, layout, plan, need)
@@ -388,7 +391,7 @@ def _positive_and_bias(
 
 def _again(given: Given, call: Call) -> tuple[Tensor | None, Any]:
     """The loss if a call like this has been made before, and the key of such calls; or None."""
-    key = given_positives.key_of(given)
+    key = None if cpu.keeps_tiles() else given_positives.key_of(given)
     prepared = key and call.ready and call.ready.get(key)
     if not prepared:
         return None, key

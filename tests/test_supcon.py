@@ -12,6 +12,7 @@ from family import BACKENDS, SLOW, in_turn, pair, relative_error
 from torch.nn.functional import normalize
 
 from alphacl_fast import SupConLoss, same_id, supcon_loss
+from alphacl_fast.backend import cpu
 from alphacl_fast.functional import REDUCTIONS
 
 FORMS = ["out", "in", "sincere"]
@@ -363,6 +364,20 @@ def test_processes_share_a_batch(ranks, sizes, references):
         if len(sizes) == 3 or k % 4 == 0:
             options = {"form": form, "reduction": reduction, "references": references}
             assert max(ranks.run(len(sizes), parts, sizes=sizes, **options)) < 1e-10
+
+
+@pytest.mark.parametrize("form", ["out", "in", "sincere"])
+def test_loss_and_gradient_take_two_sweeps(form, monkeypatch):
+    """The second one reads what the first has kept. A step with given positives, which a call
+    without a reduction takes, would solve the rows again.
+    """
+    sweeps, run = [], cpu._run
+    monkeypatch.setattr(cpu, "_run", lambda *a, **k: (sweeps.append(a), run(*a, **k)))
+    z, ids = pair(60, 8, torch.float32)[0].requires_grad_(), torch.arange(60) % 7
+    supcon_loss(z, ids, form=form, reduction="none").sum().backward()
+    sweeps.clear()
+    supcon_loss(z, ids, form=form).backward()
+    assert len(sweeps) == 2
 
 
 def refused(group, options):

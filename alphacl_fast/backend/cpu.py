@@ -398,6 +398,11 @@ def keeping_tiles(workspace: int) -> Iterator[None]:
         _local.kept = before
 
 
+def keeps_tiles() -> bool:
+    """Whether this thread is in `keeping_tiles`."""
+    return getattr(_local, "kept", None) is not None
+
+
 def _run(
     rows: Rows,
     pairing: Pairing,
@@ -418,7 +423,7 @@ def _run(
     kept = {name: x.contiguous() for name, x in vectors if x is not None}
     kept.update(f=f)
     of_tiles = {}
-    if getattr(_local, "kept", None) is not None:
+    if keeps_tiles():
         tensors = tuple(x for name, x in kept.items() if name not in RowScalars._fields)
         key = (
             *((x.data_ptr(), x.stride(), x._version) for x in tensors), *f.shape, *pairing[:3],
