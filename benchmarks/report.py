@@ -390,18 +390,25 @@ def training(rows: list[Row]) -> str:
     return "\n".join(markdown(header, lines)) + "\n"
 
 
+def _table(loss: str) -> str:
+    """The rows of which losses share a table: "supcon, 10 classes" is in that of "supcon"."""
+    return loss.partition(",")[0]
+
+
 def small_batches(rows: list[Row]) -> str:
     """Format the rows of `benchmarks.step`: what others take relative to one native step."""
     newest = {(row["loss"], row.get("negatives"), row["pairs"]): row for row in rows}
     last = list(newest.values())[-1]
     where = f"{last['device']} ({last['capability']}), {counted(last['threads'])}, torch "
     parts = [f"Measured on {where}{last['torch']}, commit {last['commit']}."]
-    for name in dict.fromkeys(loss for loss, _, _ in newest):
-        found = [row for (loss, _, _), row in newest.items() if loss == name]
+    for name in dict.fromkeys(_table(loss) for loss, _, _ in newest):
+        found = [row for (loss, _, _), row in newest.items() if _table(loss) == name]
+        modes = [*dict.fromkeys(row.get("negatives") for row in found)]
+        found.sort(key=lambda row: (modes.index(row.get("negatives")), row["pairs"]))
         others = list(found[0]["over_ours"])
         lines = [
             [
-                f"{name} {row.get('negatives', '')}".strip(), f"{row['pairs']:,}",
+                f"{row['loss']} {row.get('negatives', '')}".strip(), f"{row['pairs']:,}",
                 *(f"{row['over_ours'][other]:.2f}" for other in others),
             ]
             for row in found
