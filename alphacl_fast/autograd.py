@@ -142,8 +142,8 @@ class Sweeps:
     ) -> None:
         """``rows`` and ``pos`` may have more rows than the layout, which come behind.
 
-        ``limit`` (anchors,): the largest t of a negative, without log-weights; None: that of
-        ``max_gap`` beyond ``pos``. Rows have log-weights for a bias only with a limit.
+        ``limit`` (anchors,): negatives with a larger t do not count. It is compared before
+        log-weights, the bias of ``rows``, are added. None: the limit is ``pos`` + ``max_gap``.
         """
         self.layout = Layout.of(call, pos.shape[0] // 2) if layout is None else layout
         self.same_id, self.call, self.guided = same_id, call, guide is not None

@@ -42,9 +42,7 @@ def prepare(z1: Tensor, tau: Tensor, call: BoundCall, need: Need, why: str) -> P
     if not any(need):
         losses = _without_gradient
     else:
-        # without what `Function.apply` does for torch.func, which plain tensors do not need
-        function = _Losses if call.reduction == "none" else _Loss
-        losses = super(torch.autograd.Function, function).apply
+        losses = (_Losses if call.reduction == "none" else _Loss).of_plain
     plan = native.prepared(call, z1, need)
     return Prepared(call, plan, need, why, (z1.dtype, tau.dtype), losses)
 
@@ -60,12 +58,8 @@ def _without_gradient(
     return (native.loss_and_gradient(z1, z2, prepared.call, prepared.plan, same_id, guide)[0],)
 
 
-class _Loss(torch.autograd.Function):
-    """The loss with its gradient, which waits for the incoming one; first derivatives only.
-
-    It has no separate setup_context, which would cost as much as the rest of the function:
-    torch.func goes through `autograd.AlphaCLFunction`.
-    """
+class _Loss(native.PlainFunction):
+    """The loss with its gradient, which waits for the incoming one."""
 
     @staticmethod
     def forward(
@@ -78,9 +72,8 @@ class _Loss(torch.autograd.Function):
         guide: Guide | None,
     ) -> tuple[Tensor | None, ...]:
         outputs = prepared.plan.run(z1, z2, same_id, None, guide)
-        ctx.prepared, ctx.hooked = prepared, _hooks_of_saved_tensors(False) is not None
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*outputs[1:])
+        ctx.need = prepared.need
+        keep_of_step(ctx, outputs[1:], prepared.dtypes)
         return outputs
 
     @staticmethod
@@ -91,12 +84,8 @@ class _Loss(torch.autograd.Function):
             raise RuntimeError(SECOND_DERIVATIVE)
         if grad is None:
             return _NO_GRADIENTS
-        _, _, need, _, dtypes, _ = ctx.prepared
-        # in the accumulation dtype: a half-precision gradient of 1e-8 would vanish before
-        # GradScaler sees it
-        scale = scaled_in_place if not ctx.hooked and _read_once(grad) else scaled
-        dz, dtau = scale(ctx.saved_tensors, grad, dtypes)
-        return *views_of(dz, need), dtau, None, None, None
+        dz, dtau = scaled_once(ctx, grad)
+        return *views_of(dz, ctx.need), dtau, None, None, None
 
 
 def _read_once(grad: Tensor) -> bool:
@@ -125,7 +114,11 @@ _hooks_of_saved_tensors: Callable[[bool], Any] = getattr(
 def keep_of_step(
     ctx: Any, gradients: tuple[Tensor | None, ...], dtypes: tuple[torch.dtype | None, ...]
 ) -> None:
-    """Keeps gradients of a loss that is one number for its backward, which wants these dtypes."""
+    """Saves gradients of a loss that is one number for its backward, which returns these dtypes.
+
+    They are in the accumulation dtype: a half-precision gradient of 1e-8 would vanish before
+    GradScaler sees it.
+    """
     ctx.dtypes, ctx.hooked = dtypes, _hooks_of_saved_tensors(False) is not None
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*gradients)
@@ -133,12 +126,11 @@ def keep_of_step(
 
 def scaled_once(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """What `keep_of_step` has kept, times the incoming gradient, each in its dtype."""
-    overwrites = _read_once(grad) and not ctx.hooked
-    scale = scaled_in_place if overwrites else scaled
+    scale = scaled_in_place if not ctx.hooked and _read_once(grad) else scaled
     return scale(ctx.saved_tensors, grad, ctx.dtypes)
 
 
-class _Losses(torch.autograd.Function):
+class _Losses(native.PlainFunction):
     """One loss per anchor; the backward solves the rows again, for the gradient of each."""
 
     @staticmethod
@@ -192,9 +184,10 @@ _facts = operator.attrgetter("shape", "dtype", "device", "layout", "requires_gra
 def again(z1: Tensor, z2: Tensor, temperature: Temperature, call: Call) -> Found:
     """The loss of a call like one that was prepared before, and the call's key.
 
-    The key holds what the checks and the plan depend on but the temperature's value. A call whose
-    tensors anybody watches or transforms has none, nor one whose rows are of two dtypes.
-    It is one function without a call of Python but the plan's, because every step pays for it.
+    The key holds everything that the checks and the plan depend on, except the temperature's value.
+    A call has no key if its views differ in dtype, or if a mode or a transform intercepts
+    operations on its tensors. This is one long function because every step pays for each Python
+    call.
     """
     if (
         type(z1) not in native.PLAIN

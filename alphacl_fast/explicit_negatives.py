@@ -140,7 +140,7 @@ def _call(
     precision: str | None,
     max_gap: float | None = None,
 ) -> Call:
-    """The settings of a call, checked; those of a call like one before are made once."""
+    """Checks the settings of a call; a later call with equal settings gets the same object."""
     settings = {
         "similarity": similarity, "reduction": reduction, "backend": backend,
         "precision": precision, "max_gap": max_gap,

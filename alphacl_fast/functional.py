@@ -204,9 +204,10 @@ def alpha_cl_loss(
 
 
 def like_before(known: tuple[Any, ...], make: Callable[[], Call]) -> Call:
-    """The settings ``make()`` of a built-in objective; those of equal ``known`` are made once.
+    """The settings that ``make()`` returns; it is called once for equal ``known``.
 
-    What a call keeps then serves the next one.
+    Calls with equal settings share one object, and with it the plans that the object holds.
+    Settings of users' objectives are made each time.
     """
     known = *known, *map(type, known)  # True is not 1
     try:

@@ -86,7 +86,7 @@ class Kernel(NamedTuple):
     values: list[Any]
     pointers: tuple[tuple[int, int, int], ...]  # (position, register, bytes)
     nests: tuple[tuple[int, int, int, Callable[..., Any]], ...]  # (position, begin, end, maker)
-    length: int  # of the call's own values; those of nested tuples follow them
+    length: int  # number of values that the launcher takes; values of nested tuples follow them
     stream: int  # position of the stream
     owner: Any  # the compiled kernel, so that its code stays loaded
 

@@ -7,7 +7,8 @@ sweeps (`autograd`): several processes, users' min players, transforms of torch.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,10 +58,11 @@ class PlainFunction(torch.autograd.Function):
     torch.func goes through the two sweeps.
     """
 
-    @classmethod
-    def of_plain(cls, *operands: Any) -> tuple[Tensor | None, ...]:
-        """`apply` without its search for transforms: `plain` has found none."""
-        return super(torch.autograd.Function, cls).apply(*operands)
+    #: `apply` without its search for transforms: `plain` has found none.
+    of_plain: Callable[..., tuple[Tensor | None, ...]]
+
+    def __init_subclass__(cls) -> None:
+        cls.of_plain = super(torch.autograd.Function, cls).apply
 
 
 def prepared(call: BoundCall, z: Tensor, need: Need) -> cpu_step.Plan:
@@ -109,7 +111,9 @@ class NeedGiven(NamedTuple):
         return cls(*(grad and x is not None and x.requires_grad for x in tensors))
 
     def wanted(self, layout: Layout) -> tuple[int, int]:
-        """The rows whose gradient a step computes: the sums of weights come with that of rows."""
+        """The range of rows whose gradient a step computes. The gradient in the bias needs it too:
+        the sweep sums the weights of exactly these rows.
+        """
         z, others = self.z, self.others
         if self.bias and layout.rectangle:
             others = True

@@ -38,14 +38,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial, wraps
 from numbers import Real
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .bundles import MOST_PARAMETERS, Dtype, Form, Gradient, Rows, Term, Weight
-from .graph import Branching, on_cpu
+from .graph import Branching, UnsupportedFunction, on_cpu
 
 __all__ = [
     "ClosedForm",
@@ -367,6 +367,34 @@ def is_of_this_process(key: str) -> bool:
 
 #: Where users' functions are looked at.
 _PROBE = torch.linspace(-4.0, 4.0, 65, dtype=torch.float64, device="cpu").view(13, 5)
+
+
+_Made = TypeVar("_Made")
+
+
+class Compiled(Generic[_Made]):
+    """What a compiler makes of users' pair functions: once for their parameters and values.
+
+    ``make(function, params)`` raises UnsupportedFunction where it cannot; so do later calls.
+    """
+
+    def __init__(self, make: Callable[[Any, tuple[float, ...]], _Made]) -> None:
+        self._make = make
+        # function → params → its values at that time, and the outcome or why there is none
+        self._outcomes: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()
+
+    def __call__(self, function: _CustomFunction, params: tuple[float, ...]) -> _Made:
+        values, outcomes = function.values(), self._outcomes.setdefault(function, {})
+        before, outcome = outcomes.get(params, (None, ""))
+        if before != values:  # an attribute that it reads has changed, say
+            try:
+                outcome = self._make(function, params)
+            except UnsupportedFunction as error:
+                outcome = str(error)
+            outcomes[params] = values, outcome
+        if isinstance(outcome, str):
+            raise UnsupportedFunction(outcome)
+        return outcome
 
 
 class _CustomFunction:

@@ -321,8 +321,8 @@ def _alone(
 
 
 def _in_one_go(backend: str, precision: str | None, *tensors: Tensor | None) -> bool:
-    """Whether the loss and its gradients are computed together: by the CPU kernels, for tensors
-    that nobody watches or transforms.
+    """Whether loss and gradients are computed together: if the CPU kernels serve the call and no
+    mode or transform intercepts operations on its tensors.
     """
     there = [x for x in tensors if x is not None]
     z = there[0]

@@ -391,7 +391,7 @@ def training(rows: list[Row]) -> str:
 
 
 def _table(loss: str) -> str:
-    """The rows of which losses share a table: "supcon, 10 classes" is in that of "supcon"."""
+    """The name of the table that shows a loss: "supcon, 10 classes" is a row of "supcon"."""
     return loss.partition(",")[0]
 
 

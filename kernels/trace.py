@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import linecache
 import math
-import weakref
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -217,9 +216,9 @@ def _built_in(name: str, params: tuple[float, ...]) -> Traced:
     return _compiled(f"the pair kind {name!r}", objectives.KINDS[name], params)
 
 
-#: For every user's function: params → its values when it was compiled, and the outcome.
-_Outcomes = dict[tuple[float, ...], tuple[bytes, Traced | str]]
-_custom: weakref.WeakKeyDictionary[Any, _Outcomes] = weakref.WeakKeyDictionary()
+_custom = objectives.Compiled(
+    lambda function, params: _compiled(function.name, function.kind, params)
+)
 
 
 def pair_functions(name: str, params: tuple[float, ...]) -> Traced:
@@ -234,19 +233,7 @@ def pair_functions(name: str, params: tuple[float, ...]) -> Traced:
     """
     if name in objectives.KINDS:
         return _built_in(name, params)
-    function = objectives.custom(name)
-    values = function.values()
-    outcomes = _custom.setdefault(function, {})
-    known, outcome = outcomes.get(params, (None, ""))
-    if known != values:
-        try:
-            outcome = _compiled(function.name, function.kind, params)
-        except UnsupportedFunction as error:
-            outcome = str(error)
-        outcomes[params] = values, outcome
-    if isinstance(outcome, str):
-        raise UnsupportedFunction(outcome)
-    return outcome
+    return _custom(objectives.custom(name), params)
 
 
 def problem(name: str) -> str | None:

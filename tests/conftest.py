@@ -165,6 +165,18 @@ def _large_interpreted_tiles(monkeypatch):
 
 
 @pytest.fixture
+def steps(monkeypatch):
+    """The plans of the native steps that a test has executed."""
+    from alphacl_fast.backend import cpu_step
+
+    executed, execute = [], cpu_step.Plan._execute
+    monkeypatch.setattr(
+        cpu_step.Plan, "_execute", lambda plan, *args: executed.append(plan) or execute(plan, *args)
+    )
+    return executed
+
+
+@pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 5 rows, so that small batches have full, partial and diagonal tiles."""
     set_tiles(monkeypatch, 5)

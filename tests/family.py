@@ -9,7 +9,7 @@ import os
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alphacl_fast import MinPlayer, PairLoss, PairWeight, objectives, ops
+from alphacl_fast import MinPlayer, PairLoss, PairWeight, functional, native, objectives, ops
 from alphacl_fast.functional import NEGATIVES, REDUCTIONS, SIMILARITIES, alpha_cl_loss
 
 
@@ -175,6 +175,12 @@ def loss_and_grads(
         weights = torch.linspace(-0.5, 1.5, loss.numel(), dtype=loss.dtype).view(loss.shape)
     inputs = [z1, z2] + ([temperature] if learn_tau else [])
     return [loss.detach(), *torch.autograd.grad((loss * weights).sum(), inputs)]
+
+
+def two_sweeps(monkeypatch):
+    """From now on the CPU kernels serve losses by two sweeps, not by one native step."""
+    monkeypatch.setattr(native, "serves", lambda *call: False)
+    functional._CALLS.clear()  # nothing is prepared
 
 
 def siglip_and_grads(function, z1, z2, scale, bias, **options):

@@ -10,10 +10,10 @@ import threading
 
 import pytest
 import torch
-from family import pair, relative_error
+from family import pair, relative_error, two_sweeps
 
 from alphacl_fast import FusedAlphaCLLoss, MinPlayer, PairLoss, PairWeight, cli, ops
-from alphacl_fast.backend import cpu, cpu_functions, cpu_step
+from alphacl_fast.backend import cpu, cpu_functions
 from alphacl_fast.functional import NEGATIVES, SIMILARITIES, alpha_cl_loss
 from alphacl_fast.graph import UnsupportedFunction
 
@@ -58,16 +58,6 @@ def compilations(monkeypatch):
 
     monkeypatch.setattr(cpu_functions, "run", counted)
     return commands
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    """Counts native steps."""
-    counted, run = [], cpu_step.Plan.run
-    monkeypatch.setattr(
-        cpu_step.Plan, "run", lambda plan, *args: counted.append(plan) or run(plan, *args)
-    )
-    return counted
 
 
 def as_new(monkeypatch):
@@ -164,7 +154,7 @@ def test_excluded_pairs_do_not_matter():
 @pytest.mark.parametrize("native", [True, False])
 def test_same_bits_for_any_number_of_threads(native, monkeypatch):
     if not native:
-        monkeypatch.setattr("alphacl_fast.native.serves", lambda *_: False)
+        two_sweeps(monkeypatch)
     z1, z2 = pair(150, 9, torch.float32)
     found = []
     for threads in (1, 2, 3):

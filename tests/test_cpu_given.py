@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from family import member_id, relative_error
+from family import member_id, relative_error, two_sweeps
 
 from alphacl_fast import functional, loss_against, native, objectives
 from alphacl_fast.backend import cpu, cpu_step
@@ -26,21 +26,6 @@ CASES = [
     (("alpha_gamma", {}), {"max_gap": 0.1}),
 ]
 ROWS = (None, 37)
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    """Counts native steps."""
-    counted, run = [], cpu_step.Plan.run_given
-    monkeypatch.setattr(
-        cpu_step.Plan, "run_given", lambda plan, *args: counted.append(plan) or run(plan, *args)
-    )
-    return counted
-
-
-def two_sweeps(monkeypatch):
-    monkeypatch.setattr(native, "serves", lambda *arguments: False)
-    functional._CALLS.clear()
 
 
 def batch(m, dtype=torch.float64, seed=0, n=50, dim=9, **options):

@@ -19,6 +19,7 @@ from family import (
     pair,
     relative_error,
     siglip_and_grads,
+    two_sweeps,
 )
 
 from alphacl_fast import (
@@ -26,7 +27,6 @@ from alphacl_fast import (
     MinPlayer,
     PairLoss,
     SigLipLoss,
-    functional,
     native,
     objectives,
     program,
@@ -50,21 +50,6 @@ DIFFERENT = [
     ("alpha_gamma", {"detach_alpha": False}),
 ]
 ALL = 1 << 26
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    """Counts native steps."""
-    counted, run = [], cpu_step.Plan.run
-    monkeypatch.setattr(
-        cpu_step.Plan, "run", lambda plan, *args: counted.append(plan) or run(plan, *args)
-    )
-    return counted
-
-
-def two_sweeps(monkeypatch):
-    monkeypatch.setattr(native, "serves", lambda *_: False)
-    functional._CALLS.clear()  # nothing is prepared
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

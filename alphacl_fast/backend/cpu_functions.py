@@ -24,7 +24,6 @@ import stat
 import subprocess
 import tempfile
 import threading
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,27 +132,6 @@ class _Formula(NamedTuple):
     constants: dict[torch.dtype, ctypes.Array[ctypes.c_double]]
 
 
-#: For every user's function: params → its values when it was printed, and the formula, or why
-#: there is none.
-_Known = dict[tuple[float, ...], tuple[bytes, "_Formula | str"]]
-_known: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
-
-
-def _formula(function: Any, params: tuple[float, ...]) -> _Formula:
-    values = function.values()
-    known = _known.setdefault(function, {})
-    before, outcome = known.get(params, (None, ""))
-    if before != values:
-        try:
-            outcome = _printed(function, params)
-        except UnsupportedFunction as error:
-            outcome = str(error)
-        known[params] = values, outcome
-    if isinstance(outcome, str):
-        raise UnsupportedFunction(outcome)
-    return outcome
-
-
 def _printed(function: Any, params: tuple[float, ...]) -> _Formula:
     bound = function.kind.bind(params)
     both = [
@@ -165,6 +143,9 @@ def _printed(function: Any, params: tuple[float, ...]) -> _Formula:
         f"{narrow}\n{wide}\n",
         {torch.float32: _array(of_narrow), torch.float64: _array(of_wide)},
     )
+
+
+_formula = objectives.Compiled(_printed)
 
 
 def _array(numbers: list[float]) -> ctypes.Array[ctypes.c_double]:

@@ -41,8 +41,9 @@ def differentiate(form: int, bounded: bool, tau: float, **tensors: Tensor | None
         form: a number, the place of the form in `supcon.FORMS`.
         bounded: no exponential of a similarity, relative to the origin, overflows.
         tau: τ.
-        **tensors: those of ``SameIdBlock``, contiguous: t (b, c), indices (b,) in int64 and vectors
-            (b,) in the dtype of t. ``weight`` and ``own`` may be None.
+        **tensors: contiguous tensors with the names of the fields of ``SameIdBlock``: t (b, c),
+            indices (b,) in int64 and vectors (b,) in the dtype of t. ``weight`` and ``own`` may be
+            None.
     """
     t = tensors["t"]
     rows, cols = t.shape

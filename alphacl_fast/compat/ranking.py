@@ -207,7 +207,9 @@ class MultipleNegativesRankingLoss(nn.Module):
         return len(columns) == 2 and gather is None and not self._strength() and one_softmax_each
 
     def _is_one_softmax(self) -> bool:
-        """Whether each query has one softmax, over negatives of which all are equally hard."""
+        """Whether the loss is one softmax per query, in which no negative is treated as harder than
+        the others.
+        """
         return self.directions == ("query_to_doc",) and (
             not self._strength() or self.hardness_mode == "all_negatives"
         )

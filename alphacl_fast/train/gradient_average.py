@@ -6,9 +6,10 @@ and the backward goes on (as in Li et al., "PyTorch Distributed", arXiv:2006.157
 
 The buckets follow from the parameters alone and are sent in their order, so every rank sends the
 same messages in the same order, and a resumed run adds the ranks' gradients in the order of an
-uninterrupted one. A parameter without a gradient counts as zero, also on some ranks only, unless
-the backward itself sends messages, as that of synchronised batch normalisation does: every rank
-must then use the same parameters, or the messages of two ranks would not match.
+uninterrupted one. A parameter that has no gradient on a rank counts as zero there.
+
+Synchronised batch normalisation sends messages during the backward, too. With it every rank must
+use the same parameters; otherwise the messages of two ranks do not match.
 """
 
 from collections.abc import Iterable

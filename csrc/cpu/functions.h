@@ -1,6 +1,5 @@
-// The primitives that printed formulas use beside those of vec.h. This file and vec.h are all that a
-// user's function is compiled with (alphacl_fast/backend/cpu_functions.py): the library carries
-// their text.
+// Primitives of printed formulas that vec.h does not have. A user's function is compiled with this file
+// and vec.h alone (alphacl_fast/backend/cpu_functions.py). The library therefore contains their text.
 #pragma once
 
 #include <cmath>
