@@ -1105,13 +1105,16 @@ def as_built_in(member: str) -> str:
 
 
 plant(
-    "alphacl_fast/backend/cpu_functions.py",
+    "alphacl_fast/objectives.py",
     (
         "users' functions: the numbers are those of the first call",
         "if before != values:",
         "if before is None:",
         f"{USERS}test_an_attribute_is_read_in_every_call",
     ),
+)
+plant(
+    "alphacl_fast/backend/cpu_functions.py",
     (
         "users' functions: a damaged library is loaded",
         'if file.stem.endswith(f"-{_digest(file)}"):',
