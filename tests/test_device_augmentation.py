@@ -80,10 +80,9 @@ def test_jitter_is_torchvisions(order):
 
 def test_grayscale_and_gray_pixels():
     x = pictures()
-    torch.testing.assert_close(
-        augmentation.grayscale(x), V.rgb_to_grayscale(x, 3), rtol=0, atol=1e-6
-    )
-    gray = augmentation.grayscale(x)
+    luma = augmentation.grayscale(x)
+    torch.testing.assert_close(luma, V.rgb_to_grayscale(x, 1), rtol=0, atol=1e-6)
+    gray = luma.expand_as(x)
     assert torch.equal(augmentation.turned_hue(gray, torch.full((len(x), 1, 1), 0.07)), gray)
 
 
