@@ -309,9 +309,9 @@ class MultipleNegativesRankingLoss(nn.Module):
             if near or far:
                 strength = torch.where(groups == mine, near * ~is_positive, far)
                 logits = logits + strength * similarities.detach()
-            own = logits.gather(1, mine)
+            own = self.scale * similarities.gather(1, mine)  # no negative's strength counts
             # the positive's own logit is added at the end, as 0
-            parts = {"query_to_doc": logits.scatter(1, mine, torch.finfo(logits.dtype).min)}
+            parts = {"query_to_doc": logits.scatter_(1, mine, torch.finfo(logits.dtype).min)}
             if "query_to_query" in self.directions:
                 logits = self.scale * similarity_fct(x, everyones_queries)
                 parts["query_to_query"] = logits.masked_fill(places == mine, -math.inf)
