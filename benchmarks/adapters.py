@@ -282,7 +282,7 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"{case.title}: {error}", flush=True)
                 break
             ratio = row["ours_over_theirs"]
-            text = f"{ratio:.2f} of their time" if ratio else "their class needs too much memory"
+            text = f"{ratio:.3f} of their time" if ratio else "their class needs too much memory"
             print(f"{case.title}, n = {n}: {text}", flush=True)
             if given.out:
                 append(given.out, row | provenance(torch.device("cpu")))

@@ -24,6 +24,10 @@ RESULTS = ROOT / "benchmarks" / "results" / "cpu.jsonl"
 EVIDENCE = RESULTS.parent / "evidence"
 #: Rows of `benchmarks.step`.
 STEPS = RESULTS.parent / "step.jsonl"
+#: Rows of `benchmarks.adapters`.
+ADAPTERS = RESULTS.parent / "adapters.jsonl"
+#: Rows of `tests/same_speed.py` beside an earlier version.
+BEFORE = RESULTS.parent / "before.jsonl"
 BEGIN, END = "<!-- from rows: python -m benchmarks.report --write -->", "<!-- end of rows -->"
 #: The package's backends; every other implementation is a baseline.
 OURS = ("cpu", "triton", "cuda", "blocked", "reference")
@@ -396,25 +400,93 @@ def _table(loss: str) -> str:
 
 
 def small_batches(rows: list[Row]) -> str:
-    """Format the rows of `benchmarks.step`: what others take relative to one native step."""
-    newest = {(row["loss"], row.get("negatives"), row["pairs"]): row for row in rows}
+    """Format the rows of `benchmarks.step`: what others take relative to one native step, and
+    fractions of a large product's rate.
+    """
+    keys = ("loss", "negatives", "dim", "dtype", "threads", "pairs")
+    newest = {tuple(row.get(key) for key in keys): row for row in rows}
     last = list(newest.values())[-1]
-    where = f"{last['device']} ({last['capability']}), {counted(last['threads'])}, torch "
+    threads = "" if "rate" in {row["loss"] for row in rows} else f"{counted(last['threads'])}, "
+    where = f"{last['device']} ({last['capability']}), {threads}torch "
     parts = [f"Measured on {where}{last['torch']}, commit {last['commit']}."]
-    for name in dict.fromkeys(_table(loss) for loss, _, _ in newest):
-        found = [row for (loss, _, _), row in newest.items() if _table(loss) == name]
-        modes = [*dict.fromkeys(row.get("negatives") for row in found)]
-        found.sort(key=lambda row: (modes.index(row.get("negatives")), row["pairs"]))
-        others = list(found[0]["over_ours"])
-        lines = [
-            [
-                f"{row['loss']} {row.get('negatives', '')}".strip(), f"{row['pairs']:,}",
-                *(f"{row['over_ours'][other]:.2f}" for other in others),
-            ]
-            for row in found
-        ]  # fmt: skip
-        parts.append("\n".join(markdown(["loss", "N", *(f"{x} (×)" for x in others)], lines)))
+    for name in dict.fromkeys(_table(row["loss"]) for row in newest.values()):
+        found = [row for row in newest.values() if _table(row["loss"]) == name]
+        parts.append(rates(found) if name == "rate" else ratios(found))
     return "\n\n".join(parts)
+
+
+def ratios(found: list[Row]) -> str:
+    """Format the rows of a loss: others' time over ours."""
+    modes = [*dict.fromkeys(row.get("negatives") for row in found)]
+    found.sort(key=lambda row: (modes.index(row.get("negatives")), row["pairs"]))
+    others = list(found[0]["over_ours"])
+    lines = [
+        [
+            f"{row['loss']} {row.get('negatives', '')}".strip(), f"{row['pairs']:,}",
+            *(f"{row['over_ours'][other]:.2f}" for other in others),
+        ]
+        for row in found
+    ]  # fmt: skip
+    return "\n".join(markdown(["loss", "N", *(f"{x} (×)" for x in others)], lines))
+
+
+def rates(found: list[Row]) -> str:
+    """Format fractions of a large product's rate: a line per setting, a column per size."""
+    sizes = sorted({row["pairs"] for row in found})
+    lines: dict[tuple[str, ...], dict[int, str]] = {}
+    for row in found:
+        for workspace, fraction in row["fractions"].items():
+            setting = row["negatives"], f"D = {row['dim']}", row["dtype"], counted(row["threads"])
+            lines.setdefault((*setting, workspace), {})[row["pairs"]] = f"{fraction:.2f}"
+    return "\n".join(
+        markdown(
+            ["fraction of the product's rate", "workspace", *(f"N = {n:,}" for n in sizes)],
+            [
+                [", ".join(setting), workspace, *(cells.get(n, "") for n in sizes)]
+                for (*setting, workspace), cells in lines.items()
+            ],
+        )
+    )
+
+
+def adapters(rows: list[Row]) -> str:
+    """Format the rows of `benchmarks.adapters`: time over that of the replaced class."""
+    newest = {(row["contestant"], row["n"]): row for row in rows}
+    last, sizes = rows[-1], sorted({row["n"] for row in rows})
+
+    def cell(row: Row | None) -> str:
+        if row is None:
+            return ""
+        ratio = row["ours_over_theirs"]
+        return "no memory" if ratio is None else f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.3f}"
+
+    names = dict.fromkeys(name for name, _ in newest)
+    lines = [[f"`{name}`", *(cell(newest.get((name, n))) for n in sizes)] for name in names]
+    table = markdown(["ours over theirs", *(f"n = {n:,}" for n in sizes)], lines)
+    where = f"{last['device']}, {counted(last['threads'])}, torch {last['torch']}"
+    return f"Measured on {where}, commit {last['commit']}.\n\n" + "\n".join(table)
+
+
+def over_before(rows: list[Row]) -> str:
+    """Format the rows of `tests/same_speed.py`: time over an earlier version's."""
+    newest = {
+        (row["kernels"], row["negatives"], row["dtype"], row["loss"], row["pairs"]): row
+        for row in rows
+    }
+    last, sizes = rows[-1], sorted({row["pairs"] for row in rows})
+    lines: dict[tuple[str, ...], dict[int, str]] = {}
+    for (*setting, pairs), row in newest.items():
+        lines.setdefault(tuple(setting), {})[pairs] = f"{row['over_before']:.2f}"
+    table = markdown(
+        ["kernels", "loss", *(f"N = {n:,}" for n in sizes)],
+        [
+            [f"`{kernels}`", f"{loss} {mode}, {dtype}", *(cells.get(n, "") for n in sizes)]
+            for (kernels, mode, dtype, loss), cells in lines.items()
+        ],
+    )
+    where = f"{last['device']}, {counted(last['threads'])}, torch {last['torch']}"
+    versions = f"commit {last['commit']} over {last['before']}"
+    return f"Measured on {where}, {versions}.\n\n" + "\n".join(table)
 
 
 def sections(rows: list[Row]) -> dict[Path, list[str]]:
@@ -429,8 +501,9 @@ def sections(rows: list[Row]) -> dict[Path, list[str]]:
         ROOT / "README.md": [headline(newest)],
         ROOT / "docs" / "benchmarks.md": [
             f"Measured on {where}.\n\n{tables(newest)}", small_batches(journal.read(STEPS)),
-            training(rows), tables(older),
+            over_before(journal.read(BEFORE)), training(rows), tables(older),
         ],
+        ROOT / "docs" / "compat.md": [adapters(journal.read(ADAPTERS))],
         ROOT / "docs" / "results.md": evidence_tables(),
     }  # fmt: skip
 

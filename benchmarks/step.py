@@ -1,8 +1,9 @@
 """How fast a step of InfoNCE on the CPU is beside dense losses and beside the two sweeps, how fast
-one of SigLIP is beside InfoNCE, and what variants of InfoNCE and SupCon cost.
+one of SigLIP is beside InfoNCE, what variants of InfoNCE and SupCon cost, and which fraction of a
+large matrix product's rate InfoNCE reaches.
 
-    python -m benchmarks.step [--sizes 16,32,…] [--threads 1] [--rounds 15] [--no-compile]
-                             [--out FILE]
+    python -m benchmarks.step [--parts infonce,siglip,…] [--sizes 16,32,…] [--threads 1]
+                             [--rounds 15] [--no-compile] [--out FILE]
 
 Contestants take turns in one process; a row holds the medians' ratios to ours. The two sweeps are
 the path of calls that one native call cannot serve.
@@ -33,6 +34,14 @@ from alphacl_fast.benchmarks.loss import provenance
 from alphacl_fast.journal import append
 
 DIM, TAU = 128, 0.1
+PARTS = ("infonce", "siglip", "variants", "supcon", "rate")
+#: Rows, columns and terms of the matrix product whose rate is compared.
+PRODUCT = 4096
+#: Features and dtypes, and numbers of pairs, of the rates.
+RATES = ((128, "float32"), (128, "bfloat16"), (512, "float32"))
+PAIRS = (512, 1024, 2048, 4096, 8192)
+#: Bytes of a workspace that holds every tile of these sizes.
+ALL_TILES = 2 << 30
 
 
 def two_view(z1: Tensor, z2: Tensor) -> Tensor:
@@ -156,6 +165,33 @@ def supcon(n: int, classes: int, rounds: int) -> dict[str, Any]:
     return {"loss": f"supcon, {classes} classes", "pairs": n, "over_ours": over(median, "ours")}
 
 
+def rate(negatives: str, dim: int, dtype: str, pairs: int, rounds: int) -> dict[str, Any]:
+    """Fraction of a large product's rate on 4n²D (8N²D in cross_view) operations, by workspace."""
+    scalar = getattr(torch, dtype)
+    z = [torch.randn(pairs, dim).to(scalar).requires_grad_() for _ in range(2)]
+    a, b = torch.randn(2, PRODUCT, PRODUCT).to(scalar)
+    contestants: dict[str, Callable[..., Tensor]] = {
+        name: FusedAlphaCLLoss(temperature=TAU, negatives=negatives, workspace=workspace)
+        for name, workspace in (("default", None), ("all tiles", ALL_TILES), ("none", 0))
+    }
+    times: dict[str, list[float]] = {name: [] for name in ("product", *contestants)}
+    for turn in range(rounds + 1):
+        found = {name: seconds(loss, z, 1) for name, loss in contestants.items()}
+        start = time.perf_counter()
+        a @ b
+        found["product"] = time.perf_counter() - start
+        if turn:  # the first one warms up
+            for name, each in found.items():
+                times[name].append(each)
+    median = {name: statistics.median(each) for name, each in times.items()}
+    operations = (16 if negatives == "two_view" else 8) * pairs**2 * dim
+    scale = operations / (2 * PRODUCT**3) * median.pop("product")
+    return {
+        "loss": "rate", "negatives": negatives, "dim": dim, "dtype": dtype, "pairs": pairs,
+        "fractions": {name: scale / x for name, x in median.items()},
+    }  # fmt: skip
+
+
 def over(median: dict[str, float], name: str) -> dict[str, float]:
     """The others' medians over one contestant's."""
     return {other: x / median[name] for other, x in median.items() if other != name}
@@ -163,6 +199,10 @@ def over(median: dict[str, float], name: str) -> dict[str, float]:
 
 def line(row: dict[str, Any]) -> str:
     """A row in words."""
+    if "fractions" in row:
+        found = ", ".join(f"{name} {x:.2f}" for name, x in row["fractions"].items())
+        where = f"{row['negatives']} {row['pairs']}, D = {row['dim']}, {row['dtype']}"
+        return f"fraction of the product's rate, {where}: {found}"
     ratios = [f"{name}/ours {ratio:.2f}" for name, ratio in row["over_ours"].items()]
     if "faster_dense_over_ours" in row:
         ratios.append(f"faster dense/ours {row['faster_dense_over_ours']:.2f}")
@@ -171,7 +211,11 @@ def line(row: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", default="16,32,64,128,256,512,1024,2048,4096", help="pairs")
+    parser.add_argument("--parts", default=",".join(PARTS), help="separated by commas")
+    parser.add_argument(
+        "--sizes", default="16,32,64,128,256,512,1024,2048,4096",
+        help=f"pairs; the rates have {PAIRS}",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-compile", action="store_true")
@@ -181,23 +225,31 @@ def main(arguments: list[str] | None = None) -> None:
     shared = {"dim": DIM, "temperature": TAU, "dtype": "float32", "rounds": options.rounds}
     shared |= provenance(torch.device("cpu"))
     sizes = [*map(int, options.sizes.split(","))]
+    parts = options.parts.split(",")
+    if not set(parts) <= set(PARTS):
+        parser.error(f"--parts must be some of {', '.join(PARTS)}, got {options.parts}")
 
     def rows() -> Iterator[dict[str, Any]]:
-        for dense in (two_view, cross_view):
-            for n in sizes:
-                torch._dynamo.reset()
-                yield infonce(dense, n, options.rounds, not options.no_compile)
-        for n in sizes:
-            yield siglip(n, options.rounds)
-        for n in sizes:
-            yield variants(n, options.rounds)
-        for classes in (10, 100, 1000):
-            yield supcon(max(sizes), classes, options.rounds)
+        if "infonce" in parts:
+            for dense in (two_view, cross_view):
+                for n in sizes:
+                    torch._dynamo.reset()
+                    yield infonce(dense, n, options.rounds, not options.no_compile)
+        for name, measured in (("siglip", siglip), ("variants", variants)):
+            if name in parts:
+                yield from (measured(n, options.rounds) for n in sizes)
+        if "supcon" in parts:
+            yield from (supcon(max(sizes), k, options.rounds) for k in (10, 100, 1000))
+        if "rate" in parts:
+            for dim, dtype in RATES:
+                for negatives in ("two_view", "cross_view"):
+                    for pairs in PAIRS:
+                        yield rate(negatives, dim, dtype, pairs, options.rounds)
 
     for row in rows():
         print(line(row), flush=True)
         if options.out:
-            append(options.out, row | shared)
+            append(options.out, shared | row)
 
 
 if __name__ == "__main__":

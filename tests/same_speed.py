@@ -1,10 +1,12 @@
 """How fast one checkout is beside another.
 
-    python tests/same_speed.py OLD_CHECKOUT [--rounds R] [--only SUBSTRING] [--strict]
+    python tests/same_speed.py OLD_CHECKOUT [--rounds R] [--only SUBSTRING] [--pairs 16,32,…]
+                               [--strict] [--out FILE]
 
 Two processes, one for each checkout, take turns at the same forward and backward, on one thread. A
 row is the ratio of their medians, new ÷ old, with the quartiles of the rounds' own ratios; --strict
-makes a ratio above 1.03 an error. A quiet machine is needed.
+makes a ratio above 1.03 an error. A quiet machine is needed. ALPHACL_CPU_ISA=avx2 keeps both from
+wider instructions.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,13 +35,16 @@ OBJECTIVES = (
     ("alpha_square", {}),
 )
 DTYPES = ("float32", "bfloat16")
-CASES = [
-    {"n": n, "negatives": negatives, "objective": name, "options": options, "dtype": dtype}
-    for n in SIZES
-    for negatives in ("two_view", "cross_view")
-    for name, options in OBJECTIVES
-    for dtype in DTYPES
-]
+
+
+def cases(sizes: Sequence[int]) -> list[dict]:
+    return [
+        {"n": n, "negatives": negatives, "objective": name, "options": options, "dtype": dtype}
+        for n in sizes
+        for negatives in ("two_view", "cross_view")
+        for name, options in OBJECTIVES
+        for dtype in DTYPES
+    ]
 
 
 def title(case: dict) -> str:
@@ -99,11 +105,31 @@ class Checkout:
         return float(answer)
 
 
+def provenance(old: Path) -> dict:
+    """What a row says about the machine and both checkouts."""
+    import torch
+
+    from alphacl_fast.backend import cpu
+    from alphacl_fast.benchmarks import loss
+
+    torch.set_num_threads(1)
+    commit = subprocess.run(
+        ["git", "-C", str(old), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    )
+    return loss.provenance(torch.device("cpu")) | {
+        "dim": DIM,
+        "before": commit.stdout.strip() or None,
+        "kernels": cpu.instruction_set(),
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("old", type=Path, help="the other checkout, compiled")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each checkout in a row")
     parser.add_argument("--only", default="", help="only rows with this text")
+    parser.add_argument("--pairs", default=",".join(map(str, SIZES)), help="sizes, in pairs")
+    parser.add_argument("--out", type=Path, help="append the rows to this file (JSON lines)")
     parser.add_argument("--strict", action="store_true", help=f"a ratio above {LIMIT} is an error")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -114,7 +140,9 @@ def main() -> int:
     print(f"{'new/old':>8} {'quartiles':>13}  {'old':>9}  loss and gradient, D = {DIM}", flush=True)
     old, new = Checkout(options.old.resolve()), Checkout(ROOT)
     slower = 0
-    for case in (c for c in CASES if options.only in title(c)):
+    about = provenance(options.old.resolve()) if options.out else {}
+    sizes = [*map(int, options.pairs.split(","))]
+    for case in (c for c in cases(sizes) if options.only in title(c)):
         rounds = []
         for k in range(options.rounds + 1):  # whoever is first in one round is second in the next
             turns = (old, new) if k % 2 else (new, old)
@@ -127,6 +155,11 @@ def main() -> int:
         slower += ratio > LIMIT
         times = f"{ratio:8.3f} {low:6.3f}–{high:.3f}  {statistics.median(before) * 1e3:6.2f} ms"
         print(f"{times}  {title(case)}", flush=True)
+        if options.out:
+            found = {"loss": case["objective"], "pairs": case["n"], "over_before": ratio}
+            named = {key: case[key] for key in ("negatives", "dtype", "options")}
+            with options.out.open("a") as file:
+                file.write(json.dumps(found | named | about) + "\n")
     for checkout in (old, new):
         checkout.process.stdin.close()
         checkout.process.wait()

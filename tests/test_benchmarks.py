@@ -301,18 +301,67 @@ def row(contestant, n, gemms, **other):
     }
 
 
-def test_rows_of_steps(tmp_path, capsys):
+def test_rows_of_steps(tmp_path, capsys, monkeypatch):
     out = tmp_path / "step.jsonl"
+    for name, value in (("PRODUCT", 64), ("PAIRS", (16,)), ("RATES", ((8, "float32"),))):
+        monkeypatch.setattr(step, name, value)
     step.main(["--sizes=16", "--rounds=1", "--no-compile", f"--out={out}"])
     rows = journal.read(out)
     losses = ["infonce", "infonce", "siglip", "variants"]
     assert [row["loss"] for row in rows][:4] == losses
-    assert len(rows) == 7
-    assert all(ratio > 0 for row in rows for ratio in row["over_ours"].values())
+    assert [row["loss"] for row in rows][-2:] == ["rate", "rate"]
+    assert len(rows) == 9
+    found = [x for row in rows for x in (row.get("over_ours") or row["fractions"]).values()]
+    assert all(ratio > 0 for ratio in found)
     assert len(capsys.readouterr().out.splitlines()) == len(rows)
     table = report.small_batches(rows)
-    assert table.count("| 16 |") == len(rows)
+    assert table.count("| 16 |") == 7
     assert "own function (×)" in table
+    assert "| cross_view, D = 8, float32, 1 thread | all tiles | " in table
+
+
+def test_a_fraction_of_the_rate_counts_operations(monkeypatch):
+    """A loss that takes as long as a product of as many operations has the product's rate."""
+    monkeypatch.setattr(step, "PRODUCT", 32)
+    clock = iter(range(10_000))
+    monkeypatch.setattr(step.time, "perf_counter", lambda: float(next(clock)))
+    for negatives, operations in (("two_view", 16), ("cross_view", 8)):
+        found = step.rate(negatives, 8, "float32", 16, rounds=1)["fractions"]
+        assert found == dict.fromkeys(found, operations * 16**2 * 8 / (2 * 32**3))
+
+
+def test_parts_of_the_steps_are_named(capsys):
+    with pytest.raises(SystemExit):
+        step.main(["--parts=infonce,rates"])
+    assert "--parts must be some of infonce, siglip, variants, supcon, rate" in (
+        capsys.readouterr().err
+    )
+
+
+def test_rows_over_an_earlier_version():
+    about = {"device": "a CPU", "threads": 1, "torch": "2", "commit": "new", "before": "old"}
+    about |= {"loss": "infonce", "negatives": "two_view", "dtype": "float32"}
+    rows = [
+        {**about, "kernels": kernels, "pairs": n, "over_before": n / 100}
+        for kernels in ("avx2", "avx512")
+        for n in (16, 32)
+    ]
+    text = report.over_before([{**rows[0], "over_before": 9.0}, *rows])
+    assert text.startswith("Measured on a CPU, 1 thread, torch 2, commit new over old.")
+    assert "| `avx2` | infonce two_view, float32 | 0.16 | 0.32 |" in text
+
+
+def test_rows_of_adapters():
+    about = {"device": "a CPU", "threads": 1, "torch": "2", "commit": "abc"}
+    rows = [
+        {**about, "contestant": name, "n": n, "ours_over_theirs": ratio}
+        for name, n, ratio in (
+            ("old", 256, 9.0), ("old", 256, 0.5), ("old", 1024, None), ("new", 256, 0.0123),
+        )
+    ]  # fmt: skip
+    text = report.adapters(rows)
+    assert "| `old` | 0.50 | no memory |" in text
+    assert "| `new` | 0.012 |  |" in text
 
 
 def test_growth_is_fitted():
