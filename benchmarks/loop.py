@@ -5,8 +5,8 @@
 Runs `alphacl train` with ResNet-18 of width 16 on random images of 32×32 pixels, in processes of
 their own that take turns. A figure is user + system seconds, loader processes included:
 the difference between a long and a short run over the difference of their images, so that imports,
-compilation and plots cancel. Both checkouts must be compiled. Each setting is run as both know it;
-those that the old checkout does not know have no ratio.
+compilation and plots cancel. The other checkout, compiled too, trains with its loader workers, and
+takes turns with every setting of this one.
 """
 
 from __future__ import annotations
@@ -56,12 +56,14 @@ def per_image(checkout: Path, flags: tuple[str, ...], epochs: int, images: int) 
 
 
 def row(setting: str, amp: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Measure a setting in both checkouts, in turns; medians."""
-    flags = (*SETTINGS[setting], f"--amp={amp}")
-    checkouts = {"new": ROOT, **({"old": given.old.resolve()} if given.old else {})}
-    found: dict[str, list[float]] = {name: [] for name in checkouts}
+    """Measure a setting beside the other checkout's loader workers, in turns; medians."""
+    runs = {"new": (ROOT, SETTINGS[setting])}
+    if given.old:
+        runs["old"] = (given.old.resolve(), SETTINGS["loader workers"])
+    found: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(given.repeats):
-        for name, checkout in checkouts.items():
+        for name, (checkout, flags) in runs.items():
+            flags = (*flags, f"--amp={amp}")
             found[name].append(per_image(checkout, flags, given.epochs, given.images))
     medians = {name: statistics.median(values) for name, values in found.items()}
     return {

@@ -207,8 +207,9 @@ def test_a_bank_moves_to_the_embeddings_and_survives_tensors_without_values():
 METRIC = ("NTXentLoss", "SupConLoss", "MultiSimilarityLoss", "CircleLoss", "TupletMarginLoss")
 
 
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("name", METRIC)
-def test_objects_of_pytorch_metric_learning(name, monkeypatch):
+def test_objects_of_pytorch_metric_learning(name, kept, monkeypatch):
     """Reducers, distances, a regulariser, and the wrappers that look for the package's classes."""
     theirs = package("pytorch_metric_learning.losses")
     from pytorch_metric_learning import distances, reducers
@@ -216,6 +217,7 @@ def test_objects_of_pytorch_metric_learning(name, monkeypatch):
     from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 
     monkeypatch.setitem(entry.PAIRS_OF_A_BLOCK, "cpu", 50)  # several blocks
+    monkeypatch.setattr(entry, "PAIRS_KEPT", 14 * 14 * kept)
     z, labels = pair(14, 5)[0], torch.arange(14) % 4
     settings = [
         {"reducer": reducers.MeanReducer()},
@@ -465,10 +467,29 @@ def test_what_is_not_served_is_said():
             call()
 
 
+@pytest.mark.parametrize("kept", [0, 1 << 26])
+def test_blocks_are_computed_again_where_they_are_not_kept(kept, monkeypatch):
+    monkeypatch.setitem(entry.PAIRS_OF_A_BLOCK, "cpu", 24)
+    monkeypatch.setattr(entry, "PAIRS_KEPT", kept)
+    rows = []
+
+    def similarity(x, y):
+        rows.append(len(x))
+        return x.tanh() @ y.t()
+
+    loss = sentence_transformers.MultipleNegativesRankingLoss(similarity_fct=similarity)
+    z1, z2 = (x.requires_grad_() for x in pair(12, 4))
+    loss.compute_loss_from_embeddings([z1, z2]).backward()
+    assert rows == [2] * (6 if kept else 12)
+    dense = torch.nn.functional.cross_entropy(20 * z1.tanh() @ z2.t(), torch.arange(12))
+    torch.testing.assert_close(z1.grad, torch.autograd.grad(dense, z1)[0])
+
+
 @pytest.mark.parametrize("mode", ["all", "one"])
 def test_masks_of_supcontrast(mode, monkeypatch):
     """A mask of weights, which is not symmetric, in several blocks; labels are a mask too."""
     monkeypatch.setitem(entry.PAIRS_OF_A_BLOCK, "cpu", 50)
+    monkeypatch.setattr(entry, "PAIRS_KEPT", 0)
     features, labels = several_views(2)(7)
     generator = torch.Generator().manual_seed(0)
     same = labels[:, None] == labels

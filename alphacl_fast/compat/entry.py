@@ -19,6 +19,8 @@ from ..call import without_autocast
 #: The pairs of a block of `in_blocks`, by device: 4 MiB of float32 similarities stay in a CPU's
 #: cache; a GPU needs more work for each operation.
 PAIRS_OF_A_BLOCK = {"cpu": 1 << 20, "cuda": 1 << 22}
+#: Up to so many pairs, blocks are kept for the backward, as a package keeps its matrices.
+PAIRS_KEPT = 1 << 26
 #: Up to so many pairs, a CPU is faster with the matrix of all of them than with sweeps.
 PAIRS_OF_A_MATRIX = 1 << 17
 
@@ -135,8 +137,8 @@ def in_blocks(
 ) -> Tensor:
     """Concatenates what a function makes of blocks of rows, each against all columns.
 
-    Where there are several blocks, the backward computes each again, so that one block of pairs
-    exists at a time. Nothing is computed in autocast's dtype.
+    Beyond `PAIRS_KEPT` the backward computes each block again, so that one block of pairs exists
+    at a time. Nothing is computed in autocast's dtype.
     """
     pairs = PAIRS_OF_A_BLOCK.get(device.type, PAIRS_OF_A_BLOCK["cuda"])
     size = max(1, pairs // max(1, columns))
@@ -145,11 +147,10 @@ def in_blocks(
     with without_autocast(device):
         if len(blocks) <= 1:
             return function(slice(0, rows))
-        parts = [
-            checkpoint(function, block, use_reentrant=False, preserve_rng_state=False)
-            for block in blocks
-        ]
-    return torch.cat(parts)
+        if rows * columns > PAIRS_KEPT:
+            again = {"use_reentrant": False, "preserve_rng_state": False}
+            function = functools.partial(checkpoint, function, **again)
+        return torch.cat([*map(function, blocks)])
 
 
 def class_ids(*labels: Tensor) -> tuple[Tensor, ...]:
