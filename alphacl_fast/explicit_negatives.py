@@ -95,7 +95,7 @@ def loss_against(
             objectives.
         max_gap: negatives with Δ_ij = t_ij − t⁺_i > max_gap do not count; see
             `alphacl_fast.functional.alpha_cl_loss`. Neither log_weights nor temperatures change a
-            Δ. With log_weights it needs the backend "cpu" or "blocked".
+            Δ.
         guide: (g, g_negatives, threshold): another model's embeddings of z (N, G) and of negatives
             (M, G), None with ``negatives=None``, in any float dtype, and one number per anchor
             (N,). Negatives whose cosine similarity with the anchor, as the guide sees it, exceeds
@@ -337,9 +337,8 @@ def _at_one_temperature(
     z, negatives, with_guide = given.z, given.negatives, given.guide is not None
     wide = accumulation_dtype(z.dtype)
     tau, bound, _ = functional.bind_temperature(
-        z, given.temperature, call, given.ids is not None, with_guide=with_guide,
-        weighted=given.log_weights is not None,
-    )  # fmt: skip
+        z, given.temperature, call, given.ids is not None, with_guide=with_guide
+    )
     layout = _layout(len(z), len(z) if negatives is None else len(z) + len(negatives))
     if len(z) == 1 and negatives is None:
         nothing = functional.zero_with_graph(z, given.positive.to(wide), tau)
@@ -475,10 +474,7 @@ def _check_backend(given: Given, call: Call) -> None:
     """Raises unless a backend serves the call, before the ranks exchange any rows."""
     wide = given.z[:0].to(accumulation_dtype(given.z.dtype))
     with_ids = given.ids is not None or given.negatives is None
-    functional.bind_temperature(
-        wide, 1.0, call, with_ids, with_guide=given.guide is not None,
-        weighted=given.log_weights is not None,
-    )  # fmt: skip
+    functional.bind_temperature(wide, 1.0, call, with_ids, with_guide=given.guide is not None)
 
 
 def _statement(given: Given, call: Call) -> str:

@@ -534,12 +534,10 @@ def bind_temperature(
     reduction: str | None = None,
     few_long_rows: bool = False,
     with_guide: bool = False,
-    weighted: bool = False,
 ) -> tuple[Tensor, BoundCall, str]:
     """As `bind`, for embeddings and a temperature that have been checked.
 
-    ``reduction`` replaces the call's; ``few_long_rows``: see `_few_long_rows`; ``weighted``:
-    there are log-weights.
+    ``reduction`` replaces the call's; ``few_long_rows``: see `_few_long_rows`.
     """
     if not as_operator(z1):  # else the operator checks
         call.objective.check()
@@ -553,7 +551,6 @@ def bind_temperature(
         tau = as_number(temperature, z1)
     operands = ("ids",) * with_ids + ("max_gap",) * (call.max_gap is not None)
     operands += ("guide",) * with_guide
-    operands += ("max_gap with log_weights",) * (weighted and call.max_gap is not None)
     objective, wgmma = call.objective, False
     if z1.is_cuda and call.similarity == "cosine" and values[0] is not None and not operands:
         wgmma = ops.cuda.has_wgmma_kernels(objective.kind, objective.params(1.0), z1.shape[1])

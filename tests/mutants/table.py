@@ -1588,9 +1588,15 @@ plant(
     ),
     (
         "gaps: a column's limit is overlooked in the gradient",
-        "if (a.cols_anchor && side_j.takes(t)) {",
+        "if (a.cols_anchor && side_j.takes(compared)) {",
         "if (a.cols_anchor) {",
         f"{LEFT_OUT_OF_TILES}[{INFONCE}]",
+    ),
+    (
+        "gaps: log-weights count as similarity in the CUDA kernels",
+        "return {t, weighted ? unbiased : t};",
+        "return {t, t};",
+        "tests/test_max_gap.py::test_gaps_have_neither_weights_nor_temperatures[cuda-False]",
     ),
     (
         "gradient: the columns' anchors do not weigh",
@@ -1981,6 +1987,12 @@ plant(
         "x = tl.where(t > tl.expand_dims(side.largest_t[0], axis), other, x)",
         "x = tl.where(t < tl.expand_dims(side.largest_t[0], axis), other, x)",
         f"{GAP}test_an_infinite_gap_changes_nothing[triton]",
+    ),
+    (
+        "max_gap: log-weights count as similarity in the Triton kernels",
+        "        return unbiased\n",
+        "        return t\n",
+        f"{GAP}test_gaps_have_neither_weights_nor_temperatures[triton-False]",
     ),
 )
 
