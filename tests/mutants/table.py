@@ -329,15 +329,22 @@ AGAINST = "tests/test_loss_against.py::"
 plant(
     "alphacl_fast/explicit_negatives.py",
     (
-        "log-weights: the anchor's own weight stays in its gaps",
-        "positive = positive + bias",
-        "positive = positive + 0 * bias",
+        "log-weights: rows that meet one another weigh as anchors too",
+        "bias = torch.cat([bias.new_zeros(len(z)), bias])",
+        "bias = torch.cat([bias, bias]) if given.z is negatives else "
+        "torch.cat([bias.new_zeros(len(z)), bias])",
         f"{AGAINST}test_log_weights[True-infonce0-blocked]",
     ),
     (
+        "log-weights: a weight of 0 has a gradient in the temperature",
+        "return torch.where(never, _NEVER, bias)",
+        "return torch.where(never, -math.inf, bias)",
+        f"{AGAINST}test_log_weights_of_minus_infinity[False-blocked]",
+    ),
+    (
         "log-weights: they are divided by the temperature",
-        "bias = objective.kind_tau(tau).to(dtype) * given.log_weights.to(dtype)",
-        "bias = given.log_weights.to(dtype) + 0 * tau.to(dtype)",
+        "bias = objective.kind_tau(tau).to(dtype) * torch.where(never, 0.0, weights)",
+        "bias = torch.where(never, 0.0, weights) + 0 * tau.to(dtype)",
         f"{AGAINST}test_log_weights[False-infonce0-blocked]",
     ),
     (
