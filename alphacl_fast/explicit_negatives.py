@@ -95,7 +95,8 @@ def loss_against(
             exponential objectives.
         max_gap: negatives with Δ_ij = t_ij − t⁺_i > max_gap do not count; see
             `alphacl_fast.functional.alpha_cl_loss`. Neither log_weights nor temperatures change a
-            Δ.
+            Δ. The numbers are compared as they are: for copies of the positive, pass 1e-6 instead
+            of 0.
         guide: (g, g_negatives, threshold): another model's embeddings of z (N, G) and of negatives
             (M, G), None with ``negatives=None``, in any float dtype, and one number per anchor
             (N,). Negatives whose cosine similarity with the anchor, as the guide sees it, exceeds

@@ -160,7 +160,8 @@ def _batch(
     return cpu_step.Batch(
         *pairs, layout.rows, layout.pairing(), layout.n_neg, loss.divisor(n), wanted,
         loss.reduction == "none", loss.objective.needs_negatives, loss.similarity,
-        cpu_step.default_workspace() if workspace is None else workspace, loss.max_gap,
+        cpu_step.default_workspace() if workspace is None else workspace,
+        loss.most_gap(accumulation_dtype(pairs[2])),
     )  # fmt: skip
 
 

@@ -136,6 +136,22 @@ def test_an_infinite_gap_changes_nothing(backend):
         torch.testing.assert_close(limited, everything, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", [*SERVING, "reference"])
+def test_copies_of_the_positive_have_no_gap(backend, dtype):
+    """However their similarities are rounded: a gap of 0 leaves none of them out."""
+    z1, _ = pair(9, 64, dtype=dtype)
+    copies = z1[:1].expand(9, -1)
+    for anchors in (z1, copies):
+        losses = alpha_cl_loss(
+            anchors, copies, negatives="cross_view", symmetric=False, max_gap=0.0,
+            reduction="none", backend=backend,
+        )  # fmt: skip
+        torch.testing.assert_close(losses, torch.full_like(losses, 9).log(), rtol=1e-5, atol=0)
+    loss = alpha_cl_loss(copies, copies, max_gap=0.0, backend=backend)
+    torch.testing.assert_close(loss, torch.full_like(loss, 17).log(), rtol=1e-5, atol=0)
+
+
 def test_masked_softmax_of_qwen3_embedding():
     """Its term for the documents (arXiv:2506.05176, equation 1): m = 0 where s > s⁺ + 0.1."""
     query, document = pair(24, 8, noise=1.5)

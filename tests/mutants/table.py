@@ -1976,8 +1976,8 @@ plant(
     "alphacl_fast/autograd.py",
     (
         "max_gap: the limit ignores the positive",
-        "None if call.max_gap is None else self.pos + call.max_gap",
-        "None if call.max_gap is None else 0 * self.pos + call.max_gap",
+        "None if call.max_gap is None else self.pos + call.most_gap(self.pos.dtype)",
+        "None if call.max_gap is None else 0 * self.pos + call.most_gap(self.pos.dtype)",
         f"{GAP}test_equals_reference[{TRIPLET}]",
     ),
     (
