@@ -90,9 +90,10 @@ def loss_against(
             or, with "none", its own anchors'. Gradients follow the convention of
             `alphacl_fast.functional.alpha_cl_loss`; every rank must want the same ones.
         log_weights: (M,) numbers w, or (N,) with ``negatives=None``: the term of negative j is
-            multiplied by e^{w_j}, which does not depend on τ; −∞ leaves row j out. Minus the
-            logarithm of the probability to be drawn corrects for sampled negatives (logQ). Only for
-            exponential objectives.
+            multiplied by e^{w_j}, which does not depend on τ; −∞ leaves row j out (where the loss
+            is the logarithm of the sum alone, as with epsilon=0, some negative of every anchor must
+            have a finite weight). Minus the logarithm of the probability to be drawn corrects for
+            sampled negatives (logQ). Only for exponential objectives.
         max_gap: negatives with Δ_ij = t_ij − t⁺_i > max_gap do not count; see
             `alphacl_fast.functional.alpha_cl_loss`. Neither log_weights nor temperatures change a
             Δ. The numbers are compared as they are: for copies of the positive, pass 1e-6 instead
