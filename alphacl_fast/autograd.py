@@ -154,7 +154,7 @@ class Sweeps:
         self.function = pair_function(tau, call)
         weighted = limit is not None and rows.bias is not None
         if limit is None:
-            limit = None if call.max_gap is None else self.pos + call.max_gap
+            limit = None if call.max_gap is None else self.pos + call.most_gap(self.pos.dtype)
         self.pairing = self.layout.pairing(same_id, limit, guide, weighted)
         # (anchors,) |Neg(i)| and whether it is 0, where not all negatives count; None: not known
         self._n_neg: Tensor | None = None

@@ -18,6 +18,9 @@ from .objectives import Objective
 LEAST_TAU, LARGEST_TAU = 1e-15, 1e15
 #: The largest magnitude of SigLIP's scale and bias.
 LARGEST_LOGIT = 1e15
+#: Cosines that differ by so many units of rounding count as equal: a copy of the positive is as
+#: similar to the anchor, in whatever order a backend adds.
+ROUNDING = 8
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,12 @@ class Loss:
     def c(self) -> float:
         """d² = c − t."""
         return 0.0 if self.similarity == "euclidean" else 1.0
+
+    def most_gap(self, dtype: torch.dtype) -> float | None:
+        """The largest Δ of a pair that counts, of similarities that are accumulated in a dtype."""
+        if self.max_gap is None or self.similarity != "cosine":
+            return self.max_gap
+        return self.max_gap + ROUNDING * torch.finfo(dtype).eps
 
     @property
     def two_directions(self) -> bool:

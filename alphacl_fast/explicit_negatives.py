@@ -90,12 +90,14 @@ def loss_against(
             or, with "none", its own anchors'. Gradients follow the convention of
             `alphacl_fast.functional.alpha_cl_loss`; every rank must want the same ones.
         log_weights: (M,) numbers w, or (N,) with ``negatives=None``: the term of negative j is
-            multiplied by e^{w_j}, which does not depend on τ. Minus the logarithm of the
-            probability to be drawn corrects for sampled negatives (logQ). Only for exponential
-            objectives.
+            multiplied by e^{w_j}, which does not depend on τ; −∞ leaves row j out (where the loss
+            is the logarithm of the sum alone, as with epsilon=0, some negative of every anchor must
+            have a finite weight). Minus the logarithm of the probability to be drawn corrects for
+            sampled negatives (logQ). Only for exponential objectives.
         max_gap: negatives with Δ_ij = t_ij − t⁺_i > max_gap do not count; see
             `alphacl_fast.functional.alpha_cl_loss`. Neither log_weights nor temperatures change a
-            Δ. With log_weights it needs the backend "cpu" or "blocked".
+            Δ. The numbers are compared as they are: for copies of the positive, pass 1e-6 instead
+            of 0.
         guide: (g, g_negatives, threshold): another model's embeddings of z (N, G) and of negatives
             (M, G), None with ``negatives=None``, in any float dtype, and one number per anchor
             (N,). Negatives whose cosine similarity with the anchor, as the guide sees it, exceeds
@@ -211,6 +213,16 @@ class Given(NamedTuple):
         tau = self.temperature
         return isinstance(tau, Tensor) and tau.dim() == 1 and tau.numel() != 1
 
+    def among_others(self) -> Given:
+        """The same anchors against themselves as rows of their own, without those of their ids.
+
+        What belongs to one side alone, a temperature per anchor or log-weights, then has no part in
+        t_ji.
+        """
+        ids = torch.arange(len(self.z), device=self.z.device) if self.ids is None else self.ids
+        guide = self.guide and (self.guide[0], self.guide[0], self.guide[2])
+        return self._replace(negatives=self.z, ids=ids, negative_ids=ids, guide=guide)
+
     def with_checked_guide(self) -> Given:
         """The same with a guide that has no graph; raises unless it fits the rows."""
         if self.guide is None:
@@ -307,12 +319,7 @@ def _at_temperatures(given: Given, call: Call) -> Tensor:
     wide = accumulation_dtype(given.z.dtype)
     scale = given.temperature.to(wide)
     if given.negatives is None:
-        # each anchor divides its own similarities; among one another, rows are on both sides
-        ids = torch.arange(len(scale), device=scale.device) if given.ids is None else given.ids
-        given = given._replace(negatives=given.z, ids=ids, negative_ids=ids)
-        if given.guide is not None:
-            rows, _, threshold = given.guide
-            given = given._replace(guide=(rows, rows, threshold))
+        given = given.among_others()
     divided = given._replace(
         z=given.z.to(wide) / scale[:, None],
         negatives=given.negatives.to(wide),
@@ -334,12 +341,13 @@ def _at_one_temperature(
 
     ``limit`` (N,): the largest t of a negative, if it is not t⁺ + ``max_gap``.
     """
+    if given.negatives is None and given.log_weights is not None:
+        given = given.among_others()
     z, negatives, with_guide = given.z, given.negatives, given.guide is not None
     wide = accumulation_dtype(z.dtype)
     tau, bound, _ = functional.bind_temperature(
-        z, given.temperature, call, given.ids is not None, with_guide=with_guide,
-        weighted=given.log_weights is not None,
-    )  # fmt: skip
+        z, given.temperature, call, given.ids is not None, with_guide=with_guide
+    )
     layout = _layout(len(z), len(z) if negatives is None else len(z) + len(negatives))
     if len(z) == 1 and negatives is None:
         nothing = functional.zero_with_graph(z, given.positive.to(wide), tau)
@@ -349,7 +357,7 @@ def _at_one_temperature(
         mean = _mean_negative(z, negatives, layout, same_id)
         gap = mean - given.positive.to(wide)
         return call.reduce(constant_alpha(call.objective, gap, layout, same_id))
-    positive, bias = _positive_and_bias(given, call.objective, tau, wide)
+    positive, bias = given.positive.to(wide).resolve_neg(), _bias(given, call.objective, tau, wide)
     need = native.NeedGiven.of(z, negatives, positive, tau, bias)
     there = (x for x in (z, negatives, positive, tau, bias) if x is not None)
     # a step compares Δ as it sees it, with the weights and divided by the temperature
@@ -363,7 +371,7 @@ def _at_one_temperature(
         if key:
             call.remember(key, prepared)
         return prepared.loss(z, negatives, positive, tau, bias, same_id)
-    if bias is not None and negatives is not None:
+    if bias is not None:
         bias = torch.cat([bias.new_zeros(len(z)), bias])
     guide = _guide(given.guide, wide) if with_guide else None
     if limit is None and call.max_gap is not None:
@@ -375,18 +383,18 @@ def _at_one_temperature(
     return call.reduce(losses)
 
 
-def _positive_and_bias(
-    given: Given, objective: Objective, tau: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """t⁺ (N,), and what is added to the similarities with each of the rows that are met."""
-    positive = given.positive.to(dtype)
+#: In place of τ·(−∞), with which the moments of a weight of 0 would be NaN.
+_NEVER = -1e20
+
+
+def _bias(given: Given, objective: Objective, tau: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """(M,) τ·w, which is added to the similarities with the negatives."""
     if given.log_weights is None:
-        return positive.resolve_neg(), None
-    # t_ij + τ·w_j; a row that is an anchor too has its own w in all of its t, and in t⁺
-    bias = objective.kind_tau(tau).to(dtype) * given.log_weights.to(dtype)
-    if given.negatives is None:
-        positive = positive + bias
-    return positive.resolve_neg(), bias
+        return None
+    weights = given.log_weights.to(dtype)
+    never = weights == -math.inf
+    bias = objective.kind_tau(tau).to(dtype) * torch.where(never, 0.0, weights)
+    return torch.where(never, _NEVER, bias)
 
 
 def _again(given: Given, call: Call) -> tuple[Tensor | None, Any]:
@@ -404,7 +412,9 @@ def _again(given: Given, call: Call) -> tuple[Tensor | None, Any]:
         tau = tau.reshape(())
     elif given.log_weights is not None:
         tau = functional.as_number(tau, given.z)
-    positive, bias = _positive_and_bias(given, call.objective, tau, wide)
+    if given.negatives is None and given.log_weights is not None:
+        given = given.among_others()
+    positive, bias = given.positive.to(wide).resolve_neg(), _bias(given, call.objective, tau, wide)
     same_id = _same_id(given.ids, given.negative_ids, prepared.layout, wide)
     return prepared.loss(given.z, given.negatives, positive, tau, bias, same_id), key
 
@@ -475,10 +485,7 @@ def _check_backend(given: Given, call: Call) -> None:
     """Raises unless a backend serves the call, before the ranks exchange any rows."""
     wide = given.z[:0].to(accumulation_dtype(given.z.dtype))
     with_ids = given.ids is not None or given.negatives is None
-    functional.bind_temperature(
-        wide, 1.0, call, with_ids, with_guide=given.guide is not None,
-        weighted=given.log_weights is not None,
-    )  # fmt: skip
+    functional.bind_temperature(wide, 1.0, call, with_ids, with_guide=given.guide is not None)
 
 
 def _statement(given: Given, call: Call) -> str:
@@ -685,11 +692,10 @@ class _ExplicitNegatives(torch.autograd.Function):
         problem = _GivenPositives(
             z, negatives, saved.pos, tau, bias, ctx.call, saved.same_id, guide, limit
         )
-        # the sums of the weights come with the rows' gradient
-        first = need_z or (need_bias and negatives is None)
-        need = Need(first, need_negatives or (need_bias and negatives is not None), need_tau)
+        # the sums of the weights come with the rows' gradient; only the negatives have weights
+        need = Need(need_z, need_negatives or need_bias, need_tau)
         dz, dtau = problem.gradient(saved.solution, grad, need)
-        own = len(z) if first else 0  # rows of dz that belong to z
+        own = len(z) if need_z else 0  # rows of dz that belong to z
         return (
             dz[:own].to(z.dtype) if need_z else None,
             dz[own:].to(z.dtype) if need_negatives else None,

@@ -126,9 +126,10 @@ def alpha_cl_loss(
         max_gap: a negative whose similarity exceeds the positive's by more than this, Δ_ij =
             t_ij − t⁺_i > max_gap, is not a negative of anchor i: it may be a false one
             (Qwen3-Embedding, arXiv:2506.05176, has 0.1). Each anchor has its own Δ, in both
-            directions of "cross_view". Which negatives count is a constant of the gradient. An
-            anchor that has none left has loss 0. It may be negative. All ranks of a process group
-            must pass the same. None: all negatives count.
+            directions of "cross_view". Two cosines that differ by less than eight units of rounding
+            count as equal. Which negatives count is a constant of the gradient. An anchor that has
+            none left has loss 0. It may be negative. All ranks of a process group must pass the
+            same. None: all negatives count.
         guide: (g1, g2), another model's embeddings (N, G) of both views, in any float dtype.
             A negative is left out if its cosine similarity with the anchor, in the guide's
             embeddings, is larger than the similarity of the positive pair there minus
@@ -445,7 +446,7 @@ def _loss(
             call.negatives,
             call.symmetric,
             ids,
-            call.max_gap,
+            call.most_gap(wide),
             guide,
         )
         return call.reduce(losses)
@@ -534,12 +535,10 @@ def bind_temperature(
     reduction: str | None = None,
     few_long_rows: bool = False,
     with_guide: bool = False,
-    weighted: bool = False,
 ) -> tuple[Tensor, BoundCall, str]:
     """As `bind`, for embeddings and a temperature that have been checked.
 
-    ``reduction`` replaces the call's; ``few_long_rows``: see `_few_long_rows`; ``weighted``:
-    there are log-weights.
+    ``reduction`` replaces the call's; ``few_long_rows``: see `_few_long_rows`.
     """
     if not as_operator(z1):  # else the operator checks
         call.objective.check()
@@ -553,7 +552,6 @@ def bind_temperature(
         tau = as_number(temperature, z1)
     operands = ("ids",) * with_ids + ("max_gap",) * (call.max_gap is not None)
     operands += ("guide",) * with_guide
-    operands += ("max_gap with log_weights",) * (weighted and call.max_gap is not None)
     objective, wgmma = call.objective, False
     if z1.is_cuda and call.similarity == "cosine" and values[0] is not None and not operands:
         wgmma = ops.cuda.has_wgmma_kernels(objective.kind, objective.params(1.0), z1.shape[1])

@@ -16,13 +16,9 @@ from torch import Tensor
 from . import functional
 from .autograd import unit_rows
 from .bundles import accumulation_dtype
-from .call import Call, Guide, Layout
+from .call import ROUNDING, Call, Guide, Layout
 from .objectives import Objective
 from .one_operator import one_operator
-
-#: Similarities of the guide that differ by so many units of rounding count as equal: a copy of the
-#: positive is as similar to the anchor, in whatever order a backend adds.
-ROUNDING = 8
 
 
 def loss(

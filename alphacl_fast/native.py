@@ -111,16 +111,11 @@ class NeedGiven(NamedTuple):
         return cls(*(grad and x is not None and x.requires_grad for x in tensors))
 
     def wanted(self, layout: Layout) -> tuple[int, int]:
-        """The range of rows whose gradient a step computes. The gradient in the bias needs it too:
-        the sweep sums the weights of exactly these rows.
+        """The range of rows whose gradient a step computes. The gradient in the bias, which only
+        others have, needs it too: the sweep sums the weights of exactly these rows.
         """
-        z, others = self.z, self.others
-        if self.bias and layout.rectangle:
-            others = True
-        elif self.bias:
-            z = True
-        n = layout.anchors
-        return (0 if z else n, layout.rows if others and layout.rectangle else n)
+        n, others = layout.anchors, (self.others or self.bias) and layout.rectangle
+        return (0 if self.z else n, layout.rows if others else n)
 
 
 def prepared_given(call: BoundCall, z: Tensor, layout: Layout, need: NeedGiven) -> cpu_step.Plan:
@@ -165,7 +160,8 @@ def _batch(
     return cpu_step.Batch(
         *pairs, layout.rows, layout.pairing(), layout.n_neg, loss.divisor(n), wanted,
         loss.reduction == "none", loss.objective.needs_negatives, loss.similarity,
-        cpu_step.default_workspace() if workspace is None else workspace, loss.max_gap,
+        cpu_step.default_workspace() if workspace is None else workspace,
+        loss.most_gap(accumulation_dtype(pairs[2])),
     )  # fmt: skip
 
 

@@ -156,7 +156,7 @@ class Importances:
             t, anchors = self.call.c - distance, slice(start, stop)
             alpha = self._alpha(t, anchors)
             if self.call.max_gap is not None:
-                largest = self.positive[anchors, None] + self.call.max_gap
+                largest = self.positive[anchors, None] + self.call.most_gap(t.dtype)
                 alpha.masked_fill_(t > largest, 0.0)
             for diagonal in excluded:
                 alpha.diagonal(diagonal).zero_()

@@ -85,8 +85,10 @@ class Groups(NamedTuple):
 
         ``own`` (n,): the other row that is the anchor itself, where there is one.
         """
-        in_order, order = ids.sort(stable=True)
-        others_in_order, other_order = other_ids.to(ids.dtype).sort(stable=True)
+        # neither dtype need hold the ids of the other
+        dtype = torch.promote_types(ids.dtype, other_ids.dtype)
+        in_order, order = ids.to(dtype).sort(stable=True)
+        others_in_order, other_order = other_ids.to(dtype).sort(stable=True)
         places = None
         if own is not None:
             place = torch.empty_like(other_order)

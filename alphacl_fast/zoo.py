@@ -831,7 +831,12 @@ class ISogCLR(nn.Module):
         _count("n_samples", n_samples)
         functional.make_group(process_group, "auto")
         self.process_group = process_group
-        low, high = temperature_range
+        try:
+            low, high = temperature_range
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"temperature_range must be two numbers (low, high), got {temperature_range!r}"
+            ) from None
         _positive("temperature_range[0]", low)
         _between("temperature_range[1]", high, low, math.inf, open_above=True)
         _between("temperature", temperature, low, high)
@@ -1140,13 +1145,12 @@ def _checked_index(
     """The index on the device of the rows, for which the host does not wait."""
     functional.check_embeddings(z1, z2, fewest)
     index = functional.checked_ids("index", index, z1)
-    if (
-        index.device.type == "cpu"
-        and not as_operator(index)
-        and len(index)
-        and not (0 <= int(index.min()) <= int(index.max()) < n_samples)
-    ):
-        raise ValueError(
-            f"index must be in [0, {n_samples}), got {int(index.min())} to {int(index.max())}"
-        )
+    if index.device.type == "cpu" and not as_operator(index) and len(index):
+        low, high = index.aminmax()
+        if not 0 <= low <= high < n_samples:
+            raise ValueError(f"index must be in [0, {n_samples}), got {int(low)} to {int(high)}")
+        samples, times = index.unique(return_counts=True)
+        if len(samples) < len(index):  # which of its rows would its state be from?
+            twice = int(samples[times > 1][0])
+            raise ValueError(f"index must hold every sample once at most, got {twice} again")
     return index.long()

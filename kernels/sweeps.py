@@ -118,6 +118,7 @@ class Static(NamedTuple):
     W_PRECISION: str = "ieee"
     IDS: bool = False  # rows of one id do not meet: every tile is masked
     LIMITED: bool = False  # pairs with t above an anchor's largest_t do not count for it
+    WEIGHTED: bool = False  # the bias holds log-weights: limits are compared before it is added
 
     @property
     def cache_key(self) -> str:
@@ -232,29 +233,37 @@ def _dot(a, b, acc, S: tl.constexpr, SECOND: tl.constexpr):
 
 @triton.jit
 def _scaled(t, i, j):
-    """t_ij from ⟨f_i, f_j⟩. Row scalars meet first: t_ij and t_ji must agree to the last bit."""
+    """t_ij from ⟨f_i, f_j⟩ without and with the bias.
+
+    Row scalars meet first: t_ij and t_ji must agree to the last bit.
+    """
     if len(i.scale):
         t = t * (i.scale[0][:, None] * j.scale[0][None, :])
+    unbiased = t
     if len(i.bias):
         t = t + (i.bias[0][:, None] + j.bias[0][None, :])
-    return t
+    return unbiased, t
 
 
 @triton.jit
 def _similarities(f_ptr, stride, f_i, i, j, S: tl.constexpr):
-    """t (BLOCK_M, BLOCK_N), and f_j (BLOCK_N, BLOCK_D) where a row fits into one chunk."""
+    """t (BLOCK_M, BLOCK_N) without and with the bias, and f_j (BLOCK_N, BLOCK_D) where a row fits
+    into one chunk.
+    """
     M: tl.constexpr = S.BLOCK_M
     N: tl.constexpr = S.BLOCK_N
     t = tl.zeros((M, N), S.ACC)
     if len(f_i):
         f_j = _features(f_ptr, stride, j, 0, S)
         t = _dot(f_i[0], tl.trans(f_j), t, S, False)
-        return _scaled(t, i, j), (f_j,)
+        unbiased, t = _scaled(t, i, j)
+        return unbiased, t, (f_j,)
     else:
         for d in range(0, S.D, S.BLOCK_D):
             a, b = _features(f_ptr, stride, i, d, S), _features(f_ptr, stride, j, d, S)
             t = _dot(a, tl.trans(b), t, S, False)
-        return _scaled(t, i, j), ()
+        unbiased, t = _scaled(t, i, j)
+        return unbiased, t, ()
 
 
 @triton.jit
@@ -302,6 +311,15 @@ def _counted(x, other, i, j, S: tl.constexpr, MASKED: tl.constexpr):
             keep = keep & (i.ids[0][:, None] != j.ids[0][None, :])
         x = tl.where(keep, x, other)
     return x
+
+
+@triton.jit
+def _compared(unbiased, t, S: tl.constexpr):
+    """The similarity that limits are compared with: a log-weight is no part of it."""
+    if S.WEIGHTED:
+        return unbiased
+    else:
+        return t
 
 
 @triton.jit
@@ -362,7 +380,7 @@ def _values(
     """f, df and ∂f/∂τ with one side's row scalars, each in a tuple: empty where it is not
     needed.
 
-    ``raw`` is t as the product gives it, by which pairs are compared.
+    ``raw`` is the similarity that limits are compared with.
     """
     f, df, dtau = (), (), ()
     if S.LOG:
@@ -511,10 +529,10 @@ def _sum_tile(
     A symmetric tile's sums of rows J go to their own slice.
     """
     j = _side(c.v, tile, c.n_cols, c.col_start, c.half, S.BLOCK_N, S.COLS_PAIRED, S.SYMMETRIC)
-    t, _ = _similarities(c.f_ptr, c.stride, f_i, i, j, S)
+    unbiased, t, _ = _similarities(c.f_ptr, c.stride, f_i, i, j, S)
     # an excluded pair's similarity may be infinite, and 0·inf is not 0
     t = _counted(t, 0.0, i, j, S, MASKED)
-    raw, log_f, e = t, (), ()
+    raw, log_f, e = _compared(unbiased, t, S), (), ()
     if S.LOG:
         log_f, t = _log_f(t, i, j, c, S, MASKED)
         if S.FORM == "CONSTANT":
@@ -687,9 +705,9 @@ def _grad_tile(
 ):
     """Adds W·F_J of one tile to the gradient of rows I, or writes W."""
     j = _side(c.v, tile, c.n_cols, c.col_start, c.half, S.BLOCK_N, S.COLS_PAIRED, S.COLS_ANCHOR)
-    t, f_j = _similarities(c.f_ptr, c.stride, f_i, i, j, S)
+    unbiased, t, f_j = _similarities(c.f_ptr, c.stride, f_i, i, j, S)
     t = _counted(t, 0.0, i, j, S, MASKED)
-    raw, log_f = t, ()
+    raw, log_f = _compared(unbiased, t, S), ()
     if S.LOG:
         log_f, t = _log_f(t, i, j, c, S, MASKED)
     if S.FORM == "CONSTANT":

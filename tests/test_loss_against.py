@@ -104,6 +104,34 @@ def test_log_weights(backend, case, among, monkeypatch, poisoned):
         assert relative_error(alone, expected) < 1e-11
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("among", [False, True])
+def test_log_weights_of_minus_infinity(among, backend):
+    """Such a row is nobody's negative; among themselves it is an anchor as before."""
+    n, m = (7, 9) if backend in SLOW else (21, 33)
+    z, negatives, positive, w = leaves_for(n, n if among else m)
+    with torch.no_grad():
+        w[1::3] = -torch.inf
+    counts = w > -torch.inf
+    for k, (most, tau) in enumerate(
+        [(None, 0.4), (0.1, tau_leaf()), (0.1, tau_leaf(0.2).expand(n))]
+    ):
+        leaves = [z, positive, w] + [negatives] * (not among) + [tau] * (k > 0)
+        gap = z @ (z if among else negatives).t() - positive[:, None]
+        keep = counts & ~(gap > (most or torch.inf))
+        if among:
+            keep &= ~torch.eye(n, dtype=torch.bool)
+        each = tau.view(-1, 1) if k else tau
+        terms = (gap / each + torch.where(counts, w, 0.0)).exp() * keep
+        ours = loss_against(
+            z, None if among else negatives, positive, temperature=tau, log_weights=w,
+            max_gap=most, reduction="none", backend=backend,
+        )  # fmt: skip
+        truth = differentiated(terms.sum(1).log1p(), leaves)
+        assert_equal(differentiated(ours, leaves), truth)
+        assert all(x.isfinite().all() for x in truth)
+
+
 def test_log_weights_with_ids():
     z, negatives, positive, w = leaves = leaves_for(12, 20)
     _, _, phi, _ = EXPONENTIAL[0]

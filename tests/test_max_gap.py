@@ -136,6 +136,22 @@ def test_an_infinite_gap_changes_nothing(backend):
         torch.testing.assert_close(limited, everything, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", [*SERVING, "reference"])
+def test_copies_of_the_positive_have_no_gap(backend, dtype):
+    """However their similarities are rounded: a gap of 0 leaves none of them out."""
+    z1, _ = pair(9, 64, dtype=dtype)
+    copies = z1[:1].expand(9, -1)
+    for anchors in (z1, copies):
+        losses = alpha_cl_loss(
+            anchors, copies, negatives="cross_view", symmetric=False, max_gap=0.0,
+            reduction="none", backend=backend,
+        )  # fmt: skip
+        torch.testing.assert_close(losses, torch.full_like(losses, 9).log(), rtol=1e-5, atol=0)
+    loss = alpha_cl_loss(copies, copies, max_gap=0.0, backend=backend)
+    torch.testing.assert_close(loss, torch.full_like(loss, 17).log(), rtol=1e-5, atol=0)
+
+
 def test_masked_softmax_of_qwen3_embedding():
     """Its term for the documents (arXiv:2506.05176, equation 1): m = 0 where s > s⁺ + 0.1."""
     query, document = pair(24, 8, noise=1.5)
@@ -211,18 +227,41 @@ def test_gaps_have_neither_weights_nor_temperatures(backend, among):
         exponents = gap / given.get("temperature", torch.tensor(0.5)).view(-1, 1)
         dense = ((exponents + given.get("log_weights", 0)).exp() * keep).sum(1).log1p()
         setting = {"reduction": "none", "max_gap": 0.3, "backend": backend}
-        negatives = None if among else y
-
-        def ours(leaves=leaves, given=given, setting=setting, negatives=negatives):
-            return loss_against(leaves[0], negatives, leaves[1], **given, **setting)
-
-        if "log_weights" in given and backend not in ("cpu", "blocked"):
-            with pytest.raises(ValueError, match=r"max_gap with log_weights: not in .* cpu or"):
-                ours()
-            continue
-        torch.testing.assert_close(ours(), dense)
+        ours = loss_against(leaves[0], None if among else y, leaves[1], **given, **setting)
+        torch.testing.assert_close(ours, dense)
         expected = torch.autograd.grad(dense.square().sum(), leaves)
-        torch.testing.assert_close(torch.autograd.grad(ours().square().sum(), leaves), expected)
+        torch.testing.assert_close(torch.autograd.grad(ours.square().sum(), leaves), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", SERVING)
+def test_gaps_at_the_edge_count_whatever_their_weights(backend, dtype):
+    """Of whole numbers no gap is rounded; t plus a weight is, and would be beyond the edge or not.
+
+    With several tiles, whose columns are anchors too.
+    """
+    n = 70
+    z, y = (torch.randint(-2, 3, (n, 4)).to(dtype) for _ in range(2))
+    weights = torch.linspace(-3, 2, n).roll(n // 2)
+    positive = torch.randint(-1, 2, (n,)).float()
+    for among in (False, True):
+        leaves = [x.clone().requires_grad_() for x in (z, positive, weights)]
+        given = {"log_weights": leaves[2], "max_gap": 1.0, "temperature": 2.0}
+        negatives = None if among else y
+        setting = {"reduction": "none", "backend": backend}
+        ours = loss_against(*leaves[:1], negatives, leaves[1], **given, **setting)
+        exact = [x.detach().double().requires_grad_() for x in leaves]
+        gap = exact[0] @ (exact[0] if among else y.double()).t() - exact[1][:, None]
+        keep = (gap <= 1) & ~(among & torch.eye(n, dtype=torch.bool))
+        assert (gap == 1).sum() > 300
+        dense = ((gap / 2 + exact[2]).exp() * keep).sum(1).log1p()
+        torch.testing.assert_close(ours.double(), dense, rtol=1e-5, atol=1e-6)
+        for a, b in zip(
+            torch.autograd.grad(ours.sum(), leaves),
+            torch.autograd.grad(dense.sum(), exact),
+            strict=True,
+        ):
+            assert relative_error(a, b) < max(torch.finfo(a.dtype).eps, 1e-5)
 
 
 def test_module_compiled_graph_and_pickled_copy():

@@ -115,6 +115,24 @@ def test_reference_rows(form, m, small_blocks, poisoned):
         assert_equal(differentiated(ours, leaves), truth)
 
 
+@pytest.mark.parametrize("narrow", [torch.int8, torch.uint8, torch.int16, torch.int32])
+def test_ids_of_a_dtype_that_cannot_hold_the_other_ids(narrow):
+    """None of the large numbers is an id of the other side, whatever its last bits are."""
+    ids = torch.tensor([0, 1, 0, 2, 5, 1])
+    other_ids = torch.tensor([2**8, 2**16 + 1, 2**32 + 2, 2**8 + 5, 1, 2, 0, 0])
+    z, reference = pair(6, 4)[0], pair(8, 4, seed=1)[0]
+    for form in FORMS:
+        for sides in ((ids.to(narrow), other_ids), (other_ids[:6], ids.to(narrow))):
+            truth = dense(z, sides[0], form, 0.2, reference[: len(sides[1])], sides[1])
+            ours = supcon_loss(
+                z, sides[0], form=form, temperature=0.2, reference=reference[: len(sides[1])],
+                reference_ids=sides[1], reduction="none",
+            )  # fmt: skip
+            assert_equal([ours], [truth])
+            assert sides[0].dtype != sides[1].dtype
+            assert 0 < (truth == 0).sum() < 6
+
+
 def test_each_gradient_alone():
     """What needs no gradient changes nothing in the gradient of the rest."""
     ids, whole = IDS["any"](12), None

@@ -568,10 +568,17 @@ def test_refuses_bad_rows_and_ids():
             getattr(zoo, name)(z1[:0], torch.arange(0) if by_id else z2[:0])
         with pytest.raises((TypeError, ValueError), match="ids must be" if by_id else "z2 must"):
             getattr(zoo, name)(z1, z2[:, :2])
-    for module, index in itertools.product((zoo.SogCLR, zoo.ISogCLR), ([0, 1, 2, 9], [0, 1, 2])):
-        with pytest.raises(ValueError, match="index must be"):
+    for module, index in itertools.product(
+        (zoo.SogCLR, zoo.ISogCLR), ([0, 1, 2, 9], [0, 1, 2], [0, 1, 2, 1])
+    ):
+        with pytest.raises(
+            ValueError, match=r"index must (be in|hold every sample once|be an int)"
+        ):
             module(9)(z1, z2, torch.tensor(index))
     with pytest.raises(ValueError, match="n_samples must be a positive integer, got 0"):
         zoo.SogCLR(0)
+    for bounds in (0.1, (0.1, 0.2, 0.3)):
+        with pytest.raises(TypeError, match=r"temperature_range must be two numbers \(low, high\)"):
+            zoo.ISogCLR(4, temperature_range=bounds)
     with pytest.raises(ValueError, match=r"temperature must be in \[0.1, 0.2\]"):
         zoo.ISogCLR(4, temperature=0.3, temperature_range=(0.1, 0.2))

@@ -28,7 +28,7 @@ from . import forms
 from .precision import float32_precision
 
 #: Optional operands that this backend serves.
-OPTIONAL_OPERANDS = {"ids", "max_gap", "max_gap with log_weights", "guide"}
+OPTIONAL_OPERANDS = {"ids", "max_gap", "guide"}
 
 
 def unsupported(

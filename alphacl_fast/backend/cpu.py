@@ -37,7 +37,7 @@ from ..objectives import KINDS, codes_checksum, is_compiled, row_codes_checksum
 from . import cpu_functions, forms
 
 #: Optional operands that this backend serves.
-OPTIONAL_OPERANDS = {"ids", "max_gap", "max_gap with log_weights", "guide"}
+OPTIONAL_OPERANDS = {"ids", "max_gap", "guide"}
 
 #: Instruction sets, the lowest first; the environment variable ALPHACL_CPU_ISA names the highest to
 #: use.

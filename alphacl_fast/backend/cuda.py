@@ -112,7 +112,7 @@ class _SweepStruct(ctypes.Structure):
         + [("row_of_term", ctypes.c_int32 * Term.SHIFT)]
         + _fields(ctypes.c_int32, "exclude", "triangle", "symmetric", "side")
         + _fields(ctypes.c_int32, "rows_paired", "cols_paired", "rows_anchor", "cols_anchor")
-        + _fields(ctypes.c_int32, "in_chunks", "aligned")
+        + _fields(ctypes.c_int32, "in_chunks", "weighted", "aligned")
     )
 
 
@@ -409,7 +409,7 @@ class _Sweep(gpu.Sweep):
             weight=self.weight or Weight.F,
             terms=len(launch.terms), row_of_term=rows_of_terms(launch.terms)[: Term.SHIFT],
             symmetric=launch.symmetric, side=self.tile_rows, in_chunks=self.in_chunks,
-            **region._asdict(),
+            weighted=self.pairing.weighted, **region._asdict(),
         )  # fmt: skip
         pointers = dict(zip(_INPUTS + _OUTPUTS, (self.f, *(inputs + outputs)[1:]), strict=True))
         _run("alphacl_cuda_sweep", device, struct, pointers)

@@ -180,6 +180,7 @@ class _Sweep(gpu.Sweep):
             WEIGHT=self.weight.name if self.weight is not None else "",
             W_TYPE=precise[arithmetic.weights], W_PRECISION=arithmetic.products,
             IDS=self.pairing.ids is not None, LIMITED=self.pairing.largest_t is not None,
+            WEIGHTED=self.pairing.largest_t is not None and self.pairing.weighted,
         )  # fmt: skip
 
 

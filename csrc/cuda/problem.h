@@ -50,6 +50,7 @@ struct Sweep {
   int32_t rows_paired;  // a block holds rows of one view, then their partners
   int32_t cols_paired, rows_anchor, cols_anchor;
   int32_t in_chunks;  // rows do not fit into a tile: chunks of their features pass by
+  int32_t weighted;   // the bias holds log-weights: largest_t is compared without it
   int32_t aligned;    // set by the library: every row of f begins at a multiple of 16 bytes
 };
 

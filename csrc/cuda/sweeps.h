@@ -164,9 +164,14 @@ template <class T> struct Side {
   DEVICE bool takes(T t) const { return !(t > largest_t); }
 };
 
+// t_ij, and the similarity that limits are compared with, which has no log-weights.
+template <class T> struct Similarity {
+  T t, compared;
+};
 // Row scalars are combined first: t_ij and t_ji must agree to the last bit.
-template <class T> DEVICE T similarity(T product, const Side<T>& i, const Side<T>& j) {
-  return product * (i.scale * j.scale) + (i.bias + j.bias);
+template <class T> DEVICE Similarity<T> similarity(T product, const Side<T>& i, const Side<T>& j, bool weighted) {
+  const T unbiased = product * (i.scale * j.scale), t = unbiased + (i.bias + j.bias);
+  return {t, weighted ? unbiased : t};
 }
 
 template <class T> struct Pair {
@@ -257,7 +262,9 @@ template <class E, bool CHUNKS> struct RowSums {
     const Totals<T, SUM_COUNT> totals(TOTALS_AT);
 
     const auto row_scalars = [&](int r) { return Side<T>(M::row_scalars(), fragment.row(r)); };
-    const auto t_of = [&](int r, int q, const Side<T>& i, const Side<T>& j) { return similarity(products.at(r, q), i, j); };
+    const auto similarity_of = [&](int r, int q, const Side<T>& i, const Side<T>& j) {
+      return similarity(products.at(r, q), i, j, a.weighted);
+    };
 
     const auto maxima = [&](const Meeting& meet, const T* cols) {
       T largest[2] = {-INFINITE<T>, -INFINITE<T>};
@@ -269,9 +276,10 @@ template <class E, bool CHUNKS> struct RowSums {
 #pragma unroll
         for (int r = 0; r < Fragment::ROWS; ++r) {
           const Side<T> side_i = row_scalars(r);
-          const T t = meet(r, q) ? t_of(r, q, side_i, side_j) : -INFINITE<T>;
-          if (side_i.takes(t)) largest[r] = larger(largest[r], t);
-          if (side_j.takes(t)) column = larger(column, t);
+          if (!meet(r, q)) continue;
+          const auto [t, compared] = similarity_of(r, q, side_i, side_j);
+          if (side_i.takes(compared)) largest[r] = larger(largest[r], t);
+          if (side_j.takes(compared)) column = larger(column, t);
         }
         if (a.symmetric) {
           column = column_max(column);
@@ -292,8 +300,8 @@ template <class E, bool CHUNKS> struct RowSums {
 #pragma unroll
         for (int r = 0; r < Fragment::ROWS; ++r) {
           const Side<T> side_i = row_scalars(r);
-          const T t = t_of(r, q, side_i, side_j);
-          largest[r] = larger(largest[r], pair<decltype(kind)>(t, meet(r, q) && side_i.takes(t), n).log_f);
+          const auto [t, compared] = similarity_of(r, q, side_i, side_j);
+          largest[r] = larger(largest[r], pair<decltype(kind)>(t, meet(r, q) && side_i.takes(compared), n).log_f);
         }
       }
 #pragma unroll
@@ -320,11 +328,11 @@ template <class E, bool CHUNKS> struct RowSums {
 #pragma unroll
         for (int r = 0; r < Fragment::ROWS; ++r) {
           const Side<T> side_i = row_scalars(r);
-          const T t = t_of(r, q, side_i, side_j);
-          const Pair<T> x = pair<Kind>(t, meet(r, q), n), x_i = x.of(side_i.takes(t));
+          const auto [t, compared] = similarity_of(r, q, side_i, side_j);
+          const Pair<T> x = pair<Kind>(t, meet(r, q), n), x_i = x.of(side_i.takes(compared));
           add_terms(sums[r], values<Kind>(x_i, subtracted[r], side_i.argument_offset, need_df, need_dtau, n), x.t, side_i);
           if (a.symmetric) {
-            const Pair<T> x_j = x.of(side_j.takes(t));
+            const Pair<T> x_j = x.of(side_j.takes(compared));
             add_terms(column, values<Kind>(x_j, side_j.shift, side_j.argument_offset, need_df, need_dtau, n), x.t, side_j);
           }
         }
@@ -514,15 +522,15 @@ template <class E, bool CHUNKS> struct PairGrad {
         for (int r = 0; r < Fragment::ROWS; ++r) {
           const Side<T> side_i(M::row_scalars(), fragment.row(r));
           T& element = elements.at(r, q);
-          const T t = similarity(element, side_i, side_j);
+          const auto [t, compared] = similarity(element, side_i, side_j, a.weighted);
           const Pair<T> x = pair<Kind>(t, meet(r, q), n);
           T w = 0;
-          if (a.rows_anchor && side_i.takes(t)) {
+          if (a.rows_anchor && side_i.takes(compared)) {
             const Values<T> y = values<Kind>(x, side_i.shift, side_i.argument_offset, need_df, need_dtau, n);
             add_terms(sums[r], y, x.t, side_i);
             w += weigh(y, x.t, side_i);
           }
-          if (a.cols_anchor && side_j.takes(t)) {
+          if (a.cols_anchor && side_j.takes(compared)) {
             const Values<T> y = values<Kind>(x, side_j.shift, side_j.argument_offset, need_df, need_dtau, n);
             w += weigh(y, x.t, side_j);
           }

@@ -329,15 +329,22 @@ AGAINST = "tests/test_loss_against.py::"
 plant(
     "alphacl_fast/explicit_negatives.py",
     (
-        "log-weights: the anchor's own weight stays in its gaps",
-        "positive = positive + bias",
-        "positive = positive + 0 * bias",
+        "log-weights: rows that meet one another weigh as anchors too",
+        "bias = torch.cat([bias.new_zeros(len(z)), bias])",
+        "bias = torch.cat([bias, bias]) if given.z is negatives else "
+        "torch.cat([bias.new_zeros(len(z)), bias])",
         f"{AGAINST}test_log_weights[True-infonce0-blocked]",
     ),
     (
+        "log-weights: a weight of 0 has a gradient in the temperature",
+        "return torch.where(never, _NEVER, bias)",
+        "return torch.where(never, -math.inf, bias)",
+        f"{AGAINST}test_log_weights_of_minus_infinity[False-blocked]",
+    ),
+    (
         "log-weights: they are divided by the temperature",
-        "bias = objective.kind_tau(tau).to(dtype) * given.log_weights.to(dtype)",
-        "bias = given.log_weights.to(dtype) + 0 * tau.to(dtype)",
+        "bias = objective.kind_tau(tau).to(dtype) * torch.where(never, 0.0, weights)",
+        "bias = torch.where(never, 0.0, weights) + 0 * tau.to(dtype)",
         f"{AGAINST}test_log_weights[False-infonce0-blocked]",
     ),
     (
@@ -1588,9 +1595,15 @@ plant(
     ),
     (
         "gaps: a column's limit is overlooked in the gradient",
-        "if (a.cols_anchor && side_j.takes(t)) {",
+        "if (a.cols_anchor && side_j.takes(compared)) {",
         "if (a.cols_anchor) {",
         f"{LEFT_OUT_OF_TILES}[{INFONCE}]",
+    ),
+    (
+        "gaps: log-weights count as similarity in the CUDA kernels",
+        "return {t, weighted ? unbiased : t};",
+        "return {t, t};",
+        "tests/test_max_gap.py::test_gaps_have_neither_weights_nor_temperatures[cuda-False]",
     ),
     (
         "gradient: the columns' anchors do not weigh",
@@ -1963,8 +1976,8 @@ plant(
     "alphacl_fast/autograd.py",
     (
         "max_gap: the limit ignores the positive",
-        "None if call.max_gap is None else self.pos + call.max_gap",
-        "None if call.max_gap is None else 0 * self.pos + call.max_gap",
+        "None if call.max_gap is None else self.pos + call.most_gap(self.pos.dtype)",
+        "None if call.max_gap is None else 0 * self.pos + call.most_gap(self.pos.dtype)",
         f"{GAP}test_equals_reference[{TRIPLET}]",
     ),
     (
@@ -1981,6 +1994,12 @@ plant(
         "x = tl.where(t > tl.expand_dims(side.largest_t[0], axis), other, x)",
         "x = tl.where(t < tl.expand_dims(side.largest_t[0], axis), other, x)",
         f"{GAP}test_an_infinite_gap_changes_nothing[triton]",
+    ),
+    (
+        "max_gap: log-weights count as similarity in the Triton kernels",
+        "        return unbiased\n",
+        "        return t\n",
+        f"{GAP}test_gaps_have_neither_weights_nor_temperatures[triton-False]",
     ),
 )
 

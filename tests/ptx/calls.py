@@ -12,7 +12,7 @@ import torch
 from family import loss_and_grads, siglip_and_grads
 from torch import Tensor
 
-from alphacl_fast import ops, siglip_loss
+from alphacl_fast import loss_against, ops, siglip_loss
 from alphacl_fast.bundles import (
     PairFunction,
     Pairing,
@@ -59,6 +59,38 @@ def every_length(case: Case, views: Views, backend: str, precision: str | None) 
     value, (dz1, dz2, *others) = loss(case, views, backend, precision)
     scaled = [d.double() * by for d, by in zip((dz1, dz2), lengths, strict=True)]
     return value, [*scaled, *others]
+
+
+def weighted_and_limited(case: Case, views: Views, backend: str, precision: str | None) -> Results:
+    """The losses of given positives, whose negatives have log-weights and a largest gap.
+
+    Every gradient. The truth is dense code.
+    """
+    z, y = _unit_rows(views, 2 * case.pairs, case.dtype).split(case.pairs)
+    wide = accumulation_dtype(z.dtype)
+    positive, weights = (torch.linspace(*ends, case.pairs, dtype=wide) for ends in _ENDS)
+    t = z.double() @ y.double().t()
+    gaps = (t - positive.double()[:, None]).flatten().sort()[0]
+    # the edge lies in the widest of 400 intervals, so that rounding moves no pair over it
+    near = gaps[len(gaps) // 2 :][:400]
+    widest = near.diff().argmax()
+    most = float(near[widest : widest + 2].mean())
+    leaves = [x.requires_grad_() for x in (z, y, positive, weights)]
+    if backend == "reference":
+        exponents = (z @ y.t() - positive[:, None]) / case.tau + weights
+        kept = exponents.masked_fill(t - positive.double()[:, None] > most, -torch.inf)
+        losses = kept.exp().sum(1).log1p()
+    else:
+        losses = loss_against(
+            *leaves[:3], temperature=case.tau, log_weights=weights, max_gap=most, backend=backend,
+            precision=precision, reduction="none",
+        )  # fmt: skip
+    gradients = torch.autograd.grad((losses * torch.linspace(0.5, 1.5, case.pairs)).sum(), leaves)
+    return [losses.detach()], [*gradients]
+
+
+#: Of the positives, and of the log-weights, which reorder the terms.
+_ENDS = (-0.2, 0.4), (2.0, -3.0)
 
 
 # --- the operators alone --------------------------------------------------------------------------

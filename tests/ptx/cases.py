@@ -272,6 +272,7 @@ def _ampere() -> list[Case]:
         # where rounding moves no pair over the limit
         limits = [] if precision == "tf32" else [{"max_gap": -0.8}]
         cases += [kept, *(replace(kept, setting=s, objective="alpha_direct") for s in limits)]
+        cases += [replace(kept, ids=None, call=calls.weighted_and_limited) for _ in limits]
         kinds = replace(one, pairs=10, call=calls.every_kind)
         cases += [replace(kinds, dim=dim) for dim in (dims[0], dims[-1])]
     cases += [replace(case, pairs=33, call=calls.every_kind)]  # two tiles: one serves its columns
@@ -289,6 +290,7 @@ def _ampere() -> list[Case]:
         replace(case, dtype=FP32, precision="tf32", setting=_SIDES[1]),
         replace(case, dtype=FP32, precision="ieee", pairs=40),
         replace(case, dtype=FP64, dim=32, pairs=35), replace(case, tau=0.02, pairs=40),
+        replace(case, dim=16, pairs=40, call=calls.weighted_and_limited),
         replace(case, objective="alpha_direct", symmetric=False, setting=_SIDES[2]),
         replace(case, nan_row=3),
         replace(case, dim=16, pairs=40, nan_row=3),
@@ -363,6 +365,12 @@ def triton_cases(arch: str) -> list[Case]:
     limited = replace(case, pairs=whole, setting={"max_gap": -0.8})
     more += [replace(limited, objective=o) for o in ("infonce", "alpha_direct", "triplet")]
     more += [replace(limited, dtype=FP32, precision="ieee", pairs=40, ids=11)]
+    weighted = replace(case, pairs=40, dim=16, call=calls.weighted_and_limited)
+    more += [
+        weighted,
+        replace(weighted, dtype=FP32, precision="ieee"),
+        replace(weighted, dtype=FP64),
+    ]
     more += [replace(case, pairs=129, dim=d, workspace=1) for d in (64, 512)]  # several launches
     more += [replace(case, pairs=whole, objective=o, options=k) for o, k in CUSTOM[:5]]
     return _listed(short, more)
