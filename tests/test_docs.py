@@ -46,6 +46,9 @@ def test_shell_block(code):
             with pytest.raises(SystemExit) as stopped:  # it exists, and has these flags
                 command([*(words[1:] if words[0] == "alphacl" else words[3:]), "--help"])
             assert stopped.value.code == 0, line
+        elif words[0] == "python" and words[1].endswith(".py"):
+            source = (ROOT / words[1]).read_text()
+            assert all(f'"{word}"' in source for word in words if word.startswith("--")), line
         elif words[:3] == ["python", "-m", "pytest"]:
             assert (ROOT / words[3]).exists(), line
         else:
