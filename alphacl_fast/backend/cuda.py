@@ -43,7 +43,7 @@ OLDEST = (2, 10)
 #: Rows and columns of a tile, and of the blocks of hopper.h.
 SIDE, HOPPER_SIDE = 64, 128
 #: The arithmetics that hopper.h has kernels for.
-HOPPER_MODES = ("bf16", "fp16")
+HOPPER_MODES = ("bf16", "fp16", "tf32")
 #: The longest rows whose gradient the kernels accumulate in registers (launch.h). Longer rows come
 #: in chunks of features, and cuBLAS multiplies their weights with the rows: nothing is computed
 #: twice.
@@ -71,6 +71,7 @@ _INPUTS = (
     "unit",
 )
 _OUTPUTS = ("sums", "df", "weight_sums", "weights")
+_ROUNDED_BUFFERS = ("f", "rounded")
 _ROW_BUFFERS = ("z1", "z2", "f", "scale", "inv_norm", "pos", "d", "q")
 
 
@@ -124,6 +125,17 @@ class _PairRows(ctypes.Structure):
         + [("elements", ctypes.c_int64 * len(_ROW_BUFFERS))]
         + _fields(ctypes.c_int64, "n_pairs", "stride1", "stride2", "stride")
         + _fields(ctypes.c_int32, "dim", "dtype", "anchors")
+    )
+
+
+class _RoundedRows(ctypes.Structure):
+    """`struct RoundedRows`."""
+
+    _fields_ = (
+        _fields(ctypes.c_void_p, *_ROUNDED_BUFFERS)
+        + [("elements", ctypes.c_int64 * len(_ROUNDED_BUFFERS))]
+        + _fields(ctypes.c_int64, "n", "stride", "rounded_stride")
+        + _fields(ctypes.c_int32, "dim")
     )
 
 
@@ -197,8 +209,11 @@ def _load(path: str) -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"not compiled: {reason}; reinstall with nvcc on the PATH"
     try:
         library = ctypes.CDLL(path)
-        sizes = library.alphacl_cuda_sweep_size(), library.alphacl_cuda_rows_size()
-        fits = sizes == (ctypes.sizeof(_SweepStruct), ctypes.sizeof(_PairRows))
+        sizes = [
+            getattr(library, f"alphacl_cuda_{name}_size")()
+            for name in ("sweep", "rows", "rounded_rows")
+        ]
+        fits = sizes == [ctypes.sizeof(x) for x in (_SweepStruct, _PairRows, _RoundedRows)]
         fits = fits and library.alphacl_cuda_codes() == codes_checksum()
     except (OSError, AttributeError) as error:
         return None, f"cannot be loaded: {error}"
@@ -210,7 +225,8 @@ def _load(path: str) -> tuple[ctypes.CDLL | None, str | None]:
         ctypes.POINTER(_PairRows),
         ctypes.c_void_p,
     ]
-    for text in ("sweep", "rows", "build", "sources", "why_not"):
+    library.alphacl_cuda_rounded_rows.argtypes = [ctypes.POINTER(_RoundedRows), ctypes.c_void_p]
+    for text in ("sweep", "rows", "rounded_rows", "build", "sources", "why_not"):
         getattr(library, f"alphacl_cuda_{text}").restype = ctypes.c_char_p
     return library, None
 
@@ -282,7 +298,7 @@ def symmetric(wanted: bool | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hopper(wanted: bool | None) -> Iterator[None]:
-    """A context that says whether rows of 16 bits take the warpgroup kernels (hopper.h, sm_90a).
+    """A context that says whether rows take the warpgroup kernels (hopper.h, sm_90a).
 
     None: where they serve a launch; False: never; True: always, and a launch that they cannot serve
     is refused.
@@ -309,11 +325,11 @@ def _has_hopper(device: torch.device) -> bool:
         return library is not None and bool(library.alphacl_cuda_has_hopper())
 
 
-def has_wgmma_kernels(kind: str, params: tuple[float, ...], dim: int) -> bool:
-    """Whether the kernels of hopper.h know a pair function (`is_fast` in sweeps.h) and rows of this
-    length. They also need bfloat16 or float16 rows and the constant form.
+def has_wgmma_kernels(mode: str, kind: str, params: tuple[float, ...], dim: int) -> bool:
+    """Whether the kernels of hopper.h know an arithmetic (``mode``), a pair function (`is_fast` in
+    sweeps.h) and rows of this length. They also need the constant form.
     """
-    if dim > LARGEST["bf16"] or kind not in ("exp", "gibbs", "power"):
+    if mode not in HOPPER_MODES or dim > LARGEST[mode] or kind not in ("exp", "gibbs", "power"):
         return False
     return kind != "power" or dict(zip(KINDS[kind].parameters, params, strict=True))["q"] == 2
 
@@ -351,18 +367,20 @@ class _Sweep(gpu.Sweep):
         if hopper and (self.weight is not None or one_sum or not self.symmetric):
             self.tile_rows = self.tile_cols = HOPPER_SIDE
             self.resident = 1
+            if tf32:
+                self.f = rounded_rows(self.f)
 
     def _on_hopper(self) -> bool:
         """Whether the kernels of hopper.h serve the sweep."""
-        f, terms = self.f, self.terms or (Term.F,)
-        fast = has_wgmma_kernels(self.function.kind, self.function.params, self.dim)
+        f, mode, terms = self.f, self.arithmetic.mode, self.terms or (Term.F,)
+        fast = has_wgmma_kernels(mode, self.function.kind, self.function.params, self.dim)
         sums = Term.F in terms and set(terms) <= {Term.F, Term.F_MOMENT}
         plain = self.rows.bias is None and self.pairing.ids is None
         plain = plain and self.pairing.largest_t is None
         constant = self.form == Form.CONSTANT and plain and sums
         aligned = f.data_ptr() % 16 == 0 and f.stride(0) % 8 == 0 and f.stride(0) >= self.dim
-        fits = self.arithmetic.mode in HOPPER_MODES and aligned and not self.in_chunks
-        return fast and constant and fits and _has_hopper(f.device)
+        aligned = aligned or mode == "tf32"  # whose rounded rows are a copy
+        return fast and constant and aligned and not self.in_chunks and _has_hopper(f.device)
 
     def scale_weights(self) -> None:
         weight, shift = self.scalars.row_weight, self.scalars.shift
@@ -455,6 +473,24 @@ def unit_rows(z1: Tensor, z2: Tensor) -> NormalizedRows:
         buffers = {"z1": z1, "z2": z2, **rows._asdict()}
         _run_rows(False, buffers.pop("f"), buffers, stride1=z1.stride(0), stride2=z2.stride(0))
     return rows
+
+
+def rounded_rows(f: Tensor) -> Tensor:
+    """f (n, D) float32 as TF32 numbers, in one launch; its rows begin at multiples of 16 bytes.
+
+    Tensor cores cut off the bits that TF32 does not have. That makes every similarity too small by
+    a part of 2⁻¹⁰ in the mean, where rounding errors have either sign.
+    """
+    n, dim = f.shape
+    rounded = f.new_empty(n, -(-dim // 4) * 4)[:, :dim]
+    buffers = {"f": f, "rounded": rounded}
+    struct = _RoundedRows(
+        **{k: _address(k, x, torch.float32, f.device, pitched=True) for k, x in buffers.items()},
+        elements=tuple(map(_elements, buffers.values())),
+        n=n, stride=f.stride(0), rounded_stride=rounded.stride(0), dim=dim,
+    )  # fmt: skip
+    _run("alphacl_cuda_rounded_rows", f.device, struct, buffers)
+    return rounded
 
 
 def finish_rows(d: Tensor, f: Tensor, scale: Tensor | None, inv_norm: Tensor, q: Tensor) -> None:

@@ -35,17 +35,20 @@
 //   tensor_copy(to, map, x, y, b)                      one box of a two-dimensional tensor map (element offset x in the row,
 //                                                      row y) to shared memory, 128-byte swizzle, zeros outside; counts on b
 //   matrix_descriptor(start, leading, stride)          wgmma operand in shared memory, 128-byte swizzle; bytes
-//   product_ss<BF16, N, TRANS_B>(c, a, b, add)         wgmma m64nNk16 of bfloat16 or float16, A and B by descriptors; c[N/2];
-//                                                      add = 0 overwrites
-//   product_rs<BF16, N, TRANS_B>(c, a, b, add)         A from registers (uint32_t[4])
+//   operands_written()                                 what this thread wrote to shared memory may be read by products of
+//                                                      those whom it tells so
+//   product_ss<TYPE, N, TRANS_B>(c, a, b, add)         wgmma m64nNk16 of bfloat16 or float16 (Factors::BF16, F16), m64nNk8 of
+//                                                      float bit patterns without their low 13 bits (Factors::TF32, where B
+//                                                      cannot be transposed); A and B by descriptors; c[N/2]; add = 0 overwrites
+//   product_rs<TYPE, N, TRANS_B>(c, a, b, add)         A from registers (uint32_t[4])
 //   product_begin(), product_commit(), product_wait<N>()   wgmma.fence, commit_group, wait_group
 //   hold_registers(x)                                  the compiler moves no use of x[N] from one side of this to the other
 //   registers_more<N>(), registers_less<N>()           setmaxnreg of a warpgroup
 //   sync_some(id, threads)                             named barrier 1 … 15
 //
 // and for the host: tensor_map(map, base, columns, rows, pitch, box_rows) describes a tensor of
-// 16-bit elements, `pitch` bytes from row to row, for boxes of 64 columns × box_rows, and returns null or
-// what went wrong. HOPPER says whether the code that is being compiled may use all this,
+// 16-bit elements (a float is two), `pitch` bytes from row to row, for boxes of 64 columns × box_rows, and
+// returns null or what went wrong. HOPPER says whether the code that is being compiled may use all this,
 // runs_hopper<K>() whether the current device would run a K that was compiled so.
 #pragma once
 

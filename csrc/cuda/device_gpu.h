@@ -114,6 +114,8 @@ DEVICE void tensor_copy(void* to, const TensorMap* map, int x, int y, uint64_t* 
                    address(to)), "l"(map), "r"(x), "r"(y), "r"(address(b)) : "memory");
 }
 
+DEVICE void operands_written() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // How operands lie in shared memory: device_host_hopper.h.
 DEVICE uint64_t matrix_descriptor(const void* start, int leading, int stride) {
   const auto field = [](uint32_t bytes) { return uint64_t(bytes >> 4 & 0x3fff); };
@@ -136,8 +138,10 @@ template <int N> DEVICE void hold_registers(uint32_t (&x)[N]) {
 template <int N> DEVICE void registers_more() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
 template <int N> DEVICE void registers_less() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
 
+enum class Factors { BF16, F16, TF32 };  // what a product of a warpgroup multiplies
+
 // N = 64, 128, 256; the assembler wants every accumulator by name
-template <bool BF16, int N, int TRANS_B> struct Product;
+template <Factors TYPE, int N, int TRANS_B> struct Product;
 
 #define ALPHACL_TEN(T) "%" #T "0, %" #T "1, %" #T "2, %" #T "3, %" #T "4, %" #T "5, %" #T "6, %" #T "7, %" #T "8, %" #T "9"
 #define ALPHACL_8(C, I)                                                                                                       \
@@ -150,32 +154,39 @@ template <bool BF16, int N, int TRANS_B> struct Product;
 #define ALPHACL_120_NAMES                                                                                                     \
   ALPHACL_60_NAMES ALPHACL_TEN(6) ", " ALPHACL_TEN(7) ", " ALPHACL_TEN(8) ", " ALPHACL_TEN(9) ", " ALPHACL_TEN(10) ", "       \
   ALPHACL_TEN(11) ", "
-// Pn are the names of the operands after the accumulators.
-#define ALPHACL_PRODUCT(BF16, TYPE, N, NAMES, C, P0, P1, P2, P3, P4, P5, P6)                                               \
-  template <int TRANS_B> struct Product<BF16, N, TRANS_B> {                                                                   \
+// Only factors of 16 bits may lie transposed, and their instructions alone say so.
+#define ALPHACL_LAYOUT_16(X) X
+#define ALPHACL_LAYOUT_8(X)
+// DEPTH is 16 or 8 elements, 32 bytes; Pn are the names of the operands after the accumulators.
+#define ALPHACL_PRODUCT(FACTORS, DEPTH, TYPE, N, NAMES, C, P0, P1, P2, P3, P4, P5, P6)                                        \
+  template <int TRANS_B> struct Product<FACTORS, N, TRANS_B> {                                                                \
+    static_assert(DEPTH == 16 || !TRANS_B, "an instruction for factors of 16 bits");                                          \
     static DEVICE void ss(float (&c)[N / 2], uint64_t a, uint64_t b, int add) {                                               \
       asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " P2 ", 0;\n"                                                        \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NAMES "}, " P0 ", " P1                \
-                   ", add, 1, 1, 0, " P3 ";\n}" : C : "l"(a), "l"(b), "r"(add), "n"(TRANS_B));                                \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k" #DEPTH ".f32." TYPE "." TYPE " {" NAMES "}, " P0 ", " P1        \
+                   ", add, 1, 1" ALPHACL_LAYOUT_##DEPTH(", 0, " P3) ";\n}" : C : "l"(a), "l"(b), "r"(add), "n"(TRANS_B));     \
     }                                                                                                                         \
     static DEVICE void rs(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b, int add) {                                   \
       asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " P5 ", 0;\n"                                                        \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                                            \
-                   " {" NAMES "}, {" P0 ", " P1 ", " P2 ", " P3 "}, " P4 ", add, 1, 1, " P6 ";\n}"                            \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k" #DEPTH ".f32." TYPE "." TYPE                                    \
+                   " {" NAMES "}, {" P0 ", " P1 ", " P2 ", " P3 "}, " P4 ", add, 1, 1" ALPHACL_LAYOUT_##DEPTH(", " P6) ";\n}" \
                    : C : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TRANS_B));                         \
     }                                                                                                                         \
   };
-#define ALPHACL_PRODUCTS(BF16, TYPE)                                                                                          \
-  ALPHACL_PRODUCT(BF16, TYPE, 64, ALPHACL_30_NAMES "%30, %31", ALPHACL_32(c, 0), "%32", "%33", "%34", "%35", "%36", "%37",    \
-                  "%38")                                                                                                      \
-  ALPHACL_PRODUCT(BF16, TYPE, 128, ALPHACL_60_NAMES "%60, %61, %62, %63", ALPHACL_64(c, 0), "%64", "%65", "%66", "%67",       \
-                  "%68", "%69", "%70")                                                                                        \
-  ALPHACL_PRODUCT(BF16, TYPE, 256, ALPHACL_120_NAMES "%120, %121, %122, %123, %124, %125, %126, %127", ALPHACL_128(c, 0),     \
-                  "%128", "%129", "%130", "%131", "%132", "%133", "%134")
-ALPHACL_PRODUCTS(true, "bf16")
-ALPHACL_PRODUCTS(false, "f16")
+#define ALPHACL_PRODUCTS(FACTORS, DEPTH, TYPE)                                                                                \
+  ALPHACL_PRODUCT(FACTORS, DEPTH, TYPE, 64, ALPHACL_30_NAMES "%30, %31", ALPHACL_32(c, 0), "%32", "%33", "%34", "%35",        \
+                  "%36", "%37", "%38")                                                                                        \
+  ALPHACL_PRODUCT(FACTORS, DEPTH, TYPE, 128, ALPHACL_60_NAMES "%60, %61, %62, %63", ALPHACL_64(c, 0), "%64", "%65", "%66",    \
+                  "%67", "%68", "%69", "%70")                                                                                 \
+  ALPHACL_PRODUCT(FACTORS, DEPTH, TYPE, 256, ALPHACL_120_NAMES "%120, %121, %122, %123, %124, %125, %126, %127",              \
+                  ALPHACL_128(c, 0), "%128", "%129", "%130", "%131", "%132", "%133", "%134")
+ALPHACL_PRODUCTS(Factors::BF16, 16, "bf16")
+ALPHACL_PRODUCTS(Factors::F16, 16, "f16")
+ALPHACL_PRODUCTS(Factors::TF32, 8, "tf32")
 #undef ALPHACL_PRODUCTS
 #undef ALPHACL_PRODUCT
+#undef ALPHACL_LAYOUT_8
+#undef ALPHACL_LAYOUT_16
 #undef ALPHACL_120_NAMES
 #undef ALPHACL_60_NAMES
 #undef ALPHACL_30_NAMES
@@ -185,12 +196,12 @@ ALPHACL_PRODUCTS(false, "f16")
 #undef ALPHACL_8
 #undef ALPHACL_TEN
 
-template <bool BF16, int N, int TRANS_B> DEVICE void product_ss(float (&c)[N / 2], uint64_t a, uint64_t b, int add) {
-  Product<BF16, N, TRANS_B>::ss(c, a, b, add);
+template <Factors TYPE, int N, int TRANS_B> DEVICE void product_ss(float (&c)[N / 2], uint64_t a, uint64_t b, int add) {
+  Product<TYPE, N, TRANS_B>::ss(c, a, b, add);
 }
-template <bool BF16, int N, int TRANS_B>
+template <Factors TYPE, int N, int TRANS_B>
 DEVICE void product_rs(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b, int add) {
-  Product<BF16, N, TRANS_B>::rs(c, a, b, add);
+  Product<TYPE, N, TRANS_B>::rs(c, a, b, add);
 }
 
 DEVICE void sync_some(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }

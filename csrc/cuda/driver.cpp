@@ -126,6 +126,13 @@ void check(const PairRows& a, bool finish) {
   }
 }
 
+void check(const RoundedRows& a) {
+  within("n", a.n, 1, INT32_MAX), within("dim", a.dim, 1, INT32_MAX);
+  within("stride", a.stride, 0, MOST), within("rounded_stride", a.rounded_stride, a.dim, MOST);
+  holds("f", a.f, a.elements[0], extent(a.n, a.stride, a.dim), true);
+  holds("rounded", a.rounded, a.elements[1], extent(a.n, a.rounded_stride, a.dim), true);
+}
+
 // Runs a check; returns null, or its message, which stays until this thread's next call.
 template <class Check> const char* refused(Check&& run) {
   static thread_local std::string error;
@@ -158,9 +165,10 @@ ALPHACL_EXPORT const char* alphacl_cuda_build() { return ALPHACL_BUILD; }
 ALPHACL_EXPORT const char* alphacl_cuda_sources() { return ALPHACL_SOURCES; }
 ALPHACL_EXPORT int32_t alphacl_cuda_sweep_size() { return sizeof(Sweep); }
 ALPHACL_EXPORT int32_t alphacl_cuda_rows_size() { return sizeof(PairRows); }
+ALPHACL_EXPORT int32_t alphacl_cuda_rounded_rows_size() { return sizeof(RoundedRows); }
 ALPHACL_EXPORT int32_t alphacl_cuda_codes() { return CODES_CHECKSUM; }
 
-// Both launch on the current device and return null, or an error message that stays until this
+// All launch on the current device and return null, or an error message that stays until this
 // thread's next call.
 ALPHACL_EXPORT const char* alphacl_cuda_sweep(const Sweep* given, void* stream) {
   Sweep a = *given;
@@ -180,6 +188,11 @@ ALPHACL_EXPORT const char* alphacl_cuda_rows(int32_t finish, const PairRows* a, 
     case FLOAT64: return rows<FLOAT64>(finish, *a, stream);
     default: return "unknown dtype";
   }
+}
+
+ALPHACL_EXPORT const char* alphacl_cuda_rounded_rows(const RoundedRows* a, void* stream) {
+  if (const char* error = refused([&] { check(*a); })) return error;
+  return alphacl::rounded_rows<TFLOAT32>(*a, stream);
 }
 
 // Why the current device cannot run the kernels, or null.

@@ -50,7 +50,8 @@ template <int FEATURES, bool BF16> struct Half {
   static constexpr int K = FEATURES, PITCH = 2 * K + 16;
   static constexpr bool PREPARES = false;
   static DEVICE constexpr int place(int i) { return i * PITCH; }
-  static constexpr bool TENSOR_CORES = true, IS_HALF = true, IS_BF16 = BF16;
+  static constexpr bool TENSOR_CORES = true, IS_BF16 = BF16;
+  static constexpr auto FACTORS = BF16 ? device::Factors::BF16 : device::Factors::F16;  // in hopper.h
 
   static DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     if constexpr (BF16) device::mma_bf16(c, a, b0, b1);
@@ -122,7 +123,8 @@ template <int FEATURES> struct Tf32 {
   static constexpr int K = FEATURES, PITCH = 4 * K + 32, EIGHT_ROWS = 8 * PITCH + 64;
   static constexpr bool PREPARES = true;
   static DEVICE constexpr int place(int i) { return i * PITCH + i / 4 * 32; }
-  static constexpr bool TENSOR_CORES = true, IS_HALF = false, IS_BF16 = false;
+  static constexpr bool TENSOR_CORES = true, IS_BF16 = false;
+  static constexpr auto FACTORS = device::Factors::TF32;
 
   template <int COUNT> struct alignas(4 * COUNT) Words {  // which one instruction loads
     uint32_t x[COUNT];
@@ -177,7 +179,7 @@ template <class Number, int FEATURES> struct Simt {
   static constexpr int K = FEATURES, PITCH = K * int(sizeof(T)) + 16, VECTOR = 16 / int(sizeof(T));
   static constexpr bool PREPARES = false;
   static DEVICE constexpr int place(int i) { return i * PITCH; }
-  static constexpr bool TENSOR_CORES = false, IS_HALF = false, IS_BF16 = false;
+  static constexpr bool TENSOR_CORES = false, IS_BF16 = false;
   struct alignas(16) Vector {
     T x[VECTOR];
   };

@@ -1,5 +1,6 @@
-// The fast kernels (sweeps.h) of bfloat16 and float16 rows for sm_90a: products of whole warpgroups
-// (wgmma), which run while exponentials are computed.
+// The fast kernels (sweeps.h) of bfloat16, float16 and TF32 rows for sm_90a: products of whole
+// warpgroups (wgmma), which run while exponentials are computed. TF32 rows are floats that have been
+// rounded before (rows.h).
 //
 // A block has 128 rows, 64 for each of two consumer warpgroups; a producer warpgroup copies the
 // tiles of columns that they walk over into stages of shared memory, one after the other. A stage
@@ -8,6 +9,9 @@
 // exponentials. Its weights W are the other product's operand from registers, by quarters: one is
 // computed while those before are being multiplied, and the last ones still are when the next tile
 // begins.
+//
+// wgmma multiplies floats only if the terms of a sum are neighbours in shared memory. The gradient
+// sums over columns, so its producer also writes each tile of TF32 columns transposed.
 //
 // ptxas decides whether products really overlap with anything: it must not find them "serialized"
 // (`python -m tools.cuda_resources`). The waits were placed accordingly.
@@ -22,8 +26,38 @@ namespace alphacl::hopper {
 
 constexpr int GROUP = 128, CONSUMERS = 2, GROUP_ROWS = 64, BLOCK_ROWS = CONSUMERS * GROUP_ROWS;
 constexpr int THREADS = (CONSUMERS + 1) * GROUP;
-// bytes of a row in shared memory: 64 features; a tile of more is several such boxes
-constexpr int LINE = 128;
+// Bytes of a row in shared memory, a box of 64 features, or of 32 of TF32; a tile of more is several
+// boxes. An instruction multiplies 32 bytes of each row.
+constexpr int LINE = 128, STEP = 32;
+using device::Factors;
+using device::rounded_to_tf32;
+
+// What the dtypes of rows differ in: the bytes of a feature; whether weights are lifted before they
+// are rounded (`Lift`); whether the gradient needs its columns transposed; whether it rounds the
+// weights of a tile only when the tile before has been multiplied.
+template <Factors TYPE> struct Format {
+  static constexpr int BYTES = 2;
+  static constexpr bool LIFTS = TYPE == Factors::F16, TRANSPOSES = false, LATE = LIFTS;
+  static DEVICE uint32_t pack(float low, float high) {
+    return TYPE == Factors::BF16 ? device::pack_bf16(low, high) : device::pack_f16(low, high);
+  }
+  // Rounds the weights of 8 columns to operands of a product. A thread has two neighbouring columns
+  // of two rows.
+  static DEVICE void put(uint32_t (*to)[4], int eight, const float (&x)[4]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) to[eight / 2][eight % 2 * 2 + r] = pack(x[2 * r], x[2 * r + 1]);
+  }
+};
+// A product has 8 terms, of which a thread's operands are numbers t and t + 4. The order is free, so
+// that those are its columns 2t and 2t + 1 (`Memory::transpose`).
+template <> struct Format<Factors::TF32> {
+  static constexpr int BYTES = 4;
+  static constexpr bool LIFTS = false, TRANSPOSES = true, LATE = true;
+  static DEVICE void put(uint32_t (*to)[4], int eight, const float (&x)[4]) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) to[eight][e] = rounded_to_tf32(x[e % 2 * 2 + e / 2]);
+  }
+};
 
 struct Args {
   Sweep sweep;
@@ -118,20 +152,29 @@ struct alignas(8) Two {
   float x[2];
 };
 
-// Shared memory. K features, N columns in a tile; Scalars holds two neighbouring columns.
-template <int K, int N, int STAGES, class Scalars> struct Memory {
-  static constexpr int BOXES = K / 64, ROWS = BLOCK_ROWS * BOXES * LINE, STAGE = N * BOXES * LINE;
+// Shared memory. K features, N columns in a tile; Scalars holds two neighbouring columns. With
+// TRANSPOSED a stage holds its columns a second time. That leaves no room for the rows: they pass
+// through the last stage into registers, before its first tile.
+template <int K, int N, int STAGES, class Scalars, Factors TYPE, bool TRANSPOSED = false> struct Memory {
+  static constexpr int BOXES = K * Format<TYPE>::BYTES / LINE, ROWS = BLOCK_ROWS * BOXES * LINE, STAGE = N * BOXES * LINE;
+  static constexpr int EACH = (TRANSPOSED ? 2 : 1) * STAGE, STAGES_AT = TRANSPOSED ? 0 : ROWS;
+  static constexpr int ROWS_AT = TRANSPOSED ? (STAGES - 1) * EACH : 0;
   static constexpr int VECTORS = N / 2 * int(sizeof(Scalars));
-  static constexpr int VECTORS_AT = ROWS + STAGES * STAGE, BARRIERS_AT = VECTORS_AT + (STAGES + 1) * VECTORS;
-  static constexpr int BYTES = BARRIERS_AT + (1 + 2 * STAGES) * int(sizeof(uint64_t));
-  static DEVICE unsigned char* rows(int group) { return device::shared() + group * (GROUP_ROWS * BOXES * LINE); }
-  static DEVICE unsigned char* stage(int k) { return device::shared() + ROWS + k * STAGE; }
+  static constexpr int VECTORS_AT = STAGES_AT + STAGES * EACH, BARRIERS_AT = VECTORS_AT + (STAGES + 1) * VECTORS;
+  static constexpr int BYTES = BARRIERS_AT + (1 + (TRANSPOSED ? 3 : 2) * STAGES) * int(sizeof(uint64_t));
+  static_assert(!TRANSPOSED || ROWS <= EACH, "the rows pass through a stage");
+  static constexpr int STEPS = K * Format<TYPE>::BYTES / STEP;  // of the product of two rows
+  static constexpr int WORDS = Format<TYPE>::BYTES / 2;         // of 16 bits, in which tensor maps count
+  static DEVICE unsigned char* rows(int group) { return device::shared() + ROWS_AT + group * (GROUP_ROWS * BOXES * LINE); }
+  static DEVICE unsigned char* stage(int k) { return device::shared() + STAGES_AT + k * EACH; }
+  static DEVICE unsigned char* transposed(int k) { return stage(k) + STAGE; }
   static DEVICE Scalars* scalars(int place) {
     return reinterpret_cast<Scalars*>(device::shared() + VECTORS_AT + place * VECTORS);
   }
   static DEVICE uint64_t* rows_full() { return reinterpret_cast<uint64_t*>(device::shared() + BARRIERS_AT); }
   static DEVICE uint64_t* full(int k) { return rows_full() + 1 + k; }
   static DEVICE uint64_t* empty(int k) { return rows_full() + 1 + STAGES + k; }
+  static DEVICE uint64_t* turned(int k) { return rows_full() + 1 + 2 * STAGES + k; }
 
   static DEVICE void initialise() {
     if (device::thread() == 0) {
@@ -139,6 +182,7 @@ template <int K, int N, int STAGES, class Scalars> struct Memory {
       for (int k = 0; k < STAGES; ++k) {
         device::barrier_init(full(k), 1 + N / 32);
         device::barrier_init(empty(k), CONSUMERS * 4);
+        if (TRANSPOSED) device::barrier_init(turned(k), GROUP / 32);
       }
       device::barrier_publish();
     }
@@ -146,13 +190,14 @@ template <int K, int N, int STAGES, class Scalars> struct Memory {
   }
 
   // The producer warpgroup: its first N threads load one column's scalars each, and thread 0 also
-  // starts the copies.
+  // starts the copies. All of them transpose a tile when the next one's copies are on their way.
   static DEVICE void produce(const Args& args, float inv_unit) {
     const Sweep& a = args.sweep;
     const int thread = device::thread() - CONSUMERS * GROUP;
     const Tiling<N> cols = column_tiling<N>(a);
     Schedule<N> schedule(a);
-    if (thread >= N || schedule.none()) return;
+    const bool loads = thread < N;
+    if ((!TRANSPOSED && !loads) || schedule.none()) return;
     if (thread == 0) {
       const Tiling<BLOCK_ROWS> tiling = row_tiling(a);
       constexpr int RUN = N / 2;  // rows of a box
@@ -164,16 +209,17 @@ template <int K, int N, int STAGES, class Scalars> struct Memory {
                                 tiling.y(device::block_x(), group) + from, rows_full());
     }
     const auto scalars_of = [&](int tile) {
-      const bool exists = cols.pair(tile, thread) < cols.count;
+      const bool exists = loads && cols.pair(tile, thread) < cols.count;
       const int64_t row = exists ? cols.row(tile, thread) : cols.start;
       return alphacl::scalars<float, FAST_SCALARS>(a, row, a.cols_anchor, 0.0f, inv_unit);
     };
-    StageOf<STAGES> now;
+    StageOf<STAGES> now, before;
     alphacl::Scalars<float, FAST_SCALARS> ahead = scalars_of(schedule.tile);
 #pragma unroll 1
-    while (!schedule.none()) {
-      // in a fresh barrier the phase before the first counts as complete
-      device::barrier_wait(empty(now.stage), now.phase ^ 1);
+    for (bool first = true; !schedule.none(); first = false) {
+      // In a fresh barrier the phase before the first counts as complete. Where rows pass through a
+      // stage, its first phase is theirs.
+      device::barrier_wait(empty(now.stage), now.phase ^ !(TRANSPOSED && now.stage == STAGES - 1));
       if (thread == 0) {
         device::barrier_expect(full(now.stage), STAGE);
         for (int second = 0; second < 2; ++second)
@@ -181,15 +227,51 @@ template <int K, int N, int STAGES, class Scalars> struct Memory {
             device::tensor_copy(stage(now.stage) + (box * N + second * (N / 2)) * LINE, &args.cols[second], 64 * box,
                                 cols.y(schedule.tile, second), full(now.stage));
       }
-      Scalars& to = scalars(now.scalars)[thread / 2];
-      to.x[thread % 2] = ahead.x[SCALE];
-      if constexpr (sizeof(Scalars) == sizeof(Four)) to.x[2 + thread % 2] = ahead.x[SECOND] * ahead.x[SCALE];
-      device::sync_warp();
-      if (thread % 32 == 0) device::barrier_arrive(full(now.stage));
+      if (loads) {
+        Scalars& to = scalars(now.scalars)[thread / 2];
+        to.x[thread % 2] = ahead.x[SCALE];
+        if constexpr (sizeof(Scalars) == sizeof(Four)) to.x[2 + thread % 2] = ahead.x[SECOND] * ahead.x[SCALE];
+        device::sync_warp();
+        if (thread % 32 == 0) device::barrier_arrive(full(now.stage));
+      }
       schedule.next();
-      now.next();
       if (!schedule.none()) ahead = scalars_of(schedule.tile);
+      if constexpr (TRANSPOSED) {
+        if (!first) transpose(before, thread);
+        before = now;
+      }
+      now.next();
     }
+    if constexpr (TRANSPOSED) transpose(before, thread);
+  }
+
+  // Writes a stage's tile transposed when it is there: a line for 32 columns of each feature, in
+  // which those of every eight are in the order 0, 2, 4, 6, 1, 3, 5, 7. The lanes of a warp have
+  // neighbouring features, so that they find different banks.
+  static DEVICE void transpose(const StageOf<STAGES>& now, int thread) {
+    constexpr int FEATURES = LINE / 4, WARPS = GROUP / 32, EIGHTS = N / 8;
+    static_assert(WARPS % BOXES == 0 && EIGHTS % (WARPS / BOXES) == 0);
+    const int lane = thread % 32, box = thread / 32 % BOXES;
+    device::barrier_wait(full(now.stage), now.phase);
+#pragma unroll 1
+    for (int k = 0; k < EIGHTS * BOXES / WARPS; ++k) {
+      const int eight = thread / 32 / BOXES + k * (WARPS / BOXES);
+      const unsigned char* from = stage(now.stage) + (box * N + 8 * eight) * LINE + lane % 4 * 4;
+      unsigned char* to = transposed(now.stage) + (eight / 4 * K + FEATURES * box + lane) * LINE;
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+        Four x;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {  // pieces of 16 bytes are swizzled
+          const int column = 2 * i + odd;
+          x.x[i] = *reinterpret_cast<const float*>(from + column * LINE + (lane / 4 ^ column) * 16);
+        }
+        *reinterpret_cast<Four*>(to + ((eight % 4 * 2 + odd) ^ lane % 8) * 16) = x;
+      }
+    }
+    device::operands_written();
+    device::sync_warp();
+    if (lane == 0) device::barrier_arrive(turned(now.stage));
   }
 
   // A consumer has read a stage.
@@ -199,7 +281,7 @@ template <int K, int N, int STAGES, class Scalars> struct Memory {
   }
 
   // Starts S (64, N) = a warpgroup's rows · a stage's columns.
-  template <bool BF16> static DEVICE void similarities(float (&s)[N / 2], int group, int k) {
+  static DEVICE void similarities(float (&s)[N / 2], int group, int k) {
     // Each tile tells the compiler again that all lanes agree: otherwise eight descriptors of the
     // rows would stay in registers.
     const uint64_t a = device::matrix_descriptor(rows(device::uniform(group)), 0, 8 * LINE);
@@ -207,32 +289,47 @@ template <int K, int N, int STAGES, class Scalars> struct Memory {
     device::hold_registers(s);
     device::product_begin();
 #pragma unroll
-    for (int step = 0; step < K / 16; ++step) {  // a descriptor counts in 16 bytes
+    for (int step = 0; step < STEPS; ++step) {  // a descriptor counts in 16 bytes
       const int box = step / 4, within = step % 4 * 2;
-      device::product_ss<BF16, N, 0>(s, a + box * (GROUP_ROWS * LINE / 16) + within, b + box * (N * LINE / 16) + within, step > 0);
+      device::product_ss<TYPE, N, 0>(s, a + box * (GROUP_ROWS * LINE / 16) + within, b + box * (N * LINE / 16) + within, step > 0);
     }
     device::product_commit();
   }
 
   // The same with a warpgroup's rows in registers, which spares shared memory a third of its reads.
-  using Rows = uint32_t[K / 16][4];
+  using Rows = uint32_t[STEPS][4];
   static DEVICE void load_rows(Rows& a, int group) {
     const int row = device::thread() % GROUP / 32 * 16 + Fragment::matrix() % 2 * 8 + Fragment::matrix_row();
 #pragma unroll
-    for (int step = 0; step < K / 16; ++step) {
+    for (int step = 0; step < STEPS; ++step) {
       const int piece = step % 4 * 2 + Fragment::matrix() / 2;  // of 16 bytes, which are swizzled
       device::load_matrices(a[step], rows(group) + step / 4 * (GROUP_ROWS * LINE) + row * LINE + (piece ^ row % 8) * 16);
     }
   }
-  template <bool BF16> static DEVICE void similarities(float (&s)[N / 2], Rows& a, int k) {
+  static DEVICE void similarities(float (&s)[N / 2], Rows& a, int k) {
     const uint64_t b = device::matrix_descriptor(stage(k), 0, 8 * LINE);
     device::hold_registers(s);
 #pragma unroll
-    for (int step = 0; step < K / 16; ++step) device::hold_registers(a[step]);
+    for (int step = 0; step < STEPS; ++step) device::hold_registers(a[step]);
     device::product_begin();
 #pragma unroll
-    for (int step = 0; step < K / 16; ++step)
-      device::product_rs<BF16, N, 0>(s, a[step], b + step / 4 * (N * LINE / 16) + step % 4 * 2, step > 0);
+    for (int step = 0; step < STEPS; ++step)
+      device::product_rs<TYPE, N, 0>(s, a[step], b + step / 4 * (N * LINE / 16) + step % 4 * 2, step > 0);
+    device::product_commit();
+  }
+
+  // Starts acc += W·F for COUNT steps of a stage's columns from `first` on, with weights x.
+  template <int COUNT> static DEVICE void gradient(float (&acc)[K / 2], uint32_t (&x)[COUNT][4], int first, int k) {
+    const uint64_t b = TRANSPOSED ? device::matrix_descriptor(transposed(k), 0, 8 * LINE)
+                                  : device::matrix_descriptor(stage(k), N * LINE, 8 * LINE);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) device::hold_registers(x[i]);
+    device::product_begin();
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      const int step = first + i, at = TRANSPOSED ? step / 4 * (K * LINE / 16) + step % 4 * 2 : step * (16 * LINE / 16);
+      device::product_rs<TYPE, K, !TRANSPOSED>(acc, x[i], b + at, 1);
+    }
     device::product_commit();
   }
 };
@@ -270,12 +367,13 @@ struct Row {
 
 // With SYMMETRIC a tile's similarities count for its columns too. Their sums over the block's rows
 // come together in shared memory, where two tiles take turns.
-template <int K, bool AFFINE, bool MOMENT, bool SYMMETRIC, bool BF16> struct RowSums {
+template <int K, bool AFFINE, bool MOMENT, bool SYMMETRIC, Factors TYPE> struct RowSums {
   using Args = hopper::Args;
   static constexpr bool BOTH_SIDES = SYMMETRIC;
-  static constexpr int N = 128, STAGES = K <= 128 ? 4 : 2, WARPS = 4 * CONSUMERS;
-  static constexpr bool ROWS_IN_REGISTERS = K <= 128;  // there are not enough for more features
-  using M = Memory<K, N, STAGES, Two>;
+  static constexpr bool SHORT = K * Format<TYPE>::BYTES <= 2 * LINE;
+  static constexpr int N = 128, STAGES = SHORT ? 4 : 2, WARPS = 4 * CONSUMERS;
+  static constexpr bool ROWS_IN_REGISTERS = SHORT;  // there are not enough for more features
+  using M = Memory<K, N, STAGES, Two, TYPE>;
   static constexpr int SPREAD_AT = (M::BYTES + 15) / 16 * 16, SPREAD = WARPS * N;
   static constexpr int THREADS = hopper::THREADS, BLOCKS = 1;
   static constexpr int SHARED = SYMMETRIC ? SPREAD_AT + 2 * SPREAD * int(sizeof(float)) : M::BYTES;
@@ -335,8 +433,8 @@ template <int K, bool AFFINE, bool MOMENT, bool SYMMETRIC, bool BF16> struct Row
     typename M::Rows rows;
     const auto similarities = [&](float(&s)[N / 2]) {
       device::barrier_wait(M::full(now.stage), now.phase);
-      if constexpr (ROWS_IN_REGISTERS) M::template similarities<BF16>(s, rows, now.stage);
-      else M::template similarities<BF16>(s, group, now.stage);
+      if constexpr (ROWS_IN_REGISTERS) M::similarities(s, rows, now.stage);
+      else M::similarities(s, group, now.stage);
     };
     // Takes the sums of the tile whose S is there, while the next one's is on its way; the last
     // one's is asked for once more.
@@ -426,24 +524,29 @@ struct Lift {
   }
 };
 
-template <int K, bool AFFINE, bool BF16> struct PairGrad {
+template <int K, bool AFFINE, Factors TYPE> struct PairGrad {
   using Args = hopper::Args;
-  static constexpr bool BOTH_SIDES = false;
-  // Lifted weights need a whole tile's before the first is rounded: registers hold fewer columns.
-  static constexpr int N = K <= 128 ? 128 : 64, STAGES = 4, PIECES = 4, STEPS = N / 16 / PIECES;
+  using Of = Format<TYPE>;
+  static constexpr bool BOTH_SIDES = false, TRANSPOSED = Of::TRANSPOSES;
+  // Registers hold the gradient, a tile of similarities and one of weights, and either the
+  // similarities of another tile or, where there is no room for them in shared memory, the rows.
+  // Three stages must do there: one is being filled, two are multiplied.
+  static constexpr int N = K * Of::BYTES <= 2 * LINE ? 128 : 64, STAGES = TRANSPOSED ? 3 : 4;
+  static constexpr int PIECES = 4, STEPS = N * Of::BYTES / STEP / PIECES, EIGHTS = N / 8 / PIECES;
   // pieces still being multiplied when a tile ends: registers allow no more
-  static constexpr int PENDING = BF16 && K == 64 ? 2 : 1;
-  using M = Memory<K, N, STAGES, Four>;
+  static constexpr int PENDING = TYPE == Factors::BF16 && K == 64 ? 2 : 1;
+  using M = Memory<K, N, STAGES, Four, TYPE, TRANSPOSED>;
   static constexpr int THREADS = hopper::THREADS, BLOCKS = 1, SHARED = M::BYTES;
+  static constexpr int PRODUCER_REGISTERS = TRANSPOSED ? 56 : 24, CONSUMER_REGISTERS = TRANSPOSED ? 224 : 240;
 
   static DEVICE void body(const Args& args) {
     if constexpr (device::HOPPER) {
       M::initialise();
       if (device::thread() >= CONSUMERS * GROUP) {
-        device::registers_less<24>();
+        device::registers_less<PRODUCER_REGISTERS>();
         M::produce(args, 1 / unit_of<float>(args.sweep));
       } else {
-        device::registers_more<240>();
+        device::registers_more<CONSUMER_REGISTERS>();
         consume(args.sweep);
       }
     }
@@ -461,13 +564,13 @@ template <int K, bool AFFINE, bool BF16> struct PairGrad {
       const auto s = row.scalars(a, r, 1 / unit_of<float>(a));
       slope[r] = exponential.of_row(s.x[SCALE]), weight[r] = s.x[SECOND];
     }
-    // Weights of a piece times the columns' scales: as operand of 16 columns a step, or, where they
-    // are still to be lifted, in place of the similarities.
+    // Weights of a piece times the columns' scales: as operands, or, where they are rounded later, in
+    // place of the similarities.
     const auto weights = [&](auto masked, auto& s, int piece, const Four* cols, int tile) {
       const Mask<N> mask(a, tile, row.row);
 #pragma unroll
-      for (int k = 0; k < 2 * STEPS; ++k) {
-        const int m = 2 * STEPS * piece + k;
+      for (int k = 0; k < EIGHTS; ++k) {
+        const int m = EIGHTS * piece + k;
         const Four column = cols[4 * m + device::thread() % 4];
         float x[4];
 #pragma unroll
@@ -476,12 +579,14 @@ template <int K, bool AFFINE, bool BF16> struct PairGrad {
           const float f = exponential(s[4 * m + e] * column.x[p], slope[r]), g = weight[r] * column.x[p] + column.x[2 + p];
           x[e] = !masked.value || mask.counts(r, 8 * m + p) ? f * g : 0.0f;
         }
-        if constexpr (BF16) {
-          uint32_t(&to)[4] = w[piece][k / 2];
-          to[k % 2 * 2] = device::pack_bf16(x[0], x[1]), to[k % 2 * 2 + 1] = device::pack_bf16(x[2], x[3]);
+        if constexpr (!Of::LATE) {
+          Of::put(w[piece], k, x);
         } else {
 #pragma unroll
-          for (int e = 0; e < 4; ++e) lift.meets(e / 2, x[e]), s[4 * m + e] = x[e];
+          for (int e = 0; e < 4; ++e) {
+            s[4 * m + e] = x[e];
+            if (Of::LIFTS) lift.meets(e / 2, x[e]);
+          }
         }
       }
     };
@@ -494,39 +599,34 @@ template <int K, bool AFFINE, bool BF16> struct PairGrad {
         for (int d = 0; d < K / 8; ++d) acc[4 * d + 2 * r] *= factor, acc[4 * d + 2 * r + 1] *= factor;
       }
     };
-    const auto pack_lifted = [&](uint32_t(&to)[STEPS][4], const float(&s)[N / 2], int piece) {
+    const auto round = [&](const float(&s)[N / 2], int piece) {
 #pragma unroll
-      for (int k = 0; k < 4 * STEPS; ++k) {
-        const float low = s[8 * STEPS * piece + 2 * k], high = s[8 * STEPS * piece + 2 * k + 1], factor = lift.factor[k % 2];
-        to[k / 4][k % 4] = device::pack_f16(low * factor, high * factor);
+      for (int k = 0; k < EIGHTS; ++k) {
+        float x[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x[e] = s[4 * (EIGHTS * piece + k) + e] * (Of::LIFTS ? lift.factor[e / 2] : 1.0f);
+        Of::put(w[piece], k, x);
       }
-    };
-    // Starts acc += W·F for the columns of a piece.
-    const auto multiply = [&](uint32_t(&x)[STEPS][4], int piece, int stage) {
-      const uint64_t b = device::matrix_descriptor(M::stage(stage), N * LINE, 8 * LINE) + piece * STEPS * (16 * LINE / 16);
-#pragma unroll
-      for (int k = 0; k < STEPS; ++k) device::hold_registers(x[k]);
-      device::product_begin();
-#pragma unroll
-      for (int k = 0; k < STEPS; ++k) device::product_rs<BF16, K, 1>(acc, x[k], b + k * (16 * LINE / 16), 1);
-      device::product_commit();
     };
 
     Schedule<N> schedule(a);
     StageOf<STAGES> now;
+    typename M::Rows rows;
     const auto start_similarities = [&](float(&s)[N / 2]) {
       device::barrier_wait(M::full(now.stage), now.phase);
-      M::template similarities<BF16>(s, group, now.stage);
+      if constexpr (TRANSPOSED) M::similarities(s, rows, now.stage);
+      else M::similarities(s, group, now.stage);
     };
     const auto first_similarities = [&](float(&s)[N / 2]) {
       device::barrier_wait(M::rows_full(), 0);
+      if constexpr (TRANSPOSED) M::load_rows(rows, group), M::release(STAGES - 1);
       start_similarities(s);
       device::product_wait<0>();
       device::hold_registers(s);
     };
     device::hold_registers(acc);
     if (schedule.none()) {
-    } else if constexpr (BF16) {
+    } else if constexpr (!Of::LATE) {
       int before = -1;  // stage of the tile whose W·F is under way
       // Adds the tile whose S is there, while the next one's is on its way; the last one's is asked
       // for once more.
@@ -544,7 +644,7 @@ template <int K, bool AFFINE, bool BF16> struct PairGrad {
         for (int piece = 0; piece < PIECES; ++piece) {
           if (masked) weights(True{}, s, piece, cols, tile);
           else weights(False{}, s, piece, cols, tile);
-          multiply(w[piece], piece, stage);
+          M::gradient(acc, w[piece], piece * STEPS, stage);
         }
         device::product_wait<PENDING>();
         device::hold_registers(next);
@@ -558,7 +658,7 @@ template <int K, bool AFFINE, bool BF16> struct PairGrad {
       device::product_wait<0>();
     } else {
       float s[N / 2];
-      const auto lifted_weights = [&] {
+      const auto all_weights = [&] {
         const Four* cols = M::scalars(now.scalars);
         const bool masked = schedule.masked();
 #pragma unroll
@@ -567,34 +667,35 @@ template <int K, bool AFFINE, bool BF16> struct PairGrad {
           else weights(False{}, s, piece, cols, schedule.tile);
         }
       };
-      const auto lift_and_pack = [&] {
-        choose_lift();
+      const auto round_all = [&] {
+        if constexpr (Of::LIFTS) choose_lift();
 #pragma unroll
-        for (int piece = 0; piece < PIECES; ++piece) pack_lifted(w[piece], s, piece);
+        for (int piece = 0; piece < PIECES; ++piece) round(s, piece);
       };
-      const auto multiply_all = [&](int stage) {
+      const auto multiply_all = [&](const StageOf<STAGES>& at) {
+        if constexpr (TRANSPOSED) device::barrier_wait(M::turned(at.stage), at.phase);
 #pragma unroll
-        for (int piece = 0; piece < PIECES; ++piece) multiply(w[piece], piece, stage);
+        for (int piece = 0; piece < PIECES; ++piece) M::gradient(acc, w[piece], piece * STEPS, at.stage);
       };
       first_similarities(s);
-      lifted_weights();
-      lift_and_pack();
+      all_weights();
+      round_all();
       // Multiplies a tile, and takes the weights of the next one meanwhile.
 #pragma unroll 1
       while (!schedule.last()) {
-        const int stage = now.stage;
+        const StageOf<STAGES> before = now;
         schedule.next(), now.next();
         start_similarities(s);
-        multiply_all(stage);
+        multiply_all(before);
         device::product_wait<PIECES>();
         device::hold_registers(s);
-        lifted_weights();
+        all_weights();
         device::product_wait<0>();
         device::hold_registers(acc);
-        M::release(stage);
-        lift_and_pack();
+        M::release(before.stage);
+        round_all();
       }
-      multiply_all(now.stage);
+      multiply_all(now);
       device::product_wait<0>();
     }
     device::hold_registers(acc);
@@ -632,10 +733,12 @@ template <class Kernel> std::optional<const char*> start(const Sweep& a, void* s
   const bool fits = a.aligned && a.stride >= a.dim && a.row_start + a.n_rows < most && a.col_start + a.n_cols < most;
   if (a.symmetric != Kernel::BOTH_SIDES || !all || !fits || !device::runs_hopper<Kernel>()) return NOT_SERVED;
   Args args{a, {}, {}};
+  const int words = Kernel::M::WORDS;
   const auto describe = [&](device::TensorMap(&maps)[2], int64_t first, int64_t n, bool paired) -> const char* {
     for (int second = 0; second < 2; ++second) {
-      const auto* from = static_cast<const uint16_t*>(a.f) + (first + (paired && second ? a.half : 0)) * a.stride;
-      const char* error = device::tensor_map(maps[second], from, a.dim, paired ? a.half : n, 2 * a.stride, Kernel::N / 2);
+      const int64_t row = first + (paired && second ? a.half : 0), pitch = words * a.stride;
+      const auto* from = static_cast<const uint16_t*>(a.f) + row * pitch;
+      const char* error = device::tensor_map(maps[second], from, words * a.dim, paired ? a.half : n, 2 * pitch, Kernel::N / 2);
       if (error) return error;
     }
     return nullptr;
@@ -646,18 +749,18 @@ template <class Kernel> std::optional<const char*> start(const Sweep& a, void* s
 }
 
 // Serves a call of the fast kernels.
-template <int K, bool BF16> std::optional<const char*> row_sums(const Sweep& a, void* stream) {
+template <int K, Factors TYPE> std::optional<const char*> row_sums(const Sweep& a, void* stream) {
   const bool affine = a.kind != POWER, moment = a.row_of_term[F_MOMENT] >= 0;
-  if (a.symmetric && !moment && affine) return start<RowSums<K, true, false, true, BF16>>(a, stream);
-  if (a.symmetric && !moment) return start<RowSums<K, false, false, true, BF16>>(a, stream);
-  if (affine && moment) return start<RowSums<K, true, true, false, BF16>>(a, stream);
-  if (affine) return start<RowSums<K, true, false, false, BF16>>(a, stream);
-  if (moment) return start<RowSums<K, false, true, false, BF16>>(a, stream);
-  return start<RowSums<K, false, false, false, BF16>>(a, stream);
+  if (a.symmetric && !moment && affine) return start<RowSums<K, true, false, true, TYPE>>(a, stream);
+  if (a.symmetric && !moment) return start<RowSums<K, false, false, true, TYPE>>(a, stream);
+  if (affine && moment) return start<RowSums<K, true, true, false, TYPE>>(a, stream);
+  if (affine) return start<RowSums<K, true, false, false, TYPE>>(a, stream);
+  if (moment) return start<RowSums<K, false, true, false, TYPE>>(a, stream);
+  return start<RowSums<K, false, false, false, TYPE>>(a, stream);
 }
-template <int K, bool BF16> std::optional<const char*> pair_grad(const Sweep& a, void* stream) {
-  if (a.kind != POWER) return start<PairGrad<K, true, BF16>>(a, stream);
-  return start<PairGrad<K, false, BF16>>(a, stream);
+template <int K, Factors TYPE> std::optional<const char*> pair_grad(const Sweep& a, void* stream) {
+  if (a.kind != POWER) return start<PairGrad<K, true, TYPE>>(a, stream);
+  return start<PairGrad<K, false, TYPE>>(a, stream);
 }
 
 }  // namespace alphacl::hopper

@@ -37,8 +37,8 @@ template <class E, bool CHUNKS> const char* row_sums(const Sweep& a, void* strea
   if constexpr (E::TENSOR_CORES) {
     const bool f = a.row_of_term[F] >= 0, f_moment = a.row_of_term[F_MOMENT] >= 0;
     if (a.form == Form::CONSTANT && is_fast(a) && all_meet(a) && !a.bias && f && f + f_moment == a.terms) {
-      if constexpr (E::IS_HALF && !CHUNKS) {
-        if (const auto started = hopper::row_sums<E::K, E::IS_BF16>(a, stream)) return *started;
+      if constexpr (!CHUNKS) {
+        if (const auto started = hopper::row_sums<E::K, E::FACTORS>(a, stream)) return *started;
       }
       if (!a.symmetric) return start<FastRowSums<E, CHUNKS, false>>(a, stream);
       if constexpr (E::IS_BF16) return start<FastRowSums<E, CHUNKS, true>>(a, stream);
@@ -56,8 +56,8 @@ template <class E, bool CHUNKS> const char* pair_grad(const Sweep& a, void* stre
   if constexpr (E::TENSOR_CORES) {
     const bool gradient_alone = !a.terms && !a.weight_sums && !sums_only;
     if (a.form == Form::CONSTANT && is_fast(a) && all_meet(a) && !a.bias && a.weight == WEIGHT_F && gradient_alone) {
-      if constexpr (E::IS_HALF && !CHUNKS) {
-        if (const auto started = hopper::pair_grad<E::K, E::IS_BF16>(a, stream)) return *started;
+      if constexpr (!CHUNKS) {
+        if (const auto started = hopper::pair_grad<E::K, E::FACTORS>(a, stream)) return *started;
       }
       return start<FastPairGrad<E, CHUNKS>>(a, stream);
     }
@@ -83,7 +83,7 @@ template <> const char* sweep<ALPHACL_DTYPE>(const Sweep& a, void* stream) {
 }
 
 template <class E> bool device_has_hopper() {
-  if constexpr (E::IS_HALF) return device::runs_hopper<hopper::PairGrad<64, true, E::IS_BF16>>();
+  if constexpr (E::TENSOR_CORES) return device::runs_hopper<hopper::PairGrad<64, true, E::FACTORS>>();
   return false;
 }
 template <> bool has_hopper<ALPHACL_DTYPE>() { return device_has_hopper<Engines<ALPHACL_DTYPE>::Engine<64>>(); }
@@ -96,6 +96,15 @@ template <> const char* rows<ALPHACL_DTYPE>(bool finish, const PairRows& a, void
   using Row = typename Engines<ALPHACL_DTYPE>::Row;
   const int blocks = int((a.n_pairs + ROW_WARPS - 1) / ROW_WARPS);
   return finish ? device::launch<FinishRows<Row>>(blocks, 1, 0, a, stream) : device::launch<UnitRows<Row>>(blocks, 1, 0, a, stream);
+}
+
+template <Dtype DTYPE> const char* start_rounding(const RoundedRows& a, void* stream) {
+  const int blocks = int((a.n + ROW_WARPS - 1) / ROW_WARPS);
+  if constexpr (DTYPE == TFLOAT32) return device::launch<RoundRows>(blocks, 1, 0, a, stream);
+  return "rows of this dtype are not rounded";
+}
+template <> const char* rounded_rows<ALPHACL_DTYPE>(const RoundedRows& a, void* stream) {
+  return start_rounding<ALPHACL_DTYPE>(a, stream);
 }
 
 }  // namespace alphacl

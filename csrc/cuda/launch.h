@@ -18,6 +18,7 @@ constexpr int chunk_features(Dtype dtype) { return is_half(dtype) ? 64 : 32; }
 
 template <Dtype> const char* sweep(const Sweep& a, void* stream);
 template <Dtype> const char* rows(bool finish, const PairRows& a, void* stream);
+template <Dtype> const char* rounded_rows(const RoundedRows& a, void* stream);  // of TFLOAT32 alone
 
 // Why the current device cannot run this library, or null.
 template <Dtype> __attribute__((visibility("hidden"))) const char* why_not();
@@ -34,6 +35,7 @@ inline std::atomic<int> hopper_mode{-1};
 #define ALPHACL_DECLARE(DTYPE)                                          \
   template <> const char* sweep<DTYPE>(const Sweep&, void*);            \
   template <> const char* rows<DTYPE>(bool, const PairRows&, void*);    \
+  template <> const char* rounded_rows<DTYPE>(const RoundedRows&, void*); \
   template <> const char* why_not<DTYPE>();                             \
   template <> bool has_hopper<DTYPE>();
 ALPHACL_DECLARE(BFLOAT16)

@@ -54,6 +54,15 @@ struct Sweep {
   int32_t aligned;    // set by the library: every row of f begins at a multiple of 16 bytes
 };
 
+// Rows rounded to TF32, as the kernels of hopper.h take them.
+struct RoundedRows {
+  const void* f;          // (n, dim) floats, `stride` elements apart
+  void* rounded;          // (n, dim), `rounded_stride` elements apart
+  int64_t elements[2];    // in each buffer
+  int64_t n, stride, rounded_stride;
+  int32_t dim;
+};
+
 // The buffers of the passes over rows, in the order in which `PairRows` points to them.
 enum class RowBuffer : int32_t { Z1, Z2, F, SCALE, INV_NORM, POS, D, Q, COUNT };
 

@@ -1,5 +1,5 @@
 // Normalisation with the positives' similarities before the sweeps, and its derivative after them:
-// a warp per positive pair.
+// a warp per positive pair. Rounding to TF32: a warp per row.
 #pragma once
 
 #include "pairs.h"
@@ -137,6 +137,21 @@ template <class X> struct FinishRows {
       const T g0 = out[0][d] - q * f1, g1 = out[1][d] - q * f0;
       out[0][d] = (g0 - f0 * along[0]) * inverse[0], out[1][d] = (g1 - f1 * along[1]) * inverse[1];
     }
+  }
+};
+
+// Products of warpgroups take their columns from shared memory as a tensor copy leaves them there,
+// so that no thread could round them on the way.
+struct RoundRows {
+  using Args = RoundedRows;
+  static constexpr int THREADS = 32 * ROW_WARPS, BLOCKS = 1;
+
+  static DEVICE void body(const RoundedRows& a) {
+    const int64_t i = int64_t(device::block_x()) * ROW_WARPS + device::thread() / 32;
+    if (i >= a.n) return;
+    const float* from = static_cast<const float*>(a.f) + i * a.stride;
+    auto* to = static_cast<uint32_t*>(a.rounded) + i * a.rounded_stride;
+    for (int d = device::thread() % 32; d < a.dim; d += 32) to[d] = device::rounded_to_tf32(from[d]);
   }
 };
 

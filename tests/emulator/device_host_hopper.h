@@ -10,6 +10,7 @@
 //
 //   K-major (A always, B without TRANS_B): row i has a line for 64 elements of k. Element (i, k) is at
 //     start + i / 8 · stride + i % 8 · 128 + 2k;   the next 16 of k follow at start + 32
+//     (floats: 32 in a line, (i, k) at … + 4k; the next 8 of k at start + 32)
 //   MN-major (B with TRANS_B): each k has lines for the N columns, 64 in a line. Element (k, j) is at
 //     start + j / 64 · leading + k / 8 · stride + k % 8 · 128 + j % 64 · 2
 //
@@ -24,6 +25,8 @@
 #include "device_host.h"
 
 namespace device {
+
+enum class Factors { BF16, F16, TF32 };
 
 // A two-dimensional tensor as cuTensorMapEncodeTiled describes it, with boxes of 128 bytes ×
 // box_rows.
@@ -60,7 +63,8 @@ struct TensorCopy {
 
 struct Product {
   int n, add, group;
-  bool bf16, transposed, registers, fresh;  // fresh: no product under way had written c
+  Factors type;
+  bool transposed, registers, fresh;  // fresh: no product under way had written c
   uint64_t a, b;
   float* c[32];
   const uint32_t* left[32];
@@ -85,10 +89,11 @@ struct Hopper {
   } products[MOST_WARPS];
   struct Issued {
     int n, add;
-    bool bf16, transposed, registers;
+    Factors type;
+    bool transposed, registers;
     uint64_t a, b;
     bool operator!=(const Issued& o) const {
-      return n != o.n || add != o.add || bf16 != o.bf16 || transposed != o.transposed || registers != o.registers ||
+      return n != o.n || add != o.add || type != o.type || transposed != o.transposed || registers != o.registers ||
              a != o.a || b != o.b;
     }
   };
@@ -255,50 +260,62 @@ DEVICE uint64_t matrix_descriptor(const void* start, int leading, int stride) {
 
 namespace emulation {
 
-inline float from_half(uint16_t bits, bool bf16) { return bf16 ? from_bf16(bits) : from_f16(bits); }
+inline float factor(uint32_t bits, Factors type) {
+  if (type == Factors::TF32) return from_bits(bits & 0xffffe000u);
+  return type == Factors::BF16 ? from_bf16(uint16_t(bits)) : from_f16(uint16_t(bits));
+}
+inline int bytes_of(Factors type) { return type == Factors::TF32 ? 4 : 2; }
+// values of k of an instruction, 32 bytes
+inline int depth_of(Factors type) { return 32 / bytes_of(type); }
 
 struct Operand {
-  bool bf16;
+  Factors type;
   size_t start, leading, stride;
-  Operand(uint64_t d, bool bf16) : bf16(bf16), start(bytes(d)), leading(bytes(d >> 16)), stride(bytes(d >> 32)) {
+  Operand(uint64_t d, Factors type) : type(type), start(bytes(d)), leading(bytes(d >> 16)), stride(bytes(d >> 32)) {
     if (d >> 62 != 1) fail("a product's operand that no matrix_descriptor() describes");
   }
   static size_t bytes(uint64_t field) { return size_t(field & 0x3fff) << 4; }
-  float k_major(int i, int k) const { return at(start + size_t(i / 8) * stride + size_t(i % 8 * LINE + 2 * k)); }
+  float k_major(int i, int k) const {
+    return at(start + size_t(i / 8) * stride + size_t(i % 8 * LINE + bytes_of(type) * k));
+  }
   float mn_major(int k, int j) const {
     return at(start + size_t(j / 64) * leading + size_t(k / 8) * stride + size_t(k % 8 * LINE + j % 64 * 2));
   }
   float at(size_t offset) const {
-    const size_t place = swizzled(offset);
-    if (place + 2 > engine->bytes) fail("a product's operand reaches out of shared memory");
-    uint16_t bits;
-    std::memcpy(&bits, engine->memory + place, 2);
-    return from_half(bits, bf16);
+    const size_t place = swizzled(offset), size = size_t(bytes_of(type));
+    if (place + size > engine->bytes) fail("a product's operand reaches out of shared memory");
+    uint32_t bits = 0;
+    std::memcpy(&bits, engine->memory + place, size);
+    return factor(bits, type);
   }
 };
 
 // This warp's 16 of the 64 rows.
 inline void multiply(const Product& p) {
+  const int depth = depth_of(p.type);
   double left[16][16];
-  std::vector<double> right(size_t(16 * p.n)), sum(size_t(16 * p.n), 0.0);
+  std::vector<double> right(size_t(depth * p.n)), sum(size_t(16 * p.n), 0.0);
   {
     Audible audible;  // reads operands as the warp does
-    const Operand b(p.b, p.bf16);
-    for (int k = 0; k < 16; k++)
+    const Operand b(p.b, p.type);
+    for (int k = 0; k < depth; k++)
       for (int j = 0; j < p.n; j++) right[size_t(k * p.n + j)] = double(p.transposed ? b.mn_major(k, j) : b.k_major(j, k));
     if (!p.registers) {
-      const Operand a(p.a, p.bf16);
+      const Operand a(p.a, p.type);
       for (int i = 0; i < 16; i++)
-        for (int k = 0; k < 16; k++) left[i][k] = double(a.k_major(self->warp % 4 * 16 + i, k));
+        for (int k = 0; k < depth; k++) left[i][k] = double(a.k_major(self->warp % 4 * 16 + i, k));
     }
   }
-  if (p.registers)
+  if (p.registers) {
+    const int each = depth / 8;  // elements of a register
     for (int lane = 0; lane < 32; lane++)
       for (int r = 0; r < 4; r++)
-        for (int e = 0; e < 2; e++) {
-          const uint32_t pair = p.left[lane][r];
-          left[lane / 4 + r % 2 * 8][lane % 4 * 2 + r / 2 * 8 + e] = double(from_half(e ? high16(pair) : low16(pair), p.bf16));
+        for (int e = 0; e < each; e++) {
+          const uint32_t bits = p.left[lane][r];
+          left[lane / 4 + r % 2 * 8][(lane % 4 + r / 2 * 4) * each + e] =
+              double(factor(each == 1 ? bits : e ? high16(bits) : low16(bits), p.type));
         }
+  }
   const auto element = [&](int lane, int e) -> double& {
     return sum[size_t((lane / 4 + e / 2 % 2 * 8) * p.n + e / 4 * 8 + lane % 4 * 2 + e % 2)];
   };
@@ -307,7 +324,7 @@ inline void multiply(const Product& p) {
       for (int e = 0; e < p.n / 2; e++)
         element(lane, e) = double(p.fresh ? p.before[size_t(lane * p.n / 2 + e)] : p.c[lane][e]);
   for (int i = 0; i < 16; i++)
-    for (int k = 0; k < 16; k++)
+    for (int k = 0; k < depth; k++)
       for (int j = 0; j < p.n; j++) sum[size_t(i * p.n + j)] += left[i][k] * right[size_t(k * p.n + j)];
   for (int lane = 0; lane < 32; lane++)
     for (int e = 0; e < p.n / 2; e++) p.c[lane][e] = float(element(lane, e));
@@ -339,7 +356,7 @@ inline void issue(float* c, const uint32_t* left, const Hopper::Issued& what) {
     products.count++;
     if (!products.begun) fail("a product without product_begin() since the last product_wait()");
     if (seed() > 1 && engine->next_random() % 2) finish_products(products, products.group);
-    Product p{what.n, what.add, products.group, what.bf16, what.transposed, what.registers, true, what.a, what.b, {}, {}, {}};
+    Product p{what.n, what.add, products.group, what.type, what.transposed, what.registers, true, what.a, what.b, {}, {}, {}};
     for (const Product& other : products.under_way) p.fresh &= other.c[0] != lanes[0]->c;
     for (int lane = 0; lane < 32; lane++) {
       p.c[lane] = lanes[lane]->c, p.left[lane] = lanes[lane]->left;
@@ -353,16 +370,17 @@ inline void issue(float* c, const uint32_t* left, const Hopper::Issued& what) {
 
 }  // namespace emulation
 
-template <bool BF16, int N, int TRANS_B> DEVICE void product_ss(float (&c)[N / 2], uint64_t a, uint64_t b, int add) {
-  static_assert(N % 8 == 0 && N <= 256, "m64nNk16");
-  emulation::issue(c, nullptr, {N, add, BF16, TRANS_B != 0, false, a, b});
+template <Factors TYPE, int N, int TRANS_B> DEVICE void product_ss(float (&c)[N / 2], uint64_t a, uint64_t b, int add) {
+  static_assert(N % 8 == 0 && N <= 256 && (TYPE != Factors::TF32 || !TRANS_B), "m64nN");
+  emulation::issue(c, nullptr, {N, add, TYPE, TRANS_B != 0, false, a, b});
 }
-template <bool BF16, int N, int TRANS_B>
+template <Factors TYPE, int N, int TRANS_B>
 DEVICE void product_rs(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b, int add) {
-  static_assert(N % 8 == 0 && N <= 256, "m64nNk16");
-  emulation::issue(c, a, {N, add, BF16, TRANS_B != 0, true, 0, b});
+  static_assert(N % 8 == 0 && N <= 256 && (TYPE != Factors::TF32 || !TRANS_B), "m64nN");
+  emulation::issue(c, a, {N, add, TYPE, TRANS_B != 0, true, 0, b});
 }
 
+DEVICE void operands_written() {}  // the interpreter of PTX looks for it (tests/ptx)
 template <class T> DEVICE void hold_registers(T&) {}  // nothing is reordered here
 DEVICE void product_begin() {
   using namespace emulation;
