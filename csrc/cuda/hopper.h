@@ -189,6 +189,13 @@ template <int K, int N, int STAGES, class Scalars, Factors TYPE, bool TRANSPOSED
     device::sync();
   }
 
+  // x, of which the compiler knows nothing: what follows from it does not stay in registers.
+  static DEVICE int anew(int x) {
+    uint32_t held[1] = {uint32_t(x)};
+    device::hold_registers(held);
+    return int(held[0]);
+  }
+
   // The producer warpgroup: its first N threads load one column's scalars each, and thread 0 also
   // starts the copies. All of them transpose a tile when the next one's copies are on their way.
   static DEVICE void produce(const Args& args, float inv_unit) {
@@ -209,14 +216,14 @@ template <int K, int N, int STAGES, class Scalars, Factors TYPE, bool TRANSPOSED
                                 tiling.y(device::block_x(), group) + from, rows_full());
     }
     const auto scalars_of = [&](int tile) {
-      const bool exists = loads && cols.pair(tile, thread) < cols.count;
-      const int64_t row = exists ? cols.row(tile, thread) : cols.start;
+      const int i = TRANSPOSED ? anew(thread) : thread;
+      const bool exists = loads && cols.pair(tile, i) < cols.count;
+      const int64_t row = exists ? cols.row(tile, i) : cols.start;
       return alphacl::scalars<float, FAST_SCALARS>(a, row, a.cols_anchor, 0.0f, inv_unit);
     };
     StageOf<STAGES> now, before;
     alphacl::Scalars<float, FAST_SCALARS> ahead = scalars_of(schedule.tile);
-#pragma unroll 1
-    for (bool first = true; !schedule.none(); first = false) {
+    const auto fill = [&] {
       // In a fresh barrier the phase before the first counts as complete. Where rows pass through a
       // stage, its first phase is theirs.
       device::barrier_wait(empty(now.stage), now.phase ^ !(TRANSPOSED && now.stage == STAGES - 1));
@@ -235,38 +242,45 @@ template <int K, int N, int STAGES, class Scalars, Factors TYPE, bool TRANSPOSED
         if (thread % 32 == 0) device::barrier_arrive(full(now.stage));
       }
       schedule.next();
-      if (!schedule.none()) ahead = scalars_of(schedule.tile);
-      if constexpr (TRANSPOSED) {
-        if (!first) transpose(before, thread);
-        before = now;
-      }
       now.next();
+      if (!schedule.none()) ahead = scalars_of(schedule.tile);
+    };
+    if constexpr (!TRANSPOSED) {
+#pragma unroll 1
+      while (!schedule.none()) fill();
+    } else {
+#pragma unroll 1
+      for (bool first = true, more = true; more; first = false) {
+        more = !schedule.none();
+        const StageOf<STAGES> at = now;
+        if (more) fill();
+        if (!first) transpose(before, thread);
+        before = at;
+      }
     }
-    if constexpr (TRANSPOSED) transpose(before, thread);
   }
 
   // Writes a stage's tile transposed when it is there: a line for 32 columns of each feature, in
-  // which those of every eight are in the order 0, 2, 4, 6, 1, 3, 5, 7. The lanes of a warp have
-  // neighbouring features, so that they find different banks.
+  // which those of every eight are in the order 0, 2, 4, 6, 1, 3, 5, 7. Each lane has a feature of
+  // its own, so that lanes find different banks.
   static DEVICE void transpose(const StageOf<STAGES>& now, int thread) {
-    constexpr int FEATURES = LINE / 4, WARPS = GROUP / 32, EIGHTS = N / 8;
-    static_assert(WARPS % BOXES == 0 && EIGHTS % (WARPS / BOXES) == 0);
-    const int lane = thread % 32, box = thread / 32 % BOXES;
+    constexpr int IN_LINE = LINE / 4, LINES = N / IN_LINE * BOXES / (GROUP / 32);  // columns; lines of a thread
+    static_assert(LINES > 0 && N / IN_LINE % LINES == 0);
+    const uint32_t number = anew(thread), warp = number / 32, lane = number % 32, box = warp % BOXES, first = warp / BOXES * LINES;
     device::barrier_wait(full(now.stage), now.phase);
 #pragma unroll 1
-    for (int k = 0; k < EIGHTS * BOXES / WARPS; ++k) {
-      const int eight = thread / 32 / BOXES + k * (WARPS / BOXES);
-      const unsigned char* from = stage(now.stage) + (box * N + 8 * eight) * LINE + lane % 4 * 4;
-      unsigned char* to = transposed(now.stage) + (eight / 4 * K + FEATURES * box + lane) * LINE;
+    for (unsigned line = first; line < first + LINES; ++line) {
+      const unsigned char* const from = stage(now.stage) + (box * N + line * IN_LINE) * LINE;
+      unsigned char* const to = transposed(now.stage) + (line * K + box * IN_LINE + lane) * LINE;
 #pragma unroll
-      for (int odd = 0; odd < 2; ++odd) {
+      for (int piece = 0; piece < LINE / 16; ++piece) {  // which are swizzled
         Four x;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {  // pieces of 16 bytes are swizzled
-          const int column = 2 * i + odd;
-          x.x[i] = *reinterpret_cast<const float*>(from + column * LINE + (lane / 4 ^ column) * 16);
+        for (int i = 0; i < 4; ++i) {
+          const int column = 2 * i + piece % 2;  // of eight
+          x.x[i] = *reinterpret_cast<const float*>(from + (8 * (piece / 2) + column) * LINE + (4 * lane ^ 16 * column));
         }
-        *reinterpret_cast<Four*>(to + ((eight % 4 * 2 + odd) ^ lane % 8) * 16) = x;
+        *reinterpret_cast<Four*>(to + 16 * (piece ^ lane % 8)) = x;
       }
     }
     device::operands_written();
