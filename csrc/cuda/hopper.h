@@ -8,7 +8,8 @@
 // read it. A consumer asks for the similarities S of the next tile before it takes this one's
 // exponentials. Its weights W are the other product's operand from registers, by quarters: one is
 // computed while those before are being multiplied, and the last ones still are when the next tile
-// begins.
+// begins. For float16 and TF32 rows all weights of a tile are computed while the one before is being
+// multiplied.
 //
 // wgmma multiplies floats only if the terms of a sum are neighbours in shared memory. The gradient
 // sums over columns, so its producer also writes each tile of TF32 columns transposed.
@@ -226,7 +227,7 @@ template <int K, int N, int STAGES, class Scalars, Factors TYPE, bool TRANSPOSED
     const auto fill = [&] {
       // In a fresh barrier the phase before the first counts as complete. Where rows pass through a
       // stage, its first phase is theirs.
-      device::barrier_wait(empty(now.stage), now.phase ^ !(TRANSPOSED && now.stage == STAGES - 1));
+      device::barrier_wait(empty(now.stage), now.phase ^ (TRANSPOSED && now.stage == STAGES - 1 ? 0 : 1));
       if (thread == 0) {
         device::barrier_expect(full(now.stage), STAGE);
         for (int second = 0; second < 2; ++second)
@@ -266,10 +267,11 @@ template <int K, int N, int STAGES, class Scalars, Factors TYPE, bool TRANSPOSED
   static DEVICE void transpose(const StageOf<STAGES>& now, int thread) {
     constexpr int IN_LINE = LINE / 4, LINES = N / IN_LINE * BOXES / (GROUP / 32);  // columns; lines of a thread
     static_assert(LINES > 0 && N / IN_LINE % LINES == 0);
-    const uint32_t number = anew(thread), warp = number / 32, lane = number % 32, box = warp % BOXES, first = warp / BOXES * LINES;
+    const uint32_t number = anew(thread), warp = number / 32, lane = number % 32;
+    const uint32_t box = warp % BOXES, first = warp / BOXES * LINES;
     device::barrier_wait(full(now.stage), now.phase);
 #pragma unroll 1
-    for (unsigned line = first; line < first + LINES; ++line) {
+    for (uint32_t line = first; line < first + LINES; ++line) {
       const unsigned char* const from = stage(now.stage) + (box * N + line * IN_LINE) * LINE;
       unsigned char* const to = transposed(now.stage) + (line * K + box * IN_LINE + lane) * LINE;
 #pragma unroll

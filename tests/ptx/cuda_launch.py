@@ -81,6 +81,11 @@ def interpreted(arch: str, runner: Runner) -> Iterator[None]:
 
 def _buffers(kernel: str, raw: bytes) -> Iterator[tuple[int, int, str, bool]]:
     """Address, bytes, name and whether a kernel may write, of every buffer of a launch."""
+    if "RoundRows" in kernel:
+        rounded = cuda._RoundedRows.from_buffer_copy(raw)
+        for name, elements in zip(cuda._ROUNDED_BUFFERS, rounded.elements, strict=True):
+            yield getattr(rounded, name), 4 * elements, name, name == "rounded"
+        return
     if "UnitRows" in kernel or "FinishRows" in kernel:
         struct = cuda._PairRows.from_buffer_copy(raw)
         names, narrow = cuda._ROW_BUFFERS, ("z1", "z2", "f")

@@ -19,7 +19,7 @@ from tools import build_cuda as build
 from tools import cuda_resources
 
 #: The dtypes whose rows have kernels for sm_90a.
-HOPPER = ("BFLOAT16", "FLOAT16")
+HOPPER = ("BFLOAT16", "FLOAT16", "TFLOAT32")
 RUNTIME = "../../tests/ptx/runtime.cpp"  # beside csrc/cuda
 
 
