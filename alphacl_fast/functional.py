@@ -554,7 +554,9 @@ def bind_temperature(
     operands += ("guide",) * with_guide
     objective, wgmma = call.objective, False
     if z1.is_cuda and call.similarity == "cosine" and values[0] is not None and not operands:
-        wgmma = ops.cuda.has_wgmma_kernels(objective.kind, objective.params(1.0), z1.shape[1])
+        mode = ops.mode_of(z1.dtype, call.precision, z1.device)
+        params = objective.params(1.0)
+        wgmma = ops.cuda.has_wgmma_kernels(mode, objective.kind, params, z1.shape[1])
     asked = "blocked" if few_long_rows and call.backend == "auto" else call.backend
     backend, why = ops.choose(
         asked, z1.device, z1.dtype, call.precision, objective.kind, operands, wgmma

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import blocked, cpu, cuda, triton
+from .backend import blocked, cpu, cuda, gpu, triton
 from .bundles import (
     NormalizedRows,
     PairFunction,
@@ -36,11 +36,13 @@ SWEEP_BACKENDS: dict[str, ModuleType] = {
     "cuda": cuda,
     "blocked": blocked,
 }
-#: The backend that "auto" tries first for a compute capability and a dtype, for calls that wgmma
-#: kernels can serve. The choice rests on counted instructions; nothing was measured on a device.
-FIRST: dict[tuple[tuple[int, int], torch.dtype], str] = {
-    ((9, 0), torch.bfloat16): "cuda",
-    ((9, 0), torch.float16): "cuda",
+#: The backend that "auto" tries first for a compute capability and an arithmetic, for calls that
+#: wgmma kernels can serve. The choice rests on counted instructions; nothing was measured on a
+#: device.
+FIRST: dict[tuple[tuple[int, int], str], str] = {
+    ((9, 0), "bf16"): "cuda",
+    ((9, 0), "fp16"): "cuda",
+    ((9, 0), "tf32"): "cuda",
 }
 #: Every name that ``backend=`` accepts.
 BACKEND_NAMES = ("auto", "reference", *SWEEP_BACKENDS)
@@ -276,11 +278,20 @@ def unsupported(
     return module.unsupported(device, dtype, precision, pair_kind)
 
 
-def order(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
-    """The sweep backends in the order in which "auto" tries them for a call of wgmma kernels."""
+# it reads torch's setting, which a compiled graph keeps
+@torch.compiler.assume_constant_result
+def mode_of(dtype: torch.dtype, precision: str | None, device: torch.device) -> str:
+    """The arithmetic in which a GPU backend serves a call: `gpu.Arithmetic.mode`."""
+    return gpu.arithmetic(dtype, precision or "", device).mode
+
+
+def order(device: torch.device, mode: str) -> tuple[str, ...]:
+    """The sweep backends in the order in which "auto" tries them for a call of wgmma kernels, whose
+    arithmetic is ``mode``.
+    """
     first = None
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
-        first = FIRST.get((torch.cuda.get_device_capability(device), dtype))
+        first = FIRST.get((torch.cuda.get_device_capability(device), mode))
     return tuple(sorted(SWEEP_BACKENDS, key=lambda name: name != first))
 
 
@@ -313,7 +324,8 @@ def choose(
             raise ValueError(f"backend {backend!r} cannot serve this call: {reason}")
         return backend, "as asked"
     reasons = []
-    for name in order(device, dtype) if wgmma else SWEEP_BACKENDS:
+    ordered = order(device, mode_of(dtype, precision, device)) if wgmma else SWEEP_BACKENDS
+    for name in ordered:
         reason = unsupported(name, device, dtype, precision, pair_kind, operands)
         if reason is None and name in ("triton", "cuda") and device.type == "cpu":
             reason = "only interpreted here, which is slow: to be asked for by name"

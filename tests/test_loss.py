@@ -368,12 +368,17 @@ def test_which_backend_a_gpu_takes_first(monkeypatch):
             module, "unsupported", lambda *call, name=name: None if name in usable else "absent"
         )
 
-    def chosen(capability, dtype, wgmma=True):
+    def chosen(capability, dtype, wgmma=True, precision=None):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        return ops.choose("auto", gpu, dtype, None, "exp", wgmma=wgmma)[0]
+        return ops.choose("auto", gpu, dtype, precision, "exp", wgmma=wgmma)[0]
 
     assert chosen((9, 0), torch.bfloat16) == chosen((9, 0), torch.float16) == "cuda"
     assert chosen((9, 0), torch.float32) == chosen((8, 0), torch.bfloat16) == "triton"
+    assert chosen((9, 0), torch.float32, precision="tf32") == "cuda"
+    assert chosen((8, 0), torch.float32, precision="tf32") == "triton"
+    assert chosen((9, 0), torch.float32, precision="ieee") == "triton"
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    assert chosen((9, 0), torch.float32) == "cuda"
     assert chosen((9, 0), torch.bfloat16, wgmma=False) == "triton"
     usable.discard("cuda")
     assert chosen((9, 0), torch.bfloat16) == "triton"
