@@ -220,7 +220,7 @@ LOG_RANGE = (-4.0, 4.0)
 TERMS = (Term.SHIFT, Term.F, Term.F_MOMENT)
 
 
-def sweeps(backend, rows, kind, params, pairing, wanted=None):
+def sweeps(backend, rows, kind, params, pairing, wanted=None, precision=""):
     """Both sweeps of one call; the gradient of the ``wanted`` rows, of all by default."""
     generator, n = torch.Generator().manual_seed(1), len(rows.f)
     wide = torch.float32 if rows.f.dtype == torch.bfloat16 else rows.f.dtype
@@ -228,10 +228,9 @@ def sweeps(backend, rows, kind, params, pairing, wanted=None):
         *(torch.rand(n, generator=generator).to(wide)[: pairing.anchors] for _ in range(3))
     )
     function = PairFunction(kind, params, torch.tensor(0.5, dtype=wide), LOG_RANGE)
-    sums = backend.row_sums(rows, pairing, function, scalars._replace(shift=None), TERMS, "")
-    df, _, _ = backend.pair_grad(
-        rows, pairing, function, scalars, Weight.F, (), wanted or (0, n), ""
-    )
+    operands = rows, pairing, function
+    sums = backend.row_sums(*operands, scalars._replace(shift=None), TERMS, precision)
+    df, _, _ = backend.pair_grad(*operands, scalars, Weight.F, (), wanted or (0, n), precision)
     return sums, df
 
 
@@ -324,3 +323,172 @@ def test_which_kernels_are_taken(monkeypatch):
         sweeps(cuda, Rows(odd / 5), "exp", (), Pairing(0, 20, 40))
     with cuda.hopper(None):
         sweeps(cuda, Rows(odd / 5), "exp", (), Pairing(0, 20, 40))
+
+
+# --- TF32 -----------------------------------------------------------------------------------------
+
+#: Largest relative errors of losses with dτ, and of gradients.
+OF_TF32 = (3e-5, 3e-4)
+
+
+def tf32(*args, **setting):
+    """Losses with dτ, and the gradients of both views."""
+    loss, first, second, *rest = loss_and_grads(*args, backend="cuda", precision="tf32", **setting)
+    return (loss, *rest), (first, second)
+
+
+def float64(z1, z2, *member, **setting):
+    loss, first, second, *rest = loss_and_grads(
+        z1.double(), z2.double(), *member, backend="reference", **setting
+    )
+    return (loss, *rest), (first, second)
+
+
+def errors_of(ours, truth):
+    return [
+        max(relative_error(a, b) for a, b in zip(*groups, strict=True))
+        for groups in zip(ours, truth, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("dim", [23, 64, 104, 128])
+@pytest.mark.parametrize("member", MEMBERS, ids=member_id)
+def test_tf32_against_float64(member, dim, poisoned):
+    """And against mma.sync, which multiplies the same numbers. 23: rows of no vector load."""
+    turn = MEMBERS.index(member) + dim // 32
+    for negatives, symmetric in every_second_mode(turn):
+        z1, z2 = pair(PAIRS, dim, torch.float32)
+        setting = {"negatives": negatives, "symmetric": symmetric}
+        ours, truth = tf32(z1, z2, *member, **setting), float64(z1, z2, *member, **setting)
+        errors = errors_of(ours, truth)
+        assert all(e < most for e, most in zip(errors, OF_TF32, strict=True)), (setting, errors)
+        with cuda.hopper(False):
+            others = tf32(z1, z2, *member, **setting)
+        assert max(errors_of(ours, others)) < 2e-5, setting
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 33, 64, 65, 128, 129])
+def test_sizes_of_tf32(pairs, many_processors, poisoned):
+    """Fewer tiles than stages, which the rows pass through."""
+    for negatives, symmetric in MODES:
+        z1, z2 = pair(pairs, 100, torch.float32)
+        setting = {"negatives": negatives, "symmetric": symmetric}
+        ours, truth = (f(z1, z2, "infonce", **setting) for f in (tf32, float64))
+        # few rows: errors of a loss do not average out
+        assert errors_of(ours, truth)[0] < 10 * OF_TF32[0], setting
+        with cuda.hopper(False):
+            others = tf32(z1, z2, "infonce", **setting)
+        assert max(errors_of(ours, others)) < 2e-5, setting
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_stages_of_tf32_go_round(dim, schedule, poisoned):
+    """620 rows: five tiles of 128 columns or ten of 64, and three stages."""
+    z1, z2 = pair(310, dim, torch.float32)
+    first, truth = tf32(z1, z2, "infonce"), float64(z1, z2, "infonce")
+    assert all(e < most for e, most in zip(errors_of(first, truth), OF_TF32, strict=True))
+    for seed in (1, 6):
+        schedule(seed)
+        again = tf32(z1, z2, "infonce")
+        same = (torch.equal(a, b) for x in zip(first, again, strict=True) for a, b in zip(*x))
+        assert all(same), seed
+
+
+def test_operands_that_are_cut_off_are_noticed(monkeypatch):
+    z1, z2 = pair(PAIRS, 64, torch.float32)
+
+    def cut_off(f):
+        return (f.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+    def loss_error():
+        return errors_of(tf32(z1, z2, "infonce"), float64(z1, z2, "infonce"))[0]
+
+    before = loss_error(), error_in_one_direction(64, "exp")
+    monkeypatch.setattr(cuda, "rounded_rows", cut_off)
+    after = loss_error(), error_in_one_direction(64, "exp")
+    most = OF_TF32[0], IN_ONE_DIRECTION
+    assert all(a < b < c / 2 for a, b, c in zip(before, most, after, strict=True)), (before, after)
+
+
+#: Largest relative error of the gradient of rows that point in nearly the same direction. Roundings
+#: average out, and what is cut off does not: 2⁻¹² or more is left of it.
+IN_ONE_DIRECTION = 1.2e-4
+
+
+def error_in_one_direction(dim, kind):
+    noise = torch.randn(300, dim, generator=torch.Generator().manual_seed(3))
+    f = torch.nn.functional.normalize(1 + 0.2 * noise, dim=1)
+    operands = kind, KINDS[kind], Pairing(0, 0, 300)
+    ours = sweeps(cuda, Rows(f), *operands, precision="tf32")
+    truth = sweeps(blocked, Rows(f.double()), *operands)
+    return relative_error(ours[1], truth[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dim", [64, 100])
+def test_gradients_of_rows_in_one_direction(dim, kind):
+    """Rows and weights are rounded to nearest."""
+    assert error_in_one_direction(dim, kind) < IN_ONE_DIRECTION
+
+
+def test_rows_are_rounded_to_tf32():
+    """To nearest, ties away from 0; NaN and infinity stay what they are."""
+    bits = [0x3F801000, 0x3F800FFF, 0xBF801000, 0x3F802FFF, 0x7F7FFFFF, 0x7F800000, 0xFF800000,
+            0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF, 0x00000FFF, 0x80000000, 0]  # fmt: skip
+    wanted = [0x3F802000, 0x3F800000, 0xBF802000, 0x3F802000, 0x7F800000, 0x7F800000, 0xFF800000,
+              None, None, None, 0, 0x80000000, 0]  # fmt: skip
+    wide = torch.full((3, 17), torch.nan)
+    f = wide[:, 1:14]
+    f.copy_(torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32))
+    rounded = cuda.rounded_rows(f)
+    assert rounded.stride(0) % 4 == 0
+    for row in rounded:
+        for got, value in zip(row.contiguous().view(torch.int32).tolist(), wanted, strict=True):
+            assert got % 2**32 == value if value is not None else (got & 0x7FFFFFFF) > 0x7F800000
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_nan_in_rows_of_tf32(dim):
+    """One feature of a row: what it meets is NaN, and nothing else."""
+    z1, z2 = pair(PAIRS, dim, torch.float32)
+    z1[5, 3] = torch.nan
+    setting = {"negatives": "cross_view", "symmetric": False, "reduction": "none"}
+
+    def found(views, **how):
+        z1, z2 = (z.clone().requires_grad_() for z in views)
+        losses = alpha_cl_loss(z1, z2, "alpha_direct", temperature=0.3, **setting, **how)
+        return losses.detach(), *torch.autograd.grad(losses.sum(), (z1, z2))
+
+    ours = found((z1, z2), backend="cuda", precision="tf32")
+    truth = found((z1.double(), z2.double()), backend="reference")
+    for a, b in zip(ours, truth, strict=True):
+        assert torch.equal(a.isnan(), b.isnan())
+        known = ~b.isnan()
+        assert not known.any() or relative_error(a[known], b[known]) < OF_TF32[1]
+
+
+def test_layouts_of_tf32(many_processors, poisoned):
+    """Every layout of regions, of rows that begin anywhere."""
+    n, dim = 150, 101
+    wide = torch.full((n + 40, dim + 2), torch.nan)
+    wide[:n, :dim] = torch.randn(n, dim) / dim**0.5
+    f, scale = wide[:n, :dim], torch.rand(n) + 0.5
+    for kind, layout in zip([*KINDS, *KINDS], LAYOUTS, strict=True):
+        operands = kind, KINDS[kind], Pairing(*layout)
+        ours = sweeps(cuda, Rows(f, scale), *operands, precision="tf32")
+        truth = sweeps(blocked, Rows(f.double(), scale.double()), *operands)
+        ratio = (ours[0][0].double() - truth[0][0]).exp()
+        for k in (1, 2):
+            assert relative_error(ours[0][k].double() * ratio, truth[0][k]) < 1e-4, (layout, k)
+        # of weights and rows of either sign
+        assert relative_error(ours[1], truth[1]) < 2 * OF_TF32[1], layout
+
+
+def test_longer_rows_of_tf32_take_other_kernels():
+    assert cuda.has_wgmma_kernels("tf32", "exp", (), 128)
+    assert not cuda.has_wgmma_kernels("tf32", "exp", (), 129)
+    assert not cuda.has_wgmma_kernels("fp32", "exp", (), 64)
+    f, operands = torch.randn(40, 132) / 12, ("exp", (), Pairing(0, 20, 40))
+    ours = sweeps(cuda, Rows(f), *operands, precision="tf32")
+    truth = sweeps(blocked, Rows(f.double()), *operands)
+    assert relative_error(ours[1], truth[1]) < 2 * OF_TF32[1]

@@ -30,18 +30,19 @@ struct Everywhere {
 };
 
 // The compiler is to see a call for each N, not its meaning.
-template <bool BF16, int N, int TRANS_B> DEVICE float products(const float* out) {
+template <device::Factors TYPE, int N, int TRANS_B> DEVICE float products(const float* out) {
   using namespace device;
   float c[N / 2];
   for (float& x : c) x = out[thread()];
   const uint64_t a = matrix_descriptor(shared(), 0, 1024), b = matrix_descriptor(shared() + 8192, 8192, 1024);
   const uint32_t left[4] = {pack_bf16(out[0], out[1]), 1, 2, 3};
   hold_registers(c);
+  operands_written();
   product_begin();
-  product_ss<BF16, N, TRANS_B>(c, a, b, 0);
-  product_ss<BF16, N, TRANS_B>(c, a + 2, b + 2, 1);
+  product_ss<TYPE, N, TRANS_B>(c, a, b, 0);
+  product_ss<TYPE, N, TRANS_B>(c, a + 2, b + 2, 1);
   product_commit();
-  product_rs<BF16, N, TRANS_B>(c, left, b, 1);
+  product_rs<TYPE, N, TRANS_B>(c, left, b, 1);
   product_commit();
   product_wait<1>();
   product_wait<0>();
@@ -76,11 +77,13 @@ struct Hopper {
     } else {
       registers_more<240>();
       barrier_wait(barrier, 0);
-      args.out[thread()] = products<true, 64, 0>(args.out) + products<true, 64, 1>(args.out) +
-                           products<true, 128, 0>(args.out) + products<true, 128, 1>(args.out) +
-                           products<true, 256, 0>(args.out) + products<true, 256, 1>(args.out) +
-                           products<false, 64, 0>(args.out) + products<false, 64, 1>(args.out) +
-                           products<false, 128, 0>(args.out) + products<false, 256, 1>(args.out);
+      args.out[thread()] = products<Factors::BF16, 64, 0>(args.out) + products<Factors::BF16, 64, 1>(args.out) +
+                           products<Factors::BF16, 128, 0>(args.out) + products<Factors::BF16, 128, 1>(args.out) +
+                           products<Factors::BF16, 256, 0>(args.out) + products<Factors::BF16, 256, 1>(args.out) +
+                           products<Factors::F16, 64, 0>(args.out) + products<Factors::F16, 64, 1>(args.out) +
+                           products<Factors::F16, 128, 0>(args.out) + products<Factors::F16, 256, 1>(args.out) +
+                           products<Factors::TF32, 64, 0>(args.out) + products<Factors::TF32, 128, 0>(args.out) +
+                           products<Factors::TF32, 256, 0>(args.out);
       sync_some(1, 128);
       barrier_arrive(barrier + 1);
     }

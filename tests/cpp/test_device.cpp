@@ -410,26 +410,33 @@ void test_ring() {
 
 // --- products of a warpgroup ---------------------------------------------------------------------
 
-// Operands of 64 values of k as device_host_hopper.h says they lie: the 16-byte piece at row
+// Operands of 128 bytes of k as device_host_hopper.h says they lie: the 16-byte piece at row
 // (K-major) or k (MN-major) modulo 8, exclusive-or, of its line.
-void place_k_major(unsigned char* to, int i, int k, uint16_t bits) {
-  std::memcpy(to + i * 128 + (k / 8 ^ i % 8) * 16 + k % 8 * 2, &bits, 2);
+void place_k_major(unsigned char* to, int i, int k, uint32_t bits, int size = 2) {
+  const int at = k * size;
+  std::memcpy(to + i * 128 + (at / 16 ^ i % 8) * 16 + at % 16, &bits, size_t(size));
 }
 void place_mn_major(unsigned char* to, int leading, int k, int j, uint16_t bits) {
   std::memcpy(to + j / 64 * leading + k * 128 + (j % 64 / 8 ^ k % 8) * 16 + j % 8 * 2, &bits, 2);
 }
 
+using device::Factors;
 enum Hurry { NO, C_TOO_EARLY, OPERAND_TOO_EARLY, A_TOO_EARLY };
 
-// 64 × N from k = 64, by two warpgroups. The second one multiplies twice the A. A warpgroup that
-// hurries gets garbage.
-template <bool BF16, int N, int TRANS_B> void test_product(bool registers, Hurry hurry) {
-  constexpr int A = 64 * 128, B = N * 128;
-  std::vector<float> left(64 * 64), right(64 * N), before(64 * N), wanted(2 * 64 * N);
-  const auto pack = [](float low, float high) { return BF16 ? device::pack_bf16(low, high) : device::pack_f16(low, high); };
+// 64 × N from k = 64, or 32 of floats, by two warpgroups. The second one multiplies twice the A. A
+// warpgroup that hurries gets garbage.
+template <device::Factors TYPE, int N, int TRANS_B> void test_product(bool registers, Hurry hurry) {
+  constexpr bool WIDE = TYPE == device::Factors::TF32;
+  constexpr int SIZE = WIDE ? 4 : 2, K = 128 / SIZE, DEPTH = 32 / SIZE, A = 64 * 128, B = N * 128;
+  std::vector<float> left(64 * K), right(K * N), before(64 * N), wanted(2 * 64 * N);
+  const auto pack = [](float low, float high) {
+    return TYPE == device::Factors::BF16 ? device::pack_bf16(low, high) : device::pack_f16(low, high);
+  };
+  // the low 13 bits of a float must not be read
+  const auto bits = [&](float x) { return WIDE ? device::rounded_to_tf32(x) | 0x1fff : pack(x, 0) & 0xffff; };
   const auto round = [&](float x) {
-    const auto bits = uint16_t(pack(x, 0));
-    return BF16 ? float(value_bf16(bits)) : device::from_f16(bits);
+    if (WIDE) return device::from_bits(device::rounded_to_tf32(x));
+    return TYPE == device::Factors::BF16 ? float(value_bf16(uint16_t(bits(x)))) : device::from_f16(uint16_t(bits(x)));
   };
   for (auto* values : {&left, &right, &before})
     for (float& x : *values) x = round(uniform());
@@ -439,8 +446,8 @@ template <bool BF16, int N, int TRANS_B> void test_product(bool registers, Hurry
         float total = before[size_t(i * N + j)];
         for (int step = 0; step < 4; step++) {
           double sum = double(total);
-          for (int k = 16 * step; k < 16 * step + 16; k++)
-            sum += (1 + group) * double(left[size_t(i * 64 + k)]) * double(right[size_t(k * N + j)]);
+          for (int k = DEPTH * step; k < DEPTH * (step + 1); k++)
+            sum += (1 + group) * double(left[size_t(i * K + k)]) * double(right[size_t(k * N + j)]);
           total = float(sum);
         }
         wanted[size_t((group * 64 + i) * N + j)] = total;
@@ -453,12 +460,11 @@ template <bool BF16, int N, int TRANS_B> void test_product(bool registers, Hurry
       const int t = thread(), lane = t % 32, group = t / 128, warp = t / 32 % 4;
       unsigned char* const a = shared() + group * A;
       unsigned char* const b = shared() + 2 * A;
-      const auto bits = [&](float x) { return uint16_t(pack(x, 0)); };
-      for (int e = t % 128; e < 64 * 64; e += 128)
-        place_k_major(a, e / 64, e % 64, bits(float(1 + group) * left[size_t(e)]));
-      for (int e = t; e < 64 * N; e += 256) {
-        if (TRANS_B) place_mn_major(b, 64 * 128, e / N, e % N, bits(right[size_t(e)]));
-        else place_k_major(b, e % N, e / N, bits(right[size_t(e)]));
+      for (int e = t % 128; e < 64 * K; e += 128)
+        place_k_major(a, e / K, e % K, bits(float(1 + group) * left[size_t(e)]), SIZE);
+      for (int e = t; e < K * N; e += 256) {
+        if (TRANS_B) place_mn_major(b, 64 * 128, e / N, e % N, uint16_t(bits(right[size_t(e)])));
+        else place_k_major(b, e % N, e / N, bits(right[size_t(e)]), SIZE);
       }
       sync();
       float c[N / 2];
@@ -469,18 +475,21 @@ template <bool BF16, int N, int TRANS_B> void test_product(bool registers, Hurry
       uint32_t x[4][4];
       for (int step = 0; step < 4; step++)
         for (int i = 0; i < 4; i++) {
+          const auto at = [&](int row, int k) {
+            return float(1 + group) * left[size_t((16 * warp + row) * K + DEPTH * step + k)];
+          };
           const auto l = [&](int e) {
             const Place p = a16(lane, e);
-            return float(1 + group) * left[size_t((16 * warp + p.row) * 64 + 16 * step + p.column)];
+            return at(p.row, p.column);
           };
-          x[step][i] = pack(l(2 * i), l(2 * i + 1));
+          x[step][i] = WIDE ? bits(at(lane / 4 + i % 2 * 8, lane % 4 + i / 2 * 4)) : pack(l(2 * i), l(2 * i + 1));
         }
       product_begin();
       for (int step = 0; step < 4; step++) {
         const uint64_t operand = TRANS_B ? matrix_descriptor(b + step * 2048, 64 * 128, 1024)
                                          : matrix_descriptor(b + step * 32, 0, 1024);
-        if (registers) product_rs<BF16, N, TRANS_B>(c, x[step], operand, 1);
-        else product_ss<BF16, N, TRANS_B>(c, matrix_descriptor(a + step * 32, 0, 1024), operand, 1);
+        if (registers) product_rs<TYPE, N, TRANS_B>(c, x[step], operand, 1);
+        else product_ss<TYPE, N, TRANS_B>(c, matrix_descriptor(a + step * 32, 0, 1024), operand, 1);
       }
       product_commit();
       float sum = 0;
@@ -515,10 +524,10 @@ void test_groups() {  // two under way, the first waited for; add = 0 overwrites
     const uint64_t a = matrix_descriptor(shared(), 0, 1024), b = matrix_descriptor(shared() + 64 * 128, 0, 1024);
     float first[32] = {}, second[32] = {};
     product_begin();
-    product_ss<true, 64, 0>(first, a, b, 0);
-    product_ss<true, 64, 0>(first, a, b, 1);
+    product_ss<Factors::BF16, 64, 0>(first, a, b, 0);
+    product_ss<Factors::BF16, 64, 0>(first, a, b, 1);
     product_commit();
-    product_ss<true, 64, 0>(second, a, b, 0);
+    product_ss<Factors::BF16, 64, 0>(second, a, b, 0);
     product_commit();
     CHECK(std::isnan(first[0]) && std::isnan(second[31]));
     product_wait<1>();
@@ -573,7 +582,7 @@ void test_hopper_errors() {
   static const auto product = [](int bytes) {
     float c[32] = {};
     const uint64_t a = matrix_descriptor(shared() + bytes, 0, 1024);
-    product_ss<true, 64, 0>(c, a, a, 0);
+    product_ss<Factors::BF16, 64, 0>(c, a, a, 0);
     product_commit();
     product_wait<0>();
   };
@@ -591,7 +600,7 @@ void test_hopper_errors() {
   expect_error<128>("products that nobody waited for", 8192, [] {
     float c[32];
     product_begin();
-    product_ss<true, 64, 0>(c, matrix_descriptor(shared(), 0, 1024), matrix_descriptor(shared(), 0, 1024), 0);
+    product_ss<Factors::BF16, 64, 0>(c, matrix_descriptor(shared(), 0, 1024), matrix_descriptor(shared(), 0, 1024), 0);
   });
 }
 
@@ -630,7 +639,7 @@ const Race RACES[] = {
        std::vector<uint16_t> out(size_t(512 * ring.boxes));
        launch<160>(1, 1, 2 * STAGE + 32, [&] { ring.run(0, out); });
      }},
-    {"operand", [] { test_product<true, 64, 0>(false, OPERAND_TOO_EARLY); }},
+    {"operand", [] { test_product<Factors::BF16, 64, 0>(false, OPERAND_TOO_EARLY); }},
 };
 
 // -------------------------------------------------------------------------------------------------
@@ -674,18 +683,19 @@ int main(int count, char** arguments) {
   for (const Format format : {BF16, F16, TF32}) test_products(format);
   test_ring();
   for (const bool registers : {false, true}) {
-    test_product<true, 64, 0>(registers, NO), test_product<true, 64, 1>(registers, NO);
-    test_product<true, 128, 0>(registers, NO), test_product<true, 128, 1>(registers, NO);
-    test_product<true, 256, 0>(registers, NO), test_product<true, 256, 1>(registers, NO);
-    test_product<false, 64, 0>(registers, NO), test_product<false, 128, 1>(registers, NO);
-    test_product<true, 64, 0>(registers, C_TOO_EARLY);
+    test_product<Factors::BF16, 64, 0>(registers, NO), test_product<Factors::BF16, 64, 1>(registers, NO);
+    test_product<Factors::BF16, 128, 0>(registers, NO), test_product<Factors::BF16, 128, 1>(registers, NO);
+    test_product<Factors::BF16, 256, 0>(registers, NO), test_product<Factors::BF16, 256, 1>(registers, NO);
+    test_product<Factors::F16, 64, 0>(registers, NO), test_product<Factors::F16, 128, 1>(registers, NO);
+    test_product<Factors::TF32, 64, 0>(registers, NO), test_product<Factors::TF32, 128, 0>(registers, NO);
+    test_product<Factors::BF16, 64, 0>(registers, C_TOO_EARLY);
   }
-  test_product<true, 64, 0>(true, A_TOO_EARLY);
+  test_product<Factors::BF16, 64, 0>(true, A_TOO_EARLY);
   test_votes();
   test_groups();
   test_hopper_errors();
 #ifndef __SANITIZE_THREAD__  // which says so
-  test_product<true, 64, 0>(false, OPERAND_TOO_EARLY);
+  test_product<Factors::BF16, 64, 0>(false, OPERAND_TOO_EARLY);
   CHECK(without_barrier(0) != without_barrier(1));
 #endif
   std::printf(failures ? "%d failures\n" : "all as it should be\n", failures);
