@@ -1811,6 +1811,38 @@ plant(
     ),
     variant="FLOAT16",
 )
+TF32_ROWS = "tests/test_cuda_hopper.py::test_gradients_of_rows_in_one_direction[64-exp]"
+plant(
+    "csrc/cuda/hopper.h",
+    (
+        "hopper.h: weights of TF32 rows are cut off",
+        "to[eight][e] = rounded_to_tf32(x[e % 2 * 2 + e / 2]);",
+        "to[eight][e] = device::to_bits(x[e % 2 * 2 + e / 2]);",
+        TF32_ROWS,
+    ),
+    (
+        "hopper.h: transposed columns are in another order than their weights",
+        "const int column = 2 * i + piece % 2;",
+        "const int column = i + 4 * (piece % 2);",
+        TF32_ROWS,
+    ),
+    (
+        "hopper.h: nobody waits for a transposed tile",
+        "if constexpr (TRANSPOSED) device::barrier_wait(M::turned(at.stage), at.phase);",
+        "",
+        "tests/test_cuda_hopper.py::test_the_stages_of_tf32_go_round[64]",
+    ),
+    variant="TFLOAT32",
+)
+plant(
+    "alphacl_fast/backend/cuda.py",
+    (
+        "TF32 on warpgroups: the tensor cores get rows with more bits than they read",
+        "self.f = rounded_rows(self.f)",
+        "self.f = self.f",
+        TF32_ROWS,
+    ),
+)
 plant(
     "csrc/cuda/rows.h",
     (

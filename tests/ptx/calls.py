@@ -129,6 +129,17 @@ def weights_far_apart(case: Case, views: Views, backend: str, precision: str | N
     return sums, [df / weights]
 
 
+def rows_in_one_direction(
+    case: Case, views: Views, backend: str, precision: str | None
+) -> Results:
+    """A rectangle of rows that are nearly equal: roundings average out in a gradient, and what a
+    product cuts off does not.
+    """
+    f = torch.nn.functional.normalize(1 + 0.2 * torch.cat(views)[: sum(case.sides)], dim=1)
+    anchors = len(f) if case.both else case.sides[0]
+    return _rectangle_of(case, f, f.new_ones(anchors), backend, precision)
+
+
 def _rectangle_of(
     case: Case, f: Tensor, gain: Tensor, backend: str, precision: str | None
 ) -> Results:

@@ -18,8 +18,10 @@ from .parse import Kernel
 #: fifths are never executed. Of the lengths of rows, `calls.every_kind` takes two for each dtype.
 LEAST = (
     ("hopper", 0.97), ("FastPairGrad", 0.95), ("FastRowSums", 0.93), ("PairGrad", 0.8),
-    ("RowSums", 0.53), ("UnitRows|FinishRows", 0.97), ("", 0.9),
+    ("RowSums", 0.53), ("UnitRows|FinishRows|RoundRows", 0.97), ("", 0.9),
 )  # fmt: skip
+#: Kernels that only sm_90a launches.
+_OF_HOPPER = re.compile("hopper|RoundRows")
 #: Least share of the instructions of all kernels that a short list runs.
 SHORT = {"cuda-90a": 0.85, "cuda-80": 0.28, "triton-90": 0.9, "triton-80": 0.9}
 
@@ -59,13 +61,13 @@ def never_launched(name: str, found: dict[str, dict]) -> list[str]:
         return []
     hopper = name == "cuda-90a"
     known = cuda_launch.kernels(name.removeprefix("cuda-"))
-    return [k for k in known if ("hopper" in k) == hopper and k not in found]
+    return [k for k in known if bool(_OF_HOPPER.search(k)) == hopper and k not in found]
 
 
 def missing(name: str, found: dict[str, dict], full: bool) -> list[str]:
     """What should have been executed and was not."""
     if name == "cuda-90a":  # cuda-80 has the cases for the others
-        found = {kernel: row for kernel, row in found.items() if "hopper" in kernel}
+        found = {kernel: row for kernel, row in found.items() if _OF_HOPPER.search(kernel)}
     if not full:
         done, there = (sum(k[x] for k in found.values()) for x in ("executed", "there"))
         return (

@@ -108,6 +108,8 @@ _HOPPER = cases.Case("cuda", "90a", 75, 64, cases.BF16)
 _RING = replace(_HOPPER, pairs=330, multiprocessors=2)  # more tiles than stages
 _HALF = replace(_HOPPER, dtype=cases.FP16)
 _FAR = cases.far_apart(_HALF, False)
+_TURNED = replace(_HOPPER, dtype=cases.FP32, precision="tf32")  # columns that are transposed
+_ONE_WAY = cases.in_one_direction(_TURNED)
 _AMPERE = replace(_HOPPER, arch="80", symmetric=False)
 _CHUNKS = replace(_AMPERE, dim=264)
 _IEEE = replace(_AMPERE, dtype=cases.FP32, precision="ieee")
@@ -165,6 +167,21 @@ MUTANTS = [
     Mutant("no barrier before a tile's column sums (hopper.h)",
            replace(_HOPPER, setting={"learn_tau": False}), "hopper7RowSumsILi64ELb1ELb0ELb1",
            each(r"bar\.sync[ \t]+%r[^;]*;", "")),
+    Mutant("rows are not rounded to TF32 (hopper.h)", _ONE_WAY, "RoundRows",
+           each(r"cvt\.rna\.tf32\.f32", "mov.b32"), True),
+    Mutant("weights are not rounded to TF32 (hopper.h)", _ONE_WAY, _GRAD,
+           each(r"cvt\.rna\.tf32\.f32", "mov.b32")),
+    Mutant("columns are transposed in another order", _ONE_WAY, _GRAD,
+           each(r"(st\.shared\.v4\.\w+\s+\[%r\d+\], )\{(%\w+), (%\w+),", r"\1{\3, \2,"), True),
+    Mutant("stride offset of transposed columns halved", _ONE_WAY, _GRAD,
+           sub(str(_DESCRIPTOR), _CLOSER, 3)),
+    Mutant("no proxy fence after a tile has been transposed", _TURNED, _GRAD,
+           removed(r"fence\.proxy\.async")),
+    Mutant("nobody waits for a transposed tile", _TURNED, _GRAD,
+           sub(r"@!done bra waiting;", "", 4)),
+    Mutant("a tile is copied over rows that are being read",
+           replace(_TURNED, pairs=330, multiprocessors=2), _GRAD,
+           sub(r"@!done bra waiting;", "", 5)),
     # mma.sync
     Mutant("no wait for cp.async", _AMPERE, _FAST_GRAD, removed(r"cp\.async\.wait_group"), True),
     Mutant("cp.async is not committed", _AMPERE, _FAST_GRAD,
