@@ -64,21 +64,27 @@ OVERLAP = 0.7
 #: Features for which csrc/cuda/hopper.h has kernels, which overlap.
 HOPPER_DIMS = (64, 128, 256)
 #: Instructions per pair of a sweep's inner loop at D = 128, read from the kernels as triton 3.6.0
-#: and nvcc 13.0 compile them (those of hopper.h by tests/test_ptx_sass.py). "hopper float16" are
-#: the same kernels for float16, "mma" those of sweeps.h for TF32, where a pair's share of copying
-#: and rounding a tile counts too.
+#: and nvcc 13.0 compile them (those of hopper.h by tests/test_ptx_sass.py). "hopper float16" and
+#: "hopper tf32" are the same kernels for these dtypes; in the gradient of TF32 rows a pair's share
+#: of transposing a tile counts too.
 ISSUE = {
     ("hopper", "sums"): 5.6, ("hopper", "gradient"): 7.6, ("triton", "sums"): 9.5,
     ("triton", "gradient"): 12.3, ("triton", "sums of both sides"): 15.7,
     ("hopper", "sums of both sides"): 8.4, ("hopper float16", "sums"): 5.6,
     ("hopper float16", "gradient"): 9.6, ("hopper float16", "sums of both sides"): 8.4,
-    ("mma", "sums"): 36, ("mma", "gradient"): 51,
+    ("hopper tf32", "sums"): 6.4, ("hopper tf32", "gradient"): 14.9,
+    ("hopper tf32", "sums of both sides"): 9.5,
 }  # fmt: skip
 #: Warps, and shuffles of a thread for the columns of a 128 × 128 tile: three steps in each of which
 #: a thread sends a quarter of the columns, or recursive halving.
-BOTH_SIDES = {"triton": (4, 96), "hopper": (8, 28), "hopper float16": (8, 28)}
-#: The longest rows that a block of hopper.h keeps in registers, as an operand of the first sweep.
-IN_REGISTERS = 128
+BOTH_SIDES = {
+    "triton": (4, 96), "hopper": (8, 28), "hopper float16": (8, 28), "hopper tf32": (8, 28),
+}  # fmt: skip
+#: Bytes of the longest rows that a block of hopper.h keeps in registers, as an operand of the first
+#: sweep. The second sweep of TF32 rows always does.
+IN_REGISTERS = 256
+#: Launches that round the rows of each sweep.
+ROUNDINGS = {"tf32": 2}
 #: The most programs that share a row block.
 MOST_PARTS = 32
 #: Bytes of rows that stay in shared memory beside the ring of column tiles.
@@ -94,12 +100,11 @@ class Arithmetic:
     products: float = 1.0  # of the kernels' products
 
 
-#: TF32 has half of bfloat16's rate (datasheet); the kernels take mma.sync, with which published
-#: measurements of sm_90 reach 0.62 of wgmma's rate.
+#: TF32 has half of bfloat16's rate (datasheet), of cuBLAS and of wgmma alike.
 ARITHMETICS = {
     "bfloat16": Arithmetic(),
     "float16": Arithmetic(),
-    "tf32": Arithmetic(4, 0.5, 0.5 * 0.62),
+    "tf32": Arithmetic(4, 0.5, 0.5),
 }
 
 
@@ -176,17 +181,17 @@ def sweep(
         parts(n, tile, both, device),
         math.ceil(n / tile.rows),
     )
-    # a warpgroup multiplies 64 rows at a time, a warp 16
-    area, groups = (
-        tile.rows * tile.cols,
-        math.ceil(tile.rows / (16 if engine == "mma" else 64)),
-    )
+    # a warpgroup multiplies 64 rows at a time
+    area, groups = tile.rows * tile.cols, math.ceil(tile.rows / 64)
     own_bytes, cols_bytes = item * tile.rows * held, item * tile.cols * held
     stays = own_bytes <= RESIDENT
-    in_registers = engine.startswith("hopper") and not gradient and held <= IN_REGISTERS
+    transposes = engine == "hopper tf32" and gradient
+    in_registers = engine.startswith("hopper") and not gradient and item * held <= IN_REGISTERS
+    in_registers = in_registers or transposes
     products, shuffle = 1, 0.0
     shared = cols_bytes + (not stays) * own_bytes  # tiles that arrive
-    # operands of S; each warpgroup, or warp, reads the columns
+    shared += 2 * transposes * cols_bytes  # read and written
+    # operands of S; each warpgroup reads the columns
     shared += (not in_registers) * own_bytes + groups * cols_bytes
     slots, width = count, dim if gradient else 1
     if gradient and product:
@@ -219,11 +224,14 @@ def vendor_product(n: int, dim: int) -> Work:
     return Work(flop=2 * n * n * dim, hbm=2 * n * n + 6 * n * dim)
 
 
-def row_kernels(n: int, dim: int, item: int = 2) -> dict[str, Work]:
-    return {
+def row_kernels(n: int, dim: int, item: int = 2, roundings: int = 0) -> dict[str, Work]:
+    kernels = {
         "unit_rows": Work(hbm=2 * item * n * dim),
         "finish_rows": Work(hbm=(item + 8) * n * dim),
     }
+    if roundings:
+        kernels["rounded_rows"] = Work(hbm=roundings * 2 * item * n * dim)
+    return kernels
 
 
 # --- kernels of a step ----------------------------------------------------------------------------
@@ -233,21 +241,15 @@ def forms(
     n: int, dim: int, device: Device, engine: str
 ) -> tuple[dict[str, list[Work]], dict[str, list[Work]]]:
     """List both sweeps in every form that fits; ``engine`` has the row-block forms."""
-    if engine == "mma":
-        small = [
-            sweep(n, dim, Tile(64, 64), gradient, False, device, engine, item=4)
-            for gradient in (False, True)
-        ]
-        return {"row-block": small[:1]}, {"row-block": small[1:]}
-    square = Tile(128, 128)
+    square, item = Tile(128, 128), 4 if engine == "hopper tf32" else 2
     sums = {
-        "row-block": [sweep(n, dim, square, False, False, device, engine)],
-        "symmetric": [sweep(n, dim, square, False, True, device, engine)],
+        "row-block": [sweep(n, dim, square, False, False, device, engine, item=item)],
+        "symmetric": [sweep(n, dim, square, False, True, device, engine, item=item)],
     }
     gradient = {}
-    if dim <= 256:
-        own = square if dim <= 128 else Tile(128, 64)
-        gradient["row-block"] = [sweep(n, dim, own, True, False, device, engine)]
+    if item * dim <= 512:
+        own = square if item * dim <= 256 else Tile(128, 64)
+        gradient["row-block"] = [sweep(n, dim, own, True, False, device, engine, item=item)]
     if dim >= 256:
         gradient["W in memory"] = [
             sweep(n, dim, square, True, False, device, product=False),
@@ -274,18 +276,19 @@ class Step(NamedTuple):
 
 def step(n: int, dim: int, device: Device, overlap: float, dtype: str = "bfloat16") -> Step:
     """Choose the fastest forms for n rows of ``dim`` features; in order (0) all are Triton's, but
-    for TF32, which the kernels of mma.sync multiply.
+    for TF32, of which hopper.h alone is counted.
     """
     arithmetic = ARITHMETICS[dtype]
     gemm, device = (
         device.gemm * arithmetic.gemm,
         replace(device, gemm=device.gemm * arithmetic.products),
     )
-    total, chosen = LAUNCHES * device.gap, []
+    roundings = ROUNDINGS.get(dtype, 0)
+    total, chosen = (LAUNCHES + roundings) * device.gap, []
     engine = "hopper" if overlap and dim in HOPPER_DIMS else "triton"
     if dtype != "bfloat16":
-        engine = "mma" if dtype == "tf32" else engine.replace("hopper", "hopper float16")
-    rows = list(row_kernels(n, dim, arithmetic.item).values())
+        engine = "hopper tf32" if dtype == "tf32" else engine.replace("hopper", "hopper float16")
+    rows = list(row_kernels(n, dim, arithmetic.item, roundings).values())
     for choices in (*forms(n, dim, device, engine), {"rows": rows}):
         times = {name: [w.time(device, overlap) for w in works] for name, works in choices.items()}
         name = min(times, key=lambda name: sum(times[name]))
@@ -301,7 +304,7 @@ def step(n: int, dim: int, device: Device, overlap: float, dtype: str = "bfloat1
 LEVELS = {"bound": 1, "overlapped": OVERLAP, "in order": 0}
 TARGETS = ((65536, 128, 0.60), (16384, 128, 0.50), (16384, 512, 0.60), (65536, 512, 0.60))
 #: Dtypes and features of the table of the other dtypes.
-OTHERS = (("float16", 64), ("float16", 128), ("float16", 256), ("tf32", 128))
+OTHERS = (("float16", 64), ("float16", 128), ("float16", 256), ("tf32", 64), ("tf32", 128))
 
 
 def _duration(seconds: float) -> str:

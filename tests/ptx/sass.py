@@ -135,21 +135,37 @@ def cost_of_tiles(code: str) -> Cost:
     threads = 128 * pairs  # of a warpgroup
     sizes = [tuple(map(int, re.search(r"(\d+)x(\d+)x(\d+)", x.opcode).groups())) for x in products]
     flop = sum(2 * m * n * k for m, n, k in sizes)
-    # the second factor, and the first one unless it is in registers
+    # 32 bytes of each row of the second factor, and of the first one unless it is in registers
     shared = sum(
-        2 * k * (n + m * x.operands.split(",")[1].strip().startswith("gdesc"))
-        for x, (m, n, k) in zip(products, sizes, strict=True)
+        32 * (n + m * x.operands.split(",")[1].strip().startswith("gdesc"))
+        for x, (m, n, _) in zip(products, sizes, strict=True)
     )
     shuffles = sum(x.opcode.startswith("SHFL") for x in way)
     return Cost(flop / threads, len(way) / pairs, shuffles / pairs, shared / threads)
 
 
-def _shortest_way(code: str) -> list[Instruction]:
+def length_of_loop(code: str, opcode: str) -> int:
+    """The instructions of the shortest loop that holds an opcode."""
+    found, number = _instructions(code)
+    lengths = []
+    for end, x in enumerate(found):
+        loop = found[number.get(x.target, end) : end + 1]
+        if any(y.opcode == opcode for y in loop[:-1]):
+            lengths.append(len(loop))
+    return min(lengths)
+
+
+def _instructions(code: str) -> tuple[list[Instruction], dict[int, int]]:
+    """Those of a kernel, and the number of each address."""
     found = [
         Instruction(int(address, 16), predicate, opcode, operands)
         for address, predicate, opcode, operands in _PLACED.findall(code)
     ]
-    number = {x.address: k for k, x in enumerate(found)}
+    return found, {x.address: k for k, x in enumerate(found)}
+
+
+def _shortest_way(code: str) -> list[Instruction]:
+    found, number = _instructions(code)
     begin, end = min(_loops(found, number), key=lambda loop: loop[1] - loop[0])
     before, length, ahead = {}, {begin: 0}, [(0, begin)]
     while ahead:
