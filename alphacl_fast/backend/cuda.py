@@ -278,7 +278,8 @@ def unsupported(
 
 # --- which kernels are taken ----------------------------------------------------------------------
 
-#: Whether `row_sums` reads each similarity once, where there are such kernels (bfloat16).
+#: Whether `row_sums` reads each similarity once, where there are such kernels (bfloat16, and on
+#: sm_90 whatever hopper.h serves).
 #: None: it does, unless the device has the kernels of hopper.h, which do not.
 _symmetric: bool | None = None
 

@@ -81,6 +81,8 @@ def table(engine: str, layout: str, sizes: tuple[int, ...] = SIZES) -> tuple[Swe
     found += [Sweep(engine, sizes[2], dim, layout=layout, runs=3) for dim in (64, 256)]
     if engine == "cuda_hopper":
         found += [Sweep(engine, sizes[1], dim, "float16", layout, runs=3) for dim in (64, 256)]
+        found += [Sweep(engine, sizes[1], dim, "tf32", layout, runs=3) for dim in (64, 128)]
+        found += [Sweep(engine, sizes[1], 20, "tf32", layout, nan=True, runs=3)]
     elif engine != "triton_64":  # which serves bfloat16 alone
         found += [
             Sweep(engine, sizes[1], 20, dtype, layout, nan=nan, runs=3)
