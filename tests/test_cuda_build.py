@@ -499,6 +499,38 @@ def call_rows(library, finish, *, n_pairs=5, dim=7, **changes):
     return None if error is None else error.decode()
 
 
+ROUNDED_REFUSED = {
+    "no rows": ({"n": 0}, "n must lie in [1, "),
+    "no features": ({"dim": 0}, "dim must lie in [1, "),
+    "negative stride": ({"stride": -1}, "stride must lie in [0, "),
+    "rows over each other": ({"rounded_stride": 6}, "rounded_stride must lie in [7, "),
+    "no f": ({"f": None}, "f is missing"),
+    "f": ({"f": torch.zeros(4, 7)}, "f must have 35 elements or more, got 28"),
+    "f's stride": ({"stride": 8}, "f must have 39 elements or more, got 35"),
+    "rounded": ({"rounded": torch.zeros(4, 8)}, "rounded must have 39 elements or more, got 32"),
+    "no rounded": ({"rounded": None}, "rounded is missing"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), ROUNDED_REFUSED.values(), ids=[*ROUNDED_REFUSED])
+def test_rounding_that_would_leave_its_buffers_is_refused(changes, message, library):
+    numbers = {"n": 5, "dim": 7, "stride": 7, "rounded_stride": 8}
+
+    def answer(**changes):
+        buffers = {"f": torch.zeros(5, 7), "rounded": torch.zeros(5, 8)}
+        buffers |= {name: changes.pop(name) for name in buffers if name in changes}
+        struct = cuda._RoundedRows(
+            **{name: x.data_ptr() for name, x in buffers.items() if x is not None},
+            elements=tuple(0 if x is None else held(x) for x in buffers.values()),
+            **{**numbers, **changes},
+        )
+        error = library.alphacl_cuda_rounded_rows(struct, None)
+        return None if error is None else error.decode()
+
+    assert answer() is None
+    assert message in answer(**changes)
+
+
 ROWS_REFUSED = {
     "no pairs": (False, {"n_pairs": 0}, "n_pairs must lie in [1, "),
     "no features": (True, {"dim": 0}, "dim must lie in [1, "),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from family import MODES, is_due, loss_and_grads, member_id, pair, relative_error
 
+from alphacl_fast import FusedAlphaCLLoss
 from alphacl_fast.backend import blocked, cuda, gpu
 from alphacl_fast.bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight
 from alphacl_fast.functional import alpha_cl_loss
@@ -390,7 +391,11 @@ def test_the_stages_of_tf32_go_round(dim, schedule, poisoned):
     for seed in (1, 6):
         schedule(seed)
         again = tf32(z1, z2, "infonce")
-        same = (torch.equal(a, b) for x in zip(first, again, strict=True) for a, b in zip(*x))
+        same = (
+            torch.equal(a, b)
+            for x in zip(first, again, strict=True)
+            for a, b in zip(*x, strict=True)
+        )
         assert all(same), seed
 
 
@@ -465,6 +470,39 @@ def test_nan_in_rows_of_tf32(dim):
         assert torch.equal(a.isnan(), b.isnan())
         known = ~b.isnan()
         assert not known.any() or relative_error(a[known], b[known]) < OF_TF32[1]
+
+
+def test_launches_that_round_rows(monkeypatch):
+    """Each sweep on warpgroups has one more launch; the tiles of mma.sync are rounded by itself."""
+    z1, z2 = pair(20, 24, torch.float32)
+    started, run = [], cuda._run
+    monkeypatch.setattr(cuda, "_run", lambda name, *how: (started.append(name), run(name, *how)))
+
+    def launches_of(precision):
+        started.clear()
+        loss_and_grads(z1, z2, "infonce", backend="cuda", precision=precision)
+        return [name.removeprefix("alphacl_cuda_") for name in started]
+
+    assert launches_of("tf32") == ["rows", *["rounded_rows", "sweep"] * 2, "rows"]
+    with cuda.hopper(None):
+        assert launches_of("ieee") == ["rows", "sweep", "sweep", "rows"]
+    with cuda.hopper(False):
+        assert launches_of("tf32") == ["rows", "sweep", "sweep", "rows"]
+
+
+def test_a_plan_rounds_the_rows_of_every_step(many_processors):
+    """The second call is recorded, the third one replayed for other views."""
+    loss = FusedAlphaCLLoss(backend="cuda", precision="tf32")
+    for seed in range(4):
+        torch.manual_seed(seed)
+        z1, z2 = (z.requires_grad_() for z in pair(70, 40, torch.float32))
+        value = loss(z1, z2)
+        grads = torch.autograd.grad(value, (z1, z2))
+        with cuda.hopper(False):
+            other = FusedAlphaCLLoss(backend="cuda", precision="tf32")(z1, z2)
+            wanted = torch.autograd.grad(other, (z1, z2))
+        assert relative_error(value.detach(), other.detach()) < 1e-6
+        assert max(map(relative_error, grads, wanted)) < 2e-5, seed
 
 
 def test_layouts_of_tf32(many_processors, poisoned):

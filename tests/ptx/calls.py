@@ -129,9 +129,7 @@ def weights_far_apart(case: Case, views: Views, backend: str, precision: str | N
     return sums, [df / weights]
 
 
-def rows_in_one_direction(
-    case: Case, views: Views, backend: str, precision: str | None
-) -> Results:
+def rows_in_one_direction(case: Case, views: Views, backend: str, precision: str | None) -> Results:
     """A rectangle of rows that are nearly equal: roundings average out in a gradient, and what a
     product cuts off does not.
     """

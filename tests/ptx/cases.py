@@ -196,7 +196,8 @@ def _hopper() -> list[Case]:
         replace(half, pairs=130, dim=200, setting=_ONE_SUM),
         replace(half, pairs=130, nan_row=3, setting=_ROWS),
         far_apart(half, True),
-        in_one_direction(tf32), replace(tf32, dim=104, objective="alpha_direct", multiprocessors=20),
+        in_one_direction(tf32),
+        replace(tf32, dim=104, objective="alpha_direct", multiprocessors=20),
         replace(tf32, pairs=200, dim=128, multiprocessors=2, setting=_ONE_SUM),
     ]  # fmt: skip
     many = [
@@ -257,9 +258,7 @@ def _hopper() -> list[Case]:
 
 def in_one_direction(case: Case) -> Case:
     """Operands that a product cuts off, where they should have been rounded, exceed the bound."""
-    return replace(
-        case, call=calls.rows_in_one_direction, sides=(75, 210), pairs=143, bound=1.2e-4
-    )
+    return replace(case, call=calls.rows_in_one_direction, sides=(75, 210), pairs=143, bound=1.2e-4)
 
 
 def far_apart(case: Case, both: bool) -> Case:
