@@ -103,7 +103,8 @@ double log_f(int kind, double t, double tau) { return kind == EXP ? t / tau : -s
 
 // Rows and columns of a tile: the kernels of hopper.h have larger ones.
 template <Dtype DTYPE> int side_of(const Batch<DTYPE>& b, int kind, Form form) {
-  const bool hopper = hopper_mode == 1 && DTYPE == BFLOAT16 && b.dim <= 256;
+  const bool served = DTYPE == BFLOAT16 || DTYPE == TFLOAT32;
+  const bool hopper = hopper_mode == 1 && served && b.dim <= largest_features(DTYPE);
   return hopper && kind == EXP && form == Form::CONSTANT ? 128 : 64;
 }
 
@@ -245,6 +246,10 @@ int main(int count, char** arguments) {
   sums(many_tiles, EXP, Form::CONSTANT, false, 1e-5);
   sums(many_tiles, EXP, Form::CONSTANT, true, 1e-5, false);
   gradients(many_tiles, EXP, Form::CONSTANT, 4e-3);
+  const Batch<TFLOAT32> turned(230, 104, false);  // eight tiles of the gradient
+  sums(turned, EXP, Form::CONSTANT, false, 1e-3);
+  sums(turned, EXP, Form::CONSTANT, true, 1e-3, false);
+  gradients(turned, EXP, Form::CONSTANT, 2e-3);
   hopper_mode = 0;
   for (bool cross : {false, true}) {
     const Batch<BFLOAT16> b(cross ? 70 : 67, 24, cross);
