@@ -89,6 +89,27 @@ def test_tf32_reads_shared_memory_without_bank_conflicts(monkeypatch):
             assert not {text for text, (count, least) in rows.items() if count > least}
 
 
+@needs_nvcc
+@one_process("cuda-90a")
+def test_columns_are_transposed_without_bank_conflicts(monkeypatch):
+    """Every load and store of a lane's feature needs as few wavefronts as its bytes do."""
+    counted = banks.Loads()
+    monkeypatch.setattr(memory.Shared, "load", counted.counting(memory.Shared.load))
+    monkeypatch.setattr(memory.Shared, "store", counted.counting_stores(memory.Shared.store))
+    runner, one = Runner(), cases.Case("cuda", "90a", 40, 64, cases.FP32, "tf32")
+    with run.launches("cuda-90a", runner):
+        assert all(cases.run(replace(one, dim=dim), runner).ok for dim in (64, 128))
+    found = [rows for name, rows in counted.found.items() if "hopper8PairGrad" in name]
+    assert len(found) == 2
+    for rows in found:
+        # eight pieces of 16 bytes, of four columns each
+        stored = {text: row for text, row in rows.items() if "st.shared.v4" in text}
+        loaded = {text: row for text, row in rows.items() if "ld.shared.f32" in text}
+        assert (len(stored), len(loaded)) == (8, 32)
+        both = {**stored, **loaded}.items()
+        assert not {text for text, (count, least) in both if count > least}
+
+
 def test_bank_conflicts_are_counted():
     lanes = 4 * np.arange(32)
     for places, size, count in (
