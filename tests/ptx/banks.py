@@ -1,8 +1,8 @@
 """Bank conflicts of loads from shared memory, and of stores to it.
 
 Shared memory has 32 banks of 4 bytes. A load or a store takes a wavefront for every 128 bytes of a
-warp. It takes more where several words of a wavefront are in one bank; lanes that read the same word
-share it.
+warp. It takes more where several words of a wavefront are in one bank; lanes that read the same
+word share it.
 """
 
 from __future__ import annotations
