@@ -125,7 +125,7 @@ def set_tiles(monkeypatch, rows):
     from alphacl_fast.backend import blocked, cpu, triton
 
     monkeypatch.setattr(blocked, "tile_size", lambda n, device: min(n, rows))
-    monkeypatch.setattr(cpu, "block_rows", lambda n, multiple, largest: min(n, rows))
+    monkeypatch.setattr(cpu, "block_rows", lambda n, sizes: min(n, rows))
     monkeypatch.setattr(
         triton,
         "tile",

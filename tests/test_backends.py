@@ -224,7 +224,7 @@ def test_bitwise_repeatable_on_several_threads(backend, member, one_thread, monk
     """
     monkeypatch.setattr(blocked, "tile_size", lambda n, device: min(n, 24))
     monkeypatch.setattr(cpu, "WORK_PER_THREAD", 1)
-    monkeypatch.setattr(cpu, "block_rows", lambda n, multiple, largest: min(n, 24))
+    monkeypatch.setattr(cpu, "block_rows", lambda n, sizes: min(n, 24))
     z1, z2 = pair(150, 16, torch.float32)
     torch.set_num_threads(4)
     calls = 6 if member in REPRESENTATIVE else 3

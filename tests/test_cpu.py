@@ -28,7 +28,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def set_blocks(monkeypatch, rows):
-    monkeypatch.setattr(cpu, "block_rows", lambda n, multiple, largest: rows)
+    monkeypatch.setattr(cpu, "block_rows", lambda n, sizes: rows)
 
 
 @pytest.mark.parametrize("rows", [7, 48])
@@ -533,9 +533,9 @@ import ctypes
 ctypes.CDLL("libgomp.so.1", ctypes.RTLD_GLOBAL)
 library = ctypes.CDLL({str(cpu.LIBRARY)!r})
 mask = library.alphacl_cpu_instruction_sets()
-a, b = ctypes.c_int32(), ctypes.c_int32()
+sizes = [ctypes.c_int32() for _ in range(3)]
 library.alphacl_cpu_kernels.restype = ctypes.c_char_p
-print(mask >> 16, library.alphacl_cpu_kernels(1, 0, ctypes.byref(a), ctypes.byref(b)))
+print(mask >> 16, library.alphacl_cpu_kernels(1, 0, *map(ctypes.byref, sizes)))
 """
     run = subprocess.run(
         ["valgrind", "-q", sys.executable, "-c", code], capture_output=True, text=True

@@ -15,6 +15,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -272,11 +273,19 @@ def kernels_for(dtype: torch.dtype) -> str:
     return _kernels(INSTRUCTION_SETS.index(instruction_set()), Dtype.of(dtype))[0]
 
 
+class BlockSizes(NamedTuple):
+    """How large the blocks of some kernels are."""
+
+    multiple: int  #: rows to whose multiples blocks are padded
+    largest: int  #: the most rows of a block
+    fewest: int  #: of the blocks that have more rows than ``multiple``
+
+
 @functools.cache
-def _kernels(isa: int, dtype: int) -> tuple[str, int, int]:
-    multiple, largest = ctypes.c_int32(), ctypes.c_int32()
-    name = _library().alphacl_cpu_kernels(isa, dtype, ctypes.byref(multiple), ctypes.byref(largest))
-    return name.decode(), multiple.value, largest.value
+def _kernels(isa: int, dtype: int) -> tuple[str, BlockSizes]:
+    sizes = [ctypes.c_int32() for _ in BlockSizes._fields]
+    name = _library().alphacl_cpu_kernels(isa, dtype, *map(ctypes.byref, sizes))
+    return name.decode(), BlockSizes(*(size.value for size in sizes))
 
 
 def unsupported(
@@ -335,14 +344,15 @@ def compiled(
     return cpu_functions.compiled(function, params, dtype, _recipe(), _usable_sets())
 
 
-def block_rows(n: int, multiple: int, largest: int) -> int:
+def block_rows(n: int, sizes: BlockSizes) -> int:
     """Rows of a block. Large blocks reuse the caches best, but there must be enough tiles for the
     threads.
 
-    It depends on n alone, because the order of all additions, and with it every bit of the result,
-        follows from the blocks.
+    It depends on n and the kernels alone, because the order of all additions, and with it every bit
+    of the result, follows from the blocks.
     """
-    return max(multiple, min(largest, n // 16 // multiple * multiple))
+    multiple = sizes.multiple
+    return max(multiple, min(sizes.largest, n // sizes.fewest // multiple * multiple))
 
 
 #: Multiply-adds that justify waking a thread: some 30 µs of work for one core.
@@ -416,7 +426,7 @@ def _run(
     isa, f = INSTRUCTION_SETS.index(instruction_set()), rows.f
     if f.stride(1) != 1 and f.shape[1] > 1:
         f = f.contiguous()
-    _, multiple, largest = _kernels(isa, Dtype.of(f.dtype))
+    _, sizes = _kernels(isa, Dtype.of(f.dtype))
     of_pairs = pairing.ids, pairing.largest_t, pairing.guide, pairing.largest_guide
     vectors = zip(_VECTORS, (*rows[1:], *scalars, *of_pairs), strict=True)
     guide_dim = 0 if pairing.guide is None else pairing.guide.shape[1]
@@ -444,7 +454,7 @@ def _run(
         partner=pairing.partner,
         anchors=pairing.anchors,
         weighted=pairing.weighted,
-        block=block_rows(f.shape[0], multiple, largest),
+        block=block_rows(f.shape[0], sizes),
         threads=_threads(*f.shape, pairing.split, "gradient" in fields, guide_dim),
         tau=float(function.tau),
         params=function.padded(),

@@ -52,6 +52,9 @@ __attribute__((noinline)) void multiply_pairs(const uint32_t* __restrict a, cons
 }
 
 struct DotProducts : HalfProducts {
+  // Products of bfloat16 are so fast that passes over the accumulators count: larger blocks earlier.
+  static constexpr int64_t FEWEST = 10;
+
   static int64_t packed_bytes(int64_t dim, int64_t stride, bool gradient) {
     const int64_t by_row = gradient ? stride / 2 * FeaturePanels<float>(dim).padded_dim() : 0;
     return (by_feature_size(dim, stride) + by_row) * 4;

@@ -103,11 +103,12 @@ int32_t alphacl_cpu_instruction_sets() {
 }
 
 // The instruction set whose kernels serve a dtype when sets up to `set` may be used, or null. Their
-// blocks are fastest at multiples of *multiple rows, up to *largest.
-const char* alphacl_cpu_kernels(int32_t set, int32_t dtype, int32_t* multiple, int32_t* largest) {
+// blocks are fastest at multiples of *multiple rows, up to *largest, where there are *fewest or more.
+const char* alphacl_cpu_kernels(int32_t set, int32_t dtype, int32_t* multiple, int32_t* largest, int32_t* fewest) {
   const TileKernels* kernels = choose(set, dtype);
   if (!kernels) return nullptr;
   *multiple = int32_t(kernels->row_multiple), *largest = int32_t(kernels->largest_block);
+  *fewest = int32_t(kernels->fewest_blocks);
   return kernels->instruction_set;
 }
 
@@ -170,11 +171,11 @@ int32_t alphacl_cpu_number_ids(const int64_t* ids, int64_t n, int64_t split, int
   return OK;
 }
 
-// exp (which = 0) or log (1) of n numbers, 64-byte aligned, n a multiple of 16.
+// exp (which = 0), log (1) or the factor exp (2) of n numbers, 64-byte aligned, n a multiple of 16.
 int32_t alphacl_cpu_function(int32_t set, int32_t dtype, int32_t which, const void* x, void* y, int64_t n) {
   const TileKernels* kernels = choose(set, dtype);
   if (!kernels) return UNSUPPORTED;
-  (which ? kernels->logarithm : kernels->exponential)(x, y, n);
+  (which == 0 ? kernels->exponential : which == 1 ? kernels->logarithm : kernels->factor)(x, y, n);
   return OK;
 }
 

@@ -112,7 +112,7 @@ void tile(const Sweep& s, const RowVectors& v, const Block& i, const Block& j, v
   const ThreadWorkspace<T> workspace(memory);
   const bool diagonal = !s.split && i.first == j.first;
   const bool gradient = s.gradient, online = s.form == Form::ONLINE;
-  const PanelFunction<T> panel = panel_function<T>(s, v, kept);
+  const PanelFunction<T> panel = panel_function<T, typename Products::Factors>(s, v, kept);
   const bool similarities = kept.what == Keep::SIMILARITIES;
 
   Panel<T> p(s);
@@ -243,7 +243,7 @@ template <class T, Vec<T> function(Vec<T>)> void apply(const void* x, void* y, i
 template <class Products> constexpr TileKernels tile_kernels(Dtype operands) {
   using T = typename Products::T;
   return {ALPHACL_TEXT(ALPHACL_ISA), operands, sizeof(T) == 4 ? FLOAT32 : FLOAT64,
-          Products::MULTIPLE, Products::LARGEST, Products::packed_bytes, Products::df_bytes,
+          Products::MULTIPLE, Products::LARGEST, Products::FEWEST, Products::packed_bytes, Products::df_bytes,
           [](int64_t dim, int64_t stride) { return NativeProducts<T>::packed_bytes(dim, stride, false); }, mark_bytes<T>,
           [](int64_t dim, int64_t guide_dim, int64_t stride) {
             const int64_t own = Products::workspace_bytes(dim, stride);
@@ -260,7 +260,7 @@ template <class Products> constexpr TileKernels tile_kernels(Dtype operands) {
             Products::unpack(s, b, scale, ThreadWorkspace<T>(memory).tile);
           },
           add_columns<T>, normalize_pairs<T>, finish_pairs<T>, unit_rows<T>, row_step<T>, same_id_rows<T>,
-          apply<T, vexp<T>>, apply<T, vlog<T>>};
+          apply<T, vexp<T>>, apply<T, vlog<T>>, apply<T, Products::Factors::exponential>};
 }
 
 }  // namespace

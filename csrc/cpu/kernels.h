@@ -66,7 +66,8 @@ struct TileKernels {
   Dtype operands;         // FLOAT32, FLOAT64 or BFLOAT16
   Dtype accumulate;       // FLOAT32 or FLOAT64
   int64_t row_multiple;   // blocks are padded to multiples of this …
-  int64_t largest_block;  // … and have at most so many rows
+  int64_t largest_block;  // … and have at most so many rows;
+  int64_t fewest_blocks;  // larger ones than a row_multiple pay if there are so many of them
   int64_t (*packed_bytes)(int64_t dim, int64_t stride, bool gradient);
   int64_t (*df_bytes)(int64_t dim, int64_t stride);
   int64_t (*guide_bytes)(int64_t dim, int64_t stride);  // of a block's rows of the guide
@@ -87,4 +88,5 @@ struct TileKernels {
   // for tests: the vector functions by themselves
   void (*exponential)(const void* x, void* y, int64_t n);
   void (*logarithm)(const void* x, void* y, int64_t n);
+  void (*factor)(const void* x, void* y, int64_t n);
 };

@@ -64,9 +64,10 @@ template <class Scalar> struct NativeProducts {
   static constexpr int REGISTER_ROWS = WIDE % 4 == 0 ? 4 : 2;
 #endif
   static_assert(WIDE % REGISTER_ROWS == 0 && ROW_MULTIPLE % WIDE == 0 && PANEL_ROWS % REGISTER_ROWS == 0);
+  using Factors = ExactFactors<T>;
   // weights stay in the tile; scales are applied
   static constexpr bool WEIGHTS_IN_PLACE = true, SCALES = true;
-  static constexpr int64_t SIMILARITY_ROWS = PANEL_ROWS, MULTIPLE = ROW_MULTIPLE, LARGEST = MAX_BLOCK;
+  static constexpr int64_t SIMILARITY_ROWS = PANEL_ROWS, MULTIPLE = ROW_MULTIPLE, LARGEST = MAX_BLOCK, FEWEST = 16;
 
   static int64_t left_size(int64_t dim, int64_t stride) { return stride * dim; }
   static int64_t packed_bytes(int64_t dim, int64_t stride, bool gradient) {

@@ -145,18 +145,23 @@ template <class T> ALPHACL_INLINE Mask<T> of_cols(const Panel<T>& p, int r, int6
   return keep & mask_of<T>(p.marks[r * p.marks_stride + c / LANES<T>].of_cols);
 }
 
+// exp(x), x = log f − constant_shift, with |x| < 87 (float) or 700 (double) or NaN.
+template <class T> struct ExactFactors {
+  static ALPHACL_INLINE Vec<T> exponential(Vec<T> x) { return vexp_bounded<T>(x); }
+};
+
 // Σ exp(log f − constant_shift) and, with Moment, Σ exp(log f − constant_shift)·(t − moment_origin);
 // with Kept, each exp(log f − constant_shift) is kept for the gradient
-template <class T, class K, bool Moment, bool Kept, bool Marked> struct ConstantShiftSums {
+template <class T, class K, class Factors, bool Moment, bool Kept, bool Marked> struct ConstantShiftSums {
   const Panel<T>& p;
-  Vec<T> f[PANEL_ROWS] = {}, ft[PANEL_ROWS] = {};
+  Vec<T> f[PANEL_ROWS] = {}, ft[Moment ? PANEL_ROWS : 1] = {};
   Vec<T> col_f, col_ft, col_origin;
   ALPHACL_INLINE void begin(int64_t c) {
     col_f = load(p.col_sums[F] + c);
     if (Moment) col_ft = load(p.col_sums[F_MOMENT] + c), col_origin = load(p.col.moment_origin + c);
   }
   template <bool Masked> ALPHACL_INLINE void pair(int r, int64_t c, Vec<T> t, Mask<T> keep) {
-    Vec<T> e = vexp_bounded<T>(K::f(t, p.numbers) - p.numbers.middle);
+    Vec<T> e = Factors::exponential(K::f(t, p.numbers) - p.numbers.middle);
     if (Masked) e = keep ? e : Vec<T>{};
     if (Kept) store(p.kept + r * p.kept_stride + c, e);
     Vec<T> of_r = e, of_c = e;
@@ -465,7 +470,7 @@ template <class T, bool Gradient> struct OfFunction {
 
 // g_ij + g_ji = exp(log f − constant_shift)·(row_weight_i + row_weight_j); rows that are no anchors
 // have weight 0
-template <class T, class K, bool Marked> struct ConstantShiftGradient {
+template <class T, class K, class Factors, bool Marked> struct ConstantShiftGradient {
   const Panel<T>& p;
   Vec<T> col_weight;
   ALPHACL_INLINE void begin(int64_t c) { col_weight = load(p.col.row_weight + c); }
@@ -476,7 +481,7 @@ template <class T, class K, bool Marked> struct ConstantShiftGradient {
       of_r = of_row<T>(p, r, c, all_lanes<T>()) ? of_r : Vec<T>{};
       if (p.two_sided) of_c = of_cols<T>(p, r, c, all_lanes<T>()) ? of_c : Vec<T>{};
     }
-    Vec<T> g = vexp_bounded<T>(K::f(t, p.numbers) - p.numbers.middle) * (of_c + of_r);
+    Vec<T> g = Factors::exponential(K::f(t, p.numbers) - p.numbers.middle) * (of_c + of_r);
     if (Masked) g = keep ? g : Vec<T>{};
     store(p.s + r * LD + c, g);
   }
@@ -526,26 +531,29 @@ template <class T, class K> PanelFunction<T> linear_kind(const Sweep& s, bool ma
   }
   return any_kind<T, K>(s);
 }
-template <class T, class K, bool Marked> PanelFunction<T> constant_shift(const Sweep& s, bool keeps_factors) {
-  if (s.gradient) return ConstantShiftGradient<T, K, Marked>::run;
+template <class T, class K, class Factors, bool Marked> PanelFunction<T> constant_shift(const Sweep& s, bool keeps_factors) {
+  if (s.gradient) return ConstantShiftGradient<T, K, Factors, Marked>::run;
   const bool moment = s.rows_of_terms[F_MOMENT] >= 0;
-  if (keeps_factors) return moment ? ConstantShiftSums<T, K, true, true, Marked>::run : ConstantShiftSums<T, K, false, true, Marked>::run;
-  return moment ? ConstantShiftSums<T, K, true, false, Marked>::run : ConstantShiftSums<T, K, false, false, Marked>::run;
+  if (keeps_factors)
+    return moment ? ConstantShiftSums<T, K, Factors, true, true, Marked>::run
+                  : ConstantShiftSums<T, K, Factors, false, true, Marked>::run;
+  return moment ? ConstantShiftSums<T, K, Factors, true, false, Marked>::run
+                : ConstantShiftSums<T, K, Factors, false, false, Marked>::run;
 }
-template <class T, class K> PanelFunction<T> log_kind(const Sweep& s, bool marked, bool keeps_factors) {
+template <class T, class K, class Factors> PanelFunction<T> log_kind(const Sweep& s, bool marked, bool keeps_factors) {
   if (s.form == Form::ONLINE) return OnlineSums<T, K>::run;
   if (s.form != Form::CONSTANT) return any_kind<T, K>(s);
-  return marked ? constant_shift<T, K, true>(s, keeps_factors) : constant_shift<T, K, false>(s, keeps_factors);
+  return marked ? constant_shift<T, K, Factors, true>(s, keeps_factors) : constant_shift<T, K, Factors, false>(s, keeps_factors);
 }
 
-template <class T> PanelFunction<T> panel_function(const Sweep& s, const RowVectors& v, const KeptTile& kept) {
+template <class T, class Factors> PanelFunction<T> panel_function(const Sweep& s, const RowVectors& v, const KeptTile& kept) {
   const bool factors = kept.what == Keep::FACTORS, marked = v.largest_t || v.largest_guide;
   if (s.form == Form::T_MAX) return s.rows_of_terms[F] < 0 ? Maximum<T>::run : MaximumAndMoments<T>::run;
   if (factors && kept.filled) return marked ? KeptGradient<T, true>::run : KeptGradient<T, false>::run;
   if (s.values) return s.gradient ? OfFunction<T, true>::run : OfFunction<T, false>::run;
   return with_kind<T>(s, [&](auto kind) {
     using K = decltype(kind);
-    if constexpr (K::log) return log_kind<T, K>(s, marked, factors);
+    if constexpr (K::log) return log_kind<T, K, Factors>(s, marked, factors);
     else return linear_kind<T, K>(s, marked);
   });
 }

@@ -52,7 +52,8 @@ template <class T> ALPHACL_INLINE void store(T* p, Vec<T> v) { *reinterpret_cast
 template <class T> ALPHACL_INLINE Vec<T> load_unaligned(const T* p) {
   return *reinterpret_cast<const typename VectorOf<T>::Unaligned*>(p);
 }
-template <class T> ALPHACL_INLINE Vec<T> broadcast(T x) { return Vec<T>{} + x; }
+// Not 0 + x: that makes 0 of −0, and a compiler must keep the sum.
+template <class T> ALPHACL_INLINE Vec<T> broadcast(T x) { return x - Vec<T>{}; }
 
 template <class T> ALPHACL_INLINE Mask<T> load_mask(const Int<T>* p) { return *reinterpret_cast<const Mask<T>*>(p); }
 
@@ -95,14 +96,24 @@ template <class T> ALPHACL_INLINE Mask<T> lane_numbers() {
   return m;
 }
 
+// Lane l becomes lane l + H; the last H lanes are of no interest.
+template <class T, int H> ALPHACL_INLINE Vec<T> moved_down(Vec<T> v) {
+#if defined(__clang__)
+  Vec<T> moved;
+  for (int l = 0; l < LANES<T>; l++) moved[l] = v[(l + H) % LANES<T>];
+  return moved;
+#else
+  Mask<T> from;
+#pragma GCC unroll 16
+  for (int l = 0; l < LANES<T>; l++) from[l] = (l + H) % LANES<T>;
+  return __builtin_shuffle(v, from);
+#endif
+}
 template <class T> ALPHACL_INLINE T sum_of(Vec<T> v) {
-  T parts[LANES<T>];
-  std::memcpy(parts, &v, sizeof(v));
-#pragma GCC unroll 4
-  for (int half = LANES<T> / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < half; i++) parts[i] += parts[i + half];
-  return parts[0];
+  if constexpr (LANES<T> > 8) v += moved_down<T, 8>(v);
+  if constexpr (LANES<T> > 4) v += moved_down<T, 4>(v);
+  if constexpr (LANES<T> > 2) v += moved_down<T, 2>(v);
+  return v[0] + v[1];
 }
 template <class T> ALPHACL_INLINE bool any(Mask<T> m) {
   uint64_t words[ALPHACL_VECTOR_BYTES / 8], found = 0;

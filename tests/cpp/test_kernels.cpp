@@ -41,7 +41,7 @@ int32_t alphacl_cpu_rows_size();
 const char* alphacl_cpu_build();
 const char* alphacl_cpu_sources();
 int32_t alphacl_cpu_instruction_sets();
-const char* alphacl_cpu_kernels(int32_t set, int32_t dtype, int32_t* multiple, int32_t* largest);
+const char* alphacl_cpu_kernels(int32_t set, int32_t dtype, int32_t* multiple, int32_t* largest, int32_t* fewest);
 int32_t alphacl_cpu_sweep(const Sweep* s);
 int32_t alphacl_cpu_normalize(const PairRows* p);
 int32_t alphacl_cpu_finish(const PairRows* p);
@@ -890,9 +890,9 @@ std::vector<Served> served(int dtype) {
   const int32_t mask = alphacl_cpu_instruction_sets();
   for (int set = 0; set < 6; set++) {
     if (!(mask >> (16 + set) & 1)) continue;
-    int32_t multiple = 0, largest = 0;
-    const char* name = alphacl_cpu_kernels(set, dtype, &multiple, &largest);
-    if (!name || multiple <= 0 || largest <= 0 || largest % multiple != 0) {
+    int32_t multiple = 0, largest = 0, fewest = 0;
+    const char* name = alphacl_cpu_kernels(set, dtype, &multiple, &largest, &fewest);
+    if (!name || multiple <= 0 || largest <= 0 || largest % multiple != 0 || fewest <= 0) {
       fail("%s, %s: served by %s, multiple %d, largest %d", SETS[set], DTYPES[dtype], name ? name : "none", multiple,
            largest);
       continue;
@@ -1724,13 +1724,13 @@ void test_refusals() {
   for (int set : {-1, 0, 1, 2, 3, 4, 5, 6, 1000}) {
     const bool here = set >= 0 && set < 6 && (mask >> (16 + set) & 1);
     s.instruction_set = set;
-    int32_t multiple, largest;
+    int32_t multiple, largest, fewest;
     // A set the compiler did not have falls back to the one before; what the processor lacks is
     // refused.
     if (set >= 0 && set < 6 && !here && !(mask >> set & 1)) continue;
     const int status = alphacl_cpu_sweep(&s);
     if (status != (here ? OK : UNSUPPORTED)) fail("instruction set %d: runs here %d, status %d", set, here, status);
-    if (!here && alphacl_cpu_kernels(set, FLOAT32, &multiple, &largest)) fail("instruction set %d has kernels", set);
+    if (!here && alphacl_cpu_kernels(set, FLOAT32, &multiple, &largest, &fewest)) fail("instruction set %d has kernels", set);
   }
   s.instruction_set = 0;
   s.n = s.anchors = int64_t(1) << 40;
@@ -1803,6 +1803,29 @@ template <class T> void test_function(int which, const std::vector<int>& dtypes,
     }
 }
 
+// The factors exp(log f − shift): in half precision a shorter polynomial, whose argument is not
+// reduced in two parts.
+template <class T> void test_factors(Random& random, int dtype, double end, int count) {
+  for (const Served& s : served(dtype)) {
+    const int64_t n = (count + 15) / 16 * 16;
+    Aligned<T> x{size_t(n)}, y{size_t(n)};
+    for (int64_t k = 0; k < n; k++) x.data[k] = T(random.uniform(-end, end));
+    const T nan = std::numeric_limits<T>::quiet_NaN();
+    x.data[0] = nan, x.data[1] = -nan, x.data[2] = 0;
+    if (alphacl_cpu_function(s.set, dtype, 2, x.data, y.data, n)) fail("factor: refused");
+    if (!std::isnan(y.data[0]) || !std::isnan(y.data[1]) || y.data[2] != 1)
+      fail("factors of NaN, -NaN, 0: %g, %g, %g (%s)", double(y.data[0]), double(y.data[1]), double(y.data[2]), s.kernels.c_str());
+    for (int64_t k = 2; k < n; k++) {
+      const double truth = std::exp(double(x.data[k])), error = std::fabs(double(y.data[k]) - truth) / truth;
+      const double bound = s.bfloat16 ? 2e-7 + 2e-8 * std::fabs(double(x.data[k])) : 4 * unit(dtype);
+      if (!(error <= bound)) {
+        fail("factor(%.9g) is off by %.3g, at most %.3g expected (%s)", double(x.data[k]), error, bound, s.kernels.c_str());
+        break;
+      }
+    }
+  }
+}
+
 // all exponents alike
 template <class T> std::vector<T> positive_numbers(Random& random, int count) {
   std::vector<T> x;
@@ -1832,6 +1855,8 @@ void test_functions(Random& random, bool thorough) {
   test_function<double>(0, {FLOAT64}, line(0.0, -708.3, 709.7, count / 4));
   test_function<float>(1, {FLOAT32, BFLOAT16}, positive_numbers<float>(random, count / 3));
   test_function<double>(1, {FLOAT64}, positive_numbers<double>(random, count / 12));
+  for (int dtype : {FLOAT32, BFLOAT16}) test_factors<float>(random, dtype, 86.9, count / 4);
+  test_factors<double>(random, FLOAT64, 699.9, count / 8);
 }
 
 }  // namespace
