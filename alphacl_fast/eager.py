@@ -19,8 +19,12 @@ from .autograd import (
     scaled_in_place,
     views_of,
 )
-from .backend import cpu, cpu_step
+from .backend import cpu, cpu_functions, cpu_step
 from .call import LARGEST_LOGIT, LARGEST_TAU, LEAST_TAU, BoundCall, Call, Guide, Need, SameId
+from .reads import Reading, all_unchanged
+
+#: What each of the users' functions of a call reads; None where that cannot be told.
+Readings = tuple[Reading | None, ...]
 
 
 class Prepared(NamedTuple):
@@ -35,16 +39,21 @@ class Prepared(NamedTuple):
     #: differentiable, and outputs that are not the caller's; τ is read only if its gradient is
     #: needed
     losses: Callable[..., tuple[Tensor | None, ...]]
+    readings: Readings  #: of users' functions, from before they were checked
 
 
-def prepare(z1: Tensor, tau: Tensor, call: BoundCall, need: Need, why: str) -> Prepared:
-    """Prepares a call that `native` serves, for views of the shape and dtype of z1."""
+def prepare(
+    z1: Tensor, tau: Tensor, call: BoundCall, need: Need, why: str, readings: Readings
+) -> Prepared:
+    """Prepares a call that `native` serves, for views of the shape and dtype of z1; ``readings``:
+    what `Objective.look` returned before the call was checked.
+    """
     if not any(need):
         losses = _without_gradient
     else:
         losses = (_Losses if call.reduction == "none" else _Loss).of_plain
     plan = native.prepared(call, z1, need)
-    return Prepared(call, plan, need, why, (z1.dtype, tau.dtype), losses)
+    return Prepared(call, plan, need, why, (z1.dtype, tau.dtype), losses, readings)
 
 
 def _without_gradient(
@@ -156,7 +165,7 @@ class _Losses(native.PlainFunction):
         z1, z2, tau, *guide_and_ids = ctx.saved_tensors
         guide, same_id = guide_and_ids[:2], guide_and_ids[2:]
         guide = None if guide[0] is None else guide
-        call, plan, need, _, dtypes, _ = ctx.prepared
+        call, plan, need, _, dtypes, *_ = ctx.prepared
 
         def run(grad: Tensor) -> tuple[Tensor | None, ...]:
             found = native.gradient(z1, z2, call, plan, same_id or None, grad, guide)
@@ -214,6 +223,9 @@ def again(z1: Tensor, z2: Tensor, temperature: Temperature, call: Call) -> Found
     prepared = call.ready.get(key) if call.ready else None
     if prepared is None:
         return None, key
+    readings = prepared.readings
+    if readings and not (all_unchanged(readings) and cpu_functions.asked_for()):
+        return None, key  # a user's function may have changed
     if value != prepared.plan.temperature:
         if not allowed(value):
             return None, None  # the checks will say so

@@ -387,6 +387,7 @@ def evaluate(
         call = replace(call, objective=call.objective.of_each_pair)
     if call.process_group is not None:
         return evaluate_over_ranks(z1, z2, temperature, call, ids, opinion)
+    readings = () if key is None else call.objective.look()  # before its functions are checked
     tau, bound, why = bind(z1, z2, temperature, call, ids is not None, with_guide)
     guide = opinion(z1, call)[0] if with_guide else None
     own_ids = None if ids is None else checked_ids("ids", ids, z1)
@@ -403,9 +404,8 @@ def evaluate(
             if found is not None:
                 return found
     if native.serves(bound, need, with_guide) and native.plain(z1, z2, tau):
-        prepared = eager.prepare(z1, tau, bound, need, why)
-        # a user's function is looked at in every call: what it reads may have changed
-        if key is not None and not bound.objective.functions:
+        prepared = eager.prepare(z1, tau, bound, need, why, readings)
+        if key is not None and None not in readings:
             call.remember(key, prepared)
         same_id = (
             None if ids is None else SameId.of_views(own_ids, bound, len(z1), prepared.plan.wide)

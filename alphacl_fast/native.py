@@ -1,7 +1,7 @@
 """Losses that one native call computes from the rows to the gradient (`backend.cpu_step`).
 
 The call sees the objective as a recorded program. What it does not serve goes through the two
-sweeps (`autograd`): several processes, users' min players, transforms of torch.func.
+sweeps (`autograd`): several processes, transforms of torch.func.
 """
 
 from __future__ import annotations

@@ -43,9 +43,11 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .bundles import MOST_PARAMETERS, Dtype, Form, Gradient, Rows, Term, Weight
 from .graph import Branching, UnsupportedFunction, on_cpu
+from .reads import Reading, look
 
 __all__ = [
     "ClosedForm",
@@ -421,17 +423,36 @@ class _CustomFunction:
         else:
             self.kind = PairKind(f=lambda x, tau: self(x), df=lambda x, tau: self.derivative(x))
         self._checked: bytes | None = None  # its values when it was checked
+        self._passed: Reading | None = None  # what it read then
+        # what it read when its values were last computed, and the values
+        self._known: tuple[Reading | None, bytes] = None, b""
         self.check()
 
     def check(self) -> None:
-        """Raises ValueError unless the function is elementwise and differentiable."""
+        """Raises ValueError unless the function is elementwise and differentiable.
+
+        A function that reads what it read when it passed is not executed again.
+        """
+        if self._passed is not None and self._passed.unchanged():
+            return
+        now = look(self.fn)
         with unset_fake_temporarily():  # the values of the probe count
             self._check()
+        self._passed = now
 
     def values(self) -> bytes:
-        """Its values at many points: they change with anything that the function reads."""
-        with torch.enable_grad(), on_cpu():
-            return self(_PROBE.clone()).detach().numpy().tobytes()
+        """Its values at many points: they change with anything that the function reads.
+
+        They are computed unless it is known that nothing of it has changed.
+        """
+        before, values = self._known
+        if before is None or not before.unchanged():
+            now = look(self.fn)
+            # an exported graph records its own operations, not these
+            with _disable_current_modes(), torch.enable_grad(), on_cpu():
+                values = self(_PROBE.clone()).detach().numpy().tobytes()
+            self._known = now, values
+        return values
 
     def _check(self) -> None:
         probe = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64, device="cpu").view(2, 3)
@@ -725,6 +746,10 @@ class Objective:
         """Raises ValueError if a user's function no longer passes the constructor's checks."""
         for function in self.functions:
             function.check()
+
+    def look(self) -> tuple[Reading | None, ...]:
+        """What each of the users' functions reads."""
+        return tuple(look(function.fn) for function in self.functions)
 
     def solve(self, p: Pairs, learn_tau: bool) -> RowSolution:
         """All sweeps but `pair_grad`."""
@@ -1165,6 +1190,10 @@ class MinPlayer(Objective):
         self.kind = self.functions[0].key
         self.name, self.options = "MinPlayer", {"h": h, "detach_alpha": detach_alpha}
         self._configure(**_checked("MinPlayer", {"detach_alpha": detach_alpha}))
+        # a subclass may do anything with vectors, and says so itself
+        self.recordable = type(self) is MinPlayer
+        # the values of h, and x with h(x) = alpha for each alpha that was asked for
+        self._inverses: tuple[bytes, dict[float, float]] = b"", {}
         with unset_fake_temporarily():
             self._numeric_inverse(1.0)
 
@@ -1192,9 +1221,20 @@ class MinPlayer(Objective):
 
     def start_of_newton(self, p: Pairs, t_max: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """The first y_i = μ_i − min_j d²_ij, inside [low, high]; all (anchors,)."""
-        return high.clone()
+        high = self.bracket(p, t_max)[1]  # its own vector: the iteration writes to all three
+        return high.clone() if isinstance(high, Tensor) else high
 
     def _numeric_inverse(self, alpha: float) -> float:
+        """The search takes milliseconds, so its results are kept as long as h has its values."""
+        values = self.functions[0].values()
+        if self._inverses[0] != values:
+            self._inverses = values, {}
+        found = self._inverses[1]
+        if alpha not in found:
+            found[alpha] = self._searched_inverse(alpha)
+        return found[alpha]
+
+    def _searched_inverse(self, alpha: float) -> float:
         (h,) = self.functions
         magnitudes = torch.logspace(-30, 30, 1201, dtype=torch.float64, device="cpu")
         grid = torch.cat([-magnitudes.flip(0), magnitudes.new_zeros(1), magnitudes])

@@ -103,15 +103,25 @@ def test_equals_the_built_in_loss_in_other_dtypes(name, dtype):
         assert all(map(torch.equal, evaluate(z1, z2, own), truth))
 
 
-def test_losses_and_weights_are_native_steps(steps):
-    z1, z2 = pair(20, 4)
-    for name, (own, _) in PAIRS.items():
-        before = len(steps)
-        evaluate(z1, z2, own, "auto")
-        assert (len(steps) > before) == (name != "alpha_square")
+@pytest.mark.parametrize("name", PAIRS)
+def test_all_are_native_steps(name, steps):
+    evaluate(*pair(20, 4), PAIRS[name][0], "auto")
+    assert steps
 
 
-@pytest.mark.parametrize("name", ["infonce", "triplet", "alpha_entropy"])
+def test_a_min_player_of_ones_own_class_is_none(steps):
+    """What it does with vectors may be no row step."""
+
+    class Halfway(MinPlayer):
+        def start_of_newton(self, p, t_max, low, high):
+            return (low + high) / 2
+
+    own, (z1, z2) = Halfway(lambda x: torch.relu(x) / TAU), pair(20, 4)
+    assert_close(evaluate(z1, z2, own), evaluate(z1, z2, PAIRS["alpha_square"][0]), 1e-10)
+    assert len(steps) == 1
+
+
+@pytest.mark.parametrize("name", ["infonce", "triplet", "alpha_entropy", "alpha_square"])
 def test_pairs_that_do_not_count(name):
     """Equal ids, negatives beyond a gap or by a guide: each anchor of a pair decides for itself."""
     own, _ = PAIRS[name]

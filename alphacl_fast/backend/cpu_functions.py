@@ -84,16 +84,15 @@ def compiled(
 ) -> Function:
     """A user's pair kind for kernels that accumulate in ``dtype``, float32 or float64.
 
-    Repeated calls are cheap. Each runs the function on a few numbers, and prints it anew if its
-    values have changed (because of a variable that it reads, say).
+    Repeated calls are cheap. Each looks at what the function reads or, where that cannot be told,
+    runs the function on a few numbers, and prints it anew if its values have changed.
 
     Raises:
         UnsupportedFunction: it cannot be compiled; the message says why.
     """
-    if not _asked_for():
+    if not asked_for():
         raise UnsupportedFunction("ALPHACL_CPU_COMPILE=0 leaves users' functions uncompiled")
-    with _disable_current_modes():  # an exported graph records its own operations, not these
-        formula = _formula(objectives.custom(kind), params)
+    formula = _formula(objectives.custom(kind), params)
     library = _library(formula.source, recipe, sets)
     return Function(library[dtype], formula.constants[dtype])
 
@@ -102,7 +101,7 @@ def status(recipe: Recipe, sets: tuple[str, ...]) -> str:
     """What compiles users' functions on this machine and where they are kept, or why nothing does,
     for people.
     """
-    if not _asked_for():
+    if not asked_for():
         return "not compiled: ALPHACL_CPU_COMPILE=0"
     try:
         command, version = _compiler()
@@ -116,7 +115,7 @@ def status(recipe: Recipe, sets: tuple[str, ...]) -> str:
     return f"compiled by {shlex.join(command)} ({version}) for {name}, {where}"
 
 
-def _asked_for() -> bool:
+def asked_for() -> bool:
     """Whether users' functions are to be compiled: unless ALPHACL_CPU_COMPILE is 0."""
     given = os.environ.get("ALPHACL_CPU_COMPILE", "1")
     if given not in ("0", "1"):
@@ -134,10 +133,11 @@ class _Formula(NamedTuple):
 
 def _printed(function: Any, params: tuple[float, ...]) -> _Formula:
     bound = function.kind.bind(params)
-    both = [
-        pair_function(function.name, lambda x: (bound.f(x, None), bound.df(x, None)), dtype)
-        for dtype in (torch.float32, torch.float64)
-    ]
+    with _disable_current_modes():  # an exported graph records its own operations, not these
+        both = [
+            pair_function(function.name, lambda x: (bound.f(x, None), bound.df(x, None)), dtype)
+            for dtype in (torch.float32, torch.float64)
+        ]
     (narrow, of_narrow), (wide, of_wide) = both
     return _Formula(
         f"{narrow}\n{wide}\n",

@@ -12,7 +12,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,9 +28,10 @@ from ..bundles import (
     accumulation_dtype,
     rows_of_terms,
 )
-from ..objectives import KINDS, row_codes
+from ..objectives import KINDS, custom, row_codes
 from ..program import ZEROS, Apply, Program, Step, Sweep
-from . import cpu, forms
+from ..reads import Reading, all_unchanged, look
+from . import cpu, cpu_functions, forms
 
 #: The default of ``workspace``: bytes in which a step may keep tiles from one sweep to the next.
 DEFAULT_WORKSPACE = 64 << 20
@@ -123,6 +124,14 @@ class Numbers(NamedTuple):
     values: dict[str, float]  #: of the program's row steps
 
 
+class Placed(NamedTuple):
+    """Users' functions of a plan, as they were when they were last compiled."""
+
+    readings: list[Reading | None]  #: what they read
+    functions: list[cpu_functions.Function]
+    numbers: dict[str, float]  #: `Numbers.values`, which may follow from the functions
+
+
 class Plan:
     """A step for all calls with the same shapes and settings, at one temperature."""
 
@@ -144,7 +153,7 @@ class Plan:
         isa = cpu.INSTRUCTION_SETS.index(cpu.instruction_set())
         # euclidean rows are centred, in the accumulation dtype
         of_rows = self.wide if batch.similarity == "euclidean" else batch.dtype
-        _, self.multiple, self.largest = cpu._kernels(isa, Dtype.of(of_rows))
+        _, self.block_sizes = cpu._kernels(isa, Dtype.of(of_rows))
         low, high = batch.wanted
         self.gradient = high > low
         pairing, slopes = batch.pairing, len(program.dtau)
@@ -185,6 +194,7 @@ class Plan:
             names = enumerate(instruction.params)
             self.named += [(k, at, name) for at, name in names if isinstance(name, str)]
         self.of_users = kind not in KINDS or bool(self.applied)
+        self.placed = Placed([None], [], {})
         self._choose_forms()
 
     @property
@@ -203,6 +213,8 @@ class Plan:
         plan.step.tau, plan.step.factor = numbers.tau, numbers.factor
         for k, at, name in self.named:
             plan.step.program[k].params[at] = numbers.values[name]
+        if self.named:
+            plan.placed = Placed([None], [], {})
         if numbers.log_range != self.function.log_range:
             plan.function = self.function._replace(log_range=numbers.log_range)
             plan._choose_forms()
@@ -213,20 +225,26 @@ class Plan:
             target = self.step.program[k]
             target.form, target.constant_shift = _form(sweep, self.function)
 
-    def _place_functions(self, step: _Step) -> list[Any]:
+    def _place_functions(self, step: _Step) -> list[cpu_functions.Function]:
         """Writes users' functions into a step; returns what must live as long as it.
 
         They may have changed since the last step.
         """
-        fields, found = cpu.function_fields(self.function, self.wide)
-        for name, value in fields.items():
-            setattr(step, name, value)
-        alive = [found]
-        for k, apply in self.applied:
-            alive.append(cpu.compiled(apply.function, (), self.wide))
-            step.program[k].values = alive[-1].address
-            step.program[k].constants = ctypes.addressof(alive[-1].constants)
-        return alive
+        of_pairs = [(self.function.kind, self.function.params)] if step.kind < 0 else []
+        functions = of_pairs + [(apply.function, ()) for _, apply in self.applied]
+        placed = self.placed
+        if not all_unchanged(placed.readings):
+            readings = [look(custom(key).fn) for key, _ in functions]
+            found = [cpu.compiled(key, params, self.wide) for key, params in functions]
+            numbers = self.numbers_at(self.temperature).values if self.named else {}
+            placed = self.placed = Placed(readings, found, numbers)
+        targets = [step] * len(of_pairs) + [step.program[k] for k, _ in self.applied]
+        for target, function in zip(targets, placed.functions, strict=True):
+            target.values = function.address
+            target.constants = ctypes.addressof(function.constants)
+        for k, at, name in self.named:
+            step.program[k].params[at] = placed.numbers[name]
+        return placed.functions
 
     def run(
         self,
@@ -313,7 +331,7 @@ class Plan:
             step.guide_dim = guide[0].shape[1]
         if threading.get_ident() != threading.main_thread().ident:
             step.check_signals = None  # signals are the main thread's
-        step.block = cpu.block_rows(batch.rows, self.multiple, self.largest)
+        step.block = cpu.block_rows(batch.rows, self.block_sizes)
         step.threads = cpu._threads(
             batch.rows, batch.dim, batch.pairing.split, self.gradient, step.guide_dim
         )

@@ -1105,6 +1105,7 @@ plant(
     ),
 )
 USERS = "tests/test_cpu_functions.py::"
+READS = "tests/test_reads.py::"
 
 
 def as_built_in(member: str) -> str:
@@ -1118,6 +1119,42 @@ plant(
         "if before != values:",
         "if before is None:",
         f"{USERS}test_an_attribute_is_read_in_every_call",
+    ),
+    (
+        "users' min players: the ends of the bracket are those of the first call",
+        "if self._inverses[0] != values:",
+        "if not self._inverses[0]:",
+        f"{READS}test_a_change_moves_the_bracket_of_a_min_player[True]",
+    ),
+)
+plant(
+    "alphacl_fast/reads.py",
+    (
+        "users' functions: −0 in a closure passes for 0",
+        "if cell.cell_contents is not value:",
+        "if cell.cell_contents != value:",
+        f"{READS}test_a_change_is_seen[of_zeros_sign]",
+    ),
+    (
+        "users' functions: other code is not seen",
+        "function.__code__ is not code",
+        "function.__code__ is None",
+        f"{READS}test_a_change_is_seen[of_its_code]",
+    ),
+    (
+        "users' functions: what the functions that they call read is not looked at",
+        "or _add_function(reading, value, depth + 1)",
+        "or type(value) is types.FunctionType",
+        f"{READS}test_a_change_is_seen[of_a_function_that_it_calls]",
+    ),
+)
+plant(
+    "alphacl_fast/backend/cpu_step.py",
+    (
+        "users' min players: a plan keeps the bracket of its first call",
+        "step.program[k].params[at] = placed.numbers[name]",
+        "pass",
+        f"{READS}test_a_change_moves_the_bracket_of_a_min_player[True]",
     ),
 )
 plant(
@@ -1935,8 +1972,8 @@ plant(
     ),
     (
         "max_gap: the gradient counts every pair",
-        "if (s.gradient) return ConstantShiftGradient<T, K, Marked>::run;",
-        "if (s.gradient) return ConstantShiftGradient<T, K, false>::run;",
+        "if (s.gradient) return ConstantShiftGradient<T, K, Factors, Marked>::run;",
+        "if (s.gradient) return ConstantShiftGradient<T, K, Factors, false>::run;",
         f"{GAP}test_every_instruction_set[portable-infonce]",
     ),
     (
