@@ -97,8 +97,10 @@ struct ShortFactors {
   static ALPHACL_INLINE Vec<float> exponential(Vec<float> x) {
     using C = ExpConstants<float>;
     constexpr float biased = C::magic + 127;
-    const Vec<float> shifted = x * C::log2e + biased;
-    const Vec<float> r = x * C::log2e - (shifted - biased);
+    // both fused, in every function: a tile that is computed again has the same factors
+    const __m512 log2e = _mm512_set1_ps(C::log2e);
+    const Vec<float> shifted = (Vec<float>)_mm512_fmadd_ps((__m512)x, log2e, _mm512_set1_ps(biased));
+    const Vec<float> r = (Vec<float>)_mm512_fmsub_ps((__m512)x, log2e, (__m512)(shifted - biased));
     Vec<float> p = r * 1.3264727e-3f + 9.671513e-3f;
     p = p * r + 5.5507336e-2f;
     p = p * r + 2.4022242e-1f;
