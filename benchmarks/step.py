@@ -37,9 +37,9 @@ DIM, TAU = 128, 0.1
 PARTS = ("infonce", "siglip", "variants", "supcon", "rate")
 #: Rows, columns and terms of the matrix product whose rate is compared.
 PRODUCT = 4096
-#: Features and dtypes, and numbers of pairs, of the rates.
-RATES = ((128, "float32"), (128, "bfloat16"), (512, "float32"))
+#: Numbers of pairs, and features and dtypes, of the rates.
 PAIRS = (512, 1024, 2048, 4096, 8192)
+RATES = ((128, "float32", PAIRS), (128, "bfloat16", PAIRS), (512, "float32", PAIRS[:3]))
 #: Bytes of a workspace that holds every tile of these sizes.
 ALL_TILES = 2 << 30
 
@@ -241,10 +241,10 @@ def main(arguments: list[str] | None = None) -> None:
         if "supcon" in parts:
             yield from (supcon(max(sizes), k, options.rounds) for k in (10, 100, 1000))
         if "rate" in parts:
-            for dim, dtype in RATES:
+            for dim, dtype, pairs in RATES:
                 for negatives in ("two_view", "cross_view"):
-                    for pairs in PAIRS:
-                        yield rate(negatives, dim, dtype, pairs, options.rounds)
+                    for n in pairs:
+                        yield rate(negatives, dim, dtype, n, options.rounds)
 
     for row in rows():
         print(line(row), flush=True)

@@ -303,7 +303,7 @@ def row(contestant, n, gemms, **other):
 
 def test_rows_of_steps(tmp_path, capsys, monkeypatch):
     out = tmp_path / "step.jsonl"
-    for name, value in (("PRODUCT", 64), ("PAIRS", (16,)), ("RATES", ((8, "float32"),))):
+    for name, value in (("PRODUCT", 64), ("RATES", ((8, "float32", (16,)),))):
         monkeypatch.setattr(step, name, value)
     step.main(["--sizes=16", "--rounds=1", "--no-compile", f"--out={out}"])
     rows = journal.read(out)
