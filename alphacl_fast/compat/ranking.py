@@ -295,7 +295,6 @@ class MultipleNegativesRankingLoss(nn.Module):
         everyones_queries, docs, first = _gathered(columns, gather)
         places = torch.arange(len(everyones_queries), device=queries.device)
         groups = places.repeat(len(columns) - 1)  # whose document it is
-        is_positive = torch.arange(len(docs), device=queries.device) < len(places)
         near, far = (
             self._strength(mode, "all_negatives")
             for mode in ("hard_negatives", "in_batch_negatives")
@@ -307,7 +306,8 @@ class MultipleNegativesRankingLoss(nn.Module):
             similarities = similarity_fct(x, docs)
             logits = self.scale * similarities
             if near or far:
-                strength = torch.where(groups == mine, near * ~is_positive, far)
+                is_hard = torch.arange(len(docs), device=x.device) >= len(places)
+                strength = torch.where(groups == mine, near * is_hard, far)
                 logits = logits + strength * similarities.detach()
             own = self.scale * similarities.gather(1, mine)  # no negative's strength counts
             # the positive's own logit is added at the end, as 0
@@ -402,7 +402,7 @@ class _HeldGradient(torch.autograd.Function):
 def _gathered(columns: Sequence[Tensor], gather: Gather | None) -> tuple[Tensor, Tensor, int]:
     """The queries and the documents of all processes, and where this one's queries begin."""
     if gather is None:
-        return columns[0], torch.cat(columns[1:]), 0
+        return columns[0], columns[1] if len(columns) == 2 else torch.cat(columns[1:]), 0
     rows, first = gather(torch.cat(tuple(columns), 1))  # one message
     queries, *docs = rows.chunk(len(columns), 1)
     return queries, torch.cat(docs), first
