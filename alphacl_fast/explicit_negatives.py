@@ -214,10 +214,10 @@ class Given(NamedTuple):
         return isinstance(tau, Tensor) and tau.dim() == 1 and tau.numel() != 1
 
     def among_others(self) -> Given:
-        """The same anchors against themselves as rows of their own, without those of their ids.
+        """The same loss with the anchors given a second time, as explicit negatives.
 
-        What belongs to one side alone, a temperature per anchor or log-weights, then has no part in
-        t_ji.
+        Ids exclude each anchor's own row and the rows of its id. A temperature per anchor and
+        log-weights, which belong to one side of a pair, then change t_ij without changing t_ji.
         """
         ids = torch.arange(len(self.z), device=self.z.device) if self.ids is None else self.ids
         guide = self.guide and (self.guide[0], self.guide[0], self.guide[2])

@@ -422,23 +422,21 @@ class _CustomFunction:
             )
         else:
             self.kind = PairKind(f=lambda x, tau: self(x), df=lambda x, tau: self.derivative(x))
-        self._checked: bytes | None = None  # its values when it was checked
-        self._passed: Reading | None = None  # what it read then
-        # what it read when its values were last computed, and the values
+        self._checked: bytes | None = None  # its values when it passed its check
+        # what it read when its values were last computed, and these values
         self._known: tuple[Reading | None, bytes] = None, b""
         self.check()
 
     def check(self) -> None:
         """Raises ValueError unless the function is elementwise and differentiable.
 
-        A function that reads what it read when it passed is not executed again.
+        A function that has passed, and reads what it read then, is not executed again.
         """
-        if self._passed is not None and self._passed.unchanged():
+        reading, values = self._known
+        if values == self._checked and reading is not None and reading.unchanged():
             return
-        now = look(self.fn)
         with unset_fake_temporarily():  # the values of the probe count
             self._check()
-        self._passed = now
 
     def values(self) -> bytes:
         """Its values at many points: they change with anything that the function reads.

@@ -450,7 +450,7 @@ def rates(found: list[Row]) -> str:
 
 
 def adapters(rows: list[Row]) -> str:
-    """Format the rows of `benchmarks.adapters`: time over that of the replaced class."""
+    """Format the rows of `benchmarks.adapters`: our time divided by the replaced class's time."""
     newest = {(row["contestant"], row["n"]): row for row in rows}
     last, sizes = rows[-1], sorted({row["n"] for row in rows})
 

@@ -63,10 +63,10 @@ LAUNCHES = 12
 OVERLAP = 0.7
 #: Features for which csrc/cuda/hopper.h has kernels, which overlap.
 HOPPER_DIMS = (64, 128, 256)
-#: Instructions per pair of a sweep's inner loop at D = 128, read from the kernels as triton 3.6.0
-#: and nvcc 13.0 compile them (those of hopper.h by tests/test_ptx_sass.py). "hopper float16" and
-#: "hopper tf32" are the same kernels for these dtypes; in the gradient of TF32 rows a pair's share
-#: of transposing a tile counts too.
+#: Instructions per pair of a sweep's inner loop at D = 128, counted in the machine code that triton
+#: 3.6.0 and nvcc 13.0 make; tests/test_ptx_sass.py counts those of hopper.h again. "hopper float16"
+#: and "hopper tf32" are the same kernels for these dtypes. The gradient of TF32 rows includes each
+#: pair's share of transposing a tile.
 ISSUE = {
     ("hopper", "sums"): 5.6, ("hopper", "gradient"): 7.6, ("triton", "sums"): 9.5,
     ("triton", "gradient"): 12.3, ("triton", "sums of both sides"): 15.7,
@@ -78,13 +78,12 @@ ISSUE = {
 #: Warps, and shuffles of a thread for the columns of a 128 × 128 tile: three steps in each of which
 #: a thread sends a quarter of the columns, or recursive halving.
 BOTH_SIDES = {
-    "triton": (4, 96), "hopper": (8, 28), "hopper float16": (8, 28), "hopper tf32": (8, 28),
-}  # fmt: skip
+    "triton": (4, 96),
+    **dict.fromkeys(("hopper", "hopper float16", "hopper tf32"), (8, 28)),
+}
 #: Bytes of the longest rows that a block of hopper.h keeps in registers, as an operand of the first
 #: sweep. The second sweep of TF32 rows always does.
 IN_REGISTERS = 256
-#: Launches that round the rows of each sweep.
-ROUNDINGS = {"tf32": 2}
 #: The most programs that share a row block.
 MOST_PARTS = 32
 #: Bytes of rows that stay in shared memory beside the ring of column tiles.
@@ -93,18 +92,18 @@ RESIDENT = 128 * 1024
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How rows are multiplied, at which rates relative to a large bfloat16 product."""
+    """How rows are multiplied."""
 
     item: int = 2  # bytes of a feature
-    gemm: float = 1.0  # of a large product in this arithmetic
-    products: float = 1.0  # of the kernels' products
+    gemm: float = 1.0  # rate of a large product relative to one of bfloat16
+    roundings: int = 0  # launches that round the rows, one for each sweep
 
 
-#: TF32 has half of bfloat16's rate (datasheet), of cuBLAS and of wgmma alike.
+#: TF32 has half of bfloat16's rate (datasheet), in cuBLAS as in wgmma.
 ARITHMETICS = {
     "bfloat16": Arithmetic(),
     "float16": Arithmetic(),
-    "tf32": Arithmetic(4, 0.5, 0.5),
+    "tf32": Arithmetic(4, 0.5, 2),
 }
 
 
@@ -275,27 +274,25 @@ class Step(NamedTuple):
 
 
 def step(n: int, dim: int, device: Device, overlap: float, dtype: str = "bfloat16") -> Step:
-    """Choose the fastest forms for n rows of ``dim`` features; in order (0) all are Triton's, but
-    for TF32, of which hopper.h alone is counted.
+    """Choose the fastest forms for n rows of ``dim`` features.
+
+    With ``overlap`` 0 (in order) the kernels are Triton's, except for TF32: only the kernels of
+    hopper.h have been counted in it.
     """
     arithmetic = ARITHMETICS[dtype]
-    gemm, device = (
-        device.gemm * arithmetic.gemm,
-        replace(device, gemm=device.gemm * arithmetic.products),
-    )
-    roundings = ROUNDINGS.get(dtype, 0)
-    total, chosen = (LAUNCHES + roundings) * device.gap, []
+    device = replace(device, gemm=device.gemm * arithmetic.gemm)
+    total, chosen = (LAUNCHES + arithmetic.roundings) * device.gap, []
     engine = "hopper" if overlap and dim in HOPPER_DIMS else "triton"
     if dtype != "bfloat16":
         engine = "hopper tf32" if dtype == "tf32" else engine.replace("hopper", "hopper float16")
-    rows = list(row_kernels(n, dim, arithmetic.item, roundings).values())
+    rows = list(row_kernels(n, dim, arithmetic.item, arithmetic.roundings).values())
     for choices in (*forms(n, dim, device, engine), {"rows": rows}):
         times = {name: [w.time(device, overlap) for w in works] for name, works in choices.items()}
         name = min(times, key=lambda name: sum(times[name]))
         total += sum(times[name])
         slowest = choices[name][times[name].index(max(times[name]))].seconds(device)
         chosen.append(f"{name} ({max(slowest, key=slowest.__getitem__)})")
-    return Step(total, 4 * n * n * dim / total / gemm, *chosen[:2])
+    return Step(total, 4 * n * n * dim / total / device.gemm, *chosen[:2])
 
 
 # --- tables ---------------------------------------------------------------------------------------

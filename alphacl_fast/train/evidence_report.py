@@ -186,9 +186,9 @@ def _meaning(shape: Part, groups: dict[tuple[str, int], list[Row]]) -> str:
     rows = [row for those in groups.values() for row in those]
     machines = sorted({f"{row['device_name']} with {row['capability']}" for row in rows})
     text = (
-        "Accuracy on the test images in per cent, mean ± standard error over the seeds; the probe "
-        "is at its last epoch. Seconds: those of one core for training and scoring, median "
-        f"({', '.join(machines)}, shared with other work)."
+        "Accuracies are per cent of the test images, mean ± standard error over the seeds; the "
+        "probe is that of the last epoch. Seconds are the median time that one core takes to train "
+        f"and score a run ({', '.join(machines)}, shared with other work)."
     )
     if shape.candidates:
         text += (

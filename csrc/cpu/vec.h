@@ -96,7 +96,7 @@ template <class T> ALPHACL_INLINE Mask<T> lane_numbers() {
   return m;
 }
 
-// Lane l becomes lane l + H; the last H lanes are of no interest.
+// Moves the value of lane l + H to lane l. Callers ignore the last H lanes.
 template <class T, int H> ALPHACL_INLINE Vec<T> moved_down(Vec<T> v) {
 #if defined(__clang__)
   Vec<T> moved;

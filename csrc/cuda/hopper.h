@@ -49,8 +49,9 @@ template <Factors TYPE> struct Format {
     for (int r = 0; r < 2; ++r) to[eight / 2][eight % 2 * 2 + r] = pack(x[2 * r], x[2 * r + 1]);
   }
 };
-// A product has 8 terms, of which a thread's operands are numbers t and t + 4. The order is free, so
-// that those are its columns 2t and 2t + 1 (`Memory::transpose`).
+// An instruction multiplies 8 columns, and a thread supplies operands t and t + 4 of them. The order of
+// the columns is free: `Memory::transpose` permutes them so that these are columns 2t and 2t + 1, which
+// the thread's accumulators hold already.
 template <> struct Format<Factors::TF32> {
   static constexpr int BYTES = 4;
   static constexpr bool LIFTS = false, TRANSPOSES = true, LATE = true;
@@ -190,7 +191,8 @@ template <int K, int N, int STAGES, class Scalars, Factors TYPE, bool TRANSPOSED
     device::sync();
   }
 
-  // x, of which the compiler knows nothing: what follows from it does not stay in registers.
+  // Returns x, but the compiler cannot know that: it computes addresses again from the result instead of
+  // keeping them in registers.
   static DEVICE int anew(int x) {
     uint32_t held[1] = {uint32_t(x)};
     device::hold_registers(held);
@@ -261,9 +263,9 @@ template <int K, int N, int STAGES, class Scalars, Factors TYPE, bool TRANSPOSED
     }
   }
 
-  // Writes a stage's tile transposed when it is there: a line for 32 columns of each feature, in
-  // which those of every eight are in the order 0, 2, 4, 6, 1, 3, 5, 7. Each lane has a feature of
-  // its own, so that lanes find different banks.
+  // Waits for a stage's tile and writes its transpose: a line holds 32 columns of one feature, and each
+  // group of eight columns is stored in the order 0, 2, 4, 6, 1, 3, 5, 7. Every lane writes another
+  // feature, so the lanes use different banks.
   static DEVICE void transpose(const StageOf<STAGES>& now, int thread) {
     constexpr int IN_LINE = LINE / 4, LINES = N / IN_LINE * BOXES / (GROUP / 32);  // columns; lines of a thread
     static_assert(LINES > 0 && N / IN_LINE % LINES == 0);
