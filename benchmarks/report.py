@@ -430,63 +430,51 @@ def ratios(found: list[Row]) -> str:
     return "\n".join(markdown(["loss", "N", *(f"{x} (×)" for x in others)], lines))
 
 
+#: The first cells of a line → size → text.
+Cells = dict[tuple[str, ...], dict[int, str]]
+
+
+def by_size(header: Iterable[str], size: str, cells: Cells) -> str:
+    """Format a table with a column for each size; ``size`` is the sizes' symbol."""
+    sizes = sorted({n for line in cells.values() for n in line})
+    lines = [[*first, *(line.get(n, "") for n in sizes)] for first, line in cells.items()]
+    return "\n".join(markdown([*header, *(f"{size} = {n:,}" for n in sizes)], lines))
+
+
+def measured(last: Row, table: str, versions: str = "") -> str:
+    """Put a sentence about machine and commit, from the last row, before a table."""
+    where = f"{last['device']}, {counted(last['threads'])}, torch {last['torch']}"
+    return f"Measured on {where}, commit {last['commit']}{versions}.\n\n{table}"
+
+
 def rates(found: list[Row]) -> str:
     """Format fractions of a large product's rate: a line per setting, a column per size."""
-    sizes = sorted({row["pairs"] for row in found})
-    lines: dict[tuple[str, ...], dict[int, str]] = {}
+    cells: Cells = {}
     for row in found:
+        where = f"{row['negatives']}, D = {row['dim']}, {row['dtype']}, {counted(row['threads'])}"
         for workspace, fraction in row["fractions"].items():
-            setting = row["negatives"], f"D = {row['dim']}", row["dtype"], counted(row["threads"])
-            lines.setdefault((*setting, workspace), {})[row["pairs"]] = f"{fraction:.2f}"
-    return "\n".join(
-        markdown(
-            ["fraction of the product's rate", "workspace", *(f"N = {n:,}" for n in sizes)],
-            [
-                [", ".join(setting), workspace, *(cells.get(n, "") for n in sizes)]
-                for (*setting, workspace), cells in lines.items()
-            ],
-        )
-    )
+            cells.setdefault((where, workspace), {})[row["pairs"]] = f"{fraction:.2f}"
+    return by_size(("fraction of the product's rate", "workspace"), "N", cells)
 
 
 def adapters(rows: list[Row]) -> str:
     """Format the rows of `benchmarks.adapters`: our time divided by the replaced class's time."""
-    newest = {(row["contestant"], row["n"]): row for row in rows}
-    last, sizes = rows[-1], sorted({row["n"] for row in rows})
-
-    def cell(row: Row | None) -> str:
-        if row is None:
-            return ""
+    cells: Cells = {}
+    for row in rows:
         ratio = row["ours_over_theirs"]
-        return "no memory" if ratio is None else f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.3f}"
-
-    names = dict.fromkeys(name for name, _ in newest)
-    lines = [[f"`{name}`", *(cell(newest.get((name, n))) for n in sizes)] for name in names]
-    table = markdown(["ours over theirs", *(f"n = {n:,}" for n in sizes)], lines)
-    where = f"{last['device']}, {counted(last['threads'])}, torch {last['torch']}"
-    return f"Measured on {where}, commit {last['commit']}.\n\n" + "\n".join(table)
+        text = "no memory" if ratio is None else f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.3f}"
+        cells.setdefault((f"`{row['contestant']}`",), {})[row["n"]] = text
+    return measured(rows[-1], by_size(("ours over theirs",), "n", cells))
 
 
 def over_before(rows: list[Row]) -> str:
-    """Format the rows of `tests/same_speed.py`: time over an earlier version's."""
-    newest = {
-        (row["kernels"], row["negatives"], row["dtype"], row["loss"], row["pairs"]): row
-        for row in rows
-    }
-    last, sizes = rows[-1], sorted({row["pairs"] for row in rows})
-    lines: dict[tuple[str, ...], dict[int, str]] = {}
-    for (*setting, pairs), row in newest.items():
-        lines.setdefault(tuple(setting), {})[pairs] = f"{row['over_before']:.2f}"
-    table = markdown(
-        ["kernels", "loss", *(f"N = {n:,}" for n in sizes)],
-        [
-            [f"`{kernels}`", f"{loss} {mode}, {dtype}", *(cells.get(n, "") for n in sizes)]
-            for (kernels, mode, dtype, loss), cells in lines.items()
-        ],
-    )
-    where = f"{last['device']}, {counted(last['threads'])}, torch {last['torch']}"
-    versions = f"commit {last['commit']} over {last['before']}"
-    return f"Measured on {where}, {versions}.\n\n" + "\n".join(table)
+    """Format the rows of `tests/same_speed.py`: our time divided by an earlier version's time."""
+    cells: Cells = {}
+    for row in rows:
+        where = f"`{row['kernels']}`", f"{row['loss']} {row['negatives']}, {row['dtype']}"
+        cells.setdefault(where, {})[row["pairs"]] = f"{row['over_before']:.2f}"
+    table = by_size(("kernels", "loss"), "N", cells)
+    return measured(rows[-1], table, f" over {rows[-1]['before']}")
 
 
 def sections(rows: list[Row]) -> dict[Path, list[str]]:
