@@ -471,9 +471,10 @@ def over_before(rows: list[Row]) -> str:
     """Format the rows of `tests/same_speed.py`: our time divided by an earlier version's time."""
     cells: Cells = {}
     for row in rows:
-        where = f"`{row['kernels']}`", f"{row['loss']} {row['negatives']}, {row['dtype']}"
+        loss = f"{row['loss']} {row['negatives']}, {row['dtype']}"
+        where = row["capability"], f"`{row['kernels']}`", loss
         cells.setdefault(where, {})[row["pairs"]] = f"{row['over_before']:.2f}"
-    table = by_size(("kernels", "loss"), "N", cells)
+    table = by_size(("widest instructions", "kernels", "loss"), "N", cells)
     return measured(rows[-1], table, f" over {rows[-1]['before']}")
 
 

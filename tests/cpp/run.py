@@ -56,6 +56,16 @@ def load_builder() -> Any:
     return module
 
 
+def runs_here(flags: Sequence[str]) -> bool:
+    """Whether this processor has the instructions of these flags; True where it does not say."""
+    processor = Path("/proc/cpuinfo")
+    if not processor.exists():
+        return True
+    known = processor.read_text().replace("_", "").replace("-", "").split()
+    needed = (flag.removeprefix("-m").replace("-", "") for flag in flags if flag.startswith("-m"))
+    return all(name in known for name in needed)
+
+
 def headers(folder: Path) -> list[Path]:
     """Every header that a source of this folder of ROOT can include."""
     beside = {CUDA: [EMULATOR]}.get(folder, [])
@@ -97,9 +107,7 @@ def build(sanitize: str, programs: Sequence[str]) -> dict[str, Path]:
     missing = [name for name in builder.INSTRUCTION_SETS if name not in sets]
     if missing:
         print(f"not compiled, the compiler does not know them: {', '.join(missing)}")
-    processor = Path("/proc/cpuinfo")
-    if processor.exists() and "amx_tile" not in processor.read_text():
-        sets.pop("amx", None)  # nothing of it would run
+    sets = {name: flags for name, flags in sets.items() if runs_here(flags)}
     if sanitize == "thread":
         # Threads meet in the driver: two engines are enough; one of them packs pairs of bfloat16.
         sets = {name: sets[name] for name in ("portable", "avx512_bf16") if name in sets}
