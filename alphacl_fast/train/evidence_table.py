@@ -100,7 +100,7 @@ PARTS = {
         {**_COLOUR, "temperature": 0.2, "lr": 0.003},
         candidates={
             f"width {width}, {epochs} epochs": {"width": width, "epochs": epochs}
-            for width, epochs in ((8, 2), (8, 3), (8, 4), (8, 6), (16, 4))
+            for width, epochs in ((8, 2), (8, 3))
         },
     ),
     "cifar10": Part(_COLOUR, names=tuple(CONTESTANTS)[:10], held_out=200, uses=True),
