@@ -228,9 +228,17 @@ def setting_rows(accuracies, raw=0.3):
     return rows
 
 
-def test_the_first_setting_with_margin_and_small_deviation_is_chosen(tmp_path):
+@pytest.fixture
+def candidates(monkeypatch):
+    """Names of three candidates of the part "setting"."""
+    three = {f"{n} epochs": {"width": 8, "epochs": n} for n in (2, 3, 4)}
+    monkeypatch.setitem(PARTS, "setting", PARTS["setting"]._replace(candidates=three))
+    return [*three]
+
+
+def test_the_first_setting_with_margin_and_small_deviation_is_chosen(tmp_path, candidates):
     """One that misses the margin gets no more seeds; after one that passes, none is tried."""
-    first, second, third, *_ = PARTS["setting"].candidates
+    first, second, third = candidates
     accuracies = {
         first: (0.41, 0.399),  # below the margin with seed 2
         second: (0.41, 0.42, 0.43, 0.42, 0.40),  # deviates by 1.1 points
@@ -248,12 +256,11 @@ def test_the_first_setting_with_margin_and_small_deviation_is_chosen(tmp_path):
     assert next(evidence.runs("cifar10", [], tmp_path)).given["width"] == 8
 
 
-def test_without_a_small_deviation_the_smallest_is_chosen(tmp_path):
+def test_without_a_small_deviation_the_smallest_is_chosen(tmp_path, candidates):
     """Of the candidates with the margin, once all were tried."""
-    names = [*PARTS["setting"].candidates]
-    accuracies = dict.fromkeys(names, (0.3,))  # no margin
-    accuracies[names[1]] = (0.41, 0.43, 0.45, 0.43, 0.41)
-    accuracies[names[2]] = (0.41, 0.43, 0.44, 0.43, 0.41)
+    accuracies = dict.fromkeys(candidates, (0.3,))  # no margin
+    accuracies[candidates[1]] = (0.41, 0.43, 0.45, 0.43, 0.41)
+    accuracies[candidates[2]] = (0.41, 0.43, 0.44, 0.43, 0.41)
     rows = setting_rows(accuracies)
     file = tmp_path / "setting.jsonl"
     for row in rows:
@@ -262,8 +269,8 @@ def test_without_a_small_deviation_the_smallest_is_chosen(tmp_path):
     with pytest.raises(RunError, match="run --part setting first"):
         evidence._setting(tmp_path)
     journal.append(file, untrained.row(SCORES, {}))
-    assert evidence._setting(tmp_path) == PARTS["setting"].candidates[names[2]]
-    rows = [*setting_rows(dict.fromkeys(names, (0.3,))), untrained.row(SCORES, {})]
+    assert evidence._setting(tmp_path) == PARTS["setting"].candidates[candidates[2]]
+    rows = [*setting_rows(dict.fromkeys(candidates, (0.3,))), untrained.row(SCORES, {})]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(RunError, match="all candidates were tried"):
         evidence._setting(tmp_path)
