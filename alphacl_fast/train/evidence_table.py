@@ -78,8 +78,7 @@ SEARCH_SEED = 1001  # not among the seeds of the comparison
 BATCH_SIZE = 128  # of every part; other batch sizes scale the learning rate by the root of theirs
 
 _SMALL = {"batch_size": BATCH_SIZE, "threads": 1, "workers": 0, "eval_every": 0, "probe_every": 0}
-#: In float32, which every CPU computes alike: a part may go on at another machine, and not all of
-#: them have instructions for bfloat16.
+#: In float32: a part may go on at another machine, which may have no instructions for bfloat16.
 _COLOUR = {
     **_SMALL, "dataset": "imagefolder", "encoder": "resnet18", "augment": "device", "amp": "none",
     "subset": 10_000, "warmup_epochs": 1,
@@ -100,7 +99,7 @@ PARTS = {
         {**_COLOUR, "temperature": 0.2, "lr": 0.003},
         candidates={
             f"width {width}, {epochs} epochs": {"width": width, "epochs": epochs}
-            for width, epochs in ((8, 2), (8, 3))
+            for width, epochs in ((8, 2), (8, 3), (16, 2))
         },
     ),
     "cifar10": Part(_COLOUR, names=tuple(CONTESTANTS)[:10], held_out=200, uses=True),
