@@ -403,14 +403,10 @@ def small_batches(rows: list[Row]) -> str:
     """Format the rows of `benchmarks.step`: what others take relative to one native step, and
     fractions of a large product's rate.
     """
-    keys = ("loss", "negatives", "dim", "dtype", "threads", "pairs")
-    newest = {tuple(row.get(key) for key in keys): row for row in rows}
-    last = list(newest.values())[-1]
-    threads = "" if "rate" in {row["loss"] for row in rows} else f"{counted(last['threads'])}, "
-    where = f"{last['device']} ({last['capability']}), {threads}torch "
-    parts = [f"Measured on {where}{last['torch']}, commit {last['commit']}."]
-    for name in dict.fromkeys(_table(row["loss"]) for row in newest.values()):
-        found = [row for row in newest.values() if _table(row["loss"]) == name]
+    shown = newest(rows, "loss", "negatives", "dim", "dtype", "threads", "pairs")
+    parts = [f"{measured(shown)}."]
+    for name in dict.fromkeys(_table(row["loss"]) for row in shown):
+        found = [row for row in shown if _table(row["loss"]) == name]
         parts.append(rates(found) if name == "rate" else ratios(found))
     return "\n\n".join(parts)
 
@@ -441,10 +437,21 @@ def by_size(header: Iterable[str], size: str, cells: Cells) -> str:
     return "\n".join(markdown([*header, *(f"{size} = {n:,}" for n in sizes)], lines))
 
 
-def measured(last: Row, table: str, versions: str = "") -> str:
-    """Put a sentence about machine and commit, from the last row, before a table."""
-    where = f"{last['device']}, {counted(last['threads'])}, torch {last['torch']}"
-    return f"Measured on {where}, commit {last['commit']}{versions}.\n\n{table}"
+def newest(rows: list[Row], *keys: str) -> list[Row]:
+    """Return the last of the rows that agree in ``keys``, in the order of the first ones."""
+    return list({tuple(row.get(key) for key in keys): row for row in rows}.values())
+
+
+def measured(shown: list[Row]) -> str:
+    """Say on which machines, with how many threads and at which commits a table was measured."""
+    parts = (
+        [f"{row['device']} ({row['capability']})" for row in shown],
+        [counted(row["threads"]) for row in shown],
+        [f"torch {row['torch']}" for row in shown],
+    )
+    where = ", ".join(" and ".join(dict.fromkeys(part)) for part in parts)
+    commits = dict.fromkeys(row["commit"] for row in shown)
+    return f"Measured on {where}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
 
 
 def rates(found: list[Row]) -> str:
@@ -459,23 +466,25 @@ def rates(found: list[Row]) -> str:
 
 def adapters(rows: list[Row]) -> str:
     """Format the rows of `benchmarks.adapters`: our time divided by the replaced class's time."""
-    cells: Cells = {}
-    for row in rows:
+    shown, cells = newest(rows, "contestant", "n"), {}
+    for row in shown:
         ratio = row["ours_over_theirs"]
         text = "no memory" if ratio is None else f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.3f}"
         cells.setdefault((f"`{row['contestant']}`",), {})[row["n"]] = text
-    return measured(rows[-1], by_size(("ours over theirs",), "n", cells))
+    return f"{measured(shown)}.\n\n{by_size(('ours over theirs',), 'n', cells)}"
 
 
 def over_before(rows: list[Row]) -> str:
     """Format the rows of `tests/same_speed.py`: our time divided by an earlier version's time."""
-    cells: Cells = {}
-    for row in rows:
+    keys = "capability", "kernels", "loss", "negatives", "dtype", "pairs"
+    shown, cells = newest(rows, *keys), {}
+    for row in shown:
         loss = f"{row['loss']} {row['negatives']}, {row['dtype']}"
         where = row["capability"], f"`{row['kernels']}`", loss
         cells.setdefault(where, {})[row["pairs"]] = f"{row['over_before']:.2f}"
     table = by_size(("widest instructions", "kernels", "loss"), "N", cells)
-    return measured(rows[-1], table, f" over {rows[-1]['before']}")
+    before = " and ".join(dict.fromkeys(row["before"] for row in shown))
+    return f"{measured(shown)}, compared with commit {before}.\n\n{table}"
 
 
 def sections(rows: list[Row]) -> dict[Path, list[str]]:

@@ -339,20 +339,28 @@ def test_parts_of_the_steps_are_named(capsys):
 
 
 def test_rows_over_an_earlier_version():
-    about = {"device": "a CPU", "threads": 1, "torch": "2", "commit": "new", "before": "old"}
+    about = {"device": "a CPU", "threads": 1, "torch": "2", "before": "old"}
     about |= {"loss": "infonce", "negatives": "two_view", "dtype": "float32"}
     rows = [
-        {**about, "kernels": kernels, "pairs": n, "over_before": n / 100}
-        for kernels in ("avx2", "avx512")
+        {**about, "kernels": kernels, "capability": widest, "commit": commit, "pairs": n}
+        | {"over_before": n / 100 + (widest == "AVX2")}
+        for widest, kernels, commit in (
+            ("AVX512", "avx2", "first"), ("AVX512", "avx512", "first"), ("AVX2", "avx2", "second"),
+        )
         for n in (16, 32)
-    ]
-    text = report.over_before([{**rows[0], "over_before": 9.0}, *rows])
-    assert text.startswith("Measured on a CPU, 1 thread, torch 2, commit new over old.")
-    assert "| `avx2` | infonce two_view, float32 | 0.16 | 0.32 |" in text
+    ]  # fmt: skip
+    replaced = {**rows[0], "over_before": 9.0, "commit": "zeroth"}
+    text = report.over_before([replaced, *rows])
+    assert text.startswith(
+        "Measured on a CPU (AVX512) and a CPU (AVX2), 1 thread, torch 2, commits first, "
+        "second, compared with commit old."
+    )
+    assert "| AVX512 | `avx2` | infonce two_view, float32 | 0.16 | 0.32 |" in text
+    assert "| AVX2 | `avx2` | infonce two_view, float32 | 1.16 | 1.32 |" in text
 
 
 def test_rows_of_adapters():
-    about = {"device": "a CPU", "threads": 1, "torch": "2", "commit": "abc"}
+    about = {"device": "a CPU", "capability": "AVX2", "threads": 1, "torch": "2", "commit": "abc"}
     rows = [
         {**about, "contestant": name, "n": n, "ours_over_theirs": ratio}
         for name, n, ratio in (

@@ -278,13 +278,35 @@ def test_tiles_have_the_size_that_python_plans_with():
 )
 def test_cpp_tests_are_compiled_again_when_what_they_include_changes(program, folder):
     """tests/cpp/run.py hashes every header that a test includes, directly or not."""
-    spec = importlib.util.spec_from_file_location("run_cpp", ROOT / "tests" / "cpp" / "run.py")
-    runner = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(runner)
+    runner = cpp_runner()
     source = ROOT / "tests" / "cpp" / f"{program}.cpp"
     included = {*build.closure(source, "device_gpu")} - {source}
     assert included
     assert included <= {*runner.headers(Path("csrc") / folder)}
+
+
+@pytest.mark.parametrize(
+    ("has", "runs"),
+    [
+        ("sse4_2 fma avx f16c avx2", 2),
+        ("fma avx f16c avx2 avx512f avx512dq avx512bw avx512vl avx512_vnni", 3),
+        ("fma avx f16c avx2 avx512f avx512dq avx512bw avx512vl avx512_bf16", 5),
+        ("fma f16c avx2 avx512f avx512dq avx512bw avx512vl avx512_bf16 amx_bf16 amx_tile", 6),
+    ],
+)
+def test_cpp_tests_are_compiled_for_what_the_processor_runs(has, runs):
+    """With the names of Linux, which are not those of the compilers' flags."""
+    sets = build.build_cpu.INSTRUCTION_SETS
+    order = ("portable", "avx2", "avx512", "avx512_bf16", "amx_emulated", "amx")
+    found = {name for name in sets if cpp_runner().runs_on(f"flags\t: {has}\n", sets[name])}
+    assert found == {*order[:runs]}
+
+
+def cpp_runner():
+    spec = importlib.util.spec_from_file_location("run_cpp", ROOT / "tests" / "cpp" / "run.py")
+    runner = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(runner)
+    return runner
 
 
 # --- what the library refuses ---------------------------------------------------------------------

@@ -63,10 +63,10 @@ LAUNCHES = 12
 OVERLAP = 0.7
 #: Features for which csrc/cuda/hopper.h has kernels, which overlap.
 HOPPER_DIMS = (64, 128, 256)
-#: Instructions per pair of a sweep's inner loop at D = 128, counted in the machine code that triton
-#: 3.6.0 and nvcc 13.0 make; tests/test_ptx_sass.py counts those of hopper.h again. "hopper float16"
-#: and "hopper tf32" are the same kernels for these dtypes. The gradient of TF32 rows includes each
-#: pair's share of transposing a tile.
+#: Instructions per pair of a sweep's inner loop at D = 128, counted in the machine code (SASS) of
+#: triton 3.6.0 and nvcc 13.0. tests/test_ptx_sass.py checks the counts of hopper.h. "hopper
+#: float16" and "hopper tf32" are the same kernels for these dtypes. The gradient of TF32 rows
+#: includes each pair's share of transposing a tile.
 ISSUE = {
     ("hopper", "sums"): 5.6, ("hopper", "gradient"): 7.6, ("triton", "sums"): 9.5,
     ("triton", "gradient"): 12.3, ("triton", "sums of both sides"): 15.7,

@@ -186,9 +186,10 @@ def _meaning(shape: Part, groups: dict[tuple[str, int], list[Row]]) -> str:
     rows = [row for those in groups.values() for row in those]
     machines = sorted({f"{row['device_name']} with {row['capability']}" for row in rows})
     text = (
-        "Accuracies are per cent of the test images, mean ± standard error over the seeds; the "
-        "probe is that of the last epoch. Seconds are the median time that one core takes to train "
-        f"and score a run ({', '.join(machines)}, shared with other work)."
+        "An accuracy is the percentage of test images that are classified correctly: the mean over "
+        "the seeds ± its standard error. The probe is scored after its last epoch. The last column "
+        "gives the median time of a run, training and scoring, on one core "
+        f"({', '.join(machines)}, shared with other work)."
     )
     if shape.candidates:
         text += (

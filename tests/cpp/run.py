@@ -56,12 +56,9 @@ def load_builder() -> Any:
     return module
 
 
-def runs_here(flags: Sequence[str]) -> bool:
-    """Whether this processor has the instructions of these flags; True where it does not say."""
-    processor = Path("/proc/cpuinfo")
-    if not processor.exists():
-        return True
-    known = processor.read_text().replace("_", "").replace("-", "").split()
+def runs_on(processor: str, flags: Sequence[str]) -> bool:
+    """Whether a processor has the instructions of these flags; ``processor``: its /proc/cpuinfo."""
+    known = processor.replace("_", "").split()
     needed = (flag.removeprefix("-m").replace("-", "") for flag in flags if flag.startswith("-m"))
     return all(name in known for name in needed)
 
@@ -107,7 +104,13 @@ def build(sanitize: str, programs: Sequence[str]) -> dict[str, Path]:
     missing = [name for name in builder.INSTRUCTION_SETS if name not in sets]
     if missing:
         print(f"not compiled, the compiler does not know them: {', '.join(missing)}")
-    sets = {name: flags for name, flags in sets.items() if runs_here(flags)}
+    processor = Path("/proc/cpuinfo")
+    if processor.exists():
+        text = processor.read_text()
+        idle = [name for name, own in sets.items() if not runs_on(text, own)]
+        sets = {name: own for name, own in sets.items() if name not in idle}
+        if idle:
+            print(f"not compiled, this processor does not run them: {', '.join(idle)}")
     if sanitize == "thread":
         # Threads meet in the driver: two engines are enough; one of them packs pairs of bfloat16.
         sets = {name: sets[name] for name in ("portable", "avx512_bf16") if name in sets}
