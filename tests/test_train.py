@@ -444,6 +444,23 @@ def test_resnet_is_torchvisions(name):
     )
 
 
+def test_thin_projections_are_strided_convolutions():
+    """Where PyTorch's own would crash, and on sides of odd length."""
+    body = models.build(Config.create(dataset="cifar10", width=2)).double().encoder.body
+    convolutions = [m for m in body.modules() if isinstance(m, torch.nn.Conv2d)]
+    thin = [m for m in convolutions if type(m) is not torch.nn.Conv2d]
+    assert [m.in_channels for m in thin] == [2, 4]
+    for ours in thin:
+        images = torch.randn(3, ours.in_channels, 7, 9, dtype=torch.float64, requires_grad=True)
+        theirs = torch.nn.functional.conv2d(images, ours.weight, stride=2)
+        found = ours(images)
+        torch.testing.assert_close(found, theirs)
+        leaves, grad = (images, ours.weight), torch.randn_like(theirs)
+        torch.testing.assert_close(
+            torch.autograd.grad(found, leaves, grad), torch.autograd.grad(theirs, leaves, grad)
+        )
+
+
 # Evaluation
 
 
