@@ -193,9 +193,12 @@ def _meaning(shape: Part, groups: dict[tuple[str, int], list[Row]]) -> str:
     )
     if shape.candidates:
         text += (
-            f" The first candidate is chosen whose kNN accuracy is {MARGIN:g} points above raw "
-            f"pixels with every seed and deviates by at most {DEVIATION:g}, or the one that "
-            "deviates least if none does; one that misses the margin gets no more seeds."
+            " A candidate passes if its kNN accuracy is at least "
+            f"{MARGIN:g} points above that of raw pixels with every seed and its standard "
+            f"deviation over the seeds is at most {DEVIATION:g} points. The first one that passes "
+            "is chosen. If none passes, the one with the smallest deviation is chosen among those "
+            "that are far enough above raw pixels. A candidate gets no more seeds after a seed "
+            "that is too close to them."
         )
     return text
 
