@@ -20,6 +20,7 @@ from .autograd import SECOND_DERIVATIVE, Problem, views_of
 from .bundles import accumulation_dtype
 from .call import BoundCall, Need, SameId
 from .objectives import Objective, is_of_this_process, names, registered
+from .tracing import constant_in_a_graph
 
 _LIBRARY = torch.library.Library("alphacl_fast", "FRAGMENT")
 
@@ -93,7 +94,7 @@ def refuse_to_export(objective: Objective) -> None:
     _refuse_to_export(objective.key, objective.name)
 
 
-@torch.compiler.assume_constant_result  # for dynamo every graph is exported
+@constant_in_a_graph  # for dynamo every graph is exported
 def _refuse_to_export(key: str, name: str) -> None:
     exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.4
     if is_of_this_process(key) and exporting():

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import compiled_op, distributed, eager, native, ops, process_groups, steps
 from .autograd import AlphaCLFunction, closed_form
@@ -30,6 +29,7 @@ from .call import (
     without_autocast,
 )
 from .objectives import DEFAULTS, ClosedForm, Objective, is_built_in, make
+from .tracing import breaks_the_graph
 
 SIMILARITIES = ("cosine", "dot", "euclidean")
 NEGATIVES = ("two_view", "one_view", "cross_view")
@@ -459,7 +459,7 @@ def _loss(
     return AlphaCLFunction.apply(z1, z2, tau, call, Need.of(z1, z2, tau), ids, guide)[0]
 
 
-@torch.compiler.disable  # sizes and errors of the other processes are read on the host
+@breaks_the_graph  # sizes and errors of the other processes are read on the host
 def evaluate_over_ranks(
     z1: Tensor,
     z2: Tensor,
@@ -581,8 +581,13 @@ _FAR = 1e300
 
 def changes(number: float) -> bool:
     """Whether a number is an input of a compiled graph, so that its next value needs no new one."""
+    if not torch.compiler.is_compiling():
+        return False
+    # imported with the compiler, and slowly
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
     # of a constant the comparison is known; of an input only that it is below infinity
-    return torch.compiler.is_compiling() and not statically_known_true(number < _FAR)
+    return not statically_known_true(number < _FAR)
 
 
 def shown(number: float | Tensor) -> str:

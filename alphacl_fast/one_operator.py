@@ -24,6 +24,7 @@ from .bundles import accumulation_dtype
 from .call import as_operator
 from .compiled_op import on_its_own, refuse_to_export
 from .objectives import Objective, registered
+from .tracing import breaks_the_graph, constant_in_a_graph
 
 _LIBRARY = torch.library.Library("alphacl_fast", "FRAGMENT")
 _SETTINGS = "Tensor[] tensors, str loss, str[] names, str settings, bool[] needed"
@@ -65,7 +66,7 @@ def one_operator(
         reduction = parameters["reduction"].default if "reduction" in parameters else "none"
         label = function.__name__
         _LOSSES[label] = _Loss(function, rows, losses, reduction)
-        over_ranks = torch.compiler.disable(function)
+        over_ranks = breaks_the_graph(function)
 
         @wraps(function)
         def loss(*arguments: Any, **options: Any) -> Tensor:
@@ -131,7 +132,7 @@ def _put_together(spread: dict[str, Any]) -> dict[str, Any]:
     return given | {name: tuple(found[k] for k in sorted(found)) for name, found in members.items()}
 
 
-@torch.compiler.assume_constant_result
+@constant_in_a_graph
 def _as_text(settings: tuple[tuple[str, Any, bool], ...]) -> str:
     """Arguments that are no tensors; the third entry says whether one is an objective's key."""
     return json.dumps(settings)

@@ -28,6 +28,7 @@ from .bundles import (
     empty_vectors,
 )
 from .objectives import ROW_STEPS, BoundKind, kind
+from .tracing import constant_in_a_graph
 
 #: Sweep backends in the order in which "auto" tries them, but for `FIRST`.
 SWEEP_BACKENDS: dict[str, ModuleType] = {
@@ -279,7 +280,7 @@ def unsupported(
 
 
 # it reads torch's setting, which a compiled graph keeps
-@torch.compiler.assume_constant_result
+@constant_in_a_graph
 def mode_of(dtype: torch.dtype, precision: str | None, device: torch.device) -> str:
     """The arithmetic in which a GPU backend serves a call: `gpu.Arithmetic.mode`."""
     return gpu.arithmetic(dtype, precision or "", device).mode
@@ -296,7 +297,7 @@ def order(device: torch.device, mode: str) -> tuple[str, ...]:
 
 
 # it looks for packages and devices, and runs a user's function
-@torch.compiler.assume_constant_result
+@constant_in_a_graph
 def choose(
     backend: str,
     device: torch.device,

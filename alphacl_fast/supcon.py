@@ -27,6 +27,7 @@ from .objectives import LOG_SUM
 from .one_operator import one_operator
 from .process_groups import ProcessGroup
 from .same_id import Block, Compiled, Formula, Groups, Outcome, losses_of_groups, unsorted
+from .tracing import breaks_the_graph
 
 # --- the forms ------------------------------------------------------------------------------------
 
@@ -441,7 +442,7 @@ def _vectors(
 # --- several processes ----------------------------------------------------------------------------
 
 
-@torch.compiler.disable  # sizes and errors of the other processes are read on the host
+@breaks_the_graph  # sizes and errors of the other processes are read on the host
 def _over_ranks(
     given: _Given,
     form: str,

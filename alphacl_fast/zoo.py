@@ -29,6 +29,7 @@ from .functional import alpha_cl_loss, zero_with_graph
 from .objectives import LOG_SUM, PairLoss
 from .one_operator import one_operator
 from .same_id import Block, Groups, Outcome, losses_of_groups
+from .tracing import breaks_the_graph
 
 __all__ = [
     "ISogCLR",
@@ -935,7 +936,7 @@ class _Batch(NamedTuple):
         return x if self.sharing is None else self.sharing.total(x)
 
 
-@torch.compiler.disable  # sizes and errors of the other processes are read on the host
+@breaks_the_graph  # sizes and errors of the other processes are read on the host
 def _agreed(
     loss: SogCLR | ISogCLR, z1: Tensor, z2: Tensor, index: Tensor
 ) -> tuple[Tensor, shared_rows.Sharing]:
@@ -971,7 +972,7 @@ def log_mean_and_slope(x: Tensor, y: Tensor, tau: Tensor, backend: str) -> Tenso
     return _log_mean_and_slope(x, y, tau, places, len(x), backend=backend)
 
 
-@torch.compiler.disable
+@breaks_the_graph
 def _log_mean_over_ranks(x: Tensor, y: Tensor, tau: Tensor, loss: ISogCLR, batch: _Batch) -> Tensor:
     """As `log_mean_and_slope`, against the rows y of all processes."""
     place = batch.sharing.place(0)

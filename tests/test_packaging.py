@@ -216,7 +216,7 @@ print(alphacl_fast.FusedAlphaCLLoss("alpha_square")(torch.eye(4), torch.eye(4)).
 
 #: A module imports modules of the lines above its own, and none of its own line.
 LAYERS = """
-_version bundles journal graph launches reads suggestions backend.filling backend.precision
+_version bundles journal graph launches reads suggestions tracing backend.filling backend.precision
 flags kernels.config kernels.start objectives subprocess_pool
 cpp_printer program backend.forms backend.reference kernels.trace
 backend.cpu_functions
