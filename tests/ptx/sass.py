@@ -9,39 +9,81 @@ costs are those of the shortest way through the loop over tiles.
 from __future__ import annotations
 
 import heapq
+import os
 import re
+import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-_LINE = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+_LINE = re.compile(
+    r"^ +/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", re.MULTILINE
+)
+#: The place of a label, and of an instruction.
+_PLACE = re.compile(r"^(?:(\.L\w+):| +/\*([0-9a-f]{4,})\*/)", re.MULTILINE)
 #: These read the registers that they name and write none.
 _STORES = ("ST", "RED", "SYNCS", "ISETP", "FSETP", "BAR", "R2UR", "UTMA", "HGMMA", "WARPSYNC")
 
 
 def of_library(library: Path, cuobjdump: str, name: str) -> str:
-    """The machine code of those parts of a library whose kernels have ``name`` in theirs."""
+    """The machine code of a library's kernels for sm_90 that have ``name`` in theirs."""
+    folders = os.pathsep.join([str(Path(cuobjdump).parent), os.environ["PATH"]])
+    nvdisasm = shutil.which("nvdisasm", path=folders)
+    if nvdisasm is None:
+        raise RuntimeError(f"no nvdisasm beside {cuobjdump}")
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
             [cuobjdump, "--extract-elf", "all", str(library.resolve())],
             cwd=folder, check=True, capture_output=True,
         )  # fmt: skip
-        parts = sorted(Path(folder).glob("*.sm_90*.cubin"))
+        chosen = {
+            part: symbols_of_functions(part.read_bytes(), name)
+            for part in sorted(Path(folder).glob("*.sm_90*.cubin"))
+        }
         return "".join(
             subprocess.run(
-                [cuobjdump, "-sass", str(part)], check=True, capture_output=True, text=True
+                [nvdisasm, "-c", "-ndf", "-novliw", "-fun", ",".join(map(str, symbols)), part],
+                check=True, capture_output=True, text=True,
             ).stdout
-            for part in parts
-            if name.encode() in part.read_bytes()
-        )
+            for part, symbols in chosen.items()
+            if symbols
+        )  # fmt: skip
+
+
+def symbols_of_functions(elf: bytes, name: str) -> list[int]:
+    """The numbers of a 64-bit ELF file's symbols of functions that have ``name`` in theirs."""
+    (begin,), (size, count) = struct.unpack_from("<Q", elf, 40), struct.unpack_from("<HH", elf, 58)
+    # kind, offset, length and the number of the section with names
+    sections = [struct.unpack_from("<4xI16xQQI", elf, begin + k * size) for k in range(count)]
+    found = []
+    for kind, offset, length, names in sections:
+        if kind == 2:  # a table of symbols
+            for number, at in enumerate(range(offset, offset + length, 24)):
+                place, about = struct.unpack_from("<IB", elf, at)
+                first = sections[names][1] + place
+                if about & 15 == 2 and name.encode() in elf[first : elf.index(b"\0", first)]:
+                    found.append(number)
+    return found
 
 
 def functions(text: str) -> dict[str, str]:
-    """The code of each kernel."""
-    parts = re.split(r"\n\s*Function : (\w+)", text)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))
+    """The code of each kernel, its labels replaced by addresses."""
+    parts = re.split(r"\n\.text\.(\w+):", text)
+    return {name: _placed(name, code) for name, code in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def _placed(name: str, code: str) -> str:
+    waiting, places = [], {name: "0x0"}
+    for label, address in _PLACE.findall(code):
+        if label:
+            waiting.append(label)
+        else:
+            places.update(dict.fromkeys(waiting, f"0x{address}"))
+            waiting.clear()
+    return re.sub(r"`\(([.\w]+)\)", lambda named: places.get(named[1], named[0]), code)
 
 
 def hazards(code: str) -> tuple[int, list[str]]:
@@ -57,7 +99,7 @@ def hazards(code: str) -> tuple[int, list[str]]:
         elif opcode.startswith("WARPGROUP.DEPBAR"):
             pending = int(operands.split(",")[1], 16)
             groups = groups[len(groups) - pending :] if pending else []
-        else:
+        elif groups or open_group:
             read, written = _registers(opcode, operands)
             for accumulators, left in (p for group in [*groups, open_group] for p in group):
                 if accumulators & (read | written) or left & written:
@@ -103,8 +145,10 @@ class Instruction(NamedTuple):
     @property
     def target(self) -> int | None:
         """Where a branch goes to."""
+        if not self.opcode.startswith("BRA"):
+            return None
         found = re.search(r"0x([0-9a-f]+)", self.operands)
-        return int(found[1], 16) if self.opcode.startswith("BRA") and found else None
+        return int(found[1], 16) if found else None
 
     @property
     def passes(self) -> bool:
