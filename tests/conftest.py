@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import inspect
 import os
 import shlex
@@ -69,6 +70,37 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _plain_interpreter():
+    """Triton's interpreter makes the conditions of its assertions only where these are asked for,
+    and the type of a tensor's shape once.
+    """
+    try:
+        from triton.language import core
+        from triton.runtime import interpreter
+    except ImportError:
+        yield
+        return
+    builder, type_of, known = interpreter.interpreter_builder, core._type_for_tuple_values, {}
+    # without debug nothing looks at the conditions of overflow
+    options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
+
+    def type_of_values(values, fields=None):
+        if fields is not None or not all(
+            type(x) is core.constexpr and type(x.value) is int for x in values
+        ):
+            return type_of(values, fields)
+        sizes = tuple(x.value for x in values)
+        if sizes not in known:
+            known[sizes] = type_of(values)
+        return known[sizes]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "options", options)
+        patch.setattr(core, "_type_for_tuple_values", type_of_values)
+        yield
 
 
 @pytest.fixture(scope="session")
