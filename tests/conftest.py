@@ -75,7 +75,7 @@ def _seed():
 @pytest.fixture(scope="session", autouse=True)
 def _plain_interpreter():
     """Triton's interpreter makes the conditions of its assertions only where these are asked for,
-    and the type of a tensor's shape once.
+    and what it knows of a shape once.
     """
     try:
         from triton.language import core
@@ -83,23 +83,36 @@ def _plain_interpreter():
     except ImportError:
         yield
         return
-    builder, type_of, known = interpreter.interpreter_builder, core._type_for_tuple_values, {}
-    # without debug nothing looks at the conditions of overflow
-    options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
+    builder, of_block, of_tensor = (
+        interpreter.interpreter_builder, core.block_type.__init__, core.tensor.__init__
+    )  # fmt: skip
+    blocks, shapes = {}, {}
 
-    def type_of_values(values, fields=None):
-        if fields is not None or not all(
-            type(x) is core.constexpr and type(x.value) is int for x in values
-        ):
-            return type_of(values, fields)
-        sizes = tuple(x.value for x in values)
-        if sizes not in known:
-            known[sizes] = type_of(values)
-        return known[sizes]
+    def block(self, element_ty, shape):
+        if type(element_ty) is not core.dtype:  # pointers
+            return of_block(self, element_ty, shape)
+        key = element_ty.name, *(x.value if isinstance(x, core.constexpr) else x for x in shape)
+        if key not in blocks:
+            of_block(self, element_ty, shape)
+            blocks[key] = {**vars(self)}
+        vars(self).update(blocks[key])
+
+    def tensor(self, handle, kind):
+        known = shapes.get(kind.name) if kind.is_block() else None
+        if known is None:
+            of_tensor(self, handle, kind)
+            if kind.is_block():
+                shapes[kind.name] = self.numel, self.shape
+        else:
+            self.handle, self.type, self.dtype = handle, kind, kind.scalar
+            self.numel, self.shape = known
 
     with pytest.MonkeyPatch.context() as patch:
+        # without debug nothing looks at the conditions of overflow
+        options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
         patch.setattr(builder, "options", options)
-        patch.setattr(core, "_type_for_tuple_values", type_of_values)
+        patch.setattr(core.block_type, "__init__", block)
+        patch.setattr(core.tensor, "__init__", tensor)
         yield
 
 
