@@ -19,6 +19,9 @@ from alphacl_fast.graph import UnsupportedFunction
 from alphacl_fast.objectives import BatchNumbers, PairLoss
 from tools import generate_headers as headers
 
+#: One process compiles the formulas.
+pytestmark = pytest.mark.xdist_group("cpp-printer")
+
 ROOT = Path(__file__).parent.parent
 DTYPES = {torch.float32: "float", torch.float64: "double"}
 #: C++ has no such function, or vectors of one width have no place for the result.

@@ -105,6 +105,10 @@ def test_a_step_of_cuda_calls_no_more_than_the_eager_loss(precision):
         assert len(found) <= len(of_eager), found
 
 
+#: One process starts the process without a GPU.
+one_worker = pytest.mark.xdist_group("launched")
+
+
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     """What Triton's own launchers receive, from a process without a GPU (launched.py)."""
@@ -130,6 +134,7 @@ def launched(tmp_path_factory):
     return json.loads(process.stdout)
 
 
+@one_worker
 @pytest.mark.parametrize(
     "case", ["probe 1 0", "probe 32 0", "probe 32 1", "module 0", "module 1", "function"]
 )
@@ -152,12 +157,14 @@ def test_a_handle_launches_what_triton_would(case, launched):
         assert "replay" in found["calls"]
 
 
+@one_worker
 def test_kernels_are_specialised_on_what_the_key_holds(launched):
     handles = [launched[case]["replayed"][0]["handle"] for case in ("probe 1 0", "probe 32 0")]
     handles += [launched[f"module {k}"]["replayed"][0]["handle"] for k in (0, 1)]
     assert len({*handles}) == 4
 
 
+@one_worker
 def test_a_step_of_triton_calls_no_more_than_the_eager_loss(launched):
     z1, z2 = (z.requires_grad_() for z in pair(40, 16, torch.float32))
     for case, theirs in (("module 0", Eager()), ("function", eager)):
@@ -169,6 +176,7 @@ def test_a_step_of_triton_calls_no_more_than_the_eager_loss(launched):
         assert len(launched[case]["operators"]) <= len(operators), launched[case]["operators"]
 
 
+@one_worker
 def test_without_a_handle_a_plan_launches_in_the_ordinary_way(launched):
     found = launched["probe without a handle"]
     assert (found["kinds"], len(found["ordinary"])) == (["Operator"], 1)
@@ -223,6 +231,7 @@ def test_another_launcher_is_understood_or_left_alone(reached, known):
         assert start.through_handle(kernel, compiled, (2,), (x, 7), {}) is None
 
 
+@one_worker
 def test_hooks_of_triton_see_every_launch(launched):
     """A profiler of Triton's launches gets the ordinary ones."""
     assert launched["hooked"] == [x["name"] for x in launched["module 0"]["ordinary"]]

@@ -23,6 +23,10 @@ def why_not():
     return cuobjdump()[1]
 
 
+#: One process disassembles the kernels.
+one_worker = pytest.mark.xdist_group("sass")
+
+
 @pytest.fixture(scope="module")
 def kernels():
     """The code of the kernels of hopper.h."""
@@ -35,6 +39,7 @@ def kernels():
     return found
 
 
+@one_worker
 def test_products_under_way_are_left_alone(kernels):
     scanned = {name: sass.hazards(code) for name, code in kernels.items()}
     assert len(scanned) == 64
@@ -53,6 +58,7 @@ PREDICTED = [
 ENGINES = {"hopper": ("E0E", 2), "hopper float16": ("E1E", 2), "hopper tf32": ("E2E", 4)}
 
 
+@one_worker
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(("name", "gradient", "both"), PREDICTED)
 def test_a_tile_costs_what_the_prediction_says(name, gradient, both, engine, kernels):
