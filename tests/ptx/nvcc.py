@@ -51,9 +51,9 @@ def _host_flags() -> list[str]:
     return [f"-Xcompiler={flag}" for flag in build.COMMON[1:]]
 
 
-def _with_text(dtype: str, arch: str) -> build.Object:
-    """An object that holds PTX as plain text, and host code."""
-    flags = [build.COMMON[0], "-O3", *_host_flags(), "--no-compress"]
+def _with_text(dtype: str, arch: str, host: bool) -> build.Object:
+    """A file that holds PTX as plain text: an object with ``host`` code, or nothing else."""
+    flags = [build.COMMON[0], "-O3", *_host_flags(), "--no-compress" if host else "-ptx"]
     code = ["-gencode", f"arch=compute_{arch},code=compute_{arch}"]
     command = (*build.nvcc(), *flags, *code, f"-DALPHACL_DTYPE={dtype}")
     return build.Object(f"ptx_{dtype}_{arch}", command, "kernels.cu")
@@ -63,9 +63,11 @@ def _with_text(dtype: str, arch: str) -> build.Object:
 def objects() -> tuple[Path, dict[tuple[str, str], Path]]:
     """The library, and the objects with PTX by dtype and architecture, such as 80 or 90a."""
     there = _of_library()
-    own = {(dtype, "80"): _with_text(dtype, "80") for dtype in build.DTYPES if dtype not in there}
-    # are read only: their host code is in other objects
-    hopper = {(dtype, "90a"): _with_text(dtype, "90a") for dtype in HOPPER}
+    own = {
+        (dtype, "80"): _with_text(dtype, "80", True) for dtype in build.DTYPES if dtype not in there
+    }
+    # their host code is in other objects
+    hopper = {(dtype, "90a"): _with_text(dtype, "90a", False) for dtype in HOPPER}
     runtime = (*build.nvcc(), build.COMMON[0], *_host_flags())
     jobs = [
         *own.values(),
@@ -96,10 +98,10 @@ def texts(dtype: str) -> dict[str, str]:
 
 
 def _plain(file: Path) -> str:
-    """The PTX that an object holds as it is."""
+    """The PTX that a file holds, without comments and with single blanks, as objects have it."""
     data = file.read_bytes()
-    at = data.index(b"\n.version ")
-    return data[at : data.index(b"\0", at)].decode()
+    text = data[data.index(b"\n.version ") :].partition(b"\0")[0].decode()
+    return "\n".join(" ".join(line.partition("//")[0].split()) for line in text.split("\n"))
 
 
 def _printed(file: Path) -> str:
