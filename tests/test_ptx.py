@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -56,16 +57,32 @@ def test_instructions_of_cuda_are_executed(name):
     assert not run.coverage.missing(name, found(name)["coverage"], FULL)
 
 
+@functools.cache
+def found_in_a_process(names):
+    """The results of lists by their names, of a process that interprets one after the other."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "found.json"
+        command = [sys.executable, FOLDER / "run.py", *names, "--json", file]
+        command += ["--full"] if FULL else []
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert file.exists(), done.stdout + done.stderr
+        return {found["list"]: found for found in json.loads(file.read_text())["found"]}
+
+
+def lists_of_triton():
+    """Short lists share a process; full ones, which are long, have one each."""
+    for name in [*TRITON, *(run.FULL_ALONE if FULL else ())]:
+        yield pytest.param(name, marks=one_process(name if FULL else "triton"))
+
+
 @needs_triton
-@pytest.mark.parametrize("name", [*TRITON, *(run.FULL_ALONE if FULL else ())])
-def test_triton(name, tmp_path):
+@pytest.mark.parametrize("name", [*lists_of_triton()])
+def test_triton(name):
     """In a process of its own: in this one Triton's kernels are interpreted as Python."""
-    command = [sys.executable, FOLDER / "run.py", name, "--json", tmp_path / "found.json"]
-    done = subprocess.run([*command, *(["--full"] if FULL else [])], capture_output=True, text=True)
-    assert (tmp_path / "found.json").exists(), done.stdout + done.stderr
-    result = json.loads((tmp_path / "found.json").read_text())
-    assert not result["failures"], "\n".join(result["failures"])
-    assert len(result["found"][0]["results"]) == len(run.of_list(name, FULL))
+    found = found_in_a_process((name,) if FULL else TRITON)[name]
+    failures = run.failures(found, FULL)
+    assert not failures, "\n".join(failures)
+    assert len(found["results"]) == len(run.of_list(name, FULL))
 
 
 @needs_nvcc

@@ -80,8 +80,8 @@ class Machine:
         self.parameters = np.zeros(kernel.parameter_bytes, np.uint8)
         self.memory = Global()
         self.clocks = Clocks(blocks, self.block_warps)
-        codes = {i.opcode for i in kernel.instructions}
-        async_proxy = any(c.startswith(("wgmma", "cp.async.bulk")) for c in codes)
+        self._opcodes = {i.opcode: i for i in kernel.instructions}  # one instruction of each
+        async_proxy = any(c.startswith(("wgmma", "cp.async.bulk")) for c in self._opcodes)
         self.shared = Shared(self, shared_bytes, async_proxy)
         self.async_state = copies.Copies(self)
         self.sums: dict[tuple, np.ndarray] = {}  # accumulators of products
@@ -205,7 +205,7 @@ class Machine:
     def _decode(self) -> None:
         """Decodes the first instruction of each form; others wait until they are executed."""
         instructions = self.kernel.instructions
-        entries = {i.opcode: TABLE[Modifiers(i).name] for i in instructions}
+        entries = {i.opcode: TABLE[Modifiers(i).name] for i in self._opcodes.values()}
         self.code = [functools.partial(self._first, at) for at in range(len(instructions))]
         self.together = [entries[i.opcode].together for i in instructions]
         self.controls = [None] * len(instructions)

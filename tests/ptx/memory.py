@@ -210,23 +210,21 @@ class Shared:
         """The same of a product: each of the warps reads all rows of 16 bytes."""
         if self.settled(rows, 8):
             return
-        copies = self._one_copy(rows)
+        copies = self._copies(rows)
         if copies is not None:
-            if not self.m.clocks.seen[warps, copies].all():
+            if not self.m.clocks.seen[warps[:, None], copies].all():
                 self.m.report("race: reads a tensor copy whose barrier it has not waited for")
             return
         # lane 0 stands for a lane that wrote nothing: its own warp's writes must be fenced too
         self.reading(np.tile(rows, len(warps)), 8, np.repeat(32 * warps, len(rows)))
 
-    def _one_copy(self, rows: np.ndarray) -> int | None:
-        """The tensor copy that wrote all of these rows, if it is one."""
+    def _copies(self, rows: np.ndarray) -> list[int] | None:
+        """The tensor copies that wrote these rows of 16 bytes, if nothing else did."""
         if (self.thread[8][rows] != self.m.threads).any():
             return None
         if (self.states[8][rows] != _ALL[FRESH][8]).any():
             return None
-        when = self.when[8][rows]
-        first = int(when[0, 0])
-        return first if (when == first).all() else None
+        return sorted(set(self.when[8][rows, 0].tolist()))
 
     def writing(self, rows: np.ndarray, g: int, threads: np.ndarray, values=None) -> None:
         """Nobody else still reads or writes what threads overwrite."""

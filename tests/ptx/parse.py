@@ -79,9 +79,12 @@ class Instruction:
         return self.opcode, self.predicate is None, forms
 
     def registers(self) -> set[Register]:
-        found = {self.predicate} - {None}
+        found = set() if self.predicate is None else {self.predicate}
         for operand in self.operands:
-            found |= set(_registers_of(operand))
+            if isinstance(operand, Register):
+                found.add(operand)
+            elif isinstance(operand, (Vector, Pair, Address)):
+                found.update(_registers_of(operand))
         return found
 
 
@@ -137,6 +140,7 @@ def entries(ptx: str) -> list[str]:
     return re.findall(r"\.entry\s+([\w$]+)\s*\(", ptx)
 
 
+@functools.lru_cache(32)
 def parse(ptx: str, name: str) -> Kernel:
     """The kernel of that name."""
     head, body = _function(ptx, rf"\.entry\s+{re.escape(name)}\s*\(")
@@ -175,6 +179,7 @@ def _function(ptx: str, pattern: str) -> tuple[str, str]:
 
 
 _TOKEN = re.compile(r"\s*(?:([\w$]+):(?!:)|([{}])|([^;]*);)", re.DOTALL)
+_GUARD = re.compile(r"@(!?)(%?[\w$]+)\s+(.*)")
 _ADDRESS = re.compile(r"([%\w$]+)\s*(?:\+\s*(-?\d+))?$")
 
 
@@ -250,8 +255,6 @@ class _Reader:
             elif token[3].strip():
                 self._statement(" ".join(token[3].split()), label, (function, at))
             at = token.end()
-            while at < len(body) and body[at].isspace():
-                at += 1
 
     def _open(self) -> None:
         self.count += 1
@@ -275,7 +278,7 @@ class _Reader:
         elif text.startswith("."):
             raise Unsupported(text)
         else:
-            guard = re.match(r"@(!?)(%?[\w$]+)\s+(.*)", text)
+            guard = _GUARD.match(text)
             predicate = self._register(guard[2]) if guard else None
             opcode, _, rest = (guard[3] if guard else text).partition(" ")
             self._add(opcode, rest, predicate, bool(guard and guard[1]), text, origin)
@@ -307,7 +310,7 @@ class _Reader:
             operands = (self._scoped(rest.strip()),)
         elif opcode == "brx.idx":
             operands = (operands[0], self._scoped(split(rest)[1]))
-        elif re.match(r"(ld|st)\.param\.", opcode) and self._is_local(operands):
+        elif opcode.startswith(("ld.param.", "st.param.")) and self._is_local(operands):
             opcode, operands = _move(opcode, operands)
         number = self.origins.setdefault(origin, len(self.origins))
         self.instructions.append(Instruction(opcode, operands, predicate, negated, text, number))

@@ -43,11 +43,13 @@ class Products:
             if instruction.opcode.startswith("wgmma.mma_async"):
                 for operand in instruction.operands[:2]:
                     self.operands.update(getattr(operand, "parts", ()))
+        nothing = frozenset()
         if self.operands:
             for at, instruction in enumerate(instructions):
-                self.written.append(self.operands & instruction.written())
-                self.touched.append(self.operands & instruction.registers())
-                self.skip[at] = not self.touched[at] or instruction.opcode.startswith("wgmma")
+                touched = self.operands & instruction.registers()
+                self.touched.append(touched)
+                self.written.append(touched & instruction.written() if touched else nothing)
+                self.skip[at] = not touched or instruction.opcode.startswith("wgmma")
 
     def reset(self) -> None:
         self.queue: list[list[_Product]] = [[] for _ in range(self.groups)]

@@ -23,7 +23,7 @@ for folder in (Path(__file__).parents[2], Path(__file__).parents[1]):
 
 import torch  # noqa: E402
 from ptx import cases, coverage, cuda_launch, nvcc, triton_launch  # noqa: E402
-from ptx.runner import Runner  # noqa: E402
+from ptx.runner import Runner, rare_collections  # noqa: E402
 
 LISTS = ("cuda-90a", "cuda-80", "triton-90", "triton-80")
 #: The list that has no short version.
@@ -39,8 +39,10 @@ def of_list(name: str, full: bool) -> list[cases.Case]:
 @contextlib.contextmanager
 def launches(name: str, runner: Runner) -> Iterator[None]:
     backend, arch = name.split("-")
-    with (cuda_launch if backend == "cuda" else triton_launch).interpreted(arch, runner):
+    of_backend = cuda_launch if backend == "cuda" else triton_launch
+    with rare_collections(), of_backend.interpreted(arch, runner):
         yield
+    runner.retire()
 
 
 def run_list(name: str, full: bool) -> dict:

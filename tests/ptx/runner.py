@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -56,11 +57,21 @@ class Runner:
         machine = self.machines.pop(key, None)
         if machine is None:
             if len(self.machines) == MOST_MACHINES:
-                oldest = self.machines.pop(next(iter(self.machines)))
-                self.retired.append((oldest.kernel, oldest.coverage()))
+                self._retire(next(iter(self.machines)))
             machine = Machine(kernel, shared, blocks)
         self.machines[key] = machine
         return machine
+
+    def _retire(self, key: tuple) -> None:
+        """Frees what a machine takes at once: its parts refer to it."""
+        machine = self.machines.pop(key)
+        self.retired.append((machine.kernel, machine.coverage()))
+        vars(machine).clear()
+
+    def retire(self) -> None:
+        """Frees all machines."""
+        for key in [*self.machines]:
+            self._retire(key)
 
     def executed(self) -> list[tuple[Kernel, np.ndarray]]:
         """Kernels, each with the instructions that one of its machines has executed."""
@@ -99,6 +110,17 @@ def fill_with_nan(x: torch.Tensor) -> None:
     """Writes the GPU's NaN to every element."""
     size = x.element_size()
     x.view(_INTEGER[size]).fill_(NAN[size])
+
+
+@contextlib.contextmanager
+def rare_collections() -> Iterator[None]:
+    """Within the context garbage is looked for after many more objects: instructions are kept."""
+    before = gc.get_threshold()
+    gc.set_threshold(200 * before[0], *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 @contextlib.contextmanager

@@ -18,9 +18,16 @@ _ROUNDINGS = ("rn", "rz", "rm", "rp")
 def canonical(values: np.ndarray) -> np.ndarray:
     """The same floats, in place, with every NaN as the hardware makes it."""
     if values.size and np.isnan(values.ravel().dot(values.ravel())):
-        bits, nan = (np.uint32, 0x7FFFFFFF) if values.itemsize == 4 else (np.uint64, 2**63 - 1)
-        np.copyto(values.view(bits), bits(nan), where=np.isnan(values))
+        _canonical_nan(values)
     return values
+
+
+_NANS = {4: (np.uint32, np.uint32(0x7FFFFFFF)), 8: (np.uint64, np.uint64(2**63 - 1))}
+
+
+def _canonical_nan(values: np.ndarray) -> None:
+    bits, nan = _NANS[values.itemsize]
+    np.copyto(values.view(bits), nan, where=values != values)
 
 
 def flushed(values: np.ndarray) -> np.ndarray:
@@ -109,7 +116,7 @@ def floating(m, destination, kind: str, compute, operands, ftz: bool = False):
         values = compute(*map(flushed, inputs)) if ftz else compute(*inputs)
         square = values.dot(values)
         if square != square:
-            values = canonical(values)
+            _canonical_nan(values)
         m.put(out, flushed(values) if ftz else values)
 
     return run
