@@ -168,7 +168,7 @@ def test_one_view_alone(monkeypatch, poisoned):
 @pytest.mark.parametrize("features", [16, 8])
 @pytest.mark.parametrize("symmetric_tiles", [False, True])
 def test_dtypes(dtype, bound, features, symmetric_tiles, monkeypatch):
-    """With one of two members, which changes with every setting; under `make test-all` with both."""
+    """With one of two members, which changes with the setting; under `make test-all` with both."""
     set_tile(monkeypatch, 16, 16, features, symmetric_tiles=symmetric_tiles)
     z1, z2 = pair(20, 16, dtype)
     turn = (dtype == torch.bfloat16) + features // 8 + symmetric_tiles
