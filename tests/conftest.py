@@ -72,50 +72,6 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _plain_interpreter():
-    """Triton's interpreter makes the conditions of its assertions only where these are asked for,
-    and what it knows of a shape once.
-    """
-    try:
-        from triton.language import core
-        from triton.runtime import interpreter
-    except ImportError:
-        yield
-        return
-    builder, of_block, of_tensor = (
-        interpreter.interpreter_builder, core.block_type.__init__, core.tensor.__init__
-    )  # fmt: skip
-    blocks, shapes = {}, {}
-
-    def block(self, element_ty, shape):
-        if type(element_ty) is not core.dtype:  # pointers
-            return of_block(self, element_ty, shape)
-        key = element_ty.name, *(x.value if isinstance(x, core.constexpr) else x for x in shape)
-        if key not in blocks:
-            of_block(self, element_ty, shape)
-            blocks[key] = {**vars(self)}
-        vars(self).update(blocks[key])
-
-    def tensor(self, handle, kind):
-        known = shapes.get(kind.name) if kind.is_block() else None
-        if known is None:
-            of_tensor(self, handle, kind)
-            if kind.is_block():
-                shapes[kind.name] = self.numel, self.shape
-        else:
-            self.handle, self.type, self.dtype = handle, kind, kind.scalar
-            self.numel, self.shape = known
-
-    with pytest.MonkeyPatch.context() as patch:
-        # without debug nothing looks at the conditions of overflow
-        options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
-        patch.setattr(builder, "options", options)
-        patch.setattr(core.block_type, "__init__", block)
-        patch.setattr(core.tensor, "__init__", tensor)
-        yield
-
-
 @pytest.fixture(scope="session")
 def ranks():
     """Processes for every test that asks for some; the group "ranks" keeps those tests in one
@@ -313,6 +269,44 @@ def _multiply_as_a_gpu_does():
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
+def _describe_shapes_once():
+    """Triton's interpreter describes the shape of every tensor anew, and looks for overflows that
+    it reports in debug mode only.
+    """
+    try:
+        from triton.language import core
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    builder = interpreter.interpreter_builder
+    describe_type, describe_tensor = core.block_type.__init__, core.tensor.__init__
+    types, shapes = {}, {}
+
+    def type_once(self, element_ty, shape):
+        if type(element_ty) is not core.dtype:  # of pointers
+            return describe_type(self, element_ty, shape)
+        key = element_ty.name, *(x.value if isinstance(x, core.constexpr) else x for x in shape)
+        if key not in types:
+            describe_type(self, element_ty, shape)
+            types[key] = {**vars(self)}
+        vars(self).update(types[key])
+
+    def tensor_once(self, handle, kind):
+        if kind.is_block() and kind.name in shapes:
+            self.handle, self.type, self.dtype = handle, kind, kind.scalar
+            self.numel, self.shape = shapes[kind.name]
+            return
+        describe_tensor(self, handle, kind)
+        # in another version of Triton a tensor may have more to it
+        if kind.is_block() and {*vars(self)} == {"handle", "type", "dtype", "numel", "shape"}:
+            shapes[kind.name] = self.numel, self.shape
+
+    core.block_type.__init__, core.tensor.__init__ = type_once, tensor_once
+    if getattr(builder.options, "sanitize_overflow", False) and not builder.options.debug:
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
 _patch_once_a_launch()
 _look_dtypes_up_once()
+_describe_shapes_once()
 _multiply_as_a_gpu_does()
