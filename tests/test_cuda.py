@@ -53,6 +53,10 @@ def schedule(seed):
     ctypes.CDLL(os.environ["ALPHACL_CUDA_EMULATED"]).alphacl_cuda_schedule(seed)
 
 
+def iterates(member):
+    return objectives.make(*member).kind in ("square", "gamma")
+
+
 def compared(z1, z2, member, backend="cuda", **setting):
     """Relative errors of [loss, dz1, dz2(, dτ)] against float64 on the same inputs."""
     truth = loss_and_grads(z1.double(), z2.double(), *member, backend="reference", **setting)
@@ -166,12 +170,13 @@ def test_forms_agree(member, dim):
 
     In every second setting, which changes from member to member; in all under `make test-all`.
     """
+    pairs = PAIRS // 2 if iterates(member) else PAIRS
     settings = [(*mode, "cosine") for mode in MODES] + [("two_view", True, "euclidean")]
     turn = BUILT_IN.index(member) + (dim == 200)
     for negatives, symmetric, similarity in (
         s for k, s in enumerate(settings) if is_due(turn + k, 2)
     ):
-        z1, z2 = pair(PAIRS, dim, torch.bfloat16)
+        z1, z2 = pair(pairs, dim, torch.bfloat16)
         setting = {
             "negatives": negatives,
             "symmetric": symmetric,
@@ -190,9 +195,8 @@ def test_forms_agree(member, dim):
 @pytest.mark.parametrize("member", BUILT_IN, ids=member_id)
 def test_ids_and_gaps_over_several_tiles(member, poisoned):
     """In float64 with both, and symmetric tiles of bfloat16 against others; settings in turn."""
-    turn, pairs = BUILT_IN.index(member), PAIRS
-    if objectives.make(*member).kind in ("square", "gamma"):
-        pairs = PAIRS // 2  # they iterate
+    turn = BUILT_IN.index(member)
+    pairs = PAIRS // 2 if iterates(member) else PAIRS
     ids = torch.arange(pairs) * 7 % 12
     (dim,), (mode,) = in_turn((20, 40), turn)[:1], in_turn(MODES, turn // 2)[:1]
     (similarity,) = in_turn(SIMILARITIES, turn)[:1]
@@ -215,10 +219,14 @@ def test_ids_and_gaps_over_several_tiles(member, poisoned):
 @pytest.mark.parametrize("mode", DTYPES)
 @pytest.mark.parametrize("dim", [40, 100, 300])
 def test_ids_in_other_dtypes(mode, dim, poisoned):
-    """The general kernels serve what fast ones would without ids."""
+    """The general kernels serve what fast ones would without ids.
+
+    One of two members, which changes with mode and dim; both under `make test-all`.
+    """
     z1, z2 = pair(PAIRS, dim, DTYPES[mode])
     setting = {"ids": torch.arange(PAIRS) % 9, "reduction": "sum"}
-    for member in ("infonce", {}), ("alpha_direct", {}):
+    turn = [*DTYPES].index(mode) + dim // 100
+    for member in in_turn((("infonce", {}), ("alpha_direct", {})), turn):
         wide = z1.double(), z2.double()
         truth = loss_and_grads(*wide, *member, backend="reference", **setting)
         precision = {"precision": "tf32"} if mode == "tf32" else {}
