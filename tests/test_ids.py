@@ -11,6 +11,7 @@ from family import (
     BACKENDS,
     BUILT_IN,
     MEMBERS,
+    MODES,
     REPRESENTATIVE,
     SERVED,
     SLOW,
@@ -31,10 +32,10 @@ from alphacl_fast import FusedAlphaCLLoss, functional, loss_against, objectives,
 from alphacl_fast.backend import blocked, reference, triton
 from alphacl_fast.bundles import PairFunction, Pairing, Rows, RowScalars, Term, Weight
 from alphacl_fast.call import Layout, SameId
-from alphacl_fast.functional import REDUCTIONS, alpha_cl_loss
+from alphacl_fast.functional import REDUCTIONS, SIMILARITIES, alpha_cl_loss
 from alphacl_fast.kernels.config import Tile
 
-IDS = torch.tensor([3, 1, 3, 7, 7, 7, -2, 2**40])
+IDS = torch.tensor([-3, 7, -3, 7, 7, 2**40])
 WITH_IDS = [name for name in BACKENDS if "ids" in ops.SWEEP_BACKENDS[name].OPTIONAL_OPERANDS]
 
 
@@ -65,8 +66,10 @@ def backends_of(member, setting):
     """Slow backends meet a member in one setting, a representative one in three; under `make
     test-all` in all of them.
     """
-    turn = BUILT_IN.index(member) + every_setting().index(setting)
-    slow_too = is_due(turn, 4 if member in REPRESENTATIVE else 12)
+    values, value = every_setting(), setting
+    if member not in REPRESENTATIVE:
+        values, value = MODES, setting[:2]
+    slow_too = is_due(BUILT_IN.index(member) + values.index(value), 4)
     return [name for name in WITH_IDS if name not in SLOW or slow_too]
 
 
@@ -74,17 +77,43 @@ def built_in_for(backend):
     return [member for member in members_for(backend) if member in BUILT_IN]
 
 
+#: Representative members in every setting, the others in every mode with one similarity, which
+#: changes from case to case; under `make test-all` all in all.
+CASES = [
+    (member, (*mode, similarity))
+    for (m, member), (k, mode) in itertools.product(enumerate(BUILT_IN), enumerate(MODES))
+    for similarity in (SIMILARITIES if member in REPRESENTATIVE else in_turn(SIMILARITIES, m + k))
+]
+
+
+def reductions_of(member, setting):
+    """One, which changes from case to case; all under `make test-all`."""
+    return in_turn(REDUCTIONS, BUILT_IN.index(member) + every_setting().index(setting))
+
+
+def test_every_pair_of_values_occurs():
+    axes = zip(
+        *(
+            (BUILT_IN.index(member), setting[:2], setting[2], reduction)
+            for member, setting in CASES
+            for reduction in reductions_of(member, setting)
+        ),
+        strict=True,
+    )
+    for first, second in itertools.combinations(axes, 2):
+        assert {*zip(first, second, strict=True)} == {*itertools.product(first, second)}
+
+
 @pytest.mark.parametrize(
-    "setting", every_setting(), ids=lambda setting: "-".join(map(str, setting))
+    ("member", "setting"),
+    CASES,
+    ids=["-".join(map(str, (member_id(m), *setting))) for m, setting in CASES],
 )
-@pytest.mark.parametrize("member", BUILT_IN, ids=member_id)
 def test_equals_reference(member, setting, small_tiles, poisoned):
-    """With one reduction, which changes from case to case; with all under `make test-all`."""
     z1, z2 = pair(len(IDS), 6)
     negatives, symmetric, similarity = setting
     given = {"negatives": negatives, "symmetric": symmetric, "similarity": similarity}
-    turn = BUILT_IN.index(member) + every_setting().index(setting)
-    for reduction in in_turn(REDUCTIONS, turn):
+    for reduction in reductions_of(member, setting):
         given["reduction"] = reduction
         truth = evaluate(z1, z2, member, IDS, backend="reference", **given)
         for backend in backends_of(member, setting):
@@ -429,7 +458,7 @@ def test_groups(rectangle, anchors):
     "member", [*REPRESENTATIVE, ("alpha_square", {}), ("uniform", {})], ids=member_id
 )
 def test_no_matrix_of_all_pairs(member, backend, monkeypatch):
-    n, d, tile = 512, 8, 64
+    n, d, tile = 256, 8, 64
     monkeypatch.setattr(blocked, "tile_size", lambda rows, device: tile)
     z1, z2 = (z.requires_grad_() for z in pair(n, d, torch.float32))
     for reduction in ("mean", "none"):
