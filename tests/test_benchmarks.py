@@ -4,12 +4,12 @@ import functools
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from training_runs import Fork
 
 from alphacl_fast import cli, journal
 from alphacl_fast.benchmarks import baselines, bench, loss, memory, report, step
@@ -238,9 +238,6 @@ def test_calls_under_pytest_benchmark(tmp_path):
     """The suite of single calls runs at a tiny size."""
     out = tmp_path / "calls.json"
     command = [
-        sys.executable,
-        "-m",
-        "pytest",
         "tools/test_calls.py",
         "-n",
         "0",
@@ -254,10 +251,17 @@ def test_calls_under_pytest_benchmark(tmp_path):
         "cpu or eager or triplet or float64",
         f"--benchmark-json={out}",
     ]
-    environment = {**os.environ, "ALPHACL_BENCH_N": "64", "ALPHACL_BENCH_DIM": "8"}
-    environment.pop("PYTEST_XDIST_WORKER", None)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:]
+
+    def calls():
+        os.chdir(ROOT)
+        os.dup2(2, 1)
+        os.environ.update({"ALPHACL_BENCH_N": "64", "ALPHACL_BENCH_DIM": "8"})
+        os.environ.pop("PYTEST_XDIST_WORKER", None)
+        return pytest.main(command)
+
+    process = Fork(calls)
+    said = process.ended()
+    assert process.poll() == 0, said[-2000:]
     found = json.loads(out.read_text())["benchmarks"]
     assert {"infonce two_view n=64 loss+gradient", "infonce cross_view n=64 backward"} <= {
         b["group"] for b in found
@@ -305,6 +309,8 @@ def test_rows_of_steps(tmp_path, capsys, monkeypatch):
     out = tmp_path / "step.jsonl"
     for name, value in (("PRODUCT", 64), ("RATES", ((8, "float32", (16,)),))):
         monkeypatch.setattr(step, name, value)
+    seconds = step.seconds
+    monkeypatch.setattr(step, "seconds", lambda *call: seconds(*call[:2], min(call[2], 2)))
     step.main(["--sizes=16", "--rounds=1", "--no-compile", f"--out={out}"])
     rows = journal.read(out)
     losses = ["infonce", "infonce", "siglip", "variants"]

@@ -4,7 +4,6 @@ import argparse
 import importlib.util
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from training_runs import Fork
 
 import alphacl_cli
 import alphacl_fast
@@ -84,6 +84,7 @@ def test_train_resume_eval(tmp_path, monkeypatch, capsys):
     assert len(result["rows"]["raw pixels"]["probe_few"]["draws"]) == 3
 
 
+@pytest.mark.usefixtures("quick_plots")
 def test_resume_without_a_name_starts_where_nothing_is(tmp_path, capsys):
     command = ["train", "--out", str(tmp_path / "run"), "--resume", "--eval-every", "0", *TINY]
     assert main(command) == 0
@@ -156,6 +157,7 @@ def test_no_counts(text):
         cli._count(text)
 
 
+@pytest.mark.usefixtures("quick_plots")
 def test_resume_without_any_name_takes_the_default_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     command = ["train", "--resume", "--eval-every", "0", *TINY]
@@ -305,9 +307,21 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
 
 
 def test_a_reader_that_has_seen_enough():
-    command = f"{shlex.quote(sys.executable)} -m alphacl_fast.cli reproduce recipes | head -c 1"
-    run = subprocess.run(command, shell=True, capture_output=True, text=True)
-    assert (run.stdout, run.stderr) == ("#", "")
+    """It ends the command without a word, also where the interpreter flushes what is left."""
+    reader = subprocess.Popen(["head", "-c", "1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def command():
+        os.dup2(reader.stdin.fileno(), 1)
+        reader.stdin.close()
+        code = alphacl_cli.program(["reproduce", "recipes"])
+        sys.stdout.flush()
+        return code
+
+    process = Fork(command)
+    reader.stdin.close()
+    assert process.ended() == ""
+    assert reader.stdout.read() == b"#"
+    reader.wait()
 
 
 #: Packages whose import takes long, a destructor, the command's own work, and the shutdown.

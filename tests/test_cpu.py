@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WATCHDOG
 from family import BUILT_IN, MODES, in_turn, loss_and_grads, member_id, pair, relative_error
+from preloaded import Preloaded
 
 from alphacl_fast import FusedAlphaCLLoss, PairLoss, ops
 from alphacl_fast.backend import cpu
@@ -25,6 +25,14 @@ if cpu.load_error():
     pytest.skip(f"no compiled CPU backend: {cpu.load_error()}", allow_module_level=True)
 SETS = [name for name, here in cpu.instruction_sets().items() if here]
 HALF = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(scope="module")
+def preloaded(tmp_path_factory):
+    """A process without threads, which has imported the backend."""
+    modules = ("alphacl_fast.ops", "alphacl_fast.functional")
+    with Preloaded(tmp_path_factory.mktemp("output"), *modules, folder=ROOT) as process:
+        yield process
 
 
 def set_blocks(monkeypatch, rows):
@@ -318,7 +326,7 @@ def test_without_the_library(monkeypatch, tmp_path):
         ("alphacl_cpu_step", "alpha_square"),
     ],
 )
-def test_ctrl_c_ends_a_sweep(function, objective):
+def test_ctrl_c_ends_a_sweep(function, objective, preloaded):
     """The signal comes while the native sweep runs, which alone would take hours: one that waits
     for its end runs into the watchdog.
 
@@ -361,10 +369,7 @@ except KeyboardInterrupt:
 thread.join()
 print(float(alpha_cl_loss(torch.eye(3), torch.eye(3), backend="cpu")) > 0)
 """
-    run = subprocess.run(
-        [sys.executable, "-c", code, function, objective], capture_output=True, text=True, cwd=ROOT,
-        timeout=WATCHDOG,
-    )  # fmt: skip
+    run = preloaded.run(code, function, objective, folder=ROOT)
     expected = ["stopped inside", "and the call with it", "True"]
     assert run.stdout.splitlines() == expected, run.stderr
 
@@ -385,7 +390,7 @@ def test_several_python_threads_at_once():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("n", "dim", "largest"), [(32_768, 16, 6), (16_384, 128, 4)])
-def test_work_space_at_a_large_batch(n, dim, largest):
+def test_work_space_at_a_large_batch(n, dim, largest, preloaded):
     """The rows packed in two layouts, row vectors, and what each thread needs; the gradient adds up
     where it ends.
 
@@ -422,9 +427,9 @@ total, df = both_sweeps({n})
 grown = status("VmHWM") - before
 print(grown, bool((total > 0).all()), bool(df.isfinite().all()))
 """
-    grown, *sound = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
-    ).stdout.split()
+    run = preloaded.run(code, folder=ROOT)
+    assert run.returncode == 0, run.stderr
+    grown, *sound = run.stdout.split()
     matrix = n * dim * 4 / 2**20
     print(f"{float(grown) - 3 * matrix:.1f} MiB beyond the packed rows and the gradient")
     assert float(grown) < 3 * matrix + largest

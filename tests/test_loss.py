@@ -3,8 +3,6 @@
 import copy
 import pickle
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ from family import (
     relative_error,
     smooth_hinge,
 )
+from ranks import forked
 
 from alphacl_fast import (
     FusedAlphaCLLoss,
@@ -335,15 +334,14 @@ def test_a_negation_that_was_put_off(backend):
     not hasattr(torch._C, "_get_fp32_precision_getter"), reason="a setting of torch from 2.9 on"
 )
 def test_new_precision_settings():
-    code = (
-        "import torch; from alphacl_fast import FusedAlphaCLLoss as L; "
-        "torch.backends.cuda.matmul.fp32_precision = 'tf32'; "
-        "z = torch.eye(4); print(L()(z, z).item(), L(precision='ieee')(z, z).item())"
-    )
-    out = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True
-    ).stdout.split()
-    assert out[0] == out[1]
+    (found,) = forked(1, _with_new_settings)  # torch mixes no new setting with the older ones
+    assert found[0] == found[1]
+
+
+def _with_new_settings():
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    z = torch.eye(4)
+    return [FusedAlphaCLLoss(precision=p)(z, z).item() for p in (None, "ieee")]
 
 
 def test_repr_names_backend_and_reason():

@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -12,6 +13,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from preloaded import Preloaded
+
+from alphacl_fast.backend import cpu
+from tools import build_cpu
 
 pytestmark = pytest.mark.xdist_group("packaging")  # one worker makes what its tests share
 
@@ -25,16 +30,31 @@ FOLDERS = {
 }
 
 
-def run_isolated(code, folder):
-    """Runs code with the packages of this environment, but without its editable installs."""
-    path = os.pathsep.join([str(folder), sysconfig.get_path("purelib")])
-    environment = {name: x for name, x in os.environ.items() if not name.startswith("ALPHACL_")}
-    command = [sys.executable, "-S", "-c", code]
-    run = subprocess.run(
-        command, cwd=folder, env={**environment, "PYTHONPATH": path}, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout.splitlines()
+def isolated(folder=None):
+    """The environment of a process that finds the packages here, but no editable install."""
+    path = [str(folder)] * bool(folder) + [sysconfig.get_path("purelib")]
+    kept = {name: x for name, x in os.environ.items() if not name.startswith("ALPHACL_")}
+    return {**kept, "PYTHONPATH": os.pathsep.join(path)}
+
+
+@pytest.fixture(scope="module")
+def run_isolated(tmp_path_factory):
+    """Runs code with the packages of this environment, but without its editable installs.
+
+    It finds torch imported, and nothing of this project.
+    """
+    empty = tmp_path_factory.mktemp("empty")
+    with Preloaded(
+        empty, "torch", folder=empty, options=["-S"], environment=isolated()
+    ) as preloaded:
+
+        def run(code, folder):
+            found = f"import sys\nsys.path.insert(1, {str(folder)!r})\n{code}"
+            done = preloaded.run(found, folder=folder, environment=isolated(folder))
+            assert done.returncode == 0, done.stderr
+            return done.stdout.splitlines()
+
+        yield run
 
 
 def pip(*arguments, **environment):
@@ -63,11 +83,14 @@ def sdist(source, tmp_path_factory):
     return file
 
 
-def test_wheel_without_a_compiler(sdist, tmp_path):
+def test_wheel_without_a_compiler(sdist, tmp_path, run_isolated):
     """With an empty PATH the build finds no compiler and no nvcc: the wheel is made, holds the two
     reasons in place of the libraries, and serves a loss.
     """
-    pip("wheel", "-q", "--no-deps", "-w", tmp_path, sdist, PATH="", CXX="c++", CUDA_HOME="")
+    pip(
+        *("wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, sdist),
+        PATH="", CXX="c++", CUDA_HOME="",
+    )  # fmt: skip
     (file,) = tmp_path.iterdir()
     with zipfile.ZipFile(file) as wheel:
         assert not [name for name in wheel.namelist() if name.endswith(".so")]
@@ -84,14 +107,40 @@ print(alphacl_fast.backends()["cpu"])
     assert "reinstall with a C++ compiler" in reason
 
 
+#: Knows no instruction set but the portable one: the others are no other files.
+COMPILER = """#!/bin/sh
+case "$*" in *-mavx*) exit 1;; esac
+{instead}
+exec c++ "$@"
+"""
+#: Only reads the kernels, and instead of a link copies a library that has them.
+COPIES = """
+for last in "$@"; do :; done
+case "$*" in
+*csrc/cpu/kernels.cpp*) c++ "$@" -fsyntax-only && touch "$last"; exit;;
+*-shared*_cpu.abi3.*) cp {library} "$last"; exit;;
+esac
+"""
+
+
+def compiled_from(source):
+    """Whether this installation's CPU library is compiled from the sources of a checkout."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_cpu, "ROOT", source)
+        sources = build_cpu.fingerprint()
+    return not cpu.load_error() and cpu._library().alphacl_cpu_sources().decode() == sources
+
+
 @pytest.fixture(scope="module")
-def wheel(sdist, tmp_path_factory):
-    """Built from the sdist in pip's isolated environment, which has setuptools alone, by a compiler
-    that knows no instruction set but the portable one: the others are no other files.
+def wheel(source, sdist, tmp_path_factory):
+    """Built from the sdist in pip's isolated environment, which has setuptools alone.
+
+    The CPU kernels are not compiled again where this installation has them.
     """
     out = tmp_path_factory.mktemp("wheel")
     compiler = out.parent / f"{out.name}-c++"
-    compiler.write_text('#!/bin/sh\ncase "$*" in *-mavx*) exit 1;; esac\nexec c++ "$@"\n')
+    copies = COPIES.format(library=shlex.quote(str(cpu.LIBRARY)))
+    compiler.write_text(COMPILER.format(instead=copies if compiled_from(source) else ""))
     compiler.chmod(0o755)
     quick = {"CXX": str(compiler), "CXXFLAGS": "-O0"}
     quick["ALPHACL_CUDA_CACHE"] = str(ROOT / "build" / "cuda")
@@ -134,7 +183,7 @@ def test_wheel_has_two_top_level_names(wheel):
         assert sum(f"alphacl_fast/_{backend}{end}" in names for end in ends) == 1
 
 
-def test_every_module_of_the_wheel_is_imported(wheel, tmp_path):
+def test_every_module_of_the_wheel_is_imported(wheel, tmp_path, run_isolated):
     """The wheel has every module of the folders that it is made of, and imports its own."""
     with zipfile.ZipFile(wheel) as file:
         file.extractall(tmp_path)
@@ -156,7 +205,7 @@ print(alphacl_fast.FusedAlphaCLLoss()(torch.eye(3), torch.eye(3)).item() > 0)
     assert all(Path(file).is_relative_to(tmp_path) for file in imported_files)
 
 
-def test_check_runs_from_a_wheel(wheel, tmp_path):
+def test_check_runs_from_a_wheel(wheel, tmp_path, run_isolated):
     """In processes of its own, which import the wheel too: `alphacl check` needs no checkout."""
     with zipfile.ZipFile(wheel) as file:
         file.extractall(tmp_path)
@@ -166,7 +215,7 @@ def test_check_runs_from_a_wheel(wheel, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["default", "compat", "strict"])
-def test_editable(source, tmp_path, mode):
+def test_editable(source, tmp_path, mode, run_isolated):
     """Every way of an editable install has the stubs' modules, and not what else is at the top."""
     chosen = [] if mode == "default" else ["--config-settings", f"editable_mode={mode}"]
     pip(

@@ -3,12 +3,12 @@
 import importlib
 import inspect
 import re
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
 import pytest
+from sphinx.cmd import build
+from training_runs import Fork
 
 import alphacl_fast
 
@@ -30,22 +30,10 @@ MODULES = [
 def documented(tmp_path_factory):
     """Every name that the pages of docs/ can be searched for."""
     out = tmp_path_factory.mktemp("docs")
-    command = [
-        sys.executable,
-        "-m",
-        "sphinx",
-        "-q",
-        "-b",
-        "html",
-        "-W",
-        "--keep-going",
-        "-d",
-        str(out / "cache"),
-    ]
-    run = subprocess.run(
-        [*command, str(ROOT / "docs"), str(out / "html")], capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
+    flags = ["-q", "-b", "html", "-W", "--keep-going", "-d", str(out / "cache")]
+    process = Fork(lambda: build.main([*flags, str(ROOT / "docs"), str(out / "html")]))
+    message = process.ended()
+    assert process.poll() == 0, message
     inventory = (out / "html" / "objects.inv").read_bytes().split(b"\n", 4)[4]
     return set(re.findall(r"^(\S+) py:", zlib.decompress(inventory).decode(), re.MULTILINE))
 

@@ -27,7 +27,10 @@ from alphacl_fast.train.reproduce import PUBLISHED, ROWS
 from alphacl_fast.train.rows import Row
 
 # One worker makes what its tests share.
-pytestmark = [pytest.mark.xdist_group("reproduce"), pytest.mark.usefixtures("one_thread")]
+pytestmark = [
+    pytest.mark.xdist_group("reproduce"),
+    pytest.mark.usefixtures("one_thread", "quick_plots"),  # the finished table's are drawn
+]
 
 TINY = {"dataset": "digits", "width": 4, "batch_size": 64, "subset": 128, "epochs": 2, "workers": 0}
 ROWS_SEEDS = {"rows": ("infonce", "alpha_direct"), "seeds": 2}
