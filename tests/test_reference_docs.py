@@ -7,7 +7,6 @@ import zlib
 from pathlib import Path
 
 import pytest
-from sphinx.cmd import build
 from training_runs import Fork
 
 import alphacl_fast
@@ -31,7 +30,13 @@ def documented(tmp_path_factory):
     """Every name that the pages of docs/ can be searched for."""
     out = tmp_path_factory.mktemp("docs")
     flags = ["-q", "-b", "html", "-W", "--keep-going", "-d", str(out / "cache")]
-    process = Fork(lambda: build.main([*flags, str(ROOT / "docs"), str(out / "html")]))
+
+    def command():
+        from sphinx.cmd import build
+
+        return build.main([*flags, str(ROOT / "docs"), str(out / "html")])
+
+    process = Fork(command)
     message = process.ended()
     assert process.poll() == 0, message
     inventory = (out / "html" / "objects.inv").read_bytes().split(b"\n", 4)[4]
