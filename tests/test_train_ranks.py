@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -11,11 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import WATCHDOG, wait_until
-from torch.distributed import run
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from training_runs import Fork, state_of
+from training_runs import state_of
 
-from alphacl_fast.cli import main
 from alphacl_fast.train import Config, RunError, process_context, train
 
 pytestmark = [
@@ -42,42 +40,29 @@ SETTINGS = {
 ROOT = Path(__file__).parent.parent
 
 
-def start(processes, out, launch):
-    """Trains in processes that torchrun's agent starts, in a fork of this process.
-
-    The output is in a file beside ``out``.
-    """
-    flags = ["--out", str(out)]
+def start(processes, out, *flags):
     for name, value in SETTINGS.items():
-        flags += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-
-    def command():
-        os.dup2(os.open(f"{out}.printed", os.O_WRONLY | os.O_CREAT), 1)
-        os.environ.update({"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-        launch(processes, out, flags)
-        return 0
-
-    return Fork(command)
-
-
-def torchrun(processes, out, flags):
-    """The command, whose ranks are new processes."""
-    command = ["--standalone", f"--nproc-per-node={processes}", "-m", "alphacl_fast.train"]
-    run.main([*command, *flags])
-
-
-def agent(processes, out, flags):
-    """What the command starts, with forks as ranks; each writes its process id down."""
-    config = LaunchConfig(
-        1, 1, processes, run_id="0", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        max_restarts=0, start_method="fork",
-    )  # fmt: skip
-    elastic_launch(config, rank)(out, flags)
-
-
-def rank(out, flags):
-    Path(f"{out}.{os.environ['RANK']}").write_text(str(os.getpid()))
-    sys.exit(main(["train", *flags]))
+        flags += (
+            (f"--{name.replace('_', '-')}",)
+            if value is True
+            else (f"--{name.replace('_', '-')}", str(value))
+        )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        "-m",
+        "alphacl_fast.train",
+        "--out",
+        str(out),
+        *flags,
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def children(pid):
@@ -128,13 +113,12 @@ def assert_same_run(out, reference):
 
 def test_two_processes_train_as_one_does(tmp_path, reference):
     out = tmp_path / "run"
-    process = start(2, out, torchrun)
+    process = start(2, out)
     try:
-        message = process.ended()
+        printed, message = process.communicate(timeout=WATCHDOG)
     finally:
         process.kill()
-    assert process.poll() == 0, message
-    printed = Path(f"{out}.printed").read_text()
+    assert process.returncode == 0, message
     assert printed.count("finished: 4 epochs") == 1
     assert_same_run(out, reference)
 
@@ -142,14 +126,14 @@ def test_two_processes_train_as_one_does(tmp_path, reference):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_killed_process_ends_the_job_and_another_number_goes_on(tmp_path, reference):
     out = tmp_path / "run"
-    process = start(2, out, agent)
+    process = start(2, out)
     try:
         wait_until(process, lambda: len(steps(out)) >= 3)
-        os.kill(int(Path(f"{out}.1").read_text()), signal.SIGKILL)
-        message = process.ended()
+        os.kill(children(process.pid)[1], signal.SIGKILL)
+        _, message = process.communicate(timeout=WATCHDOG)
     finally:
         process.kill()
-    assert process.poll() == 1
+    assert process.returncode == 1
     assert "alphacl: error: another process of this job has ended, or does not answer" in message
     assert "exitcode  : -9" in message or "Signal 9 (SIGKILL)" in message
     assert len(steps(out)) < 20
@@ -161,13 +145,13 @@ def test_a_killed_process_ends_the_job_and_another_number_goes_on(tmp_path, refe
 def test_a_signal_to_the_whole_job_is_one_signal(tmp_path, reference):
     """A scheduler signals torchrun and its processes, and torchrun passes its signal on to them."""
     out = tmp_path / "run"
-    process = start(2, out, torchrun)
+    process = start(2, out)
     try:
         wait_until(process, lambda: len(steps(out)) >= 3)
         job = [*children(process.pid).values(), process.pid]
         for member in job:
             os.kill(member, signal.SIGTERM)
-        message = process.ended()
+        _, message = process.communicate(timeout=WATCHDOG)
     finally:
         process.kill()
     saved = state_of(out)["step"]
