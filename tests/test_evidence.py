@@ -358,6 +358,8 @@ def test_the_table_says_what_the_rows_say():
     assert "| `alpha_direct_p4` | 4 of 5, 1 diverged |" in text
     p = stats.ttest_rel((43, 44, 45), (40, 42, 44)).pvalue
     assert f"| `alpha_direct_p4` | kNN | 3 | +2.00 ± 0.58 | {p:.2g} | {p:.2g} | 0.25 |" in text
+    alone = evidence_report.table("cifar10", [row for row in rows if row["seed"] == 1], 112)
+    assert "| `alpha_direct_p4` | kNN | 1 | +3.00 | – | – | – |" in alone
     assert evidence_report.table("cifar10", [], 112) == "No run is over yet.\n"
 
 

@@ -136,7 +136,7 @@ def _comparison(shape: Part, groups: dict[tuple[str, int], list[Row]]) -> list[s
             label = f"`{name}`" + f", batch {size:,}" * bool(shape.batch_sizes)
             adjusted = None if found.t is None else next(corrected)
             chances = map(_chance, (found.t, adjusted, found.wilcoxon))
-            difference = f"{found.mean:+.2f} ± {found.error:.2f}"
+            difference = _with_error(f"{found.mean:+.2f}", found.error)
             lines.append([label, TITLES[measure], str(found.n), difference, *chances])
     about = (
         f"Differences to `{first}` in points, over runs with equal seeds, mean ± standard error; p "
@@ -155,7 +155,11 @@ def _mean(values: list[float]) -> str:
     if not values:
         return "–"
     mean, error = mean_and_error(values)
-    return f"{mean:.2f}" if math.isnan(error) else f"{mean:.2f} ± {error:.2f}"
+    return _with_error(f"{mean:.2f}", error)
+
+
+def _with_error(mean: str, error: float) -> str:
+    return mean if math.isnan(error) else f"{mean} ± {error:.2f}"
 
 
 def _chance(value: float | None) -> str:
