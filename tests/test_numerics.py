@@ -453,7 +453,7 @@ def test_float32_min_players_sum_to_one(backend, name, tau, monkeypatch):
 def test_float32_at_real_size(name):
     """More tiles than one, at sizes where float32 sums could drift.
 
-    (Of 9 million hinges some flip in the last digit. Solving takes an interpreter many sweeps.)
+    (Of millions of hinges some flip in the last digit. Solving takes an interpreter many sweeps.)
     """
     for backends, n in ((FAST, 560), (SLOW_HERE, 125 if name == "alpha_square" else 250)):
         batches = [pair(n, 24, torch.float32, seed=seed) for seed in range(3)]
